@@ -1,0 +1,71 @@
+// Package agent is what a host and the agent in a guest say to each other: the calls (agent.proto), both their ends, and the ports they meet on.
+package agent
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net"
+	"time"
+
+	"github.com/containerd/ttrpc"
+)
+
+// Client is the host's end. It is safe for concurrent use.
+type Client struct {
+	conn  net.Conn
+	ttrpc *ttrpc.Client
+	calls AgentService
+}
+
+// NewClient takes over conn, a connection with an agent.
+func NewClient(conn net.Conn) *Client {
+	c := ttrpc.NewClient(conn)
+	return &Client{conn: conn, ttrpc: c, calls: NewAgentClient(c)}
+}
+
+// BeforeSuspend tells the guest that it is about to be suspended and waits until it is ready.
+func (c *Client) BeforeSuspend(ctx context.Context) error {
+	_, err := c.calls.BeforeSuspend(ctx, &BeforeSuspendRequest{})
+	return explain("before-suspend", err)
+}
+
+// AfterResume tells the guest that it runs again, what time it is, and gives it fresh entropy. It returns by how much the clock was moved.
+func (c *Client) AfterResume(ctx context.Context) (time.Duration, error) {
+	// 64 bytes: twice the key of the kernel's generator (random(4)).
+	entropy := make([]byte, 64)
+	if _, err := rand.Read(entropy); err != nil {
+		return 0, fmt.Errorf("agent after-resume: %w", err)
+	}
+	r, err := c.calls.AfterResume(ctx, &AfterResumeRequest{NowUnixNano: time.Now().UnixNano(), Entropy: entropy})
+	if err != nil {
+		return 0, explain("after-resume", err)
+	}
+	return time.Duration(r.GetClockStepNano()), nil
+}
+
+// Exec runs a program in the guest. A program that ran and failed is no error: see the response's exit status.
+func (c *Client) Exec(ctx context.Context, stdin []byte, args ...string) (*ExecResponse, error) {
+	r, err := c.calls.Exec(ctx, &ExecRequest{Args: args, Stdin: stdin})
+	return r, explain("exec", err)
+}
+
+// Close ends the connection; the agent waits for the next one.
+func (c *Client) Close() error {
+	err := c.ttrpc.Close()
+	if cerr := c.conn.Close(); cerr != nil && !errors.Is(cerr, net.ErrClosed) {
+		err = errors.Join(err, cerr)
+	}
+	return err
+}
+
+func explain(call string, err error) error {
+	if err == nil {
+		return nil
+	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		return fmt.Errorf("agent %s: the guest did not answer in time: %w", call, err)
+	}
+	return fmt.Errorf("agent %s: %w", call, err)
+}

@@ -1,0 +1,216 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os/exec"
+	"sync"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"github.com/containerd/ttrpc"
+	"golang.org/x/sys/unix"
+)
+
+// Server is the guest's end.
+type Server struct {
+	Shell            string // runs the commands below; "sh" if empty
+	BeforeSuspendCmd string // "" for none
+	AfterResumeCmd   string // "" for none
+}
+
+var _ AgentService = (*Server)(nil)
+
+// maxOutput bounds what Exec keeps of a program's output, per stream, in bytes.
+const maxOutput = 1 << 20
+
+// Run serves one host after the other on port until ctx ends. It returns an error when no host was reached for timeout.
+func (s *Server) Run(ctx context.Context, port uint32, timeout time.Duration) error {
+	for ctx.Err() == nil {
+		conn, err := s.await(ctx, port, timeout)
+		if err != nil {
+			return err
+		}
+		if err := s.Serve(ctx, conn); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// await gives up only while no port exists: an existing serial port without a host is how a guest spends most of its life.
+func (s *Server) await(ctx context.Context, port uint32, timeout time.Duration) (net.Conn, error) {
+	if _, err := findSerial(port); err == nil {
+		return DialHost(ctx, port)
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no host within %s", timeout))
+	defer cancel()
+	return DialHost(ctx, port)
+}
+
+// Serve answers calls on conn until its other end is closed or ctx ends.
+func (s *Server) Serve(ctx context.Context, conn net.Conn) error {
+	server, err := ttrpc.NewServer()
+	if err != nil {
+		return fmt.Errorf("serve agent: %w", err)
+	}
+	RegisterAgentService(server, s)
+	l := newOneListener(conn)
+	stop := context.AfterFunc(ctx, func() { server.Close() })
+	defer stop()
+	err = server.Serve(ctx, l)
+	if err != nil && !errors.Is(err, ttrpc.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+		return fmt.Errorf("serve agent: %w", err)
+	}
+	if err := server.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+		return fmt.Errorf("serve agent: %w", err)
+	}
+	return nil
+}
+
+// BeforeSuspend implements [AgentService].
+func (s *Server) BeforeSuspend(ctx context.Context, _ *BeforeSuspendRequest) (*BeforeSuspendResponse, error) {
+	if err := s.command(ctx, s.BeforeSuspendCmd); err != nil {
+		return nil, fmt.Errorf("before-suspend command: %w", err)
+	}
+	unix.Sync()
+	return &BeforeSuspendResponse{}, nil
+}
+
+// AfterResume implements [AgentService].
+func (s *Server) AfterResume(ctx context.Context, r *AfterResumeRequest) (*AfterResumeResponse, error) {
+	if err := reseed(r.GetEntropy()); err != nil {
+		return nil, err
+	}
+	now := time.Unix(0, r.GetNowUnixNano())
+	step := time.Until(now)
+	ts, err := unix.TimeToTimespec(now)
+	if err != nil {
+		return nil, fmt.Errorf("set clock to %s: %w", now, err)
+	}
+	if err := unix.ClockSettime(unix.CLOCK_REALTIME, &ts); err != nil {
+		return nil, fmt.Errorf("set clock to %s: %w", now, err)
+	}
+	if err := s.command(ctx, s.AfterResumeCmd); err != nil {
+		return nil, fmt.Errorf("after-resume command: %w", err)
+	}
+	return &AfterResumeResponse{ClockStepNano: int64(step)}, nil
+}
+
+// ioctls of random(4).
+const (
+	rndAddEntropy = 0x40085203
+	rndReseedCRNG = 0x5207
+)
+
+// reseed mixes entropy into the kernel's pool, credits it, and makes the generator use it at once.
+func reseed(entropy []byte) error {
+	fd, err := unix.Open("/dev/urandom", unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("reseed: open /dev/urandom: %w", err)
+	}
+	defer unix.Close(fd)
+	if len(entropy) > 0 {
+		// struct rand_pool_info { int entropy_count; int buf_size; __u32 buf[]; }
+		info := make([]uint32, 2+(len(entropy)+3)/4)
+		info[0], info[1] = uint32(len(entropy)*8), uint32(len(entropy))
+		copy(unsafe.Slice((*byte)(unsafe.Pointer(&info[2])), 4*(len(info)-2)), entropy)
+		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), rndAddEntropy, uintptr(unsafe.Pointer(&info[0]))); errno != 0 {
+			return fmt.Errorf("reseed: add entropy: %w", errno)
+		}
+	}
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), rndReseedCRNG, 0); errno != 0 {
+		return fmt.Errorf("reseed: %w", errno)
+	}
+	return nil
+}
+
+func (s *Server) command(ctx context.Context, command string) error {
+	if command == "" {
+		return nil
+	}
+	shell := s.Shell
+	if shell == "" {
+		shell = "sh"
+	}
+	out, err := exec.CommandContext(ctx, shell, "-c", command).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%q: %w: %s", command, err, bytes.TrimSpace(out))
+	}
+	slog.Info("Ran command", "command", command)
+	return nil
+}
+
+// Exec implements [AgentService].
+func (s *Server) Exec(ctx context.Context, r *ExecRequest) (*ExecResponse, error) {
+	if len(r.GetArgs()) == 0 {
+		return nil, errors.New("exec: no program named")
+	}
+	stdout, stderr := &boundedBuffer{}, &boundedBuffer{}
+	cmd := exec.CommandContext(ctx, r.GetArgs()[0], r.GetArgs()[1:]...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(r.GetStdin()), stdout, stderr
+	status := 0
+	if err := cmd.Run(); err != nil {
+		var exit *exec.ExitError
+		if !errors.As(err, &exit) {
+			return nil, fmt.Errorf("exec: %w", err)
+		}
+		status = exit.ExitCode()
+		if ws, ok := exit.Sys().(syscall.WaitStatus); ok && ws.Signaled() {
+			status = 128 + int(ws.Signal())
+		}
+	}
+	return &ExecResponse{ExitStatus: int32(status), Stdout: stdout.Bytes(), Stderr: stderr.Bytes()}, nil
+}
+
+// boundedBuffer keeps the first maxOutput bytes written to it.
+type boundedBuffer struct{ bytes.Buffer }
+
+func (b *boundedBuffer) Write(p []byte) (int, error) {
+	keep := min(len(p), maxOutput-b.Len())
+	b.Buffer.Write(p[:keep])
+	return len(p), nil
+}
+
+// oneListener yields one connection; the next Accept blocks until that connection is closed.
+type oneListener struct {
+	conns  chan net.Conn
+	closed chan struct{}
+	once   sync.Once
+	addr   net.Addr
+}
+
+func newOneListener(conn net.Conn) *oneListener {
+	l := &oneListener{conns: make(chan net.Conn, 1), closed: make(chan struct{}), addr: conn.LocalAddr()}
+	l.conns <- &closeNotifier{Conn: conn, closed: l.end}
+	return l
+}
+
+func (l *oneListener) end() { l.once.Do(func() { close(l.closed) }) }
+
+func (l *oneListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conns:
+		return c, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *oneListener) Close() error   { l.end(); return nil }
+func (l *oneListener) Addr() net.Addr { return l.addr }
+
+type closeNotifier struct {
+	net.Conn
+	closed func()
+}
+
+func (c *closeNotifier) Close() error {
+	defer c.closed()
+	return c.Conn.Close()
+}

@@ -1,0 +1,357 @@
+// Package archive stores devices in a .tar.zst file and takes them out again.
+//
+// The format is a tar archive with one regular file per device, named like it, compressed as one zstd frame with a checksum. Holes are stored
+// as zeros, which compress to almost nothing, so that any tar reads the archive; extraction makes them holes again.
+package archive
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+
+	"drafter/internal/sparse"
+	"drafter/vmm"
+)
+
+// Device is one device to store, or to extract.
+type Device struct {
+	Name string `json:"name"`
+	Path string `json:"path"`
+}
+
+// Progress is told how many bytes of a device, holes included, are done. It may be nil.
+type Progress func(step string, done, total int64)
+
+func (p Progress) report(step string, done, total int64) {
+	if p != nil {
+		p(step, done, total)
+	}
+}
+
+// check refuses device lists that cannot work.
+func check(devices []Device) error {
+	if len(devices) == 0 {
+		return errors.New("no devices are given; add them to --devices")
+	}
+	names, paths := map[string]bool{}, map[string]bool{}
+	for _, d := range devices {
+		if err := vmm.CheckDeviceName(d.Name); err != nil {
+			return err
+		}
+		if d.Path == "" {
+			return fmt.Errorf("device %s has no path", d.Name)
+		}
+		if names[d.Name] || paths[filepath.Clean(d.Path)] {
+			return fmt.Errorf("device %q or its path %q is listed twice", d.Name, d.Path)
+		}
+		names[d.Name], paths[filepath.Clean(d.Path)] = true, true
+	}
+	return nil
+}
+
+// partialSuffix marks files that are not complete.
+const partialSuffix = ".partial"
+
+// bufferSize is the unit of copying, in bytes.
+const bufferSize = 1 << 20
+
+// Create writes devices into the archive at path, which has its name only once it is complete and durable.
+func Create(ctx context.Context, path string, devices []Device, progress Progress) (err error) {
+	if err := check(devices); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return fmt.Errorf("create package: %w", err)
+	}
+	partial := path + partialSuffix
+	f, err := os.Create(partial)
+	if err != nil {
+		return fmt.Errorf("create package: %w", err)
+	}
+	err = func() error {
+		z, err := zstd.NewWriter(f, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithWindowSize(1<<20))
+		if err != nil {
+			return err
+		}
+		t := tar.NewWriter(z)
+		for _, d := range devices {
+			if err := add(ctx, t, d, progress); err != nil {
+				return errors.Join(fmt.Errorf("device %s: %w", d.Name, err), z.Close())
+			}
+		}
+		return errors.Join(t.Close(), z.Close(), f.Sync())
+	}()
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = os.Rename(partial, path)
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("create package %s: %w", path, err), os.Remove(partial))
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+func add(ctx context.Context, t *tar.Writer, d Device, progress Progress) error {
+	f, err := os.Open(d.Path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if info.IsDir() {
+		return fmt.Errorf("%s is a directory", d.Path)
+	}
+	size, err := f.Seek(0, io.SeekEnd) // also for block devices
+	if err != nil {
+		return err
+	}
+	err = t.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: d.Name, Size: size, Mode: 0o644, ModTime: time.Unix(0, 0), Format: tar.FormatPAX})
+	if err != nil {
+		return err
+	}
+	extents, err := sparse.Extents(f, size)
+	if err != nil {
+		return err
+	}
+	w := &counter{ctx: ctx, w: t, step: "Packing " + d.Name, total: size, progress: progress}
+	buf, zeros := make([]byte, bufferSize), make([]byte, bufferSize)
+	for _, e := range append(extents, sparse.Extent{Offset: size}) {
+		if err := fill(w, e.Offset, zeros, func([]byte) error { return nil }); err != nil {
+			return err
+		}
+		read := func(p []byte) error {
+			n, err := f.ReadAt(p, w.done)
+			if n == len(p) {
+				return nil
+			}
+			return fmt.Errorf("read at %d: %w", w.done, errors.Join(err, io.ErrUnexpectedEOF))
+		}
+		if err := fill(w, e.Offset+e.Length, buf, read); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// fill writes to w up to offset end, in pieces of buf that prepare has filled.
+func fill(w *counter, end int64, buf []byte, prepare func([]byte) error) error {
+	for w.done < end {
+		p := buf[:min(int64(len(buf)), end-w.done)]
+		if err := prepare(p); err != nil {
+			return err
+		}
+		if _, err := w.Write(p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+type counter struct {
+	ctx         context.Context
+	w           io.Writer
+	step        string
+	done, total int64
+	progress    Progress
+}
+
+func (c *counter) Write(p []byte) (int, error) {
+	if c.ctx.Err() != nil {
+		return 0, context.Cause(c.ctx)
+	}
+	n, err := c.w.Write(p)
+	c.done += int64(n)
+	c.progress.report(c.step, c.done, c.total)
+	return n, err
+}
+
+// Extract takes devices out of the archive at path; entries that are not asked for are left alone. The files have their names only once the
+// whole archive has proved intact; what was there before is then replaced, and untouched otherwise.
+func Extract(ctx context.Context, path string, devices []Device, progress Progress) (err error) {
+	if err := check(devices); err != nil {
+		return err
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("open package: %w", err)
+	}
+	defer f.Close()
+	x := &extraction{wanted: map[string]string{}, seen: map[string]bool{}, progress: progress}
+	for _, d := range devices {
+		x.wanted[d.Name] = d.Path
+	}
+	err = x.read(ctx, f)
+	if err == nil {
+		err = x.publish()
+	}
+	if err != nil {
+		for name := range x.seen {
+			if target, ok := x.wanted[name]; ok {
+				if rerr := os.Remove(target + partialSuffix); !errors.Is(rerr, os.ErrNotExist) {
+					err = errors.Join(err, rerr)
+				}
+			}
+		}
+		return fmt.Errorf("extract package %s: %w", path, err)
+	}
+	return nil
+}
+
+type extraction struct {
+	wanted   map[string]string // device name to path
+	seen     map[string]bool
+	progress Progress
+}
+
+func (x *extraction) read(ctx context.Context, f io.Reader) error {
+	z, err := zstd.NewReader(f)
+	if err != nil {
+		return err
+	}
+	defer z.Close()
+	t := tar.NewReader(z)
+	for {
+		h, err := t.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return broken(err)
+		}
+		if err := x.entry(ctx, h, t); err != nil {
+			return fmt.Errorf("device %.64q: %w", h.Name, err)
+		}
+	}
+	// What follows the tar archive's end is padding; reading it makes zstd check the frame.
+	if _, err := io.Copy(io.Discard, z); err != nil {
+		return broken(err)
+	}
+	for name := range x.wanted {
+		if !x.seen[name] {
+			return fmt.Errorf("it holds no device %q; take it out of --devices", name)
+		}
+	}
+	return nil
+}
+
+// broken says what a reader's error means for the user.
+func broken(err error) error {
+	switch {
+	case errors.Is(err, zstd.ErrMagicMismatch):
+		return fmt.Errorf("it is no .tar.zst file: %w", err)
+	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, io.EOF):
+		return fmt.Errorf("it is truncated; copy it again: %w", err)
+	}
+	return fmt.Errorf("it is damaged; copy it again: %w", err)
+}
+
+func (x *extraction) entry(ctx context.Context, h *tar.Header, r io.Reader) error {
+	// A name is never used as a path, but one that is no device's means that this is no package.
+	name := strings.TrimPrefix(h.Name, "./")
+	if err := vmm.CheckDeviceName(name); err != nil {
+		return err
+	}
+	if h.Typeflag != tar.TypeReg {
+		return errors.New("it is no regular file")
+	}
+	if x.seen[name] {
+		return errors.New("it is there twice")
+	}
+	x.seen[name] = true
+	target, ok := x.wanted[name]
+	if !ok {
+		return nil // the tar reader skips it
+	}
+	if err := os.MkdirAll(filepath.Dir(target), 0o755); err != nil {
+		return err
+	}
+	f, err := os.Create(target + partialSuffix)
+	if err != nil {
+		return err
+	}
+	w := &counter{ctx: ctx, w: &holeWriter{f: f}, step: "Extracting " + name, total: h.Size, progress: x.progress}
+	_, err = io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{r}, make([]byte, bufferSize))
+	if err == nil {
+		err = errors.Join(f.Truncate(h.Size), f.Sync())
+	}
+	var pathErr *os.PathError
+	if err != nil && !errors.As(err, &pathErr) && ctx.Err() == nil {
+		err = broken(err)
+	}
+	return errors.Join(err, f.Close())
+}
+
+// publish gives the extracted files their names.
+func (x *extraction) publish() error {
+	for _, target := range x.wanted {
+		if err := os.Rename(target+partialSuffix, target); err != nil {
+			return err
+		}
+	}
+	for _, target := range x.wanted {
+		if err := syncDir(filepath.Dir(target)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// holeSize is the granularity in which zeros become holes, in bytes: the block size of common file systems.
+const holeSize = 4096
+
+var zeroBlock [holeSize]byte
+
+// holeWriter writes sequentially to a new file, leaving holes for zeros.
+type holeWriter struct {
+	f  *os.File
+	at int64
+}
+
+func (w *holeWriter) Write(p []byte) (int, error) {
+	written := 0
+	for written < len(p) {
+		// A run of blocks that are all data, or all zeros. Only whole, aligned blocks become holes.
+		end := written
+		zero := false
+		for end < len(p) {
+			n := min(holeSize-int((w.at+int64(end-written))%holeSize), len(p)-end)
+			isZero := n == holeSize && bytes.Equal(p[end:end+n], zeroBlock[:])
+			if end == written {
+				zero = isZero
+			} else if zero != isZero {
+				break
+			}
+			end += n
+		}
+		if !zero {
+			if _, err := w.f.WriteAt(p[written:end], w.at); err != nil {
+				return written, err
+			}
+		}
+		w.at += int64(end - written)
+		written = end
+	}
+	return written, nil
+}
+
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("sync directory: %w", err)
+	}
+	if err := errors.Join(d.Sync(), d.Close()); err != nil {
+		return fmt.Errorf("sync directory %s: %w", path, err)
+	}
+	return nil
+}

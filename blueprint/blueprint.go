@@ -1,0 +1,56 @@
+// Package blueprint makes what a VM boots from: a kernel, an initramfs and a root file system from Debian packages, and disks that hold an OCI
+// runtime bundle made from an OCI image.
+package blueprint
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+)
+
+// Progress is told how far a long step is. total is 0 while unknown, and done equals total at the end of a step. It is called from one
+// goroutine at a time and must not block. A nil Progress is not called.
+type Progress func(step string, done, total int64)
+
+func (p Progress) report(step string, done, total int64) {
+	if p != nil {
+		p(step, done, total)
+	}
+}
+
+// toolPackages says which Debian package brings a program we run.
+var toolPackages = map[string]string{"mke2fs": "e2fsprogs", "dpkg-deb": "dpkg", "apt-get": "apt"}
+
+// runTool runs a program of the host's and returns its output. The error ends with what the program said.
+func runTool(ctx context.Context, dir, name string, args ...string) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive", "PATH="+os.Getenv("PATH")+":/usr/sbin:/sbin")
+	if path, err := exec.LookPath(name); err == nil {
+		cmd.Path, cmd.Err = path, nil
+	} else if path, serr := exec.LookPath("/usr/sbin/" + name); serr == nil {
+		cmd.Path, cmd.Err = path, nil
+	}
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		if errors.Is(err, exec.ErrNotFound) {
+			return nil, fmt.Errorf("%s is not installed; install the package %s", name, toolPackages[name])
+		}
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return nil, fmt.Errorf("%s: %w: %s", name, err, lastLines(stderr.String()))
+	}
+	return stdout.Bytes(), nil
+}
+
+// lastLines returns the last three lines of what a program said, on one line.
+func lastLines(s string) string {
+	lines := strings.Split(strings.TrimSpace(s), "\n")
+	return strings.Join(lines[max(0, len(lines)-3):], " | ")
+}

@@ -1,0 +1,120 @@
+package blueprint
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+)
+
+// fetchPackages downloads the named packages with all they depend on, as if nothing were installed, and returns the .deb files.
+func fetchPackages(ctx context.Context, cache string, names ...string) ([]string, error) {
+	archives := filepath.Join(cache, "archives")
+	status := filepath.Join(cache, "status")
+	if err := os.MkdirAll(filepath.Join(archives, "partial"), 0o755); err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(status, nil, 0o644); err != nil {
+		return nil, err
+	}
+	apt := func(archives, action string) (string, error) {
+		args := []string{
+			"-q", "-y", "--no-install-recommends",
+			"-o", "Dir::State::status=" + status,
+			"-o", "Dir::Cache::archives=" + archives,
+			"-o", "APT::Sandbox::User=root",
+			action, "install",
+		}
+		out, err := runTool(ctx, "", "apt-get", append(args, names...)...)
+		return string(out), aptHint(err)
+	}
+	// Which files the names stand for today; the cache may hold older versions as well. apt does not name what it has, so it is asked with an
+	// empty cache.
+	empty := filepath.Join(cache, "none")
+	if err := os.MkdirAll(filepath.Join(empty, "partial"), 0o755); err != nil {
+		return nil, err
+	}
+	uris, err := apt(empty, "--print-uris")
+	if err != nil {
+		return nil, err
+	}
+	if _, err := apt(archives, "--download-only"); err != nil {
+		return nil, err
+	}
+	var debs []string
+	for _, m := range uriLine.FindAllStringSubmatch(uris, -1) {
+		debs = append(debs, filepath.Join(archives, m[1]))
+	}
+	if len(debs) == 0 {
+		return nil, fmt.Errorf("apt-get named no files for %s", strings.Join(names, ", "))
+	}
+	slices.Sort(debs)
+	return debs, nil
+}
+
+// uriLine is a line of apt-get --print-uris: 'URI' FILE SIZE HASH.
+var uriLine = regexp.MustCompile(`(?m)^'[^']+' (\S+\.deb) \d+`)
+
+// fetchKernel downloads the kernel image that a kernel package stands for, without its dependencies, and returns the .deb file.
+func fetchKernel(ctx context.Context, cache, name string) (string, error) {
+	dir := filepath.Join(cache, "kernel")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", err
+	}
+	out, err := runTool(ctx, "", "apt-cache", "depends", "--no-recommends", "--no-suggests", name)
+	if err != nil {
+		return "", aptHint(err)
+	}
+	if m := kernelDepends.FindStringSubmatch(string(out)); m != nil {
+		name = m[1] // a package such as linux-image-cloud-amd64 only names the current image
+	}
+	// apt says nothing about a file that is in its directory already, so it is asked in another one.
+	out, err = runTool(ctx, os.TempDir(), "apt-get", "-q", "--print-uris", "download", name)
+	if err != nil {
+		return "", aptHint(err)
+	}
+	m := uriLine.FindStringSubmatch(string(out))
+	if m == nil {
+		return "", fmt.Errorf("apt-get names no file for %s", name)
+	}
+	deb := filepath.Join(dir, m[1])
+	if _, err := os.Stat(deb); err == nil {
+		return deb, nil
+	}
+	if _, err := runTool(ctx, dir, "apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", name); err != nil {
+		return "", aptHint(err)
+	}
+	return deb, nil
+}
+
+var kernelDepends = regexp.MustCompile(`(?m)^\s*Depends: (linux-image-\d\S*)`)
+
+// aptHint adds what helps when apt has no lists of packages.
+func aptHint(err error) error {
+	if err == nil {
+		return nil
+	}
+	if strings.Contains(err.Error(), "Unable to locate") || strings.Contains(err.Error(), "No packages found") || strings.Contains(err.Error(), "Unable to fetch") {
+		return fmt.Errorf("%w; run 'apt-get update' first", err)
+	}
+	return err
+}
+
+// unpackPackages extracts packages over each other into dir.
+func unpackPackages(ctx context.Context, dir string, debs []string, progress func(done, total int64)) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	for i, deb := range debs {
+		if _, err := runTool(ctx, "", "dpkg-deb", "--extract", deb, dir); err != nil {
+			return fmt.Errorf("unpack %s: %w", filepath.Base(deb), err)
+		}
+		if progress != nil {
+			progress(int64(i+1), int64(len(debs)))
+		}
+	}
+	return nil
+}

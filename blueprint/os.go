@@ -1,0 +1,194 @@
+package blueprint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// OSConfig says what to build an OS blueprint from.
+type OSConfig struct {
+	Output string // directory for vmlinux, initrd and rootfs.ext4
+
+	// Guest is the path of a static drafter-guest binary.
+	Guest string
+	// Kernel is the Debian package of the kernel, such as linux-image-cloud-amd64.
+	Kernel string
+	// Packages are further Debian packages for the root file system, with their dependencies.
+	Packages []string
+	// Size of the root file system in bytes; 0 for its content and 256 MiB more.
+	Size int64
+	// Cache keeps downloaded packages; "" for a temporary directory.
+	Cache string
+
+	Progress Progress
+}
+
+// DefaultKernel is Debian's kernel for virtual machines.
+const DefaultKernel = "linux-image-cloud-amd64"
+
+// rootPackages make the OS: an OCI runtime, and a shell with the usual tools.
+var rootPackages = []string{"crun", "busybox-static"}
+
+const defaultRootFree = 256 << 20
+
+// BuildOS makes an OS blueprint. It needs root, apt and dpkg. Files appear under their names only once they are complete.
+func BuildOS(ctx context.Context, c OSConfig) (err error) {
+	if c.Kernel == "" {
+		c.Kernel = DefaultKernel
+	}
+	work, err := os.MkdirTemp("", "drafter-blueprint-")
+	if err != nil {
+		return fmt.Errorf("create work directory: %w", err)
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(work)) }()
+	if c.Cache == "" {
+		c.Cache = filepath.Join(work, "cache")
+	}
+	if err := os.MkdirAll(c.Output, 0o755); err != nil {
+		return fmt.Errorf("create output directory: %w", err)
+	}
+	c.Progress.report("Downloading packages", 0, 0)
+	kernelDeb, err := fetchKernel(ctx, c.Cache, c.Kernel)
+	if err != nil {
+		return fmt.Errorf("download kernel: %w", err)
+	}
+	debs, err := fetchPackages(ctx, c.Cache, append(rootPackages[:len(rootPackages):len(rootPackages)], c.Packages...)...)
+	if err != nil {
+		return fmt.Errorf("download packages: %w", err)
+	}
+	c.Progress.report("Downloading packages", 1, 1)
+
+	kernel := filepath.Join(work, "kernel")
+	if err := unpackPackages(ctx, kernel, []string{kernelDeb}, nil); err != nil {
+		return err
+	}
+	if err := buildKernel(kernel, filepath.Join(c.Output, "vmlinux")); err != nil {
+		return err
+	}
+	if err := buildInitramfs(kernel, c.Guest, filepath.Join(c.Output, "initrd")); err != nil {
+		return err
+	}
+	root := filepath.Join(work, "root")
+	if err := buildRoot(ctx, root, debs, c); err != nil {
+		return err
+	}
+	return MakeExt4(ctx, Ext4Config{Source: root, Output: filepath.Join(c.Output, "rootfs.ext4"), Label: "drafter-os", Size: c.Size, Free: defaultRootFree, Progress: c.Progress})
+}
+
+// buildKernel extracts the one kernel below dir.
+func buildKernel(dir, output string) error {
+	images, err := filepath.Glob(filepath.Join(dir, "boot/vmlinuz-*"))
+	if err != nil || len(images) != 1 {
+		return fmt.Errorf("find kernel: the package holds %d kernels", len(images))
+	}
+	return writeFile(output, 0o644, func(w io.Writer) error {
+		image, err := os.ReadFile(images[0])
+		if err != nil {
+			return err
+		}
+		return ExtractKernel(w, image)
+	})
+}
+
+// buildRoot lays out the root file system.
+func buildRoot(ctx context.Context, root string, debs []string, c OSConfig) error {
+	for _, dir := range []string{"dev", "etc", "proc", "run", "sys", "tmp", "root", "var", "usr/bin", "usr/sbin", "usr/lib", "usr/lib64"} {
+		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
+			return err
+		}
+	}
+	// Debian's merged /usr: packages still name files below /bin and /lib.
+	for _, dir := range []string{"bin", "sbin", "lib", "lib64"} {
+		if err := os.Symlink("usr/"+dir, filepath.Join(root, dir)); err != nil {
+			return err
+		}
+	}
+	report := func(done, total int64) { c.Progress.report("Unpacking packages", done, total) }
+	if err := unpackPackages(ctx, root, debs, report); err != nil {
+		return err
+	}
+	for _, dir := range []string{"usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/lintian", "usr/share/info"} {
+		if err := os.RemoveAll(filepath.Join(root, dir)); err != nil {
+			return err
+		}
+	}
+	if err := linkApplets(ctx, root); err != nil {
+		return err
+	}
+	if err := installGuest(root, c.Guest); err != nil {
+		return err
+	}
+	for name, text := range map[string]string{
+		"etc/hostname":   "drafter\n",
+		"etc/hosts":      "127.0.0.1 localhost\n127.0.1.1 drafter\n::1 localhost ip6-localhost\n",
+		"etc/passwd":     "root:x:0:0:root:/root:/bin/sh\n",
+		"etc/group":      "root:x:0:\ntty:x:5:\n",
+		"etc/os-release": "NAME=\"Drafter OS\"\nID=drafter\nID_LIKE=debian\nPRETTY_NAME=\"Drafter OS\"\n",
+	} {
+		if err := os.WriteFile(filepath.Join(root, name), []byte(text), 0o644); err != nil {
+			return err
+		}
+	}
+	return os.Symlink("../run/resolv.conf", filepath.Join(root, "etc/resolv.conf"))
+}
+
+// installGuest makes drafter-guest the init, and reachable under its other names.
+func installGuest(root, guest string) error {
+	binary, err := readStatic(guest)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(root, "usr/bin/drafter-guest"), binary, 0o755); err != nil {
+		return err
+	}
+	for _, link := range []string{"usr/sbin/init", "usr/bin/drafter-agent", "usr/bin/drafter-liveness"} {
+		path := filepath.Join(root, link)
+		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+		if err := os.Symlink("/usr/bin/drafter-guest", path); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// linkApplets makes busybox answer to the names of those of its tools that no package brought.
+func linkApplets(ctx context.Context, root string) error {
+	list, err := runTool(ctx, "", filepath.Join(root, "bin/busybox"), "--list-full")
+	if err != nil {
+		return fmt.Errorf("list busybox tools: %w", err)
+	}
+	for _, applet := range strings.Fields(string(list)) {
+		path := filepath.Join(root, applet)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return err
+		}
+		if err := os.Symlink("/bin/busybox", path); err != nil && !errors.Is(err, os.ErrExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// writeFile makes a file with what write produces; it has its name only once it is complete and durable.
+func writeFile(path string, mode os.FileMode, write func(io.Writer) error) (err error) {
+	partial := path + ".partial"
+	f, err := os.OpenFile(partial, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, mode)
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	err = errors.Join(write(f), f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(partial, path)
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("write %s: %w", path, err), os.Remove(partial))
+	}
+	return nil
+}

@@ -1,0 +1,112 @@
+// drafter-guest runs inside a VM. As process 1 it is the init of Drafter's initramfs and OS image. Called as drafter-agent or
+// drafter-liveness (by a link, or as its first argument) it is that service, for any Linux distribution.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"drafter/agent"
+	"drafter/internal/guest"
+	"drafter/vmm"
+)
+
+const usage = `drafter-guest runs inside a VM.
+
+Usage:
+  drafter-guest agent [flags]      answer the host's calls before a suspend and after a resume (also: drafter-agent)
+  drafter-guest liveness [flags]   tell the host that the system is up (also: drafter-liveness)
+
+As process 1 it is the init of Drafter's initramfs and OS image.
+`
+
+func main() {
+	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{ReplaceAttr: withoutTime})))
+	if os.Getpid() == 1 {
+		os.Setenv("PATH", guest.Path)
+		if guest.InInitramfs() {
+			guest.Halt(guest.RunInitramfs())
+		}
+		guest.Halt(guest.RunInit())
+	}
+	if err := run(os.Args); err != nil {
+		fmt.Fprintln(os.Stderr, "Error:", err)
+		os.Exit(1)
+	}
+}
+
+// withoutTime drops the time from log lines: the console has the kernel's, a service manager its own.
+func withoutTime(groups []string, a slog.Attr) slog.Attr {
+	if len(groups) == 0 && a.Key == slog.TimeKey {
+		return slog.Attr{}
+	}
+	return a
+}
+
+func run(args []string) error {
+	name, args := strings.TrimPrefix(filepath.Base(args[0]), "drafter-"), args[1:]
+	if name == "guest" && len(args) > 0 {
+		name, args = args[0], args[1:]
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	var err error
+	switch name {
+	case "agent":
+		err = runAgent(ctx, args)
+	case "liveness":
+		err = runLiveness(ctx, args)
+	default:
+		fmt.Fprint(os.Stderr, usage)
+		os.Exit(2)
+	}
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
+
+func runAgent(ctx context.Context, args []string) error {
+	f := flag.NewFlagSet("drafter-agent", flag.ExitOnError)
+	s := &agent.Server{}
+	f.StringVar(&s.BeforeSuspendCmd, "before-suspend-cmd", "", "Command to run before the VM is suspended (leave empty to disable)")
+	f.StringVar(&s.AfterResumeCmd, "after-resume-cmd", "", "Command to run after the VM has been resumed (leave empty to disable)")
+	f.StringVar(&s.Shell, "shell-cmd", "sh", "Shell to use to run the before suspend and after resume commands")
+	port, timeout := portFlags(f, vmm.DefaultAgentPort)
+	if err := parse(f, args); err != nil {
+		return err
+	}
+	return s.Run(ctx, uint32(*port), *timeout)
+}
+
+func runLiveness(ctx context.Context, args []string) error {
+	f := flag.NewFlagSet("drafter-liveness", flag.ExitOnError)
+	port, timeout := portFlags(f, vmm.DefaultLivenessPort)
+	if err := parse(f, args); err != nil {
+		return err
+	}
+	return guest.Liveness(ctx, uint32(*port), *timeout)
+}
+
+func portFlags(f *flag.FlagSet, port uint32) (*uint, *time.Duration) {
+	return f.Uint("vsock-port", uint(port), "VSock port, or the number of the virtio-serial port where there is no VSock"),
+		f.Duration("vsock-timeout", time.Minute, "VSock dial timeout")
+}
+
+func parse(f *flag.FlagSet, args []string) error {
+	if err := f.Parse(args); err != nil {
+		return err
+	}
+	if f.NArg() > 0 {
+		return fmt.Errorf("unexpected argument %q; see --help", f.Arg(0))
+	}
+	return nil
+}

@@ -1,0 +1,404 @@
+// Package instance runs one VM from its devices: boots or resumes it, talks to its agent, and suspends it again. Snapshotter, runner and
+// peer are built on it; it does not care what stands behind a device's path.
+package instance
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"runtime"
+	"slices"
+	"time"
+
+	"drafter/agent"
+	"drafter/vmm"
+)
+
+// Host says where and as whom a VM runs, whichever VM it is.
+type Host struct {
+	Drivers vmm.Drivers
+	VMM     string // vmm.VMMAuto or a driver's name
+	Bin     string // VMM binary; "" for the driver's default
+	Accel   string // vmm.AccelAuto, AccelKVM or AccelTCG
+
+	BaseDir       string // parent of the VM's own directory (--chroot-base-dir)
+	Netns         string // "" for no network namespace of its own
+	UID, GID      int
+	NUMANode      int
+	CgroupVersion int
+
+	Output io.Writer // guest console; nil discards
+	Input  io.Reader // nil for none
+}
+
+// Paths maps device names to paths a VMM can open.
+type Paths map[string]string
+
+// Instance is one running VM. Resume and Suspend are called by one goroutine; Wait and Close by any.
+type Instance struct {
+	machine vmm.Machine
+	dir     *vmm.Dir
+	config  *vmm.PackageConfig
+	paths   Paths
+	agent   *agent.Client // nil while the guest is not to be talked to
+	frozen  bool          // suspended: the state device holds the VM
+}
+
+// Hardware is what a VM to boot shall consist of.
+type Hardware struct {
+	CPUs       int
+	MemorySize int64 // bytes
+	CPU        string
+	BootArgs   string
+
+	Interface string // "" for no network
+	MAC       string
+
+	AgentPort, LivenessPort uint32
+}
+
+// Boot starts a new VM from the kernel, memory and disks at paths and waits until its liveness program has reported and its agent answers,
+// for at most timeout. The devices keep the order of names in the guest. id becomes the package's.
+func Boot(ctx context.Context, h Host, hw Hardware, id string, names []string, paths Paths, initrd string, timeout time.Duration) (*Instance, error) {
+	driver, err := h.Drivers.Select(h.VMM, "")
+	if err != nil {
+		return nil, err
+	}
+	i := &Instance{paths: paths, config: &vmm.PackageConfig{
+		Version: vmm.PackageVersion, ID: id, Created: time.Now().UTC(),
+		Architecture: runtime.GOARCH, CPUs: hw.CPUs, BootArgs: hw.BootArgs,
+		Interface: hw.Interface, MAC: hw.MAC,
+		AgentPort: hw.AgentPort, LivenessPort: hw.LivenessPort,
+	}}
+	for _, n := range names {
+		size := hw.MemorySize
+		switch n {
+		case vmm.Config, vmm.Initrd:
+			continue
+		case vmm.Memory:
+		case vmm.State:
+			size = vmm.StateSize
+		default:
+			info, err := os.Stat(paths[n])
+			if err != nil {
+				return nil, fmt.Errorf("device %s: %w", n, err)
+			}
+			size = info.Size()
+		}
+		i.config.Devices = append(i.config.Devices, vmm.PackageDevice{Name: n, Size: size})
+	}
+	l, err := i.launch(h, driver)
+	if err != nil {
+		return nil, err
+	}
+	l.CPU, l.Accel = hw.CPU, h.Accel
+	l.Boot = &vmm.Boot{Kernel: paths[vmm.Kernel], Initrd: initrd, Args: hw.BootArgs}
+	if i.machine, err = driver.Launch(ctx, l); err != nil {
+		return nil, errors.Join(err, i.Close())
+	}
+	i.config.Hardware = i.machine.Hardware()
+	if err := i.awaitGuest(ctx, timeout); err != nil {
+		return nil, errors.Join(err, i.Close())
+	}
+	return i, nil
+}
+
+// launch makes the VM's directory and all of the launch that does not depend on how the machine starts.
+func (i *Instance) launch(h Host, driver vmm.Driver) (vmm.Launch, error) {
+	dir, err := vmm.CreateDir(h.BaseDir, driver.Name())
+	if err != nil {
+		return vmm.Launch{}, err
+	}
+	i.dir = dir
+	memory, _ := i.config.Device(vmm.Memory)
+	l := vmm.Launch{
+		Dir: dir, Bin: h.Bin, Accel: h.Accel,
+		CPUs: i.config.CPUs, MemorySize: memory.Size, Memory: i.paths[vmm.Memory], Kernel: i.paths[vmm.Kernel],
+		Netns: h.Netns, MAC: i.config.MAC,
+		Ports: []uint32{i.config.AgentPort, i.config.LivenessPort},
+		UID:   h.UID, GID: h.GID, NUMANode: h.NUMANode, CgroupVersion: h.CgroupVersion,
+		Output: h.Output, Input: h.Input,
+	}
+	if h.Netns != "" {
+		l.Interface = i.config.Interface
+	}
+	for _, name := range i.config.Disks() {
+		l.Disks = append(l.Disks, vmm.Block{Name: name, Path: i.paths[name]})
+	}
+	return l, nil
+}
+
+// awaitGuest waits for a booting guest.
+func (i *Instance) awaitGuest(ctx context.Context, timeout time.Duration) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("not there after %s; look at the guest's console, or pass a longer --resume-timeout", timeout))
+	defer cancel()
+	liveness, err := i.machine.GuestConn(ctx, i.config.LivenessPort)
+	if err != nil {
+		return fmt.Errorf("wait for the guest's liveness: %w", err)
+	}
+	if err := liveness.Close(); err != nil {
+		return fmt.Errorf("wait for the guest's liveness: %w", err)
+	}
+	return i.connectAgent(ctx)
+}
+
+func (i *Instance) connectAgent(ctx context.Context) error {
+	conn, err := i.machine.GuestConn(ctx, i.config.AgentPort)
+	if err != nil {
+		return fmt.Errorf("wait for the guest's agent: %w", err)
+	}
+	i.agent = agent.NewClient(conn)
+	return nil
+}
+
+// Open reads and checks the config device at paths, and that every device it lists is there with the right size. A package that is refused
+// here has not been touched.
+func Open(paths Paths) (*vmm.PackageConfig, error) {
+	if paths[vmm.Config] == "" {
+		return nil, errors.New("device config is missing")
+	}
+	config, err := vmm.ReadPackageConfig(paths[vmm.Config])
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range config.Devices {
+		path, ok := paths[d.Name]
+		if !ok {
+			return nil, fmt.Errorf("device %s of the package is missing; add it to --devices", d.Name)
+		}
+		size, err := deviceSize(path)
+		if err != nil {
+			return nil, fmt.Errorf("device %s: %w", d.Name, err)
+		}
+		if size < d.Size {
+			return nil, fmt.Errorf("device %s (%s) is truncated: %d bytes instead of %d", d.Name, path, size, d.Size)
+		}
+	}
+	for name := range paths {
+		if _, ok := config.Device(name); !ok && name != vmm.Config {
+			return nil, fmt.Errorf("device %s is not part of the package; a VM's devices are fixed when it is snapshotted", name)
+		}
+	}
+	return config, nil
+}
+
+func deviceSize(path string) (int64, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	// Works for block devices too, whose inode has no size.
+	return f.Seek(0, io.SeekEnd)
+}
+
+// Launched is a VMM process that waits for its VM. All that can fail for want of a resource has been done.
+type Launched struct{ i *Instance }
+
+// Launch starts the VMM for the package at paths without touching memory or disks. See [Launched.Resume].
+func Launch(ctx context.Context, h Host, config *vmm.PackageConfig, paths Paths) (*Launched, error) {
+	driver, err := h.Drivers.Select(h.VMM, config.Hardware.VMM)
+	if err != nil {
+		return nil, err
+	}
+	i := &Instance{config: config, paths: paths}
+	l, err := i.launch(h, driver)
+	if err != nil {
+		return nil, err
+	}
+	l.Recorded = &config.Hardware
+	if i.machine, err = driver.Launch(ctx, l); err != nil {
+		return nil, errors.Join(err, i.Close())
+	}
+	return &Launched{i}, nil
+}
+
+// Close gives the VM up before it ran.
+func (l *Launched) Close() error { return l.i.Close() }
+
+// Resume loads the state device, marks it as running and lets the guest run. The guest runs when it returns; tell it so with
+// [Instance.AfterResume]. On failure the VMM is gone; the state device can be resumed again unless a vCPU has run.
+func (l *Launched) Resume(ctx context.Context) (_ *Instance, err error) {
+	i := l.i
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, i.Close())
+		}
+	}()
+	dev, err := os.OpenFile(i.paths[vmm.State], os.O_RDWR, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open state device: %w", err)
+	}
+	defer func() { err = errors.Join(err, dev.Close()) }()
+	state, err := vmm.ReadState(dev, i.config.ID)
+	if err != nil {
+		return nil, fmt.Errorf("state device %s: %w", i.paths[vmm.State], err)
+	}
+	if err := i.machine.Restore(ctx, bytes.NewReader(state)); err != nil {
+		return nil, err
+	}
+	// From here on memory and disks move away from the saved state.
+	if err := vmm.MarkState(dev, vmm.Running); err != nil {
+		return nil, fmt.Errorf("state device %s: %w", i.paths[vmm.State], err)
+	}
+	if err := i.machine.Resume(ctx); err != nil {
+		return nil, err
+	}
+	return i, nil
+}
+
+// AfterResume connects to the agent and tells it that the guest runs again, for at most timeout.
+func (i *Instance) AfterResume(ctx context.Context, timeout time.Duration) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no answer after %s", timeout))
+	defer cancel()
+	if err := i.connectAgent(ctx); err != nil {
+		return err
+	}
+	step, err := i.agent.AfterResume(ctx)
+	if err != nil {
+		return err
+	}
+	slog.Debug("Set the guest's clock", "step", step)
+	return nil
+}
+
+// Suspend stops the VM for good and leaves it in its devices, so that it can be resumed. The guest's agent gets agentTimeout to prepare; when it
+// fails to, the VM is suspended all the same and the failure is part of the error. Saved says whether the devices hold the VM.
+func (i *Instance) Suspend(ctx context.Context, agentTimeout time.Duration) (saved bool, err error) {
+	if i.frozen {
+		return true, nil
+	}
+	var agentErr error
+	if i.agent != nil {
+		actx, cancel := context.WithTimeout(ctx, agentTimeout)
+		agentErr = i.agent.BeforeSuspend(actx)
+		cancel()
+		// The agent's connection ends before every snapshot; whoever resumes makes a new one.
+		agentErr = errors.Join(agentErr, i.agent.Close())
+		i.agent = nil
+	}
+	if err := i.save(ctx); err != nil {
+		return false, errors.Join(err, agentErr)
+	}
+	i.frozen = true
+	return true, agentErr
+}
+
+func (i *Instance) save(ctx context.Context) error {
+	if err := i.machine.Pause(ctx); err != nil {
+		return fmt.Errorf("suspend: %w", i.prefer(err))
+	}
+	// Most of memory is written back before the state is made; what the VMM itself touches while it saves comes after.
+	if err := i.machine.Flush(ctx); err != nil {
+		return fmt.Errorf("suspend: %w", err)
+	}
+	var state vmm.StateBuffer
+	if err := i.machine.Save(ctx, &state); err != nil {
+		return fmt.Errorf("suspend: %w", i.prefer(err))
+	}
+	if err := i.machine.Flush(ctx); err != nil {
+		return fmt.Errorf("suspend: %w", err)
+	}
+	for _, name := range i.config.Disks() {
+		if err := syncPath(i.paths[name]); err != nil {
+			return fmt.Errorf("suspend: device %s: %w", name, err)
+		}
+	}
+	dev, err := os.OpenFile(i.paths[vmm.State], os.O_RDWR, 0)
+	if err != nil {
+		return fmt.Errorf("suspend: open state device: %w", err)
+	}
+	if err := errors.Join(vmm.WriteState(dev, i.config.ID, state.Bytes()), dev.Close()); err != nil {
+		return fmt.Errorf("suspend: state device %s: %w", i.paths[vmm.State], err)
+	}
+	return nil
+}
+
+// prefer returns how the VM ended, if it did, instead of an error that follows from it.
+func (i *Instance) prefer(err error) error {
+	select {
+	case <-i.machine.Done():
+		if exit := i.machine.Wait(); exit != nil {
+			return exit
+		}
+		return ErrPoweredOff
+	default:
+		return err
+	}
+}
+
+// ErrPoweredOff says that the guest has shut itself down.
+var ErrPoweredOff = errors.New("the guest powered itself off")
+
+func syncPath(path string) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+// Config is what the package of this instance records.
+func (i *Instance) Config() *vmm.PackageConfig { return i.config }
+
+// Agent is the connection with the guest's agent, nil before AfterResume and after Suspend.
+func (i *Instance) Agent() *agent.Client { return i.agent }
+
+// Done is closed when the VMM has ended by itself.
+func (i *Instance) Done() <-chan struct{} { return i.machine.Done() }
+
+// Wait blocks until the VMM ends. It returns nil when the guest powered itself off, which it notes in the state device, and after Close.
+func (i *Instance) Wait() error {
+	if err := i.machine.Wait(); err != nil {
+		return err
+	}
+	if i.frozen {
+		return nil
+	}
+	dev, err := os.OpenFile(i.paths[vmm.State], os.O_RDWR, 0)
+	if err != nil {
+		return fmt.Errorf("open state device: %w", err)
+	}
+	return errors.Join(vmm.MarkState(dev, vmm.PoweredOff), dev.Close())
+}
+
+// Close ends the VM, if it still runs, without saving it, and removes what it needed on the host.
+func (i *Instance) Close() error {
+	var errs []error
+	if i.agent != nil {
+		errs = append(errs, i.agent.Close())
+		i.agent = nil
+	}
+	if i.machine != nil {
+		errs = append(errs, i.machine.Close())
+	}
+	if i.dir != nil {
+		errs = append(errs, i.dir.Close())
+		i.dir = nil
+	}
+	return errors.Join(errs...)
+}
+
+// CheckNames refuses a device list that names a device twice, badly, or lacks one of required.
+func CheckNames(names []string, required ...string) error {
+	seen := map[string]bool{}
+	for _, n := range names {
+		if err := vmm.CheckDeviceName(n); err != nil {
+			return err
+		}
+		if seen[n] {
+			return fmt.Errorf("device %q is listed twice", n)
+		}
+		seen[n] = true
+	}
+	for _, r := range required {
+		if !slices.Contains(names, r) {
+			return fmt.Errorf("device %q is missing; add it to --devices", r)
+		}
+	}
+	return nil
+}

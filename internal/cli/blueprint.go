@@ -1,0 +1,244 @@
+package cli
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+
+	"github.com/dustin/go-humanize"
+	"github.com/spf13/cobra"
+
+	"drafter/blueprint"
+	"drafter/internal/progress"
+)
+
+func newBlueprint() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "blueprint",
+		Short: "Make what a VM boots from: an OS, and disks from OCI images",
+		Long: `Makes blueprints. 'blueprint os' makes Drafter's own small OS from Debian packages; 'blueprint oci' makes a disk that holds an OCI image as a runtime
+bundle, which that OS starts.
+` + exitCodeHelp,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.AddCommand(newBlueprintOS(), newBlueprintOCI())
+	return cmd
+}
+
+func newBlueprintOS() *cobra.Command {
+	var (
+		c    blueprint.OSConfig
+		size string
+	)
+	cmd := &cobra.Command{
+		Use:   "os",
+		Short: "Make kernel, initramfs and root file system from Debian packages",
+		Long: `Makes vmlinux, initrd and rootfs.ext4 from Debian packages, with apt and dpkg of this host. The root file system holds an OCI runtime (crun), a shell
+with the usual tools (busybox) and drafter-guest, which is its init and agent.
+` + exitCodeHelp,
+		Example: "  drafter blueprint os --output out/blueprint",
+		Args:    noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := requireRoot(); err != nil {
+				return err
+			}
+			var err error
+			if c.Size, err = parseSize(size); err != nil {
+				return err
+			}
+			if c.Guest, err = findGuest(c.Guest); err != nil {
+				return err
+			}
+			bars := progress.New(os.Stderr)
+			defer bars.Close()
+			c.Progress = bars.Report
+			if err := blueprint.BuildOS(cmd.Context(), c); err != nil {
+				return err
+			}
+			slog.Info("Made OS blueprint", "output", c.Output)
+			return nil
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&c.Output, "output", "out/blueprint", "Directory to write vmlinux, initrd and rootfs.ext4 to")
+	f.StringVar(&c.Guest, "guest-bin", "", "drafter-guest binary (default: beside this program, or on PATH)")
+	f.StringVar(&c.Kernel, "kernel", blueprint.DefaultKernel, "Debian package of the kernel")
+	f.StringSliceVar(&c.Packages, "package", nil, "Further Debian package for the root file system (repeatable)")
+	f.StringVar(&size, "size", "", "Size of the root file system, such as 1GiB (default: its content and 256 MiB)")
+	f.StringVar(&c.Cache, "cache", "", "Directory to keep downloaded packages in (default: none are kept)")
+	return cmd
+}
+
+// findGuest finds drafter-guest.
+func findGuest(path string) (string, error) {
+	if path != "" {
+		return path, nil
+	}
+	if self, err := os.Executable(); err == nil {
+		if real, err := filepath.EvalSymlinks(self); err == nil {
+			self = real
+		}
+		beside := filepath.Join(filepath.Dir(self), "drafter-guest")
+		if _, err := os.Stat(beside); err == nil {
+			return beside, nil
+		}
+	}
+	path, err := exec.LookPath("drafter-guest")
+	if err != nil {
+		return "", errors.New("drafter-guest is neither beside this program nor on PATH; build it with 'make build', or pass --guest-bin")
+	}
+	return path, nil
+}
+
+func parseSize(s string) (int64, error) {
+	if s == "" {
+		return 0, nil
+	}
+	n, err := humanize.ParseBytes(s)
+	if err != nil || n == 0 || n > 1<<50 {
+		return 0, &usageError{fmt.Errorf("--size %q is no size; write it as 1GiB", s)}
+	}
+	return int64(n), nil
+}
+
+// imageFlags choose an OCI image.
+func imageFlags(cmd *cobra.Command, c *blueprint.ImageConfig) {
+	cmd.Flags().StringVar(&c.Platform, "platform", "", "Platform of the image, such as linux/arm64 (default: this host's)")
+	cmd.Flags().BoolVar(&c.PlainHTTP, "plain-http", false, "Talk to the registry without TLS")
+}
+
+const referenceHelp = `
+REF is docker://NAME[:TAG|@DIGEST] for any registry, oci:DIRECTORY[:TAG] or docker-archive:FILE. Credentials come from docker's config.json.
+`
+
+// oneArg wants exactly one argument.
+func oneArg(what string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) != 1 {
+			return &usageError{fmt.Errorf("give one %s; see '%s --help'", what, cmd.CommandPath())}
+		}
+		return nil
+	}
+}
+
+func newBlueprintOCI() *cobra.Command {
+	var (
+		image blueprint.ImageConfig
+		disk  blueprint.Ext4Config
+		size  string
+	)
+	cmd := &cobra.Command{
+		Use:   "oci REF",
+		Short: "Make a disk from an OCI image",
+		Long: `Makes an ext4 disk that holds an OCI image as a runtime bundle. To change its command, environment or mounts, use 'oci unpack', edit the bundle's
+config.json, and 'oci pack'.
+` + referenceHelp + exitCodeHelp,
+		Example: `  drafter blueprint oci docker://valkey/valkey:latest --output out/blueprint/oci.ext4`,
+		Args:    oneArg("image reference"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := requireRoot(); err != nil {
+				return err
+			}
+			var err error
+			if disk.Size, err = parseSize(size); err != nil {
+				return err
+			}
+			image.Ref = args[0]
+			img, err := blueprint.OpenImage(cmd.Context(), image)
+			if err != nil {
+				return err
+			}
+			bars := progress.New(os.Stderr)
+			defer bars.Close()
+			disk.Progress = bars.Report
+			if err := os.MkdirAll(filepath.Dir(disk.Output), 0o755); err != nil {
+				return err
+			}
+			if err := blueprint.BuildOCI(cmd.Context(), img, disk); err != nil {
+				return err
+			}
+			slog.Info("Made OCI blueprint", "image", image.Ref, "output", disk.Output)
+			return nil
+		},
+	}
+	imageFlags(cmd, &image)
+	cmd.Flags().StringVar(&disk.Output, "output", "out/blueprint/oci.ext4", "File to write")
+	cmd.Flags().StringVar(&size, "size", "", "Size of the disk, such as 4GiB (default: the image and 512 MiB)")
+	cmd.AddCommand(newBlueprintOCIUnpack(), newBlueprintOCIPack())
+	return cmd
+}
+
+func newBlueprintOCIUnpack() *cobra.Command {
+	var (
+		image  blueprint.ImageConfig
+		output string
+	)
+	cmd := &cobra.Command{
+		Use:     "unpack REF",
+		Short:   "Unpack an OCI image into a runtime bundle",
+		Long:    "Makes a directory with the image's files in rootfs/ and its config.json, to edit before 'oci pack'.\n" + referenceHelp + exitCodeHelp,
+		Example: "  drafter blueprint oci unpack docker://valkey/valkey:latest --output out/oci-runtime-bundle",
+		Args:    oneArg("image reference"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := requireRoot(); err != nil {
+				return err
+			}
+			image.Ref = args[0]
+			img, err := blueprint.OpenImage(cmd.Context(), image)
+			if err != nil {
+				return err
+			}
+			bars := progress.New(os.Stderr)
+			defer bars.Close()
+			if err := blueprint.UnpackOCI(cmd.Context(), img, output, bars.Report); err != nil {
+				return err
+			}
+			slog.Info("Unpacked image", "image", image.Ref, "output", output)
+			return nil
+		},
+	}
+	imageFlags(cmd, &image)
+	cmd.Flags().StringVar(&output, "output", "out/oci-runtime-bundle", "Directory to make; it must be empty or not exist")
+	return cmd
+}
+
+func newBlueprintOCIPack() *cobra.Command {
+	var (
+		disk blueprint.Ext4Config
+		size string
+	)
+	cmd := &cobra.Command{
+		Use:     "pack DIRECTORY",
+		Short:   "Make a disk from a runtime bundle",
+		Long:    "Makes an ext4 disk from an OCI runtime bundle, wherever it comes from.\n" + exitCodeHelp,
+		Example: "  drafter blueprint oci pack out/oci-runtime-bundle --output out/blueprint/oci.ext4",
+		Args:    oneArg("bundle directory"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := requireRoot(); err != nil {
+				return err
+			}
+			var err error
+			if disk.Size, err = parseSize(size); err != nil {
+				return err
+			}
+			bars := progress.New(os.Stderr)
+			defer bars.Close()
+			disk.Source, disk.Progress = args[0], bars.Report
+			if err := os.MkdirAll(filepath.Dir(disk.Output), 0o755); err != nil {
+				return err
+			}
+			if err := blueprint.PackOCI(cmd.Context(), disk); err != nil {
+				return err
+			}
+			slog.Info("Packed bundle", "output", disk.Output)
+			return nil
+		},
+	}
+	cmd.Flags().StringVar(&disk.Output, "output", "out/blueprint/oci.ext4", "File to write")
+	cmd.Flags().StringVar(&size, "size", "", "Size of the disk, such as 4GiB (default: the bundle and 512 MiB)")
+	return cmd
+}

@@ -1,0 +1,129 @@
+// Package cli is the drafter command: one file per subcommand.
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/lmittmann/tint"
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+)
+
+// Exit codes, stable.
+const (
+	exitOK      = 0
+	exitFailure = 1
+	exitUsage   = 2
+)
+
+const exitCodeHelp = `
+Exit codes: 0 success, 1 failure, 2 wrong usage.`
+
+// Main runs the command that args name and returns its exit code. args[0] is the program's name: "drafter-nat" means "drafter nat".
+func Main(args []string) int {
+	// SIGTERM and SIGHUP end a command as well as Ctrl-C does. Further signals change nothing: a command that suspends its VM finishes that.
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	defer stop()
+	return Run(ctx, args, os.Stdout, os.Stderr)
+}
+
+// Run is Main with its surroundings given. Ending ctx ends the command cleanly.
+func Run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	root := newRoot(stderr)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	words := args[1:]
+	if name, ok := strings.CutPrefix(filepath.Base(args[0]), "drafter-"); ok {
+		words = append([]string{name}, words...)
+	}
+	root.SetArgs(words)
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return exitOK
+	}
+	// One line, whatever it is made of.
+	fmt.Fprintf(stderr, "Error: %s\n", strings.ReplaceAll(err.Error(), "\n", "; "))
+	var usage *usageError
+	if errors.As(err, &usage) {
+		return exitUsage
+	}
+	return exitFailure
+}
+
+// usageError marks errors of the command line itself.
+type usageError struct{ error }
+
+func (e *usageError) Unwrap() error { return e.error }
+
+func newRoot(stderr io.Writer) *cobra.Command {
+	var format, level string
+	root := &cobra.Command{
+		Use:   "drafter",
+		Short: "Package, start, clone and live-migrate virtual machines",
+		Long: `Drafter turns OCI images, or any Linux, into virtual machines that can be snapshotted, packaged, cloned copy-on-write and live-migrated.
+
+A first tour, as root:
+  drafter blueprint os --output out/blueprint
+  drafter blueprint oci docker://valkey/valkey:latest --output out/blueprint/oci.ext4
+  drafter nat
+  drafter snapshotter --netns ark0 --devices '[…]'
+  drafter runner --netns ark0 --devices '[…]'
+  drafter forwarder
+
+Each command also answers to its own name: a link drafter-runner to this program is 'drafter runner'.
+` + exitCodeHelp,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args:          cobra.NoArgs,
+		PersistentPreRunE: func(*cobra.Command, []string) error {
+			return setUpLog(stderr, format, level)
+		},
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	root.CompletionOptions.HiddenDefaultCmd = true
+	root.PersistentFlags().StringVar(&format, "log-format", "text", "Format of log lines on stderr: text or json")
+	root.PersistentFlags().StringVar(&level, "log-level", "info", "Least severe log lines to show: debug, info, warn or error")
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return &usageError{fmt.Errorf("%w; see '%s --help'", err, cmd.CommandPath())}
+	})
+	root.AddCommand(newNAT(), newForwarder(), newBlueprint(), newSnapshotter(), newPackager(), newRunner(), newVersion())
+	return root
+}
+
+func setUpLog(stderr io.Writer, format, level string) error {
+	var l slog.Level
+	if err := l.UnmarshalText([]byte(level)); err != nil {
+		return &usageError{fmt.Errorf("--log-level %q is unknown; choose debug, info, warn or error", level)}
+	}
+	var h slog.Handler
+	switch format {
+	case "json":
+		h = slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: l})
+	case "text":
+		f, ok := stderr.(*os.File)
+		colour := ok && term.IsTerminal(int(f.Fd())) && os.Getenv("NO_COLOR") == ""
+		h = tint.NewHandler(stderr, &tint.Options{Level: l, TimeFormat: time.TimeOnly, NoColor: !colour})
+	default:
+		return &usageError{fmt.Errorf("--log-format %q is unknown; choose text or json", format)}
+	}
+	slog.SetDefault(slog.New(h))
+	return nil
+}
+
+// noArgs refuses arguments that are no flags.
+func noArgs(cmd *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return &usageError{fmt.Errorf("unexpected argument %q; see '%s --help'", args[0], cmd.CommandPath())}
+	}
+	return nil
+}

@@ -1,0 +1,46 @@
+package cli
+
+import (
+	"log/slog"
+
+	"github.com/spf13/cobra"
+
+	"drafter/network"
+)
+
+func newForwarder() *cobra.Command {
+	var hostVeth, forwards string
+	cmd := &cobra.Command{
+		Use:   "forwarder",
+		Short: "Make ports of VMs reachable on the host",
+		Long: `Forwards addresses of the host to ports of VMs until it is ended (Ctrl-C). The address is reachable from the host itself and, unless it is a
+loopback address, from outside. To serve both, forward both addresses. If the host's firewall drops forwarded packets, allow them there.
+` + exitCodeHelp,
+		Example: `  drafter forwarder --port-forwards '[{"netns":"ark0","internalPort":"6379","protocol":"tcp","externalAddr":"127.0.0.1:3333"}]'`,
+		Args:    noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			list, err := parseJSON[network.PortForward]("port-forwards", forwards)
+			if err != nil {
+				return err
+			}
+			if err := requireRoot(); err != nil {
+				return err
+			}
+			f, err := network.StartForwarder(network.ForwarderConfig{HostVethCIDR: hostVeth, PortForwards: list})
+			if err != nil {
+				return err
+			}
+			for _, p := range list {
+				slog.Info("Forwarding", "from", p.ExternalAddr, "to", p.Netns+":"+p.InternalPort, "protocol", p.Protocol)
+			}
+			<-cmd.Context().Done()
+			slog.Info("Shutting down")
+			return f.Close()
+		},
+	}
+	cmd.Flags().StringVar(&hostVeth, "host-veth-cidr", "10.0.8.0/22", "CIDR for the veths outside the namespace")
+	cmd.Flags().StringVar(&forwards, "port-forwards", defaultJSON([]network.PortForward{
+		{Netns: "ark0", InternalPort: "6379", Protocol: "tcp", ExternalAddr: "127.0.0.1:3333"},
+	}), "Port forwards configuration (wildcard IPs like 0.0.0.0 are not valid, be explicit)")
+	return cmd
+}

@@ -1,0 +1,122 @@
+package cli
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"drafter/instance"
+	"drafter/vmm"
+	"drafter/vmm/qemu"
+)
+
+// drivers are the VMM drivers of this build.
+var drivers = vmm.Drivers{qemu.Driver{}}
+
+// hostFlags are what snapshotter and runner have in common: where and as whom a VM runs.
+type hostFlags struct {
+	host          instance.Host
+	enableInput   bool
+	enableOutput  bool
+	resumeTimeout time.Duration
+
+	firecrackerBin, jailerBin, qemuBin string
+}
+
+func (h *hostFlags) add(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVar(&h.host.VMM, "vmm", vmm.VMMAuto, "VMM to use: auto, qemu or firecracker")
+	f.StringVar(&h.host.Accel, "accel", vmm.AccelAuto, "Accelerator to use: auto, kvm or tcg (emulation)")
+	f.StringVar(&h.qemuBin, "qemu-bin", "", "QEMU binary (default: the one for this architecture)")
+	f.StringVar(&h.firecrackerBin, "firecracker-bin", "firecracker", "Firecracker binary")
+	f.StringVar(&h.jailerBin, "jailer-bin", "jailer", "Jailer binary (from Firecracker)")
+	f.StringVar(&h.host.BaseDir, "chroot-base-dir", "out/vms", "Directory below which each VM gets its own")
+	f.StringVar(&h.host.Netns, "netns", "ark0", "Network namespace to run the VMM in (leave empty for a VM without network)")
+	f.IntVar(&h.host.UID, "uid", 0, "User ID for the VMM process")
+	f.IntVar(&h.host.GID, "gid", 0, "Group ID for the VMM process")
+	f.IntVar(&h.host.NUMANode, "numa-node", 0, "NUMA node to run the VMM in")
+	f.IntVar(&h.host.CgroupVersion, "cgroup-version", 2, "Cgroup version to use: 1 or 2")
+	f.BoolVar(&h.enableOutput, "enable-output", true, "Whether to show the VM's console on stdout")
+	f.BoolVar(&h.enableInput, "enable-input", false, "Whether to pass stdin to the VM's console (a line there starts a shell in Drafter's OS)")
+	f.DurationVar(&h.resumeTimeout, "resume-timeout", time.Minute, "Maximum amount of time to wait for agent and liveness")
+}
+
+// resolve completes the host; restore ends what it changed on the terminal.
+func (h *hostFlags) resolve(stdout io.Writer) (host instance.Host, restore func(), err error) {
+	if err := requireRoot(); err != nil {
+		return h.host, nil, err
+	}
+	host = h.host
+	host.Drivers, host.Bin = drivers, h.qemuBin
+	if host.UID < 0 || host.GID < 0 {
+		return host, nil, &usageError{errors.New("--uid and --gid must not be negative")}
+	}
+	if h.enableOutput {
+		host.Output = stdout
+	}
+	restore = func() {}
+	if h.enableInput {
+		input, r, err := openInput()
+		if err != nil {
+			return host, nil, err
+		}
+		host.Input, restore = input, r
+	}
+	if _, why, err := vmm.Accelerator(host.Accel); err == nil {
+		slog.Debug("Chose accelerator", "why", why)
+	}
+	return host, restore, nil
+}
+
+func requireRoot() error {
+	if os.Geteuid() != 0 {
+		return errors.New("this command needs root: it makes network namespaces, cgroups and VMs; run it with sudo")
+	}
+	return nil
+}
+
+// openInput makes stdin readable without blocking for ever. A terminal passes each key on at once and leaves echoing to the guest; Ctrl-C still
+// is ours.
+func openInput() (*os.File, func(), error) {
+	const stdin = 0
+	flags, err := unix.FcntlInt(stdin, unix.F_GETFL, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("open stdin: %w", err)
+	}
+	var saved *unix.Termios
+	if t, err := unix.IoctlGetTermios(stdin, unix.TCGETS); err == nil {
+		saved = t
+		keys := *t
+		keys.Lflag &^= unix.ICANON | unix.ECHO
+		keys.Cc[unix.VMIN], keys.Cc[unix.VTIME] = 1, 0
+		if err := unix.IoctlSetTermios(stdin, unix.TCSETS, &keys); err != nil {
+			return nil, nil, fmt.Errorf("configure terminal: %w", err)
+		}
+	}
+	if err := unix.SetNonblock(stdin, true); err != nil {
+		return nil, nil, fmt.Errorf("open stdin: %w", err)
+	}
+	restore := func() {
+		// Best effort for whoever reads the terminal after us.
+		if saved != nil {
+			if err := unix.IoctlSetTermios(stdin, unix.TCSETS, saved); err != nil {
+				slog.Warn("The terminal's settings stay changed; run 'stty sane'", "error", err)
+			}
+		}
+		if _, err := unix.FcntlInt(stdin, unix.F_SETFL, flags); err != nil {
+			slog.Warn("stdin stays non-blocking", "error", err)
+		}
+	}
+	fd, err := unix.Dup(stdin)
+	if err != nil {
+		restore()
+		return nil, nil, fmt.Errorf("open stdin: %w", err)
+	}
+	return os.NewFile(uintptr(fd), "stdin"), restore, nil
+}

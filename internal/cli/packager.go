@@ -1,0 +1,56 @@
+package cli
+
+import (
+	"log/slog"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"drafter/archive"
+	"drafter/internal/progress"
+	"drafter/vmm"
+)
+
+func newPackager() *cobra.Command {
+	var (
+		path, devices string
+		extract       bool
+	)
+	cmd := &cobra.Command{
+		Use:   "packager",
+		Short: "Store devices in a .tar.zst file, or extract them",
+		Long: `Stores the devices of a package or blueprint in one .tar.zst file, which any tar can read, or extracts them from one. Files get their names only
+once everything is complete: an archive that is truncated or damaged replaces nothing.
+` + exitCodeHelp,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			list, err := parseJSON[archive.Device]("devices", devices)
+			if err != nil {
+				return err
+			}
+			bars := progress.New(os.Stderr)
+			defer bars.Close()
+			if extract {
+				err = archive.Extract(cmd.Context(), path, list, bars.Report)
+			} else {
+				err = archive.Create(cmd.Context(), path, list, bars.Report)
+			}
+			if err != nil {
+				return err
+			}
+			slog.Info(map[bool]string{true: "Extracted package", false: "Created package"}[extract], "path", path, "devices", len(list))
+			return nil
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&devices, "devices", defaultJSON([]archive.Device{
+		{Name: vmm.Kernel, Path: "out/package/vmlinux"},
+		{Name: vmm.Disk, Path: "out/package/rootfs.ext4"},
+		{Name: vmm.State, Path: "out/package/state.bin"},
+		{Name: vmm.Memory, Path: "out/package/memory.bin"},
+		{Name: vmm.Config, Path: "out/package/config.json"},
+	}), "Devices configuration")
+	f.StringVar(&path, "package-path", "out/app.tar.zst", "Path to package file")
+	f.BoolVar(&extract, "extract", false, "Whether to extract or archive")
+	return cmd
+}

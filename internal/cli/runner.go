@@ -1,0 +1,79 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"drafter/runner"
+	"drafter/vmm"
+)
+
+// suspendTimeout bounds a suspend as a whole: a large memory on a slow disk takes its time, a hang must end.
+const suspendTimeout = 10 * time.Minute
+
+func newRunner() *cobra.Command {
+	var (
+		host    hostFlags
+		devices string
+		c       runner.Config
+	)
+	cmd := &cobra.Command{
+		Use:   "runner",
+		Short: "Run a VM package on this host",
+		Long: `Resumes a package and shows its console until it is ended (Ctrl-C or SIGTERM), then suspends the VM into the package again, so that the next run
+continues there. If this process is killed (SIGKILL) while the VM runs, the package's memory no longer fits its state, and the next run
+says so instead of resuming it; its disks are as after a power cut.
+` + exitCodeHelp,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			if c.Devices, err = parseJSON[runner.Device]("devices", devices); err != nil {
+				return err
+			}
+			var restore func()
+			if c.Host, restore, err = host.resolve(cmd.OutOrStdout()); err != nil {
+				return err
+			}
+			defer restore()
+			c.ResumeTimeout = host.resumeTimeout
+			r, err := runner.New(c)
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, r.Close()) }()
+			if err := r.Resume(cmd.Context()); err != nil {
+				return err
+			}
+			select {
+			case <-r.Done():
+				if err := r.Wait(); err != nil {
+					return err
+				}
+				slog.Info("The guest powered itself off")
+				return nil
+			case <-cmd.Context().Done():
+				slog.Info("Suspending VM")
+				ctx, cancel := context.WithTimeout(context.WithoutCancel(cmd.Context()), suspendTimeout)
+				defer cancel()
+				return r.Suspend(ctx)
+			}
+		},
+	}
+	host.add(cmd)
+	f := cmd.Flags()
+	f.StringVar(&devices, "devices", defaultJSON([]runner.Device{
+		{Name: vmm.Kernel, Path: "out/package/vmlinux"},
+		{Name: vmm.Disk, Path: "out/package/rootfs.ext4"},
+		{Name: vmm.State, Path: "out/package/state.bin"},
+		{Name: vmm.Memory, Path: "out/package/memory.bin"},
+		{Name: vmm.Config, Path: "out/package/config.json"},
+	}), "Devices configuration")
+	f.DurationVar(&c.RescueTimeout, "rescue-timeout", 5*time.Second, "Maximum amount of time to wait for the guest's agent before a suspend")
+	f.BoolVar(&c.MapPrivate, "experimental-map-private", false, "(Experimental) Run on private copies of the devices: the package stays unchanged")
+	f.StringVar(&c.MemoryOutput, "experimental-map-private-memory-output", "", "(Experimental) Path to write the changed memory to; changed disks go beside it (leave empty to discard changes)")
+	f.StringVar(&c.StateOutput, "experimental-map-private-state-output", "", "(Experimental) Path to write the changed state to (leave empty to discard changes)")
+	return cmd
+}

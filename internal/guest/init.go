@@ -1,0 +1,209 @@
+package guest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"drafter/agent"
+)
+
+// stopTimeout is how long a container may take to stop before it is killed.
+const stopTimeout = 10 * time.Second
+
+// RunInit is process 1 of Drafter's OS: it configures the system, starts agent, OCI bundle and liveness, reaps children, and powers off when
+// the container ends or when it is told to (busybox poweroff: SIGUSR2; SIGTERM; the power button: SIGPWR). It returns only on failure.
+func RunInit() error {
+	for _, mounts := range [][]mount{earlyMounts, osMounts} {
+		if err := mountAll(mounts); err != nil {
+			return err
+		}
+	}
+	if err := openConsole(); err != nil {
+		return err
+	}
+	cmd, err := readCmdline()
+	if err != nil {
+		return err
+	}
+	if name, err := os.ReadFile("/etc/hostname"); err == nil {
+		if err := unix.Sethostname([]byte(strings.TrimSpace(string(name)))); err != nil {
+			return fmt.Errorf("set host name: %w", err)
+		}
+	}
+	if err := configureNetwork(cmd); err != nil {
+		return err
+	}
+	children := newReaper()
+	bundle, err := findBundle()
+	if err != nil {
+		return err
+	}
+	if err := startAgent(children, cmd, bundle); err != nil {
+		return err
+	}
+	var container <-chan syscall.WaitStatus // nil without a bundle: never ready
+	if bundle != nil {
+		if container, err = bundle.start(children); err != nil {
+			return err
+		}
+	}
+	go consoleShell(children)
+	go announce(children, cmd, bundle)
+
+	stop := make(chan os.Signal, 1)
+	signal.Notify(stop, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGTERM, syscall.SIGINT, syscall.SIGPWR)
+	select {
+	case status := <-container:
+		slog.Info("The container has ended", "status", describe(status))
+	case s := <-stop:
+		slog.Info("Powering off", "signal", s)
+		if bundle != nil {
+			bundle.stop(children, container)
+		}
+	}
+	return powerOff()
+}
+
+func describe(ws syscall.WaitStatus) string {
+	if ws.Signaled() {
+		return "killed by " + ws.Signal().String()
+	}
+	return fmt.Sprintf("exit status %d", ws.ExitStatus())
+}
+
+// powerOff writes everything to the disks and turns the machine off.
+func powerOff() error {
+	if err := unix.Kill(-1, unix.SIGTERM); err != nil && !errors.Is(err, unix.ESRCH) {
+		slog.Warn("Not all processes were told to end", "error", err)
+	}
+	time.Sleep(100 * time.Millisecond)
+	if err := unix.Kill(-1, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+		slog.Warn("Not all processes were ended", "error", err)
+	}
+	unix.Sync()
+	for _, target := range []string{bundleDir, "/"} {
+		if err := unix.Mount("", target, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+			slog.Warn("A file system stays writable", "mount", target, "error", err)
+		}
+	}
+	if err := unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF); err != nil {
+		return fmt.Errorf("power off: %w", err)
+	}
+	select {} // the kernel stops us
+}
+
+// self returns a command that runs this binary under another name.
+func self(name string, args ...string) *exec.Cmd {
+	cmd := exec.Command("/proc/self/exe", args...)
+	cmd.Args[0] = name
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	return cmd
+}
+
+func startAgent(children *reaper, cmd cmdline, b *bundle) error {
+	args := []string{"--vsock-port", cmd.get(AgentPortArgument, "26")}
+	if b != nil {
+		args = append(args, "--before-suspend-cmd", b.annotation(BeforeSuspendAnnotation), "--after-resume-cmd", b.annotation(AfterResumeAnnotation))
+	}
+	if _, err := children.start(self("drafter-agent", args...)); err != nil {
+		return fmt.Errorf("start agent: %w", err)
+	}
+	return nil
+}
+
+// Arguments on the kernel command line that name the guest ports, where they are not the default.
+const (
+	AgentPortArgument    = "drafter.agent_port"
+	LivenessPortArgument = "drafter.liveness_port"
+)
+
+// announce starts liveness once the container serves.
+func announce(children *reaper, cmd cmdline, b *bundle) {
+	if b != nil {
+		b.awaitReady()
+	}
+	if _, err := children.start(self("drafter-liveness", "--vsock-port", cmd.get(LivenessPortArgument, "25"))); err != nil {
+		slog.Error("Liveness not started", "error", err)
+	}
+}
+
+// Liveness tells the host on port that the guest is up.
+func Liveness(ctx context.Context, port uint32, timeout time.Duration) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no host within %s", timeout))
+	defer cancel()
+	conn, err := agent.DialHost(ctx, port)
+	if err != nil {
+		return err
+	}
+	return conn.Close()
+}
+
+// consoleShell offers a root shell on the serial console after the first line of input. Until then it costs nothing.
+func consoleShell(children *reaper) {
+	shell, err := exec.LookPath("/bin/sh")
+	if err != nil {
+		return
+	}
+	for {
+		tty, err := os.OpenFile("/dev/ttyS0", os.O_RDWR|unix.O_NOCTTY, 0)
+		if err != nil {
+			return // no serial port, no shell
+		}
+		if _, err := tty.Read(make([]byte, 256)); err != nil {
+			tty.Close()
+			return
+		}
+		cmd := exec.Command(shell, "-l")
+		cmd.Env = []string{"PATH=" + Path, "HOME=/root", "TERM=vt100", "PS1=drafter# "}
+		cmd.Dir = "/"
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = tty, tty, tty
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+		done, err := children.start(cmd)
+		tty.Close()
+		if err != nil {
+			slog.Error("Shell not started", "error", err)
+			return
+		}
+		<-done
+	}
+}
+
+// Path is the search path for programs in Drafter's OS.
+const Path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+// listeningPorts returns the TCP ports with a listener, from /proc/net/tcp and tcp6 (proc(5); state 0A is TCP_LISTEN).
+func listeningPorts() (map[uint16]bool, error) {
+	ports := map[uint16]bool{}
+	for _, name := range []string{"tcp", "tcp6"} {
+		b, err := os.ReadFile(filepath.Join("/proc/net", name))
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		for _, line := range strings.Split(string(b), "\n") {
+			f := strings.Fields(line)
+			if len(f) < 4 || f[3] != "0A" {
+				continue
+			}
+			_, port, _ := strings.Cut(f[1], ":")
+			if n, err := strconv.ParseUint(port, 16, 16); err == nil {
+				ports[uint16(n)] = true
+			}
+		}
+	}
+	return ports, nil
+}

@@ -1,0 +1,115 @@
+package guest
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/vishvananda/netlink"
+)
+
+// networkConfig is what the ip= argument says (Documentation/admin-guide/nfs/nfsroot.rst of Linux):
+// ip=<client>:<server>:<gateway>:<netmask>:<hostname>:<device>:<autoconf>:<dns0>:<dns1>
+type networkConfig struct {
+	address  *net.IPNet
+	gateway  net.IP
+	hostname string
+	device   string
+	dns      []net.IP
+}
+
+func parseIPArgument(s string) (*networkConfig, error) {
+	f := strings.Split(s, ":")
+	if len(f) > 10 {
+		return nil, fmt.Errorf("ip=%s: too many fields", s)
+	}
+	f = append(f, make([]string, 10-len(f))...)
+	c := &networkConfig{hostname: f[4], device: f[5]}
+	ip := net.ParseIP(f[0]).To4()
+	mask := net.ParseIP(f[3]).To4()
+	if ip == nil || mask == nil {
+		return nil, fmt.Errorf("ip=%s: client and netmask must be IPv4 addresses", s)
+	}
+	c.address = &net.IPNet{IP: ip, Mask: net.IPMask(mask)}
+	if f[2] != "" {
+		if c.gateway = net.ParseIP(f[2]).To4(); c.gateway == nil {
+			return nil, fmt.Errorf("ip=%s: gateway must be an IPv4 address", s)
+		}
+	}
+	if c.device == "" {
+		c.device = "eth0"
+	}
+	for _, d := range f[7:9] {
+		if ip := net.ParseIP(d); ip != nil {
+			c.dns = append(c.dns, ip)
+		}
+	}
+	return c, nil
+}
+
+// configureNetwork brings up the loopback interface and, where the command line has ip=, the one it names.
+func configureNetwork(cmd cmdline) error {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return fmt.Errorf("find loopback interface: %w", err)
+	}
+	if err := netlink.LinkSetUp(lo); err != nil {
+		return fmt.Errorf("bring up loopback interface: %w", err)
+	}
+	arg := cmd.get("ip", "")
+	if arg == "" {
+		return writeResolvConf(nil)
+	}
+	c, err := parseIPArgument(arg)
+	if err != nil {
+		return err
+	}
+	link, err := awaitLink(c.device)
+	if err != nil {
+		return err
+	}
+	if err := netlink.AddrReplace(link, &netlink.Addr{IPNet: c.address}); err != nil {
+		return fmt.Errorf("set address of %s to %s: %w", c.device, c.address, err)
+	}
+	if err := netlink.LinkSetUp(link); err != nil {
+		return fmt.Errorf("bring up %s: %w", c.device, err)
+	}
+	if c.gateway != nil {
+		if err := netlink.RouteReplace(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: c.gateway}); err != nil {
+			return fmt.Errorf("set default route to %s: %w", c.gateway, err)
+		}
+	}
+	return writeResolvConf(c.dns)
+}
+
+// writeResolvConf makes the file even if it stays empty: bundles bind it.
+func writeResolvConf(servers []net.IP) error {
+	var b strings.Builder
+	for _, ip := range servers {
+		fmt.Fprintf(&b, "nameserver %s\n", ip)
+	}
+	if err := os.WriteFile(ResolvConf, []byte(b.String()), 0o644); err != nil {
+		return fmt.Errorf("write name servers: %w", err)
+	}
+	return nil
+}
+
+// ResolvConf is where the guest's name servers are written; the OCI bundle binds it to /etc/resolv.conf.
+const ResolvConf = "/run/resolv.conf"
+
+// awaitLink waits for a network interface, whose driver may still be probing.
+func awaitLink(name string) (netlink.Link, error) {
+	deadline := time.Now().Add(5 * time.Second)
+	for {
+		link, err := netlink.LinkByName(name)
+		if err == nil {
+			return link, nil
+		}
+		if time.Now().After(deadline) {
+			return nil, fmt.Errorf("find network interface %s: %w", name, err)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}

@@ -1,0 +1,273 @@
+// Package process runs a VMM as a child: inside a network namespace, under another user, in its own cgroup, on one NUMA node, and never
+// longer than its owner.
+package process
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// Config says how a child runs.
+type Config struct {
+	Path string
+	Args []string // without the program's name
+	Dir  string
+
+	Netns         string // name of a network namespace, "" for the caller's
+	UID, GID      int    // when both are 0 the child keeps the caller's
+	NUMANode      int    // CPUs the child may use; node 0 is a no-op on hosts with one node
+	CgroupVersion int    // 1 or 2; 0 for no cgroup
+	CgroupName    string // unique per child
+
+	// Files become the child's descriptors 3, 4, … in order. FilesIn, if set, is called inside Netns and returns more, which Start closes.
+	Files   []*os.File
+	FilesIn func() ([]*os.File, error)
+	Stderr  *os.File
+}
+
+// Process is a running child. It is killed when its owner dies, however that happens (prctl(2), PR_SET_PDEATHSIG).
+type Process struct {
+	cmd     *exec.Cmd
+	cgroups []string
+	start   string
+
+	done chan struct{} // closed once the child is reaped and its cgroup removed
+	err  error         // valid once done is closed
+}
+
+// Start runs the child. The caller waits for it with Wait.
+func Start(c Config) (*Process, error) {
+	cgroups, err := createCgroup(c.CgroupVersion, c.CgroupName)
+	if err != nil {
+		return nil, err
+	}
+	p := &Process{cgroups: cgroups, done: make(chan struct{})}
+	started := make(chan error)
+	go p.run(c, started)
+	if err := <-started; err != nil {
+		return nil, errors.Join(err, removeCgroup(cgroups))
+	}
+	return p, nil
+}
+
+// run owns the child's whole life on one thread: the namespace and the CPU mask it sets are inherited by the child, and the death signal
+// is tied to the thread that started it. The thread is never unlocked, so it ends with this goroutine and its settings with it.
+func (p *Process) run(c Config, started chan<- error) {
+	runtime.LockOSThread()
+	if err := p.launch(c); err != nil {
+		started <- err
+		return
+	}
+	started <- nil
+	err := p.cmd.Wait()
+	p.err = errors.Join(err, removeCgroup(p.cgroups))
+	close(p.done)
+}
+
+func (p *Process) launch(c Config) error {
+	if c.Netns != "" {
+		if err := enterNetns(c.Netns); err != nil {
+			return err
+		}
+	}
+	if err := bindNUMANode(c.NUMANode); err != nil {
+		return err
+	}
+	files := c.Files
+	if c.FilesIn != nil {
+		more, err := c.FilesIn()
+		if err != nil {
+			return err
+		}
+		defer func() {
+			for _, f := range more {
+				f.Close()
+			}
+		}()
+		files = append(files[:len(files):len(files)], more...)
+	}
+	p.cmd = exec.Command(c.Path, c.Args...)
+	p.cmd.Dir = c.Dir
+	p.cmd.ExtraFiles = files
+	p.cmd.Stderr = c.Stderr
+	// The child gets its own process group: a Ctrl-C on the terminal is for us, we then suspend the VM.
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	if c.UID != 0 || c.GID != 0 {
+		p.cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(c.UID), Gid: uint32(c.GID)}
+	}
+	if err := p.cmd.Start(); err != nil {
+		return fmt.Errorf("start %s: %w", c.Path, err)
+	}
+	var err error
+	if p.start, err = startTime(p.cmd.Process.Pid); err == nil {
+		err = joinCgroup(p.cgroups, p.cmd.Process.Pid)
+	}
+	if err != nil {
+		return errors.Join(err, p.cmd.Process.Kill(), ignoreExit(p.cmd.Wait()))
+	}
+	return nil
+}
+
+func ignoreExit(err error) error {
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return nil
+	}
+	return err
+}
+
+func enterNetns(name string) error {
+	ns, err := netns.GetFromName(name)
+	if err != nil {
+		if errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("network namespace %q does not exist; start drafter nat, or create it with 'ip netns add %s'", name, name)
+		}
+		return fmt.Errorf("open network namespace %q: %w", name, err)
+	}
+	defer ns.Close()
+	if err := netns.Set(ns); err != nil {
+		return fmt.Errorf("enter network namespace %q: %w", name, err)
+	}
+	return nil
+}
+
+// bindNUMANode restricts the calling thread to the CPUs of a node.
+func bindNUMANode(node int) error {
+	path := fmt.Sprintf("/sys/devices/system/node/node%d/cpulist", node)
+	b, err := os.ReadFile(path)
+	if err != nil {
+		if errors.Is(err, os.ErrNotExist) && node == 0 {
+			return nil // a kernel without NUMA
+		}
+		return fmt.Errorf("NUMA node %d does not exist on this host; see 'lscpu'", node)
+	}
+	if node == 0 {
+		if _, err := os.Stat("/sys/devices/system/node/node1"); errors.Is(err, os.ErrNotExist) {
+			return nil // the only one: leave the caller's mask alone
+		}
+	}
+	set, err := parseCPUList(strings.TrimSpace(string(b)))
+	if err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	if err := unix.SchedSetaffinity(0, &set); err != nil {
+		return fmt.Errorf("bind to NUMA node %d: %w", node, err)
+	}
+	return nil
+}
+
+// parseCPUList reads the kernel's list format, "0-3,8,10-11".
+func parseCPUList(s string) (unix.CPUSet, error) {
+	var set unix.CPUSet
+	for _, r := range strings.Split(s, ",") {
+		lo, hi, ranged := strings.Cut(r, "-")
+		first, err := strconv.Atoi(lo)
+		last := first
+		if err == nil && ranged {
+			last, err = strconv.Atoi(hi)
+		}
+		if err != nil || first > last {
+			return set, fmt.Errorf("CPU list %q is malformed", s)
+		}
+		for cpu := first; cpu <= last; cpu++ {
+			set.Set(cpu)
+		}
+	}
+	return set, nil
+}
+
+// PID is the child's process id.
+func (p *Process) PID() int { return p.cmd.Process.Pid }
+
+// Identity is what it takes to find the child again from another process.
+func (p *Process) Identity() Identity {
+	return Identity{PID: p.PID(), StartTime: p.start, Cgroups: p.cgroups}
+}
+
+// Done is closed when the child has ended.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Wait blocks until the child has ended and tells how, as [exec.Cmd.Wait] does.
+func (p *Process) Wait() error {
+	<-p.done
+	return p.err
+}
+
+// Kill ends the child at once. Wait reaps it.
+func (p *Process) Kill() error {
+	if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return fmt.Errorf("kill process %d: %w", p.PID(), err)
+	}
+	return nil
+}
+
+// Identity names a process beyond the reuse of its id.
+type Identity struct {
+	PID       int      `json:"pid"`
+	StartTime string   `json:"startTime"` // in clock ticks since boot, from /proc/PID/stat
+	Cgroups   []string `json:"cgroups"`
+}
+
+// reclaimTimeout bounds how long a killed orphan may take to vanish. A VMM with a large memory needs a while to free it.
+const reclaimTimeout = 30 * time.Second
+
+// Reclaim kills the process if it still runs, waits until it is gone, and removes its cgroups.
+func (id Identity) Reclaim() error {
+	fd, err := unix.PidfdOpen(id.PID, 0)
+	if err == nil {
+		defer unix.Close(fd)
+		// The descriptor pins the process, so a start time that matches now cannot become another's.
+		if start, err := startTime(id.PID); err == nil && start == id.StartTime {
+			if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+				return fmt.Errorf("kill process %d: %w", id.PID, err)
+			}
+			if err := waitPidfd(fd, reclaimTimeout); err != nil {
+				return fmt.Errorf("wait for process %d to end: %w", id.PID, err)
+			}
+		}
+	} else if !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("open process %d: %w", id.PID, err)
+	}
+	return removeCgroup(id.Cgroups)
+}
+
+func waitPidfd(fd int, timeout time.Duration) error {
+	deadline := time.Now().Add(timeout)
+	for {
+		left := time.Until(deadline)
+		if left <= 0 {
+			return fmt.Errorf("still there after %s", timeout)
+		}
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(left.Milliseconds())+1)
+		if err != nil && !errors.Is(err, unix.EINTR) {
+			return err
+		}
+		if n > 0 {
+			return nil
+		}
+	}
+}
+
+// startTime reads field 22 of /proc/PID/stat (proc(5)); the name in field 2 may hold spaces and parentheses.
+func startTime(pid int) (string, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return "", fmt.Errorf("read start time of process %d: %w", pid, err)
+	}
+	s := string(b)
+	fields := strings.Fields(s[strings.LastIndexByte(s, ')')+1:])
+	if len(fields) < 20 {
+		return "", fmt.Errorf("read start time of process %d: /proc/%d/stat is malformed", pid, pid)
+	}
+	return fields[19], nil
+}

@@ -1,0 +1,263 @@
+package network
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// PortForward makes a guest's port reachable at an address of the host's.
+type PortForward struct {
+	Netns        string `json:"netns"`        // namespace the guest is in
+	InternalPort string `json:"internalPort"` // port in the guest
+	Protocol     string `json:"protocol"`     // "tcp" or "udp"
+	ExternalAddr string `json:"externalAddr"` // IPv4 address and port on the host; no wildcard
+}
+
+// ForwarderConfig says what to forward.
+type ForwarderConfig struct {
+	HostVethCIDR string // the NAT's
+	PortForwards []PortForward
+}
+
+// Forwarder is a set of port forwards in force until Close.
+type Forwarder struct {
+	name     string // of the table and the lock file
+	lock     *os.File
+	reserved []io.Closer
+}
+
+const forwarderPrefix = "drafter-forwarder-"
+
+// forward is a PortForward resolved on this host.
+type forward struct {
+	PortForward
+	external   netip.AddrPort
+	internal   uint16
+	target     net.IP // the namespace's end of its link
+	targetLink string // the host's end
+}
+
+// StartForwarder puts the forwards in force. What a killed forwarder left behind is removed first.
+func StartForwarder(c ForwarderConfig) (_ *Forwarder, err error) {
+	_, hostVeth, err := net.ParseCIDR(c.HostVethCIDR)
+	if err != nil || hostVeth.IP.To4() == nil {
+		return nil, fmt.Errorf("--host-veth-cidr %q is no IPv4 subnet; write it as 10.0.8.0/22", c.HostVethCIDR)
+	}
+	if len(c.PortForwards) == 0 {
+		return nil, errors.New("no port forwards are given; pass --port-forwards")
+	}
+	var forwards []forward
+	for _, p := range c.PortForwards {
+		f, err := p.resolve(hostVeth)
+		if err != nil {
+			return nil, fmt.Errorf("port forward %s to %s:%s: %w", p.ExternalAddr, p.Netns, p.InternalPort, err)
+		}
+		forwards = append(forwards, f)
+	}
+	if err := reclaimForwarders(); err != nil {
+		return nil, fmt.Errorf("clean up after an earlier forwarder: %w", err)
+	}
+	f := &Forwarder{name: forwarderPrefix + strconv.Itoa(os.Getpid())}
+	for suffix := 0; f.lock == nil; suffix++ {
+		if suffix > 0 {
+			f.name = fmt.Sprintf("%s%d-%d", forwarderPrefix, os.Getpid(), suffix)
+		}
+		if f.lock, _, err = tryLock(forwarderLock(f.name)); err != nil {
+			return nil, fmt.Errorf("start forwarder: %w", err)
+		}
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, f.Close())
+		}
+	}()
+	for _, p := range forwards {
+		if err := f.reserve(p); err != nil {
+			return nil, err
+		}
+	}
+	return f, f.applyRules(forwards)
+}
+
+func forwarderLock(name string) string { return filepath.Join(runDir, "forwarders", name+".lock") }
+
+func (p PortForward) resolve(hostVeth *net.IPNet) (forward, error) {
+	f := forward{PortForward: p}
+	if p.Protocol != "tcp" && p.Protocol != "udp" {
+		return f, fmt.Errorf("protocol %q is not supported; choose tcp or udp", p.Protocol)
+	}
+	port, err := strconv.ParseUint(p.InternalPort, 10, 16)
+	if err != nil || port == 0 {
+		return f, fmt.Errorf("internal port %q is not in 1…65535", p.InternalPort)
+	}
+	f.internal = uint16(port)
+	if strings.HasPrefix(p.ExternalAddr, ":") {
+		return f, errWildcard
+	}
+	if f.external, err = netip.ParseAddrPort(p.ExternalAddr); err != nil || f.external.Port() == 0 {
+		return f, fmt.Errorf("external address %q is no address and port; write it as 127.0.0.1:3333", p.ExternalAddr)
+	}
+	if f.external.Addr().IsUnspecified() {
+		return f, errWildcard
+	}
+	if !f.external.Addr().Is4() {
+		return f, errors.New("IPv6 is not supported yet; put a proxy on the IPv6 address and forward an IPv4 one to the guest")
+	}
+	if f.target, err = namespaceAddress(p.Netns, hostVeth); err != nil {
+		return f, err
+	}
+	if f.targetLink, err = linkTowards(f.target); err != nil {
+		return f, err
+	}
+	return f, checkLoopback(f)
+}
+
+// errWildcard explains itself: the rules rewrite packets by destination address, and every address of the host also carries other traffic.
+var errWildcard = errors.New("wildcard addresses cannot be forwarded: they would take the port on every address, those of other VMs included; name each address")
+
+// namespaceAddress finds a namespace's end of its link with the host.
+func namespaceAddress(ns string, hostVeth *net.IPNet) (ip net.IP, err error) {
+	err = inNamespace(ns, func() error {
+		addrs, err := netlink.AddrList(nil, netlink.FAMILY_V4)
+		if err != nil {
+			return fmt.Errorf("list addresses in network namespace %q: %w", ns, err)
+		}
+		for _, a := range addrs {
+			if hostVeth.Contains(a.IP) {
+				ip = a.IP
+				return nil
+			}
+		}
+		return fmt.Errorf("network namespace %q has no address in %s; pass the NAT's --host-veth-cidr", ns, hostVeth)
+	})
+	return ip, err
+}
+
+func linkTowards(ip net.IP) (string, error) {
+	routes, err := netlink.RouteGet(ip)
+	if err != nil || len(routes) == 0 {
+		return "", fmt.Errorf("find route to %s: %w", ip, err)
+	}
+	link, err := netlink.LinkByIndex(routes[0].LinkIndex)
+	if err != nil {
+		return "", fmt.Errorf("find route to %s: %w", ip, err)
+	}
+	return link.Attrs().Name, nil
+}
+
+// reserve binds the external address without listening. So a port that is taken is noticed here, and nobody takes it later, whose traffic
+// the rules would divert.
+func (f *Forwarder) reserve(p forward) error {
+	kind := unix.SOCK_STREAM
+	if p.Protocol == "udp" {
+		kind = unix.SOCK_DGRAM
+	}
+	fd, err := unix.Socket(unix.AF_INET, kind|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("reserve %s/%s: %w", p.external, p.Protocol, err)
+	}
+	socket := os.NewFile(uintptr(fd), p.external.String())
+	err = unix.Bind(fd, &unix.SockaddrInet4{Port: int(p.external.Port()), Addr: p.external.Addr().As4()})
+	switch {
+	case errors.Is(err, unix.EADDRINUSE):
+		err = fmt.Errorf("port %s/%s is taken by another process; choose another external address", p.external, p.Protocol)
+	case errors.Is(err, unix.EADDRNOTAVAIL):
+		err = fmt.Errorf("%s is no address of this host; see 'ip address' for those there are", p.external.Addr())
+	case err != nil:
+		err = fmt.Errorf("reserve %s/%s: %w", p.external, p.Protocol, err)
+	}
+	if err != nil {
+		return errors.Join(err, socket.Close())
+	}
+	f.reserved = append(f.reserved, socket)
+	return nil
+}
+
+// checkLoopback refuses a loopback address where packets with a loopback source cannot leave through the link. The NAT allows it on its links.
+func checkLoopback(p forward) error {
+	if !p.external.Addr().IsLoopback() {
+		return nil
+	}
+	name := "/proc/sys/net/ipv4/conf/" + p.targetLink + "/route_localnet"
+	b, err := os.ReadFile(name)
+	if err != nil {
+		return fmt.Errorf("read kernel parameter: %w", err)
+	}
+	if strings.TrimSpace(string(b)) == "0" {
+		return fmt.Errorf("the link %s was not made by drafter nat: it does not take packets from loopback addresses; set %s to 1", p.targetLink, name)
+	}
+	return nil
+}
+
+func (f *Forwarder) applyRules(forwards []forward) error {
+	r, err := newRuleset(f.name)
+	if err != nil {
+		return err
+	}
+	raw, incoming, local, outgoing := r.chain(hookRaw), r.chain(hookIncoming), r.chain(hookLocal), r.chain(hookOutgoing)
+	var links []string
+	for _, p := range forwards {
+		external := host(p.external.Addr().AsSlice())
+		// Others reach the address through prerouting, the host itself through output.
+		r.rule(incoming, toAddress(external), toPort(p.Protocol, p.external.Port()), destinationNAT(p.target, p.internal))
+		r.rule(local, toAddress(external), toPort(p.Protocol, p.external.Port()), destinationNAT(p.target, p.internal))
+		if !slices.Contains(links, p.targetLink) {
+			links = append(links, p.targetLink)
+			r.rule(outgoing, fromAddress(loopback), toInterface(p.targetLink), masquerade())
+			r.rule(raw, fromInterface(p.targetLink), toAddress(loopback), drop())
+		}
+	}
+	return r.apply()
+}
+
+// reclaimForwarders removes the tables of forwarders that no longer run.
+func reclaimForwarders() error {
+	locks, err := filepath.Glob(forwarderLock(forwarderPrefix + "*"))
+	if err != nil {
+		return err
+	}
+	for _, path := range locks {
+		lock, _, err := tryLock(path)
+		if err != nil {
+			return err
+		}
+		if lock == nil {
+			continue
+		}
+		dead := &Forwarder{name: strings.TrimSuffix(filepath.Base(path), ".lock"), lock: lock}
+		if err := dead.Close(); err != nil {
+			return err
+		}
+		slog.Info("Removed what a killed forwarder left behind", "table", dead.name)
+	}
+	return nil
+}
+
+// Close ends the forwards. Connections that exist break.
+func (f *Forwarder) Close() error {
+	if f.lock == nil {
+		return nil
+	}
+	errs := []error{deleteTable(f.name)}
+	for _, r := range f.reserved {
+		errs = append(errs, r.Close())
+	}
+	if errors.Join(errs...) == nil {
+		errs = append(errs, os.Remove(f.lock.Name()))
+	}
+	errs = append(errs, f.lock.Close())
+	f.lock = nil
+	return errors.Join(errs...)
+}

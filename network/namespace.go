@@ -1,0 +1,110 @@
+package network
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"runtime"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+)
+
+// inNamespace runs f on a thread of its own inside a namespace. The thread ends afterwards, so nothing of it leaks to other goroutines.
+func inNamespace(name string, f func() error) error {
+	if err := checkNamespaceName(name); err != nil {
+		return err
+	}
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+		done <- func() error {
+			ns, err := netns.GetFromName(name)
+			if err != nil {
+				if errors.Is(err, os.ErrNotExist) {
+					return fmt.Errorf("network namespace %q does not exist; start drafter nat", name)
+				}
+				return fmt.Errorf("open network namespace %q: %w", name, err)
+			}
+			defer ns.Close()
+			if err := netns.Set(ns); err != nil {
+				return fmt.Errorf("enter network namespace %q: %w", name, err)
+			}
+			return f()
+		}()
+	}()
+	return <-done
+}
+
+// createNamespace makes a named namespace.
+func createNamespace(name string) error {
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread is in the new namespace now
+		ns, err := netns.NewNamed(name)
+		if err == nil {
+			err = ns.Close()
+		}
+		done <- err
+	}()
+	if err := <-done; err != nil {
+		return fmt.Errorf("create network namespace %q: %w", name, err)
+	}
+	return nil
+}
+
+// deleteNamespace removes a named namespace; one that does not exist is no error.
+func deleteNamespace(name string) error {
+	if err := netns.DeleteNamed(name); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove network namespace %q: %w", name, err)
+	}
+	return nil
+}
+
+// GuestAddress returns what an interface in a namespace leaves for a guest behind it: the interface's own address as the gateway, and the
+// next address of the same subnet.
+func GuestAddress(ns, iface string) (gateway net.IP, guest *net.IPNet, err error) {
+	err = inNamespace(ns, func() error {
+		link, err := netlink.LinkByName(iface)
+		if err != nil {
+			return fmt.Errorf("interface %s does not exist in network namespace %q; start drafter nat", iface, ns)
+		}
+		addrs, err := netlink.AddrList(link, netlink.FAMILY_V4)
+		if err != nil {
+			return fmt.Errorf("read address of %s: %w", iface, err)
+		}
+		if len(addrs) == 0 {
+			return fmt.Errorf("interface %s in network namespace %q has no IPv4 address", iface, ns)
+		}
+		gateway = addrs[0].IP
+		guest, err = neighbour(addrs[0].IPNet)
+		return err
+	})
+	return gateway, guest, err
+}
+
+// neighbour returns the address after a's, or before it where a's is the last, in the same subnet.
+func neighbour(a *net.IPNet) (*net.IPNet, error) {
+	usable := func(ip net.IP) bool {
+		broadcast := make(net.IP, 4)
+		for i := range broadcast {
+			broadcast[i] = a.IP.To4()[i] | ^a.Mask[i]
+		}
+		return a.Contains(ip) && !ip.Equal(broadcast) && !ip.Equal(a.IP.Mask(a.Mask))
+	}
+	for _, step := range []int{1, -1} {
+		if ip := addIP(a.IP, step); usable(ip) {
+			return &net.IPNet{IP: ip, Mask: a.Mask}, nil
+		}
+	}
+	return nil, fmt.Errorf("subnet %s has no address for a guest", a)
+}
+
+// addIP returns the IPv4 address n after ip.
+func addIP(ip net.IP, n int) net.IP {
+	b := ip.To4()
+	v := uint32(b[0])<<24 | uint32(b[1])<<16 | uint32(b[2])<<8 | uint32(b[3])
+	v += uint32(n)
+	return net.IPv4(byte(v>>24), byte(v>>16), byte(v>>8), byte(v)).To4()
+}

@@ -1,0 +1,495 @@
+package network
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+)
+
+// NATConfig lays out a pool of network namespaces. With the defaults, namespace number i (ark0 is the first) looks like this:
+//
+//	host                       namespace ark<i>                          guest
+//	ark<i>-veth 10.0.8.4i+1 ── veth0 10.0.8.4i+2, 10.0.15.i+1
+//	                           tap0  172.16.0.1 ──────────────────────── 172.16.0.2
+//
+// Guests are alike in every namespace, so that one package runs in any. What a guest sends gets its namespace's address (10.0.15.i+1),
+// then the host's. What is sent to 10.0.8.4i+2 or 10.0.15.i+1 reaches the guest.
+type NATConfig struct {
+	HostInterface     string // outgoing interface; "" for the one of the default route
+	HostVethCIDR      string // one /30 for each namespace's link with the host
+	NamespaceVethCIDR string // one address for each namespace
+	BlockedSubnetCIDR string // guests cannot reach it
+
+	NamespaceInterface        string // tap interface for the VMM
+	NamespaceInterfaceGateway string // its address, the guest's gateway
+	NamespaceInterfaceNetmask int    // bits
+	NamespaceInterfaceIP      string // the guest's address
+	NamespaceInterfaceMAC     string // the tap's; the same everywhere, so that a guest that has moved still knows its gateway
+
+	NamespacePrefix      string
+	NamespaceCount       int // 0 for as many as both CIDRs hold
+	AllowIncomingTraffic bool
+}
+
+// NAT is a running pool. Its namespaces exist until Close.
+type NAT struct {
+	config  NATConfig
+	layout  *layout
+	lock    *os.File
+	record  natRecord
+	created []string // what Close removes, oldest first
+}
+
+// natRecord is kept on disk while a NAT runs, so that the next one can clean up after a crash.
+type natRecord struct {
+	Config     NATConfig `json:"config"`
+	Namespaces []string  `json:"namespaces"`
+	IPForward  string    `json:"ipForward"` // its value before
+}
+
+// layout is a parsed NATConfig.
+type layout struct {
+	hostVeth, namespaceVeth, blocked *net.IPNet
+	gateway, guest                   net.IP
+	mask                             net.IPMask
+	mac                              net.HardwareAddr
+	count                            int
+}
+
+// namespacePrefix leaves room for a number and "-veth" in an interface name of 15 bytes.
+var namespacePrefix = regexp.MustCompile(`^[a-z][a-z0-9]{0,5}$`)
+
+func (c *NATConfig) parse() (*layout, error) {
+	l := &layout{}
+	for _, p := range []struct {
+		flag, value string
+		into        **net.IPNet
+	}{
+		{"host-veth-cidr", c.HostVethCIDR, &l.hostVeth},
+		{"namespace-veth-cidr", c.NamespaceVethCIDR, &l.namespaceVeth},
+		{"blocked-subnet-cidr", c.BlockedSubnetCIDR, &l.blocked},
+	} {
+		_, n, err := net.ParseCIDR(p.value)
+		if err != nil || n.IP.To4() == nil {
+			return nil, fmt.Errorf("--%s %q is no IPv4 subnet; write it as 10.0.8.0/22", p.flag, p.value)
+		}
+		n.IP = n.IP.To4()
+		*p.into = n
+	}
+	for _, p := range []struct {
+		flag, value string
+		into        *net.IP
+	}{
+		{"namespace-interface-gateway", c.NamespaceInterfaceGateway, &l.gateway},
+		{"namespace-interface-ip", c.NamespaceInterfaceIP, &l.guest},
+	} {
+		if *p.into = net.ParseIP(p.value).To4(); *p.into == nil {
+			return nil, fmt.Errorf("--%s %q is no IPv4 address", p.flag, p.value)
+		}
+	}
+	if c.NamespaceInterfaceNetmask < 1 || c.NamespaceInterfaceNetmask > 30 {
+		return nil, fmt.Errorf("--namespace-interface-netmask is %d; it must be 1 to 30 bits", c.NamespaceInterfaceNetmask)
+	}
+	l.mask = net.CIDRMask(c.NamespaceInterfaceNetmask, 32)
+	if tap := (&net.IPNet{IP: l.gateway, Mask: l.mask}); !tap.Contains(l.guest) || l.guest.Equal(l.gateway) {
+		return nil, fmt.Errorf("--namespace-interface-ip %s must be another address in the subnet of the gateway %s", l.guest, tap)
+	}
+	var err error
+	if l.mac, err = net.ParseMAC(c.NamespaceInterfaceMAC); err != nil || len(l.mac) != 6 {
+		return nil, fmt.Errorf("--namespace-interface-mac %q is no MAC address", c.NamespaceInterfaceMAC)
+	}
+	if !namespacePrefix.MatchString(c.NamespacePrefix) {
+		return nil, fmt.Errorf("--namespace-prefix %q is not valid; use a letter and up to 5 letters or digits", c.NamespacePrefix)
+	}
+	if n := c.NamespaceInterface; n == "" || len(n) > 15 {
+		return nil, fmt.Errorf("--namespace-interface %q is no interface name", n)
+	}
+	hostBits, _ := l.hostVeth.Mask.Size()
+	nsBits, _ := l.namespaceVeth.Mask.Size()
+	// A subnet's first and last address are not used.
+	room := min(1<<(32-hostBits)/4, 1<<(32-nsBits)-2, 9999)
+	if room < 1 {
+		return nil, fmt.Errorf("the subnets %s and %s have no room for a namespace", l.hostVeth, l.namespaceVeth)
+	}
+	l.count = c.NamespaceCount
+	if l.count == 0 {
+		l.count = room
+	}
+	if l.count < 0 || l.count > room {
+		return nil, fmt.Errorf("--namespace-count is %d; the subnets %s and %s have room for 1 to %d", c.NamespaceCount, l.hostVeth, l.namespaceVeth, room)
+	}
+	return l, nil
+}
+
+func (l *layout) hostSide(i int) net.IP      { return addIP(l.hostVeth.IP, 4*i+1) }
+func (l *layout) namespaceSide(i int) net.IP { return addIP(l.hostVeth.IP, 4*i+2) }
+func (l *layout) namespaceIP(i int) net.IP   { return addIP(l.namespaceVeth.IP, i+1) }
+
+func (n *NAT) name(i int) string      { return fmt.Sprintf("%s%d", n.config.NamespacePrefix, i) }
+func (n *NAT) natTable() string       { return "drafter-nat-" + n.config.NamespacePrefix }
+func (n *NAT) recordPath() string     { return filepath.Join(runDir, "nat-"+n.config.NamespacePrefix+".json") }
+func hostVethName(name string) string { return name + "-veth" }
+
+// namespaceVeth is the name of a namespace's end of its link with the host.
+const namespaceVeth = "veth0"
+
+// StartNAT makes the namespaces and the host's rules. What a killed NAT left behind is removed first, except for namespaces that a VM still
+// uses: they are taken over as they are.
+func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
+	l, err := c.parse()
+	if err != nil {
+		return nil, err
+	}
+	n := &NAT{config: c, layout: l}
+	lock, holder, err := tryLock(filepath.Join(runDir, "nat-"+c.NamespacePrefix+".lock"))
+	if err != nil {
+		return nil, fmt.Errorf("start NAT: %w", err)
+	}
+	if lock == nil {
+		return nil, fmt.Errorf("a NAT for namespaces %s… runs already as %s; end it, or choose another --namespace-prefix", c.NamespacePrefix, holder)
+	}
+	n.lock = lock
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, n.Close())
+		}
+	}()
+	if n.config.HostInterface, err = outgoingInterface(c.HostInterface); err != nil {
+		return nil, err
+	}
+	kept, err := n.reclaim()
+	if err != nil {
+		return nil, fmt.Errorf("clean up after an earlier NAT: %w", err)
+	}
+	if err := n.check(kept); err != nil {
+		return nil, err
+	}
+	if err := n.prepareHost(); err != nil {
+		return nil, err
+	}
+	for i := range l.count {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		name := n.name(i)
+		n.created = append(n.created, name)
+		if slices.Contains(kept, name) {
+			continue
+		}
+		if err := n.createNamespace(i); err != nil {
+			return nil, err
+		}
+	}
+	return n, nil
+}
+
+// outgoingInterface checks a given interface, or finds the one of the default route. A host without one has no way out: "" says so.
+func outgoingInterface(name string) (string, error) {
+	if name != "" {
+		if _, err := netlink.LinkByName(name); err != nil {
+			return "", fmt.Errorf("--host-interface %q does not exist; see 'ip link' for those there are", name)
+		}
+		return name, nil
+	}
+	routes, err := netlink.RouteList(nil, netlink.FAMILY_V4)
+	if err != nil {
+		return "", fmt.Errorf("find default route: %w", err)
+	}
+	for _, r := range routes {
+		if r.Dst != nil && r.Dst.IP != nil && !r.Dst.IP.IsUnspecified() {
+			continue
+		}
+		link, err := netlink.LinkByIndex(r.LinkIndex)
+		if err != nil {
+			return "", fmt.Errorf("find default route: %w", err)
+		}
+		return link.Attrs().Name, nil
+	}
+	slog.Warn("This host has no default route: guests reach the host only. Name a --host-interface to change that")
+	return "", nil
+}
+
+// reclaim removes what the last NAT of this prefix left, and returns the namespaces that are still in use.
+func (n *NAT) reclaim() (kept []string, err error) {
+	b, err := os.ReadFile(n.recordPath())
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var old natRecord
+	if err := json.Unmarshal(b, &old); err != nil {
+		return nil, fmt.Errorf("%s: %w; remove the file after removing the namespaces by hand", n.recordPath(), err)
+	}
+	for _, name := range old.Namespaces {
+		lock, holder, err := tryLock(claimPath(name))
+		if err != nil {
+			return nil, err
+		}
+		if lock == nil {
+			same := old.Config
+			same.HostInterface, same.NamespaceCount = n.config.HostInterface, n.config.NamespaceCount
+			if same != n.config {
+				return nil, fmt.Errorf("network namespace %q is in use by %s and laid out by other flags; end that process first", name, holder)
+			}
+			kept = append(kept, name)
+			continue
+		}
+		err = errors.Join(removeNamespace(name), lock.Close())
+		if err != nil {
+			return nil, err
+		}
+	}
+	slog.Info("Removed what a killed NAT left behind", "namespaces", len(old.Namespaces)-len(kept), "inUse", len(kept))
+	n.record.IPForward = old.IPForward
+	return kept, nil
+}
+
+// check refuses to start where the names or addresses belong to somebody else.
+func (n *NAT) check(kept []string) error {
+	for i := range n.layout.count {
+		if name := n.name(i); !slices.Contains(kept, name) {
+			if _, err := os.Stat(filepath.Join(netnsDir, name)); err == nil {
+				return fmt.Errorf("network namespace %q exists and is not ours; remove it, or choose another --namespace-prefix", name)
+			}
+		}
+	}
+	for _, k := range kept {
+		known := false
+		for i := range n.layout.count {
+			known = known || n.name(i) == k
+		}
+		if !known {
+			return fmt.Errorf("network namespace %q is in use but beyond --namespace-count %d", k, n.layout.count)
+		}
+	}
+	addrs, err := netlink.AddrList(nil, netlink.FAMILY_V4)
+	if err != nil {
+		return fmt.Errorf("list addresses: %w", err)
+	}
+	for _, a := range addrs {
+		link, err := netlink.LinkByIndex(a.LinkIndex)
+		if err != nil {
+			return fmt.Errorf("list addresses: %w", err)
+		}
+		ours := slices.ContainsFunc(kept, func(name string) bool { return hostVethName(name) == link.Attrs().Name })
+		if !ours && (n.layout.hostVeth.Contains(a.IP) || n.layout.namespaceVeth.Contains(a.IP)) {
+			return fmt.Errorf("address %s of interface %s is inside the NAT's subnets; choose other --host-veth-cidr and --namespace-veth-cidr", a.IP, link.Attrs().Name)
+		}
+	}
+	return nil
+}
+
+// prepareHost notes what will be there, then sets up forwarding on the host.
+func (n *NAT) prepareHost() error {
+	const forward = "net/ipv4/ip_forward"
+	b, err := os.ReadFile("/proc/sys/" + forward)
+	if err != nil {
+		return fmt.Errorf("read kernel parameter: %w", err)
+	}
+	n.record.Config = n.config
+	if n.record.IPForward == "" {
+		n.record.IPForward = string(b[:1])
+	}
+	n.record.Namespaces = nil
+	for i := range n.layout.count {
+		n.record.Namespaces = append(n.record.Namespaces, n.name(i))
+	}
+	if b, err = json.Marshal(n.record); err != nil {
+		return fmt.Errorf("record NAT: %w", err)
+	}
+	if err := writeRecord(n.recordPath(), b); err != nil {
+		return fmt.Errorf("record NAT: %w", err)
+	}
+	if _, err := setSysctl(forward, "1"); err != nil {
+		return err
+	}
+	r, err := newRuleset(n.natTable())
+	if err != nil {
+		return err
+	}
+	veths := n.config.NamespacePrefix + "*"
+	// The forwarder lets packets for loopback addresses leave through a veth; none may come in that way.
+	r.rule(r.chain(hookRaw), fromInterface(veths), toAddress(loopback), drop())
+	outgoing := r.chain(hookOutgoing)
+	if n.config.HostInterface != "" {
+		r.rule(outgoing, fromAddress(n.layout.namespaceVeth), toInterface(n.config.HostInterface), masquerade())
+	}
+	return r.apply()
+}
+
+// writeRecord replaces a file in one step.
+func writeRecord(path string, b []byte) error {
+	if err := os.WriteFile(path+".new", b, 0o644); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
+}
+
+func (n *NAT) createNamespace(i int) (err error) {
+	name, l := n.name(i), n.layout
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("set up network namespace %q: %w", name, err)
+		}
+	}()
+	if err := createNamespace(name); err != nil {
+		return err
+	}
+	ns, err := netns.GetFromName(name)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = hostVethName(name)
+	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: namespaceVeth, PeerNamespace: netlink.NsFd(ns)}
+	if err := netlink.LinkAdd(veth); err != nil {
+		return fmt.Errorf("create %s: %w", attrs.Name, err)
+	}
+	if err := configureLink(veth, &net.IPNet{IP: l.hostSide(i), Mask: net.CIDRMask(30, 32)}); err != nil {
+		return err
+	}
+	// For forwards from loopback addresses. It is the link's own parameter, so it goes with the link; the host's raw rule guards it.
+	if _, err := setSysctl("net/ipv4/conf/"+attrs.Name+"/route_localnet", "1"); err != nil {
+		return err
+	}
+	if err := inNamespace(name, func() error { return n.configureNamespace(i) }); err != nil {
+		return err
+	}
+	return netlink.RouteReplace(&netlink.Route{LinkIndex: veth.Attrs().Index, Dst: host(l.namespaceIP(i)), Gw: l.namespaceSide(i)})
+}
+
+func configureLink(link netlink.Link, addrs ...*net.IPNet) error {
+	for _, a := range addrs {
+		if err := netlink.AddrAdd(link, &netlink.Addr{IPNet: a}); err != nil {
+			return fmt.Errorf("set address of %s to %s: %w", link.Attrs().Name, a, err)
+		}
+	}
+	if err := netlink.LinkSetUp(link); err != nil {
+		return fmt.Errorf("bring up %s: %w", link.Attrs().Name, err)
+	}
+	return nil
+}
+
+// configureNamespace runs inside the namespace.
+func (n *NAT) configureNamespace(i int) error {
+	c, l := n.config, n.layout
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	veth, err := netlink.LinkByName(namespaceVeth)
+	if err != nil {
+		return err
+	}
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = c.NamespaceInterface
+	tap := &netlink.Tuntap{LinkAttrs: attrs, Mode: netlink.TUNTAP_MODE_TAP, Flags: netlink.TUNTAP_NO_PI | netlink.TUNTAP_VNET_HDR, Queues: 0}
+	if err := netlink.LinkAdd(tap); err != nil {
+		return fmt.Errorf("create %s: %w", c.NamespaceInterface, err)
+	}
+	if err := netlink.LinkSetHardwareAddr(tap, l.mac); err != nil {
+		return fmt.Errorf("set MAC address of %s: %w", c.NamespaceInterface, err)
+	}
+	err = errors.Join(
+		configureLink(lo),
+		configureLink(veth, &net.IPNet{IP: l.namespaceSide(i), Mask: net.CIDRMask(30, 32)}, host(l.namespaceIP(i))),
+		configureLink(tap, &net.IPNet{IP: l.gateway, Mask: l.mask}),
+	)
+	if err != nil {
+		return err
+	}
+	if err := netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: l.hostSide(i)}); err != nil {
+		return fmt.Errorf("set default route: %w", err)
+	}
+	if _, err := setSysctl("net/ipv4/ip_forward", "1"); err != nil {
+		return err
+	}
+	return n.namespaceRules(i)
+}
+
+func (n *NAT) namespaceRules(i int) error {
+	c, l := n.config, n.layout
+	r, err := newRuleset("drafter")
+	if err != nil {
+		return err
+	}
+	r.rule(r.chain(hookOutgoing), fromAddress(host(l.guest)), toInterface(namespaceVeth), sourceNAT(l.namespaceIP(i)))
+	forwarded := r.chain(hookForwarded)
+	r.rule(forwarded, fromInterface(c.NamespaceInterface), toAddress(l.blocked), newConnection(), drop())
+	incoming := r.chain(hookIncoming)
+	if c.AllowIncomingTraffic {
+		for _, ip := range []net.IP{l.namespaceSide(i), l.namespaceIP(i)} {
+			r.rule(incoming, fromInterface(namespaceVeth), toAddress(host(ip)), destinationNAT(l.guest, 0))
+		}
+	} else {
+		r.rule(forwarded, fromInterface(namespaceVeth), newConnection(), drop())
+	}
+	return r.apply()
+}
+
+// Namespaces returns the names of the pool's namespaces.
+func (n *NAT) Namespaces() []string { return slices.Clone(n.created) }
+
+// Claim claims any free namespace of the pool and returns its name.
+func (n *NAT) Claim() (string, *Claim, error) {
+	for _, name := range n.created {
+		lock, _, err := tryLock(claimPath(name))
+		if err != nil {
+			return "", nil, fmt.Errorf("claim network namespace %q: %w", name, err)
+		}
+		if lock != nil {
+			return name, &Claim{lock}, nil
+		}
+	}
+	return "", nil, fmt.Errorf("all %d network namespaces are in use; raise --namespace-count", len(n.created))
+}
+
+// removeNamespace removes a namespace, its link with the host and its claim file.
+func removeNamespace(name string) error {
+	var errs []error
+	// The link first: a VMM that still runs keeps the namespace alive, and with it the link and its addresses.
+	if link, err := netlink.LinkByName(hostVethName(name)); err == nil {
+		if err := netlink.LinkDel(link); err != nil {
+			errs = append(errs, fmt.Errorf("remove %s: %w", hostVethName(name), err))
+		}
+	}
+	errs = append(errs, deleteNamespace(name))
+	return errors.Join(errs...)
+}
+
+// Close removes everything the NAT has made and restores what it has changed. VMs in its namespaces lose their network.
+func (n *NAT) Close() error {
+	if n.lock == nil {
+		return nil
+	}
+	var errs []error
+	for _, name := range slices.Backward(n.created) {
+		errs = append(errs, removeNamespace(name))
+	}
+	if n.record.Namespaces != nil {
+		errs = append(errs, deleteTable(n.natTable()))
+		if n.record.IPForward == "0" {
+			_, err := setSysctl("net/ipv4/ip_forward", "0")
+			errs = append(errs, err)
+		}
+		if err := errors.Join(errs...); err == nil {
+			errs = append(errs, os.Remove(n.recordPath()))
+		}
+	}
+	errs = append(errs, n.lock.Close())
+	n.lock = nil
+	return errors.Join(errs...)
+}

@@ -1,0 +1,318 @@
+// Package runner runs a VM from a package and writes it back when it ends, so that the next run continues where this one stopped.
+package runner
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"drafter/agent"
+	"drafter/instance"
+	"drafter/internal/sparse"
+	"drafter/network"
+	"drafter/vmm"
+)
+
+// Device is one device of the package to run.
+type Device struct {
+	Name   string `json:"name"`
+	Path   string `json:"path"`
+	Shared bool   `json:"shared"` // others use the file at the same time: it is not locked
+}
+
+// Config says which package to run and how.
+type Config struct {
+	Host    instance.Host
+	Devices []Device
+
+	ResumeTimeout time.Duration // bounds the answer of the agent after a resume
+	RescueTimeout time.Duration // bounds the answer of the agent before a suspend; the VM is suspended without it afterwards
+
+	// MapPrivate runs on private copies: the package stays as it is. The changed package is kept only where outputs are named: memory and state
+	// under those names, the disks under their own names beside the memory.
+	MapPrivate   bool
+	MemoryOutput string
+	StateOutput  string
+}
+
+// Runner is one run of a package. Its methods are called by one goroutine, Done apart.
+type Runner struct {
+	config   Config
+	paths    instance.Paths // what the VMM opens
+	origin   instance.Paths // the package
+	pkg      *vmm.PackageConfig
+	claim    *network.Claim
+	locks    []*os.File
+	private  string // directory of the private copies, or ""
+	instance *instance.Instance
+}
+
+// New checks a config and the package. Nothing is touched yet.
+func New(c Config) (*Runner, error) {
+	r := &Runner{config: c, paths: instance.Paths{}, origin: instance.Paths{}}
+	var names []string
+	for _, d := range c.Devices {
+		names = append(names, d.Name)
+	}
+	if err := instance.CheckNames(names, vmm.Config); err != nil {
+		return nil, err
+	}
+	for _, d := range c.Devices {
+		if d.Path == "" {
+			return nil, fmt.Errorf("device %s has no path", d.Name)
+		}
+		abs, err := filepath.Abs(d.Path)
+		if err != nil {
+			return nil, fmt.Errorf("device %s: %w", d.Name, err)
+		}
+		r.paths[d.Name], r.origin[d.Name] = abs, abs
+	}
+	if (c.MemoryOutput == "") != (c.StateOutput == "") {
+		return nil, errors.New("a memory output without a state output, or the other way round, cannot be resumed; name both or none")
+	}
+	if c.MemoryOutput != "" {
+		if err := r.checkOutputs(); err != nil {
+			return nil, err
+		}
+	}
+	var err error
+	r.pkg, err = instance.Open(r.origin)
+	return r, err
+}
+
+// Resume starts the VM. It runs when Resume returns, and its agent has answered. On failure nothing is left but what Close removes.
+func (r *Runner) Resume(ctx context.Context) error {
+	start := time.Now()
+	var err error
+	if r.claim, err = network.ClaimNamespace(r.config.Host.Netns); err != nil {
+		return err
+	}
+	if err := r.lock(); err != nil {
+		return err
+	}
+	if r.config.MapPrivate {
+		if err := r.copyPrivate(ctx); err != nil {
+			return fmt.Errorf("copy package: %w", err)
+		}
+	}
+	launched, err := instance.Launch(ctx, r.config.Host, r.pkg, r.paths)
+	if err != nil {
+		return fmt.Errorf("resume: %w", err)
+	}
+	if r.instance, err = launched.Resume(ctx); err != nil {
+		return fmt.Errorf("resume: %w", err)
+	}
+	running := time.Since(start)
+	if err := r.instance.AfterResume(ctx, r.config.ResumeTimeout); err != nil {
+		// The guest has run: what it did since must not be lost.
+		rescue, cancel := context.WithTimeout(context.WithoutCancel(ctx), rescueSuspendTimeout)
+		defer cancel()
+		return errors.Join(fmt.Errorf("resume: %w", err), r.Suspend(rescue))
+	}
+	slog.Info("Resumed VM", "took", running.Round(time.Millisecond), "agentAfter", time.Since(start).Round(time.Millisecond), "netns", r.config.Host.Netns)
+	return nil
+}
+
+// rescueSuspendTimeout bounds the suspend of a VM whose agent did not answer.
+const rescueSuspendTimeout = 5 * time.Minute
+
+// lock keeps other runs from the package's files. Private copies can be made by many at a time, but not while somebody writes.
+func (r *Runner) lock() error {
+	how := unix.LOCK_EX
+	if r.config.MapPrivate {
+		how = unix.LOCK_SH
+	}
+	for _, d := range r.config.Devices {
+		if d.Shared {
+			continue
+		}
+		f, err := os.Open(d.Path)
+		if err != nil {
+			return fmt.Errorf("device %s: %w", d.Name, err)
+		}
+		r.locks = append(r.locks, f)
+		if err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB); err != nil {
+			if errors.Is(err, unix.EWOULDBLOCK) {
+				return fmt.Errorf("device %s (%s) is in use by another VM; run a copy of the package, or pass --experimental-map-private to both", d.Name, d.Path)
+			}
+			return fmt.Errorf("lock device %s (%s): %w", d.Name, d.Path, err)
+		}
+	}
+	return nil
+}
+
+// copyPrivate puts copies in the place of the devices: beside the outputs where these are named, so that they can become them, else below the
+// VMs' base directory.
+func (r *Runner) copyPrivate(ctx context.Context) error {
+	parent := r.config.Host.BaseDir
+	if r.config.MemoryOutput != "" {
+		parent = filepath.Dir(r.config.MemoryOutput)
+	} else {
+		slog.Warn("Changes will be discarded at the end: no outputs are named")
+	}
+	parent, err := filepath.Abs(parent)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(parent, 0o755); err != nil {
+		return err
+	}
+	if err := reclaimPrivate(parent); err != nil {
+		return err
+	}
+	if r.private, err = os.MkdirTemp(parent, privatePrefix); err != nil {
+		return err
+	}
+	if err := os.Chmod(r.private, 0o711); err != nil {
+		return err
+	}
+	lock, err := os.Open(r.private)
+	if err != nil {
+		return err
+	}
+	r.locks = append(r.locks, lock)
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return fmt.Errorf("lock %s: %w", r.private, err)
+	}
+	for name, origin := range r.origin {
+		private := filepath.Join(r.private, name)
+		if err := sparse.CopyFile(ctx, private, origin, nil); err != nil {
+			return err
+		}
+		if h := r.config.Host; h.UID != 0 || h.GID != 0 {
+			if err := os.Chown(private, h.UID, h.GID); err != nil {
+				return err
+			}
+		}
+		r.paths[name] = private
+	}
+	return nil
+}
+
+const privatePrefix = "private-"
+
+// reclaimPrivate removes private copies whose runner was killed.
+func reclaimPrivate(parent string) error {
+	dirs, err := filepath.Glob(filepath.Join(parent, privatePrefix+"*"))
+	if err != nil {
+		return err
+	}
+	for _, dir := range dirs {
+		f, err := os.Open(dir)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+			err = os.RemoveAll(dir)
+		}
+		if err := errors.Join(err, f.Close()); err != nil {
+			return fmt.Errorf("remove what a killed runner left behind: %w", err)
+		}
+	}
+	return nil
+}
+
+// Done is closed when the VM has ended by itself; Wait then tells how.
+func (r *Runner) Done() <-chan struct{} { return r.instance.Done() }
+
+// Wait blocks until the VM ends by itself. It returns nil when the guest powered itself off.
+func (r *Runner) Wait() error { return r.instance.Wait() }
+
+// Agent is the connection with the guest's agent.
+func (r *Runner) Agent() *agent.Client { return r.instance.Agent() }
+
+// Suspend stops the VM and writes it to the package, or to the outputs of a private run. It uses a context of its own: a suspend is how a run
+// ends well, whatever the caller's context has come to. After it, Close.
+func (r *Runner) Suspend(ctx context.Context) error {
+	start := time.Now()
+	saved, err := r.instance.Suspend(ctx, r.config.RescueTimeout)
+	if !saved {
+		return err
+	}
+	err = errors.Join(err, r.instance.Close())
+	if r.private != "" {
+		if kerr := r.keepPrivate(); kerr != nil {
+			return errors.Join(err, fmt.Errorf("store outputs: %w", kerr))
+		}
+	}
+	slog.Info("Suspended VM", "took", time.Since(start).Round(time.Millisecond))
+	return err
+}
+
+// outputs maps devices to the files that a private run leaves.
+func (r *Runner) outputs() map[string]string {
+	targets := map[string]string{}
+	for name, origin := range r.origin {
+		targets[name] = filepath.Join(filepath.Dir(r.config.MemoryOutput), filepath.Base(origin))
+	}
+	targets[vmm.Memory], targets[vmm.State] = r.config.MemoryOutput, r.config.StateOutput
+	return targets
+}
+
+// checkOutputs refuses outputs that would overwrite the package or each other.
+func (r *Runner) checkOutputs() error {
+	taken := map[string]string{}
+	for name, origin := range r.origin {
+		taken[origin] = "the package's " + name
+	}
+	for name, target := range r.outputs() {
+		abs, err := filepath.Abs(target)
+		if err != nil {
+			return err
+		}
+		if other, ok := taken[abs]; ok {
+			return fmt.Errorf("output %s of device %s would overwrite %s; name one in another directory", target, name, other)
+		}
+		taken[abs] = "the output of " + name
+	}
+	return nil
+}
+
+// keepPrivate turns the private copies into the outputs, the state last: without it nothing can be resumed.
+func (r *Runner) keepPrivate() error {
+	if r.config.MemoryOutput == "" {
+		return nil
+	}
+	targets := r.outputs()
+	if err := os.Remove(r.config.StateOutput); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	for name, target := range targets {
+		if name != vmm.State {
+			if err := os.Rename(r.paths[name], target); err != nil {
+				return err
+			}
+		}
+	}
+	return os.Rename(r.paths[vmm.State], r.config.StateOutput)
+}
+
+// Close ends the VM, if it still runs, without saving it, and removes what the run needed on the host.
+func (r *Runner) Close() error {
+	var errs []error
+	if r.instance != nil {
+		errs = append(errs, r.instance.Close())
+	}
+	if r.private != "" {
+		errs = append(errs, os.RemoveAll(r.private))
+		r.private = ""
+	}
+	for _, f := range r.locks {
+		errs = append(errs, f.Close())
+	}
+	r.locks = nil
+	if r.claim != nil {
+		errs = append(errs, r.claim.Close())
+		r.claim = nil
+	}
+	return errors.Join(errs...)
+}

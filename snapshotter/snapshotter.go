@@ -1,0 +1,357 @@
+// Package snapshotter makes a VM package: it boots a blueprint, waits until the guest is up, suspends it and stores its devices.
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
+
+	"drafter/instance"
+	"drafter/internal/sparse"
+	"drafter/network"
+	"drafter/vmm"
+)
+
+// Device is one device of the package to make.
+type Device struct {
+	Name   string `json:"name"`
+	Input  string `json:"input"`  // path of the blueprint's file; empty for state, memory and config, which the snapshotter makes
+	Output string `json:"output"` // path of the package's file
+}
+
+// Config says what to snapshot and how.
+type Config struct {
+	Host     instance.Host
+	Hardware instance.Hardware
+	Devices  []Device
+
+	// Timeout bounds how long the guest may take to boot.
+	Timeout time.Duration
+
+	// Progress is called while devices are copied; see [sparse.CopyFile]. May be nil.
+	Progress func(step string, done, total int64)
+}
+
+// Result tells how long the parts took.
+type Result struct {
+	Boot    time.Duration // from the VMM's start to the answer of the agent
+	Suspend time.Duration // from before-suspend to the package being durable
+}
+
+// partialSuffix marks files of a package that is not complete.
+const partialSuffix = ".partial"
+
+// Snapshotter makes one package.
+type Snapshotter struct {
+	config Config
+	names  []string
+	initrd string
+	locks  []io.Closer
+	paths  instance.Paths // of the outputs while they are partial
+}
+
+// New checks a config. Nothing is touched yet.
+func New(c Config) (*Snapshotter, error) {
+	s := &Snapshotter{config: c, paths: instance.Paths{}}
+	for _, d := range c.Devices {
+		s.names = append(s.names, d.Name)
+	}
+	if err := instance.CheckNames(s.names, vmm.Kernel, vmm.Disk, vmm.State, vmm.Memory, vmm.Config); err != nil {
+		return nil, err
+	}
+	if c.Hardware.CPUs < 1 {
+		return nil, fmt.Errorf("cpu count is %d; it must be at least 1", c.Hardware.CPUs)
+	}
+	if c.Hardware.MemorySize < 64<<20 {
+		return nil, fmt.Errorf("memory size is %d MB; it must be at least 64", c.Hardware.MemorySize>>20)
+	}
+	if c.Hardware.AgentPort == c.Hardware.LivenessPort {
+		return nil, fmt.Errorf("agent and liveness share port %d; give them different ones", c.Hardware.AgentPort)
+	}
+	outputs := map[string]string{}
+	for _, d := range c.Devices {
+		if err := s.checkDevice(d, outputs); err != nil {
+			return nil, err
+		}
+	}
+	return s, s.findInitrd()
+}
+
+func (s *Snapshotter) checkDevice(d Device, outputs map[string]string) error {
+	switch d.Name {
+	case vmm.State, vmm.Memory, vmm.Config:
+		if d.Input != "" {
+			return fmt.Errorf("device %s has an input; the snapshotter makes it", d.Name)
+		}
+	case vmm.Initrd:
+		if d.Output != "" {
+			return errors.New("device initrd has an output; a package holds none, as it never boots again")
+		}
+		return nil
+	default:
+		if d.Input == "" {
+			return fmt.Errorf("device %s has no input; name the blueprint's file", d.Name)
+		}
+		info, err := os.Stat(d.Input)
+		if err != nil {
+			return fmt.Errorf("device %s: input: %w", d.Name, err)
+		}
+		if info.IsDir() {
+			return fmt.Errorf("device %s: input %s is a directory", d.Name, d.Input)
+		}
+	}
+	if d.Output == "" {
+		return fmt.Errorf("device %s has no output; name the package's file", d.Name)
+	}
+	abs, err := filepath.Abs(d.Output)
+	if err != nil {
+		return fmt.Errorf("device %s: %w", d.Name, err)
+	}
+	if other, ok := outputs[abs]; ok {
+		return fmt.Errorf("devices %s and %s have the same output %s", other, d.Name, d.Output)
+	}
+	if in, err := filepath.Abs(d.Input); d.Input != "" && err == nil && in == abs {
+		return fmt.Errorf("device %s: input and output are the same file %s; name another output", d.Name, d.Output)
+	}
+	outputs[abs] = d.Name
+	return nil
+}
+
+// findInitrd takes the initrd beside the kernel, where blueprints have it, unless the device is given.
+func (s *Snapshotter) findInitrd() error {
+	for _, d := range s.config.Devices {
+		if d.Name == vmm.Initrd {
+			s.initrd = d.Input
+		}
+	}
+	if s.initrd == "" {
+		for _, d := range s.config.Devices {
+			if d.Name == vmm.Kernel {
+				beside := filepath.Join(filepath.Dir(d.Input), vmm.Initrd)
+				if _, err := os.Stat(beside); err == nil {
+					s.initrd = beside
+				}
+			}
+		}
+	}
+	if s.initrd == "" {
+		return nil
+	}
+	if _, err := os.Stat(s.initrd); err != nil {
+		return fmt.Errorf("device initrd: input: %w", err)
+	}
+	var err error
+	s.initrd, err = filepath.Abs(s.initrd)
+	return err
+}
+
+// Run makes the package. Its files have their names only once it is complete; on failure or when ctx ends nothing of it is left, and a
+// package that was there before is untouched.
+func (s *Snapshotter) Run(ctx context.Context) (_ Result, err error) {
+	claim, err := network.ClaimNamespace(s.config.Host.Netns)
+	if err != nil {
+		return Result{}, err
+	}
+	defer func() { err = errors.Join(err, claim.Close()) }()
+	defer func() { err = errors.Join(err, s.discard()) }()
+	if err := s.prepare(ctx); err != nil {
+		return Result{}, err
+	}
+	hw := s.config.Hardware
+	if hw.BootArgs, err = s.bootArgs(); err != nil {
+		return Result{}, err
+	}
+	if s.config.Host.Netns == "" {
+		hw.Interface = ""
+	}
+	start := time.Now()
+	i, err := instance.Boot(ctx, s.config.Host, hw, uuid.NewString(), s.names, s.paths, s.initrd, s.config.Timeout)
+	if err != nil {
+		return Result{}, fmt.Errorf("boot: %w", err)
+	}
+	defer func() { err = errors.Join(err, i.Close()) }()
+	booted := time.Now()
+	slog.Info("Booted VM", "took", booted.Sub(start).Round(time.Millisecond), "vmm", i.Config().Hardware.VMM,
+		"machine", i.Config().Hardware.Machine, "accel", i.Config().Hardware.Accel)
+	if _, err := i.Suspend(ctx, s.config.Timeout); err != nil {
+		return Result{}, err
+	}
+	if err := i.Close(); err != nil {
+		return Result{}, err
+	}
+	if err := s.publish(i.Config()); err != nil {
+		return Result{}, err
+	}
+	result := Result{Boot: booted.Sub(start), Suspend: time.Since(booted)}
+	slog.Info("Stored package", "took", result.Suspend.Round(time.Millisecond), "config", s.output(vmm.Config))
+	return result, nil
+}
+
+func (s *Snapshotter) output(name string) string {
+	for _, d := range s.config.Devices {
+		if d.Name == name {
+			return d.Output
+		}
+	}
+	return ""
+}
+
+// prepare makes the partial outputs: copies of the inputs, and empty files for what the VM will fill.
+func (s *Snapshotter) prepare(ctx context.Context) error {
+	for _, d := range s.config.Devices {
+		if d.Name == vmm.Initrd {
+			continue
+		}
+		output, err := filepath.Abs(d.Output)
+		if err != nil {
+			return fmt.Errorf("device %s: %w", d.Name, err)
+		}
+		if err := os.MkdirAll(filepath.Dir(output), 0o755); err != nil {
+			return fmt.Errorf("device %s: %w", d.Name, err)
+		}
+		partial := output + partialSuffix
+		lock, err := lockPartial(partial)
+		if err != nil {
+			return fmt.Errorf("device %s: %w", d.Name, err)
+		}
+		s.locks = append(s.locks, lock)
+		s.paths[d.Name] = partial
+		if err := s.fill(ctx, d, partial); err != nil {
+			return fmt.Errorf("device %s: %w", d.Name, err)
+		}
+	}
+	return nil
+}
+
+// lockPartial makes the file and keeps a second snapshotter from it.
+func lockPartial(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, errors.Join(fmt.Errorf("another process is making %s", path), f.Close())
+	}
+	return f, nil
+}
+
+func (s *Snapshotter) fill(ctx context.Context, d Device, partial string) error {
+	host := s.config.Host
+	switch d.Name {
+	case vmm.Memory, vmm.State:
+		size := int64(vmm.StateSize)
+		if d.Name == vmm.Memory {
+			size = s.config.Hardware.MemorySize
+		}
+		// Emptied first: a hole reads as zeros, which an older attempt's bytes do not.
+		if err := errors.Join(os.Truncate(partial, 0), os.Truncate(partial, size)); err != nil {
+			return err
+		}
+	case vmm.Config:
+		return os.Truncate(partial, 0)
+	default:
+		var progress func(done, total int64)
+		if s.config.Progress != nil {
+			progress = func(done, total int64) { s.config.Progress("Copying "+d.Name, done, total) }
+		}
+		if err := sparse.CopyFile(ctx, partial, d.Input, progress); err != nil {
+			return err
+		}
+	}
+	if host.UID != 0 || host.GID != 0 {
+		if err := os.Chown(partial, host.UID, host.GID); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// bootArgs adds to the user's kernel arguments what the guest cannot know: its address, and ports that are not the default.
+func (s *Snapshotter) bootArgs() (string, error) {
+	hw := s.config.Hardware
+	return guestArgs(hw.BootArgs, s.config.Host.Netns, hw.Interface, hw.AgentPort, hw.LivenessPort)
+}
+
+// publish writes the config and gives every file its name. The state comes last: before it is there, or when it is another package's, nothing
+// can be resumed.
+func (s *Snapshotter) publish(config *vmm.PackageConfig) error {
+	b, err := config.Encode()
+	if err != nil {
+		return err
+	}
+	f, err := os.OpenFile(s.paths[vmm.Config], os.O_WRONLY, 0)
+	if err != nil {
+		return fmt.Errorf("write config device: %w", err)
+	}
+	_, err = f.Write(b)
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return fmt.Errorf("write config device: %w", err)
+	}
+	if err := os.Remove(s.output(vmm.State)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("replace package: %w", err)
+	}
+	order := slices.Clone(s.names)
+	slices.SortStableFunc(order, func(a, b string) int {
+		switch vmm.State {
+		case a:
+			return 1
+		case b:
+			return -1
+		}
+		return 0
+	})
+	dirs := map[string]bool{}
+	for _, name := range order {
+		partial, ok := s.paths[name]
+		if !ok {
+			continue
+		}
+		if name == vmm.State {
+			if err := syncDirs(dirs); err != nil {
+				return err
+			}
+		}
+		if err := os.Rename(partial, s.output(name)); err != nil {
+			return fmt.Errorf("publish device %s: %w", name, err)
+		}
+		delete(s.paths, name)
+		dirs[filepath.Dir(s.output(name))] = true
+	}
+	return syncDirs(dirs)
+}
+
+func syncDirs(dirs map[string]bool) error {
+	for dir := range dirs {
+		f, err := os.Open(dir)
+		if err != nil {
+			return fmt.Errorf("sync directory: %w", err)
+		}
+		if err := errors.Join(f.Sync(), f.Close()); err != nil {
+			return fmt.Errorf("sync directory %s: %w", dir, err)
+		}
+	}
+	return nil
+}
+
+// discard removes what was not published.
+func (s *Snapshotter) discard() error {
+	var errs []error
+	for _, partial := range s.paths {
+		if err := os.Remove(partial); err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	for _, l := range s.locks {
+		errs = append(errs, l.Close())
+	}
+	return errors.Join(errs...)
+}

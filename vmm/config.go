@@ -1,0 +1,175 @@
+package vmm
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"runtime"
+	"time"
+)
+
+// PackageVersion is the version of the config device's format. A reader refuses any other.
+const PackageVersion = 1
+
+// maxConfig bounds what is read of a config device, in bytes.
+const maxConfig = 1 << 20
+
+// PackageConfig is the content of the config device: all that a resume needs to know beside the devices themselves, as JSON.
+type PackageConfig struct {
+	Version int       `json:"version"` // PackageVersion
+	ID      string    `json:"id"`      // UUID of the package; the state device holds the same
+	Created time.Time `json:"created"`
+
+	Architecture string   `json:"architecture"` // as GOARCH: "amd64", "arm64"
+	Hardware     Hardware `json:"hardware"`
+	CPUs         int      `json:"cpus"`
+	BootArgs     string   `json:"bootArgs"`
+
+	Interface string `json:"interface"` // tap interface in the namespace
+	MAC       string `json:"mac"`
+
+	AgentPort    uint32 `json:"agentPort"`
+	LivenessPort uint32 `json:"livenessPort"`
+
+	// Devices lists the package's devices in the order they were given, config excepted. Disks keep this order in the guest.
+	Devices []PackageDevice `json:"devices"`
+}
+
+// PackageDevice is one device of a package.
+type PackageDevice struct {
+	Name string `json:"name"`
+	Size int64  `json:"size"` // bytes
+}
+
+// Device returns the device called name.
+func (c *PackageConfig) Device(name string) (PackageDevice, bool) {
+	for _, d := range c.Devices {
+		if d.Name == name {
+			return d, true
+		}
+	}
+	return PackageDevice{}, false
+}
+
+// Disks returns the names of the disks in guest order: "disk", then the extra ones.
+func (c *PackageConfig) Disks() []string {
+	names := make([]string, len(c.Devices))
+	for i, d := range c.Devices {
+		names[i] = d.Name
+	}
+	return DiskOrder(names)
+}
+
+// DiskOrder returns those of names that are disks, in the order in which a guest sees them.
+func DiskOrder(names []string) []string {
+	var disks []string
+	for _, n := range names {
+		if n == Disk {
+			disks = append(disks, n)
+		}
+	}
+	for _, n := range names {
+		switch n {
+		case Kernel, Disk, State, Memory, Config, Initrd:
+		default:
+			disks = append(disks, n)
+		}
+	}
+	return disks
+}
+
+// Encode returns the config device's content.
+func (c *PackageConfig) Encode() ([]byte, error) {
+	b, err := json.MarshalIndent(c, "", "  ")
+	if err != nil {
+		return nil, fmt.Errorf("encode package config: %w", err)
+	}
+	return append(b, '\n'), nil
+}
+
+// ReadPackageConfig reads and checks the config device at path. Zero bytes after the JSON (the padding of a block device) are ignored.
+func ReadPackageConfig(path string) (*PackageConfig, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("open config device: %w", err)
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxConfig+1))
+	if err != nil {
+		return nil, fmt.Errorf("read config device %s: %w", path, err)
+	}
+	c, err := decodePackageConfig(b)
+	if err != nil {
+		return nil, fmt.Errorf("config device %s: %w", path, err)
+	}
+	return c, nil
+}
+
+func decodePackageConfig(b []byte) (*PackageConfig, error) {
+	if len(b) > maxConfig {
+		return nil, fmt.Errorf("longer than %d bytes, so it is no package config", maxConfig)
+	}
+	b = bytes.TrimRight(b, "\x00")
+	var v struct {
+		Version *int `json:"version"`
+	}
+	if err := json.Unmarshal(b, &v); err != nil {
+		return nil, fmt.Errorf("not a package config: %w", err)
+	}
+	if v.Version == nil {
+		return nil, errors.New("not a package config: it has no version")
+	}
+	if *v.Version != PackageVersion {
+		return nil, fmt.Errorf("package format %d is not supported (this build reads %d); make the package again with drafter snapshotter", *v.Version, PackageVersion)
+	}
+	c := &PackageConfig{}
+	dec := json.NewDecoder(bytes.NewReader(b))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(c); err != nil {
+		return nil, fmt.Errorf("not a package config: %w", err)
+	}
+	return c, c.validate()
+}
+
+func (c *PackageConfig) validate() error {
+	if c.Architecture != runtime.GOARCH {
+		return fmt.Errorf("the package was made for %s, this host is %s; make one from a blueprint for %s", c.Architecture, runtime.GOARCH, runtime.GOARCH)
+	}
+	if c.CPUs < 1 || c.CPUs > 1024 {
+		return fmt.Errorf("cpus is %d, not in 1…1024", c.CPUs)
+	}
+	seen := map[string]bool{}
+	for _, d := range c.Devices {
+		if err := CheckDeviceName(d.Name); err != nil {
+			return err
+		}
+		if seen[d.Name] {
+			return fmt.Errorf("device %q is listed twice", d.Name)
+		}
+		seen[d.Name] = true
+		if d.Size <= 0 {
+			return fmt.Errorf("device %q has size %d", d.Name, d.Size)
+		}
+	}
+	for _, n := range []string{State, Memory, Kernel, Disk} {
+		if !seen[n] {
+			return fmt.Errorf("device %q is missing", n)
+		}
+	}
+	return nil
+}
+
+// CheckDeviceName refuses names that could not be a file's: a device's name is 1 to 64 letters, digits, '-', '_' or '.', not starting with a dot.
+func CheckDeviceName(name string) error {
+	ok := len(name) >= 1 && len(name) <= 64 && name[0] != '.'
+	for _, r := range name {
+		ok = ok && (r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '-' || r == '_' || r == '.')
+	}
+	if !ok {
+		return fmt.Errorf("device name %q is not valid: use 1 to 64 letters, digits, '-', '_' or '.'", name)
+	}
+	return nil
+}

@@ -1,0 +1,159 @@
+package vmm
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
+
+	"drafter/internal/process"
+)
+
+// Dir is the directory a VM lives in: <base>/<driver>/<id>/, with the VMM's sockets in root/. Its owner holds a lock on it; a directory
+// whose lock is free is an orphan, which ReclaimOrphans removes together with the VMM that may still run in it.
+type Dir struct {
+	ID   string
+	path string
+	lock *os.File
+}
+
+const (
+	dirLock    = "lock"
+	dirProcess = "process.json"
+)
+
+// CreateDir makes a new directory under base. Orphans of killed owners are removed first.
+func CreateDir(base, driver string) (*Dir, error) {
+	base, err := filepath.Abs(base)
+	if err != nil {
+		return nil, fmt.Errorf("resolve %s: %w", base, err)
+	}
+	parent := filepath.Join(base, driver)
+	if err := os.MkdirAll(parent, 0o755); err != nil {
+		return nil, fmt.Errorf("create VM directory: %w", err)
+	}
+	if err := ReclaimOrphans(parent); err != nil {
+		return nil, err
+	}
+	// UNIX socket paths end at 107 bytes, so the id is short.
+	id := strings.ReplaceAll(uuid.NewString(), "-", "")[:16]
+	d := &Dir{ID: id, path: filepath.Join(parent, id)}
+	if n := len(d.Socket("vsock.sock_4294967295")); n > 107 {
+		return nil, fmt.Errorf("VM directory %s is too long for UNIX sockets by %d bytes; pass a shorter --chroot-base-dir", parent, n-107)
+	}
+	// The lock exists and is held before the directory has its final name, so that no reclaim can see it unlocked.
+	tmp := d.path + ".new"
+	if err := os.Mkdir(tmp, 0o755); err != nil {
+		return nil, fmt.Errorf("create VM directory: %w", err)
+	}
+	if d.lock, err = tryLock(filepath.Join(tmp, dirLock)); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(tmp))
+	}
+	if err := errors.Join(os.Mkdir(filepath.Join(tmp, "root"), 0o755), os.Rename(tmp, d.path)); err != nil {
+		return nil, errors.Join(fmt.Errorf("create VM directory: %w", err), d.lock.Close(), os.RemoveAll(tmp))
+	}
+	return d, nil
+}
+
+// Root is where the VMM's sockets and files are.
+func (d *Dir) Root() string { return filepath.Join(d.path, "root") }
+
+// Socket is the path of the socket called name.
+func (d *Dir) Socket(name string) string { return filepath.Join(d.Root(), name) }
+
+// Record notes the VMM's process, so that a later run can end it should this process be killed.
+func (d *Dir) Record(id process.Identity) error {
+	b, err := json.Marshal(id)
+	if err != nil {
+		return fmt.Errorf("encode process identity: %w", err)
+	}
+	if err := os.WriteFile(filepath.Join(d.path, dirProcess), b, 0o600); err != nil {
+		return fmt.Errorf("record VMM process: %w", err)
+	}
+	return nil
+}
+
+// Close removes the directory. The VMM must have ended.
+func (d *Dir) Close() error {
+	return errors.Join(os.RemoveAll(d.path), d.lock.Close())
+}
+
+// ReclaimOrphans removes every VM directory below parent whose owner is gone, ending its VMM first.
+func ReclaimOrphans(parent string) error {
+	entries, err := os.ReadDir(parent)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("look for orphaned VMs: %w", err)
+	}
+	for _, e := range entries {
+		dir := filepath.Join(parent, e.Name())
+		if !e.IsDir() || (strings.HasSuffix(e.Name(), ".new") && young(e)) {
+			continue
+		}
+		if _, err := os.Stat(filepath.Join(dir, dirLock)); err != nil && !strings.HasSuffix(e.Name(), ".new") {
+			continue // not a VM directory, or one that vanished just now
+		}
+		lock, err := tryLock(filepath.Join(dir, dirLock))
+		if errors.Is(err, errLocked) || errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("look for orphaned VMs: %w", err)
+		}
+		err = reclaim(dir)
+		if err := errors.Join(err, lock.Close()); err != nil {
+			return fmt.Errorf("remove orphaned VM %s: %w", dir, err)
+		}
+		slog.Info("Removed what a killed process left behind", "vm", dir)
+	}
+	return nil
+}
+
+// young tells whether a directory may still be under construction by a live process.
+func young(e os.DirEntry) bool {
+	info, err := e.Info()
+	return err != nil || time.Since(info.ModTime()) < time.Minute
+}
+
+func reclaim(dir string) error {
+	b, err := os.ReadFile(filepath.Join(dir, dirProcess))
+	if err == nil {
+		var id process.Identity
+		if err := json.Unmarshal(b, &id); err != nil {
+			return fmt.Errorf("%s: %w", dirProcess, err)
+		}
+		if err := id.Reclaim(); err != nil {
+			return err
+		}
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return os.RemoveAll(dir)
+}
+
+var errLocked = errors.New("locked by another process")
+
+// tryLock opens path and takes an exclusive lock that lasts until the file is closed or the process ends.
+func tryLock(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("%s: %w", path, errLocked)
+		}
+		return nil, fmt.Errorf("lock %s: %w", path, err)
+	}
+	return f, nil
+}

@@ -1,0 +1,158 @@
+package qemu
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+
+	"drafter/vmm"
+)
+
+// Machine types. microvm is the fastest to start, but under emulation its kernel hangs now and then while it calibrates timers (it has
+// neither HPET nor PM timer), so emulation takes q35. A q35 is asked for by version: an alias means another machine on another host.
+const (
+	machineMicroVM = "microvm"
+	machineQ35     = "pc-q35-"
+)
+
+// Default CPU models. They name features, never "host": what a VM was booted with must be there on every host it moves to.
+const (
+	cpuTCG = "Nehalem-v1"
+	cpuKVM = "x86-64-v2-AES"
+)
+
+// PCI slots on a q35's root bus. Fixed, so that adding a device never moves another.
+const (
+	slotNet       = 0x2
+	slotPorts     = 0x3
+	slotRNG       = 0x4
+	slotFirstDisk = 0x8
+	slotLastDisk  = 0x1e // 0x1f is the chipset's
+)
+
+// microvm has eight virtio-mmio slots, three of which are ours.
+const maxMicroVMDisks = 5
+
+// The descriptors every VMM process is started with. The tap device follows where there is one.
+const (
+	fdQMP = 3 + iota
+	fdConsole
+	fdTap
+)
+
+// chooseMachine returns the machine type for a new VM.
+func chooseMachine(accel string, version qemuVersion, disks int) string {
+	if accel == vmm.AccelKVM && disks <= maxMicroVMDisks {
+		return machineMicroVM
+	}
+	return fmt.Sprintf("%s%d.%d", machineQ35, version.major, version.minor)
+}
+
+// arguments builds QEMU's command line.
+func arguments(l *vmm.Launch, hw vmm.Hardware) ([]string, error) {
+	micro := hw.Machine == machineMicroVM
+	if micro && len(l.Disks) > maxMicroVMDisks {
+		return nil, fmt.Errorf("a %s has room for %d disks, %d are given", hw.Machine, maxMicroVMDisks, len(l.Disks))
+	}
+	if most := slotLastDisk - slotFirstDisk + 1; len(l.Disks) > most {
+		return nil, fmt.Errorf("a %s has room for %d disks, %d are given", hw.Machine, most, len(l.Disks))
+	}
+	a := &argumentList{micro: micro}
+	machine := hw.Machine + ",memory-backend=memory"
+	if micro {
+		machine += ",acpi=on,rtc=on,isa-serial=on,pit=off,pic=off,x-option-roms=off,auto-kernel-cmdline=off"
+	} else {
+		machine += ",usb=off,vmport=off,smm=off,sata=off,smbus=off,graphics=off"
+	}
+	a.add("-name", "drafter-"+l.Dir.ID)
+	a.add("-nodefaults")
+	a.add("-no-user-config")
+	a.add("-no-reboot") // a package resumes, it never boots again by itself
+	a.add("-display", "none")
+	a.add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
+	a.add("-machine", machine)
+	a.add("-accel", hw.Accel)
+	a.add("-cpu", hw.CPU)
+	a.add("-smp", strconv.Itoa(l.CPUs))
+	a.add("-m", fmt.Sprintf("%dB", l.MemorySize))
+	a.add("-object", options("memory-backend-file,id=memory,share=on", "size", strconv.FormatInt(l.MemorySize, 10), "mem-path", l.Memory))
+	if !micro {
+		a.add("-device", "vmgenid,guid=auto")
+	}
+	a.add("-chardev", fmt.Sprintf("socket,id=qmp,fd=%d", fdQMP))
+	a.add("-mon", "chardev=qmp,mode=control")
+	a.add("-chardev", fmt.Sprintf("socket,id=console,fd=%d", fdConsole))
+	a.add("-serial", "chardev:console")
+	a.add("-kernel", l.Kernel)
+	if l.Boot != nil {
+		if l.Boot.Initrd != "" {
+			a.add("-initrd", l.Boot.Initrd)
+		}
+		a.add("-append", bootArgs(l.Boot.Args, micro))
+	} else {
+		a.add("-incoming", "defer")
+		a.add("-S")
+	}
+
+	if l.Interface != "" {
+		a.add("-netdev", fmt.Sprintf("tap,id=net,fd=%d", fdTap))
+		// No option ROM: nothing boots from the network.
+		a.virtio("net", slotNet, "netdev=net,romfile=", "mac", l.MAC)
+	}
+	a.virtio("serial", slotPorts, "id=ports")
+	for i, port := range l.Ports {
+		a.add("-chardev", options(fmt.Sprintf("socket,id=port%d,server=on,wait=off", port), "path", l.Dir.Socket(portSocket(port))))
+		a.add("-device", fmt.Sprintf("virtserialport,bus=ports.0,nr=%d,chardev=port%d,name=%s", i+1, port, portName(port)))
+	}
+	a.add("-object", "rng-random,id=rng,filename=/dev/urandom")
+	a.virtio("rng", slotRNG, "rng=rng")
+	for i, d := range l.Disks {
+		node := fmt.Sprintf("disk%d", i)
+		a.add("-blockdev", options("driver=file,discard=unmap", "node-name", node+"-file", "filename", d.Path))
+		a.add("-blockdev", fmt.Sprintf("driver=raw,discard=unmap,node-name=%s,file=%s-file", node, node))
+		// The serial is what /dev/disk/by-id shows; virtio carries 20 bytes of it.
+		a.virtio("blk", slotFirstDisk+i, "drive="+node, "serial", d.Name[:min(20, len(d.Name))])
+	}
+	return a.list, nil
+}
+
+type argumentList struct {
+	list  []string
+	micro bool
+}
+
+func (a *argumentList) add(args ...string) { a.list = append(a.list, args...) }
+
+// virtio adds a virtio device on the machine's bus: a PCI slot of a q35, an mmio transport of a microvm in order of appearance.
+func (a *argumentList) virtio(kind string, slot int, rest string, pairs ...string) {
+	if a.micro {
+		rest = strings.TrimSuffix(rest, ",romfile=")
+		a.add("-device", options("virtio-"+kind+"-device,"+rest, pairs...))
+		return
+	}
+	a.add("-device", options(fmt.Sprintf("virtio-%s-pci,bus=pcie.0,addr=%#x,%s", kind, slot, rest), pairs...))
+}
+
+// options appends key=value pairs to a QEMU option string, doubling commas in the values as QEMU wants them.
+func options(head string, pairs ...string) string {
+	var b strings.Builder
+	b.WriteString(head)
+	for i := 0; i+1 < len(pairs); i += 2 {
+		fmt.Fprintf(&b, ",%s=%s", pairs[i], strings.ReplaceAll(pairs[i+1], ",", ",,"))
+	}
+	return b.String()
+}
+
+// bootArgs takes out what would cut a q35 off its devices: "pci=off" is right for machines without PCI only.
+func bootArgs(args string, micro bool) string {
+	if micro {
+		return args
+	}
+	var kept []string
+	for _, a := range strings.Fields(args) {
+		if a != "pci=off" {
+			kept = append(kept, a)
+		}
+	}
+	return strings.Join(kept, " ")
+}

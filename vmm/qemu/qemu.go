@@ -1,0 +1,587 @@
+// Package qemu drives QEMU: a microvm where KVM is usable, a q35 under emulation.
+package qemu
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"drafter/agent"
+	"drafter/internal/process"
+	"drafter/vmm"
+)
+
+// Driver is the QEMU driver. The zero value is ready.
+type Driver struct{}
+
+var _ vmm.Driver = Driver{}
+
+// Name implements [vmm.Driver].
+func (Driver) Name() string { return vmm.VMMQEMU }
+
+// packageNames is where a missing QEMU comes from on Debian.
+var packageNames = map[string]string{"amd64": "qemu-system-x86", "arm64": "qemu-system-arm"}
+
+// binary finds QEMU for this architecture.
+func binary(bin string) (string, error) {
+	if bin == "" {
+		switch runtime.GOARCH {
+		case "amd64":
+			bin = "qemu-system-x86_64"
+		default:
+			return "", fmt.Errorf("the QEMU driver does not support %s yet", runtime.GOARCH)
+		}
+	}
+	path, err := exec.LookPath(bin)
+	if err != nil {
+		return "", fmt.Errorf("QEMU (%s) is not installed; install it with 'apt-get install %s', or pass --qemu-bin", bin, packageNames[runtime.GOARCH])
+	}
+	return path, nil
+}
+
+type qemuVersion struct{ major, minor, micro int }
+
+func (v qemuVersion) String() string { return fmt.Sprintf("%d.%d.%d", v.major, v.minor, v.micro) }
+
+func (v qemuVersion) before(w qemuVersion) bool {
+	if v.major != w.major {
+		return v.major < w.major
+	}
+	if v.minor != w.minor {
+		return v.minor < w.minor
+	}
+	return v.micro < w.micro
+}
+
+func parseVersion(s string) (qemuVersion, error) {
+	var v qemuVersion
+	if _, err := fmt.Sscanf(s, "%d.%d.%d", &v.major, &v.minor, &v.micro); err != nil {
+		return v, fmt.Errorf("QEMU version %q is malformed", s)
+	}
+	return v, nil
+}
+
+// installedVersion asks a binary for its version.
+func installedVersion(ctx context.Context, path string) (qemuVersion, error) {
+	out, err := exec.CommandContext(ctx, path, "--version").Output()
+	if err != nil {
+		return qemuVersion{}, fmt.Errorf("ask %s for its version: %w", path, err)
+	}
+	_, after, found := strings.Cut(string(out), "version ")
+	if !found {
+		return qemuVersion{}, fmt.Errorf("ask %s for its version: it does not look like QEMU", path)
+	}
+	return parseVersion(after)
+}
+
+// compatible refuses state that this QEMU could misread. Versioned machine types load on the same and on newer releases, but not on older ones;
+// a microvm has no versions, so it loads only where it was saved. 8.0.0 reads a 7.2 machine's PCI state wrongly (fixed in 8.0.1).
+func compatible(recorded vmm.Hardware, have qemuVersion) error {
+	if recorded.VMM != vmm.VMMQEMU {
+		return fmt.Errorf("the package was made with %s, it cannot be resumed with QEMU", recorded.VMM)
+	}
+	want, err := parseVersion(recorded.Version)
+	if err != nil {
+		return err
+	}
+	switch {
+	case recorded.Machine == machineMicroVM && have != want:
+		return fmt.Errorf("a microvm package made with QEMU %s resumes only there, this host has %s; make the package again here", want, have)
+	case have.major < want.major || have.major == want.major && have.minor < want.minor:
+		return fmt.Errorf("the package was made with QEMU %s, this host has the older %s; upgrade QEMU here, or make the package with the older one", want, have)
+	case have == qemuVersion{8, 0, 0} && want.before(have):
+		return errors.New("QEMU 8.0.0 misreads machines of older releases; upgrade it to 8.0.1 or later")
+	}
+	return nil
+}
+
+// startTimeout bounds how long QEMU may take until it answers on QMP.
+const startTimeout = 30 * time.Second
+
+// Launch implements [vmm.Driver].
+func (Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
+	path, err := binary(l.Bin)
+	if err != nil {
+		return nil, err
+	}
+	hw, err := hardware(ctx, path, &l)
+	if err != nil {
+		return nil, err
+	}
+	args, err := arguments(&l, hw)
+	if err != nil {
+		return nil, err
+	}
+	m := &Machine{launch: l, hardware: hw, ended: make(chan struct{}), migration: make(chan string, 16)}
+	if err := m.start(ctx, path, args); err != nil {
+		return nil, errors.Join(err, m.Close())
+	}
+	return m, nil
+}
+
+// hardware settles what the machine will be: what was recorded, or what suits this host.
+func hardware(ctx context.Context, path string, l *vmm.Launch) (vmm.Hardware, error) {
+	if l.Recorded != nil {
+		hw := *l.Recorded
+		accel := l.Accel
+		if accel == "" || accel == vmm.AccelAuto {
+			accel = hw.Accel
+		}
+		if accel != hw.Accel {
+			return hw, fmt.Errorf("the package was made with --accel %s and cannot be resumed with %s; make it again with --accel %s", hw.Accel, accel, accel)
+		}
+		_, _, err := vmm.Accelerator(accel)
+		return hw, err
+	}
+	accel, _, err := vmm.Accelerator(l.Accel)
+	if err != nil {
+		return vmm.Hardware{}, err
+	}
+	version, err := installedVersion(ctx, path)
+	if err != nil {
+		return vmm.Hardware{}, err
+	}
+	cpu := l.CPU
+	if cpu == "" {
+		cpu = map[string]string{vmm.AccelTCG: cpuTCG, vmm.AccelKVM: cpuKVM}[accel]
+	}
+	return vmm.Hardware{
+		VMM:     vmm.VMMQEMU,
+		Version: version.String(),
+		Machine: chooseMachine(accel, version, len(l.Disks)),
+		CPU:     cpu,
+		Accel:   accel,
+	}, nil
+}
+
+// Machine is one QEMU process.
+type Machine struct {
+	launch   vmm.Launch
+	hardware vmm.Hardware
+
+	memory  *os.File // the memory device, for Flush
+	process *process.Process
+	qmp     *qmp
+	console *console
+	stderr  *lastLines
+
+	workers   sync.WaitGroup // console, stderr and event readers
+	migration chan string    // status values of MIGRATION events
+	ended     chan struct{}  // closed when the process and all workers have ended
+
+	mu       sync.Mutex
+	shutdown string // reason of the SHUTDOWN event
+	closing  bool
+	exit     error
+}
+
+var _ vmm.Machine = (*Machine)(nil)
+
+func (m *Machine) start(ctx context.Context, path string, args []string) (err error) {
+	l := &m.launch
+	if m.memory, err = os.OpenFile(l.Memory, os.O_RDWR, 0); err != nil {
+		return fmt.Errorf("open memory device: %w", err)
+	}
+	if err := prepareUser(l); err != nil {
+		return err
+	}
+	qmpConn, qmpFile, err := socketPair()
+	if err != nil {
+		return fmt.Errorf("create QMP socket: %w", err)
+	}
+	defer qmpFile.Close()
+	consoleConn, consoleFile, err := socketPair()
+	if err != nil {
+		return errors.Join(fmt.Errorf("create console socket: %w", err), qmpConn.Close())
+	}
+	defer consoleFile.Close()
+	stderrRead, stderrWrite, err := os.Pipe()
+	if err != nil {
+		return errors.Join(fmt.Errorf("create pipe: %w", err), qmpConn.Close(), consoleConn.Close())
+	}
+	defer stderrWrite.Close()
+
+	m.process, err = process.Start(process.Config{
+		Path: path, Args: args, Dir: l.Dir.Root(),
+		Netns: l.Netns, UID: l.UID, GID: l.GID, NUMANode: l.NUMANode,
+		CgroupVersion: l.CgroupVersion, CgroupName: l.Dir.ID,
+		Files:   []*os.File{qmpFile, consoleFile},
+		FilesIn: func() ([]*os.File, error) { return openTap(l.Interface, l.Netns) },
+		Stderr:  stderrWrite,
+	})
+	if err != nil {
+		return errors.Join(err, qmpConn.Close(), consoleConn.Close(), stderrRead.Close())
+	}
+	m.console = newConsole(consoleConn, l.Output, l.Input)
+	m.stderr = &lastLines{}
+	m.workers.Go(func() {
+		io.Copy(m.stderr, stderrRead) // ends with the process; what it holds goes into that error
+		stderrRead.Close()
+	})
+	m.workers.Go(m.console.run)
+	go m.supervise()
+	if err := l.Dir.Record(m.process.Identity()); err != nil {
+		return errors.Join(err, qmpConn.Close())
+	}
+
+	ctx, cancel := context.WithTimeoutCause(ctx, startTimeout, fmt.Errorf("QEMU did not answer within %s", startTimeout))
+	defer cancel()
+	q, version, err := newQMP(ctx, qmpConn)
+	if err != nil {
+		return m.orExit(fmt.Errorf("start QEMU: %w", err))
+	}
+	m.qmp = q
+	m.workers.Go(m.watch)
+	if l.Recorded != nil {
+		if err := compatible(*l.Recorded, qemuVersion{version.Major, version.Minor, version.Micro}); err != nil {
+			return err
+		}
+	}
+	return m.configureMigration(ctx)
+}
+
+// prepareUser lets another user's QEMU into the VM's directory, and says beforehand which device it could not open.
+func prepareUser(l *vmm.Launch) error {
+	if l.UID == 0 && l.GID == 0 {
+		return nil
+	}
+	if err := os.Chown(l.Dir.Root(), l.UID, l.GID); err != nil {
+		return fmt.Errorf("give VM directory to user %d: %w", l.UID, err)
+	}
+	paths := []string{l.Memory}
+	for _, d := range l.Disks {
+		paths = append(paths, d.Path)
+	}
+	for _, p := range paths {
+		var st unix.Stat_t
+		if err := unix.Stat(p, &st); err != nil {
+			return fmt.Errorf("stat %s: %w", p, err)
+		}
+		ok := l.UID == 0 || st.Mode&0o006 == 0o006
+		ok = ok || int(st.Uid) == l.UID && st.Mode&0o600 == 0o600
+		ok = ok || int(st.Gid) == l.GID && st.Mode&0o060 == 0o060
+		if !ok {
+			return fmt.Errorf("%s cannot be read and written by --uid %d --gid %d; run 'chown %d:%d %s'", p, l.UID, l.GID, l.UID, l.GID, p)
+		}
+	}
+	return nil
+}
+
+// configureMigration makes Save and Restore handle all but the shared memory, at full speed. A state save at QEMU's default bandwidth sleeps
+// for 100 ms in its rate limiter.
+func (m *Machine) configureMigration(ctx context.Context) error {
+	type capability struct {
+		Capability string `json:"capability"`
+		State      bool   `json:"state"`
+	}
+	err := m.qmp.execute(ctx, "migrate-set-capabilities", map[string]any{
+		"capabilities": []capability{{"x-ignore-shared", true}, {"events", true}},
+	}, nil)
+	if err != nil {
+		return err
+	}
+	return m.qmp.execute(ctx, "migrate-set-parameters", map[string]any{"max-bandwidth": int64(1) << 40}, nil)
+}
+
+// supervise waits for the process and then for those who read from it: their ends close with it.
+func (m *Machine) supervise() {
+	err := m.process.Wait()
+	m.workers.Wait()
+	m.mu.Lock()
+	switch {
+	case m.closing:
+	case err == nil && m.shutdown == "guest-shutdown":
+	case err == nil && m.shutdown == "guest-reset":
+		m.exit = fmt.Errorf("the guest rebooted, or its kernel panicked%s", m.console.tail())
+	case err == nil:
+		m.exit = fmt.Errorf("QEMU exited (%s)%s%s", m.shutdown, m.stderr.quote("its last words"), m.console.tail())
+	default:
+		m.exit = fmt.Errorf("QEMU ended unexpectedly: %w%s%s", err, m.stderr.quote("its last words"), m.console.tail())
+	}
+	m.mu.Unlock()
+	close(m.ended)
+}
+
+// watch follows QEMU's events until the connection ends.
+func (m *Machine) watch() {
+	for e := range m.qmp.events {
+		switch e.Name {
+		case "SHUTDOWN":
+			var data struct {
+				Reason string `json:"reason"`
+			}
+			if json.Unmarshal(e.Data, &data) == nil {
+				m.mu.Lock()
+				m.shutdown = data.Reason
+				m.mu.Unlock()
+			}
+		case "MIGRATION":
+			var data struct {
+				Status string `json:"status"`
+			}
+			if json.Unmarshal(e.Data, &data) == nil {
+				select {
+				case m.migration <- data.Status:
+				default: // nobody waits for a migration; a full channel holds only stale values
+				}
+			}
+		}
+	}
+}
+
+// orExit prefers the story of a process that just died over err, its consequence. A process that dies takes a moment to be reaped.
+func (m *Machine) orExit(err error) error {
+	select {
+	case <-m.ended:
+	case <-time.After(time.Second):
+		return err
+	}
+	if exit := m.Wait(); exit != nil {
+		return exit
+	}
+	return err
+}
+
+// command runs a QMP command; if QEMU has died, the error says how.
+func (m *Machine) command(ctx context.Context, name string, arguments any, files ...*os.File) error {
+	err := m.qmp.execute(ctx, name, arguments, nil, files...)
+	var refused *qmpError
+	if err == nil || errors.As(err, &refused) || ctx.Err() != nil {
+		return err
+	}
+	return m.orExit(err)
+}
+
+// Hardware implements [vmm.Machine].
+func (m *Machine) Hardware() vmm.Hardware { return m.hardware }
+
+// Resume implements [vmm.Machine].
+func (m *Machine) Resume(ctx context.Context) error { return m.command(ctx, "cont", nil) }
+
+// Pause implements [vmm.Machine].
+func (m *Machine) Pause(ctx context.Context) error { return m.command(ctx, "stop", nil) }
+
+// Flush implements [vmm.Machine]. It does not pause the guest: memory is a shared mapping of the device, which fsync(2) writes back.
+func (m *Machine) Flush(context.Context) error {
+	if err := m.memory.Sync(); err != nil {
+		return fmt.Errorf("flush memory device %s: %w", m.launch.Memory, err)
+	}
+	return nil
+}
+
+// Save implements [vmm.Machine].
+func (m *Machine) Save(ctx context.Context, state io.Writer) error {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return fmt.Errorf("save state: %w", err)
+	}
+	copied := make(chan error, 1)
+	go func() {
+		_, err := io.Copy(state, r)
+		copied <- errors.Join(err, r.Close()) // closed early, QEMU fails with EPIPE and reports it
+	}()
+	err = m.migrate(ctx, "migrate", "save", w)
+	if err != nil {
+		// QEMU may hold its end open after a failure; do not wait for it.
+		r.SetReadDeadline(time.Unix(1, 0))
+	}
+	if cerr := <-copied; cerr != nil && err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return fmt.Errorf("save state: %w", err)
+	}
+	return nil
+}
+
+// Restore implements [vmm.Machine].
+func (m *Machine) Restore(ctx context.Context, state io.Reader) error {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return fmt.Errorf("restore state: %w", err)
+	}
+	copied := make(chan error, 1)
+	go func() {
+		_, err := io.Copy(w, state)
+		copied <- errors.Join(err, w.Close())
+	}()
+	err = m.migrate(ctx, "migrate-incoming", "restore", r)
+	if err != nil {
+		w.SetWriteDeadline(time.Unix(1, 0))
+	}
+	if cerr := <-copied; cerr != nil && err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return fmt.Errorf("restore state: %w%s", err, m.stderr.quote("QEMU says"))
+	}
+	return nil
+}
+
+// migrate gives file to QEMU and runs command on it until QEMU reports the end. It closes file.
+func (m *Machine) migrate(ctx context.Context, command, name string, file *os.File) error {
+	err := m.command(ctx, "getfd", map[string]any{"fdname": name}, file)
+	if err = errors.Join(err, file.Close()); err != nil {
+		return err
+	}
+	for len(m.migration) > 0 {
+		<-m.migration // left over from an earlier one
+	}
+	if err := m.command(ctx, command, map[string]any{"uri": "fd:" + name}); err != nil {
+		return err
+	}
+	for {
+		select {
+		case status := <-m.migration:
+			switch status {
+			case "completed":
+				return nil
+			case "failed", "cancelled":
+				var info struct {
+					Error string `json:"error-desc"`
+				}
+				if err := m.qmp.execute(ctx, "query-migrate", nil, &info); err == nil && info.Error != "" {
+					return fmt.Errorf("QEMU: %s", info.Error)
+				}
+				return m.orExit(fmt.Errorf("QEMU: migration %s", status))
+			}
+		case <-m.ended:
+			return m.orExit(errors.New("QEMU has ended"))
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+func portSocket(port uint32) string { return fmt.Sprintf("vsock.sock_%d", port) }
+func portName(port uint32) string   { return agent.PortName(port) }
+
+// GuestConn implements [vmm.Machine]. The ports are virtio-serial ones; see [agent.Greet].
+func (m *Machine) GuestConn(ctx context.Context, port uint32) (net.Conn, error) {
+	// A VMM that dies must not leave the caller waiting.
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	stopped := make(chan struct{})
+	defer close(stopped)
+	go func() {
+		select {
+		case <-m.ended:
+			cancel(errors.New("the VM ended"))
+		case <-stopped:
+		}
+	}()
+	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", m.launch.Dir.Socket(portSocket(port)))
+	if err != nil {
+		return nil, m.guestGone(fmt.Errorf("connect to guest port %d: %w", port, err))
+	}
+	if err := agent.Greet(ctx, conn); err != nil {
+		return nil, m.guestGone(errors.Join(fmt.Errorf("guest port %d: %w", port, err), conn.Close()))
+	}
+	return conn, nil
+}
+
+// guestGone prefers the reason for which the VM ended over err.
+func (m *Machine) guestGone(err error) error {
+	select {
+	case <-m.ended:
+		if exit := m.Wait(); exit != nil {
+			return exit
+		}
+		return errors.New("the guest powered itself off")
+	default:
+		return err
+	}
+}
+
+// Done implements [vmm.Machine].
+func (m *Machine) Done() <-chan struct{} { return m.ended }
+
+// Wait implements [vmm.Machine].
+func (m *Machine) Wait() error {
+	<-m.ended
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.exit
+}
+
+// Close implements [vmm.Machine].
+func (m *Machine) Close() error {
+	m.mu.Lock()
+	again := m.closing
+	m.closing = true
+	m.mu.Unlock()
+	if again {
+		if m.process != nil {
+			<-m.ended
+		}
+		return nil
+	}
+	var errs []error
+	if m.process != nil {
+		errs = append(errs, m.process.Kill())
+		if m.qmp != nil {
+			m.qmp.close() // its error is that the connection ended
+		}
+		<-m.ended
+	}
+	if m.memory != nil {
+		errs = append(errs, m.memory.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// socketPair returns our end and the child's end of a stream.
+func socketPair() (*net.UnixConn, *os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	ours, theirs := os.NewFile(uintptr(fds[0]), "socket"), os.NewFile(uintptr(fds[1]), "socket")
+	conn, err := net.FileConn(ours)
+	if err = errors.Join(err, ours.Close()); err != nil {
+		return nil, nil, errors.Join(err, theirs.Close())
+	}
+	return conn.(*net.UnixConn), theirs, nil
+}
+
+// openTap opens a tap device in the calling thread's network namespace.
+func openTap(name, ns string) ([]*os.File, error) {
+	if name == "" {
+		return nil, nil
+	}
+	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open /dev/net/tun: %w; load the tun module", err)
+	}
+	ifr, err := unix.NewIfreq(name)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("interface name %q: %w", name, err), unix.Close(fd))
+	}
+	if _, err := net.InterfaceByName(name); err != nil {
+		return nil, errors.Join(fmt.Errorf("interface %s does not exist in network namespace %q; start drafter nat", name, ns), unix.Close(fd))
+	}
+	ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); err != nil {
+		if errors.Is(err, unix.EBUSY) {
+			err = fmt.Errorf("another VM uses interface %s in network namespace %q; choose another --netns", name, ns)
+		} else {
+			err = fmt.Errorf("attach to interface %s in network namespace %q: %w", name, ns, err)
+		}
+		return nil, errors.Join(err, unix.Close(fd))
+	}
+	if err := unix.SetNonblock(fd, true); err != nil {
+		return nil, errors.Join(fmt.Errorf("configure interface %s: %w", name, err), unix.Close(fd))
+	}
+	return []*os.File{os.NewFile(uintptr(fd), name)}, nil
+}

@@ -1,0 +1,151 @@
+// Package vmm launches, pauses, saves and resumes virtual machines. It holds what every virtual machine monitor (VMM) shares: the driver
+// interface, the package's config and state devices, and the directory a VM lives in. The drivers are in vmm/qemu and its siblings.
+package vmm
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"sort"
+	"strings"
+)
+
+// Reserved device names. Every other name is an extra disk, attached in list order after "disk". [Initrd] is read at boot only: a package
+// does not hold it.
+const (
+	Kernel = "kernel"
+	Disk   = "disk"
+	State  = "state"
+	Memory = "memory"
+	Config = "config"
+	Initrd = "initrd"
+)
+
+// Default ports of the guest's agent and liveness programs.
+const (
+	DefaultAgentPort    uint32 = 26
+	DefaultLivenessPort uint32 = 25
+)
+
+// Accelerators a driver may be asked for; AccelAuto picks one that works on this host (see [Accelerator]).
+const (
+	AccelAuto = "auto"
+	AccelKVM  = "kvm"
+	AccelTCG  = "tcg"
+)
+
+// Block is one disk of a machine: the path the VMM opens and the device's name. Order in a slice is the order in the guest (vda, vdb, …).
+type Block struct {
+	Name string
+	Path string
+}
+
+// Boot says how a machine starts from nothing.
+type Boot struct {
+	Kernel string // path of an ELF vmlinux
+	Initrd string // path of a cpio archive, or "" for none
+	Args   string // kernel command line
+}
+
+// Launch is all a driver needs to start a VMM process. Paths are absolute.
+type Launch struct {
+	Dir *Dir // the VM's own directory; the driver puts its sockets there
+
+	Bin      string    // VMM binary, looked up on PATH when it holds no slash; "" for the driver's default
+	Accel    string    // AccelAuto, AccelKVM or AccelTCG
+	CPU      string    // CPU model or template to boot with; "" for the driver's default
+	Recorded *Hardware // what the state to restore was saved on; nil when booting. What cannot restore it is refused.
+
+	CPUs       int
+	MemorySize int64  // bytes
+	Memory     string // path of the memory device, already MemorySize bytes long
+	Kernel     string // path of the kernel device; on a restore it fills the same firmware slots as at boot
+	Disks      []Block
+
+	Netns     string // name of a network namespace, "" for the caller's
+	Interface string // tap interface inside Netns; "" for no network
+	MAC       string
+
+	Ports []uint32 // guest ports reachable by [Machine.GuestConn]
+
+	UID, GID      int // user and group of the VMM process
+	NUMANode      int
+	CgroupVersion int // 1 or 2
+
+	Output io.Writer // serial console of the guest; nil discards. Written to from one goroutine.
+	Input  io.Reader // nil: no input
+
+	Boot *Boot // nil: the machine waits for Restore
+}
+
+// Hardware identifies what a VM was built on, to the degree that its saved state depends on it. It is recorded in the package.
+type Hardware struct {
+	VMM     string `json:"vmm"`     // driver name: "qemu", "firecracker"
+	Version string `json:"version"` // of the VMM binary, e.g. "7.2.22"
+	Machine string `json:"machine"` // versioned machine type, e.g. "pc-q35-7.2"; never an alias
+	CPU     string `json:"cpu"`     // CPU model or template
+	Accel   string `json:"accel"`   // "kvm" or "tcg"
+}
+
+// Driver starts machines on one kind of VMM.
+type Driver interface {
+	// Name is the value of --vmm that picks the driver.
+	Name() string
+	// Launch starts a VMM process. With l.Boot the guest runs when Launch returns; without, the machine waits for Restore.
+	// ctx bounds the start only; the machine lives until Close.
+	Launch(ctx context.Context, l Launch) (Machine, error)
+}
+
+// Machine is one running or paused VM. Its methods are safe for concurrent use with Wait and Close; the others are called one at a time.
+type Machine interface {
+	Hardware() Hardware
+	// Restore loads what Save wrote; the machine is paused afterwards. Only for machines launched without Boot, once.
+	Restore(ctx context.Context, state io.Reader) error
+	Resume(ctx context.Context) error
+	// Pause returns when no vCPU runs any more and all disk writes of the guest have been flushed to their devices.
+	Pause(ctx context.Context) error
+	// Flush makes every guest memory write up to now visible in the memory device and durable there.
+	Flush(ctx context.Context) error
+	// Save writes the paused machine's state (all but memory and disks). It may itself write guest memory: flush afterwards.
+	Save(ctx context.Context, state io.Writer) error
+	// GuestConn returns a connection with the program that serves port in the guest, waiting for the program until ctx ends.
+	// At most one connection per port is open at a time; closing it lets the program wait for the next.
+	GuestConn(ctx context.Context, port uint32) (net.Conn, error)
+	// Done is closed when the VMM has exited; Wait then tells how.
+	Done() <-chan struct{}
+	// Wait blocks until the VMM exits. It returns nil after a Close or when the guest powered itself off, else an error that
+	// carries the VMM's last words and the console's last lines.
+	Wait() error
+	// Close ends the VMM and frees what the driver created on the host. It is idempotent.
+	Close() error
+}
+
+// Driver names for --vmm; VMMAuto takes the driver a package was made with, or QEMU for a new one.
+const (
+	VMMAuto        = "auto"
+	VMMQEMU        = "qemu"
+	VMMFirecracker = "firecracker"
+)
+
+// Drivers is the set of drivers a program was built with.
+type Drivers []Driver
+
+// Select returns the driver called name. For "auto" or "" it is the one called recorded, or the first one when nothing is recorded.
+func (ds Drivers) Select(name, recorded string) (Driver, error) {
+	if name == "" || name == VMMAuto {
+		if recorded == "" {
+			return ds[0], nil
+		}
+		name = recorded
+	}
+	names := make([]string, 0, len(ds))
+	for _, d := range ds {
+		if d.Name() == name {
+			return d, nil
+		}
+		names = append(names, d.Name())
+	}
+	sort.Strings(names)
+	return nil, fmt.Errorf("VMM %q is not supported by this build; choose one of: auto, %s", name, strings.Join(names, ", "))
+}
