@@ -12,19 +12,22 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
 	"github.com/mdlayher/vsock"
+	"golang.org/x/sys/unix"
 )
 
 // A program in the guest and its host talk over a numbered port. Where the VMM has vsock, the guest dials the host (CID 2) on that port. Where it
 // has none, the port is a virtio-serial port called "drafter.PORT". A serial port has no connections: bytes of an earlier conversation may
-// still lie in its queues, and a program that opens the port and dies takes what it had received with it. So each conversation starts with a
-// greeting: the host sends portMagic and 16 random bytes, again and again, until the guest has sent the same back. Both drop everything before
-// the greeting, the guest its repetitions too.
+// still lie in its queues, and a guest that was suspended in a conversation does not learn that its host is another one now. So each
+// conversation starts with a greeting: the host sends portMagic and 16 random bytes, again and again, until the guest has sent the same back.
+// Both drop everything before the greeting. A greeting that arrives in a conversation ends it and starts the next.
 const (
-	portMagic     = "\xffDRAFTER\x01"
+	portMagic     = "\xffDRAFTER\x01\x8d\x1c\x5e\xa3\x9b\x42\xf0\x77" // 8 random bytes at the end: no message holds them by chance
 	nonceSize     = 16
 	greetingLen   = len(portMagic) + nonceSize
 	greetingPause = 500 * time.Millisecond
@@ -76,19 +79,6 @@ func repeatGreeting(conn net.Conn, greeting []byte, answered <-chan struct{}) er
 	}
 }
 
-// answerGreeting performs the guest's half and returns the greeting.
-func answerGreeting(port io.ReadWriter) ([]byte, error) {
-	if err := skipTo(port, []byte(portMagic)); err != nil {
-		return nil, err
-	}
-	greeting := append([]byte(portMagic), make([]byte, nonceSize)...)
-	if _, err := io.ReadFull(port, greeting[len(portMagic):]); err != nil {
-		return nil, err
-	}
-	_, err := port.Write(greeting)
-	return greeting, err
-}
-
 // skipTo reads up to and including the first occurrence of mark. It reads byte by byte, so that nothing behind it is lost.
 func skipTo(r io.Reader, mark []byte) error {
 	window := make([]byte, 0, len(mark))
@@ -107,117 +97,247 @@ func skipTo(r io.Reader, mark []byte) error {
 	}
 }
 
-// DialHost returns a connection with the host on port, from inside a guest. It waits until the host is there or ctx ends, trying again with a
-// back-off of 10 ms to 1 s.
-func DialHost(ctx context.Context, port uint32) (net.Conn, error) {
-	backoff := 10 * time.Millisecond
+// Listener yields a guest program's conversations with its host on one port, one at a time: Accept waits until the last one has been closed.
+type Listener struct {
+	port    uint32
+	timeout time.Duration
+	ctx     context.Context // ends with Close
+	cancel  context.CancelFunc
+
+	serial *serialPort   // nil until Accept has found one; then for good
+	last   chan struct{} // closed when the last conversation is
+}
+
+// Listen returns a listener on port. Its Accept fails when there is neither a serial port nor a host on vsock for timeout.
+func Listen(port uint32, timeout time.Duration) *Listener {
+	l := &Listener{port: port, timeout: timeout, last: make(chan struct{})}
+	l.ctx, l.cancel = context.WithCancel(context.Background())
+	close(l.last)
+	return l
+}
+
+// Accept implements [net.Listener].
+func (l *Listener) Accept() (net.Conn, error) {
+	select {
+	case <-l.last:
+	case <-l.ctx.Done():
+		return nil, net.ErrClosed
+	}
+	conn, err := l.accept()
+	if l.ctx.Err() != nil {
+		if conn != nil {
+			err = conn.Close()
+		}
+		return nil, errors.Join(net.ErrClosed, err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reach the host on port %d: %w", l.port, err)
+	}
+	last := make(chan struct{})
+	l.last = last
+	return &conversation{Conn: conn, ended: sync.OnceFunc(func() { close(last) })}, nil
+}
+
+// accept tries with a back-off of 10 ms to 1 s. A serial port is waited at for ever: that is how a guest spends most of its life.
+func (l *Listener) accept() (net.Conn, error) {
+	backoff, deadline := 10*time.Millisecond, time.Now().Add(l.timeout)
 	for {
-		conn, err := dialHost(ctx, port)
-		if err == nil {
-			return conn, nil
+		var err error
+		if l.serial == nil {
+			l.serial, err = openSerial(l.port)
+		}
+		if l.serial != nil {
+			return l.serial.accept(l.ctx)
+		}
+		if errors.Is(err, os.ErrNotExist) {
+			conn, verr := vsock.Dial(vsock.Host, l.port, nil)
+			if verr == nil {
+				return conn, nil
+			}
+			err = fmt.Errorf("%w, and no vsock: %w", err, verr)
+		}
+		if time.Now().After(deadline) {
+			return nil, fmt.Errorf("no host within %s: %w", l.timeout, err)
 		}
 		select {
-		case <-ctx.Done():
-			return nil, fmt.Errorf("reach the host on port %d: %w (last try: %w)", port, context.Cause(ctx), err)
+		case <-l.ctx.Done():
+			return nil, l.ctx.Err()
 		case <-time.After(backoff):
 		}
 		backoff = min(2*backoff, time.Second)
 	}
 }
 
-func dialHost(ctx context.Context, port uint32) (net.Conn, error) {
-	device, err := findSerial(port)
-	if errors.Is(err, os.ErrNotExist) {
-		conn, verr := vsock.Dial(vsock.Host, port, nil)
-		if verr != nil {
-			return nil, fmt.Errorf("%w, and no vsock: %w", err, verr)
-		}
-		return conn, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	f, err := os.OpenFile(device, os.O_RDWR|syscall.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, fmt.Errorf("open virtio-serial port: %w", err)
-	}
-	c := &serialConn{File: f, in: bufio.NewReader(f), name: PortName(port)}
-	stop := context.AfterFunc(ctx, func() { f.SetDeadline(time.Unix(1, 0)) })
-	defer stop()
-	if c.greeting, err = answerGreeting(patientReader{f}); err != nil {
-		return nil, errors.Join(fmt.Errorf("await host on %s: %w", PortName(port), err), f.Close())
-	}
-	return c, nil
+// Close implements [net.Listener]. It ends an Accept that waits, and the conversation on a serial port.
+func (l *Listener) Close() error {
+	l.cancel()
+	return nil
 }
 
-// findSerial returns the device of a virtio-serial port, or os.ErrNotExist.
-func findSerial(port uint32) (string, error) {
+// Addr implements [net.Listener].
+func (l *Listener) Addr() net.Addr { return portAddr(PortName(l.port)) }
+
+type portAddr string
+
+func (portAddr) Network() string  { return "port" }
+func (a portAddr) String() string { return string(a) }
+
+// conversation tells the listener when it is closed.
+type conversation struct {
+	net.Conn
+	ended func()
+}
+
+func (c *conversation) Close() error {
+	defer c.ended()
+	return c.Conn.Close()
+}
+
+// serialPort is a virtio-serial port, opened once for all conversations: closing it would drop what has arrived.
+type serialPort struct {
+	name string
+	file *os.File
+	in   *bufio.Reader
+}
+
+// openSerial opens a port, or returns os.ErrNotExist.
+func openSerial(port uint32) (*serialPort, error) {
 	names, err := filepath.Glob("/sys/class/virtio-ports/*/name")
 	if err != nil {
-		return "", fmt.Errorf("list virtio-serial ports: %w", err)
+		return nil, fmt.Errorf("list virtio-serial ports: %w", err)
 	}
 	for _, path := range names {
 		if b, err := os.ReadFile(path); err == nil && strings.TrimSpace(string(b)) == PortName(port) {
-			return filepath.Join("/dev", filepath.Base(filepath.Dir(path))), nil
+			f, err := os.OpenFile(filepath.Join("/dev", filepath.Base(filepath.Dir(path))), os.O_RDWR|syscall.O_NONBLOCK, 0)
+			if err != nil {
+				return nil, fmt.Errorf("open virtio-serial port: %w", err)
+			}
+			return newSerialPort(f, PortName(port)), nil
 		}
 	}
-	return "", fmt.Errorf("virtio-serial port %q: %w", PortName(port), os.ErrNotExist)
+	return nil, fmt.Errorf("virtio-serial port %q: %w", PortName(port), os.ErrNotExist)
 }
 
-// serialConn is one conversation on a virtio-serial port in the guest. A read returns io.EOF once the host's end is closed.
+func newSerialPort(f *os.File, name string) *serialPort {
+	return &serialPort{name: name, file: f, in: bufio.NewReader(f)}
+}
+
+// accept answers the next greeting.
+func (p *serialPort) accept(ctx context.Context) (net.Conn, error) {
+	if err := p.file.SetDeadline(time.Time{}); err != nil {
+		return nil, err
+	}
+	stop := context.AfterFunc(ctx, func() { p.file.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	if err := skipTo(patientReader{p}, []byte(portMagic)); err != nil {
+		return nil, err
+	}
+	greeting := append([]byte(portMagic), make([]byte, nonceSize)...)
+	if _, err := io.ReadFull(patientReader{p}, greeting[len(portMagic):]); err != nil {
+		return nil, err
+	}
+	if _, err := p.file.Write(greeting); err != nil {
+		return nil, err
+	}
+	return &serialConn{serialPort: p, greeting: greeting}, nil
+}
+
+// patientReader waits where a read returns nothing because no host is connected. The kernel wakes the poller when one connects and sends.
+type patientReader struct{ *serialPort }
+
+func (r patientReader) Read(p []byte) (int, error) {
+	for {
+		n, err := r.in.Read(p)
+		if n > 0 || err != nil && !errors.Is(err, io.EOF) {
+			return n, err
+		}
+		if err := awaitBytes(r.file); err != nil {
+			return 0, err
+		}
+	}
+}
+
+// awaitBytes returns when f can be read. poll(2) also reports a port without a host, so only the poller's edge counts.
+func awaitBytes(f *os.File) error {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var pollErr error
+	err = raw.Read(func(fd uintptr) bool {
+		var n int
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		n, pollErr = unix.Poll(fds, 0)
+		if pollErr != nil && errors.Is(pollErr, unix.EINTR) {
+			pollErr = nil
+		}
+		done := pollErr != nil || n > 0 && fds[0].Revents&unix.POLLIN != 0
+		return done
+	})
+	if err == nil {
+		err = pollErr
+	}
+	return err
+}
+
+// serialConn is one conversation on a serial port. A read returns io.EOF once the host has gone or greets anew.
 type serialConn struct {
-	*os.File
-	in       *bufio.Reader
-	greeting []byte // skipped where it is repeated before the conversation; nil once that has begun
-	name     string
+	*serialPort
+	greeting []byte     // of this conversation; the host may have repeated it before it saw our answer
+	reading  sync.Mutex // held by a Read
+	closed   atomic.Bool
 }
 
 func (c *serialConn) Read(p []byte) (int, error) {
-	for c.greeting != nil {
-		// A shorter peek first: the conversation's first bytes may be fewer than a greeting, and the next ones an answer to ours.
-		if head, err := c.in.Peek(1); err != nil || head[0] != c.greeting[0] {
-			c.greeting = nil
-			break
+	c.reading.Lock()
+	defer c.reading.Unlock()
+	for {
+		if c.closed.Load() {
+			return 0, net.ErrClosed
 		}
-		if repeated, err := c.in.Peek(greetingLen); err != nil || !bytes.Equal(repeated, c.greeting) {
-			c.greeting = nil
-			break
+		if _, err := c.in.Peek(1); err != nil {
+			return 0, err
+		}
+		pending, err := c.in.Peek(c.in.Buffered())
+		if err != nil {
+			return 0, err
+		}
+		// A host writes a greeting in one go, so it arrives whole; one that does not is repeated.
+		at := bytes.Index(pending, []byte(portMagic))
+		switch {
+		case at < 0:
+			return c.in.Read(p)
+		case at > 0:
+			return c.in.Read(p[:min(at, len(p))])
+		case len(pending) < greetingLen || !bytes.Equal(pending[:greetingLen], c.greeting):
+			return 0, io.EOF // the next accept finds it
 		}
 		if _, err := c.in.Discard(greetingLen); err != nil {
 			return 0, err
 		}
 	}
-	return c.in.Read(p)
 }
 
-// patientReader waits where a read would return io.EOF because no host is connected yet. The kernel wakes the poller when one connects and
-// sends.
-type patientReader struct{ *os.File }
-
-func (r patientReader) Read(p []byte) (int, error) {
-	raw, err := r.SyscallConn()
-	if err != nil {
-		return 0, err
+func (c *serialConn) Write(p []byte) (int, error) {
+	if c.closed.Load() {
+		return 0, net.ErrClosed
 	}
-	var n int
-	var readErr error
-	err = raw.Read(func(fd uintptr) bool {
-		n, readErr = syscall.Read(int(fd), p)
-		if errors.Is(readErr, syscall.EINTR) || errors.Is(readErr, syscall.EAGAIN) {
-			n, readErr = 0, nil
-		}
-		return n > 0 || readErr != nil
-	})
-	if err == nil {
-		err = readErr
-	}
-	return n, err
+	return c.file.Write(p)
 }
 
-type serialAddr string
+// Close ends the conversation and waits until nobody reads for it any more.
+func (c *serialConn) Close() error {
+	if c.closed.Swap(true) {
+		return nil
+	}
+	err := c.file.SetDeadline(time.Unix(1, 0))
+	c.reading.Lock()
+	defer c.reading.Unlock()
+	return err
+}
 
-func (serialAddr) Network() string  { return "virtio-serial" }
-func (a serialAddr) String() string { return string(a) }
-
-func (c *serialConn) LocalAddr() net.Addr  { return serialAddr(c.name) }
-func (c *serialConn) RemoteAddr() net.Addr { return serialAddr(c.name) }
+func (c *serialConn) LocalAddr() net.Addr                { return portAddr(c.name) }
+func (c *serialConn) RemoteAddr() net.Addr               { return portAddr(c.name) }
+func (c *serialConn) SetDeadline(t time.Time) error      { return c.file.SetDeadline(t) }
+func (c *serialConn) SetReadDeadline(t time.Time) error  { return c.file.SetReadDeadline(t) }
+func (c *serialConn) SetWriteDeadline(t time.Time) error { return c.file.SetWriteDeadline(t) }

@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"net"
 	"os/exec"
-	"sync"
 	"syscall"
 	"time"
 	"unsafe"
@@ -29,45 +28,16 @@ var _ AgentService = (*Server)(nil)
 // maxOutput bounds what Exec keeps of a program's output, per stream, in bytes.
 const maxOutput = 1 << 20
 
-// Run serves one host after the other on port until ctx ends. It returns an error when no host was reached for timeout.
-func (s *Server) Run(ctx context.Context, port uint32, timeout time.Duration) error {
-	for ctx.Err() == nil {
-		conn, err := s.await(ctx, port, timeout)
-		if err != nil {
-			return err
-		}
-		if err := s.Serve(ctx, conn); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// await gives up only while no port exists: an existing serial port without a host is how a guest spends most of its life.
-func (s *Server) await(ctx context.Context, port uint32, timeout time.Duration) (net.Conn, error) {
-	if _, err := findSerial(port); err == nil {
-		return DialHost(ctx, port)
-	}
-	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no host within %s", timeout))
-	defer cancel()
-	return DialHost(ctx, port)
-}
-
-// Serve answers calls on conn until its other end is closed or ctx ends.
-func (s *Server) Serve(ctx context.Context, conn net.Conn) error {
+// Serve answers calls on the conversations that l yields until ctx ends. It closes l.
+func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	server, err := ttrpc.NewServer()
 	if err != nil {
 		return fmt.Errorf("serve agent: %w", err)
 	}
 	RegisterAgentService(server, s)
-	l := newOneListener(conn)
 	stop := context.AfterFunc(ctx, func() { server.Close() })
 	defer stop()
-	err = server.Serve(ctx, l)
-	if err != nil && !errors.Is(err, ttrpc.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
-		return fmt.Errorf("serve agent: %w", err)
-	}
-	if err := server.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+	if err := server.Serve(ctx, l); ctx.Err() == nil {
 		return fmt.Errorf("serve agent: %w", err)
 	}
 	return nil
@@ -175,42 +145,4 @@ func (b *boundedBuffer) Write(p []byte) (int, error) {
 	keep := min(len(p), maxOutput-b.Len())
 	b.Buffer.Write(p[:keep])
 	return len(p), nil
-}
-
-// oneListener yields one connection; the next Accept blocks until that connection is closed.
-type oneListener struct {
-	conns  chan net.Conn
-	closed chan struct{}
-	once   sync.Once
-	addr   net.Addr
-}
-
-func newOneListener(conn net.Conn) *oneListener {
-	l := &oneListener{conns: make(chan net.Conn, 1), closed: make(chan struct{}), addr: conn.LocalAddr()}
-	l.conns <- &closeNotifier{Conn: conn, closed: l.end}
-	return l
-}
-
-func (l *oneListener) end() { l.once.Do(func() { close(l.closed) }) }
-
-func (l *oneListener) Accept() (net.Conn, error) {
-	select {
-	case c := <-l.conns:
-		return c, nil
-	case <-l.closed:
-		return nil, net.ErrClosed
-	}
-}
-
-func (l *oneListener) Close() error   { l.end(); return nil }
-func (l *oneListener) Addr() net.Addr { return l.addr }
-
-type closeNotifier struct {
-	net.Conn
-	closed func()
-}
-
-func (c *closeNotifier) Close() error {
-	defer c.closed()
-	return c.Conn.Close()
 }

@@ -183,6 +183,10 @@ var defaultCapabilities = []string{
 	"CAP_NET_RAW", "CAP_SETFCAP", "CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_CHROOT",
 }
 
+// bundleVersion is the version of the runtime specification our bundles keep to. It is an old one on purpose: runtimes refuse newer ones than
+// they know, and nothing of those is needed.
+const bundleVersion = "1.0.2"
+
 // runtimeSpec converts an image's config as the OCI image specification says (conversion.md). The container shares the VM's network: the VM
 // is the boundary.
 func runtimeSpec(config *v1.ConfigFile, rootfs string) (*specs.Spec, error) {
@@ -224,7 +228,7 @@ func runtimeSpec(config *v1.ConfigFile, rootfs string) (*specs.Spec, error) {
 		annotations[guest.ExposedPortsAnnotation] = strings.Join(ports, ",")
 	}
 	return &specs.Spec{
-		Version:  specs.Version,
+		Version:  bundleVersion,
 		Hostname: "drafter",
 		Root:     &specs.Root{Path: "rootfs"},
 		Process: &specs.Process{

@@ -10,6 +10,27 @@ import (
 	"strings"
 )
 
+// UnpackDebian downloads Debian packages with all they depend on, and unpacks them into dir, a new directory. Maintainer scripts are not run.
+// cache keeps the downloads. It needs root, apt and dpkg.
+func UnpackDebian(ctx context.Context, dir, cache string, progress Progress, names ...string) error {
+	progress.report("Downloading packages", 0, 0)
+	debs, err := fetchPackages(ctx, cache, names...)
+	if err != nil {
+		return fmt.Errorf("download packages: %w", err)
+	}
+	progress.report("Downloading packages", 1, 1)
+	for _, d := range []string{"bin", "sbin", "lib", "lib64"} {
+		if err := os.MkdirAll(filepath.Join(dir, "usr", d), 0o755); err != nil {
+			return err
+		}
+		// Debian's merged /usr: packages still name files below /bin and /lib.
+		if err := os.Symlink("usr/"+d, filepath.Join(dir, d)); err != nil {
+			return err
+		}
+	}
+	return unpackPackages(ctx, dir, debs, func(done, total int64) { progress.report("Unpacking packages", done, total) })
+}
+
 // fetchPackages downloads the named packages with all they depend on, as if nothing were installed, and returns the .deb files.
 func fetchPackages(ctx context.Context, cache string, names ...string) ([]string, error) {
 	archives := filepath.Join(cache, "archives")

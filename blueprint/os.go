@@ -52,17 +52,10 @@ func BuildOS(ctx context.Context, c OSConfig) (err error) {
 	if err := os.MkdirAll(c.Output, 0o755); err != nil {
 		return fmt.Errorf("create output directory: %w", err)
 	}
-	c.Progress.report("Downloading packages", 0, 0)
 	kernelDeb, err := fetchKernel(ctx, c.Cache, c.Kernel)
 	if err != nil {
 		return fmt.Errorf("download kernel: %w", err)
 	}
-	debs, err := fetchPackages(ctx, c.Cache, append(rootPackages[:len(rootPackages):len(rootPackages)], c.Packages...)...)
-	if err != nil {
-		return fmt.Errorf("download packages: %w", err)
-	}
-	c.Progress.report("Downloading packages", 1, 1)
-
 	kernel := filepath.Join(work, "kernel")
 	if err := unpackPackages(ctx, kernel, []string{kernelDeb}, nil); err != nil {
 		return err
@@ -74,7 +67,7 @@ func BuildOS(ctx context.Context, c OSConfig) (err error) {
 		return err
 	}
 	root := filepath.Join(work, "root")
-	if err := buildRoot(ctx, root, debs, c); err != nil {
+	if err := buildRoot(ctx, root, c); err != nil {
 		return err
 	}
 	return MakeExt4(ctx, Ext4Config{Source: root, Output: filepath.Join(c.Output, "rootfs.ext4"), Label: "drafter-os", Size: c.Size, Free: defaultRootFree, Progress: c.Progress})
@@ -96,21 +89,15 @@ func buildKernel(dir, output string) error {
 }
 
 // buildRoot lays out the root file system.
-func buildRoot(ctx context.Context, root string, debs []string, c OSConfig) error {
-	for _, dir := range []string{"dev", "etc", "proc", "run", "sys", "tmp", "root", "var", "usr/bin", "usr/sbin", "usr/lib", "usr/lib64"} {
+func buildRoot(ctx context.Context, root string, c OSConfig) error {
+	packages := append(rootPackages[:len(rootPackages):len(rootPackages)], c.Packages...)
+	if err := UnpackDebian(ctx, root, c.Cache, c.Progress, packages...); err != nil {
+		return err
+	}
+	for _, dir := range []string{"dev", "etc", "proc", "run", "sys", "tmp", "root", "var"} {
 		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
 			return err
 		}
-	}
-	// Debian's merged /usr: packages still name files below /bin and /lib.
-	for _, dir := range []string{"bin", "sbin", "lib", "lib64"} {
-		if err := os.Symlink("usr/"+dir, filepath.Join(root, dir)); err != nil {
-			return err
-		}
-	}
-	report := func(done, total int64) { c.Progress.report("Unpacking packages", done, total) }
-	if err := unpackPackages(ctx, root, debs, report); err != nil {
-		return err
 	}
 	for _, dir := range []string{"usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/lintian", "usr/share/info"} {
 		if err := os.RemoveAll(filepath.Join(root, dir)); err != nil {

@@ -325,14 +325,11 @@ func (i *Instance) prefer(err error) error {
 		if exit := i.machine.Wait(); exit != nil {
 			return exit
 		}
-		return ErrPoweredOff
+		return vmm.ErrPoweredOff
 	default:
 		return err
 	}
 }
-
-// ErrPoweredOff says that the guest has shut itself down.
-var ErrPoweredOff = errors.New("the guest powered itself off")
 
 func syncPath(path string) error {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)

@@ -400,6 +400,10 @@ func (n *NAT) configureNamespace(i int) error {
 	if err := netlink.LinkAdd(tap); err != nil {
 		return fmt.Errorf("create %s: %w", c.NamespaceInterface, err)
 	}
+	// The guest may have the same MAC address, from which IPv6 would make the same address for both.
+	if _, err := setSysctl("net/ipv6/conf/"+c.NamespaceInterface+"/disable_ipv6", "1"); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
 	if err := netlink.LinkSetHardwareAddr(tap, l.mac); err != nil {
 		return fmt.Errorf("set MAC address of %s: %w", c.NamespaceInterface, err)
 	}

@@ -4,6 +4,7 @@ package vmm
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -120,6 +121,9 @@ type Machine interface {
 	// Close ends the VMM and frees what the driver created on the host. It is idempotent.
 	Close() error
 }
+
+// ErrPoweredOff says that the guest has shut itself down.
+var ErrPoweredOff = errors.New("the guest powered itself off")
 
 // Driver names for --vmm; VMMAuto takes the driver a package was made with, or QEMU for a new one.
 const (

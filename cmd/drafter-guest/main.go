@@ -84,7 +84,7 @@ func runAgent(ctx context.Context, args []string) error {
 	if err := parse(f, args); err != nil {
 		return err
 	}
-	return s.Run(ctx, uint32(*port), *timeout)
+	return s.Serve(ctx, agent.Listen(uint32(*port), *timeout))
 }
 
 func runLiveness(ctx context.Context, args []string) error {

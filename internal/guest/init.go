@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -141,10 +142,15 @@ func announce(children *reaper, cmd cmdline, b *bundle) {
 
 // Liveness tells the host on port that the guest is up.
 func Liveness(ctx context.Context, port uint32, timeout time.Duration) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no host within %s", timeout))
-	defer cancel()
-	conn, err := agent.DialHost(ctx, port)
+	l := agent.Listen(port, timeout)
+	stop := context.AfterFunc(ctx, func() { l.Close() })
+	defer stop()
+	conn, err := l.Accept()
 	if err != nil {
+		return err
+	}
+	// A bare connection is the signal; it ends when the host has seen it.
+	if _, err := conn.Read(make([]byte, 1)); err != nil && !errors.Is(err, io.EOF) {
 		return err
 	}
 	return conn.Close()

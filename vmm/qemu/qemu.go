@@ -340,8 +340,11 @@ func (m *Machine) watch() {
 	}
 }
 
-// orExit prefers the story of a process that just died over err, its consequence. A process that dies takes a moment to be reaped.
+// orExit prefers the story of a VM that just ended over err, its consequence. A process that dies takes a moment to be reaped.
 func (m *Machine) orExit(err error) error {
+	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
+		return err
+	}
 	select {
 	case <-m.ended:
 	case <-time.After(time.Second):
@@ -350,7 +353,7 @@ func (m *Machine) orExit(err error) error {
 	if exit := m.Wait(); exit != nil {
 		return exit
 	}
-	return err
+	return fmt.Errorf("%w%s", vmm.ErrPoweredOff, m.console.tail())
 }
 
 // command runs a QMP command; if QEMU has died, the error says how.
@@ -469,39 +472,14 @@ func portName(port uint32) string   { return agent.PortName(port) }
 
 // GuestConn implements [vmm.Machine]. The ports are virtio-serial ones; see [agent.Greet].
 func (m *Machine) GuestConn(ctx context.Context, port uint32) (net.Conn, error) {
-	// A VMM that dies must not leave the caller waiting.
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	stopped := make(chan struct{})
-	defer close(stopped)
-	go func() {
-		select {
-		case <-m.ended:
-			cancel(errors.New("the VM ended"))
-		case <-stopped:
-		}
-	}()
 	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", m.launch.Dir.Socket(portSocket(port)))
 	if err != nil {
-		return nil, m.guestGone(fmt.Errorf("connect to guest port %d: %w", port, err))
+		return nil, m.orExit(fmt.Errorf("connect to guest port %d: %w", port, err))
 	}
 	if err := agent.Greet(ctx, conn); err != nil {
-		return nil, m.guestGone(errors.Join(fmt.Errorf("guest port %d: %w", port, err), conn.Close()))
+		return nil, m.orExit(errors.Join(fmt.Errorf("guest port %d: %w", port, err), conn.Close()))
 	}
 	return conn, nil
-}
-
-// guestGone prefers the reason for which the VM ended over err.
-func (m *Machine) guestGone(err error) error {
-	select {
-	case <-m.ended:
-		if exit := m.Wait(); exit != nil {
-			return exit
-		}
-		return errors.New("the guest powered itself off")
-	default:
-		return err
-	}
 }
 
 // Done implements [vmm.Machine].
