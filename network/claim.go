@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/lockfile"
 )
 
 // runDir holds locks and records of what lives on this host. A lock is held with flock(2), so it ends with its process.
@@ -19,7 +21,7 @@ const runDir = "/run/drafter"
 const netnsDir = "/run/netns"
 
 // Claim is the exclusive use of a network namespace by one VM. It ends with Close, or with the process.
-type Claim struct{ lock *os.File }
+type Claim struct{ lock *lockfile.Lock }
 
 // ClaimNamespace claims the namespace called name for this process. The name "" stands for no namespace and is always free.
 func ClaimNamespace(name string) (*Claim, error) {
@@ -32,24 +34,49 @@ func ClaimNamespace(name string) (*Claim, error) {
 	if _, err := os.Stat(filepath.Join(netnsDir, name)); err != nil {
 		return nil, fmt.Errorf("network namespace %q does not exist; start drafter nat, or create it with 'ip netns add %s'", name, name)
 	}
-	lock, holder, err := tryLock(claimPath(name))
+	lock, err := lockName("netns/" + name)
+	var held *lockfile.HeldError
+	if errors.As(err, &held) {
+		return nil, fmt.Errorf("network namespace %q is in use by %s; choose another --netns, or end that process", name, held.Holder)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("claim network namespace %q: %w", name, err)
-	}
-	if lock == nil {
-		return nil, fmt.Errorf("network namespace %q is in use by %s; choose another --netns, or end that process", name, holder)
 	}
 	return &Claim{lock}, nil
 }
 
-func claimPath(name string) string { return filepath.Join(runDir, "netns", name+".lock") }
+// lockName takes the lock called name in runDir.
+func lockName(name string) (*lockfile.Lock, error) {
+	path := filepath.Join(runDir, name+".lock")
+	for {
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return nil, err
+		}
+		lock, err := lockfile.Try(path)
+		if !errors.Is(err, os.ErrNotExist) {
+			return lock, err
+		}
+		// Another process has just removed the empty directory.
+	}
+}
 
-// Close gives the namespace back. The lock file stays: removing it would let two processes lock different files of one name.
+// removeRunDir removes runDir once nothing is left in it. It may still hold what others use, or be used again this moment: neither is an error.
+func removeRunDir() error {
+	for _, dir := range []string{"netns", "forwarders", ""} {
+		err := unix.Rmdir(filepath.Join(runDir, dir))
+		if err != nil && !errors.Is(err, unix.ENOTEMPTY) && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("remove %s: %w", filepath.Join(runDir, dir), err)
+		}
+	}
+	return nil
+}
+
+// Close gives the namespace back.
 func (c *Claim) Close() error {
 	if c.lock == nil {
 		return nil
 	}
-	return c.lock.Close()
+	return errors.Join(c.lock.Release(), removeRunDir())
 }
 
 // checkNamespaceName keeps names inside netnsDir.
@@ -58,34 +85,4 @@ func checkNamespaceName(name string) error {
 		return fmt.Errorf("network namespace name %q is not valid", name)
 	}
 	return nil
-}
-
-// tryLock locks path for this process and writes its name there. When another process holds the lock, the file is nil and holder says who.
-func tryLock(path string) (lock *os.File, holder string, err error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, "", err
-	}
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644)
-	if err != nil {
-		return nil, "", err
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		if !errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, "", errors.Join(fmt.Errorf("lock %s: %w", path, err), f.Close())
-		}
-		b := make([]byte, 256)
-		n, _ := f.ReadAt(b, 0) // a short read is what we expect
-		if holder = strings.TrimSpace(string(b[:n])); holder == "" {
-			holder = "another process"
-		}
-		return nil, holder, f.Close()
-	}
-	who := fmt.Sprintf("process %d (%s)\n", os.Getpid(), filepath.Base(os.Args[0]))
-	if _, err := f.WriteAt([]byte(who), 0); err != nil {
-		return nil, "", errors.Join(err, f.Close())
-	}
-	if err := f.Truncate(int64(len(who))); err != nil {
-		return nil, "", errors.Join(err, f.Close())
-	}
-	return f, "", nil
 }

@@ -15,6 +15,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/lockfile"
 )
 
 // PortForward makes a guest's port reachable at an address of the host's.
@@ -34,7 +36,7 @@ type ForwarderConfig struct {
 // Forwarder is a set of port forwards in force until Close.
 type Forwarder struct {
 	name     string // of the table and the lock file
-	lock     *os.File
+	lock     *lockfile.Lock
 	reserved []io.Closer
 }
 
@@ -74,7 +76,8 @@ func StartForwarder(c ForwarderConfig) (_ *Forwarder, err error) {
 		if suffix > 0 {
 			f.name = fmt.Sprintf("%s%d-%d", forwarderPrefix, os.Getpid(), suffix)
 		}
-		if f.lock, _, err = tryLock(forwarderLock(f.name)); err != nil {
+		var held *lockfile.HeldError
+		if f.lock, err = lockName(forwarderLocks + f.name); err != nil && !errors.As(err, &held) {
 			return nil, fmt.Errorf("start forwarder: %w", err)
 		}
 	}
@@ -91,7 +94,8 @@ func StartForwarder(c ForwarderConfig) (_ *Forwarder, err error) {
 	return f, f.applyRules(forwards)
 }
 
-func forwarderLock(name string) string { return filepath.Join(runDir, "forwarders", name+".lock") }
+// forwarderLocks is where below runDir each forwarder has a lock called like its table.
+const forwarderLocks = "forwarders/"
 
 func (p PortForward) resolve(hostVeth *net.IPNet) (forward, error) {
 	f := forward{PortForward: p}
@@ -224,23 +228,25 @@ func (f *Forwarder) applyRules(forwards []forward) error {
 
 // reclaimForwarders removes the tables of forwarders that no longer run.
 func reclaimForwarders() error {
-	locks, err := filepath.Glob(forwarderLock(forwarderPrefix + "*"))
+	locks, err := filepath.Glob(filepath.Join(runDir, forwarderLocks, forwarderPrefix+"*.lock"))
 	if err != nil {
 		return err
 	}
 	for _, path := range locks {
-		lock, _, err := tryLock(path)
+		name := strings.TrimSuffix(filepath.Base(path), ".lock")
+		lock, err := lockName(forwarderLocks + name)
+		var held *lockfile.HeldError
+		if errors.As(err, &held) {
+			continue
+		}
 		if err != nil {
 			return err
 		}
-		if lock == nil {
-			continue
-		}
-		dead := &Forwarder{name: strings.TrimSuffix(filepath.Base(path), ".lock"), lock: lock}
+		dead := &Forwarder{name: name, lock: lock}
 		if err := dead.Close(); err != nil {
 			return err
 		}
-		slog.Info("Removed what a killed forwarder left behind", "table", dead.name)
+		slog.Info("Removed what a killed forwarder left behind", "table", name)
 	}
 	return nil
 }
@@ -254,10 +260,7 @@ func (f *Forwarder) Close() error {
 	for _, r := range f.reserved {
 		errs = append(errs, r.Close())
 	}
-	if errors.Join(errs...) == nil {
-		errs = append(errs, os.Remove(f.lock.Name()))
-	}
-	errs = append(errs, f.lock.Close())
+	errs = append(errs, f.lock.Release(), removeRunDir())
 	f.lock = nil
 	return errors.Join(errs...)
 }

@@ -14,6 +14,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+
+	"drafter/internal/lockfile"
 )
 
 // NATConfig lays out a pool of network namespaces. With the defaults, namespace number i (ark0 is the first) looks like this:
@@ -45,7 +47,7 @@ type NATConfig struct {
 type NAT struct {
 	config  NATConfig
 	layout  *layout
-	lock    *os.File
+	lock    *lockfile.Lock
 	record  natRecord
 	created []string // what Close removes, oldest first
 }
@@ -135,9 +137,11 @@ func (l *layout) hostSide(i int) net.IP      { return addIP(l.hostVeth.IP, 4*i+1
 func (l *layout) namespaceSide(i int) net.IP { return addIP(l.hostVeth.IP, 4*i+2) }
 func (l *layout) namespaceIP(i int) net.IP   { return addIP(l.namespaceVeth.IP, i+1) }
 
-func (n *NAT) name(i int) string      { return fmt.Sprintf("%s%d", n.config.NamespacePrefix, i) }
-func (n *NAT) natTable() string       { return "drafter-nat-" + n.config.NamespacePrefix }
-func (n *NAT) recordPath() string     { return filepath.Join(runDir, "nat-"+n.config.NamespacePrefix+".json") }
+func (n *NAT) name(i int) string { return fmt.Sprintf("%s%d", n.config.NamespacePrefix, i) }
+func (n *NAT) natTable() string  { return "drafter-nat-" + n.config.NamespacePrefix }
+func (n *NAT) recordPath() string {
+	return filepath.Join(runDir, "nat-"+n.config.NamespacePrefix+".json")
+}
 func hostVethName(name string) string { return name + "-veth" }
 
 // namespaceVeth is the name of a namespace's end of its link with the host.
@@ -151,12 +155,13 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 		return nil, err
 	}
 	n := &NAT{config: c, layout: l}
-	lock, holder, err := tryLock(filepath.Join(runDir, "nat-"+c.NamespacePrefix+".lock"))
+	lock, err := lockName("nat-" + c.NamespacePrefix)
+	var held *lockfile.HeldError
+	if errors.As(err, &held) {
+		return nil, fmt.Errorf("a NAT for namespaces %s… runs already as %s; end it, or choose another --namespace-prefix", c.NamespacePrefix, held.Holder)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("start NAT: %w", err)
-	}
-	if lock == nil {
-		return nil, fmt.Errorf("a NAT for namespaces %s… runs already as %s; end it, or choose another --namespace-prefix", c.NamespacePrefix, holder)
 	}
 	n.lock = lock
 	defer func() {
@@ -233,22 +238,22 @@ func (n *NAT) reclaim() (kept []string, err error) {
 		return nil, fmt.Errorf("%s: %w; remove the file after removing the namespaces by hand", n.recordPath(), err)
 	}
 	for _, name := range old.Namespaces {
-		lock, holder, err := tryLock(claimPath(name))
-		if err != nil {
-			return nil, err
-		}
-		if lock == nil {
+		lock, err := lockName("netns/" + name)
+		var held *lockfile.HeldError
+		switch {
+		case errors.As(err, &held):
 			same := old.Config
 			same.HostInterface, same.NamespaceCount = n.config.HostInterface, n.config.NamespaceCount
 			if same != n.config {
-				return nil, fmt.Errorf("network namespace %q is in use by %s and laid out by other flags; end that process first", name, holder)
+				return nil, fmt.Errorf("network namespace %q is in use by %s and laid out by other flags; end that process first", name, held.Holder)
 			}
 			kept = append(kept, name)
-			continue
-		}
-		err = errors.Join(removeNamespace(name), lock.Close())
-		if err != nil {
+		case err != nil:
 			return nil, err
+		default:
+			if err := errors.Join(removeNamespace(name), lock.Release()); err != nil {
+				return nil, err
+			}
 		}
 	}
 	slog.Info("Removed what a killed NAT left behind", "namespaces", len(old.Namespaces)-len(kept), "inUse", len(kept))
@@ -450,18 +455,20 @@ func (n *NAT) Namespaces() []string { return slices.Clone(n.created) }
 // Claim claims any free namespace of the pool and returns its name.
 func (n *NAT) Claim() (string, *Claim, error) {
 	for _, name := range n.created {
-		lock, _, err := tryLock(claimPath(name))
+		claim, err := lockName("netns/" + name)
+		var held *lockfile.HeldError
+		if errors.As(err, &held) {
+			continue
+		}
 		if err != nil {
 			return "", nil, fmt.Errorf("claim network namespace %q: %w", name, err)
 		}
-		if lock != nil {
-			return name, &Claim{lock}, nil
-		}
+		return name, &Claim{claim}, nil
 	}
 	return "", nil, fmt.Errorf("all %d network namespaces are in use; raise --namespace-count", len(n.created))
 }
 
-// removeNamespace removes a namespace, its link with the host and its claim file.
+// removeNamespace removes a namespace and its link with the host.
 func removeNamespace(name string) error {
 	var errs []error
 	// The link first: a VMM that still runs keeps the namespace alive, and with it the link and its addresses.
@@ -493,7 +500,7 @@ func (n *NAT) Close() error {
 			errs = append(errs, os.Remove(n.recordPath()))
 		}
 	}
-	errs = append(errs, n.lock.Close())
+	errs = append(errs, n.lock.Release(), removeRunDir())
 	n.lock = nil
 	return errors.Join(errs...)
 }

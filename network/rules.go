@@ -48,25 +48,6 @@ func deleteTable(table string) error {
 	return r.apply()
 }
 
-// tablesWithPrefix lists our tables in the calling thread's network namespace.
-func tablesWithPrefix(prefix string) ([]string, error) {
-	conn, err := nftables.New()
-	if err != nil {
-		return nil, fmt.Errorf("open nftables: %w", err)
-	}
-	tables, err := conn.ListTablesOfFamily(nftables.TableFamilyIPv4)
-	if err != nil {
-		return nil, fmt.Errorf("list nftables tables: %w", err)
-	}
-	var names []string
-	for _, t := range tables {
-		if strings.HasPrefix(t.Name, prefix) {
-			names = append(names, t.Name)
-		}
-	}
-	return names, nil
-}
-
 // hook is a place where rules see packets.
 type hook struct {
 	name     string

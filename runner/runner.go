@@ -10,10 +10,9 @@ import (
 	"path/filepath"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"drafter/agent"
 	"drafter/instance"
+	"drafter/internal/lockfile"
 	"drafter/internal/sparse"
 	"drafter/network"
 	"drafter/vmm"
@@ -124,9 +123,9 @@ const rescueSuspendTimeout = 5 * time.Minute
 
 // lock keeps other runs from the package's files. Private copies can be made by many at a time, but not while somebody writes.
 func (r *Runner) lock() error {
-	how := unix.LOCK_EX
+	lock := lockfile.Exclusive
 	if r.config.MapPrivate {
-		how = unix.LOCK_SH
+		lock = lockfile.Shared
 	}
 	for _, d := range r.config.Devices {
 		if d.Shared {
@@ -137,11 +136,8 @@ func (r *Runner) lock() error {
 			return fmt.Errorf("device %s: %w", d.Name, err)
 		}
 		r.locks = append(r.locks, f)
-		if err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB); err != nil {
-			if errors.Is(err, unix.EWOULDBLOCK) {
-				return fmt.Errorf("device %s (%s) is in use by another VM; run a copy of the package, or pass --experimental-map-private to both", d.Name, d.Path)
-			}
-			return fmt.Errorf("lock device %s (%s): %w", d.Name, d.Path, err)
+		if err := lock(f); err != nil {
+			return fmt.Errorf("device %s (%s) is %w; run a copy of the package, or pass --experimental-map-private to both", d.Name, d.Path, err)
 		}
 	}
 	return nil
@@ -177,7 +173,7 @@ func (r *Runner) copyPrivate(ctx context.Context) error {
 		return err
 	}
 	r.locks = append(r.locks, lock)
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := lockfile.Exclusive(lock); err != nil {
 		return fmt.Errorf("lock %s: %w", r.private, err)
 	}
 	for name, origin := range r.origin {
@@ -211,7 +207,7 @@ func reclaimPrivate(parent string) error {
 		if err != nil {
 			return err
 		}
-		if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+		if lockfile.Exclusive(f) == nil {
 			err = os.RemoveAll(dir)
 		}
 		if err := errors.Join(err, f.Close()); err != nil {

@@ -13,9 +13,9 @@ import (
 	"time"
 
 	"github.com/google/uuid"
-	"golang.org/x/sys/unix"
 
 	"drafter/instance"
+	"drafter/internal/lockfile"
 	"drafter/internal/sparse"
 	"drafter/network"
 	"drafter/vmm"
@@ -238,8 +238,8 @@ func lockPartial(path string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return nil, errors.Join(fmt.Errorf("another process is making %s", path), f.Close())
+	if err := lockfile.Exclusive(f); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s is being made: %w", path, err), f.Close())
 	}
 	return f, nil
 }

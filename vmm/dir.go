@@ -11,8 +11,8 @@ import (
 	"time"
 
 	"github.com/google/uuid"
-	"golang.org/x/sys/unix"
 
+	"drafter/internal/lockfile"
 	"drafter/internal/process"
 )
 
@@ -21,7 +21,7 @@ import (
 type Dir struct {
 	ID   string
 	path string
-	lock *os.File
+	lock *lockfile.Lock
 }
 
 const (
@@ -53,11 +53,11 @@ func CreateDir(base, driver string) (*Dir, error) {
 	if err := os.Mkdir(tmp, 0o755); err != nil {
 		return nil, fmt.Errorf("create VM directory: %w", err)
 	}
-	if d.lock, err = tryLock(filepath.Join(tmp, dirLock)); err != nil {
+	if d.lock, err = lockfile.Try(filepath.Join(tmp, dirLock)); err != nil {
 		return nil, errors.Join(err, os.RemoveAll(tmp))
 	}
 	if err := errors.Join(os.Mkdir(filepath.Join(tmp, "root"), 0o755), os.Rename(tmp, d.path)); err != nil {
-		return nil, errors.Join(fmt.Errorf("create VM directory: %w", err), d.lock.Close(), os.RemoveAll(tmp))
+		return nil, errors.Join(fmt.Errorf("create VM directory: %w", err), d.lock.Release(), os.RemoveAll(tmp))
 	}
 	return d, nil
 }
@@ -82,7 +82,7 @@ func (d *Dir) Record(id process.Identity) error {
 
 // Close removes the directory. The VMM must have ended.
 func (d *Dir) Close() error {
-	return errors.Join(os.RemoveAll(d.path), d.lock.Close())
+	return errors.Join(os.RemoveAll(d.path), d.lock.Release())
 }
 
 // ReclaimOrphans removes every VM directory below parent whose owner is gone, ending its VMM first.
@@ -102,15 +102,16 @@ func ReclaimOrphans(parent string) error {
 		if _, err := os.Stat(filepath.Join(dir, dirLock)); err != nil && !strings.HasSuffix(e.Name(), ".new") {
 			continue // not a VM directory, or one that vanished just now
 		}
-		lock, err := tryLock(filepath.Join(dir, dirLock))
-		if errors.Is(err, errLocked) || errors.Is(err, os.ErrNotExist) {
+		lock, err := lockfile.Try(filepath.Join(dir, dirLock))
+		var held *lockfile.HeldError
+		if errors.As(err, &held) || errors.Is(err, os.ErrNotExist) {
 			continue
 		}
 		if err != nil {
 			return fmt.Errorf("look for orphaned VMs: %w", err)
 		}
 		err = reclaim(dir)
-		if err := errors.Join(err, lock.Close()); err != nil {
+		if err := errors.Join(err, lock.Release()); err != nil {
 			return fmt.Errorf("remove orphaned VM %s: %w", dir, err)
 		}
 		slog.Info("Removed what a killed process left behind", "vm", dir)
@@ -138,22 +139,4 @@ func reclaim(dir string) error {
 		return err
 	}
 	return os.RemoveAll(dir)
-}
-
-var errLocked = errors.New("locked by another process")
-
-// tryLock opens path and takes an exclusive lock that lasts until the file is closed or the process ends.
-func tryLock(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fmt.Errorf("%s: %w", path, errLocked)
-		}
-		return nil, fmt.Errorf("lock %s: %w", path, err)
-	}
-	return f, nil
 }

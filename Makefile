@@ -1,0 +1,59 @@
+# Two commands do everything, as root on Debian 12: 'make demo' and 'make test'. The others are their parts.
+
+export PATH := $(PATH):/usr/local/go/bin
+GO      ?= go
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo development)
+TOOLS   := $(CURDIR)/.cache/tools
+LDFLAGS := -s -w -X drafter/internal/cli.Version=$(VERSION)
+TESTTIMEOUT ?= 40m
+
+.PHONY: help demo test build setup tools lint generate check-generated unit bench redis-image install clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: setup build ## build, snapshot, resume and reach a VM with Redis
+	$(GO) run ./demo
+
+test: setup build check-generated lint unit ## all tests with the race detector, and lint
+
+setup: ## install the Debian packages that are needed
+	./.ci/setup
+
+build: ## build bin/drafter and bin/drafter-guest
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/drafter
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o bin/ ./cmd/drafter-guest
+
+unit: ## all tests with the race detector
+	$(GO) test -race -timeout $(TESTTIMEOUT) ./...
+
+tools: $(TOOLS)/golangci-lint $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-ttrpc
+
+$(TOOLS)/%: tools/go.mod tools/go.sum
+	cd tools && CGO_ENABLED=0 $(GO) build -o $@ $$($(GO) list -f '{{.ImportPath}}' tool | grep '/$*$$')
+	touch $@
+
+lint: $(TOOLS)/golangci-lint ## golangci-lint
+	$(TOOLS)/golangci-lint run ./...
+
+generate: tools build ## make generated files anew: protobuf, CLI reference, man pages
+	protoc -I . --plugin=$(TOOLS)/protoc-gen-go --plugin=$(TOOLS)/protoc-gen-go-ttrpc \
+		--go_out=. --go_opt=module=drafter --go-ttrpc_out=. --go-ttrpc_opt=module=drafter agent/agent.proto
+	$(GO) run ./internal/cli/docs
+
+check-generated: generate ## fail when generated files are stale
+	@test -z "$$(git status --porcelain -- agent docs/cli docs/man)" || { git --no-pager diff -- agent docs/cli docs/man; \
+		echo "Generated files are stale: run 'make generate' and commit"; git status --porcelain -- agent docs/cli docs/man; exit 1; }
+
+bench: setup build ## measure boot, suspend, resume and packaging
+	$(GO) run ./bench
+
+redis-image: ## an OCI image of Redis without any registry, in out/redis-image
+	$(GO) run ./internal/redisimage/cmd --output out/redis-image
+
+install: build ## install drafter and its links below /usr/local/bin
+	install -m 755 bin/drafter bin/drafter-guest /usr/local/bin/
+	for c in nat forwarder snapshotter packager runner; do ln -sf drafter /usr/local/bin/drafter-$$c; done
+
+clean: ## remove what was built
+	rm -rf bin out .cache

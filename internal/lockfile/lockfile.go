@@ -1,0 +1,101 @@
+// Package lockfile holds things for one process at a time. A lock ends with its process, however that ends, and leaves no file behind when it is
+// given back.
+package lockfile
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Lock is a held lock.
+type Lock struct{ file *os.File }
+
+// HeldError says that another process holds a lock.
+type HeldError struct{ Holder string }
+
+func (e *HeldError) Error() string { return "in use by " + e.Holder }
+
+// Try takes the lock at path, which need not exist. It returns a *HeldError when another process has it. The file tells others who holds it.
+func Try(path string) (*Lock, error) {
+	for {
+		f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644)
+		if err != nil {
+			return nil, err
+		}
+		if err := Exclusive(f); err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
+		// The last holder may have removed the file between our opening and locking it: then others lock another one.
+		current, err := isCurrent(f, path)
+		if err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
+		if !current {
+			if err := f.Close(); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		who := fmt.Sprintf("process %d (%s)\n", os.Getpid(), filepath.Base(os.Args[0]))
+		if _, err := f.WriteAt([]byte(who), 0); err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
+		if err := f.Truncate(int64(len(who))); err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
+		return &Lock{f}, nil
+	}
+}
+
+func isCurrent(f *os.File, path string) (bool, error) {
+	ours, err := f.Stat()
+	if err != nil {
+		return false, err
+	}
+	now, err := os.Stat(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil && os.SameFile(ours, now), err
+}
+
+// Release removes the file and gives the lock back.
+func (l *Lock) Release() error {
+	err := os.Remove(l.file.Name())
+	if errors.Is(err, os.ErrNotExist) {
+		err = nil // its directory was removed with it
+	}
+	return errors.Join(err, l.file.Close())
+}
+
+// Exclusive locks an open file for this process until it is closed. It returns a *HeldError when another process has it.
+func Exclusive(f *os.File) error { return lock(f, unix.LOCK_EX) }
+
+// Shared is like Exclusive, but any number of processes can hold it so.
+func Shared(f *os.File) error { return lock(f, unix.LOCK_SH) }
+
+func lock(f *os.File, how int) error {
+	err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return &HeldError{holder(f)}
+	}
+	if err != nil {
+		return fmt.Errorf("lock %s: %w", f.Name(), err)
+	}
+	return nil
+}
+
+// holder reads who wrote itself into a lock file. Other files tell nothing.
+func holder(f *os.File) string {
+	b := make([]byte, 256)
+	n, _ := f.ReadAt(b, 0) // shorter than the buffer, as a rule
+	if who := strings.TrimSpace(string(b[:n])); strings.HasPrefix(who, "process ") {
+		return who
+	}
+	return "another process"
+}
