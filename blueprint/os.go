@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -90,7 +91,7 @@ func buildKernel(dir, output string) error {
 
 // buildRoot lays out the root file system.
 func buildRoot(ctx context.Context, root string, c OSConfig) error {
-	packages := append(rootPackages[:len(rootPackages):len(rootPackages)], c.Packages...)
+	packages := slices.Concat(rootPackages, c.Packages)
 	if err := UnpackDebian(ctx, root, c.Cache, c.Progress, packages...); err != nil {
 		return err
 	}

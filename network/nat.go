@@ -317,7 +317,7 @@ func (n *NAT) prepareHost() error {
 	if err := writeRecord(n.recordPath(), b); err != nil {
 		return fmt.Errorf("record NAT: %w", err)
 	}
-	if _, err := setSysctl(forward, "1"); err != nil {
+	if err := setSysctl(forward, "1"); err != nil {
 		return err
 	}
 	r, err := newRuleset(n.natTable())
@@ -367,7 +367,7 @@ func (n *NAT) createNamespace(i int) (err error) {
 		return err
 	}
 	// For forwards from loopback addresses. It is the link's own parameter, so it goes with the link; the host's raw rule guards it.
-	if _, err := setSysctl("net/ipv4/conf/"+attrs.Name+"/route_localnet", "1"); err != nil {
+	if err := setSysctl("net/ipv4/conf/"+attrs.Name+"/route_localnet", "1"); err != nil {
 		return err
 	}
 	if err := inNamespace(name, func() error { return n.configureNamespace(i) }); err != nil {
@@ -406,7 +406,7 @@ func (n *NAT) configureNamespace(i int) error {
 		return fmt.Errorf("create %s: %w", c.NamespaceInterface, err)
 	}
 	// The guest may have the same MAC address, from which IPv6 would make the same address for both.
-	if _, err := setSysctl("net/ipv6/conf/"+c.NamespaceInterface+"/disable_ipv6", "1"); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := setSysctl("net/ipv6/conf/"+c.NamespaceInterface+"/disable_ipv6", "1"); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
 	if err := netlink.LinkSetHardwareAddr(tap, l.mac); err != nil {
@@ -423,7 +423,7 @@ func (n *NAT) configureNamespace(i int) error {
 	if err := netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: l.hostSide(i)}); err != nil {
 		return fmt.Errorf("set default route: %w", err)
 	}
-	if _, err := setSysctl("net/ipv4/ip_forward", "1"); err != nil {
+	if err := setSysctl("net/ipv4/ip_forward", "1"); err != nil {
 		return err
 	}
 	return n.namespaceRules(i)
@@ -493,8 +493,7 @@ func (n *NAT) Close() error {
 	if n.record.Namespaces != nil {
 		errs = append(errs, deleteTable(n.natTable()))
 		if n.record.IPForward == "0" {
-			_, err := setSysctl("net/ipv4/ip_forward", "0")
-			errs = append(errs, err)
+			errs = append(errs, setSysctl("net/ipv4/ip_forward", "0"))
 		}
 		if err := errors.Join(errs...); err == nil {
 			errs = append(errs, os.Remove(n.recordPath()))

@@ -159,18 +159,10 @@ func host(ip net.IP) *net.IPNet { return &net.IPNet{IP: ip.To4(), Mask: net.CIDR
 // loopback is 127.0.0.0/8.
 var loopback = &net.IPNet{IP: net.IPv4(127, 0, 0, 0).To4(), Mask: net.CIDRMask(8, 32)}
 
-// setSysctl sets a kernel parameter of the calling thread's network namespace and returns what it was.
-func setSysctl(name, value string) (old string, err error) {
-	path := "/proc/sys/" + name
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return "", fmt.Errorf("read kernel parameter: %w", err)
+// setSysctl sets a kernel parameter of the calling thread's network namespace.
+func setSysctl(name, value string) error {
+	if err := os.WriteFile("/proc/sys/"+name, []byte(value), 0); err != nil {
+		return fmt.Errorf("set kernel parameter: %w", err)
 	}
-	if old = strings.TrimSpace(string(b)); old == value {
-		return old, nil
-	}
-	if err := os.WriteFile(path, []byte(value), 0); err != nil {
-		return old, fmt.Errorf("set kernel parameter: %w", err)
-	}
-	return old, nil
+	return nil
 }

@@ -65,8 +65,12 @@ func run(args []string) error {
 	case "liveness":
 		err = runLiveness(ctx, args)
 	default:
-		fmt.Fprint(os.Stderr, usage)
-		os.Exit(2)
+		if _, err := fmt.Print(usage); err != nil {
+			return err
+		}
+		if name != "guest" && name != "help" && name != "--help" {
+			return fmt.Errorf("service %q is unknown", name)
+		}
 	}
 	if ctx.Err() != nil {
 		return nil

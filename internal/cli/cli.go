@@ -39,7 +39,7 @@ func Main(args []string) int {
 
 // Run is Main with its surroundings given. Ending ctx ends the command cleanly.
 func Run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	root := newRoot(stderr)
+	root := Root(stderr)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	words := args[1:]
@@ -65,7 +65,8 @@ type usageError struct{ error }
 
 func (e *usageError) Unwrap() error { return e.error }
 
-func newRoot(stderr io.Writer) *cobra.Command {
+// Root returns the whole command tree. Log lines go to stderr.
+func Root(stderr io.Writer) *cobra.Command {
 	var format, level string
 	root := &cobra.Command{
 		Use:   "drafter",
@@ -112,7 +113,7 @@ func setUpLog(stderr io.Writer, format, level string) error {
 	case "text":
 		f, ok := stderr.(*os.File)
 		colour := ok && term.IsTerminal(int(f.Fd())) && os.Getenv("NO_COLOR") == ""
-		h = tint.NewHandler(stderr, &tint.Options{Level: l, TimeFormat: time.TimeOnly, NoColor: !colour})
+		h = tint.NewTextHandler(stderr, &tint.Options{Level: l, TimeFormat: time.TimeOnly, NoColor: !colour})
 	default:
 		return &usageError{fmt.Errorf("--log-format %q is unknown; choose text or json", format)}
 	}

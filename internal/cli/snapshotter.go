@@ -41,7 +41,7 @@ On failure no file of the package is left behind, and an older package stays as 
 			if template != "None" {
 				c.Hardware.CPU = template
 			}
-			restore := func() {}
+			var restore func()
 			if c.Host, restore, err = host.resolve(cmd.OutOrStdout()); err != nil {
 				return err
 			}

@@ -73,6 +73,9 @@ func (l *Lock) Release() error {
 	return errors.Join(err, l.file.Close())
 }
 
+// Abandon gives the lock back as the end of the process would: the file stays.
+func (l *Lock) Abandon() error { return l.file.Close() }
+
 // Exclusive locks an open file for this process until it is closed. It returns a *HeldError when another process has it.
 func Exclusive(f *os.File) error { return lock(f, unix.LOCK_EX) }
 

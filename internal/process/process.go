@@ -218,6 +218,12 @@ type Identity struct {
 	Cgroups   []string `json:"cgroups"`
 }
 
+// Identify returns the identity of a running process.
+func Identify(pid int) (Identity, error) {
+	start, err := startTime(pid)
+	return Identity{PID: pid, StartTime: start}, err
+}
+
 // reclaimTimeout bounds how long a killed orphan may take to vanish. A VMM with a large memory needs a while to free it.
 const reclaimTimeout = 30 * time.Second
 

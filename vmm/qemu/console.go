@@ -33,7 +33,8 @@ func (c *console) run() {
 	} else {
 		go func() {
 			defer close(inputDone)
-			io.Copy(c.conn, c.input)
+			// Its error is the end of either side, which run and supervise notice themselves.
+			_, _ = io.Copy(c.conn, c.input)
 		}()
 	}
 	buf := make([]byte, 16<<10)
@@ -41,7 +42,7 @@ func (c *console) run() {
 	defer c.conn.Close()
 	for {
 		n, err := c.conn.Read(buf)
-		c.last.Write(buf[:n])
+		c.last.add(buf[:n])
 		if !broken && n > 0 {
 			_, werr := c.output.Write(buf[:n])
 			broken = werr != nil
@@ -68,13 +69,17 @@ type lastLines struct {
 const keepBytes = 2048
 
 func (l *lastLines) Write(p []byte) (int, error) {
+	l.add(p)
+	return len(p), nil
+}
+
+func (l *lastLines) add(p []byte) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.buf = append(l.buf, p...)
 	if extra := len(l.buf) - keepBytes; extra > 0 {
 		l.buf = append(l.buf[:0], l.buf[extra:]...)
 	}
-	return len(p), nil
 }
 
 // quote returns the last ten lines behind a title, to end an error message with, or "".

@@ -226,8 +226,9 @@ func (m *Machine) start(ctx context.Context, path string, args []string) (err er
 	m.console = newConsole(consoleConn, l.Output, l.Input)
 	m.stderr = &lastLines{}
 	m.workers.Go(func() {
-		io.Copy(m.stderr, stderrRead) // ends with the process; what it holds goes into that error
-		stderrRead.Close()
+		// Ends with the process, whose exit is the error that counts.
+		_, _ = io.Copy(m.stderr, stderrRead)
+		_ = stderrRead.Close()
 	})
 	m.workers.Go(m.console.run)
 	go m.supervise()

@@ -1,0 +1,88 @@
+package vmm
+
+import (
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+)
+
+func validConfig() *PackageConfig {
+	return &PackageConfig{
+		Version: PackageVersion, ID: "0a0b0c0d-0000-4000-8000-000000000001", Created: time.Unix(0, 0).UTC(),
+		Architecture: runtime.GOARCH, CPUs: 1, Hardware: Hardware{VMM: VMMQEMU},
+		Devices: []PackageDevice{
+			{"oci", 4096}, {State, StateSize}, {Memory, 1 << 30}, {Kernel, 10}, {Disk, 8192}, {"mydisk", 5},
+		},
+	}
+}
+
+func TestPackageConfigRoundTrip(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "config.json")
+	b, err := validConfig().Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A block device pads it with zeros.
+	if err := os.WriteFile(path, append(b, make([]byte, 4096)...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := ReadPackageConfig(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := strings.Join(c.Disks(), " "); got != "disk oci mydisk" {
+		t.Errorf("disks are %q; the order is disk, then the others as listed", got)
+	}
+}
+
+func TestPackageConfigRefused(t *testing.T) {
+	change := func(f func(*PackageConfig)) string {
+		c := validConfig()
+		f(c)
+		b, err := c.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	for name, tt := range map[string]struct{ config, want string }{
+		"empty":         {"", "not a package config"},
+		"not JSON":      {"\x7fELF", "not a package config"},
+		"truncated":     {change(func(*PackageConfig) {})[:100], "not a package config"},
+		"no version":    {"{}", "no version"},
+		"newer":         {`{"version": 2, "later": true}`, "package format 2 is not supported"},
+		"unknown field": {`{"version": 1, "agentVSockPort": 26}`, `unknown field "agentVSockPort"`},
+		"architecture":  {change(func(c *PackageConfig) { c.Architecture = "riscv64" }), "made for riscv64, this host is " + runtime.GOARCH},
+		"no memory":     {change(func(c *PackageConfig) { c.Devices = c.Devices[:2] }), `device "memory" is missing`},
+		"twice":         {change(func(c *PackageConfig) { c.Devices = append(c.Devices, c.Devices[0]) }), `device "oci" is listed twice`},
+		"path as name":  {change(func(c *PackageConfig) { c.Devices[0].Name = "../etc" }), `"../etc" is not valid`},
+		"negative size": {change(func(c *PackageConfig) { c.Devices[0].Size = -1 }), "has size -1"},
+		"no CPU":        {change(func(c *PackageConfig) { c.CPUs = 0 }), "cpus is 0"},
+		"too long":      {strings.Repeat(" ", maxConfig+1), "longer than"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := decodePackageConfig([]byte(tt.config))
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("error is %v; want one with %q", err, tt.want)
+			}
+		})
+	}
+}
+
+func FuzzPackageConfig(f *testing.F) {
+	b, err := validConfig().Encode()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
+	f.Add([]byte(`{"version":1}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		c, err := decodePackageConfig(b)
+		if err == nil && (c.CPUs < 1 || len(c.Disks()) == 0) {
+			t.Errorf("accepted %q", b)
+		}
+	})
+}

@@ -1,0 +1,142 @@
+package vmm
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+const (
+	testID  = "0a0b0c0d-0000-4000-8000-000000000001"
+	otherID = "0a0b0c0d-0000-4000-8000-000000000002"
+)
+
+func newStateFile(t *testing.T) *os.File {
+	t.Helper()
+	f, err := os.Create(filepath.Join(t.TempDir(), "state.bin"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	if err := f.Truncate(StateSize); err != nil {
+		t.Fatal(err)
+	}
+	return f
+}
+
+func TestStateLifeCycle(t *testing.T) {
+	f := newStateFile(t)
+	want := bytes.Repeat([]byte("state"), 100_000)
+	if _, err := ReadState(f, testID); err == nil || !strings.Contains(err.Error(), "no state device") {
+		t.Errorf("an empty device: %v", err)
+	}
+	if err := WriteState(f, testID, want); err != nil {
+		t.Fatal(err)
+	}
+	got, err := ReadState(f, testID)
+	if err != nil || !bytes.Equal(got, want) {
+		t.Fatalf("read %d bytes, %v", len(got), err)
+	}
+	if _, err := ReadState(f, otherID); err == nil || !strings.Contains(err.Error(), "different packages") {
+		t.Errorf("another package's state: %v", err)
+	}
+	if err := MarkState(f, Running); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ReadState(f, testID); err == nil || !strings.Contains(err.Error(), "never suspended") {
+		t.Errorf("a VM that was killed: %v", err)
+	}
+	if err := MarkState(f, PoweredOff); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ReadState(f, testID); err == nil || !strings.Contains(err.Error(), "powered itself off") {
+		t.Errorf("a VM that is off: %v", err)
+	}
+	// A shorter state replaces a longer one wholly.
+	if err := WriteState(f, testID, []byte("short")); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := ReadState(f, testID); err != nil || string(got) != "short" {
+		t.Errorf("read %q, %v", got, err)
+	}
+	if err := WriteState(f, testID, make([]byte, StateSize)); err == nil {
+		t.Error("a state larger than the device was accepted")
+	}
+}
+
+// TestStateDamage flips every bit of the header, and some of the state: nothing damaged is ever returned.
+func TestStateDamage(t *testing.T) {
+	f := newStateFile(t)
+	want := []byte("the state of a machine")
+	if err := WriteState(f, testID, want); err != nil {
+		t.Fatal(err)
+	}
+	flip := func(offset int64, bit int) {
+		b := make([]byte, 1)
+		if _, err := f.ReadAt(b, offset); err != nil {
+			t.Fatal(err)
+		}
+		b[0] ^= 1 << bit
+		if _, err := f.WriteAt(b, offset); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, part := range []struct{ from, to int64 }{{0, stateHeaderSize}, {stateOffset, stateOffset + int64(len(want))}} {
+		for offset := part.from; offset < part.to; offset++ {
+			for bit := range 8 {
+				flip(offset, bit)
+				if _, err := ReadState(f, testID); err == nil {
+					t.Fatalf("bit %d of byte %d is wrong, and nobody noticed", bit, offset)
+				}
+				flip(offset, bit)
+			}
+		}
+	}
+	if _, err := ReadState(f, testID); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Truncate(stateOffset + 3); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ReadState(f, testID); err == nil || !strings.Contains(err.Error(), "truncated") {
+		t.Errorf("a truncated device: %v", err)
+	}
+}
+
+func FuzzReadState(f *testing.F) {
+	h := (&stateHeader{status: Suspended, length: 5}).encode()
+	f.Add(h)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		file := newStateFile(t)
+		if _, err := file.WriteAt(b, 0); err != nil {
+			t.Fatal(err)
+		}
+		if state, err := ReadState(file, testID); err == nil {
+			t.Errorf("returned %d bytes of a random file", len(state))
+		}
+	})
+}
+
+func TestAccelerator(t *testing.T) {
+	dir := t.TempDir()
+	there, absent := filepath.Join(dir, "there"), filepath.Join(dir, "absent")
+	if err := os.WriteFile(there, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct{ requested, kvm, pvm, want, wantErr string }{
+		{"auto", there, absent, "kvm", ""},
+		{"auto", there, there, "tcg", ""}, // PVM: a stock kernel would spin for ever
+		{"auto", absent, absent, "tcg", ""},
+		{"kvm", there, there, "kvm", ""},
+		{"kvm", absent, absent, "", "use KVM"},
+		{"tcg", there, absent, "tcg", ""},
+		{"hvf", there, absent, "", `"hvf" is unknown`},
+	} {
+		got, why, err := accelerator(tt.requested, tt.kvm, tt.pvm)
+		if got != tt.want || (err == nil) != (tt.wantErr == "") || err != nil && !strings.Contains(err.Error(), tt.wantErr) {
+			t.Errorf("accelerator(%q, …) = %q (%s), %v; want %q, %q", tt.requested, got, why, err, tt.want, tt.wantErr)
+		}
+	}
+}
