@@ -108,12 +108,23 @@ func (s *Server) command(ctx context.Context, command string) error {
 	if shell == "" {
 		shell = "sh"
 	}
-	out, err := exec.CommandContext(ctx, shell, "-c", command).CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("%q: %w: %s", command, err, bytes.TrimSpace(out))
+	out := &boundedBuffer{}
+	cmd := program(ctx, shell, "-c", command)
+	cmd.Stdout, cmd.Stderr = out, out
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("%q: %w: %s", command, err, bytes.TrimSpace(out.kept))
 	}
 	slog.Info("Ran command", "command", command)
 	return nil
+}
+
+// program returns a command that ends with ctx, and all its children with it.
+func program(ctx context.Context, name string, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	cmd.WaitDelay = time.Second // for a child that left the group and holds the output open
+	return cmd
 }
 
 // Exec implements [AgentService].
@@ -122,7 +133,7 @@ func (s *Server) Exec(ctx context.Context, r *ExecRequest) (*ExecResponse, error
 		return nil, errors.New("exec: no program named")
 	}
 	stdout, stderr := &boundedBuffer{}, &boundedBuffer{}
-	cmd := exec.CommandContext(ctx, r.GetArgs()[0], r.GetArgs()[1:]...)
+	cmd := program(ctx, r.GetArgs()[0], r.GetArgs()[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(r.GetStdin()), stdout, stderr
 	status := 0
 	if err := cmd.Run(); err != nil {
@@ -135,14 +146,13 @@ func (s *Server) Exec(ctx context.Context, r *ExecRequest) (*ExecResponse, error
 			status = 128 + int(ws.Signal())
 		}
 	}
-	return &ExecResponse{ExitStatus: int32(status), Stdout: stdout.Bytes(), Stderr: stderr.Bytes()}, nil
+	return &ExecResponse{ExitStatus: int32(status), Stdout: stdout.kept, Stderr: stderr.kept}, nil
 }
 
-// boundedBuffer keeps the first maxOutput bytes written to it.
-type boundedBuffer struct{ bytes.Buffer }
+// boundedBuffer keeps the first maxOutput bytes written to it. It does not embed a bytes.Buffer, whose ReadFrom knows no bound.
+type boundedBuffer struct{ kept []byte }
 
 func (b *boundedBuffer) Write(p []byte) (int, error) {
-	keep := min(len(p), maxOutput-b.Len())
-	b.Buffer.Write(p[:keep])
+	b.kept = append(b.kept, p[:min(len(p), maxOutput-len(b.kept))]...)
 	return len(p), nil
 }

@@ -281,8 +281,7 @@ func (x *extraction) entry(ctx context.Context, h *tar.Header, r io.Reader) erro
 		return err
 	}
 	w := &counter{ctx: ctx, w: &holeWriter{f: f}, step: "Extracting " + name, total: h.Size, progress: x.progress}
-	_, err = io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{r}, make([]byte, bufferSize))
-	if err == nil {
+	if err = copyBlocks(w, r); err == nil {
 		err = errors.Join(f.Truncate(h.Size), f.Sync())
 	}
 	var pathErr *os.PathError
@@ -290,6 +289,28 @@ func (x *extraction) entry(ctx context.Context, h *tar.Header, r io.Reader) erro
 		err = broken(err)
 	}
 	return errors.Join(err, f.Close())
+}
+
+// copyBlocks copies in whole buffers, so that zeros are seen in whole blocks however r hands them out.
+func copyBlocks(w io.Writer, r io.Reader) error {
+	buf := make([]byte, bufferSize)
+	for {
+		n, err := 0, error(nil)
+		for n < len(buf) && err == nil {
+			var more int
+			more, err = r.Read(buf[n:])
+			n += more
+		}
+		if _, werr := w.Write(buf[:n]); werr != nil {
+			return werr
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
 }
 
 // publish gives the extracted files their names.
@@ -312,38 +333,32 @@ const holeSize = 4096
 
 var zeroBlock [holeSize]byte
 
-// holeWriter writes sequentially to a new file, leaving holes for zeros.
+// holeWriter writes sequentially to a new file, leaving holes for zeros. Each Write starts on a multiple of holeSize.
 type holeWriter struct {
 	f  *os.File
 	at int64
 }
 
 func (w *holeWriter) Write(p []byte) (int, error) {
-	written := 0
-	for written < len(p) {
-		// A run of blocks that are all data, or all zeros. Only whole, aligned blocks become holes.
-		end := written
-		zero := false
-		for end < len(p) {
-			n := min(holeSize-int((w.at+int64(end-written))%holeSize), len(p)-end)
-			isZero := n == holeSize && bytes.Equal(p[end:end+n], zeroBlock[:])
-			if end == written {
-				zero = isZero
-			} else if zero != isZero {
-				break
-			}
-			end += n
+	for from := 0; from < len(p); {
+		zero := isZeroBlock(p[from:])
+		to := from
+		for to < len(p) && isZeroBlock(p[to:]) == zero {
+			to += min(holeSize, len(p)-to)
 		}
 		if !zero {
-			if _, err := w.f.WriteAt(p[written:end], w.at); err != nil {
-				return written, err
+			if n, err := w.f.WriteAt(p[from:to], w.at); err != nil {
+				return from + n, err
 			}
 		}
-		w.at += int64(end - written)
-		written = end
+		w.at += int64(to - from)
+		from = to
 	}
-	return written, nil
+	return len(p), nil
 }
+
+// isZeroBlock tells whether p starts with a block of zeros. A shorter rest is stored as it is.
+func isZeroBlock(p []byte) bool { return len(p) >= holeSize && bytes.Equal(p[:holeSize], zeroBlock[:]) }
 
 func syncDir(path string) error {
 	d, err := os.Open(path)

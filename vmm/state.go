@@ -1,7 +1,6 @@
 package vmm
 
 import (
-	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -177,12 +176,16 @@ func writeStateHeader(dev StateDevice, h *stateHeader) error {
 }
 
 // StateBuffer collects what [Machine.Save] writes, refusing more than a state device holds.
-type StateBuffer struct{ bytes.Buffer }
+type StateBuffer struct{ state []byte }
 
 // Write implements io.Writer.
 func (b *StateBuffer) Write(p []byte) (int, error) {
-	if b.Len()+len(p) > StateSize-stateOffset {
+	if len(b.state)+len(p) > StateSize-stateOffset {
 		return 0, fmt.Errorf("the VMM's state is longer than the %d bytes of a state device", StateSize-stateOffset)
 	}
-	return b.Buffer.Write(p)
+	b.state = append(b.state, p...)
+	return len(p), nil
 }
+
+// Bytes returns what was written.
+func (b *StateBuffer) Bytes() []byte { return b.state }

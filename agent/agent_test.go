@@ -1,0 +1,232 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// serialPair is a serial port and the host's end of it. Like a virtio-serial port it has no connections: what the host sent stays in it.
+func serialPair(t *testing.T) (port *serialPort, host net.Conn) {
+	t.Helper()
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := os.NewFile(uintptr(fds[1]), "host")
+	host, err = net.FileConn(f)
+	if err = errors.Join(err, f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	guest := os.NewFile(uintptr(fds[0]), "guest")
+	t.Cleanup(func() { guest.Close(); host.Close() })
+	return newSerialPort(guest, "test"), host
+}
+
+// serve runs an agent on a port, as a guest does.
+func serve(t *testing.T, s *Server, port *serialPort) {
+	t.Helper()
+	l := Listen(0, time.Second)
+	l.serial = port
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error)
+	go func() { done <- s.Serve(ctx, l) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("serve: %v", err)
+		}
+	})
+}
+
+// noClose keeps the host's end open when a client closes its connection, but ends the client's reading.
+type noClose struct{ net.Conn }
+
+func (c noClose) Close() error { return c.SetDeadline(time.Unix(1, 0)) }
+
+func greet(t *testing.T, host net.Conn) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	if err := host.SetDeadline(time.Time{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := Greet(ctx, host); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestExec(t *testing.T) {
+	port, host := serialPair(t)
+	serve(t, &Server{}, port)
+	greet(t, host)
+	c := NewClient(noClose{host})
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	r, err := c.Exec(ctx, []byte("from stdin\n"), "sh", "-c", "cat; echo problem >&2; exit 3")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if string(r.Stdout) != "from stdin\n" || string(r.Stderr) != "problem\n" || r.ExitStatus != 3 {
+		t.Errorf("got %q, %q, %d", r.Stdout, r.Stderr, r.ExitStatus)
+	}
+	if r, err = c.Exec(ctx, nil, "sh", "-c", "kill -9 $$"); err != nil || r.ExitStatus != 128+9 {
+		t.Errorf("a killed program: %v, %v", r, err)
+	}
+	if r, err = c.Exec(ctx, nil, "head", "-c", "3000000", "/dev/zero"); err != nil || len(r.Stdout) != maxOutput {
+		t.Errorf("much output: %d bytes, %v", len(r.GetStdout()), err)
+	}
+	if _, err = c.Exec(ctx, nil, "no-such-program"); err == nil || !strings.Contains(err.Error(), "no-such-program") {
+		t.Errorf("a program that is missing: %v", err)
+	}
+	if _, err = c.Exec(ctx, nil); err == nil {
+		t.Error("no program was accepted")
+	}
+	// Calls may overlap.
+	var all sync.WaitGroup
+	for range 10 {
+		all.Go(func() {
+			if r, err := c.Exec(ctx, nil, "sleep", "0.1"); err != nil || r.ExitStatus != 0 {
+				t.Errorf("overlapping: %v, %v", r, err)
+			}
+		})
+	}
+	all.Wait()
+}
+
+func TestBeforeSuspendCommand(t *testing.T) {
+	file := t.TempDir() + "/ran"
+	port, host := serialPair(t)
+	s := &Server{BeforeSuspendCmd: "touch " + file}
+	serve(t, s, port)
+	greet(t, host)
+	c := NewClient(noClose{host})
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	if err := c.BeforeSuspend(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(file); err != nil {
+		t.Error(err)
+	}
+	s.BeforeSuspendCmd = "echo disk is full >&2; exit 1"
+	if err := c.BeforeSuspend(ctx); err == nil || !strings.Contains(err.Error(), "disk is full") {
+		t.Errorf("a failing command: %v", err)
+	}
+	s.BeforeSuspendCmd = "sleep 5"
+	short, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
+	defer cancel()
+	if err := c.BeforeSuspend(short); err == nil || !strings.Contains(err.Error(), "did not answer in time") {
+		t.Errorf("a command that takes too long: %v", err)
+	}
+}
+
+// TestNewHost is what a resume looks like to a guest that was suspended in a conversation: no end of the old one, remains of it in the queue,
+// then another host's greeting. Done again and again.
+func TestNewHost(t *testing.T) {
+	port, host := serialPair(t)
+	serve(t, &Server{}, port)
+	for round := range 20 {
+		greet(t, host)
+		c := NewClient(noClose{host})
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		r, err := c.Exec(ctx, nil, "echo", "hello")
+		if err != nil || string(r.Stdout) != "hello\n" {
+			t.Fatalf("round %d: %v, %v", round, r, err)
+		}
+		if err := errors.Join(c.Close(), c.ttrpc.UserOnCloseWait(ctx)); err != nil {
+			t.Fatal(err)
+		}
+		cancel()
+		if err := host.SetDeadline(time.Time{}); err != nil {
+			t.Fatal(err)
+		}
+		// Half a message, lost in the suspend.
+		if _, err := host.Write([]byte{0, 0}[:round%3]); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestSilentGuest greets a port that nobody serves.
+func TestSilentGuest(t *testing.T) {
+	_, host := serialPair(t)
+	cause := errors.New("no liveness within 50ms")
+	ctx, cancel := context.WithTimeoutCause(context.Background(), 50*time.Millisecond, cause)
+	defer cancel()
+	if err := Greet(ctx, host); !errors.Is(err, cause) {
+		t.Errorf("error is %v", err)
+	}
+}
+
+// TestLateGuest starts the guest's program only after several greetings were sent, of which it must take all but one for repetitions.
+func TestLateGuest(t *testing.T) {
+	port, host := serialPair(t)
+	greeted := make(chan error)
+	go func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		defer cancel()
+		greeted <- Greet(ctx, host)
+	}()
+	time.Sleep(3 * greetingPause) // the guest is late
+	serve(t, &Server{}, port)
+	if err := <-greeted; err != nil {
+		t.Fatal(err)
+	}
+	if err := host.SetDeadline(time.Time{}); err != nil {
+		t.Fatal(err)
+	}
+	c := NewClient(noClose{host})
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	if r, err := c.Exec(ctx, nil, "true"); err != nil || r.ExitStatus != 0 {
+		t.Errorf("got %v, %v", r, err)
+	}
+}
+
+func TestSkipTo(t *testing.T) {
+	for _, tt := range []struct{ in, rest string }{
+		{"abcMARKrest", "rest"},
+		{"MARK", ""},
+		{"MAMARMARKx", "x"},
+		{"MARMARKMARK", "MARK"},
+	} {
+		r := strings.NewReader(tt.in)
+		if err := skipTo(r, []byte("MARK")); err != nil {
+			t.Errorf("%q: %v", tt.in, err)
+		}
+		if rest, _ := io.ReadAll(r); string(rest) != tt.rest {
+			t.Errorf("%q leaves %q; want %q", tt.in, rest, tt.rest)
+		}
+	}
+	if err := skipTo(bytes.NewReader([]byte("MAR")), []byte("MARK")); err == nil {
+		t.Error("an incomplete mark was found")
+	}
+}
+
+func TestNoHost(t *testing.T) {
+	if _, err := os.Stat("/dev/vsock"); err == nil {
+		t.Skip("SKIPPED: this host has vsock")
+	}
+	l := Listen(4711, 50*time.Millisecond)
+	defer l.Close()
+	_, err := l.Accept()
+	if err == nil || !strings.Contains(err.Error(), "no host within 50ms") || !strings.Contains(err.Error(), `no virtio-serial port "drafter.4711"`) && !strings.Contains(err.Error(), "drafter.4711") {
+		t.Errorf("error is %v", err)
+	}
+}
