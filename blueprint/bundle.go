@@ -90,9 +90,12 @@ func UnpackOCI(ctx context.Context, image v1.Image, dir string, progress Progres
 		}
 		total += size
 	}
+	if len(config.RootFS.DiffIDs) != len(layers) {
+		return fmt.Errorf("the image is damaged: it has %d layers, its config names %d", len(layers), len(config.RootFS.DiffIDs))
+	}
 	for i, l := range layers {
 		count := func(n int) { done += int64(n); progress.report("Pulling image", min(done, total-1), total) }
-		if err := unpackLayer(ctx, l, rootfs, count); err != nil {
+		if err := unpackLayer(ctx, l, config.RootFS.DiffIDs[i], rootfs, count); err != nil {
 			return fmt.Errorf("unpack layer %d of %d: %w", i+1, len(layers), err)
 		}
 	}
@@ -112,12 +115,8 @@ func UnpackOCI(ctx context.Context, image v1.Image, dir string, progress Progres
 }
 
 // unpackLayer applies a layer to rootfs: whiteouts, hard links, owners, modes, extended attributes, device nodes. It runs in a chroot, so that
-// no symbolic link leads out of it, and checks the layer's content against its id.
-func unpackLayer(ctx context.Context, layer v1.Layer, rootfs string, count func(int)) (err error) {
-	id, err := layer.DiffID()
-	if err != nil {
-		return err
-	}
+// no symbolic link leads out of it, and checks the layer's content against its id in the image's config.
+func unpackLayer(ctx context.Context, layer v1.Layer, id v1.Hash, rootfs string, count func(int)) (err error) {
 	compressed, err := layer.Compressed()
 	if err != nil {
 		return err
@@ -195,7 +194,7 @@ func runtimeSpec(config *v1.ConfigFile, rootfs string) (*specs.Spec, error) {
 	if len(args) == 0 {
 		return nil, errors.New("the image has neither an entrypoint nor a command; add one with 'blueprint oci unpack', edit config.json and 'pack'")
 	}
-	root, err := os.OpenRoot(rootfs)
+	root, err := openRootDir(rootfs)
 	if err != nil {
 		return nil, fmt.Errorf("open rootfs: %w", err)
 	}
@@ -205,7 +204,7 @@ func runtimeSpec(config *v1.ConfigFile, rootfs string) (*specs.Spec, error) {
 		return nil, err
 	}
 	for volume := range c.Volumes {
-		if err := root.MkdirAll(strings.TrimPrefix(filepath.Clean("/"+volume), "/"), 0o755); err != nil {
+		if err := root.mkdirAll(volume); err != nil {
 			return nil, fmt.Errorf("create volume %s: %w", volume, err)
 		}
 	}
@@ -271,13 +270,21 @@ func withDefault(env []string, key, value string) []string {
 	return append(env, key+"="+value)
 }
 
+// maxUsers bounds what is read of an image's passwd and group files, in bytes.
+const maxUsers = 16 << 20
+
 // lookUpUser resolves an image's user ("name", "uid", "name:group", "uid:gid") with the image's own passwd and group files.
-func lookUpUser(root *os.Root, spec string) (specs.User, string, error) {
+func lookUpUser(root *rootDir, spec string) (specs.User, string, error) {
 	open := func(name string) (io.Reader, error) {
-		b, err := root.ReadFile(name)
+		f, err := root.open(name, os.O_RDONLY)
 		if errors.Is(err, os.ErrNotExist) {
 			return bytes.NewReader(nil), nil
 		}
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		b, err := io.ReadAll(io.LimitReader(f, maxUsers))
 		return bytes.NewReader(b), err
 	}
 	passwd, err := open("etc/passwd")
