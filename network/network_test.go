@@ -1,0 +1,638 @@
+package network
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+)
+
+// TestMain runs the tests in network and mount namespaces of their own: nothing of this host is seen or touched.
+func TestMain(m *testing.M) {
+	switch {
+	case os.Geteuid() != 0:
+		fmt.Println("SKIPPED: most network tests need root")
+	case os.Getenv("NETWORK_TEST") == "":
+		cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+		cmd.Env = append(os.Environ(), "NETWORK_TEST=inside")
+		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+		cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+		err := cmd.Run()
+		var exit *exec.ExitError
+		if errors.As(err, &exit) {
+			os.Exit(exit.ExitCode())
+		}
+		if err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	case os.Getenv("NETWORK_TEST") == "inside":
+		if err := isolate(); err != nil {
+			fmt.Println("isolate:", err)
+			os.Exit(1)
+		}
+	case os.Getenv("NETWORK_TEST") == "nat":
+		runNAT()
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// isolate gives the test host an empty /run, a loopback interface, and an uplink (eth0) to a namespace "outside".
+func isolate() error {
+	if err := unix.Mount("tmpfs", "/run", "tmpfs", 0, ""); err != nil {
+		return err
+	}
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(configureLink(lo), createNamespace("outside")); err != nil {
+		return err
+	}
+	ns, err := netns.GetFromName("outside")
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = "eth0"
+	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(ns)}
+	if err := netlink.LinkAdd(veth); err != nil {
+		return err
+	}
+	if err := configureLink(veth, subnet("192.0.2.1/24")); err != nil {
+		return err
+	}
+	if err := netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: net.IPv4(192, 0, 2, 254)}); err != nil {
+		return err
+	}
+	return inNamespace("outside", func() error {
+		link, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		return configureLink(link, subnet("192.0.2.254/24"))
+	})
+}
+
+func subnet(s string) *net.IPNet {
+	ip, n, err := net.ParseCIDR(s)
+	if err != nil {
+		panic(err)
+	}
+	n.IP = ip.To4()
+	return n
+}
+
+func testConfig() NATConfig {
+	return NATConfig{
+		HostVethCIDR: "10.0.8.0/22", NamespaceVethCIDR: "10.0.15.0/24", BlockedSubnetCIDR: "10.0.15.0/24",
+		NamespaceInterface: "tap0", NamespaceInterfaceGateway: "172.16.0.1", NamespaceInterfaceNetmask: 30,
+		NamespaceInterfaceIP: "172.16.0.2", NamespaceInterfaceMAC: "02:0e:d9:fd:68:3d",
+		NamespacePrefix: "ark", NamespaceCount: 2, AllowIncomingTraffic: true,
+	}
+}
+
+// runNAT is a NAT process for the tests to kill.
+func runNAT() {
+	_, err := StartNAT(context.Background(), testConfig())
+	fmt.Println("started:", err)
+	select {}
+}
+
+func needRoot(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED: network namespaces need root")
+	}
+}
+
+// inventory is all that a NAT or forwarder could leave on a host.
+func inventory(t *testing.T) string {
+	t.Helper()
+	out, err := exec.Command("sh", "-c", `ip -o link | cut -d: -f2 | sort; ip netns list | sort; ip -4 route; nft list ruleset; find /run/drafter; cat /proc/sys/net/ipv4/ip_forward`).CombinedOutput()
+	if err != nil && !strings.Contains(string(out), "No such file") {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return string(out)
+}
+
+func startNAT(t *testing.T, c NATConfig) *NAT {
+	t.Helper()
+	before := inventory(t)
+	n, err := StartNAT(context.Background(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := n.Close(); err != nil {
+			t.Error(err)
+		}
+		if after := inventory(t); after != before {
+			t.Errorf("left behind:\n%s\nbefore:\n%s", after, before)
+		}
+	})
+	return n
+}
+
+// attachGuest puts a host "guest-NS" behind a namespace's tap, as a VM would be.
+func attachGuest(t *testing.T, ns string) string {
+	t.Helper()
+	guest := "guest-" + ns
+	if err := createNamespace(guest); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := deleteNamespace(guest); err != nil {
+			t.Error(err)
+		}
+	})
+	var ends [2]*os.File
+	for i, where := range []struct{ ns, name string }{{ns, "tap0"}, {guest, "eth0"}} {
+		err := inNamespace(where.ns, func() error {
+			fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+			if err != nil {
+				return err
+			}
+			ifr, err := unix.NewIfreq(where.name)
+			if err != nil {
+				return err
+			}
+			ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+			if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); err != nil {
+				return err
+			}
+			ends[i] = os.NewFile(uintptr(fd), where.name)
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	err := inNamespace(guest, func() error {
+		link, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		// The same MAC address as the tap's, as the defaults have it.
+		mac, err := net.ParseMAC(testConfig().NamespaceInterfaceMAC)
+		if err != nil {
+			return err
+		}
+		if err := netlink.LinkSetHardwareAddr(link, mac); err != nil {
+			return err
+		}
+		if err := configureLink(link, subnet("172.16.0.2/30")); err != nil {
+			return err
+		}
+		return netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: net.IPv4(172, 16, 0, 1)})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{}, 2)
+	for i := range ends {
+		go func() {
+			buf := make([]byte, 1<<17)
+			for {
+				n, err := ends[i].Read(buf)
+				if err != nil {
+					break
+				}
+				ends[1-i].Write(buf[:n]) // a frame that does not fit is lost, as on a wire
+			}
+			done <- struct{}{}
+		}()
+	}
+	t.Cleanup(func() {
+		for _, e := range ends {
+			e.Close()
+		}
+		<-done
+		<-done
+	})
+	return guest
+}
+
+// listen serves TCP and UDP on addr in a namespace: each connection or packet is answered with name and the peer's address.
+func listen(t *testing.T, ns, addr, name string) {
+	t.Helper()
+	var l net.Listener
+	var p net.PacketConn
+	start := func() (err error) {
+		if l, err = net.Listen("tcp4", addr); err != nil {
+			return err
+		}
+		p, err = net.ListenPacket("udp4", addr)
+		return err
+	}
+	err := error(nil)
+	if ns == "" {
+		err = start()
+	} else {
+		err = inNamespace(ns, start)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{}, 2)
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				break
+			}
+			fmt.Fprintf(c, "%s to %s\n", name, c.RemoteAddr().(*net.TCPAddr).IP)
+			c.Close()
+		}
+		done <- struct{}{}
+	}()
+	go func() {
+		buf := make([]byte, 100)
+		for {
+			_, from, err := p.ReadFrom(buf)
+			if err != nil {
+				break
+			}
+			fmt.Fprintf(&packetWriter{p, from}, "%s to %s\n", name, from.(*net.UDPAddr).IP)
+		}
+		done <- struct{}{}
+	}()
+	t.Cleanup(func() { l.Close(); p.Close(); <-done; <-done })
+}
+
+type packetWriter struct {
+	net.PacketConn
+	to net.Addr
+}
+
+func (p *packetWriter) Write(b []byte) (int, error) { return p.WriteTo(b, p.to) }
+
+// ask connects from a namespace and returns the answer, or "" when there is none.
+func ask(t *testing.T, ns, network, addr string) (answer string) {
+	t.Helper()
+	dial := func() error {
+		c, err := net.DialTimeout(network, addr, 2*time.Second)
+		if err != nil {
+			return nil //nolint:nilerr // no answer is an answer
+		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(2 * time.Second))
+		fmt.Fprintln(c, "hello")
+		answer, _ = bufio.NewReader(c).ReadString('\n')
+		answer = strings.TrimSpace(answer)
+		return nil
+	}
+	err := error(nil)
+	if ns == "" {
+		err = dial()
+	} else {
+		err = inNamespace(ns, dial)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return answer
+}
+
+func TestGuestReachesOutside(t *testing.T) {
+	needRoot(t)
+	startNAT(t, testConfig())
+	guest0, guest1 := attachGuest(t, "ark0"), attachGuest(t, "ark1")
+	listen(t, "outside", "192.0.2.254:80", "outside")
+	listen(t, "", "192.0.2.1:81", "host")
+	listen(t, guest1, "172.16.0.2:80", "guest1")
+	for _, network := range []string{"tcp4", "udp4"} {
+		if got := ask(t, guest0, network, "192.0.2.254:80"); got != "outside to 192.0.2.1" {
+			t.Errorf("%s outside: %q", network, got)
+		}
+		if got := ask(t, guest0, network, "192.0.2.1:81"); got != "host to 10.0.15.1" {
+			t.Errorf("%s to the host: %q", network, got)
+		}
+		if got := ask(t, guest0, network, "10.0.15.2:80"); got != "" {
+			t.Errorf("%s to another guest in the blocked subnet: %q", network, got)
+		}
+		// Without a forwarder, a guest has its own address on the host's side.
+		for _, addr := range []string{"10.0.15.2:80", "10.0.8.6:80"} {
+			if got := ask(t, "", network, addr); !strings.HasPrefix(got, "guest1 to ") {
+				t.Errorf("%s from the host to %s: %q", network, addr, got)
+			}
+		}
+	}
+}
+
+func TestNoIncomingTraffic(t *testing.T) {
+	needRoot(t)
+	c := testConfig()
+	c.AllowIncomingTraffic = false
+	startNAT(t, c)
+	guest := attachGuest(t, "ark0")
+	listen(t, guest, "172.16.0.2:80", "guest")
+	listen(t, "outside", "192.0.2.254:80", "outside")
+	if got := ask(t, "", "tcp4", "10.0.15.1:80"); got != "" {
+		t.Errorf("the guest was reached: %q", got)
+	}
+	if got := ask(t, guest, "tcp4", "192.0.2.254:80"); got != "outside to 192.0.2.1" {
+		t.Errorf("the guest reaches outside: %q", got)
+	}
+}
+
+func forwardTo(ns, protocol, external string) PortForward {
+	return PortForward{Netns: ns, InternalPort: "80", Protocol: protocol, ExternalAddr: external}
+}
+
+func TestForwarder(t *testing.T) {
+	needRoot(t)
+	startNAT(t, testConfig())
+	guest0, guest1 := attachGuest(t, "ark0"), attachGuest(t, "ark1")
+	listen(t, guest0, "172.16.0.2:80", "guest0")
+	listen(t, guest1, "172.16.0.2:80", "guest1")
+	before := inventory(t)
+	start := func(forwards ...PortForward) *Forwarder {
+		t.Helper()
+		f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: forwards})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return f
+	}
+	first := start(forwardTo("ark0", "tcp", "127.0.0.1:3333"), forwardTo("ark0", "udp", "127.0.0.1:3333"), forwardTo("ark0", "tcp", "192.0.2.1:3333"), forwardTo("ark0", "udp", "192.0.2.1:3333"))
+	second := start(forwardTo("ark1", "tcp", "127.0.0.1:4444"), forwardTo("ark1", "tcp", "192.0.2.1:4444"))
+	for _, tt := range []struct{ ns, network, addr, want string }{
+		{"", "tcp4", "127.0.0.1:3333", "guest0 to 10.0.8.1"},
+		{"", "udp4", "127.0.0.1:3333", "guest0 to 10.0.8.1"},
+		{"", "tcp4", "192.0.2.1:3333", "guest0 to 192.0.2.1"},
+		{"outside", "tcp4", "192.0.2.1:3333", "guest0 to 192.0.2.254"},
+		{"outside", "udp4", "192.0.2.1:3333", "guest0 to 192.0.2.254"},
+		{"", "tcp4", "127.0.0.1:4444", "guest1 to 10.0.8.5"},
+		{"outside", "tcp4", "192.0.2.1:4444", "guest1 to 192.0.2.254"},
+		{"outside", "tcp4", "192.0.2.1:5555", ""},
+	} {
+		if got := ask(t, tt.ns, tt.network, tt.addr); got != tt.want {
+			t.Errorf("%s from %q to %s: %q; want %q", tt.network, tt.ns, tt.addr, got, tt.want)
+		}
+	}
+	// The forwards of one end with it, those of the other stay.
+	if err := second.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if got := ask(t, "", "tcp4", "127.0.0.1:4444"); got != "" {
+		t.Errorf("a closed forward answers %q", got)
+	}
+	if got := ask(t, "", "tcp4", "127.0.0.1:3333"); got == "" {
+		t.Error("another forwarder's end ended this one's forwards")
+	}
+	for name, tt := range map[string]struct {
+		forward PortForward
+		want    string
+	}{
+		"taken by a forwarder": {forwardTo("ark1", "tcp", "127.0.0.1:3333"), "taken by another process"},
+		"wildcard":             {forwardTo("ark0", "tcp", "0.0.0.0:3333"), "wildcard addresses cannot be forwarded"},
+		"wildcard port":        {forwardTo("ark0", "tcp", ":3333"), "wildcard addresses cannot be forwarded"},
+		"IPv6":                 {forwardTo("ark0", "tcp", "[::1]:3333"), "IPv6 is not supported yet"},
+		"IPv6 wildcard":        {forwardTo("ark0", "tcp", "[::]:3333"), "wildcard"},
+		"no address of ours":   {forwardTo("ark0", "tcp", "198.51.100.1:3333"), "no address of this host"},
+		"host name":            {forwardTo("ark0", "tcp", "localhost:3333"), "no address and port"},
+		"no namespace":         {forwardTo("ark77", "tcp", "127.0.0.1:7777"), `"ark77" does not exist; start drafter nat`},
+		"protocol":             {forwardTo("ark0", "sctp", "127.0.0.1:7777"), `"sctp" is not supported`},
+		"internal port":        {PortForward{"ark0", "0", "tcp", "127.0.0.1:7777"}, "not in 1…65535"},
+		"not a NAT's":          {forwardTo("outside", "tcp", "127.0.0.1:7777"), "no address in 10.0.8.0/22"},
+	} {
+		f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: []PortForward{tt.forward}})
+		if err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: error is %v; want one with %q", name, err, tt.want)
+		}
+		if err == nil {
+			f.Close()
+		}
+	}
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if after := inventory(t); after != before {
+		t.Errorf("left behind:\n%s\nbefore:\n%s", after, before)
+	}
+}
+
+// TestLoopbackGuarded makes sure that a guest cannot send to the host's loopback addresses through a forward's link.
+func TestLoopbackGuarded(t *testing.T) {
+	needRoot(t)
+	startNAT(t, testConfig())
+	guest := attachGuest(t, "ark0")
+	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: []PortForward{forwardTo("ark0", "tcp", "127.0.0.1:3333")}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	listen(t, "", "127.0.0.1:9999", "secret")
+	for _, ns := range []string{"ark0", guest} {
+		err := inNamespace(ns, func() error {
+			// What a hostile guest would do: route loopback addresses to the wire.
+			name, via := "veth0", net.IPv4(10, 0, 8, 1)
+			if ns == guest {
+				name, via = "eth0", net.IPv4(172, 16, 0, 1)
+			}
+			if err := setSysctl("net/ipv4/conf/"+name+"/route_localnet", "1"); err != nil {
+				return err
+			}
+			link, err := netlink.LinkByName(name)
+			if err != nil {
+				return err
+			}
+			return netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: subnet("127.0.0.1/32"), Gw: via})
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := ask(t, ns, "tcp4", "127.0.0.1:9999"); got != "" {
+			t.Errorf("from %s: %q", ns, got)
+		}
+	}
+}
+
+func TestNATRefused(t *testing.T) {
+	needRoot(t)
+	before := inventory(t)
+	for name, tt := range map[string]struct {
+		change func(*NATConfig)
+		want   string
+	}{
+		"no such interface":  {func(c *NATConfig) { c.HostInterface = "wlp0s20f3" }, `"wlp0s20f3" does not exist`},
+		"no subnet":          {func(c *NATConfig) { c.HostVethCIDR = "10.0.8.0" }, "--host-veth-cidr"},
+		"IPv6 subnet":        {func(c *NATConfig) { c.BlockedSubnetCIDR = "fd00::/64" }, "--blocked-subnet-cidr"},
+		"no gateway":         {func(c *NATConfig) { c.NamespaceInterfaceGateway = "x" }, "--namespace-interface-gateway"},
+		"guest elsewhere":    {func(c *NATConfig) { c.NamespaceInterfaceIP = "172.16.1.2" }, "--namespace-interface-ip"},
+		"no MAC":             {func(c *NATConfig) { c.NamespaceInterfaceMAC = "x" }, "--namespace-interface-mac"},
+		"prefix as path":     {func(c *NATConfig) { c.NamespacePrefix = "../x" }, "--namespace-prefix"},
+		"too many":           {func(c *NATConfig) { c.NamespaceCount = 255 }, "room for 1 to 254"},
+		"no room":            {func(c *NATConfig) { c.HostVethCIDR = "10.0.8.0/31" }, "no room"},
+		"addresses of other": {func(c *NATConfig) { c.HostVethCIDR = "192.0.2.0/24" }, "address 192.0.2.1 of interface eth0"},
+		"names of other":     {func(c *NATConfig) { c.NamespacePrefix = "taken" }, `"taken0" exists and is not ours`},
+	} {
+		if name == "names of other" {
+			if err := createNamespace("taken0"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		c := testConfig()
+		tt.change(&c)
+		n, err := StartNAT(context.Background(), c)
+		if err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: error is %v; want one with %q", name, err, tt.want)
+		}
+		if err == nil {
+			n.Close()
+		}
+	}
+	if err := deleteNamespace("taken0"); err != nil {
+		t.Error(err)
+	}
+	if after := inventory(t); after != before {
+		t.Errorf("left behind:\n%s\nbefore:\n%s", after, before)
+	}
+}
+
+func TestTwoNATs(t *testing.T) {
+	needRoot(t)
+	startNAT(t, testConfig())
+	if _, err := StartNAT(context.Background(), testConfig()); err == nil || !strings.Contains(err.Error(), "runs already as process") {
+		t.Errorf("a second NAT: %v", err)
+	}
+	c := testConfig()
+	c.NamespacePrefix, c.HostVethCIDR, c.NamespaceVethCIDR, c.BlockedSubnetCIDR = "bee", "10.1.8.0/22", "10.1.15.0/24", "10.1.15.0/24"
+	other, err := StartNAT(context.Background(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := other.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestKilledNAT kills a NAT process, once with a VM in one of its namespaces.
+func TestKilledNAT(t *testing.T) {
+	needRoot(t)
+	before := inventory(t)
+	kill := func() {
+		t.Helper()
+		cmd := exec.Command("/proc/self/exe")
+		cmd.Env = append(os.Environ(), "NETWORK_TEST=nat")
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		line, err := bufio.NewReader(out).ReadString('\n')
+		if err != nil || line != "started: <nil>\n" {
+			t.Fatalf("%q, %v", line, err)
+		}
+		if err := cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		cmd.Wait()
+	}
+	kill()
+	n, err := StartNAT(context.Background(), testConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if after := inventory(t); after != before {
+		t.Errorf("left behind:\n%s\nbefore:\n%s", after, before)
+	}
+
+	kill()
+	claim, err := ClaimNamespace("ark0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	guest := attachGuest(t, "ark0")
+	changed := testConfig()
+	changed.NamespaceVethCIDR = "10.0.16.0/24"
+	if _, err := StartNAT(context.Background(), changed); err == nil || !strings.Contains(err.Error(), `"ark0" is in use by process`) {
+		t.Errorf("another layout under a running VM: %v", err)
+	}
+	if n, err = StartNAT(context.Background(), testConfig()); err != nil {
+		t.Fatal(err)
+	}
+	listen(t, "outside", "192.0.2.254:80", "outside")
+	if got := ask(t, guest, "tcp4", "192.0.2.254:80"); got != "outside to 192.0.2.1" {
+		t.Errorf("the VM that was there before reaches outside: %q", got)
+	}
+	if err := errors.Join(claim.Close(), n.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestClaims(t *testing.T) {
+	needRoot(t)
+	n := startNAT(t, testConfig())
+	a, err := ClaimNamespace("ark0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ClaimNamespace("ark0"); err == nil || !strings.Contains(err.Error(), `"ark0" is in use by process`) {
+		t.Errorf("a second claim: %v", err)
+	}
+	name, b, err := n.Claim()
+	if err != nil || name != "ark1" {
+		t.Fatalf("any namespace: %q, %v", name, err)
+	}
+	if _, _, err := n.Claim(); err == nil || !strings.Contains(err.Error(), "all 2 network namespaces are in use") {
+		t.Errorf("one too many: %v", err)
+	}
+	if err := errors.Join(a.Close(), b.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if a, err = ClaimNamespace("ark0"); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, bad := range []string{"nowhere", "../etc", ".."} {
+		if _, err := ClaimNamespace(bad); err == nil {
+			t.Errorf("%q was claimed", bad)
+		}
+	}
+	if none, err := ClaimNamespace(""); err != nil || none.Close() != nil {
+		t.Errorf("no namespace: %v", err)
+	}
+}
+
+func TestGuestAddress(t *testing.T) {
+	needRoot(t)
+	startNAT(t, testConfig())
+	gateway, guest, err := GuestAddress("ark0", "tap0")
+	if err != nil || gateway.String() != "172.16.0.1" || guest.String() != "172.16.0.2/30" {
+		t.Errorf("%s, %s, %v", gateway, guest, err)
+	}
+	if _, _, err := GuestAddress("ark0", "tap9"); err == nil || !strings.Contains(err.Error(), "tap9 does not exist") {
+		t.Errorf("a missing interface: %v", err)
+	}
+	for in, want := range map[string]string{"10.0.0.1/24": "10.0.0.2/24", "10.0.0.254/24": "10.0.0.253/24", "10.0.0.2/30": "10.0.0.1/30"} {
+		if got, err := neighbour(subnet(in)); err != nil || got.String() != want {
+			t.Errorf("the neighbour of %s is %s, %v; want %s", in, got, err, want)
+		}
+	}
+	if _, err := neighbour(subnet("10.0.0.1/32")); err == nil {
+		t.Error("a lone address has a neighbour")
+	}
+}
