@@ -4,15 +4,12 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"strings"
@@ -22,12 +19,12 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"drafter/internal/redisimage"
+	"drafter/internal/tour"
 )
 
 const (
 	keys         = 1000
 	externalAddr = "127.0.0.1:3333"
-	stepTimeout  = 5 * time.Minute
 )
 
 // result is the demo's last line.
@@ -55,7 +52,7 @@ func say(format string, args ...any) {
 }
 
 func run(ctx context.Context) (err error) {
-	d := &demo{dir: "out/demo", drafter: "bin/drafter"}
+	d := &demo{dir: "out/demo", drafter: tour.Drafter{Bin: "bin/drafter", Logs: "out/demo"}}
 	if err := os.RemoveAll(d.dir); err != nil {
 		return err
 	}
@@ -80,20 +77,20 @@ func run(ctx context.Context) (err error) {
 	defer stopRegistry()
 
 	say("Making the blueprint")
-	if err := d.command(ctx, nil, "blueprint", "os", "--output", d.path("blueprint"), "--cache", d.cache); err != nil {
+	if err := d.drafter.Run(ctx, os.Stderr, "blueprint", "os", "--output", d.path("blueprint"), "--cache", d.cache); err != nil {
 		return err
 	}
-	if err := d.command(ctx, nil, "blueprint", "oci", "docker://"+ref, "--output", d.path("blueprint/oci.ext4")); err != nil {
+	if err := d.drafter.Run(ctx, os.Stderr, "blueprint", "oci", "docker://"+ref, "--output", d.path("blueprint/oci.ext4")); err != nil {
 		return err
 	}
 
 	say("Starting the NAT")
-	nat, err := d.start("nat", "nat")
+	nat, err := d.drafter.Start("nat")
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, nat.end()) }()
-	if _, err := nat.await(ctx, "NAT is up"); err != nil {
+	defer func() { err = errors.Join(err, nat.End()) }()
+	if _, err := nat.Await(ctx, "NAT is up"); err != nil {
 		return err
 	}
 
@@ -116,52 +113,26 @@ func run(ctx context.Context) (err error) {
 	return nil
 }
 
-type demo struct{ dir, cache, drafter string }
+type demo struct {
+	dir, cache string
+	drafter    tour.Drafter
+}
 
 func (d *demo) path(name string) string { return filepath.Join(d.dir, name) }
 
-// files maps devices to file names.
-var files = []struct{ device, file string }{
-	{"state", "state.bin"}, {"memory", "memory.bin"}, {"kernel", "vmlinux"}, {"disk", "rootfs.ext4"}, {"config", "config.json"}, {"oci", "oci.ext4"},
-}
-
 func (d *demo) snapshot(ctx context.Context, r *result) error {
-	var devices []map[string]string
-	for _, f := range files {
-		device := map[string]string{"name": f.device, "output": d.path("package/" + f.file)}
-		if input := d.path("blueprint/" + f.file); exists(input) {
-			device["input"] = input
-		}
-		devices = append(devices, device)
-	}
 	var report bytes.Buffer
-	err := d.command(ctx, &report, "snapshotter", "--report", "--enable-output=false", "--chroot-base-dir", d.path("vms"), "--devices", encode(devices))
+	err := d.drafter.Run(ctx, &report, "snapshotter", "--report", "--enable-output=false", "--chroot-base-dir", d.path("vms"),
+		"--devices", tour.SnapshotterDevices(d.path("blueprint"), d.path("package")))
 	if err != nil {
 		return err
 	}
 	return json.Unmarshal(report.Bytes(), r)
 }
 
-func exists(path string) bool {
-	_, err := os.Stat(path)
-	return err == nil
-}
-
-func encode(v any) string {
-	b, err := json.Marshal(v)
-	if err != nil {
-		panic(err) // maps of strings
-	}
-	return string(b)
-}
-
 // useVM writes in one run of the VM and reads in the next.
 func (d *demo) useVM(ctx context.Context, r *result) error {
-	var devices []map[string]string
-	for _, f := range files {
-		devices = append(devices, map[string]string{"name": f.device, "path": d.path("package/" + f.file)})
-	}
-	runner := []string{"runner", "--chroot-base-dir", d.path("vms"), "--devices", encode(devices)}
+	runner := []string{"runner", "--chroot-base-dir", d.path("vms"), "--devices", tour.PackageDevices(d.path("package"))}
 	var runID string
 	err := d.withVM(ctx, runner, r, func(client *redis.Client) error {
 		say("Writing %d keys through %s", keys, externalAddr)
@@ -212,25 +183,23 @@ func redisRunID(ctx context.Context, client *redis.Client) (string, error) {
 func (d *demo) withVM(ctx context.Context, runner []string, r *result, use func(*redis.Client) error) (err error) {
 	say("Resuming the VM")
 	begin := time.Now()
-	vm, err := d.start("runner", runner...)
+	vm, err := d.drafter.Start(runner...)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, vm.end()) }()
-	resumed, err := vm.await(ctx, "Resumed VM")
+	defer func() { err = errors.Join(err, vm.End()) }()
+	resumed, err := vm.Await(ctx, "Resumed VM")
 	if err != nil {
 		return err
 	}
 	// The line comes after the agent's answer; the guest ran before.
-	r.ResumeMS = (resumed.Time.Sub(begin) - time.Duration(resumed.AgentAfter-resumed.Took)).Milliseconds()
-	forwarder, err := d.start("forwarder", "forwarder", "--port-forwards", encode([]map[string]string{
-		{"netns": "ark0", "internalPort": "6379", "protocol": "tcp", "externalAddr": externalAddr},
-	}))
+	r.ResumeMS = (resumed.Time.Sub(begin) - (resumed.AgentAfter - resumed.Took)).Milliseconds()
+	forwarder, err := d.drafter.Start("forwarder", "--port-forwards", tour.Forward("ark0", "6379", externalAddr))
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, forwarder.end()) }()
-	if _, err := forwarder.await(ctx, "Forwarding"); err != nil {
+	defer func() { err = errors.Join(err, forwarder.End()) }()
+	if _, err := forwarder.Await(ctx, "Forwarding"); err != nil {
 		return err
 	}
 	client := redis.NewClient(&redis.Options{Addr: externalAddr, MaxRetries: 10})
@@ -238,116 +207,14 @@ func (d *demo) withVM(ctx context.Context, runner []string, r *result, use func(
 	if err = errors.Join(err, client.Close()); err != nil {
 		return err
 	}
-	if err := forwarder.end(); err != nil {
+	if err := forwarder.End(); err != nil {
 		return err
 	}
 	say("Suspending the VM")
-	if err := vm.end(); err != nil {
+	if err := vm.End(); err != nil {
 		return err
 	}
-	suspended, err := vm.await(ctx, "Suspended VM")
-	r.SuspendMS = time.Duration(suspended.Took).Milliseconds()
+	suspended, err := vm.Await(ctx, "Suspended VM")
+	r.SuspendMS = suspended.Took.Milliseconds()
 	return err
-}
-
-// command runs drafter to its end, showing what it says.
-func (d *demo) command(ctx context.Context, stdout io.Writer, args ...string) error {
-	ctx, cancel := context.WithTimeout(ctx, stepTimeout)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, d.drafter, args...)
-	cmd.Stdout, cmd.Stderr = stdout, os.Stderr
-	if stdout == nil {
-		cmd.Stdout = os.Stderr
-	}
-	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
-	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("drafter %s: %w", args[0], err)
-	}
-	return nil
-}
-
-// service is a drafter command that runs in the background. Its log is read line by line; its output goes to a file.
-type service struct {
-	name  string
-	cmd   *exec.Cmd
-	lines chan logLine // closed when the command has ended
-	done  chan error
-	ended bool
-}
-
-type logLine struct {
-	Time       time.Time `json:"time"`
-	Message    string    `json:"msg"`
-	Took       int64     `json:"took"`       // nanoseconds
-	AgentAfter int64     `json:"agentAfter"` // nanoseconds
-	raw        string
-}
-
-func (d *demo) start(name string, args ...string) (*service, error) {
-	output, err := os.OpenFile(d.path(name+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
-	if err != nil {
-		return nil, err
-	}
-	defer output.Close()
-	s := &service{name: name, cmd: exec.Command(d.drafter, append(args, "--log-format", "json")...), lines: make(chan logLine, 1000), done: make(chan error, 1)}
-	s.cmd.Stdout = output
-	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is for the demo, which ends its services in order
-	stderr, err := s.cmd.StderrPipe()
-	if err != nil {
-		return nil, err
-	}
-	if err := s.cmd.Start(); err != nil {
-		return nil, fmt.Errorf("start drafter %s: %w; run 'make build'", name, err)
-	}
-	go func() {
-		var last string
-		scanner := bufio.NewScanner(stderr)
-		for scanner.Scan() {
-			line := logLine{raw: scanner.Text()}
-			if json.Unmarshal(scanner.Bytes(), &line) != nil {
-				last = line.raw // an error message
-			}
-			s.lines <- line
-		}
-		close(s.lines)
-		err := s.cmd.Wait()
-		if err != nil {
-			err = fmt.Errorf("drafter %s: %w: %s", name, err, last)
-		}
-		s.done <- err
-	}()
-	return s, nil
-}
-
-// await returns the next log line with a message.
-func (s *service) await(ctx context.Context, message string) (logLine, error) {
-	timeout := time.NewTimer(stepTimeout)
-	defer timeout.Stop()
-	for {
-		select {
-		case line, ok := <-s.lines:
-			if !ok {
-				return line, errors.Join(fmt.Errorf("drafter %s ended before %q", s.name, message), s.end())
-			}
-			if line.Message == message {
-				return line, nil
-			}
-		case <-ctx.Done():
-			return logLine{}, ctx.Err()
-		case <-timeout.C:
-			return logLine{}, fmt.Errorf("drafter %s did not get to %q in %s", s.name, message, stepTimeout)
-		}
-	}
-}
-
-// end terminates the command, if it still runs, and returns its error.
-func (s *service) end() error {
-	if s.ended {
-		return nil
-	}
-	s.ended = true
-	if err := s.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
-		return err
-	}
-	return <-s.done
 }

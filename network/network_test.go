@@ -9,83 +9,35 @@ import (
 	"os"
 	"os/exec"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/testhost"
 )
 
-// TestMain runs the tests in network and mount namespaces of their own: nothing of this host is seen or touched.
+// TestMain runs the tests on a host of their own.
 func TestMain(m *testing.M) {
-	switch {
-	case os.Geteuid() != 0:
-		fmt.Println("SKIPPED: most network tests need root")
-	case os.Getenv("NETWORK_TEST") == "":
-		cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
-		cmd.Env = append(os.Environ(), "NETWORK_TEST=inside")
-		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-		cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
-		err := cmd.Run()
-		var exit *exec.ExitError
-		if errors.As(err, &exit) {
-			os.Exit(exit.ExitCode())
-		}
-		if err != nil {
-			fmt.Println(err)
-			os.Exit(1)
-		}
-		os.Exit(0)
-	case os.Getenv("NETWORK_TEST") == "inside":
-		if err := isolate(); err != nil {
-			fmt.Println("isolate:", err)
-			os.Exit(1)
-		}
-	case os.Getenv("NETWORK_TEST") == "nat":
+	if os.Getenv("NETWORK_TEST") == "nat" {
 		runNAT()
 	}
-	goleak.VerifyTestMain(m)
-}
-
-// isolate gives the test host an empty /run, a loopback interface, and an uplink (eth0) to a namespace "outside".
-func isolate() error {
-	if err := unix.Mount("tmpfs", "/run", "tmpfs", 0, ""); err != nil {
-		return err
-	}
-	lo, err := netlink.LinkByName("lo")
-	if err != nil {
-		return err
-	}
-	if err := errors.Join(configureLink(lo), createNamespace("outside")); err != nil {
-		return err
-	}
-	ns, err := netns.GetFromName("outside")
-	if err != nil {
-		return err
-	}
-	defer ns.Close()
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name = "eth0"
-	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(ns)}
-	if err := netlink.LinkAdd(veth); err != nil {
-		return err
-	}
-	if err := configureLink(veth, subnet("192.0.2.1/24")); err != nil {
-		return err
-	}
-	if err := netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: net.IPv4(192, 0, 2, 254)}); err != nil {
-		return err
-	}
-	return inNamespace("outside", func() error {
-		link, err := netlink.LinkByName("eth0")
+	if os.Geteuid() != 0 {
+		fmt.Println("SKIPPED: most network tests need root")
+	} else if !testhost.Inside() {
+		code, err := testhost.Enter()
 		if err != nil {
-			return err
+			fmt.Println(err)
+			code = 1
 		}
-		return configureLink(link, subnet("192.0.2.254/24"))
-	})
+		os.Exit(code)
+	} else if err := testhost.SetUp(); err != nil {
+		fmt.Println("set up test host:", err)
+		os.Exit(1)
+	}
+	goleak.VerifyTestMain(m)
 }
 
 func subnet(s string) *net.IPNet {

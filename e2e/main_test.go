@@ -1,0 +1,217 @@
+// Package e2e tests drafter from outside: real binaries, real guests under a real VMM, a real Redis and its client. All of it runs on a host of its
+// own (network and mount namespaces), built once and shared by the tests.
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sort"
+	"strings"
+	"testing"
+	"time"
+
+	"drafter/internal/redisimage"
+	"drafter/internal/testhost"
+	"drafter/internal/tour"
+)
+
+// work is the directory all tests share:
+//
+//	bin/            drafter (with the race detector), its links, and drafter-guest
+//	out/blueprint/  the blueprint of a Redis guest
+//	out/package/    the package made of it
+//	redis-image/    the OCI layout of Redis
+//	debian/         a foreign root file system
+var work = os.Getenv("DRAFTER_E2E")
+
+func TestMain(m *testing.M) {
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) int {
+	if why := missing(); why != "" {
+		fmt.Println("SKIPPED: all end-to-end tests:", why)
+		return 0
+	}
+	var code int
+	var err error
+	if testhost.Inside() {
+		code, err = runInside(m)
+	} else {
+		code, err = runOutside()
+	}
+	if err != nil {
+		fmt.Println("FAIL:", err)
+		return 1
+	}
+	return code
+}
+
+// missing says what this machine lacks for the tests.
+func missing() string {
+	if os.Geteuid() != 0 {
+		return "they need root, for network namespaces and VMs"
+	}
+	for program, pkg := range map[string]string{
+		"qemu-system-x86_64": "qemu-system-x86", "mke2fs": "e2fsprogs", "redis-cli": "redis-tools", "debootstrap": "debootstrap", "nft": "nftables", "ip": "iproute2",
+	} {
+		if _, err := exec.LookPath(program); err != nil {
+			return program + " is not on PATH; install the Debian package " + pkg
+		}
+	}
+	return ""
+}
+
+// runOutside makes what needs the Internet and then starts the tests on a host without it.
+func runOutside() (code int, err error) {
+	if work, err = os.MkdirTemp("", "e2e-"); err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(work)) }()
+	start := time.Now()
+	if err := build(); err != nil {
+		return 0, fmt.Errorf("build: %w", err)
+	}
+	fmt.Printf("built binaries and blueprints in %s\n", time.Since(start).Round(time.Second))
+	return testhost.Enter("DRAFTER_E2E="+work, "PATH="+filepath.Join(work, "bin")+":"+os.Getenv("PATH"))
+}
+
+func build() error {
+	ctx := context.Background()
+	bin := filepath.Join(work, "bin")
+	for _, args := range [][]string{
+		{"build", "-race", "-o", filepath.Join(bin, "drafter"), "drafter/cmd/drafter"},
+		// The packager is all compression and checksums, which the race detector slows down tenfold; the tests of package archive have it on.
+		{"build", "-o", filepath.Join(bin, "drafter-packager"), "drafter/cmd/drafter"},
+		{"build", "-o", filepath.Join(bin, "drafter-guest"), "drafter/cmd/drafter-guest"},
+	} {
+		cmd := exec.CommandContext(ctx, "go", args...)
+		cmd.Env = os.Environ()
+		if args[1] != "-race" {
+			cmd.Env = append(cmd.Env, "CGO_ENABLED=0")
+		}
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("go %s: %w: %s", strings.Join(args, " "), err, out)
+		}
+	}
+	for _, name := range []string{"nat", "forwarder", "snapshotter", "runner"} {
+		if err := os.Symlink("drafter", filepath.Join(bin, "drafter-"+name)); err != nil {
+			return err
+		}
+	}
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return err
+	}
+	cache = filepath.Join(cache, "drafter", "debian")
+	image, err := redisimage.Build(ctx, cache, work)
+	if err != nil {
+		return fmt.Errorf("Redis image: %w", err)
+	}
+	if err := redisimage.WriteLayout(image, filepath.Join(work, "redis-image")); err != nil {
+		return err
+	}
+	d := tour.Drafter{Bin: filepath.Join(bin, "drafter"), Dir: work}
+	if err := d.Run(ctx, os.Stderr, "blueprint", "os", "--output", "out/blueprint", "--cache", cache); err != nil {
+		return err
+	}
+	return errors.Join(
+		d.Run(ctx, os.Stderr, "blueprint", "oci", "oci:redis-image", "--output", "out/blueprint/oci.ext4"),
+		debootstrap(ctx, filepath.Join(work, "debian"), cache))
+}
+
+// debootstrap makes a small Debian with systemd. The result is kept in cache.
+func debootstrap(ctx context.Context, dir, cache string) error {
+	kept := filepath.Join(cache, "debootstrap-bookworm-systemd.tar")
+	script := `set -e; mkdir -p "$1"
+test -e "$2" || {
+	debootstrap --variant=minbase --include=systemd,systemd-sysv,iproute2 bookworm "$1"
+	rm -rf "$1"/var/cache/apt/archives/*.deb "$1"/var/lib/apt/lists/*
+	tar -C "$1" --xattrs -cf "$2.partial" . && mv "$2.partial" "$2"
+	exit
+}
+tar -C "$1" --xattrs -xpf "$2"`
+	if out, err := exec.CommandContext(ctx, "sh", "-c", script, "sh", dir, kept).CombinedOutput(); err != nil {
+		return fmt.Errorf("debootstrap: %w: %s", err, out)
+	}
+	return nil
+}
+
+// runInside runs the tests behind one NAT and with one package, both made by the commands that are under test.
+func runInside(m *testing.M) (code int, err error) {
+	if err := testhost.SetUp(); err != nil {
+		return 0, fmt.Errorf("set up test host: %w", err)
+	}
+	ctx := context.Background()
+	d := tour.Drafter{Bin: "drafter", Dir: work, Logs: work}
+	before := inventory()
+	nat, err := d.Start("nat", "--namespace-count", "4")
+	if err != nil {
+		return 0, err
+	}
+	defer func() {
+		err = errors.Join(err, nat.End())
+		if after := inventory(); after != before {
+			err = errors.Join(err, fmt.Errorf("the tests left the host dirty:\n%s\nbefore:\n%s", after, before))
+		}
+	}()
+	if _, err := nat.Await(ctx, "NAT is up"); err != nil {
+		return 0, err
+	}
+	err = d.Run(ctx, os.Stderr, "snapshotter", "--netns", "ark0", "--enable-output=false", "--chroot-base-dir", "vms",
+		"--devices", tour.SnapshotterDevices(filepath.Join(work, "out/blueprint"), "out/package"))
+	if err != nil {
+		return 0, err
+	}
+	return m.Run(), nil
+}
+
+// inventory lists all that drafter could leave on a host.
+func inventory() string {
+	var b strings.Builder
+	section := func(name string, lines []string) {
+		sort.Strings(lines)
+		fmt.Fprintf(&b, "%s:\n  %s\n", name, strings.Join(lines, "\n  "))
+	}
+	for _, c := range []struct{ name, command string }{
+		{"links", "ip -o link | cut -d: -f2"},
+		{"namespaces", "ip netns list"},
+		{"routes", "ip -4 route"},
+		{"rules", "nft list ruleset"},
+		{"forwarding", "cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv4/conf/all/route_localnet"},
+		{"run", "find /run/drafter 2>/dev/null; true"},
+		{"mounts", "cut -d' ' -f5 /proc/self/mountinfo | grep -v /run/netns/; true"},
+		{"cgroups", "find /sys/fs/cgroup -type d -path '*/drafter*'"},
+		{"temporary files", "ls -d /tmp/drafter* 2>/dev/null; true"},
+		{"VM directories", "find " + work + " -path '*/vms/*/*'"},
+	} {
+		out, err := exec.Command("sh", "-c", c.command).CombinedOutput()
+		if err != nil {
+			out = append(out, err.Error()...)
+		}
+		section(c.name, strings.Split(strings.TrimSpace(string(out)), "\n"))
+	}
+	section("VMMs", vmms())
+	return b.String()
+}
+
+// vmms lists the VMM processes of this test run.
+func vmms() []string {
+	var found []string
+	cmdlines, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		panic(err) // the pattern is constant
+	}
+	for _, path := range cmdlines {
+		b, err := os.ReadFile(path)
+		if err == nil && bytes.HasPrefix(b, []byte("qemu-system")) && bytes.Contains(b, []byte(work)) {
+			found = append(found, strings.ReplaceAll(string(b), "\x00", " "))
+		}
+	}
+	return found
+}

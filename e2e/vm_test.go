@@ -1,0 +1,407 @@
+package e2e
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+
+	"drafter/internal/tour"
+)
+
+const redisAddr = "127.0.0.1:3333"
+
+// site is one test's directory, with a copy of the shared package in it.
+type site struct {
+	tour.Drafter
+	dir string
+	pkg string // directory of the package
+}
+
+func newSite(t *testing.T) *site {
+	t.Helper()
+	// Not t.TempDir: the names of tests make socket paths too long.
+	dir, err := os.MkdirTemp(work, "t")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &site{Drafter: tour.Drafter{Bin: "drafter", Dir: dir, Logs: dir}, dir: dir, pkg: filepath.Join(dir, "out/package")}
+	s.copyPackage(t, filepath.Join(work, "out/package"), s.pkg)
+	before := inventory()
+	t.Cleanup(func() {
+		if after := inventory(); after != before {
+			t.Errorf("left behind:\n%s\nbefore:\n%s", after, before)
+		}
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return s
+}
+
+func (s *site) copyPackage(t *testing.T, from, to string) {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("cp", "-a", "--sparse=always", from, to).CombinedOutput(); err != nil {
+		t.Fatalf("copy package: %v: %s", err, out)
+	}
+}
+
+// run starts the package with further flags and waits until it runs. Unless the test ended it, it is ended with the test, without error.
+func (s *site) run(t *testing.T, flags ...string) *tour.Service {
+	t.Helper()
+	vm, err := s.Start(append([]string{"runner", "--chroot-base-dir", "vms", "--devices", tour.PackageDevices(s.pkg)}, flags...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		select {
+		case <-vm.Done(): // the test has seen to it
+		default:
+			end(t, vm)
+		}
+	})
+	if _, err := vm.Await(t.Context(), "Resumed VM"); err != nil {
+		t.Fatal(err)
+	}
+	return vm
+}
+
+// refused runs the package and returns the error line it fails with.
+func (s *site) refused(t *testing.T, flags ...string) string {
+	t.Helper()
+	cmd := exec.Command("drafter", append([]string{"runner", "--chroot-base-dir", "vms", "--devices", tour.PackageDevices(s.pkg)}, flags...)...)
+	cmd.Dir = s.dir
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	if err := cmd.Run(); err == nil {
+		t.Fatal("the runner accepted the package")
+	}
+	for line := range strings.SplitSeq(stderr.String(), "\n") {
+		if strings.HasPrefix(line, "Error: ") {
+			return line
+		}
+	}
+	t.Fatalf("no error line: %s", stderr.String())
+	return ""
+}
+
+func end(t *testing.T, s *tour.Service) {
+	t.Helper()
+	if err := s.End(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// redis returns a client of the guest in ark0, through a forwarder that ends with the test.
+func (s *site) redis(t *testing.T) *redis.Client {
+	t.Helper()
+	f, err := s.Start("forwarder", "--port-forwards", tour.Forward("ark0", "6379", redisAddr))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Await(t.Context(), "Forwarding"); err != nil {
+		t.Fatal(err)
+	}
+	c := redis.NewClient(&redis.Options{Addr: redisAddr, MaxRetries: 5})
+	t.Cleanup(func() {
+		c.Close()
+		end(t, f)
+	})
+	return c
+}
+
+func (s *site) output(t *testing.T, vm *tour.Service) string {
+	t.Helper()
+	b, err := os.ReadFile(vm.Output)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.ReplaceAll(string(b), "\r", "")
+}
+
+// waitOutput waits until the guest's console shows a text, and returns all of it.
+func (s *site) waitOutput(t *testing.T, vm *tour.Service, text string) string {
+	t.Helper()
+	deadline := time.Now().Add(tour.StepTimeout)
+	for {
+		out := s.output(t, vm)
+		if strings.Contains(out, text) {
+			return out
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the console never showed %q:\n%s", text, out)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+// vmmPID is the process of the one VM that runs at the site.
+func (s *site) vmmPID(t *testing.T) int {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(s.dir, "vms/*/*/process.json"))
+	if err != nil || len(files) != 1 {
+		t.Fatalf("VMs: %v, %v; want one", files, err)
+	}
+	b, err := os.ReadFile(files[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	var id struct{ PID int }
+	if err := json.Unmarshal(b, &id); err != nil || id.PID == 0 {
+		t.Fatalf("%s: %v", b, err)
+	}
+	return id.PID
+}
+
+// sums returns a checksum of every file of a directory.
+func sums(t *testing.T, dir string) string {
+	t.Helper()
+	out, err := exec.Command("sh", "-c", `cd "$1" && sha256sum *`, "sh", dir).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(out)
+}
+
+// A VM that is suspended and resumed again and again keeps all that its clients wrote.
+func TestTwentyRounds(t *testing.T) {
+	s := newSite(t)
+	ctx := t.Context()
+	c := s.redis(t)
+	before := inventory()
+	const rounds, keys = 20, 50
+	var runID string
+	for round := range rounds {
+		vm := s.run(t)
+		for old := range round {
+			for i := range keys {
+				key := fmt.Sprintf("round:%d:%d", old, i)
+				if got, err := c.Get(ctx, key).Result(); err != nil || got != value(old, i) {
+					t.Fatalf("round %d: %s is %q, %v", round, key, got, err)
+				}
+			}
+		}
+		for i := range keys {
+			if err := c.Set(ctx, fmt.Sprintf("round:%d:%d", round, i), value(round, i), 0).Err(); err != nil {
+				t.Fatalf("round %d: %v", round, err)
+			}
+		}
+		if n, err := c.Incr(ctx, "rounds").Result(); err != nil || n != int64(round+1) {
+			t.Fatalf("round %d: counter is %d, %v", round, n, err)
+		}
+		// The clock is right again, although time stood still.
+		now, err := c.Time(ctx).Result()
+		if off := time.Since(now); err != nil || off.Abs() > time.Second {
+			t.Errorf("round %d: the guest's clock is off by %s, %v", round, off, err)
+		}
+		info, err := c.Info(ctx, "server").Result()
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, info, _ = strings.Cut(info, "run_id:")
+		if id := strings.Fields(info)[0]; round > 0 && id != runID {
+			t.Fatalf("round %d: this is another Redis process", round)
+		} else {
+			runID = id
+		}
+		// Both ways to end are alike.
+		if err := vm.Signal([]syscall.Signal{syscall.SIGINT, syscall.SIGTERM}[round%2]); err != nil {
+			t.Fatal(err)
+		}
+		if err := vm.Wait(); err != nil {
+			t.Fatalf("round %d: %v", round, err)
+		}
+	}
+	if after := inventory(); after != before {
+		t.Errorf("left behind after %d rounds:\n%s\nbefore:\n%s", rounds, after, before)
+	}
+	for _, disk := range []string{"rootfs.ext4", "oci.ext4"} {
+		// A running system's file system is not clean but for its journal; fsck replays that first.
+		if out, err := exec.Command("e2fsck", "-fp", filepath.Join(s.pkg, disk)).CombinedOutput(); err != nil && err.(*exec.ExitError).ExitCode() > 1 {
+			t.Errorf("%s: %v: %s", disk, err, out)
+		}
+	}
+}
+
+func value(round, i int) string { return fmt.Sprintf("value %d of round %d", i*i, round) }
+
+// A package that is run privately stays as it was, bit for bit, and can be run several times at once.
+func TestMapPrivate(t *testing.T) {
+	s := newSite(t)
+	before := sums(t, s.pkg)
+	c := s.redis(t)
+	first := s.run(t, "--experimental-map-private", "--experimental-map-private-memory-output", "private/memory.bin", "--experimental-map-private-state-output", "private/state.bin")
+	second := s.run(t, "--experimental-map-private", "--netns", "ark1")
+	if err := c.Set(t.Context(), "kept", "yes", 0).Err(); err != nil {
+		t.Fatal(err)
+	}
+	if line := s.refused(t, "--netns", "ark2"); !strings.Contains(line, "in use") {
+		t.Errorf("a shared run beside private ones: %s", line)
+	}
+	end(t, second)
+	end(t, first)
+	if after := sums(t, s.pkg); after != before {
+		t.Errorf("the package changed:\n%s\nbefore:\n%s", after, before)
+	}
+	// The outputs are a package.
+	if err := os.Rename(filepath.Join(s.dir, "private"), filepath.Join(s.dir, "kept")); err != nil {
+		t.Fatal(err)
+	}
+	s.pkg = filepath.Join(s.dir, "kept")
+	s.run(t)
+	if got, err := c.Get(t.Context(), "kept").Result(); err != nil || got != "yes" {
+		t.Errorf("after the resume of the outputs: %q, %v", got, err)
+	}
+}
+
+// Two runs of one package go on from the same moment, but not with the same random numbers. Console and shell work on the way.
+func TestClonesDifferAndConsole(t *testing.T) {
+	s := newSite(t)
+	var seen []string
+	for _, ns := range []string{"ark0", "ark1"} {
+		vm := s.run(t, "--experimental-map-private", "--enable-input", "--netns", ns)
+		for _, line := range []string{"\n", "echo random=$(head -c16 /dev/urandom | od -An -tx1 | tr -d ' ').\n"} {
+			if _, err := io.WriteString(vm.Input, line); err != nil {
+				t.Fatal(err)
+			}
+			if line == "\n" {
+				s.waitOutput(t, vm, "drafter# ")
+			}
+		}
+		// The terminal echoes the command; its output follows on a line of its own.
+		_, number, _ := strings.Cut(s.waitOutput(t, vm, "\nrandom="), "\nrandom=")
+		for !strings.Contains(number, ".") {
+			_, number, _ = strings.Cut(s.output(t, vm), "\nrandom=")
+		}
+		number, _, _ = strings.Cut(number, ".")
+		if len(number) != 32 {
+			t.Fatalf("no random number on the console: %q", s.output(t, vm))
+		}
+		seen = append(seen, number)
+		end(t, vm)
+	}
+	if seen[0] == seen[1] {
+		t.Errorf("both clones drew %s", seen[0])
+	}
+}
+
+// What a killed runner leaves is removed by the next, which refuses the package for its reason.
+func TestKilledRunner(t *testing.T) {
+	s := newSite(t)
+	clean := inventory()
+	vm := s.run(t)
+	pid := s.vmmPID(t)
+	if err := vm.Signal(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if err := vm.Wait(); err == nil {
+		t.Fatal("killed without an error")
+	}
+	if line := s.refused(t); !strings.Contains(line, "never suspended") {
+		t.Errorf("the package of a killed run: %s", line)
+	}
+	if cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil && len(cmdline) > 0 {
+		t.Errorf("the VMM still runs: %s", cmdline)
+	}
+	if after := inventory(); after != clean {
+		t.Errorf("left behind:\n%s\nbefore:\n%s", after, clean)
+	}
+}
+
+// A VMM that dies is noticed at once, and what the guest said last is in the error.
+func TestKilledVMM(t *testing.T) {
+	s := newSite(t)
+	vm := s.run(t, "--enable-input")
+	if _, err := io.WriteString(vm.Input, "\necho famous last words\n"); err != nil {
+		t.Fatal(err)
+	}
+	s.waitOutput(t, vm, "\nfamous last words\n")
+	if err := syscall.Kill(s.vmmPID(t), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-vm.Done():
+	case <-time.After(10 * time.Second):
+		t.Fatal("the runner did not notice")
+	}
+	err := vm.Wait()
+	if err == nil {
+		t.Fatal("a killed VMM is no error")
+	}
+	for _, want := range []string{"QEMU ended unexpectedly", "signal: killed", "famous last words"} {
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("%q is not in: %v", want, err)
+		}
+	}
+}
+
+// A guest that powers itself off ends its runner well, and its package says why it cannot be resumed.
+func TestPowerOff(t *testing.T) {
+	s := newSite(t)
+	vm := s.run(t, "--enable-input")
+	if _, err := io.WriteString(vm.Input, "\npoweroff\n"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := vm.Await(t.Context(), "The guest powered itself off"); err != nil {
+		t.Fatal(err)
+	}
+	if err := vm.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	if line := s.refused(t); !strings.Contains(line, "powered") {
+		t.Errorf("the package of a guest that is off: %s", line)
+	}
+	for _, disk := range []string{"rootfs.ext4", "oci.ext4"} {
+		if out, err := exec.Command("e2fsck", "-fn", filepath.Join(s.pkg, disk)).CombinedOutput(); err != nil {
+			t.Errorf("%s after a clean end: %v: %s", disk, err, out)
+		}
+	}
+}
+
+// The VMM runs as the user it is told to, who owns no more than the package.
+func TestUser(t *testing.T) {
+	s := newSite(t)
+	const uid, gid = 4321, 4322
+	if line := s.refused(t, "--uid", "4321", "--gid", "4322"); !strings.Contains(line, "chown 4321:4322") {
+		t.Errorf("a package of another user: %s", line)
+	}
+	for _, f := range tour.Files {
+		if err := os.Chown(filepath.Join(s.pkg, f.File), uid, gid); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, dir := range []string{work, s.dir} { // made for root alone
+		if err := os.Chmod(dir, 0o711); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.run(t, "--uid", "4321", "--gid", "4322", "--cgroup-version", "1")
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.vmmPID(t)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"Uid:\t4321\t4321\t4321\t4321", "Gid:\t4322\t4322\t4322\t4322", "Seccomp:\t2", "CapEff:\t0000000000000000"} {
+		if !strings.Contains(string(status), want) {
+			t.Errorf("%q is not in the VMM's status:\n%s", want, status)
+		}
+	}
+	cgroups, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", s.vmmPID(t)))
+	if err != nil || !strings.Contains(string(cgroups), "/drafter/") {
+		t.Errorf("the VMM's cgroups: %s, %v", cgroups, err)
+	}
+	if got, err := s.redis(t).Ping(t.Context()).Result(); err != nil || got != "PONG" {
+		t.Errorf("Redis: %q, %v", got, err)
+	}
+}
