@@ -61,7 +61,11 @@ func openImage(ctx context.Context, c ImageConfig, platform v1.Platform) (v1.Ima
 		if _, err := os.Stat(rest); err != nil {
 			return nil, err
 		}
-		return tarball.ImageFromPath(rest, nil)
+		image, err := tarball.ImageFromPath(rest, nil)
+		if err != nil {
+			return nil, fmt.Errorf("read docker archive (what 'docker save' writes): %w", err)
+		}
+		return image, nil
 	}
 	return nil, errors.New("unknown kind of reference; write docker://NAME:TAG, oci:DIRECTORY:TAG or docker-archive:FILE")
 }

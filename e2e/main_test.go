@@ -78,7 +78,8 @@ func runOutside() (code int, err error) {
 		return 0, fmt.Errorf("build: %w", err)
 	}
 	fmt.Printf("built binaries and blueprints in %s\n", time.Since(start).Round(time.Second))
-	return testhost.Enter("DRAFTER_E2E="+work, "PATH="+filepath.Join(work, "bin")+":"+os.Getenv("PATH"))
+	return testhost.Enter("DRAFTER_E2E="+work, "PATH="+filepath.Join(work, "bin")+":"+os.Getenv("PATH"),
+		"GORACE=atexit_sleep_ms=0") // a second per command otherwise
 }
 
 func build() error {

@@ -108,6 +108,11 @@ func (s *Snapshotter) checkDevice(d Device, outputs map[string]string) error {
 		if info.IsDir() {
 			return fmt.Errorf("device %s: input %s is a directory", d.Name, d.Input)
 		}
+		if d.Name == vmm.Kernel {
+			if err := vmm.CheckKernel(d.Input); err != nil {
+				return fmt.Errorf("device %s: input %w", d.Name, err)
+			}
+		}
 	}
 	if d.Output == "" {
 		return fmt.Errorf("device %s has no output; name the package's file", d.Name)

@@ -76,6 +76,9 @@ with the usual tools (busybox) and drafter-guest, which is its init and agent.
 // findGuest finds drafter-guest.
 func findGuest(path string) (string, error) {
 	if path != "" {
+		if _, err := os.Stat(path); err != nil {
+			return "", fmt.Errorf("--guest-bin: %w", err)
+		}
 		return path, nil
 	}
 	if self, err := os.Executable(); err == nil {

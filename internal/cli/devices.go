@@ -28,6 +28,8 @@ func parseJSON[T any](flag, value string) ([]T, error) {
 	switch {
 	case errors.As(err, &syntax):
 		err = fmt.Errorf("malformed JSON at byte %d: %w", syntax.Offset, err)
+	case errors.As(err, &kind) && kind.Field == "":
+		err = fmt.Errorf("it must be a list of objects ([{…}, …]), not of type %s", kind.Value)
 	case errors.As(err, &kind):
 		err = fmt.Errorf("field %q must be a %s, not a %s", kind.Field, kind.Type, kind.Value)
 	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, io.EOF):

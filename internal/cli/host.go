@@ -54,6 +54,9 @@ func (h *hostFlags) resolve(stdout io.Writer) (host instance.Host, restore func(
 	}
 	host = h.host
 	host.Drivers, host.Bin = drivers, h.qemuBin
+	if _, err := drivers.Select(host.VMM, ""); err != nil {
+		return host, nil, &usageError{fmt.Errorf("--vmm: %w", err)}
+	}
 	if host.UID < 0 || host.GID < 0 {
 		return host, nil, &usageError{errors.New("--uid and --gid must not be negative")}
 	}

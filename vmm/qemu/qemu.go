@@ -200,17 +200,14 @@ func (m *Machine) start(ctx context.Context, path string, args []string) (err er
 	if err != nil {
 		return fmt.Errorf("create QMP socket: %w", err)
 	}
-	defer qmpFile.Close()
 	consoleConn, consoleFile, err := socketPair()
 	if err != nil {
-		return errors.Join(fmt.Errorf("create console socket: %w", err), qmpConn.Close())
+		return errors.Join(fmt.Errorf("create console socket: %w", err), qmpConn.Close(), qmpFile.Close())
 	}
-	defer consoleFile.Close()
 	stderrRead, stderrWrite, err := os.Pipe()
 	if err != nil {
-		return errors.Join(fmt.Errorf("create pipe: %w", err), qmpConn.Close(), consoleConn.Close())
+		return errors.Join(fmt.Errorf("create pipe: %w", err), qmpConn.Close(), qmpFile.Close(), consoleConn.Close(), consoleFile.Close())
 	}
-	defer stderrWrite.Close()
 
 	m.process, err = process.Start(process.Config{
 		Path: path, Args: args, Dir: l.Dir.Root(),
@@ -220,7 +217,9 @@ func (m *Machine) start(ctx context.Context, path string, args []string) (err er
 		FilesIn: func() ([]*os.File, error) { return openTap(l.Interface, l.Netns) },
 		Stderr:  stderrWrite,
 	})
-	if err != nil {
+	// QEMU's ends are QEMU's alone: when it dies, ours report it.
+	err = errors.Join(err, qmpFile.Close(), consoleFile.Close(), stderrWrite.Close())
+	if m.process == nil {
 		return errors.Join(err, qmpConn.Close(), consoleConn.Close(), stderrRead.Close())
 	}
 	m.console = newConsole(consoleConn, l.Output, l.Input)
@@ -232,7 +231,7 @@ func (m *Machine) start(ctx context.Context, path string, args []string) (err er
 	})
 	m.workers.Go(m.console.run)
 	go m.supervise()
-	if err := l.Dir.Record(m.process.Identity()); err != nil {
+	if err = errors.Join(err, l.Dir.Record(m.process.Identity())); err != nil {
 		return errors.Join(err, qmpConn.Close())
 	}
 
@@ -240,7 +239,7 @@ func (m *Machine) start(ctx context.Context, path string, args []string) (err er
 	defer cancel()
 	q, version, err := newQMP(ctx, qmpConn)
 	if err != nil {
-		return m.orExit(fmt.Errorf("start QEMU: %w", err))
+		return fmt.Errorf("start %s as %s: %w", path, m.hardware.Machine, m.orExit(err))
 	}
 	m.qmp = q
 	m.workers.Go(m.watch)

@@ -1,0 +1,130 @@
+// Package drafter_test holds the rules that all packages keep.
+package drafter_test
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// sources calls f for every Go file of the module.
+func sources(t *testing.T, f func(path string, file *ast.File)) {
+	t.Helper()
+	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if d.IsDir() && path != "." && (strings.HasPrefix(d.Name(), ".") || d.Name() == "out" || d.Name() == "tools") {
+			return fs.SkipDir
+		}
+		if !strings.HasSuffix(path, ".go") {
+			return nil
+		}
+		file, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.ParseComments|parser.SkipObjectResolution)
+		if err != nil {
+			return err
+		}
+		f(path, file)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestEveryPackageSaysWhatItIs(t *testing.T) {
+	documented := map[string]bool{}
+	sources(t, func(path string, file *ast.File) {
+		dir := filepath.Dir(path)
+		documented[dir] = documented[dir] || file.Doc != nil
+	})
+	for dir, ok := range documented {
+		if !ok {
+			t.Errorf("package %s has no package comment", dir)
+		}
+	}
+}
+
+func TestNoCgo(t *testing.T) {
+	sources(t, func(path string, file *ast.File) {
+		for _, i := range file.Imports {
+			if i.Path.Value == `"C"` {
+				t.Errorf("%s uses cgo", path)
+			}
+		}
+	})
+}
+
+// The table of rooms lists every package, and no other.
+func TestArchitectureIsTrue(t *testing.T) {
+	text, err := os.ReadFile("docs/architecture.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	table, _, _ := strings.Cut(string(text), "\n## How")
+	listed := map[string]bool{}
+	for _, m := range regexp.MustCompile("`([a-z0-9/-]+)`").FindAllStringSubmatch(table, -1) {
+		if info, err := os.Stat(m[1]); err == nil && info.IsDir() {
+			listed[m[1]] = true
+		}
+	}
+	sources(t, func(path string, _ *ast.File) {
+		if dir := filepath.Dir(path); dir != "." && !listed[dir] {
+			t.Errorf("docs/architecture.md does not list %s", dir)
+			listed[dir] = true
+		}
+	})
+}
+
+func TestDependencies(t *testing.T) {
+	mod, err := os.ReadFile("go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile("docs/dependencies.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(string(mod), "\nreplace ") {
+		t.Error("go.mod replaces a module: users of the library would not get that")
+	}
+	direct := map[string]bool{}
+	for line := range strings.SplitSeq(string(mod), "\n") {
+		f := strings.Fields(line)
+		if len(f) >= 2 && strings.Contains(f[0], ".") && !strings.Contains(line, "// indirect") {
+			direct[f[0]] = true
+			if !strings.Contains(string(text), "`"+f[0]+"`") {
+				t.Errorf("docs/dependencies.md does not justify %s", f[0])
+			}
+		}
+	}
+	for _, m := range regexp.MustCompile("(?m)^\\| `([^`]+)`").FindAllStringSubmatch(string(text), -1) {
+		if strings.Contains(m[1], "/") && !direct[m[1]] && !strings.HasPrefix(m[1], "tools: ") {
+			t.Errorf("docs/dependencies.md lists %s, which go.mod does not", m[1])
+		}
+	}
+}
+
+// Every user-visible change is one small file.
+func TestChangelog(t *testing.T) {
+	files, err := filepath.Glob("changelog/unreleased/*.md")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no changes: %v", err)
+	}
+	kinds := regexp.MustCompile(`^(Feature|Enhancement|Bugfix|Change|Security): .+\n\n`)
+	for _, f := range files {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !kinds.Match(b) {
+			t.Errorf("%s does not begin with 'Feature: …' (or Enhancement, Bugfix, Change, Security) and an empty line", f)
+		}
+	}
+}

@@ -1,0 +1,283 @@
+package qemu
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+
+	"drafter/vmm"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func TestCompatible(t *testing.T) {
+	for _, tt := range []struct {
+		machine, made string
+		here          qemuVersion
+		refusal       string
+	}{
+		{"pc-q35-7.2", "7.2.22", qemuVersion{7, 2, 22}, ""},
+		{"pc-q35-7.2", "7.2.22", qemuVersion{7, 2, 1}, ""},
+		{"pc-q35-7.2", "7.2.22", qemuVersion{8, 0, 1}, ""},
+		{"pc-q35-7.2", "7.2.22", qemuVersion{10, 1, 0}, ""},
+		{"pc-q35-7.2", "7.2.22", qemuVersion{8, 0, 0}, "8.0.1"},
+		{"pc-q35-8.2", "8.2.0", qemuVersion{7, 2, 22}, "older"},
+		{"pc-q35-8.2", "8.2.0", qemuVersion{8, 1, 9}, "older"},
+		{"microvm", "7.2.22", qemuVersion{7, 2, 22}, ""},
+		{"microvm", "7.2.22", qemuVersion{7, 2, 23}, "only there"},
+		{"microvm", "seven", qemuVersion{7, 2, 23}, "malformed"},
+	} {
+		err := compatible(vmm.Hardware{VMM: vmm.VMMQEMU, Machine: tt.machine, Version: tt.made}, tt.here)
+		if (err == nil) != (tt.refusal == "") || err != nil && !strings.Contains(err.Error(), tt.refusal) {
+			t.Errorf("%s of %s on %s: %v; want %q", tt.machine, tt.made, tt.here, err, tt.refusal)
+		}
+	}
+	if err := compatible(vmm.Hardware{VMM: vmm.VMMFirecracker}, qemuVersion{7, 2, 0}); err == nil {
+		t.Error("a package of Firecracker was accepted")
+	}
+}
+
+func testLaunch(t *testing.T, disks int) *vmm.Launch {
+	t.Helper()
+	dir, err := vmm.CreateDir(t.TempDir(), "qemu")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := dir.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	l := &vmm.Launch{Dir: dir, CPUs: 2, MemorySize: 64 << 20, Memory: "/m", Kernel: "/k", Interface: "tap0", MAC: "02:00:00:00:00:01", Ports: []uint32{26, 25}}
+	for i := range disks {
+		l.Disks = append(l.Disks, vmm.Block{Name: fmt.Sprintf("disk-with-a-long-name-%d", i), Path: fmt.Sprintf("/a,b/%d", i)})
+	}
+	return l
+}
+
+func TestArguments(t *testing.T) {
+	q35 := vmm.Hardware{VMM: vmm.VMMQEMU, Machine: "pc-q35-7.2", CPU: "Nehalem-v1", Accel: vmm.AccelTCG}
+	micro := vmm.Hardware{VMM: vmm.VMMQEMU, Machine: machineMicroVM, CPU: cpuKVM, Accel: vmm.AccelKVM}
+	l := testLaunch(t, 2)
+	args, err := arguments(l, q35)
+	if err != nil {
+		t.Fatal(err)
+	}
+	line := strings.Join(args, " ")
+	for _, want := range []string{
+		"-machine pc-q35-7.2,", "-cpu Nehalem-v1", "-incoming defer -S", "filename=/a,,b/1", "serial=disk-with-a-long-nam ", "-sandbox on,",
+		"virtio-blk-pci,bus=pcie.0,addr=0x8,drive=disk0", "virtio-blk-pci,bus=pcie.0,addr=0x9,drive=disk1", "share=on,size=67108864,mem-path=/m",
+	} {
+		if !strings.Contains(line+" ", want) {
+			t.Errorf("%q is not in: %s", want, line)
+		}
+	}
+	l.Boot = &vmm.Boot{Kernel: "/k", Initrd: "/i", Args: "console=ttyS0 pci=off quiet"}
+	if args, err = arguments(l, q35); err != nil {
+		t.Fatal(err)
+	}
+	if line = strings.Join(args, " "); !strings.Contains(line, "-initrd /i -append console=ttyS0 quiet") || strings.Contains(line, "-incoming") {
+		t.Errorf("boot on a q35: %s", line)
+	}
+	if args, err = arguments(l, micro); err != nil {
+		t.Fatal(err)
+	}
+	if line = strings.Join(args, " "); !strings.Contains(line, "pci=off") || !strings.Contains(line, "virtio-net-device,netdev=net,mac=") || strings.Contains(line, "-pci") {
+		t.Errorf("boot on a microvm: %s", line)
+	}
+	for _, tt := range []struct {
+		hw    vmm.Hardware
+		disks int
+		ok    bool
+	}{{micro, 5, true}, {micro, 6, false}, {q35, 6, true}, {q35, 23, true}, {q35, 24, false}} {
+		if _, err := arguments(testLaunch(t, tt.disks), tt.hw); (err == nil) != tt.ok {
+			t.Errorf("%s with %d disks: %v", tt.hw.Machine, tt.disks, err)
+		}
+	}
+	if got := chooseMachine(vmm.AccelKVM, qemuVersion{7, 2, 0}, 6); got != "pc-q35-7.2" {
+		t.Errorf("six disks with KVM go on a %s", got)
+	}
+}
+
+func TestPrepareUser(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED: changing owners needs root")
+	}
+	l := testLaunch(t, 0)
+	l.Memory = l.Dir.Root() + "/memory"
+	if err := os.WriteFile(l.Memory, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	l.UID, l.GID = 1234, 1235
+	for _, tt := range []struct {
+		uid, gid int
+		mode     os.FileMode
+		ok       bool
+	}{
+		{0, 0, 0o600, false}, {0, 0, 0o666, true}, {1234, 0, 0o600, true}, {0, 1235, 0o660, true}, {0, 1235, 0o640, false}, {4321, 1236, 0o660, false},
+	} {
+		if err := errors.Join(os.Chown(l.Memory, tt.uid, tt.gid), os.Chmod(l.Memory, tt.mode)); err != nil {
+			t.Fatal(err)
+		}
+		if err := prepareUser(l); (err == nil) != tt.ok {
+			t.Errorf("%d:%d %s: %v", tt.uid, tt.gid, tt.mode, err)
+		}
+	}
+}
+
+// fakeQEMU speaks QMP's greeting and then answers each command with what reply returns, if anything.
+func fakeQEMU(t *testing.T, conn net.Conn, reply func(command string, id uint64) string) {
+	t.Helper()
+	done := make(chan struct{})
+	t.Cleanup(func() { conn.Close(); <-done })
+	go func() {
+		defer close(done)
+		fmt.Fprint(conn, `{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}}, "capabilities": []}}`+"\r\n")
+		lines := bufio.NewScanner(conn)
+		for lines.Scan() {
+			var c struct {
+				Execute string `json:"execute"`
+				ID      uint64 `json:"id"`
+			}
+			if err := json.Unmarshal(lines.Bytes(), &c); err != nil {
+				t.Errorf("malformed command %q", lines.Text())
+				return
+			}
+			answer := fmt.Sprintf(`{"return": {}, "id": %d}`, c.ID)
+			if c.Execute != "qmp_capabilities" {
+				answer = reply(c.Execute, c.ID)
+			}
+			if answer == "hang up" {
+				conn.Close()
+				return
+			}
+			fmt.Fprint(conn, answer)
+		}
+	}()
+}
+
+func TestQMP(t *testing.T) {
+	ours, file, err := socketPair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	theirs, err := net.FileConn(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file.Close()
+	fakeQEMU(t, theirs, func(command string, id uint64) string {
+		switch command {
+		case "status":
+			// An event and somebody else's reply come first, and all in pieces.
+			return fmt.Sprintf(`{"event": "STOP", "data": {}}{"return": 1, "id": 9999}{"return": {"running": true}, "id": %d}`, id)
+		case "fail":
+			return fmt.Sprintf(`{"error": {"class": "GenericError", "desc": "not today"}, "id": %d}`, id)
+		case "die":
+			return "hang up"
+		}
+		return ""
+	})
+	q, version, err := newQMP(t.Context(), ours)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if version.String() != "7.2.22" {
+		t.Errorf("version %s", version)
+	}
+	events := make(chan string, 10)
+	drained := make(chan struct{})
+	go func() {
+		defer close(drained)
+		for e := range q.events {
+			events <- e.Name
+		}
+	}()
+	var status struct{ Running bool }
+	if err := q.execute(t.Context(), "status", nil, &status); err != nil || !status.Running {
+		t.Errorf("status: %+v, %v", status, err)
+	}
+	if e := <-events; e != "STOP" {
+		t.Errorf("event %s", e)
+	}
+	var refused *qmpError
+	if err := q.execute(t.Context(), "fail", nil, nil); !errors.As(err, &refused) || err.Error() != "QMP fail: not today" {
+		t.Errorf("fail: %v", err)
+	}
+	ctx, cancel := context.WithTimeoutCause(t.Context(), 10*time.Millisecond, errors.New("too slow"))
+	defer cancel()
+	if err := q.execute(ctx, "silent", nil, nil); err == nil || err.Error() != "QMP silent: too slow" {
+		t.Errorf("silent: %v", err)
+	}
+	// A connection that ends fails the command that waits, and all after it.
+	for range 2 {
+		if err := q.execute(t.Context(), "die", nil, nil); err == nil || !strings.Contains(err.Error(), "connection lost") {
+			t.Errorf("die: %v", err)
+		}
+	}
+	if err := q.close(); !errors.Is(err, io.EOF) {
+		t.Errorf("close: %v", err)
+	}
+	<-drained
+}
+
+// Descriptors travel with their command.
+func TestQMPFiles(t *testing.T) {
+	ours, file, err := socketPair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	q := &qmp{conn: ours, waiting: map[uint64]chan qmpReply{}}
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	if _, err := q.send("getfd", map[string]string{"fdname": "x"}, []*os.File{w}, nil); err != nil {
+		t.Fatal(err)
+	}
+	buf, oob := make([]byte, 1000), make([]byte, 100)
+	n, oobn, _, _, err := unix.Recvmsg(int(file.Fd()), buf, oob, 0)
+	if err != nil || !strings.Contains(string(buf[:n]), `"fdname":"x"`) {
+		t.Fatalf("%q, %v", buf[:n], err)
+	}
+	messages, err := unix.ParseSocketControlMessage(oob[:oobn])
+	if err != nil || len(messages) != 1 {
+		t.Fatal(messages, err)
+	}
+	fds, err := unix.ParseUnixRights(&messages[0])
+	if err != nil || len(fds) != 1 {
+		t.Fatal(fds, err)
+	}
+	if err := unix.Close(fds[0]); err != nil {
+		t.Error(err)
+	}
+	ours.Close()
+}
+
+func TestLastLines(t *testing.T) {
+	var l lastLines
+	if got := l.quote("x"); got != "" {
+		t.Errorf("nothing said: %q", got)
+	}
+	for i := range 1000 {
+		fmt.Fprintf(&l, "line %d\r\n", i)
+	}
+	got := l.quote("the last lines")
+	if !strings.HasPrefix(got, "; the last lines: ") || !strings.HasSuffix(got, "line 998 | line 999") || len(got) > keepBytes+500 || strings.ContainsAny(got, "\r\n") {
+		t.Errorf("%q", got)
+	}
+}
