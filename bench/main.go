@@ -1,0 +1,218 @@
+// The benchmarks measure what a user waits for: boot, suspend and resume of a VM, and packing and unpacking its package. They print every round,
+// medians, and a JSON object.
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"drafter/internal/redisimage"
+	"drafter/internal/tour"
+)
+
+func main() {
+	rounds := flag.Int("rounds", 5, "How often each is measured")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	err := run(ctx, *rounds)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "Error:", strings.ReplaceAll(err.Error(), "\n", "; "))
+		os.Exit(1)
+	}
+}
+
+const dir = "out/bench"
+
+// bench collects measurements by name.
+type bench struct {
+	drafter tour.Drafter
+	names   []string
+	values  map[string][]float64
+}
+
+func (b *bench) add(name string, value float64) {
+	if b.values[name] == nil {
+		b.names = append(b.names, name)
+	}
+	b.values[name] = append(b.values[name], value)
+	fmt.Fprintf(os.Stderr, "%s: %.0f\n", name, value)
+}
+
+func run(ctx context.Context, rounds int) (err error) {
+	if rounds < 1 {
+		return errors.New("--rounds must be at least 1")
+	}
+	if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o755)); err != nil {
+		return err
+	}
+	b := &bench{drafter: tour.Drafter{Bin: "bin/drafter", Logs: dir}, values: map[string][]float64{}}
+	if err := b.makeBlueprint(ctx); err != nil {
+		return err
+	}
+	nat, err := b.drafter.Start("nat", "--namespace-count", "1")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, nat.End()) }()
+	if _, err := nat.Await(ctx, "NAT is up"); err != nil {
+		return err
+	}
+	for range rounds {
+		if err := b.snapshot(ctx); err != nil {
+			return err
+		}
+	}
+	for range rounds {
+		if err := b.resume(ctx); err != nil {
+			return err
+		}
+	}
+	for range rounds {
+		if err := b.pack(ctx); err != nil {
+			return err
+		}
+	}
+	return b.report()
+}
+
+func (b *bench) makeBlueprint(ctx context.Context) error {
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return err
+	}
+	cache = filepath.Join(cache, "drafter", "debian")
+	image, err := redisimage.Build(ctx, cache, dir)
+	if err != nil {
+		return err
+	}
+	layout := filepath.Join(dir, "image")
+	if err := redisimage.WriteLayout(image, layout); err != nil {
+		return err
+	}
+	blueprint := filepath.Join(dir, "blueprint")
+	if err := b.drafter.Run(ctx, os.Stderr, "blueprint", "os", "--output", blueprint, "--cache", cache); err != nil {
+		return err
+	}
+	return b.drafter.Run(ctx, os.Stderr, "blueprint", "oci", "oci:"+layout, "--output", filepath.Join(blueprint, "oci.ext4"))
+}
+
+// snapshot measures a boot of the Redis guest, until its port is open and its agent answers, and the suspend after it.
+func (b *bench) snapshot(ctx context.Context) error {
+	var out bytes.Buffer
+	err := b.drafter.Run(ctx, &out, "snapshotter", "--report", "--enable-output=false", "--chroot-base-dir", filepath.Join(dir, "vms"),
+		"--devices", tour.SnapshotterDevices(filepath.Join(dir, "blueprint"), filepath.Join(dir, "package")))
+	if err != nil {
+		return err
+	}
+	var report struct {
+		Boot    float64 `json:"boot_ms"`
+		Suspend float64 `json:"suspend_ms"`
+	}
+	if err := json.Unmarshal(out.Bytes(), &report); err != nil {
+		return err
+	}
+	b.add("boot_ms", report.Boot)
+	b.add("snapshot_suspend_ms", report.Suspend)
+	return nil
+}
+
+// resume measures from the start of the command to the guest running, to the agent's answer, and the suspend at the end.
+func (b *bench) resume(ctx context.Context) error {
+	begin := time.Now()
+	vm, err := b.drafter.Start("runner", "--enable-output=false", "--chroot-base-dir", filepath.Join(dir, "vms"), "--devices", tour.PackageDevices(filepath.Join(dir, "package")))
+	if err != nil {
+		return err
+	}
+	resumed, err := vm.Await(ctx, "Resumed VM")
+	if err != nil {
+		return errors.Join(err, vm.End())
+	}
+	// The line is written after the agent's answer; the guest runs since "took" after the command's work began.
+	b.add("resume_ms", ms(resumed.Time.Sub(begin)-(resumed.AgentAfter-resumed.Took)))
+	b.add("resume_agent_ms", ms(resumed.Time.Sub(begin)))
+	if err := vm.End(); err != nil {
+		return err
+	}
+	suspended, err := vm.Await(ctx, "Suspended VM")
+	b.add("suspend_ms", ms(suspended.Took))
+	return err
+}
+
+func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+
+// pack measures the packager in MB (10⁶ bytes) of data per second: holes are free and do not count.
+func (b *bench) pack(ctx context.Context) error {
+	pkg, extracted, archive := filepath.Join(dir, "package"), filepath.Join(dir, "extracted"), filepath.Join(dir, "package.tar.zst")
+	var data int64
+	for _, f := range tour.Files {
+		n, err := allocated(filepath.Join(pkg, f.File))
+		if err != nil {
+			return err
+		}
+		data += n
+	}
+	begin := time.Now()
+	if err := b.drafter.Run(ctx, nil, "packager", "--package-path", archive, "--devices", tour.PackageDevices(pkg)); err != nil {
+		return err
+	}
+	b.add("package_create_mb_per_s", float64(data)/1e6/time.Since(begin).Seconds())
+	begin = time.Now()
+	err := b.drafter.Run(ctx, nil, "packager", "--extract", "--package-path", archive, "--devices", strings.ReplaceAll(tour.PackageDevices(pkg), pkg, extracted))
+	if err != nil {
+		return err
+	}
+	b.add("package_extract_mb_per_s", float64(data)/1e6/time.Since(begin).Seconds())
+	if len(b.values["package_data_mb"]) == 0 {
+		info, err := os.Stat(archive)
+		if err != nil {
+			return err
+		}
+		b.add("package_data_mb", float64(data)/1e6)
+		b.add("package_archive_mb", float64(info.Size())/1e6)
+	}
+	return os.RemoveAll(extracted)
+}
+
+// allocated is how much of a file is data (stat(2) counts blocks of 512 bytes).
+func allocated(path string) (int64, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return 0, fmt.Errorf("stat %s: %w", path, err)
+	}
+	return st.Blocks * 512, nil
+}
+
+func (b *bench) report() error {
+	table := tabwriter.NewWriter(os.Stderr, 0, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(table, "\tmedian\tmin\tmax\trounds\t")
+	medians := map[string]float64{}
+	for _, name := range b.names {
+		v := slices.Sorted(slices.Values(b.values[name]))
+		medians[name] = v[len(v)/2]
+		fmt.Fprintf(table, "%s\t%.0f\t%.0f\t%.0f\t%d\t\n", name, v[len(v)/2], v[0], v[len(v)-1], len(v))
+	}
+	if err := table.Flush(); err != nil {
+		return err
+	}
+	out, err := json.Marshal(map[string]any{"medians": medians, "rounds": b.values})
+	if err != nil {
+		return err
+	}
+	fmt.Println(string(out))
+	return nil
+}
