@@ -1,11 +1,12 @@
 // Package archive stores devices in a .tar.zst file and takes them out again.
 //
-// The format is a tar archive with one regular file per device, named like it, compressed as one zstd frame with a checksum. Holes are stored
-// as zeros, which compress to almost nothing, so that any tar reads the archive; extraction makes them holes again.
+// The format is a tar archive with one regular file per device, named like it, compressed as a sequence of zstd frames with checksums. Holes are
+// stored as zeros, which compress to almost nothing, so that any tar reads the archive; extraction makes them holes again.
 package archive
 
 import (
 	"archive/tar"
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -78,7 +79,7 @@ func Create(ctx context.Context, path string, devices []Device, progress Progres
 		return fmt.Errorf("create package: %w", err)
 	}
 	err = func() error {
-		z, err := zstd.NewWriter(f, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithWindowSize(1<<20))
+		z, err := newFrameWriter(bufio.NewWriterSize(f, 4<<20))
 		if err != nil {
 			return err
 		}
@@ -215,7 +216,7 @@ type extraction struct {
 }
 
 func (x *extraction) read(ctx context.Context, f io.Reader) error {
-	z, err := zstd.NewReader(f)
+	z, err := newFrameReader(f)
 	if err != nil {
 		return err
 	}

@@ -155,46 +155,43 @@ func (b *bench) resume(ctx context.Context) error {
 
 func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
-// pack measures the packager in MB (10⁶ bytes) of data per second: holes are free and do not count.
+// pack measures the packager in MB (10⁶ bytes) per second: of data, holes not counted, and of devices as the guest sees them. Both end durable on disk.
 func (b *bench) pack(ctx context.Context) error {
 	pkg, extracted, archive := filepath.Join(dir, "package"), filepath.Join(dir, "extracted"), filepath.Join(dir, "package.tar.zst")
-	var data int64
+	var data, devices float64
 	for _, f := range tour.Files {
-		n, err := allocated(filepath.Join(pkg, f.File))
-		if err != nil {
-			return err
+		var st unix.Stat_t
+		if err := unix.Stat(filepath.Join(pkg, f.File), &st); err != nil {
+			return fmt.Errorf("stat %s: %w", f.File, err)
 		}
-		data += n
+		data += float64(st.Blocks) * 512 / 1e6 // stat(2)
+		devices += float64(st.Size) / 1e6
 	}
 	begin := time.Now()
 	if err := b.drafter.Run(ctx, nil, "packager", "--package-path", archive, "--devices", tour.PackageDevices(pkg)); err != nil {
 		return err
 	}
-	b.add("package_create_mb_per_s", float64(data)/1e6/time.Since(begin).Seconds())
+	took := time.Since(begin).Seconds()
+	b.add("package_create_data_mb_per_s", data/took)
+	b.add("package_create_device_mb_per_s", devices/took)
 	begin = time.Now()
 	err := b.drafter.Run(ctx, nil, "packager", "--extract", "--package-path", archive, "--devices", strings.ReplaceAll(tour.PackageDevices(pkg), pkg, extracted))
 	if err != nil {
 		return err
 	}
-	b.add("package_extract_mb_per_s", float64(data)/1e6/time.Since(begin).Seconds())
+	took = time.Since(begin).Seconds()
+	b.add("package_extract_data_mb_per_s", data/took)
+	b.add("package_extract_device_mb_per_s", devices/took)
 	if len(b.values["package_data_mb"]) == 0 {
 		info, err := os.Stat(archive)
 		if err != nil {
 			return err
 		}
-		b.add("package_data_mb", float64(data)/1e6)
+		b.add("package_data_mb", data)
+		b.add("package_device_mb", devices)
 		b.add("package_archive_mb", float64(info.Size())/1e6)
 	}
 	return os.RemoveAll(extracted)
-}
-
-// allocated is how much of a file is data (stat(2) counts blocks of 512 bytes).
-func allocated(path string) (int64, error) {
-	var st unix.Stat_t
-	if err := unix.Stat(path, &st); err != nil {
-		return 0, fmt.Errorf("stat %s: %w", path, err)
-	}
-	return st.Blocks * 512, nil
 }
 
 func (b *bench) report() error {
