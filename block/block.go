@@ -1,0 +1,83 @@
+// Package block holds devices: fixed-size arrays of bytes that keep what is written to them. A device of a VM is a stack of them: a read-only
+// base file, an [Overlay] that holds what changed, and a [Tracker] that knows which blocks changed lately.
+package block
+
+import (
+	"errors"
+	"fmt"
+	"io"
+)
+
+// Device is a fixed-size array of bytes. Implementations are safe for concurrent use. Reads and writes that do not fit in [0, Size) fail with
+// [ErrRange] and do nothing.
+type Device interface {
+	io.ReaderAt
+	io.WriterAt
+	Size() int64
+	// Sync returns once every completed WriteAt and Trim survives a power cut. Once it has failed it fails for ever: what was lost is unknown.
+	Sync() error
+	// Close frees the device without syncing it.
+	Close() error
+}
+
+// Trimmer is a [Device] that can forget a range: it reads as zeros afterwards, and takes no space where that is possible.
+type Trimmer interface {
+	Trim(off, length int64) error
+}
+
+// Mapper is a [Device] that knows where it holds nothing but zeros.
+type Mapper interface {
+	// NextData returns a range at or after off that may hold other bytes than zeros; all between off and start are zeros. At the end of the data
+	// start and end are the device's size.
+	NextData(off int64) (start, end int64, err error)
+}
+
+var (
+	// ErrRange says that a request leaves the device.
+	ErrRange = errors.New("out of the device's range")
+	// ErrReadOnly says that a device cannot be written.
+	ErrReadOnly = errors.New("device is read-only")
+)
+
+func checkRange(d Device, off, length int64) error {
+	if off < 0 || length < 0 || off > d.Size()-length {
+		return fmt.Errorf("%d bytes at %d of a device of %d: %w", length, off, d.Size(), ErrRange)
+	}
+	return nil
+}
+
+// Trim makes a range of d read as zeros.
+func Trim(d Device, off, length int64) error {
+	if t, ok := d.(Trimmer); ok {
+		return t.Trim(off, length)
+	}
+	if err := checkRange(d, off, length); err != nil {
+		return err
+	}
+	for length > 0 {
+		n := min(length, int64(len(zeros)))
+		if _, err := d.WriteAt(zeros[:n], off); err != nil {
+			return err
+		}
+		off, length = off+n, length-n
+	}
+	return nil
+}
+
+var zeros = make([]byte, 1<<20)
+
+// NextData is [Mapper.NextData] for any device; one that does not know holds data everywhere.
+func NextData(d Device, off int64) (start, end int64, err error) {
+	if m, ok := d.(Mapper); ok {
+		return m.NextData(off)
+	}
+	return min(off, d.Size()), d.Size(), nil
+}
+
+// CheckBlockSize refuses block sizes that are no power of two from 4 KiB to 16 MiB.
+func CheckBlockSize(size int64) error {
+	if size < 4<<10 || size > 16<<20 || size&(size-1) != 0 {
+		return fmt.Errorf("block size %d is not valid; choose a power of two from 4096 to 16777216, such as 65536", size)
+	}
+	return nil
+}

@@ -1,0 +1,196 @@
+package block
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"runtime"
+	"sync/atomic"
+
+	"github.com/zeebo/blake3"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+)
+
+// ID identifies content: the BLAKE3 hash of a block, or of a device. The zero ID is that of a block of zeros.
+type ID [32]byte
+
+func (id ID) String() string { return hex.EncodeToString(id[:]) }
+
+// ContentBlockSize is the size of the blocks that have content ids, whatever block size a device is tracked in, so that ids can be compared.
+const ContentBlockSize = 64 << 10
+
+// Contents are the content ids of a device.
+type Contents struct {
+	Size   int64
+	Device ID   // of the size and all blocks: devices with the same id have the same bytes
+	Blocks []ID // of each ContentBlockSize bytes; the last may be fewer
+}
+
+// BlockID is the content id of one block.
+func BlockID(p []byte) ID {
+	if isZero(p) {
+		return ID{}
+	}
+	return blake3.Sum256(p)
+}
+
+func isZero(p []byte) bool {
+	for len(p) > len(zeros) {
+		if !bytes.Equal(p[:len(zeros)], zeros) {
+			return false
+		}
+		p = p[len(zeros):]
+	}
+	return bytes.Equal(p, zeros[:len(p)])
+}
+
+// Hash reads all of a device, on all cores, and returns its content ids.
+func Hash(ctx context.Context, d Device) (*Contents, error) {
+	c := &Contents{Size: d.Size(), Blocks: make([]ID, (d.Size()+ContentBlockSize-1)/ContentBlockSize)}
+	const batch = 16 // blocks read at once
+	var next atomic.Int64
+	g, ctx := errgroup.WithContext(ctx)
+	for range runtime.GOMAXPROCS(0) {
+		g.Go(func() error {
+			buf := make([]byte, batch*ContentBlockSize)
+			for ctx.Err() == nil {
+				first := next.Add(batch) - batch
+				if first >= int64(len(c.Blocks)) {
+					return nil
+				}
+				if err := c.hashBatch(d, buf, first); err != nil {
+					return err
+				}
+			}
+			return context.Cause(ctx)
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return nil, fmt.Errorf("hash device: %w", err)
+	}
+	c.seal()
+	return c, nil
+}
+
+func (c *Contents) hashBatch(d Device, buf []byte, first int64) error {
+	off := first * ContentBlockSize
+	buf = buf[:min(int64(len(buf)), c.Size-off)]
+	start, _, err := NextData(d, off)
+	if err != nil || start >= off+int64(len(buf)) {
+		return err
+	}
+	if _, err := d.ReadAt(buf, off); err != nil {
+		return err
+	}
+	for i := first; len(buf) > 0; i++ {
+		n := min(ContentBlockSize, len(buf))
+		c.Blocks[i] = BlockID(buf[:n])
+		buf = buf[n:]
+	}
+	return nil
+}
+
+// seal makes the device's id.
+func (c *Contents) seal() {
+	h := blake3.New()
+	// A hash's writer cannot fail.
+	_, _ = h.Write(binary.LittleEndian.AppendUint64([]byte("drafter device"), uint64(c.Size)))
+	for i := range c.Blocks {
+		_, _ = h.Write(c.Blocks[i][:])
+	}
+	h.Sum(c.Device[:0])
+}
+
+// contentsSuffix names the file beside a base that keeps its content ids.
+const contentsSuffix = ".contents"
+
+// The contents file, version 1, little-endian: magic "DrafterC", version uint32, reserved uint32, then of the base file size int64, modification and
+// change time int64 in nanoseconds and inode uint64; the blocks' ids; a BLAKE3 hash of all that. It holds for just that file at just that time.
+const contentsMagic = "DrafterC"
+
+// FileContents returns the content ids of a file that nobody writes to. They are kept in a file beside it, if that can be made.
+func FileContents(ctx context.Context, path string) (_ *Contents, err error) {
+	d, err := OpenFile(path, true)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	stamp, err := d.stamp()
+	if err != nil {
+		return nil, err
+	}
+	cache := path + contentsSuffix
+	if c := readContents(cache, stamp, d.Size()); c != nil {
+		return c, nil
+	}
+	c, err := Hash(ctx, d)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	after, err := d.stamp()
+	if err != nil {
+		return nil, err
+	}
+	if !bytes.Equal(stamp, after) {
+		return nil, fmt.Errorf("%s changed while it was read; a base is read-only", path)
+	}
+	b := append([]byte(nil), stamp...)
+	for i := range c.Blocks {
+		b = append(b, c.Blocks[i][:]...)
+	}
+	sum := blake3.Sum256(b)
+	err = publish(cache, func(f *os.File) error {
+		_, err := f.Write(append(b, sum[:]...))
+		return err
+	})
+	if errors.Is(err, os.ErrPermission) || errors.Is(err, unix.EROFS) || errors.Is(err, unix.ENOSPC) {
+		err = nil // it is hashed again next time
+	}
+	return c, err
+}
+
+// stamp identifies the file and the moment of its last change; it is the head of the contents file.
+func (d *File) stamp() ([]byte, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(d.f.Fd()), &st); err != nil {
+		return nil, &os.PathError{Op: "stat", Path: d.f.Name(), Err: err}
+	}
+	b := append([]byte(contentsMagic), 1, 0, 0, 0, 0, 0, 0, 0)
+	for _, n := range []uint64{uint64(d.size), uint64(st.Mtim.Nano()), uint64(st.Ctim.Nano()), st.Ino} {
+		b = binary.LittleEndian.AppendUint64(b, n)
+	}
+	return b, nil
+}
+
+// readContents returns nil for a file that is missing, stale or damaged.
+func readContents(path string, stamp []byte, size int64) *Contents {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	c := &Contents{Size: size, Blocks: make([]ID, (size+ContentBlockSize-1)/ContentBlockSize)}
+	want := len(stamp) + len(c.Blocks)*len(ID{}) + len(ID{})
+	if info, err := f.Stat(); err != nil || info.Size() != int64(want) {
+		return nil
+	}
+	b := make([]byte, want)
+	if _, err := io.ReadFull(f, b); err != nil || !bytes.Equal(b[:len(stamp)], stamp) {
+		return nil
+	}
+	body := b[:want-len(ID{})]
+	if sum := blake3.Sum256(body); !bytes.Equal(sum[:], b[len(body):]) {
+		return nil
+	}
+	for i := range c.Blocks {
+		copy(c.Blocks[i][:], body[len(stamp)+i*len(ID{}):])
+	}
+	c.seal()
+	return c
+}

@@ -1,0 +1,224 @@
+package block
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/google/uuid"
+)
+
+// ErrMismatch says that overlay, state file and base do not belong together.
+var ErrMismatch = errors.New("do not belong together")
+
+// OverlayPaths names the files of an overlay.
+type OverlayPaths struct {
+	Base    string // for messages; base devices may be of any kind
+	Overlay string
+	State   string
+}
+
+// OpenOverlay opens an overlay over base, whose content id is baseID. It makes both files when neither exists. Blocks that were written but not
+// synced when their writer was killed are discarded. The overlay owns base from here on, also when opening fails.
+//
+// The files are locked by whoever lists them in a VM; OpenOverlay does not lock.
+func OpenOverlay(base Device, baseID ID, paths OverlayPaths, blockSize int64) (_ *Overlay, err error) {
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, base.Close())
+		}
+	}()
+	if err := CheckBlockSize(blockSize); err != nil {
+		return nil, err
+	}
+	exists, err := overlayExists(paths)
+	if err != nil {
+		return nil, err
+	}
+	if !exists {
+		h := &stateHeader{blockSize: blockSize, size: base.Size(), base: baseID, id: uuid.New()}
+		if err := createOverlay(paths, h); err != nil {
+			return nil, fmt.Errorf("create overlay %s: %w", paths.Overlay, err)
+		}
+	}
+	state, data, err := openOverlayFiles(paths)
+	if err != nil {
+		return nil, err
+	}
+	o := newOverlay(base, data, state)
+	if err := o.check(paths, baseID, blockSize); err != nil {
+		return nil, errors.Join(err, data.Close(), state.close())
+	}
+	if err := o.discardUncommitted(); err != nil {
+		return nil, errors.Join(fmt.Errorf("overlay %s: %w", paths.Overlay, err), data.Close(), state.close())
+	}
+	return o, nil
+}
+
+// overlayExists tells whether both files are there; one alone is refused, unless it is what an interrupted creation leaves.
+func overlayExists(paths OverlayPaths) (bool, error) {
+	overlay, err := fileExists(paths.Overlay)
+	if err != nil {
+		return false, err
+	}
+	state, err := fileExists(paths.State)
+	if err != nil {
+		return false, err
+	}
+	switch {
+	case overlay && !state:
+		f, err := OpenFile(paths.Overlay, true)
+		if err != nil {
+			return false, err
+		}
+		start, _, err := f.NextData(0)
+		if err = errors.Join(err, f.Close()); err != nil {
+			return false, err
+		}
+		if start < f.Size()-pageSize {
+			return false, fmt.Errorf("overlay %s has data, but its state file %s is missing; restore it, or remove the overlay to start from the base", paths.Overlay, paths.State)
+		}
+		return false, nil
+	case state && !overlay:
+		return false, fmt.Errorf("state file %s is there, but its overlay %s is missing; restore it, or remove the state file to start from the base", paths.State, paths.Overlay)
+	}
+	return overlay && state, nil
+}
+
+func fileExists(path string) (bool, error) {
+	_, err := os.Stat(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// createOverlay makes the overlay file, then the state file: without the latter there is no overlay.
+func createOverlay(paths OverlayPaths, h *stateHeader) error {
+	at := trailerOffset(h.size)
+	err := publish(paths.Overlay, func(f *os.File) error {
+		if err := f.Truncate(at + pageSize); err != nil {
+			return err
+		}
+		_, err := f.WriteAt(overlayTrailer(h.id), at)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	return publish(paths.State, func(f *os.File) error {
+		_, err := f.Write(initialState(h))
+		return err
+	})
+}
+
+// publish makes a durable file that has its name only once it is complete.
+func publish(path string, write func(*os.File) error) (err error) {
+	dir := filepath.Dir(path)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*")
+	if err != nil {
+		return err
+	}
+	err = errors.Join(write(f), f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(f.Name()))
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+func openOverlayFiles(paths OverlayPaths) (*stateFile, *overlayFile, error) {
+	f, err := OpenFile(paths.State, false)
+	if err != nil {
+		return nil, nil, fmt.Errorf("open state file: %w", err)
+	}
+	state, err := readState(f)
+	if err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("state file %s: %w", paths.State, err), f.Close())
+	}
+	data, err := OpenFile(paths.Overlay, false)
+	if err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("open overlay: %w", err), state.close())
+	}
+	return state, &overlayFile{File: data, size: state.header.size}, nil
+}
+
+// overlayFile is an overlay file without its trailer.
+type overlayFile struct {
+	*File
+	size int64
+}
+
+func (f *overlayFile) Size() int64 { return f.size }
+
+func (f *overlayFile) NextData(off int64) (start, end int64, err error) {
+	start, end, err = f.File.NextData(off)
+	return min(start, f.size), min(end, f.size), err
+}
+
+// check refuses files that do not belong together.
+func (o *Overlay) check(paths OverlayPaths, baseID ID, blockSize int64) error {
+	h := o.state.header
+	mismatch := func(format string, args ...any) error {
+		return fmt.Errorf("state file %s and %w", paths.State, fmt.Errorf(format+" %w", append(args, ErrMismatch)...))
+	}
+	if h.size != o.base.Size() {
+		return mismatch("base %s: one is for a device of %d bytes, the other has %d;", paths.Base, h.size, o.base.Size())
+	}
+	if h.base != baseID {
+		return mismatch("base %s: the base's content has changed since the overlay was made, or it is another one;", paths.Base)
+	}
+	if h.blockSize != blockSize {
+		return fmt.Errorf("overlay %s has blocks of %d bytes, not of %d; set blockSize to that", paths.Overlay, h.blockSize, blockSize)
+	}
+	data, ok := o.data.(*overlayFile)
+	if !ok {
+		return nil
+	}
+	trailer := make([]byte, pageSize)
+	at := trailerOffset(h.size)
+	if data.File.Size() != at+pageSize {
+		return mismatch("overlay %s: the overlay has %d bytes instead of %d;", paths.Overlay, data.File.Size(), at+pageSize)
+	}
+	if _, err := data.File.ReadAt(trailer, at); err != nil {
+		return err
+	}
+	if string(trailer[:8]) != overlayMagic || !intact(trailer, trailerChecksum) {
+		return fmt.Errorf("overlay %s is no overlay, or its trailer is damaged", paths.Overlay)
+	}
+	if uuid.UUID(trailer[8:24]) != h.id {
+		return mismatch("overlay %s are of different instances and", paths.Overlay)
+	}
+	return nil
+}
+
+// discardUncommitted makes holes of blocks that are not the overlay's: their writer ended before it synced them.
+func (o *Overlay) discardUncommitted() error {
+	for off := int64(0); off < o.Size(); {
+		start, end, err := NextData(o.data, off)
+		if err != nil {
+			return err
+		}
+		for start < end {
+			has, n := o.run(start, end-start)
+			if !has {
+				if err := Trim(o.data, start, n); err != nil {
+					return err
+				}
+			}
+			start += n
+		}
+		off = max(end, off+1)
+	}
+	return nil
+}

@@ -1,0 +1,75 @@
+package block
+
+import (
+	"sync/atomic"
+	"time"
+)
+
+// Tracker is a device that knows which of its blocks were written, and when last. A block is marked after its write: who clears the mark and then
+// reads the block either sees the write or finds the block marked again.
+type Tracker struct {
+	Device
+	blockSize int64
+	dirty     *Bitmap
+	last      []atomic.Uint32 // time of the last write, in milliseconds since start; 0: never
+	start     time.Time
+}
+
+// NewTracker tracks d in blocks of blockSize bytes; see [CheckBlockSize].
+func NewTracker(d Device, blockSize int64) *Tracker {
+	blocks := (d.Size() + blockSize - 1) / blockSize
+	return &Tracker{Device: d, blockSize: blockSize, dirty: NewBitmap(blocks), last: make([]atomic.Uint32, blocks), start: time.Now().Add(-time.Millisecond)}
+}
+
+// BlockSize is the size of a block in bytes.
+func (t *Tracker) BlockSize() int64 { return t.blockSize }
+
+// Blocks is the number of blocks; the last one may be shorter.
+func (t *Tracker) Blocks() int64 { return t.dirty.Len() }
+
+// WriteAt implements [Device]. A write that fails may have changed something, so it marks as well.
+func (t *Tracker) WriteAt(p []byte, off int64) (int, error) {
+	n, err := t.Device.WriteAt(p, off)
+	t.mark(off, int64(len(p)))
+	return n, err
+}
+
+// Trim implements [Trimmer].
+func (t *Tracker) Trim(off, length int64) error {
+	err := Trim(t.Device, off, length)
+	t.mark(off, length)
+	return err
+}
+
+// NextData implements [Mapper].
+func (t *Tracker) NextData(off int64) (start, end int64, err error) { return NextData(t.Device, off) }
+
+func (t *Tracker) mark(off, length int64) {
+	if length <= 0 || off < 0 || off > t.Size()-length {
+		return // the device has refused it
+	}
+	now := uint32(time.Since(t.start) / time.Millisecond)
+	first, end := off/t.blockSize, (off+length+t.blockSize-1)/t.blockSize
+	for i := first; i < end; i++ {
+		t.last[i].Store(now)
+	}
+	t.dirty.SetRange(first, end)
+}
+
+// Dirty is the number of blocks written since they were last taken.
+func (t *Tracker) Dirty() int64 { return t.dirty.Count() }
+
+// Take returns the blocks written since the last Take, and starts anew.
+func (t *Tracker) Take() *Bitmap { return t.dirty.Take() }
+
+// Return marks blocks again that were taken but not dealt with.
+func (t *Tracker) Return(blocks *Bitmap) { t.dirty.Add(blocks) }
+
+// LastWrite is the time of the last write to a block, to the millisecond, or zero if there was none.
+func (t *Tracker) LastWrite(block int64) time.Time {
+	ms := t.last[block].Load()
+	if ms == 0 {
+		return time.Time{}
+	}
+	return t.start.Add(time.Duration(ms) * time.Millisecond)
+}
