@@ -215,6 +215,32 @@ func owned(rng *rand.Rand, w, workers, piece int, size int64) (off, length int64
 	return off, min(rng.Int64N(256<<10), end-off)
 }
 
+// Many write parts of the same block at the same moment, when the overlay does not hold it yet.
+func TestConcurrentCopyUp(t *testing.T) {
+	const size, blockSize, writers = 32 << 20, 64 << 10, 8
+	paths, model := fixture(t, size)
+	o := open(t, paths, blockSize)
+	for block := range int64(size / blockSize) {
+		var wg sync.WaitGroup
+		start := make(chan struct{})
+		for w := range int64(writers) {
+			p := bytes.Repeat([]byte{byte(block), byte(w)}, 100)
+			off := block*blockSize + w*(blockSize/writers) + block%7
+			copy(model[off:], p)
+			wg.Go(func() {
+				<-start
+				if _, err := o.WriteAt(p, off); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		close(start)
+		wg.Wait()
+	}
+	same(t, o, model)
+	shut(t, o)
+}
+
 func TestOverlayLeavesBaseAlone(t *testing.T) {
 	paths, content := fixture(t, 1<<20)
 	o := open(t, paths, 64<<10)
@@ -423,6 +449,7 @@ type memory struct {
 	failWrite int // the n-th write from now fails after half of its bytes
 	failSync  error
 	log       func(event)
+	onSync    func() // called in a Sync, before and after what was written until then is durable
 }
 
 func newMemory(size int64) *memory { return &memory{bytes: make([]byte, size)} }
@@ -467,7 +494,9 @@ func (m *memory) NextData(off int64) (start, end int64, err error) {
 
 func (m *memory) Sync() error {
 	if m.failSync == nil && m.log != nil {
+		m.onSync()
 		m.log(event{sync: true})
+		m.onSync()
 	}
 	return m.failSync
 }

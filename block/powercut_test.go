@@ -12,7 +12,7 @@ import (
 // in every sector a value that the sector had at the last completed Sync of the device, or got later.
 func TestPowerCut(t *testing.T) {
 	const cutsPerRun = 400
-	runs := 12
+	runs := 8
 	if testing.Short() {
 		runs = 2
 	}
@@ -76,34 +76,40 @@ func record(t *testing.T, seed uint64) *recording {
 	}
 	o := newOverlay(r.base, data, s)
 	rng := rand.New(rand.NewPCG(seed, 1))
-	for range 600 {
+	change := func() {
 		first := rng.IntN(powerSectors)
 		count := 1 + rng.IntN(min(40, powerSectors-first))
-		switch k := rng.IntN(100); {
-		case k < 70:
-			p := make([]byte, count*sector)
-			for i := range count {
-				number(p[i*sector:][:sector], next)
-				r.history[first+i] = append(r.history[first+i], version{len(r.events), next})
-				next++
-			}
-			if _, err := o.WriteAt(p, int64(first*sector)); err != nil {
-				t.Fatal(err)
-			}
-		case k < 85:
+		if rng.IntN(100) < 15 {
 			for i := range count {
 				r.history[first+i] = append(r.history[first+i], version{len(r.events), 0})
 			}
 			if err := o.Trim(int64(first*sector), int64(count*sector)); err != nil {
 				t.Fatal(err)
 			}
-		default:
-			r.syncs = append(r.syncs, len(r.events))
-			if err := o.Sync(); err != nil {
-				t.Fatal(err)
-			}
-			r.ends = append(r.ends, len(r.events))
+			return
 		}
+		p := make([]byte, count*sector)
+		for i := range count {
+			number(p[i*sector:][:sector], next)
+			r.history[first+i] = append(r.history[first+i], version{len(r.events), next})
+			next++
+		}
+		if _, err := o.WriteAt(p, int64(first*sector)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Writes go on while a sync is under way.
+	data.onSync, state.onSync = change, change
+	for range 500 {
+		if rng.IntN(100) < 85 {
+			change()
+			continue
+		}
+		r.syncs = append(r.syncs, len(r.events))
+		if err := o.Sync(); err != nil {
+			t.Fatal(err)
+		}
+		r.ends = append(r.ends, len(r.events))
 	}
 	return r
 }
@@ -134,9 +140,11 @@ func (r *recording) verify(t *testing.T, cut int, rng *rand.Rand) {
 			copy(files[e.file].bytes[e.off:], e.data)
 			continue
 		}
-		for off := 0; mode == 3 && off < len(e.data); off += sector {
+		// Of the state file, whose pages promise to survive it, any few bytes.
+		unit := []int{sector, 16}[e.file]
+		for off := 0; mode == 3 && off < len(e.data); off += unit {
 			if rng.IntN(2) == 0 {
-				copy(files[e.file].bytes[int(e.off)+off:], e.data[off:min(off+sector, len(e.data))])
+				copy(files[e.file].bytes[int(e.off)+off:], e.data[off:min(off+unit, len(e.data))])
 			}
 		}
 	}
