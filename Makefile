@@ -53,7 +53,7 @@ redis-image: ## an OCI image of Redis without any registry, in out/redis-image
 
 install: build ## install drafter and its links below /usr/local/bin
 	install -m 755 bin/drafter bin/drafter-guest /usr/local/bin/
-	for c in nat forwarder snapshotter packager runner; do ln -sf drafter /usr/local/bin/drafter-$$c; done
+	for c in nat forwarder snapshotter packager runner peer; do ln -sf drafter /usr/local/bin/drafter-$$c; done
 
 clean: ## remove what was built
 	rm -rf bin out .cache

@@ -158,7 +158,7 @@ func TestContents(t *testing.T) {
 		t.Errorf("a changed file has the same id, %v", err)
 	}
 	// The cache is used while it fits, and only then.
-	cache := paths.Base + contentsSuffix
+	cache := contentsPath(paths.Base)
 	kept, err := os.ReadFile(cache)
 	if err != nil {
 		t.Fatal(err)

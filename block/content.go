@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"runtime"
 	"sync/atomic"
 
@@ -107,8 +108,10 @@ func (c *Contents) seal() {
 	h.Sum(c.Device[:0])
 }
 
-// contentsSuffix names the file beside a base that keeps its content ids.
-const contentsSuffix = ".contents"
+// contentsPath is the file beside a base that keeps its content ids.
+func contentsPath(base string) string {
+	return filepath.Join(filepath.Dir(base), "."+filepath.Base(base)+".contents")
+}
 
 // The contents file, version 1, little-endian: magic "DrafterC", version uint32, reserved uint32, then of the base file size int64, modification and
 // change time int64 in nanoseconds and inode uint64; the blocks' ids; a BLAKE3 hash of all that. It holds for just that file at just that time.
@@ -125,7 +128,7 @@ func FileContents(ctx context.Context, path string) (_ *Contents, err error) {
 	if err != nil {
 		return nil, err
 	}
-	cache := path + contentsSuffix
+	cache := contentsPath(path)
 	if c := readContents(cache, stamp, d.Size()); c != nil {
 		return c, nil
 	}

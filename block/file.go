@@ -8,6 +8,8 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/lockfile"
 )
 
 // File is a device in a file, which may have holes, or in a block device.
@@ -40,6 +42,14 @@ func OpenFile(path string, readOnly bool) (*File, error) {
 		return nil, errors.Join(err, f.Close())
 	}
 	return &File{f: f, size: size, readOnly: readOnly}, nil
+}
+
+// Lock keeps other processes from the file until it is closed: all of them, or those that lock it exclusively.
+func (d *File) Lock(exclusive bool) error {
+	if exclusive {
+		return lockfile.Exclusive(d.f)
+	}
+	return lockfile.Shared(d.f)
 }
 
 // Size implements [Device].

@@ -1,16 +1,15 @@
 package block
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 
 	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
 )
-
-// ErrMismatch says that overlay, state file and base do not belong together.
-var ErrMismatch = errors.New("do not belong together")
 
 // OverlayPaths names the files of an overlay.
 type OverlayPaths struct {
@@ -20,27 +19,20 @@ type OverlayPaths struct {
 }
 
 // OpenOverlay opens an overlay over base, whose content id is baseID. It makes both files when neither exists. Blocks that were written but not
-// synced when their writer was killed are discarded. The overlay owns base from here on, also when opening fails.
-//
-// The files are locked by whoever lists them in a VM; OpenOverlay does not lock.
+// synced when their writer was killed are discarded. The overlay owns base from here on, also when opening fails. It holds a lock on the state file
+// until it is closed; one that another process uses is refused. A block size of 0 takes the one that an existing overlay has.
 func OpenOverlay(base Device, baseID ID, paths OverlayPaths, blockSize int64) (_ *Overlay, err error) {
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, base.Close())
 		}
 	}()
-	if err := CheckBlockSize(blockSize); err != nil {
+	if err := CheckBlockSize(blockSize); err != nil && blockSize != 0 {
 		return nil, err
 	}
-	exists, err := overlayExists(paths)
-	if err != nil {
+	h := &stateHeader{blockSize: blockSize, size: base.Size(), base: baseID, id: uuid.New()}
+	if err := createOverlay(paths, h); err != nil {
 		return nil, err
-	}
-	if !exists {
-		h := &stateHeader{blockSize: blockSize, size: base.Size(), base: baseID, id: uuid.New()}
-		if err := createOverlay(paths, h); err != nil {
-			return nil, fmt.Errorf("create overlay %s: %w", paths.Overlay, err)
-		}
 	}
 	state, data, err := openOverlayFiles(paths)
 	if err != nil {
@@ -94,10 +86,37 @@ func fileExists(path string) (bool, error) {
 	return err == nil, err
 }
 
-// createOverlay makes the overlay file, then the state file: without the latter there is no overlay.
-func createOverlay(paths OverlayPaths, h *stateHeader) error {
+// createOverlay makes the files unless they exist: the overlay file, then the state file, without which there is no overlay.
+func createOverlay(paths OverlayPaths, h *stateHeader) (err error) {
+	if exists, err := overlayExists(paths); err != nil || exists {
+		return err
+	}
+	if h.blockSize == 0 {
+		return fmt.Errorf("overlay %s does not exist", paths.Overlay)
+	}
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("create overlay %s: %w", paths.Overlay, err)
+		}
+	}()
+	dir := filepath.Dir(paths.State)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	// One process at a time makes overlays there.
+	lock, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		return fmt.Errorf("lock %s: %w", dir, err)
+	}
+	if exists, err := overlayExists(paths); err != nil || exists {
+		return err
+	}
 	at := trailerOffset(h.size)
-	err := publish(paths.Overlay, func(f *os.File) error {
+	err = publish(paths.Overlay, func(f *os.File) error {
 		if err := f.Truncate(at + pageSize); err != nil {
 			return err
 		}
@@ -142,6 +161,9 @@ func openOverlayFiles(paths OverlayPaths) (*stateFile, *overlayFile, error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("open state file: %w", err)
 	}
+	if err := f.Lock(true); err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("state file %s is %w; give each instance its own", paths.State, err), f.Close())
+	}
 	state, err := readState(f)
 	if err != nil {
 		return nil, nil, errors.Join(fmt.Errorf("state file %s: %w", paths.State, err), f.Close())
@@ -169,16 +191,13 @@ func (f *overlayFile) NextData(off int64) (start, end int64, err error) {
 // check refuses files that do not belong together.
 func (o *Overlay) check(paths OverlayPaths, baseID ID, blockSize int64) error {
 	h := o.state.header
-	mismatch := func(format string, args ...any) error {
-		return fmt.Errorf("state file %s and %w", paths.State, fmt.Errorf(format+" %w", append(args, ErrMismatch)...))
-	}
 	if h.size != o.base.Size() {
-		return mismatch("base %s: one is for a device of %d bytes, the other has %d;", paths.Base, h.size, o.base.Size())
+		return fmt.Errorf("state file %s is for a base of %d bytes, %s has %d; use the base that the overlay was made over", paths.State, h.size, paths.Base, o.base.Size())
 	}
 	if h.base != baseID {
-		return mismatch("base %s: the base's content has changed since the overlay was made, or it is another one;", paths.Base)
+		return fmt.Errorf("base %s is not the one that overlay %s was made over: it is another one, or its content has changed; use the base as it was", paths.Base, paths.Overlay)
 	}
-	if h.blockSize != blockSize {
+	if blockSize != 0 && h.blockSize != blockSize {
 		return fmt.Errorf("overlay %s has blocks of %d bytes, not of %d; set blockSize to that", paths.Overlay, h.blockSize, blockSize)
 	}
 	data, ok := o.data.(*overlayFile)
@@ -188,7 +207,7 @@ func (o *Overlay) check(paths OverlayPaths, baseID ID, blockSize int64) error {
 	trailer := make([]byte, pageSize)
 	at := trailerOffset(h.size)
 	if data.File.Size() != at+pageSize {
-		return mismatch("overlay %s: the overlay has %d bytes instead of %d;", paths.Overlay, data.File.Size(), at+pageSize)
+		return fmt.Errorf("overlay %s has %d bytes instead of %d", paths.Overlay, data.File.Size(), at+pageSize)
 	}
 	if _, err := data.File.ReadAt(trailer, at); err != nil {
 		return err
@@ -197,7 +216,7 @@ func (o *Overlay) check(paths OverlayPaths, baseID ID, blockSize int64) error {
 		return fmt.Errorf("overlay %s is no overlay, or its trailer is damaged", paths.Overlay)
 	}
 	if uuid.UUID(trailer[8:24]) != h.id {
-		return mismatch("overlay %s are of different instances and", paths.Overlay)
+		return fmt.Errorf("overlay %s and state file %s are of different instances; use those of one", paths.Overlay, paths.State)
 	}
 	return nil
 }
@@ -219,6 +238,43 @@ func (o *Overlay) discardUncommitted() error {
 			start += n
 		}
 		off = max(end, off+1)
+	}
+	return nil
+}
+
+// Export writes the content of d to a new file, with holes for zeros, and syncs it. progress, which may be nil, is called with the bytes done and in
+// all. The file has its name only once it is complete.
+func Export(ctx context.Context, path string, d Device, progress func(done, total int64)) error {
+	err := publish(path, func(f *os.File) error {
+		if err := f.Truncate(d.Size()); err != nil {
+			return err
+		}
+		buf := make([]byte, 1<<20)
+		for off := int64(0); off < d.Size(); {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			start, end, err := NextData(d, off)
+			if err != nil {
+				return err
+			}
+			end = min(end, start+int64(len(buf)))
+			if p := buf[:end-start]; len(p) > 0 {
+				if _, err := d.ReadAt(p, start); err != nil {
+					return err
+				}
+				if _, err := f.WriteAt(p, start); err != nil {
+					return err
+				}
+			}
+			if off = end; progress != nil {
+				progress(off, d.Size())
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("export to %s: %w", path, err)
 	}
 	return nil
 }

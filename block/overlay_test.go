@@ -325,8 +325,8 @@ func TestRefusals(t *testing.T) {
 		damage func(p OverlayPaths) error
 		want   string
 	}{
-		"base changed":        {func(p OverlayPaths) error { return patch(p.Base, 5000, "x") }, "content has changed"},
-		"base longer":         {func(p OverlayPaths) error { return os.Truncate(p.Base, 2<<20) }, "1048576 bytes"},
+		"base changed":        {func(p OverlayPaths) error { return patch(p.Base, 5000, "x") }, "its content has changed"},
+		"base longer":         {func(p OverlayPaths) error { return os.Truncate(p.Base, 2<<20) }, "a base of 1048576 bytes"},
 		"state missing":       {func(p OverlayPaths) error { return os.Remove(p.State) }, "is missing; restore it"},
 		"overlay missing":     {func(p OverlayPaths) error { return os.Remove(p.Overlay) }, "is missing; restore it"},
 		"state truncated":     {func(p OverlayPaths) error { return os.Truncate(p.State, 5000) }, "has 5000 bytes instead of"},
@@ -372,6 +372,12 @@ func TestRefusals(t *testing.T) {
 		t.Fatal(err)
 	}
 	shut(t, open(t, paths, 64<<10))
+	// One user at a time.
+	o := open(t, paths, 64<<10)
+	if _, err := tryOpen(t, paths, 64<<10); err == nil || !strings.Contains(err.Error(), "in use") {
+		t.Errorf("a second user: %v", err)
+	}
+	shut(t, o)
 	// An interrupted creation is begun anew.
 	if err := os.Remove(paths.State); err != nil {
 		t.Fatal(err)

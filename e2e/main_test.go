@@ -58,7 +58,7 @@ func missing() string {
 		return "they need root, for network namespaces and VMs"
 	}
 	for program, pkg := range map[string]string{
-		"qemu-system-x86_64": "qemu-system-x86", "mke2fs": "e2fsprogs", "redis-cli": "redis-tools", "debootstrap": "debootstrap", "nft": "nftables", "ip": "iproute2",
+		"qemu-system-x86_64": "qemu-system-x86", "mke2fs": "e2fsprogs", "redis-cli": "redis-tools", "redis-server": "redis-server", "debootstrap": "debootstrap", "nft": "nftables", "ip": "iproute2",
 	} {
 		if _, err := exec.LookPath(program); err != nil {
 			return program + " is not on PATH; install the Debian package " + pkg
@@ -100,7 +100,7 @@ func build() error {
 			return fmt.Errorf("go %s: %w: %s", strings.Join(args, " "), err, out)
 		}
 	}
-	for _, name := range []string{"nat", "forwarder", "snapshotter", "runner"} {
+	for _, name := range []string{"nat", "forwarder", "snapshotter", "runner", "peer"} {
 		if err := os.Symlink("drafter", filepath.Join(bin, "drafter-"+name)); err != nil {
 			return err
 		}

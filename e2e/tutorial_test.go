@@ -143,7 +143,7 @@ func serveRedis(t *testing.T) string {
 
 // The commands answer to their own names.
 func TestNames(t *testing.T) {
-	for _, name := range []string{"nat", "forwarder", "snapshotter", "packager", "runner"} {
+	for _, name := range []string{"nat", "forwarder", "snapshotter", "packager", "runner", "peer"} {
 		out, err := exec.Command("drafter-"+name, "--help").CombinedOutput()
 		if err != nil || !strings.Contains(string(out), "drafter "+name+" [flags]") || !strings.Contains(string(out), "Exit codes:") {
 			t.Errorf("drafter-%s --help: %v: %s", name, err, out)

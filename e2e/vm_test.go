@@ -61,7 +61,13 @@ func (s *site) copyPackage(t *testing.T, from, to string) {
 // run starts the package with further flags and waits until it runs. Unless the test ended it, it is ended with the test, without error.
 func (s *site) run(t *testing.T, flags ...string) *tour.Service {
 	t.Helper()
-	vm, err := s.Start(append([]string{"runner", "--chroot-base-dir", "vms", "--devices", tour.PackageDevices(s.pkg)}, flags...)...)
+	return s.start(t, append([]string{"runner", "--chroot-base-dir", "vms", "--devices", tour.PackageDevices(s.pkg)}, flags...)...)
+}
+
+// start starts a command that runs a VM.
+func (s *site) start(t *testing.T, args ...string) *tour.Service {
+	t.Helper()
+	vm, err := s.Start(args...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -81,12 +87,18 @@ func (s *site) run(t *testing.T, flags ...string) *tour.Service {
 // refused runs the package and returns the error line it fails with.
 func (s *site) refused(t *testing.T, flags ...string) string {
 	t.Helper()
-	cmd := exec.Command("drafter", append([]string{"runner", "--chroot-base-dir", "vms", "--devices", tour.PackageDevices(s.pkg)}, flags...)...)
+	return s.fails(t, append([]string{"runner", "--chroot-base-dir", "vms", "--devices", tour.PackageDevices(s.pkg)}, flags...)...)
+}
+
+// fails runs a command and returns the error line it fails with.
+func (s *site) fails(t *testing.T, args ...string) string {
+	t.Helper()
+	cmd := exec.Command("drafter", args...)
 	cmd.Dir = s.dir
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	if err := cmd.Run(); err == nil {
-		t.Fatal("the runner accepted the package")
+		t.Fatalf("drafter %s did not fail", args[0])
 	}
 	for line := range strings.SplitSeq(stderr.String(), "\n") {
 		if strings.HasPrefix(line, "Error: ") {
@@ -105,16 +117,19 @@ func end(t *testing.T, s *tour.Service) {
 }
 
 // redis returns a client of the guest in ark0, through a forwarder that ends with the test.
-func (s *site) redis(t *testing.T) *redis.Client {
+func (s *site) redis(t *testing.T) *redis.Client { return s.redisIn(t, "ark0", redisAddr) }
+
+// redisIn returns a client of the guest in a namespace, through a forward from addr.
+func (s *site) redisIn(t *testing.T, netns, addr string) *redis.Client {
 	t.Helper()
-	f, err := s.Start("forwarder", "--port-forwards", tour.Forward("ark0", "6379", redisAddr))
+	f, err := s.Start("forwarder", "--port-forwards", tour.Forward(netns, "6379", addr))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := f.Await(t.Context(), "Forwarding"); err != nil {
 		t.Fatal(err)
 	}
-	c := redis.NewClient(&redis.Options{Addr: redisAddr, MaxRetries: 5})
+	c := redis.NewClient(&redis.Options{Addr: addr, MaxRetries: 5})
 	t.Cleanup(func() {
 		c.Close()
 		end(t, f)

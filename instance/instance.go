@@ -38,12 +38,22 @@ type Host struct {
 // Paths maps device names to paths a VMM can open.
 type Paths map[string]string
 
+// Sync makes a device durable by its path.
+func (p Paths) Sync(name string) error {
+	f, err := os.OpenFile(p[name], os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
 // Instance is one running VM. Resume and Suspend are called by one goroutine; Wait and Close by any.
 type Instance struct {
 	machine vmm.Machine
 	dir     *vmm.Dir
 	config  *vmm.PackageConfig
 	paths   Paths
+	sync    func(name string) error
 	agent   *agent.Client // nil while the guest is not to be talked to
 	frozen  bool          // suspended: the state device holds the VM
 }
@@ -68,7 +78,7 @@ func Boot(ctx context.Context, h Host, hw Hardware, id string, names []string, p
 	if err != nil {
 		return nil, err
 	}
-	i := &Instance{paths: paths, config: &vmm.PackageConfig{
+	i := &Instance{paths: paths, sync: paths.Sync, config: &vmm.PackageConfig{
 		Version: vmm.PackageVersion, ID: id, Created: time.Now().UTC(),
 		Architecture: runtime.GOARCH, CPUs: hw.CPUs, BootArgs: hw.BootArgs,
 		Interface: hw.Interface, MAC: hw.MAC,
@@ -199,13 +209,14 @@ func deviceSize(path string) (int64, error) {
 // Launched is a VMM process that waits for its VM. All that can fail for want of a resource has been done.
 type Launched struct{ i *Instance }
 
-// Launch starts the VMM for the package at paths without touching memory or disks. See [Launched.Resume].
-func Launch(ctx context.Context, h Host, config *vmm.PackageConfig, paths Paths) (*Launched, error) {
+// Launch starts the VMM for the package at paths without touching memory or disks. See [Launched.Resume]. sync makes a device durable, for when the
+// instance is suspended; it is [Paths.Sync] unless the path does not lead to the disk.
+func Launch(ctx context.Context, h Host, config *vmm.PackageConfig, paths Paths, sync func(name string) error) (*Launched, error) {
 	driver, err := h.Drivers.Select(h.VMM, config.Hardware.VMM)
 	if err != nil {
 		return nil, err
 	}
-	i := &Instance{config: config, paths: paths}
+	i := &Instance{config: config, paths: paths, sync: sync}
 	l, err := i.launch(h, driver)
 	if err != nil {
 		return nil, err
@@ -248,6 +259,24 @@ func (l *Launched) Resume(ctx context.Context) (_ *Instance, err error) {
 	if err := i.machine.Resume(ctx); err != nil {
 		return nil, err
 	}
+	return i, nil
+}
+
+// RescueSuspendTimeout bounds the suspend of a VM that runs, but whose agent does not answer.
+const RescueSuspendTimeout = 5 * time.Minute
+
+// Run resumes the VM and tells its agent, which has timeout to answer. began is when the caller began to work on it. The guest may run although Run fails:
+// then there is an instance beside the error, to be suspended so that nothing is lost.
+func (l *Launched) Run(ctx context.Context, began time.Time, timeout time.Duration) (*Instance, error) {
+	i, err := l.Resume(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("resume: %w", err)
+	}
+	running := time.Since(began)
+	if err := i.AfterResume(ctx, timeout); err != nil {
+		return i, fmt.Errorf("resume: %w", err)
+	}
+	slog.Info("Resumed VM", "took", running.Round(time.Millisecond), "agentAfter", time.Since(began).Round(time.Millisecond))
 	return i, nil
 }
 
@@ -303,8 +332,9 @@ func (i *Instance) save(ctx context.Context) error {
 	if err := i.machine.Flush(ctx); err != nil {
 		return fmt.Errorf("suspend: %w", err)
 	}
-	for _, name := range i.config.Disks() {
-		if err := syncPath(i.paths[name]); err != nil {
+	// The state goes last: it must never be there without the memory and disks that fit it.
+	for _, name := range append(i.config.Disks(), vmm.Memory) {
+		if err := i.sync(name); err != nil {
 			return fmt.Errorf("suspend: device %s: %w", name, err)
 		}
 	}
@@ -329,14 +359,6 @@ func (i *Instance) prefer(err error) error {
 	default:
 		return err
 	}
-}
-
-func syncPath(path string) error {
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
 }
 
 // Config is what the package of this instance records.

@@ -100,26 +100,18 @@ func (r *Runner) Resume(ctx context.Context) error {
 			return fmt.Errorf("copy package: %w", err)
 		}
 	}
-	launched, err := instance.Launch(ctx, r.config.Host, r.pkg, r.paths)
+	launched, err := instance.Launch(ctx, r.config.Host, r.pkg, r.paths, r.paths.Sync)
 	if err != nil {
 		return fmt.Errorf("resume: %w", err)
 	}
-	if r.instance, err = launched.Resume(ctx); err != nil {
-		return fmt.Errorf("resume: %w", err)
-	}
-	running := time.Since(start)
-	if err := r.instance.AfterResume(ctx, r.config.ResumeTimeout); err != nil {
-		// The guest has run: what it did since must not be lost.
-		rescue, cancel := context.WithTimeout(context.WithoutCancel(ctx), rescueSuspendTimeout)
+	r.instance, err = launched.Run(ctx, start, r.config.ResumeTimeout)
+	if err != nil && r.instance != nil {
+		rescue, cancel := context.WithTimeout(context.WithoutCancel(ctx), instance.RescueSuspendTimeout)
 		defer cancel()
-		return errors.Join(fmt.Errorf("resume: %w", err), r.Suspend(rescue))
+		err = errors.Join(err, r.Suspend(rescue))
 	}
-	slog.Info("Resumed VM", "took", running.Round(time.Millisecond), "agentAfter", time.Since(start).Round(time.Millisecond), "netns", r.config.Host.Netns)
-	return nil
+	return err
 }
-
-// rescueSuspendTimeout bounds the suspend of a VM whose agent did not answer.
-const rescueSuspendTimeout = 5 * time.Minute
 
 // lock keeps other runs from the package's files. Private copies can be made by many at a time, but not while somebody writes.
 func (r *Runner) lock() error {

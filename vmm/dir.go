@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"drafter/internal/fusemount"
 	"drafter/internal/lockfile"
 	"drafter/internal/process"
 )
@@ -64,6 +65,10 @@ func CreateDir(base, driver string) (*Dir, error) {
 
 // Root is where the VMM's sockets and files are.
 func (d *Dir) Root() string { return filepath.Join(d.path, "root") }
+
+// Devices is where the VM's devices may be exposed. Whoever mounts something there unmounts it before Close; of a killed owner's,
+// [ReclaimOrphans] aborts it.
+func (d *Dir) Devices() string { return filepath.Join(d.path, "devices") }
 
 // Socket is the path of the socket called name.
 func (d *Dir) Socket(name string) string { return filepath.Join(d.Root(), name) }
@@ -126,6 +131,10 @@ func young(e os.DirEntry) bool {
 }
 
 func reclaim(dir string) error {
+	// A VMM that waits for a FUSE file whose server was killed cannot be killed itself until the connection is aborted.
+	if err := fusemount.AbortBelow(dir); err != nil {
+		return err
+	}
 	b, err := os.ReadFile(filepath.Join(dir, dirProcess))
 	if err == nil {
 		var id process.Identity

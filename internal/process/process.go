@@ -110,7 +110,7 @@ func (p *Process) launch(c Config) error {
 	}
 	var err error
 	if p.start, err = startTime(p.cmd.Process.Pid); err == nil {
-		err = joinCgroup(p.cgroups, p.cmd.Process.Pid)
+		err = errors.Join(joinCgroup(p.cgroups, p.cmd.Process.Pid), offerToOOMKiller(p.cmd.Process.Pid))
 	}
 	if err != nil {
 		return errors.Join(err, p.cmd.Process.Kill(), ignoreExit(p.cmd.Wait()))

@@ -1,0 +1,228 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+
+	"drafter/internal/tour"
+)
+
+// peer starts an instance of the shared package, which is used as it is: nobody writes to it.
+func (s *site) peer(t *testing.T, instance string, flags ...string) *tour.Service {
+	t.Helper()
+	return s.start(t, s.peerArgs(instance, flags...)...)
+}
+
+func (s *site) peerArgs(instance string, flags ...string) []string {
+	return append([]string{"peer", "--raddr", "", "--laddr", "", "--chroot-base-dir", "vms", "--package", filepath.Join(work, "out/package"), "--instance", instance}, flags...)
+}
+
+// fullJSON is --devices with every field of the reference.
+func fullJSON(t *testing.T, pkg, instance string) string {
+	t.Helper()
+	var devices []map[string]any
+	for _, f := range tour.Files {
+		devices = append(devices, map[string]any{
+			"name": f.Device, "base": filepath.Join(pkg, f.File), "overlay": filepath.Join(instance, "overlay", f.File), "state": filepath.Join(instance, "state", f.File),
+			"blockSize": 65536, "expiry": 1000000000, "maxDirtyBlocks": 200, "minCycles": 5, "maxCycles": 20, "cycleThrottle": 500000000,
+			"makeMigratable": true, "shared": false, "sharedbase": false, "s3sync": false, "s3accesskey": "", "s3secretkey": "", "s3endpoint": "",
+			"s3secure": false, "s3bucket": "", "s3concurrency": 0,
+		})
+	}
+	b, err := json.Marshal(devices)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// Two instances of one package run at the same time, keep their own data over a stop and a start, and leave the package as it is.
+func TestTwoInstances(t *testing.T) {
+	s := emptySite(t)
+	pkg := filepath.Join(work, "out/package")
+	before := sums(t, pkg)
+	zero := s.redisIn(t, "ark0", "127.0.0.1:3333")
+	one := s.redisIn(t, "ark1", "127.0.0.1:4444")
+	for round := range 3 {
+		// One is named by two directories, the other in full.
+		vm0 := s.peer(t, "instance-0", "--netns", "ark0", "--device", "name=disk,blockSize=4096")
+		vm1 := s.start(t, "peer", "--raddr", "", "--laddr", "", "--chroot-base-dir", "vms", "--netns", "ark1", "--devices", fullJSON(t, pkg, filepath.Join(s.dir, "instance-1")))
+		for who, c := range map[string]*redis.Client{"zero": zero, "one": one} {
+			for old := range round {
+				if got, err := c.Get(t.Context(), fmt.Sprintf("round:%d", old)).Result(); err != nil || got != who {
+					t.Errorf("round %d: instance %s has %q of round %d, %v", round, who, got, old, err)
+				}
+			}
+			if err := c.Set(t.Context(), fmt.Sprintf("round:%d", round), who, 0).Err(); err != nil {
+				t.Error(err)
+			}
+		}
+		if round == 0 {
+			if line := s.fails(t, s.peerArgs("instance-0", "--netns", "ark2")...); !strings.Contains(line, "in use") {
+				t.Errorf("the same instance twice: %s", line)
+			}
+		}
+		end(t, vm0)
+		end(t, vm1)
+	}
+	if after := sums(t, pkg); after != before {
+		t.Errorf("the package changed:\n%s\nbefore:\n%s", after, before)
+	}
+	for _, f := range tour.Files {
+		out := command(t, s.dir, "drafter", "device", "check", "--base", filepath.Join(pkg, f.File), "--overlay", "instance-0/overlay/"+f.File, "--state", "instance-0/state/"+f.File)
+		if out != "The device is sound.\n" {
+			t.Errorf("device %s: %s", f.Device, out)
+		}
+	}
+}
+
+// Without overlays an instance writes to the package, which the runner goes on with.
+func TestPeerWithoutOverlay(t *testing.T) {
+	s := newSite(t)
+	c := s.redis(t)
+	for round := range 6 {
+		var vm *tour.Service
+		if round%2 == 0 {
+			vm = s.start(t, "peer", "--raddr", "", "--laddr", "", "--chroot-base-dir", "vms", "--package", s.pkg)
+		} else {
+			vm = s.run(t)
+		}
+		if got, err := c.Get(t.Context(), "round").Int(); round > 0 && (err != nil || got != round-1) {
+			t.Errorf("round %d: %d, %v", round, got, err)
+		}
+		if err := c.Set(t.Context(), "round", round, 0).Err(); err != nil {
+			t.Fatal(err)
+		}
+		end(t, vm)
+	}
+}
+
+// A busy instance whose process is killed at a random moment leaves a host that the next start cleans, disks whose file systems recover, and every
+// write that Redis had synced.
+func TestKilledPeer(t *testing.T) {
+	rounds := 50
+	if testing.Short() {
+		rounds = 3
+	}
+	s := emptySite(t)
+	clean := inventory()
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	// The guest's own address: forwarders are not what is tested.
+	c := redis.NewClient(&redis.Options{Addr: "10.0.15.1:6379", MaxRetries: -1, DialTimeout: time.Second, ReadTimeout: 5 * time.Second})
+	defer c.Close()
+	for round := range rounds {
+		instance := fmt.Sprintf("instance-%d", round)
+		vm := s.peer(t, instance)
+		if err := c.ConfigSet(t.Context(), "appendfsync", "always").Err(); err != nil {
+			t.Fatal(err)
+		}
+		acknowledged := s.killWhileWriting(t, vm, c, rng, round)
+		line := s.fails(t, s.peerArgs(instance)...)
+		if !strings.Contains(line, "never suspended") {
+			t.Fatalf("round %d: the next start: %s", round, line)
+		}
+		if after := strings.ReplaceAll(inventory(), filepath.Join(s.dir, instance), ""); after != clean {
+			t.Fatalf("round %d: left behind:\n%s\nbefore:\n%s", round, after, clean)
+		}
+		s.recover(t, instance, round, acknowledged)
+		if err := os.RemoveAll(filepath.Join(s.dir, instance)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// killWhileWriting returns how many writes were acknowledged.
+func (s *site) killWhileWriting(t *testing.T, vm *tour.Service, c *redis.Client, rng *rand.Rand, round int) int {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	acknowledged := make(chan int)
+	go func() {
+		n := 0
+		for c.Set(ctx, fmt.Sprintf("round:%d:%d", round, n), strings.Repeat("x", 3000), 0).Err() == nil {
+			n++
+		}
+		acknowledged <- n
+	}()
+	time.Sleep(time.Duration(rng.IntN(800)) * time.Millisecond) // the random moment
+	if err := vm.Signal(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if err := vm.Wait(); err == nil {
+		t.Fatal("killed without an error")
+	}
+	cancel()
+	return <-acknowledged
+}
+
+// recover takes the disk with Redis' data out of a killed instance and looks into it as after a power cut.
+func (s *site) recover(t *testing.T, instance string, round, acknowledged int) {
+	t.Helper()
+	for _, disk := range []string{"rootfs.ext4", "oci.ext4"} {
+		command(t, s.dir, "drafter", "device", "export", "--base", filepath.Join(work, "out/package", disk), "--overlay", filepath.Join(instance, "overlay", disk),
+			"--state", filepath.Join(instance, "state", disk), "--output", disk)
+		cmd := exec.Command("e2fsck", "-fp", disk)
+		cmd.Dir = s.dir
+		if out, err := cmd.CombinedOutput(); cmd.ProcessState.ExitCode() > 1 {
+			t.Fatalf("round %d: %s does not recover: %v: %s", round, disk, err, out)
+		}
+		command(t, s.dir, "e2fsck", "-fn", disk)
+	}
+	data := filepath.Join(s.dir, "data")
+	if err := os.RemoveAll(data); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(data, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	command(t, s.dir, "debugfs", "-R", "rdump /rootfs/data/appendonlydir data", "oci.ext4")
+	socket := filepath.Join(s.dir, "redis.sock")
+	server := exec.Command("redis-server", "--port", "0", "--unixsocket", socket, "--dir", data, "--appendonly", "yes", "--save", "")
+	out, err := server.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := server.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := server.Process.Kill(); err != nil {
+			t.Error(err)
+		}
+		_ = server.Wait() // killed
+	}()
+	waitLine(t, out, "Ready to accept connections")
+	c := redis.NewClient(&redis.Options{Network: "unix", Addr: socket})
+	defer c.Close()
+	for i := range acknowledged {
+		if n, err := c.StrLen(t.Context(), fmt.Sprintf("round:%d:%d", round, i)).Result(); err != nil || n != 3000 {
+			t.Fatalf("round %d: write %d of %d acknowledged ones is lost: %d bytes, %v", round, i, acknowledged, n, err)
+		}
+	}
+}
+
+func waitLine(t *testing.T, r interface{ Read([]byte) (int, error) }, text string) {
+	t.Helper()
+	var seen strings.Builder
+	buf := make([]byte, 4096)
+	for !strings.Contains(seen.String(), text) {
+		n, err := r.Read(buf)
+		seen.Write(buf[:n])
+		if err != nil {
+			t.Fatalf("%v: %s", err, seen.String())
+		}
+	}
+}

@@ -1,0 +1,278 @@
+// Package fuse exposes devices as the files of a FUSE file system: one mount per VM, one file per device. It needs no kernel module beyond FUSE itself,
+// and its files can be mapped, guest memory included.
+//
+// The process that serves a mount must never read or write its files through a mapping of its own: it would wait for itself.
+package fuse
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fs"
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"drafter/block"
+	"drafter/expose"
+	"drafter/internal/fusemount"
+)
+
+// Config says where and for whom to expose.
+type Config struct {
+	Dir      string // made, and removed by Close
+	UID, GID int    // owner of the files
+}
+
+// Mount is a mounted set of devices. It implements [expose.Exposure].
+type Mount struct {
+	dir    string
+	server *fuse.Server
+	failed atomic.Pointer[error]
+}
+
+var _ expose.Exposure = (*Mount)(nil)
+
+const (
+	// maxTransfer is the size of the largest request in bytes: FUSE's limit of 1 MiB, less the header, so that a reply still fits a pipe of 1 MiB.
+	maxTransfer = 1<<20 - 8<<10
+	// forever is how long the kernel may keep attributes and names, which never change.
+	forever = 365 * 24 * time.Hour
+)
+
+// New mounts devices. What a killed process left mounted at the place is taken away first.
+func New(c Config, devices []expose.Device) (*Mount, error) {
+	dir, err := filepath.Abs(c.Dir)
+	if err != nil {
+		return nil, fmt.Errorf("expose devices: %w", err)
+	}
+	if err := fusemount.AbortBelow(dir); err != nil {
+		return nil, fmt.Errorf("expose devices: %w", err)
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, fmt.Errorf("expose devices: %w", err)
+	}
+	m := &Mount{dir: dir}
+	ttl := forever
+	m.server, err = fs.Mount(dir, &directory{mount: m, config: c, devices: devices}, &fs.Options{
+		AttrTimeout: &ttl, EntryTimeout: &ttl, NegativeTimeout: &ttl,
+		MountOptions: fuse.MountOptions{
+			FsName: "drafter", Name: "drafter", AllowOther: true, DirectMountStrict: true, DisableXAttrs: true,
+			MaxWrite: maxTransfer, MaxReadAhead: maxTransfer, MaxBackground: 64,
+			Logger: log.New(io.Discard, "", 0), // our devices report their errors themselves
+		},
+	})
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, err), os.Remove(dir))
+	}
+	if err := m.liftWritebackLimit(); err != nil {
+		slog.Warn("Guest memory will be slow", "error", err)
+	}
+	return m, nil
+}
+
+// liftWritebackLimit: by default a FUSE mount may use 1 % of the memory that may be dirty, and writers of mapped pages are held up beyond
+// (Documentation/ABI/testing/sysfs-class-bdi of Linux). This server is trusted.
+func (m *Mount) liftWritebackLimit() error {
+	var st unix.Stat_t
+	if err := unix.Stat(m.dir, &st); err != nil {
+		return fmt.Errorf("stat %s: %w", m.dir, err)
+	}
+	bdi := fmt.Sprintf("/sys/class/bdi/%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev))
+	return errors.Join(
+		os.WriteFile(filepath.Join(bdi, "strict_limit"), []byte("0"), 0),
+		os.WriteFile(filepath.Join(bdi, "max_ratio"), []byte("100"), 0))
+}
+
+// Path implements [expose.Exposure].
+func (m *Mount) Path(name string) string { return filepath.Join(m.dir, name) }
+
+// Failed implements [expose.Exposure].
+func (m *Mount) Failed() error {
+	if err := m.failed.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
+// Close implements [expose.Exposure]. A mount that is still in use is aborted, and its users with it, which is an error.
+func (m *Mount) Close() error {
+	if err := m.server.Unmount(); err != nil {
+		err = fmt.Errorf("unmount %s: %w; its users have been cut off", m.dir, err)
+		err = errors.Join(err, fusemount.AbortBelow(m.dir))
+		m.server.Wait()
+		return errors.Join(err, os.Remove(m.dir))
+	}
+	return os.Remove(m.dir)
+}
+
+// directory is the root of the file system.
+type directory struct {
+	fs.Inode
+	mount   *Mount
+	config  Config
+	devices []expose.Device
+}
+
+var _ fs.NodeOnAdder = (*directory)(nil)
+
+// OnAdd makes the files.
+func (d *directory) OnAdd(ctx context.Context) {
+	for _, device := range d.devices {
+		f := &file{mount: d.mount, config: d.config, device: device}
+		d.AddChild(device.Name, d.NewPersistentInode(ctx, f, fs.StableAttr{Mode: fuse.S_IFREG}), false)
+	}
+}
+
+// file is an exposed device.
+type file struct {
+	fs.Inode
+	mount  *Mount
+	config Config
+	device expose.Device
+}
+
+var (
+	_ fs.NodeOpener    = (*file)(nil)
+	_ fs.NodeGetattrer = (*file)(nil)
+	_ fs.NodeSetattrer = (*file)(nil)
+	_ fs.NodeReader    = (*file)(nil)
+	_ fs.NodeWriter    = (*file)(nil)
+	_ fs.NodeFsyncer   = (*file)(nil)
+	_ fs.NodeAllocater = (*file)(nil)
+	_ fs.NodeLseeker   = (*file)(nil)
+)
+
+// Open implements [fs.NodeOpener]. The guest caches its disks itself; a second cache of them costs more than it brings.
+func (f *file) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall.Errno) {
+	if f.device.Kind == expose.Disk {
+		return nil, fuse.FOPEN_DIRECT_IO, 0
+	}
+	return nil, fuse.FOPEN_KEEP_CACHE, 0
+}
+
+// Getattr implements [fs.NodeGetattrer].
+func (f *file) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
+	out.Mode = fuse.S_IFREG | 0o600
+	out.Size = uint64(f.device.Device.Size())
+	out.Blocks = (out.Size + 511) / 512
+	out.Blksize = 4096
+	out.Owner = fuse.Owner{Uid: uint32(f.config.UID), Gid: uint32(f.config.GID)}
+	return 0
+}
+
+// Setattr implements [fs.NodeSetattrer]. A device keeps its size, owner and mode; times do not matter.
+func (f *file) Setattr(ctx context.Context, h fs.FileHandle, in *fuse.SetAttrIn, out *fuse.AttrOut) syscall.Errno {
+	if size, ok := in.GetSize(); ok && size != uint64(f.device.Device.Size()) {
+		return syscall.EPERM
+	}
+	return f.Getattr(ctx, h, out)
+}
+
+// fail turns a device's error into what the kernel knows, and keeps it for the owner.
+func (f *file) fail(operation string, err error) syscall.Errno {
+	if errors.Is(err, block.ErrRange) {
+		return syscall.EINVAL
+	}
+	if errors.Is(err, block.ErrReadOnly) {
+		return syscall.EROFS
+	}
+	err = fmt.Errorf("%s device %s: %w", operation, f.device.Name, err)
+	if f.mount.failed.CompareAndSwap(nil, &err) {
+		slog.Error("Device failed", "error", err)
+	}
+	if errors.Is(err, syscall.ENOSPC) {
+		return syscall.ENOSPC
+	}
+	return syscall.EIO
+}
+
+// Read implements [fs.NodeReader].
+func (f *file) Read(_ context.Context, _ fs.FileHandle, dest []byte, off int64) (fuse.ReadResult, syscall.Errno) {
+	size := f.device.Device.Size()
+	if off >= size {
+		return fuse.ReadResultData(nil), 0
+	}
+	dest = dest[:min(int64(len(dest)), size-off)]
+	if n, err := f.device.Device.ReadAt(dest, off); n < len(dest) {
+		return nil, f.fail("read", err)
+	}
+	return fuse.ReadResultData(dest), 0
+}
+
+// Write implements [fs.NodeWriter].
+func (f *file) Write(_ context.Context, _ fs.FileHandle, data []byte, off int64) (uint32, syscall.Errno) {
+	size := f.device.Device.Size()
+	if off >= size {
+		return 0, syscall.ENOSPC
+	}
+	// Write-back of the last page goes beyond the end of a device that is not a multiple of it.
+	n := min(int64(len(data)), size-off)
+	if _, err := f.device.Device.WriteAt(data[:n], off); err != nil {
+		return 0, f.fail("write", err)
+	}
+	return uint32(n), 0
+}
+
+// Fsync implements [fs.NodeFsyncer]. When it is called, the kernel has sent all that was dirty.
+func (f *file) Fsync(context.Context, fs.FileHandle, uint32) syscall.Errno {
+	if f.device.Kind == expose.Memory {
+		return 0
+	}
+	if err := f.device.Device.Sync(); err != nil {
+		return f.fail("sync", err)
+	}
+	return 0
+}
+
+// Allocate implements [fs.NodeAllocater]: fallocate(2). Only what frees space does something.
+func (f *file) Allocate(_ context.Context, _ fs.FileHandle, off, length uint64, mode uint32) syscall.Errno {
+	switch mode &^ unix.FALLOC_FL_KEEP_SIZE {
+	case unix.FALLOC_FL_PUNCH_HOLE, unix.FALLOC_FL_ZERO_RANGE:
+		if err := block.Trim(f.device.Device, int64(off), int64(length)); err != nil {
+			return f.fail("trim", err)
+		}
+		return 0
+	case 0:
+		if off+length > uint64(f.device.Device.Size()) || off+length < off {
+			return syscall.ENOSPC
+		}
+		return 0
+	}
+	return syscall.EOPNOTSUPP
+}
+
+// Lseek implements [fs.NodeLseeker]: where data and holes are.
+func (f *file) Lseek(_ context.Context, _ fs.FileHandle, off uint64, whence uint32) (uint64, syscall.Errno) {
+	size := uint64(f.device.Device.Size())
+	if off >= size {
+		return 0, syscall.ENXIO
+	}
+	at := int64(off)
+	start, end, err := block.NextData(f.device.Device, at)
+	if err != nil {
+		return 0, f.fail("map", err)
+	}
+	if whence == unix.SEEK_DATA {
+		if start == int64(size) {
+			return 0, syscall.ENXIO
+		}
+		return uint64(start), 0
+	}
+	// Ranges of data may follow each other without a hole between.
+	for start == at && at < int64(size) {
+		at = end
+		if start, end, err = block.NextData(f.device.Device, at); err != nil {
+			return 0, f.fail("map", err)
+		}
+	}
+	return uint64(at), 0
+}

@@ -1,0 +1,351 @@
+package fuse
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+
+	"drafter/block"
+	"drafter/expose"
+	"drafter/internal/fusemount"
+)
+
+// TestMain runs helpers: a server to be killed, and a process that uses its file.
+func TestMain(m *testing.M) {
+	switch os.Getenv("FUSE_TEST") {
+	case "serve":
+		d, err := block.OpenFile(os.Args[2], false)
+		if err == nil {
+			_, err = New(Config{Dir: os.Args[1]}, []expose.Device{{Name: "memory", Kind: expose.Memory, Device: d}})
+		}
+		fmt.Println("serving:", err)
+		select {}
+	case "edit":
+		if err := edit(os.Args[1]); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	case "map":
+		memory, err := mapFile(os.Args[1])
+		if err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		fmt.Println("mapped")
+		for i := 0; ; i++ {
+			memory[i*4096%len(memory)]++
+		}
+	}
+	goleak.VerifyTestMain(m)
+}
+
+func needFUSE(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED: mounting needs root")
+	}
+	if _, err := os.Stat("/dev/fuse"); err != nil {
+		t.Skip("SKIPPED: this host has no /dev/fuse")
+	}
+}
+
+func mapFile(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	return unix.Mmap(int(f.Fd()), 0, int(info.Size()), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+}
+
+// counting counts what reaches a device.
+type counting struct {
+	*block.File
+	syncs atomic.Int64
+	fail  atomic.Bool
+}
+
+var errBroken = errors.New("disk is broken")
+
+func (c *counting) Sync() error {
+	c.syncs.Add(1)
+	if c.fail.Load() {
+		return errBroken
+	}
+	return c.File.Sync()
+}
+
+func (c *counting) ReadAt(p []byte, off int64) (int, error) {
+	if c.fail.Load() {
+		return 0, errBroken
+	}
+	return c.File.ReadAt(p, off)
+}
+
+func newDevice(t testing.TB, size int64) *counting {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "device")
+	if err := errors.Join(os.WriteFile(path, nil, 0o644), os.Truncate(path, size)); err != nil {
+		t.Fatal(err)
+	}
+	d, err := block.OpenFile(path, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { d.Close() })
+	return &counting{File: d}
+}
+
+func mount(t testing.TB, devices ...expose.Device) *Mount {
+	t.Helper()
+	needFUSE(t)
+	m, err := New(Config{Dir: filepath.Join(t.TempDir(), "devices"), UID: 12, GID: 34}, devices)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+		if left, err := fusemount.Below(m.dir); err != nil || len(left) > 0 {
+			t.Errorf("left mounted: %v, %v", left, err)
+		}
+	})
+	return m
+}
+
+// memoryContent is what a memory device holds, and edits are the bytes that a user of its mapping changes.
+func memoryContent() (content []byte, edits []int) {
+	content = make([]byte, 8<<20)
+	rng := rand.New(rand.NewPCG(1, 1))
+	for i := range content[:4<<20] {
+		content[i] = byte(rng.Uint32())
+	}
+	for range 1000 {
+		edits = append(edits, rng.IntN(len(content)))
+	}
+	return content, edits
+}
+
+// edit compares a mapped file with memoryContent, changes it, and flushes it. It runs in a process of its own: a thread that waits in a page fault for a
+// server in the same process keeps Go's scheduler from running that server.
+func edit(path string) error {
+	memory, err := mapFile(path)
+	if err != nil {
+		return err
+	}
+	want, edits := memoryContent()
+	if !bytes.Equal(memory, want) {
+		return errors.New("the mapping differs from the device")
+	}
+	for _, i := range edits {
+		memory[i]++
+	}
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+// What is written through a mapping is in the device after an fsync, and the other way round.
+func TestMemory(t *testing.T) {
+	want, edits := memoryContent()
+	d := newDevice(t, int64(len(want)))
+	if _, err := d.WriteAt(want, 0); err != nil {
+		t.Fatal(err)
+	}
+	m := mount(t, expose.Device{Name: "memory", Kind: expose.Memory, Device: d})
+	cmd := exec.Command("/proc/self/exe", m.Path("memory"))
+	cmd.Env = append(os.Environ(), "FUSE_TEST=edit")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	for _, i := range edits {
+		want[i]++
+	}
+	got := make([]byte, len(want))
+	if _, err := d.ReadAt(got, 0); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("the device differs from the mapping, %v", err)
+	}
+	if n := d.syncs.Load(); n != 0 {
+		t.Errorf("flushing memory synced the device %d times", n)
+	}
+}
+
+func TestDisk(t *testing.T) {
+	const size = 1<<20 + 700
+	disk, file := newDevice(t, size), newDevice(t, size)
+	m := mount(t, expose.Device{Name: "disk", Kind: expose.Disk, Device: disk}, expose.Device{Name: "config", Kind: expose.File, Device: file})
+	for name, d := range map[string]*counting{"disk": disk, "config": file} {
+		f, err := os.OpenFile(m.Path(name), os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := make([]byte, size)
+		for _, off := range []int64{0, 4096, 1<<20 + 695, 12345} {
+			copy(want[off:], "hello")
+			if _, err := f.WriteAt([]byte("hello"), off); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+		if err := f.Sync(); err != nil || d.syncs.Load() != 1 {
+			t.Errorf("%s: fsync reached the device %d times, %v", name, d.syncs.Load(), err)
+		}
+		got, err := os.ReadFile(m.Path(name))
+		if err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%s reads other bytes than were written, %v", name, err)
+		}
+		if _, err := f.WriteAt([]byte("x"), size); err == nil {
+			t.Errorf("%s: written beyond its end", name)
+		}
+		if err := f.Truncate(10); !errors.Is(err, syscall.EPERM) {
+			t.Errorf("%s: truncate: %v", name, err)
+		}
+		if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, 1<<20); err != nil {
+			t.Errorf("%s: punch hole: %v", name, err)
+		}
+		clear(want[:1<<20])
+		if got, err := os.ReadFile(m.Path(name)); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%s after a trim, %v", name, err)
+		}
+		if at, err := unix.Seek(int(f.Fd()), 0, unix.SEEK_DATA); err != nil || at < 1<<19 {
+			t.Errorf("%s: data at %d, %v", name, at, err)
+		}
+		var st unix.Stat_t
+		if err := unix.Fstat(int(f.Fd()), &st); err != nil || st.Uid != 12 || st.Gid != 34 || st.Size != size {
+			t.Errorf("%s: %+v, %v", name, st, err)
+		}
+		if err := f.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	bdi, err := os.Stat(m.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dev := bdi.Sys().(*syscall.Stat_t).Dev
+	limit, err := os.ReadFile(fmt.Sprintf("/sys/class/bdi/%d:%d/strict_limit", unix.Major(dev), unix.Minor(dev)))
+	if err != nil || strings.TrimSpace(string(limit)) != "0" {
+		t.Errorf("the write-back limit is on: %q, %v", limit, err)
+	}
+}
+
+// What a device fails with is an I/O error for the user of the file, and the whole story for the owner.
+func TestDeviceFails(t *testing.T) {
+	d := newDevice(t, 1<<20)
+	m := mount(t, expose.Device{Name: "disk", Kind: expose.Disk, Device: d})
+	d.fail.Store(true)
+	f, err := os.OpenFile(m.Path("disk"), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := f.Sync(); !errors.Is(err, syscall.EIO) {
+		t.Errorf("sync: %v", err)
+	}
+	if _, err := f.ReadAt(make([]byte, 10), 0); !errors.Is(err, syscall.EIO) {
+		t.Errorf("read: %v", err)
+	}
+	if err := m.Failed(); !errors.Is(err, errBroken) || !strings.Contains(err.Error(), "sync device disk") {
+		t.Errorf("the owner is told: %v", err)
+	}
+}
+
+func TestFio(t *testing.T) {
+	if _, err := exec.LookPath("fio"); err != nil {
+		t.Skip("SKIPPED: fio is not installed; install the Debian package fio")
+	}
+	disk, memory := newDevice(t, 64<<20), newDevice(t, 64<<20)
+	m := mount(t, expose.Device{Name: "disk", Kind: expose.Disk, Device: disk}, expose.Device{Name: "memory", Kind: expose.Memory, Device: memory})
+	for _, tt := range []struct{ name, engine, sizes string }{{"disk", "psync", "512-128k"}, {"disk", "libaio", "512-128k"}, {"memory", "mmap", "4k-128k"}} {
+		out, err := exec.Command("fio", "--name=verify", "--filename="+m.Path(tt.name), "--ioengine="+tt.engine, "--iodepth=8", "--rw=randrw", "--bsrange="+tt.sizes,
+			"--size=64M", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--fsync=64", "--time_based=0", "--io_size=64M").CombinedOutput()
+		if err != nil {
+			t.Errorf("%s by %s: %v: %s", tt.name, tt.engine, err, out)
+		}
+	}
+	if err := m.Failed(); err != nil {
+		t.Error(err)
+	}
+}
+
+// A server is killed while another process has its file mapped. That process can be killed once the connection is aborted.
+func TestKilledServer(t *testing.T) {
+	needFUSE(t)
+	d := newDevice(t, 256<<20)
+	dir := filepath.Join(t.TempDir(), "devices")
+	helper := func(mode, says string, args ...string) *exec.Cmd {
+		t.Helper()
+		cmd := exec.Command("/proc/self/exe", args...)
+		cmd.Env = append(os.Environ(), "FUSE_TEST="+mode)
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		buf := make([]byte, 100)
+		n, err := out.Read(buf)
+		if err != nil || !strings.Contains(string(buf[:n]), says) {
+			t.Fatalf("%s: %q, %v", mode, buf[:n], err)
+		}
+		return cmd
+	}
+	server := helper("serve", "serving: <nil>", dir, d.Name())
+	user := helper("map", "mapped", filepath.Join(dir, "memory"))
+	time.Sleep(100 * time.Millisecond) // let it be in the midst of its faults
+	if err := server.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := fusemount.AbortBelow(filepath.Dir(dir)); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 2)
+	go func() { ended <- server.Wait() }()
+	if err := user.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	go func() { ended <- user.Wait() }()
+	for range 2 {
+		select {
+		case <-ended:
+		case <-time.After(30 * time.Second):
+			t.Fatal("a process hangs in the kernel")
+		}
+	}
+	if left, err := fusemount.Below(dir); err != nil || len(left) > 0 {
+		t.Errorf("left mounted: %v, %v", left, err)
+	}
+	// The place can be used again, also when it is not cleaned up before.
+	server = helper("serve", "serving: <nil>", dir, d.Name())
+	if err := server.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = server.Wait() // killed
+	m, err := New(Config{Dir: dir}, []expose.Device{{Name: "memory", Kind: expose.Memory, Device: d}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Close(); err != nil {
+		t.Error(err)
+	}
+}

@@ -1,0 +1,100 @@
+package cli
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"drafter/block"
+	"drafter/internal/progress"
+)
+
+func newDevice() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "device",
+		Short: "Look at the devices of an instance",
+		Long:  "Works on the files of a device while no VM uses them.\n" + exitCodeHelp,
+		Args:  cobra.NoArgs,
+		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.AddCommand(newDeviceCheck(), newDeviceExport())
+	return cmd
+}
+
+func overlayFlags(cmd *cobra.Command, p *block.OverlayPaths) {
+	cmd.Flags().StringVar(&p.Base, "base", "out/package/rootfs.ext4", "The device's base, a file of the package")
+	cmd.Flags().StringVar(&p.Overlay, "overlay", "out/overlay/rootfs.ext4", "The device's overlay")
+	cmd.Flags().StringVar(&p.State, "state", "out/state/rootfs.ext4", "The device's state file")
+}
+
+func newDeviceCheck() *cobra.Command {
+	var paths block.OverlayPaths
+	cmd := &cobra.Command{
+		Use:   "check",
+		Short: "Verify base, overlay and state file of a device",
+		Long: `Verifies that base, overlay and state file are intact and belong together, and says what is wrong. Nothing is changed.
+
+What a killed writer left is reported, although the next use mends it.
+` + exitCodeHelp,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			problems, err := block.Check(cmd.Context(), paths)
+			if err != nil {
+				return err
+			}
+			if len(problems) == 0 {
+				fmt.Fprintln(cmd.OutOrStdout(), "The device is sound.")
+				return nil
+			}
+			for _, p := range problems {
+				fmt.Fprintln(cmd.OutOrStdout(), p)
+			}
+			return fmt.Errorf("device check found %d problems", len(problems))
+		},
+	}
+	overlayFlags(cmd, &paths)
+	return cmd
+}
+
+func newDeviceExport() *cobra.Command {
+	var (
+		paths  block.OverlayPaths
+		output string
+	)
+	cmd := &cobra.Command{
+		Use:   "export",
+		Short: "Write a device, base and overlay together, to a plain file",
+		Long: `Writes what a VM would read from the device to a file of its own. So a disk can be taken from an instance that cannot be resumed any more, because its
+process was killed, and a new package be made from it with 'drafter snapshotter'; its file system recovers as after a power cut.
+` + exitCodeHelp,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			contents, err := block.FileContents(cmd.Context(), paths.Base)
+			if err != nil {
+				return err
+			}
+			base, err := block.OpenFile(paths.Base, true)
+			if err != nil {
+				return err
+			}
+			d, err := block.OpenOverlay(base, contents.Device, paths, 0)
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, d.Close()) }()
+			bars := progress.New(os.Stderr)
+			defer bars.Close()
+			if err := block.Export(cmd.Context(), output, d, func(done, total int64) { bars.Report("Exporting", done, total) }); err != nil {
+				return err
+			}
+			slog.Info("Exported device", "output", output)
+			return nil
+		},
+	}
+	overlayFlags(cmd, &paths)
+	cmd.Flags().StringVar(&output, "output", "out/exported.img", "File to write")
+	return cmd
+}

@@ -1,0 +1,142 @@
+package peer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"drafter/block"
+	"drafter/vmm"
+)
+
+// Device is one device of an instance.
+type Device struct {
+	Name    string `json:"name"`
+	Base    string `json:"base"`    // file of the package; read-only where there is an overlay
+	Overlay string `json:"overlay"` // file with the changed blocks; empty to write to the base
+	State   string `json:"state"`   // file that says which blocks the overlay holds
+
+	BlockSize      int64         `json:"blockSize"`      // bytes; the unit of copying and of tracking changes
+	Expiry         time.Duration `json:"expiry"`         // how long a written block counts as hot
+	MaxDirtyBlocks int           `json:"maxDirtyBlocks"` // the handoff may begin with so many dirty blocks
+	MinCycles      int           `json:"minCycles"`      // quiet cycles before the handoff
+	MaxCycles      int           `json:"maxCycles"`      // cycles after which the handoff begins in any case
+	CycleThrottle  time.Duration `json:"cycleThrottle"`  // pause between cycles
+
+	MakeMigratable bool `json:"makeMigratable"` // whether the device moves with the VM
+	Shared         bool `json:"shared"`         // others use the device at the same time: it is not locked, and does not move with the VM
+	SharedBase     bool `json:"sharedbase"`     // the target of a move has the base too
+
+	S3Sync        bool   `json:"s3sync"`
+	S3AccessKey   string `json:"s3accesskey"`
+	S3SecretKey   string `json:"s3secretkey"`
+	S3Endpoint    string `json:"s3endpoint"`
+	S3Secure      bool   `json:"s3secure"`
+	S3Bucket      string `json:"s3bucket"`
+	S3Concurrency int    `json:"s3concurrency"`
+}
+
+// DefaultDevice returns a device with the settings that need no thought.
+func DefaultDevice(name string) Device {
+	return Device{
+		Name: name, BlockSize: 64 << 10, Expiry: time.Second, MaxDirtyBlocks: 200, MinCycles: 5, MaxCycles: 20,
+		CycleThrottle: 500 * time.Millisecond, MakeMigratable: true,
+	}
+}
+
+// PackageDevices derives the devices of an instance from two directories: the package's files, under the names that the README gives them, and the
+// instance's overlays and state files, which are made. Without an instance directory the instance writes to the package.
+func PackageDevices(pkg, instance string) ([]Device, error) {
+	config, err := vmm.ReadPackageConfig(filepath.Join(pkg, packageFiles[vmm.Config]))
+	if err != nil {
+		return nil, err
+	}
+	names := []string{vmm.Config}
+	for _, d := range config.Devices {
+		names = append(names, d.Name)
+	}
+	var devices []Device
+	for _, name := range names {
+		d := DefaultDevice(name)
+		file, err := packageFile(pkg, name)
+		if err != nil {
+			return nil, err
+		}
+		d.Base = filepath.Join(pkg, file)
+		if instance != "" {
+			d.Overlay, d.State = filepath.Join(instance, "overlay", file), filepath.Join(instance, "state", file)
+		}
+		devices = append(devices, d)
+	}
+	return devices, nil
+}
+
+var packageFiles = map[string]string{vmm.Kernel: "vmlinux", vmm.Disk: "rootfs.ext4", vmm.State: "state.bin", vmm.Memory: "memory.bin", vmm.Config: "config.json"}
+
+func packageFile(pkg, name string) (string, error) {
+	candidates := []string{name + ".ext4", name + ".img", name + ".bin", name}
+	if file, ok := packageFiles[name]; ok {
+		candidates = []string{file}
+	}
+	for _, c := range candidates {
+		if _, err := os.Stat(filepath.Join(pkg, c)); err == nil {
+			return c, nil
+		}
+	}
+	return "", fmt.Errorf("package %s has no file %s for device %s; name its file with --device name=%s,base=…", pkg, filepath.Join(pkg, candidates[0]), name, name)
+}
+
+// check refuses settings that cannot work.
+func (d *Device) check() error {
+	if d.Base == "" {
+		return errors.New("it has no base; name the package's file")
+	}
+	if (d.Overlay == "") != (d.State == "") {
+		return errors.New("it has an overlay without a state file, or the other way round; name both, or none to write to the base")
+	}
+	if d.BlockSize != 0 || d.Overlay != "" {
+		if err := block.CheckBlockSize(d.BlockSize); err != nil {
+			return err
+		}
+	}
+	if d.SharedBase && d.Overlay == "" {
+		return errors.New("it shares its base and would write to it; name an overlay and a state file")
+	}
+	if d.S3Sync {
+		return errors.New("s3sync is not supported by this build; set it to false")
+	}
+	return nil
+}
+
+// open builds the device's stack.
+func (d *Device) open(ctx context.Context) (_ *block.Tracker, err error) {
+	base, err := block.OpenFile(d.Base, d.Overlay != "")
+	if err != nil {
+		return nil, err
+	}
+	if !d.Shared {
+		if err := base.Lock(d.Overlay == ""); err != nil {
+			err = fmt.Errorf("%s is %w; give each instance its own overlay and state file", d.Base, err)
+			return nil, errors.Join(err, base.Close())
+		}
+	}
+	size := d.BlockSize
+	if size == 0 {
+		size = block.ContentBlockSize
+	}
+	if d.Overlay == "" {
+		return block.NewTracker(base, size), nil
+	}
+	contents, err := block.FileContents(ctx, d.Base)
+	if err != nil {
+		return nil, errors.Join(err, base.Close())
+	}
+	overlay, err := block.OpenOverlay(base, contents.Device, block.OverlayPaths{Base: d.Base, Overlay: d.Overlay, State: d.State}, size)
+	if err != nil {
+		return nil, err
+	}
+	return block.NewTracker(overlay, size), nil
+}

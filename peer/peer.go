@@ -1,0 +1,212 @@
+// Package peer owns an instance: a VM with devices of its own, made from a package. It starts the instance, keeps what it changes in overlays, and
+// suspends it so that it starts again where it was.
+package peer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"drafter/agent"
+	"drafter/block"
+	"drafter/expose"
+	"drafter/expose/fuse"
+	"drafter/expose/nbd"
+	"drafter/instance"
+	"drafter/internal/process"
+	"drafter/network"
+	"drafter/vmm"
+)
+
+// Config says which instance to run and how.
+type Config struct {
+	Host    instance.Host
+	Devices []Device
+	Expose  string // expose.Auto, FUSE or NBD
+
+	ResumeTimeout time.Duration // bounds the answer of the agent after a resume
+	RescueTimeout time.Duration // bounds the answer of the agent before a suspend; the VM is suspended without it afterwards
+}
+
+// Peer owns one instance. Its methods are called by one goroutine, Done apart.
+type Peer struct {
+	config   Config
+	claim    *network.Claim
+	dir      *vmm.Dir // where the devices are exposed
+	devices  map[string]*block.Tracker
+	exposure expose.Exposure
+	instance *instance.Instance
+}
+
+// New checks a config. Nothing is touched yet.
+func New(c Config) (*Peer, error) {
+	var names []string
+	files := map[string]string{}
+	for i := range c.Devices {
+		d := &c.Devices[i]
+		names = append(names, d.Name)
+		if err := d.check(); err != nil {
+			return nil, fmt.Errorf("device %s: %w", d.Name, err)
+		}
+		for _, f := range []string{d.Base, d.Overlay, d.State} {
+			if other, ok := files[f]; ok && f != "" {
+				return nil, fmt.Errorf("devices %s and %s both use %s; each needs its own", other, d.Name, f)
+			}
+			files[f] = d.Name
+		}
+	}
+	if err := instance.CheckNames(names, vmm.Config, vmm.Memory, vmm.State); err != nil {
+		return nil, err
+	}
+	way, err := expose.Choose(c.Expose)
+	if err != nil {
+		return nil, err
+	}
+	c.Expose = way
+	return &Peer{config: c, devices: map[string]*block.Tracker{}}, nil
+}
+
+// Resume starts the instance. It runs when Resume returns, and its agent has answered. On failure nothing is left but what Close removes.
+func (p *Peer) Resume(ctx context.Context) error {
+	start := time.Now()
+	var err error
+	if p.claim, err = network.ClaimNamespace(p.config.Host.Netns); err != nil {
+		return err
+	}
+	if err := process.ProtectServer(); err != nil {
+		slog.Warn("This process serves guest memory and may be held up by the kernel", "error", err)
+	}
+	if err := p.openDevices(ctx); err != nil {
+		return err
+	}
+	if err := p.expose(); err != nil {
+		return err
+	}
+	paths := instance.Paths{}
+	for name := range p.devices {
+		paths[name] = p.exposure.Path(name)
+	}
+	pkg, err := instance.Open(paths)
+	if err != nil {
+		return err
+	}
+	launched, err := instance.Launch(ctx, p.config.Host, pkg, paths, p.sync)
+	if err != nil {
+		return fmt.Errorf("resume: %w", err)
+	}
+	p.instance, err = launched.Run(ctx, start, p.config.ResumeTimeout)
+	if err != nil && p.instance != nil {
+		rescue, cancel := context.WithTimeout(context.WithoutCancel(ctx), instance.RescueSuspendTimeout)
+		defer cancel()
+		err = errors.Join(err, p.Suspend(rescue))
+	}
+	return err
+}
+
+// openDevices opens all devices at once: the content of a base that nobody used yet has to be read.
+func (p *Peer) openDevices(ctx context.Context) error {
+	opened := make([]*block.Tracker, len(p.config.Devices))
+	g, ctx := errgroup.WithContext(ctx)
+	for i := range p.config.Devices {
+		d := &p.config.Devices[i]
+		g.Go(func() error {
+			var err error
+			if opened[i], err = d.open(ctx); err != nil {
+				return fmt.Errorf("device %s: %w", d.Name, err)
+			}
+			return nil
+		})
+	}
+	err := g.Wait()
+	for i, d := range p.config.Devices {
+		if opened[i] != nil {
+			p.devices[d.Name] = opened[i]
+		}
+	}
+	return err
+}
+
+// expose gives the devices paths, in a directory that the next start cleans up should this process be killed.
+func (p *Peer) expose() (err error) {
+	host := p.config.Host
+	if p.dir, err = vmm.CreateDir(host.BaseDir, "peer"); err != nil {
+		return err
+	}
+	var devices []expose.Device
+	for _, d := range p.config.Devices {
+		devices = append(devices, expose.Device{Name: d.Name, Kind: kind(d.Name), Device: p.devices[d.Name]})
+	}
+	if p.config.Expose == expose.NBD {
+		p.exposure, err = nbd.Attach(p.dir.Devices(), devices)
+	} else {
+		p.exposure, err = fuse.New(fuse.Config{Dir: p.dir.Devices(), UID: host.UID, GID: host.GID}, devices)
+	}
+	return err
+}
+
+func kind(name string) expose.Kind {
+	switch name {
+	case vmm.Memory:
+		return expose.Memory
+	case vmm.State, vmm.Config, vmm.Kernel:
+		return expose.File
+	}
+	return expose.Disk
+}
+
+// sync makes a device durable; what the VMM wrote has reached it.
+func (p *Peer) sync(name string) error { return p.devices[name].Sync() }
+
+// Done is closed when the VM has ended by itself; Wait then tells how.
+func (p *Peer) Done() <-chan struct{} { return p.instance.Done() }
+
+// Wait blocks until the VM ends by itself. It returns nil when the guest powered itself off. What a device failed with is part of the error.
+func (p *Peer) Wait() error { return errors.Join(p.instance.Wait(), p.exposure.Failed()) }
+
+// Agent is the connection with the guest's agent.
+func (p *Peer) Agent() *agent.Client { return p.instance.Agent() }
+
+// Suspend stops the VM and leaves it in its devices. It uses a context of its own: a suspend is how a run ends well, whatever the caller's context has
+// come to. After it, Close.
+func (p *Peer) Suspend(ctx context.Context) error {
+	start := time.Now()
+	saved, err := p.instance.Suspend(ctx, p.config.RescueTimeout)
+	if err = errors.Join(err, p.exposure.Failed()); !saved {
+		return err
+	}
+	err = errors.Join(err, p.instance.Close())
+	slog.Info("Suspended VM", "took", time.Since(start).Round(time.Millisecond))
+	return err
+}
+
+// Close ends the VM, if it still runs, without saving it, and removes what the run needed on the host. What was written to the disks until then is made
+// durable.
+func (p *Peer) Close() error {
+	var errs []error
+	if p.instance != nil {
+		errs = append(errs, p.instance.Close())
+	}
+	if p.exposure != nil {
+		errs = append(errs, p.exposure.Close())
+		p.exposure = nil
+	}
+	if p.dir != nil {
+		errs = append(errs, p.dir.Close())
+		p.dir = nil
+	}
+	for name, d := range p.devices {
+		if err := errors.Join(d.Sync(), d.Close()); err != nil {
+			errs = append(errs, fmt.Errorf("device %s: %w", name, err))
+		}
+		delete(p.devices, name)
+	}
+	if p.claim != nil {
+		errs = append(errs, p.claim.Close())
+		p.claim = nil
+	}
+	return errors.Join(errs...)
+}
