@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -62,6 +63,8 @@ func New(c Config, devices []expose.Device) (*Mount, error) {
 	}
 	m := &Mount{dir: dir}
 	ttl := forever
+	// A VMM that inherits the connection keeps it open when this process dies, and then waits for ever for an answer; also, it could give the answers itself.
+	syscall.ForkLock.RLock()
 	m.server, err = fs.Mount(dir, &directory{mount: m, config: c, devices: devices}, &fs.Options{
 		AttrTimeout: &ttl, EntryTimeout: &ttl, NegativeTimeout: &ttl,
 		MountOptions: fuse.MountOptions{
@@ -70,13 +73,37 @@ func New(c Config, devices []expose.Device) (*Mount, error) {
 			Logger: log.New(io.Discard, "", 0), // our devices report their errors themselves
 		},
 	})
+	cerr := closeConnectionsOnExec()
+	syscall.ForkLock.RUnlock()
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, err), os.Remove(dir))
+	}
+	if cerr != nil {
+		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, cerr), m.Close())
 	}
 	if err := m.liftWritebackLimit(); err != nil {
 		slog.Warn("Guest memory will be slow", "error", err)
 	}
 	return m, nil
+}
+
+// closeConnectionsOnExec marks this process' descriptors of /dev/fuse, which go-fuse opens to be inherited.
+func closeConnectionsOnExec() error {
+	fds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return err
+	}
+	for _, e := range fds {
+		if target, err := os.Readlink("/proc/self/fd/" + e.Name()); err != nil || target != "/dev/fuse" {
+			continue // the descriptor of the listing itself is gone
+		}
+		fd, err := strconv.Atoi(e.Name())
+		if err != nil {
+			return err
+		}
+		unix.CloseOnExec(fd)
+	}
+	return nil
 }
 
 // liftWritebackLimit: by default a FUSE mount may use 1 % of the memory that may be dirty, and writers of mapped pages are held up beyond
@@ -151,12 +178,17 @@ var (
 	_ fs.NodeLseeker   = (*file)(nil)
 )
 
+// fopenNoFlush (FOPEN_NOFLUSH of include/uapi/linux/fuse.h, since Linux 5.17) makes close(2) not write back what is dirty. This process has the memory file
+// open, to flush it; if it is killed, its files are closed before the connection to the kernel is, and a write-back would wait for ever for the server that
+// is about to die with it.
+const fopenNoFlush = 1 << 5
+
 // Open implements [fs.NodeOpener]. The guest caches its disks itself; a second cache of them costs more than it brings.
 func (f *file) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall.Errno) {
 	if f.device.Kind == expose.Disk {
-		return nil, fuse.FOPEN_DIRECT_IO, 0
+		return nil, fuse.FOPEN_DIRECT_IO | fopenNoFlush, 0
 	}
-	return nil, fuse.FOPEN_KEEP_CACHE, 0
+	return nil, fuse.FOPEN_KEEP_CACHE | fopenNoFlush, 0
 }
 
 // Getattr implements [fs.NodeGetattrer].

@@ -185,6 +185,10 @@ func TestMemory(t *testing.T) {
 	if _, err := d.ReadAt(got, 0); err != nil || !bytes.Equal(got, want) {
 		t.Errorf("the device differs from the mapping, %v", err)
 	}
+	// A child, such as the VMM, does not inherit the server's end.
+	if out, err := exec.Command("ls", "-l", "/proc/self/fd").CombinedOutput(); err != nil || strings.Contains(string(out), "/dev/fuse") {
+		t.Errorf("a child has the connection: %s, %v", out, err)
+	}
 	if n := d.syncs.Load(); n != 0 {
 		t.Errorf("flushing memory synced the device %d times", n)
 	}
