@@ -1,5 +1,5 @@
-// The benchmarks measure what a user waits for: boot, suspend and resume of a VM, and packing and unpacking its package. They print every round,
-// medians, and a JSON object.
+// The benchmarks measure what a user waits for: boot, suspend and resume of a VM, without and with the device engine, packing and unpacking its package;
+// and the engine beside a plain file. They print every round, medians, and a JSON object.
 package main
 
 import (
@@ -25,6 +25,17 @@ import (
 )
 
 func main() {
+	if os.Getenv("BENCH_MAPPING") != "" {
+		m, err := measureMapping(os.Args[1], os.Args[2])
+		if err == nil {
+			err = json.NewEncoder(os.Stdout).Encode(m)
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "Error:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	rounds := flag.Int("rounds", 5, "How often each is measured")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
@@ -61,6 +72,9 @@ func run(ctx context.Context, rounds int) (err error) {
 		return err
 	}
 	b := &bench{drafter: tour.Drafter{Bin: "bin/drafter", Logs: dir}, values: map[string][]float64{}}
+	if err := b.engine(ctx, rounds); err != nil {
+		return err
+	}
 	if err := b.makeBlueprint(ctx); err != nil {
 		return err
 	}
@@ -79,6 +93,11 @@ func run(ctx context.Context, rounds int) (err error) {
 	}
 	for range rounds {
 		if err := b.resume(ctx); err != nil {
+			return err
+		}
+	}
+	for round := range rounds {
+		if err := b.peer(ctx, round); err != nil {
 			return err
 		}
 	}

@@ -137,11 +137,11 @@ func TestContents(t *testing.T) {
 		t.Fatal(err)
 	}
 	for i, id := range c.Blocks {
-		if want := BlockID(content[i*ContentBlockSize : min((i+1)*ContentBlockSize, len(content))]); id != want {
+		if want := HashBlock(content[i*ContentBlockSize : min((i+1)*ContentBlockSize, len(content))]); id != want {
 			t.Fatalf("block %d is %s, want %s", i, id, want)
 		}
 	}
-	if BlockID(make([]byte, 5<<20)) != (ID{}) || BlockID([]byte{0, 1}) == (ID{}) {
+	if HashBlock(make([]byte, 5<<20)) != (ID{}) || HashBlock([]byte{0, 1}) == (ID{}) {
 		t.Error("the zero id is that of zeros, and of nothing else")
 	}
 	// The same content elsewhere has the same id; a single bit makes another.

@@ -31,12 +31,12 @@ func Check(ctx context.Context, paths OverlayPaths) (problems []string, err erro
 	}
 	s, data, err := openOverlayFiles(paths)
 	if err != nil {
-		return []string{err.Error()}, nil //nolint:nilerr // a file that cannot be opened is what Check looks for
+		return []string{err.Error()}, nil // a file that cannot be opened is what Check looks for
 	}
 	defer func() { err = errors.Join(err, data.Close(), s.close()) }()
 	o := newOverlay(base, data, s)
 	if err := o.check(paths, contents.Device, s.header.blockSize); err != nil {
-		return []string{err.Error()}, nil //nolint:nilerr // as above
+		return []string{err.Error()}, nil
 	}
 	for _, page := range s.damaged {
 		problems = append(problems, fmt.Sprintf("state file %s: one copy of page %d is damaged, the other is used; this is so after a power cut, and mended by the next sync", paths.State, page))

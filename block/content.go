@@ -33,8 +33,8 @@ type Contents struct {
 	Blocks []ID // of each ContentBlockSize bytes; the last may be fewer
 }
 
-// BlockID is the content id of one block.
-func BlockID(p []byte) ID {
+// HashBlock returns the content id of one block.
+func HashBlock(p []byte) ID {
 	if isZero(p) {
 		return ID{}
 	}
@@ -91,7 +91,7 @@ func (c *Contents) hashBatch(d Device, buf []byte, first int64) error {
 	}
 	for i := first; len(buf) > 0; i++ {
 		n := min(ContentBlockSize, len(buf))
-		c.Blocks[i] = BlockID(buf[:n])
+		c.Blocks[i] = HashBlock(buf[:n])
 		buf = buf[n:]
 	}
 	return nil

@@ -209,7 +209,7 @@ func (o *Overlay) check(paths OverlayPaths, baseID ID, blockSize int64) error {
 	if data.File.Size() != at+pageSize {
 		return fmt.Errorf("overlay %s has %d bytes instead of %d", paths.Overlay, data.File.Size(), at+pageSize)
 	}
-	if _, err := data.File.ReadAt(trailer, at); err != nil {
+	if _, err := data.ReadAt(trailer, at); err != nil {
 		return err
 	}
 	if string(trailer[:8]) != overlayMagic || !intact(trailer, trailerChecksum) {

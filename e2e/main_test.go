@@ -23,6 +23,7 @@ import (
 // work is the directory all tests share:
 //
 //	bin/            drafter (with the race detector), its links, and drafter-guest
+//	bin/plain/      drafter without the race detector
 //	out/blueprint/  the blueprint of a Redis guest
 //	out/package/    the package made of it
 //	redis-image/    the OCI layout of Redis
@@ -87,8 +88,8 @@ func build() error {
 	bin := filepath.Join(work, "bin")
 	for _, args := range [][]string{
 		{"build", "-race", "-o", filepath.Join(bin, "drafter"), "drafter/cmd/drafter"},
-		// The packager is all compression and checksums, which the race detector slows down tenfold; the tests of package archive have it on.
-		{"build", "-o", filepath.Join(bin, "drafter-packager"), "drafter/cmd/drafter"},
+		// What is all compression and checksums is slowed down tenfold by the race detector; the tests of the packages archive and block have it on.
+		{"build", "-o", filepath.Join(bin, "plain", "drafter"), "drafter/cmd/drafter"},
 		{"build", "-o", filepath.Join(bin, "drafter-guest"), "drafter/cmd/drafter-guest"},
 	} {
 		cmd := exec.CommandContext(ctx, "go", args...)
@@ -104,6 +105,9 @@ func build() error {
 		if err := os.Symlink("drafter", filepath.Join(bin, "drafter-"+name)); err != nil {
 			return err
 		}
+	}
+	if err := os.Symlink("plain/drafter", filepath.Join(bin, "drafter-packager")); err != nil {
+		return err
 	}
 	cache, err := os.UserCacheDir()
 	if err != nil {

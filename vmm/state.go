@@ -116,7 +116,7 @@ func ReadState(dev StateDevice, id string) ([]byte, error) {
 	switch h.status {
 	case Suspended:
 	case Running:
-		return nil, fmt.Errorf("the VM was resumed at %s and never suspended, so its memory no longer fits its saved state; extract the package again, or snapshot its disk anew with drafter snapshotter", h.changed.Format(time.RFC3339))
+		return nil, fmt.Errorf("the VM was resumed at %s and never suspended, so its memory no longer fits its saved state; extract the package again, or make a new one from its disks ('drafter device export' takes them out of an instance, 'drafter snapshotter' boots them)", h.changed.Format(time.RFC3339))
 	case PoweredOff:
 		return nil, fmt.Errorf("the guest powered itself off at %s, so there is nothing to resume; boot its disk with drafter snapshotter", h.changed.Format(time.RFC3339))
 	default:

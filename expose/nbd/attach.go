@@ -32,7 +32,7 @@ type attached struct {
 	name   string
 	index  uint32
 	cancel context.CancelFunc
-	served chan error
+	served chan struct{}
 }
 
 // connectionsPerDevice is how many sockets the kernel spreads its requests over.
@@ -67,7 +67,7 @@ func (a *Attached) attach(family int, d expose.Device) (err error) {
 		return fmt.Errorf("its size %d is not a multiple of 512, which /dev/nbdN needs; use --expose fuse", size)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	at := &attached{name: d.Name, cancel: cancel, served: make(chan error, 1)}
+	at := &attached{name: d.Name, cancel: cancel, served: make(chan struct{})}
 	var kernel []*os.File
 	var workers sync.WaitGroup
 	for range connectionsPerDevice {

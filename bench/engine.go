@@ -1,0 +1,315 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"drafter/block"
+	"drafter/expose"
+	"drafter/expose/fuse"
+)
+
+const (
+	engineSize  = 512 << 20
+	engineBlock = 64 << 10
+	pageBytes   = 4096
+)
+
+// mapped is what a process measures on a file that it has mapped.
+type mapped struct {
+	FaultIn    float64 `json:"fault_in_gb_per_s"`    // reading every page once, in order
+	WriteFault float64 `json:"write_fault_gb_per_s"` // then writing every page
+	Flush      float64 `json:"flush_gb_per_s"`       // then fsync(2)
+	Random     float64 `json:"random_fault_us"`      // median of single reads all over a file that is not cached
+}
+
+// measureMapping runs in a process of its own, as a VMM is: argument 1 is a file to read through, argument 2 one whose pages are cold.
+func measureMapping(path, cold string) (m mapped, err error) {
+	f, memory, err := mapFile(path)
+	if err != nil {
+		return m, err
+	}
+	gigabytes := float64(len(memory)) / 1e9
+	begin := time.Now()
+	var sum byte
+	for i := 0; i < len(memory); i += pageBytes {
+		sum += memory[i]
+	}
+	m.FaultIn = gigabytes / time.Since(begin).Seconds()
+	begin = time.Now()
+	for i := 0; i < len(memory); i += pageBytes {
+		memory[i] += sum | 1
+	}
+	m.WriteFault = gigabytes / time.Since(begin).Seconds()
+	begin = time.Now()
+	if err := f.Sync(); err != nil {
+		return m, err
+	}
+	m.Flush = gigabytes / time.Since(begin).Seconds()
+	_, memory, err = mapFile(cold)
+	if err != nil {
+		return m, err
+	}
+	if err := unix.Madvise(memory, unix.MADV_RANDOM); err != nil { // no read-ahead, as between pages that do not follow each other
+		return m, err
+	}
+	var took []time.Duration
+	for range 2000 {
+		i := rand.IntN(len(memory)/pageBytes) * pageBytes
+		begin := time.Now()
+		sum += memory[i]
+		took = append(took, time.Since(begin))
+	}
+	slices.Sort(took)
+	m.Random = float64(took[len(took)/2].Nanoseconds()) / 1000
+	return m, nil
+}
+
+func mapFile(path string) (*os.File, []byte, error) {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return nil, nil, err
+	}
+	memory, err := unix.Mmap(int(f.Fd()), 0, int(info.Size()), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	return f, memory, err
+}
+
+// runMapping runs measureMapping in another process.
+func runMapping(path, cold string) (m mapped, err error) {
+	cmd := exec.Command("/proc/self/exe", path, cold)
+	cmd.Env = append(os.Environ(), "BENCH_MAPPING=1")
+	cmd.Stderr = os.Stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return m, fmt.Errorf("measure mapping of %s: %w", path, err)
+	}
+	return m, json.Unmarshal(out, &m)
+}
+
+// engine measures the device stack of an instance beside a plain file: mapped through FUSE as guest memory, and read and written directly.
+func (b *bench) engine(ctx context.Context, rounds int) error {
+	base := filepath.Join(dir, "engine")
+	if err := randomFile(base); err != nil {
+		return err
+	}
+	for range rounds {
+		if err := b.memory(ctx, base); err != nil {
+			return err
+		}
+		if err := b.overlay(ctx, base); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func randomFile(path string) (err error) {
+	f, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Sync(), f.Close()) }()
+	p := make([]byte, 1<<20)
+	rng := rand.NewChaCha8([32]byte{1})
+	for range engineSize / len(p) {
+		if _, err := rng.Read(p); err != nil {
+			return err
+		}
+		if _, err := f.Write(p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// stack opens an instance's device over base.
+func stack(ctx context.Context, base, name string) (*block.Tracker, error) {
+	contents, err := block.FileContents(ctx, base)
+	if err != nil {
+		return nil, err
+	}
+	file, err := block.OpenFile(base, true)
+	if err != nil {
+		return nil, err
+	}
+	paths := block.OverlayPaths{Base: base, Overlay: filepath.Join(dir, name+".overlay"), State: filepath.Join(dir, name+".state")}
+	if err := errors.Join(ignoreMissing(os.Remove(paths.Overlay)), ignoreMissing(os.Remove(paths.State))); err != nil {
+		return nil, err
+	}
+	o, err := block.OpenOverlay(file, contents.Device, paths, engineBlock)
+	if err != nil {
+		return nil, err
+	}
+	return block.NewTracker(o, engineBlock), nil
+}
+
+func ignoreMissing(err error) error {
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+func (b *bench) memory(ctx context.Context, base string) (err error) {
+	// The plain file's flush goes to the page cache's disk; that of guest memory ends in the page cache. So the file lies where there is no disk.
+	plain, err := os.MkdirTemp("/dev/shm", "drafter-bench-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(plain)) }()
+	path := filepath.Join(plain, "file")
+	if out, err := exec.CommandContext(ctx, "cp", base, path).CombinedOutput(); err != nil {
+		return fmt.Errorf("copy: %w: %s", err, out)
+	}
+	m, err := runMapping(path, path)
+	if err != nil {
+		return err
+	}
+	b.addMapped("plain", m)
+	warm, err := stack(ctx, base, "warm")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, warm.Close()) }()
+	cold, err := stack(ctx, base, "cold")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, cold.Close()) }()
+	mount, err := fuse.New(fuse.Config{Dir: filepath.Join(dir, "mount")}, []expose.Device{
+		{Name: "warm", Kind: expose.Memory, Device: warm}, {Name: "cold", Kind: expose.Memory, Device: cold},
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, mount.Close()) }()
+	if m, err = runMapping(mount.Path("warm"), mount.Path("cold")); err != nil {
+		return err
+	}
+	b.addMapped("fuse", m)
+	return mount.Failed()
+}
+
+func (b *bench) addMapped(name string, m mapped) {
+	b.add(name+"_fault_in_mb_per_s", m.FaultIn*1000)
+	b.add(name+"_write_fault_mb_per_s", m.WriteFault*1000)
+	b.add(name+"_flush_mb_per_s", m.Flush*1000)
+	b.add(name+"_random_fault_us", m.Random)
+}
+
+// overlay measures reads and writes, without syncs, of a plain file, of blocks that the overlay holds, and of blocks that it does not.
+func (b *bench) overlay(ctx context.Context, base string) (err error) {
+	copied := base + ".copy"
+	if out, err := exec.CommandContext(ctx, "cp", base, copied).CombinedOutput(); err != nil {
+		return fmt.Errorf("copy: %w: %s", err, out)
+	}
+	file, err := block.OpenFile(copied, false)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, file.Close(), os.Remove(copied)) }()
+	fresh, err := stack(ctx, base, "fresh")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, fresh.Close()) }()
+	for _, request := range []int{4 << 10, 1 << 20} {
+		kind := strconv.Itoa(request>>10) + "k_mb_per_s"
+		p := make([]byte, request)
+		for _, d := range []struct {
+			name   string
+			device block.Device
+		}{{"plain", file}, {"overlay", fresh}} {
+			speed, err := sweep(p, d.device.ReadAt)
+			if err != nil {
+				return err
+			}
+			b.add(d.name+"_read_"+kind, speed)
+			// The first sweep of writes fills the overlay; what counts is the second.
+			for i := range 2 {
+				if speed, err = sweep(p, d.device.WriteAt); err != nil {
+					return err
+				}
+				if i == 0 && d.name == "overlay" && request == 1<<20 {
+					continue
+				}
+			}
+			b.add(d.name+"_write_"+kind, speed)
+		}
+	}
+	return nil
+}
+
+// sweep goes over a device once and returns MB/s.
+func sweep(p []byte, do func([]byte, int64) (int, error)) (float64, error) {
+	begin := time.Now()
+	for off := int64(0); off < engineSize; off += int64(len(p)) {
+		if _, err := do(p, off); err != nil {
+			return 0, err
+		}
+	}
+	return engineSize / 1e6 / time.Since(begin).Seconds(), nil
+}
+
+// peer measures what the device engine adds to the resume of a package: beside resume, of the runner, in the same run.
+func (b *bench) peer(ctx context.Context, round int) error {
+	instance := filepath.Join(dir, "instance-"+strconv.Itoa(round))
+	for _, start := range []string{"first", "second"} {
+		begin := time.Now()
+		vm, err := b.drafter.Start("peer", "--raddr", "", "--laddr", "", "--enable-output=false", "--chroot-base-dir", filepath.Join(dir, "vms"),
+			"--package", filepath.Join(dir, "package"), "--instance", instance)
+		if err != nil {
+			return err
+		}
+		resumed, err := vm.Await(ctx, "Resumed VM")
+		if err != nil {
+			return errors.Join(err, vm.End())
+		}
+		b.add("peer_"+start+"_resume_ms", ms(resumed.Time.Sub(begin)-(resumed.AgentAfter-resumed.Took)))
+		memory, err := privateMemory(vm.PID())
+		if err != nil {
+			return errors.Join(err, vm.End())
+		}
+		b.add("peer_memory_mb", memory)
+		if err := vm.End(); err != nil {
+			return err
+		}
+		suspended, err := vm.Await(ctx, "Suspended VM")
+		if err != nil {
+			return err
+		}
+		b.add("peer_suspend_ms", ms(suspended.Took))
+	}
+	return os.RemoveAll(instance)
+}
+
+// privateMemory is what a process takes beside the files that it maps, in MB (proc_pid_status(5): RssAnon).
+func privateMemory(pid int) (float64, error) {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, err
+	}
+	_, after, _ := strings.Cut(string(status), "RssAnon:")
+	fields := strings.Fields(after)
+	if len(fields) == 0 {
+		return 0, errors.New("process status has no RssAnon")
+	}
+	kib, err := strconv.ParseFloat(fields[0], 64)
+	return kib * 1024 / 1e6, err
+}
