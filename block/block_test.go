@@ -178,6 +178,30 @@ func TestContents(t *testing.T) {
 	}
 }
 
+// Requests allocate nothing, whatever layers they touch.
+func TestNoAllocations(t *testing.T) {
+	paths, _ := fixture(t, 4<<20)
+	d := NewTracker(open(t, paths, 64<<10), 64<<10)
+	defer shut(t, d)
+	p := make([]byte, 1<<20)
+	for i := range int64(16) { // every other block is the overlay's
+		if _, err := d.WriteAt(p[:64<<10], i*128<<10); err != nil {
+			t.Fatal(err)
+		}
+	}
+	allocations := testing.AllocsPerRun(100, func() {
+		if _, err := d.ReadAt(p, 1000); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := d.WriteAt(p[:4096], 5000); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if allocations > 0 {
+		t.Errorf("a read and a write allocate %.0f times", allocations)
+	}
+}
+
 func BenchmarkHash(b *testing.B) {
 	paths, _ := fixture(b, 256<<20)
 	d, err := OpenFile(paths.Base, true)

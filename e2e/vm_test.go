@@ -403,7 +403,14 @@ func TestUser(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	s.run(t, "--uid", "4321", "--gid", "4322", "--cgroup-version", "1")
+	s.checkUser(t, s.run(t, "--uid", "4321", "--gid", "4322", "--cgroup-version", "1"))
+	// An instance's files stay with root: the VMM sees its devices only.
+	s.checkUser(t, s.peer(t, "instance", "--uid", "4321", "--gid", "4322", "--cgroup-version", "1"))
+}
+
+// checkUser looks at a VM that shall run as user 4321, and ends it.
+func (s *site) checkUser(t *testing.T, vm *tour.Service) {
+	t.Helper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.vmmPID(t)))
 	if err != nil {
 		t.Fatal(err)
@@ -417,7 +424,10 @@ func TestUser(t *testing.T) {
 	if err != nil || !strings.Contains(string(cgroups), "/drafter/") {
 		t.Errorf("the VMM's cgroups: %s, %v", cgroups, err)
 	}
-	if got, err := s.redis(t).Ping(t.Context()).Result(); err != nil || got != "PONG" {
+	c := redis.NewClient(&redis.Options{Addr: "10.0.15.1:6379"})
+	defer c.Close()
+	if got, err := c.Ping(t.Context()).Result(); err != nil || got != "PONG" {
 		t.Errorf("Redis: %q, %v", got, err)
 	}
+	end(t, vm)
 }

@@ -35,10 +35,14 @@ type attached struct {
 	served chan struct{}
 }
 
+// sectorSize is the kernel's unit for block devices, in bytes.
+const sectorSize = 512
+
 // connectionsPerDevice is how many sockets the kernel spreads its requests over.
 const connectionsPerDevice = 2
 
-// Attach attaches devices to free /dev/nbdN and makes links to them in dir, which Close removes. The kernel's module nbd must be loaded.
+// Attach attaches devices to free /dev/nbdN and makes links to them in dir, which Close removes. A file that does not consist of whole sectors is copied
+// there instead. The kernel's module nbd must be loaded.
 func Attach(dir string, devices []expose.Device) (_ *Attached, err error) {
 	family, err := netlink.GenlFamilyGet("nbd")
 	if err != nil {
@@ -62,9 +66,12 @@ func Attach(dir string, devices []expose.Device) (_ *Attached, err error) {
 }
 
 func (a *Attached) attach(family int, d expose.Device) (err error) {
-	size := d.Device.Size()
-	if size%512 != 0 {
-		return fmt.Errorf("its size %d is not a multiple of 512, which /dev/nbdN needs; use --expose fuse", size)
+	if size := d.Device.Size(); size%sectorSize != 0 {
+		if d.Kind != expose.File {
+			return fmt.Errorf("its size %d is not a multiple of %d, which /dev/nbdN needs; use --expose fuse", size, sectorSize)
+		}
+		// A kernel, a config: nobody writes to it while a VM runs.
+		return block.Export(context.Background(), a.Path(d.Name), d.Device, nil)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	at := &attached{name: d.Name, cancel: cancel, served: make(chan struct{})}
@@ -128,7 +135,7 @@ func connect(family int, d block.Device, sockets []*os.File) (index uint32, err 
 	request.AddData(&nl.Genlmsg{Command: cmdConnect, Version: 1})
 	export := Export{Device: d}
 	request.AddData(nl.NewRtAttr(attrSize, uint64Bytes(uint64(d.Size()))))
-	request.AddData(nl.NewRtAttr(attrBlockSize, uint64Bytes(512)))
+	request.AddData(nl.NewRtAttr(attrBlockSize, uint64Bytes(sectorSize)))
 	request.AddData(nl.NewRtAttr(attrFlags, uint64Bytes(uint64(export.flags(false)))))
 	list := nl.NewRtAttr(attrSockets|unix.NLA_F_NESTED, nil)
 	for _, s := range sockets {
