@@ -33,6 +33,7 @@ type mapped struct {
 	WriteFault float64 `json:"write_fault_gb_per_s"` // then writing every page
 	Flush      float64 `json:"flush_gb_per_s"`       // then fsync(2)
 	Random     float64 `json:"random_fault_us"`      // median of single reads all over a file that is not cached
+	Sum        byte    `json:"sum"`                  // of what was read, so that it is read
 }
 
 // measureMapping runs in a process of its own, as a VMM is: argument 1 is a file to read through, argument 2 one whose pages are cold.
@@ -74,6 +75,7 @@ func measureMapping(path, cold string) (m mapped, err error) {
 	}
 	slices.Sort(took)
 	m.Random = float64(took[len(took)/2].Nanoseconds()) / 1000
+	m.Sum = sum
 	return m, nil
 }
 
@@ -138,8 +140,8 @@ func randomFile(path string) (err error) {
 	return nil
 }
 
-// stack opens an instance's device over base.
-func stack(ctx context.Context, base, name string) (*block.Tracker, error) {
+// stack opens an instance's device over base, with its files in dir.
+func stack(ctx context.Context, base, dir, name string) (*block.Tracker, error) {
 	contents, err := block.FileContents(ctx, base)
 	if err != nil {
 		return nil, err
@@ -166,44 +168,69 @@ func ignoreMissing(err error) error {
 	return err
 }
 
+// memory measures, on files in memory, a plain one, one that is exposed by FUSE without anything in between, and the device of an instance; and the latter on
+// disk, where its overlay grows in the page cache that the disk empties.
 func (b *bench) memory(ctx context.Context, base string) (err error) {
-	// The plain file's flush goes to the page cache's disk; that of guest memory ends in the page cache. So the file lies where there is no disk.
-	plain, err := os.MkdirTemp("/dev/shm", "drafter-bench-")
+	shm, err := os.MkdirTemp("/dev/shm", "drafter-bench-")
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(plain)) }()
-	path := filepath.Join(plain, "file")
+	defer func() { err = errors.Join(err, os.RemoveAll(shm)) }()
+	path := filepath.Join(shm, "file")
 	if out, err := exec.CommandContext(ctx, "cp", base, path).CombinedOutput(); err != nil {
 		return fmt.Errorf("copy: %w: %s", err, out)
+	}
+	if err := b.instance(ctx, "instance", path, shm); err != nil {
+		return err
+	}
+	if err := b.instance(ctx, "instance_on_disk", base, dir); err != nil {
+		return err
+	}
+	bare, err := block.OpenFile(path, false)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, bare.Close()) }()
+	if err := b.exposed("bare_fuse", shm, bare, bare); err != nil {
+		return err
 	}
 	m, err := runMapping(path, path)
 	if err != nil {
 		return err
 	}
 	b.addMapped("plain", m)
-	warm, err := stack(ctx, base, "warm")
+	return nil
+}
+
+// instance measures an instance's device over base.
+func (b *bench) instance(ctx context.Context, name, base, dir string) (err error) {
+	warm, err := stack(ctx, base, dir, "warm")
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, warm.Close()) }()
-	cold, err := stack(ctx, base, "cold")
+	cold, err := stack(ctx, base, dir, "cold")
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, cold.Close()) }()
+	return b.exposed(name, dir, warm, cold)
+}
+
+// exposed measures devices that are exposed by FUSE below dir.
+func (b *bench) exposed(name, dir string, warm, cold block.Device) error {
 	mount, err := fuse.New(fuse.Config{Dir: filepath.Join(dir, "mount")}, []expose.Device{
 		{Name: "warm", Kind: expose.Memory, Device: warm}, {Name: "cold", Kind: expose.Memory, Device: cold},
 	})
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, mount.Close()) }()
-	if m, err = runMapping(mount.Path("warm"), mount.Path("cold")); err != nil {
+	m, err := runMapping(mount.Path("warm"), mount.Path("cold"))
+	if err = errors.Join(err, mount.Failed(), mount.Close()); err != nil {
 		return err
 	}
-	b.addMapped("fuse", m)
-	return mount.Failed()
+	b.addMapped(name, m)
+	return nil
 }
 
 func (b *bench) addMapped(name string, m mapped) {
@@ -224,7 +251,7 @@ func (b *bench) overlay(ctx context.Context, base string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, file.Close(), os.Remove(copied)) }()
-	fresh, err := stack(ctx, base, "fresh")
+	fresh, err := stack(ctx, base, dir, "fresh")
 	if err != nil {
 		return err
 	}

@@ -37,9 +37,10 @@ func main() {
 		return
 	}
 	rounds := flag.Int("rounds", 5, "How often each is measured")
+	engineOnly := flag.Bool("engine", false, "Whether to measure the device engine only, without VMs")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	err := run(ctx, *rounds)
+	err := run(ctx, *rounds, *engineOnly)
 	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "Error:", strings.ReplaceAll(err.Error(), "\n", "; "))
@@ -64,7 +65,7 @@ func (b *bench) add(name string, value float64) {
 	fmt.Fprintf(os.Stderr, "%s: %.0f\n", name, value)
 }
 
-func run(ctx context.Context, rounds int) (err error) {
+func run(ctx context.Context, rounds int, engineOnly bool) (err error) {
 	if rounds < 1 {
 		return errors.New("--rounds must be at least 1")
 	}
@@ -74,6 +75,9 @@ func run(ctx context.Context, rounds int) (err error) {
 	b := &bench{drafter: tour.Drafter{Bin: "bin/drafter", Logs: dir}, values: map[string][]float64{}}
 	if err := b.engine(ctx, rounds); err != nil {
 		return err
+	}
+	if engineOnly {
+		return b.report()
 	}
 	if err := b.makeBlueprint(ctx); err != nil {
 		return err

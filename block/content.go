@@ -55,6 +55,10 @@ func isZero(p []byte) bool {
 func Hash(ctx context.Context, d Device) (*Contents, error) {
 	c := &Contents{Size: d.Size(), Blocks: make([]ID, (d.Size()+ContentBlockSize-1)/ContentBlockSize)}
 	const batch = 16 // blocks read at once
+	data, err := dataBlocks(d)
+	if err != nil {
+		return nil, fmt.Errorf("hash device: %w", err)
+	}
 	var next atomic.Int64
 	g, ctx := errgroup.WithContext(ctx)
 	for range runtime.GOMAXPROCS(0) {
@@ -64,6 +68,9 @@ func Hash(ctx context.Context, d Device) (*Contents, error) {
 				first := next.Add(batch) - batch
 				if first >= int64(len(c.Blocks)) {
 					return nil
+				}
+				if has, end := data.Run(first, min(first+batch, data.Len())); !has && end == min(first+batch, data.Len()) {
+					continue // a hole, whose blocks have the zero id
 				}
 				if err := c.hashBatch(d, buf, first); err != nil {
 					return err
@@ -79,13 +86,25 @@ func Hash(ctx context.Context, d Device) (*Contents, error) {
 	return c, nil
 }
 
+// dataBlocks returns the blocks that may hold data.
+func dataBlocks(d Device) (*Bitmap, error) {
+	blocks := NewBitmap((d.Size() + ContentBlockSize - 1) / ContentBlockSize)
+	for off := int64(0); off < d.Size(); {
+		start, end, err := NextData(d, off)
+		if err != nil {
+			return nil, err
+		}
+		if start < end {
+			blocks.SetRange(start/ContentBlockSize, (end+ContentBlockSize-1)/ContentBlockSize)
+		}
+		off = max(end, off+1)
+	}
+	return blocks, nil
+}
+
 func (c *Contents) hashBatch(d Device, buf []byte, first int64) error {
 	off := first * ContentBlockSize
 	buf = buf[:min(int64(len(buf)), c.Size-off)]
-	start, _, err := NextData(d, off)
-	if err != nil || start >= off+int64(len(buf)) {
-		return err
-	}
 	if _, err := d.ReadAt(buf, off); err != nil {
 		return err
 	}

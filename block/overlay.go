@@ -162,14 +162,14 @@ func (o *Overlay) copyUp(from, end int64) error {
 	if from == end {
 		return nil
 	}
-	if start, _, err := NextData(o.base, from); err == nil && start >= end {
-		return nil // zeros, which a hole of the overlay is as well
-	}
 	buffer := o.buffers.Get().(*[]byte)
 	defer o.buffers.Put(buffer)
 	p := (*buffer)[:end-from]
 	if _, err := o.base.ReadAt(p, from); err != nil {
 		return fmt.Errorf("copy block from base: %w", err)
+	}
+	if isZero(p) {
+		return nil // a hole of the overlay is that as well
 	}
 	if _, err := o.data.WriteAt(p, from); err != nil {
 		return fmt.Errorf("copy block to overlay: %w", err)

@@ -43,8 +43,11 @@ type Mount struct {
 var _ expose.Exposure = (*Mount)(nil)
 
 const (
-	// maxTransfer is the size of the largest request in bytes: FUSE's limit of 1 MiB, less the header, so that a reply still fits a pipe of 1 MiB.
-	maxTransfer = 1<<20 - 8<<10
+	// maxTransfer is the size of the largest request in bytes. FUSE's limit is 1 MiB, and with the header a reply must fit a pipe of that size; whole blocks
+	// of 64 KiB are written without reading what is around them.
+	maxTransfer = 15 * 64 << 10
+	// maxBackground is how many requests the kernel sends ahead. Writes to one file wait for each other anyway.
+	maxBackground = 16
 	// forever is how long the kernel may keep attributes and names, which never change.
 	forever = 365 * 24 * time.Hour
 )
@@ -69,7 +72,7 @@ func New(c Config, devices []expose.Device) (*Mount, error) {
 		AttrTimeout: &ttl, EntryTimeout: &ttl, NegativeTimeout: &ttl,
 		MountOptions: fuse.MountOptions{
 			FsName: "drafter", Name: "drafter", AllowOther: true, DirectMountStrict: true, DisableXAttrs: true,
-			MaxWrite: maxTransfer, MaxReadAhead: maxTransfer, MaxBackground: 64,
+			MaxWrite: maxTransfer, MaxReadAhead: maxTransfer, MaxBackground: maxBackground,
 			Logger: log.New(io.Discard, "", 0), // our devices report their errors themselves
 		},
 	})
