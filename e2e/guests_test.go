@@ -46,7 +46,7 @@ func emptySite(t *testing.T) *site {
 	return s
 }
 
-// A Debian with systemd, made by debootstrap, runs agent and liveness as services.
+// A Debian with systemd, made by debootstrap, runs agent and liveness as services, here in an instance of its package.
 func TestForeignDistribution(t *testing.T) {
 	s := emptySite(t)
 	root := filepath.Join(s.dir, "root")
@@ -60,7 +60,7 @@ func TestForeignDistribution(t *testing.T) {
 	write(t, filepath.Join(root, "etc/systemd/system/drafter-agent.service"), `[Unit]
 Description=Drafter agent
 [Service]
-ExecStart=/usr/local/bin/drafter-agent --before-suspend-cmd "echo before >> /var/hooks" --after-resume-cmd "echo after >> /var/hooks; cat /var/hooks > /dev/console" --shell-cmd bash
+ExecStart=/usr/local/bin/drafter-agent --before-suspend-cmd "echo before >> /var/hooks" --after-resume-cmd "echo after >> /var/hooks; cat /var/hooks > /dev/console; sh /root/fill > /dev/console 2>&1" --shell-cmd bash
 Restart=always
 [Install]
 WantedBy=multi-user.target
@@ -74,6 +74,14 @@ ExecStart=/usr/local/bin/drafter-liveness
 RemainAfterExit=yes
 [Install]
 WantedBy=multi-user.target
+`)
+	write(t, filepath.Join(root, "root/fill"), `set -e
+mkfs.ext4 -q -F /dev/vdb
+mount /dev/vdb /mnt
+cp -a /etc /usr/sbin /mnt/
+umount /mnt
+e2fsck -fn /dev/vdb > /dev/null
+echo "the scratch disk is clean"
 `)
 	for _, name := range []string{"agent", "liveness"} {
 		unit := "drafter-" + name + ".service"
@@ -93,22 +101,34 @@ WantedBy=multi-user.target
 	for _, name := range []string{"vmlinux", "initrd"} {
 		command(t, ".", "cp", filepath.Join(work, "out/blueprint", name), blueprint)
 	}
+	write(t, filepath.Join(blueprint, "scratch.img"), "")
+	if err := os.Truncate(filepath.Join(blueprint, "scratch.img"), 128<<20); err != nil {
+		t.Fatal(err)
+	}
 	devices := []map[string]string{
 		{"name": "state", "output": "out/package/state.bin"},
 		{"name": "memory", "output": "out/package/memory.bin"},
 		{"name": "kernel", "input": "out/blueprint/vmlinux", "output": "out/package/vmlinux"},
 		{"name": "disk", "input": "out/blueprint/rootfs.ext4", "output": "out/package/rootfs.ext4"},
 		{"name": "config", "output": "out/package/config.json"},
+		{"name": "scratch", "input": "out/blueprint/scratch.img", "output": "out/package/scratch.img"},
 	}
 	s.snapshot(t, devices, "--memory-size", "512")
 	for round := range 2 {
-		vm := s.run(t)
+		vm := s.start(t, "peer", "--raddr", "", "--laddr", "", "--chroot-base-dir", "vms", "--package", s.pkg, "--instance", "instance")
 		// What the console shows was written by the guest's own shell, in its own file.
 		out := s.waitOutput(t, vm, strings.Repeat("before\nafter\n", round+1))
 		if strings.Contains(out, "Kernel panic") {
 			t.Fatal(out)
 		}
+		// A file system made, filled and checked by the guest is sound from outside too.
+		s.waitOutput(t, vm, "the scratch disk is clean")
 		end(t, vm)
+		command(t, s.dir, "drafter", "device", "export", "--base", "out/package/scratch.img", "--overlay", "instance/overlay/scratch.img", "--state", "instance/state/scratch.img", "--output", "scratch")
+		command(t, s.dir, "e2fsck", "-fn", "scratch")
+		if got := command(t, s.dir, "debugfs", "-R", "cat /etc/hostname", "scratch"); !strings.Contains(got, "\n") {
+			t.Errorf("a file of the guest: %q", got)
+		}
 	}
 }
 

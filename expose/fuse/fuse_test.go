@@ -291,6 +291,35 @@ func TestFio(t *testing.T) {
 	}
 }
 
+// A file system made on an exposed disk, and filled, is sound.
+func TestExt4(t *testing.T) {
+	d := newDevice(t, 64<<20)
+	m := mount(t, expose.Device{Name: "disk", Kind: expose.Disk, Device: d})
+	source := t.TempDir()
+	content := make([]byte, 20<<20)
+	rng := rand.New(rand.NewPCG(2, 2))
+	for i := range content {
+		content[i] = byte(rng.Uint32())
+	}
+	copied := filepath.Join(t.TempDir(), "copied")
+	if err := os.WriteFile(filepath.Join(source, "file"), content, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, command := range [][]string{
+		{"mke2fs", "-q", "-t", "ext4", "-d", source, m.Path("disk")},
+		{"e2fsck", "-fn", m.Path("disk")},
+		{"e2fsck", "-fn", d.Name()},
+		{"debugfs", "-R", "dump /file " + copied, m.Path("disk")},
+	} {
+		if out, err := exec.Command(command[0], command[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %v: %s", command, err, out)
+		}
+	}
+	if got, err := os.ReadFile(copied); err != nil || !bytes.Equal(got, content) {
+		t.Errorf("the file read back differs, %v", err)
+	}
+}
+
 // A server is killed while another process has its file mapped. That process can be killed once the connection is aborted.
 func TestKilledServer(t *testing.T) {
 	needFUSE(t)
