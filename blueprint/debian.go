@@ -33,6 +33,10 @@ func UnpackDebian(ctx context.Context, dir, cache string, progress Progress, nam
 
 // fetchPackages downloads the named packages with all they depend on, as if nothing were installed, and returns the .deb files.
 func fetchPackages(ctx context.Context, cache string, names ...string) ([]string, error) {
+	cache, err := filepath.Abs(cache) // apt takes relative paths to be its own
+	if err != nil {
+		return nil, err
+	}
 	archives := filepath.Join(cache, "archives")
 	status := filepath.Join(cache, "status")
 	if err := os.MkdirAll(filepath.Join(archives, "partial"), 0o755); err != nil {
@@ -81,6 +85,10 @@ var uriLine = regexp.MustCompile(`(?m)^'[^']+' (\S+\.deb) \d+`)
 
 // fetchKernel downloads the kernel image that a kernel package stands for, without its dependencies, and returns the .deb file.
 func fetchKernel(ctx context.Context, cache, name string) (string, error) {
+	cache, err := filepath.Abs(cache)
+	if err != nil {
+		return "", err
+	}
 	dir := filepath.Join(cache, "kernel")
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err
