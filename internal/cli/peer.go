@@ -1,10 +1,8 @@
 package cli
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"reflect"
 	"slices"
 	"strconv"
@@ -64,19 +62,7 @@ there ('drafter device export' gets it out). Its memory no longer fits its state
 			if err := p.Resume(cmd.Context()); err != nil {
 				return err
 			}
-			select {
-			case <-p.Done():
-				if err := p.Wait(); err != nil {
-					return err
-				}
-				slog.Info("The guest powered itself off")
-				return nil
-			case <-cmd.Context().Done():
-				slog.Info("Suspending VM")
-				ctx, cancel := context.WithTimeout(context.WithoutCancel(cmd.Context()), suspendTimeout)
-				defer cancel()
-				return p.Suspend(ctx)
-			}
+			return runUntilEnded(cmd.Context(), p)
 		},
 	}
 	host.add(cmd)

@@ -12,6 +12,30 @@ import (
 	"drafter/vmm"
 )
 
+// suspendable is a VM that runs.
+type suspendable interface {
+	Done() <-chan struct{}
+	Wait() error
+	Suspend(context.Context) error
+}
+
+// runUntilEnded waits until the VM ends by itself, or suspends it when ctx ends.
+func runUntilEnded(ctx context.Context, vm suspendable) error {
+	select {
+	case <-vm.Done():
+		if err := vm.Wait(); err != nil {
+			return err
+		}
+		slog.Info("The guest powered itself off")
+		return nil
+	case <-ctx.Done():
+		slog.Info("Suspending VM")
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), suspendTimeout)
+		defer cancel()
+		return vm.Suspend(ctx)
+	}
+}
+
 // suspendTimeout bounds a suspend as a whole: a large memory on a slow disk takes its time, a hang must end.
 const suspendTimeout = 10 * time.Minute
 
@@ -47,19 +71,7 @@ says so instead of resuming it; its disks are as after a power cut.
 			if err := r.Resume(cmd.Context()); err != nil {
 				return err
 			}
-			select {
-			case <-r.Done():
-				if err := r.Wait(); err != nil {
-					return err
-				}
-				slog.Info("The guest powered itself off")
-				return nil
-			case <-cmd.Context().Done():
-				slog.Info("Suspending VM")
-				ctx, cancel := context.WithTimeout(context.WithoutCancel(cmd.Context()), suspendTimeout)
-				defer cancel()
-				return r.Suspend(ctx)
-			}
+			return runUntilEnded(cmd.Context(), r)
 		},
 	}
 	host.add(cmd)
