@@ -141,11 +141,19 @@ func (p *Peer) expose() (err error) {
 		devices = append(devices, expose.Device{Name: d.Name, Kind: kind(d.Name), Device: p.devices[d.Name]})
 	}
 	if p.config.Expose == expose.NBD {
-		p.exposure, err = nbd.Attach(p.dir.Devices(), devices)
-	} else {
-		p.exposure, err = fuse.New(fuse.Config{Dir: p.dir.Devices(), UID: host.UID, GID: host.GID}, devices)
+		attached, err := nbd.Attach(p.dir.Devices(), devices)
+		if err != nil {
+			return err
+		}
+		p.exposure = attached
+		return nil
 	}
-	return err
+	mount, err := fuse.New(fuse.Config{Dir: p.dir.Devices(), UID: host.UID, GID: host.GID}, devices)
+	if err != nil {
+		return err // not assigned: a nil *Mount in an interface is not nil
+	}
+	p.exposure = mount
+	return nil
 }
 
 func kind(name string) expose.Kind {
