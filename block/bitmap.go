@@ -49,6 +49,28 @@ func (b *Bitmap) Clear(i int64) bool {
 	return b.words[i/64].And(^bit)&bit != 0
 }
 
+// ClearRange takes from up to end, which is not part of it, out of the set and returns how many of them were there.
+func (b *Bitmap) ClearRange(from, end int64) (cleared int64) {
+	for i := from; i < end; {
+		n := min(64-i%64, end-i)
+		mask := ^uint64(0) >> (64 - n) << (i % 64)
+		if b.words[i/64].Load()&mask != 0 {
+			cleared += int64(bits.OnesCount64(b.words[i/64].And(^mask) & mask))
+		}
+		i += n
+	}
+	return cleared
+}
+
+// Next returns the first number of the set that is not below from, or Len if there is none.
+func (b *Bitmap) Next(from int64) int64 {
+	if from >= b.length || b.Has(from) {
+		return min(from, b.length)
+	}
+	_, next := b.Run(from, b.length)
+	return next
+}
+
 // Run returns whether from is in the set, and the first number after from, at most end, for which that is not so.
 func (b *Bitmap) Run(from, end int64) (has bool, next int64) {
 	has = b.Has(from)
@@ -97,6 +119,13 @@ func (b *Bitmap) Take() *Bitmap {
 		}
 	}
 	return taken
+}
+
+// Clone returns a copy.
+func (b *Bitmap) Clone() *Bitmap {
+	c := NewBitmap(b.length)
+	c.Add(b)
+	return c
 }
 
 // Add adds all of other, which has the same length.

@@ -270,3 +270,6 @@ func (o *Overlay) Sync() error {
 func (o *Overlay) Close() error {
 	return errors.Join(o.data.Close(), o.state.close(), o.base.Close())
 }
+
+// Base is the device underneath. It is the overlay's own; read it, and nothing else.
+func (o *Overlay) Base() Device { return o.base }

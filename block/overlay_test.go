@@ -131,7 +131,7 @@ func TestModel(t *testing.T) {
 		same(t, device, model)
 		before := bytes.Clone(model)
 		d := NewTracker(device, blockSize)
-		taken := NewBitmap(d.Blocks())
+		taken := NewBitmap(Pages(d))
 		var lock sync.Mutex // guards taken
 		var wg sync.WaitGroup
 		for w := range workers {
@@ -183,10 +183,10 @@ func TestModel(t *testing.T) {
 			t.FailNow()
 		}
 		taken.Add(d.Take())
-		for b := range d.Blocks() {
-			from, end := b*blockSize, min((b+1)*blockSize, size)
-			if !bytes.Equal(before[from:end], model[from:end]) && (!taken.Has(b) || d.LastWrite(b).IsZero()) {
-				t.Fatalf("block %d changed, and the tracker does not know", b)
+		for page := range Pages(d) {
+			from, end := page*PageSize, min((page+1)*PageSize, size)
+			if !bytes.Equal(before[from:end], model[from:end]) && (!taken.Has(page) || d.LastWrite(from/blockSize).IsZero()) {
+				t.Fatalf("page %d changed, and the tracker does not know", page)
 			}
 		}
 		same(t, d, model)

@@ -5,27 +5,34 @@ import (
 	"time"
 )
 
-// Tracker is a device that knows which of its blocks were written, and when last. A block is marked after its write: who clears the mark and then
-// reads the block either sees the write or finds the block marked again.
+// PageSize is the unit in bytes in which changes are tracked and moved, whatever the block size of a device: the smallest that a guest maps or that is
+// written back.
+const PageSize = 4096
+
+// Tracker is a device that knows which of its pages were written, and when last. A page is marked after its write: who clears the mark and then reads the
+// page either sees the write or finds the page marked again.
 type Tracker struct {
 	Device
 	blockSize int64
-	dirty     *Bitmap
-	last      []atomic.Uint32 // time of the last write, in milliseconds since start; 0: never
+	dirty     *Bitmap         // of pages
+	last      []atomic.Uint32 // time of the last write to each block, in milliseconds since start; 0: never
 	start     time.Time
 }
 
-// NewTracker tracks d in blocks of blockSize bytes; see [CheckBlockSize].
+// NewTracker tracks d: what changed in pages, when in blocks of blockSize bytes; see [CheckBlockSize].
 func NewTracker(d Device, blockSize int64) *Tracker {
 	blocks := (d.Size() + blockSize - 1) / blockSize
-	return &Tracker{Device: d, blockSize: blockSize, dirty: NewBitmap(blocks), last: make([]atomic.Uint32, blocks), start: time.Now().Add(-time.Millisecond)}
+	return &Tracker{Device: d, blockSize: blockSize, dirty: NewBitmap(Pages(d)), last: make([]atomic.Uint32, blocks), start: time.Now().Add(-time.Millisecond)}
 }
+
+// Pages is the number of pages of a device; the last one may be shorter.
+func Pages(d Device) int64 { return (d.Size() + PageSize - 1) / PageSize }
 
 // BlockSize is the size of a block in bytes.
 func (t *Tracker) BlockSize() int64 { return t.blockSize }
 
 // Blocks is the number of blocks; the last one may be shorter.
-func (t *Tracker) Blocks() int64 { return t.dirty.Len() }
+func (t *Tracker) Blocks() int64 { return int64(len(t.last)) }
 
 // WriteAt implements [Device]. A write that fails may have changed something, so it marks as well.
 func (t *Tracker) WriteAt(p []byte, off int64) (int, error) {
@@ -49,21 +56,21 @@ func (t *Tracker) mark(off, length int64) {
 		return // the device has refused it
 	}
 	now := uint32(time.Since(t.start) / time.Millisecond)
-	first, end := off/t.blockSize, (off+length+t.blockSize-1)/t.blockSize
-	for i := first; i < end; i++ {
+	end := off + length
+	for i := off / t.blockSize; i*t.blockSize < end; i++ {
 		t.last[i].Store(now)
 	}
-	t.dirty.SetRange(first, end)
+	t.dirty.SetRange(off/PageSize, (end+PageSize-1)/PageSize)
 }
 
-// Dirty is the number of blocks written since they were last taken.
+// Dirty is the number of pages written since they were last taken.
 func (t *Tracker) Dirty() int64 { return t.dirty.Count() }
 
-// Take returns the blocks written since the last Take, and starts anew.
+// Take returns the pages written since the last Take, and starts anew.
 func (t *Tracker) Take() *Bitmap { return t.dirty.Take() }
 
-// Return marks blocks again that were taken but not dealt with.
-func (t *Tracker) Return(blocks *Bitmap) { t.dirty.Add(blocks) }
+// Return marks pages again that were taken but not dealt with.
+func (t *Tracker) Return(pages *Bitmap) { t.dirty.Add(pages) }
 
 // LastWrite is the time of the last write to a block, to the millisecond, or zero if there was none.
 func (t *Tracker) LastWrite(block int64) time.Time {

@@ -1,0 +1,388 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"drafter/block"
+)
+
+// fault is one thing that goes wrong in a migration.
+type fault struct {
+	name string
+	// arm prepares it; at is called at every change of state.
+	arm func(p *pair)
+	at  func(p *pair, side string, s State)
+}
+
+// connectionFault lets connection n fail after so many bytes.
+func connectionFault(kind string, n, after int64) fault {
+	fails := map[string]func(*faulty) error{"cut": cut, "freeze": freeze}[kind]
+	return fault{name: fmt.Sprintf("%s connection %d after %d bytes", kind, n, after), arm: func(p *pair) {
+		p.network.wrap = func(i int64, c io.ReadWriteCloser) io.ReadWriteCloser {
+			if i != n {
+				return c
+			}
+			if kind == "damage" {
+				return &damaged{ReadWriteCloser: c, left: after}
+			}
+			return newFaulty(c, after, fails)
+		}
+	}}
+}
+
+// linkFault lets the link fail when a side gets to a state: all connections there are, and none that come later.
+func linkFault(kind, side string, state State) fault {
+	f := fault{name: fmt.Sprintf("%s link when %s is %s", kind, side, state)}
+	var conns []*faulty
+	f.arm = func(p *pair) {
+		p.network.wrap = func(_ int64, c io.ReadWriteCloser) io.ReadWriteCloser {
+			fc := newFaulty(c, 1<<50, map[string]func(*faulty) error{"cut": cut, "freeze": freeze}[kind])
+			conns = append(conns, fc)
+			return fc
+		}
+	}
+	var fired atomic.Bool
+	f.at = func(p *pair, at string, s State) {
+		if at != side || s != state || !fired.CompareAndSwap(false, true) {
+			return
+		}
+		p.network.mu.Lock()
+		defer p.network.mu.Unlock()
+		for _, c := range conns {
+			c.left.Store(0)
+			if kind == "cut" {
+				_ = c.Close()
+			}
+		}
+	}
+	return f
+}
+
+// callFault lets a call on a machine fail.
+func callFault(side, call string) fault {
+	return fault{name: fmt.Sprintf("%s fails to %s", side, call), arm: func(p *pair) {
+		m := p.guest
+		if side == "target" {
+			m = p.target.scripted
+		}
+		f := func(c string) error {
+			if c == call {
+				return errors.New("injected: " + call)
+			}
+			return nil
+		}
+		m.failing.Store(&f)
+	}}
+}
+
+// killFault kills a side when it gets to a state, or when the other does.
+func killFault(victim, side string, state State) fault {
+	var fired atomic.Bool
+	return fault{name: fmt.Sprintf("kill %s when %s is %s", victim, side, state), at: func(p *pair, at string, s State) {
+		if at != side || s != state || !fired.CompareAndSwap(false, true) {
+			return
+		}
+		p.kill(victim)
+	}}
+}
+
+// fullFault fills the target's disk when it gets to a state.
+func fullFault(state State) fault {
+	return fault{name: "target's disk is full when it is " + string(state), at: func(p *pair, at string, s State) {
+		if at == "target" && s == state {
+			for _, m := range p.target.under {
+				m.full.Store(true)
+			}
+		}
+	}}
+}
+
+// damaged flips one bit after so many bytes read.
+type damaged struct {
+	io.ReadWriteCloser
+	left int64
+}
+
+func (d *damaged) Read(p []byte) (int, error) {
+	n, err := d.ReadWriteCloser.Read(p)
+	if d.left >= 0 && d.left < int64(n) {
+		p[d.left] ^= 4
+	}
+	d.left -= int64(n)
+	return n, err
+}
+
+// kill ends a side as kill -9 does: nothing of it does anything any more.
+func (p *pair) kill(side string) {
+	p.network.kill()
+	p.killed.Store(side)
+	m := p.guest
+	if side == "target" {
+		m = p.target.scripted
+	}
+	m.dead.Store(true)
+	f := func(string) error { return errors.New("killed") }
+	m.failing.Store(&f)
+	p.ledger.mu.Lock()
+	defer p.ledger.mu.Unlock()
+	if p.ledger.running == side {
+		p.ledger.running = "nowhere"
+	}
+}
+
+// settle brings a migration to its end, settling what is in doubt as an operator would, and checks that there is one VM with all its data, or what the
+// table in docs/migration.md says instead.
+func (p *pair) settle(t *testing.T, receive func() (*Target, error)) (source, target State) {
+	t.Helper()
+	arrived, err := receive()
+	target = NotTaken
+	deadline := time.Now().Add(10 * time.Second)
+	if err == nil {
+		for {
+			target = arrived.State()
+			stuck := p.dead() != "" && target == Fetching && time.Now().After(deadline.Add(-9800*time.Millisecond))
+			if target == Moved || target == LeftFetching || stuck {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("%s: the target does not get on: %s, source %s, %v", p.what, target, p.source.State(), p.states.String())
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
+	for {
+		source = p.source.State()
+		if source == Kept || source == Moved || source == Lost || p.dead() == "source" {
+			break
+		}
+		if source == InDoubt && (p.dead() == "target" || target == NotTaken && time.Now().After(deadline.Add(-5*time.Second))) {
+			o := Here
+			if p.target.ran.Load() {
+				o = Away
+			}
+			if err := p.source.Settle(o); err != nil && p.source.State() == InDoubt {
+				t.Fatal(err)
+			}
+		}
+		if source == Serving && p.dead() == "target" {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: the source does not get on: %s, target %s, %v", p.what, source, target, p.states.String())
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return source, target
+}
+
+// conclude ends both guests and checks the one that is left.
+func (p *pair) conclude(t *testing.T, source State, arrived *Target) {
+	t.Helper()
+	ran := p.target.ran.Load()
+	if p.dead() == "" {
+		time.Sleep(time.Millisecond) // it goes on
+	}
+	p.ledger.mu.Lock()
+	running := p.ledger.running
+	p.ledger.mu.Unlock()
+	var check *scripted
+	switch {
+	case p.dead() == "source" && ran, source == Moved:
+		check = p.target.scripted
+	case source == Kept:
+		check = p.guest
+	}
+	if p.dead() == "" {
+		want := "source"
+		if ran {
+			want = "target"
+		}
+		if running != want || (source == Moved) != ran {
+			t.Errorf("the VM runs at %q, the source is %s and the target ran it: %v", running, source, ran)
+		}
+	}
+	if p.dead() == "target" && !ran && running != "source" {
+		t.Errorf("the VM runs at %q after the target was killed", running)
+	}
+	if arrived != nil {
+		if err := arrived.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	p.guest.halt()
+	p.target.halt()
+	if check != nil {
+		err := check.verify()
+		incomplete := p.dead() == "source" && errors.Is(err, block.ErrAbandoned) // it was stuck, and never wrong
+		if err != nil && !incomplete {
+			t.Error(err)
+		}
+	}
+	p.network.kill()
+	if err := p.source.Close(); err != nil {
+		t.Error(err)
+	}
+	p.network.wg.Wait()
+}
+
+// try runs one migration with a fault.
+func try(t *testing.T, seed uint64, limits Limits, f fault) (p *pair, source, target State, err error) {
+	t.Helper()
+	onState := func(side string, s State) {
+		if f.at != nil {
+			f.at(p, side, s)
+		}
+	}
+	p = newPair(t, seed, limits, onState)
+	p.what = fmt.Sprintf("seed %d: %s", seed, f.name)
+	if f.arm != nil {
+		f.arm(p)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var arrived *Target
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		limits := limits
+		if strings.HasPrefix(f.name, "kill") {
+			limits.Settle = 10 * time.Millisecond
+		}
+		arrived, err = Receive(ctx, p.config(limits, onState))
+	}()
+	source, target = p.settle(t, func() (*Target, error) {
+		<-done
+		return arrived, err
+	})
+	p.conclude(t, source, arrived)
+	return p, source, target, err
+}
+
+// What becomes of a VM at every fault in every state, as docs/migration.md says.
+func TestFaultMatrix(t *testing.T) {
+	type outcome struct{ source, target State }
+	kept, moved := outcome{Kept, NotTaken}, outcome{Moved, Moved}
+	var faults []struct {
+		fault
+		outcome
+	}
+	add := func(f fault, o outcome) {
+		faults = append(faults, struct {
+			fault
+			outcome
+		}{f, o})
+	}
+	for _, kind := range []string{"cut", "freeze"} {
+		for _, s := range []State{Preflight, PreCopying, Preparing, HandingOff} {
+			add(linkFault(kind, "source", s), kept)
+		}
+		add(linkFault(kind, "target", Receiving), kept)
+		for _, s := range []State{TakingOver, Fetching, Confirming} {
+			add(linkFault(kind, "target", s), moved)
+		}
+		// The authority may get through or not.
+		add(linkFault(kind, "source", InDoubt), outcome{})
+		add(linkFault(kind, "source", Serving), moved)
+	}
+	for _, call := range []string{"flush", "prepare", "pause", "save"} {
+		add(callFault("source", call), kept)
+	}
+	for _, s := range []State{InDoubt, Serving, Moved} {
+		add(callFault("source", "mark "+string(s)), moved)
+	}
+	for _, call := range []string{"accept", "start", "restore", "resume"} {
+		add(callFault("target", call), kept)
+	}
+	add(callFault("target", "cache"), moved)
+	add(fullFault(Receiving), kept)
+	for _, s := range []State{Preflight, PreCopying, Preparing, HandingOff} {
+		add(killFault("target", "source", s), kept)
+		add(killFault("source", "source", s), outcome{"", NotTaken})
+	}
+	add(killFault("target", "target", TakingOver), kept) // after an operator has settled it
+	add(killFault("source", "target", TakingOver), outcome{})
+	add(killFault("target", "target", Fetching), outcome{Serving, ""})
+	add(killFault("source", "target", Fetching), outcome{})
+	for _, tt := range faults {
+		t.Run(tt.name, func(t *testing.T) {
+			p, source, target, err := try(t, 1, quick(), tt.fault)
+			if tt.source != "" && source != tt.source || tt.target != "" && target != tt.target && p.dead() != "target" {
+				t.Errorf("source %q, target %q; want %q, %q; %v; %v; %v", source, target, tt.source, tt.target, p.states.String(), err, p.network.err)
+			}
+			if tt.outcome == kept && p.dead() == "" && (err == nil || p.network.err == nil) {
+				t.Errorf("nobody was told: target %v, source %v", err, p.network.err)
+			}
+		})
+	}
+}
+
+// Migrations with random faults at random moments: whatever happens, the VM runs once and has all its data.
+func TestSoak(t *testing.T) {
+	rounds := 1000
+	if n, err := strconv.Atoi(os.Getenv("DRAFTER_SOAK_ROUNDS")); err == nil {
+		rounds = n
+	}
+	begin := uint64(time.Now().UnixNano())
+	if n, err := strconv.ParseUint(os.Getenv("DRAFTER_SOAK_SEED"), 10, 64); err == nil {
+		begin = n
+	}
+	outcomes := map[string]int{}
+	for i := range uint64(rounds) {
+		seed := begin + i
+		rng := rand.New(rand.NewPCG(seed, 7))
+		limits := quick()
+		limits.NoPostCopy = rng.IntN(4) == 0
+		if rng.IntN(3) == 0 && !limits.NoPostCopy {
+			limits.Timeout = time.Duration(rng.IntN(5)+1) * time.Millisecond // much is left to post-copy
+		}
+		f := randomFault(rng)
+		_, source, target, err := try(t, seed, limits, f)
+		outcomes[fmt.Sprintf("source %s, target %s", source, target)]++
+		if t.Failed() {
+			t.Fatalf("seed %d: %s: source %s, target %s, %v", seed, f.name, source, target, err)
+		}
+	}
+	t.Log(outcomes)
+}
+
+func randomFault(rng *rand.Rand) fault {
+	sourceStates := []State{Preflight, PreCopying, Preparing, HandingOff, InDoubt, Serving}
+	targetStates := []State{Preflight, Receiving, TakingOver, Fetching, Confirming}
+	pick := func(side string) State {
+		if side == "source" {
+			return sourceStates[rng.IntN(len(sourceStates))]
+		}
+		return targetStates[rng.IntN(len(targetStates))]
+	}
+	sides := []string{"source", "target"}
+	side := sides[rng.IntN(2)]
+	switch rng.IntN(8) {
+	case 0:
+		return fault{name: "none"}
+	case 1:
+		return connectionFault([]string{"cut", "freeze", "damage"}[rng.IntN(3)], rng.Int64N(3), rng.Int64N(300_000))
+	case 2, 3:
+		return connectionFault("cut", rng.Int64N(3), rng.Int64N(100_000))
+	case 4:
+		return linkFault([]string{"cut", "cut", "cut", "freeze"}[rng.IntN(4)], side, pick(side))
+	case 5:
+		return killFault(sides[rng.IntN(2)], side, pick(side))
+	case 6:
+		calls := map[string][]string{
+			"source": {"flush", "prepare", "pause", "save", "mark " + string(InDoubt), "mark " + string(Serving), "mark " + string(Moved)},
+			"target": {"accept", "start", "restore", "resume", "cache"},
+		}[side]
+		return callFault(side, calls[rng.IntN(len(calls))])
+	}
+	return fullFault([]State{Preflight, Receiving}[rng.IntN(2)])
+}

@@ -1,0 +1,131 @@
+package migrate
+
+import (
+	"context"
+	"fmt"
+
+	"drafter/block"
+	"drafter/wire"
+)
+
+// serve sends the target what it lacks, over whatever connections it makes, until it has all.
+func (o *outgoing) serve(ctx context.Context) (State, error) {
+	o.mark(Serving)
+	for {
+		o.mu.Lock()
+		l, attached := o.main, o.attached
+		o.mu.Unlock()
+		if err := o.push(ctx, l); err != nil {
+			l.cancel(err)
+		}
+		select {
+		case <-o.complete:
+			return o.release()
+		case <-attached:
+		case <-ctx.Done():
+			return "", context.Cause(ctx)
+		}
+	}
+}
+
+// release notes that the target has all, and tells it so.
+func (o *outgoing) release() (State, error) {
+	<-o.mark(Moved)
+	o.mu.Lock()
+	l := o.main
+	o.mu.Unlock()
+	_ = l.Send(wire.TypeReleased) // a target that does not get it asks again, and then goes on
+	return Moved, nil
+}
+
+// push sends all that is pending, in the order of addresses, in pieces that do not keep those who wait from the connection. It returns early when the link
+// has ended.
+func (o *outgoing) push(ctx context.Context, l *link) error {
+	for _, d := range o.devices {
+		for first := d.pending.Next(0); first < d.pending.Len(); first = d.pending.Next(first) {
+			_, end := d.pending.Run(first, min(d.pending.Len(), first+postCopyRun))
+			if ctx.Err() != nil {
+				return nil
+			}
+			if alive, err := o.sendPending(l, o.sender, d, first, end, purposePostCopy); err != nil || !alive {
+				return err
+			}
+			first = end
+		}
+	}
+	return nil
+}
+
+// sendPending sends pages after the handoff, unless the link has ended. Then they stay pending: the target says what it lacks when it comes back.
+func (o *outgoing) sendPending(l *link, s *sender, d *outgoingDevice, first, end int64, why purpose) (alive bool, err error) {
+	o.sending.RLock()
+	defer o.sending.RUnlock()
+	if l.ctx.Err() != nil {
+		return false, nil
+	}
+	d.pending.ClearRange(first, end)
+	if err := o.sendPages(l.ctx, l, s, d, first, end, why); err != nil {
+		return false, fmt.Errorf("device %s: %w", d.Name, err)
+	}
+	return true, nil
+}
+
+// startServing answers wants from here on, until ctx ends.
+func (o *outgoing) startServing(ctx context.Context) {
+	o.once.serving.Do(func() {
+		o.wg.Go(func() {
+			s, err := newSender()
+			if err != nil {
+				o.lane().cancel(err)
+				return
+			}
+			defer s.close()
+			for {
+				select {
+				case w := <-o.wants:
+					l := o.lane()
+					if err := o.answer(l, s, w); err != nil {
+						l.cancel(err)
+					}
+				case <-ctx.Done():
+					return
+				}
+			}
+		})
+	})
+}
+
+// lane is the connection for what somebody waits for.
+func (o *outgoing) lane() *link {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.demand != nil && o.demand.ctx.Err() == nil {
+		return o.demand
+	}
+	return o.main
+}
+
+// answer sends the pages of a want, and then what is pending of the blocks around them.
+func (o *outgoing) answer(l *link, s *sender, w wire.Want) error {
+	d := o.devices[w.Device]
+	if d.skip {
+		return fmt.Errorf("%w: pages wanted of device %s, which is not sent", wire.ErrProtocol, d.Name)
+	}
+	for first := w.First; first < w.Ends; {
+		end := min(w.Ends, first+postCopyRun)
+		if alive, err := o.sendPending(l, s, d, first, end, purposeWanted); err != nil || !alive {
+			return err
+		}
+		first = end
+	}
+	pages := d.Device.BlockSize() / block.PageSize
+	around, aroundEnd := w.First/pages*pages, min((w.Ends+pages-1)/pages*pages, d.pending.Len())
+	for first := d.pending.Next(around); first < aroundEnd; first = d.pending.Next(first) {
+		_, end := d.pending.Run(first, min(aroundEnd, first+postCopyRun))
+		if alive, err := o.sendPending(l, s, d, first, end, purposePostCopy); err != nil || !alive {
+			return err
+		}
+		first = end
+	}
+	return nil
+}

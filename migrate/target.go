@@ -1,0 +1,837 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/uuid"
+
+	"drafter/block"
+	"drafter/wire"
+)
+
+// TargetVM is what a target asks of the VM it is about to have. There is one call at a time, but for Start, beside which pages arrive.
+type TargetVM interface {
+	// Accept checks what is offered and opens devices for it, in the manifest's order. An error refuses the VM; it is told to the source. What Accept
+	// made is undone by Discard.
+	Accept(ctx context.Context, m wire.Manifest, migration uuid.UUID) ([]TargetDevice, error)
+	// Start starts the VMM, which waits for Restore. The devices that it needs have arrived.
+	Start(ctx context.Context) error
+	// Restore loads the VM's state and notes durably that the VM runs here. It does not run yet.
+	Restore(ctx context.Context, migration uuid.UUID) error
+	// Resume lets the VM run. An error means that it did not, unless it is an [ErrMayHaveRun].
+	Resume(ctx context.Context) error
+	// Complete makes durable what has arrived; nothing is missing any more.
+	Complete(ctx context.Context) error
+	// Discard gives up what Accept, Start and Restore made, and notes that the VM never ran here.
+	Discard(ctx context.Context) error
+}
+
+// ErrMayHaveRun says that a VM could not be resumed, but that it may have run.
+var ErrMayHaveRun = errors.New("the VM may have run")
+
+// TargetDevice is where a device of the manifest arrives.
+type TargetDevice struct {
+	Held   wire.Held
+	Device *block.Incoming // nil when it is [wire.Unwanted]
+	First  bool            // the VMM needs it to start
+
+	// Cache, if not nil, puts pages that have arrived where the VM will find them without asking; Uncache takes them away again. Both are called before
+	// the handoff only.
+	Cache   func(p []byte, off int64) error
+	Uncache func(off, length int64) error
+
+	// Persist, if not nil, notes durably which pages are missing; see [block.Incoming.Open].
+	Persist func(missing *block.Bitmap) error
+}
+
+// TargetConfig says how to receive a VM.
+type TargetConfig struct {
+	VM     TargetVM
+	Dial   Dial
+	Limits Limits
+
+	// As in [SourceConfig].
+	OnState    func(State)
+	OnProgress func(Stats)
+}
+
+// Target is a VM that has arrived, or the rest of which is arriving.
+type Target struct {
+	config  TargetConfig
+	id      uuid.UUID
+	cancel  context.CancelCauseFunc
+	state   atomic.Value  // State
+	running chan struct{} // closed when the VM runs here
+	ended   chan struct{} // closed when all is over; err is set
+	err     error
+	wg      sync.WaitGroup
+
+	devices   []*incomingDevice
+	sizes     []int64
+	authority chan wire.Authority // from the reader; its devices are open
+	released  chan struct{}       // closed when the source has taken note
+	release   sync.Once
+	start     starting
+	offered   bool        // Ready was sent, so that an authority may be on its way
+	refusal   error       // why the VM was not taken over
+	taken     atomic.Bool // an authority has been received
+
+	mu       sync.Mutex // guards the following
+	main     *link
+	demand   *link
+	closed   int64 // bytes of links that are gone
+	queue    []wire.Want
+	began    time.Time
+	took     time.Duration
+	downtime time.Duration
+	cycle    int
+	wanted   chan struct{} // holds a token when queue is not empty
+}
+
+// starting is the start of the VMM.
+type starting struct {
+	once  sync.Once
+	begun atomic.Bool
+	done  chan struct{} // closed at its end
+	err   error
+}
+
+// incomingDevice is a device that arrives.
+type incomingDevice struct {
+	TargetDevice
+	name     string
+	index    int
+	cached   *block.Bitmap // pages that Cache was called for; nil without
+	asked    *block.Bitmap // pages that were wanted
+	received atomic.Int64
+	saved    atomic.Int64
+	postCopy atomic.Int64
+	wanted   atomic.Int64
+	opened   atomic.Bool
+}
+
+// Receive asks a source for its VM. It returns when the VM runs here; what is missing is fetched from then on, see [Target.Wait]. On an error the VM does not
+// run here.
+func Receive(ctx context.Context, c TargetConfig) (*Target, error) {
+	var err error
+	if c.Limits, err = c.Limits.complete(); err != nil {
+		return nil, err
+	}
+	if c.OnState == nil {
+		c.OnState = func(State) {}
+	}
+	if c.OnProgress == nil {
+		c.OnProgress = func(Stats) {}
+	}
+	id, err := uuid.NewRandom()
+	if err != nil {
+		return nil, fmt.Errorf("make migration id: %w", err)
+	}
+	t := &Target{
+		config: c, id: id, running: make(chan struct{}), ended: make(chan struct{}), authority: make(chan wire.Authority, 1),
+		released: make(chan struct{}), began: time.Now(), wanted: make(chan struct{}, 1),
+	}
+	t.start.done = make(chan struct{})
+	t.state.Store(Preflight)
+	// What arrives after the VM runs does not end with the caller's context.
+	lifetime, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	t.cancel = cancel
+	stop := context.AfterFunc(ctx, func() { cancel(context.Cause(ctx)) })
+	go t.run(lifetime)
+	select {
+	case <-t.running:
+		if stop() {
+			return t, nil
+		}
+	case <-t.ended:
+	}
+	stop()
+	<-t.ended
+	select {
+	case <-t.running: // it runs, and the context has ended since
+		return t, nil
+	default:
+		return nil, t.err
+	}
+}
+
+// targetTable is the target's machine.
+var targetTable = map[State]row[*Target]{
+	Preflight:   {does: (*Target).preflight, then: []State{Receiving}, failing: HandingBack},
+	Receiving:   {does: (*Target).receive, then: []State{TakingOver}, failing: HandingBack},
+	TakingOver:  {does: (*Target).takeOver, then: []State{Fetching}, failing: HandingBack, within: func(l *Limits) time.Duration { return l.Handoff }},
+	HandingBack: {does: (*Target).handBack, then: []State{NotTaken}, failing: NotTaken},
+	Fetching:    {does: (*Target).fetch, then: []State{Confirming}, failing: LeftFetching},
+	Confirming:  {does: (*Target).confirm, then: []State{Moved}, failing: LeftFetching},
+
+	NotTaken: {}, Moved: {}, LeftFetching: {},
+}
+
+func (t *Target) run(ctx context.Context) {
+	defer close(t.ended)
+	stopProgress := t.reportProgress()
+	_, err := advance(ctx, t, targetTable, Preflight, &t.config.Limits, func(s State) {
+		t.state.Store(s)
+		if s == Fetching {
+			close(t.running)
+		}
+		t.config.OnState(s)
+	})
+	t.mu.Lock()
+	t.took = time.Since(t.began)
+	links := []*link{t.main, t.demand}
+	t.mu.Unlock()
+	t.cancel(errors.New("the migration has ended"))
+	for _, l := range links {
+		if l != nil {
+			l.close(errors.New("the migration has ended"))
+		}
+	}
+	t.wg.Wait()
+	stopProgress()
+	t.err = err
+}
+
+func (t *Target) reportProgress() (stop func()) {
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		tick := time.NewTicker(100 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-done:
+				t.config.OnProgress(t.Stats())
+				return
+			case <-tick.C:
+				t.config.OnProgress(t.Stats())
+			}
+		}
+	})
+	return func() {
+		close(done)
+		wg.Wait()
+	}
+}
+
+// State is where the migration stands.
+func (t *Target) State() State { return t.state.Load().(State) }
+
+// Stats says what was done so far.
+func (t *Target) Stats() Stats {
+	t.mu.Lock()
+	s := Stats{State: t.State(), Cycle: t.cycle, Total: t.took, Paused: t.downtime, Wire: t.closed}
+	if s.Total == 0 {
+		s.Total = time.Since(t.began)
+	}
+	for _, l := range []*link{t.main, t.demand} {
+		if l != nil {
+			s.Wire += l.Sent() + l.Received()
+		}
+	}
+	devices := t.devices
+	t.mu.Unlock()
+	for _, d := range devices {
+		if d.Device == nil {
+			continue
+		}
+		s.Devices = append(s.Devices, DeviceStats{
+			Name: d.name, Size: d.Device.Size(), Sent: d.received.Load(), Saved: d.saved.Load(), Pending: d.Device.Missing() * block.PageSize,
+			PostCopy: d.postCopy.Load(), Wanted: d.wanted.Load(),
+		})
+	}
+	return s
+}
+
+// Done is closed when nothing is missing any more and the source knows, or when that will not be.
+func (t *Target) Done() <-chan struct{} { return t.ended }
+
+// Wait waits until Done and returns what kept the VM from being complete.
+func (t *Target) Wait() error {
+	<-t.ended
+	return t.err
+}
+
+// Close gives up what is still missing, and waits for the end of what goes on.
+func (t *Target) Close() error {
+	t.cancel(errors.New("the target is closing"))
+	<-t.ended
+	for _, d := range t.devices {
+		if d.Device != nil {
+			d.Device.Abandon()
+		}
+	}
+	return nil
+}
+
+// connect dials and says hello.
+func (t *Target) connect(ctx context.Context, lane wire.Lane, resume bool) (*link, error) {
+	dctx, cancel := context.WithTimeoutCause(ctx, t.config.Limits.Silence, errors.New("no answer"))
+	defer cancel()
+	stream, err := t.config.Dial(dctx)
+	if err != nil {
+		return nil, fmt.Errorf("connect: %w", err)
+	}
+	l := newLink(ctx, stream, t.config.Limits.Silence)
+	if err := l.Send(wire.Hello{Version: wire.Version, Lane: lane, Resume: resume, Migration: t.id}); err != nil {
+		err = l.lost(err)
+		l.close(err)
+		return nil, err
+	}
+	return l, nil
+}
+
+// preflight learns what there is and whether it can run here.
+func (t *Target) preflight(ctx context.Context) (State, error) {
+	l, err := t.connect(ctx, wire.Main, false)
+	if err != nil {
+		return "", err
+	}
+	t.mu.Lock()
+	t.main = l
+	t.mu.Unlock()
+	reply, err := l.receive(nil)
+	if err != nil {
+		return "", fmt.Errorf("the source refuses: %w", err)
+	}
+	m, ok := reply.(wire.Manifest)
+	if !ok || len(m.Devices) == 0 || len(m.Devices) > 1000 {
+		return "", fmt.Errorf("%w: no manifest after a hello", wire.ErrProtocol)
+	}
+	devices, err := t.config.VM.Accept(ctx, m, t.id)
+	if err != nil {
+		l.refuse(wire.CodeIncompatible, err)
+		return "", err
+	}
+	accept := wire.Accept{}
+	var incoming []*incomingDevice
+	for i, d := range devices {
+		accept.Held = append(accept.Held, d.Held)
+		in := &incomingDevice{TargetDevice: d, name: m.Devices[i].Name, index: i}
+		if d.Device != nil {
+			in.asked = block.NewBitmap(block.Pages(d.Device))
+			if d.Cache != nil {
+				in.cached = block.NewBitmap(block.Pages(d.Device))
+			}
+		}
+		incoming = append(incoming, in)
+		t.sizes = append(t.sizes, m.Devices[i].Size)
+	}
+	t.mu.Lock()
+	t.devices = incoming
+	t.mu.Unlock()
+	if err := l.Send(accept); err != nil {
+		return "", l.lost(err)
+	}
+	t.joinDemand(ctx)
+	t.wg.Go(func() { l.cancel(t.read(ctx, l)) })
+	t.wg.Go(func() { t.ask(ctx) })
+	return Receiving, nil
+}
+
+// joinDemand opens the connection for what somebody waits for, if the transport gives a second one.
+func (t *Target) joinDemand(ctx context.Context) {
+	l, err := t.connect(ctx, wire.Demand, false)
+	if err != nil {
+		return
+	}
+	t.mu.Lock()
+	old := t.demand
+	t.demand = l
+	if old != nil {
+		t.closed += old.Sent() + old.Received()
+	}
+	t.mu.Unlock()
+	if old != nil {
+		old.close(errors.New("replaced"))
+	}
+	t.wg.Go(func() { l.cancel(t.read(ctx, l)) })
+}
+
+// read takes what the source sends until the link ends.
+func (t *Target) read(ctx context.Context, l *link) error {
+	decoder, err := wire.NewDecoder()
+	if err != nil {
+		return err
+	}
+	defer decoder.Close()
+	t.startWhenPossible(ctx, 1)
+	for {
+		f, err := l.Read()
+		if err != nil {
+			return l.lost(err)
+		}
+		switch f.Type {
+		case wire.TypePing:
+			continue
+		case wire.TypeExtent:
+			e, err := decoder.Extent(f, t.sizes)
+			if err != nil {
+				return err
+			}
+			if err := t.store(l, e); err != nil {
+				err = fmt.Errorf("device %s: %w", t.devices[e.Device].name, err)
+				l.refuse(wire.CodeInternal, err)
+				return err
+			}
+			continue
+		}
+		m, err := wire.Decode(f, t.sizes)
+		if err != nil {
+			return err
+		}
+		switch m := m.(type) {
+		case wire.Cycle:
+			t.mu.Lock()
+			t.cycle = m.Number
+			t.mu.Unlock()
+			t.startWhenPossible(ctx, m.Number)
+		case wire.Authority:
+			if t.State() != Receiving || !t.started() || !t.taken.CompareAndSwap(false, true) {
+				return fmt.Errorf("%w: an authority while %s", wire.ErrProtocol, t.State())
+			}
+			if err := t.open(m); err != nil {
+				return err
+			}
+			t.authority <- m // there is but one
+		case wire.Error:
+			return &RemoteError{Code: m.Code, Text: m.Text}
+		case wire.Type:
+			if m != wire.TypeReleased || t.State() != Confirming {
+				return fmt.Errorf("%w: %s while %s", wire.ErrProtocol, m, t.State())
+			}
+			t.release.Do(func() { close(t.released) })
+		default:
+			return fmt.Errorf("%w: %s while %s", wire.ErrProtocol, f.Type, t.State())
+		}
+	}
+}
+
+// started tells whether the VMM waits.
+func (t *Target) started() bool {
+	select {
+	case <-t.start.done:
+		return t.start.err == nil
+	default:
+		return false
+	}
+}
+
+// startWhenPossible starts the VMM once the devices it needs are there: at once if they are the base's, else when the first cycle is over.
+func (t *Target) startWhenPossible(ctx context.Context, cycle int) {
+	if cycle < 2 {
+		for _, d := range t.devices {
+			if d.First && d.Held == wire.HoldsNothing {
+				return
+			}
+		}
+	}
+	t.start.once.Do(func() {
+		t.start.begun.Store(true)
+		t.wg.Go(func() {
+			defer close(t.start.done)
+			t.start.err = t.config.VM.Start(ctx)
+		})
+	})
+}
+
+// store puts pages that have arrived into their device.
+func (t *Target) store(l *link, e wire.Extent) error {
+	d := t.devices[e.Device]
+	if d.Device == nil {
+		return fmt.Errorf("%w: it was not wanted", wire.ErrProtocol)
+	}
+	var used int64
+	var err error
+	switch e.Encoding {
+	case wire.Raw:
+		used, err = d.Device.Arrive(e.Data, e.Off)
+		d.received.Add(e.Len)
+	case wire.Zero:
+		used, err = d.Device.ArriveZeros(e.Off, e.Len)
+		d.saved.Add(e.Len)
+	case wire.Same:
+		used, err = d.Device.ArriveSame(e.Off, e.Len)
+		d.saved.Add(e.Len)
+	}
+	if err != nil {
+		return err
+	}
+	if d.opened.Load() {
+		d.postCopy.Add(used)
+		t.mu.Lock()
+		demanded := l == t.demand
+		t.mu.Unlock()
+		if demanded {
+			d.wanted.Add(used)
+		}
+		return nil
+	}
+	return d.cache(e)
+}
+
+// cache keeps what the VM will find without asking in step with the device. Never after the handoff: the VM may have written the page by then.
+func (d *incomingDevice) cache(e wire.Extent) error {
+	if d.Cache == nil || e.Encoding == wire.Same {
+		return nil
+	}
+	first, end := e.Off/block.PageSize, (e.Off+e.Len+block.PageSize-1)/block.PageSize
+	if e.Encoding == wire.Zero {
+		return d.uncache(first, end)
+	}
+	d.cached.SetRange(first, end)
+	if err := d.Cache(e.Data, e.Off); err != nil {
+		return d.uncache(first, end) // an older content of a page may be there
+	}
+	return nil
+}
+
+// uncache takes those of the pages away that are cached.
+func (d *incomingDevice) uncache(first, end int64) error {
+	for at := d.cached.Next(first); at < end; at = d.cached.Next(at) {
+		_, next := d.cached.Run(at, end)
+		if err := d.Uncache(at*block.PageSize, bytesOf(d.Device, at, next)); err != nil {
+			return fmt.Errorf("take back what was cached: %w", err)
+		}
+		d.cached.ClearRange(at, next)
+		at = next
+	}
+	return nil
+}
+
+// open lets the VM at its devices. All that was sent before the authority has been stored.
+func (t *Target) open(a wire.Authority) error {
+	for i, d := range t.devices {
+		if d.Device == nil {
+			continue
+		}
+		if n := d.Device.Violations(); n > 0 {
+			return fmt.Errorf("device %s was used %d times before the handoff, which is a defect of the VMM or its driver", d.name, n)
+		}
+		if d.cached != nil {
+			for at := a.Missing[i].Next(0); at < a.Missing[i].Len(); {
+				_, next := a.Missing[i].Run(at, a.Missing[i].Len())
+				if err := d.uncache(at, next); err != nil {
+					return fmt.Errorf("device %s: %w", d.name, err)
+				}
+				at = a.Missing[i].Next(next)
+			}
+		}
+		d.opened.Store(true)
+		d.Device.Open(a.Missing[i], func(first, end int64) { t.want(i, first, end) }, d.Persist)
+	}
+	return nil
+}
+
+// want asks for pages once, without waiting.
+func (t *Target) want(device int, first, end int64) {
+	asked := t.devices[device].asked
+	var queue []wire.Want
+	for page := first; page < end; page++ {
+		if !asked.Set(page) {
+			continue
+		}
+		if n := len(queue); n > 0 && queue[n-1].Ends == page {
+			queue[n-1].Ends++
+			continue
+		}
+		queue = append(queue, wire.Want{Device: device, First: page, Ends: page + 1})
+	}
+	t.mu.Lock()
+	t.queue = append(t.queue, queue...)
+	t.mu.Unlock()
+	t.signalWanted()
+}
+
+func (t *Target) signalWanted() {
+	select {
+	case t.wanted <- struct{}{}:
+	default:
+	}
+}
+
+// ask sends what is wanted. What cannot be sent is asked for again after the next connection is there.
+func (t *Target) ask(ctx context.Context) {
+	for {
+		select {
+		case <-t.wanted:
+		case <-ctx.Done():
+			return
+		}
+		t.mu.Lock()
+		queue := t.queue
+		t.queue = nil
+		l := t.demand
+		if l == nil || l.ctx.Err() != nil {
+			l = t.main
+		}
+		t.mu.Unlock()
+		for _, w := range queue {
+			if err := l.Send(w); err != nil {
+				l.cancel(err)
+				break
+			}
+		}
+	}
+}
+
+// receive waits until the VM is handed over.
+func (t *Target) receive(ctx context.Context) (State, error) {
+	l := t.main
+	started := t.start.done
+	for {
+		select {
+		case <-started:
+			if err := t.start.err; err != nil {
+				l.refuse(codeOf(err), fmt.Errorf("the target cannot start its VMM: %w", err))
+				return "", err
+			}
+			started = nil
+			t.offered = true
+			if err := l.Send(wire.TypeReady); err != nil {
+				return "", l.lost(err)
+			}
+		case a := <-t.authority:
+			t.mu.Lock()
+			t.downtime = a.Paused
+			t.mu.Unlock()
+			return TakingOver, nil
+		case <-l.ctx.Done():
+			return "", fmt.Errorf("the VM stays at its source: %w", context.Cause(l.ctx))
+		case <-ctx.Done():
+			l.refuse(wire.CodeCancelled, errors.New("the target was ended"))
+			return "", context.Cause(ctx)
+		}
+	}
+}
+
+// takeOver lets the VM run here. Until it does, the VM can be handed back.
+func (t *Target) takeOver(ctx context.Context) (State, error) {
+	began := time.Now()
+	if t.refusal = t.config.VM.Restore(ctx, t.id); t.refusal != nil {
+		return "", t.refusal
+	}
+	if err := t.config.VM.Resume(ctx); err != nil && !errors.Is(err, ErrMayHaveRun) {
+		t.refusal = err
+		return "", err
+	}
+	t.mu.Lock()
+	t.downtime += time.Since(began)
+	l := t.main
+	t.mu.Unlock()
+	if serr := l.Send(wire.Ack{Accepted: true}); serr != nil {
+		l.cancel(serr) // the source learns it on the next connection
+	}
+	return Fetching, nil // a VM that has died has an owner all the same, who will notice
+}
+
+// handBack gives up what there is, and tells the source that the VM will never run here.
+func (t *Target) handBack(ctx context.Context) (State, error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), t.config.Limits.Settle)
+	defer cancel()
+	for _, d := range t.devices {
+		if d.Device != nil {
+			d.Device.Abandon()
+		}
+	}
+	if t.start.begun.Load() {
+		<-t.start.done // its context has ended, or it is quick
+	}
+	err := t.config.VM.Discard(ctx)
+	t.mu.Lock()
+	l := t.main
+	t.mu.Unlock()
+	if l == nil {
+		return NotTaken, err
+	}
+	if t.offered && l.ctx.Err() == nil {
+		reason := "the target gave up before the handoff"
+		if t.refusal != nil {
+			reason = t.refusal.Error()
+		}
+		_ = l.Send(wire.Ack{Reason: reason}) // whether it is read is not known, so it is told again
+	}
+	l.linger(t.config.Limits.Reconnect)
+	if t.offered {
+		err = errors.Join(err, t.tellRefused(ctx))
+	}
+	return NotTaken, err
+}
+
+// tellRefused tells the source on a new connection that the VM did not run here, until it has taken note.
+func (t *Target) tellRefused(ctx context.Context) error {
+	for {
+		err := t.resume(ctx, wire.Refused, func(l *link) error {
+			m, err := l.receive(t.sizes)
+			var remote *RemoteError
+			if errors.As(err, &remote) && remote.Code == wire.CodeUnknown {
+				return nil // it runs at its source already, or the source is another process
+			}
+			if err == nil && m != wire.TypeReleased {
+				err = fmt.Errorf("%w: %v after a resume", wire.ErrProtocol, m)
+			}
+			return err
+		})
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-time.After(t.config.Limits.Reconnect):
+		case <-ctx.Done():
+			return fmt.Errorf("the source could not be told that the VM did not run here (%w); if it waits, settle it there: drafter peer settle --here", err)
+		}
+	}
+}
+
+// resume makes a connection after one was lost, says where this side stands, and lets use go on with it. The link is closed afterwards.
+func (t *Target) resume(ctx context.Context, outcome wire.Outcome, use func(*link) error) error {
+	l, err := t.connect(ctx, wire.Main, true)
+	if err != nil {
+		return err
+	}
+	defer l.close(errors.New("the connection is not needed any more"))
+	stop := context.AfterFunc(ctx, func() { l.cancel(context.Cause(ctx)) })
+	defer stop()
+	r := wire.Resume{Outcome: outcome}
+	for i, d := range t.devices {
+		missing := block.NewBitmap((t.sizes[i] + block.PageSize - 1) / block.PageSize)
+		if d.Device != nil && outcome == wire.Accepted {
+			missing = d.Device.MissingPages()
+		}
+		r.Missing = append(r.Missing, missing)
+	}
+	if err := l.Send(r); err != nil {
+		return l.lost(err)
+	}
+	return use(l)
+}
+
+// fetch gets what is missing, over as many connections as it takes.
+func (t *Target) fetch(ctx context.Context) (State, error) {
+	for _, d := range t.devices {
+		if d.Device == nil {
+			continue
+		}
+		if err := t.whileConnected(ctx, d.Device.Complete()); err != nil {
+			return "", fmt.Errorf("device %s: %d bytes are missing: %w", d.name, d.Device.Missing()*block.PageSize, err)
+		}
+	}
+	return Confirming, nil
+}
+
+// whileConnected keeps a connection with the source until done is closed.
+func (t *Target) whileConnected(ctx context.Context, done <-chan struct{}) error {
+	for {
+		t.mu.Lock()
+		l := t.main
+		t.mu.Unlock()
+		select {
+		case <-done:
+			return nil
+		case <-l.ctx.Done():
+			if err := t.reconnect(ctx); err != nil {
+				select {
+				case <-time.After(t.config.Limits.Reconnect):
+				case <-done:
+				case <-ctx.Done():
+				}
+			}
+		case <-ctx.Done():
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// reconnect makes a new main connection, and asks again for what somebody waits for.
+func (t *Target) reconnect(ctx context.Context) error {
+	l, err := t.connect(ctx, wire.Main, true)
+	if err != nil {
+		return err
+	}
+	r := wire.Resume{Outcome: wire.Accepted}
+	for i, d := range t.devices {
+		missing := block.NewBitmap((t.sizes[i] + block.PageSize - 1) / block.PageSize)
+		if d.Device != nil {
+			missing = d.Device.MissingPages()
+		}
+		r.Missing = append(r.Missing, missing)
+	}
+	if err := l.Send(r); err != nil {
+		err = l.lost(err)
+		l.close(err)
+		return err
+	}
+	t.mu.Lock()
+	old := t.main
+	t.main = l
+	t.closed += old.Sent() + old.Received()
+	t.queue = nil
+	for i, d := range t.devices {
+		if d.Device == nil {
+			continue
+		}
+		for page := range d.asked.All() {
+			if r.Missing[i].Has(page) {
+				t.queue = append(t.queue, wire.Want{Device: i, First: page, Ends: page + 1})
+			}
+		}
+	}
+	t.mu.Unlock()
+	old.close(errors.New("replaced"))
+	t.wg.Go(func() { l.cancel(t.read(ctx, l)) })
+	t.joinDemand(ctx)
+	t.signalWanted()
+	return nil
+}
+
+// confirm makes the VM durable and tells the source that it is not needed any more.
+func (t *Target) confirm(ctx context.Context) (State, error) {
+	if err := t.config.VM.Complete(ctx); err != nil {
+		return "", err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, t.config.Limits.Settle, errors.New("no answer"))
+	defer cancel()
+	for {
+		t.mu.Lock()
+		l := t.main
+		t.mu.Unlock()
+		if err := l.Send(wire.TypeComplete); err != nil {
+			l.cancel(err)
+		}
+		select {
+		case <-t.released:
+			return Moved, nil
+		default:
+		}
+		select {
+		case <-t.released:
+			return Moved, nil
+		case <-l.ctx.Done():
+			var remote *RemoteError
+			if errors.As(context.Cause(l.ctx), &remote) && remote.Code == wire.CodeUnknown {
+				return Moved, nil // the source is gone, and nothing of it is needed
+			}
+			if err := t.reconnect(ctx); err != nil {
+				select {
+				case <-time.After(t.config.Limits.Reconnect):
+				case <-ctx.Done():
+				}
+			}
+		case <-ctx.Done():
+		}
+		if ctx.Err() != nil {
+			// Nothing is missing, so nothing is wrong here. The source keeps what it has.
+			return Moved, nil
+		}
+	}
+}
+
+var _ io.Closer = (*Target)(nil)

@@ -1,0 +1,243 @@
+// Package wire holds the frames of the migration protocol: how they are encoded, decoded and bounded. docs/protocol.md describes them byte by byte. What is
+// sent when is the business of package migrate.
+package wire
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/zeebo/xxh3"
+
+	"drafter/block"
+)
+
+// Version is the version of the protocol. Both sides must speak the same.
+const Version = 1
+
+// Type says what a frame is.
+type Type uint8
+
+// The types of frames, and who sends them.
+const (
+	TypeHello     Type = 1  // target: opens every connection
+	TypeManifest  Type = 2  // source: what there is to migrate
+	TypeAccept    Type = 3  // target: it can be done; which bases are there
+	TypeExtent    Type = 4  // source: pages of a device
+	TypeWant      Type = 5  // target: pages that somebody waits for
+	TypeCycle     Type = 6  // source: a cycle begins, with so much to send
+	TypeReady     Type = 7  // target: the VMM waits
+	TypeAuthority Type = 8  // source: the VM is the target's; what has not been sent
+	TypeAck       Type = 9  // target: the VM runs here, or never will
+	TypeResume    Type = 10 // target, after a lost connection: where it stands
+	TypeComplete  Type = 11 // target: all has arrived and is durable
+	TypeReleased  Type = 12 // source: it has taken note that the VM is no longer its
+	TypeProgress  Type = 13 // target: so much has arrived
+	TypePing      Type = 14 // both: the connection lives
+	TypeError     Type = 15 // both: why the migration or the connection ends
+)
+
+func (t Type) String() string {
+	names := [...]string{1: "hello", "manifest", "accept", "extent", "want", "cycle", "ready", "authority", "ack", "resume", "complete", "released", "progress", "ping", "error"}
+	if int(t) < len(names) && names[t] != "" {
+		return names[t]
+	}
+	return fmt.Sprintf("type %d", uint8(t))
+}
+
+// Limits of payloads, in bytes.
+const (
+	MaxExtent = 1 << 20 // of data in one extent
+	maxList   = 8 << 20 // of page sets in one message
+
+	extentHeader = 12
+)
+
+// maxPayload bounds what a frame of a type may announce, before anything is allocated for it.
+func maxPayload(t Type) int {
+	switch t {
+	case TypeHello:
+		return 256
+	case TypeManifest:
+		return 2 << 20
+	case TypeAccept:
+		return 4096
+	case TypeExtent:
+		return extentHeader + MaxExtent
+	case TypeAuthority, TypeResume:
+		return maxList + 4096
+	case TypeError, TypeAck:
+		return 4096
+	case TypeWant, TypeCycle, TypeProgress, TypeReady, TypeComplete, TypeReleased, TypePing:
+		return 64
+	}
+	return -1
+}
+
+// The header of a frame; numbers are little-endian.
+//
+//	offset  size  field
+//	0       4     length of the payload
+//	4       1     type
+//	5       1     encoding of an extent's data, else 0
+//	6       2     index of the device in the manifest, else 0
+//	8       8     XXH3-64 of the payload, seeded with bytes 0 to 7
+const headerSize = 16
+
+// ErrProtocol says that the other side does not follow the protocol, or that the connection damaged what it sent.
+var ErrProtocol = errors.New("protocol violation")
+
+func violation(format string, args ...any) error {
+	return fmt.Errorf("%w: %s", ErrProtocol, fmt.Sprintf(format, args...))
+}
+
+// Frame is one message as received. Payload is valid until the next Read.
+type Frame struct {
+	Type     Type
+	Encoding Encoding
+	Device   uint16
+	Payload  []byte
+}
+
+// Conn sends and receives frames over a byte stream. Any number of goroutines may send, one may receive.
+type Conn struct {
+	stream io.ReadWriteCloser
+	send   priorityLock
+	header [headerSize]byte // of Read
+	buffer []byte           // of Read, reused
+
+	waiting  atomic.Int64 // since when Read has waited for data, in nanoseconds since 1970; 0: it does not
+	in, out  atomic.Int64 // bytes
+	closed   sync.Once
+	closeErr error
+}
+
+// NewConn frames stream, which it owns from here on.
+func NewConn(stream io.ReadWriteCloser) *Conn {
+	return &Conn{stream: stream}
+}
+
+// Close closes the stream, which ends every Read and send. It is idempotent.
+func (c *Conn) Close() error {
+	c.closed.Do(func() { c.closeErr = c.stream.Close() })
+	return c.closeErr
+}
+
+// Silence is how long Read has been waiting without receiving anything.
+func (c *Conn) Silence() time.Duration {
+	if since := c.waiting.Load(); since != 0 {
+		return time.Since(time.Unix(0, since))
+	}
+	return 0
+}
+
+// Sent and Received are the bytes that went over the stream.
+func (c *Conn) Sent() int64     { return c.out.Load() }
+func (c *Conn) Received() int64 { return c.in.Load() }
+
+// sealFrame fills in the header of a frame whose payload follows it.
+func sealFrame(b []byte, t Type, encoding Encoding, device uint16) {
+	payload := b[headerSize:]
+	binary.LittleEndian.PutUint32(b, uint32(len(payload)))
+	b[4], b[5] = byte(t), byte(encoding)
+	binary.LittleEndian.PutUint16(b[6:], device)
+	binary.LittleEndian.PutUint64(b[8:], xxh3.HashSeed(payload, binary.LittleEndian.Uint64(b)))
+}
+
+// write sends a sealed frame. Urgent frames overtake those that wait.
+func (c *Conn) write(b []byte, urgent bool) error {
+	if urgent {
+		c.send.lockUrgent()
+		defer c.send.unlockUrgent()
+	} else {
+		c.send.lock()
+		defer c.send.unlock()
+	}
+	n, err := c.stream.Write(b)
+	c.out.Add(int64(n))
+	if err != nil {
+		return fmt.Errorf("send %s: %w", Type(b[4]), err)
+	}
+	return nil
+}
+
+// Read receives the next frame.
+func (c *Conn) Read() (f Frame, err error) {
+	c.waiting.Store(time.Now().UnixNano())
+	defer c.waiting.Store(0)
+	h := c.header[:]
+	if _, err := io.ReadFull(c.stream, h); err != nil {
+		return f, fmt.Errorf("receive: %w", err)
+	}
+	f = Frame{Type: Type(h[4]), Encoding: Encoding(h[5]), Device: binary.LittleEndian.Uint16(h[6:])}
+	length, most := int64(binary.LittleEndian.Uint32(h)), maxPayload(f.Type)
+	if most < 0 {
+		return f, violation("%s is unknown", f.Type)
+	}
+	if length > int64(most) {
+		return f, violation("a frame %s of %d bytes, of which %d are allowed", f.Type, length, most)
+	}
+	if err := c.readPayload(int(length)); err != nil {
+		return f, fmt.Errorf("receive %s: %w", f.Type, err)
+	}
+	f.Payload = c.buffer[:length]
+	if got, want := xxh3.HashSeed(f.Payload, binary.LittleEndian.Uint64(h)), binary.LittleEndian.Uint64(h[8:]); got != want {
+		return f, violation("a frame %s was damaged on its way: its checksum is %016x instead of %016x", f.Type, got, want)
+	}
+	c.in.Add(headerSize + length)
+	return f, nil
+}
+
+// readPayload reads into the buffer, which grows only as data really comes.
+func (c *Conn) readPayload(length int) error {
+	const step = extentHeader + MaxExtent
+	for done := 0; done < length; {
+		n := min(step, length-done)
+		if len(c.buffer) < done+n {
+			c.buffer = append(c.buffer, make([]byte, done+n-len(c.buffer))...)
+		}
+		m, err := io.ReadFull(c.stream, c.buffer[done:done+n])
+		done += m
+		if m > 0 {
+			c.waiting.Store(time.Now().UnixNano())
+		}
+		if errors.Is(err, io.EOF) {
+			err = io.ErrUnexpectedEOF
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if len(c.buffer) > 2*step && length <= step {
+		c.buffer = c.buffer[:step:step] // a large message is rare
+	}
+	return nil
+}
+
+// priorityLock is a lock whose urgent holders wait for at most one other.
+type priorityLock struct{ background, next, held sync.Mutex }
+
+func (l *priorityLock) lock() {
+	l.background.Lock()
+	l.lockUrgent()
+}
+
+func (l *priorityLock) unlock() {
+	l.unlockUrgent()
+	l.background.Unlock()
+}
+
+func (l *priorityLock) lockUrgent() {
+	l.next.Lock()
+	l.held.Lock()
+	l.next.Unlock()
+}
+
+func (l *priorityLock) unlockUrgent() { l.held.Unlock() }
+
+// pagesOf is the number of pages of bytes.
+func pagesOf(bytes int64) int64 { return (bytes + block.PageSize - 1) / block.PageSize }

@@ -1,0 +1,301 @@
+package wire
+
+import (
+	"encoding/binary"
+	"fmt"
+	"time"
+
+	"github.com/google/uuid"
+
+	"drafter/block"
+)
+
+// Lane says what a connection is for.
+type Lane uint8
+
+// The lanes of a migration. Where there is but one connection, it carries both.
+const (
+	Main   Lane = 0 // all that is neither wanted nor an answer to it
+	Demand Lane = 1 // wants of the target and their answers
+)
+
+const magic = "DRAFTER\x00"
+
+// Hello opens every connection. Its payload: magic [8]byte, version uint16, lane uint8, whether it resumes uint8, migration id [16]byte, features uint64.
+// A feature is a bit that changes nothing for those who do not know it; none are defined.
+type Hello struct {
+	Version   uint16
+	Lane      Lane
+	Resume    bool // the migration was handed over before, on another connection
+	Migration uuid.UUID
+	Features  uint64
+}
+
+// Manifest says what there is to migrate. Its payload: features uint64, config and processor as byte strings, number of devices uint16, then for each: name as
+// byte string, size uint64, block size uint32, flags uint8 (1: it needs the base), content id of the base [32]byte, zero for none. A byte string is its length
+// as uint32 and the bytes.
+type Manifest struct {
+	Features  uint64
+	Config    []byte // content of the config device (JSON)
+	Processor []byte // of the source's host (JSON); empty when it does not matter
+	Devices   []Device
+}
+
+// Device is one device of a manifest.
+type Device struct {
+	Name      string
+	Size      int64 // bytes
+	BlockSize int64 // bytes
+	NeedsBase bool  // the target must have the base
+	Base      block.ID
+}
+
+// Held says what of a device the target has.
+type Held uint8
+
+// What a target can have of a device.
+const (
+	HoldsNothing Held = 0 // it reads as zeros
+	HoldsBase    Held = 1 // the base that the manifest names
+	Unwanted     Held = 2 // the device is not to be sent
+)
+
+// Accept says that the target can take the VM. Its payload: one byte per device of the manifest.
+type Accept struct{ Held []Held }
+
+// Want asks for pages that somebody waits for. Its payload: first page uint64, number of pages uint32; the device is in the header.
+type Want struct {
+	Device      int
+	First, Ends int64 // pages; Ends is not part
+}
+
+// Cycle announces what is to be sent. Its payload: number uint32, bytes uint64.
+type Cycle struct {
+	Number int
+	Bytes  int64
+}
+
+// Authority hands the VM over. Its payload: how long it has been paused, int64 in nanoseconds; number of devices uint16; then the page set of each, see
+// [AppendPages]: what has not been sent in its final form.
+type Authority struct {
+	Paused  time.Duration
+	Missing []*block.Bitmap
+}
+
+// Ack answers an authority. Its payload: accepted uint8, reason.
+type Ack struct {
+	Accepted bool   // the VM runs at the target; else it never will
+	Reason   string // why not
+}
+
+// Outcome is how the target stands to a migration after an authority may have been sent.
+type Outcome uint8
+
+// The outcomes at a target.
+const (
+	Refused  Outcome = 0 // the VM will never run here
+	Accepted Outcome = 1 // the VM runs here
+)
+
+// Resume goes on after a lost connection. Its payload: outcome uint8, number of devices uint16, then the page set of each: what is still missing.
+type Resume struct {
+	Outcome Outcome
+	Missing []*block.Bitmap
+}
+
+// Progress reports what has arrived since the migration began. Its payload: bytes uint64.
+type Progress struct{ Bytes int64 }
+
+// Code says what kind an error is.
+type Code uint16
+
+// The codes of errors.
+const (
+	CodeInternal     Code = 1 // the sender failed
+	CodeIncompatible Code = 2 // the migration cannot work; trying again is of no use
+	CodeBusy         Code = 3 // the source migrates already, or is not ready to
+	CodeUnknown      Code = 4 // there is no migration of that id to resume
+	CodeCancelled    Code = 5 // somebody wanted the end
+	CodeProtocol     Code = 6 // the receiver does not follow the protocol
+)
+
+// Error ends a migration. Its payload: code uint16, text in UTF-8.
+type Error struct {
+	Code Code
+	Text string
+}
+
+func (e *Error) Error() string { return e.Text }
+
+// Send sends a message: one of the types above, or a bare [Type] for those without payload. Urgent messages overtake what waits.
+func (c *Conn) Send(message any) error {
+	b := make([]byte, headerSize, headerSize+256)
+	le := binary.LittleEndian
+	var t Type
+	device := 0
+	switch m := message.(type) {
+	case Type:
+		t = m
+	case Hello:
+		t, b = TypeHello, append(b, magic...)
+		b = le.AppendUint16(b, m.Version)
+		b = append(b, byte(m.Lane), oneIf(m.Resume))
+		b = le.AppendUint64(append(b, m.Migration[:]...), m.Features)
+	case Manifest:
+		t, b = TypeManifest, le.AppendUint64(b, m.Features)
+		b = appendString(appendString(b, m.Config), m.Processor)
+		b = le.AppendUint16(b, uint16(len(m.Devices)))
+		for _, d := range m.Devices {
+			b = le.AppendUint64(appendString(b, []byte(d.Name)), uint64(d.Size))
+			b = append(le.AppendUint32(b, uint32(d.BlockSize)), oneIf(d.NeedsBase))
+			b = append(b, d.Base[:]...)
+		}
+	case Accept:
+		t = TypeAccept
+		for _, h := range m.Held {
+			b = append(b, byte(h))
+		}
+	case Want:
+		t, device = TypeWant, m.Device
+		b = le.AppendUint32(le.AppendUint64(b, uint64(m.First)), uint32(m.Ends-m.First))
+	case Cycle:
+		t, b = TypeCycle, le.AppendUint64(le.AppendUint32(b, uint32(m.Number)), uint64(m.Bytes))
+	case Authority:
+		t, b = TypeAuthority, appendLists(le.AppendUint64(b, uint64(m.Paused)), m.Missing)
+	case Ack:
+		t, b = TypeAck, append(append(b, oneIf(m.Accepted)), cut(m.Reason)...)
+	case Resume:
+		t, b = TypeResume, appendLists(append(b, byte(m.Outcome)), m.Missing)
+	case Progress:
+		t, b = TypeProgress, le.AppendUint64(b, uint64(m.Bytes))
+	case Error:
+		t, b = TypeError, append(le.AppendUint16(b, uint16(m.Code)), cut(m.Text)...)
+	default:
+		return fmt.Errorf("send: %T is no message", message)
+	}
+	if len(b)-headerSize > maxPayload(t) {
+		return fmt.Errorf("send %s: %d bytes are more than the protocol allows", t, len(b)-headerSize)
+	}
+	sealFrame(b, t, 0, uint16(device))
+	return c.write(b, true)
+}
+
+func oneIf(b bool) byte {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// cut bounds a text for a human.
+func cut(s string) string { return s[:min(len(s), 2000)] }
+
+func appendString(b, s []byte) []byte {
+	return append(binary.LittleEndian.AppendUint32(b, uint32(len(s))), s...)
+}
+
+// Decode decodes any frame but an extent. Page sets are bounded by sizes, the devices' in bytes.
+func Decode(f Frame, sizes []int64) (any, error) {
+	r := &reader{b: f.Payload}
+	var m any
+	switch f.Type {
+	case TypeReady, TypeComplete, TypeReleased, TypePing:
+		m = f.Type
+	case TypeHello:
+		if string(r.take(len(magic))) != magic {
+			return nil, violation("this is not Drafter's protocol")
+		}
+		h := Hello{Version: r.uint16(), Lane: Lane(r.uint8()), Resume: r.uint8() == 1}
+		copy(h.Migration[:], r.take(16))
+		h.Features = r.uint64()
+		m = h
+	case TypeManifest:
+		m = r.manifest()
+	case TypeAccept:
+		a := Accept{}
+		for len(r.b) > 0 {
+			a.Held = append(a.Held, Held(r.uint8()))
+		}
+		m = a
+	case TypeWant:
+		if int(f.Device) >= len(sizes) {
+			return nil, violation("pages wanted of device %d, of which there are %d", f.Device, len(sizes))
+		}
+		first, n := r.uint64(), int64(r.uint32())
+		if pages := pagesOf(sizes[f.Device]); n == 0 || first >= uint64(pages) || n > pages-int64(first) {
+			return nil, violation("%d pages wanted at %d of a device of %d", n, first, pages)
+		}
+		m = Want{Device: int(f.Device), First: int64(first), Ends: int64(first) + n}
+	case TypeCycle:
+		m = Cycle{Number: int(r.uint32()), Bytes: int64(r.uint64())}
+	case TypeAuthority:
+		m = Authority{Paused: time.Duration(r.uint64()), Missing: r.lists(sizes)}
+	case TypeAck:
+		m = Ack{Accepted: r.uint8() == 1, Reason: string(r.rest())}
+	case TypeResume:
+		m = Resume{Outcome: Outcome(r.uint8()), Missing: r.lists(sizes)}
+	case TypeProgress:
+		m = Progress{Bytes: int64(r.uint64())}
+	case TypeError:
+		m = Error{Code: Code(r.uint16()), Text: string(r.rest())}
+	default:
+		return nil, violation("an unexpected %s", f.Type)
+	}
+	if r.err == nil && len(r.b) > 0 {
+		r.err = violation("%d bytes too many", len(r.b))
+	}
+	if r.err != nil {
+		return nil, fmt.Errorf("%s: %w", f.Type, r.err)
+	}
+	return m, nil
+}
+
+// reader takes a payload apart. After its first failure it returns zeros.
+type reader struct {
+	b   []byte
+	err error
+}
+
+var shortage [64]byte
+
+func (r *reader) take(n int) []byte {
+	if r.err == nil && n > len(r.b) {
+		r.err, r.b = violation("truncated"), nil
+	}
+	if r.err != nil {
+		return shortage[:min(n, len(shortage))]
+	}
+	taken := r.b[:n]
+	r.b = r.b[n:]
+	return taken
+}
+
+func (r *reader) uint8() uint8   { return r.take(1)[0] }
+func (r *reader) uint16() uint16 { return binary.LittleEndian.Uint16(r.take(2)) }
+func (r *reader) uint32() uint32 { return binary.LittleEndian.Uint32(r.take(4)) }
+func (r *reader) uint64() uint64 { return binary.LittleEndian.Uint64(r.take(8)) }
+func (r *reader) rest() []byte   { return r.take(len(r.b)) }
+
+func (r *reader) string() []byte {
+	n := r.uint32()
+	if r.err == nil && int64(n) > int64(len(r.b)) {
+		r.err = violation("truncated")
+	}
+	if r.err != nil {
+		return nil
+	}
+	return append([]byte(nil), r.take(int(n))...)
+}
+
+func (r *reader) manifest() Manifest {
+	m := Manifest{Features: r.uint64(), Config: r.string(), Processor: r.string()}
+	for n := r.uint16(); n > 0 && r.err == nil; n-- {
+		d := Device{Name: string(r.string()), Size: int64(r.uint64()), BlockSize: int64(r.uint32()), NeedsBase: r.uint8() == 1}
+		copy(d.Base[:], r.take(len(d.Base)))
+		if r.err == nil && d.Size <= 0 {
+			r.err = violation("device %q has size %d", d.Name, d.Size)
+		}
+		m.Devices = append(m.Devices, d)
+	}
+	return m
+}
