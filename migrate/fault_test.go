@@ -236,7 +236,7 @@ func (p *pair) conclude(t *testing.T, source State, arrived *Target) {
 }
 
 // try runs one migration with a fault.
-func try(t *testing.T, seed uint64, limits Limits, f fault) (p *pair, source, target State, err error) {
+func try(t *testing.T, seed uint64, limits Limits, rate int64, f fault) (p *pair, source, target State, err error) {
 	t.Helper()
 	onState := func(side string, s State) {
 		if f.at != nil {
@@ -245,6 +245,7 @@ func try(t *testing.T, seed uint64, limits Limits, f fault) (p *pair, source, ta
 	}
 	p = newPair(t, seed, limits, onState)
 	p.what = fmt.Sprintf("seed %d: %s", seed, f.name)
+	p.network.rate = rate
 	if f.arm != nil {
 		f.arm(p)
 	}
@@ -315,7 +316,7 @@ func TestFaultMatrix(t *testing.T) {
 	add(killFault("source", "target", Fetching), outcome{})
 	for _, tt := range faults {
 		t.Run(tt.name, func(t *testing.T) {
-			p, source, target, err := try(t, 1, quick(), tt.fault)
+			p, source, target, err := try(t, 1, quick(), 0, tt.fault)
 			if tt.source != "" && source != tt.source || tt.target != "" && target != tt.target && p.dead() != "target" {
 				t.Errorf("source %q, target %q; want %q, %q; %v; %v; %v", source, target, tt.source, tt.target, p.states.String(), err, p.network.err)
 			}
@@ -337,22 +338,31 @@ func TestSoak(t *testing.T) {
 		begin = n
 	}
 	outcomes := map[string]int{}
+	var postCopy, wanted int64
 	for i := range uint64(rounds) {
 		seed := begin + i
 		rng := rand.New(rand.NewPCG(seed, 7))
 		limits := quick()
 		limits.NoPostCopy = rng.IntN(4) == 0
-		if rng.IntN(3) == 0 && !limits.NoPostCopy {
-			limits.Timeout = time.Duration(rng.IntN(5)+1) * time.Millisecond // much is left to post-copy
+		rate := int64(0)
+		if rng.IntN(3) > 0 {
+			rate = 5<<20 + rng.Int64N(50<<20)
+			if !limits.NoPostCopy {
+				limits.Timeout = time.Duration(rng.IntN(30)+1) * time.Millisecond // much is left to post-copy
+			}
 		}
 		f := randomFault(rng)
-		_, source, target, err := try(t, seed, limits, f)
+		p, source, target, err := try(t, seed, limits, rate, f)
+		stats := p.source.Stats()
+		for _, d := range stats.Devices {
+			postCopy, wanted = postCopy+d.PostCopy, wanted+d.Wanted
+		}
 		outcomes[fmt.Sprintf("source %s, target %s", source, target)]++
 		if t.Failed() {
 			t.Fatalf("seed %d: %s: source %s, target %s, %v", seed, f.name, source, target, err)
 		}
 	}
-	t.Log(outcomes)
+	t.Logf("%v; %d bytes by post-copy, %d of them wanted", outcomes, postCopy, wanted)
 }
 
 func randomFault(rng *rand.Rand) fault {

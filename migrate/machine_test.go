@@ -40,6 +40,22 @@ func (m *memory) ReadAt(p []byte, off int64) (int, error) {
 	return copy(p, m.data[off:]), nil
 }
 
+// NextData implements [block.Mapper]. Pages that were never written make short runs of the others, between which a migration can be interrupted.
+func (m *memory) NextData(off int64) (start, end int64, err error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	size := m.Size()
+	hole := func(at int64) bool {
+		return allZero(m.data[at:min(at/block.PageSize*block.PageSize+block.PageSize, size)])
+	}
+	next := func(at int64) int64 { return min((at/block.PageSize+1)*block.PageSize, size) }
+	for start = off; start < size && hole(start); start = next(start) {
+	}
+	for end = start; end < size && !hole(end); end = next(end) {
+	}
+	return start, end, nil
+}
+
 func (m *memory) WriteAt(p []byte, off int64) (int, error) {
 	if m.full.Load() {
 		return 0, syscall.ENOSPC
@@ -395,6 +411,8 @@ type network struct {
 	count  atomic.Int64
 	wrap   func(n int64, c io.ReadWriteCloser) io.ReadWriteCloser // of the target's end of connection n
 
+	rate int64 // bytes per second that get through; 0: all
+
 	mu    sync.Mutex
 	err   error // of the first connection
 	dead  bool  // one of the hosts is gone
@@ -429,10 +447,14 @@ func (n *network) dial(context.Context) (io.ReadWriteCloser, error) {
 			n.mu.Unlock()
 		}
 	})
-	if n.wrap != nil {
-		return n.wrap(i, ours), nil
+	var c io.ReadWriteCloser = ours
+	if n.rate > 0 {
+		c = &slow{c, n.rate}
 	}
-	return ours, nil
+	if n.wrap != nil {
+		c = n.wrap(i, c)
+	}
+	return c, nil
 }
 
 // faulty is a connection that fails after so many bytes in either direction.
@@ -468,6 +490,18 @@ func (f *faulty) Write(p []byte) (int, error) {
 func (f *faulty) Close() error {
 	f.once.Do(func() { close(f.gone) })
 	return f.ReadWriteCloser.Close()
+}
+
+// slow is a connection of so many bytes per second.
+type slow struct {
+	io.ReadWriteCloser
+	rate int64
+}
+
+func (s *slow) Read(p []byte) (int, error) {
+	n, err := s.ReadWriteCloser.Read(p[:min(len(p), 16<<10)])
+	time.Sleep(time.Duration(n) * time.Second / time.Duration(s.rate))
+	return n, err
 }
 
 // cut breaks the connection for both ends.

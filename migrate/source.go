@@ -563,6 +563,9 @@ func (o *outgoing) attach(l *link, hello wire.Hello) error {
 	}
 	o.replacePending(resume.Missing)
 	o.attachMain(l)
+	if err := l.Send(wire.TypeReady); err != nil {
+		l.cancel(err)
+	}
 	<-l.ctx.Done()
 	return nil
 }

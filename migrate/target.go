@@ -339,18 +339,11 @@ func (t *Target) preflight(ctx context.Context) (State, error) {
 func (t *Target) joinDemand(ctx context.Context) {
 	l, err := t.connect(ctx, wire.Demand, false)
 	if err != nil {
-		return
+		return // then the main connection serves for it
 	}
 	t.mu.Lock()
-	old := t.demand
 	t.demand = l
-	if old != nil {
-		t.closed += old.Sent() + old.Received()
-	}
 	t.mu.Unlock()
-	if old != nil {
-		old.close(errors.New("replaced"))
-	}
 	t.wg.Go(func() { l.cancel(t.read(ctx, l)) })
 }
 
@@ -403,6 +396,10 @@ func (t *Target) read(ctx context.Context, l *link) error {
 		case wire.Error:
 			return &RemoteError{Code: m.Code, Text: m.Text}
 		case wire.Type:
+			if m == wire.TypeReady && t.taken.Load() {
+				t.wg.Go(func() { t.joinDemand(ctx) })
+				continue
+			}
 			if m != wire.TypeReleased || t.State() != Confirming {
 				return fmt.Errorf("%w: %s while %s", wire.ErrProtocol, m, t.State())
 			}
@@ -730,10 +727,17 @@ func (t *Target) whileConnected(ctx context.Context, done <-chan struct{}) error
 	for {
 		t.mu.Lock()
 		l := t.main
+		var demandLost <-chan struct{}
+		if t.demand != nil {
+			demandLost = t.demand.ctx.Done()
+		}
 		t.mu.Unlock()
 		select {
 		case <-done:
 			return nil
+		case <-demandLost:
+			// What was on its way there is lost, and only a new main connection tells the source so.
+			l.cancel(errors.New("the connection for wanted pages was lost"))
 		case <-l.ctx.Done():
 			if err := t.reconnect(ctx); err != nil {
 				select {
@@ -770,9 +774,13 @@ func (t *Target) reconnect(ctx context.Context) error {
 		return err
 	}
 	t.mu.Lock()
-	old := t.main
-	t.main = l
-	t.closed += old.Sent() + old.Received()
+	old := []*link{t.main, t.demand}
+	t.main, t.demand = l, nil
+	for _, o := range old {
+		if o != nil {
+			t.closed += o.Sent() + o.Received()
+		}
+	}
 	t.queue = nil
 	for i, d := range t.devices {
 		if d.Device == nil {
@@ -785,9 +793,12 @@ func (t *Target) reconnect(ctx context.Context) error {
 		}
 	}
 	t.mu.Unlock()
-	old.close(errors.New("replaced"))
+	for _, o := range old {
+		if o != nil {
+			o.close(errors.New("replaced"))
+		}
+	}
 	t.wg.Go(func() { l.cancel(t.read(ctx, l)) })
-	t.joinDemand(ctx)
 	t.signalWanted()
 	return nil
 }

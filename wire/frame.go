@@ -30,7 +30,7 @@ const (
 	TypeExtent    Type = 4  // source: pages of a device
 	TypeWant      Type = 5  // target: pages that somebody waits for
 	TypeCycle     Type = 6  // source: a cycle begins, with so much to send
-	TypeReady     Type = 7  // target: the VMM waits
+	TypeReady     Type = 7  // target: the VMM waits; source: it goes on after a resume
 	TypeAuthority Type = 8  // source: the VM is the target's; what has not been sent
 	TypeAck       Type = 9  // target: the VM runs here, or never will
 	TypeResume    Type = 10 // target, after a lost connection: where it stands
