@@ -278,3 +278,69 @@ func Export(ctx context.Context, path string, d Device, progress func(done, tota
 	}
 	return nil
 }
+
+// OverlayBase returns the content id and the size in bytes of the base that an existing overlay is over. With found false there is no overlay.
+func OverlayBase(paths OverlayPaths) (base ID, size int64, found bool, err error) {
+	exists, err := overlayExists(paths)
+	if err != nil || !exists {
+		return base, 0, false, err
+	}
+	f, err := OpenFile(paths.State, true)
+	if err != nil {
+		return base, 0, false, err
+	}
+	page := make([]byte, pageSize)
+	_, err = f.ReadAt(page, 0)
+	if err = errors.Join(err, f.Close()); err != nil {
+		return base, 0, false, fmt.Errorf("state file %s: %w", paths.State, err)
+	}
+	h, err := decodeHeader(page)
+	if err != nil {
+		return base, 0, false, fmt.Errorf("state file %s: %w", paths.State, err)
+	}
+	return h.base, h.size, true, nil
+}
+
+// RemoveOverlay removes the files of an overlay that nobody uses. It is no error if there are none.
+func RemoveOverlay(paths OverlayPaths) error {
+	f, err := OpenFile(paths.State, true)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return removeFiles(paths.Overlay)
+	case err != nil:
+		return err
+	}
+	if err := f.Lock(true); err != nil {
+		return errors.Join(fmt.Errorf("state file %s is %w", paths.State, err), f.Close())
+	}
+	return errors.Join(removeFiles(paths.Overlay, paths.State), f.Close())
+}
+
+func removeFiles(paths ...string) error {
+	for _, p := range paths {
+		if err := os.Remove(p); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+		if d, err := os.Open(filepath.Dir(p)); err == nil {
+			if err := errors.Join(d.Sync(), d.Close()); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// CreateFile makes a new file of zeros as a device. It fails if the file exists.
+func CreateFile(path string, size int64) (*File, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	if err := f.Truncate(size); err != nil {
+		return nil, errors.Join(err, f.Close(), os.Remove(path))
+	}
+	return &File{f: f, size: size}, nil
+}

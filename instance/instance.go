@@ -47,15 +47,38 @@ func (p Paths) Sync(name string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
+// Path implements [Storage].
+func (p Paths) Path(name string) string { return p[name] }
+
+// State implements [Storage].
+func (p Paths) State() (StateDevice, error) { return os.OpenFile(p[vmm.State], os.O_RDWR, 0) }
+
+// Storage is where the devices of an instance are.
+type Storage interface {
+	// Path is where a VMM opens memory, kernel or a disk.
+	Path(name string) string
+	// Sync makes a device durable: what the VMM wrote has reached it.
+	Sync(name string) error
+	// State opens the state device.
+	State() (StateDevice, error)
+}
+
+// StateDevice is an open state device.
+type StateDevice interface {
+	vmm.StateDevice
+	io.Closer
+}
+
 // Instance is one running VM. Resume and Suspend are called by one goroutine; Wait and Close by any.
 type Instance struct {
 	machine vmm.Machine
 	dir     *vmm.Dir
 	config  *vmm.PackageConfig
-	paths   Paths
-	sync    func(name string) error
+	storage Storage
 	agent   *agent.Client // nil while the guest is not to be talked to
-	frozen  bool          // suspended: the state device holds the VM
+	frozen  bool          // suspended or handed over: the state device says so
+	paused  bool          // for a migration
+	left    bool          // the state device holds a state for the target of a migration
 }
 
 // Hardware is what a VM to boot shall consist of.
@@ -78,7 +101,7 @@ func Boot(ctx context.Context, h Host, hw Hardware, id string, names []string, p
 	if err != nil {
 		return nil, err
 	}
-	i := &Instance{paths: paths, sync: paths.Sync, config: &vmm.PackageConfig{
+	i := &Instance{storage: paths, config: &vmm.PackageConfig{
 		Version: vmm.PackageVersion, ID: id, Created: time.Now().UTC(),
 		Architecture: runtime.GOARCH, CPUs: hw.CPUs, BootArgs: hw.BootArgs,
 		Interface: hw.Interface, MAC: hw.MAC,
@@ -127,7 +150,7 @@ func (i *Instance) launch(h Host, driver vmm.Driver) (vmm.Launch, error) {
 	memory, _ := i.config.Device(vmm.Memory)
 	l := vmm.Launch{
 		Dir: dir, Bin: h.Bin, Accel: h.Accel,
-		CPUs: i.config.CPUs, MemorySize: memory.Size, Memory: i.paths[vmm.Memory], Kernel: i.paths[vmm.Kernel],
+		CPUs: i.config.CPUs, MemorySize: memory.Size, Memory: i.storage.Path(vmm.Memory), Kernel: i.storage.Path(vmm.Kernel),
 		Netns: h.Netns, MAC: i.config.MAC,
 		Ports: []uint32{i.config.AgentPort, i.config.LivenessPort},
 		UID:   h.UID, GID: h.GID, NUMANode: h.NUMANode, CgroupVersion: h.CgroupVersion,
@@ -137,7 +160,7 @@ func (i *Instance) launch(h Host, driver vmm.Driver) (vmm.Launch, error) {
 		l.Interface = i.config.Interface
 	}
 	for _, name := range i.config.Disks() {
-		l.Disks = append(l.Disks, vmm.Block{Name: name, Path: i.paths[name]})
+		l.Disks = append(l.Disks, vmm.Block{Name: name, Path: i.storage.Path(name)})
 	}
 	return l, nil
 }
@@ -175,25 +198,32 @@ func Open(paths Paths) (*vmm.PackageConfig, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, d := range config.Devices {
-		path, ok := paths[d.Name]
-		if !ok {
-			return nil, fmt.Errorf("device %s of the package is missing; add it to --devices", d.Name)
+	sizes := map[string]int64{}
+	for name, path := range paths {
+		if sizes[name], err = deviceSize(path); err != nil {
+			return nil, fmt.Errorf("device %s: %w", name, err)
 		}
-		size, err := deviceSize(path)
-		if err != nil {
-			return nil, fmt.Errorf("device %s: %w", d.Name, err)
+	}
+	return config, CheckSizes(config, sizes)
+}
+
+// CheckSizes refuses devices, given by their sizes in bytes, that are not those of the package.
+func CheckSizes(config *vmm.PackageConfig, sizes map[string]int64) error {
+	for _, d := range config.Devices {
+		size, ok := sizes[d.Name]
+		if !ok {
+			return fmt.Errorf("device %s of the package is missing; add it to --devices", d.Name)
 		}
 		if size < d.Size {
-			return nil, fmt.Errorf("device %s (%s) is truncated: %d bytes instead of %d", d.Name, path, size, d.Size)
+			return fmt.Errorf("device %s is truncated: %d bytes instead of %d", d.Name, size, d.Size)
 		}
 	}
-	for name := range paths {
+	for name := range sizes {
 		if _, ok := config.Device(name); !ok && name != vmm.Config {
-			return nil, fmt.Errorf("device %s is not part of the package; a VM's devices are fixed when it is snapshotted", name)
+			return fmt.Errorf("device %s is not part of the package; a VM's devices are fixed when it is snapshotted", name)
 		}
 	}
-	return config, nil
+	return nil
 }
 
 func deviceSize(path string) (int64, error) {
@@ -209,14 +239,13 @@ func deviceSize(path string) (int64, error) {
 // Launched is a VMM process that waits for its VM. All that can fail for want of a resource has been done.
 type Launched struct{ i *Instance }
 
-// Launch starts the VMM for the package at paths without touching memory or disks. See [Launched.Resume]. sync makes a device durable, for when the
-// instance is suspended; it is [Paths.Sync] unless the path does not lead to the disk.
-func Launch(ctx context.Context, h Host, config *vmm.PackageConfig, paths Paths, sync func(name string) error) (*Launched, error) {
+// Launch starts the VMM for a package without touching memory or disks. See [Launched.Resume].
+func Launch(ctx context.Context, h Host, config *vmm.PackageConfig, storage Storage) (*Launched, error) {
 	driver, err := h.Drivers.Select(h.VMM, config.Hardware.VMM)
 	if err != nil {
 		return nil, err
 	}
-	i := &Instance{config: config, paths: paths, sync: sync}
+	i := &Instance{config: config, storage: storage}
 	l, err := i.launch(h, driver)
 	if err != nil {
 		return nil, err
@@ -240,21 +269,21 @@ func (l *Launched) Resume(ctx context.Context) (_ *Instance, err error) {
 			err = errors.Join(err, i.Close())
 		}
 	}()
-	dev, err := os.OpenFile(i.paths[vmm.State], os.O_RDWR, 0)
+	dev, err := i.storage.State()
 	if err != nil {
 		return nil, fmt.Errorf("open state device: %w", err)
 	}
 	defer func() { err = errors.Join(err, dev.Close()) }()
 	state, err := vmm.ReadState(dev, i.config.ID)
 	if err != nil {
-		return nil, fmt.Errorf("state device %s: %w", i.paths[vmm.State], err)
+		return nil, fmt.Errorf("state device: %w", err)
 	}
 	if err := i.machine.Restore(ctx, bytes.NewReader(state)); err != nil {
 		return nil, err
 	}
 	// From here on memory and disks move away from the saved state.
 	if err := vmm.MarkState(dev, vmm.Running); err != nil {
-		return nil, fmt.Errorf("state device %s: %w", i.paths[vmm.State], err)
+		return nil, fmt.Errorf("state device: %w", err)
 	}
 	if err := i.machine.Resume(ctx); err != nil {
 		return nil, err
@@ -334,16 +363,21 @@ func (i *Instance) save(ctx context.Context) error {
 	}
 	// The state goes last: it must never be there without the memory and disks that fit it.
 	for _, name := range append(i.config.Disks(), vmm.Memory) {
-		if err := i.sync(name); err != nil {
+		if err := i.storage.Sync(name); err != nil {
 			return fmt.Errorf("suspend: device %s: %w", name, err)
 		}
 	}
-	dev, err := os.OpenFile(i.paths[vmm.State], os.O_RDWR, 0)
+	return i.withState(func(dev StateDevice) error { return vmm.WriteState(dev, i.config.ID, state.Bytes()) })
+}
+
+// withState lets use work on the state device.
+func (i *Instance) withState(use func(StateDevice) error) error {
+	dev, err := i.storage.State()
 	if err != nil {
-		return fmt.Errorf("suspend: open state device: %w", err)
+		return fmt.Errorf("open state device: %w", err)
 	}
-	if err := errors.Join(vmm.WriteState(dev, i.config.ID, state.Bytes()), dev.Close()); err != nil {
-		return fmt.Errorf("suspend: state device %s: %w", i.paths[vmm.State], err)
+	if err := errors.Join(use(dev), dev.Close()); err != nil {
+		return fmt.Errorf("state device: %w", err)
 	}
 	return nil
 }
@@ -378,11 +412,7 @@ func (i *Instance) Wait() error {
 	if i.frozen {
 		return nil
 	}
-	dev, err := os.OpenFile(i.paths[vmm.State], os.O_RDWR, 0)
-	if err != nil {
-		return fmt.Errorf("open state device: %w", err)
-	}
-	return errors.Join(vmm.MarkState(dev, vmm.PoweredOff), dev.Close())
+	return i.withState(func(dev StateDevice) error { return vmm.MarkState(dev, vmm.PoweredOff) })
 }
 
 // Close ends the VM, if it still runs, without saving it, and removes what it needed on the host.

@@ -38,6 +38,12 @@ type Limits struct {
 	Settle     time.Duration // how long a target that refused tries to tell the source; default 1 min
 }
 
+// Check refuses limits that contradict each other.
+func (l Limits) Check() error {
+	_, err := l.complete()
+	return err
+}
+
 // complete fills in the defaults.
 func (l Limits) complete() (Limits, error) {
 	for _, d := range []struct {
@@ -99,6 +105,12 @@ const (
 	NotTaken     State = "not taken"         // target: nothing was taken over
 	LeftFetching State = "left fetching"     // target: it ended while pages were missing
 )
+
+// States are all of them.
+var States = []State{
+	Preflight, PreCopying, Preparing, HandingOff, InDoubt, Serving, Rescuing, Receiving, TakingOver, HandingBack, Fetching, Confirming,
+	Kept, Moved, Lost, LeftInDoubt, LeftServing, NotTaken, LeftFetching,
+}
 
 // Outcome is an operator's answer to who owns a VM that is in doubt.
 type Outcome string

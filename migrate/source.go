@@ -75,6 +75,8 @@ type Source struct {
 	mu      sync.Mutex
 	current *outgoing // the last migration; nil before the first
 	closed  bool
+	gone    chan struct{} // closed when the VM is the source's no more
+	goneErr error
 	wg      sync.WaitGroup // Handle
 }
 
@@ -96,7 +98,7 @@ func NewSource(c SourceConfig) (*Source, error) {
 	if c.OnProgress == nil {
 		c.OnProgress = func(Stats) {}
 	}
-	s := &Source{config: c}
+	s := &Source{config: c, gone: make(chan struct{})}
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 	return s, nil
 }
@@ -127,7 +129,21 @@ func (s *Source) Handle(ctx context.Context, stream io.ReadWriteCloser) error {
 		return fmt.Errorf("connection refused: %w", err)
 	}
 	defer s.wg.Done()
-	return o.run()
+	err = o.run()
+	if o.State() != Kept {
+		s.goneErr = err
+		close(s.gone) // once: no migration begins after this one
+	}
+	return err
+}
+
+// Gone is closed when a migration has ended after which the VM does not run here any more; GoneError then tells how.
+func (s *Source) Gone() <-chan struct{} { return s.gone }
+
+// GoneError waits for Gone and returns nil when the VM has moved and the target has all of it.
+func (s *Source) GoneError() error {
+	<-s.gone
+	return s.goneErr
 }
 
 // greet reads what a connection is for.

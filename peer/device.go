@@ -1,7 +1,6 @@
 package peer
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -109,34 +108,4 @@ func (d *Device) check() error {
 		return errors.New("s3sync is not supported by this build; set it to false")
 	}
 	return nil
-}
-
-// open builds the device's stack.
-func (d *Device) open(ctx context.Context) (_ *block.Tracker, err error) {
-	base, err := block.OpenFile(d.Base, d.Overlay != "")
-	if err != nil {
-		return nil, err
-	}
-	if !d.Shared {
-		if err := base.Lock(d.Overlay == ""); err != nil {
-			err = fmt.Errorf("%s is %w; give each instance its own overlay and state file", d.Base, err)
-			return nil, errors.Join(err, base.Close())
-		}
-	}
-	size := d.BlockSize
-	if size == 0 {
-		size = block.ContentBlockSize
-	}
-	if d.Overlay == "" {
-		return block.NewTracker(base, size), nil
-	}
-	contents, err := block.FileContents(ctx, d.Base)
-	if err != nil {
-		return nil, errors.Join(err, base.Close())
-	}
-	overlay, err := block.OpenOverlay(base, contents.Device, block.OverlayPaths{Base: d.Base, Overlay: d.Overlay, State: d.State}, size)
-	if err != nil {
-		return nil, err
-	}
-	return block.NewTracker(overlay, size), nil
 }

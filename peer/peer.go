@@ -1,5 +1,5 @@
-// Package peer owns an instance: a VM with devices of its own, made from a package. It starts the instance, keeps what it changes in overlays, and
-// suspends it so that it starts again where it was.
+// Package peer owns an instance: a VM with devices of its own, made from a package or received from another peer. It starts the instance, keeps what it
+// changes in overlays, gives it to another peer that asks for it, and suspends it so that it starts again where it was.
 package peer
 
 import (
@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -18,6 +19,7 @@ import (
 	"drafter/expose/nbd"
 	"drafter/instance"
 	"drafter/internal/process"
+	"drafter/migrate"
 	"drafter/network"
 	"drafter/vmm"
 )
@@ -27,19 +29,34 @@ type Config struct {
 	Host    instance.Host
 	Devices []Device
 	Expose  string // expose.Auto, FUSE or NBD
+	Limits  migrate.Limits
 
 	ResumeTimeout time.Duration // bounds the answer of the agent after a resume
 	RescueTimeout time.Duration // bounds the answer of the agent before a suspend; the VM is suspended without it afterwards
+
+	Hooks Hooks
 }
 
-// Peer owns one instance. Its methods are called by one goroutine, Done apart.
+// Hooks are called by a migration, which waits for them. Any of them may be nil.
+type Hooks struct {
+	OnState         func(migrate.State)         // the migration has come to a state
+	OnProgress      func(migrate.Stats)         // at most ten times a second, and at the end
+	OnBeforeSuspend func(context.Context) error // before the guest is told that it will be paused; an error cancels the migration
+	OnAfterResume   func(context.Context) error // after the guest was told that it runs here; an error is logged, for the VM runs
+}
+
+// Peer owns one instance. Its methods are called by one goroutine; Done, Stats, Settle and Serve by any.
 type Peer struct {
 	config   Config
 	claim    *network.Claim
 	dir      *vmm.Dir // where the devices are exposed
-	devices  map[string]*block.Tracker
 	exposure expose.Exposure
 	instance *instance.Instance
+
+	mu      sync.Mutex // guards the following
+	devices map[string]*stack
+	source  *migrate.Source // nil until the VM is migratable
+	arrival *migrate.Target // nil unless the VM has come by a migration
 }
 
 // New checks a config. Nothing is touched yet.
@@ -67,18 +84,14 @@ func New(c Config) (*Peer, error) {
 		return nil, err
 	}
 	c.Expose = way
-	return &Peer{config: c, devices: map[string]*block.Tracker{}}, nil
+	return &Peer{config: c, devices: map[string]*stack{}}, nil
 }
 
 // Resume starts the instance. It runs when Resume returns, and its agent has answered. On failure nothing is left but what Close removes.
 func (p *Peer) Resume(ctx context.Context) error {
 	start := time.Now()
-	var err error
-	if p.claim, err = network.ClaimNamespace(p.config.Host.Netns); err != nil {
+	if err := p.occupy(); err != nil {
 		return err
-	}
-	if err := process.ProtectServer(); err != nil {
-		slog.Warn("This process serves guest memory and may be held up by the kernel", "error", err)
 	}
 	if err := p.openDevices(ctx); err != nil {
 		return err
@@ -86,15 +99,11 @@ func (p *Peer) Resume(ctx context.Context) error {
 	if err := p.expose(); err != nil {
 		return err
 	}
-	paths := instance.Paths{}
-	for name := range p.devices {
-		paths[name] = p.exposure.Path(name)
-	}
-	pkg, err := instance.Open(paths)
+	config, err := p.packageConfig()
 	if err != nil {
 		return err
 	}
-	launched, err := instance.Launch(ctx, p.config.Host, pkg, paths, p.sync)
+	launched, err := instance.Launch(ctx, p.config.Host, config, storage{p})
 	if err != nil {
 		return fmt.Errorf("resume: %w", err)
 	}
@@ -107,9 +116,20 @@ func (p *Peer) Resume(ctx context.Context) error {
 	return err
 }
 
+// occupy takes what of the host a VM needs, whichever it is.
+func (p *Peer) occupy() (err error) {
+	if p.claim, err = network.ClaimNamespace(p.config.Host.Netns); err != nil {
+		return err
+	}
+	if err := process.ProtectServer(); err != nil {
+		slog.Warn("This process serves guest memory and may be held up by the kernel", "error", err)
+	}
+	return nil
+}
+
 // openDevices opens all devices at once: the content of a base that nobody used yet has to be read.
 func (p *Peer) openDevices(ctx context.Context) error {
-	opened := make([]*block.Tracker, len(p.config.Devices))
+	opened := make([]*stack, len(p.config.Devices))
 	g, ctx := errgroup.WithContext(ctx)
 	for i := range p.config.Devices {
 		d := &p.config.Devices[i]
@@ -122,6 +142,8 @@ func (p *Peer) openDevices(ctx context.Context) error {
 		})
 	}
 	err := g.Wait()
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	for i, d := range p.config.Devices {
 		if opened[i] != nil {
 			p.devices[d.Name] = opened[i]
@@ -130,7 +152,25 @@ func (p *Peer) openDevices(ctx context.Context) error {
 	return err
 }
 
-// expose gives the devices paths, in a directory that the next start cleans up should this process be killed.
+// packageConfig reads the config device and checks that the others are those it lists.
+func (p *Peer) packageConfig() (*vmm.PackageConfig, error) {
+	d := p.devices[vmm.Config]
+	b := make([]byte, d.Size())
+	if _, err := d.ReadAt(b, 0); err != nil {
+		return nil, fmt.Errorf("read config device: %w", err)
+	}
+	config, err := vmm.DecodePackageConfig(b)
+	if err != nil {
+		return nil, fmt.Errorf("config device: %w", err)
+	}
+	sizes := map[string]int64{}
+	for name, d := range p.devices {
+		sizes[name] = d.Size()
+	}
+	return config, instance.CheckSizes(config, sizes)
+}
+
+// expose gives the devices that a VMM opens paths, in a directory that the next start cleans up should this process be killed.
 func (p *Peer) expose() (err error) {
 	host := p.config.Host
 	if p.dir, err = vmm.CreateDir(host.BaseDir, "peer"); err != nil {
@@ -138,7 +178,16 @@ func (p *Peer) expose() (err error) {
 	}
 	var devices []expose.Device
 	for _, d := range p.config.Devices {
-		devices = append(devices, expose.Device{Name: d.Name, Kind: kind(d.Name), Device: p.devices[d.Name]})
+		kind := expose.Disk
+		switch d.Name {
+		case vmm.State, vmm.Config:
+			continue
+		case vmm.Memory:
+			kind = expose.Memory
+		case vmm.Kernel:
+			kind = expose.File
+		}
+		devices = append(devices, expose.Device{Name: d.Name, Kind: kind, Device: p.devices[d.Name]})
 	}
 	if p.config.Expose == expose.NBD {
 		attached, err := nbd.Attach(p.dir.Devices(), devices)
@@ -156,18 +205,22 @@ func (p *Peer) expose() (err error) {
 	return nil
 }
 
-func kind(name string) expose.Kind {
-	switch name {
-	case vmm.Memory:
-		return expose.Memory
-	case vmm.State, vmm.Config, vmm.Kernel:
-		return expose.File
-	}
-	return expose.Disk
+// storage is where the instance finds its devices.
+type storage struct{ p *Peer }
+
+func (s storage) Path(name string) string { return s.p.exposure.Path(name) }
+
+func (s storage) Sync(name string) error { return s.p.devices[name].Sync() }
+
+// State gives the state device itself, not a path to it: what a migration brings and takes goes by no other way.
+func (s storage) State() (instance.StateDevice, error) {
+	return borrowed{s.p.devices[vmm.State].Tracker}, nil
 }
 
-// sync makes a device durable; what the VMM wrote has reached it.
-func (p *Peer) sync(name string) error { return p.devices[name].Sync() }
+// borrowed is a device that its user does not close.
+type borrowed struct{ *block.Tracker }
+
+func (borrowed) Close() error { return nil }
 
 // Done is closed when the VM has ended by itself; Wait then tells how.
 func (p *Peer) Done() <-chan struct{} { return p.instance.Done() }
@@ -179,9 +232,12 @@ func (p *Peer) Wait() error { return errors.Join(p.instance.Wait(), p.exposure.F
 func (p *Peer) Agent() *agent.Client { return p.instance.Agent() }
 
 // Suspend stops the VM and leaves it in its devices. It uses a context of its own: a suspend is how a run ends well, whatever the caller's context has
-// come to. After it, Close.
+// come to. Of a VM that is still arriving, it waits for the rest first. After it, Close.
 func (p *Peer) Suspend(ctx context.Context) error {
 	start := time.Now()
+	if err := p.awaitArrival(ctx); err != nil {
+		return fmt.Errorf("suspend: %w", err)
+	}
 	saved, err := p.instance.Suspend(ctx, p.config.RescueTimeout)
 	if err = errors.Join(err, p.exposure.Failed()); !saved {
 		return err
@@ -195,9 +251,29 @@ func (p *Peer) Suspend(ctx context.Context) error {
 // durable.
 func (p *Peer) Close() error {
 	var errs []error
+	p.mu.Lock()
+	source, arrival := p.source, p.arrival
+	p.mu.Unlock()
+	if source != nil {
+		errs = append(errs, source.Close())
+	}
+	if arrival != nil {
+		errs = append(errs, arrival.Close())
+	}
 	if p.instance != nil {
 		errs = append(errs, p.instance.Close())
 	}
+	errs = append(errs, p.closeDevices(true))
+	if p.claim != nil {
+		errs = append(errs, p.claim.Close())
+		p.claim = nil
+	}
+	return errors.Join(errs...)
+}
+
+// closeDevices takes the devices' paths away and closes them.
+func (p *Peer) closeDevices(sync bool) error {
+	var errs []error
 	if p.exposure != nil {
 		errs = append(errs, p.exposure.Close())
 		p.exposure = nil
@@ -206,15 +282,17 @@ func (p *Peer) Close() error {
 		errs = append(errs, p.dir.Close())
 		p.dir = nil
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	for name, d := range p.devices {
-		if err := errors.Join(d.Sync(), d.Close()); err != nil {
+		var err error
+		if sync {
+			err = d.Sync()
+		}
+		if err = errors.Join(err, d.Close()); err != nil {
 			errs = append(errs, fmt.Errorf("device %s: %w", name, err))
 		}
 		delete(p.devices, name)
-	}
-	if p.claim != nil {
-		errs = append(errs, p.claim.Close())
-		p.claim = nil
 	}
 	return errors.Join(errs...)
 }

@@ -100,7 +100,7 @@ func (r *Runner) Resume(ctx context.Context) error {
 			return fmt.Errorf("copy package: %w", err)
 		}
 	}
-	launched, err := instance.Launch(ctx, r.config.Host, r.pkg, r.paths, r.paths.Sync)
+	launched, err := instance.Launch(ctx, r.config.Host, r.pkg, r.paths)
 	if err != nil {
 		return fmt.Errorf("resume: %w", err)
 	}

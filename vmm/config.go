@@ -101,14 +101,15 @@ func ReadPackageConfig(path string) (*PackageConfig, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read config device %s: %w", path, err)
 	}
-	c, err := decodePackageConfig(b)
+	c, err := DecodePackageConfig(b)
 	if err != nil {
 		return nil, fmt.Errorf("config device %s: %w", path, err)
 	}
 	return c, nil
 }
 
-func decodePackageConfig(b []byte) (*PackageConfig, error) {
+// DecodePackageConfig checks the content of a config device; see [ReadPackageConfig].
+func DecodePackageConfig(b []byte) (*PackageConfig, error) {
 	if len(b) > maxConfig {
 		return nil, fmt.Errorf("longer than %d bytes, so it is no package config", maxConfig)
 	}

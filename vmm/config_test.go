@@ -64,7 +64,7 @@ func TestPackageConfigRefused(t *testing.T) {
 		"too long":      {strings.Repeat(" ", maxConfig+1), "longer than"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := decodePackageConfig([]byte(tt.config))
+			_, err := DecodePackageConfig([]byte(tt.config))
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("error is %v; want one with %q", err, tt.want)
 			}
@@ -80,7 +80,7 @@ func FuzzPackageConfig(f *testing.F) {
 	f.Add(b)
 	f.Add([]byte(`{"version":1}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		c, err := decodePackageConfig(b)
+		c, err := DecodePackageConfig(b)
 		if err == nil && (c.CPUs < 1 || len(c.Disks()) == 0) {
 			t.Errorf("accepted %q", b)
 		}

@@ -20,20 +20,22 @@ const StateSize = 16 << 20
 //
 //	offset  size  field
 //	0       8     magic "DRFTSTAT"
-//	8       4     format version, 1
-//	12      4     status: 1 suspended, 2 running, 3 powered off
+//	8       4     format version, 2
+//	12      4     status, see [Status]
 //	16      16    package id (UUID)
 //	32      8     length of the VMM state in bytes
 //	40      32    SHA-256 of the VMM state
 //	72      8     time of the last change, nanoseconds since 1970
-//	80      4     CRC-32 (Castagnoli) of bytes 0 to 79
+//	80      16    id of the migration that the status is about (UUID), else zero
+//	96      4     CRC-32 (Castagnoli) of bytes 0 to 95
 //	4096    …     VMM state
 //
 // The header fits one disk sector, so a power cut leaves the old or the new one; Suspend writes it only after the state is durable.
 const (
 	stateMagic      = "DRFTSTAT"
-	stateVersion    = 1
-	stateHeaderSize = 84
+	stateVersion    = 2
+	stateHeaderSize = 100
+	stateChecksum   = 96
 	stateOffset     = 4096
 )
 
@@ -45,6 +47,11 @@ const (
 	Suspended  Status = 1 // memory and disks belong to the saved state: it can be resumed
 	Running    Status = 2 // resumed and not suspended since: the saved state is stale
 	PoweredOff Status = 3 // the guest shut down: there is nothing to resume
+	Arriving   Status = 4 // a migration to here is under way: the devices hold a part of a VM
+	Leaving    Status = 5 // a migration from here has saved the state, which is of use at its target only
+	InDoubt    Status = 6 // the VM was handed over, and the target has not answered: the devices hold all of it
+	HandedOver Status = 7 // the VM runs at the target, which may still need what is here
+	Moved      Status = 8 // the target has all of the VM
 )
 
 // StateDevice is what a state device is stored on. *os.File is one.
@@ -62,6 +69,8 @@ type stateHeader struct {
 	length  int64
 	sum     [sha256.Size]byte
 	changed time.Time
+
+	migration uuid.UUID
 }
 
 func (h *stateHeader) encode() []byte {
@@ -73,7 +82,8 @@ func (h *stateHeader) encode() []byte {
 	binary.BigEndian.PutUint64(b[32:], uint64(h.length))
 	copy(b[40:], h.sum[:])
 	binary.BigEndian.PutUint64(b[72:], uint64(h.changed.UnixNano()))
-	binary.BigEndian.PutUint32(b[80:], crc32.Checksum(b[:80], castagnoli))
+	copy(b[80:], h.migration[:])
+	binary.BigEndian.PutUint32(b[stateChecksum:], crc32.Checksum(b[:stateChecksum], castagnoli))
 	return b
 }
 
@@ -88,15 +98,16 @@ func readStateHeader(r io.ReaderAt) (*stateHeader, error) {
 	if string(b[:8]) != stateMagic {
 		return nil, errors.New("this is no state device: its magic number is missing")
 	}
-	if got, want := crc32.Checksum(b[:80], castagnoli), binary.BigEndian.Uint32(b[80:]); got != want {
-		return nil, fmt.Errorf("the header is damaged: checksum %08x instead of %08x", got, want)
-	}
 	if v := binary.BigEndian.Uint32(b[8:]); v != stateVersion {
-		return nil, fmt.Errorf("state format %d is not supported (this build reads %d)", v, stateVersion)
+		return nil, fmt.Errorf("state format %d is not supported (this build reads %d); make the package again", v, stateVersion)
+	}
+	if got, want := crc32.Checksum(b[:stateChecksum], castagnoli), binary.BigEndian.Uint32(b[stateChecksum:]); got != want {
+		return nil, fmt.Errorf("the header is damaged: checksum %08x instead of %08x", got, want)
 	}
 	h := &stateHeader{status: Status(binary.BigEndian.Uint32(b[12:])), length: int64(binary.BigEndian.Uint64(b[32:]))}
 	copy(h.id[:], b[16:])
 	copy(h.sum[:], b[40:])
+	copy(h.migration[:], b[80:])
 	h.changed = time.Unix(0, int64(binary.BigEndian.Uint64(b[72:])))
 	if h.length < 0 || h.length > StateSize-stateOffset {
 		return nil, fmt.Errorf("the header is damaged: length %d", h.length)
@@ -110,17 +121,40 @@ func ReadState(dev StateDevice, id string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if h.id.String() != id {
-		return nil, fmt.Errorf("state and config belong to different packages (%s, %s); use the files of one snapshot", h.id, id)
-	}
+	at := h.changed.Format(time.RFC3339)
 	switch h.status {
 	case Suspended:
-	case Running:
-		return nil, fmt.Errorf("the VM was resumed at %s and never suspended, so its memory no longer fits its saved state; extract the package again, or make a new one from its disks ('drafter device export' takes them out of an instance, 'drafter snapshotter' boots them)", h.changed.Format(time.RFC3339))
+		return h.read(dev, id)
+	case Running, Leaving:
+		return nil, fmt.Errorf("the VM was resumed, at %s or before, and never suspended, so its memory no longer fits its saved state; extract the package again, or make a new one from its disks ('drafter device export' takes them out of an instance, 'drafter snapshotter' boots them)", at)
 	case PoweredOff:
-		return nil, fmt.Errorf("the guest powered itself off at %s, so there is nothing to resume; boot its disk with drafter snapshotter", h.changed.Format(time.RFC3339))
-	default:
-		return nil, fmt.Errorf("status %d is unknown", h.status)
+		return nil, fmt.Errorf("the guest powered itself off at %s, so there is nothing to resume; boot its disk with drafter snapshotter", at)
+	case Arriving:
+		return nil, fmt.Errorf("a migration to here began at %s and did not get to its end, so this is a part of a VM; the VM is still at its source, migrate it again", at)
+	case InDoubt:
+		return nil, fmt.Errorf("the VM was handed over at %s and the target has not answered, so it is in doubt where it runs; look there, and then settle it with 'drafter peer settle'", at)
+	case HandedOver, Moved:
+		return nil, fmt.Errorf("the VM moved away at %s; migrate it back, or remove this instance's files", at)
+	}
+	return nil, fmt.Errorf("status %d is unknown", h.status)
+}
+
+// ReadMigratedState is [ReadState] at the target of a migration.
+func ReadMigratedState(dev StateDevice, id string, migration uuid.UUID) ([]byte, error) {
+	h, err := readStateHeader(dev)
+	if err != nil {
+		return nil, err
+	}
+	if h.status != Leaving || h.migration != migration {
+		return nil, fmt.Errorf("it does not hold the state of migration %s", migration)
+	}
+	return h.read(dev, id)
+}
+
+// read reads the state that belongs to the header.
+func (h *stateHeader) read(dev StateDevice, id string) ([]byte, error) {
+	if h.id.String() != id {
+		return nil, fmt.Errorf("state and config belong to different packages (%s, %s); use the files of one snapshot", h.id, id)
 	}
 	state := make([]byte, h.length)
 	if _, err := dev.ReadAt(state, stateOffset); err != nil {
@@ -135,42 +169,99 @@ func ReadState(dev StateDevice, id string) ([]byte, error) {
 	return state, nil
 }
 
+// StateStatus returns what became of the VM, in which migration, and when that was noted.
+func StateStatus(dev StateDevice) (status Status, migration uuid.UUID, changed time.Time, err error) {
+	h, err := readStateHeader(dev)
+	if err != nil {
+		return 0, migration, changed, err
+	}
+	return h.status, h.migration, h.changed, nil
+}
+
 // WriteState stores a VMM state as resumable. When it returns nil the state is durable; when it fails the device is not resumable. Memory and
 // disks must be durable before it is called.
 func WriteState(dev StateDevice, id string, state []byte) error {
-	if len(state) > StateSize-stateOffset {
-		return fmt.Errorf("the VMM's state is %d bytes, the state device holds %d", len(state), StateSize-stateOffset)
-	}
-	if _, err := dev.WriteAt(state, stateOffset); err != nil {
-		return fmt.Errorf("write state: %w", err)
+	h, err := putState(dev, id, state)
+	if err != nil {
+		return err
 	}
 	if err := dev.Sync(); err != nil {
 		return fmt.Errorf("sync state: %w", err)
 	}
+	h.status = Suspended
+	return syncStateHeader(dev, h)
+}
+
+// WriteLeavingState stores a VMM state for the target of a migration: it can be resumed there only. Nothing is made durable.
+func WriteLeavingState(dev StateDevice, id string, state []byte, migration uuid.UUID) error {
+	h, err := putState(dev, id, state)
+	if err != nil {
+		return err
+	}
+	h.status, h.migration = Leaving, migration
+	return writeStateHeader(dev, h)
+}
+
+// putState writes a state and returns the header that belongs to it.
+func putState(dev StateDevice, id string, state []byte) (*stateHeader, error) {
+	if len(state) > StateSize-stateOffset {
+		return nil, fmt.Errorf("the VMM's state is %d bytes, the state device holds %d", len(state), StateSize-stateOffset)
+	}
 	u, err := uuid.Parse(id)
 	if err != nil {
-		return fmt.Errorf("package id %q: %w", id, err)
+		return nil, fmt.Errorf("package id %q: %w", id, err)
 	}
-	return writeStateHeader(dev, &stateHeader{status: Suspended, id: u, length: int64(len(state)), sum: sha256.Sum256(state), changed: time.Now()})
+	if _, err := dev.WriteAt(state, stateOffset); err != nil {
+		return nil, fmt.Errorf("write state: %w", err)
+	}
+	return &stateHeader{id: u, length: int64(len(state)), sum: sha256.Sum256(state), changed: time.Now()}, nil
+}
+
+// MarkArriving makes dev the state device of a VM that is arriving, durably, whatever it held.
+func MarkArriving(dev StateDevice, migration uuid.UUID) error {
+	return syncStateHeader(dev, &stateHeader{status: Arriving, migration: migration, changed: time.Now()})
 }
 
 // MarkState changes the status of a state device, durably. It is called with Running before a vCPU runs and with PoweredOff once none
-// ever will.
+// ever will. What the marks of a migration are about stays noted.
 func MarkState(dev StateDevice, status Status) error {
 	h, err := readStateHeader(dev)
 	if err != nil {
 		return err
 	}
 	h.status, h.changed = status, time.Now()
-	return writeStateHeader(dev, h)
+	return syncStateHeader(dev, h)
+}
+
+// SettleState decides, durably, about a VM that was handed over and whose owner has ended since: it can be resumed from dev's devices, or it has moved away.
+// It fails if there is nothing to decide.
+func SettleState(dev StateDevice, here bool) error {
+	status, _, _, err := StateStatus(dev)
+	if err != nil {
+		return err
+	}
+	switch {
+	case status != InDoubt && status != HandedOver:
+		return errors.New("nothing is in doubt: it was not left by a migration without an answer")
+	case here:
+		return MarkState(dev, Suspended)
+	}
+	return MarkState(dev, Moved)
+}
+
+func syncStateHeader(dev StateDevice, h *stateHeader) error {
+	if err := writeStateHeader(dev, h); err != nil {
+		return err
+	}
+	if err := dev.Sync(); err != nil {
+		return fmt.Errorf("sync state header: %w", err)
+	}
+	return nil
 }
 
 func writeStateHeader(dev StateDevice, h *stateHeader) error {
 	if _, err := dev.WriteAt(h.encode(), 0); err != nil {
 		return fmt.Errorf("write state header: %w", err)
-	}
-	if err := dev.Sync(); err != nil {
-		return fmt.Errorf("sync state header: %w", err)
 	}
 	return nil
 }

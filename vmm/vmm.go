@@ -98,6 +98,11 @@ type Driver interface {
 	Launch(ctx context.Context, l Launch) (Machine, error)
 }
 
+// Checker is a [Driver] that can tell beforehand whether a launch with a recorded hardware would be refused. Only Bin, Accel and Recorded are looked at.
+type Checker interface {
+	Check(ctx context.Context, l Launch) error
+}
+
 // Machine is one running or paused VM. Its methods are safe for concurrent use with Wait and Close; the others are called one at a time.
 type Machine interface {
 	Hardware() Hardware

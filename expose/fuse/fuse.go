@@ -37,6 +37,7 @@ type Config struct {
 type Mount struct {
 	dir    string
 	server *fuse.Server
+	files  map[string]*file
 	failed atomic.Pointer[error]
 }
 
@@ -64,7 +65,7 @@ func New(c Config, devices []expose.Device) (*Mount, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, fmt.Errorf("expose devices: %w", err)
 	}
-	m := &Mount{dir: dir}
+	m := &Mount{dir: dir, files: map[string]*file{}}
 	ttl := forever
 	// A VMM that inherits the connection keeps it open when this process dies, and then waits for ever for an answer; also, it could give the answers itself.
 	syscall.ForkLock.RLock()
@@ -144,6 +145,32 @@ func (m *Mount) Close() error {
 	return os.Remove(m.dir)
 }
 
+// Cache puts content of a device into the kernel's cache of its file, as if the file had been read, so that who maps or reads it does not have to ask (NOTIFY_STORE
+// of FUSE). It overwrites what is cached there, so nobody may have the range mapped for writing who has used it. When it fails, anything up to all of
+// it may be cached; see Uncache.
+func (m *Mount) Cache(name string, p []byte, off int64) error {
+	f := m.files[name]
+	if errno := f.WriteCache(off, p); errno != 0 {
+		return fmt.Errorf("cache %d bytes at %d of device %s: %w", len(p), off, name, errno)
+	}
+	return nil
+}
+
+// Uncache takes a range out of the kernel's cache; it is asked for again when it is next used.
+func (m *Mount) Uncache(name string, off, length int64) error {
+	f := m.files[name]
+	if errno := f.NotifyContent(off, length); errno != 0 && errno != syscall.ENOENT {
+		return fmt.Errorf("uncache %d bytes at %d of device %s: %w", length, off, name, errno)
+	}
+	return nil
+}
+
+// Prime makes a device's file known to the kernel, which caches nothing of files that it has never seen.
+func (m *Mount) Prime(name string) error {
+	var st unix.Stat_t
+	return unix.Stat(m.Path(name), &st)
+}
+
 // directory is the root of the file system.
 type directory struct {
 	fs.Inode
@@ -158,6 +185,7 @@ var _ fs.NodeOnAdder = (*directory)(nil)
 func (d *directory) OnAdd(ctx context.Context) {
 	for _, device := range d.devices {
 		f := &file{mount: d.mount, config: d.config, device: device}
+		d.mount.files[device.Name] = f
 		d.AddChild(device.Name, d.NewPersistentInode(ctx, f, fs.StableAttr{Mode: fuse.S_IFREG}), false)
 	}
 }

@@ -1,17 +1,27 @@
 package cli
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
 	"reflect"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
+	"github.com/dustin/go-humanize"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/spf13/cobra"
 
 	"drafter/expose"
+	"drafter/migrate"
 	"drafter/peer"
 	"drafter/vmm"
 )
@@ -20,33 +30,46 @@ func newPeer() *cobra.Command {
 	var (
 		host         hostFlags
 		devices      deviceFlags
+		transport    transportFlags
+		limits       limitFlags
 		c            peer.Config
 		raddr, laddr string
+		metrics      string
+		concurrency  int
 	)
 	cmd := &cobra.Command{
 		Use:   "peer",
-		Short: "Run an instance of a VM package on devices of its own",
-		Long: `Starts an instance of a package and runs it until it is ended (Ctrl-C or SIGTERM), then suspends it; the next start goes on there.
+		Short: "Run an instance of a VM package, and move it live between processes and hosts",
+		Long: `Starts an instance of a package, or receives a running one from another peer (--raddr), and runs it until it is ended (Ctrl-C or SIGTERM) or another peer
+takes it (--laddr). When it is ended it is suspended; the next start goes on there.
 
 Each device has a base, the package's file. With an overlay and a state file the base is read-only, and what the instance changes is kept in the overlay:
 any number of instances can run from one package. Without them the instance writes to the package.
 
 --package and --instance name two directories instead of listing every device; --device adds to what they give, or changes it.
 
+Live migration: start the instance with --laddr, and on the other host a peer with --raddr and the same list of devices. While the VM runs, its devices are
+copied; then it pauses for some milliseconds, and goes on there. What the target has already, because it has the package, is not sent. Whatever fails, the VM
+runs once: before the handoff it stays here, afterwards it is there. If the connection is lost in just that moment, this process keeps the VM paused
+until the target has reconnected; if it never will, look there and decide with 'drafter peer settle'.
+
 If this process is killed (SIGKILL), the next start cleans up behind it. The instance's disks are then as after a power cut: what the guest synced is
 there ('drafter device export' gets it out). Its memory no longer fits its state, so it cannot be resumed; the start says so.
 ` + exitCodeHelp,
 		Example: `  drafter peer --raddr '' --laddr '' --package out/package --instance out/instance-0
-  drafter peer --raddr '' --laddr '' --netns ark1 --package out/package --instance out/instance-1 --device name=disk,blockSize=4096`,
+  drafter peer --raddr '' --laddr localhost:1337 --package out/package --instance out/instance-0
+  drafter peer --raddr localhost:1337 --laddr '' --netns ark1 --package out/package --instance out/instance-1`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			ctx := cmd.Context()
 			if c.Devices, err = devices.resolve(cmd); err != nil {
 				return err
 			}
-			for flag, addr := range map[string]string{"raddr": raddr, "laddr": laddr} {
-				if addr != "" {
-					return &usageError{fmt.Errorf("--%s %s: this build cannot migrate VMs yet; pass --%s ''", flag, addr, flag)}
-				}
+			if raddr != "" && raddr == laddr {
+				return &usageError{fmt.Errorf("--raddr and --laddr are both %s; pass --raddr '' to start the VM here, or --laddr '' (or another address) to receive it from there", raddr)}
+			}
+			if c.Limits, err = limits.resolve(); err != nil {
+				return err
 			}
 			var restore func()
 			if c.Host, restore, err = host.resolve(cmd.OutOrStdout()); err != nil {
@@ -54,24 +77,228 @@ there ('drafter device export' gets it out). Its memory no longer fits its state
 			}
 			defer restore()
 			c.ResumeTimeout = host.resumeTimeout
+			show := newMigrationLog()
+			defer show.close()
+			c.Hooks.OnState, c.Hooks.OnProgress = show.state, show.progress
 			p, err := peer.New(c)
 			if err != nil {
 				return err
 			}
 			defer func() { err = errors.Join(err, p.Close()) }()
-			if err := p.Resume(cmd.Context()); err != nil {
+			var listener net.Listener
+			if laddr != "" {
+				if listener, err = transport.listen(ctx, laddr); err != nil {
+					return err
+				}
+				defer listener.Close()
+			}
+			stopMetrics, err := serveMetrics(ctx, metrics, p)
+			if err != nil {
 				return err
 			}
-			return runUntilEnded(cmd.Context(), p)
+			defer func() { err = errors.Join(err, stopMetrics()) }()
+			if raddr == "" {
+				err = p.Resume(ctx)
+			} else {
+				var dial migrate.Dial
+				if dial, err = transport.dial(raddr); err == nil {
+					err = p.Receive(ctx, dial)
+				}
+			}
+			if err != nil {
+				return err
+			}
+			return runPeer(ctx, p, listener, show)
 		},
 	}
 	host.add(cmd)
 	devices.add(cmd)
+	transport.add(cmd)
+	limits.add(cmd)
 	f := cmd.Flags()
 	f.StringVar(&c.Expose, "expose", expose.Auto, "How the VMM gets at the devices: auto, fuse or nbd")
-	f.StringVar(&raddr, "raddr", "localhost:1337", "Remote address to connect to (leave empty to disable)")
-	f.StringVar(&laddr, "laddr", "localhost:1337", "Local address to listen on (leave empty to disable)")
-	f.DurationVar(&c.RescueTimeout, "rescue-timeout", 5*time.Second, "Maximum amount of time to wait for the guest's agent before a suspend")
+	f.StringVar(&raddr, "raddr", "localhost:1337", "Remote address to connect to: HOST:PORT or unix:PATH (leave empty to disable)")
+	f.StringVar(&laddr, "laddr", "localhost:1337", "Local address to listen on: HOST:PORT or unix:PATH (leave empty to disable)")
+	f.StringVar(&metrics, "metrics", "", "Address to serve metrics from (leave empty to disable)")
+	f.IntVar(&concurrency, "concurrency", 1024, "Number of concurrent workers to use in migrations (kept for compatibility: a migration here needs no workers)")
+	f.DurationVar(&c.RescueTimeout, "rescue-timeout", 5*time.Second, "Maximum amount of time to wait for the guest's agent before a suspend or a handoff")
+	cmd.AddCommand(newPeerSettle())
+	return cmd
+}
+
+// limitFlags bound a migration.
+type limitFlags struct {
+	limits    migrate.Limits
+	bandwidth string
+	strategy  string
+}
+
+func (l *limitFlags) add(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVar(&l.bandwidth, "bandwidth", "", "Bytes per second that a migration may send, such as 100MB (leave empty for no limit)")
+	f.DurationVar(&l.limits.Downtime, "downtime-limit", 300*time.Millisecond, "Hand over when the rest can be sent in this time")
+	f.DurationVar(&l.limits.Timeout, "migration-timeout", 0, "Maximum amount of time to copy while the VM runs (0 for no limit)")
+	f.StringVar(&l.strategy, "timeout-strategy", "", "What to do then: postcopy (hand over at once, fetch the rest afterwards) or cancel (default postcopy, or cancel with --disable-postcopy-migration)")
+	f.BoolVar(&l.limits.NoPostCopy, "disable-postcopy-migration", false, "Whether to disable post-copy migration: everything is sent before the handoff")
+}
+
+func (l *limitFlags) resolve() (migrate.Limits, error) {
+	limits := l.limits
+	limits.AtTimeout = migrate.Strategy(l.strategy)
+	if l.bandwidth != "" {
+		n, err := humanize.ParseBytes(l.bandwidth)
+		if err != nil || n == 0 || n > 1<<50 {
+			return limits, &usageError{fmt.Errorf("--bandwidth %q is no number of bytes, such as 100MB", l.bandwidth)}
+		}
+		limits.Bandwidth = int64(n)
+	}
+	if err := limits.Check(); err != nil {
+		return limits, &usageError{err}
+	}
+	return limits, nil
+}
+
+// runPeer runs a VM until it ends, moves away, or is suspended because ctx ends. Targets reach it over listener, unless that is nil.
+func runPeer(ctx context.Context, p *peer.Peer, listener net.Listener, show *migrationLog) error {
+	type end struct {
+		moved bool
+		err   error
+	}
+	served := make(chan end, 1)
+	sctx, stop := context.WithCancel(ctx)
+	defer stop()
+	if listener != nil {
+		go func() {
+			moved, err := p.Serve(sctx, func(ctx context.Context) (io.ReadWriteCloser, error) {
+				defer context.AfterFunc(ctx, func() { _ = listener.Close() })() // which ends Accept
+				return listener.Accept()
+			})
+			served <- end{moved, err}
+		}()
+		slog.Info("Migratable", "address", listener.Addr())
+	} else {
+		close(served)
+	}
+	arrived := p.Arrived()
+	for {
+		select {
+		case <-arrived:
+			arrived = nil
+			if err := p.ArrivalError(); err != nil {
+				slog.Error("The rest of the VM has not arrived; it goes on with what it has, and stands still where it lacks something", "error", err)
+			}
+		case e := <-served:
+			switch {
+			case e.moved:
+				show.summary(p)
+				return e.err
+			case errors.Is(e.err, migrate.ErrInDoubt):
+				return e.err
+			case e.err != nil:
+				slog.Error("The VM is not migratable any more", "error", e.err)
+			}
+			served = nil
+		case <-p.Done():
+			stop()
+			if e := <-orClosed(served); e.moved {
+				return e.err
+			}
+			if err := p.Wait(); err != nil {
+				return err
+			}
+			slog.Info("The guest powered itself off")
+			return nil
+		case <-ctx.Done():
+			if e := <-orClosed(served); e.moved || errors.Is(e.err, migrate.ErrInDoubt) {
+				if e.moved {
+					show.summary(p)
+				}
+				return e.err
+			}
+			return suspend(ctx, p)
+		}
+	}
+}
+
+// orClosed returns a channel to receive from that never blocks for ever: nil becomes a closed one.
+func orClosed[T any](c chan T) chan T {
+	if c == nil {
+		c = make(chan T)
+		close(c)
+	}
+	return c
+}
+
+// serveMetrics serves a peer's metrics and the process' own until stop is called.
+func serveMetrics(ctx context.Context, addr string, p *peer.Peer) (stop func() error, err error) {
+	if addr == "" {
+		return func() error { return nil }, nil
+	}
+	registry := prometheus.NewRegistry()
+	for _, c := range []prometheus.Collector{p.Metrics(), collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{})} {
+		if err := registry.Register(c); err != nil {
+			return nil, fmt.Errorf("register metrics: %w", err)
+		}
+	}
+	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
+	if err != nil {
+		return nil, fmt.Errorf("--metrics %s: %w", addr, err)
+	}
+	mux := http.NewServeMux()
+	mux.Handle("/metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
+	done := make(chan error, 1)
+	go func() { done <- server.Serve(l) }()
+	slog.Info("Serving metrics", "url", "http://"+l.Addr().String()+"/metrics")
+	return func() error {
+		err := server.Close()
+		if serr := <-done; !errors.Is(serr, http.ErrServerClosed) {
+			err = errors.Join(err, serr)
+		}
+		return err
+	}, nil
+}
+
+func newPeerSettle() *cobra.Command {
+	var devices deviceFlags
+	var here, away bool
+	cmd := &cobra.Command{
+		Use:   "settle",
+		Short: "Decide who owns a VM whose migration was cut off in the moment of the handoff",
+		Long: `When the connection is lost after the source has given the VM away and before the target has answered, only the target knows who owns it. The source
+keeps the VM paused until the target has reconnected. If the target never will, its operator has to look there first:
+
+  --here  the VM did not run at the target and never will (its log has no "Resumed VM", or its host is gone for good): it goes on here.
+          What it did at the target, if it did run there, is lost.
+  --away  the VM runs at the target, or ran there.
+
+If the peer that owns the instance still runs, it takes the decision; else it is noted in the instance's files, and the next start follows it. Decided wrongly,
+the VM runs twice: be sure.
+` + exitCodeHelp,
+		Example: `  drafter peer settle --here --package out/package --instance out/instance-0`,
+		Args:    noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			list, err := devices.resolve(cmd)
+			if err != nil {
+				return err
+			}
+			if here == away {
+				return &usageError{errors.New("give one of --here and --away")}
+			}
+			outcome := migrate.Away
+			if here {
+				outcome = migrate.Here
+			}
+			if err := peer.Settle(cmd.Context(), list, outcome); err != nil {
+				return err
+			}
+			slog.Info("Settled who owns the VM", "outcome", outcome)
+			return nil
+		},
+	}
+	devices.add(cmd)
+	cmd.Flags().BoolVar(&here, "here", false, "The VM goes on on this host")
+	cmd.Flags().BoolVar(&away, "away", false, "The VM belongs to the target")
 	return cmd
 }
 

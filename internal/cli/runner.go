@@ -29,11 +29,16 @@ func runUntilEnded(ctx context.Context, vm suspendable) error {
 		slog.Info("The guest powered itself off")
 		return nil
 	case <-ctx.Done():
-		slog.Info("Suspending VM")
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), suspendTimeout)
-		defer cancel()
-		return vm.Suspend(ctx)
+		return suspend(ctx, vm)
 	}
+}
+
+// suspend suspends a VM although ctx has ended.
+func suspend(ctx context.Context, vm interface{ Suspend(context.Context) error }) error {
+	slog.Info("Suspending VM")
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), suspendTimeout)
+	defer cancel()
+	return vm.Suspend(ctx)
 }
 
 // suspendTimeout bounds a suspend as a whole: a large memory on a slow disk takes its time, a hang must end.

@@ -130,6 +130,25 @@ func (Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
 	return m, nil
 }
 
+var _ vmm.Checker = Driver{}
+
+// Check implements [vmm.Checker].
+func (Driver) Check(ctx context.Context, l vmm.Launch) error {
+	path, err := binary(l.Bin)
+	if err != nil {
+		return err
+	}
+	hw, err := hardware(ctx, path, &l)
+	if err != nil {
+		return err
+	}
+	version, err := installedVersion(ctx, path)
+	if err != nil {
+		return err
+	}
+	return compatible(hw, version)
+}
+
 // hardware settles what the machine will be: what was recorded, or what suits this host.
 func hardware(ctx context.Context, path string, l *vmm.Launch) (vmm.Hardware, error) {
 	if l.Recorded != nil {

@@ -1,0 +1,125 @@
+package instance
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/google/uuid"
+
+	"drafter/vmm"
+)
+
+// Preflight checks that a VM that runs elsewhere could run here, without starting anything.
+func Preflight(ctx context.Context, h Host, config *vmm.PackageConfig) error {
+	driver, err := h.Drivers.Select(h.VMM, config.Hardware.VMM)
+	if err != nil {
+		return err
+	}
+	if c, ok := driver.(vmm.Checker); ok {
+		return c.Check(ctx, vmm.Launch{Bin: h.Bin, Accel: h.Accel, Recorded: &config.Hardware})
+	}
+	return nil
+}
+
+// Prepare tells the guest's agent that the VM is about to be paused. The guest runs on; [Instance.Rescue] tells it that nothing came of it.
+func (i *Instance) Prepare(ctx context.Context) error {
+	if i.agent == nil {
+		return nil
+	}
+	err := i.agent.BeforeSuspend(ctx)
+	if err != nil {
+		err = fmt.Errorf("the guest's agent: %w", err)
+	}
+	// The agent's connection ends before every snapshot; whoever resumes makes a new one.
+	err = errors.Join(err, i.agent.Close())
+	i.agent = nil
+	return err
+}
+
+// Flush makes every guest memory write up to now visible in the memory device.
+func (i *Instance) Flush(ctx context.Context) error { return i.prefer(i.machine.Flush(ctx)) }
+
+// Pause stops the vCPUs.
+func (i *Instance) Pause(ctx context.Context) error {
+	if err := i.machine.Pause(ctx); err != nil {
+		return i.prefer(err)
+	}
+	i.paused = true
+	return nil
+}
+
+// SaveLeaving writes the paused VM's state to its device, for the target of a migration. Nothing is durable yet. Flush memory afterwards.
+func (i *Instance) SaveLeaving(ctx context.Context, migration uuid.UUID) error {
+	var state vmm.StateBuffer
+	if err := i.machine.Save(ctx, &state); err != nil {
+		return i.prefer(err)
+	}
+	i.left = true
+	return i.withState(func(dev StateDevice) error { return vmm.WriteLeavingState(dev, i.config.ID, state.Bytes(), migration) })
+}
+
+// Mark notes durably what has become of a VM that was handed over.
+func (i *Instance) Mark(status vmm.Status) error {
+	i.frozen = true
+	return i.withState(func(dev StateDevice) error { return vmm.MarkState(dev, status) })
+}
+
+// Rescue lets the VM go on after Prepare, Pause and SaveLeaving, whichever of them were done. The guest runs when it returns nil.
+func (i *Instance) Rescue(ctx context.Context) error {
+	i.frozen = false
+	if i.left {
+		// A state that an operator could settle on must be gone before the guest changes what it fits.
+		if err := i.withState(func(dev StateDevice) error { return vmm.MarkState(dev, vmm.Running) }); err != nil {
+			return err
+		}
+		i.left = false
+	}
+	if i.paused {
+		if err := i.machine.Resume(ctx); err != nil {
+			return i.prefer(err)
+		}
+		i.paused = false
+	}
+	return i.prefer(nil)
+}
+
+// RescueAgent tells the guest's agent after a Rescue that the guest runs on, for at most timeout.
+func (i *Instance) RescueAgent(ctx context.Context, timeout time.Duration) error {
+	if i.agent != nil {
+		return nil
+	}
+	return i.AfterResume(ctx, timeout)
+}
+
+// Restore loads the state that a migration has brought, and notes durably that the VM runs here. It does not run yet; see [Launched.Go].
+func (l *Launched) Restore(ctx context.Context, migration uuid.UUID) error {
+	i := l.i
+	return i.withState(func(dev StateDevice) error {
+		state, err := vmm.ReadMigratedState(dev, i.config.ID, migration)
+		if err != nil {
+			return err
+		}
+		marked := make(chan error, 1)
+		go func() { marked <- vmm.MarkState(dev, vmm.Running) }()
+		err = i.machine.Restore(ctx, bytes.NewReader(state))
+		return errors.Join(err, <-marked)
+	})
+}
+
+// Go lets the guest run after Restore. After an error, Ended tells whether it may have run.
+func (l *Launched) Go(ctx context.Context) (*Instance, error) {
+	return l.i, l.i.machine.Resume(ctx)
+}
+
+// Ended tells whether the VMM is gone.
+func (l *Launched) Ended() bool {
+	select {
+	case <-l.i.machine.Done():
+		return true
+	default:
+		return false
+	}
+}

@@ -1,0 +1,84 @@
+package cli
+
+import (
+	"log/slog"
+	"os"
+	"time"
+
+	"github.com/dustin/go-humanize"
+	"golang.org/x/term"
+
+	"drafter/internal/progress"
+	"drafter/migrate"
+	"drafter/peer"
+)
+
+// migrationLog tells a person how a migration goes: in log lines, and on a terminal also by a bar per device.
+type migrationLog struct {
+	bars  *progress.Reporter // nil when stderr is no terminal
+	cycle int
+}
+
+func newMigrationLog() *migrationLog { return &migrationLog{} }
+
+// messages are what is said at a change of state. Other states are told of at debug level.
+var messages = map[migrate.State]string{
+	migrate.PreCopying:  "A target takes the VM: copying its devices while it runs",
+	migrate.HandingOff:  "Pausing the VM to hand it over",
+	migrate.Serving:     "The VM runs at its target; sending what is left",
+	migrate.Rescuing:    "The migration failed; the VM goes on here",
+	migrate.Receiving:   "Receiving the VM's devices while it runs at its source",
+	migrate.TakingOver:  "The VM was handed over; resuming it here",
+	migrate.HandingBack: "The VM cannot be taken over; it stays at its source",
+	migrate.Moved:       "Completed all device migrations",
+}
+
+func (l *migrationLog) state(s migrate.State) {
+	if text, ok := messages[s]; ok {
+		slog.Info(text)
+		return
+	}
+	slog.Debug("Migration", "state", s)
+}
+
+func (l *migrationLog) progress(s migrate.Stats) {
+	if s.Cycle != l.cycle {
+		l.cycle = s.Cycle
+		_, _, pending := s.Bytes()
+		slog.Debug("Migration", "cycle", s.Cycle, "pending", humanize.IBytes(uint64(pending)))
+	}
+	if !term.IsTerminal(int(os.Stderr.Fd())) {
+		return
+	}
+	if l.bars == nil {
+		l.bars = progress.New(os.Stderr)
+	}
+	over := s.State == migrate.Moved
+	for _, d := range s.Devices {
+		done := d.Size - min(d.Pending, d.Size)
+		if !over {
+			done = min(done, d.Size-1) // what is written meanwhile is pending again
+		}
+		l.bars.Report(d.Name, done, d.Size)
+	}
+}
+
+// summary tells what a migration did that has moved the VM away.
+func (l *migrationLog) summary(p *peer.Peer) {
+	s, ok := p.Stats()
+	if !ok {
+		return
+	}
+	for _, d := range s.Devices {
+		slog.Info("Migrated device", "device", d.Name, "size", humanize.IBytes(uint64(d.Size)), "sent", humanize.IBytes(uint64(d.Sent)), "notNeeded", humanize.IBytes(uint64(d.Saved)),
+			"postCopy", humanize.IBytes(uint64(d.PostCopy)))
+	}
+	_, saved, _ := s.Bytes()
+	slog.Info("Completed migration", "took", s.Total.Round(time.Millisecond), "downtime", s.Paused.Round(10*time.Microsecond), "cycles", s.Cycle, "bytes", s.Wire, "bytesSaved", saved)
+}
+
+func (l *migrationLog) close() {
+	if l.bars != nil {
+		l.bars.Close()
+	}
+}

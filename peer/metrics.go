@@ -1,0 +1,71 @@
+package peer
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+
+	"drafter/block"
+	"drafter/migrate"
+)
+
+var (
+	describeDirty = prometheus.NewDesc("drafter_device_dirty_bytes", "Bytes written to a device that no migration has taken yet.", []string{"device"}, nil)
+	describeSize  = prometheus.NewDesc("drafter_device_size_bytes", "Size of a device.", []string{"device"}, nil)
+
+	describeState    = prometheus.NewDesc("drafter_migration_state", "1 for the state that the last migration is in.", []string{"state"}, nil)
+	describeCycle    = prometheus.NewDesc("drafter_migration_cycles", "Cycles of pre-copy in the last migration.", nil, nil)
+	describeDuration = prometheus.NewDesc("drafter_migration_duration_seconds", "How long the last migration has taken so far.", nil, nil)
+	describeDowntime = prometheus.NewDesc("drafter_migration_downtime_seconds", "How long the VM was paused in the last migration.", nil, nil)
+	describeWire     = prometheus.NewDesc("drafter_migration_wire_bytes", "Bytes sent and received in the last migration, overhead included.", nil, nil)
+	describeSent     = prometheus.NewDesc("drafter_migration_device_transferred_bytes", "Bytes of a device that were transferred in the last migration.", []string{"device", "phase"}, nil)
+	describeSaved    = prometheus.NewDesc("drafter_migration_device_saved_bytes", "Bytes of a device that had been written and did not need to be transferred.", []string{"device"}, nil)
+	describePending  = prometheus.NewDesc("drafter_migration_device_pending_bytes", "Bytes of a device that are still to be transferred.", []string{"device"}, nil)
+)
+
+// Metrics is a collector of what the peer and its migrations do.
+func (p *Peer) Metrics() prometheus.Collector { return metrics{p} }
+
+type metrics struct{ p *Peer }
+
+// Describe implements [prometheus.Collector].
+func (m metrics) Describe(descriptions chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{
+		describeDirty, describeSize, describeState, describeCycle, describeDuration, describeDowntime, describeWire, describeSent, describeSaved, describePending,
+	} {
+		descriptions <- d
+	}
+}
+
+// Collect implements [prometheus.Collector].
+func (m metrics) Collect(out chan<- prometheus.Metric) {
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		out <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	m.p.mu.Lock()
+	for name, d := range m.p.devices {
+		gauge(describeDirty, float64(d.Dirty()*block.PageSize), name)
+		gauge(describeSize, float64(d.Size()), name)
+	}
+	m.p.mu.Unlock()
+	s, ok := m.p.Stats()
+	if !ok {
+		return
+	}
+	for _, state := range migrate.States {
+		v := 0.0
+		if state == s.State {
+			v = 1
+		}
+		gauge(describeState, v, string(state))
+	}
+	gauge(describeCycle, float64(s.Cycle))
+	gauge(describeDuration, s.Total.Seconds())
+	gauge(describeDowntime, s.Paused.Seconds())
+	gauge(describeWire, float64(s.Wire))
+	for _, d := range s.Devices {
+		gauge(describeSent, float64(d.Sent-d.PostCopy), d.Name, "pre-copy")
+		gauge(describeSent, float64(d.PostCopy-d.Wanted), d.Name, "post-copy")
+		gauge(describeSent, float64(d.Wanted), d.Name, "wanted")
+		gauge(describeSaved, float64(d.Saved), d.Name)
+		gauge(describePending, float64(d.Pending), d.Name)
+	}
+}

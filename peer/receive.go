@@ -1,0 +1,330 @@
+package peer
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/google/uuid"
+
+	"drafter/block"
+	"drafter/expose/fuse"
+	"drafter/instance"
+	"drafter/migrate"
+	"drafter/vmm"
+	"drafter/wire"
+)
+
+// Receive asks a peer, which dial connects with, for its VM. The VM runs here when Receive returns nil; what is missing of it is fetched from then on, see
+// Arrived. On an error it runs at its source, unless the error says otherwise, and nothing is left but what Close removes.
+func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
+	start := time.Now()
+	if err := p.occupy(); err != nil {
+		return err
+	}
+	a := &arrival{p: p}
+	target, err := migrate.Receive(ctx, migrate.TargetConfig{VM: a, Dial: dial, Limits: p.config.Limits, OnState: p.config.Hooks.OnState, OnProgress: p.config.Hooks.OnProgress})
+	if err != nil {
+		return fmt.Errorf("receive VM: %w", err)
+	}
+	p.mu.Lock()
+	p.arrival = target
+	p.mu.Unlock()
+	stats := target.Stats()
+	running := time.Since(start)
+	// The VM runs and serves its clients: an agent that does not answer is no reason to end it.
+	if err := p.instance.AfterResume(ctx, p.config.ResumeTimeout); err != nil {
+		slog.Error("The VM runs, but its agent does not answer; its clock may be behind", "error", err)
+	} else if hook := p.config.Hooks.OnAfterResume; hook != nil {
+		if err := hook(ctx); err != nil {
+			slog.Error("After resume", "error", err)
+		}
+	}
+	slog.Info("Resumed VM", "took", running.Round(time.Millisecond), "downtime", stats.Paused.Round(10*time.Microsecond), "agentAfter", time.Since(start).Round(time.Millisecond))
+	return nil
+}
+
+// Arrived is closed when a VM that came by a migration is complete, or never will be; ArrivalError then tells which. It is nil for a VM that was started here.
+func (p *Peer) Arrived() <-chan struct{} {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.arrival == nil {
+		return nil
+	}
+	return p.arrival.Done()
+}
+
+// ArrivalError waits until Arrived and returns why the VM is not complete.
+func (p *Peer) ArrivalError() error {
+	p.mu.Lock()
+	a := p.arrival
+	p.mu.Unlock()
+	if a == nil {
+		return nil
+	}
+	return a.Wait()
+}
+
+// awaitArrival waits until a VM that came by a migration is complete.
+func (p *Peer) awaitArrival(ctx context.Context) error {
+	arrived := p.Arrived()
+	if arrived == nil {
+		return nil
+	}
+	select {
+	case <-arrived:
+		return p.ArrivalError()
+	case <-ctx.Done():
+		return fmt.Errorf("the VM has not wholly arrived: %w", context.Cause(ctx))
+	}
+}
+
+// Stats says how the last migration goes, from here or to here. ok is false when there is none.
+func (p *Peer) Stats() (stats migrate.Stats, ok bool) {
+	p.mu.Lock()
+	source, arrival := p.source, p.arrival
+	p.mu.Unlock()
+	if source != nil {
+		if s := source.Stats(); len(s.Devices) > 0 {
+			return s, true
+		}
+	}
+	if arrival != nil {
+		return arrival.Stats(), true
+	}
+	return stats, false
+}
+
+// arrival is a VM that is arriving. It implements [migrate.TargetVM].
+type arrival struct {
+	p        *Peer
+	config   *vmm.PackageConfig
+	launched *instance.Launched
+	running  bool
+}
+
+// Accept implements [migrate.TargetVM].
+func (a *arrival) Accept(ctx context.Context, m wire.Manifest, migration uuid.UUID) ([]migrate.TargetDevice, error) {
+	var err error
+	if a.config, err = vmm.DecodePackageConfig(m.Config); err != nil {
+		return nil, fmt.Errorf("the source's config device: %w", err)
+	}
+	if err := a.check(ctx, m); err != nil {
+		return nil, err
+	}
+	if err := makeRoom(a.p.config.Devices); err != nil {
+		return nil, err
+	}
+	held, err := a.open(ctx, m, migration)
+	if err != nil {
+		return nil, err
+	}
+	if err := a.p.expose(); err != nil {
+		return nil, err
+	}
+	return a.devices(m, held)
+}
+
+// check refuses what cannot run here. Nothing has been made yet.
+func (a *arrival) check(ctx context.Context, m wire.Manifest) error {
+	if err := instance.Preflight(ctx, a.p.config.Host, a.config); err != nil {
+		return err
+	}
+	if len(m.Processor) > 0 {
+		var source vmm.Processor
+		if err := json.Unmarshal(m.Processor, &source); err != nil {
+			return fmt.Errorf("the source's description of its CPU: %w", err)
+		}
+		here, err := vmm.HostProcessor()
+		if err != nil {
+			return err
+		}
+		if err := here.Check(&source); err != nil {
+			return err
+		}
+	}
+	sizes := map[string]int64{}
+	for _, offered := range m.Devices {
+		i := slices.IndexFunc(a.p.config.Devices, func(d Device) bool { return d.Name == offered.Name })
+		if i < 0 {
+			return fmt.Errorf("device %s of the VM is not among the devices here; add it to --devices", offered.Name)
+		}
+		if !a.p.config.Devices[i].moves() {
+			return fmt.Errorf("device %s comes with the VM, but makeMigratable is off or shared is on for it here; set it as on the source", offered.Name)
+		}
+		sizes[offered.Name] = offered.Size
+	}
+	for i := range a.p.config.Devices {
+		d := &a.p.config.Devices[i]
+		if _, ok := sizes[d.Name]; ok {
+			continue
+		}
+		if d.moves() {
+			return fmt.Errorf("device %s does not come with the VM; remove it from --devices, or turn makeMigratable off if it is on this host", d.Name)
+		}
+		listed, _ := a.config.Device(d.Name)
+		sizes[d.Name] = listed.Size // its file is checked when it is opened
+	}
+	return instance.CheckSizes(a.config, sizes)
+}
+
+// open opens the devices, the state device first: from then on it says that the VM is arriving.
+func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID) (map[string]wire.Held, error) {
+	held := map[string]wire.Held{}
+	offers := slices.Clone(m.Devices)
+	slices.SortStableFunc(offers, func(x, y wire.Device) int {
+		return boolInt(y.Name == vmm.State) - boolInt(x.Name == vmm.State)
+	})
+	for _, offered := range offers {
+		d := a.device(offered.Name)
+		s, h, err := d.receive(ctx, offered)
+		if err != nil {
+			return nil, fmt.Errorf("device %s: %w", offered.Name, err)
+		}
+		a.p.mu.Lock()
+		a.p.devices[offered.Name] = s
+		a.p.mu.Unlock()
+		held[offered.Name] = h
+		if offered.Name == vmm.State {
+			if err := vmm.MarkArriving(arriving{s}, migration); err != nil {
+				return nil, fmt.Errorf("device %s: %w", offered.Name, err)
+			}
+		}
+	}
+	for i := range a.p.config.Devices {
+		d := &a.p.config.Devices[i]
+		if _, ok := held[d.Name]; ok {
+			continue
+		}
+		s, err := d.open(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("device %s: %w", d.Name, err)
+		}
+		a.p.mu.Lock()
+		a.p.devices[d.Name] = s
+		a.p.mu.Unlock()
+		if listed, _ := a.config.Device(d.Name); s.Size() < listed.Size {
+			return nil, fmt.Errorf("device %s has %d bytes here, the VM needs %d", d.Name, s.Size(), listed.Size)
+		}
+	}
+	return held, nil
+}
+
+func boolInt(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+func (a *arrival) device(name string) *Device {
+	i := slices.IndexFunc(a.p.config.Devices, func(d Device) bool { return d.Name == name })
+	return &a.p.config.Devices[i]
+}
+
+// arriving is the state device while it is sealed: what is noted in it goes underneath.
+type arriving struct{ s *stack }
+
+func (a arriving) ReadAt(p []byte, off int64) (int, error) { return a.s.incoming.Device.ReadAt(p, off) }
+func (a arriving) WriteAt(p []byte, off int64) (int, error) {
+	return a.s.incoming.Device.WriteAt(p, off)
+}
+func (a arriving) Sync() error { return a.s.incoming.Device.Sync() }
+
+// devices tells where the devices of the manifest arrive.
+func (a *arrival) devices(m wire.Manifest, held map[string]wire.Held) ([]migrate.TargetDevice, error) {
+	mount, cached := a.p.exposure.(*fuse.Mount)
+	var devices []migrate.TargetDevice
+	for _, offered := range m.Devices {
+		d := migrate.TargetDevice{Held: held[offered.Name], Device: a.p.devices[offered.Name].incoming, First: offered.Name == vmm.Kernel}
+		if offered.Name == vmm.Memory && cached {
+			if err := mount.Prime(vmm.Memory); err != nil {
+				return nil, fmt.Errorf("device %s: %w", vmm.Memory, err)
+			}
+			d.Cache = func(p []byte, off int64) error { return mount.Cache(vmm.Memory, p, off) }
+			d.Uncache = func(off, length int64) error { return mount.Uncache(vmm.Memory, off, length) }
+		}
+		devices = append(devices, d)
+	}
+	return devices, nil
+}
+
+// Start implements [migrate.TargetVM].
+func (a *arrival) Start(ctx context.Context) error {
+	var err error
+	a.launched, err = instance.Launch(ctx, a.p.config.Host, a.config, storage{a.p})
+	return err
+}
+
+// Restore implements [migrate.TargetVM].
+func (a *arrival) Restore(ctx context.Context, migration uuid.UUID) error {
+	return a.launched.Restore(ctx, migration)
+}
+
+// Resume implements [migrate.TargetVM].
+func (a *arrival) Resume(ctx context.Context) error {
+	i, err := a.launched.Go(ctx)
+	if err != nil && a.launched.Ended() {
+		err = fmt.Errorf("%w: %w", migrate.ErrMayHaveRun, err)
+	}
+	if err == nil || errors.Is(err, migrate.ErrMayHaveRun) {
+		a.p.instance, a.running = i, true
+	}
+	return err
+}
+
+// Complete implements [migrate.TargetVM].
+func (a *arrival) Complete(context.Context) error {
+	for name, d := range a.p.devices {
+		if name == vmm.Memory || d.incoming == nil {
+			continue // memory does not outlive this process without a suspend anyway
+		}
+		if err := d.Sync(); err != nil {
+			return fmt.Errorf("device %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// Discard implements [migrate.TargetVM].
+func (a *arrival) Discard(context.Context) error {
+	var errs []error
+	if a.launched != nil {
+		errs = append(errs, a.launched.Close())
+	}
+	stacks := map[string]*stack{}
+	a.p.mu.Lock()
+	for name, d := range a.p.devices {
+		stacks[name] = d
+	}
+	a.p.mu.Unlock()
+	errs = append(errs, a.p.closeDevices(false))
+	// The state device goes last: as long as it is there, it says that the rest is of no use.
+	for name, d := range stacks {
+		if name != vmm.State {
+			errs = append(errs, d.remove())
+		}
+	}
+	if s := stacks[vmm.State]; s != nil {
+		errs = append(errs, s.remove())
+	}
+	return errors.Join(errs...)
+}
+
+// remove removes the files that were made for a device.
+func (s *stack) remove() error {
+	var errs []error
+	for _, f := range s.created {
+		if err := f(); err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+var _ block.Device = (*stack)(nil)

@@ -1,0 +1,294 @@
+package peer
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+
+	"drafter/block"
+	"drafter/migrate"
+	"drafter/vmm"
+)
+
+// maxConnections is how many connections are served at once: a target has two, and perhaps two that it has lost.
+const maxConnections = 8
+
+// Serve makes the VM migratable: a peer that connects gets it. accept returns the next connection, or an error once its context has ended. Serve returns when
+// the VM has moved, with true; or when ctx has ended and the VM is not migratable any more, but runs here as before. If by then a target owns the VM, Serve
+// first gives it all that it needs. An error with false means that the VM runs here or, if it says so, that it is in doubt.
+func (p *Peer) Serve(ctx context.Context, accept func(context.Context) (io.ReadWriteCloser, error)) (moved bool, err error) {
+	if err := p.awaitArrival(ctx); ctx.Err() != nil {
+		return false, nil
+	} else if err != nil {
+		return false, err
+	}
+	source, err := p.newSource()
+	if err != nil {
+		return false, err
+	}
+	p.mu.Lock()
+	p.source = source
+	p.mu.Unlock()
+	s := &server{source: source, accept: accept}
+	actx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer s.wg.Wait()
+	defer cancel()
+	s.wg.Go(func() { s.run(actx) })
+	select {
+	case <-source.Gone():
+		return source.State() == migrate.Moved, source.GoneError()
+	case <-ctx.Done():
+	}
+	switch err := source.Revoke(errors.New("the source was ended")); {
+	case err == nil:
+		return false, nil
+	case errors.Is(err, migrate.ErrInDoubt):
+		return false, p.leaveInDoubt()
+	case errors.Is(err, migrate.ErrHandedOver):
+		slog.Info("The VM runs at its target, which still needs what is here; waiting until it has all")
+		<-source.Gone()
+		return source.State() == migrate.Moved, source.GoneError()
+	default:
+		return false, err
+	}
+}
+
+func (p *Peer) leaveInDoubt() error {
+	return fmt.Errorf("%w: it was handed over and the target has not answered; look whether it runs there, and then settle it here: drafter peer settle --here, or --away", migrate.ErrInDoubt)
+}
+
+// server serves connections of targets.
+type server struct {
+	source *migrate.Source
+	accept func(context.Context) (io.ReadWriteCloser, error)
+	wg     sync.WaitGroup
+}
+
+func (s *server) run(ctx context.Context) {
+	free := make(chan struct{}, maxConnections)
+	for {
+		stream, err := s.accept(ctx)
+		if ctx.Err() != nil {
+			if err == nil {
+				_ = stream.Close() // of no use any more
+			}
+			return
+		}
+		if err != nil {
+			slog.Warn("Accept connection", "error", err)
+			select {
+			case <-time.After(100 * time.Millisecond): // out of descriptors, say
+			case <-ctx.Done():
+			}
+			continue
+		}
+		select {
+		case free <- struct{}{}:
+		default:
+			slog.Warn("Too many connections; closed one")
+			_ = stream.Close() // it gets nothing
+			continue
+		}
+		s.wg.Go(func() {
+			defer func() { <-free }()
+			s.handle(ctx, stream)
+		})
+	}
+}
+
+func (s *server) handle(ctx context.Context, stream io.ReadWriteCloser) {
+	err := s.source.Handle(ctx, stream)
+	if state := s.source.State(); err != nil && state != migrate.Moved && ctx.Err() == nil {
+		slog.Warn("A connection or a migration failed; the VM "+whereabouts(state), "error", err)
+	}
+}
+
+// whereabouts says where a VM is in a sentence.
+func whereabouts(s migrate.State) string {
+	switch s {
+	case migrate.InDoubt, migrate.LeftInDoubt:
+		return "is in doubt"
+	case migrate.Serving, migrate.LeftServing, migrate.Moved:
+		return "runs at its target"
+	case migrate.Lost:
+		return "is lost"
+	}
+	return "runs here"
+}
+
+// newSource makes the source of this VM.
+func (p *Peer) newSource() (*migrate.Source, error) {
+	config := p.instance.Config()
+	c := migrate.SourceConfig{VM: &departure{p: p}, Limits: p.config.Limits, OnProgress: p.config.Hooks.OnProgress}
+	var settling settling
+	c.OnState = func(s migrate.State) {
+		settling.follow(p, s)
+		if p.config.Hooks.OnState != nil {
+			p.config.Hooks.OnState(s)
+		}
+	}
+	var err error
+	if c.Config, err = config.Encode(); err != nil {
+		return nil, err
+	}
+	if config.Hardware.Accel != vmm.AccelTCG {
+		// An emulated CPU is the same everywhere.
+		processor, err := vmm.HostProcessor()
+		if err != nil {
+			return nil, err
+		}
+		if c.Processor, err = json.Marshal(processor); err != nil {
+			return nil, fmt.Errorf("describe CPU: %w", err)
+		}
+	}
+	if c.Limits.Prepare == 0 {
+		c.Limits.Prepare = p.config.RescueTimeout
+	}
+	for i := range p.config.Devices {
+		d := &p.config.Devices[i]
+		if !d.moves() {
+			continue
+		}
+		s := p.devices[d.Name]
+		sd := migrate.SourceDevice{
+			Name: d.Name, Device: s.Tracker, Base: s.base, NeedsBase: d.SharedBase, First: d.Name == vmm.Kernel || d.Name == vmm.State,
+			Expiry: d.Expiry, MaxDirtyBlocks: d.MaxDirtyBlocks, MinCycles: d.MinCycles, MaxCycles: d.MaxCycles, CycleThrottle: d.CycleThrottle,
+		}
+		if s.base != (block.ID{}) {
+			sd.Overlay = s.overlay
+		}
+		c.Devices = append(c.Devices, sd)
+	}
+	return migrate.NewSource(c)
+}
+
+// departure is a VM that may leave. It implements [migrate.SourceVM].
+type departure struct{ p *Peer }
+
+// Flush implements [migrate.SourceVM].
+func (d *departure) Flush(ctx context.Context) error { return d.p.instance.Flush(ctx) }
+
+// Prepare implements [migrate.SourceVM].
+func (d *departure) Prepare(ctx context.Context) error {
+	if hook := d.p.config.Hooks.OnBeforeSuspend; hook != nil {
+		if err := hook(ctx); err != nil {
+			return err
+		}
+	}
+	return d.p.instance.Prepare(ctx)
+}
+
+// Pause implements [migrate.SourceVM].
+func (d *departure) Pause(ctx context.Context) error { return d.p.instance.Pause(ctx) }
+
+// Save implements [migrate.SourceVM].
+func (d *departure) Save(ctx context.Context, migration uuid.UUID) error {
+	return d.p.instance.SaveLeaving(ctx, migration)
+}
+
+// Rescue implements [migrate.SourceVM].
+func (d *departure) Rescue(ctx context.Context) error {
+	if err := d.p.instance.Rescue(ctx); err != nil {
+		return err
+	}
+	if err := d.p.instance.RescueAgent(ctx, d.p.config.RescueTimeout); err != nil {
+		slog.Warn("The VM goes on, but its agent does not answer", "error", err)
+	}
+	return nil
+}
+
+// Mark implements [migrate.SourceVM].
+func (d *departure) Mark(_ context.Context, state migrate.State, _ uuid.UUID) error {
+	switch state {
+	case migrate.InDoubt:
+		for name, s := range d.p.devices {
+			if err := s.Sync(); err != nil {
+				return fmt.Errorf("device %s: %w", name, err)
+			}
+		}
+		return d.p.instance.Mark(vmm.InDoubt)
+	case migrate.Serving:
+		return d.p.instance.Mark(vmm.HandedOver)
+	}
+	return d.p.instance.Mark(vmm.Moved)
+}
+
+// settling waits for an operator's decision while the VM is in doubt. The command that brings it cannot reach this process but by a file.
+type settling struct {
+	stop chan struct{}
+	done chan struct{}
+}
+
+func (s *settling) follow(p *Peer, state migrate.State) {
+	if s.stop != nil {
+		close(s.stop)
+		<-s.done
+		s.stop = nil
+	}
+	if state != migrate.InDoubt {
+		return
+	}
+	s.stop, s.done = make(chan struct{}), make(chan struct{})
+	stop, done := s.stop, s.done
+	go func() {
+		defer close(done)
+		tick := time.NewTicker(200 * time.Millisecond)
+		defer tick.Stop()
+		said := time.NewTimer(2 * time.Second)
+		defer said.Stop()
+		for {
+			select {
+			case <-stop:
+				return
+			case <-said.C:
+				slog.Warn("The target does not answer: it is in doubt who owns the VM, which stays paused here; waiting for the target, or for 'drafter peer settle'")
+			case <-tick.C:
+				if err := p.readDecision(); err != nil {
+					slog.Error("Settle", "error", err)
+				}
+			}
+		}
+	}()
+}
+
+// decisionFile is where an operator's decision is left for the process that owns an instance.
+func decisionFile(devices []Device) string {
+	for _, d := range devices {
+		if d.Name != vmm.State {
+			continue
+		}
+		if d.State != "" {
+			return d.State + ".settle"
+		}
+		return d.Base + ".settle"
+	}
+	return ""
+}
+
+func (p *Peer) readDecision() error {
+	path := decisionFile(p.config.Devices)
+	b, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	outcome := migrate.Outcome(strings.TrimSpace(string(b)))
+	if outcome == migrate.Here || outcome == migrate.Away {
+		err = p.source.Settle(outcome)
+		slog.Info("An operator has settled who owns the VM", "outcome", outcome)
+	} else {
+		err = fmt.Errorf("%s holds %q instead of here or away", path, outcome)
+	}
+	return errors.Join(err, os.Remove(path))
+}

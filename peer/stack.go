@@ -1,0 +1,194 @@
+package peer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/google/uuid"
+
+	"drafter/block"
+	"drafter/vmm"
+	"drafter/wire"
+)
+
+// stack is an open device: what its writes go through, down to its files.
+type stack struct {
+	*block.Tracker
+	overlay  *block.Overlay  // nil when the device writes to its base
+	base     block.ID        // content id of the overlay's base; zero when it is over zeros, or not there
+	incoming *block.Incoming // nil unless a migration brought the device
+	created  []func() error  // remove the files that were made for it
+}
+
+// open opens a device of this host.
+func (d *Device) open(ctx context.Context) (*stack, error) {
+	if d.Overlay == "" {
+		base, err := d.openBase(false)
+		if err != nil {
+			return nil, err
+		}
+		return &stack{Tracker: block.NewTracker(base, d.blockSize())}, nil
+	}
+	under, size, found, err := block.OverlayBase(d.overlayPaths())
+	if err != nil {
+		return nil, err
+	}
+	if found && under == block.ZerosID(size) { // it came by a migration, without its base
+		return d.overlayOver(block.NewZeros(size), under, block.ID{}, nil)
+	}
+	base, err := d.openBase(true)
+	if err != nil {
+		return nil, err
+	}
+	contents, err := block.FileContents(ctx, d.Base)
+	if err != nil {
+		return nil, errors.Join(err, base.Close())
+	}
+	return d.overlayOver(base, contents.Device, contents.Device, nil)
+}
+
+func (d *Device) blockSize() int64 {
+	if d.BlockSize == 0 {
+		return block.ContentBlockSize
+	}
+	return d.BlockSize
+}
+
+func (d *Device) overlayPaths() block.OverlayPaths {
+	return block.OverlayPaths{Base: d.Base, Overlay: d.Overlay, State: d.State}
+}
+
+func (d *Device) openBase(readOnly bool) (*block.File, error) {
+	base, err := block.OpenFile(d.Base, readOnly)
+	if err != nil {
+		return nil, err
+	}
+	if !d.Shared {
+		if err := base.Lock(!readOnly); err != nil {
+			err = fmt.Errorf("%s is %w; give each instance its own overlay and state file", d.Base, err)
+			return nil, errors.Join(err, base.Close())
+		}
+	}
+	return base, nil
+}
+
+// overlayOver opens the overlay over base, whose content id is under. receive, if not nil, puts a device between the overlay and the tracker.
+func (d *Device) overlayOver(base block.Device, under, id block.ID, receive func(block.Device) *block.Incoming) (*stack, error) {
+	overlay, err := block.OpenOverlay(base, under, d.overlayPaths(), d.blockSize())
+	if err != nil {
+		return nil, err
+	}
+	s := &stack{overlay: overlay, base: id}
+	if receive == nil {
+		s.Tracker = block.NewTracker(overlay, d.blockSize())
+		return s, nil
+	}
+	s.incoming = receive(overlay)
+	s.Tracker = block.NewTracker(s.incoming, d.blockSize())
+	s.created = append(s.created, func() error { return block.RemoveOverlay(d.overlayPaths()) })
+	return s, nil
+}
+
+// moves tells whether the device moves with the VM.
+func (d *Device) moves() bool { return d.MakeMigratable && !d.Shared }
+
+// receive opens a device for what a migration brings.
+func (d *Device) receive(ctx context.Context, offered wire.Device) (*stack, wire.Held, error) {
+	receive := func(under block.Device) *block.Incoming { return block.NewIncoming(under, d.Name == vmm.Memory) }
+	if d.Overlay == "" {
+		base, err := block.CreateFile(d.Base, offered.Size)
+		if errors.Is(err, os.ErrExist) {
+			return nil, 0, fmt.Errorf("%s exists, and the VM would overwrite it; name an overlay and a state file, or another base", d.Base)
+		}
+		if err != nil {
+			return nil, 0, err
+		}
+		if err := base.Lock(true); err != nil {
+			return nil, 0, errors.Join(err, base.Close())
+		}
+		s := &stack{incoming: receive(base), created: []func() error{func() error { return os.Remove(d.Base) }}}
+		s.Tracker = block.NewTracker(s.incoming, d.blockSize())
+		return s, wire.HoldsNothing, nil
+	}
+	if _, err := os.Stat(d.Base); errors.Is(err, os.ErrNotExist) || offered.Base == (block.ID{}) {
+		if offered.NeedsBase {
+			return nil, 0, fmt.Errorf("its base %s is missing here, and the source sends changes only (sharedbase); copy the package to this host", d.Base)
+		}
+		s, err := d.overlayOver(block.NewZeros(offered.Size), block.ZerosID(offered.Size), block.ID{}, receive)
+		return s, wire.HoldsNothing, err
+	}
+	base, err := d.openBase(true)
+	if err != nil {
+		return nil, 0, err
+	}
+	contents, err := block.FileContents(ctx, d.Base)
+	if err != nil {
+		return nil, 0, errors.Join(err, base.Close())
+	}
+	if contents.Device != offered.Base {
+		err := fmt.Errorf("its base %s is not the one that the VM was made from; copy that package to this host, or name a base that does not exist to have all of it sent", d.Base)
+		return nil, 0, errors.Join(err, base.Close())
+	}
+	s, err := d.overlayOver(base, contents.Device, contents.Device, receive)
+	return s, wire.HoldsBase, err
+}
+
+// makeRoom removes what an instance that has moved away, or did not wholly arrive, left in the files of devices. It refuses to touch any other instance.
+func makeRoom(devices []Device) error {
+	var state *Device
+	for i := range devices {
+		if devices[i].Name == vmm.State {
+			state = &devices[i]
+		}
+	}
+	if state.Overlay == "" {
+		return nil // files that exist are refused one by one
+	}
+	_, _, found, err := block.OverlayBase(state.overlayPaths())
+	if err != nil {
+		return fmt.Errorf("device %s: %w", vmm.State, err)
+	}
+	if found {
+		status, _, err := stateStatus(state)
+		if err != nil {
+			return fmt.Errorf("device %s: %w", vmm.State, err)
+		}
+		if status != vmm.Arriving && status != vmm.Moved {
+			return fmt.Errorf("there is an instance at %s already, which has not moved away; choose another directory for the one that comes, or remove its files", state.State)
+		}
+	}
+	for i := range devices {
+		d := &devices[i]
+		if d.Overlay == "" || !d.moves() || d.Name == vmm.State {
+			continue
+		}
+		if _, _, exists, err := block.OverlayBase(d.overlayPaths()); err != nil {
+			return fmt.Errorf("device %s: %w", d.Name, err)
+		} else if exists && !found {
+			return fmt.Errorf("device %s: there is an overlay %s of an instance without state; choose another directory for the one that comes, or remove it", d.Name, d.Overlay)
+		}
+		if err := block.RemoveOverlay(d.overlayPaths()); err != nil {
+			return fmt.Errorf("device %s: %w", d.Name, err)
+		}
+	}
+	if err := block.RemoveOverlay(state.overlayPaths()); err != nil {
+		return fmt.Errorf("device %s: %w", vmm.State, err)
+	}
+	return nil
+}
+
+// stateStatus reads the status of an instance that does not run. An overlay of the state device that holds nothing was never started.
+func stateStatus(d *Device) (vmm.Status, uuid.UUID, error) {
+	s, err := d.open(context.Background())
+	if err != nil {
+		return 0, uuid.UUID{}, err
+	}
+	defer s.Close() // nothing was written
+	if s.overlay != nil && s.overlay.Present().Count() == 0 {
+		return vmm.Moved, uuid.UUID{}, nil
+	}
+	status, migration, _, err := vmm.StateStatus(s)
+	return status, migration, err
+}
