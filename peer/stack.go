@@ -35,7 +35,9 @@ func (d *Device) open(ctx context.Context) (*stack, error) {
 	if err != nil {
 		return nil, err
 	}
-	if found && under == block.ZerosID(size) { // it came by a migration, without its base
+	// An overlay over zeros came by a migration, without its base.
+	baseless := found && under == block.ZerosID(size)
+	if _, err := os.Stat(d.Base); baseless && errors.Is(err, os.ErrNotExist) {
 		return d.overlayOver(block.NewZeros(size), under, block.ID{}, nil)
 	}
 	base, err := d.openBase(true)
@@ -45,6 +47,12 @@ func (d *Device) open(ctx context.Context) (*stack, error) {
 	contents, err := block.FileContents(ctx, d.Base)
 	if err != nil {
 		return nil, errors.Join(err, base.Close())
+	}
+	if baseless && contents.Device != under {
+		if err := base.Close(); err != nil {
+			return nil, err
+		}
+		return d.overlayOver(block.NewZeros(size), under, block.ID{}, nil)
 	}
 	return d.overlayOver(base, contents.Device, contents.Device, nil)
 }
