@@ -1,10 +1,17 @@
 package e2e
 
 import (
+	"context"
 	"fmt"
+	"path/filepath"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/redis/go-redis/v9"
+
+	"drafter/internal/testhost"
 	"drafter/internal/tour"
 )
 
@@ -21,22 +28,228 @@ func moved(t *testing.T, vm *tour.Service) tour.Line {
 	return line
 }
 
-func TestMigrate(t *testing.T) {
-	s := emptySite(t)
-	ctx := t.Context()
-	first := s.peer(t, "instance-0", "--netns", "ark0", "--laddr", "localhost:1337")
-	c0 := s.redisIn(t, "ark0", "127.0.0.1:3333")
-	if err := c0.Set(ctx, "who", "zero", 0).Err(); err != nil {
+// serverInfo returns a field of Redis' INFO server.
+func serverInfo(t *testing.T, c *redis.Client, field string) string {
+	t.Helper()
+	info, err := c.Info(t.Context(), "server").Result()
+	if err != nil {
 		t.Fatal(err)
 	}
-	began := time.Now()
-	second := s.peer(t, "instance-1", "--netns", "ark1", "--raddr", "localhost:1337")
-	fmt.Println("moved after", time.Since(began))
-	line := moved(t, first)
-	fmt.Println(line.Text)
-	c1 := s.redisIn(t, "ark1", "127.0.0.1:4444")
-	if got, err := c1.Get(ctx, "who").Result(); err != nil || got != "zero" {
-		t.Errorf("%q, %v", got, err)
+	_, after, _ := strings.Cut(info, field+":")
+	value, _, _ := strings.Cut(after, "\r\n")
+	return value
+}
+
+// load appends numbers to a list, one after the other, wherever the VM is.
+type load struct {
+	mu    sync.Mutex
+	addrs []string
+	acked []int
+	stop  context.CancelFunc
+	wg    sync.WaitGroup
+	gap   time.Duration // the longest time between two acknowledgements
+}
+
+// startLoad begins. The client turns to the next address when one does not answer.
+func startLoad(ctx context.Context, addrs ...string) *load {
+	l := &load{addrs: addrs}
+	ctx, l.stop = context.WithCancel(ctx)
+	l.wg.Go(func() {
+		var clients []*redis.Client
+		for _, a := range addrs {
+			c := redis.NewClient(&redis.Options{Addr: a, MaxRetries: -1, DialTimeout: 100 * time.Millisecond, ReadTimeout: 300 * time.Millisecond, WriteTimeout: 300 * time.Millisecond})
+			defer c.Close()
+			clients = append(clients, c)
+		}
+		last := time.Now()
+		for i, at := 0, 0; ctx.Err() == nil; {
+			// A number may be pushed twice, when the answer was lost; it is acknowledged once it is in the list.
+			if err := clients[at].RPush(ctx, "load", i, strings.Repeat("x", 1000)).Err(); err != nil {
+				at = (at + 1) % len(clients)
+				continue
+			}
+			l.mu.Lock()
+			l.acked = append(l.acked, i)
+			l.gap = max(l.gap, time.Since(last))
+			l.mu.Unlock()
+			last = time.Now()
+			i++
+		}
+	})
+	return l
+}
+
+// end stops the load and checks that every acknowledged number is there, in order.
+func (l *load) end(t *testing.T, c *redis.Client) {
+	t.Helper()
+	l.stop()
+	l.wg.Wait()
+	list, err := c.LRange(t.Context(), "load", 0, -1).Result()
+	if err != nil {
+		t.Fatal(err)
+	}
+	next := 0
+	for i := 0; i < len(list); i += 2 {
+		switch list[i] {
+		case fmt.Sprint(next):
+			next++
+		case fmt.Sprint(next - 1): // again, after its answer was lost
+		default:
+			t.Fatalf("entry %d is %s, want %d", i/2, list[i], next)
+		}
+	}
+	if next < len(l.acked) {
+		t.Fatalf("%d numbers were acknowledged, %d are there", len(l.acked), next)
+	}
+	t.Logf("%d writes acknowledged, longest silence %s", len(l.acked), l.gap.Round(time.Millisecond))
+}
+
+// otherHost is a host with its own NAT.
+type otherHost struct {
+	tour.Drafter
+	addr string // of the host
+}
+
+func newHost(t *testing.T, s *site, number int) *otherHost {
+	t.Helper()
+	h, err := testhost.NewHost(number, 1_000_000_000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := h.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	o := &otherHost{Drafter: s.Drafter, addr: h.Addr}
+	o.Via = h.Via
+	nat, err := o.Start("nat", "--namespace-count", "1", "--host-interface", "eth0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { end(t, nat) })
+	if _, err := nat.Await(t.Context(), "NAT is up"); err != nil {
+		t.Fatal(err)
+	}
+	forwarder, err := o.Start("forwarder", "--port-forwards", tour.Forward("ark0", "6379", o.addr+":3333"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { end(t, forwarder) })
+	if _, err := forwarder.Await(t.Context(), "Forwarding"); err != nil {
+		t.Fatal(err)
+	}
+	return o
+}
+
+// peer starts a peer on the host and waits until its VM runs.
+func (o *otherHost) peer(t *testing.T, instance string, flags ...string) *tour.Service {
+	t.Helper()
+	s := &site{Drafter: o.Drafter}
+	return s.peer(t, instance, flags...)
+}
+
+// Redis under load moves between three hosts with addresses of their own; the client follows it from forwarder to forwarder.
+func TestThreeHosts(t *testing.T) {
+	s := emptySite(t)
+	hosts := []*otherHost{newHost(t, s, 1), newHost(t, s, 2), newHost(t, s, 3)}
+	clients := make([]*redis.Client, len(hosts))
+	var addrs []string
+	for i, h := range hosts {
+		addrs = append(addrs, h.addr+":3333")
+		clients[i] = redis.NewClient(&redis.Options{Addr: addrs[i], MaxRetries: 10})
+		defer clients[i].Close()
+	}
+	vm := hosts[0].peer(t, "instance-0", "--laddr", hosts[0].addr+":1337", "--insecure")
+	runID := serverInfo(t, clients[0], "run_id")
+	l := startLoad(t.Context(), addrs...)
+	for i := 1; i < len(hosts); i++ {
+		time.Sleep(time.Second)
+		next := hosts[i].peer(t, fmt.Sprintf("instance-%d", i), "--raddr", hosts[i-1].addr+":1337", "--laddr", hosts[i].addr+":1337", "--insecure")
+		t.Log(moved(t, vm).Text)
+		vm = next
+		if got := serverInfo(t, clients[i], "run_id"); got != runID {
+			t.Errorf("move %d: this is another Redis process", i)
+		}
+	}
+	time.Sleep(time.Second)
+	l.end(t, clients[len(hosts)-1])
+	if up := serverInfo(t, clients[len(hosts)-1], "uptime_in_seconds"); up == "0" || up == "1" {
+		t.Errorf("Redis is up for %s s only", up)
+	}
+	end(t, vm)
+}
+
+// A VM moves ten times, is suspended and resumed between, and goes back to where it was; nothing is lost.
+func TestChain(t *testing.T) {
+	s := emptySite(t)
+	addrs := []string{"127.0.0.1:3333", "127.0.0.1:4444"}
+	clients := []*redis.Client{s.redisIn(t, "ark0", addrs[0]), s.redisIn(t, "ark1", addrs[1])}
+	ports := []string{"localhost:1337", "localhost:1338"}
+	start := func(at int, flags ...string) *tour.Service {
+		return s.peer(t, fmt.Sprintf("instance-%d", at), append([]string{"--netns", fmt.Sprintf("ark%d", at), "--laddr", ports[at]}, flags...)...)
+	}
+	vm := start(0)
+	runID := serverInfo(t, clients[0], "run_id")
+	moves := 10
+	if testing.Short() {
+		moves = 3
+	}
+	for move := range moves {
+		from, to := move%2, (move+1)%2
+		for i := range 200 {
+			if err := clients[from].Set(t.Context(), fmt.Sprintf("move:%d:%d", move, i), value(move, i), 0).Err(); err != nil {
+				t.Fatalf("move %d: %v", move, err)
+			}
+		}
+		next := start(to, "--raddr", ports[from])
+		line := moved(t, vm)
+		t.Logf("move %d: took %s, downtime %s, %d bytes", move, line.Took, line.Downtime, line.Bytes)
+		vm = next
+		if move%3 == 2 {
+			end(t, vm)
+			vm = start(to)
+		}
+		for old := range move + 1 {
+			for i := range 200 {
+				if got, err := clients[to].Get(t.Context(), fmt.Sprintf("move:%d:%d", old, i)).Result(); err != nil || got != value(old, i) {
+					t.Fatalf("after move %d: key %d of move %d is %q, %v", move, i, old, got, err)
+				}
+			}
+		}
+		now, err := clients[to].Time(t.Context()).Result()
+		if off := time.Since(now); err != nil || off.Abs() > time.Second {
+			t.Errorf("move %d: the guest's clock is off by %s, %v", move, off, err)
+		}
+		if got := serverInfo(t, clients[to], "run_id"); got != runID {
+			t.Fatalf("move %d: this is another Redis process", move)
+		}
+	}
+	end(t, vm)
+	for i := range moves % 2 {
+		if line := s.fails(t, s.peerArgs(fmt.Sprintf("instance-%d", i))...); !strings.Contains(line, "moved away") {
+			t.Errorf("an instance that has moved away: %s", line)
+		}
+	}
+}
+
+// A target without the package gets all of it, and starts again from what it got.
+func TestWithoutPackage(t *testing.T) {
+	s := emptySite(t)
+	c := s.redisIn(t, "ark1", "127.0.0.1:4444")
+	first := s.peer(t, "instance-0", "--netns", "ark0", "--laddr", "localhost:1337")
+	// The same devices, none of whose bases exist.
+	devices := strings.ReplaceAll(fullJSON(t, "nowhere", filepath.Join(s.dir, "instance-1")), `"base":"`, `"base":"`+s.dir+`/`)
+	args := []string{"peer", "--chroot-base-dir", "vms", "--netns", "ark1", "--laddr", "", "--devices", devices}
+	second := s.start(t, append(args, "--raddr", "localhost:1337")...)
+	t.Log(moved(t, first).Text)
+	if err := c.Set(t.Context(), "who", "one", 0).Err(); err != nil {
+		t.Fatal(err)
 	}
 	end(t, second)
+	third := s.start(t, append(args, "--raddr", "")...)
+	if got, err := c.Get(t.Context(), "who").Result(); err != nil || got != "one" {
+		t.Errorf("%q, %v", got, err)
+	}
+	end(t, third)
 }

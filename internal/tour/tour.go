@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -23,6 +24,12 @@ type Drafter struct {
 	Dir  string   // where it runs; "" for here
 	Logs string   // where the output of its services is kept, in files
 	Env  []string // beside this process' own
+	Via  []string // command that runs it, such as one that enters other namespaces and replaces itself
+}
+
+// command is Bin with arguments, run Via.
+func (d Drafter) command(args []string) []string {
+	return append(append(slices.Clone(d.Via), d.Bin), args...)
 }
 
 // StepTimeout bounds each command and each wait.
@@ -32,7 +39,8 @@ const StepTimeout = 5 * time.Minute
 func (d Drafter) Run(ctx context.Context, stdout io.Writer, args ...string) error {
 	ctx, cancel := context.WithTimeout(ctx, StepTimeout)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, d.Bin, args...)
+	line := d.command(args)
+	cmd := exec.CommandContext(ctx, line[0], line[1:]...)
 	cmd.Dir, cmd.Env = d.Dir, append(os.Environ(), d.Env...)
 	cmd.Stdout, cmd.Stderr = stdout, os.Stderr
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
@@ -64,6 +72,9 @@ type Line struct {
 	Message    string        `json:"msg"`
 	Took       time.Duration `json:"took"`
 	AgentAfter time.Duration `json:"agentAfter"`
+	Downtime   time.Duration `json:"downtime"`
+	Bytes      int64         `json:"bytes"`
+	BytesSaved int64         `json:"bytesSaved"`
 	Text       string        `json:"-"` // the whole line
 }
 
@@ -74,9 +85,10 @@ func (d Drafter) Start(args ...string) (*Service, error) {
 		return nil, err
 	}
 	defer output.Close()
+	line := d.command(append(args, "--log-format", "json"))
 	s := &Service{
 		Output: output.Name(), name: args[0], lines: make(chan Line, 1000), done: make(chan struct{}),
-		cmd: exec.Command(d.Bin, append(args, "--log-format", "json")...),
+		cmd: exec.Command(line[0], line[1:]...),
 	}
 	s.cmd.Dir, s.cmd.Env = d.Dir, append(os.Environ(), d.Env...)
 	if s.Output, err = filepath.Abs(s.Output); err != nil {
