@@ -229,3 +229,14 @@ func BenchmarkTrackerWrite(b *testing.B) {
 		}
 	})
 }
+
+// A device of zeros has the content id of a file of zeros.
+func TestZeros(t *testing.T) {
+	for _, size := range []int64{1, ContentBlockSize, 5*ContentBlockSize + 7, 40 << 20} {
+		z := NewZeros(size)
+		c, err := Hash(t.Context(), z)
+		if err != nil || c.Device != ZerosID(size) {
+			t.Errorf("%d bytes: %s, %v; want %s", size, c.Device, err, ZerosID(size))
+		}
+	}
+}
