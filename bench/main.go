@@ -38,9 +38,10 @@ func main() {
 	}
 	rounds := flag.Int("rounds", 5, "How often each is measured")
 	engineOnly := flag.Bool("engine", false, "Whether to measure the device engine only, without VMs")
+	migrationOnly := flag.Bool("migration", false, "Whether to measure live migrations only")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	err := run(ctx, *rounds, *engineOnly)
+	err := run(ctx, *rounds, *engineOnly, *migrationOnly)
 	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "Error:", strings.ReplaceAll(err.Error(), "\n", "; "))
@@ -65,7 +66,7 @@ func (b *bench) add(name string, value float64) {
 	fmt.Fprintf(os.Stderr, "%s: %.0f\n", name, value)
 }
 
-func run(ctx context.Context, rounds int, engineOnly bool) (err error) {
+func run(ctx context.Context, rounds int, engineOnly, migrationOnly bool) (err error) {
 	if rounds < 1 {
 		return errors.New("--rounds must be at least 1")
 	}
@@ -73,14 +74,22 @@ func run(ctx context.Context, rounds int, engineOnly bool) (err error) {
 		return err
 	}
 	b := &bench{drafter: tour.Drafter{Bin: "bin/drafter", Logs: dir}, values: map[string][]float64{}}
-	if err := b.engine(ctx, rounds); err != nil {
-		return err
+	if !migrationOnly {
+		if err := b.engine(ctx, rounds); err != nil {
+			return err
+		}
 	}
 	if engineOnly {
 		return b.report()
 	}
 	if err := b.makeBlueprint(ctx); err != nil {
 		return err
+	}
+	if err := b.migration(ctx, rounds); err != nil {
+		return err
+	}
+	if migrationOnly {
+		return b.report()
 	}
 	nat, err := b.drafter.Start("nat", "--namespace-count", "1")
 	if err != nil {

@@ -24,7 +24,7 @@ func newLink(ctx context.Context, stream io.ReadWriteCloser, silence time.Durati
 	l := &link{Conn: wire.NewConn(stream)}
 	l.ctx, l.cancel = context.WithCancelCause(ctx)
 	stop := context.AfterFunc(l.ctx, func() {
-		_ = l.Conn.Close() // what ended the link is its cause
+		_ = l.Close() // what ended the link is its cause
 	})
 	l.wg.Go(func() {
 		defer stop()
@@ -68,7 +68,7 @@ func (l *link) watch(silence time.Duration) {
 // close ends the link and waits for what it started.
 func (l *link) close(err error) {
 	l.cancel(err)
-	_ = l.Conn.Close() // idempotent
+	_ = l.Close() // idempotent
 	l.wg.Wait()
 }
 

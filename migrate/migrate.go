@@ -35,6 +35,7 @@ type Limits struct {
 	Handoff    time.Duration // from pausing the VM to having sent its authority; default 1 min
 	Silence    time.Duration // a connection that is silent for so long is lost; default 10 s
 	Reconnect  time.Duration // pause between attempts to reconnect; default 200 ms
+	Warm       time.Duration // how long a target may keep the VM waiting for what it has to be in the page cache; default 3 s
 	Settle     time.Duration // how long a target that refused tries to tell the source; default 1 min
 }
 
@@ -51,7 +52,7 @@ func (l Limits) complete() (Limits, error) {
 		fallback time.Duration
 	}{
 		{&l.Downtime, 300 * time.Millisecond}, {&l.Prepare, 5 * time.Second}, {&l.Handoff, time.Minute}, {&l.Silence, 10 * time.Second},
-		{&l.Reconnect, 200 * time.Millisecond}, {&l.Settle, time.Minute},
+		{&l.Reconnect, 200 * time.Millisecond}, {&l.Settle, time.Minute}, {&l.Warm, 3 * time.Second},
 	} {
 		if *d.value == 0 {
 			*d.value = d.fallback

@@ -45,7 +45,7 @@ func (o *outgoing) push(ctx context.Context, l *link) error {
 		for first := d.pending.Next(0); first < d.pending.Len(); first = d.pending.Next(first) {
 			_, end := d.pending.Run(first, min(d.pending.Len(), first+postCopyRun))
 			if ctx.Err() != nil {
-				return nil
+				return context.Cause(ctx)
 			}
 			if alive, err := o.sendPending(l, o.sender, d, first, end, purposePostCopy); err != nil || !alive {
 				return err

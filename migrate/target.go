@@ -107,6 +107,7 @@ type incomingDevice struct {
 	TargetDevice
 	name     string
 	index    int
+	store    sync.Mutex    // held while pages are stored and cached before the handoff
 	cached   *block.Bitmap // pages that Cache was called for; nil without
 	asked    *block.Bitmap // pages that were wanted
 	received atomic.Int64
@@ -433,9 +434,65 @@ func (t *Target) startWhenPossible(ctx context.Context, cycle int) {
 		t.start.begun.Store(true)
 		t.wg.Go(func() {
 			defer close(t.start.done)
-			t.start.err = t.config.VM.Start(ctx)
+			if t.start.err = t.config.VM.Start(ctx); t.start.err == nil {
+				t.start.err = t.warm(ctx)
+			}
 		})
 	})
+}
+
+// warm caches what the target held from the start, for as long as that may keep the VM from coming. A VM that has to ask for each page of its base is
+// a slow one.
+func (t *Target) warm(ctx context.Context) error {
+	deadline := time.Now().Add(t.config.Limits.Warm)
+	buffer := make([]byte, wire.MaxExtent)
+	for _, d := range t.devices {
+		if d.cached == nil || d.Held != wire.HoldsBase {
+			continue
+		}
+		for off := int64(0); off < d.Device.Size() && ctx.Err() == nil && time.Now().Before(deadline); {
+			start, end, err := block.NextData(d.Device.Device, off)
+			if err != nil {
+				return fmt.Errorf("device %s: %w", d.name, err)
+			}
+			start = start / block.PageSize * block.PageSize
+			end = min(end, start+int64(len(buffer)))
+			if start >= end {
+				break
+			}
+			if more, err := d.warm(buffer, start/block.PageSize, (end+block.PageSize-1)/block.PageSize); err != nil || !more {
+				return err
+			}
+			off = end
+		}
+	}
+	return nil
+}
+
+// warm caches those of the pages that are not. It returns false once the VM may have written them.
+func (d *incomingDevice) warm(buffer []byte, first, end int64) (more bool, err error) {
+	d.store.Lock()
+	defer d.store.Unlock()
+	if d.opened.Load() {
+		return false, nil
+	}
+	for at := first; at < end; {
+		has, next := d.cached.Run(at, end)
+		if !has {
+			p := buffer[:bytesOf(d.Device, at, next)]
+			if _, err := d.Device.Device.ReadAt(p, at*block.PageSize); err != nil {
+				return false, fmt.Errorf("device %s: %w", d.name, err)
+			}
+			d.cached.SetRange(at, next)
+			if d.Cache(p, at*block.PageSize) != nil {
+				if err := d.uncache(at, next); err != nil {
+					return false, err
+				}
+			}
+		}
+		at = next
+	}
+	return true, nil
 }
 
 // store puts pages that have arrived into their device.
@@ -443,6 +500,10 @@ func (t *Target) store(l *link, e wire.Extent) error {
 	d := t.devices[e.Device]
 	if d.Device == nil {
 		return fmt.Errorf("%w: it was not wanted", wire.ErrProtocol)
+	}
+	if d.cached != nil && !d.opened.Load() { // only this goroutine opens
+		d.store.Lock()
+		defer d.store.Unlock()
 	}
 	var used int64
 	var err error
@@ -512,6 +573,8 @@ func (t *Target) open(a wire.Authority) error {
 			return fmt.Errorf("device %s was used %d times before the handoff, which is a defect of the VMM or its driver", d.name, n)
 		}
 		if d.cached != nil {
+			d.store.Lock()
+			defer d.store.Unlock()
 			for at := a.Missing[i].Next(0); at < a.Missing[i].Len(); {
 				_, next := a.Missing[i].Run(at, a.Missing[i].Len())
 				if err := d.uncache(at, next); err != nil {

@@ -135,8 +135,10 @@ func (c *Conn) Silence() time.Duration {
 	return 0
 }
 
-// Sent and Received are the bytes that went over the stream.
-func (c *Conn) Sent() int64     { return c.out.Load() }
+// Sent is the number of bytes that were sent.
+func (c *Conn) Sent() int64 { return c.out.Load() }
+
+// Received is the number of bytes that were received.
 func (c *Conn) Received() int64 { return c.in.Load() }
 
 // sealFrame fills in the header of a frame whose payload follows it.

@@ -263,7 +263,7 @@ func FuzzRead(f *testing.F) {
 		if err := NewConn(&b).Send(m); err != nil {
 			f.Fatal(err)
 		}
-		f.Add(uint8(b.Bytes()[4]), uint8(0), uint16(0), b.Bytes()[headerSize:])
+		f.Add(b.Bytes()[4], uint8(0), uint16(0), b.Bytes()[headerSize:])
 	}
 	f.Add(uint8(TypeExtent), uint8(Zstd), uint16(1), append(make([]byte, extentHeader), 0x28, 0xb5, 0x2f, 0xfd))
 	f.Fuzz(func(t *testing.T, kind, encoding uint8, device uint16, payload []byte) {

@@ -21,7 +21,7 @@ type migrationLog struct {
 
 func newMigrationLog() *migrationLog { return &migrationLog{} }
 
-// messages are what is said at a change of state. Other states are told of at debug level.
+// messages are what is said at a change of state. All states are told of at debug level.
 var messages = map[migrate.State]string{
 	migrate.PreCopying:  "A target takes the VM: copying its devices while it runs",
 	migrate.HandingOff:  "Pausing the VM to hand it over",
@@ -34,11 +34,10 @@ var messages = map[migrate.State]string{
 }
 
 func (l *migrationLog) state(s migrate.State) {
+	slog.Debug("Migration", "state", s)
 	if text, ok := messages[s]; ok {
 		slog.Info(text)
-		return
 	}
-	slog.Debug("Migration", "state", s)
 }
 
 func (l *migrationLog) progress(s migrate.Stats) {

@@ -1,0 +1,53 @@
+// The load of a guest for benchmarks: holds resident pages of incompressible content, writes to pages picked at random at a set rate, and tells the outside
+// every 10 ms that it runs. Arguments: resident MiB, MiB of pages written per second, IPv4 address and UDP port to tell. TCP port 7 is open once the pages
+// are there.
+#include <arpa/inet.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <time.h>
+
+static uint64_t x = 88172645463325252ull;
+
+static uint64_t next(void) { // xorshift64, Marsaglia 2003
+	x ^= x << 13;
+	x ^= x >> 7;
+	return x ^= x << 17;
+}
+
+int main(int argc, char **argv) {
+	if (argc != 5)
+		return 2;
+	uint64_t pages = strtoull(argv[1], 0, 10) << 8, per_tick = (strtoull(argv[2], 0, 10) << 8) / 100;
+	uint64_t *memory = mmap(0, pages << 12, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+	if (memory == MAP_FAILED)
+		return 1;
+	for (uint64_t i = 0; i < pages << 9; i++)
+		memory[i] = next();
+	int s = socket(AF_INET, SOCK_DGRAM, 0);
+	struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(atoi(argv[4]))};
+	if (s < 0 || inet_pton(AF_INET, argv[3], &to.sin_addr) != 1)
+		return 1;
+	int ready = socket(AF_INET, SOCK_STREAM, 0);
+	struct sockaddr_in at = {.sin_family = AF_INET, .sin_port = htons(7)};
+	if (ready < 0 || bind(ready, (struct sockaddr *)&at, sizeof at) || listen(ready, 8))
+		return 1;
+	struct timespec t;
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	for (uint64_t tick = 0;; tick++) {
+		for (uint64_t i = 0; i < per_tick; i++)
+			memory[(next() % pages) << 9] = tick;
+		sendto(s, &tick, sizeof tick, 0, (struct sockaddr *)&to, sizeof to); // nobody may listen
+		t.tv_nsec += 10000000;
+		if (t.tv_nsec >= 1000000000)
+			t.tv_nsec -= 1000000000, t.tv_sec++;
+		struct timespec now;
+		clock_gettime(CLOCK_MONOTONIC, &now);
+		if (now.tv_sec > t.tv_sec || (now.tv_sec == t.tv_sec && now.tv_nsec > t.tv_nsec))
+			t = now; // late: do not catch up
+		else
+			clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &t, 0);
+	}
+}
