@@ -1,5 +1,6 @@
 // The demo does what the README's first tour does, with the commands a user would type: it builds blueprints, boots and snapshots a VM with
 // Redis from an OCI image in a registry, resumes it, writes keys through a forwarded port, suspends, resumes again, and reads all keys back.
+// Then it starts an instance of the package and moves it live to another peer, while a client writes to it.
 // Its last line on stdout is a JSON object with what was measured.
 package main
 
@@ -35,6 +36,17 @@ type result struct {
 	ResumeMS    int64  `json:"resume_ms"`  // command to running guest
 	KeysWritten int    `json:"keys_written"`
 	KeysLost    int    `json:"keys_lost"`
+
+	Migration migration `json:"migration"`
+}
+
+// migration is what was measured of the move.
+type migration struct {
+	DowntimeMS float64 `json:"downtime_ms"` // pause at the source to the target's word that it runs
+	GapMS      float64 `json:"gap_ms"`      // longest silence a client saw
+	TotalMS    int64   `json:"total_ms"`    // first connection until nothing at the source was needed
+	Bytes      int64   `json:"bytes"`       // sent and received
+	BytesSaved int64   `json:"bytes_saved"` // written before and not sent: unchanged, zeros, or the package's
 }
 
 func main() {
@@ -102,6 +114,9 @@ func run(ctx context.Context) (err error) {
 	if err := d.useVM(ctx, &r); err != nil {
 		return err
 	}
+	if err := d.moveVM(ctx, &r); err != nil {
+		return err
+	}
 	b, err := json.Marshal(r)
 	if err != nil {
 		return err
@@ -166,6 +181,79 @@ func (d *demo) useVM(ctx context.Context, r *result) error {
 		return err
 	})
 }
+
+const secondAddr = "127.0.0.1:4444"
+
+// moveVM runs an instance in one namespace, moves it to another, and reads there what was written before and meanwhile.
+func (d *demo) moveVM(ctx context.Context, r *result) (err error) {
+	forwarder, err := d.drafter.Start("forwarder", "--port-forwards", fmt.Sprintf(`[{"netns":"ark0","internalPort":"6379","protocol":"tcp","externalAddr":%q},{"netns":"ark1","internalPort":"6379","protocol":"tcp","externalAddr":%q}]`, externalAddr, secondAddr))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, forwarder.End()) }()
+	if _, err := forwarder.Await(ctx, "Forwarding"); err != nil {
+		return err
+	}
+	peer := func(netns, instance, raddr, laddr string) (*tour.Service, error) {
+		return d.drafter.Start("peer", "--chroot-base-dir", d.path("vms"), "--netns", netns, "--package", d.path("package"), "--instance", d.path(instance), "--raddr", raddr, "--laddr", laddr)
+	}
+	say("Starting an instance of the package that can be moved")
+	source, err := peer("ark0", "instance-0", "", "localhost:1337")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, source.End()) }()
+	if _, err := source.Await(ctx, "Resumed VM"); err != nil {
+		return err
+	}
+	before := redis.NewClient(&redis.Options{Addr: externalAddr, MaxRetries: 10})
+	defer before.Close()
+	if err := before.Set(ctx, "moved", "with the VM", 0).Err(); err != nil {
+		return fmt.Errorf("write before the move: %w", err)
+	}
+	runID, err := redisRunID(ctx, before)
+	if err != nil {
+		return err
+	}
+	pulse := tour.StartPulse(ctx, externalAddr, secondAddr)
+	defer pulse.End()
+	time.Sleep(500 * time.Millisecond)
+	pulse.Reset()
+
+	say("Moving it to another peer while a client pings it")
+	target, err := peer("ark1", "instance-1", "localhost:1337", "")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, target.End()) }()
+	if _, err := target.Await(ctx, "Resumed VM"); err != nil {
+		return err
+	}
+	done, err := source.Await(ctx, "Completed migration")
+	if err != nil {
+		return err
+	}
+	time.Sleep(500 * time.Millisecond)
+	r.Migration = migration{DowntimeMS: ms(done.Downtime), GapMS: ms(pulse.End()), TotalMS: done.Took.Milliseconds(), Bytes: done.Bytes, BytesSaved: done.BytesSaved}
+
+	say("Reading at the new place what was written at the old one")
+	after := redis.NewClient(&redis.Options{Addr: secondAddr, MaxRetries: 10})
+	defer after.Close()
+	got, err := after.Get(ctx, "moved").Result()
+	if err != nil && !errors.Is(err, redis.Nil) {
+		return fmt.Errorf("read after the move: %w", err)
+	}
+	if got != "with the VM" {
+		r.KeysLost++
+	}
+	now, err := redisRunID(ctx, after)
+	if err == nil && now != runID {
+		err = fmt.Errorf("this is another Redis process (run id %s, not %s): the VM did not move", now, runID)
+	}
+	return err
+}
+
+func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
 func value(i int) string { return fmt.Sprintf("value %d of the demo", i*i) }
 
