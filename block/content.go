@@ -167,7 +167,7 @@ func FileContents(ctx context.Context, path string) (_ *Contents, err error) {
 		b = append(b, c.Blocks[i][:]...)
 	}
 	sum := blake3.Sum256(b)
-	err = publish(cache, func(f *os.File) error {
+	err = Publish(cache, func(f *os.File) error {
 		_, err := f.Write(append(b, sum[:]...))
 		return err
 	})

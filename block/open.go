@@ -116,7 +116,7 @@ func createOverlay(paths OverlayPaths, h *stateHeader) (err error) {
 		return err
 	}
 	at := trailerOffset(h.size)
-	err = publish(paths.Overlay, func(f *os.File) error {
+	err = Publish(paths.Overlay, func(f *os.File) error {
 		if err := f.Truncate(at + pageSize); err != nil {
 			return err
 		}
@@ -126,14 +126,14 @@ func createOverlay(paths OverlayPaths, h *stateHeader) (err error) {
 	if err != nil {
 		return err
 	}
-	return publish(paths.State, func(f *os.File) error {
+	return Publish(paths.State, func(f *os.File) error {
 		_, err := f.Write(initialState(h))
 		return err
 	})
 }
 
-// publish makes a durable file that has its name only once it is complete.
-func publish(path string, write func(*os.File) error) (err error) {
+// Publish makes a durable file that has its name only once it is complete.
+func Publish(path string, write func(*os.File) error) (err error) {
 	dir := filepath.Dir(path)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
@@ -245,7 +245,7 @@ func (o *Overlay) discardUncommitted() error {
 // Export writes the content of d to a new file, with holes for zeros, and syncs it. progress, which may be nil, is called with the bytes done and in
 // all. The file has its name only once it is complete.
 func Export(ctx context.Context, path string, d Device, progress func(done, total int64)) error {
-	err := publish(path, func(f *os.File) error {
+	err := Publish(path, func(f *os.File) error {
 		if err := f.Truncate(d.Size()); err != nil {
 			return err
 		}

@@ -96,6 +96,9 @@ func (p *Peer) Resume(ctx context.Context) error {
 	if err := p.openDevices(ctx); err != nil {
 		return err
 	}
+	if err := vmm.CheckResumable(p.devices[vmm.State]); err != nil {
+		return fmt.Errorf("state device: %w", err)
+	}
 	if err := p.expose(); err != nil {
 		return err
 	}

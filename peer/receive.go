@@ -76,12 +76,34 @@ func (p *Peer) awaitArrival(ctx context.Context) error {
 	if arrived == nil {
 		return nil
 	}
-	select {
-	case <-arrived:
-		return p.ArrivalError()
-	case <-ctx.Done():
-		return fmt.Errorf("the VM has not wholly arrived: %w", context.Cause(ctx))
+	_, _, left := arrivalBytes(p)
+	stalled := time.NewTimer(arrivalPatience)
+	defer stalled.Stop()
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case <-arrived:
+			return p.ArrivalError()
+		case <-tick.C:
+			if _, _, now := arrivalBytes(p); now < left {
+				left = now
+				stalled.Reset(arrivalPatience)
+			}
+		case <-stalled.C:
+			return fmt.Errorf("%d bytes of the VM are still at its source, and none came for %s; see to the source and the network", left, arrivalPatience)
+		case <-ctx.Done():
+			return fmt.Errorf("%d bytes of the VM are still at its source: %w", left, context.Cause(ctx))
+		}
 	}
+}
+
+// arrivalPatience is how long a suspend waits for a source from which nothing comes.
+const arrivalPatience = 20 * time.Second
+
+func arrivalBytes(p *Peer) (sent, saved, pending int64) {
+	stats := p.arrival.Stats()
+	return stats.Bytes()
 }
 
 // Stats says how the last migration goes, from here or to here. ok is false when there is none.
@@ -190,8 +212,8 @@ func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID
 		a.p.devices[offered.Name] = s
 		a.p.mu.Unlock()
 		held[offered.Name] = h
-		if offered.Name == vmm.State {
-			if err := vmm.MarkArriving(arriving{s}, migration); err != nil {
+		if offered.Name == vmm.State { // beneath what is sealed
+			if err := vmm.MarkArriving(s.incoming.Device, migration); err != nil {
 				return nil, fmt.Errorf("device %s: %w", offered.Name, err)
 			}
 		}
@@ -227,15 +249,6 @@ func (a *arrival) device(name string) *Device {
 	return &a.p.config.Devices[i]
 }
 
-// arriving is the state device while it is sealed: what is noted in it goes underneath.
-type arriving struct{ s *stack }
-
-func (a arriving) ReadAt(p []byte, off int64) (int, error) { return a.s.incoming.Device.ReadAt(p, off) }
-func (a arriving) WriteAt(p []byte, off int64) (int, error) {
-	return a.s.incoming.Device.WriteAt(p, off)
-}
-func (a arriving) Sync() error { return a.s.incoming.Device.Sync() }
-
 // devices tells where the devices of the manifest arrive.
 func (a *arrival) devices(m wire.Manifest, held map[string]wire.Held) ([]migrate.TargetDevice, error) {
 	mount, cached := a.p.exposure.(*fuse.Mount)
@@ -263,6 +276,14 @@ func (a *arrival) Start(ctx context.Context) error {
 
 // Restore implements [migrate.TargetVM].
 func (a *arrival) Restore(ctx context.Context, migration uuid.UUID) error {
+	for name, d := range a.p.devices {
+		if name == vmm.Memory || d.incoming == nil || d.incoming.Missing() == 0 {
+			continue // of memory nothing is left anyway when this process is killed
+		}
+		if err := a.device(name).noteMissing(d.incoming.Missing() * block.PageSize); err != nil {
+			return fmt.Errorf("device %s: %w", name, err)
+		}
+	}
 	return a.launched.Restore(ctx, migration)
 }
 
@@ -287,6 +308,9 @@ func (a *arrival) Complete(context.Context) error {
 		if err := d.Sync(); err != nil {
 			return fmt.Errorf("device %s: %w", name, err)
 		}
+		if err := a.device(name).forgetMissing(); err != nil {
+			return fmt.Errorf("device %s: %w", name, err)
+		}
 	}
 	return nil
 }
@@ -306,6 +330,7 @@ func (a *arrival) Discard(context.Context) error {
 	errs = append(errs, a.p.closeDevices(false))
 	// The state device goes last: as long as it is there, it says that the rest is of no use.
 	for name, d := range stacks {
+		errs = append(errs, a.device(name).forgetMissing())
 		if name != vmm.State {
 			errs = append(errs, d.remove())
 		}

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
+	"sync"
 
 	"github.com/google/uuid"
 
@@ -22,8 +24,14 @@ type stack struct {
 	created  []func() error  // remove the files that were made for it
 }
 
+// Open opens a device that no VM uses, to read it. Close it.
+func (d Device) Open(ctx context.Context) (block.Device, error) { return d.open(ctx) }
+
 // open opens a device of this host.
 func (d *Device) open(ctx context.Context) (*stack, error) {
+	if err := d.checkMissing(); err != nil {
+		return nil, err
+	}
 	if d.Overlay == "" {
 		base, err := d.openBase(false)
 		if err != nil {
@@ -84,7 +92,7 @@ func (d *Device) openBase(readOnly bool) (*block.File, error) {
 
 // overlayOver opens the overlay over base, whose content id is under. receive, if not nil, puts a device between the overlay and the tracker.
 func (d *Device) overlayOver(base block.Device, under, id block.ID, receive func(block.Device) *block.Incoming) (*stack, error) {
-	overlay, err := block.OpenOverlay(base, under, d.overlayPaths(), d.blockSize())
+	overlay, err := block.OpenOverlay(base, under, d.overlayPaths(), d.BlockSize)
 	if err != nil {
 		return nil, err
 	}
@@ -104,7 +112,12 @@ func (d *Device) moves() bool { return d.MakeMigratable && !d.Shared }
 
 // receive opens a device for what a migration brings.
 func (d *Device) receive(ctx context.Context, offered wire.Device) (*stack, wire.Held, error) {
-	receive := func(under block.Device) *block.Incoming { return block.NewIncoming(under, d.Name == vmm.Memory) }
+	receive := func(under block.Device) *block.Incoming {
+		if d.Name == vmm.State {
+			under = &heldHeader{Device: under}
+		}
+		return block.NewIncoming(under, d.Name == vmm.Memory)
+	}
 	if d.Overlay == "" {
 		base, err := block.CreateFile(d.Base, offered.Size)
 		if errors.Is(err, os.ErrExist) {
@@ -143,6 +156,96 @@ func (d *Device) receive(ctx context.Context, offered wire.Device) (*stack, wire
 	return s, wire.HoldsBase, err
 }
 
+// heldHeader is a state device whose header stays as it is until the device is synced: what arrives of it meanwhile, it keeps in memory. So the device says
+// that the VM is arriving, until it says that it runs.
+type heldHeader struct {
+	block.Device
+
+	mu   sync.Mutex
+	page []byte // the first page, as its user sees it; nil while that is the device's
+}
+
+// ReadAt implements [block.Device].
+func (h *heldHeader) ReadAt(p []byte, off int64) (int, error) {
+	n, err := h.Device.ReadAt(p, off)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if err == nil && h.page != nil && off < block.PageSize {
+		copy(p, h.page[off:])
+	}
+	return n, err
+}
+
+// WriteAt implements [block.Device].
+func (h *heldHeader) WriteAt(p []byte, off int64) (int, error) {
+	if off >= block.PageSize {
+		return h.Device.WriteAt(p, off)
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.page == nil {
+		h.page = make([]byte, block.PageSize)
+		if _, err := h.Device.ReadAt(h.page, 0); err != nil {
+			return 0, err
+		}
+	}
+	n := copy(h.page[off:], p)
+	if n < len(p) {
+		m, err := h.Device.WriteAt(p[n:], off+int64(n))
+		return n + m, err
+	}
+	return n, nil
+}
+
+// Sync implements [block.Device].
+func (h *heldHeader) Sync() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.page != nil {
+		if _, err := h.Device.WriteAt(h.page, 0); err != nil {
+			return err
+		}
+		h.page = nil
+	}
+	return h.Device.Sync()
+}
+
+// missingFile says, beside a device's files, that a migration has left a part of the device at its source.
+func (d *Device) missingFile() string {
+	if d.State != "" {
+		return d.State + ".missing"
+	}
+	return d.Base + ".missing"
+}
+
+// noteMissing notes durably, before the VM runs, that a part of the device has not arrived.
+func (d *Device) noteMissing(bytes int64) error {
+	return block.Publish(d.missingFile(), func(f *os.File) error {
+		_, err := fmt.Fprintf(f, "%d bytes\n", bytes)
+		return err
+	})
+}
+
+// forgetMissing takes the note back once all has arrived.
+func (d *Device) forgetMissing() error {
+	if err := os.Remove(d.missingFile()); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// checkMissing refuses a device of which a part never arrived.
+func (d *Device) checkMissing() error {
+	b, err := os.ReadFile(d.missingFile())
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return fmt.Errorf("up to %s of it never arrived: the peer that received it was killed before the migration was complete; its source still has what it was at the handoff (settle it there with 'drafter peer settle --here')", strings.TrimSpace(string(b)))
+}
+
 // makeRoom removes what an instance that has moved away, or did not wholly arrive, left in the files of devices. It refuses to touch any other instance.
 func makeRoom(devices []Device) error {
 	var state *Device
@@ -177,7 +280,7 @@ func makeRoom(devices []Device) error {
 		} else if exists && !found {
 			return fmt.Errorf("device %s: there is an overlay %s of an instance without state; choose another directory for the one that comes, or remove it", d.Name, d.Overlay)
 		}
-		if err := block.RemoveOverlay(d.overlayPaths()); err != nil {
+		if err := errors.Join(block.RemoveOverlay(d.overlayPaths()), d.forgetMissing()); err != nil {
 			return fmt.Errorf("device %s: %w", d.Name, err)
 		}
 	}

@@ -121,22 +121,38 @@ func ReadState(dev StateDevice, id string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := h.resumable(); err != nil {
+		return nil, err
+	}
+	return h.read(dev, id)
+}
+
+// CheckResumable refuses a state device whose VM cannot be resumed, whatever else is right or wrong with it.
+func CheckResumable(dev StateDevice) error {
+	h, err := readStateHeader(dev)
+	if err != nil {
+		return err
+	}
+	return h.resumable()
+}
+
+func (h *stateHeader) resumable() error {
 	at := h.changed.Format(time.RFC3339)
 	switch h.status {
 	case Suspended:
-		return h.read(dev, id)
+		return nil
 	case Running, Leaving:
-		return nil, fmt.Errorf("the VM was resumed, at %s or before, and never suspended, so its memory no longer fits its saved state; extract the package again, or make a new one from its disks ('drafter device export' takes them out of an instance, 'drafter snapshotter' boots them)", at)
+		return fmt.Errorf("the VM was resumed, at %s or before, and never suspended, so its memory no longer fits its saved state; extract the package again, or make a new one from its disks ('drafter device export' takes them out of an instance, 'drafter snapshotter' boots them)", at)
 	case PoweredOff:
-		return nil, fmt.Errorf("the guest powered itself off at %s, so there is nothing to resume; boot its disk with drafter snapshotter", at)
+		return fmt.Errorf("the guest powered itself off at %s, so there is nothing to resume; boot its disk with drafter snapshotter", at)
 	case Arriving:
-		return nil, fmt.Errorf("a migration to here began at %s and did not get to its end, so this is a part of a VM; the VM is still at its source, migrate it again", at)
+		return fmt.Errorf("a migration to here began at %s and did not get to its end, so this is a part of a VM; the VM is still at its source, migrate it again", at)
 	case InDoubt:
-		return nil, fmt.Errorf("the VM was handed over at %s and the target has not answered, so it is in doubt where it runs; look there, and then settle it with 'drafter peer settle'", at)
+		return fmt.Errorf("the VM was handed over at %s and the target has not answered, so it is in doubt where it runs; look there, and then settle it with 'drafter peer settle'", at)
 	case HandedOver, Moved:
-		return nil, fmt.Errorf("the VM moved away at %s; migrate it back, or remove this instance's files", at)
+		return fmt.Errorf("the VM moved away at %s; migrate it back, or remove this instance's files", at)
 	}
-	return nil, fmt.Errorf("status %d is unknown", h.status)
+	return fmt.Errorf("status %d is unknown", h.status)
 }
 
 // ReadMigratedState is [ReadState] at the target of a migration.

@@ -10,6 +10,7 @@ import (
 
 	"drafter/block"
 	"drafter/internal/progress"
+	"drafter/peer"
 )
 
 func newDevice() *cobra.Command {
@@ -72,15 +73,7 @@ process was killed, and a new package be made from it with 'drafter snapshotter'
 ` + exitCodeHelp,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
-			contents, err := block.FileContents(cmd.Context(), paths.Base)
-			if err != nil {
-				return err
-			}
-			base, err := block.OpenFile(paths.Base, true)
-			if err != nil {
-				return err
-			}
-			d, err := block.OpenOverlay(base, contents.Device, paths, 0)
+			d, err := peer.Device{Base: paths.Base, Overlay: paths.Overlay, State: paths.State}.Open(cmd.Context())
 			if err != nil {
 				return err
 			}
