@@ -7,12 +7,12 @@ TOOLS   := $(CURDIR)/.cache/tools
 LDFLAGS := -s -w -X drafter/internal/cli.Version=$(VERSION)
 TESTTIMEOUT ?= 40m
 
-.PHONY: help demo test build setup tools lint generate check-generated unit bench redis-image install clean
+.PHONY: help demo test build setup tools lint generate check-generated unit soak bench redis-image install clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: setup build ## build, snapshot, resume and reach a VM with Redis
+demo: setup build ## build, snapshot, resume, reach and move a VM with Redis
 	$(GO) run ./demo
 
 test: setup build check-generated lint unit ## all tests with the race detector, and lint
@@ -45,7 +45,10 @@ check-generated: generate ## fail when generated files are stale
 	@test -z "$$(git status --porcelain -- agent docs/cli docs/man)" || { git --no-pager diff -- agent docs/cli docs/man; \
 		echo "Generated files are stale: run 'make generate' and commit"; git status --porcelain -- agent docs/cli docs/man; exit 1; }
 
-bench: setup build ## measure boot, suspend, resume and packaging
+soak: setup build ## the tests that find more the longer they run: real VMs with random faults, an hour at most
+	DRAFTER_SOAK=1 $(GO) test -timeout 60m -v -run 'TestSoakMigrations|TestKilledPeer' ./e2e
+
+bench: setup build ## measure boot, suspend, resume, packaging and migration
 	$(GO) run ./bench
 
 redis-image: ## an OCI image of Redis without any registry, in out/redis-image

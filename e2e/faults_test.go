@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -10,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -19,14 +19,21 @@ import (
 	"drafter/internal/tour"
 )
 
-// link is a proxy between a target and its source that can be cut.
+// link is a proxy between a target and its source that can be cut, frozen, and made deaf for what the target says.
 type link struct {
 	addr string
 	l    net.Listener
 	wg   sync.WaitGroup
+	deaf atomic.Bool
 
 	mu    sync.Mutex
-	conns []net.Conn
+	conns []*proxied
+}
+
+// proxied is one connection through a link.
+type proxied struct {
+	target, source net.Conn
+	frozen         atomic.Bool
 }
 
 func newLink(t *testing.T, to string) *link {
@@ -47,16 +54,12 @@ func newLink(t *testing.T, to string) *link {
 				in.Close()
 				continue
 			}
+			c := &proxied{target: in, source: out}
 			p.mu.Lock()
-			p.conns = append(p.conns, in, out)
+			p.conns = append(p.conns, c)
 			p.mu.Unlock()
-			for _, c := range [][2]net.Conn{{in, out}, {out, in}} {
-				p.wg.Go(func() {
-					io.Copy(c[0], c[1])
-					c[0].Close()
-					c[1].Close()
-				})
-			}
+			p.wg.Go(func() { c.pass(in, out, nil) })
+			p.wg.Go(func() { c.pass(out, in, &p.deaf) })
 		}
 	})
 	t.Cleanup(func() {
@@ -67,14 +70,43 @@ func newLink(t *testing.T, to string) *link {
 	return p
 }
 
+// pass passes on what comes from one side to the other, until the connection ends. What comes while it is frozen or deaf is lost.
+func (c *proxied) pass(to, from net.Conn, deaf *atomic.Bool) {
+	defer to.Close()
+	defer from.Close()
+	b := make([]byte, 64<<10)
+	for {
+		n, err := from.Read(b)
+		if err != nil {
+			return
+		}
+		if c.frozen.Load() || deaf != nil && deaf.Load() {
+			continue
+		}
+		if _, err := to.Write(b[:n]); err != nil {
+			return
+		}
+	}
+}
+
 // cut breaks all connections there are.
 func (p *link) cut() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, c := range p.conns {
-		c.Close()
+		c.target.Close()
+		c.source.Close()
 	}
 	p.conns = nil
+}
+
+// freeze lets nothing through any more on the connections that there are.
+func (p *link) freeze() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, c := range p.conns {
+		c.frozen.Store(true)
+	}
 }
 
 // withoutPackage are the flags of a peer whose bases do not exist.
@@ -217,7 +249,7 @@ func TestFaultsBeforeHandoff(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	if line := s.fails(t, append(s.peerArgs("instance-1", "--netns", "ark1", "--raddr", "localhost:1337"), "--device", "name=kernel,base="+filepath.Join(work, "out/package/config.json"))...); !strings.Contains(line, "is not the one that the VM was made from") {
+	if line := s.fails(t, append(s.peerArgs("instance-1", "--netns", "ark1", "--raddr", "localhost:1337"), "--device", "name=kernel,base="+filepath.Join(work, "bin/drafter-guest"))...); !strings.Contains(line, "is not the one that the VM was made from") {
 		t.Errorf("another base: %s", line)
 	}
 	if line := s.fails(t, append(s.peerArgs("instance-1", "--netns", "ark1", "--raddr", "localhost:1337"), "--device", "name=more,base=more.img,overlay=o.img,state=s.img")...); !strings.Contains(line, "does not come with the VM") {
@@ -300,7 +332,7 @@ func TestTimeoutStrategies(t *testing.T) {
 	filler := redis.NewClient(&redis.Options{Addr: "127.0.0.1:3333", MaxRetries: -1, DialerRetries: 1, DialTimeout: time.Second, ReadTimeout: time.Second, WriteTimeout: time.Second})
 	defer filler.Close()
 	for _, strategy := range []string{"cancel", "postcopy"} {
-		source := s.peer(t, "instance-0", "--netns", "ark0", "--laddr", "localhost:1337", "--bandwidth", "2MB", "--migration-timeout", "4s", "--timeout-strategy", strategy)
+		source := s.peer(t, "instance-0", "--netns", "ark0", "--laddr", "localhost:1337", "--bandwidth", "8MB", "--migration-timeout", "4s", "--timeout-strategy", strategy)
 		stop := make(chan struct{})
 		var wg sync.WaitGroup
 		wg.Go(func() {
@@ -315,7 +347,7 @@ func TestTimeoutStrategies(t *testing.T) {
 				for j := range b {
 					b[j] = byte(rng.Uint32())
 				}
-				filler.Set(t.Context(), fmt.Sprintf("fill:%d", i%200), b, 0) // an error is what the move looks like from here
+				filler.Set(t.Context(), fmt.Sprintf("fill:%d", i%50), b, 0) // an error is what the move looks like from here
 			}
 		})
 		time.Sleep(2 * time.Second)

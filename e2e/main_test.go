@@ -176,6 +176,17 @@ func runInside(m *testing.M) (code int, err error) {
 	return m.Run(), nil
 }
 
+// soak is how many rounds a test has that finds more the longer it runs: normal ones, or long ones with 'make soak', or few with -short.
+func soak(normal, long int) int {
+	switch {
+	case os.Getenv("DRAFTER_SOAK") != "":
+		return long
+	case testing.Short():
+		return 3
+	}
+	return normal
+}
+
 // inventory lists all that drafter could leave on a host.
 func inventory() string {
 	var b strings.Builder

@@ -122,7 +122,7 @@ func newHost(t *testing.T, s *site, number int) *otherHost {
 		}
 	})
 	o := &otherHost{Drafter: s.Drafter, addr: h.Addr}
-	o.Via = h.Via
+	o.Via = h.Via(s.dir)
 	nat, err := o.Start("nat", "--namespace-count", "1", "--host-interface", "eth0")
 	if err != nil {
 		t.Fatal(err)

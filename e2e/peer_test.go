@@ -111,10 +111,7 @@ func TestPeerWithoutOverlay(t *testing.T) {
 // A busy instance whose process is killed at a random moment leaves a host that the next start cleans, disks whose file systems recover, and every
 // write that Redis had synced.
 func TestKilledPeer(t *testing.T) {
-	rounds := 50
-	if testing.Short() {
-		rounds = 3
-	}
+	rounds := soak(10, 50)
 	s := emptySite(t)
 	clean := inventory()
 	seed := uint64(time.Now().UnixNano())

@@ -163,9 +163,12 @@ func (s *site) waitOutput(t *testing.T, vm *tour.Service, text string) string {
 }
 
 // vmmPID is the process of the one VM that runs at the site.
-func (s *site) vmmPID(t *testing.T) int {
+func (s *site) vmmPID(t *testing.T) int { return s.vmmPIDIn(t, "vms") }
+
+// vmmPIDIn is vmmPID for a VM with another --chroot-base-dir.
+func (s *site) vmmPIDIn(t *testing.T, base string) int {
 	t.Helper()
-	files, err := filepath.Glob(filepath.Join(s.dir, "vms/*/*/process.json"))
+	files, err := filepath.Glob(filepath.Join(s.dir, base, "*/*/process.json"))
 	if err != nil || len(files) != 1 {
 		t.Fatalf("VMs: %v, %v; want one", files, err)
 	}

@@ -63,10 +63,11 @@ type Storage interface {
 	State() (StateDevice, error)
 }
 
-// StateDevice is an open state device.
+// StateDevice is an open state device. *os.File is one.
 type StateDevice interface {
 	vmm.StateDevice
 	io.Closer
+	Name() string // path, for messages
 }
 
 // Instance is one running VM. Resume and Suspend are called by one goroutine; Wait and Close by any.
@@ -204,18 +205,18 @@ func Open(paths Paths) (*vmm.PackageConfig, error) {
 			return nil, fmt.Errorf("device %s: %w", name, err)
 		}
 	}
-	return config, CheckSizes(config, sizes)
+	return config, CheckSizes(config, sizes, paths)
 }
 
-// CheckSizes refuses devices, given by their sizes in bytes, that are not those of the package.
-func CheckSizes(config *vmm.PackageConfig, sizes map[string]int64) error {
+// CheckSizes refuses devices, given by their sizes in bytes, that are not those of the package. What is wrong is found in their paths.
+func CheckSizes(config *vmm.PackageConfig, sizes map[string]int64, paths map[string]string) error {
 	for _, d := range config.Devices {
 		size, ok := sizes[d.Name]
 		if !ok {
 			return fmt.Errorf("device %s of the package is missing; add it to --devices", d.Name)
 		}
 		if size < d.Size {
-			return fmt.Errorf("device %s is truncated: %d bytes instead of %d", d.Name, size, d.Size)
+			return fmt.Errorf("device %s (%s) is truncated: %d bytes instead of %d", d.Name, paths[d.Name], size, d.Size)
 		}
 	}
 	for name := range sizes {
@@ -276,14 +277,14 @@ func (l *Launched) Resume(ctx context.Context) (_ *Instance, err error) {
 	defer func() { err = errors.Join(err, dev.Close()) }()
 	state, err := vmm.ReadState(dev, i.config.ID)
 	if err != nil {
-		return nil, fmt.Errorf("state device: %w", err)
+		return nil, fmt.Errorf("state device %s: %w", dev.Name(), err)
 	}
 	if err := i.machine.Restore(ctx, bytes.NewReader(state)); err != nil {
 		return nil, err
 	}
 	// From here on memory and disks move away from the saved state.
 	if err := vmm.MarkState(dev, vmm.Running); err != nil {
-		return nil, fmt.Errorf("state device: %w", err)
+		return nil, fmt.Errorf("state device %s: %w", dev.Name(), err)
 	}
 	if err := i.machine.Resume(ctx); err != nil {
 		return nil, err
@@ -377,7 +378,7 @@ func (i *Instance) withState(use func(StateDevice) error) error {
 		return fmt.Errorf("open state device: %w", err)
 	}
 	if err := errors.Join(use(dev), dev.Close()); err != nil {
-		return fmt.Errorf("state device: %w", err)
+		return fmt.Errorf("state device %s: %w", dev.Name(), err)
 	}
 	return nil
 }

@@ -114,10 +114,16 @@ func (l *Launched) Go(ctx context.Context) (*Instance, error) {
 	return l.i, l.i.machine.Resume(ctx)
 }
 
+// Done is closed when the VMM is gone; Wait then tells how.
+func (l *Launched) Done() <-chan struct{} { return l.i.machine.Done() }
+
+// Wait blocks until the VMM is gone, and returns how it ended.
+func (l *Launched) Wait() error { return l.i.machine.Wait() }
+
 // Ended tells whether the VMM is gone.
 func (l *Launched) Ended() bool {
 	select {
-	case <-l.i.machine.Done():
+	case <-l.Done():
 		return true
 	default:
 		return false

@@ -396,3 +396,74 @@ func randomFault(rng *rand.Rand) fault {
 	}
 	return fullFault([]State{Preflight, Receiving}[rng.IntN(2)])
 }
+
+// revokeFault ends the source when it gets to a state. How that went is sent to result.
+func revokeFault(state State, result chan error, and fault) fault {
+	var fired atomic.Bool
+	return fault{name: "end source when it is " + string(state), arm: and.arm, at: func(p *pair, side string, s State) {
+		if and.at != nil {
+			and.at(p, side, s)
+		}
+		if side == "source" && s == state && fired.CompareAndSwap(false, true) {
+			go func() { result <- p.source.Revoke(errors.New("the source was ended")) }()
+		}
+	}}
+}
+
+// A source that is ended keeps its VM, has given it away, or does not know; never something between.
+func TestRevoke(t *testing.T) {
+	for _, state := range []State{Preflight, PreCopying, Preparing, HandingOff, InDoubt, Serving, Rescuing} {
+		for _, and := range []fault{{name: "nothing else"}, callFault("target", "restore"), callFault("target", "resume"), callFault("source", "save")} {
+			t.Run(string(state)+", "+and.name, func(t *testing.T) {
+				result := make(chan error, 1)
+				p, source, target, err := try(t, 1, quick(), 0, revokeFault(state, result, and))
+				if !strings.Contains(p.states.String(), "source "+string(state)) {
+					return // it did not come to this state
+				}
+				revoked := <-result
+				switch {
+				case source == Kept && target == NotTaken && revoked == nil:
+				case source == Moved && target == Moved && errors.Is(revoked, ErrHandedOver):
+				default:
+					t.Errorf("Revoke: %v; source %s, target %s, %v; %s", revoked, source, target, err, p.states.String())
+				}
+			})
+		}
+	}
+}
+
+// A source that is ended while it is in doubt waits for the answer as long as one can come, and leaves the VM in doubt then.
+func TestRevokeInDoubt(t *testing.T) {
+	result := make(chan error, 1)
+	var p *pair
+	p = newPair(t, 1, quick(), func(side string, s State) {
+		switch {
+		case side == "target" && s == TakingOver:
+			p.kill("target")
+		case side == "source" && s == InDoubt:
+			go func() { result <- p.source.Revoke(errors.New("the source was ended")) }()
+		}
+	})
+	limits := quick()
+	limits.Settle = 10 * time.Millisecond
+	if _, err := Receive(t.Context(), p.config(limits, func(side string, s State) {
+		if s == TakingOver {
+			p.kill("target")
+		}
+	})); err == nil {
+		t.Error("a killed target received the VM")
+	}
+	if err := <-result; !errors.Is(err, ErrInDoubt) {
+		t.Errorf("Revoke: %v", err)
+	}
+	if s := p.source.State(); s != LeftInDoubt {
+		t.Errorf("the source is %s", s)
+	}
+	p.guest.halt()
+	p.target.halt()
+	p.network.kill()
+	if err := p.source.Close(); err != nil {
+		t.Error(err)
+	}
+	p.network.wg.Wait()
+}

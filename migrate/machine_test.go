@@ -295,14 +295,15 @@ func (g *scripted) Mark(_ context.Context, s State, _ uuid.UUID) error {
 // receiver is the target of a scripted machine.
 type receiver struct {
 	*scripted
-	under map[string]*memory
-	cache map[string]map[int64]string // what was put into the page cache, by page
-	ran   atomic.Bool
-	done  bool
+	under    map[string]*memory
+	incoming map[string]*block.Incoming
+	cache    map[string]map[int64]string // what was put into the page cache, by page
+	ran      atomic.Bool
+	done     bool
 }
 
 func newReceiver(l *ledger, seed uint64) *receiver {
-	r := &receiver{scripted: newScripted(l, "target", seed, map[string]block.Device{}), under: map[string]*memory{}, cache: map[string]map[int64]string{}}
+	r := &receiver{scripted: newScripted(l, "target", seed, map[string]block.Device{}), under: map[string]*memory{}, incoming: map[string]*block.Incoming{}, cache: map[string]map[int64]string{}}
 	r.paused = true
 	return r
 }
@@ -315,6 +316,7 @@ func (r *receiver) Accept(_ context.Context, m wire.Manifest, _ uuid.UUID) ([]Ta
 	for _, d := range m.Devices {
 		r.under[d.Name] = newMemory(d.Size)
 		in := block.NewIncoming(r.under[d.Name], d.Name == "memory")
+		r.incoming[d.Name] = in
 		tracker := block.NewTracker(in, 64<<10)
 		td := TargetDevice{Held: wire.HoldsNothing, Device: in, First: d.Name == "state"}
 		r.devices[d.Name] = tracker

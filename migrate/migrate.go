@@ -24,7 +24,7 @@ const (
 	Cancel   Strategy = "cancel"   // give up; the VM runs on at the source
 )
 
-// Limits bound a migration. The zero value of each but Downtime means that there is no such limit, or the default that is named.
+// Limits bound a migration. The zero value of each means that there is no such limit, or the default that is named.
 type Limits struct {
 	Bandwidth  int64         // bytes per second; what somebody waits for is exempt
 	Downtime   time.Duration // the handoff begins when the rest can be sent in this time; default 300 ms
@@ -120,6 +120,8 @@ type Outcome string
 const (
 	Here Outcome = "here" // the VM did not run at the target and never will: it goes on at the source
 	Away Outcome = "away" // the VM runs, or ran, at the target
+
+	undecided Outcome = "" // the source ends without knowing
 )
 
 // Stats says what a migration did so far.

@@ -73,8 +73,9 @@ type Source struct {
 	cancel context.CancelCauseFunc
 
 	mu      sync.Mutex
-	current *outgoing // the last migration; nil before the first
-	closed  bool
+	current *outgoing     // the last migration; nil before the first
+	revoked bool          // no migration begins any more
+	closed  bool          // nor is one found that goes on
 	gone    chan struct{} // closed when the VM is the source's no more
 	goneErr error
 	wg      sync.WaitGroup // Handle
@@ -172,7 +173,7 @@ func (s *Source) greet(l *link) (h wire.Hello, err error) {
 func (s *Source) begin(id uuid.UUID, l *link) (*outgoing, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closed {
+	if s.revoked || s.closed {
 		return nil, errors.New("the VM cannot be migrated any more")
 	}
 	if s.current != nil {
@@ -242,10 +243,10 @@ func (s *Source) Settle(o Outcome) error {
 const revokeGrace = 2 * time.Second
 
 // Revoke ends the VM's being migratable. A migration that has not been handed over is cancelled, and Revoke waits until the VM runs here as before. Else it
-// fails with [ErrInDoubt] or [ErrHandedOver] and changes nothing.
+// fails with [ErrHandedOver] and changes nothing, or, when no answer comes for as long as a connection may be silent, with [ErrInDoubt].
 func (s *Source) Revoke(cause error) error {
 	s.mu.Lock()
-	s.closed = true
+	s.revoked = true
 	o := s.current
 	s.mu.Unlock()
 	if o == nil {
@@ -258,24 +259,43 @@ func (s *Source) Revoke(cause error) error {
 		o.first.cancel(cause) // it does not take what is being written to it
 		<-o.decided
 	}
-	switch o.State() {
-	case Kept:
-		<-o.ended
-		return nil
-	case InDoubt, LeftInDoubt:
-		s.reopen()
-		return ErrInDoubt
-	case Lost:
-		return errors.New("the VM was lost")
+	for {
+		state, changed := o.follow()
+		switch state {
+		case Rescuing:
+		case InDoubt:
+			o.awaitDoubt(changed)
+		case Kept:
+			<-o.ended
+			return nil
+		case LeftInDoubt:
+			<-o.ended
+			return ErrInDoubt
+		case Lost:
+			<-o.ended
+			return errors.New("the VM was lost")
+		default:
+			return ErrHandedOver
+		}
+		<-changed
 	}
-	s.reopen()
-	return ErrHandedOver
 }
 
-func (s *Source) reopen() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.closed = false // for a target that reconnects
+// awaitDoubt waits for the answer of a target that was just handed the VM, and then ends the migration without it.
+func (o *outgoing) awaitDoubt(changed <-chan struct{}) {
+	o.mu.Lock()
+	answer := time.Until(o.paused.Add(o.config.Limits.Silence))
+	o.mu.Unlock()
+	select {
+	case <-changed:
+		return
+	case <-time.After(answer):
+	}
+	select {
+	case o.settled <- undecided:
+	default: // an operator was faster
+	}
+	<-changed
 }
 
 // Close ends what goes on, whatever that means for the VM, and waits for it. State tells where that left it.
@@ -330,6 +350,7 @@ type outgoing struct {
 	main     *link
 	demand   *link
 	attached chan struct{} // closed and replaced when a link was attached
+	changed  chan struct{} // closed and replaced when the state has changed
 	began    time.Time
 	paused   time.Time
 	downtime time.Duration
@@ -363,7 +384,7 @@ func newOutgoing(s *Source, id uuid.UUID, l *link) (*outgoing, error) {
 	o := &outgoing{
 		Source: s, id: id, first: l, sender: sender,
 		decided: make(chan struct{}), ended: make(chan struct{}), ready: make(chan struct{}), acks: make(chan wire.Ack, 1), settled: make(chan Outcome, 1),
-		complete: make(chan struct{}), marked: make(chan struct{}), wants: make(chan wire.Want, 64), attached: make(chan struct{}), began: time.Now(),
+		complete: make(chan struct{}), marked: make(chan struct{}), wants: make(chan wire.Want, 64), attached: make(chan struct{}), changed: make(chan struct{}), began: time.Now(),
 	}
 	o.state.Store(Preflight)
 	close(o.marked)
@@ -381,6 +402,21 @@ func newOutgoing(s *Source, id uuid.UUID, l *link) (*outgoing, error) {
 // State is where the migration stands.
 func (o *outgoing) State() State { return o.state.Load().(State) }
 
+func (o *outgoing) enter(s State) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.state.Store(s)
+	close(o.changed)
+	o.changed = make(chan struct{})
+}
+
+// follow returns the state, and a channel that is closed when it is another one.
+func (o *outgoing) follow() (State, <-chan struct{}) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.State(), o.changed
+}
+
 // run runs the migration to its end.
 func (o *outgoing) run() error {
 	defer close(o.ended)
@@ -390,7 +426,7 @@ func (o *outgoing) run() error {
 	ctx, cancel := context.WithCancelCause(o.Source.ctx)
 	defer cancel(nil)
 	state, err := advance(ctx, o, sourceTable, Preflight, &o.config.Limits, func(state State) {
-		o.state.Store(state)
+		o.enter(state)
 		switch state {
 		case InDoubt, Serving, Kept, Moved, Lost, LeftInDoubt, LeftServing:
 			o.decide.Do(func() { close(o.decided) })
@@ -963,7 +999,10 @@ func (o *outgoing) awaitAnswer(ctx context.Context) (State, error) {
 		o.mu.Unlock()
 		return Serving, nil
 	case outcome := <-o.settled:
-		if outcome == Here {
+		switch outcome {
+		case undecided:
+			return "", errors.New("the source was ended")
+		case Here:
 			o.refused("an operator decided so")
 			return Rescuing, nil
 		}

@@ -298,6 +298,9 @@ func (t *Target) preflight(ctx context.Context) (State, error) {
 	t.main = l
 	t.mu.Unlock()
 	reply, err := l.receive(nil)
+	if errors.Is(err, io.EOF) {
+		return "", fmt.Errorf("the source closed the connection without a word, as one does that wants TLS, or has too many connections; its log says why: %w", err)
+	}
 	if err != nil {
 		return "", fmt.Errorf("the source refuses: %w", err)
 	}
@@ -755,6 +758,8 @@ func (t *Target) resume(ctx context.Context, outcome wire.Outcome, use func(*lin
 	if err != nil {
 		return err
 	}
+	var sending sync.WaitGroup
+	defer sending.Wait()
 	defer l.close(errors.New("the connection is not needed any more"))
 	stop := context.AfterFunc(ctx, func() { l.cancel(context.Cause(ctx)) })
 	defer stop()
@@ -766,9 +771,8 @@ func (t *Target) resume(ctx context.Context, outcome wire.Outcome, use func(*lin
 		}
 		r.Missing = append(r.Missing, missing)
 	}
-	if err := l.Send(r); err != nil {
-		return l.lost(err)
-	}
+	// A source that refuses does not read this, but says why: nobody waits here until it is sent.
+	sending.Go(func() { _ = l.Send(r) }) // of a connection that breaks, nothing can be read either
 	return use(l)
 }
 

@@ -3,10 +3,12 @@
 package peer
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -97,7 +99,7 @@ func (p *Peer) Resume(ctx context.Context) error {
 		return err
 	}
 	if err := vmm.CheckResumable(p.devices[vmm.State]); err != nil {
-		return fmt.Errorf("state device: %w", err)
+		return fmt.Errorf("state device %s: %w", p.statePath(), err)
 	}
 	if err := p.expose(); err != nil {
 		return err
@@ -121,6 +123,9 @@ func (p *Peer) Resume(ctx context.Context) error {
 
 // occupy takes what of the host a VM needs, whichever it is.
 func (p *Peer) occupy() (err error) {
+	if err := vmm.ReclaimAll(p.config.Host.BaseDir); err != nil {
+		return err
+	}
 	if p.claim, err = network.ClaimNamespace(p.config.Host.Netns); err != nil {
 		return err
 	}
@@ -170,7 +175,15 @@ func (p *Peer) packageConfig() (*vmm.PackageConfig, error) {
 	for name, d := range p.devices {
 		sizes[name] = d.Size()
 	}
-	return config, instance.CheckSizes(config, sizes)
+	return config, instance.CheckSizes(config, sizes, p.bases())
+}
+
+func (p *Peer) bases() map[string]string {
+	bases := map[string]string{}
+	for _, d := range p.config.Devices {
+		bases[d.Name] = d.Base
+	}
+	return bases
 }
 
 // expose gives the devices that a VMM opens paths, in a directory that the next start cleans up should this process be killed.
@@ -217,13 +230,23 @@ func (s storage) Sync(name string) error { return s.p.devices[name].Sync() }
 
 // State gives the state device itself, not a path to it: what a migration brings and takes goes by no other way.
 func (s storage) State() (instance.StateDevice, error) {
-	return borrowed{s.p.devices[vmm.State].Tracker}, nil
+	return borrowed{s.p.devices[vmm.State].Tracker, s.p.statePath()}, nil
 }
 
-// borrowed is a device that its user does not close.
-type borrowed struct{ *block.Tracker }
+// borrowed is the state device for a user that does not close it.
+type borrowed struct {
+	*block.Tracker
+	path string
+}
 
-func (borrowed) Close() error { return nil }
+func (borrowed) Close() error   { return nil }
+func (b borrowed) Name() string { return b.path }
+
+// statePath is the file that the state device writes to.
+func (p *Peer) statePath() string {
+	i := slices.IndexFunc(p.config.Devices, func(d Device) bool { return d.Name == vmm.State })
+	return cmp.Or(p.config.Devices[i].Overlay, p.config.Devices[i].Base)
+}
 
 // Done is closed when the VM has ended by itself; Wait then tells how.
 func (p *Peer) Done() <-chan struct{} { return p.instance.Done() }

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/google/uuid"
@@ -27,7 +28,9 @@ func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	if err := p.occupy(); err != nil {
 		return err
 	}
-	a := &arrival{p: p}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	a := &arrival{p: p, giveUp: cancel, restoring: make(chan struct{})}
 	target, err := migrate.Receive(ctx, migrate.TargetConfig{VM: a, Dial: dial, Limits: p.config.Limits, OnState: p.config.Hooks.OnState, OnProgress: p.config.Hooks.OnProgress})
 	if err != nil {
 		return fmt.Errorf("receive VM: %w", err)
@@ -128,6 +131,12 @@ type arrival struct {
 	config   *vmm.PackageConfig
 	launched *instance.Launched
 	running  bool
+
+	// While the VMM waits for its VM, it is watched: the source need not pause for one that has died.
+	giveUp    context.CancelCauseFunc
+	restoring chan struct{} // closed when the watch ends
+	once      sync.Once
+	watch     sync.WaitGroup
 }
 
 // Accept implements [migrate.TargetVM].
@@ -192,7 +201,7 @@ func (a *arrival) check(ctx context.Context, m wire.Manifest) error {
 		listed, _ := a.config.Device(d.Name)
 		sizes[d.Name] = listed.Size // its file is checked when it is opened
 	}
-	return instance.CheckSizes(a.config, sizes)
+	return instance.CheckSizes(a.config, sizes, a.p.bases())
 }
 
 // open opens the devices, the state device first: from then on it says that the VM is arriving.
@@ -270,12 +279,27 @@ func (a *arrival) devices(m wire.Manifest, held map[string]wire.Held) ([]migrate
 // Start implements [migrate.TargetVM].
 func (a *arrival) Start(ctx context.Context) error {
 	var err error
-	a.launched, err = instance.Launch(ctx, a.p.config.Host, a.config, storage{a.p})
-	return err
+	if a.launched, err = instance.Launch(ctx, a.p.config.Host, a.config, storage{a.p}); err != nil {
+		return err
+	}
+	a.watch.Go(func() {
+		select {
+		case <-a.launched.Done():
+			a.giveUp(fmt.Errorf("the VMM ended before the VM was there: %w", a.launched.Wait()))
+		case <-a.restoring:
+		}
+	})
+	return nil
+}
+
+func (a *arrival) endWatch() {
+	a.once.Do(func() { close(a.restoring) })
+	a.watch.Wait()
 }
 
 // Restore implements [migrate.TargetVM].
 func (a *arrival) Restore(ctx context.Context, migration uuid.UUID) error {
+	a.endWatch()
 	for name, d := range a.p.devices {
 		if name == vmm.Memory || d.incoming == nil || d.incoming.Missing() == 0 {
 			continue // of memory nothing is left anyway when this process is killed
@@ -317,6 +341,7 @@ func (a *arrival) Complete(context.Context) error {
 
 // Discard implements [migrate.TargetVM].
 func (a *arrival) Discard(context.Context) error {
+	a.endWatch()
 	var errs []error
 	if a.launched != nil {
 		errs = append(errs, a.launched.Close())

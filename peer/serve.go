@@ -52,7 +52,7 @@ func (p *Peer) Serve(ctx context.Context, accept func(context.Context) (io.ReadW
 	case err == nil:
 		return false, nil
 	case errors.Is(err, migrate.ErrInDoubt):
-		return false, p.leaveInDoubt()
+		return false, leaveInDoubt()
 	case errors.Is(err, migrate.ErrHandedOver):
 		slog.Info("The VM runs at its target, which still needs what is here; waiting until it has all")
 		<-source.Gone()
@@ -62,7 +62,7 @@ func (p *Peer) Serve(ctx context.Context, accept func(context.Context) (io.ReadW
 	}
 }
 
-func (p *Peer) leaveInDoubt() error {
+func leaveInDoubt() error {
 	return fmt.Errorf("%w: it was handed over and the target has not answered; look whether it runs there, and then settle it here: drafter peer settle --here, or --away", migrate.ErrInDoubt)
 }
 

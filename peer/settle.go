@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	"drafter/block"
 	"drafter/internal/lockfile"
 	"drafter/migrate"
 	"drafter/vmm"
@@ -20,6 +21,13 @@ func Settle(ctx context.Context, devices []Device, outcome migrate.Outcome) erro
 	i := slices.IndexFunc(devices, func(d Device) bool { return d.Name == vmm.State })
 	if i < 0 {
 		return errors.New("device state is missing; add it to --devices")
+	}
+	if d := &devices[i]; d.Overlay != "" {
+		if _, _, found, err := block.OverlayBase(d.overlayPaths()); err != nil {
+			return fmt.Errorf("device %s: %w", vmm.State, err)
+		} else if !found {
+			return fmt.Errorf("device %s: overlay %s does not exist, so there is no instance", vmm.State, d.Overlay)
+		}
 	}
 	s, err := devices[i].open(ctx)
 	var held *lockfile.HeldError

@@ -90,7 +90,29 @@ func (d *Dir) Close() error {
 	return errors.Join(os.RemoveAll(d.path), d.lock.Release())
 }
 
-// ReclaimOrphans removes every VM directory below parent whose owner is gone, ending its VMM first.
+// ReclaimAll is [ReclaimOrphans] for all that lived below base, in the order of their names: a peer's devices are taken away before the
+// VMM that waits for them.
+func ReclaimAll(base string) error {
+	base, err := filepath.Abs(base)
+	if err != nil {
+		return fmt.Errorf("resolve %s: %w", base, err)
+	}
+	drivers, err := os.ReadDir(base)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("look for orphaned VMs: %w", err)
+	}
+	for _, d := range drivers {
+		if !d.IsDir() {
+			continue
+		}
+		if err := ReclaimOrphans(filepath.Join(base, d.Name())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// ReclaimOrphans removes every VM directory below parent, an absolute path, whose owner is gone, ending its VMM first.
 func ReclaimOrphans(parent string) error {
 	entries, err := os.ReadDir(parent)
 	if errors.Is(err, os.ErrNotExist) {

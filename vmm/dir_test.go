@@ -54,6 +54,40 @@ func TestOrphanReclaimed(t *testing.T) {
 	}
 }
 
+// TestReclaimAll cleans up behind two killed owners, below a directory that is named relative to this process' own.
+func TestReclaimAll(t *testing.T) {
+	t.Chdir(t.TempDir())
+	if err := ReclaimAll("vms"); err != nil {
+		t.Fatalf("nothing there: %v", err)
+	}
+	for _, driver := range []string{"peer", "test"} {
+		d, err := CreateDir("vms", driver)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := d.lock.Abandon(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	live, err := CreateDir("vms", "live")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile("vms/note", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := ReclaimAll("vms"); err != nil {
+		t.Fatal(err)
+	}
+	left, err := filepath.Glob("vms/*/*")
+	if err != nil || len(left) != 1 || filepath.Base(left[0]) != live.ID {
+		t.Errorf("left: %v, %v; want the live one", left, err)
+	}
+	if err := live.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestReclaimSparesStrangers makes sure that a reused process id is not killed.
 func TestReclaimSparesStrangers(t *testing.T) {
 	cmd := exec.Command("sleep", "1000")

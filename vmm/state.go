@@ -149,7 +149,9 @@ func (h *stateHeader) resumable() error {
 		return fmt.Errorf("a migration to here began at %s and did not get to its end, so this is a part of a VM; the VM is still at its source, migrate it again", at)
 	case InDoubt:
 		return fmt.Errorf("the VM was handed over at %s and the target has not answered, so it is in doubt where it runs; look there, and then settle it with 'drafter peer settle'", at)
-	case HandedOver, Moved:
+	case HandedOver:
+		return fmt.Errorf("the VM was handed over at %s, and it is not known whether its target has all of it; look there, and if it is lost, go on from that moment with 'drafter peer settle --here'", at)
+	case Moved:
 		return fmt.Errorf("the VM moved away at %s; migrate it back, or remove this instance's files", at)
 	}
 	return fmt.Errorf("status %d is unknown", h.status)

@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/google/uuid"
 )
 
 const (
@@ -63,6 +65,79 @@ func TestStateLifeCycle(t *testing.T) {
 	}
 	if err := WriteState(f, testID, make([]byte, StateSize)); err == nil {
 		t.Error("a state larger than the device was accepted")
+	}
+}
+
+// TestStateOfMigrations goes through what the devices of a source and a target say while a VM moves, is in doubt, and is settled.
+func TestStateOfMigrations(t *testing.T) {
+	migration := uuid.New()
+	refused := func(dev StateDevice, want string) {
+		t.Helper()
+		if err := CheckResumable(dev); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v; want %q", err, want)
+		}
+		if _, err := ReadState(dev, testID); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("read: %v; want %q", err, want)
+		}
+		status, m, _, err := StateStatus(dev)
+		if err != nil || m != migration {
+			t.Errorf("status %d is of migration %s, %v; want %s", status, m, err, migration)
+		}
+	}
+	target := newStateFile(t)
+	if err := MarkArriving(target, migration); err != nil {
+		t.Fatal(err)
+	}
+	refused(target, "did not get to its end")
+
+	source := newStateFile(t)
+	if err := WriteState(source, testID, []byte("package")); err != nil {
+		t.Fatal(err)
+	}
+	if err := SettleState(source, true); err == nil {
+		t.Error("a suspended VM was settled")
+	}
+	want := []byte("state at the handoff")
+	if err := WriteLeavingState(source, testID, want, migration); err != nil {
+		t.Fatal(err)
+	}
+	refused(source, "never suspended")
+	if got, err := ReadMigratedState(source, testID, migration); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("the migration's state: %q, %v", got, err)
+	}
+	if _, err := ReadMigratedState(source, testID, uuid.New()); err == nil {
+		t.Error("another migration's state was accepted")
+	}
+	if _, err := ReadMigratedState(source, otherID, migration); err == nil {
+		t.Error("another VM's state was accepted")
+	}
+	if _, err := ReadMigratedState(target, testID, migration); err == nil {
+		t.Error("a state that has not arrived was accepted")
+	}
+	for _, s := range []struct {
+		status Status
+		want   string
+	}{{InDoubt, "settle it with 'drafter peer settle'"}, {HandedOver, "go on from that moment with 'drafter peer settle --here'"}} {
+		if err := MarkState(source, s.status); err != nil {
+			t.Fatal(err)
+		}
+		refused(source, s.want)
+		if err := SettleState(source, true); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := ReadState(source, testID); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("status %d, settled here: %q, %v", s.status, got, err)
+		}
+		if err := MarkState(source, s.status); err != nil {
+			t.Fatal(err)
+		}
+		if err := SettleState(source, false); err != nil {
+			t.Fatal(err)
+		}
+		refused(source, "moved away")
+		if err := SettleState(source, true); err == nil {
+			t.Error("a VM that has moved away was settled to be here")
+		}
 	}
 }
 

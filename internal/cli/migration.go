@@ -17,6 +17,7 @@ import (
 type migrationLog struct {
 	bars  *progress.Reporter // nil when stderr is no terminal
 	cycle int
+	begun bool // devices have arrived
 }
 
 func newMigrationLog() *migrationLog { return &migrationLog{} }
@@ -35,7 +36,8 @@ var messages = map[migrate.State]string{
 
 func (l *migrationLog) state(s migrate.State) {
 	slog.Debug("Migration", "state", s)
-	if text, ok := messages[s]; ok {
+	l.begun = l.begun || s == migrate.Receiving
+	if text, ok := messages[s]; ok && (s != migrate.HandingBack || l.begun) { // else the error says it
 		slog.Info(text)
 	}
 }

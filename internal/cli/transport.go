@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"strings"
+	"syscall"
 
 	"github.com/spf13/cobra"
 )
@@ -74,6 +75,11 @@ func (t *transportFlags) listen(ctx context.Context, addr string) (net.Listener,
 			return nil, &usageError{fmt.Errorf("--laddr %s: %w", addr, err)}
 		}
 	}
+	if network == "unix" {
+		if err := removeDeadSocket(ctx, address); err != nil {
+			return nil, fmt.Errorf("--laddr %s: %w", addr, err)
+		}
+	}
 	l, err := (&net.ListenConfig{}).Listen(ctx, network, address)
 	if err != nil {
 		return nil, fmt.Errorf("--laddr %s: %w; choose another address, or '' to listen nowhere", addr, err)
@@ -82,6 +88,18 @@ func (t *transportFlags) listen(ctx context.Context, addr string) (net.Listener,
 		l = tls.NewListener(l, config)
 	}
 	return l, nil
+}
+
+// removeDeadSocket removes a socket at which nobody listens any more: that of a killed process.
+func removeDeadSocket(ctx context.Context, path string) error {
+	c, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
+	if err == nil {
+		return c.Close() // and listening there will fail
+	}
+	if info, serr := os.Lstat(path); serr == nil && info.Mode().Type() == os.ModeSocket && errors.Is(err, syscall.ECONNREFUSED) {
+		return os.Remove(path)
+	}
+	return nil
 }
 
 // checkLoopback refuses addresses that other hosts can reach.
@@ -113,14 +131,14 @@ func (t *transportFlags) dial(addr string) (func(context.Context) (io.ReadWriteC
 		return nil, err
 	}
 	network, address := splitAddress(addr)
+	host := "localhost"
 	if network == "tcp" {
-		host, _, err := net.SplitHostPort(address)
-		if err != nil {
+		if host, _, err = net.SplitHostPort(address); err != nil {
 			return nil, &usageError{fmt.Errorf("--raddr %s: %w", addr, err)}
 		}
-		if config != nil {
-			config.ServerName = host
-		}
+	}
+	if config != nil {
+		config.ServerName = host
 	}
 	return func(ctx context.Context) (io.ReadWriteCloser, error) {
 		if config != nil {

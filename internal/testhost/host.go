@@ -15,8 +15,7 @@ import (
 
 // Host is a further host: network and mount namespaces with an empty /run, linked to this one.
 type Host struct {
-	Addr string   // its address, reachable from here and from the other hosts
-	Via  []string // command that runs another one there, replacing itself
+	Addr string // its address, reachable from here and from the other hosts
 
 	holder *exec.Cmd
 	link   string
@@ -49,7 +48,6 @@ func NewHost(number int, rate uint64) (_ *Host, err error) {
 		return nil, fmt.Errorf("start host: it says %q, %w", ready, err)
 	}
 	pid := h.holder.Process.Pid
-	h.Via = []string{"nsenter", "--net", "--mount", "--target", strconv.Itoa(pid)}
 	ns, err := netns.GetFromPid(pid)
 	if err != nil {
 		return nil, err
@@ -75,6 +73,11 @@ func NewHost(number int, rate uint64) (_ *Host, err error) {
 		plug(here, h.link, gateway+"/24", rate, nil),
 		plug(there, "eth0", h.Addr+"/24", rate, net.ParseIP(gateway)),
 		plug(there, "lo", "127.0.0.1/8", 0, nil))
+}
+
+// Via is the command that runs another one on the host, in the directory dir, replacing itself.
+func (h *Host) Via(dir string) []string {
+	return []string{"nsenter", "--net", "--mount", "--target", strconv.Itoa(h.holder.Process.Pid), "--wdns=" + dir}
 }
 
 // plug configures one end of a link.

@@ -1,0 +1,255 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+
+	"drafter/internal/tour"
+)
+
+// doubt brings an instance's VM into doubt: its target gets it, and is killed; the source never hears of it.
+func (s *site) doubt(t *testing.T, source *tour.Service) {
+	t.Helper()
+	l := newLink(t, "localhost:1337")
+	target, err := s.Start(s.peerArgs("instance-1", "--netns", "ark1", "--raddr", l.addr)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	await(t, source, "Pausing the VM to hand it over")
+	l.deaf.Store(true)
+	await(t, target, "The VM was handed over; resuming it here")
+	if err := target.Signal(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	<-target.Done()
+	l.cut()
+	await(t, source, "The target does not answer: it is in doubt who owns the VM, which stays paused here; waiting for the target, or for 'drafter peer settle'")
+}
+
+// A source that does not know whether its VM runs at its target keeps it paused until an operator has decided, whether it waits, was ended, or killed.
+func TestSettle(t *testing.T) {
+	s := emptySite(t)
+	c := s.redisIn(t, "ark0", "127.0.0.1:3333")
+	start := func() *tour.Service { return s.peer(t, "instance-0", "--netns", "ark0", "--laddr", "localhost:1337") }
+	settle := func(how string) []string {
+		return []string{"peer", "settle", how, "--package", filepath.Join(work, "out/package"), "--instance", "instance-0"}
+	}
+	source := start()
+	runID := serverInfo(t, c, "run_id")
+	if line := s.fails(t, settle("--here")...); !strings.Contains(line, "has nothing in doubt") {
+		t.Errorf("nothing to settle: %s", line)
+	}
+	alive := func(what string) {
+		t.Helper()
+		if got := serverInfo(t, c, "run_id"); got != runID {
+			t.Fatalf("%s: this is another Redis process", what)
+		}
+		if got, err := c.Get(t.Context(), "before").Result(); err != nil || got != "the handoff" {
+			t.Fatalf("%s: %q, %v", what, got, err)
+		}
+	}
+	if err := c.Set(t.Context(), "before", "the handoff", 0).Err(); err != nil {
+		t.Fatal(err)
+	}
+
+	s.doubt(t, source)
+	paused := redis.NewClient(&redis.Options{Addr: "127.0.0.1:3333", MaxRetries: -1, DialerRetries: 1, DialTimeout: 500 * time.Millisecond, ReadTimeout: 500 * time.Millisecond})
+	defer paused.Close()
+	if err := paused.Ping(t.Context()).Err(); err == nil {
+		t.Error("the VM runs while it is in doubt")
+	}
+	command(t, s.dir, "drafter", settle("--here")...)
+	await(t, source, "The migration failed; the VM goes on here")
+	alive("settled while the source waits")
+
+	s.doubt(t, source)
+	if err := source.Signal(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	<-source.Done()
+	if line := s.fails(t, s.peerArgs("instance-0")...); !strings.Contains(line, "drafter peer settle") {
+		t.Errorf("start of a VM in doubt: %s", line)
+	}
+	command(t, s.dir, "drafter", settle("--here")...)
+	source = start()
+	alive("settled after the source was killed")
+
+	s.doubt(t, source)
+	if err := source.End(); err == nil || !strings.Contains(err.Error(), "drafter peer settle") {
+		t.Errorf("end of a source in doubt: %v", err)
+	}
+	command(t, s.dir, "drafter", settle("--away")...)
+	if line := s.fails(t, s.peerArgs("instance-0")...); !strings.Contains(line, "moved away") {
+		t.Errorf("start of a VM that was settled to be away: %s", line)
+	}
+	// This cleans up behind the last target, too.
+	if line := s.fails(t, s.peerArgs("instance-1", "--netns", "ark1")...); !strings.Contains(line, "never suspended") && !strings.Contains(line, "did not get to its end") {
+		t.Errorf("start of what a killed target left: %s", line)
+	}
+}
+
+// A VMM that dies ends the VM where it runs, and only there.
+func TestVMMDies(t *testing.T) {
+	s := emptySite(t)
+	c := s.redisIn(t, "ark0", "127.0.0.1:3333")
+	target := func() *tour.Service {
+		t.Helper()
+		vm, err := s.Start(s.peerArgs("instance-1", "--netns", "ark1", "--raddr", "localhost:1337", "--chroot-base-dir", "target/vms")...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		await(t, vm, "Receiving the VM's devices while it runs at its source")
+		return vm
+	}
+	fails := func(vm *tour.Service, want string) {
+		t.Helper()
+		if err := vm.Wait(); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v; want %q", err, want)
+		}
+	}
+	source := s.peer(t, "instance-0", "--netns", "ark0", "--laddr", "localhost:1337", "--bandwidth", "4MB")
+	rng := rand.NewChaCha8([32]byte{})
+	content := make([]byte, 1<<20)
+	for i := range 30 { // which takes the link long enough
+		rng.Read(content)
+		if err := c.Set(t.Context(), fmt.Sprintf("content:%d", i), content, 0).Err(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	vm := target()
+	var pid int
+	for deadline := time.Now().Add(time.Minute); pid == 0; time.Sleep(20 * time.Millisecond) {
+		if files, err := filepath.Glob(filepath.Join(s.dir, "target/vms/*/*/process.json")); err != nil || time.Now().After(deadline) {
+			t.Fatalf("the target has no VMM: %v", err)
+		} else if len(files) == 1 {
+			time.Sleep(2 * time.Second) // it is being started, and then waits for its VM
+			pid = s.vmmPIDIn(t, "target/vms")
+		}
+	}
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	fails(vm, "the VMM ended before the VM was there: QEMU ended unexpectedly: signal: killed")
+	if err := c.Set(t.Context(), "key", "value", 0).Err(); err != nil {
+		t.Errorf("the VM does not run on: %v", err)
+	}
+
+	vm = target()
+	if err := syscall.Kill(s.vmmPID(t), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	fails(source, "signal: killed")
+	fails(vm, "the VM stays at its source")
+	if line := s.fails(t, s.peerArgs("instance-0")...); !strings.Contains(line, "never suspended") {
+		t.Errorf("start of a VM whose VMM died: %s", line)
+	}
+}
+
+// A guest whose agent hangs does not get lost: it is not handed over.
+func TestAgentHangs(t *testing.T) {
+	s := emptySite(t)
+	source := resume(t, "ark0", filepath.Join(s.dir, "source"))
+	c := redis.NewClient(&redis.Options{Addr: "10.0.15.1:6379"})
+	defer c.Close()
+	runID := serverInfo(t, c, "run_id")
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	if _, err := source.Agent().Exec(ctx, nil, "sh", "-c", "kill -STOP $PPID"); err == nil {
+		t.Fatal("the agent answered after it was stopped")
+	}
+	streams := make(chan io.ReadWriteCloser)
+	served := make(chan error, 1)
+	sctx, end := context.WithCancel(t.Context())
+	go func() {
+		_, err := source.Serve(sctx, func(ctx context.Context) (io.ReadWriteCloser, error) {
+			select {
+			case stream := <-streams:
+				return stream, nil
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
+		})
+		served <- err
+	}()
+	target, err := newPeer("ark1", filepath.Join(s.dir, "target"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = target.Receive(t.Context(), func(ctx context.Context) (io.ReadWriteCloser, error) {
+		here, there := net.Pipe()
+		select {
+		case streams <- there:
+			return here, nil
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	})
+	if err == nil || !strings.Contains(err.Error(), "the VM stays at its source") {
+		t.Errorf("the target: %v", err)
+	}
+	if err := target.Close(); err != nil {
+		t.Error(err)
+	}
+	if got := serverInfo(t, c, "run_id"); got != runID {
+		t.Error("this is another Redis process")
+	}
+	end()
+	if err := <-served; err != nil {
+		t.Errorf("the source: %v", err)
+	}
+}
+
+// A target whose source is killed in post-copy goes on with what it has, and says at its end what it lacks. The source still has what there was at the handoff.
+func TestSourceDiesInPostCopy(t *testing.T) {
+	s := emptySite(t)
+	c := s.redisIn(t, "ark0", "127.0.0.1:3333")
+	source := s.peer(t, "instance-0", "--netns", "ark0", "--laddr", "localhost:1337", "--bandwidth", "20MB", "--migration-timeout", "500ms")
+	if err := c.Set(t.Context(), "before", "the handoff", 0).Err(); err != nil {
+		t.Fatal(err)
+	}
+	vm, err := s.Start(append(s.peerArgs("instance-1", "--netns", "ark1", "--raddr", "localhost:1337"), s.withoutPackage(1)...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	await(t, vm, "The VM was handed over; resuming it here")
+	time.Sleep(time.Second)
+	if err := source.Signal(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	<-source.Done()
+	time.Sleep(time.Second)
+	select {
+	case <-vm.Done():
+		t.Fatalf("the target gave up: %v", vm.Wait())
+	default:
+	}
+	if err := vm.End(); err == nil || !strings.Contains(err.Error(), "still at its source") {
+		t.Errorf("the target ended with %v", err)
+	}
+	wants := map[string]string{"instance-0": "go on from that moment with 'drafter peer settle --here'", "instance-1": "of it never arrived"}
+	for _, instance := range []string{"instance-0", "instance-1"} {
+		args := s.peerArgs(instance)
+		if instance == "instance-1" {
+			args = append(args, s.withoutPackage(1)...)
+		}
+		if line := s.fails(t, args...); !strings.Contains(line, wants[instance]) {
+			t.Errorf("start of %s: %s; want %q", instance, line, wants[instance])
+		}
+	}
+	command(t, s.dir, "drafter", "peer", "settle", "--here", "--package", filepath.Join(work, "out/package"), "--instance", "instance-0")
+	source = s.peer(t, "instance-0", "--netns", "ark0")
+	if got, err := c.Get(t.Context(), "before").Result(); err != nil || got != "the handoff" {
+		t.Errorf("at the source again: %q, %v", got, err)
+	}
+	end(t, source)
+}
