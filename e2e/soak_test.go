@@ -72,7 +72,7 @@ func (w *wanderer) write(t *testing.T, stop chan struct{}) {
 		select {
 		case <-stop:
 			return
-		default:
+		case <-time.After(2 * time.Millisecond): // some of it gets through the link in time
 		}
 		if c.Set(t.Context(), fmt.Sprintf("key:%d", w.acked), fmt.Sprintf("%d:%s", w.acked, strings.Repeat("x", 2000)), 0).Err() == nil {
 			w.acked++

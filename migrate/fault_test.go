@@ -316,7 +316,9 @@ func TestFaultMatrix(t *testing.T) {
 	add(killFault("source", "target", Fetching), outcome{})
 	for _, tt := range faults {
 		t.Run(tt.name, func(t *testing.T) {
-			p, source, target, err := try(t, 1, quick(), 0, tt.fault)
+			limits := quick()
+			limits.note = 1 // at once: noting it may fail, too
+			p, source, target, err := try(t, 1, limits, 0, tt.fault)
 			if tt.source != "" && source != tt.source || tt.target != "" && target != tt.target && p.dead() != "target" {
 				t.Errorf("source %q, target %q; want %q, %q; %v; %v; %v", source, target, tt.source, tt.target, p.states.String(), err, p.network.err)
 			}
@@ -344,6 +346,7 @@ func TestSoak(t *testing.T) {
 		rng := rand.New(rand.NewPCG(seed, 7))
 		limits := quick()
 		limits.NoPostCopy = rng.IntN(4) == 0
+		limits.note = []time.Duration{1, limits.note, time.Minute}[rng.IntN(3)]
 		rate := int64(0)
 		if rng.IntN(3) > 0 {
 			rate = 5<<20 + rng.Int64N(50<<20)

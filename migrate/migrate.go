@@ -37,6 +37,10 @@ type Limits struct {
 	Reconnect  time.Duration // pause between attempts to reconnect; default 200 ms
 	Warm       time.Duration // how long a target may keep the VM waiting for what it has to be in the page cache; default 3 s
 	Settle     time.Duration // how long a target that refused tries to tell the source; default 1 min
+
+	// How long a source waits after a handoff before it makes durable what it still has, and notes how things stand: at that moment the target needs the
+	// disks and CPUs, if it shares them, and a moment later most of it is not needed any more. Default 1 s.
+	note time.Duration
 }
 
 // Check refuses limits that contradict each other.
@@ -52,7 +56,7 @@ func (l Limits) complete() (Limits, error) {
 		fallback time.Duration
 	}{
 		{&l.Downtime, 300 * time.Millisecond}, {&l.Prepare, 5 * time.Second}, {&l.Handoff, time.Minute}, {&l.Silence, 10 * time.Second},
-		{&l.Reconnect, 200 * time.Millisecond}, {&l.Settle, time.Minute}, {&l.Warm, 3 * time.Second},
+		{&l.Reconnect, 200 * time.Millisecond}, {&l.Settle, time.Minute}, {&l.Warm, 3 * time.Second}, {&l.note, time.Second},
 	} {
 		if *d.value == 0 {
 			*d.value = d.fallback

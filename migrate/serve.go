@@ -3,6 +3,7 @@ package migrate
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"drafter/block"
 	"drafter/wire"
@@ -10,7 +11,7 @@ import (
 
 // serve sends the target what it lacks, over whatever connections it makes, until it has all.
 func (o *outgoing) serve(ctx context.Context) (State, error) {
-	o.mark(Serving)
+	noted := o.noteServing(ctx)
 	for {
 		o.mu.Lock()
 		l, attached := o.main, o.attached
@@ -20,12 +21,31 @@ func (o *outgoing) serve(ctx context.Context) (State, error) {
 		}
 		select {
 		case <-o.complete:
+			<-noted
 			return o.release()
 		case <-attached:
 		case <-ctx.Done():
 			return "", context.Cause(ctx)
 		}
 	}
+}
+
+// noteServing notes that the VM runs at its target, unless that has everything soon. The channel is closed when it has been begun or will not be any more.
+func (o *outgoing) noteServing(ctx context.Context) <-chan struct{} {
+	noted := make(chan struct{})
+	o.wg.Go(func() {
+		defer close(noted)
+		note := time.NewTimer(o.config.Limits.note)
+		defer note.Stop()
+		select {
+		case <-o.complete:
+			return
+		case <-note.C:
+		case <-ctx.Done():
+		}
+		o.mark(Serving)
+	})
+	return noted
 }
 
 // release notes that the target has all, and tells it so.

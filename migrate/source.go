@@ -29,8 +29,8 @@ type SourceVM interface {
 	Save(ctx context.Context, migration uuid.UUID) error
 	// Rescue lets the guest go on after any of the above, done or failed.
 	Rescue(ctx context.Context) error
-	// Mark notes durably in the devices where the VM stands: InDoubt, Serving (it runs at the target) or Moved (the target has all of it). With InDoubt
-	// all that was written is made durable.
+	// Mark notes durably in the devices where the VM stands: InDoubt, Serving (it runs at the target) or Moved (the target has all of it). With the
+	// first two, all that was written is made durable before.
 	Mark(ctx context.Context, state State, migration uuid.UUID) error
 }
 
@@ -959,9 +959,9 @@ func (o *outgoing) handOff(ctx context.Context) (State, error) {
 // settle waits until it is known who owns the VM.
 func (o *outgoing) settle(ctx context.Context) (State, error) {
 	o.startServing(ctx)
-	o.mark(InDoubt)
 	next, err := o.awaitAnswer(ctx)
 	if err != nil {
+		o.mark(InDoubt)
 		return "", errors.Join(ErrInDoubt, err)
 	}
 	return next, nil
@@ -987,28 +987,35 @@ func (o *outgoing) mark(state State) <-chan struct{} {
 	return done
 }
 
+// awaitAnswer waits for the target to take the VM or to refuse it, or for an operator. Most answers come sooner than what is in doubt could be noted.
 func (o *outgoing) awaitAnswer(ctx context.Context) (State, error) {
-	select {
-	case a := <-o.acks:
-		if !a.Accepted {
-			o.refused(a.Reason)
-			return Rescuing, nil
+	note := time.NewTimer(o.config.Limits.note)
+	defer note.Stop()
+	for {
+		select {
+		case a := <-o.acks:
+			if !a.Accepted {
+				o.refused(a.Reason)
+				return Rescuing, nil
+			}
+			o.mu.Lock()
+			o.downtime = time.Since(o.paused)
+			o.mu.Unlock()
+			return Serving, nil
+		case outcome := <-o.settled:
+			switch outcome {
+			case undecided:
+				return "", errors.New("the source was ended")
+			case Here:
+				o.refused("an operator decided so")
+				return Rescuing, nil
+			}
+			return Serving, nil
+		case <-note.C:
+			o.mark(InDoubt)
+		case <-ctx.Done():
+			return "", context.Cause(ctx)
 		}
-		o.mu.Lock()
-		o.downtime = time.Since(o.paused)
-		o.mu.Unlock()
-		return Serving, nil
-	case outcome := <-o.settled:
-		switch outcome {
-		case undecided:
-			return "", errors.New("the source was ended")
-		case Here:
-			o.refused("an operator decided so")
-			return Rescuing, nil
-		}
-		return Serving, nil
-	case <-ctx.Done():
-		return "", context.Cause(ctx)
 	}
 }
 

@@ -208,18 +208,16 @@ func (d *departure) Rescue(ctx context.Context) error {
 
 // Mark implements [migrate.SourceVM].
 func (d *departure) Mark(_ context.Context, state migrate.State, _ uuid.UUID) error {
-	switch state {
-	case migrate.InDoubt:
-		for name, s := range d.p.devices {
-			if err := s.Sync(); err != nil {
-				return fmt.Errorf("device %s: %w", name, err)
-			}
-		}
-		return d.p.instance.Mark(vmm.InDoubt)
-	case migrate.Serving:
-		return d.p.instance.Mark(vmm.HandedOver)
+	if state == migrate.Moved {
+		return d.p.instance.Mark(vmm.Moved)
 	}
-	return d.p.instance.Mark(vmm.Moved)
+	// An operator may decide to go on from what is here.
+	for name, s := range d.p.devices {
+		if err := s.Sync(); err != nil {
+			return fmt.Errorf("device %s: %w", name, err)
+		}
+	}
+	return d.p.instance.Mark(map[migrate.State]vmm.Status{migrate.InDoubt: vmm.InDoubt, migrate.Serving: vmm.HandedOver}[state])
 }
 
 // settling waits for an operator's decision while the VM is in doubt. The command that brings it cannot reach this process but by a file.
