@@ -36,7 +36,7 @@ type Limits struct {
 	Silence    time.Duration // a connection that is silent for so long is lost; default 10 s
 	Reconnect  time.Duration // pause between attempts to reconnect; default 200 ms
 	Warm       time.Duration // how long a target may keep the VM waiting for what it has to be in the page cache; default 3 s
-	Settle     time.Duration // how long a target that refused tries to tell the source; default 1 min
+	Settle     time.Duration // how long a target that refused tries to tell the source, or Silence if nobody listens there; default 1 min
 
 	// How long a source waits after a handoff before it makes durable what it still has, and notes how things stand: at that moment the target needs the
 	// disks and CPUs, if it shares them, and a moment later most of it is not needed any more. Default 1 s.

@@ -7,6 +7,7 @@ import (
 	"io"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/google/uuid"
@@ -729,6 +730,7 @@ func (t *Target) handBack(ctx context.Context) (State, error) {
 
 // tellRefused tells the source on a new connection that the VM did not run here, until it has taken note.
 func (t *Target) tellRefused(ctx context.Context) error {
+	var deserted time.Time // since when nobody listens there
 	for {
 		err := t.resume(ctx, wire.Refused, func(l *link) error {
 			m, err := l.receive(t.sizes)
@@ -744,9 +746,18 @@ func (t *Target) tellRefused(ctx context.Context) error {
 		if err == nil {
 			return nil
 		}
+		if !errors.Is(err, syscall.ECONNREFUSED) {
+			deserted = time.Time{}
+		} else if deserted.IsZero() {
+			deserted = time.Now()
+		}
+		ended := !deserted.IsZero() && time.Since(deserted) > t.config.Limits.Silence
 		select {
 		case <-time.After(t.config.Limits.Reconnect):
 		case <-ctx.Done():
+			ended = true
+		}
+		if ended {
 			return fmt.Errorf("the source could not be told that the VM did not run here (%w); if it waits, settle it there: drafter peer settle --here", err)
 		}
 	}
