@@ -213,7 +213,7 @@ func TestAgentHangs(t *testing.T) {
 func TestSourceDiesInPostCopy(t *testing.T) {
 	s := emptySite(t)
 	c := s.redisIn(t, "ark0", "127.0.0.1:3333")
-	source := s.peer(t, "instance-0", "--netns", "ark0", "--laddr", "localhost:1337", "--bandwidth", "20MB", "--migration-timeout", "500ms")
+	source := s.peer(t, "instance-0", "--netns", "ark0", "--laddr", "localhost:1337", "--bandwidth", "8MB", "--migration-timeout", "500ms")
 	if err := c.Set(t.Context(), "before", "the handoff", 0).Err(); err != nil {
 		t.Fatal(err)
 	}
@@ -222,7 +222,7 @@ func TestSourceDiesInPostCopy(t *testing.T) {
 		t.Fatal(err)
 	}
 	await(t, vm, "The VM was handed over; resuming it here")
-	time.Sleep(time.Second)
+	time.Sleep(3 * time.Second) // the source has noted what it has, and much is missing at the target
 	if err := source.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}

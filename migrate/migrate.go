@@ -39,7 +39,7 @@ type Limits struct {
 	Settle     time.Duration // how long a target that refused tries to tell the source, or Silence if nobody listens there; default 1 min
 
 	// How long a source waits after a handoff before it makes durable what it still has, and notes how things stand: at that moment the target needs the
-	// disks and CPUs, if it shares them, and a moment later most of it is not needed any more. Default 1 s.
+	// disks and CPUs, if it shares them, and a moment later most of it is not needed any more. Default 250 ms.
 	note time.Duration
 }
 
@@ -56,7 +56,7 @@ func (l Limits) complete() (Limits, error) {
 		fallback time.Duration
 	}{
 		{&l.Downtime, 300 * time.Millisecond}, {&l.Prepare, 5 * time.Second}, {&l.Handoff, time.Minute}, {&l.Silence, 10 * time.Second},
-		{&l.Reconnect, 200 * time.Millisecond}, {&l.Settle, time.Minute}, {&l.Warm, 3 * time.Second}, {&l.note, time.Second},
+		{&l.Reconnect, 200 * time.Millisecond}, {&l.Settle, time.Minute}, {&l.Warm, 3 * time.Second}, {&l.note, 250 * time.Millisecond},
 	} {
 		if *d.value == 0 {
 			*d.value = d.fallback
