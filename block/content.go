@@ -162,19 +162,37 @@ func FileContents(ctx context.Context, path string) (_ *Contents, err error) {
 	if !bytes.Equal(stamp, after) {
 		return nil, fmt.Errorf("%s changed while it was read; a base is read-only", path)
 	}
+	return c, c.keep(cache, stamp)
+}
+
+// keep writes the contents file.
+func (c *Contents) keep(path string, stamp []byte) error {
 	b := append([]byte(nil), stamp...)
 	for i := range c.Blocks {
 		b = append(b, c.Blocks[i][:]...)
 	}
 	sum := blake3.Sum256(b)
-	err = Publish(cache, func(f *os.File) error {
+	err := Publish(path, func(f *os.File) error {
 		_, err := f.Write(append(b, sum[:]...))
 		return err
 	})
 	if errors.Is(err, os.ErrPermission) || errors.Is(err, unix.EROFS) || errors.Is(err, unix.ENOSPC) {
-		err = nil // it is hashed again next time
+		return nil // it is hashed again next time
 	}
-	return c, err
+	return err
+}
+
+// Check refuses contents whose blocks' ids do not make the device's id, as those that have come from elsewhere.
+func (c *Contents) Check() error {
+	if c.Size <= 0 || int64(len(c.Blocks)) != (c.Size+ContentBlockSize-1)/ContentBlockSize {
+		return fmt.Errorf("%d content ids for a device of %d bytes", len(c.Blocks), c.Size)
+	}
+	sealed := Contents{Size: c.Size, Blocks: c.Blocks}
+	sealed.seal()
+	if sealed.Device != c.Device {
+		return errors.New("the content ids of the blocks are not those of the device")
+	}
+	return nil
 }
 
 // stamp identifies the file and the moment of its last change; it is the head of the contents file.

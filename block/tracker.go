@@ -1,6 +1,8 @@
 package block
 
 import (
+	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -17,6 +19,9 @@ type Tracker struct {
 	dirty     *Bitmap         // of pages
 	last      []atomic.Uint32 // time of the last write to each block, in milliseconds since start; 0: never
 	start     time.Time
+
+	watching sync.Mutex // held while watches is replaced
+	watches  atomic.Pointer[[]*Watch]
 }
 
 // NewTracker tracks d: what changed in pages, when in blocks of blockSize bytes; see [CheckBlockSize].
@@ -61,6 +66,11 @@ func (t *Tracker) mark(off, length int64) {
 		t.last[i].Store(now)
 	}
 	t.dirty.SetRange(off/PageSize, (end+PageSize-1)/PageSize)
+	if watches := t.watches.Load(); watches != nil {
+		for _, w := range *watches {
+			w.pages.SetRange(off/PageSize, (end+PageSize-1)/PageSize)
+		}
+	}
 }
 
 // Dirty is the number of pages written since they were last taken.
@@ -79,4 +89,45 @@ func (t *Tracker) LastWrite(block int64) time.Time {
 		return time.Time{}
 	}
 	return t.start.Add(time.Duration(ms) * time.Millisecond)
+}
+
+// Watch is a set of the pages that were written since it began, beside the one that [Tracker.Take] takes from: so each of several users learns all that
+// changed. It is safe for concurrent use.
+type Watch struct {
+	tracker *Tracker
+	pages   *Bitmap
+}
+
+// Watch begins a set of its own. Close it.
+func (t *Tracker) Watch() *Watch {
+	w := &Watch{tracker: t, pages: NewBitmap(Pages(t))}
+	t.replaceWatches(func(watches []*Watch) []*Watch { return append(watches, w) })
+	return w
+}
+
+func (t *Tracker) replaceWatches(change func([]*Watch) []*Watch) {
+	t.watching.Lock()
+	defer t.watching.Unlock()
+	var watches []*Watch
+	if old := t.watches.Load(); old != nil {
+		watches = slices.Clone(*old)
+	}
+	watches = change(watches)
+	t.watches.Store(&watches)
+}
+
+// Take returns the pages written since the last Take, and starts anew.
+func (w *Watch) Take() *Bitmap { return w.pages.Take() }
+
+// Return marks pages again that were taken but not dealt with.
+func (w *Watch) Return(pages *Bitmap) { w.pages.Add(pages) }
+
+// Dirty is the number of pages written since they were last taken.
+func (w *Watch) Dirty() int64 { return w.pages.Count() }
+
+// Close ends the set.
+func (w *Watch) Close() {
+	w.tracker.replaceWatches(func(watches []*Watch) []*Watch {
+		return slices.DeleteFunc(watches, func(other *Watch) bool { return other == w })
+	})
 }

@@ -69,10 +69,17 @@ func (i *Instance) Mark(status vmm.Status) error {
 
 // Rescue lets the VM go on after Prepare, Pause and SaveLeaving, whichever of them were done. The guest runs when it returns nil.
 func (i *Instance) Rescue(ctx context.Context) error {
+	settleable := i.frozen
 	i.frozen = false
 	if i.left {
-		// A state that an operator could settle on must be gone before the guest changes what it fits.
-		if err := i.withState(func(dev StateDevice) error { return vmm.MarkState(dev, vmm.Running) }); err != nil {
+		err := i.withState(func(dev StateDevice) error {
+			if settleable {
+				// What an operator could settle on must be gone before the guest changes what it fits.
+				return vmm.MarkState(dev, vmm.Running)
+			}
+			return vmm.NoteState(dev, vmm.Running)
+		})
+		if err != nil {
 			return err
 		}
 		i.left = false

@@ -274,6 +274,8 @@ func (g *scripted) Rescue(context.Context) error {
 	return g.resume()
 }
 
+func (g *scripted) Rescued(context.Context) {}
+
 func (g *scripted) resume() error {
 	g.ledger.mu.Lock()
 	running := g.ledger.running

@@ -96,25 +96,30 @@ const (
 	Serving    State = "post-copy"   // source: the VM runs at the target, which fetches what it lacks
 	Rescuing   State = "rescuing"    // source: the VM goes on here
 
+	Snapshotting State = "snapshotting" // source of a copy: the VM is paused, the rest of the copy is kept
+	Delivering   State = "delivering"   // source of a copy: the VM goes on, the rest of the copy is sent
+
 	Receiving   State = "receiving"    // target: pages arrive, the VMM is started
 	TakingOver  State = "taking over"  // target: the authority is here, the VM is restored
 	HandingBack State = "handing back" // target: the VM will not run here, which the source must know
 	Fetching    State = "fetching"     // target: the VM runs, missing pages are fetched
 	Confirming  State = "confirming"   // target: all is here; the source must know
+	Storing     State = "storing"      // target of a copy: all is here, and is made durable
 
 	Kept         State = "kept"              // source: the VM runs here, as before
 	Moved        State = "moved"             // source: the VM is the target's. Target: it is ours, and complete
 	Lost         State = "lost"              // source: the VM could not go on
 	LeftInDoubt  State = "left in doubt"     // source: it ended before it knew who owns the VM
 	LeftServing  State = "left in post-copy" // source: it ended before the target had all
+	Copied       State = "copied"            // target: the copy is complete; the VM goes on at its source
 	NotTaken     State = "not taken"         // target: nothing was taken over
 	LeftFetching State = "left fetching"     // target: it ended while pages were missing
 )
 
 // States are all of them.
 var States = []State{
-	Preflight, PreCopying, Preparing, HandingOff, InDoubt, Serving, Rescuing, Receiving, TakingOver, HandingBack, Fetching, Confirming,
-	Kept, Moved, Lost, LeftInDoubt, LeftServing, NotTaken, LeftFetching,
+	Preflight, PreCopying, Preparing, HandingOff, InDoubt, Serving, Rescuing, Snapshotting, Delivering, Receiving, TakingOver, HandingBack, Fetching, Confirming, Storing,
+	Kept, Moved, Lost, LeftInDoubt, LeftServing, Copied, NotTaken, LeftFetching,
 }
 
 // Outcome is an operator's answer to who owns a VM that is in doubt.

@@ -131,6 +131,12 @@ func (o *outgoing) sendPages(ctx context.Context, l *link, s *sender, d *outgoin
 	if _, err := d.Device.ReadAt(data, off); err != nil {
 		return err
 	}
+	return o.sendLoaded(ctx, l, s, d, first, end, why)
+}
+
+// sendLoaded is sendPages for pages that are in the sender's buffer.
+func (o *outgoing) sendLoaded(ctx context.Context, l *link, s *sender, d *outgoingDevice, first, end int64, why purpose) error {
+	data := s.buffer.Data()[:bytesOf(d.Device, first, end)]
 	if err := s.readBase(d, first, end); err != nil {
 		return err
 	}
@@ -182,7 +188,7 @@ func (s *sender) classify(d *outgoingDevice, data []byte, first, page int64, why
 	switch {
 	case held != 0 && held == hash,
 		held == 0 && d.holds && bytes.Equal(p, s.base[from:from+int64(len(p))]),
-		held == 0 && !d.holds && zero:
+		held == 0 && !d.holds && !d.unknown && zero:
 		return kindSame
 	case zero:
 		return kindZero

@@ -29,6 +29,8 @@ type SourceVM interface {
 	Save(ctx context.Context, migration uuid.UUID) error
 	// Rescue lets the guest go on after any of the above, done or failed.
 	Rescue(ctx context.Context) error
+	// Rescued tells the guest, after a Rescue, that it goes on. It fails no migration.
+	Rescued(ctx context.Context)
 	// Mark notes durably in the devices where the VM stands: InDoubt, Serving (it runs at the target) or Moved (the target has all of it). With the
 	// first two, all that was written is made durable before.
 	Mark(ctx context.Context, state State, migration uuid.UUID) error
@@ -108,6 +110,11 @@ func NewSource(c SourceConfig) (*Source, error) {
 // migration that may be under way is refused. The first connection of a migration returns when the migration has ended: with a nil error when the
 // VM has moved.
 func (s *Source) Handle(ctx context.Context, stream io.ReadWriteCloser) error {
+	return s.handle(ctx, stream, nil)
+}
+
+// handle is Handle, for a copy that may begin where another one ended.
+func (s *Source) handle(ctx context.Context, stream io.ReadWriteCloser, baseline *Baseline) error {
 	l := newLink(ctx, stream, s.config.Limits.Silence)
 	defer l.close(errors.New("the connection is not needed any more"))
 	hello, err := s.greet(l)
@@ -124,7 +131,7 @@ func (s *Source) Handle(ctx context.Context, stream io.ReadWriteCloser) error {
 		defer s.wg.Done()
 		return o.attach(l, hello)
 	}
-	o, err := s.begin(hello.Migration, l)
+	o, err := s.begin(hello, l, baseline)
 	if err != nil {
 		l.refuse(wire.CodeBusy, err)
 		return fmt.Errorf("connection refused: %w", err)
@@ -169,29 +176,53 @@ func (s *Source) greet(l *link) (h wire.Hello, err error) {
 	return h, nil
 }
 
-// begin makes a migration. Each begun or found one must be told to wg when it is done with.
-func (s *Source) begin(id uuid.UUID, l *link) (*outgoing, error) {
+// copyPatience is how long a target waits for a copy that is being made: one to an object store or a local disk takes about a second.
+const copyPatience = 10 * time.Second
+
+// begin makes a migration, or a copy. Each begun or found one must be told to wg when it is done with.
+func (s *Source) begin(h wire.Hello, l *link, baseline *Baseline) (*outgoing, error) {
+	patience := time.NewTimer(copyPatience)
+	defer patience.Stop()
+	for {
+		o, busy, err := s.tryBegin(h, l, baseline)
+		if busy == nil {
+			return o, err
+		}
+		select {
+		case <-busy:
+		case <-patience.C:
+			return nil, errors.New("a copy of the VM is being made; try again when it is complete")
+		case <-l.ctx.Done():
+			return nil, context.Cause(l.ctx)
+		}
+	}
+}
+
+// tryBegin is begin, unless a copy is being made: then busy is closed when that has ended.
+func (s *Source) tryBegin(h wire.Hello, l *link, baseline *Baseline) (o *outgoing, busy <-chan struct{}, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.revoked || s.closed {
-		return nil, errors.New("the VM cannot be migrated any more")
+		return nil, nil, errors.New("the VM cannot be migrated any more")
 	}
 	if s.current != nil {
-		switch s.current.State() {
-		case Kept:
-		case Moved:
-			return nil, errors.New("the VM has moved away")
+		switch state := s.current.State(); {
+		case state == Kept:
+		case state == Moved:
+			return nil, nil, errors.New("the VM has moved away")
+		case s.current.copy:
+			return nil, s.current.ended, nil
 		default:
-			return nil, errBusy
+			return nil, nil, errBusy
 		}
 	}
-	o, err := newOutgoing(s, id, l)
-	if err != nil {
-		return nil, err
+	if o, err = newOutgoing(s, h, l); err != nil {
+		return nil, nil, err
 	}
+	o.baseline = baseline
 	s.current = o
 	s.wg.Add(1)
-	return o, nil
+	return o, nil, nil
 }
 
 func (s *Source) find(id uuid.UUID) (*outgoing, error) {
@@ -312,11 +343,14 @@ func (s *Source) Close() error {
 var sourceTable = map[State]row[*outgoing]{
 	Preflight:  {does: (*outgoing).preflight, then: []State{PreCopying}, failing: Kept},
 	PreCopying: {does: (*outgoing).preCopy, then: []State{Preparing}, failing: Kept},
-	Preparing:  {does: (*outgoing).prepare, then: []State{HandingOff}, failing: Rescuing},
+	Preparing:  {does: (*outgoing).prepare, then: []State{HandingOff, Snapshotting}, failing: Rescuing},
 	HandingOff: {does: (*outgoing).handOff, then: []State{InDoubt}, failing: Rescuing, within: func(l *Limits) time.Duration { return l.Handoff }},
 	InDoubt:    {does: (*outgoing).settle, then: []State{Serving, Rescuing}, failing: LeftInDoubt},
 	Serving:    {does: (*outgoing).serve, then: []State{Moved}, failing: LeftServing},
 	Rescuing:   {does: (*outgoing).rescue, then: []State{Kept}, failing: Lost},
+
+	Snapshotting: {does: (*outgoing).snapshot, then: []State{Delivering}, failing: Rescuing, within: func(l *Limits) time.Duration { return l.Handoff }},
+	Delivering:   {does: (*outgoing).deliver, then: []State{Kept}, failing: Kept},
 
 	Kept: {}, Moved: {}, Lost: {}, LeftInDoubt: {}, LeftServing: {},
 }
@@ -330,6 +364,11 @@ type outgoing struct {
 	sizes   []int64
 	limiter *xrate.Limiter // nil for none
 	sender  *sender        // of all but what is wanted
+
+	copy      bool // the VM stays here
+	baseline  *Baseline
+	stash     []stashed
+	delivered bool // the target has the whole copy
 
 	ctx      context.Context // until the authority is being sent, revoke ends it
 	revoke   context.CancelCauseFunc
@@ -367,6 +406,7 @@ type outgoingDevice struct {
 	index    int
 	skip     bool          // the target does not want it
 	holds    bool          // the target has the base
+	unknown  bool          // the target has an older copy
 	pending  *block.Bitmap // pages to send
 	held     []uint64      // hash of each page as it was sent; 0: it was not
 	quiet    int           // cycles
@@ -376,18 +416,21 @@ type outgoingDevice struct {
 	wanted   atomic.Int64
 }
 
-func newOutgoing(s *Source, id uuid.UUID, l *link) (*outgoing, error) {
+func newOutgoing(s *Source, h wire.Hello, l *link) (*outgoing, error) {
 	sender, err := newSender()
 	if err != nil {
 		return nil, err
 	}
 	o := &outgoing{
-		Source: s, id: id, first: l, sender: sender,
+		Source: s, id: h.Migration, first: l, sender: sender, copy: h.Copy,
 		decided: make(chan struct{}), ended: make(chan struct{}), ready: make(chan struct{}), acks: make(chan wire.Ack, 1), settled: make(chan Outcome, 1),
 		complete: make(chan struct{}), marked: make(chan struct{}), wants: make(chan wire.Want, 64), attached: make(chan struct{}), changed: make(chan struct{}), began: time.Now(),
 	}
 	o.state.Store(Preflight)
 	close(o.marked)
+	if o.copy { // nothing is started there
+		o.once.ready.Do(func() { close(o.ready) })
+	}
 	o.ctx, o.revoke = context.WithCancelCause(s.ctx)
 	if b := s.config.Limits.Bandwidth; b > 0 {
 		o.limiter = xrate.NewLimiter(xrate.Limit(b), 2*wire.MaxExtent)
@@ -458,7 +501,7 @@ func (o *outgoing) run() error {
 	o.mu.Lock()
 	err = errors.Join(err, o.markErr)
 	o.mu.Unlock()
-	if state == Moved && err == nil {
+	if err == nil && (state == Moved || o.delivered) {
 		return nil
 	}
 	if err == nil {
@@ -689,7 +732,7 @@ func (o *outgoing) read(l *link) error {
 			case m == wire.TypeReady:
 				o.once.ready.Do(func() { close(o.ready) })
 				continue
-			case m == wire.TypeComplete && (o.State() == InDoubt || o.State() == Serving):
+			case m == wire.TypeComplete && (o.State() == InDoubt || o.State() == Serving || o.State() == Delivering):
 				o.once.complete.Do(func() { close(o.complete) })
 				continue
 			}
@@ -750,6 +793,11 @@ func (o *outgoing) pendAll() error {
 		}
 		// In this order: what is written from here on is dirty.
 		d.Device.Take()
+		if pages := o.baseline.begin(d); pages != nil {
+			d.unknown = true
+			d.pending.Add(wholeBlocks(d, pages))
+			continue
+		}
 		if d.holds {
 			pages := d.Overlay.BlockSize() / block.PageSize
 			for b := range d.Overlay.Present().All() {
@@ -792,7 +840,11 @@ func (o *outgoing) nextCycle(ctx context.Context, cycle int) (left int64, err er
 // take makes pending what was written.
 func (o *outgoing) take() {
 	for _, d := range o.devices {
-		if pages := d.Device.Take(); !d.skip {
+		pages := d.Device.Take()
+		if d.unknown {
+			pages = wholeBlocks(d, pages)
+		}
+		if !d.skip {
 			d.pending.Add(pages)
 		}
 	}
@@ -893,11 +945,14 @@ func (o *outgoing) prepare(ctx context.Context) (State, error) {
 	}
 	// What does not fit is left to post-copy; without it all is sent, before the pause as far as possible.
 	var until time.Time
-	if !o.config.Limits.NoPostCopy {
+	if !o.config.Limits.NoPostCopy && !o.copy {
 		until = time.Now().Add(o.config.Limits.Downtime)
 	}
 	if err := o.drain(ctx, o.first, until); err != nil {
 		return "", o.first.lost(err)
+	}
+	if o.copy {
+		return Snapshotting, nil
 	}
 	return HandingOff, nil
 }
@@ -910,25 +965,10 @@ func (o *outgoing) handOff(ctx context.Context) (State, error) {
 	// A write that hangs ends with its link.
 	stop := context.AfterFunc(ctx, func() { l.cancel(context.Cause(ctx)) })
 	defer stop()
-	paused := time.Now()
-	o.mu.Lock()
-	o.paused = paused
-	o.mu.Unlock()
-	vm := o.config.VM
-	if err := vm.Pause(ctx); err != nil {
+	paused, err := o.freeze(ctx)
+	if err != nil {
 		return "", err
 	}
-	if err := vm.Flush(ctx); err != nil {
-		return "", err
-	}
-	if err := vm.Save(ctx, o.id); err != nil {
-		return "", err
-	}
-	// The VMM may have written guest memory while it saved.
-	if err := vm.Flush(ctx); err != nil {
-		return "", err
-	}
-	o.take()
 	var until time.Time
 	if !o.config.Limits.NoPostCopy {
 		until = paused.Add(o.config.Limits.Downtime / 2)
@@ -954,6 +994,30 @@ func (o *outgoing) handOff(ctx context.Context) (State, error) {
 		l.cancel(err)
 	}
 	return InDoubt, nil
+}
+
+// freeze pauses the VM and makes all that the target lacks pending.
+func (o *outgoing) freeze(ctx context.Context) (paused time.Time, err error) {
+	paused = time.Now()
+	o.mu.Lock()
+	o.paused = paused
+	o.mu.Unlock()
+	vm := o.config.VM
+	if err := vm.Pause(ctx); err != nil {
+		return paused, err
+	}
+	if err := vm.Flush(ctx); err != nil {
+		return paused, err
+	}
+	if err := vm.Save(ctx, o.id); err != nil {
+		return paused, err
+	}
+	// The VMM may have written guest memory while it saved.
+	if err := vm.Flush(ctx); err != nil {
+		return paused, err
+	}
+	o.take()
+	return paused, nil
 }
 
 // settle waits until it is known who owns the VM.
@@ -1033,8 +1097,10 @@ func (o *outgoing) rescue(ctx context.Context) (State, error) {
 	marked := o.marked
 	o.mu.Unlock()
 	<-marked
-	if err := o.config.VM.Rescue(context.WithoutCancel(ctx)); err != nil {
+	ctx = context.WithoutCancel(ctx)
+	if err := o.config.VM.Rescue(ctx); err != nil {
 		return "", err
 	}
+	o.config.VM.Rescued(ctx)
 	return Kept, nil
 }

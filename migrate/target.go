@@ -56,6 +56,7 @@ type TargetConfig struct {
 	VM     TargetVM
 	Dial   Dial
 	Limits Limits
+	Copy   bool // a copy is wanted: the VM goes on at its source, and only Accept, Complete and Discard of VM are called
 
 	// As in [SourceConfig].
 	OnState    func(State)
@@ -76,6 +77,7 @@ type Target struct {
 	devices   []*incomingDevice
 	sizes     []int64
 	authority chan wire.Authority // from the reader; its devices are open
+	snapshot  chan wire.Snapshot  // from the reader: all of a copy is there
 	released  chan struct{}       // closed when the source has taken note
 	release   sync.Once
 	start     starting
@@ -136,7 +138,7 @@ func Receive(ctx context.Context, c TargetConfig) (*Target, error) {
 		return nil, fmt.Errorf("make migration id: %w", err)
 	}
 	t := &Target{
-		config: c, id: id, running: make(chan struct{}), ended: make(chan struct{}), authority: make(chan wire.Authority, 1),
+		config: c, id: id, running: make(chan struct{}), ended: make(chan struct{}), authority: make(chan wire.Authority, 1), snapshot: make(chan wire.Snapshot, 1),
 		released: make(chan struct{}), began: time.Now(), wanted: make(chan struct{}, 1),
 	}
 	t.start.done = make(chan struct{})
@@ -155,6 +157,9 @@ func Receive(ctx context.Context, c TargetConfig) (*Target, error) {
 	}
 	stop()
 	<-t.ended
+	if t.State() == Copied {
+		return t, nil
+	}
 	select {
 	case <-t.running: // it runs, and the context has ended since
 		return t, nil
@@ -166,13 +171,15 @@ func Receive(ctx context.Context, c TargetConfig) (*Target, error) {
 // targetTable is the target's machine.
 var targetTable = map[State]row[*Target]{
 	Preflight:   {does: (*Target).preflight, then: []State{Receiving}, failing: HandingBack},
-	Receiving:   {does: (*Target).receive, then: []State{TakingOver}, failing: HandingBack},
+	Receiving:   {does: (*Target).receive, then: []State{TakingOver, Storing}, failing: HandingBack},
 	TakingOver:  {does: (*Target).takeOver, then: []State{Fetching}, failing: HandingBack, within: func(l *Limits) time.Duration { return l.Handoff }},
 	HandingBack: {does: (*Target).handBack, then: []State{NotTaken}, failing: NotTaken},
 	Fetching:    {does: (*Target).fetch, then: []State{Confirming}, failing: LeftFetching},
 	Confirming:  {does: (*Target).confirm, then: []State{Moved}, failing: LeftFetching},
 
-	NotTaken: {}, Moved: {}, LeftFetching: {},
+	Storing:     {does: (*Target).storeCopy, then: []State{Copied}, failing: HandingBack},
+
+	NotTaken: {}, Moved: {}, LeftFetching: {}, Copied: {},
 }
 
 func (t *Target) run(ctx context.Context) {
@@ -281,7 +288,7 @@ func (t *Target) connect(ctx context.Context, lane wire.Lane, resume bool) (*lin
 		return nil, fmt.Errorf("connect: %w", err)
 	}
 	l := newLink(ctx, stream, t.config.Limits.Silence)
-	if err := l.Send(wire.Hello{Version: wire.Version, Lane: lane, Resume: resume, Migration: t.id}); err != nil {
+	if err := l.Send(wire.Hello{Version: wire.Version, Lane: lane, Resume: resume, Copy: t.config.Copy, Migration: t.id}); err != nil {
 		err = l.lost(err)
 		l.close(err)
 		return nil, err
@@ -334,7 +341,9 @@ func (t *Target) preflight(ctx context.Context) (State, error) {
 	if err := l.Send(accept); err != nil {
 		return "", l.lost(err)
 	}
-	t.joinDemand(ctx)
+	if !t.config.Copy {
+		t.joinDemand(ctx)
+	}
 	t.wg.Go(func() { l.cancel(t.read(ctx, l)) })
 	t.wg.Go(func() { t.ask(ctx) })
 	return Receiving, nil
@@ -398,6 +407,11 @@ func (t *Target) read(ctx context.Context, l *link) error {
 				return err
 			}
 			t.authority <- m // there is but one
+		case wire.Snapshot:
+			if !t.config.Copy || t.State() != Receiving || !t.taken.CompareAndSwap(false, true) {
+				return fmt.Errorf("%w: a snapshot while %s", wire.ErrProtocol, t.State())
+			}
+			t.snapshot <- m // there is but one
 		case wire.Error:
 			return &RemoteError{Code: m.Code, Text: m.Text}
 		case wire.Type:
@@ -405,7 +419,7 @@ func (t *Target) read(ctx context.Context, l *link) error {
 				t.wg.Go(func() { t.joinDemand(ctx) })
 				continue
 			}
-			if m != wire.TypeReleased || t.State() != Confirming {
+			if m != wire.TypeReleased || t.State() != Confirming && t.State() != Storing {
 				return fmt.Errorf("%w: %s while %s", wire.ErrProtocol, m, t.State())
 			}
 			t.release.Do(func() { close(t.released) })
@@ -427,6 +441,9 @@ func (t *Target) started() bool {
 
 // startWhenPossible starts the VMM once the devices it needs are there: at once if they are the base's, else when the first cycle is over.
 func (t *Target) startWhenPossible(ctx context.Context, cycle int) {
+	if t.config.Copy {
+		return
+	}
 	if cycle < 2 {
 		for _, d := range t.devices {
 			if d.First && d.Held == wire.HoldsNothing {
@@ -666,13 +683,37 @@ func (t *Target) receive(ctx context.Context) (State, error) {
 			t.downtime = a.Paused
 			t.mu.Unlock()
 			return TakingOver, nil
+		case s := <-t.snapshot:
+			t.mu.Lock()
+			t.downtime = s.Paused
+			t.mu.Unlock()
+			return Storing, nil
 		case <-l.ctx.Done():
+			if len(t.snapshot) > 0 {
+				continue // it came just before
+			}
 			return "", fmt.Errorf("the VM stays at its source: %w", context.Cause(l.ctx))
 		case <-ctx.Done():
 			l.refuse(wire.CodeCancelled, errors.New("the target was ended"))
 			return "", context.Cause(ctx)
 		}
 	}
+}
+
+// storeCopy completes a copy and tells the source, which does not need to hear it: the copy is what it is.
+func (t *Target) storeCopy(ctx context.Context) (State, error) {
+	if err := t.config.VM.Complete(ctx); err != nil {
+		t.main.refuse(codeOf(err), fmt.Errorf("the copy cannot be stored: %w", err))
+		return "", err
+	}
+	if err := t.main.Send(wire.TypeComplete); err == nil {
+		select {
+		case <-t.released:
+		case <-t.main.ctx.Done():
+		case <-ctx.Done():
+		}
+	}
+	return Copied, nil
 }
 
 // takeOver lets the VM run here. Until it does, the VM can be handed back.

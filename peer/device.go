@@ -49,7 +49,7 @@ func DefaultDevice(name string) Device {
 // PackageDevices derives the devices of an instance from two directories: the package's files, under the names that the README gives them, and the
 // instance's overlays and state files, which are made. Without an instance directory the instance writes to the package.
 func PackageDevices(pkg, instance string) ([]Device, error) {
-	config, err := vmm.ReadPackageConfig(filepath.Join(pkg, packageFiles[vmm.Config]))
+	config, err := vmm.ReadPackageConfig(filepath.Join(pkg, vmm.PackageFile(vmm.Config)))
 	if err != nil {
 		return nil, err
 	}
@@ -73,12 +73,10 @@ func PackageDevices(pkg, instance string) ([]Device, error) {
 	return devices, nil
 }
 
-var packageFiles = map[string]string{vmm.Kernel: "vmlinux", vmm.Disk: "rootfs.ext4", vmm.State: "state.bin", vmm.Memory: "memory.bin", vmm.Config: "config.json"}
-
 func packageFile(pkg, name string) (string, error) {
-	candidates := []string{name + ".ext4", name + ".img", name + ".bin", name}
-	if file, ok := packageFiles[name]; ok {
-		candidates = []string{file}
+	candidates := []string{vmm.PackageFile(name)}
+	if candidates[0] == name+".ext4" {
+		candidates = append(candidates, name+".img", name+".bin", name)
 	}
 	for _, c := range candidates {
 		if _, err := os.Stat(filepath.Join(pkg, c)); err == nil {

@@ -197,13 +197,14 @@ func (d *departure) Save(ctx context.Context, migration uuid.UUID) error {
 
 // Rescue implements [migrate.SourceVM].
 func (d *departure) Rescue(ctx context.Context) error {
-	if err := d.p.instance.Rescue(ctx); err != nil {
-		return err
-	}
+	return d.p.instance.Rescue(ctx)
+}
+
+// Rescued implements [migrate.SourceVM].
+func (d *departure) Rescued(ctx context.Context) {
 	if err := d.p.instance.RescueAgent(ctx, d.p.config.RescueTimeout); err != nil {
 		slog.Warn("The VM goes on, but its agent does not answer", "error", err)
 	}
-	return nil
 }
 
 // Mark implements [migrate.SourceVM].

@@ -163,6 +163,23 @@ func (c *PackageConfig) validate() error {
 	return nil
 }
 
+// PackageFile is the usual name of a device's file in the directory of a package.
+func PackageFile(device string) string {
+	switch device {
+	case Kernel:
+		return "vmlinux"
+	case Disk:
+		return "rootfs.ext4"
+	case State:
+		return "state.bin"
+	case Memory:
+		return "memory.bin"
+	case Config:
+		return "config.json"
+	}
+	return device + ".ext4"
+}
+
 // CheckDeviceName refuses names that could not be a file's: a device's name is 1 to 64 letters, digits, '-', '_' or '.', not starting with a dot.
 func CheckDeviceName(name string) error {
 	ok := len(name) >= 1 && len(name) <= 64 && name[0] != '.'

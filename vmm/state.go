@@ -251,6 +251,16 @@ func MarkState(dev StateDevice, status Status) error {
 	return syncStateHeader(dev, h)
 }
 
+// NoteState is [MarkState] that does not wait until the status is durable. Before it is, the device may say what it said before.
+func NoteState(dev StateDevice, status Status) error {
+	h, err := readStateHeader(dev)
+	if err != nil {
+		return err
+	}
+	h.status, h.changed = status, time.Now()
+	return writeStateHeader(dev, h)
+}
+
 // SettleState decides, durably, about a VM that was handed over and whose owner has ended since: it can be resumed from dev's devices, or it has moved away.
 // It fails if there is nothing to decide.
 func SettleState(dev StateDevice, here bool) error {

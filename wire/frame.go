@@ -39,10 +39,12 @@ const (
 	TypeProgress  Type = 13 // target: so much has arrived
 	TypePing      Type = 14 // both: the connection lives
 	TypeError     Type = 15 // both: why the migration or the connection ends
+	TypeSnapshot  Type = 16 // source: all of a copy has been sent; the VM goes on there
+	TypeContents  Type = 17 // registry: content ids of a device's blocks
 )
 
 func (t Type) String() string {
-	names := [...]string{1: "hello", "manifest", "accept", "extent", "want", "cycle", "ready", "authority", "ack", "resume", "complete", "released", "progress", "ping", "error"}
+	names := [...]string{1: "hello", "manifest", "accept", "extent", "want", "cycle", "ready", "authority", "ack", "resume", "complete", "released", "progress", "ping", "error", "snapshot", "contents"}
 	if int(t) < len(names) && names[t] != "" {
 		return names[t]
 	}
@@ -53,6 +55,8 @@ func (t Type) String() string {
 const (
 	MaxExtent = 1 << 20 // of data in one extent
 	maxList   = 8 << 20 // of page sets in one message
+
+	MaxContents = 32 << 10 // content ids in one message, not bytes
 
 	extentHeader = 12
 )
@@ -68,11 +72,13 @@ func maxPayload(t Type) int {
 		return 4096
 	case TypeExtent:
 		return extentHeader + MaxExtent
+	case TypeContents:
+		return 12 + MaxContents*len(block.ID{})
 	case TypeAuthority, TypeResume:
 		return maxList + 4096
 	case TypeError, TypeAck:
 		return 4096
-	case TypeWant, TypeCycle, TypeProgress, TypeReady, TypeComplete, TypeReleased, TypePing:
+	case TypeWant, TypeCycle, TypeProgress, TypeReady, TypeComplete, TypeReleased, TypePing, TypeSnapshot:
 		return 64
 	}
 	return -1

@@ -21,15 +21,20 @@ const (
 
 const magic = "DRAFTER\x00"
 
-// Hello opens every connection. Its payload: magic [8]byte, version uint16, lane uint8, whether it resumes uint8, migration id [16]byte, features uint64.
-// A feature is a bit that changes nothing for those who do not know it; none are defined.
+// Hello opens every connection. Its payload: magic [8]byte, version uint16, lane uint8, flags uint8 (1: it resumes, 2: a copy is wanted), migration id [16]byte,
+// features uint64. A feature is a bit that changes nothing for those who do not know it; none are defined.
 type Hello struct {
 	Version   uint16
 	Lane      Lane
 	Resume    bool // the migration was handed over before, on another connection
+	Copy      bool // a copy of the VM is wanted, which goes on at its source
 	Migration uuid.UUID
 	Features  uint64
 }
+
+// FeaturePackage is a feature of a manifest: nothing runs here and nothing is handed over. The other side may ask for any pages, as often as it likes; the
+// manifest is followed by the devices' [Contents].
+const FeaturePackage uint64 = 1
 
 // Manifest says what there is to migrate. Its payload: features uint64, config and processor as byte strings, number of devices uint16, then for each: name as
 // byte string, size uint64, block size uint32, flags uint8 (1: it needs the base), content id of the base [32]byte, zero for none. A byte string is its length
@@ -48,6 +53,14 @@ type Device struct {
 	BlockSize int64 // bytes
 	NeedsBase bool  // the target must have the base
 	Base      block.ID
+}
+
+// Contents are content ids of a device's blocks (see [block.ContentBlockSize]). Its payload: first block uint64, number of blocks uint32, 32 bytes for each; the device
+// is in the header.
+type Contents struct {
+	Device int
+	First  int64
+	Blocks []block.ID // at most MaxContents
 }
 
 // Held says what of a device the target has.
@@ -81,6 +94,9 @@ type Authority struct {
 	Paused  time.Duration
 	Missing []*block.Bitmap
 }
+
+// Snapshot ends a copy: all has been sent as it was in one moment. Its payload: how long the VM was paused for it, int64 in nanoseconds.
+type Snapshot struct{ Paused time.Duration }
 
 // Ack answers an authority. Its payload: accepted uint8, reason.
 type Ack struct {
@@ -139,7 +155,7 @@ func (c *Conn) Send(message any) error {
 	case Hello:
 		t, b = TypeHello, append(b, magic...)
 		b = le.AppendUint16(b, m.Version)
-		b = append(b, byte(m.Lane), oneIf(m.Resume))
+		b = append(b, byte(m.Lane), oneIf(m.Resume)|oneIf(m.Copy)<<1)
 		b = le.AppendUint64(append(b, m.Migration[:]...), m.Features)
 	case Manifest:
 		t, b = TypeManifest, le.AppendUint64(b, m.Features)
@@ -158,6 +174,14 @@ func (c *Conn) Send(message any) error {
 	case Want:
 		t, device = TypeWant, m.Device
 		b = le.AppendUint32(le.AppendUint64(b, uint64(m.First)), uint32(m.Ends-m.First))
+	case Contents:
+		t, device = TypeContents, m.Device
+		b = le.AppendUint32(le.AppendUint64(b, uint64(m.First)), uint32(len(m.Blocks)))
+		for i := range m.Blocks {
+			b = append(b, m.Blocks[i][:]...)
+		}
+	case Snapshot:
+		t, b = TypeSnapshot, le.AppendUint64(b, uint64(m.Paused))
 	case Cycle:
 		t, b = TypeCycle, le.AppendUint64(le.AppendUint32(b, uint32(m.Number)), uint64(m.Bytes))
 	case Authority:
@@ -205,7 +229,9 @@ func Decode(f Frame, sizes []int64) (any, error) {
 		if string(r.take(len(magic))) != magic {
 			return nil, violation("this is not Drafter's protocol")
 		}
-		h := Hello{Version: r.uint16(), Lane: Lane(r.uint8()), Resume: r.uint8() == 1}
+		h := Hello{Version: r.uint16(), Lane: Lane(r.uint8())}
+		flags := r.uint8()
+		h.Resume, h.Copy = flags&1 != 0, flags&2 != 0
 		copy(h.Migration[:], r.take(16))
 		h.Features = r.uint64()
 		m = h
@@ -226,6 +252,10 @@ func Decode(f Frame, sizes []int64) (any, error) {
 			return nil, violation("%d pages wanted at %d of a device of %d", n, first, pages)
 		}
 		m = Want{Device: int(f.Device), First: int64(first), Ends: int64(first) + n}
+	case TypeContents:
+		m = r.contents(f.Device, sizes)
+	case TypeSnapshot:
+		m = Snapshot{Paused: time.Duration(r.uint64())}
 	case TypeCycle:
 		m = Cycle{Number: int(r.uint32()), Bytes: int64(r.uint64())}
 	case TypeAuthority:
@@ -298,4 +328,24 @@ func (r *reader) manifest() Manifest {
 		m.Devices = append(m.Devices, d)
 	}
 	return m
+}
+
+func (r *reader) contents(device uint16, sizes []int64) Contents {
+	c := Contents{Device: int(device), First: int64(r.uint64())}
+	n := int64(r.uint32())
+	if int(device) >= len(sizes) {
+		r.err = violation("contents of device %d, of which there are %d", device, len(sizes))
+		return c
+	}
+	blocks := (sizes[device] + block.ContentBlockSize - 1) / block.ContentBlockSize
+	if c.First < 0 || n > MaxContents || c.First > blocks-n {
+		r.err = violation("contents of %d blocks at %d of a device of %d", n, c.First, blocks)
+		return c
+	}
+	for range n {
+		var id block.ID
+		copy(id[:], r.take(len(id)))
+		c.Blocks = append(c.Blocks, id)
+	}
+	return c
 }

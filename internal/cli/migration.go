@@ -24,14 +24,17 @@ func newMigrationLog() *migrationLog { return &migrationLog{} }
 
 // messages are what is said at a change of state. All states are told of at debug level.
 var messages = map[migrate.State]string{
-	migrate.PreCopying:  "A target takes the VM: copying its devices while it runs",
-	migrate.HandingOff:  "Pausing the VM to hand it over",
-	migrate.Serving:     "The VM runs at its target; sending what is left",
-	migrate.Rescuing:    "The migration failed; the VM goes on here",
-	migrate.Receiving:   "Receiving the VM's devices while it runs at its source",
-	migrate.TakingOver:  "The VM was handed over; resuming it here",
-	migrate.HandingBack: "The VM cannot be taken over; it stays at its source",
-	migrate.Moved:       "Completed all device migrations",
+	migrate.PreCopying:   "A target asks for the VM: copying its devices while it runs",
+	migrate.HandingOff:   "Pausing the VM to hand it over",
+	migrate.Snapshotting: "Pausing the VM to copy what is left",
+	migrate.Delivering:   "The VM goes on; sending the rest of the copy",
+	migrate.Storing:      "All of the copy is here; making it durable",
+	migrate.Serving:      "The VM runs at its target; sending what is left",
+	migrate.Rescuing:     "The migration failed; the VM goes on here",
+	migrate.Receiving:    "Receiving the VM's devices while it runs at its source",
+	migrate.TakingOver:   "The VM was handed over; resuming it here",
+	migrate.HandingBack:  "The VM cannot be taken over; it stays at its source",
+	migrate.Moved:        "Completed all device migrations",
 }
 
 func (l *migrationLog) state(s migrate.State) {

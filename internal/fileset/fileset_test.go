@@ -1,0 +1,151 @@
+package fileset
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"drafter/internal/lockfile"
+)
+
+func write(t *testing.T, path, text string) {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// listing is what a directory tree holds.
+func listing(t *testing.T, dir string) string {
+	t.Helper()
+	var b strings.Builder
+	err := filepath.Walk(dir, func(path string, info os.FileInfo, err error) error {
+		if err != nil || info.IsDir() {
+			return err
+		}
+		content, err := os.ReadFile(path)
+		rel, _ := filepath.Rel(dir, path)
+		b.WriteString(rel + "=" + string(content) + " ")
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.TrimSpace(b.String())
+}
+
+func fill(t *testing.T, s *Set, text string) {
+	t.Helper()
+	for name := range s.paths {
+		write(t, s.Path(name), text)
+	}
+}
+
+func TestReplacesDirectoryAtOnce(t *testing.T) {
+	dir := t.TempDir()
+	paths := map[string]string{"memory": filepath.Join(dir, "backup/memory.bin"), "state": filepath.Join(dir, "backup/state.bin")}
+	for _, text := range []string{"one", "two"} {
+		s, err := New(paths, "state")
+		if err != nil {
+			t.Fatal(err)
+		}
+		before := listing(t, dir)
+		fill(t, s, text)
+		if text == "two" && !strings.Contains(before, "backup/state.bin=one") {
+			t.Errorf("before: %s", before)
+		}
+		if err := s.Publish(); err != nil {
+			t.Fatal(err)
+		}
+		write(t, filepath.Join(dir, "backup/note"), "mine")
+	}
+	if got, want := listing(t, dir), "backup/memory.bin=two backup/note=mine backup/state.bin=two"; got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+}
+
+func TestDiscardLeavesWhatWasThere(t *testing.T) {
+	dir := t.TempDir()
+	paths := map[string]string{"memory": filepath.Join(dir, "backup/memory.bin")}
+	write(t, paths["memory"], "one")
+	s, err := New(paths, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fill(t, s, "half")
+	if _, err := New(paths, ""); err == nil {
+		t.Error("two writers of one directory at a time")
+	}
+	if err := s.Discard(); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := listing(t, dir), "backup/memory.bin=one"; got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+}
+
+// What a killed writer left is gone after the next one.
+func TestKilledWriter(t *testing.T) {
+	dir := t.TempDir()
+	paths := map[string]string{"memory": filepath.Join(dir, "backup/memory.bin")}
+	killed, err := New(paths, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fill(t, killed, "half")
+	write(t, filepath.Join(killed.staging, "other"), "rubbish")
+	if err := killed.lock.Abandon(); err != nil {
+		t.Fatal(err)
+	}
+	s, err := New(paths, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fill(t, s, "two")
+	if err := s.Publish(); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := listing(t, dir), "backup/memory.bin=two"; got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+}
+
+func TestScattered(t *testing.T) {
+	dir := t.TempDir()
+	paths := map[string]string{"memory": filepath.Join(dir, "a/memory.bin"), "state": filepath.Join(dir, "b/state.bin")}
+	s, err := New(paths, "state")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fill(t, s, "one")
+	if err := s.Publish(); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := listing(t, dir), "a/memory.bin=one b/state.bin=one"; got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+	if _, err := New(paths, "state"); err == nil || !strings.Contains(err.Error(), "cannot be replaced all at once") {
+		t.Errorf("files in two directories are replaced: %v", err)
+	}
+}
+
+func TestFilesInUse(t *testing.T) {
+	dir := t.TempDir()
+	paths := map[string]string{"memory": filepath.Join(dir, "backup/memory.bin")}
+	write(t, paths["memory"], "one")
+	f, err := os.Open(paths["memory"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := lockfile.Shared(f); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New(paths, ""); err == nil || !strings.Contains(err.Error(), "in use") {
+		t.Errorf("a base in use is replaced: %v", err)
+	}
+}

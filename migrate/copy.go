@@ -1,0 +1,206 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"time"
+
+	"drafter/block"
+	"drafter/wire"
+)
+
+// A copy is a migration whose VM stays where it is: pre-copy as usual, a pause in which the rest is kept aside, and then, while the VM goes on, its delivery.
+// Nothing of it can be in doubt: it never gives the VM away.
+
+// Baseline is what the last copy of a source to one place held, so that the next one brings only what has changed since, in whole blocks of
+// [block.ContentBlockSize]. Its zero value is a place that holds nothing. Use it for one copy at a time.
+type Baseline struct {
+	watches map[*block.Tracker]*block.Watch
+	taken   map[*block.Tracker]*block.Bitmap // of the copy under way
+	held    bool                             // the last copy has been delivered
+}
+
+// Held tells whether there is a copy that the next one can build on.
+func (b *Baseline) Held() bool { return b.held }
+
+// Forget makes the next copy a full one.
+func (b *Baseline) Forget() {
+	for _, w := range b.watches {
+		w.Close()
+	}
+	b.watches, b.taken, b.held = nil, nil, false
+}
+
+// begin returns the pages of a device that have changed since the last copy, or nil if there was none.
+func (b *Baseline) begin(d *outgoingDevice) *block.Bitmap {
+	if b == nil {
+		return nil
+	}
+	w := b.watches[d.Device]
+	if w == nil {
+		if b.watches == nil {
+			b.watches, b.taken = map[*block.Tracker]*block.Watch{}, map[*block.Tracker]*block.Bitmap{}
+		}
+		b.watches[d.Device] = d.Device.Watch()
+		return nil
+	}
+	b.taken[d.Device] = w.Take()
+	return b.taken[d.Device]
+}
+
+// advance makes the paused VM the new baseline.
+func (b *Baseline) advance() {
+	if b == nil {
+		return
+	}
+	for t, w := range b.watches {
+		pages := w.Take()
+		if b.taken[t] != nil {
+			pages.Add(b.taken[t])
+		}
+		b.taken[t] = pages
+	}
+}
+
+// end notes what has become of the copy. What was taken of a failed one is left to the next.
+func (b *Baseline) end(delivered bool) {
+	switch {
+	case b == nil:
+	case delivered:
+		b.held = true
+		clear(b.taken)
+	case !b.held:
+		b.Forget()
+	default:
+		for t, pages := range b.taken {
+			b.watches[t].Return(pages)
+		}
+		clear(b.taken)
+	}
+}
+
+// wholeBlocks adds to pages what else of their blocks has not been sent in this copy.
+func wholeBlocks(d *outgoingDevice, pages *block.Bitmap) *block.Bitmap {
+	const n = block.ContentBlockSize / block.PageSize
+	whole := pages.Clone()
+	for p := pages.Next(0); p < pages.Len(); p = pages.Next((p/n + 1) * n) {
+		for q := p / n * n; q < min((p/n+1)*n, pages.Len()); q++ {
+			if d.held[q] == 0 {
+				whole.Set(q)
+			}
+		}
+	}
+	return whole
+}
+
+// stashLimit is how much of the rest of a copy is kept in memory, in bytes, so that the VM need not wait until it is sent.
+const stashLimit = 64 << 20
+
+// stashed are pages as they were while the VM was paused.
+type stashed struct {
+	device     *outgoingDevice
+	first, end int64
+	data       []byte
+}
+
+// snapshot pauses the VM for as long as it takes to keep the rest of the copy aside.
+func (o *outgoing) snapshot(ctx context.Context) (State, error) {
+	ctx, cancel := o.revocable(ctx, o.first)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { o.first.cancel(context.Cause(ctx)) })
+	defer stop()
+	paused, err := o.freeze(ctx)
+	if err != nil {
+		return "", err
+	}
+	left := int64(0)
+	for _, d := range o.devices {
+		left += d.pending.Count() * block.PageSize
+	}
+	if left > stashLimit {
+		if err := o.drain(ctx, o.first, time.Time{}); err != nil {
+			return "", o.first.lost(err)
+		}
+	}
+	if err := o.fillStash(); err != nil {
+		return "", err
+	}
+	o.baseline.advance()
+	if ctx.Err() != nil {
+		return "", context.Cause(ctx)
+	}
+	if err := o.config.VM.Rescue(context.WithoutCancel(ctx)); err != nil {
+		return "", err
+	}
+	o.mu.Lock()
+	o.downtime = time.Since(paused)
+	o.mu.Unlock()
+	return Delivering, nil
+}
+
+func (o *outgoing) fillStash() error {
+	for _, d := range o.devices {
+		for first := d.pending.Next(0); first < d.pending.Len(); first = d.pending.Next(first) {
+			_, end := d.pending.Run(first, min(d.pending.Len(), first+maxRun))
+			s := stashed{d, first, end, make([]byte, bytesOf(d.Device, first, end))}
+			if _, err := d.Device.ReadAt(s.data, first*block.PageSize); err != nil {
+				return fmt.Errorf("device %s: %w", d.Name, err)
+			}
+			o.stash = append(o.stash, s)
+			d.pending.ClearRange(first, end)
+			first = end
+		}
+	}
+	return nil
+}
+
+// deliver sends what was kept aside and waits until the target has made all durable.
+func (o *outgoing) deliver(ctx context.Context) (_ State, err error) {
+	defer func() { o.stash = nil }()
+	lifetime := context.WithoutCancel(ctx)
+	o.wg.Go(func() { o.config.VM.Rescued(lifetime) })
+	l := o.first
+	ctx, cancel := o.revocable(ctx, l)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { l.cancel(context.Cause(ctx)) })
+	defer stop()
+	for _, s := range o.stash {
+		copy(o.sender.buffer.Data(), s.data)
+		if err := o.sendLoaded(ctx, l, o.sender, s.device, s.first, s.end, purposePreCopy); err != nil {
+			return "", l.lost(fmt.Errorf("device %s: %w", s.device.Name, err))
+		}
+	}
+	if err := l.Send(wire.Snapshot{Paused: o.downtime}); err != nil {
+		return "", l.lost(err)
+	}
+	select {
+	case <-o.complete:
+	case <-ctx.Done():
+		return "", fmt.Errorf("the target has not said that it has stored the copy: %w", context.Cause(ctx))
+	}
+	o.delivered = true
+	_ = l.Send(wire.TypeReleased) // the target has what it wanted, and does not need to hear it
+	return Kept, nil
+}
+
+// Copy makes a copy of the VM in this process; the VM goes on. vm is asked to accept it, and to complete it once all is there, with every device as it was in one
+// moment; it is never started. With a baseline, which may be nil, only what has changed since the last copy is brought.
+func (s *Source) Copy(ctx context.Context, vm TargetVM, baseline *Baseline) (stats Stats, err error) {
+	here, there := net.Pipe()
+	served := make(chan error, 1)
+	go func() { served <- s.handle(context.WithoutCancel(ctx), there, baseline) }()
+	dial := func(context.Context) (io.ReadWriteCloser, error) { return here, nil }
+	t, err := Receive(ctx, TargetConfig{VM: vm, Dial: dial, Limits: s.config.Limits, Copy: true})
+	// The target's account tells whether the copy is there; the source's tells why it is not.
+	if serr := <-served; err != nil {
+		err = errors.Join(err, serr)
+	}
+	baseline.end(err == nil)
+	if t != nil {
+		stats = t.Stats()
+	}
+	return stats, err
+}

@@ -1,0 +1,188 @@
+// Package terminator receives a VM from a peer and writes it to plain files: a package that runs again, or only some of its devices. The VM ends with that, or,
+// for a checkpoint, goes on at its peer.
+package terminator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+
+	"github.com/google/uuid"
+
+	"drafter/block"
+	"drafter/internal/fileset"
+	"drafter/migrate"
+	"drafter/vmm"
+	"drafter/wire"
+)
+
+// Device is one device to write.
+type Device struct {
+	Name   string `json:"name"`
+	Output string `json:"output"`
+}
+
+// Config says what to write. With several devices in one directory, that directory is replaced at once when all of them are complete.
+type Config struct {
+	Devices []Device // of the VM's; others are not transferred
+	Dir     string   // instead of Devices: all that come, under the names that a package's files have
+	Copy    bool     // the VM goes on at its peer
+	Limits  migrate.Limits
+
+	// As in [migrate.TargetConfig].
+	OnState    func(migrate.State)
+	OnProgress func(migrate.Stats)
+}
+
+// Terminator writes one VM. Use it once.
+type Terminator struct {
+	config Config
+	paths  map[string]string
+}
+
+// New checks a config. Nothing is touched yet.
+func New(c Config) (*Terminator, error) {
+	t := &Terminator{config: c, paths: map[string]string{}}
+	if (len(c.Devices) == 0) == (c.Dir == "") {
+		return nil, errors.New("either devices or a directory for all of them must be given")
+	}
+	seen := map[string]string{}
+	for _, d := range c.Devices {
+		if err := vmm.CheckDeviceName(d.Name); err != nil {
+			return nil, err
+		}
+		if d.Output == "" {
+			return nil, fmt.Errorf("device %s has no output", d.Name)
+		}
+		if other, ok := seen[d.Output]; ok || t.paths[d.Name] != "" {
+			return nil, fmt.Errorf("device %s or its output %s is listed twice (%s)", d.Name, d.Output, other)
+		}
+		seen[d.Output], t.paths[d.Name] = d.Name, d.Output
+	}
+	return t, nil
+}
+
+// Run takes the VM from the peer that dial connects with. When it returns nil the files are complete, durable and under their names; on an error they are as
+// before, and the VM runs at its peer or, when it had been handed over, can be settled to (see 'drafter peer settle'). Ending ctx gives up, but not once the VM
+// has been handed over.
+func (t *Terminator) Run(ctx context.Context, dial migrate.Dial) (migrate.Stats, error) {
+	s := &store{t: t}
+	target, err := migrate.Receive(ctx, migrate.TargetConfig{VM: s, Dial: dial, Limits: t.config.Limits, Copy: t.config.Copy, OnState: t.config.OnState, OnProgress: t.config.OnProgress})
+	if err != nil {
+		return migrate.Stats{}, fmt.Errorf("receive VM: %w", err)
+	}
+	err = target.Wait()
+	stats := target.Stats()
+	err = errors.Join(err, target.Close())
+	if err == nil && !s.published {
+		err = errors.New("the VM did not wholly arrive")
+	}
+	if err != nil {
+		err = errors.Join(fmt.Errorf("receive VM: %w", err), s.Discard(ctx))
+	}
+	return stats, err
+}
+
+// store writes a VM to files. It implements [migrate.TargetVM].
+type store struct {
+	t         *Terminator
+	files     *fileset.Set
+	devices   map[string]*block.File
+	id        string
+	migration uuid.UUID
+	published bool
+}
+
+// Accept implements [migrate.TargetVM].
+func (s *store) Accept(_ context.Context, m wire.Manifest, migration uuid.UUID) ([]migrate.TargetDevice, error) {
+	paths := s.t.paths
+	if dir := s.t.config.Dir; dir != "" {
+		paths = map[string]string{}
+		for _, d := range m.Devices {
+			if err := vmm.CheckDeviceName(d.Name); err != nil {
+				return nil, err
+			}
+			paths[d.Name] = filepath.Join(dir, vmm.PackageFile(d.Name))
+		}
+	}
+	for name := range paths {
+		if !slices.ContainsFunc(m.Devices, func(d wire.Device) bool { return d.Name == name }) {
+			return nil, fmt.Errorf("device %s does not come with the VM; take it out of --devices, or turn makeMigratable on for it at the peer", name)
+		}
+	}
+	config, err := vmm.DecodePackageConfig(m.Config)
+	if err != nil {
+		return nil, fmt.Errorf("the peer's config device: %w", err)
+	}
+	s.id, s.migration = config.ID, migration
+	if s.files, err = fileset.New(paths, vmm.State); err != nil {
+		return nil, err
+	}
+	s.devices = map[string]*block.File{}
+	var devices []migrate.TargetDevice
+	for _, d := range m.Devices {
+		if paths[d.Name] == "" {
+			devices = append(devices, migrate.TargetDevice{Held: wire.Unwanted})
+			continue
+		}
+		f, err := block.CreateFile(s.files.Path(d.Name), d.Size)
+		if err != nil {
+			return nil, fmt.Errorf("device %s: %w", d.Name, err)
+		}
+		s.devices[d.Name] = f
+		devices = append(devices, migrate.TargetDevice{Held: wire.HoldsNothing, Device: block.NewIncoming(f, false)})
+	}
+	return devices, nil
+}
+
+// Start implements [migrate.TargetVM].
+func (s *store) Start(context.Context) error { return nil }
+
+// Restore implements [migrate.TargetVM]. A state that is damaged is refused while the VM can still go on at its peer.
+func (s *store) Restore(_ context.Context, migration uuid.UUID) error {
+	if d := s.devices[vmm.State]; d != nil {
+		if _, err := vmm.ReadMigratedState(d, s.id, migration); err != nil {
+			return fmt.Errorf("device %s: %w", vmm.State, err)
+		}
+	}
+	return nil
+}
+
+// Resume implements [migrate.TargetVM]. The VM is the terminator's, and does not run.
+func (s *store) Resume(context.Context) error { return nil }
+
+// Complete implements [migrate.TargetVM].
+func (s *store) Complete(ctx context.Context) error {
+	if d := s.devices[vmm.State]; d != nil {
+		if err := errors.Join(s.Restore(ctx, s.migration), vmm.MarkState(d, vmm.Suspended)); err != nil {
+			return err
+		}
+	}
+	for name, d := range s.devices {
+		if err := errors.Join(d.Sync(), d.Close()); err != nil {
+			return fmt.Errorf("device %s: %w", name, err)
+		}
+		delete(s.devices, name)
+	}
+	if err := s.files.Publish(); err != nil {
+		return err
+	}
+	s.files, s.published = nil, true
+	return nil
+}
+
+// Discard implements [migrate.TargetVM].
+func (s *store) Discard(context.Context) error {
+	var errs []error
+	for name, d := range s.devices {
+		errs = append(errs, d.Close())
+		delete(s.devices, name)
+	}
+	if s.files != nil {
+		errs = append(errs, s.files.Discard())
+		s.files = nil
+	}
+	return errors.Join(errs...)
+}
