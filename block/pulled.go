@@ -328,7 +328,7 @@ func (d *Pulled) fill(ctx context.Context, first, end int64) error {
 			return err
 		}
 		if mine {
-			d.fetch(f, first, last, false)
+			go d.fetch(f, first, last, false) // Close waits for it
 		}
 		select {
 		case <-f.done:

@@ -1,0 +1,223 @@
+package block
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+)
+
+// origin serves a device's bytes from memory, and fails as it is told.
+type origin struct {
+	mu      sync.Mutex
+	data    []byte
+	fetched map[int64]int // blocks, and how often
+	fails   int           // how many requests fail first
+	failing error
+	gate    chan struct{} // if not nil, requests in the background wait for it
+}
+
+func (o *origin) Fetch(ctx context.Context, first int64, p []byte, urgent bool) error {
+	if o.gate != nil && !urgent {
+		select {
+		case <-o.gate:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.fails > 0 {
+		o.fails--
+		return o.failing
+	}
+	for b := first; b*ContentBlockSize < first*ContentBlockSize+int64(len(p)); b++ {
+		o.fetched[b]++
+	}
+	copy(p, o.data[first*ContentBlockSize:])
+	return nil
+}
+
+// newOrigin makes a device of some blocks: every third is zeros, the last is short.
+func newOrigin(t *testing.T, blocks int) (*origin, Remote) {
+	t.Helper()
+	data := make([]byte, blocks*ContentBlockSize-PageSize)
+	rng := rand.NewChaCha8([32]byte{byte(blocks)})
+	for b := range blocks {
+		if b%3 != 1 {
+			_, _ = rng.Read(data[b*ContentBlockSize : min((b+1)*ContentBlockSize, len(data))])
+		}
+	}
+	path := filepath.Join(t.TempDir(), "origin")
+	if err := os.WriteFile(path, data, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	c, err := FileContents(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := &origin{data: data, fetched: map[int64]int{}}
+	return o, Remote{Contents: c, Fetcher: o}
+}
+
+func openPulled(t *testing.T, path string, r Remote) *Pulled {
+	t.Helper()
+	d, err := OpenPulled(path, r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { d.Close() })
+	return d
+}
+
+// What is read is fetched, once; the rest comes behind, and then the file is there for the next.
+func TestPulled(t *testing.T) {
+	o, remote := newOrigin(t, 40)
+	path := filepath.Join(t.TempDir(), "package", "disk")
+	d := openPulled(t, path, remote)
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			rng := rand.New(rand.NewPCG(uint64(i), 0))
+			for range 50 {
+				off := rng.Int64N(d.Size())
+				p := make([]byte, 1+rng.Int64N(min(200_000, d.Size()-off)))
+				if _, err := d.ReadAt(p, off); err != nil || !bytes.Equal(p, o.data[off:off+int64(len(p))]) {
+					t.Errorf("read at %d: %v, or other bytes", off, err)
+				}
+			}
+		})
+	}
+	wg.Go(func() {
+		if err := d.Fill(t.Context(), nil); err != nil {
+			t.Error(err)
+		}
+	})
+	wg.Wait()
+	for b, n := range o.fetched {
+		if n != 1 || b%3 == 1 {
+			t.Errorf("block %d was fetched %d times", b, n)
+		}
+	}
+	if got, err := os.ReadFile(path); err != nil || !bytes.Equal(got, o.data) {
+		t.Errorf("the complete file: %v, or other bytes", err)
+	}
+	if _, err := os.Stat(partialPath(path)); err == nil {
+		t.Error("the partial file is there still")
+	}
+	c, err := FileContents(t.Context(), path)
+	if err != nil || c.Device != remote.Contents.Device {
+		t.Errorf("contents of the complete file: %v, or others", err)
+	}
+}
+
+// A second start goes on where the first was killed, and trusts nothing of what it finds.
+func TestPulledTakesUp(t *testing.T) {
+	o, remote := newOrigin(t, 40)
+	path := filepath.Join(t.TempDir(), "disk")
+	d := openPulled(t, path, remote)
+	if _, err := d.ReadAt(make([]byte, 20*ContentBlockSize), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.ReadAt(make([]byte, 1), 30*ContentBlockSize); err == nil {
+		t.Error("a closed device is read")
+	}
+	f, err := os.OpenFile(partialPath(path), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, b := range []int64{3, 4} { // one that is data, one that is zeros
+		if _, err := f.WriteAt([]byte("torn"), b*ContentBlockSize+100); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.Close()
+	d = openPulled(t, path, remote)
+	if err := d.Fill(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	for b, n := range o.fetched {
+		if want := map[bool]int{true: 2, false: 1}[b == 3]; n != want {
+			t.Errorf("block %d was fetched %d times instead of %d", b, n, want)
+		}
+	}
+	if got, err := os.ReadFile(path); err != nil || !bytes.Equal(got, o.data) {
+		t.Errorf("the complete file: %v, or other bytes", err)
+	}
+}
+
+// What fails is tried again, unless the content is another one now: then nobody ever reads a mix.
+func TestPulledFaults(t *testing.T) {
+	t.Run("passing", func(t *testing.T) {
+		o, remote := newOrigin(t, 5)
+		o.fails, o.failing = 3, errors.New("connection reset")
+		d := openPulled(t, filepath.Join(t.TempDir(), "disk"), remote)
+		if err := d.Fill(t.Context(), nil); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("replaced", func(t *testing.T) {
+		o, remote := newOrigin(t, 5)
+		path := filepath.Join(t.TempDir(), "disk")
+		d := openPulled(t, path, remote)
+		p := make([]byte, 10)
+		if _, err := d.ReadAt(p, 0); err != nil {
+			t.Fatal(err)
+		}
+		o.data[3*ContentBlockSize]++
+		if err := d.Fill(t.Context(), nil); !errors.Is(err, ErrReplaced) {
+			t.Errorf("fill: %v", err)
+		}
+		if _, err := d.ReadAt(p, 3*ContentBlockSize); !errors.Is(err, ErrReplaced) {
+			t.Errorf("read: %v", err)
+		}
+		if _, err := os.Stat(path); err == nil {
+			t.Error("there is a complete file")
+		}
+	})
+	t.Run("other contents", func(t *testing.T) {
+		_, remote := newOrigin(t, 5)
+		remote.Contents.Blocks[0][0]++
+		if _, err := OpenPulled(filepath.Join(t.TempDir(), "disk"), remote); err == nil {
+			t.Error("contents that contradict themselves were taken")
+		}
+	})
+	t.Run("unreachable", func(t *testing.T) {
+		o, remote := newOrigin(t, 5)
+		o.gate = make(chan struct{})
+		d := openPulled(t, filepath.Join(t.TempDir(), "disk"), remote)
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		defer cancel()
+		if err := d.Fill(ctx, nil); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("fill: %v", err)
+		}
+	})
+}
+
+// Two processes that pull one file do not disturb each other.
+func TestPulledTwice(t *testing.T) {
+	o, remote := newOrigin(t, 20)
+	path := filepath.Join(t.TempDir(), "disk")
+	first, second := openPulled(t, path, remote), openPulled(t, path, remote)
+	for _, d := range []*Pulled{second, first} {
+		if err := d.Fill(t.Context(), nil); err != nil {
+			t.Fatal(err)
+		}
+		p := make([]byte, d.Size())
+		if _, err := d.ReadAt(p, 0); err != nil || !bytes.Equal(p, o.data) {
+			t.Errorf("read: %v, or other bytes", err)
+		}
+	}
+	entries, err := os.ReadDir(filepath.Dir(path))
+	if err != nil || len(entries) != 2 {
+		t.Errorf("%d files are left, %v; want the device and its contents", len(entries), err)
+	}
+}
