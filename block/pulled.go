@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"sync"
@@ -33,7 +34,7 @@ const (
 	maxFetch = 16 // blocks of one request
 
 	firstRetry = 100 * time.Millisecond
-	lastRetry  = 5 * time.Second
+	lastRetry  = 2 * time.Second
 )
 
 // Pulled is a read-only device in a file that is filled from elsewhere, with what is read and, by Fill, with all the rest. Every block is verified by its
@@ -53,6 +54,7 @@ type Pulled struct {
 	mu      sync.Mutex
 	flights map[int64]*flight // of blocks that are being fetched
 	failed  error             // for good
+	delayed bool              // attempts fail, and it was said
 	closed  bool
 }
 
@@ -244,6 +246,7 @@ func (d *Pulled) fetch(f *flight, first, end int64, urgent bool) {
 		if errors.Is(err, ErrReplaced) || d.ctx.Err() != nil {
 			break
 		}
+		d.delay(err)
 		select {
 		case <-time.After(wait):
 		case <-d.ctx.Done():
@@ -255,6 +258,10 @@ func (d *Pulled) fetch(f *flight, first, end int64, urgent bool) {
 	for b := first; b < end; b++ {
 		delete(d.flights, b)
 	}
+	if err == nil && d.delayed {
+		d.delayed = false
+		slog.Info("Pulling goes on", "file", d.path)
+	}
 	if err != nil && d.ctx.Err() == nil {
 		d.failed = fmt.Errorf("pull %s: %w", d.path, err)
 		f.err = d.failed
@@ -262,6 +269,16 @@ func (d *Pulled) fetch(f *flight, first, end int64, urgent bool) {
 		f.err = os.ErrClosed
 	}
 	close(f.done)
+}
+
+// delay says, once, that attempts fail.
+func (d *Pulled) delay(err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.delayed {
+		d.delayed = true
+		slog.Warn("Pulling is held up; trying again until it goes on", "file", d.path, "error", err)
+	}
 }
 
 // store verifies and keeps blocks.

@@ -23,11 +23,17 @@ type compression struct {
 const tryEvery = 64
 
 func newCompression() (*compression, error) {
-	e, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(wire.MaxExtent), zstd.WithLowerEncoderMem(true))
+	e, err := newEncoder(1)
+	return &compression{encoder: e}, err
+}
+
+// newEncoder returns an encoder that so many goroutines can use at once.
+func newEncoder(users int) (*zstd.Encoder, error) {
+	e, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(users), zstd.WithWindowSize(wire.MaxExtent), zstd.WithLowerEncoderMem(true))
 	if err != nil {
 		return nil, fmt.Errorf("make zstd encoder: %w", err)
 	}
-	return &compression{encoder: e}, nil
+	return e, nil
 }
 
 // worth tells whether to compress the next extent, or at least to try.

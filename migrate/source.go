@@ -117,7 +117,7 @@ func (s *Source) Handle(ctx context.Context, stream io.ReadWriteCloser) error {
 func (s *Source) handle(ctx context.Context, stream io.ReadWriteCloser, baseline *Baseline) error {
 	l := newLink(ctx, stream, s.config.Limits.Silence)
 	defer l.close(errors.New("the connection is not needed any more"))
-	hello, err := s.greet(l)
+	hello, err := greet(l)
 	if err != nil {
 		l.refuse(codeOf(err), err)
 		return fmt.Errorf("connection refused: %w", err)
@@ -155,7 +155,7 @@ func (s *Source) GoneError() error {
 }
 
 // greet reads what a connection is for.
-func (s *Source) greet(l *link) (h wire.Hello, err error) {
+func greet(l *link) (h wire.Hello, err error) {
 	timeout := time.AfterFunc(helloTimeout, func() { l.cancel(fmt.Errorf("no hello within %s", helloTimeout)) })
 	defer timeout.Stop()
 	f, err := l.Read()

@@ -177,7 +177,7 @@ var targetTable = map[State]row[*Target]{
 	Fetching:    {does: (*Target).fetch, then: []State{Confirming}, failing: LeftFetching},
 	Confirming:  {does: (*Target).confirm, then: []State{Moved}, failing: LeftFetching},
 
-	Storing:     {does: (*Target).storeCopy, then: []State{Copied}, failing: HandingBack},
+	Storing: {does: (*Target).storeCopy, then: []State{Copied}, failing: HandingBack},
 
 	NotTaken: {}, Moved: {}, LeftFetching: {}, Copied: {},
 }
@@ -315,6 +315,9 @@ func (t *Target) preflight(ctx context.Context) (State, error) {
 	m, ok := reply.(wire.Manifest)
 	if !ok || len(m.Devices) == 0 || len(m.Devices) > 1000 {
 		return "", fmt.Errorf("%w: no manifest after a hello", wire.ErrProtocol)
+	}
+	if m.Features&wire.FeaturePackage != 0 {
+		return "", ErrPackage
 	}
 	devices, err := t.config.VM.Accept(ctx, m, t.id)
 	if err != nil {

@@ -1,0 +1,126 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"runtime"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+
+	"drafter/block"
+	"drafter/wire"
+)
+
+// OfferedDevice is a device of a package that is offered. Nobody writes to it.
+type OfferedDevice struct {
+	Name      string
+	Device    block.Device
+	BlockSize int64 // bytes; a hint for those who take it
+	Contents  *block.Contents
+}
+
+// Offer serves a package to any number of targets at once, which ask for what they need, in any order; see [OpenPackage]. It keeps nothing about them.
+type Offer struct {
+	manifest wire.Manifest
+	sizes    []int64
+	devices  []OfferedDevice
+	encoder  *zstd.Encoder // of all connections
+	limits   Limits
+}
+
+// NewOffer returns an offer of devices. config, which may be empty, is the content of the config device. Of limits, only Silence counts. Close it when no Handle
+// is running any more; the devices are the caller's.
+func NewOffer(config []byte, devices []OfferedDevice, limits Limits) (*Offer, error) {
+	limits, err := limits.complete()
+	if err != nil {
+		return nil, err
+	}
+	o := &Offer{devices: devices, limits: limits, manifest: wire.Manifest{Features: wire.FeaturePackage, Config: config}}
+	for _, d := range devices {
+		o.manifest.Devices = append(o.manifest.Devices, wire.Device{Name: d.Name, Size: d.Device.Size(), BlockSize: d.BlockSize, Base: d.Contents.Device})
+		o.sizes = append(o.sizes, d.Device.Size())
+	}
+	if o.encoder, err = newEncoder(runtime.GOMAXPROCS(0)); err != nil {
+		return nil, err
+	}
+	return o, nil
+}
+
+// Close frees the offer.
+func (o *Offer) Close() error { return o.encoder.Close() }
+
+// Handle serves one connection of a target, which it owns, until it ends. Any number of connections can be served at once; each takes some 2 MiB.
+func (o *Offer) Handle(ctx context.Context, stream io.ReadWriteCloser) error {
+	l := newLink(ctx, stream, o.limits.Silence)
+	defer l.close(errors.New("the connection is not needed any more"))
+	hello, err := greet(l)
+	if err == nil {
+		err = o.describe(l, !hello.Resume)
+	}
+	if err == nil {
+		err = o.serve(ctx, l)
+	}
+	if errors.Is(err, io.EOF) {
+		return nil
+	}
+	l.refuse(codeOf(err), err)
+	return err
+}
+
+// describe tells what there is.
+func (o *Offer) describe(l *link, contents bool) error {
+	if err := l.Send(o.manifest); err != nil || !contents {
+		return err
+	}
+	for i, d := range o.devices {
+		for first := 0; first < len(d.Contents.Blocks); first += wire.MaxContents {
+			some := d.Contents.Blocks[first:min(first+wire.MaxContents, len(d.Contents.Blocks))]
+			if err := l.Send(wire.Contents{Device: i, First: int64(first), Blocks: some}); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// serve answers wants, each with extents of just those pages.
+func (o *Offer) serve(ctx context.Context, l *link) error {
+	buffer, c := wire.NewExtentBuffer(), &compression{encoder: o.encoder}
+	for {
+		m, err := l.receive(o.sizes)
+		if err != nil {
+			return err
+		}
+		want, ok := m.(wire.Want)
+		if !ok {
+			return fmt.Errorf("%w: %T of a target that pulls a package", wire.ErrProtocol, m)
+		}
+		for first := want.First; first < want.Ends; first += maxRun {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			if err := o.answer(l, buffer, c, want.Device, first, min(want.Ends, first+maxRun)); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+func (o *Offer) answer(l *link, buffer *wire.ExtentBuffer, c *compression, device int, first, end int64) error {
+	d := o.devices[device]
+	off, length := first*block.PageSize, bytesOf(d.Device, first, end)
+	data := buffer.Data()[:length]
+	if _, err := d.Device.ReadAt(data, off); err != nil {
+		return fmt.Errorf("device %s: %w", d.Name, err)
+	}
+	start := time.Now()
+	if c.worth() && c.try(buffer, 0, length) {
+		return l.SendCompressed(buffer, device, off, length, false)
+	}
+	err := l.SendExtent(buffer, 0, device, wire.Raw, off, length, false)
+	c.link.add(length, time.Since(start))
+	return err
+}
