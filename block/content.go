@@ -33,6 +33,13 @@ type Contents struct {
 	Blocks []ID // of each ContentBlockSize bytes; the last may be fewer
 }
 
+// NewContents returns the contents of a device of size bytes from the ids of its blocks, which it owns from here on.
+func NewContents(size int64, blocks []ID) *Contents {
+	c := &Contents{Size: size, Blocks: blocks}
+	c.seal()
+	return c
+}
+
 // HashBlock returns the content id of one block.
 func HashBlock(p []byte) ID {
 	if isZero(p) {

@@ -69,6 +69,12 @@ func partialPath(path string) string {
 	return filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".partial")
 }
 
+// PartlyPulled tells whether a part of the file at path has been pulled.
+func PartlyPulled(path string) bool {
+	_, err := os.Stat(partialPath(path))
+	return err == nil
+}
+
 // OpenPulled opens the file at path, which does not exist yet, as a device with the content of remote. When another process is pulling it just now, this one
 // pulls it too, for itself.
 func OpenPulled(path string, remote Remote) (_ *Pulled, err error) {
@@ -88,7 +94,7 @@ func OpenPulled(path string, remote Remote) (_ *Pulled, err error) {
 		if err := f.Close(); err != nil {
 			return nil, err
 		}
-		if d.file, err = createPrivate(filepath.Dir(path), remote.Contents.Size); err != nil {
+		if d.file, err = CreateUnnamed(filepath.Dir(path), remote.Contents.Size); err != nil {
 			return nil, err
 		}
 		d.own = false
@@ -101,9 +107,9 @@ func OpenPulled(path string, remote Remote) (_ *Pulled, err error) {
 	return d, nil
 }
 
-// createPrivate makes a file without a name.
-func createPrivate(dir string, size int64) (*File, error) {
-	f, err := os.CreateTemp(dir, ".pulled.*")
+// CreateUnnamed makes a file of zeros without a name in dir, which ends with its last user.
+func CreateUnnamed(dir string, size int64) (*File, error) {
+	f, err := os.CreateTemp(dir, ".unnamed.*")
 	if err != nil {
 		return nil, err
 	}
@@ -404,12 +410,17 @@ func (d *Pulled) NextData(off int64) (start, end int64, err error) {
 	return min(max(off, first*ContentBlockSize), d.Size()), min(last*ContentBlockSize, d.Size()), nil
 }
 
-// Close implements [Device]. Who waits for content is told that the device is closed.
-func (d *Pulled) Close() error {
+// Abort ends all waiting for content that is elsewhere: it fails from then on.
+func (d *Pulled) Abort() {
 	d.mu.Lock()
 	d.closed = true
 	d.mu.Unlock()
 	d.cancel()
+}
+
+// Close implements [Device]. It aborts first.
+func (d *Pulled) Close() error {
+	d.Abort()
 	d.wg.Wait()
 	return d.file.Close()
 }

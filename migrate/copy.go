@@ -34,6 +34,15 @@ func (b *Baseline) Forget() {
 	b.watches, b.taken, b.held = nil, nil, false
 }
 
+// Changed returns the pages of a device of the source that have changed since the last copy, or nil if that is not known. The next copy does not bring them.
+func (b *Baseline) Changed(d *block.Tracker) *block.Bitmap {
+	w := b.watches[d]
+	if w == nil || !b.held {
+		return nil
+	}
+	return w.Take()
+}
+
 // begin returns the pages of a device that have changed since the last copy, or nil if there was none.
 func (b *Baseline) begin(d *outgoingDevice) *block.Bitmap {
 	if b == nil {

@@ -31,14 +31,13 @@ type Offer struct {
 	limits   Limits
 }
 
-// NewOffer returns an offer of devices. config, which may be empty, is the content of the config device. Of limits, only Silence counts. Close it when no Handle
-// is running any more; the devices are the caller's.
-func NewOffer(config []byte, devices []OfferedDevice, limits Limits) (*Offer, error) {
+// NewOffer returns an offer of devices. Of limits, only Silence counts. Close it when no Handle is running any more; the devices are the caller's.
+func NewOffer(devices []OfferedDevice, limits Limits) (*Offer, error) {
 	limits, err := limits.complete()
 	if err != nil {
 		return nil, err
 	}
-	o := &Offer{devices: devices, limits: limits, manifest: wire.Manifest{Features: wire.FeaturePackage, Config: config}}
+	o := &Offer{devices: devices, limits: limits, manifest: wire.Manifest{Features: wire.FeaturePackage}}
 	for _, d := range devices {
 		o.manifest.Devices = append(o.manifest.Devices, wire.Device{Name: d.Name, Size: d.Device.Size(), BlockSize: d.BlockSize, Base: d.Contents.Device})
 		o.sizes = append(o.sizes, d.Device.Size())

@@ -21,7 +21,6 @@ var ErrPackage = errors.New("a package is offered here, not a VM that runs")
 type Package struct {
 	dial    Dial
 	silence time.Duration
-	config  []byte
 	devices []wire.Device
 	sizes   []int64
 	remotes map[string]block.Remote
@@ -111,7 +110,7 @@ func (p *Package) connect(ctx context.Context, lane wire.Lane, known bool) (*lin
 
 // learn reads what the devices contain.
 func (p *Package) learn(l *link, m wire.Manifest) error {
-	p.config, p.devices = m.Config, m.Devices
+	p.devices = m.Devices
 	for _, d := range m.Devices {
 		p.sizes = append(p.sizes, d.Size)
 	}

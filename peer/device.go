@@ -2,12 +2,11 @@ package peer
 
 import (
 	"errors"
-	"fmt"
-	"os"
 	"path/filepath"
 	"time"
 
 	"drafter/block"
+	"drafter/s3"
 	"drafter/vmm"
 )
 
@@ -36,6 +35,7 @@ type Device struct {
 	S3Secure      bool   `json:"s3secure"`
 	S3Bucket      string `json:"s3bucket"`
 	S3Concurrency int    `json:"s3concurrency"`
+	S3Prefix      string `json:"s3prefix"` // of the names of the instance's objects: each instance needs its own
 }
 
 // DefaultDevice returns a device with the settings that need no thought.
@@ -49,41 +49,33 @@ func DefaultDevice(name string) Device {
 // PackageDevices derives the devices of an instance from two directories: the package's files, under the names that the README gives them, and the
 // instance's overlays and state files, which are made. Without an instance directory the instance writes to the package.
 func PackageDevices(pkg, instance string) ([]Device, error) {
-	config, err := vmm.ReadPackageConfig(filepath.Join(pkg, vmm.PackageFile(vmm.Config)))
+	names, files, err := vmm.PackageFiles(pkg)
 	if err != nil {
 		return nil, err
 	}
-	names := []string{vmm.Config}
-	for _, d := range config.Devices {
-		names = append(names, d.Name)
-	}
 	var devices []Device
 	for _, name := range names {
-		d := DefaultDevice(name)
-		file, err := packageFile(pkg, name)
-		if err != nil {
-			return nil, err
-		}
-		d.Base = filepath.Join(pkg, file)
-		if instance != "" {
-			d.Overlay, d.State = filepath.Join(instance, "overlay", file), filepath.Join(instance, "state", file)
-		}
-		devices = append(devices, d)
+		devices = append(devices, packageDevice(name, files[name], pkg, instance))
 	}
 	return devices, nil
 }
 
-func packageFile(pkg, name string) (string, error) {
-	candidates := []string{vmm.PackageFile(name)}
-	if candidates[0] == name+".ext4" {
-		candidates = append(candidates, name+".img", name+".bin", name)
+// NewPackageDevices is [PackageDevices] of a package with devices of these names that is not there yet.
+func NewPackageDevices(names []string, pkg, instance string) []Device {
+	var devices []Device
+	for _, name := range names {
+		devices = append(devices, packageDevice(name, vmm.PackageFile(name), pkg, instance))
 	}
-	for _, c := range candidates {
-		if _, err := os.Stat(filepath.Join(pkg, c)); err == nil {
-			return c, nil
-		}
+	return devices
+}
+
+func packageDevice(name, file, pkg, instance string) Device {
+	d := DefaultDevice(name)
+	d.Base = filepath.Join(pkg, file)
+	if instance != "" {
+		d.Overlay, d.State = filepath.Join(instance, "overlay", file), filepath.Join(instance, "state", file)
 	}
-	return "", fmt.Errorf("package %s has no file %s for device %s; name its file with --device name=%s,base=…", pkg, filepath.Join(pkg, candidates[0]), name, name)
+	return d
 }
 
 // check refuses settings that cannot work.
@@ -103,7 +95,18 @@ func (d *Device) check() error {
 		return errors.New("it shares its base and would write to it; name an overlay and a state file")
 	}
 	if d.S3Sync {
-		return errors.New("s3sync is not supported by this build; set it to false")
+		if !d.moves() {
+			return errors.New("s3sync needs makeMigratable on, and shared off")
+		}
+		return d.place().Check()
 	}
 	return nil
+}
+
+// place is where the device is backed up.
+func (d *Device) place() s3.Place {
+	return s3.Place{
+		Endpoint: d.S3Endpoint, Secure: d.S3Secure, Bucket: d.S3Bucket, Prefix: d.S3Prefix, AccessKey: d.S3AccessKey, SecretKey: d.S3SecretKey,
+		Concurrency: d.S3Concurrency,
+	}
 }

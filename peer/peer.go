@@ -30,8 +30,11 @@ import (
 type Config struct {
 	Host    instance.Host
 	Devices []Device
-	Expose  string // expose.Auto, FUSE or NBD
+	Derive  func(names []string) ([]Device, error) // makes Devices, if there are none, once it is known what they are called: see Receive
+	Expose  string                                 // expose.Auto, FUSE or NBD
 	Limits  migrate.Limits
+
+	SyncInterval time.Duration // pause between backups to S3; 0: 30 s
 
 	ResumeTimeout time.Duration // bounds the answer of the agent after a resume
 	RescueTimeout time.Duration // bounds the answer of the agent before a suspend; the VM is suspended without it afterwards
@@ -45,6 +48,8 @@ type Hooks struct {
 	OnProgress      func(migrate.Stats)         // at most ten times a second, and at the end
 	OnBeforeSuspend func(context.Context) error // before the guest is told that it will be paused; an error cancels the migration
 	OnAfterResume   func(context.Context) error // after the guest was told that it runs here; an error is logged, for the VM runs
+
+	OnPull func(device string, done, total int64) // how many bytes of a device that is pulled are here; by any goroutine
 }
 
 // Peer owns one instance. Its methods are called by one goroutine; Done, Stats, Settle and Serve by any.
@@ -54,47 +59,79 @@ type Peer struct {
 	dir      *vmm.Dir // where the devices are exposed
 	exposure expose.Exposure
 	instance *instance.Instance
+	syncer   *syncer // nil unless the instance is backed up
 
 	mu      sync.Mutex // guards the following
 	devices map[string]*stack
+	origin  Origin          // nil unless the package is pulled
+	fill    *fill           // nil until the rest of it is pulled
 	source  *migrate.Source // nil until the VM is migratable
 	arrival *migrate.Target // nil unless the VM has come by a migration
 }
 
 // New checks a config. Nothing is touched yet.
 func New(c Config) (*Peer, error) {
-	var names []string
-	files := map[string]string{}
-	for i := range c.Devices {
-		d := &c.Devices[i]
-		names = append(names, d.Name)
-		if err := d.check(); err != nil {
-			return nil, fmt.Errorf("device %s: %w", d.Name, err)
+	p := &Peer{config: c, devices: map[string]*stack{}}
+	if len(c.Devices) > 0 || c.Derive == nil {
+		if err := p.checkDevices(); err != nil {
+			return nil, err
 		}
-		for _, f := range []string{d.Base, d.Overlay, d.State} {
-			if other, ok := files[f]; ok && f != "" {
-				return nil, fmt.Errorf("devices %s and %s both use %s; each needs its own", other, d.Name, f)
-			}
-			files[f] = d.Name
-		}
-	}
-	if err := instance.CheckNames(names, vmm.Config, vmm.Memory, vmm.State); err != nil {
-		return nil, err
 	}
 	way, err := expose.Choose(c.Expose)
 	if err != nil {
 		return nil, err
 	}
-	c.Expose = way
-	return &Peer{config: c, devices: map[string]*stack{}}, nil
+	p.config.Expose = way
+	return p, nil
+}
+
+// derive makes the list of devices, if there is none.
+func (p *Peer) derive(names []string) (err error) {
+	if len(p.config.Devices) > 0 {
+		return nil
+	}
+	if p.config.Devices, err = p.config.Derive(names); err != nil {
+		return err
+	}
+	return p.checkDevices()
+}
+
+func (p *Peer) checkDevices() error {
+	var names []string
+	files := map[string]string{}
+	for i := range p.config.Devices {
+		d := &p.config.Devices[i]
+		names = append(names, d.Name)
+		if err := d.check(); err != nil {
+			return fmt.Errorf("device %s: %w", d.Name, err)
+		}
+		for _, f := range []string{d.Base, d.Overlay, d.State} {
+			if other, ok := files[f]; ok && f != "" {
+				return fmt.Errorf("devices %s and %s both use %s; each needs its own", other, d.Name, f)
+			}
+			files[f] = d.Name
+		}
+	}
+	if _, _, err := p.place(); err != nil {
+		return err
+	}
+	return instance.CheckNames(names, vmm.Config, vmm.Memory, vmm.State)
 }
 
 // Resume starts the instance. It runs when Resume returns, and its agent has answered. On failure nothing is left but what Close removes.
 func (p *Peer) Resume(ctx context.Context) error {
 	start := time.Now()
+	if err := p.openStore(ctx); err != nil {
+		return err
+	}
 	if err := p.occupy(); err != nil {
 		return err
 	}
+	return p.resume(ctx, start)
+}
+
+// resume starts the instance on a host that is occupied.
+func (p *Peer) resume(ctx context.Context, start time.Time) error {
 	if err := p.openDevices(ctx); err != nil {
 		return err
 	}
@@ -143,7 +180,7 @@ func (p *Peer) openDevices(ctx context.Context) error {
 		d := &p.config.Devices[i]
 		g.Go(func() error {
 			var err error
-			if opened[i], err = d.open(ctx); err != nil {
+			if opened[i], err = d.openOver(ctx, p.origin); err != nil {
 				return fmt.Errorf("device %s: %w", d.Name, err)
 			}
 			return nil
@@ -258,7 +295,7 @@ func (p *Peer) Wait() error { return errors.Join(p.instance.Wait(), p.exposure.F
 func (p *Peer) Agent() *agent.Client { return p.instance.Agent() }
 
 // Suspend stops the VM and leaves it in its devices. It uses a context of its own: a suspend is how a run ends well, whatever the caller's context has
-// come to. Of a VM that is still arriving, it waits for the rest first. After it, Close.
+// come to. Of a VM that is still arriving, it waits for the rest first. An instance that is backed up is backed up once more, as it is then. After it, Close.
 func (p *Peer) Suspend(ctx context.Context) error {
 	start := time.Now()
 	if err := p.awaitArrival(ctx); err != nil {
@@ -270,6 +307,9 @@ func (p *Peer) Suspend(ctx context.Context) error {
 	}
 	err = errors.Join(err, p.instance.Close())
 	slog.Info("Suspended VM", "took", time.Since(start).Round(time.Millisecond))
+	if err == nil && p.syncer != nil {
+		err = p.syncer.finish(context.WithoutCancel(ctx), p)
+	}
 	return err
 }
 
@@ -286,10 +326,11 @@ func (p *Peer) Close() error {
 	if arrival != nil {
 		errs = append(errs, arrival.Close())
 	}
+	p.stopPull() // a VMM that waits for a page cannot be ended
 	if p.instance != nil {
 		errs = append(errs, p.instance.Close())
 	}
-	errs = append(errs, p.closeDevices(true))
+	errs = append(errs, p.closeStore(), p.closeDevices(true), p.endPull())
 	if p.claim != nil {
 		errs = append(errs, p.claim.Close())
 		p.claim = nil

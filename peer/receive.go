@@ -22,16 +22,27 @@ import (
 )
 
 // Receive asks a peer, which dial connects with, for its VM. The VM runs here when Receive returns nil; what is missing of it is fetched from then on, see
-// Arrived. On an error it runs at its source, unless the error says otherwise, and nothing is left but what Close removes.
+// Arrived. On an error it runs at its source, unless the error says otherwise, and nothing is left but what Close removes. If it is no peer but a registry, an
+// instance of its package is started; see [Peer.Pull].
 func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	start := time.Now()
+	if err := p.openStore(ctx); err != nil {
+		return err
+	}
 	if err := p.occupy(); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithCancelCause(ctx)
+	rctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	a := &arrival{p: p, giveUp: cancel, restoring: make(chan struct{})}
-	target, err := migrate.Receive(ctx, migrate.TargetConfig{VM: a, Dial: dial, Limits: p.config.Limits, OnState: p.config.Hooks.OnState, OnProgress: p.config.Hooks.OnProgress})
+	target, err := migrate.Receive(rctx, migrate.TargetConfig{VM: a, Dial: dial, Limits: p.config.Limits, OnState: p.config.Hooks.OnState, OnProgress: p.config.Hooks.OnProgress})
+	if errors.Is(err, migrate.ErrPackage) {
+		pkg, err := migrate.OpenPackage(ctx, dial, p.config.Limits)
+		if err != nil {
+			return fmt.Errorf("open the registry's package: %w", err)
+		}
+		return p.pull(ctx, start, pkg)
+	}
 	if err != nil {
 		return fmt.Errorf("receive VM: %w", err)
 	}
@@ -145,7 +156,17 @@ func (a *arrival) Accept(ctx context.Context, m wire.Manifest, migration uuid.UU
 	if a.config, err = vmm.DecodePackageConfig(m.Config); err != nil {
 		return nil, fmt.Errorf("the source's config device: %w", err)
 	}
+	names := []string{vmm.Config}
+	for _, d := range a.config.Devices {
+		names = append(names, d.Name)
+	}
+	if err := a.p.derive(names); err != nil {
+		return nil, err
+	}
 	if err := a.check(ctx, m); err != nil {
+		return nil, err
+	}
+	if err := a.p.openStore(ctx); err != nil {
 		return nil, err
 	}
 	if err := makeRoom(a.p.config.Devices); err != nil {

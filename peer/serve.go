@@ -25,24 +25,18 @@ const maxConnections = 8
 // Serve makes the VM migratable: a peer that connects gets it. accept returns the next connection, or an error once its context has ended. Serve returns when
 // the VM has moved, with true; or when ctx has ended and the VM is not migratable any more, but runs here as before. If by then a target owns the VM, Serve
 // first gives it all that it needs. An error with false means that the VM runs here or, if it says so, that it is in doubt.
-func (p *Peer) Serve(ctx context.Context, accept func(context.Context) (io.ReadWriteCloser, error)) (moved bool, err error) {
-	if err := p.awaitArrival(ctx); ctx.Err() != nil {
-		return false, nil
-	} else if err != nil {
+func (p *Peer) Serve(ctx context.Context, accept migrate.Accept) (moved bool, err error) {
+	source, err := p.migratable(ctx)
+	if err != nil || source == nil {
 		return false, err
 	}
-	source, err := p.newSource()
-	if err != nil {
-		return false, err
-	}
-	p.mu.Lock()
-	p.source = source
-	p.mu.Unlock()
-	s := &server{source: source, accept: accept}
 	actx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	defer s.wg.Wait()
+	var wg sync.WaitGroup
+	defer wg.Wait()
 	defer cancel()
-	s.wg.Go(func() { s.run(actx) })
+	wg.Go(func() {
+		migrate.AcceptAll(actx, accept, maxConnections, func(ctx context.Context, stream io.ReadWriteCloser) { p.handle(ctx, source, stream) })
+	})
 	select {
 	case <-source.Gone():
 		return source.State() == migrate.Moved, source.GoneError()
@@ -62,52 +56,31 @@ func (p *Peer) Serve(ctx context.Context, accept func(context.Context) (io.ReadW
 	}
 }
 
+// migratable returns the source of the VM, once all of it is here; nil if ctx ends first.
+func (p *Peer) migratable(ctx context.Context) (*migrate.Source, error) {
+	if err := p.awaitArrival(ctx); ctx.Err() != nil {
+		return nil, nil
+	} else if err != nil {
+		return nil, err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.source == nil {
+		var err error
+		if p.source, err = p.newSource(); err != nil {
+			return nil, err
+		}
+	}
+	return p.source, nil
+}
+
 func leaveInDoubt() error {
 	return fmt.Errorf("%w: it was handed over and the target has not answered; look whether it runs there, and then settle it here: drafter peer settle --here, or --away", migrate.ErrInDoubt)
 }
 
-// server serves connections of targets.
-type server struct {
-	source *migrate.Source
-	accept func(context.Context) (io.ReadWriteCloser, error)
-	wg     sync.WaitGroup
-}
-
-func (s *server) run(ctx context.Context) {
-	free := make(chan struct{}, maxConnections)
-	for {
-		stream, err := s.accept(ctx)
-		if ctx.Err() != nil {
-			if err == nil {
-				_ = stream.Close() // of no use any more
-			}
-			return
-		}
-		if err != nil {
-			slog.Warn("Accept connection", "error", err)
-			select {
-			case <-time.After(100 * time.Millisecond): // out of descriptors, say
-			case <-ctx.Done():
-			}
-			continue
-		}
-		select {
-		case free <- struct{}{}:
-		default:
-			slog.Warn("Too many connections; closed one")
-			_ = stream.Close() // it gets nothing
-			continue
-		}
-		s.wg.Go(func() {
-			defer func() { <-free }()
-			s.handle(ctx, stream)
-		})
-	}
-}
-
-func (s *server) handle(ctx context.Context, stream io.ReadWriteCloser) {
-	err := s.source.Handle(ctx, stream)
-	if state := s.source.State(); err != nil && state != migrate.Moved && ctx.Err() == nil {
+func (p *Peer) handle(ctx context.Context, source *migrate.Source, stream io.ReadWriteCloser) {
+	err := source.Handle(ctx, stream)
+	if state := source.State(); err != nil && state != migrate.Moved && ctx.Err() == nil {
 		slog.Warn("A connection or a migration failed; the VM "+whereabouts(state), "error", err)
 	}
 }

@@ -21,6 +21,7 @@ type stack struct {
 	overlay  *block.Overlay  // nil when the device writes to its base
 	base     block.ID        // content id of the overlay's base; zero when it is over zeros, or not there
 	incoming *block.Incoming // nil unless a migration brought the device
+	pulled   *block.Pulled   // nil unless the base is being pulled
 	created  []func() error  // remove the files that were made for it
 }
 
@@ -78,6 +79,9 @@ func (d *Device) overlayPaths() block.OverlayPaths {
 
 func (d *Device) openBase(readOnly bool) (*block.File, error) {
 	base, err := block.OpenFile(d.Base, readOnly)
+	if errors.Is(err, os.ErrNotExist) && block.PartlyPulled(d.Base) {
+		return nil, fmt.Errorf("its base %s was not wholly pulled yet; start once more with the --raddr or --package that it comes from", d.Base)
+	}
 	if err != nil {
 		return nil, err
 	}

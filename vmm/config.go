@@ -7,8 +7,11 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"runtime"
 	"time"
+
+	"drafter/block"
 )
 
 // PackageVersion is the version of the config device's format. A reader refuses any other.
@@ -178,6 +181,38 @@ func PackageFile(device string) string {
 		return "config.json"
 	}
 	return device + ".ext4"
+}
+
+// PackageFiles returns the names of the devices of the package in dir, and the name of each one's file there.
+func PackageFiles(dir string) (names []string, files map[string]string, err error) {
+	config, err := ReadPackageConfig(filepath.Join(dir, PackageFile(Config)))
+	if err != nil {
+		return nil, nil, err
+	}
+	names, files = []string{Config}, map[string]string{}
+	for _, d := range config.Devices {
+		names = append(names, d.Name)
+	}
+	for _, name := range names {
+		if files[name], err = findPackageFile(dir, name); err != nil {
+			return nil, nil, err
+		}
+	}
+	return names, files, nil
+}
+
+func findPackageFile(dir, name string) (string, error) {
+	candidates := []string{PackageFile(name)}
+	if candidates[0] == name+".ext4" {
+		candidates = append(candidates, name+".img", name+".bin", name)
+	}
+	for _, c := range candidates {
+		path := filepath.Join(dir, c)
+		if _, err := os.Stat(path); err == nil || block.PartlyPulled(path) {
+			return c, nil
+		}
+	}
+	return "", fmt.Errorf("package %s has no file %s for device %s; name its file with --device name=%s,base=…", dir, filepath.Join(dir, candidates[0]), name, name)
 }
 
 // CheckDeviceName refuses names that could not be a file's: a device's name is 1 to 64 letters, digits, '-', '_' or '.', not starting with a dot.

@@ -3,6 +3,7 @@ package cli
 import (
 	"log/slog"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/dustin/go-humanize"
@@ -15,6 +16,7 @@ import (
 
 // migrationLog tells a person how a migration goes: in log lines, and on a terminal also by a bar per device.
 type migrationLog struct {
+	mu    sync.Mutex
 	bars  *progress.Reporter // nil when stderr is no terminal
 	cycle int
 	begun bool // devices have arrived
@@ -51,11 +53,9 @@ func (l *migrationLog) progress(s migrate.Stats) {
 		_, _, pending := s.Bytes()
 		slog.Debug("Migration", "cycle", s.Cycle, "pending", humanize.IBytes(uint64(pending)))
 	}
-	if !term.IsTerminal(int(os.Stderr.Fd())) {
+	bars := l.reporter()
+	if bars == nil {
 		return
-	}
-	if l.bars == nil {
-		l.bars = progress.New(os.Stderr)
 	}
 	over := s.State == migrate.Moved
 	for _, d := range s.Devices {
@@ -63,7 +63,27 @@ func (l *migrationLog) progress(s migrate.Stats) {
 		if !over {
 			done = min(done, d.Size-1) // what is written meanwhile is pending again
 		}
-		l.bars.Report(d.Name, done, d.Size)
+		bars.Report(d.Name, done, d.Size)
+	}
+}
+
+// reporter is nil when stderr is no terminal.
+func (l *migrationLog) reporter() *progress.Reporter {
+	if !term.IsTerminal(int(os.Stderr.Fd())) {
+		return nil
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.bars == nil {
+		l.bars = progress.New(os.Stderr)
+	}
+	return l.bars
+}
+
+// pull shows how much of a device has been pulled.
+func (l *migrationLog) pull(device string, done, total int64) {
+	if bars := l.reporter(); bars != nil {
+		bars.Report(device, done, total)
 	}
 }
 

@@ -8,6 +8,8 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"strconv"
@@ -48,6 +50,10 @@ any number of instances can run from one package. Without them the instance writ
 
 --package and --instance name two directories instead of listing every device; --device adds to what they give, or changes it.
 
+From a registry: with the address of a 'drafter registry' as --raddr, an instance of its package is started at once, and the package is pulled behind the running
+VM, into the files that the devices' bases name (or, with --package, into that directory). Every block is verified. Once all are here, the next start needs no
+network; until then, start with the same --raddr again.
+
 Live migration: start the instance with --laddr, and on the other host a peer with --raddr and the same list of devices. While the VM runs, its devices are
 copied; then it pauses for some milliseconds, and goes on there. What the target has already, because it has the package, is not sent. Whatever fails, the VM
 runs once: before the handoff it stays here, afterwards it is there. If the connection is lost in just that moment, this process keeps the VM paused
@@ -58,11 +64,14 @@ there ('drafter device export' gets it out). Its memory no longer fits its state
 ` + exitCodeHelp,
 		Example: `  drafter peer --raddr '' --laddr '' --package out/package --instance out/instance-0
   drafter peer --raddr '' --laddr localhost:1337 --package out/package --instance out/instance-0
-  drafter peer --raddr localhost:1337 --laddr '' --netns ark1 --package out/package --instance out/instance-1`,
+  drafter peer --raddr localhost:1337 --laddr '' --netns ark1 --package out/package --instance out/instance-1
+  drafter peer --raddr registry:1600 --laddr '' --package out/pulled --instance out/instance-2`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			ctx := cmd.Context()
-			if c.Devices, err = devices.resolve(cmd); err != nil {
+			if raddr != "" && devices.absent(cmd) {
+				c.Derive = devices.derive
+			} else if c.Devices, err = devices.resolve(cmd); err != nil {
 				return err
 			}
 			if raddr != "" && raddr == laddr {
@@ -79,7 +88,7 @@ there ('drafter device export' gets it out). Its memory no longer fits its state
 			c.ResumeTimeout = host.resumeTimeout
 			show := newMigrationLog()
 			defer show.close()
-			c.Hooks.OnState, c.Hooks.OnProgress = show.state, show.progress
+			c.Hooks.OnState, c.Hooks.OnProgress, c.Hooks.OnPull = show.state, show.progress, show.pull
 			p, err := peer.New(c)
 			if err != nil {
 				return err
@@ -179,9 +188,14 @@ func runPeer(ctx context.Context, p *peer.Peer, listener net.Listener, show *mig
 	} else {
 		close(served)
 	}
-	arrived := p.Arrived()
+	arrived, pulled := p.Arrived(), p.Pulled()
 	for {
 		select {
+		case <-pulled:
+			pulled = nil
+			if err := p.PullError(); err != nil {
+				slog.Error("The rest of the package cannot be pulled; the VM goes on with what it has, and fails where it lacks something", "error", err)
+			}
 		case <-arrived:
 			arrived = nil
 			if err := p.ArrivalError(); err != nil {
@@ -338,6 +352,24 @@ func (d *deviceFlags) resolve(cmd *cobra.Command) (list []peer.Device, err error
 	if err != nil {
 		return nil, err
 	}
+	return d.override(list)
+}
+
+// absent tells whether --package names a directory in which there is no package yet.
+func (d *deviceFlags) absent(cmd *cobra.Command) bool {
+	if d.pkg == "" || cmd.Flags().Changed("devices") {
+		return false
+	}
+	_, err := os.Stat(filepath.Join(d.pkg, vmm.PackageFile(vmm.Config)))
+	return errors.Is(err, os.ErrNotExist)
+}
+
+// derive is resolve for a package whose device names have come from elsewhere.
+func (d *deviceFlags) derive(names []string) ([]peer.Device, error) {
+	return d.override(peer.NewPackageDevices(names, d.pkg, d.instance))
+}
+
+func (d *deviceFlags) override(list []peer.Device) (_ []peer.Device, err error) {
 	for _, o := range d.overrides {
 		if list, err = override(list, o); err != nil {
 			return nil, &usageError{fmt.Errorf("--device %s: %w", o, err)}

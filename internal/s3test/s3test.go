@@ -1,0 +1,181 @@
+// Package s3test runs a real S3 server, versitygw, for tests, behind a proxy that fails as a test tells it.
+package s3test
+
+import (
+	"context"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"drafter/s3"
+)
+
+// Keys of the server.
+const (
+	AccessKey = "test-access"
+	SecretKey = "test-secret-of-the-server"
+)
+
+// Server is a running server with a bucket.
+type Server struct {
+	Endpoint string // of the proxy
+	Bucket   string
+	Dir      string // of the bucket's objects, as files
+
+	mu       sync.Mutex
+	fault    Fault
+	requests []string // methods and paths, since the last Requests
+}
+
+// Fault decides about a request before it reaches the server. What it returns is done: "" to pass it on, "cut" to close the connection, "lost" to close it
+// after the server has answered, "slow" to answer after a while, or a status code that the storage would answer with.
+type Fault func(r *http.Request) string
+
+// Program finds versitygw, or skips the test loudly.
+func Program(t testing.TB) string {
+	t.Helper()
+	path, err := exec.LookPath("versitygw")
+	if err != nil {
+		t.Skip("SKIPPED: versitygw is not on PATH; 'make tools' builds it in .cache/tools")
+	}
+	return path
+}
+
+// Start runs a server until the test ends.
+func Start(t testing.TB) *Server {
+	t.Helper()
+	program := Program(t)
+	dir := t.TempDir()
+	s := &Server{Bucket: "vms", Dir: filepath.Join(dir, "vms")}
+	if err := os.Mkdir(s.Dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	l, err := (&net.ListenConfig{}).Listen(context.Background(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	backend := l.Addr().String()
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(program, "--port", backend, "--quiet", "posix", dir)
+	cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY="+AccessKey, "ROOT_SECRET_KEY="+SecretKey)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	var output strings.Builder
+	cmd.Stdout, cmd.Stderr = &output, &output
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill() // it may have ended
+		_ = cmd.Wait()         // by that
+	})
+	s.await(t, backend, &output)
+	s.proxy(t, backend)
+	return s
+}
+
+func (s *Server) await(t testing.TB, addr string, output *strings.Builder) {
+	t.Helper()
+	for range 200 {
+		c, err := (&net.Dialer{}).DialContext(context.Background(), "tcp", addr)
+		if err == nil {
+			_ = c.Close() // nothing was sent
+			return
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	t.Fatalf("versitygw does not listen: %s", output)
+}
+
+// proxy passes requests on, unless the fault says otherwise.
+func (s *Server) proxy(t testing.TB, backend string) {
+	t.Helper()
+	l, err := (&net.ListenConfig{}).Listen(context.Background(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Endpoint = l.Addr().String()
+	forward := &httputil.ReverseProxy{
+		Rewrite: func(r *httputil.ProxyRequest) {
+			host := r.In.Host
+			r.SetURL(&url.URL{Scheme: "http", Host: backend})
+			r.Out.Host = host // it is signed
+		},
+		ErrorHandler: func(http.ResponseWriter, *http.Request, error) { panic(http.ErrAbortHandler) },
+	}
+	server := &http.Server{ReadHeaderTimeout: 10 * time.Second, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		s.mu.Lock()
+		fault := s.fault
+		s.requests = append(s.requests, r.Method+" "+strings.TrimPrefix(r.URL.Path, "/"+s.Bucket+"/"))
+		s.mu.Unlock()
+		what := ""
+		if fault != nil {
+			what = fault(r)
+		}
+		switch what {
+		case "":
+			forward.ServeHTTP(w, r)
+		case "cut":
+			panic(http.ErrAbortHandler)
+		case "lost":
+			forward.ServeHTTP(discard{http.Header{}}, r)
+			panic(http.ErrAbortHandler)
+		case "slow":
+			time.Sleep(500 * time.Millisecond)
+			forward.ServeHTTP(w, r)
+		case "429":
+			http.Error(w, "<Error><Code>SlowDown</Code></Error>", http.StatusTooManyRequests)
+		case "503":
+			http.Error(w, "<Error><Code>SlowDown</Code></Error>", http.StatusServiceUnavailable)
+		default:
+			http.Error(w, "<Error><Code>InternalError</Code></Error>", http.StatusInternalServerError)
+		}
+	})}
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		_ = server.Serve(l) // until it is closed
+	}()
+	t.Cleanup(func() {
+		_ = server.Close() // what it was doing is of no interest
+		<-served
+	})
+}
+
+// discard is an answer that gets lost.
+type discard struct{ header http.Header }
+
+func (d discard) Header() http.Header         { return d.header }
+func (d discard) Write(p []byte) (int, error) { return len(p), nil }
+func (d discard) WriteHeader(int)             {}
+
+// Fail sets what becomes of requests from now on; nil for none.
+func (s *Server) Fail(f Fault) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.fault = f
+}
+
+// Requests returns what was asked since the last call.
+func (s *Server) Requests() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := s.requests
+	s.requests = nil
+	return r
+}
+
+// Place is one in the server's bucket.
+func (s *Server) Place(prefix string) s3.Place {
+	return s3.Place{Endpoint: s.Endpoint, Bucket: s.Bucket, Prefix: prefix, AccessKey: AccessKey, SecretKey: SecretKey}
+}

@@ -1,0 +1,357 @@
+package peer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/dustin/go-humanize"
+	"github.com/google/uuid"
+
+	"drafter/block"
+	"drafter/migrate"
+	"drafter/s3"
+	"drafter/vmm"
+	"drafter/wire"
+)
+
+// defaultSyncInterval is the pause between two syncs to S3.
+const defaultSyncInterval = 30 * time.Second
+
+// place is where the instance is kept, if any of its devices says s3sync.
+func (p *Peer) place() (place s3.Place, ok bool, err error) {
+	for i := range p.config.Devices {
+		d := &p.config.Devices[i]
+		if !d.S3Sync {
+			continue
+		}
+		next := d.place()
+		next.Concurrency = max(next.Concurrency, place.Concurrency)
+		if ok {
+			place.Concurrency = next.Concurrency
+		}
+		if ok && next != place {
+			return place, false, fmt.Errorf("device %s: it is synced to another place than the devices before; what belongs together must be in one place", d.Name)
+		}
+		place, ok = next, true
+	}
+	return place, ok, nil
+}
+
+// syncer backs an instance up.
+type syncer struct {
+	mu       sync.Mutex // held by Sync while it works, and by the last sync
+	writer   *s3.Writer
+	baseline migrate.Baseline
+	staged   *staged // a copy that has not been written yet
+	failed   error   // for good
+}
+
+// openStore connects with where the instance is backed up, if it is: what is wrong with that is said before anything happens.
+func (p *Peer) openStore(ctx context.Context) error {
+	place, ok, err := p.place()
+	if err != nil || !ok || p.syncer != nil {
+		return err
+	}
+	store, err := s3.Open(ctx, place)
+	if err != nil {
+		return err
+	}
+	writer, err := store.NewWriter(ctx)
+	if err != nil {
+		store.Close()
+		return err
+	}
+	p.syncer = &syncer{writer: writer}
+	return nil
+}
+
+// closeStore ends the backups.
+func (p *Peer) closeStore() error {
+	if p.syncer == nil {
+		return nil
+	}
+	s := p.syncer
+	p.syncer = nil
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.baseline.Forget()
+	return errors.Join(s.drop(), s.writer.Close())
+}
+
+// Sync backs the devices that say s3sync up to their object storage, over and over, until ctx ends or the VM has moved away: each time the VM is paused as for a
+// handoff, and what has changed is uploaded while it goes on. A failure is logged, and tried again; the error that Sync returns is for good. Suspend makes the
+// last backup.
+func (p *Peer) Sync(ctx context.Context) error {
+	if p.syncer == nil {
+		return nil
+	}
+	if pulled := p.Pulled(); pulled != nil {
+		select { // reading all of it now would hold up the VM
+		case <-pulled:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+	source, err := p.migratable(ctx)
+	if err != nil || source == nil {
+		return err
+	}
+	interval := p.config.SyncInterval
+	if interval == 0 {
+		interval = defaultSyncInterval
+	}
+	for {
+		err := p.syncer.sync(ctx, p, source)
+		switch {
+		case ctx.Err() != nil || source.State() == migrate.Moved:
+			return nil
+		case errors.Is(err, s3.ErrSuperseded):
+			return err
+		case err != nil:
+			slog.Error("Not synced to S3; what is there is the backup before", "lastSync", p.syncer.last(), "error", err)
+		}
+		select {
+		case <-time.After(interval):
+		case <-source.Gone():
+			return nil
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// last is the moment of the latest backup, for people.
+func (s *syncer) last() string {
+	if m := s.writer.Moment(); !m.IsZero() {
+		return m.Format(time.RFC3339Nano)
+	}
+	return "never"
+}
+
+// sync makes one backup. A copy that could not be written is written first, before a new one is made.
+func (s *syncer) sync(ctx context.Context, p *Peer, source *migrate.Source) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.failed != nil {
+		return s.failed
+	}
+	start := time.Now()
+	var paused time.Duration
+	if s.staged == nil {
+		held := s.baseline.Held()
+		c := &staged{p: p, whole: !held, moment: start}
+		stats, err := source.Copy(ctx, c, &s.baseline)
+		if err != nil {
+			return errors.Join(fmt.Errorf("copy the VM: %w", err), c.close())
+		}
+		s.staged, paused = c, stats.Paused
+	}
+	written, err := s.writer.Write(ctx, s.staged.moment, s.staged.list())
+	if errors.Is(err, s3.ErrSuperseded) {
+		s.failed = err
+	}
+	if err != nil {
+		return err
+	}
+	slog.Info("Synced to S3", "moment", s.staged.moment.Format(time.RFC3339Nano), "changed", humanize.IBytes(uint64(written.Changed)), "uploaded", humanize.IBytes(uint64(written.Uploaded)),
+		"paused", paused.Round(10*time.Microsecond), "took", time.Since(start).Round(time.Millisecond))
+	s.collect(ctx, p)
+	return s.drop()
+}
+
+// collect deletes what no backup needs any more, unless the instance itself still pulls from one.
+func (s *syncer) collect(ctx context.Context, p *Peer) {
+	if pulled := p.Pulled(); pulled != nil {
+		select {
+		case <-pulled:
+		default:
+			return
+		}
+	}
+	s.writer.Collect(ctx)
+}
+
+// drop frees the staged copy.
+func (s *syncer) drop() error {
+	if s.staged == nil {
+		return nil
+	}
+	c := s.staged
+	s.staged = nil
+	return c.close()
+}
+
+// finish makes the backup of a suspended VM, straight from its devices.
+func (s *syncer) finish(ctx context.Context, p *Peer) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.failed != nil {
+		return s.failed
+	}
+	start := time.Now()
+	known := s.baseline.Held() && s.staged == nil
+	var list []s3.Device
+	for i := range p.config.Devices {
+		d := &p.config.Devices[i]
+		stack := p.devices[d.Name]
+		if !d.S3Sync || stack == nil {
+			continue
+		}
+		sd := s3.Device{Name: d.Name, Device: stack}
+		content, _ := s.writer.Content(d.Name)
+		switch {
+		case known:
+			if pages := s.baseline.Changed(stack.Tracker); pages != nil {
+				sd.Changed = contentBlocks(pages, block.PageSize, stack.Size())
+			}
+		case stack.overlay != nil && stack.base != block.ID{} && stack.base == content:
+			sd.Changed = contentBlocks(stack.overlay.Present(), d.blockSize(), stack.Size())
+		}
+		list = append(list, sd)
+	}
+	written, err := s.writer.Write(ctx, start, list)
+	if err != nil {
+		return fmt.Errorf("the VM is suspended here, but not synced to S3, where it is as of %s: %w", s.last(), err)
+	}
+	slog.Info("Synced suspended VM to S3", "moment", start.Format(time.RFC3339Nano), "changed", humanize.IBytes(uint64(written.Changed)), "uploaded", humanize.IBytes(uint64(written.Uploaded)),
+		"took", time.Since(start).Round(time.Millisecond))
+	s.collect(ctx, p)
+	return nil
+}
+
+// contentBlocks widens a set of units, of so many bytes, to whole blocks of content.
+func contentBlocks(units *block.Bitmap, unit, size int64) *block.Bitmap {
+	blocks := block.NewBitmap((size + block.ContentBlockSize - 1) / block.ContentBlockSize)
+	for first := units.Next(0); first < units.Len(); first = units.Next(first) {
+		_, end := units.Run(first, units.Len())
+		blocks.SetRange(first*unit/block.ContentBlockSize, min((end*unit+block.ContentBlockSize-1)/block.ContentBlockSize, blocks.Len()))
+		first = end
+	}
+	return blocks
+}
+
+// staged is a copy of the VM that waits to be uploaded: all of it, or what has changed since the one before. It implements [migrate.TargetVM].
+type staged struct {
+	p         *Peer
+	whole     bool
+	moment    time.Time
+	id        string
+	migration uuid.UUID
+	names     []string
+	files     map[string]*recorder
+}
+
+// recorder is a file without a name that notes which blocks were written.
+type recorder struct {
+	*block.File
+	written *block.Bitmap // of content blocks
+}
+
+func (r *recorder) note(off, length int64) {
+	r.written.SetRange(off/block.ContentBlockSize, (off+length+block.ContentBlockSize-1)/block.ContentBlockSize)
+}
+
+// WriteAt implements [block.Device].
+func (r *recorder) WriteAt(p []byte, off int64) (int, error) {
+	r.note(off, int64(len(p)))
+	return r.File.WriteAt(p, off)
+}
+
+// Trim implements [block.Trimmer].
+func (r *recorder) Trim(off, length int64) error {
+	r.note(off, length)
+	return r.File.Trim(off, length)
+}
+
+// Accept implements [migrate.TargetVM].
+func (c *staged) Accept(_ context.Context, m wire.Manifest, migration uuid.UUID) ([]migrate.TargetDevice, error) {
+	config, err := vmm.DecodePackageConfig(m.Config)
+	if err != nil {
+		return nil, err
+	}
+	c.id, c.migration, c.files = config.ID, migration, map[string]*recorder{}
+	var devices []migrate.TargetDevice
+	for _, offered := range m.Devices {
+		d := c.device(offered.Name)
+		if d == nil || !d.S3Sync {
+			devices = append(devices, migrate.TargetDevice{Held: wire.Unwanted})
+			continue
+		}
+		f, err := block.CreateUnnamed(d.stagingDir(), offered.Size)
+		if err != nil {
+			return nil, fmt.Errorf("device %s: %w", d.Name, err)
+		}
+		c.names = append(c.names, d.Name)
+		c.files[d.Name] = &recorder{f, block.NewBitmap((offered.Size + block.ContentBlockSize - 1) / block.ContentBlockSize)}
+		devices = append(devices, migrate.TargetDevice{Held: wire.HoldsNothing, Device: block.NewIncoming(c.files[d.Name], false)})
+	}
+	return devices, nil
+}
+
+func (c *staged) device(name string) *Device {
+	for i := range c.p.config.Devices {
+		if c.p.config.Devices[i].Name == name {
+			return &c.p.config.Devices[i]
+		}
+	}
+	return nil
+}
+
+// Start implements [migrate.TargetVM]. A copy is never started.
+func (c *staged) Start(context.Context) error { return nil }
+
+// Restore implements [migrate.TargetVM].
+func (c *staged) Restore(context.Context, uuid.UUID) error { return nil }
+
+// Resume implements [migrate.TargetVM].
+func (c *staged) Resume(context.Context) error { return nil }
+
+// Complete implements [migrate.TargetVM]. The copy is that of a VM that was suspended.
+func (c *staged) Complete(context.Context) error {
+	d := c.files[vmm.State]
+	if d == nil {
+		return nil
+	}
+	if _, err := vmm.ReadMigratedState(d, c.id, c.migration); err != nil {
+		return fmt.Errorf("device %s: %w", vmm.State, err)
+	}
+	return vmm.MarkState(d, vmm.Suspended)
+}
+
+// Discard implements [migrate.TargetVM].
+func (c *staged) Discard(context.Context) error { return nil }
+
+// list is what is to be written.
+func (c *staged) list() []s3.Device {
+	var list []s3.Device
+	for _, name := range c.names {
+		d := s3.Device{Name: name, Device: c.files[name], Changed: c.files[name].written}
+		if c.whole {
+			d.Changed = nil
+		}
+		list = append(list, d)
+	}
+	return list
+}
+
+func (c *staged) close() error {
+	var errs []error
+	for _, f := range c.files {
+		errs = append(errs, f.Close())
+	}
+	c.files = nil
+	return errors.Join(errs...)
+}
+
+// stagingDir is on the file system that the device's changes are on.
+func (d *Device) stagingDir() string {
+	if d.Overlay != "" {
+		return filepath.Dir(d.Overlay)
+	}
+	return filepath.Dir(d.Base)
+}

@@ -1,0 +1,174 @@
+// Package registry serves the devices of a package to any number of targets at once, read-only. A peer that connects starts an instance over them at once, and
+// pulls what is missing behind the running VM.
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"path/filepath"
+
+	"golang.org/x/sync/errgroup"
+
+	"drafter/block"
+	"drafter/migrate"
+	"drafter/vmm"
+)
+
+// Device is one device to serve.
+type Device struct {
+	Name      string `json:"name"`
+	Input     string `json:"input"`     // its file, which must not change while it is served
+	BlockSize int64  `json:"blockSize"` // bytes; a hint for those who pull it
+}
+
+// PackageDevices derives the devices of a registry from the directory of a package.
+func PackageDevices(dir string) ([]Device, error) {
+	names, files, err := vmm.PackageFiles(dir)
+	if err != nil {
+		return nil, err
+	}
+	var devices []Device
+	for _, name := range names {
+		devices = append(devices, Device{Name: name, Input: filepath.Join(dir, files[name]), BlockSize: block.ContentBlockSize})
+	}
+	return devices, nil
+}
+
+// Config says what to serve.
+type Config struct {
+	Devices     []Device
+	Connections int // how many are served at once, at least 1; a target has two, and each takes some 2 MiB
+	Limits      migrate.Limits
+}
+
+// Registry serves one package.
+type Registry struct {
+	config  Config
+	files   []*block.File
+	offered []migrate.OfferedDevice
+	offer   *migrate.Offer
+}
+
+// Open opens the devices and reads all of each whose content is not known yet. Close the registry.
+func Open(ctx context.Context, c Config) (_ *Registry, err error) {
+	if c.Connections < 1 {
+		return nil, fmt.Errorf("%d connections at once are not enough to serve anybody", c.Connections)
+	}
+	if len(c.Devices) == 0 {
+		return nil, errors.New("there are no devices to serve")
+	}
+	seen := map[string]bool{}
+	for _, d := range c.Devices {
+		if err := vmm.CheckDeviceName(d.Name); err != nil {
+			return nil, err
+		}
+		if seen[d.Name] {
+			return nil, fmt.Errorf("device %s is listed twice", d.Name)
+		}
+		seen[d.Name] = true
+		if err := block.CheckBlockSize(d.BlockSize); err != nil {
+			return nil, fmt.Errorf("device %s: %w", d.Name, err)
+		}
+	}
+	r := &Registry{config: c, files: make([]*block.File, len(c.Devices)), offered: make([]migrate.OfferedDevice, len(c.Devices))}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, r.Close())
+		}
+	}()
+	g, ctx := errgroup.WithContext(ctx)
+	for i, d := range c.Devices {
+		g.Go(func() (err error) {
+			if r.files[i], err = block.OpenFile(d.Input, true); err != nil {
+				return fmt.Errorf("device %s: %w", d.Name, err)
+			}
+			if err := r.files[i].Lock(false); err != nil {
+				return fmt.Errorf("device %s: %s is %w; serve a package that no instance writes to", d.Name, d.Input, err)
+			}
+			contents, err := block.FileContents(ctx, d.Input)
+			if err != nil {
+				return fmt.Errorf("device %s: %w", d.Name, err)
+			}
+			r.offered[i] = migrate.OfferedDevice{Name: d.Name, Device: r.files[i], BlockSize: d.BlockSize, Contents: contents}
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	if err := checkSizes(r.offered); err != nil {
+		return nil, err
+	}
+	r.offer, err = migrate.NewOffer(r.offered, c.Limits)
+	return r, err
+}
+
+// checkSizes compares the devices with the config device, if that is one of them.
+func checkSizes(offered []migrate.OfferedDevice) error {
+	sizes := map[string]int64{}
+	var config []byte
+	for _, d := range offered {
+		sizes[d.Name] = d.Device.Size()
+		if d.Name == vmm.Config {
+			config = make([]byte, d.Device.Size())
+			if _, err := d.Device.ReadAt(config, 0); err != nil {
+				return fmt.Errorf("read config device: %w", err)
+			}
+		}
+	}
+	if config == nil {
+		return nil
+	}
+	listed, err := vmm.DecodePackageConfig(config)
+	if err != nil {
+		return fmt.Errorf("config device: %w", err)
+	}
+	for _, d := range listed.Devices {
+		if size, ok := sizes[d.Name]; ok && size < d.Size {
+			return fmt.Errorf("device %s has %d bytes, but its package says %d; serve files of one package", d.Name, size, d.Size)
+		}
+	}
+	return nil
+}
+
+// ServedDevice describes a device that is served.
+type ServedDevice struct {
+	Name    string
+	Size    int64 // bytes
+	Content block.ID
+}
+
+// Devices are the devices that are served.
+func (r *Registry) Devices() []ServedDevice {
+	var devices []ServedDevice
+	for _, d := range r.offered {
+		devices = append(devices, ServedDevice{d.Name, d.Device.Size(), d.Contents.Device})
+	}
+	return devices
+}
+
+// Serve serves targets until ctx ends. It is called once.
+func (r *Registry) Serve(ctx context.Context, accept migrate.Accept) {
+	migrate.AcceptAll(ctx, accept, r.config.Connections, func(ctx context.Context, stream io.ReadWriteCloser) {
+		if err := r.offer.Handle(ctx, stream); err != nil && ctx.Err() == nil {
+			slog.Warn("A connection with a target failed", "error", err)
+		}
+	})
+}
+
+// Close frees the devices, once Serve has returned.
+func (r *Registry) Close() error {
+	var errs []error
+	if r.offer != nil {
+		errs = append(errs, r.offer.Close())
+	}
+	for _, f := range r.files {
+		if f != nil {
+			errs = append(errs, f.Close())
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,233 @@
+// Package s3 keeps the devices of an instance in an object storage that speaks the S3 protocol: what changes is uploaded in packs of blocks, and a manifest,
+// written last, says what belongs together. Whoever reads finds the devices as they were in one moment.
+//
+// Below the prefix of a [Place] there are
+//
+//	manifest.json  what is there: one JSON object, replaced as a whole, only by the writer that knows the one before
+//	index/UUID     of one device: where each of its blocks is; see index
+//	packs/UUID     up to some 8 MiB of blocks, each compressed by itself, in any order
+package s3
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/minio/minio-go/v7"
+	"github.com/minio/minio-go/v7/pkg/credentials"
+)
+
+// Place is where an instance is kept. Without keys, the credentials are those of the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN,
+// or MINIO_…) or of the files that the AWS and MinIO command lines use.
+type Place struct {
+	Endpoint    string // HOST or HOST:PORT
+	Secure      bool   // whether to use TLS
+	Bucket      string // must exist
+	Prefix      string // of the names of all objects
+	AccessKey   string
+	SecretKey   string
+	Concurrency int // uploads at once; 0: 4. Each takes some 8 MiB
+}
+
+// String names the place without its keys.
+func (p Place) String() string {
+	name := "s3://" + p.Bucket
+	if p.Prefix != "" {
+		name += "/" + p.Prefix
+	}
+	return name
+}
+
+// Check refuses what cannot be a place.
+func (p Place) Check() error {
+	switch {
+	case p.Bucket == "":
+		return errors.New("s3bucket is missing; name a bucket that exists")
+	case p.Endpoint == "":
+		return errors.New("s3endpoint is missing; name the storage's HOST:PORT, such as s3.amazonaws.com")
+	case strings.Contains(p.Endpoint, "/"):
+		return fmt.Errorf("s3endpoint %q must be HOST or HOST:PORT; say with s3secure whether it speaks TLS", p.Endpoint)
+	case (p.AccessKey == "") != (p.SecretKey == ""):
+		return errors.New("s3accesskey and s3secretkey belong together; give both, or none to use those of the environment")
+	case p.Concurrency < 0 || p.Concurrency > 1000:
+		return fmt.Errorf("s3concurrency %d is not in 0…1000", p.Concurrency)
+	case strings.HasPrefix(p.Prefix, "/") || strings.HasSuffix(p.Prefix, "/"):
+		return fmt.Errorf("s3prefix %q must not begin or end with a slash", p.Prefix)
+	}
+	return nil
+}
+
+// Store is a place that has answered. Its methods are safe for concurrent use.
+type Store struct {
+	place  Place
+	client *minio.Client
+}
+
+// How long things may take before they are tried again, and how often.
+const (
+	attempts       = 8
+	firstWait      = 200 * time.Millisecond
+	lastWait       = 10 * time.Second
+	attemptTimeout = time.Minute // of one request of at most a pack
+	headerTimeout  = 20 * time.Second
+)
+
+// Open connects with a place, and fails if it does not exist or refuses the credentials.
+func Open(ctx context.Context, p Place) (*Store, error) {
+	if err := p.Check(); err != nil {
+		return nil, err
+	}
+	if p.Concurrency == 0 {
+		p.Concurrency = 4
+	}
+	providers := []credentials.Provider{&credentials.EnvAWS{}, &credentials.EnvMinio{}, &credentials.FileAWSCredentials{}, &credentials.FileMinioClient{}}
+	if p.AccessKey != "" {
+		providers = []credentials.Provider{&credentials.Static{Value: credentials.Value{AccessKeyID: p.AccessKey, SecretAccessKey: p.SecretKey, SignerType: credentials.SignatureV4}}}
+	}
+	creds := credentials.NewChainCredentials(providers)
+	if v, err := creds.GetWithContext(nil); err != nil || v.AccessKeyID == "" {
+		return nil, fmt.Errorf("%s: there are no credentials; set s3accesskey and s3secretkey, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment", p)
+	}
+	client, err := minio.New(p.Endpoint, &minio.Options{
+		Creds: creds, Secure: p.Secure, Region: os.Getenv("AWS_REGION"), MaxRetries: 1,
+		Transport: &http.Transport{
+			Proxy:           http.ProxyFromEnvironment,
+			DialContext:     (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 15 * time.Second}).DialContext,
+			TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12}, TLSHandshakeTimeout: 10 * time.Second,
+			ResponseHeaderTimeout: headerTimeout, ExpectContinueTimeout: 5 * time.Second,
+			MaxIdleConnsPerHost: 2 * p.Concurrency, IdleConnTimeout: time.Minute, DisableCompression: true,
+		},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", p, err)
+	}
+	s := &Store{p, client}
+	err = s.try(ctx, 3, func(ctx context.Context) error {
+		for object := range client.ListObjects(ctx, p.Bucket, minio.ListObjectsOptions{Prefix: s.key("manifest.json"), MaxKeys: 1}) {
+			return object.Err
+		}
+		return nil
+	})
+	if err != nil {
+		s.Close()
+		return nil, s.explain(err)
+	}
+	return s, nil
+}
+
+// Place is what the store was opened with.
+func (s *Store) Place() Place { return s.place }
+
+// Close frees idle connections.
+func (s *Store) Close() { s.client.CredContext().Client.CloseIdleConnections() }
+
+func (s *Store) key(name string) string {
+	if s.place.Prefix == "" {
+		return name
+	}
+	return s.place.Prefix + "/" + name
+}
+
+// explain makes an error that says what to do about it.
+func (s *Store) explain(err error) error {
+	var response minio.ErrorResponse
+	if errors.As(err, &response) {
+		switch {
+		case response.Code == minio.NoSuchBucket:
+			return fmt.Errorf("%s: bucket %s does not exist at %s; make it, or name another in s3bucket", s.place, s.place.Bucket, s.place.Endpoint)
+		case response.Code == "InvalidAccessKeyId", response.StatusCode == http.StatusForbidden, response.StatusCode == http.StatusUnauthorized:
+			return fmt.Errorf("%s: %s refuses the credentials (%s); see to s3accesskey and s3secretkey, or those of the environment, and to what they may do in that bucket", s.place, s.place.Endpoint, response.Code)
+		}
+	}
+	return fmt.Errorf("%s at %s: %w", s.place, s.place.Endpoint, err)
+}
+
+// permanent tells whether another attempt would fail as well.
+func permanent(err error) bool {
+	var response minio.ErrorResponse
+	if !errors.As(err, &response) {
+		return errors.Is(err, ErrSuperseded)
+	}
+	switch response.Code {
+	case "SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "ConditionalRequestConflict", "OperationAborted", "XMinioServerNotInitialized":
+		return false
+	}
+	return response.StatusCode >= 400 && response.StatusCode < 500 && response.StatusCode != http.StatusTooManyRequests && response.StatusCode != http.StatusRequestTimeout
+}
+
+// try calls f until it succeeds, but only so often, with pauses that grow.
+func (s *Store) try(ctx context.Context, times int, f func(context.Context) error) error {
+	wait := firstWait
+	for i := 1; ; i++ {
+		err := func() error {
+			ctx, cancel := context.WithTimeoutCause(ctx, attemptTimeout, fmt.Errorf("not done after %s", attemptTimeout))
+			defer cancel()
+			return f(ctx)
+		}()
+		if err == nil || ctx.Err() != nil || permanent(err) || i == times {
+			return err
+		}
+		select {
+		case <-time.After(wait/2 + rand.N(wait)):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		wait = min(2*wait, lastWait)
+	}
+}
+
+// put writes an object.
+func (s *Store) put(ctx context.Context, name string, data []byte, options minio.PutObjectOptions) (etag string, err error) {
+	options.SendContentMd5, options.DisableMultipart = true, true
+	info, err := s.client.PutObject(ctx, s.place.Bucket, s.key(name), bytes.NewReader(data), int64(len(data)), options)
+	return info.ETag, err
+}
+
+// get reads n bytes of an object at off, or all up to limit with n 0.
+func (s *Store) get(ctx context.Context, name string, off, n, limit int64) (data []byte, etag string, err error) {
+	var options minio.GetObjectOptions
+	if n > 0 {
+		if err := options.SetRange(off, off+n-1); err != nil {
+			return nil, "", err
+		}
+	}
+	core := minio.Core{Client: s.client}
+	body, info, _, err := core.GetObject(ctx, s.place.Bucket, s.key(name), options)
+	if err != nil {
+		return nil, "", err
+	}
+	defer body.Close()
+	if n > 0 {
+		data = make([]byte, n)
+		if _, err := io.ReadFull(body, data); err != nil {
+			return nil, "", fmt.Errorf("read %s: %w", name, err)
+		}
+		return data, info.ETag, nil
+	}
+	if data, err = io.ReadAll(io.LimitReader(body, limit+1)); err != nil {
+		return nil, "", fmt.Errorf("read %s: %w", name, err)
+	}
+	if int64(len(data)) > limit {
+		return nil, "", fmt.Errorf("%s has more than %d bytes", name, limit)
+	}
+	return data, info.ETag, nil
+}
+
+func notFound(err error) bool {
+	var response minio.ErrorResponse
+	return errors.As(err, &response) && (response.Code == minio.NoSuchKey || response.StatusCode == http.StatusNotFound && response.Code != minio.NoSuchBucket)
+}
+
+func conflict(err error) bool {
+	var response minio.ErrorResponse
+	return errors.As(err, &response) && response.StatusCode == http.StatusPreconditionFailed
+}
