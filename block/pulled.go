@@ -35,6 +35,7 @@ const (
 
 	firstRetry = 100 * time.Millisecond
 	lastRetry  = 2 * time.Second
+	noticeable = 4 // attempts that fail before it is said
 )
 
 // Pulled is a read-only device in a file that is filled from elsewhere, with what is read and, by Fill, with all the rest. Every block is verified by its
@@ -244,7 +245,7 @@ func (d *Pulled) fetch(f *flight, first, end int64, urgent bool) {
 	p := make([]byte, d.length(first, end))
 	wait := firstRetry
 	var err error
-	for {
+	for attempt := 1; ; attempt++ {
 		if err = d.remote.Fetcher.Fetch(d.ctx, first, p, urgent); err == nil {
 			err = d.store(first, p)
 			break
@@ -252,7 +253,9 @@ func (d *Pulled) fetch(f *flight, first, end int64, urgent bool) {
 		if errors.Is(err, ErrReplaced) || d.ctx.Err() != nil {
 			break
 		}
-		d.delay(err)
+		if attempt == noticeable {
+			d.delay(err)
+		}
 		select {
 		case <-time.After(wait):
 		case <-d.ctx.Done():

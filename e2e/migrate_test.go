@@ -45,6 +45,7 @@ type load struct {
 	mu    sync.Mutex
 	addrs []string
 	acked []int
+	times []time.Time // of the acknowledgements
 	stop  context.CancelFunc
 	wg    sync.WaitGroup
 	gap   time.Duration // the longest time between two acknowledgements
@@ -69,7 +70,7 @@ func startLoad(ctx context.Context, addrs ...string) *load {
 				continue
 			}
 			l.mu.Lock()
-			l.acked = append(l.acked, i)
+			l.acked, l.times = append(l.acked, i), append(l.times, time.Now())
 			l.gap = max(l.gap, time.Since(last))
 			l.mu.Unlock()
 			last = time.Now()

@@ -301,6 +301,9 @@ func (p *Peer) Suspend(ctx context.Context) error {
 	if err := p.awaitArrival(ctx); err != nil {
 		return fmt.Errorf("suspend: %w", err)
 	}
+	if err := p.awaitBackup(ctx); err != nil {
+		return fmt.Errorf("suspend: %w", err)
+	}
 	saved, err := p.instance.Suspend(ctx, p.config.RescueTimeout)
 	if err = errors.Join(err, p.exposure.Failed()); !saved {
 		return err

@@ -224,6 +224,26 @@ func (s *syncer) finish(ctx context.Context, p *Peer) error {
 	return nil
 }
 
+// awaitBackup waits until all that is pulled is here, if the next backup may replace what it is pulled from.
+func (p *Peer) awaitBackup(ctx context.Context) error {
+	pulled := p.Pulled()
+	if pulled == nil || p.syncer == nil {
+		return nil
+	}
+	select {
+	case <-pulled:
+		return nil
+	default:
+	}
+	slog.Info("Waiting until all of the backup is here")
+	select {
+	case <-pulled:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("the backup that the instance was started from is not wholly here: %w", context.Cause(ctx))
+	}
+}
+
 // contentBlocks widens a set of units, of so many bytes, to whole blocks of content.
 func contentBlocks(units *block.Bitmap, unit, size int64) *block.Bitmap {
 	blocks := block.NewBitmap((size + block.ContentBlockSize - 1) / block.ContentBlockSize)

@@ -150,6 +150,7 @@ func (f *fetcher) fetchRun(ctx context.Context, first int64, p []byte) (int64, e
 			continue
 		}
 		got, err := f.backup.decoder.DecodeAll(stored, want[:0:len(want)])
+		copy(want, got) // which is where it is already, but for damaged packs
 		if err != nil {
 			return 0, fmt.Errorf("%s: block %d of device %s: %w", f.backup.store.place, b, f.device.name, err)
 		}

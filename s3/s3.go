@@ -144,7 +144,7 @@ func (s *Store) explain(err error) error {
 		switch {
 		case response.Code == minio.NoSuchBucket:
 			return fmt.Errorf("%s: bucket %s does not exist at %s; make it, or name another in s3bucket", s.place, s.place.Bucket, s.place.Endpoint)
-		case response.Code == "InvalidAccessKeyId", response.StatusCode == http.StatusForbidden, response.StatusCode == http.StatusUnauthorized:
+		case response.Code == "InvalidAccessKeyId", response.Code == "XAdminUserNotFound", response.StatusCode == http.StatusForbidden, response.StatusCode == http.StatusUnauthorized:
 			return fmt.Errorf("%s: %s refuses the credentials (%s); see to s3accesskey and s3secretkey, or those of the environment, and to what they may do in that bucket", s.place, s.place.Endpoint, response.Code)
 		}
 	}

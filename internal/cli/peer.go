@@ -34,6 +34,9 @@ func newPeer() *cobra.Command {
 		devices      deviceFlags
 		transport    transportFlags
 		limits       limitFlags
+		storage      storageFlags
+		origin       originFlags
+		backup       syncFlags
 		c            peer.Config
 		raddr, laddr string
 		metrics      string
@@ -52,7 +55,12 @@ any number of instances can run from one package. Without them the instance writ
 
 From a registry: with the address of a 'drafter registry' as --raddr, an instance of its package is started at once, and the package is pulled behind the running
 VM, into the files that the devices' bases name (or, with --package, into that directory). Every block is verified. Once all are here, the next start needs no
-network; until then, start with the same --raddr again.
+network; until then, start with the same --raddr again. --package docker://NAME:TAG does the same with a package that 'drafter push' has stored in an OCI
+registry, in a directory below --package-cache.
+
+Backups: with --s3-sync s3://BUCKET/PREFIX, or the fields s3… of --devices, the instance is backed up to an object storage: at once, after every --s3-interval, and
+when it is suspended. Only what has changed is uploaded; what is there is always one moment's, that of the last line "Synced to S3". When the host is
+lost, start it elsewhere from there: --package s3://BUCKET/PREFIX.
 
 Live migration: start the instance with --laddr, and on the other host a peer with --raddr and the same list of devices. While the VM runs, its devices are
 copied; then it pauses for some milliseconds, and goes on there. What the target has already, because it has the package, is not sent. Whatever fails, the VM
@@ -65,15 +73,44 @@ there ('drafter device export' gets it out). Its memory no longer fits its state
 		Example: `  drafter peer --raddr '' --laddr '' --package out/package --instance out/instance-0
   drafter peer --raddr '' --laddr localhost:1337 --package out/package --instance out/instance-0
   drafter peer --raddr localhost:1337 --laddr '' --netns ark1 --package out/package --instance out/instance-1
-  drafter peer --raddr registry:1600 --laddr '' --package out/pulled --instance out/instance-2`,
+  drafter peer --raddr registry:1600 --laddr '' --package out/pulled --instance out/instance-2
+  drafter peer --raddr '' --laddr '' --package out/package --instance out/instance-3 --s3-sync s3://vms/instance-3
+  drafter peer --raddr '' --laddr '' --package s3://vms/instance-3 --instance out/restored --s3-sync s3://vms/instance-3`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			ctx := cmd.Context()
-			if raddr != "" && devices.absent(cmd) {
-				c.Derive = devices.derive
-			} else if c.Devices, err = devices.resolve(cmd); err != nil {
-				return err
+			var open openOrigin
+			if isReference(devices.pkg) {
+				if !cmd.Flags().Changed("raddr") {
+					raddr = ""
+				}
+				if raddr != "" {
+					return &usageError{errors.New("--package says where the VM comes from, and so does --raddr; pass --raddr ''")}
+				}
+				if devices.pkg, open, err = resolveOrigin(ctx, devices.pkg, devices.instance, &storage, &origin); err != nil {
+					return err
+				}
 			}
+			if (raddr != "" || open != nil) && devices.absent(cmd) {
+				c.Derive = func(names []string) ([]peer.Device, error) {
+					list, err := devices.derive(names)
+					if err != nil {
+						return nil, err
+					}
+					return list, backup.apply(list, &storage)
+				}
+				if _, err := c.Derive([]string{vmm.Config}); err != nil { // what is wrong with the flags is said now
+					return err
+				}
+			} else {
+				if c.Devices, err = devices.resolve(cmd); err != nil {
+					return err
+				}
+				if err := backup.apply(c.Devices, &storage); err != nil {
+					return err
+				}
+			}
+			c.SyncInterval = backup.interval
 			if raddr != "" && raddr == laddr {
 				return &usageError{fmt.Errorf("--raddr and --laddr are both %s; pass --raddr '' to start the VM here, or --laddr '' (or another address) to receive it from there", raddr)}
 			}
@@ -106,7 +143,12 @@ there ('drafter device export' gets it out). Its memory no longer fits its state
 				return err
 			}
 			defer func() { err = errors.Join(err, stopMetrics()) }()
-			if raddr == "" {
+			if open != nil {
+				var o peer.Origin
+				if o, err = open(ctx); err == nil {
+					err = p.Pull(ctx, o)
+				}
+			} else if raddr == "" {
 				err = p.Resume(ctx)
 			} else {
 				var dial migrate.Dial
@@ -124,6 +166,9 @@ there ('drafter device export' gets it out). Its memory no longer fits its state
 	devices.add(cmd)
 	transport.add(cmd)
 	limits.add(cmd)
+	storage.add(cmd)
+	origin.add(cmd)
+	backup.add(cmd)
 	f := cmd.Flags()
 	f.StringVar(&c.Expose, "expose", expose.Auto, "How the VMM gets at the devices: auto, fuse or nbd")
 	f.StringVar(&raddr, "raddr", "localhost:1337", "Remote address to connect to: HOST:PORT or unix:PATH (leave empty to disable)")
@@ -188,6 +233,9 @@ func runPeer(ctx context.Context, p *peer.Peer, listener net.Listener, show *mig
 	} else {
 		close(served)
 	}
+	synced := make(chan error, 1)
+	go func() { synced <- p.Sync(sctx) }()
+	defer func() { stop(); <-orClosed(synced) }()
 	arrived, pulled := p.Arrived(), p.Pulled()
 	for {
 		select {
@@ -200,6 +248,11 @@ func runPeer(ctx context.Context, p *peer.Peer, listener net.Listener, show *mig
 			arrived = nil
 			if err := p.ArrivalError(); err != nil {
 				slog.Error("The rest of the VM has not arrived; it goes on with what it has, and stands still where it lacks something", "error", err)
+			}
+		case err := <-synced:
+			synced = nil
+			if err != nil {
+				slog.Error("The VM is not backed up any more", "error", err)
 			}
 		case e := <-served:
 			switch {
@@ -229,6 +282,8 @@ func runPeer(ctx context.Context, p *peer.Peer, listener net.Listener, show *mig
 				}
 				return e.err
 			}
+			<-orClosed(synced)
+			synced = nil
 			return suspend(ctx, p)
 		}
 	}
@@ -333,7 +388,7 @@ func (d *deviceFlags) add(cmd *cobra.Command) {
 	slices.SortFunc(defaults, func(a, b peer.Device) int { return strings.Compare(a.Name, b.Name) })
 	f := cmd.Flags()
 	f.StringVar(&d.json, "devices", defaultJSON(defaults), "Devices configuration")
-	f.StringVar(&d.pkg, "package", "", "Directory of the package (instead of --devices)")
+	f.StringVar(&d.pkg, "package", "", "Directory of the package, docker://NAME:TAG of one in an OCI registry, or s3://BUCKET/PREFIX of a backup (instead of --devices)")
 	f.StringVar(&d.instance, "instance", "", "Directory for the instance's overlays and state files (leave empty to write to the package)")
 	f.StringArrayVar(&d.overrides, "device", nil, "A device, or a change to one, as name=NAME,FIELD=VALUE,… with the fields of --devices (repeatable)")
 }
@@ -372,7 +427,7 @@ func (d *deviceFlags) derive(names []string) ([]peer.Device, error) {
 func (d *deviceFlags) override(list []peer.Device) (_ []peer.Device, err error) {
 	for _, o := range d.overrides {
 		if list, err = override(list, o); err != nil {
-			return nil, &usageError{fmt.Errorf("--device %s: %w", o, err)}
+			return nil, &usageError{fmt.Errorf("--device: %w", err)} // without what it says: that may be a secret
 		}
 	}
 	return list, nil
@@ -385,7 +440,7 @@ func override(list []peer.Device, text string) ([]peer.Device, error) {
 	for pair := range strings.SplitSeq(text, ",") {
 		key, value, ok := strings.Cut(pair, "=")
 		if !ok {
-			return nil, fmt.Errorf("%q is not FIELD=VALUE", pair)
+			return nil, errors.New("it is not of the form name=NAME,FIELD=VALUE,…")
 		}
 		if key == "name" {
 			name = value
@@ -403,7 +458,7 @@ func override(list []peer.Device, text string) ([]peer.Device, error) {
 	}
 	for key, value := range fields {
 		if err := setField(&list[i], key, value); err != nil {
-			return nil, err
+			return nil, fmt.Errorf("device %s: %w", name, err)
 		}
 	}
 	return list, nil

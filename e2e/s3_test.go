@@ -1,0 +1,192 @@
+package e2e
+
+import (
+	"context"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"sort"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"drafter/internal/s3test"
+	"drafter/internal/tour"
+)
+
+// acknowledgedBy is how many numbers of the load had been acknowledged at a time.
+func (l *load) acknowledgedBy(at time.Time) int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return sort.Search(len(l.times), func(i int) bool { return l.times[i].After(at) })
+}
+
+// syncPoint is what a line "Synced to S3" reports.
+func syncPoint(t *testing.T, line tour.Line) time.Time {
+	t.Helper()
+	m := regexp.MustCompile(`"moment":"([^"]+)"`).FindStringSubmatch(line.Text)
+	if m == nil {
+		t.Fatalf("no moment: %s", line.Text)
+	}
+	at, err := time.Parse(time.RFC3339Nano, m[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return at
+}
+
+// storage runs an object storage that the commands find in their environment.
+//
+// The commands are those without the race detector, which makes compression ten times slower; the tests of the package s3 have it.
+func storage(t *testing.T, s *site) *s3test.Server {
+	t.Helper()
+	s.Bin = filepath.Join(work, "bin/plain/drafter")
+	server := s3test.Start(t)
+	t.Setenv("AWS_ENDPOINT_URL", "http://"+server.Endpoint)
+	t.Setenv("AWS_ACCESS_KEY_ID", s3test.AccessKey)
+	t.Setenv("AWS_SECRET_ACCESS_KEY", s3test.SecretKey)
+	return server
+}
+
+// A host is lost, at any time, with a storage that fails now and then. The VM starts elsewhere from that storage alone, with all that was acknowledged up to the
+// last sync that was reported, goes on being backed up there, and is found there again after it was suspended.
+func TestLostHost(t *testing.T) {
+	s := emptySite(t)
+	server := storage(t, s)
+	c := s.redisIn(t, "ark0", "127.0.0.1:3333")
+	backup := []string{"--s3-sync", "s3://vms/one", "--s3-interval", "200ms"}
+	vm := s.peer(t, "instance-0", append(backup, "--netns", "ark0")...)
+	server.Fail(func(*http.Request) string {
+		if rand.IntN(10) > 0 {
+			return ""
+		}
+		return []string{"cut", "lost", "slow", "429", "503", "500"}[rand.IntN(6)]
+	})
+	l := startLoad(t.Context(), "127.0.0.1:3333")
+	var last time.Time
+	for range 4 {
+		last = syncPoint(t, await(t, vm, "Synced to S3"))
+	}
+	time.Sleep(time.Duration(rand.IntN(1000)) * time.Millisecond)
+	if err := vm.Signal(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	vm.Wait()
+	for {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		line, err := vm.Await(ctx, "Synced to S3")
+		cancel()
+		if err != nil {
+			break
+		}
+		last = syncPoint(t, line)
+	}
+	l.stop()
+	l.wg.Wait()
+	if err := os.RemoveAll(filepath.Join(s.dir, "instance-0")); err != nil {
+		t.Fatal(err)
+	}
+	want := l.acknowledgedBy(last)
+	t.Logf("%d writes acknowledged, %d of them up to the last sync; longest silence %s", len(l.acked), want, l.gap.Round(time.Millisecond))
+	if want == 0 {
+		t.Error("nothing was acknowledged before the last sync")
+	}
+	server.Fail(nil)
+
+	restore := append([]string{"--netns", "ark0", "--package", "s3://vms/one"}, backup...)
+	vm = s.peer(t, "restored", restore...)
+	holds(t, c, want)
+	await(t, vm, "The whole package is here and verified")
+	cleanDisks(t, filepath.Join(s.dir, "restored/base"))
+	if err := c.Set(t.Context(), "after", "restore", 0).Err(); err != nil {
+		t.Fatal(err)
+	}
+	end(t, vm)
+	for _, instance := range []string{"restored", "again"} {
+		vm = s.peer(t, instance, restore...)
+		if v, err := c.Get(t.Context(), "after").Result(); err != nil || v != "restore" {
+			t.Errorf("%s: %q, %v", instance, v, err)
+		}
+		end(t, vm)
+	}
+	// "restored" is not the latest any more.
+	vm, err := s.Start(s.peerArgs("restored", restore...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	await(t, vm, "Resumed VM")
+	end(t, vm)
+	logs, err := filepath.Glob(filepath.Join(s.dir, "*.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range logs {
+		if b, err := os.ReadFile(path); err != nil || strings.Contains(string(b), s3test.SecretKey) {
+			t.Errorf("%s tells the secret key, or %v", path, err)
+		}
+	}
+}
+
+// While the storage is away the VM runs on, and says how old its backup is; then it is backed up again. A backup moves with the VM.
+func TestStorageAway(t *testing.T) {
+	s := emptySite(t)
+	server := storage(t, s)
+	c := s.redisIn(t, "ark1", "127.0.0.1:4444")
+	backup := []string{"--s3-sync", "s3://vms/two", "--s3-interval", "200ms"}
+	vm := s.peer(t, "instance-0", append(backup, "--netns", "ark0", "--laddr", "localhost:1337")...)
+	await(t, vm, "Synced to S3")
+	server.Fail(func(*http.Request) string { return "503" })
+	await(t, vm, "Not synced to S3; what is there is the backup before")
+	server.Fail(nil)
+	await(t, vm, "Synced to S3")
+	next := s.peer(t, "instance-1", append(backup, "--netns", "ark1", "--raddr", "localhost:1337")...)
+	t.Log(moved(t, vm).Text)
+	if err := c.Set(t.Context(), "moved", "yes", 0).Err(); err != nil {
+		t.Fatal(err)
+	}
+	set := time.Now()
+	for syncPoint(t, await(t, next, "Synced to S3")).Before(set) {
+		continue
+	}
+	if err := next.Signal(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	next.Wait()
+	vm = s.peer(t, "restored", "--netns", "ark1", "--package", "s3://vms/two")
+	if v, err := c.Get(t.Context(), "moved").Result(); err != nil || v != "yes" {
+		t.Errorf("%q, %v", v, err)
+	}
+	end(t, vm)
+}
+
+// What cannot be backed up is refused before anything happens, in one line that tells no secret.
+func TestStorageRefused(t *testing.T) {
+	s := emptySite(t)
+	server := storage(t, s)
+	device := "name=disk,s3sync=true,s3endpoint=" + server.Endpoint
+	for _, c := range []struct {
+		flags []string
+		want  string
+	}{
+		{[]string{"--s3-sync", "s3://nowhere/x"}, "bucket nowhere does not exist"},
+		{[]string{"--s3-sync", "nowhere"}, "not of the form s3://BUCKET/PREFIX"},
+		{[]string{"--s3-sync", "s3://vms/x", "--s3-endpoint", "localhost:1"}, "not of the form https://HOST:PORT"},
+		{[]string{"--device", device}, "device disk: s3bucket is missing"},
+		{[]string{"--device", device + ",s3bucket=vms,s3accesskey=me,s3secretkey=guess-me"}, "refuses the credentials"},
+		{[]string{"--device", device + ",s3bucket=vms,s3accesskey=me,s3secretkey=guess-me,unknown=1"}, `field "unknown" does not exist`},
+		{[]string{"--device", device + ",s3bucket=vms,s3secretkey=guess-me"}, "belong together"},
+		{[]string{"--device", device + ",s3bucket=vms", "--device", "name=oci,s3sync=true,s3endpoint=elsewhere,s3bucket=vms"}, "another place"},
+		{[]string{"--package", "s3://vms/x"}, "nothing is kept there"},
+	} {
+		line := s.fails(t, s.peerArgs("instance-0", append(c.flags, "--netns", "ark0")...)...)
+		if !strings.Contains(line, c.want) || strings.Contains(line, "guess-me") {
+			t.Errorf("%v: %s", c.flags, line)
+		}
+	}
+	if _, err := os.Stat(filepath.Join(s.dir, "instance-0/state/state.bin")); err == nil {
+		t.Error("an instance was made")
+	}
+}

@@ -1,0 +1,183 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"drafter/artifact"
+	"drafter/block"
+	"drafter/peer"
+	"drafter/s3"
+	"drafter/vmm"
+)
+
+// storageFlags say how to reach an object storage that a flag names as s3://BUCKET/PREFIX.
+type storageFlags struct {
+	endpoint    string
+	concurrency int
+}
+
+// originFlags say how to reach what --package names.
+type originFlags struct {
+	cache     string
+	plainHTTP bool
+}
+
+func (o *originFlags) add(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVar(&o.cache, "package-cache", "out/packages", "Directory for the packages that --package docker://… names, each pulled once")
+	f.BoolVar(&o.plainHTTP, "plain-http", false, "Talk to the OCI registry without TLS")
+}
+
+func (s *storageFlags) add(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVar(&s.endpoint, "s3-endpoint", "", "URL of the object storage (default: $AWS_ENDPOINT_URL_S3, $AWS_ENDPOINT_URL, or https://s3.amazonaws.com); the credentials come from the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or from the files of the AWS and MinIO command lines")
+	f.IntVar(&s.concurrency, "s3-concurrency", 0, "Number of concurrent uploads to the object storage (default 4)")
+}
+
+const storageScheme = "s3://"
+
+// place resolves s3://BUCKET/PREFIX.
+func (s *storageFlags) place(flag, ref string) (p s3.Place, err error) {
+	p.Concurrency = s.concurrency
+	p.Bucket, p.Prefix, _ = strings.Cut(strings.TrimPrefix(ref, storageScheme), "/")
+	if !strings.HasPrefix(ref, storageScheme) || p.Bucket == "" {
+		return p, &usageError{fmt.Errorf("--%s %q is not of the form s3://BUCKET/PREFIX", flag, ref)}
+	}
+	endpoint := s.endpoint
+	for _, fallback := range []string{os.Getenv("AWS_ENDPOINT_URL_S3"), os.Getenv("AWS_ENDPOINT_URL"), "https://s3.amazonaws.com"} {
+		if endpoint == "" {
+			endpoint = fallback
+		}
+	}
+	u, err := url.Parse(endpoint)
+	if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
+		return p, &usageError{fmt.Errorf("the object storage's URL %q is not of the form https://HOST:PORT; see --s3-endpoint", endpoint)}
+	}
+	p.Endpoint, p.Secure = u.Host, u.Scheme == "https"
+	if err := p.Check(); err != nil {
+		return p, &usageError{fmt.Errorf("--%s %s: %w", flag, ref, err)}
+	}
+	return p, nil
+}
+
+// isReference tells whether a package is named by where it comes from.
+func isReference(pkg string) bool { return strings.Contains(pkg, "://") }
+
+const registryScheme = "docker://"
+
+// openOrigin opens a package that is elsewhere.
+type openOrigin func(context.Context) (peer.Origin, error)
+
+// resolveOrigin returns where the files of a package that --package names by where it comes from are, or will be, and what opens it there; nil if they are here.
+func resolveOrigin(ctx context.Context, pkg, instance string, storage *storageFlags, flags *originFlags) (dir string, open openOrigin, err error) {
+	switch {
+	case instance == "":
+		return "", nil, &usageError{fmt.Errorf("--package %s needs --instance, for what the instance changes", pkg)}
+	case strings.HasPrefix(pkg, storageScheme):
+		return resolveBackup(pkg, instance, storage)
+	case strings.HasPrefix(pkg, registryScheme):
+		return resolveArtifact(ctx, pkg, flags)
+	}
+	return "", nil, &usageError{fmt.Errorf("--package %s is no directory, nor docker://NAME:TAG, nor s3://BUCKET/PREFIX", pkg)}
+}
+
+// resolveBackup keeps what comes from a backup with the instance: the backup changes, the instance has the version that it was started from.
+func resolveBackup(ref, instance string, storage *storageFlags) (dir string, open openOrigin, err error) {
+	place, err := storage.place("package", ref)
+	if err != nil {
+		return "", nil, err
+	}
+	dir = filepath.Join(instance, "base")
+	if _, err := os.Stat(filepath.Join(instance, "state", vmm.PackageFile(vmm.State))); err == nil {
+		return dir, nil, nil
+	}
+	return dir, func(ctx context.Context) (peer.Origin, error) { return openBackup(ctx, place) }, nil
+}
+
+// resolveArtifact keeps each package that comes from an OCI registry in a directory of its own, by its digest. What is there is used when the registry cannot be
+// reached.
+func resolveArtifact(ctx context.Context, ref string, flags *originFlags) (dir string, open openOrigin, err error) {
+	noted := filepath.Join(flags.cache, "references", url.PathEscape(strings.TrimPrefix(ref, registryScheme)))
+	digest, err := artifact.Resolve(ctx, ref, flags.plainHTTP)
+	if err != nil {
+		known, rerr := os.ReadFile(noted)
+		dir = filepath.Join(flags.cache, string(known))
+		if rerr != nil || !isWhole(dir) {
+			return "", nil, err
+		}
+		slog.Warn("The registry cannot be reached; using what it had before", "package", dir, "error", err)
+		return dir, nil, nil
+	}
+	if err := block.Publish(noted, func(f *os.File) error { _, err := f.WriteString(digest.Hex); return err }); err != nil {
+		return "", nil, err
+	}
+	dir = filepath.Join(flags.cache, digest.Hex)
+	if isWhole(dir) {
+		return dir, nil, nil
+	}
+	return dir, func(ctx context.Context) (peer.Origin, error) { return artifact.Open(ctx, ref, flags.plainHTTP) }, nil
+}
+
+// isWhole tells whether all of a package is in dir.
+func isWhole(dir string) bool {
+	names, files, err := vmm.PackageFiles(dir)
+	for _, name := range names {
+		if err == nil && block.PartlyPulled(filepath.Join(dir, files[name])) {
+			return false
+		}
+	}
+	return err == nil
+}
+
+func openBackup(ctx context.Context, place s3.Place) (peer.Origin, error) {
+	store, err := s3.Open(ctx, place)
+	if err != nil {
+		return nil, err
+	}
+	backup, err := store.Latest(ctx)
+	if err != nil {
+		store.Close()
+		return nil, err
+	}
+	return backup, nil
+}
+
+// syncFlags back an instance up to an object storage.
+type syncFlags struct {
+	to       string
+	interval time.Duration
+}
+
+func (s *syncFlags) add(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVar(&s.to, "s3-sync", "", "Back all devices up to s3://BUCKET/PREFIX while the VM runs, and when it is suspended (instead of the fields s3… of --devices)")
+	f.DurationVar(&s.interval, "s3-interval", 30*time.Second, "Pause between two backups to S3")
+}
+
+// apply makes devices be backed up.
+func (s *syncFlags) apply(devices []peer.Device, storage *storageFlags) error {
+	if s.to == "" {
+		return nil
+	}
+	place, err := storage.place("s3-sync", s.to)
+	if err != nil {
+		return err
+	}
+	for i := range devices {
+		d := &devices[i]
+		if !d.MakeMigratable || d.Shared {
+			continue
+		}
+		d.S3Sync, d.S3Endpoint, d.S3Secure, d.S3Bucket, d.S3Prefix, d.S3Concurrency = true, place.Endpoint, place.Secure, place.Bucket, place.Prefix, place.Concurrency
+	}
+	return nil
+}
