@@ -35,20 +35,20 @@ type device struct {
 	frames   []frame
 }
 
-// Resolve returns the digest of what ref is at the moment.
-func Resolve(ctx context.Context, ref string, plainHTTP bool) (v1.Hash, error) {
+// Resolve returns the reference, by its digest, of what ref is at the moment.
+func Resolve(ctx context.Context, ref string, plainHTTP bool) (string, error) {
 	r, err := parseReference(ref, plainHTTP)
 	if err != nil {
-		return v1.Hash{}, err
+		return "", err
 	}
-	if d, ok := r.(name.Digest); ok {
-		return v1.NewHash(d.DigestStr())
+	if _, ok := r.(name.Digest); ok {
+		return r.String(), nil
 	}
 	d, err := remote.Head(r, remote.WithContext(ctx), remote.WithAuthFromKeychain(authn.DefaultKeychain))
 	if err != nil {
-		return v1.Hash{}, fmt.Errorf("open %s: %w", r, oneLine(err))
+		return "", fmt.Errorf("open %s: %w", r, oneLine(err))
 	}
-	return d.Digest, nil
+	return r.Context().Digest(d.Digest.String()).String(), nil
 }
 
 // Open finds out what the artifact ref holds. Credentials are those of docker. Close it.

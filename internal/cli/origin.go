@@ -107,7 +107,7 @@ func resolveBackup(ref, instance string, storage *storageFlags) (dir string, ope
 // reached.
 func resolveArtifact(ctx context.Context, ref string, flags *originFlags) (dir string, open openOrigin, err error) {
 	noted := filepath.Join(flags.cache, "references", url.PathEscape(strings.TrimPrefix(ref, registryScheme)))
-	digest, err := artifact.Resolve(ctx, ref, flags.plainHTTP)
+	pinned, err := artifact.Resolve(ctx, ref, flags.plainHTTP)
 	if err != nil {
 		known, rerr := os.ReadFile(noted)
 		dir = filepath.Join(flags.cache, string(known))
@@ -117,14 +117,15 @@ func resolveArtifact(ctx context.Context, ref string, flags *originFlags) (dir s
 		slog.Warn("The registry cannot be reached; using what it had before", "package", dir, "error", err)
 		return dir, nil, nil
 	}
-	if err := block.Publish(noted, func(f *os.File) error { _, err := f.WriteString(digest.Hex); return err }); err != nil {
+	_, digest, _ := strings.Cut(pinned, "@sha256:")
+	if err := block.Publish(noted, func(f *os.File) error { _, err := f.WriteString(digest); return err }); err != nil {
 		return "", nil, err
 	}
-	dir = filepath.Join(flags.cache, digest.Hex)
+	dir = filepath.Join(flags.cache, digest)
 	if isWhole(dir) {
 		return dir, nil, nil
 	}
-	return dir, func(ctx context.Context) (peer.Origin, error) { return artifact.Open(ctx, ref, flags.plainHTTP) }, nil
+	return dir, func(ctx context.Context) (peer.Origin, error) { return artifact.Open(ctx, pinned, flags.plainHTTP) }, nil
 }
 
 // isWhole tells whether all of a package is in dir.
