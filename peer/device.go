@@ -1,12 +1,14 @@
 package peer
 
 import (
+	"context"
 	"errors"
 	"path/filepath"
 	"time"
 
 	"drafter/block"
 	"drafter/s3"
+	"drafter/stack"
 	"drafter/vmm"
 )
 
@@ -76,6 +78,25 @@ func packageDevice(name, file, pkg, instance string) Device {
 		d.Overlay, d.State = filepath.Join(instance, "overlay", file), filepath.Join(instance, "state", file)
 	}
 	return d
+}
+
+// files are the device's.
+func (d *Device) files() *stack.Files {
+	return &stack.Files{Base: d.Base, Overlay: d.Overlay, State: d.State, BlockSize: d.BlockSize, Shared: d.Shared}
+}
+
+// Open opens a device that no VM uses, to read it. Close it.
+func (d Device) Open(ctx context.Context) (block.Device, error) { return d.files().Open(ctx) }
+
+// moves tells whether the device moves with the VM.
+func (d *Device) moves() bool { return d.MakeMigratable && !d.Shared }
+
+// receive makes what takes a device that arrives.
+func (d *Device) receive(under block.Device) *block.Incoming {
+	if d.Name == vmm.State {
+		under = &heldHeader{Device: under}
+	}
+	return block.NewIncoming(under, d.Name == vmm.Memory)
 }
 
 // check refuses settings that cannot work.

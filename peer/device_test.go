@@ -43,12 +43,12 @@ func TestSharing(t *testing.T) {
 		{"two that share", shared, shared, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			first, err := tt.first.open(t.Context())
+			first, err := tt.first.files().Open(t.Context())
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer first.Close()
-			second, err := tt.second.open(t.Context())
+			second, err := tt.second.files().Open(t.Context())
 			if err == nil {
 				defer second.Close()
 			}
@@ -67,12 +67,12 @@ func TestShared(t *testing.T) {
 	}
 	d := DefaultDevice("disk")
 	d.Base, d.Shared = base, true
-	one, err := d.open(t.Context())
+	one, err := d.files().Open(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer one.Close()
-	two, err := d.open(t.Context())
+	two, err := d.files().Open(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}

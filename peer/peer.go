@@ -23,6 +23,7 @@ import (
 	"drafter/internal/process"
 	"drafter/migrate"
 	"drafter/network"
+	"drafter/stack"
 	"drafter/vmm"
 )
 
@@ -62,7 +63,7 @@ type Peer struct {
 	syncer   *syncer // nil unless the instance is backed up
 
 	mu      sync.Mutex // guards the following
-	devices map[string]*stack
+	devices map[string]*stack.Stack
 	origin  Origin          // nil unless the package is pulled
 	fill    *fill           // nil until the rest of it is pulled
 	source  *migrate.Source // nil until the VM is migratable
@@ -71,7 +72,7 @@ type Peer struct {
 
 // New checks a config. Nothing is touched yet.
 func New(c Config) (*Peer, error) {
-	p := &Peer{config: c, devices: map[string]*stack{}}
+	p := &Peer{config: c, devices: map[string]*stack.Stack{}}
 	if len(c.Devices) > 0 || c.Derive == nil {
 		if err := p.checkDevices(); err != nil {
 			return nil, err
@@ -174,13 +175,13 @@ func (p *Peer) occupy() (err error) {
 
 // openDevices opens all devices at once: the content of a base that nobody used yet has to be read.
 func (p *Peer) openDevices(ctx context.Context) error {
-	opened := make([]*stack, len(p.config.Devices))
+	opened := make([]*stack.Stack, len(p.config.Devices))
 	g, ctx := errgroup.WithContext(ctx)
 	for i := range p.config.Devices {
 		d := &p.config.Devices[i]
 		g.Go(func() error {
 			var err error
-			if opened[i], err = d.openOver(ctx, p.origin); err != nil {
+			if opened[i], err = d.open(ctx, p.origin); err != nil {
 				return fmt.Errorf("device %s: %w", d.Name, err)
 			}
 			return nil

@@ -6,11 +6,11 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"os"
 	"slices"
 	"time"
 
 	"drafter/block"
+	"drafter/stack"
 	"drafter/vmm"
 )
 
@@ -49,43 +49,14 @@ func (p *Peer) pull(ctx context.Context, start time.Time, origin Origin) error {
 	return nil
 }
 
-// openOver opens a device whose base, if it is not here, is pulled from an origin, if that is not nil.
-func (d *Device) openOver(ctx context.Context, origin Origin) (*stack, error) {
-	if origin == nil {
-		return d.open(ctx)
-	}
-	remote, ok := origin.Remote(d.Name)
-	if !ok {
-		return d.open(ctx)
-	}
-	if d.Overlay == "" {
-		return nil, errors.New("its base is being pulled, so it cannot be written to; name an overlay and a state file")
-	}
-	if under, size, found, err := block.OverlayBase(d.overlayPaths()); err != nil || found && under == block.ZerosID(size) {
-		return d.open(ctx) // it came by a migration, without its base
-	}
-	if _, err := os.Stat(d.Base); err == nil {
-		s, err := d.open(ctx)
-		if err == nil && s.base != remote.Contents.Device {
-			err = fmt.Errorf("its base %s is not what is offered; remove it to have that pulled, or name another base", d.Base)
-			return nil, errors.Join(err, s.Close())
+// open opens a device, over what an origin has of it, if that is not nil and has it.
+func (d *Device) open(ctx context.Context, origin Origin) (*stack.Stack, error) {
+	if origin != nil {
+		if remote, ok := origin.Remote(d.Name); ok {
+			return d.files().OpenOver(ctx, remote)
 		}
-		return s, err
 	}
-	if err := d.checkMissing(); err != nil {
-		return nil, err
-	}
-	base, err := block.OpenPulled(d.Base, remote)
-	if err != nil {
-		return nil, err
-	}
-	id := remote.Contents.Device
-	s, err := d.overlayOver(base, id, id, nil)
-	if err != nil {
-		return nil, err
-	}
-	s.pulled = base
-	return s, nil
+	return d.files().Open(ctx)
 }
 
 // fill is the pull of all that is missing, behind a running VM.
@@ -100,8 +71,8 @@ func (p *Peer) stopPull() {
 	p.mu.Lock()
 	f := p.fill
 	for _, s := range p.devices {
-		if s.pulled != nil {
-			s.pulled.Abort()
+		if s.Pulled != nil {
+			s.Pulled.Abort()
 		}
 	}
 	p.mu.Unlock()
@@ -120,8 +91,8 @@ func (p *Peer) startFill() {
 	pulled := map[string]*block.Pulled{}
 	var names []string
 	for name, s := range p.devices {
-		if s.pulled != nil {
-			pulled[name] = s.pulled
+		if s.Pulled != nil {
+			pulled[name] = s.Pulled
 			names = append(names, name)
 		}
 	}

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"slices"
 	"sync"
 	"time"
@@ -17,6 +16,7 @@ import (
 	"drafter/expose/fuse"
 	"drafter/instance"
 	"drafter/migrate"
+	"drafter/stack"
 	"drafter/vmm"
 	"drafter/wire"
 )
@@ -234,7 +234,7 @@ func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID
 	})
 	for _, offered := range offers {
 		d := a.device(offered.Name)
-		s, h, err := d.receive(ctx, offered)
+		s, h, err := d.files().Receive(ctx, offered, d.receive)
 		if err != nil {
 			return nil, fmt.Errorf("device %s: %w", offered.Name, err)
 		}
@@ -243,7 +243,7 @@ func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID
 		a.p.mu.Unlock()
 		held[offered.Name] = h
 		if offered.Name == vmm.State { // beneath what is sealed
-			if err := vmm.MarkArriving(s.incoming.Device, migration); err != nil {
+			if err := vmm.MarkArriving(s.Incoming.Device, migration); err != nil {
 				return nil, fmt.Errorf("device %s: %w", offered.Name, err)
 			}
 		}
@@ -253,7 +253,7 @@ func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID
 		if _, ok := held[d.Name]; ok {
 			continue
 		}
-		s, err := d.open(ctx)
+		s, err := d.files().Open(ctx)
 		if err != nil {
 			return nil, fmt.Errorf("device %s: %w", d.Name, err)
 		}
@@ -284,7 +284,7 @@ func (a *arrival) devices(m wire.Manifest, held map[string]wire.Held) ([]migrate
 	mount, cached := a.p.exposure.(*fuse.Mount)
 	var devices []migrate.TargetDevice
 	for _, offered := range m.Devices {
-		d := migrate.TargetDevice{Held: held[offered.Name], Device: a.p.devices[offered.Name].incoming, First: offered.Name == vmm.Kernel}
+		d := migrate.TargetDevice{Held: held[offered.Name], Device: a.p.devices[offered.Name].Incoming, First: offered.Name == vmm.Kernel}
 		if offered.Name == vmm.Memory && cached {
 			if err := mount.Prime(vmm.Memory); err != nil {
 				return nil, fmt.Errorf("device %s: %w", vmm.Memory, err)
@@ -322,10 +322,10 @@ func (a *arrival) endWatch() {
 func (a *arrival) Restore(ctx context.Context, migration uuid.UUID) error {
 	a.endWatch()
 	for name, d := range a.p.devices {
-		if name == vmm.Memory || d.incoming == nil || d.incoming.Missing() == 0 {
+		if name == vmm.Memory || d.Incoming == nil || d.Incoming.Missing() == 0 {
 			continue // of memory nothing is left anyway when this process is killed
 		}
-		if err := a.device(name).noteMissing(d.incoming.Missing() * block.PageSize); err != nil {
+		if err := a.device(name).files().NoteMissing(d.Incoming.Missing() * block.PageSize); err != nil {
 			return fmt.Errorf("device %s: %w", name, err)
 		}
 	}
@@ -347,13 +347,13 @@ func (a *arrival) Resume(ctx context.Context) error {
 // Complete implements [migrate.TargetVM].
 func (a *arrival) Complete(context.Context) error {
 	for name, d := range a.p.devices {
-		if name == vmm.Memory || d.incoming == nil {
+		if name == vmm.Memory || d.Incoming == nil {
 			continue // memory does not outlive this process without a suspend anyway
 		}
 		if err := d.Sync(); err != nil {
 			return fmt.Errorf("device %s: %w", name, err)
 		}
-		if err := a.device(name).forgetMissing(); err != nil {
+		if err := a.device(name).files().ForgetMissing(); err != nil {
 			return fmt.Errorf("device %s: %w", name, err)
 		}
 	}
@@ -367,7 +367,7 @@ func (a *arrival) Discard(context.Context) error {
 	if a.launched != nil {
 		errs = append(errs, a.launched.Close())
 	}
-	stacks := map[string]*stack{}
+	stacks := map[string]*stack.Stack{}
 	a.p.mu.Lock()
 	for name, d := range a.p.devices {
 		stacks[name] = d
@@ -376,26 +376,13 @@ func (a *arrival) Discard(context.Context) error {
 	errs = append(errs, a.p.closeDevices(false))
 	// The state device goes last: as long as it is there, it says that the rest is of no use.
 	for name, d := range stacks {
-		errs = append(errs, a.device(name).forgetMissing())
+		errs = append(errs, a.device(name).files().ForgetMissing())
 		if name != vmm.State {
-			errs = append(errs, d.remove())
+			errs = append(errs, d.Remove())
 		}
 	}
 	if s := stacks[vmm.State]; s != nil {
-		errs = append(errs, s.remove())
+		errs = append(errs, s.Remove())
 	}
 	return errors.Join(errs...)
 }
-
-// remove removes the files that were made for a device.
-func (s *stack) remove() error {
-	var errs []error
-	for _, f := range s.created {
-		if err := f(); err != nil && !errors.Is(err, os.ErrNotExist) {
-			errs = append(errs, err)
-		}
-	}
-	return errors.Join(errs...)
-}
-
-var _ block.Device = (*stack)(nil)

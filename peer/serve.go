@@ -133,11 +133,11 @@ func (p *Peer) newSource() (*migrate.Source, error) {
 		}
 		s := p.devices[d.Name]
 		sd := migrate.SourceDevice{
-			Name: d.Name, Device: s.Tracker, Base: s.base, NeedsBase: d.SharedBase, First: d.Name == vmm.Kernel || d.Name == vmm.State,
+			Name: d.Name, Device: s.Tracker, Base: s.Base, NeedsBase: d.SharedBase, First: d.Name == vmm.Kernel || d.Name == vmm.State,
 			Expiry: d.Expiry, MaxDirtyBlocks: d.MaxDirtyBlocks, MinCycles: d.MinCycles, MaxCycles: d.MaxCycles, CycleThrottle: d.CycleThrottle,
 		}
-		if s.base != (block.ID{}) {
-			sd.Overlay = s.overlay
+		if s.Base != (block.ID{}) {
+			sd.Overlay = s.Overlay
 		}
 		c.Devices = append(c.Devices, sd)
 	}

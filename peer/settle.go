@@ -23,13 +23,13 @@ func Settle(ctx context.Context, devices []Device, outcome migrate.Outcome) erro
 		return errors.New("device state is missing; add it to --devices")
 	}
 	if d := &devices[i]; d.Overlay != "" {
-		if _, _, found, err := block.OverlayBase(d.overlayPaths()); err != nil {
+		if _, _, found, err := block.OverlayBase(d.files().OverlayPaths()); err != nil {
 			return fmt.Errorf("device %s: %w", vmm.State, err)
 		} else if !found {
 			return fmt.Errorf("device %s: overlay %s does not exist, so there is no instance", vmm.State, d.Overlay)
 		}
 	}
-	s, err := devices[i].open(ctx)
+	s, err := devices[i].files().Open(ctx)
 	var held *lockfile.HeldError
 	if errors.As(err, &held) {
 		return settleRunning(ctx, devices, outcome)

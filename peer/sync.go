@@ -198,19 +198,19 @@ func (s *syncer) finish(ctx context.Context, p *Peer) error {
 	var list []s3.Device
 	for i := range p.config.Devices {
 		d := &p.config.Devices[i]
-		stack := p.devices[d.Name]
-		if !d.S3Sync || stack == nil {
+		st := p.devices[d.Name]
+		if !d.S3Sync || st == nil {
 			continue
 		}
-		sd := s3.Device{Name: d.Name, Device: stack}
+		sd := s3.Device{Name: d.Name, Device: st}
 		content, _ := s.writer.Content(d.Name)
 		switch {
 		case known:
-			if pages := s.baseline.Changed(stack.Tracker); pages != nil {
-				sd.Changed = contentBlocks(pages, block.PageSize, stack.Size())
+			if pages := s.baseline.Changed(st.Tracker); pages != nil {
+				sd.Changed = contentBlocks(pages, block.PageSize, st.Size())
 			}
-		case stack.overlay != nil && stack.base != block.ID{} && stack.base == content:
-			sd.Changed = contentBlocks(stack.overlay.Present(), d.blockSize(), stack.Size())
+		case st.Overlay != nil && st.Base != block.ID{} && st.Base == content:
+			sd.Changed = contentBlocks(st.Overlay.Present(), d.files().TrackedBlockSize(), st.Size())
 		}
 		list = append(list, sd)
 	}

@@ -1,0 +1,125 @@
+package peer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/google/uuid"
+
+	"drafter/block"
+	"drafter/vmm"
+)
+
+// heldHeader is a state device whose header stays as it is until the device is synced: what arrives of it meanwhile, it keeps in memory. So the device says
+// that the VM is arriving, until it says that it runs.
+type heldHeader struct {
+	block.Device
+
+	mu   sync.Mutex
+	page []byte // the first page, as its user sees it; nil while that is the device's
+}
+
+// ReadAt implements [block.Device].
+func (h *heldHeader) ReadAt(p []byte, off int64) (int, error) {
+	n, err := h.Device.ReadAt(p, off)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if err == nil && h.page != nil && off < block.PageSize {
+		copy(p, h.page[off:])
+	}
+	return n, err
+}
+
+// WriteAt implements [block.Device].
+func (h *heldHeader) WriteAt(p []byte, off int64) (int, error) {
+	if off >= block.PageSize {
+		return h.Device.WriteAt(p, off)
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.page == nil {
+		h.page = make([]byte, block.PageSize)
+		if _, err := h.Device.ReadAt(h.page, 0); err != nil {
+			return 0, err
+		}
+	}
+	n := copy(h.page[off:], p)
+	if n < len(p) {
+		m, err := h.Device.WriteAt(p[n:], off+int64(n))
+		return n + m, err
+	}
+	return n, nil
+}
+
+// Sync implements [block.Device].
+func (h *heldHeader) Sync() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.page != nil {
+		if _, err := h.Device.WriteAt(h.page, 0); err != nil {
+			return err
+		}
+		h.page = nil
+	}
+	return h.Device.Sync()
+}
+
+// makeRoom removes what an instance that has moved away, or did not wholly arrive, left in the files of devices. It refuses to touch any other instance.
+func makeRoom(devices []Device) error {
+	var state *Device
+	for i := range devices {
+		if devices[i].Name == vmm.State {
+			state = &devices[i]
+		}
+	}
+	if state.Overlay == "" {
+		return nil // files that exist are refused one by one
+	}
+	_, _, found, err := block.OverlayBase(state.files().OverlayPaths())
+	if err != nil {
+		return fmt.Errorf("device %s: %w", vmm.State, err)
+	}
+	if found {
+		status, _, err := stateStatus(state)
+		if err != nil {
+			return fmt.Errorf("device %s: %w", vmm.State, err)
+		}
+		if status != vmm.Arriving && status != vmm.Moved {
+			return fmt.Errorf("there is an instance at %s already, which has not moved away; choose another directory for the one that comes, or remove its files", state.State)
+		}
+	}
+	for i := range devices {
+		d := &devices[i]
+		if d.Overlay == "" || !d.moves() || d.Name == vmm.State {
+			continue
+		}
+		if _, _, exists, err := block.OverlayBase(d.files().OverlayPaths()); err != nil {
+			return fmt.Errorf("device %s: %w", d.Name, err)
+		} else if exists && !found {
+			return fmt.Errorf("device %s: there is an overlay %s of an instance without state; choose another directory for the one that comes, or remove it", d.Name, d.Overlay)
+		}
+		if err := errors.Join(block.RemoveOverlay(d.files().OverlayPaths()), d.files().ForgetMissing()); err != nil {
+			return fmt.Errorf("device %s: %w", d.Name, err)
+		}
+	}
+	if err := block.RemoveOverlay(state.files().OverlayPaths()); err != nil {
+		return fmt.Errorf("device %s: %w", vmm.State, err)
+	}
+	return nil
+}
+
+// stateStatus reads the status of an instance that does not run. An overlay of the state device that holds nothing was never started.
+func stateStatus(d *Device) (vmm.Status, uuid.UUID, error) {
+	s, err := d.files().Open(context.Background())
+	if err != nil {
+		return 0, uuid.UUID{}, err
+	}
+	defer s.Close() // nothing was written
+	if s.Overlay != nil && s.Overlay.Present().Count() == 0 {
+		return vmm.Moved, uuid.UUID{}, nil
+	}
+	status, migration, _, err := vmm.StateStatus(s)
+	return status, migration, err
+}

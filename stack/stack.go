@@ -1,0 +1,235 @@
+// Package stack puts a device together from its files: a base, an overlay with what has changed, what is still on its way, and the tracker of what is written.
+package stack
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"drafter/block"
+	"drafter/wire"
+)
+
+// Files are the files of one device.
+type Files struct {
+	Base      string // read-only where there is an overlay
+	Overlay   string // empty to write to the base
+	State     string // says which blocks the overlay holds
+	BlockSize int64  // bytes; of the overlay and of the tracker. 0: what an overlay has that exists
+	Shared    bool   // others use the base at the same time: it is not locked
+}
+
+// Stack is an open device: what its writes go through, down to its files.
+type Stack struct {
+	*block.Tracker
+	Overlay  *block.Overlay  // nil when the device writes to its base
+	Base     block.ID        // content id of the overlay's base; zero when it is over zeros, or not there
+	Incoming *block.Incoming // nil unless a migration brought the device
+	Pulled   *block.Pulled   // nil unless the base is being pulled
+
+	created []func() error // remove the files that were made for it
+}
+
+// Open opens a device of this host. Close it.
+func (f *Files) Open(ctx context.Context) (*Stack, error) {
+	if err := f.CheckMissing(); err != nil {
+		return nil, err
+	}
+	if f.Overlay == "" {
+		base, err := f.openBase(false)
+		if err != nil {
+			return nil, err
+		}
+		return &Stack{Tracker: block.NewTracker(base, f.TrackedBlockSize())}, nil
+	}
+	under, size, found, err := block.OverlayBase(f.OverlayPaths())
+	if err != nil {
+		return nil, err
+	}
+	// An overlay over zeros came by a migration, without its base.
+	baseless := found && under == block.ZerosID(size)
+	if _, err := os.Stat(f.Base); baseless && errors.Is(err, os.ErrNotExist) {
+		return f.overlayOver(block.NewZeros(size), under, block.ID{}, nil)
+	}
+	base, err := f.openBase(true)
+	if err != nil {
+		return nil, err
+	}
+	contents, err := block.FileContents(ctx, f.Base)
+	if err != nil {
+		return nil, errors.Join(err, base.Close())
+	}
+	if baseless && contents.Device != under {
+		if err := base.Close(); err != nil {
+			return nil, err
+		}
+		return f.overlayOver(block.NewZeros(size), under, block.ID{}, nil)
+	}
+	return f.overlayOver(base, contents.Device, contents.Device, nil)
+}
+
+func (f *Files) TrackedBlockSize() int64 {
+	if f.BlockSize == 0 {
+		return block.ContentBlockSize
+	}
+	return f.BlockSize
+}
+
+func (f *Files) OverlayPaths() block.OverlayPaths {
+	return block.OverlayPaths{Base: f.Base, Overlay: f.Overlay, State: f.State}
+}
+
+func (f *Files) openBase(readOnly bool) (*block.File, error) {
+	base, err := block.OpenFile(f.Base, readOnly)
+	if errors.Is(err, os.ErrNotExist) && block.PartlyPulled(f.Base) {
+		return nil, fmt.Errorf("its base %s was not wholly pulled yet; start once more with the --raddr or --package that it comes from", f.Base)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if !f.Shared {
+		if err := base.Lock(!readOnly); err != nil {
+			err = fmt.Errorf("%s is %w; give each instance its own overlay and state file", f.Base, err)
+			return nil, errors.Join(err, base.Close())
+		}
+	}
+	return base, nil
+}
+
+// overlayOver opens the overlay over base, whose content id is under. receive, if not nil, puts a device between the overlay and the tracker.
+func (f *Files) overlayOver(base block.Device, under, id block.ID, receive func(block.Device) *block.Incoming) (*Stack, error) {
+	overlay, err := block.OpenOverlay(base, under, f.OverlayPaths(), f.BlockSize)
+	if err != nil {
+		return nil, err
+	}
+	s := &Stack{Overlay: overlay, Base: id}
+	if receive == nil {
+		s.Tracker = block.NewTracker(overlay, f.TrackedBlockSize())
+		return s, nil
+	}
+	s.Incoming = receive(overlay)
+	s.Tracker = block.NewTracker(s.Incoming, f.TrackedBlockSize())
+	s.created = append(s.created, func() error { return block.RemoveOverlay(f.OverlayPaths()) })
+	return s, nil
+}
+
+// Receive opens a device for what a migration brings: receive makes what takes it, over what the files make up. It returns what of the device is here.
+func (f *Files) Receive(ctx context.Context, offered wire.Device, receive func(under block.Device) *block.Incoming) (*Stack, wire.Held, error) {
+	if f.Overlay == "" {
+		base, err := block.CreateFile(f.Base, offered.Size)
+		if errors.Is(err, os.ErrExist) {
+			return nil, 0, fmt.Errorf("%s exists, and the VM would overwrite it; name an overlay and a state file, or another base", f.Base)
+		}
+		if err != nil {
+			return nil, 0, err
+		}
+		if err := base.Lock(true); err != nil {
+			return nil, 0, errors.Join(err, base.Close())
+		}
+		s := &Stack{Incoming: receive(base), created: []func() error{func() error { return os.Remove(f.Base) }}}
+		s.Tracker = block.NewTracker(s.Incoming, f.TrackedBlockSize())
+		return s, wire.HoldsNothing, nil
+	}
+	if _, err := os.Stat(f.Base); errors.Is(err, os.ErrNotExist) || offered.Base == (block.ID{}) {
+		if offered.NeedsBase {
+			return nil, 0, fmt.Errorf("its base %s is missing here, and the source sends changes only (sharedbase); copy the package to this host", f.Base)
+		}
+		s, err := f.overlayOver(block.NewZeros(offered.Size), block.ZerosID(offered.Size), block.ID{}, receive)
+		return s, wire.HoldsNothing, err
+	}
+	base, err := f.openBase(true)
+	if err != nil {
+		return nil, 0, err
+	}
+	contents, err := block.FileContents(ctx, f.Base)
+	if err != nil {
+		return nil, 0, errors.Join(err, base.Close())
+	}
+	if contents.Device != offered.Base {
+		err := fmt.Errorf("its base %s is not the one that the VM was made from; copy that package to this host, or name a base that does not exist to have all of it sent", f.Base)
+		return nil, 0, errors.Join(err, base.Close())
+	}
+	s, err := f.overlayOver(base, contents.Device, contents.Device, receive)
+	return s, wire.HoldsBase, err
+}
+
+// missingFile says, beside a device's files, that a migration has left a part of the device at its source.
+func (f *Files) missingFile() string {
+	if f.State != "" {
+		return f.State + ".missing"
+	}
+	return f.Base + ".missing"
+}
+
+// NoteMissing notes durably, before the VM runs, that a part of the device has not arrived.
+func (f *Files) NoteMissing(bytes int64) error {
+	return block.Publish(f.missingFile(), func(f *os.File) error {
+		_, err := fmt.Fprintf(f, "%d bytes\n", bytes)
+		return err
+	})
+}
+
+// ForgetMissing takes the note back once all has arrived.
+func (f *Files) ForgetMissing() error {
+	if err := os.Remove(f.missingFile()); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// CheckMissing refuses a device of which a part never arrived.
+func (f *Files) CheckMissing() error {
+	b, err := os.ReadFile(f.missingFile())
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return fmt.Errorf("up to %s of it never arrived: the peer that received it was killed before the migration was complete; its source still has what it was at the handoff (settle it there with 'drafter peer settle --here')", strings.TrimSpace(string(b)))
+}
+
+// Remove removes the files that were made for a device.
+func (s *Stack) Remove() error {
+	var errs []error
+	for _, f := range s.created {
+		if err := f(); err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// OpenOver is Open for a device whose base, if it is not here, is pulled.
+func (f *Files) OpenOver(ctx context.Context, remote block.Remote) (*Stack, error) {
+	if f.Overlay == "" {
+		return nil, errors.New("its base is being pulled, so it cannot be written to; name an overlay and a state file")
+	}
+	if under, size, found, err := block.OverlayBase(f.OverlayPaths()); err != nil || found && under == block.ZerosID(size) {
+		return f.Open(ctx) // it came by a migration, without its base
+	}
+	if _, err := os.Stat(f.Base); err == nil {
+		s, err := f.Open(ctx)
+		if err == nil && s.Base != remote.Contents.Device {
+			err = fmt.Errorf("its base %s is not what is offered; remove it to have that pulled, or name another base", f.Base)
+			return nil, errors.Join(err, s.Close())
+		}
+		return s, err
+	}
+	if err := f.CheckMissing(); err != nil {
+		return nil, err
+	}
+	base, err := block.OpenPulled(f.Base, remote)
+	if err != nil {
+		return nil, err
+	}
+	id := remote.Contents.Device
+	s, err := f.overlayOver(base, id, id, nil)
+	if err != nil {
+		return nil, err
+	}
+	s.Pulled = base
+	return s, nil
+}
