@@ -130,6 +130,50 @@ func TestLostHost(t *testing.T) {
 	}
 }
 
+// A checkpoint goes to an object storage, and only what has changed the next time; one that fails leaves the one before.
+func TestCheckpointToStorage(t *testing.T) {
+	s := emptySite(t)
+	server := storage(t, s)
+	c := s.redisIn(t, "ark0", "127.0.0.1:3333")
+	vm := s.peer(t, "instance-0", "--netns", "ark0", "--laddr", "localhost:1337")
+	checkpoint := []string{"checkpoint", "--raddr", "localhost:1337", "--output", "s3://vms/copies"}
+	for _, v := range []string{"1", "2"} {
+		if err := c.Set(t.Context(), "checkpoint", v, 0).Err(); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Run(t.Context(), os.Stderr, checkpoint...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	uploads := 0
+	for _, r := range server.Requests() {
+		if strings.HasPrefix(r, "PUT copies/packs/") {
+			uploads++
+		}
+	}
+	t.Logf("%d packs were uploaded", uploads)
+	if err := c.Set(t.Context(), "checkpoint", "3", 0).Err(); err != nil {
+		t.Fatal(err)
+	}
+	server.Fail(func(r *http.Request) string {
+		if r.Method == http.MethodPut && strings.HasSuffix(r.URL.Path, "manifest.json") {
+			return "500"
+		}
+		return ""
+	})
+	s.fails(t, checkpoint...)
+	server.Fail(nil)
+	if err := c.Set(t.Context(), "runs", "on", 0).Err(); err != nil {
+		t.Error(err)
+	}
+	end(t, vm)
+	vm = s.peer(t, "restored", "--netns", "ark0", "--package", "s3://vms/copies")
+	if v, err := c.Get(t.Context(), "checkpoint").Result(); err != nil || v != "2" {
+		t.Errorf("%q, %v", v, err)
+	}
+	end(t, vm)
+}
+
 // While the storage is away the VM runs on, and says how old its backup is; then it is backed up again. A backup moves with the VM.
 func TestStorageAway(t *testing.T) {
 	s := emptySite(t)

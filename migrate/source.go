@@ -61,6 +61,7 @@ type SourceConfig struct {
 	Config    []byte // of the VM, for the target's preflight
 	Processor []byte
 	Limits    Limits
+	Forward   bool // the devices have users here, who go on after the handoff: see Forwarded
 
 	// OnState, if not nil, is called at every change of state, OnProgress at most ten times a second and at the end. Both are called by the migration itself
 	// and hold it up.
@@ -81,6 +82,8 @@ type Source struct {
 	gone    chan struct{} // closed when the VM is the source's no more
 	goneErr error
 	wg      sync.WaitGroup // Handle
+
+	forwarder *forwarder // nil unless the devices have users here
 }
 
 // helloTimeout bounds how long a connection may take to say what it wants.
@@ -103,6 +106,9 @@ func NewSource(c SourceConfig) (*Source, error) {
 	}
 	s := &Source{config: c, gone: make(chan struct{})}
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
+	if c.Forward {
+		s.forwarder = newForwarder()
+	}
 	return s, nil
 }
 
@@ -122,13 +128,16 @@ func (s *Source) handle(ctx context.Context, stream io.ReadWriteCloser, baseline
 		l.refuse(codeOf(err), err)
 		return fmt.Errorf("connection refused: %w", err)
 	}
-	if hello.Resume || hello.Lane == wire.Demand {
+	if hello.Resume || hello.Lane != wire.Main {
 		o, err := s.find(hello.Migration)
 		if err != nil {
 			l.refuse(wire.CodeUnknown, err)
 			return fmt.Errorf("connection refused: %w", err)
 		}
 		defer s.wg.Done()
+		if hello.Lane == wire.Forward {
+			return s.attachForward(o, l)
+		}
 		return o.attach(l, hello)
 	}
 	o, err := s.begin(hello, l, baseline)
@@ -335,6 +344,9 @@ func (s *Source) Close() error {
 	s.closed = true
 	s.mu.Unlock()
 	s.cancel(errors.New("the source is closing"))
+	if s.forwarder != nil {
+		s.forwarder.fail(block.ErrAbandoned)
+	}
 	s.wg.Wait()
 	return nil
 }
@@ -574,6 +586,9 @@ func (o *outgoing) preflight(ctx context.Context) (State, error) {
 	stop := context.AfterFunc(ctx, func() { l.cancel(context.Cause(ctx)) })
 	defer stop()
 	m := wire.Manifest{Config: o.config.Config, Processor: o.config.Processor}
+	if o.config.Forward {
+		m.Features |= wire.FeatureForward
+	}
 	for _, d := range o.config.Devices {
 		m.Devices = append(m.Devices, wire.Device{Name: d.Name, Size: d.Device.Size(), BlockSize: d.Device.BlockSize(), NeedsBase: d.NeedsBase, Base: d.Base})
 	}

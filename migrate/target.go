@@ -65,14 +65,15 @@ type TargetConfig struct {
 
 // Target is a VM that has arrived, or the rest of which is arriving.
 type Target struct {
-	config  TargetConfig
-	id      uuid.UUID
-	cancel  context.CancelCauseFunc
-	state   atomic.Value  // State
-	running chan struct{} // closed when the VM runs here
-	ended   chan struct{} // closed when all is over; err is set
-	err     error
-	wg      sync.WaitGroup
+	forwards bool // the source has users of the devices
+	config   TargetConfig
+	id       uuid.UUID
+	cancel   context.CancelCauseFunc
+	state    atomic.Value  // State
+	running  chan struct{} // closed when the VM runs here
+	ended    chan struct{} // closed when all is over; err is set
+	err      error
+	wg       sync.WaitGroup
 
 	devices   []*incomingDevice
 	sizes     []int64
@@ -319,6 +320,7 @@ func (t *Target) preflight(ctx context.Context) (State, error) {
 	if m.Features&wire.FeaturePackage != 0 {
 		return "", ErrPackage
 	}
+	t.forwards = m.Features&wire.FeatureForward != 0
 	devices, err := t.config.VM.Accept(ctx, m, t.id)
 	if err != nil {
 		l.refuse(wire.CodeIncompatible, err)

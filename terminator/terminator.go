@@ -1,19 +1,23 @@
-// Package terminator receives a VM from a peer and writes it to plain files: a package that runs again, or only some of its devices. The VM ends with that, or,
-// for a checkpoint, goes on at its peer.
+// Package terminator receives a VM from a peer and writes it to plain files: a package that runs again, or only some of its devices; or to an object storage. The
+// VM ends with that, or, for a checkpoint, goes on at its peer.
 package terminator
 
 import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"github.com/google/uuid"
 
 	"drafter/block"
 	"drafter/internal/fileset"
 	"drafter/migrate"
+	"drafter/s3"
 	"drafter/vmm"
 	"drafter/wire"
 )
@@ -28,6 +32,7 @@ type Device struct {
 type Config struct {
 	Devices []Device // of the VM's; others are not transferred
 	Dir     string   // instead of Devices: all that come, under the names that a package's files have
+	Place   s3.Place // instead of both: all that come, to an object storage, over what is there; see [s3.Writer]
 	Copy    bool     // the VM goes on at its peer
 	Limits  migrate.Limits
 
@@ -45,8 +50,14 @@ type Terminator struct {
 // New checks a config. Nothing is touched yet.
 func New(c Config) (*Terminator, error) {
 	t := &Terminator{config: c, paths: map[string]string{}}
-	if (len(c.Devices) == 0) == (c.Dir == "") {
-		return nil, errors.New("either devices or a directory for all of them must be given")
+	ways := 0
+	for _, given := range []bool{len(c.Devices) > 0, c.Dir != "", c.Place != s3.Place{}} {
+		if given {
+			ways++
+		}
+	}
+	if ways != 1 {
+		return nil, errors.New("either devices, or a directory or an object storage for all of them must be given")
 	}
 	seen := map[string]string{}
 	for _, d := range c.Devices {
@@ -67,14 +78,20 @@ func New(c Config) (*Terminator, error) {
 // Run takes the VM from the peer that dial connects with. When it returns nil the files are complete, durable and under their names; on an error they are as
 // before, and the VM runs at its peer or, when it had been handed over, can be settled to (see 'drafter peer settle'). Ending ctx gives up, but not once the VM
 // has been handed over.
-func (t *Terminator) Run(ctx context.Context, dial migrate.Dial) (migrate.Stats, error) {
-	s := &store{t: t}
+func (t *Terminator) Run(ctx context.Context, dial migrate.Dial) (stats migrate.Stats, err error) {
+	s := &store{t: t, begun: time.Now()}
+	if t.config.Place != (s3.Place{}) {
+		if s.writer, err = openWriter(ctx, t.config.Place); err != nil {
+			return stats, err
+		}
+		defer func() { err = errors.Join(err, s.writer.Close()) }()
+	}
 	target, err := migrate.Receive(ctx, migrate.TargetConfig{VM: s, Dial: dial, Limits: t.config.Limits, Copy: t.config.Copy, OnState: t.config.OnState, OnProgress: t.config.OnProgress})
 	if err != nil {
 		return migrate.Stats{}, fmt.Errorf("receive VM: %w", err)
 	}
 	err = target.Wait()
-	stats := target.Stats()
+	stats = target.Stats()
 	err = errors.Join(err, target.Close())
 	if err == nil && !s.published {
 		err = errors.New("the VM did not wholly arrive")
@@ -85,10 +102,24 @@ func (t *Terminator) Run(ctx context.Context, dial migrate.Dial) (migrate.Stats,
 	return stats, err
 }
 
+func openWriter(ctx context.Context, place s3.Place) (*s3.Writer, error) {
+	store, err := s3.Open(ctx, place)
+	if err != nil {
+		return nil, err
+	}
+	w, err := store.NewWriter(ctx)
+	if err != nil {
+		store.Close()
+	}
+	return w, err
+}
+
 // store writes a VM to files. It implements [migrate.TargetVM].
 type store struct {
 	t         *Terminator
-	files     *fileset.Set
+	begun     time.Time
+	writer    *s3.Writer   // nil unless it goes to an object storage, from files without names
+	files     *fileset.Set // nil unless it goes to files
 	devices   map[string]*block.File
 	id        string
 	migration uuid.UUID
@@ -117,17 +148,19 @@ func (s *store) Accept(_ context.Context, m wire.Manifest, migration uuid.UUID) 
 		return nil, fmt.Errorf("the peer's config device: %w", err)
 	}
 	s.id, s.migration = config.ID, migration
-	if s.files, err = fileset.New(paths, vmm.State); err != nil {
-		return nil, err
+	if s.writer == nil {
+		if s.files, err = fileset.New(paths, vmm.State); err != nil {
+			return nil, err
+		}
 	}
 	s.devices = map[string]*block.File{}
 	var devices []migrate.TargetDevice
 	for _, d := range m.Devices {
-		if paths[d.Name] == "" {
+		if s.writer == nil && paths[d.Name] == "" {
 			devices = append(devices, migrate.TargetDevice{Held: wire.Unwanted})
 			continue
 		}
-		f, err := block.CreateFile(s.files.Path(d.Name), d.Size)
+		f, err := s.create(d)
 		if err != nil {
 			return nil, fmt.Errorf("device %s: %w", d.Name, err)
 		}
@@ -135,6 +168,13 @@ func (s *store) Accept(_ context.Context, m wire.Manifest, migration uuid.UUID) 
 		devices = append(devices, migrate.TargetDevice{Held: wire.HoldsNothing, Device: block.NewIncoming(f, false)})
 	}
 	return devices, nil
+}
+
+func (s *store) create(d wire.Device) (*block.File, error) {
+	if s.writer != nil {
+		return block.CreateUnnamed(os.TempDir(), d.Size)
+	}
+	return block.CreateFile(s.files.Path(d.Name), d.Size)
 }
 
 // Start implements [migrate.TargetVM].
@@ -160,6 +200,9 @@ func (s *store) Complete(ctx context.Context) error {
 			return err
 		}
 	}
+	if s.writer != nil {
+		return s.upload(ctx)
+	}
 	for name, d := range s.devices {
 		if err := errors.Join(d.Sync(), d.Close()); err != nil {
 			return fmt.Errorf("device %s: %w", name, err)
@@ -171,6 +214,20 @@ func (s *store) Complete(ctx context.Context) error {
 	}
 	s.files, s.published = nil, true
 	return nil
+}
+
+// upload makes the VM the latest backup.
+func (s *store) upload(ctx context.Context) error {
+	var list []s3.Device
+	for _, name := range slices.Sorted(maps.Keys(s.devices)) {
+		list = append(list, s3.Device{Name: name, Device: s.devices[name]})
+	}
+	if _, err := s.writer.Write(ctx, s.begun, list); err != nil {
+		return err
+	}
+	s.writer.Collect(ctx)
+	s.published = true
+	return s.Discard(ctx) // the files have no names
 }
 
 // Discard implements [migrate.TargetVM].

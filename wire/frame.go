@@ -41,10 +41,12 @@ const (
 	TypeError     Type = 15 // both: why the migration or the connection ends
 	TypeSnapshot  Type = 16 // source: all of a copy has been sent; the VM goes on there
 	TypeContents  Type = 17 // registry: content ids of a device's blocks
+	TypeOperation Type = 18 // source, on a forward lane: what a user of a device that has moved away wants
+	TypeResult    Type = 19 // target, on a forward lane: what became of it
 )
 
 func (t Type) String() string {
-	names := [...]string{1: "hello", "manifest", "accept", "extent", "want", "cycle", "ready", "authority", "ack", "resume", "complete", "released", "progress", "ping", "error", "snapshot", "contents"}
+	names := [...]string{1: "hello", "manifest", "accept", "extent", "want", "cycle", "ready", "authority", "ack", "resume", "complete", "released", "progress", "ping", "error", "snapshot", "contents", "operation", "result"}
 	if int(t) < len(names) && names[t] != "" {
 		return names[t]
 	}
@@ -58,7 +60,8 @@ const (
 
 	MaxContents = 32 << 10 // content ids in one message, not bytes
 
-	extentHeader = 12
+	extentHeader    = 12
+	operationHeader = 21
 )
 
 // maxPayload bounds what a frame of a type may announce, before anything is allocated for it.
@@ -72,6 +75,8 @@ func maxPayload(t Type) int {
 		return 4096
 	case TypeExtent:
 		return extentHeader + MaxExtent
+	case TypeOperation, TypeResult:
+		return operationHeader + MaxExtent
 	case TypeContents:
 		return 12 + MaxContents*len(block.ID{})
 	case TypeAuthority, TypeResume:

@@ -17,6 +17,9 @@ type Lane uint8
 const (
 	Main   Lane = 0 // all that is neither wanted nor an answer to it
 	Demand Lane = 1 // wants of the target and their answers
+
+	// Forward is for what the users of devices that have moved away go on doing at their source: a connection that the target opens, on which the source asks.
+	Forward Lane = 2
 )
 
 const magic = "DRAFTER\x00"
@@ -35,6 +38,38 @@ type Hello struct {
 // FeaturePackage is a feature of a manifest: nothing runs here and nothing is handed over. The other side may ask for any pages, as often as it likes; the
 // manifest is followed by the devices' [Contents].
 const FeaturePackage uint64 = 1
+
+// FeatureForward is a feature of a manifest: the devices have users at the source, who go on there after the handoff. The target serves them, see [Forward].
+const FeatureForward uint64 = 2
+
+// Kind is what an [Operation] does.
+type Kind uint8
+
+// The kinds.
+const (
+	Read  Kind = 1
+	Write Kind = 2
+	Trim  Kind = 3
+	Sync  Kind = 4
+)
+
+// Operation asks for something to be done with a device. Its payload: id uint64, kind uint8, offset uint64, length uint32, the data of a write; the device is in
+// the header. It may come twice, when the connection was lost before its result came; doing it twice is the same as once.
+type Operation struct {
+	Device int
+	ID     uint64
+	Kind   Kind
+	Off    int64
+	Length int64  // at most MaxExtent, but for trims
+	Data   []byte // valid until the next Read
+}
+
+// Result tells what became of an operation, in any order. Its payload: id uint64, failed uint8, then what was read or, if it failed, why.
+type Result struct {
+	ID     uint64
+	Failed bool
+	Data   []byte // valid until the next Read
+}
 
 // Manifest says what there is to migrate. Its payload: features uint64, config and processor as byte strings, number of devices uint16, then for each: name as
 // byte string, size uint64, block size uint32, flags uint8 (1: it needs the base), content id of the base [32]byte, zero for none. A byte string is its length
@@ -180,6 +215,13 @@ func (c *Conn) Send(message any) error {
 		for i := range m.Blocks {
 			b = append(b, m.Blocks[i][:]...)
 		}
+	case Operation:
+		t, device = TypeOperation, m.Device
+		b = append(le.AppendUint64(b, m.ID), byte(m.Kind))
+		b = append(le.AppendUint32(le.AppendUint64(b, uint64(m.Off)), uint32(m.Length)), m.Data...)
+	case Result:
+		t = TypeResult
+		b = append(append(le.AppendUint64(b, m.ID), oneIf(m.Failed)), m.Data...)
 	case Snapshot:
 		t, b = TypeSnapshot, le.AppendUint64(b, uint64(m.Paused))
 	case Cycle:
@@ -254,6 +296,10 @@ func Decode(f Frame, sizes []int64) (any, error) {
 		m = Want{Device: int(f.Device), First: int64(first), Ends: int64(first) + n}
 	case TypeContents:
 		m = r.contents(f.Device, sizes)
+	case TypeOperation:
+		m = r.operation(f.Device, sizes)
+	case TypeResult:
+		m = Result{ID: r.uint64(), Failed: r.uint8() == 1, Data: r.rest()}
 	case TypeSnapshot:
 		m = Snapshot{Paused: time.Duration(r.uint64())}
 	case TypeCycle:
@@ -348,4 +394,21 @@ func (r *reader) contents(device uint16, sizes []int64) Contents {
 		c.Blocks = append(c.Blocks, id)
 	}
 	return c
+}
+
+func (r *reader) operation(device uint16, sizes []int64) Operation {
+	o := Operation{Device: int(device), ID: r.uint64(), Kind: Kind(r.uint8()), Off: int64(r.uint64()), Length: int64(r.uint32())}
+	o.Data = r.rest()
+	switch {
+	case r.err != nil:
+	case int(device) >= len(sizes):
+		r.err = violation("device %d, of which there are %d", device, len(sizes))
+	case o.Kind < Read || o.Kind > Sync:
+		r.err = violation("kind %d", o.Kind)
+	case o.Off < 0 || o.Off > sizes[device]-o.Length:
+		r.err = violation("%d bytes at %d of a device of %d", o.Length, o.Off, sizes[device])
+	case o.Kind == Write && o.Length != int64(len(o.Data)), o.Kind != Write && len(o.Data) > 0, o.Kind == Read && o.Length > MaxExtent:
+		r.err = violation("%d bytes of data for %d bytes", len(o.Data), o.Length)
+	}
+	return o
 }

@@ -53,6 +53,13 @@ func messages() []any {
 		Resume{Outcome: Accepted, Missing: []*block.Bitmap{pages(10), pages(1024, 7, 1023)}},
 		TypeComplete, TypeReleased, TypePing,
 		Progress{Bytes: 9},
+		Snapshot{Paused: 5 * time.Millisecond},
+		Contents{Device: 1, First: 3, Blocks: []block.ID{{1}, {}, {2, 3}}},
+		Operation{Device: 1, ID: 7, Kind: Write, Off: 4096, Length: 3, Data: []byte("abc")},
+		Operation{Device: 1, ID: 8, Kind: Read, Off: 1, Length: 100, Data: []byte{}},
+		Operation{Device: 0, ID: 9, Kind: Trim, Length: testSizes[0], Data: []byte{}},
+		Result{ID: 7, Data: []byte("read")},
+		Result{ID: 8, Failed: true, Data: []byte("why")},
 		Error{Code: CodeBusy, Text: "busy"},
 	}
 }

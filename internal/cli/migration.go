@@ -47,6 +47,25 @@ func (l *migrationLog) state(s migrate.State) {
 	}
 }
 
+// deviceMessages are messages for devices that move without a VM.
+var deviceMessages = map[migrate.State]string{
+	migrate.PreCopying:  "A target asks for the devices: copying them while they are used",
+	migrate.HandingOff:  "Holding up who uses the devices, to hand them over",
+	migrate.Serving:     "The devices are at their target; sending what is left",
+	migrate.Rescuing:    "The migration failed; the devices stay here",
+	migrate.Receiving:   "Receiving devices while they are used at their source",
+	migrate.TakingOver:  "The devices were handed over; opening them here",
+	migrate.HandingBack: "The devices cannot be taken over; they stay at their source",
+	migrate.Moved:       "Completed all device migrations",
+}
+
+func (l *migrationLog) deviceState(s migrate.State) {
+	slog.Debug("Migration", "state", s)
+	if text, ok := deviceMessages[s]; ok {
+		slog.Info(text)
+	}
+}
+
 func (l *migrationLog) progress(s migrate.Stats) {
 	if s.Cycle != l.cycle {
 		l.cycle = s.Cycle
@@ -89,10 +108,12 @@ func (l *migrationLog) pull(device string, done, total int64) {
 
 // summary tells what a migration did that has moved the VM away.
 func (l *migrationLog) summary(p *peer.Peer) {
-	s, ok := p.Stats()
-	if !ok {
-		return
+	if s, ok := p.Stats(); ok {
+		l.summarize(s)
 	}
+}
+
+func (l *migrationLog) summarize(s migrate.Stats) {
 	for _, d := range s.Devices {
 		slog.Info("Migrated device", "device", d.Name, "size", humanize.IBytes(uint64(d.Size)), "sent", humanize.IBytes(uint64(d.Sent)), "notNeeded", humanize.IBytes(uint64(d.Saved)),
 			"postCopy", humanize.IBytes(uint64(d.PostCopy)))

@@ -3,6 +3,7 @@ package cli
 import (
 	"errors"
 	"log/slog"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -17,6 +18,7 @@ type backupFlags struct {
 	raddr     string
 	devices   string
 	output    string
+	storage   storageFlags
 }
 
 func (b *backupFlags) add(cmd *cobra.Command) {
@@ -30,7 +32,8 @@ func (b *backupFlags) add(cmd *cobra.Command) {
 		{Name: vmm.Memory, Output: "out/package/memory.bin"},
 		{Name: vmm.Config, Output: "out/package/config.json"},
 	}), "Devices configuration: which devices to write, and where to")
-	f.StringVar(&b.output, "output", "", "Directory for all devices of the VM (instead of --devices)")
+	f.StringVar(&b.output, "output", "", "Directory for all devices of the VM, or s3://BUCKET/PREFIX (instead of --devices)")
+	b.storage.add(cmd)
 }
 
 // run takes a VM, or a copy of it.
@@ -38,6 +41,13 @@ func (b *backupFlags) run(cmd *cobra.Command, isCopy bool) error {
 	c := terminator.Config{Dir: b.output, Copy: isCopy}
 	if b.output != "" && cmd.Flags().Changed("devices") {
 		return &usageError{errors.New("--output and --devices both say what to write; give one of them")}
+	}
+	if strings.HasPrefix(b.output, storageScheme) {
+		var err error
+		if c.Place, err = b.storage.place("output", b.output); err != nil {
+			return err
+		}
+		c.Dir = ""
 	}
 	if b.output == "" {
 		var err error
@@ -72,7 +82,7 @@ func newTerminator() *cobra.Command {
 	var b backupFlags
 	cmd := &cobra.Command{
 		Use:   "terminator",
-		Short: "Receive a VM from a peer, end it, and write it to files",
+		Short: "Receive a VM from a peer, end it, and write it to files or an object storage",
 		Long: `Receives a VM from a peer as another peer would, but does not run it: it writes the VM's devices to plain files, a package that runs again, or only those
 devices that are listed. The VM ends with that. 'drafter checkpoint' does the same for a VM that goes on.
 
@@ -92,7 +102,7 @@ func newCheckpoint() *cobra.Command {
 	var b backupFlags
 	cmd := &cobra.Command{
 		Use:   "checkpoint",
-		Short: "Back up a running VM to files, without ending it",
+		Short: "Back up a running VM to files or an object storage, without ending it",
 		Long: `Asks a peer for a copy of its VM and writes it to plain files: a package that runs again, or only those devices that are listed. The VM is copied while it
 runs, then paused as for a handoff, and goes on while the rest is sent. The copy is the VM in the moment of that pause; its guest is told as for a
 suspend, so that it can flush what it has.
@@ -100,11 +110,15 @@ suspend, so that it can flush what it has.
 The files appear once all of them are complete and durable. When they are all of one directory, which has no subdirectories, what was there before is replaced
 at once; until then, and on any failure, it is as it was.
 
+With --output s3://BUCKET/PREFIX, the copy is the latest backup there once it is complete; only what differs from the one before is uploaded. 'drafter peer --package
+s3://BUCKET/PREFIX' starts an instance from it. The temporary files ($TMPDIR) take as much as the VM.
+
 Listeners that let others take a VM let them copy it, too: see --insecure and the TLS flags of 'drafter peer'.
 ` + exitCodeHelp,
-		Example: `  drafter checkpoint --raddr localhost:1337 --output out/backup`,
-		Args:    noArgs,
-		RunE:    func(cmd *cobra.Command, _ []string) error { return b.run(cmd, true) },
+		Example: `  drafter checkpoint --raddr localhost:1337 --output out/backup
+  drafter checkpoint --raddr localhost:1337 --output s3://backups/redis`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return b.run(cmd, true) },
 	}
 	b.add(cmd)
 	return cmd

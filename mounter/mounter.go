@@ -1,0 +1,615 @@
+// Package mounter exposes devices without a VM, receives them live from another mounter or a peer, and hands them on. Who reads and writes a device at its path
+// goes on doing so when the device moves: what is done at the path it was exposed at first is forwarded to where it is.
+package mounter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+	"golang.org/x/sync/errgroup"
+
+	"drafter/block"
+	"drafter/expose"
+	"drafter/expose/fuse"
+	"drafter/expose/nbd"
+	"drafter/migrate"
+	"drafter/stack"
+	"drafter/vmm"
+	"drafter/wire"
+)
+
+// Device is one device to mount.
+type Device struct {
+	Name    string `json:"name"`
+	Base    string `json:"base"`    // its file; read-only where there is an overlay
+	Overlay string `json:"overlay"` // file with the changed blocks; empty to write to the base
+	State   string `json:"state"`   // file that says which blocks the overlay holds
+
+	BlockSize      int64         `json:"blockSize"`      // bytes; the unit of copying and of tracking changes
+	Expiry         time.Duration `json:"expiry"`         // how long a written block counts as hot
+	MaxDirtyBlocks int           `json:"maxDirtyBlocks"` // the handoff may begin with so many dirty blocks
+	MinCycles      int           `json:"minCycles"`      // quiet cycles before the handoff
+	MaxCycles      int           `json:"maxCycles"`      // cycles after which the handoff begins in any case
+	CycleThrottle  time.Duration `json:"cycleThrottle"`  // pause between cycles
+
+	MakeMigratable bool `json:"makeMigratable"` // whether the device can move
+}
+
+func (d *Device) files() *stack.Files {
+	return &stack.Files{Base: d.Base, Overlay: d.Overlay, State: d.State, BlockSize: d.BlockSize}
+}
+
+func (d *Device) check() error {
+	if err := vmm.CheckDeviceName(d.Name); err != nil {
+		return err
+	}
+	if d.Base == "" {
+		return errors.New("it has no base; name its file")
+	}
+	if (d.Overlay == "") != (d.State == "") {
+		return errors.New("it has an overlay without a state file, or the other way round; name both, or none to write to the base")
+	}
+	return block.CheckBlockSize(d.BlockSize)
+}
+
+// Config says what to mount and how.
+type Config struct {
+	Devices []Device
+	BaseDir string // for the exposure; what a killed mounter left there is cleaned up
+	Links   string // directory in which each device's name is a link to its path; empty for none
+	Expose  string // expose.Auto, FUSE or NBD
+	Limits  migrate.Limits
+
+	// Called by a migration, which waits for them; may be nil.
+	OnState    func(migrate.State)
+	OnProgress func(migrate.Stats)
+}
+
+// Mounter owns devices. Open or Receive is called once, then Serve; Close at the end. Path, Stats and Done may be called by any goroutine after Open or Receive.
+type Mounter struct {
+	config   Config
+	dir      *vmm.Dir
+	exposure expose.Exposure
+	links    []string
+	gates    map[string]*block.Gate
+
+	mu      sync.Mutex // guards the following
+	devices map[string]*stack.Stack
+	arrival *migrate.Target
+	source  *migrate.Source
+
+	forwarding     sync.WaitGroup // what users at the source of the devices do
+	stopForwarding context.CancelFunc
+}
+
+// New checks a config. Nothing is touched yet.
+func New(c Config) (*Mounter, error) {
+	if len(c.Devices) == 0 {
+		return nil, errors.New("there are no devices to mount")
+	}
+	seen := map[string]bool{}
+	for i := range c.Devices {
+		d := &c.Devices[i]
+		if err := d.check(); err != nil {
+			return nil, fmt.Errorf("device %s: %w", d.Name, err)
+		}
+		for _, unique := range []string{"name " + d.Name, d.Base, d.Overlay, d.State} {
+			if seen[unique] && unique != "" {
+				return nil, fmt.Errorf("device %s: %s is listed twice", d.Name, unique)
+			}
+			seen[unique] = true
+		}
+	}
+	way, err := expose.Choose(c.Expose)
+	if err != nil {
+		return nil, err
+	}
+	c.Expose = way
+	return &Mounter{config: c, gates: map[string]*block.Gate{}, devices: map[string]*stack.Stack{}, stopForwarding: func() {}}, nil
+}
+
+// Open mounts devices of this host.
+func (m *Mounter) Open(ctx context.Context) error {
+	for i := range m.config.Devices {
+		d := &m.config.Devices[i]
+		if err := d.checkHere(); err != nil {
+			return fmt.Errorf("device %s: %w", d.Name, err)
+		}
+	}
+	opened := make([]*stack.Stack, len(m.config.Devices))
+	g, ctx := errgroup.WithContext(ctx)
+	for i := range m.config.Devices {
+		g.Go(func() (err error) {
+			if opened[i], err = m.config.Devices[i].files().Open(ctx); err != nil {
+				return fmt.Errorf("device %s: %w", m.config.Devices[i].Name, err)
+			}
+			return nil
+		})
+	}
+	err := g.Wait()
+	for i, s := range opened {
+		if s != nil {
+			m.devices[m.config.Devices[i].Name] = s
+		}
+	}
+	if err != nil {
+		return err
+	}
+	if err := m.expose(); err != nil {
+		return err
+	}
+	m.open()
+	return nil
+}
+
+// open lets users in.
+func (m *Mounter) open() {
+	for name, s := range m.devices {
+		m.gates[name].Open(s)
+	}
+}
+
+// expose gives all devices paths. Who uses them waits until they are open.
+func (m *Mounter) expose() (err error) {
+	if err := vmm.ReclaimAll(m.config.BaseDir); err != nil {
+		return err
+	}
+	if m.dir, err = vmm.CreateDir(m.config.BaseDir, "mounter"); err != nil {
+		return err
+	}
+	var devices []expose.Device
+	for _, d := range m.config.Devices {
+		m.gates[d.Name] = block.NewGate(m.devices[d.Name].Size())
+		devices = append(devices, expose.Device{Name: d.Name, Kind: expose.Disk, Device: m.gates[d.Name]})
+	}
+	if m.config.Expose == expose.NBD {
+		attached, err := nbd.Attach(m.dir.Devices(), devices)
+		if err != nil {
+			return err
+		}
+		m.exposure = attached
+	} else {
+		mount, err := fuse.New(fuse.Config{Dir: m.dir.Devices()}, devices)
+		if err != nil {
+			return err // not assigned: a nil *Mount in an interface is not nil
+		}
+		m.exposure = mount
+	}
+	return m.link()
+}
+
+// link makes the links, in the place of those that an earlier mounter made.
+func (m *Mounter) link() error {
+	if m.config.Links == "" {
+		return nil
+	}
+	if err := os.MkdirAll(m.config.Links, 0o755); err != nil {
+		return err
+	}
+	for _, d := range m.config.Devices {
+		target, err := filepath.Abs(m.Path(d.Name))
+		if err != nil {
+			return err
+		}
+		path := filepath.Join(m.config.Links, d.Name)
+		info, err := os.Lstat(path)
+		switch {
+		case err == nil && info.Mode().Type() != os.ModeSymlink:
+			return fmt.Errorf("%s is there, and is no link; choose another directory for links", path)
+		case err == nil:
+			if err := os.Remove(path); err != nil {
+				return err
+			}
+		}
+		if err := os.Symlink(target, path); err != nil {
+			return err
+		}
+		m.links = append(m.links, path)
+	}
+	return nil
+}
+
+// Path is where a device is exposed, until Close.
+func (m *Mounter) Path(name string) string { return m.exposure.Path(name) }
+
+// Receive takes the devices from the mounter or peer that dial connects with. They are open here when Receive returns nil; what is missing of them is fetched from
+// then on. On an error they are where they were, unless the error says otherwise. A peer's VM ends with that.
+func (m *Mounter) Receive(ctx context.Context, dial migrate.Dial) error {
+	a := &arrival{m: m}
+	target, err := migrate.Receive(ctx, migrate.TargetConfig{VM: a, Dial: dial, Limits: m.config.Limits, OnState: m.config.OnState, OnProgress: m.config.OnProgress})
+	if err != nil {
+		return fmt.Errorf("receive devices: %w", err)
+	}
+	m.mu.Lock()
+	m.arrival = target
+	m.mu.Unlock()
+	if target.Forwards() {
+		var devices []block.Device
+		for _, name := range a.order {
+			devices = append(devices, m.gates[name])
+		}
+		fctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+		m.stopForwarding = cancel
+		m.forwarding.Go(func() { target.ServeForwards(fctx, devices) })
+	}
+	return nil
+}
+
+// Arrived is closed when devices that were received are complete, or never will be; ArrivalError then tells which. It is nil when they were opened here.
+func (m *Mounter) Arrived() <-chan struct{} {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.arrival == nil {
+		return nil
+	}
+	return m.arrival.Done()
+}
+
+// ArrivalError waits until Arrived.
+func (m *Mounter) ArrivalError() error {
+	if m.Arrived() == nil {
+		return nil
+	}
+	return m.arrival.Wait()
+}
+
+// Serve hands the devices that are migratable on to the mounter that asks for them. It returns when ctx has ended; until then, what their users do here is forwarded
+// to where they have gone. moved, if not nil, is called once they have. An error means that they are here or, if it says so, that it is in doubt where they are.
+func (m *Mounter) Serve(ctx context.Context, accept migrate.Accept, moved func()) error {
+	if arrived := m.Arrived(); arrived != nil {
+		select {
+		case <-arrived:
+			if err := m.ArrivalError(); err != nil {
+				return err
+			}
+		case <-ctx.Done():
+			return nil
+		}
+	}
+	source, err := m.newSource()
+	if err != nil {
+		return err
+	}
+	m.mu.Lock()
+	m.source = source
+	m.mu.Unlock()
+	actx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	wg.Go(func() {
+		migrate.AcceptAll(actx, accept, maxConnections, func(ctx context.Context, stream io.ReadWriteCloser) {
+			err := source.Handle(ctx, stream)
+			if state := source.State(); err != nil && ctx.Err() == nil && state != migrate.Moved {
+				slog.Warn("A connection or a migration of the devices failed", "state", state, "error", err)
+			}
+		})
+	})
+	select {
+	case <-source.Gone():
+	case <-ctx.Done():
+		switch err := source.Revoke(errors.New("the source was ended")); {
+		case err == nil:
+			return nil
+		case errors.Is(err, migrate.ErrHandedOver):
+			slog.Info("The devices have moved to their target, which still needs what is here; waiting until it has all")
+			<-source.Gone()
+		default:
+			return err
+		}
+	}
+	if source.State() != migrate.Moved {
+		return source.GoneError()
+	}
+	if moved != nil {
+		moved()
+	}
+	<-ctx.Done()
+	return nil
+}
+
+// maxConnections is how many connections are served at once: a target has three, and perhaps some that it has lost.
+const maxConnections = 16
+
+// Stats says how the last migration goes, from here or to here. ok is false when there is none.
+func (m *Mounter) Stats() (stats migrate.Stats, ok bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.source != nil {
+		if s := m.source.Stats(); len(s.Devices) > 0 {
+			return s, true
+		}
+	}
+	if m.arrival != nil {
+		return m.arrival.Stats(), true
+	}
+	return stats, false
+}
+
+func (m *Mounter) newSource() (*migrate.Source, error) {
+	d := &departure{m: m}
+	c := migrate.SourceConfig{VM: d, Limits: m.config.Limits, Forward: true, OnProgress: m.config.OnProgress}
+	for i := range m.config.Devices {
+		cd := &m.config.Devices[i]
+		if !cd.MakeMigratable {
+			continue
+		}
+		s := m.devices[cd.Name]
+		sd := migrate.SourceDevice{
+			Name: cd.Name, Device: s.Tracker, Base: s.Base, Expiry: cd.Expiry, MaxDirtyBlocks: cd.MaxDirtyBlocks, MinCycles: cd.MinCycles, MaxCycles: cd.MaxCycles,
+			CycleThrottle: cd.CycleThrottle,
+		}
+		if s.Base != (block.ID{}) {
+			sd.Overlay = s.Overlay
+		}
+		c.Devices = append(c.Devices, sd)
+		d.names = append(d.names, cd.Name)
+	}
+	if len(c.Devices) == 0 {
+		return nil, errors.New("no device is migratable; set makeMigratable for one, or listen nowhere")
+	}
+	c.OnState = func(s migrate.State) {
+		if s == migrate.Serving || s == migrate.Moved {
+			d.forward()
+		}
+		if m.config.OnState != nil {
+			m.config.OnState(s)
+		}
+	}
+	var err error
+	d.source, err = migrate.NewSource(c)
+	return d.source, err
+}
+
+// Close takes the paths away, and closes the devices. What was written is durable then.
+func (m *Mounter) Close() error {
+	m.stopForwarding()
+	m.forwarding.Wait()
+	var errs []error
+	m.mu.Lock()
+	source, arrival := m.source, m.arrival
+	m.mu.Unlock()
+	if source != nil {
+		errs = append(errs, source.Close())
+	}
+	if arrival != nil {
+		errs = append(errs, arrival.Close())
+	}
+	errs = append(errs, m.closeDevices(true))
+	return errors.Join(errs...)
+}
+
+func (m *Mounter) closeDevices(sync bool) error {
+	var errs []error
+	for _, l := range m.links {
+		errs = append(errs, os.Remove(l))
+	}
+	m.links = nil
+	for _, g := range m.gates {
+		g.Open(closed{size: g.Size()}) // nobody waits any more
+	}
+	if m.exposure != nil {
+		errs = append(errs, m.exposure.Close())
+		m.exposure = nil
+	}
+	if m.dir != nil {
+		errs = append(errs, m.dir.Close())
+		m.dir = nil
+	}
+	for name, s := range m.devices {
+		var err error
+		if sync {
+			err = s.Sync()
+		}
+		if err = errors.Join(err, s.Close()); err != nil {
+			errs = append(errs, fmt.Errorf("device %s: %w", name, err))
+		}
+		delete(m.devices, name)
+	}
+	return errors.Join(errs...)
+}
+
+// closed is what is behind a gate in the end.
+type closed struct{ size int64 }
+
+func (c closed) Size() int64                      { return c.size }
+func (closed) ReadAt([]byte, int64) (int, error)  { return 0, os.ErrClosed }
+func (closed) WriteAt([]byte, int64) (int, error) { return 0, os.ErrClosed }
+func (closed) Sync() error                        { return os.ErrClosed }
+func (closed) Close() error                       { return nil }
+
+// departure is devices that may leave. It implements [migrate.SourceVM]: what is paused are their users, at the gates.
+type departure struct {
+	m      *Mounter
+	names  []string // in the order of the source's devices
+	source *migrate.Source
+}
+
+// Flush implements [migrate.SourceVM]. Users' writes are in the device when they are done.
+func (d *departure) Flush(context.Context) error { return nil }
+
+// Prepare implements [migrate.SourceVM].
+func (d *departure) Prepare(context.Context) error { return nil }
+
+// Pause implements [migrate.SourceVM].
+func (d *departure) Pause(context.Context) error {
+	for _, name := range d.names {
+		d.m.gates[name].Shut()
+	}
+	return nil
+}
+
+// Save implements [migrate.SourceVM]. From here on the files say that the devices may have moved.
+func (d *departure) Save(_ context.Context, migration uuid.UUID) error {
+	for _, name := range d.names {
+		if err := d.m.device(name).setStatus(leaving, migration); err != nil {
+			return fmt.Errorf("device %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// Rescue implements [migrate.SourceVM].
+func (d *departure) Rescue(context.Context) error {
+	for _, name := range d.names {
+		if err := d.m.device(name).clearStatus(); err != nil {
+			return fmt.Errorf("device %s: %w", name, err)
+		}
+		d.m.gates[name].Open(d.m.devices[name])
+	}
+	return nil
+}
+
+// Rescued implements [migrate.SourceVM].
+func (d *departure) Rescued(context.Context) {}
+
+// Mark implements [migrate.SourceVM].
+func (d *departure) Mark(_ context.Context, state migrate.State, migration uuid.UUID) error {
+	for _, name := range d.names {
+		status := leaving
+		if state == migrate.Moved {
+			status = gone
+		} else if err := d.m.devices[name].Sync(); err != nil {
+			return fmt.Errorf("device %s: %w", name, err)
+		}
+		if err := d.m.device(name).setStatus(status, migration); err != nil {
+			return fmt.Errorf("device %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// forward lets users go on, where the devices are now.
+func (d *departure) forward() {
+	for i, name := range d.names {
+		d.m.gates[name].Open(d.source.Forwarded(i))
+	}
+}
+
+func (m *Mounter) device(name string) *Device {
+	i := slices.IndexFunc(m.config.Devices, func(d Device) bool { return d.Name == name })
+	if i < 0 {
+		return nil
+	}
+	return &m.config.Devices[i]
+}
+
+// arrival is devices that are arriving. It implements [migrate.TargetVM].
+type arrival struct {
+	m         *Mounter
+	order     []string // of the manifest
+	migration uuid.UUID
+	packageID string // of a peer's VM, or empty
+}
+
+// Accept implements [migrate.TargetVM].
+func (a *arrival) Accept(ctx context.Context, manifest wire.Manifest, migration uuid.UUID) ([]migrate.TargetDevice, error) {
+	a.migration = migration
+	if len(manifest.Config) > 0 {
+		config, err := vmm.DecodePackageConfig(manifest.Config)
+		if err != nil {
+			return nil, fmt.Errorf("the peer's config device: %w", err)
+		}
+		a.packageID = config.ID
+	}
+	offered := map[string]bool{}
+	for _, d := range manifest.Devices {
+		if a.m.device(d.Name) == nil {
+			return nil, fmt.Errorf("device %s comes, but is not among the devices here; add it to --devices", d.Name)
+		}
+		offered[d.Name] = true
+	}
+	for i := range a.m.config.Devices {
+		d := &a.m.config.Devices[i]
+		if !offered[d.Name] {
+			return nil, fmt.Errorf("device %s does not come; remove it from --devices, or turn makeMigratable on for it where it comes from", d.Name)
+		}
+		if err := d.makeRoom(); err != nil {
+			return nil, fmt.Errorf("device %s: %w", d.Name, err)
+		}
+	}
+	var devices []migrate.TargetDevice
+	for _, offer := range manifest.Devices {
+		d := a.m.device(offer.Name)
+		if err := d.setStatus(arriving, migration); err != nil {
+			return nil, fmt.Errorf("device %s: %w", d.Name, err)
+		}
+		s, held, err := d.files().Receive(ctx, offer, func(under block.Device) *block.Incoming { return block.NewIncoming(under, true) })
+		if err != nil {
+			return nil, fmt.Errorf("device %s: %w", d.Name, errors.Join(err, d.clearStatus()))
+		}
+		a.m.devices[d.Name] = s
+		a.order = append(a.order, d.Name)
+		devices = append(devices, migrate.TargetDevice{Held: held, Device: s.Incoming})
+	}
+	return devices, a.m.expose()
+}
+
+// Start implements [migrate.TargetVM].
+func (a *arrival) Start(context.Context) error { return nil }
+
+// Restore implements [migrate.TargetVM].
+func (a *arrival) Restore(context.Context, uuid.UUID) error {
+	for _, name := range a.order {
+		missing := a.m.devices[name].Incoming.Missing()
+		if missing == 0 {
+			continue
+		}
+		if err := a.m.device(name).files().NoteMissing(missing * block.PageSize); err != nil {
+			return fmt.Errorf("device %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// Resume implements [migrate.TargetVM].
+func (a *arrival) Resume(context.Context) error {
+	for _, name := range a.order {
+		if err := a.m.device(name).clearStatus(); err != nil {
+			return fmt.Errorf("device %s: %w", name, err)
+		}
+	}
+	a.m.open()
+	return nil
+}
+
+// Complete implements [migrate.TargetVM]. The state of a peer's VM is that of one that was suspended.
+func (a *arrival) Complete(context.Context) error {
+	if s := a.m.devices[vmm.State]; s != nil && a.packageID != "" {
+		if _, err := vmm.ReadMigratedState(s, a.packageID, a.migration); err != nil {
+			return fmt.Errorf("device %s: %w", vmm.State, err)
+		}
+		if err := vmm.MarkState(s, vmm.Suspended); err != nil {
+			return fmt.Errorf("device %s: %w", vmm.State, err)
+		}
+	}
+	for _, name := range a.order {
+		if err := errors.Join(a.m.devices[name].Sync(), a.m.device(name).files().ForgetMissing()); err != nil {
+			return fmt.Errorf("device %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// Discard implements [migrate.TargetVM].
+func (a *arrival) Discard(context.Context) error {
+	stacks := map[string]*stack.Stack{}
+	for name, s := range a.m.devices {
+		stacks[name] = s
+	}
+	errs := []error{a.m.closeDevices(false)}
+	for name, s := range stacks {
+		d := a.m.device(name)
+		errs = append(errs, d.files().ForgetMissing(), s.Remove(), d.clearStatus())
+	}
+	return errors.Join(errs...)
+}
