@@ -1,13 +1,14 @@
 # Two commands do everything, as root on Debian 12: 'make demo' and 'make test'. The others are their parts.
 
-export PATH := $(PATH):/usr/local/go/bin
+export PATH := $(PATH):/usr/local/go/bin:$(CURDIR)/.cache/tools
 GO      ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo development)
 TOOLS   := $(CURDIR)/.cache/tools
+SERVERS := $(TOOLS)/versitygw $(TOOLS)/registry
 LDFLAGS := -s -w -X drafter/internal/cli.Version=$(VERSION)
 TESTTIMEOUT ?= 40m
 
-.PHONY: help demo test build setup tools lint generate check-generated unit soak bench redis-image install clean
+.PHONY: help demo test build setup tools servers lint generate check-generated unit soak bench redis-image install clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,8 +25,14 @@ build: ## build bin/drafter and bin/drafter-guest
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/drafter
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o bin/ ./cmd/drafter-guest
 
-unit: ## all tests with the race detector
+unit: servers ## all tests with the race detector
 	$(GO) test -race -timeout $(TESTTIMEOUT) ./...
+
+servers: $(SERVERS) ## the S3 server and the OCI registry that tests talk to, in .cache/tools
+
+$(SERVERS): $(TOOLS)/%: tools/servers/go.mod tools/servers/go.sum
+	cd tools/servers && CGO_ENABLED=0 $(GO) build -ldflags '-s -w' -o $@ $$($(GO) list -f '{{.ImportPath}}' tool | grep '/$*$$')
+	touch $@
 
 tools: $(TOOLS)/golangci-lint $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-ttrpc
 
@@ -45,7 +52,7 @@ check-generated: generate ## fail when generated files are stale
 	@test -z "$$(git status --porcelain -- agent docs/cli docs/man)" || { git --no-pager diff -- agent docs/cli docs/man; \
 		echo "Generated files are stale: run 'make generate' and commit"; git status --porcelain -- agent docs/cli docs/man; exit 1; }
 
-soak: setup build ## the tests that find more the longer they run: real VMs with random faults, an hour at most
+soak: setup build servers ## the tests that find more the longer they run: real VMs with random faults, an hour at most
 	DRAFTER_SOAK=1 $(GO) test -timeout 60m -v -run 'TestSoakMigrations|TestKilledPeer' ./e2e
 
 bench: setup build ## measure boot, suspend, resume, packaging and migration
@@ -56,7 +63,7 @@ redis-image: ## an OCI image of Redis without any registry, in out/redis-image
 
 install: build ## install drafter and its links below /usr/local/bin
 	install -m 755 bin/drafter bin/drafter-guest /usr/local/bin/
-	for c in nat forwarder snapshotter packager runner peer; do ln -sf drafter /usr/local/bin/drafter-$$c; done
+	for c in nat forwarder snapshotter packager runner peer registry mounter terminator checkpoint; do ln -sf drafter /usr/local/bin/drafter-$$c; done
 
 clean: ## remove what was built
 	rm -rf bin out .cache

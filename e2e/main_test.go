@@ -101,7 +101,7 @@ func build() error {
 			return fmt.Errorf("go %s: %w: %s", strings.Join(args, " "), err, out)
 		}
 	}
-	for _, name := range []string{"nat", "forwarder", "snapshotter", "runner", "peer", "registry", "terminator", "checkpoint"} {
+	for _, name := range []string{"nat", "forwarder", "snapshotter", "runner", "peer", "registry", "mounter", "terminator", "checkpoint"} {
 		if err := os.Symlink("drafter", filepath.Join(bin, "drafter-"+name)); err != nil {
 			return err
 		}

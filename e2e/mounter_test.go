@@ -67,12 +67,11 @@ func startFio(t *testing.T, path string, seconds int) *fio {
 	return f
 }
 
-// end waits for the run, and returns the longest that an operation took.
-func (f *fio) end(t *testing.T) time.Duration {
+// end waits for the run, which must be without error, and says how long the longest operation took.
+func (f *fio) end(t *testing.T) {
 	t.Helper()
 	if err := f.cmd.Wait(); err != nil {
-		t.Errorf("fio: %v: %s%s", err, f.errors.String(), f.output.String())
-		return 0
+		t.Fatalf("fio: %v: %s%s", err, f.errors.String(), f.output.String())
 	}
 	type side struct {
 		IOs     int64 `json:"total_ios"`
@@ -86,8 +85,8 @@ func (f *fio) end(t *testing.T) time.Duration {
 			Read, Write side
 		} `json:"jobs"`
 	}
-	out := f.output.String()
-	if err := json.Unmarshal([]byte(out[strings.Index(out, "{"):]), &report); err != nil || len(report.Jobs) != 1 {
+	_, out, _ := strings.Cut(f.output.String(), "{") // notes may come before it
+	if err := json.Unmarshal([]byte("{"+out), &report); err != nil || len(report.Jobs) != 1 {
 		t.Fatalf("fio: %v: %s", err, out)
 	}
 	j := report.Jobs[0]
@@ -96,7 +95,6 @@ func (f *fio) end(t *testing.T) time.Duration {
 	}
 	longest := time.Duration(max(j.Read.Latency.Max, j.Write.Latency.Max))
 	t.Logf("fio: %d reads, %d writes, the longest took %s", j.Read.IOs, j.Write.IOs, longest.Round(time.Millisecond))
-	return longest
 }
 
 // A device moves twice, over 1 Gbit/s, while a program reads and writes it at the path where it was at first, and verifies what it reads. Afterwards

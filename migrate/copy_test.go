@@ -20,7 +20,6 @@ import (
 type copier struct {
 	pair      *pair
 	devices   map[string]*memory
-	incoming  map[string]*block.Incoming
 	versions  map[string][]uint64 // of the pages in the moment of the pause
 	discarded int
 	fail      error

@@ -107,12 +107,11 @@ func (p *Peer) Sync(ctx context.Context) error {
 	}
 	for {
 		err := p.syncer.sync(ctx, p, source)
-		switch {
-		case ctx.Err() != nil || source.State() == migrate.Moved:
-			return nil
-		case errors.Is(err, s3.ErrSuperseded):
+		ended := ctx.Err() != nil || source.State() == migrate.Moved
+		if errors.Is(err, s3.ErrSuperseded) && !ended {
 			return err
-		case err != nil:
+		}
+		if err != nil && !ended {
 			slog.Error("Not synced to S3; what is there is the backup before", "lastSync", p.syncer.last(), "error", err)
 		}
 		select {

@@ -70,6 +70,7 @@ func (f *Files) Open(ctx context.Context) (*Stack, error) {
 	return f.overlayOver(base, contents.Device, contents.Device, nil)
 }
 
+// TrackedBlockSize is the size in bytes of the blocks in which changes are tracked.
 func (f *Files) TrackedBlockSize() int64 {
 	if f.BlockSize == 0 {
 		return block.ContentBlockSize
@@ -77,6 +78,7 @@ func (f *Files) TrackedBlockSize() int64 {
 	return f.BlockSize
 }
 
+// OverlayPaths are the files of the overlay.
 func (f *Files) OverlayPaths() block.OverlayPaths {
 	return block.OverlayPaths{Base: f.Base, Overlay: f.Overlay, State: f.State}
 }

@@ -235,7 +235,13 @@ func runPeer(ctx context.Context, p *peer.Peer, listener net.Listener, show *mig
 	}
 	synced := make(chan error, 1)
 	go func() { synced <- p.Sync(sctx) }()
-	defer func() { stop(); <-orClosed(synced) }()
+	endSync := func() {
+		if err := <-orClosed(synced); err != nil {
+			slog.Error("The VM is not backed up any more", "error", err)
+		}
+		synced = nil
+	}
+	defer func() { stop(); endSync() }()
 	arrived, pulled := p.Arrived(), p.Pulled()
 	for {
 		select {
@@ -282,8 +288,7 @@ func runPeer(ctx context.Context, p *peer.Peer, listener net.Listener, show *mig
 				}
 				return e.err
 			}
-			<-orClosed(synced)
-			synced = nil
+			endSync()
 			return suspend(ctx, p)
 		}
 	}

@@ -19,7 +19,7 @@ func Start(t testing.TB) string {
 	t.Helper()
 	program, err := exec.LookPath("registry")
 	if err != nil {
-		t.Skip("SKIPPED: distribution's registry is not on PATH; 'make tools' builds it in .cache/tools")
+		t.Skip("SKIPPED: distribution's registry is not on PATH; 'make servers' builds it in .cache/tools")
 	}
 	l, err := (&net.ListenConfig{}).Listen(context.Background(), "tcp", "127.0.0.1:0")
 	if err != nil {

@@ -45,7 +45,7 @@ func Program(t testing.TB) string {
 	t.Helper()
 	path, err := exec.LookPath("versitygw")
 	if err != nil {
-		t.Skip("SKIPPED: versitygw is not on PATH; 'make tools' builds it in .cache/tools")
+		t.Skip("SKIPPED: versitygw is not on PATH; 'make servers' builds it in .cache/tools")
 	}
 	return path
 }
