@@ -82,8 +82,10 @@ func TestClones(t *testing.T) {
 	if bootIDs[0] == bootIDs[1] {
 		t.Errorf("both clones have the boot id %s", bootIDs[0])
 	}
+	draw := func(sample string) string { return strings.Fields(sample)[1] }
+	// What the original drew, and what the clones draw until their kernels have handled the notice that they are clones.
 	same := 0
-	for same < min(len(samples[0]), len(samples[1])) && samples[0][same] == samples[1][same] { // what the original noted
+	for same < min(len(samples[0]), len(samples[1])) && draw(samples[0][same]) == draw(samples[1][same]) {
 		same++
 	}
 	last, err := strconv.ParseFloat(strings.Fields(samples[0][same-1])[0], 64)
@@ -96,10 +98,10 @@ func TestClones(t *testing.T) {
 	}
 	drawn := map[string]bool{}
 	for _, line := range samples[0][same:] {
-		drawn[strings.Fields(line)[1]] = true
+		drawn[draw(line)] = true
 	}
 	for _, line := range samples[1][same:] {
-		if drawn[strings.Fields(line)[1]] {
+		if drawn[draw(line)] {
 			t.Errorf("both clones drew %s", line)
 		}
 	}
