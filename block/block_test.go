@@ -9,13 +9,14 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"time"
 )
 
 func TestBitmap(t *testing.T) {
 	for _, length := range []int64{1, 63, 64, 65, 1000} {
 		b, model := NewBitmap(length), make([]bool, length)
 		rng := rand.New(rand.NewPCG(1, uint64(length)))
-		for range 300 {
+		for range 1000 {
 			from := rng.Int64N(length)
 			end := from + 1 + rng.Int64N(length-from)
 			switch rng.IntN(3) {
@@ -237,6 +238,31 @@ func TestZeros(t *testing.T) {
 		c, err := Hash(t.Context(), z)
 		if err != nil || c.Device != ZerosID(size) {
 			t.Errorf("%d bytes: %s, %v; want %s", size, c.Device, err, ZerosID(size))
+		}
+	}
+}
+
+// Who takes the dirty pages, and then those of a watch, misses none that is not dirty again.
+func TestWatchAfterTake(t *testing.T) {
+	const pages = 1 << 16
+	d := NewTracker(NewZeros(pages*PageSize), PageSize)
+	w := d.Watch()
+	defer w.Close()
+	for range 1000 {
+		done := make(chan struct{})
+		go func() {
+			d.mark(0, pages*PageSize)
+			close(done)
+		}()
+		time.Sleep(time.Duration(rand.IntN(300)) * time.Microsecond)
+		d.Take()
+		watched := w.Take()
+		<-done
+		dirty, later := d.Take(), w.Take()
+		for page := range later.All() {
+			if !watched.Has(page) && !dirty.Has(page) {
+				t.Fatalf("page %d is neither among those that were watched nor dirty", page)
+			}
 		}
 	}
 }

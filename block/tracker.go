@@ -65,12 +65,13 @@ func (t *Tracker) mark(off, length int64) {
 	for i := off / t.blockSize; i*t.blockSize < end; i++ {
 		t.last[i].Store(now)
 	}
-	t.dirty.SetRange(off/PageSize, (end+PageSize-1)/PageSize)
+	// The watches come first: who takes the dirty pages and then those of a watch misses none that is not dirty again.
 	if watches := t.watches.Load(); watches != nil {
 		for _, w := range *watches {
 			w.pages.SetRange(off/PageSize, (end+PageSize-1)/PageSize)
 		}
 	}
+	t.dirty.SetRange(off/PageSize, (end+PageSize-1)/PageSize)
 }
 
 // Dirty is the number of pages written since they were last taken.

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"fmt"
 	"math/rand/v2"
 	"net/http"
 	"os"
@@ -9,9 +10,13 @@ import (
 	"regexp"
 	"sort"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/dustin/go-humanize"
+	"github.com/redis/go-redis/v9"
 
 	"drafter/internal/s3test"
 	"drafter/internal/tour"
@@ -204,6 +209,75 @@ func TestStorageAway(t *testing.T) {
 		t.Errorf("%q, %v", v, err)
 	}
 	end(t, vm)
+}
+
+// What S3 has of a VM comes from there when it moves, and only the rest from its source; if S3 fails meanwhile, all comes from the source. Nothing is lost in either case.
+func TestMoveFromStorage(t *testing.T) {
+	s := emptySite(t)
+	server := storage(t, s)
+	c := s.redisIn(t, "ark0", "127.0.0.1:3333")
+	next := s.redisIn(t, "ark1", "127.0.0.1:4444")
+	backup := []string{"--s3-sync", "s3://vms/three", "--s3-interval", "1h"}
+	vm := s.peer(t, "instance-0", append(backup, "--netns", "ark0", "--laddr", "localhost:1337")...)
+	await(t, vm, "Synced to S3")
+	amounts := regexp.MustCompile(`"fromS3":"([^"]+)","fromSource":"([^"]+)"`)
+	clients := map[string]*redis.Client{"ark0": c, "ark1": next}
+	ports := map[string]string{"ark0": "127.0.0.1:3333", "ark1": "127.0.0.1:4444"}
+	at, acknowledged := c, 0
+	for i, netns := range []string{"ark1", "ark0"} {
+		if err := at.Del(t.Context(), "load").Err(); err != nil {
+			t.Fatal(err)
+		}
+		l := startLoad(t.Context(), ports["ark0"], ports["ark1"])
+		time.Sleep(time.Second)
+		if i == 1 {
+			var packs atomic.Int64
+			server.Fail(func(r *http.Request) string {
+				if r.Method == http.MethodGet && strings.Contains(r.URL.Path, "/packs/") && packs.Add(1) > 20 {
+					return "503"
+				}
+				return ""
+			})
+		}
+		flags := append(backup, "--netns", netns, "--raddr", fmt.Sprintf("localhost:%d", 1337+i), "--laddr", fmt.Sprintf("localhost:%d", 1338+i))
+		target, err := s.Start(append(s.peerArgs(fmt.Sprintf("instance-%d", i+1), flags...), s.withoutPackage(i+1)...)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Log(moved(t, vm).Text)
+		if i == 1 {
+			await(t, target, "Not all of the backup could be had; the source sends the rest")
+		}
+		line := await(t, target, "Got from S3 what had not changed since the last sync")
+		m := amounts.FindStringSubmatch(line.Text)
+		if m == nil {
+			t.Fatal(line.Text)
+		}
+		t.Logf("%s from S3, %s from the source", m[1], m[2])
+		fromS3, err := humanize.ParseBytes(m[1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		fromSource, err := humanize.ParseBytes(m[2])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i == 0 && fromSource > fromS3 {
+			t.Errorf("%d bytes came from S3, %d from the source", fromS3, fromSource)
+		}
+		time.Sleep(500 * time.Millisecond)
+		l.end(t, clients[netns])
+		acknowledged = l.acknowledged()
+		server.Fail(nil)
+		await(t, target, "Synced to S3")
+		vm, at = target, clients[netns]
+	}
+	end(t, vm)
+	vm = s.peer(t, "restored", "--netns", "ark0", "--package", "s3://vms/three")
+	holds(t, c, acknowledged)
+	await(t, vm, "The whole package is here and verified")
+	end(t, vm)
+	cleanDisks(t, filepath.Join(s.dir, "restored/base"))
 }
 
 // What cannot be backed up is refused before anything happens, in one line that tells no secret.

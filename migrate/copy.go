@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"sync"
 	"time"
 
 	"drafter/block"
@@ -16,26 +17,70 @@ import (
 // Nothing of it can be in doubt: it never gives the VM away.
 
 // Baseline is what the last copy of a source to one place held, so that the next one brings only what has changed since, in whole blocks of
-// [block.ContentBlockSize]. Its zero value is a place that holds nothing. Use it for one copy at a time.
+// [block.ContentBlockSize]. Its zero value is a place that holds nothing. Use it for one copy at a time; its methods are safe for concurrent use.
 type Baseline struct {
+	mu      sync.Mutex
 	watches map[*block.Tracker]*block.Watch
 	taken   map[*block.Tracker]*block.Bitmap // of the copy under way
 	held    bool                             // the last copy has been delivered
+	stored  map[*block.Tracker]block.ID      // and is where targets can get at it
 }
 
 // Held tells whether there is a copy that the next one can build on.
-func (b *Baseline) Held() bool { return b.held }
+func (b *Baseline) Held() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.held
+}
 
 // Forget makes the next copy a full one.
 func (b *Baseline) Forget() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.forget()
+}
+
+func (b *Baseline) forget() {
 	for _, w := range b.watches {
 		w.Close()
 	}
-	b.watches, b.taken, b.held = nil, nil, false
+	b.watches, b.taken, b.held, b.stored = nil, nil, false, nil
+}
+
+// Stored notes under which content ids devices of the last copy are kept where targets of migrations may get at them; see [SourceConfig].
+func (b *Baseline) Stored(ids map[*block.Tracker]block.ID) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.stored = ids
+}
+
+// backup is the content id of a device where it is stored; zero when it is not.
+func (b *Baseline) backup(d *block.Tracker) block.ID {
+	if b == nil {
+		return block.ID{}
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.stored[d]
+}
+
+// since returns the pages of a device that have changed since what is stored of it, or nil if that is not the content id any more. They stay changed.
+func (b *Baseline) since(d *block.Tracker, id block.ID) *block.Bitmap {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	w := b.watches[d]
+	if w == nil || b.stored[d] != id {
+		return nil
+	}
+	pages := w.Take()
+	w.Return(pages)
+	return pages
 }
 
 // Changed returns the pages of a device of the source that have changed since the last copy, or nil if that is not known. The next copy does not bring them.
 func (b *Baseline) Changed(d *block.Tracker) *block.Bitmap {
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	w := b.watches[d]
 	if w == nil || !b.held {
 		return nil
@@ -48,6 +93,8 @@ func (b *Baseline) begin(d *outgoingDevice) *block.Bitmap {
 	if b == nil {
 		return nil
 	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	w := b.watches[d.Device]
 	if w == nil {
 		if b.watches == nil {
@@ -65,6 +112,8 @@ func (b *Baseline) advance() {
 	if b == nil {
 		return
 	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	for t, w := range b.watches {
 		pages := w.Take()
 		if b.taken[t] != nil {
@@ -76,13 +125,17 @@ func (b *Baseline) advance() {
 
 // end notes what has become of the copy. What was taken of a failed one is left to the next.
 func (b *Baseline) end(delivered bool) {
+	if b == nil {
+		return
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	switch {
-	case b == nil:
 	case delivered:
-		b.held = true
+		b.held, b.stored = true, nil
 		clear(b.taken)
 	case !b.held:
-		b.Forget()
+		b.forget()
 	default:
 		for t, pages := range b.taken {
 			b.watches[t].Return(pages)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
+	"runtime/pprof"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -22,6 +23,8 @@ type fault struct {
 	// arm prepares it; at is called at every change of state.
 	arm func(p *pair)
 	at  func(p *pair, side string, s State)
+
+	backup string // what is wrong with the backup that the target gets the VM from; "" for none
 }
 
 // connectionFault lets connection n fail after so many bytes.
@@ -178,6 +181,7 @@ func (p *pair) settle(t *testing.T, receive func() (*Target, error)) (source, ta
 			break
 		}
 		if time.Now().After(deadline) {
+			_ = pprof.Lookup("goroutine").WriteTo(os.Stderr, 1) // what it waits for
 			t.Fatalf("%s: the source does not get on: %s, target %s, %v", p.what, source, target, p.states.String())
 		}
 		time.Sleep(time.Millisecond)
@@ -238,14 +242,19 @@ func (p *pair) conclude(t *testing.T, source State, arrived *Target) {
 // try runs one migration with a fault.
 func try(t *testing.T, seed uint64, limits Limits, rate int64, f fault) (p *pair, source, target State, err error) {
 	t.Helper()
+	var begun atomic.Bool
 	onState := func(side string, s State) {
-		if f.at != nil {
+		if f.at != nil && begun.Load() {
 			f.at(p, side, s)
 		}
 	}
 	p = newPair(t, seed, limits, onState)
 	p.what = fmt.Sprintf("seed %d: %s", seed, f.name)
 	p.network.rate = rate
+	if f.backup != "" {
+		p.backUp(t, f.backup)
+	}
+	begun.Store(true)
 	if f.arm != nil {
 		f.arm(p)
 	}
@@ -340,7 +349,7 @@ func TestSoak(t *testing.T) {
 		begin = n
 	}
 	outcomes := map[string]int{}
-	var postCopy, wanted int64
+	var postCopy, wanted, fetched int64
 	for i := range uint64(rounds) {
 		seed := begin + i
 		rng := rand.New(rand.NewPCG(seed, 7))
@@ -355,17 +364,25 @@ func TestSoak(t *testing.T) {
 			}
 		}
 		f := randomFault(rng)
+		f.backup = append(backupKinds, "", "", "", "")[rng.IntN(len(backupKinds)+4)]
+		if f.backup == "hanging" && limits.Timeout == 0 {
+			f.backup = "whole"
+		}
 		p, source, target, err := try(t, seed, limits, rate, f)
 		stats := p.source.Stats()
 		for _, d := range stats.Devices {
 			postCopy, wanted = postCopy+d.PostCopy, wanted+d.Wanted
 		}
+		fetched += p.fetched.Load()
 		outcomes[fmt.Sprintf("source %s, target %s", source, target)]++
 		if t.Failed() {
-			t.Fatalf("seed %d: %s: source %s, target %s, %v", seed, f.name, source, target, err)
+			t.Fatalf("seed %d: %s, backup %q: source %s, target %s, %v", seed, f.name, f.backup, source, target, err)
 		}
 	}
-	t.Logf("%v; %d bytes by post-copy, %d of them wanted", outcomes, postCopy, wanted)
+	t.Logf("%v; %d bytes by post-copy, %d of them wanted; %d bytes from backups", outcomes, postCopy, wanted, fetched)
+	if rounds >= 1000 && (fetched == 0 || wanted == 0) {
+		t.Error("not all ways were gone")
+	}
 }
 
 func randomFault(rng *rand.Rand) fault {

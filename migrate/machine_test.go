@@ -300,6 +300,7 @@ type receiver struct {
 	under    map[string]*memory
 	incoming map[string]*block.Incoming
 	cache    map[string]map[int64]string // what was put into the page cache, by page
+	backup   func(wire.Device) *Backup   // where there is one
 	ran      atomic.Bool
 	done     bool
 }
@@ -321,6 +322,9 @@ func (r *receiver) Accept(_ context.Context, m wire.Manifest, _ uuid.UUID) ([]Ta
 		r.incoming[d.Name] = in
 		tracker := block.NewTracker(in, 64<<10)
 		td := TargetDevice{Held: wire.HoldsNothing, Device: in, First: d.Name == "state"}
+		if r.backup != nil && d.Backup != (block.ID{}) {
+			td.Held, td.Backup = wire.HoldsBackup, r.backup(d)
+		}
 		r.devices[d.Name] = tracker
 		if d.Name == "memory" {
 			cache := map[int64]string{}
@@ -533,7 +537,9 @@ type pair struct {
 	target  *receiver
 	network *network
 	states  states
-	what    string       // for messages
+	what    string // for messages
+	backup  Baseline
+	fetched atomic.Int64 // bytes from the backup
 	killed  atomic.Value // string: the side that was killed
 }
 
@@ -582,7 +588,7 @@ func newPair(t testing.TB, seed uint64, limits Limits, onState func(side string,
 			}
 		}
 	}
-	c.VM = p.guest
+	c.VM, c.Backup = p.guest, &p.backup
 	var err error
 	if p.source, err = NewSource(c); err != nil {
 		t.Fatal(err)

@@ -152,6 +152,7 @@ type DeviceStats struct {
 	Pending  int64 // still to be sent, or missing
 	PostCopy int64 // of Sent: after the handoff
 	Wanted   int64 // of PostCopy: because somebody waited
+	Backup   int64 // at the target: fetched from a backup, and not from the source
 }
 
 // Bytes is what was sent or received of all devices.

@@ -63,6 +63,9 @@ type SourceConfig struct {
 	Limits    Limits
 	Forward   bool // the devices have users here, who go on after the handoff: see Forwarded
 
+	// Backup, if not nil, is of copies that are stored where targets may get at them.
+	Backup *Baseline
+
 	// OnState, if not nil, is called at every change of state, OnProgress at most ten times a second and at the end. Both are called by the migration itself
 	// and hold it up.
 	OnState    func(State)
@@ -418,7 +421,10 @@ type outgoingDevice struct {
 	index    int
 	skip     bool          // the target does not want it
 	holds    bool          // the target has the base
+	backup   block.ID      // of what is stored of it; zero when nothing is
+	stored   bool          // the target has that
 	unknown  bool          // the target has an older copy
+	whole    bool          // and gets whole blocks
 	pending  *block.Bitmap // pages to send
 	held     []uint64      // hash of each page as it was sent; 0: it was not
 	quiet    int           // cycles
@@ -503,10 +509,10 @@ func (o *outgoing) run() error {
 	o.mu.Unlock()
 	for _, l := range links {
 		if l != nil {
-			l.cancel(errors.New("the migration has ended"))
+			l.cancel(errEnded)
 		}
 	}
-	cancel(errors.New("the migration has ended"))
+	cancel(errEnded)
 	o.wg.Wait()
 	o.sender.close()
 	stopProgress()
@@ -589,8 +595,11 @@ func (o *outgoing) preflight(ctx context.Context) (State, error) {
 	if o.config.Forward {
 		m.Features |= wire.FeatureForward
 	}
-	for _, d := range o.config.Devices {
-		m.Devices = append(m.Devices, wire.Device{Name: d.Name, Size: d.Device.Size(), BlockSize: d.Device.BlockSize(), NeedsBase: d.NeedsBase, Base: d.Base})
+	for _, d := range o.devices {
+		if !o.copy {
+			d.backup = o.config.Backup.backup(d.Device)
+		}
+		m.Devices = append(m.Devices, wire.Device{Name: d.Name, Size: d.Device.Size(), BlockSize: d.Device.BlockSize(), NeedsBase: d.NeedsBase, Base: d.Base, Backup: d.backup})
 	}
 	if err := l.Send(m); err != nil {
 		return "", l.lost(err)
@@ -614,6 +623,11 @@ func (o *outgoing) preflight(ctx context.Context) (State, error) {
 				return "", fmt.Errorf("%w: device %s has no base", wire.ErrProtocol, d.Name)
 			}
 			d.holds = true
+		case wire.HoldsBackup:
+			if d.backup == (block.ID{}) {
+				return "", fmt.Errorf("%w: device %s has no backup", wire.ErrProtocol, d.Name)
+			}
+			d.stored = true
 		case wire.Unwanted:
 			d.skip = true
 		default:
@@ -736,6 +750,13 @@ func (o *outgoing) read(l *link) error {
 		case wire.Ack:
 			o.ack(m)
 		case wire.Want:
+			if state := o.State(); state == PreCopying || state == Preparing {
+				// It is not ready yet, so that this is sent, or missing, before the VM is there.
+				if d := o.devices[m.Device]; !d.skip {
+					d.pending.SetRange(m.First, m.Ends)
+				}
+				continue
+			}
 			select {
 			case o.wants <- m:
 			case <-l.ctx.Done():
@@ -809,8 +830,17 @@ func (o *outgoing) pendAll() error {
 		// In this order: what is written from here on is dirty.
 		d.Device.Take()
 		if pages := o.baseline.begin(d); pages != nil {
-			d.unknown = true
+			d.unknown, d.whole = true, true
 			d.pending.Add(wholeBlocks(d, pages))
+			continue
+		}
+		if d.stored {
+			pages := o.config.Backup.since(d.Device, d.backup)
+			if pages == nil {
+				return fmt.Errorf("device %s: the backup is being replaced; try again", d.Name)
+			}
+			d.unknown = true
+			d.pending.Add(pages)
 			continue
 		}
 		if d.holds {
@@ -856,7 +886,7 @@ func (o *outgoing) nextCycle(ctx context.Context, cycle int) (left int64, err er
 func (o *outgoing) take() {
 	for _, d := range o.devices {
 		pages := d.Device.Take()
-		if d.unknown {
+		if d.whole {
 			pages = wholeBlocks(d, pages)
 		}
 		if !d.skip {
@@ -909,6 +939,9 @@ func (o *outgoing) isReady() bool {
 func (o *outgoing) awaitReady(ctx context.Context) (State, error) {
 	timeout := time.NewTimer(o.config.Limits.Handoff)
 	defer timeout.Stop()
+	if err := o.first.Send(wire.TypeReady); err != nil {
+		return "", o.first.lost(err)
+	}
 	select {
 	case <-o.ready:
 		return Preparing, nil

@@ -41,6 +41,7 @@ type TargetDevice struct {
 	Held   wire.Held
 	Device *block.Incoming // nil when it is [wire.Unwanted]
 	First  bool            // the VMM needs it to start
+	Backup *Backup         // where to get what is held; of [wire.HoldsBackup] only
 
 	// Cache, if not nil, puts pages that have arrived where the VM will find them without asking; Uncache takes them away again. Both are called before
 	// the handoff only.
@@ -82,6 +83,7 @@ type Target struct {
 	released  chan struct{}       // closed when the source has taken note
 	release   sync.Once
 	start     starting
+	restoring *restoring
 	offered   bool        // Ready was sent, so that an authority may be on its way
 	refusal   error       // why the VM was not taken over
 	taken     atomic.Bool // an authority has been received
@@ -111,13 +113,15 @@ type incomingDevice struct {
 	TargetDevice
 	name     string
 	index    int
-	store    sync.Mutex    // held while pages are stored and cached before the handoff
+	store    sync.Mutex    // held while pages are stored and cached before the handoff, if there is a cache or a backup
+	left     *block.Bitmap // pages that the source does not send, and that the backup has not given yet; nil without
 	cached   *block.Bitmap // pages that Cache was called for; nil without
 	asked    *block.Bitmap // pages that were wanted
 	received atomic.Int64
 	saved    atomic.Int64
 	postCopy atomic.Int64
 	wanted   atomic.Int64
+	fetched  atomic.Int64 // from the backup
 	opened   atomic.Bool
 }
 
@@ -141,6 +145,7 @@ func Receive(ctx context.Context, c TargetConfig) (*Target, error) {
 	t := &Target{
 		config: c, id: id, running: make(chan struct{}), ended: make(chan struct{}), authority: make(chan wire.Authority, 1), snapshot: make(chan wire.Snapshot, 1),
 		released: make(chan struct{}), began: time.Now(), wanted: make(chan struct{}, 1),
+		restoring: newRestoring(),
 	}
 	t.start.done = make(chan struct{})
 	t.state.Store(Preflight)
@@ -197,10 +202,10 @@ func (t *Target) run(ctx context.Context) {
 	t.took = time.Since(t.began)
 	links := []*link{t.main, t.demand}
 	t.mu.Unlock()
-	t.cancel(errors.New("the migration has ended"))
+	t.cancel(errEnded)
 	for _, l := range links {
 		if l != nil {
-			l.close(errors.New("the migration has ended"))
+			l.close(errEnded)
 		}
 	}
 	t.wg.Wait()
@@ -253,7 +258,7 @@ func (t *Target) Stats() Stats {
 		}
 		s.Devices = append(s.Devices, DeviceStats{
 			Name: d.name, Size: d.Device.Size(), Sent: d.received.Load(), Saved: d.saved.Load(), Pending: d.Device.Missing() * block.PageSize,
-			PostCopy: d.postCopy.Load(), Wanted: d.wanted.Load(),
+			PostCopy: d.postCopy.Load(), Wanted: d.wanted.Load(), Backup: d.fetched.Load(),
 		})
 	}
 	return s
@@ -343,6 +348,10 @@ func (t *Target) preflight(ctx context.Context) (State, error) {
 	t.mu.Lock()
 	t.devices = incoming
 	t.mu.Unlock()
+	if err := t.beginBackups(); err != nil {
+		l.refuse(wire.CodeInternal, err)
+		return "", err
+	}
 	if err := l.Send(accept); err != nil {
 		return "", l.lost(err)
 	}
@@ -351,6 +360,13 @@ func (t *Target) preflight(ctx context.Context) (State, error) {
 	}
 	t.wg.Go(func() { l.cancel(t.read(ctx, l)) })
 	t.wg.Go(func() { t.ask(ctx) })
+	t.restoring.ctx, t.restoring.cancel = context.WithCancelCause(ctx)
+	t.wg.Go(func() {
+		if err := t.fetchBackups(ctx, l); err != nil {
+			l.refuse(wire.CodeInternal, err)
+			l.cancel(err)
+		}
+	})
 	return Receiving, nil
 }
 
@@ -424,6 +440,10 @@ func (t *Target) read(ctx context.Context, l *link) error {
 				t.wg.Go(func() { t.joinDemand(ctx) })
 				continue
 			}
+			if m == wire.TypeReady && t.State() == Receiving {
+				t.restoring.hurried.Do(func() { close(t.restoring.hurry) })
+				continue
+			}
 			if m != wire.TypeReleased || t.State() != Confirming && t.State() != Storing {
 				return fmt.Errorf("%w: %s while %s", wire.ErrProtocol, m, t.State())
 			}
@@ -444,23 +464,24 @@ func (t *Target) started() bool {
 	}
 }
 
-// startWhenPossible starts the VMM once the devices it needs are there: at once if they are the base's, else when the first cycle is over.
+// startWhenPossible starts the VMM once the devices it needs are there: at once if they are the base's, else when the first cycle is over and their backups are here.
 func (t *Target) startWhenPossible(ctx context.Context, cycle int) {
 	if t.config.Copy {
 		return
 	}
-	if cycle < 2 {
-		for _, d := range t.devices {
-			if d.First && d.Held == wire.HoldsNothing {
-				return
-			}
+	for _, d := range t.devices {
+		if d.First && (cycle < 2 && d.Held != wire.HoldsBase || d.left != nil && d.left.Count() > 0) {
+			return
 		}
 	}
 	t.start.once.Do(func() {
 		t.start.begun.Store(true)
 		t.wg.Go(func() {
 			defer close(t.start.done)
-			if t.start.err = t.config.VM.Start(ctx); t.start.err == nil {
+			if t.start.err = t.config.VM.Start(ctx); t.start.err != nil {
+				return
+			}
+			if t.start.err = t.awaitBackups(ctx); t.start.err == nil {
 				t.start.err = t.warm(ctx)
 			}
 		})
@@ -473,7 +494,7 @@ func (t *Target) warm(ctx context.Context) error {
 	deadline := time.Now().Add(t.config.Limits.Warm)
 	buffer := make([]byte, wire.MaxExtent)
 	for _, d := range t.devices {
-		if d.cached == nil || d.Held != wire.HoldsBase {
+		if d.cached == nil || d.Held == wire.HoldsNothing {
 			continue
 		}
 		for off := int64(0); off < d.Device.Size() && ctx.Err() == nil && time.Now().Before(deadline); {
@@ -527,7 +548,7 @@ func (t *Target) store(l *link, e wire.Extent) error {
 	if d.Device == nil {
 		return fmt.Errorf("%w: it was not wanted", wire.ErrProtocol)
 	}
-	if d.cached != nil && !d.opened.Load() { // only this goroutine opens
+	if (d.cached != nil || d.left != nil) && !d.opened.Load() { // only this goroutine opens
 		d.store.Lock()
 		defer d.store.Unlock()
 	}
@@ -556,6 +577,9 @@ func (t *Target) store(l *link, e wire.Extent) error {
 			d.wanted.Add(used)
 		}
 		return nil
+	}
+	if d.left != nil {
+		t.restoring.took(d.left.ClearRange(e.Off/block.PageSize, (e.Off+e.Len+block.PageSize-1)/block.PageSize))
 	}
 	return d.cache(e)
 }
@@ -598,9 +622,18 @@ func (t *Target) open(a wire.Authority) error {
 		if n := d.Device.Violations(); n > 0 {
 			return fmt.Errorf("device %s was used %d times before the handoff, which is a defect of the VMM or its driver", d.name, n)
 		}
-		if d.cached != nil {
+		if d.cached != nil || d.left != nil {
 			d.store.Lock()
 			defer d.store.Unlock()
+		}
+		if d.left != nil {
+			for page := range d.left.All() {
+				if !a.Missing[i].Has(page) {
+					return fmt.Errorf("%w: device %s: page %d is not here, and the source says that it has sent it", wire.ErrProtocol, d.name, page)
+				}
+			}
+		}
+		if d.cached != nil {
 			for at := a.Missing[i].Next(0); at < a.Missing[i].Len(); {
 				_, next := a.Missing[i].Run(at, a.Missing[i].Len())
 				if err := d.uncache(at, next); err != nil {
@@ -745,6 +778,7 @@ func (t *Target) takeOver(ctx context.Context) (State, error) {
 func (t *Target) handBack(ctx context.Context) (State, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), t.config.Limits.Settle)
 	defer cancel()
+	t.restoring.end()
 	for _, d := range t.devices {
 		if d.Device != nil {
 			d.Device.Abandon()

@@ -18,6 +18,7 @@ var (
 	describeWire     = prometheus.NewDesc("drafter_migration_wire_bytes", "Bytes sent and received in the last migration, overhead included.", nil, nil)
 	describeSent     = prometheus.NewDesc("drafter_migration_device_transferred_bytes", "Bytes of a device that were transferred in the last migration.", []string{"device", "phase"}, nil)
 	describeSaved    = prometheus.NewDesc("drafter_migration_device_saved_bytes", "Bytes of a device that had been written and did not need to be transferred.", []string{"device"}, nil)
+	describeBackup   = prometheus.NewDesc("drafter_backup_timestamp_seconds", "Of which moment the last backup is that is complete, in seconds since 1970; 0 when there is none.", nil, nil)
 	describePending  = prometheus.NewDesc("drafter_migration_device_pending_bytes", "Bytes of a device that are still to be transferred.", []string{"device"}, nil)
 )
 
@@ -29,7 +30,7 @@ type metrics struct{ p *Peer }
 // Describe implements [prometheus.Collector].
 func (m metrics) Describe(descriptions chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		describeDirty, describeSize, describeState, describeCycle, describeDuration, describeDowntime, describeWire, describeSent, describeSaved, describePending,
+		describeDirty, describeSize, describeState, describeCycle, describeDuration, describeDowntime, describeWire, describeSent, describeSaved, describePending, describeBackup,
 	} {
 		descriptions <- d
 	}
@@ -45,7 +46,15 @@ func (m metrics) Collect(out chan<- prometheus.Metric) {
 		gauge(describeDirty, float64(d.Dirty()*block.PageSize), name)
 		gauge(describeSize, float64(d.Size()), name)
 	}
+	syncer := m.p.syncer
 	m.p.mu.Unlock()
+	if syncer != nil {
+		moment := 0.0
+		if at := syncer.moment.Load(); at != nil {
+			moment = float64(at.UnixMilli()) / 1000
+		}
+		gauge(describeBackup, moment)
+	}
 	s, ok := m.p.Stats()
 	if !ok {
 		return
@@ -65,6 +74,7 @@ func (m metrics) Collect(out chan<- prometheus.Metric) {
 		gauge(describeSent, float64(d.Sent-d.PostCopy), d.Name, "pre-copy")
 		gauge(describeSent, float64(d.PostCopy-d.Wanted), d.Name, "post-copy")
 		gauge(describeSent, float64(d.Wanted), d.Name, "wanted")
+		gauge(describeSent, float64(d.Backup), d.Name, "backup")
 		gauge(describeSaved, float64(d.Saved), d.Name)
 		gauge(describePending, float64(d.Pending), d.Name)
 	}

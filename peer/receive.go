@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/dustin/go-humanize"
 	"github.com/google/uuid"
 
 	"drafter/block"
@@ -58,6 +59,14 @@ func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 		if err := hook(ctx); err != nil {
 			slog.Error("After resume", "error", err)
 		}
+	}
+	fetched := int64(0)
+	for _, d := range stats.Devices {
+		fetched += d.Backup
+	}
+	if fetched > 0 {
+		sent, _, _ := stats.Bytes()
+		slog.Info("Got from S3 what had not changed since the last sync", "fromS3", humanize.IBytes(uint64(fetched)), "fromSource", humanize.IBytes(uint64(sent)))
 	}
 	slog.Info("Resumed VM", "took", running.Round(time.Millisecond), "downtime", stats.Paused.Round(10*time.Microsecond), "agentAfter", time.Since(start).Round(time.Millisecond))
 	return nil
@@ -179,7 +188,7 @@ func (a *arrival) Accept(ctx context.Context, m wire.Manifest, migration uuid.UU
 	if err := a.p.expose(); err != nil {
 		return nil, err
 	}
-	return a.devices(m, held)
+	return a.devices(ctx, m, held)
 }
 
 // check refuses what cannot run here. Nothing has been made yet.
@@ -280,11 +289,18 @@ func (a *arrival) device(name string) *Device {
 }
 
 // devices tells where the devices of the manifest arrive.
-func (a *arrival) devices(m wire.Manifest, held map[string]wire.Held) ([]migrate.TargetDevice, error) {
+func (a *arrival) devices(ctx context.Context, m wire.Manifest, held map[string]wire.Held) ([]migrate.TargetDevice, error) {
 	mount, cached := a.p.exposure.(*fuse.Mount)
 	var devices []migrate.TargetDevice
 	for _, offered := range m.Devices {
 		d := migrate.TargetDevice{Held: held[offered.Name], Device: a.p.devices[offered.Name].Incoming, First: offered.Name == vmm.Kernel}
+		backup, err := a.p.backup(ctx, a.device(offered.Name), offered, d.Held)
+		if err != nil {
+			return nil, fmt.Errorf("device %s: %w", offered.Name, err)
+		}
+		if backup != nil {
+			d.Held, d.Backup = wire.HoldsBackup, backup
+		}
 		if offered.Name == vmm.Memory && cached {
 			if err := mount.Prime(vmm.Memory); err != nil {
 				return nil, fmt.Errorf("device %s: %w", vmm.Memory, err)

@@ -102,6 +102,9 @@ func whereabouts(s migrate.State) string {
 func (p *Peer) newSource() (*migrate.Source, error) {
 	config := p.instance.Config()
 	c := migrate.SourceConfig{VM: &departure{p: p}, Limits: p.config.Limits, OnProgress: p.config.Hooks.OnProgress}
+	if p.syncer != nil {
+		c.Backup = &p.syncer.baseline
+	}
 	var settling settling
 	c.OnState = func(s migrate.State) {
 		settling.follow(p, s)

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/dustin/go-humanize"
@@ -47,8 +48,9 @@ type syncer struct {
 	mu       sync.Mutex // held by Sync while it works, and by the last sync
 	writer   *s3.Writer
 	baseline migrate.Baseline
-	staged   *staged // a copy that has not been written yet
-	failed   error   // for good
+	staged   *staged                   // a copy that has not been written yet
+	failed   error                     // for good
+	moment   atomic.Pointer[time.Time] // of the last backup; nil when there is none
 }
 
 // openStore connects with where the instance is backed up, if it is: what is wrong with that is said before anything happens.
@@ -66,8 +68,18 @@ func (p *Peer) openStore(ctx context.Context) error {
 		store.Close()
 		return err
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	p.syncer = &syncer{writer: writer}
+	p.syncer.noteMoment()
 	return nil
+}
+
+// noteMoment notes of when the last backup is.
+func (s *syncer) noteMoment() {
+	if m := s.writer.Moment(); !m.IsZero() {
+		s.moment.Store(&m)
+	}
 }
 
 // closeStore ends the backups.
@@ -76,7 +88,9 @@ func (p *Peer) closeStore() error {
 		return nil
 	}
 	s := p.syncer
+	p.mu.Lock()
 	p.syncer = nil
+	p.mu.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.baseline.Forget()
@@ -159,8 +173,36 @@ func (s *syncer) sync(ctx context.Context, p *Peer, source *migrate.Source) erro
 	}
 	slog.Info("Synced to S3", "moment", s.staged.moment.Format(time.RFC3339Nano), "changed", humanize.IBytes(uint64(written.Changed)), "uploaded", humanize.IBytes(uint64(written.Uploaded)),
 		"paused", paused.Round(10*time.Microsecond), "took", time.Since(start).Round(time.Millisecond))
+	s.noteMoment()
+	stored := map[*block.Tracker]block.ID{}
+	for _, name := range s.staged.names {
+		if name != vmm.State { // which is new in each copy
+			stored[p.devices[name].Tracker], _ = s.writer.Content(name)
+		}
+	}
+	s.baseline.Stored(stored)
 	s.collect(ctx, p)
 	return s.drop()
+}
+
+// backup returns where to get an arriving device if what is stored of it is what its source offers; nil otherwise. Beneath it is the device's base, if that is here.
+func (p *Peer) backup(ctx context.Context, d *Device, offered wire.Device, held wire.Held) (*migrate.Backup, error) {
+	if p.syncer == nil || !d.S3Sync || offered.Backup == (block.ID{}) {
+		return nil, nil
+	}
+	remote, ok := p.syncer.writer.Remote(d.Name)
+	if !ok || remote.Contents.Device != offered.Backup {
+		slog.Info("The backup in S3 is not the one that the source knows; all comes from there", "device", d.Name)
+		return nil, nil
+	}
+	b := &migrate.Backup{Remote: remote}
+	if held == wire.HoldsBase {
+		var err error
+		if b.Beneath, err = block.FileContents(ctx, d.Base); err != nil {
+			return nil, err
+		}
+	}
+	return b, nil
 }
 
 // collect deletes what no backup needs any more, unless the instance itself still pulls from one.

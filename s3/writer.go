@@ -74,6 +74,14 @@ func (w *Writer) Content(name string) (id block.ID, ok bool) {
 	return id, false
 }
 
+// Remote is a device of the latest backup, until the next Write.
+func (w *Writer) Remote(name string) (block.Remote, bool) {
+	if w.latest == nil {
+		return block.Remote{}, false
+	}
+	return w.latest.Remote(name)
+}
+
 // Close frees the writer.
 func (w *Writer) Close() error {
 	if w.latest != nil {

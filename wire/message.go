@@ -72,8 +72,8 @@ type Result struct {
 }
 
 // Manifest says what there is to migrate. Its payload: features uint64, config and processor as byte strings, number of devices uint16, then for each: name as
-// byte string, size uint64, block size uint32, flags uint8 (1: it needs the base), content id of the base [32]byte, zero for none. A byte string is its length
-// as uint32 and the bytes.
+// byte string, size uint64, block size uint32, flags uint8 (1: it needs the base), content ids of the base and of the backup [32]byte each, zero for none. A byte
+// string is its length as uint32 and the bytes.
 type Manifest struct {
 	Features  uint64
 	Config    []byte // content of the config device (JSON)
@@ -88,6 +88,7 @@ type Device struct {
 	BlockSize int64 // bytes
 	NeedsBase bool  // the target must have the base
 	Base      block.ID
+	Backup    block.ID // what a backup that the target may reach held of it
 }
 
 // Contents are content ids of a device's blocks (see [block.ContentBlockSize]). Its payload: first block uint64, number of blocks uint32, 32 bytes for each; the device
@@ -106,6 +107,7 @@ const (
 	HoldsNothing Held = 0 // it reads as zeros
 	HoldsBase    Held = 1 // the base that the manifest names
 	Unwanted     Held = 2 // the device is not to be sent
+	HoldsBackup  Held = 3 // the backup that the manifest names, or it wants what it cannot get of it before it is ready
 )
 
 // Accept says that the target can take the VM. Its payload: one byte per device of the manifest.
@@ -199,7 +201,7 @@ func (c *Conn) Send(message any) error {
 		for _, d := range m.Devices {
 			b = le.AppendUint64(appendString(b, []byte(d.Name)), uint64(d.Size))
 			b = append(le.AppendUint32(b, uint32(d.BlockSize)), oneIf(d.NeedsBase))
-			b = append(b, d.Base[:]...)
+			b = append(append(b, d.Base[:]...), d.Backup[:]...)
 		}
 	case Accept:
 		t = TypeAccept
@@ -368,6 +370,7 @@ func (r *reader) manifest() Manifest {
 	for n := r.uint16(); n > 0 && r.err == nil; n-- {
 		d := Device{Name: string(r.string()), Size: int64(r.uint64()), BlockSize: int64(r.uint32()), NeedsBase: r.uint8() == 1}
 		copy(d.Base[:], r.take(len(d.Base)))
+		copy(d.Backup[:], r.take(len(d.Backup)))
 		if r.err == nil && d.Size <= 0 {
 			r.err = violation("device %q has size %d", d.Name, d.Size)
 		}

@@ -42,9 +42,9 @@ func messages() []any {
 	return []any{
 		Hello{Version: 1, Lane: Demand, Resume: true, Migration: id, Features: 5},
 		Manifest{Features: 1, Config: []byte(`{"a":1}`), Processor: []byte(`{}`), Devices: []Device{
-			{Name: "memory", Size: testSizes[0], BlockSize: 4096, NeedsBase: true, Base: block.ID{1, 2}}, {Name: "disk", Size: testSizes[1], BlockSize: 65536},
+			{Name: "memory", Size: testSizes[0], BlockSize: 4096, NeedsBase: true, Base: block.ID{1, 2}}, {Name: "disk", Size: testSizes[1], BlockSize: 65536, Backup: block.ID{3}},
 		}},
-		Accept{Held: []Held{HoldsBase, Unwanted}},
+		Accept{Held: []Held{HoldsBackup, Unwanted}},
 		Want{Device: 1, First: 3, Ends: 9},
 		Cycle{Number: 3, Bytes: 1 << 40},
 		TypeReady,
