@@ -38,10 +38,11 @@ func main() {
 	}
 	rounds := flag.Int("rounds", 5, "How often each is measured")
 	engineOnly := flag.Bool("engine", false, "Whether to measure the device engine only, without VMs")
+	registryOnly := flag.Bool("registry", false, "Whether to measure starts from a registry only")
 	migrationOnly := flag.Bool("migration", false, "Whether to measure live migrations only")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	err := run(ctx, *rounds, *engineOnly, *migrationOnly)
+	err := run(ctx, *rounds, *engineOnly, *migrationOnly, *registryOnly)
 	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "Error:", strings.ReplaceAll(err.Error(), "\n", "; "))
@@ -66,7 +67,7 @@ func (b *bench) add(name string, value float64) {
 	fmt.Fprintf(os.Stderr, "%s: %.0f\n", name, value)
 }
 
-func run(ctx context.Context, rounds int, engineOnly, migrationOnly bool) (err error) {
+func run(ctx context.Context, rounds int, engineOnly, migrationOnly, registryOnly bool) (err error) {
 	if rounds < 1 {
 		return errors.New("--rounds must be at least 1")
 	}
@@ -74,7 +75,7 @@ func run(ctx context.Context, rounds int, engineOnly, migrationOnly bool) (err e
 		return err
 	}
 	b := &bench{drafter: tour.Drafter{Bin: "bin/drafter", Logs: dir}, values: map[string][]float64{}}
-	if !migrationOnly {
+	if !migrationOnly && !registryOnly {
 		if err := b.engine(ctx, rounds); err != nil {
 			return err
 		}
@@ -85,8 +86,10 @@ func run(ctx context.Context, rounds int, engineOnly, migrationOnly bool) (err e
 	if err := b.makeBlueprint(ctx); err != nil {
 		return err
 	}
-	if err := b.migration(ctx, rounds); err != nil {
-		return err
+	if !registryOnly {
+		if err := b.migration(ctx, rounds); err != nil {
+			return err
+		}
 	}
 	if migrationOnly {
 		return b.report()
@@ -103,6 +106,12 @@ func run(ctx context.Context, rounds int, engineOnly, migrationOnly bool) (err e
 		if err := b.snapshot(ctx); err != nil {
 			return err
 		}
+	}
+	if err := b.registry(ctx, rounds); err != nil {
+		return err
+	}
+	if registryOnly {
+		return b.report()
 	}
 	for range rounds {
 		if err := b.resume(ctx); err != nil {

@@ -338,6 +338,30 @@ func TestFaultMatrix(t *testing.T) {
 	}
 }
 
+// A connection that freezes before the first word on it is given up like any other.
+func TestFrozenFromTheStart(t *testing.T) {
+	for _, state := range []State{Fetching, Confirming} {
+		f := linkFault("cut", "target", state)
+		arm := f.arm
+		f.arm = func(p *pair) {
+			arm(p)
+			wrap := p.network.wrap
+			p.network.wrap = func(n int64, c io.ReadWriteCloser) io.ReadWriteCloser {
+				if n >= 2 && n < 6 { // after the first two were cut
+					return newFaulty(c, (n-2)*40, freeze)
+				}
+				return wrap(n, c)
+			}
+		}
+		start := time.Now()
+		_, source, target, err := try(t, 3, quick(), 0, f)
+		if source != Moved || target != Moved {
+			t.Errorf("%s: source %s, target %s, %v", f.name, source, target, err)
+		}
+		t.Logf("%s: took %s", f.name, time.Since(start))
+	}
+}
+
 // Migrations with random faults at random moments: whatever happens, the VM runs once and has all its data.
 func TestSoak(t *testing.T) {
 	rounds := 1000

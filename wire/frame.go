@@ -122,6 +122,8 @@ type Conn struct {
 	buffer []byte           // of Read, reused
 
 	waiting  atomic.Int64 // since when Read has waited for data, in nanoseconds since 1970; 0: it does not
+	heard    atomic.Bool  // Read has been called
+	writing  atomic.Int64 // since when what is sent has waited to be taken; 0: nothing does
 	in, out  atomic.Int64 // bytes
 	closed   sync.Once
 	closeErr error
@@ -138,12 +140,17 @@ func (c *Conn) Close() error {
 	return c.closeErr
 }
 
-// Silence is how long Read has been waiting without receiving anything.
+// Silence is how long Read has been waiting without receiving anything; before the first Read, how long a frame has been waiting to be sent. Later on, one that
+// waits says nothing: the other side may be slow, and live.
 func (c *Conn) Silence() time.Duration {
-	if since := c.waiting.Load(); since != 0 {
-		return time.Since(time.Unix(0, since))
+	since := c.waiting.Load()
+	if since == 0 && !c.heard.Load() {
+		since = c.writing.Load()
 	}
-	return 0
+	if since == 0 {
+		return 0
+	}
+	return time.Since(time.Unix(0, since))
 }
 
 // Sent is the number of bytes that were sent.
@@ -170,6 +177,8 @@ func (c *Conn) write(b []byte, urgent bool) error {
 		c.send.lock()
 		defer c.send.unlock()
 	}
+	c.writing.Store(time.Now().UnixNano())
+	defer c.writing.Store(0)
 	n, err := c.stream.Write(b)
 	c.out.Add(int64(n))
 	if err != nil {
@@ -182,6 +191,7 @@ func (c *Conn) write(b []byte, urgent bool) error {
 func (c *Conn) Read() (f Frame, err error) {
 	c.waiting.Store(time.Now().UnixNano())
 	defer c.waiting.Store(0)
+	c.heard.Store(true)
 	h := c.header[:]
 	if _, err := io.ReadFull(c.stream, h); err != nil {
 		return f, fmt.Errorf("receive: %w", err)

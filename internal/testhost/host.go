@@ -15,7 +15,8 @@ import (
 
 // Host is a further host: network and mount namespaces with an empty /run, linked to this one.
 type Host struct {
-	Addr string // its address, reachable from here and from the other hosts
+	Addr    string // its address, reachable from here and from the other hosts
+	Gateway string // this host's address on its link
 
 	holder *exec.Cmd
 	link   string
@@ -23,7 +24,7 @@ type Host struct {
 
 // NewHost makes a host at 10.77.number.2. Its link takes rate bits per second in both directions; 0 does not limit it. Close it.
 func NewHost(number int, rate uint64) (_ *Host, err error) {
-	h := &Host{Addr: fmt.Sprintf("10.77.%d.2", number), link: fmt.Sprintf("host%d", number)}
+	h := &Host{Addr: fmt.Sprintf("10.77.%d.2", number), Gateway: fmt.Sprintf("10.77.%d.1", number), link: fmt.Sprintf("host%d", number)}
 	h.holder = exec.Command("unshare", "--net", "--mount", "sh", "-c", "mount -t tmpfs tmpfs /run && echo ready && exec cat")
 	stdin, err := h.holder.StdinPipe() // it ends with this process
 	if err != nil {
@@ -68,10 +69,9 @@ func NewHost(number int, rate uint64) (_ *Host, err error) {
 		return nil, err
 	}
 	defer there.Close()
-	gateway := fmt.Sprintf("10.77.%d.1", number)
 	return h, errors.Join(
-		plug(here, h.link, gateway+"/24", rate, nil),
-		plug(there, "eth0", h.Addr+"/24", rate, net.ParseIP(gateway)),
+		plug(here, h.link, h.Gateway+"/24", rate, nil),
+		plug(there, "eth0", h.Addr+"/24", rate, net.ParseIP(h.Gateway)),
 		plug(there, "lo", "127.0.0.1/8", 0, nil))
 }
 
