@@ -204,12 +204,17 @@ func (b *bench) copyPackage(ctx context.Context, server *testhost.Host, p *pulle
 		return err
 	}
 	b.add(name+"_first_reply_ms", ms(time.Since(begin)))
-	return vm.End()
+	_, err = vm.Await(ctx, "Resumed VM")
+	return errors.Join(err, vm.End())
 }
 
 // inHost runs a command of bash, for which /dev/tcp/HOST/PORT is a connection.
 func inHost(ctx context.Context, h *testhost.Host, command string) error {
-	args := append(h.Via("."), "bash", "-c", command)
+	abs, err := filepath.Abs(".")
+	if err != nil {
+		return err
+	}
+	args := append(h.Via(abs), "bash", "-c", command)
 	if out, err := exec.CommandContext(ctx, args[0], args[1:]...).CombinedOutput(); err != nil {
 		return fmt.Errorf("%s: %w: %s", command, err, out)
 	}
