@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"sort"
 	"strings"
 	"sync/atomic"
@@ -239,7 +240,7 @@ func TestMoveFromStorage(t *testing.T) {
 				return ""
 			})
 		}
-		flags := append(backup, "--netns", netns, "--raddr", fmt.Sprintf("localhost:%d", 1337+i), "--laddr", fmt.Sprintf("localhost:%d", 1338+i))
+		flags := append(slices.Clone(backup), "--netns", netns, "--raddr", fmt.Sprintf("localhost:%d", 1337+i), "--laddr", fmt.Sprintf("localhost:%d", 1338+i))
 		target, err := s.Start(append(s.peerArgs(fmt.Sprintf("instance-%d", i+1), flags...), s.withoutPackage(i+1)...)...)
 		if err != nil {
 			t.Fatal(err)
