@@ -32,6 +32,12 @@ type Mapper interface {
 	NextData(off int64) (start, end int64, err error)
 }
 
+// Localizer is a [Device] of which a part may be elsewhere.
+type Localizer interface {
+	// Local tells whether a range, which is the device's, can be read without waiting for another host.
+	Local(off, length int64) bool
+}
+
 var (
 	// ErrRange says that a request leaves the device.
 	ErrRange = errors.New("out of the device's range")
@@ -72,6 +78,14 @@ func NextData(d Device, off int64) (start, end int64, err error) {
 		return m.NextData(off)
 	}
 	return min(off, d.Size()), d.Size(), nil
+}
+
+// Local is [Localizer.Local] for any device; what one that does not know holds is at hand.
+func Local(d Device, off, length int64) bool {
+	if l, ok := d.(Localizer); ok {
+		return l.Local(off, length)
+	}
+	return true
 }
 
 // CheckBlockSize refuses block sizes that are no power of two from 4 KiB to 16 MiB.

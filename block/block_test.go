@@ -16,7 +16,7 @@ func TestBitmap(t *testing.T) {
 	for _, length := range []int64{1, 63, 64, 65, 1000} {
 		b, model := NewBitmap(length), make([]bool, length)
 		rng := rand.New(rand.NewPCG(1, uint64(length)))
-		for range 1000 {
+		for range 300 {
 			from := rng.Int64N(length)
 			end := from + 1 + rng.Int64N(length-from)
 			switch rng.IntN(3) {
@@ -248,7 +248,7 @@ func TestWatchAfterTake(t *testing.T) {
 	d := NewTracker(NewZeros(pages*PageSize), PageSize)
 	w := d.Watch()
 	defer w.Close()
-	for range 1000 {
+	for range 300 {
 		done := make(chan struct{})
 		go func() {
 			d.mark(0, pages*PageSize)

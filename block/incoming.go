@@ -202,6 +202,14 @@ func (d *Incoming) ReadAt(p []byte, off int64) (int, error) {
 	return d.Device.ReadAt(p, off)
 }
 
+// Local implements [Localizer].
+func (d *Incoming) Local(off, length int64) bool {
+	if d.opened.Load() && d.left.Load() > 0 && d.missing.Next(off/PageSize) < (off+length+PageSize-1)/PageSize {
+		return false
+	}
+	return Local(d.Device, off, length)
+}
+
 // WriteAt implements [Device]. Whole pages need not have arrived.
 func (d *Incoming) WriteAt(p []byte, off int64) (int, error) {
 	err := d.write(off, int64(len(p)), func(from, end int64) error {

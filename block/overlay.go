@@ -75,6 +75,18 @@ func (o *Overlay) run(off, length int64) (has bool, n int64) {
 	return has, min(next*o.blockSize-off, length)
 }
 
+// Local implements [Localizer].
+func (o *Overlay) Local(off, length int64) bool {
+	for length > 0 {
+		has, n := o.run(off, length)
+		if !has && !Local(o.base, off, n) {
+			return false
+		}
+		off, length = off+n, length-n
+	}
+	return true
+}
+
 // WriteAt implements [Device].
 func (o *Overlay) WriteAt(p []byte, off int64) (int, error) {
 	if err := checkRange(o, off, int64(len(p))); err != nil {

@@ -188,6 +188,13 @@ func (d *Pulled) ReadAt(p []byte, off int64) (int, error) {
 	return d.file.ReadAt(p, off)
 }
 
+// Local implements [Localizer].
+func (d *Pulled) Local(off, length int64) bool {
+	end := (off + length + ContentBlockSize - 1) / ContentBlockSize
+	_, next := d.present.Run(off/ContentBlockSize, end)
+	return d.left.Load() == 0 || d.present.Has(off/ContentBlockSize) && next >= end
+}
+
 // need returns once blocks are there.
 func (d *Pulled) need(first, end int64) error {
 	for first < end {

@@ -53,6 +53,9 @@ func (t *Tracker) Trim(off, length int64) error {
 	return err
 }
 
+// Local implements [Localizer].
+func (t *Tracker) Local(off, length int64) bool { return Local(t.Device, off, length) }
+
 // NextData implements [Mapper].
 func (t *Tracker) NextData(off int64) (start, end int64, err error) { return NextData(t.Device, off) }
 
