@@ -15,7 +15,9 @@ import (
 
 	"github.com/redis/go-redis/v9"
 
+	"drafter/internal/process"
 	"drafter/internal/tour"
+	"drafter/vmm"
 )
 
 // peer starts an instance of the shared package, which is used as it is: nobody writes to it.
@@ -158,13 +160,30 @@ func (s *site) killWhileWriting(t *testing.T, vm *tour.Service, c *redis.Client,
 	if err := vm.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	select {
-	case <-vm.Done():
-	case <-time.After(time.Minute):
-		t.Fatalf("round %d: the killed process does not end: it hangs in the kernel", round)
-	}
+	s.awaitKilled(t, vm)
 	cancel()
 	return <-acknowledged
+}
+
+// awaitKilled waits for a killed process. One that waited for its own devices ends with the next start on the host, which takes them away.
+func (s *site) awaitKilled(t *testing.T, vm *tour.Service) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); ; {
+		select {
+		case <-vm.Done():
+			return
+		case <-time.After(2 * time.Second):
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("a killed process does not end: it hangs in the kernel")
+		}
+		if process.Dying(vm.PID()) {
+			t.Log("the killed process waits for its own devices")
+			if err := vmm.ReclaimAll(filepath.Join(s.dir, "vms")); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
 }
 
 // recover takes the disk with Redis' data out of a killed instance and looks into it as after a power cut.

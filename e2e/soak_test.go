@@ -130,6 +130,12 @@ func (w *wanderer) move(t *testing.T, fault string, after time.Duration, to int,
 	if err != nil {
 		t.Fatal(err)
 	}
+	switch fault {
+	case "kill target":
+		w.awaitKilled(t, target)
+	case "kill source":
+		w.awaitKilled(t, w.vm)
+	}
 	if _, err := target.Await(t.Context(), "Resumed VM"); err == nil && fault != "kill target" {
 		<-w.vm.Done() // once the target has everything
 	}

@@ -129,7 +129,7 @@ func ReclaimOrphans(parent string) error {
 		if _, err := os.Stat(filepath.Join(dir, dirLock)); err != nil && !strings.HasSuffix(e.Name(), ".new") {
 			continue // not a VM directory, or one that vanished just now
 		}
-		lock, err := lockfile.Try(filepath.Join(dir, dirLock))
+		lock, err := lockDead(dir)
 		var held *lockfile.HeldError
 		if errors.As(err, &held) || errors.Is(err, os.ErrNotExist) {
 			continue
@@ -144,6 +144,24 @@ func ReclaimOrphans(parent string) error {
 		slog.Info("Removed what a killed process left behind", "vm", dir)
 	}
 	return nil
+}
+
+// dyingPatience bounds how long a killed owner may take to end once nothing holds it up any more.
+const dyingPatience = 10 * time.Second
+
+// lockDead takes the lock of a directory whose owner is gone. An owner that was killed while it waited for its own devices waits for ever, and holds the lock:
+// it ends when their connection is aborted.
+func lockDead(dir string) (*lockfile.Lock, error) {
+	for deadline := time.Now().Add(dyingPatience); ; time.Sleep(10 * time.Millisecond) {
+		lock, err := lockfile.Try(filepath.Join(dir, dirLock))
+		var held *lockfile.HeldError
+		if !errors.As(err, &held) || held.PID == 0 || time.Now().After(deadline) || !process.Dying(held.PID) {
+			return lock, err
+		}
+		if err := fusemount.AbortBelow(dir); err != nil {
+			return nil, err
+		}
+	}
 }
 
 // young tells whether a directory may still be under construction by a live process.

@@ -16,7 +16,10 @@ import (
 type Lock struct{ file *os.File }
 
 // HeldError says that another process holds a lock.
-type HeldError struct{ Holder string }
+type HeldError struct {
+	Holder string
+	PID    int // of the holder; 0 when it has not written itself into the file
+}
 
 func (e *HeldError) Error() string { return "in use by " + e.Holder }
 
@@ -85,7 +88,7 @@ func Shared(f *os.File) error { return lock(f, unix.LOCK_SH) }
 func lock(f *os.File, how int) error {
 	err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
 	if errors.Is(err, unix.EWOULDBLOCK) {
-		return &HeldError{holder(f)}
+		return held(f)
 	}
 	if err != nil {
 		return fmt.Errorf("lock %s: %w", f.Name(), err)
@@ -93,12 +96,14 @@ func lock(f *os.File, how int) error {
 	return nil
 }
 
-// holder reads who wrote itself into a lock file. Other files tell nothing.
-func holder(f *os.File) string {
+// held reads who wrote itself into a lock file. Other files tell nothing.
+func held(f *os.File) *HeldError {
 	b := make([]byte, 256)
 	n, _ := f.ReadAt(b, 0) // shorter than the buffer, as a rule
-	if who := strings.TrimSpace(string(b[:n])); strings.HasPrefix(who, "process ") {
-		return who
+	e := &HeldError{Holder: "another process"}
+	who := strings.TrimSpace(string(b[:n]))
+	if _, err := fmt.Sscanf(who, "process %d ", &e.PID); err == nil {
+		e.Holder = who
 	}
-	return "another process"
+	return e
 }

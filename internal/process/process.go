@@ -264,16 +264,36 @@ func waitPidfd(fd int, timeout time.Duration) error {
 	}
 }
 
-// startTime reads field 22 of /proc/PID/stat (proc(5)); the name in field 2 may hold spaces and parentheses.
-func startTime(pid int) (string, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+// Dying tells whether a process has been killed but hangs in the kernel: its first thread has ended, others have not. What it holds it keeps until they do.
+func Dying(pid int) bool {
+	fields, err := statFields(pid)
 	if err != nil {
-		return "", fmt.Errorf("read start time of process %d: %w", pid, err)
+		return false // it is gone
+	}
+	threads, err := strconv.Atoi(fields[17])
+	return err == nil && fields[0] == "Z" && threads > 1
+}
+
+// startTime reads when a process was started.
+func startTime(pid int) (string, error) {
+	fields, err := statFields(pid)
+	if err != nil {
+		return "", fmt.Errorf("read start time: %w", err)
+	}
+	return fields[19], nil
+}
+
+// statFields reads /proc/PID/stat from field 3 on (proc_pid_stat(5)); the name in field 2 may hold spaces and parentheses.
+func statFields(pid int) ([]string, error) {
+	path := fmt.Sprintf("/proc/%d/stat", pid)
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
 	}
 	s := string(b)
 	fields := strings.Fields(s[strings.LastIndexByte(s, ')')+1:])
 	if len(fields) < 20 {
-		return "", fmt.Errorf("read start time of process %d: /proc/%d/stat is malformed", pid, pid)
+		return nil, fmt.Errorf("%s is malformed", path)
 	}
-	return fields[19], nil
+	return fields, nil
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -144,5 +145,40 @@ func TestParseCPUList(t *testing.T) {
 		if _, err := parseCPUList(bad); err == nil {
 			t.Errorf("%q was accepted", bad)
 		}
+	}
+}
+
+// A process whose first thread has ended while another has not holds what it has; one that runs, or is gone, is not dying.
+func TestDying(t *testing.T) {
+	source := `#include <pthread.h>
+#include <unistd.h>
+static void *stay(void *x) { pause(); return x; }
+int main(void) { pthread_t t; pthread_create(&t, 0, stay, 0); pthread_exit(0); }`
+	bin := filepath.Join(t.TempDir(), "leaderless")
+	gcc := exec.Command("gcc", "-pthread", "-x", "c", "-o", bin, "-")
+	gcc.Stdin = strings.NewReader(source)
+	if out, err := gcc.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	cmd := exec.Command(bin)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	pid := cmd.Process.Pid
+	for deadline := time.Now().Add(10 * time.Second); !Dying(pid); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Error("it is not seen to be dying")
+			break
+		}
+	}
+	if Dying(os.Getpid()) {
+		t.Error("this process is said to be dying")
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait() // killed
+	if Dying(pid) {
+		t.Error("a process that is gone is said to be dying")
 	}
 }
