@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"drafter/agent"
+	"drafter/block"
 	"drafter/vmm"
 )
 
@@ -22,7 +23,6 @@ import (
 type Host struct {
 	Drivers vmm.Drivers
 	VMM     string // vmm.VMMAuto or a driver's name
-	Bin     string // VMM binary; "" for the driver's default
 	Accel   string // vmm.AccelAuto, AccelKVM or AccelTCG
 
 	BaseDir       string // parent of the VM's own directory (--chroot-base-dir)
@@ -30,6 +30,8 @@ type Host struct {
 	UID, GID      int
 	NUMANode      int
 	CgroupVersion int
+	FillMemory    bool // whether to bring all of a resumed VM's memory into it behind it, where the driver serves memory
+	HugePages     bool // whether a VM's memory consists of pages of 2 MiB
 
 	Output io.Writer // guest console; nil discards
 	Input  io.Reader // nil for none
@@ -53,10 +55,15 @@ func (p Paths) Path(name string) string { return p[name] }
 // State implements [Storage].
 func (p Paths) State() (StateDevice, error) { return os.OpenFile(p[vmm.State], os.O_RDWR, 0) }
 
+// Memory implements [Storage].
+func (p Paths) Memory() (block.Device, error) { return block.OpenFile(p[vmm.Memory], false) }
+
 // Storage is where the devices of an instance are.
 type Storage interface {
 	// Path is where a VMM opens memory, kernel or a disk.
 	Path(name string) string
+	// Memory opens the memory device, for a VMM that is served its memory.
+	Memory() (block.Device, error)
 	// Sync makes a device durable: what the VMM wrote has reached it.
 	Sync(name string) error
 	// State opens the state device.
@@ -76,6 +83,7 @@ type Instance struct {
 	dir     *vmm.Dir
 	config  *vmm.PackageConfig
 	storage Storage
+	memory  block.Device  // what a VMM that is served its memory has it from; nil for the others
 	agent   *agent.Client // nil while the guest is not to be talked to
 	frozen  bool          // suspended or handed over: the state device says so
 	paused  bool          // for a migration
@@ -92,7 +100,9 @@ type Hardware struct {
 	Interface string // "" for no network
 	MAC       string
 
-	AgentPort, LivenessPort uint32
+	AgentPort, LivenessPort uint32 // 0: the guest has none
+
+	ReadyOutput string // the guest is up once its console has shown this, too; "" for nothing
 }
 
 // Boot starts a new VM from the kernel, memory and disks at paths and waits until its liveness program has reported and its agent answers,
@@ -129,13 +139,15 @@ func Boot(ctx context.Context, h Host, hw Hardware, id string, names []string, p
 	if err != nil {
 		return nil, err
 	}
-	l.CPU, l.Accel = hw.CPU, h.Accel
+	l.CPU, l.Memory = hw.CPU, paths[vmm.Memory]
+	ready := newReady(hw.ReadyOutput, l.Output)
+	l.Output = ready
 	l.Boot = &vmm.Boot{Kernel: paths[vmm.Kernel], Initrd: initrd, Args: hw.BootArgs}
 	if i.machine, err = driver.Launch(ctx, l); err != nil {
 		return nil, errors.Join(err, i.Close())
 	}
 	i.config.Hardware = i.machine.Hardware()
-	if err := i.awaitGuest(ctx, timeout); err != nil {
+	if err := i.awaitGuest(ctx, timeout, ready); err != nil {
 		return nil, errors.Join(err, i.Close())
 	}
 	return i, nil
@@ -150,12 +162,16 @@ func (i *Instance) launch(h Host, driver vmm.Driver) (vmm.Launch, error) {
 	i.dir = dir
 	memory, _ := i.config.Device(vmm.Memory)
 	l := vmm.Launch{
-		Dir: dir, Bin: h.Bin, Accel: h.Accel,
-		CPUs: i.config.CPUs, MemorySize: memory.Size, Memory: i.storage.Path(vmm.Memory), Kernel: i.storage.Path(vmm.Kernel),
+		Dir: dir, Accel: h.Accel,
+		CPUs: i.config.CPUs, MemorySize: memory.Size, Kernel: i.storage.Path(vmm.Kernel), FillMemory: h.FillMemory, HugePages: h.HugePages,
 		Netns: h.Netns, MAC: i.config.MAC,
-		Ports: []uint32{i.config.AgentPort, i.config.LivenessPort},
-		UID:   h.UID, GID: h.GID, NUMANode: h.NUMANode, CgroupVersion: h.CgroupVersion,
+		UID: h.UID, GID: h.GID, NUMANode: h.NUMANode, CgroupVersion: h.CgroupVersion,
 		Output: h.Output, Input: h.Input,
+	}
+	for _, port := range []uint32{i.config.AgentPort, i.config.LivenessPort} {
+		if port != 0 {
+			l.Ports = append(l.Ports, port)
+		}
 	}
 	if h.Netns != "" {
 		l.Interface = i.config.Interface
@@ -167,20 +183,33 @@ func (i *Instance) launch(h Host, driver vmm.Driver) (vmm.Launch, error) {
 }
 
 // awaitGuest waits for a booting guest.
-func (i *Instance) awaitGuest(ctx context.Context, timeout time.Duration) error {
+func (i *Instance) awaitGuest(ctx context.Context, timeout time.Duration, ready *ready) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("not there after %s; look at the guest's console, or pass a longer --resume-timeout", timeout))
 	defer cancel()
-	liveness, err := i.machine.GuestConn(ctx, i.config.LivenessPort)
-	if err != nil {
-		return fmt.Errorf("wait for the guest's liveness: %w", err)
+	select {
+	case <-ready.seen:
+	case <-i.machine.Done():
+		return i.prefer(nil)
+	case <-ctx.Done():
+		return fmt.Errorf("wait for %q on the guest's console: %w", ready.text, context.Cause(ctx))
 	}
-	if err := liveness.Close(); err != nil {
-		return fmt.Errorf("wait for the guest's liveness: %w", err)
+	if i.config.LivenessPort != 0 {
+		liveness, err := i.machine.GuestConn(ctx, i.config.LivenessPort)
+		if err == nil {
+			err = liveness.Close()
+		}
+		if err != nil {
+			return fmt.Errorf("wait for the guest's liveness: %w", err)
+		}
 	}
 	return i.connectAgent(ctx)
 }
 
+// connectAgent connects with the guest's agent, if it has one.
 func (i *Instance) connectAgent(ctx context.Context) error {
+	if i.config.AgentPort == 0 {
+		return nil
+	}
 	conn, err := i.machine.GuestConn(ctx, i.config.AgentPort)
 	if err != nil {
 		return fmt.Errorf("wait for the guest's agent: %w", err)
@@ -252,6 +281,12 @@ func Launch(ctx context.Context, h Host, config *vmm.PackageConfig, storage Stor
 		return nil, err
 	}
 	l.Recorded = &config.Hardware
+	if !vmm.ServesMemory(driver) {
+		l.Memory = storage.Path(vmm.Memory)
+	} else if i.memory, err = storage.Memory(); err != nil {
+		return nil, errors.Join(fmt.Errorf("open memory device: %w", err), i.Close())
+	}
+	l.MemoryDevice = i.memory
 	if i.machine, err = driver.Launch(ctx, l); err != nil {
 		return nil, errors.Join(err, i.Close())
 	}
@@ -314,7 +349,7 @@ func (l *Launched) Run(ctx context.Context, began time.Time, timeout time.Durati
 func (i *Instance) AfterResume(ctx context.Context, timeout time.Duration) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no answer after %s", timeout))
 	defer cancel()
-	if err := i.connectAgent(ctx); err != nil {
+	if err := i.connectAgent(ctx); err != nil || i.agent == nil {
 		return err
 	}
 	step, err := i.agent.AfterResume(ctx)
@@ -425,6 +460,10 @@ func (i *Instance) Close() error {
 	}
 	if i.machine != nil {
 		errs = append(errs, i.machine.Close())
+	}
+	if i.memory != nil {
+		errs = append(errs, i.memory.Close())
+		i.memory = nil
 	}
 	if i.dir != nil {
 		errs = append(errs, i.dir.Close())

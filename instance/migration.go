@@ -19,7 +19,7 @@ func Preflight(ctx context.Context, h Host, config *vmm.PackageConfig) error {
 		return err
 	}
 	if c, ok := driver.(vmm.Checker); ok {
-		return c.Check(ctx, vmm.Launch{Bin: h.Bin, Accel: h.Accel, Recorded: &config.Hardware})
+		return c.Check(ctx, vmm.Launch{Accel: h.Accel, Recorded: &config.Hardware})
 	}
 	return nil
 }

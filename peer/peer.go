@@ -139,11 +139,11 @@ func (p *Peer) resume(ctx context.Context, start time.Time) error {
 	if err := vmm.CheckResumable(p.devices[vmm.State]); err != nil {
 		return fmt.Errorf("state device %s: %w", p.statePath(), err)
 	}
-	if err := p.expose(); err != nil {
-		return err
-	}
 	config, err := p.packageConfig()
 	if err != nil {
+		return err
+	}
+	if err := p.expose(config); err != nil {
 		return err
 	}
 	launched, err := instance.Launch(ctx, p.config.Host, config, storage{p})
@@ -225,8 +225,12 @@ func (p *Peer) bases() map[string]string {
 }
 
 // expose gives the devices that a VMM opens paths, in a directory that the next start cleans up should this process be killed.
-func (p *Peer) expose() (err error) {
+func (p *Peer) expose(config *vmm.PackageConfig) error {
 	host := p.config.Host
+	driver, err := host.Drivers.Select(host.VMM, config.Hardware.VMM)
+	if err != nil {
+		return err
+	}
 	if p.dir, err = vmm.CreateDir(host.BaseDir, "peer"); err != nil {
 		return err
 	}
@@ -237,6 +241,9 @@ func (p *Peer) expose() (err error) {
 		case vmm.State, vmm.Config:
 			continue
 		case vmm.Memory:
+			if vmm.ServesMemory(driver) {
+				continue
+			}
 			kind = expose.Memory
 		case vmm.Kernel:
 			kind = expose.File
@@ -266,12 +273,17 @@ func (s storage) Path(name string) string { return s.p.exposure.Path(name) }
 
 func (s storage) Sync(name string) error { return s.p.devices[name].Sync() }
 
+// Memory gives the memory device itself, like State.
+func (s storage) Memory() (block.Device, error) {
+	return borrowed{s.p.devices[vmm.Memory].Tracker, vmm.Memory}, nil
+}
+
 // State gives the state device itself, not a path to it: what a migration brings and takes goes by no other way.
 func (s storage) State() (instance.StateDevice, error) {
 	return borrowed{s.p.devices[vmm.State].Tracker, s.p.statePath()}, nil
 }
 
-// borrowed is the state device for a user that does not close it.
+// borrowed is a device for a user that does not close it.
 type borrowed struct {
 	*block.Tracker
 	path string

@@ -185,7 +185,7 @@ func (a *arrival) Accept(ctx context.Context, m wire.Manifest, migration uuid.UU
 	if err != nil {
 		return nil, err
 	}
-	if err := a.p.expose(); err != nil {
+	if err := a.p.expose(a.config); err != nil {
 		return nil, err
 	}
 	return a.devices(ctx, m, held)
@@ -291,6 +291,7 @@ func (a *arrival) device(name string) *Device {
 // devices tells where the devices of the manifest arrive.
 func (a *arrival) devices(ctx context.Context, m wire.Manifest, held map[string]wire.Held) ([]migrate.TargetDevice, error) {
 	mount, cached := a.p.exposure.(*fuse.Mount)
+	cached = cached && mount.Exposes(vmm.Memory) // else the VMM has no cache that arriving pages could be put into
 	var devices []migrate.TargetDevice
 	for _, offered := range m.Devices {
 		d := migrate.TargetDevice{Held: held[offered.Name], Device: a.p.devices[offered.Name].Incoming, First: offered.Name == vmm.Kernel}

@@ -35,10 +35,10 @@ func guestArgs(args, netns, iface string, agentPort, livenessPort uint32) (strin
 		}
 		words = append(words, arg)
 	}
-	if agentPort != vmm.DefaultAgentPort && !has(guest.AgentPortArgument) {
+	if agentPort != 0 && agentPort != vmm.DefaultAgentPort && !has(guest.AgentPortArgument) {
 		words = append(words, fmt.Sprintf("%s=%d", guest.AgentPortArgument, agentPort))
 	}
-	if livenessPort != vmm.DefaultLivenessPort && !has(guest.LivenessPortArgument) {
+	if livenessPort != 0 && livenessPort != vmm.DefaultLivenessPort && !has(guest.LivenessPortArgument) {
 		words = append(words, fmt.Sprintf("%s=%d", guest.LivenessPortArgument, livenessPort))
 	}
 	return strings.Join(words, " "), nil

@@ -74,7 +74,7 @@ func New(c Config) (*Snapshotter, error) {
 	if c.Hardware.MemorySize < 64<<20 {
 		return nil, fmt.Errorf("memory size is %d MB; it must be at least 64", c.Hardware.MemorySize>>20)
 	}
-	if c.Hardware.AgentPort == c.Hardware.LivenessPort {
+	if c.Hardware.AgentPort == c.Hardware.LivenessPort && c.Hardware.AgentPort != 0 {
 		return nil, fmt.Errorf("agent and liveness share port %d; give them different ones", c.Hardware.AgentPort)
 	}
 	outputs := map[string]string{}

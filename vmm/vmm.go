@@ -10,6 +10,8 @@ import (
 	"net"
 	"sort"
 	"strings"
+
+	"drafter/block"
 )
 
 // Reserved device names. Every other name is an extra disk, attached in list order after "disk". [Initrd] is read at boot only: a package
@@ -53,20 +55,23 @@ type Boot struct {
 type Launch struct {
 	Dir *Dir // the VM's own directory; the driver puts its sockets there
 
-	Bin      string    // VMM binary, looked up on PATH when it holds no slash; "" for the driver's default
 	Accel    string    // AccelAuto, AccelKVM or AccelTCG
 	CPU      string    // CPU model or template to boot with; "" for the driver's default
 	Recorded *Hardware // what the state to restore was saved on; nil when booting. What cannot restore it is refused.
 
 	CPUs       int
 	MemorySize int64  // bytes
-	Memory     string // path of the memory device, already MemorySize bytes long
+	Memory     string // path of the memory device, already MemorySize bytes long; "" when the driver is a [MemoryServer] and restores
 	Kernel     string // path of the kernel device; on a restore it fills the same firmware slots as at boot
 	Disks      []Block
 
 	Netns     string // name of a network namespace, "" for the caller's
 	Interface string // tap interface inside Netns; "" for no network
 	MAC       string
+
+	MemoryDevice block.Device // the memory device itself, for a [MemoryServer] that restores; it stays the caller's
+	FillMemory   bool         // whether a MemoryServer brings all of memory into the guest behind it, not only what the guest touches
+	HugePages    bool         // whether memory consists of pages of 2 MiB; the host must have set them aside
 
 	Ports []uint32 // guest ports reachable by [Machine.GuestConn]
 
@@ -98,7 +103,19 @@ type Driver interface {
 	Launch(ctx context.Context, l Launch) (Machine, error)
 }
 
-// Checker is a [Driver] that can tell beforehand whether a launch with a recorded hardware would be refused. Only Bin, Accel and Recorded are looked at.
+// MemoryServer is a [Driver] whose restored machines take their memory from [Launch.MemoryDevice], a page at a time and through this process: the device needs
+// no path.
+type MemoryServer interface {
+	ServesMemory() bool
+}
+
+// ServesMemory tells whether a driver is a [MemoryServer].
+func ServesMemory(d Driver) bool {
+	s, ok := d.(MemoryServer)
+	return ok && s.ServesMemory()
+}
+
+// Checker is a [Driver] that can tell beforehand whether a launch with a recorded hardware would be refused. Only Accel and Recorded are looked at.
 type Checker interface {
 	Check(ctx context.Context, l Launch) error
 }

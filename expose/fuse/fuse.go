@@ -123,6 +123,9 @@ func (m *Mount) liftWritebackLimit() error {
 		os.WriteFile(filepath.Join(bdi, "max_ratio"), []byte("100"), 0))
 }
 
+// Exposes tells whether a device is among those of the mount.
+func (m *Mount) Exposes(name string) bool { return m.files[name] != nil }
+
 // Path implements [expose.Exposure].
 func (m *Mount) Path(name string) string { return filepath.Join(m.dir, name) }
 

@@ -13,11 +13,9 @@ import (
 
 	"drafter/instance"
 	"drafter/vmm"
+	"drafter/vmm/firecracker"
 	"drafter/vmm/qemu"
 )
-
-// drivers are the VMM drivers of this build.
-var drivers = vmm.Drivers{qemu.Driver{}}
 
 // hostFlags are what snapshotter and runner have in common: where and as whom a VM runs.
 type hostFlags struct {
@@ -42,6 +40,8 @@ func (h *hostFlags) add(cmd *cobra.Command) {
 	f.IntVar(&h.host.GID, "gid", 0, "Group ID for the VMM process")
 	f.IntVar(&h.host.NUMANode, "numa-node", 0, "NUMA node to run the VMM in")
 	f.IntVar(&h.host.CgroupVersion, "cgroup-version", 2, "Cgroup version to use: 1 or 2")
+	f.BoolVar(&h.host.HugePages, "huge-pages", false, "Whether the VM's memory consists of pages of 2 MiB, which the host must have set aside (vm.nr_hugepages); Firecracker only")
+	f.BoolVar(&h.host.FillMemory, "fill-memory", true, "Whether to bring all of a resumed VM's memory into it behind it, not only what it touches; Firecracker only")
 	f.BoolVar(&h.enableOutput, "enable-output", true, "Whether to show the VM's console on stdout")
 	f.BoolVar(&h.enableInput, "enable-input", false, "Whether to pass stdin to the VM's console (a line there starts a shell in Drafter's OS)")
 	f.DurationVar(&h.resumeTimeout, "resume-timeout", time.Minute, "Maximum amount of time to wait for agent and liveness")
@@ -53,8 +53,8 @@ func (h *hostFlags) resolve(stdout io.Writer) (host instance.Host, restore func(
 		return h.host, nil, err
 	}
 	host = h.host
-	host.Drivers, host.Bin = drivers, h.qemuBin
-	if _, err := drivers.Select(host.VMM, ""); err != nil {
+	host.Drivers = vmm.Drivers{qemu.Driver{Bin: h.qemuBin}, firecracker.Driver{Bin: h.firecrackerBin, Jailer: h.jailerBin}}
+	if _, err := host.Drivers.Select(host.VMM, ""); err != nil {
 		return host, nil, &usageError{fmt.Errorf("--vmm: %w", err)}
 	}
 	if host.UID < 0 || host.GID < 0 {

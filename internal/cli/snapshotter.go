@@ -80,6 +80,7 @@ On failure no file of the package is left behind, and an older package stays as 
 	f.StringVar(&c.Hardware.BootArgs, "boot-args", defaultBootArgs, "Boot/kernel arguments; the guest's address (ip=) is added unless it is there")
 	f.Uint32Var(&c.Hardware.AgentPort, "agent-vsock-port", vmm.DefaultAgentPort, "Agent VSock port")
 	f.Uint32Var(&c.Hardware.LivenessPort, "liveness-vsock-port", vmm.DefaultLivenessPort, "Liveness VSock port")
+	f.StringVar(&c.Hardware.ReadyOutput, "ready-output", "", "Text on the console that says that the guest is up, for guests without liveness and agent (their ports are 0 then)")
 	f.BoolVar(&report, "report", false, "Whether to print how long boot and suspend took, as JSON on stdout")
 	return cmd
 }

@@ -5,6 +5,7 @@ package process
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"runtime"
@@ -32,12 +33,26 @@ type Config struct {
 	// Files become the child's descriptors 3, 4, … in order. FilesIn, if set, is called inside Netns and returns more, which Start closes.
 	Files   []*os.File
 	FilesIn func() ([]*os.File, error)
-	Stderr  *os.File
+
+	Stdin, Stdout, Stderr *os.File // nil: /dev/null
+
+	// Mounts, if there are any, are made for the child alone, in a mount namespace of its own.
+	Mounts []Mount
+	// Outlives says that the child changes its user itself, so that no signal of its owner's death reaches it. It is killed then all the same, by the kernel, as
+	// part of a process id namespace whose first process does get the signal.
+	Outlives bool
+}
+
+// Mount is a bind mount, or a tmpfs when there is no source.
+type Mount struct {
+	Source, Target string // paths; the target exists
+	Options        string // of a tmpfs (tmpfs(5))
 }
 
 // Process is a running child. It is killed when its owner dies, however that happens (prctl(2), PR_SET_PDEATHSIG).
 type Process struct {
 	cmd     *exec.Cmd
+	guard   *exec.Cmd // nil unless Config.Outlives
 	cgroups []string
 	start   string
 
@@ -70,7 +85,7 @@ func (p *Process) run(c Config, started chan<- error) {
 	}
 	started <- nil
 	err := p.cmd.Wait()
-	p.err = errors.Join(err, removeCgroup(p.cgroups))
+	p.err = errors.Join(err, p.endGuard(), removeCgroup(p.cgroups))
 	close(p.done)
 }
 
@@ -99,21 +114,31 @@ func (p *Process) launch(c Config) error {
 	p.cmd = exec.Command(c.Path, c.Args...)
 	p.cmd.Dir = c.Dir
 	p.cmd.ExtraFiles = files
-	p.cmd.Stderr = c.Stderr
+	for _, std := range []struct {
+		to   *io.Writer
+		file *os.File
+	}{{&p.cmd.Stdout, c.Stdout}, {&p.cmd.Stderr, c.Stderr}} {
+		if std.file != nil { // a nil file in an interface is not nil
+			*std.to = std.file
+		}
+	}
+	if c.Stdin != nil {
+		p.cmd.Stdin = c.Stdin
+	}
 	// The child gets its own process group: a Ctrl-C on the terminal is for us, we then suspend the VM.
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	if c.UID != 0 || c.GID != 0 {
 		p.cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(c.UID), Gid: uint32(c.GID)}
 	}
-	if err := p.cmd.Start(); err != nil {
-		return fmt.Errorf("start %s: %w", c.Path, err)
+	if err := p.startAlone(c); err != nil {
+		return errors.Join(err, p.endGuard())
 	}
 	var err error
 	if p.start, err = startTime(p.cmd.Process.Pid); err == nil {
 		err = errors.Join(joinCgroup(p.cgroups, p.cmd.Process.Pid), offerToOOMKiller(p.cmd.Process.Pid))
 	}
 	if err != nil {
-		return errors.Join(err, p.cmd.Process.Kill(), ignoreExit(p.cmd.Wait()))
+		return errors.Join(err, p.cmd.Process.Kill(), ignoreExit(p.cmd.Wait()), p.endGuard())
 	}
 	return nil
 }

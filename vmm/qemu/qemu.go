@@ -18,12 +18,15 @@ import (
 	"golang.org/x/sys/unix"
 
 	"drafter/agent"
+	"drafter/internal/console"
 	"drafter/internal/process"
 	"drafter/vmm"
 )
 
 // Driver is the QEMU driver. The zero value is ready.
-type Driver struct{}
+type Driver struct {
+	Bin string // looked up on PATH when it holds no slash; "" for the one of this architecture
+}
 
 var _ vmm.Driver = Driver{}
 
@@ -110,8 +113,8 @@ func compatible(recorded vmm.Hardware, have qemuVersion) error {
 const startTimeout = 30 * time.Second
 
 // Launch implements [vmm.Driver].
-func (Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
-	path, err := binary(l.Bin)
+func (d Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
+	path, err := binary(d.Bin)
 	if err != nil {
 		return nil, err
 	}
@@ -133,8 +136,8 @@ func (Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
 var _ vmm.Checker = Driver{}
 
 // Check implements [vmm.Checker].
-func (Driver) Check(ctx context.Context, l vmm.Launch) error {
-	path, err := binary(l.Bin)
+func (d Driver) Check(ctx context.Context, l vmm.Launch) error {
+	path, err := binary(d.Bin)
 	if err != nil {
 		return err
 	}
@@ -192,8 +195,8 @@ type Machine struct {
 	memory  *os.File // the memory device, for Flush
 	process *process.Process
 	qmp     *qmp
-	console *console
-	stderr  *lastLines
+	console *console.Console
+	stderr  *console.LastLines
 
 	workers   sync.WaitGroup // console, stderr and event readers
 	migration chan string    // status values of MIGRATION events
@@ -241,14 +244,14 @@ func (m *Machine) start(ctx context.Context, path string, args []string) (err er
 	if m.process == nil {
 		return errors.Join(err, qmpConn.Close(), consoleConn.Close(), stderrRead.Close())
 	}
-	m.console = newConsole(consoleConn, l.Output, l.Input)
-	m.stderr = &lastLines{}
+	m.console = console.New(consoleConn, consoleConn, l.Output, l.Input)
+	m.stderr = &console.LastLines{}
 	m.workers.Go(func() {
 		// Ends with the process, whose exit is the error that counts.
 		_, _ = io.Copy(m.stderr, stderrRead)
 		_ = stderrRead.Close()
 	})
-	m.workers.Go(m.console.run)
+	m.workers.Go(m.console.Run)
 	go m.supervise()
 	if err = errors.Join(err, l.Dir.Record(m.process.Identity())); err != nil {
 		return errors.Join(err, qmpConn.Close())
@@ -322,11 +325,11 @@ func (m *Machine) supervise() {
 	case m.closing:
 	case err == nil && m.shutdown == "guest-shutdown":
 	case err == nil && m.shutdown == "guest-reset":
-		m.exit = fmt.Errorf("the guest rebooted, or its kernel panicked%s", m.console.tail())
+		m.exit = fmt.Errorf("the guest rebooted, or its kernel panicked%s", m.console.Tail())
 	case err == nil:
-		m.exit = fmt.Errorf("QEMU exited (%s)%s%s", m.shutdown, m.stderr.quote("its last words"), m.console.tail())
+		m.exit = fmt.Errorf("QEMU exited (%s)%s%s", m.shutdown, m.stderr.Quote("its last words"), m.console.Tail())
 	default:
-		m.exit = fmt.Errorf("QEMU ended unexpectedly: %w%s%s", err, m.stderr.quote("its last words"), m.console.tail())
+		m.exit = fmt.Errorf("QEMU ended unexpectedly: %w%s%s", err, m.stderr.Quote("its last words"), m.console.Tail())
 	}
 	m.mu.Unlock()
 	close(m.ended)
@@ -372,7 +375,7 @@ func (m *Machine) orExit(err error) error {
 	if exit := m.Wait(); exit != nil {
 		return exit
 	}
-	return fmt.Errorf("%w%s", vmm.ErrPoweredOff, m.console.tail())
+	return fmt.Errorf("%w%s", vmm.ErrPoweredOff, m.console.Tail())
 }
 
 // command runs a QMP command; if QEMU has died, the error says how.
@@ -455,7 +458,7 @@ func (m *Machine) Restore(ctx context.Context, state io.Reader) error {
 		err = cerr
 	}
 	if err != nil {
-		return fmt.Errorf("restore state: %w%s", err, m.stderr.quote("QEMU says"))
+		return fmt.Errorf("restore state: %w%s", err, m.stderr.Quote("QEMU says"))
 	}
 	return nil
 }

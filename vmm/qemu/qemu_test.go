@@ -267,17 +267,3 @@ func TestQMPFiles(t *testing.T) {
 	}
 	ours.Close()
 }
-
-func TestLastLines(t *testing.T) {
-	var l lastLines
-	if got := l.quote("x"); got != "" {
-		t.Errorf("nothing said: %q", got)
-	}
-	for i := range 1000 {
-		fmt.Fprintf(&l, "line %d\r\n", i)
-	}
-	got := l.quote("the last lines")
-	if !strings.HasPrefix(got, "; the last lines: ") || !strings.HasSuffix(got, "line 998 | line 999") || len(got) > keepBytes+500 || strings.ContainsAny(got, "\r\n") {
-		t.Errorf("%q", got)
-	}
-}

@@ -1,0 +1,4 @@
+package testguest
+
+// cycles reads the time stamp counter.
+func cycles() int64

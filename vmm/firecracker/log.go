@@ -1,0 +1,79 @@
+package firecracker
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"drafter/internal/console"
+)
+
+// openFIFO opens a FIFO that Firecracker writes to. It is opened for writing, too, so that it is there before and after Firecracker has it open.
+func openFIFO(path string) (*os.File, error) {
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", path, err)
+	}
+	return os.NewFile(uintptr(fd), path), nil
+}
+
+// level is the least important that Firecracker shall log.
+func level() string {
+	if slog.Default().Enabled(context.Background(), slog.LevelDebug) {
+		return "Debug"
+	}
+	return "Warn"
+}
+
+// followLog passes Firecracker's log on, and keeps its end, until the file is closed. A line is "TIME [ID:THREAD:LEVEL] MESSAGE".
+func followLog(f *os.File, last *console.LastLines) {
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		line := lines.Text()
+		_, rest, found := strings.Cut(line, "[")
+		head, message, closed := strings.Cut(rest, "] ")
+		if !found || !closed {
+			head, message = "", line
+		}
+		severity := slog.LevelDebug
+		switch {
+		case strings.HasSuffix(head, ":ERROR"):
+			severity = slog.LevelWarn // what it means for us, we say
+		case strings.HasSuffix(head, ":WARN"):
+			severity = slog.LevelInfo
+		}
+		if severity > slog.LevelDebug {
+			fmt.Fprintln(last, message)
+		}
+		slog.Log(context.Background(), severity, "Firecracker: "+message)
+	}
+}
+
+// followMetrics notes what Firecracker counts, until the file is closed: one JSON object a line, of groups of numbers.
+func followMetrics(f *os.File, note func(name string, value float64)) {
+	lines := bufio.NewScanner(f)
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
+		var groups map[string]json.RawMessage
+		if json.Unmarshal(lines.Bytes(), &groups) != nil {
+			continue
+		}
+		for group, raw := range groups {
+			var values map[string]any
+			if json.Unmarshal(raw, &values) != nil {
+				continue // the time
+			}
+			for name, v := range values {
+				if n, ok := v.(float64); ok {
+					note(group+"."+name, n)
+				}
+			}
+		}
+	}
+}

@@ -1,0 +1,198 @@
+package firecracker
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+
+	"drafter/internal/sparse"
+	"drafter/vmm/firecracker/uffd"
+)
+
+// Restore implements [vmm.Machine]. Memory comes from the memory device, page by page, from here on.
+func (m *Machine) Restore(ctx context.Context, state io.Reader) (err error) {
+	first, snapshot, err := readState(state)
+	if err != nil {
+		return fmt.Errorf("restore state: %w", err)
+	}
+	pid := m.process.PID()
+	path := inside(pid, "state")
+	if err := os.WriteFile(path, snapshot, 0o644); err != nil {
+		return m.orExit(fmt.Errorf("restore state: %w", err))
+	}
+	served := make(chan error, 1)
+	go func() { served <- m.serveMemory(first) }()
+	load := snapshotLoad{
+		SnapshotPath: "/" + jailSnapshot + "/state", MemBackend: memoryBackend{"Uffd", "/" + uffdSocket}, TrackDirtyPages: m.logsDirty,
+	}
+	if m.launch.Interface != "" {
+		load.NetworkOverrides = []networkOverride{{networkID, m.launch.Interface}}
+	}
+	err = m.api.put(ctx, "/snapshot/load", load)
+	if err != nil { // it may not have come to the handshake
+		err = errors.Join(err, m.uffd.Close())
+	}
+	if serr := <-served; err == nil || serr != nil && !errors.Is(serr, net.ErrClosed) {
+		err = errors.Join(err, serr)
+	}
+	if err != nil {
+		return m.orExit(fmt.Errorf("restore state: %w", err))
+	}
+	m.mu.Lock()
+	m.paused = true
+	m.mu.Unlock()
+	if err := os.Remove(path); err != nil {
+		return m.orExit(fmt.Errorf("restore state: %w", err))
+	}
+	return nil
+}
+
+// serveMemory takes the one connection that brings the userfaultfd.
+func (m *Machine) serveMemory(first []uint32) error {
+	conn, err := m.uffd.AcceptUnix()
+	if err != nil {
+		return err
+	}
+	h, err := uffd.Serve(conn, m.process.PID(), uffd.Config{Memory: m.launch.MemoryDevice, Track: !m.logsDirty, First: first, Fill: m.launch.FillMemory})
+	if err = errors.Join(err, conn.Close()); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	m.memory = h
+	m.mu.Unlock()
+	m.workers.Go(func() { m.watchMemory(h) })
+	if !m.logsDirty && !h.Tracked() {
+		return errors.New("this kernel says that it can write-protect memory, but refuses it (userfaultfd); upgrade it")
+	}
+	return nil
+}
+
+// watchMemory ends a VM whose memory cannot be served any more: it would stand still for ever.
+func (m *Machine) watchMemory(h *uffd.Handler) {
+	select {
+	case <-h.Failed():
+		m.mu.Lock()
+		m.lost = h.Err()
+		m.mu.Unlock()
+		_ = m.process.Kill() // fails only when it has ended
+	case <-m.process.Done():
+	}
+}
+
+// Flush implements [vmm.Machine]. Where the written pages are known it does not pause the guest. Where they are not, Firecracker has to be asked for them, which it
+// answers only while the VM is paused: a running VM is then paused for as long as that takes, unless the last time has shown that it writes faster than
+// that, in which case nothing is done until it is paused for good.
+func (m *Machine) Flush(ctx context.Context) error {
+	m.mu.Lock()
+	h, paused, vain := m.memory, m.paused, m.vain
+	m.mu.Unlock()
+	if h != nil && h.Tracked() {
+		if err := h.Collect(ctx); err != nil {
+			return m.orExit(err)
+		}
+		return nil
+	}
+	if !paused && vain {
+		return nil
+	}
+	if !paused {
+		if err := m.Pause(ctx); err != nil {
+			return err
+		}
+	}
+	written, err := m.delta(ctx)
+	if !paused {
+		m.mu.Lock()
+		m.vain = m.written > 0 && written > m.written/8*7
+		m.written = written
+		m.mu.Unlock()
+		err = errors.Join(err, m.Resume(context.WithoutCancel(ctx)))
+	}
+	return err
+}
+
+// delta writes what a paused VM has written since the last time to the memory device, by a snapshot, and returns how much that was.
+func (m *Machine) delta(ctx context.Context) (written int64, err error) {
+	s := snapshotCreate{SnapshotType: "Diff", SnapshotPath: "/" + jailSnapshot + "/state"}
+	if m.launch.Boot != nil {
+		if m.huge {
+			s.SnapshotType = "Full"
+		}
+		s.MemFilePath = "/" + jailMemory
+		return 0, m.command(m.api.put(ctx, "/snapshot/create", s))
+	}
+	const name = "delta"
+	s.MemFilePath = "/" + jailSnapshot + "/" + name
+	path := inside(m.process.PID(), name)
+	if err := m.command(m.api.put(ctx, "/snapshot/create", s)); err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, os.Remove(path)) }()
+	f, err := os.Open(path)
+	if err != nil {
+		return 0, fmt.Errorf("read memory's changes: %w", err)
+	}
+	defer f.Close() // nothing was written
+	extents, err := sparse.Extents(f, m.launch.MemorySize)
+	if err != nil {
+		return 0, fmt.Errorf("read memory's changes: %w", err)
+	}
+	b := make([]byte, 1<<20)
+	for _, e := range extents {
+		for from, end := e.Offset, e.Offset+e.Length; from < end; {
+			n, err := f.ReadAt(b[:min(end-from, int64(len(b)))], from)
+			if err == nil {
+				_, err = m.launch.MemoryDevice.WriteAt(b[:n], from)
+			}
+			if err != nil {
+				return written, fmt.Errorf("store memory's changes: %w", err)
+			}
+			from, written = from+int64(n), written+int64(n)
+		}
+	}
+	return written, nil
+}
+
+// Save implements [vmm.Machine].
+//
+// Firecracker writes the state of a snapshot first, then memory. Memory is known otherwise, so that is given a path which cannot exist: Firecracker refuses
+// the snapshot, but the state is there, and whole if its checksum says so.
+func (m *Machine) Save(ctx context.Context, state io.Writer) error {
+	path := inside(m.process.PID(), "state")
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return m.orExit(fmt.Errorf("save state: %w", err))
+	}
+	err := m.api.put(ctx, "/snapshot/create", snapshotCreate{
+		SnapshotType: "Diff", SnapshotPath: "/" + jailSnapshot + "/state", MemFilePath: "/" + jailSnapshot + "/none/memory",
+	})
+	var refused *refusedError
+	if err != nil && !errors.As(err, &refused) {
+		return m.orExit(fmt.Errorf("save state: %w", err))
+	}
+	snapshot, rerr := os.ReadFile(path)
+	if rerr == nil {
+		rerr = checkSnapshot(snapshot)
+	}
+	if rerr != nil {
+		return m.orExit(fmt.Errorf("save state: %w", errors.Join(err, rerr)))
+	}
+	m.mu.Lock()
+	h := m.memory
+	m.mu.Unlock()
+	var first []uint32
+	if h != nil {
+		first = h.Touched()
+	}
+	var b bytes.Buffer
+	if err := errors.Join(writeState(&b, first, snapshot), m.ports.drain()); err != nil {
+		return fmt.Errorf("save state: %w", err)
+	}
+	if _, err := state.Write(b.Bytes()); err != nil {
+		return fmt.Errorf("save state: %w", err)
+	}
+	return nil
+}

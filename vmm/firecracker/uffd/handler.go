@@ -1,0 +1,670 @@
+// Package uffd serves the memory of a process that runs a VM, by userfaultfd(2): it answers the faults on pages that are not there yet from a memory device, and
+// learns which pages are written, while the VM runs.
+//
+// A page is in one of these states: missing, there and write-protected, there and written. What is missing comes from the device write-protected, unless it
+// is a write that misses it. The first write to a protected page marks it dirty and lifts the protection. [Handler.Collect] takes the marks, protects the pages again,
+// reads them out of the process and writes them to the device. Marking and lifting are one step, and so are taking and protecting, under the lock of the page's stripe;
+// nobody does I/O under such a lock.
+package uffd
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"drafter/block"
+)
+
+// Config says what to serve.
+type Config struct {
+	Memory block.Device // where pages come from, and go to when they are collected
+	Track  bool         // whether to try to learn which pages are written
+	First  []uint32     // pages, of the size that memory has, to bring before anybody asks, in this order
+	Fill   bool         // whether to bring all others, too, behind them
+}
+
+// Handler serves one process' memory. Its methods are safe for concurrent use.
+type Handler struct {
+	config  Config
+	fd      descriptor
+	stop    int // an eventfd that ends the readers
+	pid     int
+	regions []region
+	unit    int64 // size of a page
+	tracked bool
+
+	// Held for reading while pages are filled, for writing while events are read and removals noted: a fill sees every removal before it.
+	events sync.RWMutex
+	turn   sync.Mutex // of the reader that waits for events
+
+	stripes [64]sync.Mutex
+	present *block.Bitmap // pages that have been filled
+	dirty   *block.Bitmap // pages written since they were last collected
+	removed *block.Bitmap // pages that read as zeros, whatever the device holds
+
+	collecting sync.Mutex // held by a Collect, which has one buffer
+	collected  []byte
+
+	touched struct {
+		sync.Mutex
+		pages []uint32 // the first that faulted, in order
+	}
+
+	ctx     context.Context
+	cancel  context.CancelFunc
+	workers sync.WaitGroup
+	failure sync.Once
+	failed  chan struct{} // closed when memory could not be served
+	err     error         // why, once failed is closed
+	closing atomic.Bool
+	closed  sync.Once
+
+	zeros   buffer
+	buffers chan buffer // for pages that are waited for
+
+	faults, writes atomic.Int64
+}
+
+const (
+	readers = 3 // faults served at once, when their pages are at hand
+	batch   = 16
+
+	stripeSize = 2 << 20  // bytes that share a lock
+	around     = 64 << 10 // bytes brought along with a page
+	fillSize   = 256 << 10
+	maxTouched = 8192
+)
+
+// Serve reads the handshake of a Firecracker, whose process id is pid, from conn, and serves its memory until Close.
+func Serve(conn *net.UnixConn, pid int, c Config) (_ *Handler, err error) {
+	fd, regions, err := receive(conn)
+	if err != nil {
+		return nil, err
+	}
+	return serve(fd, regions, pid, c)
+}
+
+func serve(fd descriptor, regions []region, pid int, c Config) (_ *Handler, err error) {
+	h := &Handler{config: c, fd: fd, stop: -1, pid: pid, regions: regions, unit: int64(regions[0].PageSize), failed: make(chan struct{}), buffers: make(chan buffer, 16)}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, h.free())
+		}
+	}()
+	size := int64(0)
+	for _, r := range regions {
+		size = max(size, int64(r.Offset+r.Size))
+	}
+	if size > c.Memory.Size() {
+		return nil, fmt.Errorf("serve memory: the VM has %d bytes, the memory device %d", size, c.Memory.Size())
+	}
+	pages := size / h.unit
+	h.present, h.dirty, h.removed = block.NewBitmap(pages), block.NewBitmap(pages), block.NewBitmap(pages)
+	h.collected = make([]byte, stripeSize)
+	if h.zeros, err = newBuffer(h.unit); err != nil {
+		return nil, err
+	}
+	if h.stop, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		return nil, fmt.Errorf("make eventfd: %w", err)
+	}
+	h.tracked = c.Track
+	for _, r := range regions {
+		if h.tracked && fd.register(r.Base, r.Size, registerMissing|registerWP) != nil {
+			h.tracked = false // an old kernel, or memory that cannot be protected; for the first region or for all
+		}
+	}
+	h.ctx, h.cancel = context.WithCancel(context.Background())
+	for range readers {
+		h.workers.Go(h.read)
+	}
+	if c.Fill || len(c.First) > 0 {
+		h.workers.Go(h.fill)
+	}
+	return h, nil
+}
+
+// Tracked tells whether written pages are known: whether Collect works.
+func (h *Handler) Tracked() bool { return h.tracked }
+
+// Failed is closed when a page could not be served: who waits for it waits for ever. Err then tells why.
+func (h *Handler) Failed() <-chan struct{} { return h.failed }
+
+// Err is why Failed is closed.
+func (h *Handler) Err() error {
+	select {
+	case <-h.failed:
+		return h.err
+	default:
+		return nil
+	}
+}
+
+// Faults is the number of faults on missing pages, and of first writes to protected ones.
+func (h *Handler) Faults() (missing, writes int64) { return h.faults.Load(), h.writes.Load() }
+
+// Touched returns the first pages that were missed, in order.
+func (h *Handler) Touched() []uint32 {
+	h.touched.Lock()
+	defer h.touched.Unlock()
+	return append([]uint32(nil), h.touched.pages...)
+}
+
+// Close ends serving. The process must have ended, or its threads wait for ever. Whoever waits for the device must have been let go.
+func (h *Handler) Close() (err error) {
+	h.closed.Do(func() {
+		h.closing.Store(true)
+		h.cancel()
+		var one [8]byte
+		binary.NativeEndian.PutUint64(one[:], 1)
+		if _, werr := unix.Write(h.stop, one[:]); werr != nil {
+			err = fmt.Errorf("stop serving memory: %w", werr)
+			return
+		}
+		h.workers.Wait()
+		h.collecting.Lock() // a Collect that has begun ends
+		defer h.collecting.Unlock()
+		err = h.free()
+	})
+	return err
+}
+
+func (h *Handler) free() error {
+	errs := []error{unix.Close(int(h.fd))}
+	if h.stop >= 0 {
+		errs = append(errs, unix.Close(h.stop))
+	}
+	if h.zeros != nil {
+		errs = append(errs, h.zeros.free())
+	}
+	for {
+		select {
+		case b := <-h.buffers:
+			errs = append(errs, b.free())
+		default:
+			return errors.Join(errs...)
+		}
+	}
+}
+
+func (h *Handler) fail(err error) {
+	if h.closing.Load() || gone(err) {
+		return
+	}
+	h.failure.Do(func() {
+		h.err = fmt.Errorf("serve memory: %w", err)
+		close(h.failed)
+	})
+}
+
+// fault is one thread that waits for a page.
+type fault struct {
+	page  int64
+	write bool // it writes
+	wp    bool // the page is there, but protected
+}
+
+// read waits for events and serves them, in turn with the other readers.
+func (h *Handler) read() {
+	b, err := newBuffer(max(h.unit, around))
+	if err != nil {
+		h.fail(err)
+		return
+	}
+	defer func() { _ = b.free() }() // a mapping of ours
+	var messages [batch * messageSize]byte
+	for {
+		n, err := h.next(messages[:])
+		if err != nil {
+			h.fail(err)
+			return
+		}
+		if n == 0 {
+			return
+		}
+		for m := messages[:n]; len(m) >= messageSize; m = m[messageSize:] {
+			if m[0] != eventPageFault {
+				continue
+			}
+			flags, address := binary.NativeEndian.Uint64(m[8:]), binary.NativeEndian.Uint64(m[16:])
+			off, ok := h.offset(address)
+			if !ok {
+				h.fail(fmt.Errorf("a fault at %#x is in no region", address))
+				return
+			}
+			h.serve(fault{off / h.unit, flags&faultWrite != 0, flags&faultWP != 0}, b)
+		}
+	}
+}
+
+// next reads events, and notes removals. It returns 0 at the end.
+func (h *Handler) next(messages []byte) (int, error) {
+	h.turn.Lock()
+	defer h.turn.Unlock()
+	for {
+		polled := []unix.PollFd{{Fd: int32(h.fd), Events: unix.POLLIN}, {Fd: int32(h.stop), Events: unix.POLLIN}}
+		if _, err := unix.Poll(polled, -1); err != nil && !errors.Is(err, unix.EINTR) {
+			return 0, fmt.Errorf("wait for faults: %w", err)
+		}
+		if polled[1].Revents != 0 {
+			return 0, nil
+		}
+		if polled[0].Revents&(unix.POLLERR|unix.POLLHUP) != 0 {
+			return 0, nil // the process has ended
+		}
+		h.events.Lock()
+		n, err := unix.Read(int(h.fd), messages)
+		for m := messages[:max(n, 0)]; len(m) >= messageSize; m = m[messageSize:] {
+			if m[0] == eventRemove {
+				h.remove(binary.NativeEndian.Uint64(m[8:]), binary.NativeEndian.Uint64(m[16:]))
+			}
+		}
+		h.events.Unlock()
+		switch {
+		case errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR):
+		case err != nil:
+			return 0, fmt.Errorf("read faults: %w", err)
+		case n > 0:
+			return n, nil
+		}
+	}
+}
+
+// remove notes that pages have been given back, by a balloon: they read as zeros from now on.
+func (h *Handler) remove(start, end uint64) {
+	for _, r := range h.regions {
+		from, to := max(start, r.Base), min(end, r.Base+r.Size)
+		for first := from; first < to; {
+			off := int64(first - r.Base + r.Offset)
+			next := min(to, first+uint64(stripeSize-off%stripeSize))
+			s := h.stripe(off)
+			s.Lock()
+			p, q := off/h.unit, (off+int64(next-first)+h.unit-1)/h.unit
+			h.removed.SetRange(p, q)
+			h.present.ClearRange(p, q)
+			h.dirty.SetRange(p, q)
+			s.Unlock()
+			first = next
+		}
+	}
+}
+
+func (h *Handler) stripe(off int64) *sync.Mutex {
+	return &h.stripes[off/stripeSize%int64(len(h.stripes))]
+}
+
+// offset translates an address of the process into one of the device.
+func (h *Handler) offset(address uint64) (int64, bool) {
+	for _, r := range h.regions {
+		if address >= r.Base && address < r.Base+r.Size {
+			return int64(address - r.Base + r.Offset), true
+		}
+	}
+	return 0, false
+}
+
+// address translates an offset of the device, and tells how many bytes of the region follow.
+func (h *Handler) address(off int64) (address uint64, follow int64, ok bool) {
+	for _, r := range h.regions {
+		if uint64(off) >= r.Offset && uint64(off) < r.Offset+r.Size {
+			return r.Base + uint64(off) - r.Offset, int64(r.Offset + r.Size - uint64(off)), true
+		}
+	}
+	return 0, 0, false
+}
+
+// serve answers a fault, at once if the page is at hand.
+func (h *Handler) serve(f fault, b buffer) {
+	if f.wp {
+		h.written(f.page)
+		return
+	}
+	h.faults.Add(1)
+	h.touch(f.page)
+	off := f.page * h.unit
+	if h.removed.Has(f.page) || block.Local(h.config.Memory, off, h.unit) {
+		if h.bring(f, b) {
+			h.bringAround(f.page, b)
+			return
+		}
+	}
+	h.workers.Go(func() {
+		own, err := h.take()
+		if err != nil {
+			h.fail(err)
+			return
+		}
+		defer h.give(own)
+		for pause := time.Microsecond; !h.bring(f, own); pause = min(2*pause, time.Millisecond) {
+			select {
+			case <-h.ctx.Done():
+				return
+			case <-time.After(pause):
+			}
+		}
+	})
+}
+
+// written notes the first write to a page and lets it go on.
+func (h *Handler) written(page int64) {
+	h.writes.Add(1)
+	off := page * h.unit
+	address, _, _ := h.address(off)
+	s := h.stripe(off)
+	s.Lock()
+	h.dirty.Set(page)
+	err := h.fd.writeProtect(address, uint64(h.unit), false)
+	s.Unlock()
+	switch {
+	case errors.Is(err, unix.EAGAIN):
+		// The layout changes: the event that says so has yet to be read, by another reader or by this one.
+		h.workers.Go(func() {
+			select {
+			case <-h.ctx.Done():
+			case <-time.After(10 * time.Microsecond):
+				h.written(page)
+			}
+		})
+	case err != nil:
+		h.fail(fmt.Errorf("lift protection of page %d: %w", page, err))
+	}
+}
+
+// bring fills a page that somebody waits for. It returns false if that is to be tried again, when other events have been read.
+func (h *Handler) bring(f fault, b buffer) bool {
+	off := f.page * h.unit
+	if !h.removed.Has(f.page) {
+		if _, err := h.config.Memory.ReadAt(b[:h.unit], off); err != nil {
+			h.fail(fmt.Errorf("page at %d: %w", off, err))
+			return true
+		}
+	}
+	address, _, _ := h.address(off)
+	h.events.RLock() // before the stripe, like the reader that notes a removal
+	defer h.events.RUnlock()
+	s := h.stripe(off)
+	s.Lock()
+	defer s.Unlock()
+	var mode uint64
+	switch {
+	case h.tracked && f.write:
+		h.dirty.Set(f.page)
+	case h.tracked:
+		mode = copyWP
+	}
+	var err error
+	switch {
+	case !h.removed.Has(f.page):
+		_, err = h.fd.copy(address, b.pointer(0), uint64(h.unit), mode)
+	case !h.tracked && h.unit < hugePage:
+		err = h.fd.zero(address, uint64(h.unit))
+	default: // the page of zeros that all share cannot be protected, nor is there a huge one
+		_, err = h.fd.copy(address, h.zeros.pointer(0), uint64(h.unit), mode)
+	}
+	switch {
+	case err == nil:
+		h.present.Set(f.page)
+	case errors.Is(err, unix.EEXIST):
+		h.present.Set(f.page)
+		err = h.fd.wake(address, uint64(h.unit))
+	case errors.Is(err, unix.EAGAIN):
+		return false
+	}
+	if err != nil {
+		h.fail(fmt.Errorf("fill page at %d: %w", off, err))
+	}
+	return true
+}
+
+// bringAround fills what is at hand near a page.
+func (h *Handler) bringAround(page int64, b buffer) {
+	n := around / h.unit
+	if n <= 1 {
+		return
+	}
+	first := page / n * n
+	for p := first; p < min(first+n, h.present.Len()); {
+		q := p
+		for q < min(first+n, h.present.Len()) && !h.present.Has(q) && !h.removed.Has(q) {
+			q++
+		}
+		if q > p && !h.bringMore(p, q, b) {
+			return
+		}
+		p = q + 1
+	}
+}
+
+// bringMore fills pages that nobody is known to wait for, which lie in one region. It returns false when that cannot go on now.
+func (h *Handler) bringMore(p, q int64, b buffer) bool {
+	off, length := p*h.unit, (q-p)*h.unit
+	address, follow, ok := h.address(off)
+	length = min(length, follow)
+	if !ok || !block.Local(h.config.Memory, off, length) {
+		return false
+	}
+	if _, err := h.config.Memory.ReadAt(b[:length], off); err != nil {
+		return false // who needs it finds out
+	}
+	var mode uint64
+	if h.tracked {
+		mode = copyWP
+	}
+	h.events.RLock()
+	defer h.events.RUnlock()
+	for at := int64(0); at < length; {
+		page := p + at/h.unit
+		if h.removed.Has(page) || h.present.Has(page) {
+			at += h.unit
+			continue
+		}
+		end := at + h.unit
+		for end < length && !h.removed.Has(p+end/h.unit) && !h.present.Has(p+end/h.unit) {
+			end += h.unit
+		}
+		n, err := h.fd.copy(address+uint64(at), b.pointer(at), uint64(end-at), mode)
+		h.present.SetRange(page, page+n/h.unit)
+		at += n
+		switch {
+		case errors.Is(err, unix.EEXIST):
+			at += h.unit
+		case err != nil && !errors.Is(err, unix.EAGAIN):
+			h.fail(fmt.Errorf("fill page at %d: %w", off+at, err))
+			return false
+		case err != nil && n == 0:
+			return false
+		}
+	}
+	return true
+}
+
+// take returns a buffer for one page that is waited for.
+func (h *Handler) take() (buffer, error) {
+	select {
+	case b := <-h.buffers:
+		return b, nil
+	default:
+		return newBuffer(h.unit)
+	}
+}
+
+func (h *Handler) give(b buffer) {
+	select {
+	case h.buffers <- b:
+	default:
+		_ = b.free() // a mapping of ours
+	}
+}
+
+func (h *Handler) touch(page int64) {
+	h.touched.Lock()
+	defer h.touched.Unlock()
+	if len(h.touched.pages) < maxTouched {
+		h.touched.pages = append(h.touched.pages, uint32(page))
+	}
+}
+
+// fill brings pages before anybody asks: those that are known to be needed first, then all. What is on its way from another host it leaves until it is here.
+func (h *Handler) fill() {
+	b, err := newBuffer(max(h.unit, fillSize))
+	if err != nil {
+		h.fail(err)
+		return
+	}
+	defer func() { _ = b.free() }() // a mapping of ours
+	for i := 0; i < len(h.config.First) && h.ctx.Err() == nil; {
+		p := int64(h.config.First[i])
+		q := p + 1
+		for i++; i < len(h.config.First) && int64(h.config.First[i]) == q && (q-p)*h.unit < fillSize; i++ {
+			q++
+		}
+		if q <= h.present.Len() {
+			h.bringMore(p, q, b)
+		}
+	}
+	for h.config.Fill && !h.pass(b) {
+		select {
+		case <-h.ctx.Done():
+			return
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// pass brings what is at hand, and tells whether that was all.
+func (h *Handler) pass(b buffer) (all bool) {
+	all = true
+	step := max(1, fillSize/h.unit)
+	for p := int64(0); p < h.present.Len() && h.ctx.Err() == nil; {
+		start, _, err := block.NextData(h.config.Memory, p*h.unit)
+		if err != nil {
+			return true // who needs it finds out
+		}
+		p = max(p, start/h.unit)
+		if p >= h.present.Len() {
+			break
+		}
+		if h.present.Has(p) || h.removed.Has(p) {
+			p++
+			continue
+		}
+		q := p + 1
+		for q < min(p+step, h.present.Len()) && !h.present.Has(q) && !h.removed.Has(q) {
+			q++
+		}
+		if !h.bringMore(p, q, b) {
+			all = false
+		}
+		p = q
+	}
+	return all
+}
+
+// Collect writes every page that was written until now to the device. The process goes on meanwhile: what it writes from now on is for the next Collect. A page
+// that could not be brought to the device is still dirty after the error.
+func (h *Handler) Collect(ctx context.Context) error {
+	h.collecting.Lock()
+	defer h.collecting.Unlock()
+	if h.closing.Load() {
+		return errors.New("collect memory: it is not served any more")
+	}
+	for p := h.dirty.Next(0); p < h.dirty.Len(); p = h.dirty.Next(p) {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		limit := min(h.dirty.Len(), max(p+1, (p*h.unit/stripeSize+1)*stripeSize/h.unit))
+		_, q := h.dirty.Run(p, limit)
+		if err := h.collect(p, q); err != nil {
+			h.dirty.SetRange(p, q)
+			return fmt.Errorf("collect memory: %w", err)
+		}
+		p = q
+	}
+	return nil
+}
+
+// collect does so for pages of one stripe.
+func (h *Handler) collect(p, q int64) error {
+	off := p * h.unit
+	address, follow, ok := h.address(off)
+	if !ok {
+		return fmt.Errorf("page at %d is in no region", off)
+	}
+	q = min(q, p+follow/h.unit)
+	s := h.stripe(off)
+	s.Lock()
+	there := h.present.Has(p)
+	end := p + 1 // pages that are all there, or all not
+	for end < q && h.present.Has(end) == there {
+		end++
+	}
+	h.dirty.ClearRange(p, end)
+	length := (end - p) * h.unit
+	var err error
+	if there {
+		h.removed.ClearRange(p, end)
+		for err = unix.EAGAIN; errors.Is(err, unix.EAGAIN); {
+			err = h.fd.writeProtect(address, uint64(length), true)
+			if errors.Is(err, unix.EAGAIN) { // until a removal is read, which needs this lock
+				s.Unlock()
+				time.Sleep(10 * time.Microsecond)
+				s.Lock()
+			}
+		}
+	}
+	s.Unlock()
+	if err != nil {
+		h.dirty.SetRange(p, end)
+		return fmt.Errorf("protect %d bytes at %d: %w", length, off, err)
+	}
+	if err := h.store(address, off, length, there); err != nil {
+		h.dirty.SetRange(p, end)
+		return err
+	}
+	if end < q {
+		return h.collect(end, q)
+	}
+	return nil
+}
+
+// store writes pages to the device: what the process has there, or zeros.
+func (h *Handler) store(address uint64, off, length int64, there bool) error {
+	if !there {
+		if err := block.Trim(h.config.Memory, off, length); err != nil {
+			return fmt.Errorf("store zeros at %d: %w", off, err)
+		}
+		h.settleRemoved(off, length)
+		return nil
+	}
+	for done := int64(0); done < length; {
+		b := h.collected[:min(length-done, int64(len(h.collected)))]
+		local := []unix.Iovec{{Base: &b[0], Len: uint64(len(b))}}
+		remote := []unix.RemoteIovec{{Base: uintptr(address) + uintptr(done), Len: len(b)}}
+		n, err := unix.ProcessVMReadv(h.pid, local, remote, 0)
+		if err != nil {
+			return fmt.Errorf("read %d bytes at %d out of process %d: %w", len(b), off+done, h.pid, err)
+		}
+		if n == 0 {
+			return fmt.Errorf("read %d bytes at %d out of process %d: nothing is there", len(b), off+done, h.pid)
+		}
+		if _, err := h.config.Memory.WriteAt(b[:n], off+done); err != nil {
+			return fmt.Errorf("store %d bytes at %d: %w", n, off+done, err)
+		}
+		done += int64(n)
+	}
+	return nil
+}
+
+// settleRemoved notes that the device holds the zeros of pages that were removed.
+func (h *Handler) settleRemoved(off, length int64) {
+	s := h.stripe(off)
+	s.Lock()
+	defer s.Unlock()
+	h.removed.ClearRange(off/h.unit, (off+length)/h.unit)
+}
