@@ -431,6 +431,14 @@ func (i *Instance) prefer(err error) error {
 	}
 }
 
+// Metrics is what the VMM counts, if it does; safe for concurrent use.
+func (i *Instance) Metrics() map[string]float64 {
+	if m, ok := i.machine.(vmm.Meter); ok {
+		return m.Metrics()
+	}
+	return nil
+}
+
 // Config is what the package of this instance records.
 func (i *Instance) Config() *vmm.PackageConfig { return i.config }
 

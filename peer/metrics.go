@@ -19,6 +19,7 @@ var (
 	describeSent     = prometheus.NewDesc("drafter_migration_device_transferred_bytes", "Bytes of a device that were transferred in the last migration.", []string{"device", "phase"}, nil)
 	describeSaved    = prometheus.NewDesc("drafter_migration_device_saved_bytes", "Bytes of a device that had been written and did not need to be transferred.", []string{"device"}, nil)
 	describeBackup   = prometheus.NewDesc("drafter_backup_timestamp_seconds", "Of which moment the last backup is that is complete, in seconds since 1970; 0 when there is none.", nil, nil)
+	describeVMM      = prometheus.NewDesc("drafter_vmm", "What the VMM counts, by its own names.", []string{"name"}, nil)
 	describePending  = prometheus.NewDesc("drafter_migration_device_pending_bytes", "Bytes of a device that are still to be transferred.", []string{"device"}, nil)
 )
 
@@ -30,7 +31,7 @@ type metrics struct{ p *Peer }
 // Describe implements [prometheus.Collector].
 func (m metrics) Describe(descriptions chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		describeDirty, describeSize, describeState, describeCycle, describeDuration, describeDowntime, describeWire, describeSent, describeSaved, describePending, describeBackup,
+		describeDirty, describeSize, describeState, describeCycle, describeDuration, describeDowntime, describeWire, describeSent, describeSaved, describePending, describeBackup, describeVMM,
 	} {
 		descriptions <- d
 	}
@@ -46,8 +47,13 @@ func (m metrics) Collect(out chan<- prometheus.Metric) {
 		gauge(describeDirty, float64(d.Dirty()*block.PageSize), name)
 		gauge(describeSize, float64(d.Size()), name)
 	}
-	syncer := m.p.syncer
+	syncer, vm := m.p.syncer, m.p.instance
 	m.p.mu.Unlock()
+	if vm != nil {
+		for name, value := range vm.Metrics() {
+			gauge(describeVMM, value, name)
+		}
+	}
 	if syncer != nil {
 		moment := 0.0
 		if at := syncer.moment.Load(); at != nil {

@@ -150,13 +150,21 @@ func (p *Peer) resume(ctx context.Context, start time.Time) error {
 	if err != nil {
 		return fmt.Errorf("resume: %w", err)
 	}
-	p.instance, err = launched.Run(ctx, start, p.config.ResumeTimeout)
+	i, err := launched.Run(ctx, start, p.config.ResumeTimeout)
+	p.own(i)
 	if err != nil && p.instance != nil {
 		rescue, cancel := context.WithTimeout(context.WithoutCancel(ctx), instance.RescueSuspendTimeout)
 		defer cancel()
 		err = errors.Join(err, p.Suspend(rescue))
 	}
 	return err
+}
+
+// own makes a VM that runs, if it is not nil, the peer's.
+func (p *Peer) own(i *instance.Instance) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.instance = i
 }
 
 // occupy takes what of the host a VM needs, whichever it is.

@@ -356,7 +356,8 @@ func (a *arrival) Resume(ctx context.Context) error {
 		err = fmt.Errorf("%w: %w", migrate.ErrMayHaveRun, err)
 	}
 	if err == nil || errors.Is(err, migrate.ErrMayHaveRun) {
-		a.p.instance, a.running = i, true
+		a.p.own(i)
+		a.running = true
 	}
 	return err
 }

@@ -144,6 +144,12 @@ type Machine interface {
 	Close() error
 }
 
+// Meter is a [Machine] whose VMM counts what it does.
+type Meter interface {
+	// Metrics returns the last known values by name. It is safe for concurrent use.
+	Metrics() map[string]float64
+}
+
 // ErrPoweredOff says that the guest has shut itself down.
 var ErrPoweredOff = errors.New("the guest powered itself off")
 

@@ -30,6 +30,8 @@ import (
 type Driver struct {
 	Bin    string // "" for "firecracker"
 	Jailer string // "" for "jailer"
+
+	untracked bool // as if this kernel could not write-protect memory
 }
 
 var (
@@ -133,7 +135,7 @@ func (d Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
 		m.hardware.CPU = config.name
 	}
 	m.huge = m.hardware.Machine == machineHuge
-	m.logsDirty = m.huge || !uffd.CanTrack()
+	m.logsDirty = m.huge || d.untracked || !uffd.CanTrack()
 	if err := m.start(ctx, bin, jailer); err != nil {
 		return nil, errors.Join(err, m.Close())
 	}
@@ -199,7 +201,10 @@ type Machine struct {
 	exit    error
 }
 
-var _ vmm.Machine = (*Machine)(nil)
+var (
+	_ vmm.Machine = (*Machine)(nil)
+	_ vmm.Meter   = (*Machine)(nil)
+)
 
 // start starts Firecracker in its jail, and returns when it answers.
 func (m *Machine) start(ctx context.Context, bin, jailer string) (err error) {
@@ -407,7 +412,7 @@ func (m *Machine) count(name string, value float64) {
 	m.counted[name] = value
 }
 
-// Metrics is what Firecracker has last said of itself (docs/metrics.md of Firecracker), by group and name.
+// Metrics implements [vmm.Meter]: what Firecracker has last said of itself (docs/metrics.md of Firecracker), by group and name, and the faults served.
 func (m *Machine) Metrics() map[string]float64 {
 	m.mu.Lock()
 	defer m.mu.Unlock()

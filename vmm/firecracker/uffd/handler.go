@@ -580,21 +580,21 @@ func (h *Handler) Collect(ctx context.Context) error {
 		}
 		limit := min(h.dirty.Len(), max(p+1, (p*h.unit/stripeSize+1)*stripeSize/h.unit))
 		_, q := h.dirty.Run(p, limit)
-		if err := h.collect(p, q); err != nil {
-			h.dirty.SetRange(p, q)
+		next, err := h.collect(p, q)
+		if err != nil {
 			return fmt.Errorf("collect memory: %w", err)
 		}
-		p = q
+		p = next
 	}
 	return nil
 }
 
-// collect does so for pages of one stripe.
-func (h *Handler) collect(p, q int64) error {
+// collect does so for the first of some pages of one stripe, and returns the page behind those.
+func (h *Handler) collect(p, q int64) (next int64, err error) {
 	off := p * h.unit
 	address, follow, ok := h.address(off)
 	if !ok {
-		return fmt.Errorf("page at %d is in no region", off)
+		return p, fmt.Errorf("page at %d is in no region", off)
 	}
 	q = min(q, p+follow/h.unit)
 	s := h.stripe(off)
@@ -606,7 +606,6 @@ func (h *Handler) collect(p, q int64) error {
 	}
 	h.dirty.ClearRange(p, end)
 	length := (end - p) * h.unit
-	var err error
 	if there {
 		h.removed.ClearRange(p, end)
 		for err = unix.EAGAIN; errors.Is(err, unix.EAGAIN); {
@@ -620,17 +619,14 @@ func (h *Handler) collect(p, q int64) error {
 	}
 	s.Unlock()
 	if err != nil {
+		err = fmt.Errorf("protect %d bytes at %d: %w", length, off, err)
+	} else {
+		err = h.store(address, off, length, there)
+	}
+	if err != nil {
 		h.dirty.SetRange(p, end)
-		return fmt.Errorf("protect %d bytes at %d: %w", length, off, err)
 	}
-	if err := h.store(address, off, length, there); err != nil {
-		h.dirty.SetRange(p, end)
-		return err
-	}
-	if end < q {
-		return h.collect(end, q)
-	}
-	return nil
+	return end, err
 }
 
 // store writes pages to the device: what the process has there, or zeros.
