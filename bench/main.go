@@ -39,10 +39,25 @@ func main() {
 	rounds := flag.Int("rounds", 5, "How often each is measured")
 	engineOnly := flag.Bool("engine", false, "Whether to measure the device engine only, without VMs")
 	registryOnly := flag.Bool("registry", false, "Whether to measure starts from a registry only")
+	compareQuick := flag.Bool("compare-quick", false, "Whether to compare with QEMU's own live migration only, in less than three minutes")
+	compareWhole := flag.Bool("compare", false, "Whether to compare with QEMU's own live migration only")
+	output := flag.String("output", "bench/results/latest.json", "File for what comparisons find")
+	reportOnly := flag.Bool("report", false, "Whether to make tables and charts of --output only")
+	firecrackerOnly := flag.Bool("firecracker", false, "Whether to measure Firecracker only, which needs it, its jailer and KVM")
 	migrationOnly := flag.Bool("migration", false, "Whether to measure live migrations only")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	err := run(ctx, *rounds, *engineOnly, *migrationOnly, *registryOnly)
+	var err error
+	switch {
+	case *reportOnly:
+		err = report(*output)
+	case *compareQuick:
+		err = runComparison(ctx, quick, *output)
+	case *compareWhole:
+		err = runComparison(ctx, whole, *output)
+	default:
+		err = run(ctx, *rounds, *engineOnly, *migrationOnly, *registryOnly, *firecrackerOnly)
+	}
 	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "Error:", strings.ReplaceAll(err.Error(), "\n", "; "))
@@ -57,6 +72,8 @@ type bench struct {
 	drafter tour.Drafter
 	names   []string
 	values  map[string][]float64
+
+	timeline []moment // of one migration
 }
 
 func (b *bench) add(name string, value float64) {
@@ -67,7 +84,7 @@ func (b *bench) add(name string, value float64) {
 	fmt.Fprintf(os.Stderr, "%s: %.0f\n", name, value)
 }
 
-func run(ctx context.Context, rounds int, engineOnly, migrationOnly, registryOnly bool) (err error) {
+func run(ctx context.Context, rounds int, engineOnly, migrationOnly, registryOnly, firecrackerOnly bool) (err error) {
 	if rounds < 1 {
 		return errors.New("--rounds must be at least 1")
 	}
@@ -75,6 +92,14 @@ func run(ctx context.Context, rounds int, engineOnly, migrationOnly, registryOnl
 		return err
 	}
 	b := &bench{drafter: tour.Drafter{Bin: "bin/drafter", Logs: dir}, values: map[string][]float64{}}
+	if !migrationOnly && !registryOnly && !engineOnly {
+		if err := b.firecracker(ctx, rounds); err != nil {
+			return fmt.Errorf("firecracker: %w", err)
+		}
+	}
+	if firecrackerOnly {
+		return b.report()
+	}
 	if !migrationOnly && !registryOnly {
 		if err := b.engine(ctx, rounds); err != nil {
 			return err
@@ -129,6 +154,24 @@ func run(ctx context.Context, rounds int, engineOnly, migrationOnly, registryOnl
 		}
 	}
 	return b.report()
+}
+
+// runComparison compares our migrations with QEMU's own, and leaves the result in a file.
+func runComparison(ctx context.Context, contests []contest, output string) error {
+	if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o755)); err != nil {
+		return err
+	}
+	b := &bench{drafter: tour.Drafter{Bin: "bin/drafter", Logs: dir}, values: map[string][]float64{}}
+	if err := b.alone(ctx, 3); err != nil {
+		return fmt.Errorf("engine alone: %w", err)
+	}
+	if err := b.makeBlueprint(ctx); err != nil {
+		return err
+	}
+	if err := b.compare(ctx, contests); err != nil {
+		return err
+	}
+	return errors.Join(b.results().write(output), report(output), b.report())
 }
 
 func (b *bench) makeBlueprint(ctx context.Context) error {

@@ -239,7 +239,10 @@ func peakRSS(pid int) (float64, error) {
 	if err != nil {
 		return 0, err
 	}
-	_, after, _ := strings.Cut(string(b), "VmHWM:")
+	_, after, found := strings.Cut(string(b), "VmHWM:")
+	if !found { // of a process that is ending
+		return 0, fmt.Errorf("process %d has no memory", pid)
+	}
 	kb, err := strconv.ParseFloat(strings.Fields(after)[0], 64)
 	return kb * 1024 / 1e6, err
 }

@@ -1,6 +1,7 @@
 package firecracker
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -51,6 +52,12 @@ func readState(r io.Reader) (first []uint32, snapshot []byte, err error) {
 	}
 	snapshot = b[12+4*n:]
 	return first, snapshot, checkSnapshot(snapshot)
+}
+
+// Snapshot returns the snapshot in a saved state, as Firecracker itself loads it.
+func Snapshot(state []byte) ([]byte, error) {
+	_, snapshot, err := readState(bytes.NewReader(state))
+	return snapshot, err
 }
 
 // jones is the polynomial of the crc64 that Redis and the Rust crate crc64 use, reflected. They start with zero and do not invert, as Go does.

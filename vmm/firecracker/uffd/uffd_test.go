@@ -2,6 +2,7 @@ package uffd
 
 import (
 	"bufio"
+	"context"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -49,6 +50,7 @@ type use struct {
 	Seed    uint64
 	Remove  bool     // gives pages back now and then
 	Touch   []uint32 // reads just these, in order
+	Measure bool     // prints how long it waits for pages, and that is all
 }
 
 // initial is what the device holds of a page at first: its first word and its last.
@@ -69,6 +71,13 @@ func child(env string) error {
 	memory, err := give(u)
 	if err != nil {
 		return err
+	}
+	if u.Measure {
+		if err := json.NewEncoder(os.Stdout).Encode(measure(memory)); err != nil {
+			return err
+		}
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		return nil
 	}
 	if u.Touch != nil {
 		for _, p := range u.Touch {
@@ -224,7 +233,7 @@ func (d *device) WriteAt(b []byte, off int64) (int, error) {
 
 // process is a child whose memory is served.
 type process struct {
-	t       *testing.T
+	t       testing.TB
 	cmd     *exec.Cmd
 	stdin   io.WriteCloser
 	stdout  *bufio.Reader
@@ -232,7 +241,7 @@ type process struct {
 	handler *Handler
 }
 
-func start(t *testing.T, u use, c Config) *process {
+func start(t testing.TB, u use, c Config) *process {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "uffd-") // a socket's path is short
 	if err != nil {
@@ -315,7 +324,7 @@ func (p *process) close() {
 	if err := p.handler.Err(); err != nil {
 		p.t.Error(err)
 	}
-	if err := p.handler.Collect(p.t.Context()); err == nil {
+	if err := p.handler.Collect(context.Background()); err == nil {
 		p.t.Error("a closed handler collects")
 	}
 }

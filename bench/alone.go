@@ -1,0 +1,153 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"net"
+	"runtime"
+	"time"
+
+	"github.com/google/uuid"
+
+	"drafter/block"
+	"drafter/migrate"
+	"drafter/wire"
+)
+
+// aloneSize is how much the engine moves without a VM, in bytes.
+const aloneSize = 1 << 30
+
+// ram is a device in memory.
+type ram []byte
+
+func (r ram) Size() int64                              { return int64(len(r)) }
+func (r ram) ReadAt(p []byte, off int64) (int, error)  { return copy(p, r[off:]), nil }
+func (r ram) WriteAt(p []byte, off int64) (int, error) { return copy(r[off:], p), nil }
+func (r ram) Sync() error                              { return nil }
+func (r ram) Close() error                             { return nil }
+
+// nobody is a VM that does nothing, at its source and at its target.
+type nobody struct{ device *block.Incoming }
+
+func (nobody) Flush(context.Context) error                          { return nil }
+func (nobody) Prepare(context.Context) error                        { return nil }
+func (nobody) Pause(context.Context) error                          { return nil }
+func (nobody) Save(context.Context, uuid.UUID) error                { return nil }
+func (nobody) Rescue(context.Context) error                         { return nil }
+func (nobody) Rescued(context.Context)                              {}
+func (nobody) Mark(context.Context, migrate.State, uuid.UUID) error { return nil }
+func (nobody) Start(context.Context) error                          { return nil }
+func (nobody) Restore(context.Context, uuid.UUID) error             { return nil }
+func (nobody) Resume(context.Context) error                         { return nil }
+func (nobody) Complete(context.Context) error                       { return nil }
+func (nobody) Discard(context.Context) error                        { return nil }
+
+func (n nobody) Accept(context.Context, wire.Manifest, uuid.UUID) ([]migrate.TargetDevice, error) {
+	return []migrate.TargetDevice{{Device: n.device}}, nil
+}
+
+// alone measures the engine without a VM, over TCP on loopback, from memory to memory, and beside it the same connection without the engine. What is moved cannot
+// be compressed.
+func (b *bench) alone(ctx context.Context, rounds int) error {
+	from, to := make(ram, aloneSize), make(ram, aloneSize)
+	rng := rand.NewChaCha8([32]byte{})
+	if _, err := rng.Read(from); err != nil {
+		return err
+	}
+	copy(to, from) // its pages are there
+	for range rounds {
+		clear(to)
+		runtime.GC()
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		begin := time.Now()
+		if err := moveAlone(ctx, from, to); err != nil {
+			return err
+		}
+		took := time.Since(begin)
+		runtime.ReadMemStats(&after)
+		if to[aloneSize-1] != from[aloneSize-1] || to[0] != from[0] {
+			return errors.New("what has arrived is not what was sent")
+		}
+		b.add("engine_mb_per_s", aloneSize/1e6/took.Seconds())
+		b.add("engine_allocations_per_64k", float64(after.Mallocs-before.Mallocs)/(aloneSize/(64<<10)))
+		begin = time.Now()
+		if err := sendRaw(from, to); err != nil {
+			return err
+		}
+		b.add("raw_tcp_mb_per_s", aloneSize/1e6/time.Since(begin).Seconds())
+	}
+	return nil
+}
+
+func moveAlone(ctx context.Context, from, to ram) (err error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, l.Close()) }()
+	device := migrate.SourceDevice{Name: "memory", Device: block.NewTracker(from, 64<<10), MaxDirtyBlocks: 200, MinCycles: 1, MaxCycles: 1}
+	source, err := migrate.NewSource(migrate.SourceConfig{VM: nobody{}, Devices: []migrate.SourceDevice{device}})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, source.Close()) }()
+	sctx, cancel := context.WithCancel(ctx)
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		accept := func(ctx context.Context) (io.ReadWriteCloser, error) {
+			defer context.AfterFunc(ctx, func() { _ = l.(*net.TCPListener).SetDeadline(time.Unix(1, 0)) })() // which ends Accept
+			return l.Accept()
+		}
+		migrate.AcceptAll(sctx, accept, 8, func(ctx context.Context, stream io.ReadWriteCloser) { _ = source.Handle(ctx, stream) }) // the target says what fails
+	}()
+	defer func() { cancel(); <-served }()
+	dial := func(ctx context.Context) (io.ReadWriteCloser, error) {
+		return (&net.Dialer{}).DialContext(ctx, "tcp", l.Addr().String())
+	}
+	target, err := migrate.Receive(ctx, migrate.TargetConfig{VM: nobody{block.NewIncoming(to, true)}, Dial: dial})
+	if err != nil {
+		return err
+	}
+	err = target.Wait()
+	return errors.Join(err, target.Close())
+}
+
+// sendRaw writes one to a connection and reads it into the other.
+func sendRaw(from, to ram) (err error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, l.Close()) }()
+	received := make(chan error, 1)
+	go func() {
+		received <- func() error {
+			conn, err := l.Accept()
+			if err != nil {
+				return err
+			}
+			for at := 0; at < len(to); {
+				n, err := conn.Read(to[at:min(len(to), at+1<<20)])
+				if err != nil {
+					return errors.Join(err, conn.Close())
+				}
+				at += n
+			}
+			return conn.Close()
+		}()
+	}()
+	conn, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		return err
+	}
+	for at := 0; at < len(from); at += 1 << 20 {
+		if _, err := conn.Write(from[at : at+1<<20]); err != nil {
+			return errors.Join(err, conn.Close())
+		}
+	}
+	return errors.Join(<-received, conn.Close())
+}

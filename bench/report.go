@@ -1,0 +1,300 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"image/color"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"gonum.org/v1/plot"
+	"gonum.org/v1/plot/plotter"
+	"gonum.org/v1/plot/vg"
+)
+
+// What a report is made of, from the project's root.
+const (
+	reportFile  = "docs/benchmarks.md"
+	chartFolder = "docs/benchmarks"
+)
+
+// bars are what is to be reached, by the key of a ratio.
+var bars = []struct {
+	key, text string
+	most      float64 // at most; 0: at least what least says
+	least     float64
+}{
+	{"gap_vs_precopy300", "gap, package at the target, over QEMU's pre-copy with a limit of 300 ms", 0.5, 0},
+	{"gap_vs_precopy30", "the same over a limit of 30 ms (an aim)", 1, 0},
+	{"total_vs_precopy300", "total time, same case", 0.25, 0},
+	{"bytes_vs_precopy300", "bytes sent, same case", 0.25, 0},
+	{"gap_vs_precopy300_absent", "gap, package absent", 0.75, 0},
+	{"gap_vs_precopy30_absent", "the same over a limit of 30 ms", 0, 0},
+	{"total_vs_precopy300_absent", "total time, package absent", 1, 0},
+	{"bytes_vs_precopy300_absent", "bytes sent, package absent", 0.8, 0},
+	{"gap_rtt100_ms", "gap at 100 ms round trip, ms", 250, 0},
+	{"gap_8g_over_1g", "gap of an 8 GiB guest over that of a 1 GiB one", 1.2, 0},
+	{"engine_vs_tcp", "engine alone over raw TCP on loopback", 0, 0.8},
+	{"resume_ms", "resume from a package in a started VMM, ms", 60, 0},
+	{"peak_rss_mb", "largest resident set of our process, MB", 100, 0},
+	{"cpu_vs_copy", "CPU per GB sent over that of a plain copy over TCP", 1.5, 0},
+}
+
+// report makes tables and charts of a result file.
+func report(path string) error {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	var r result
+	if err := json.Unmarshal(b, &r); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	if err := os.MkdirAll(chartFolder, 0o755); err != nil {
+		return err
+	}
+	if err := errors.Join(r.chartOpponents(), r.chartSizes(), r.chartTrips(), r.chartTimeline()); err != nil {
+		return err
+	}
+	return os.WriteFile(reportFile, []byte(r.markdown(path)), 0o644)
+}
+
+func (r *result) markdown(path string) string {
+	var w strings.Builder
+	fmt.Fprintf(&w, "# Benchmarks\n\nMade by `make bench-report` from `%s`, which `make bench` (or `make bench-quick`) leaves; do not edit. Measured on %s", path, r.Time.Format("2006-01-02"))
+	var keys []string
+	for k := range r.Machine {
+		keys = append(keys, k)
+	}
+	slices.Sort(keys)
+	for _, k := range keys {
+		fmt.Fprintf(&w, "; %s: %s", k, r.Machine[k])
+	}
+	w.WriteString(".\n\nA guest holds 300 MiB of pages that cannot be compressed, writes to 20 MiB of them a second, picked at random, and ticks to the outside every 10 ms. It is moved by Drafter and by QEMU's own\n" +
+		"live migration, in turn, in one run. The *gap* is the longest silence seen from outside, the *downtime* what the mover says. `present` and `absent` are Drafter with the VM's package at the\n" +
+		"target, or not; `precopy300` and `precopy30` QEMU's pre-copy with those downtime limits. QEMU's guest has its memory on a tmpfs at both ends, and its process at the target has been started. Drafter's\n" +
+		"total time includes that start.\n\n## Against what is to be reached\n\n| figure | key | bar | here | |\n|---|---|---|---|---|\n")
+	for _, bar := range bars {
+		v, ok := r.Ratios[bar.key]
+		if !ok {
+			fmt.Fprintf(&w, "| %s | `%s` | %s | not measured | |\n", bar.text, bar.key, barText(bar.most, bar.least))
+			continue
+		}
+		verdict := ""
+		switch {
+		case bar.most > 0 && v <= bar.most, bar.least > 0 && v >= bar.least:
+			verdict = "reached"
+		case bar.most > 0 || bar.least > 0:
+			verdict = "not reached"
+		}
+		fmt.Fprintf(&w, "| %s | `%s` | %s | %.3g | %s |\n", bar.text, bar.key, barText(bar.most, bar.least), v, verdict)
+	}
+	w.WriteString("\n![gap by opponent](benchmarks/gap.svg)\n\n![one migration](benchmarks/timeline.svg)\n\n![gap over size](benchmarks/size.svg)\n\n![gap over round trip](benchmarks/trip.svg)\n\n## All figures\n\nMedians, with least and most.\n")
+	r.tables(&w)
+	return w.String()
+}
+
+func barText(most, least float64) string {
+	switch {
+	case most > 0:
+		return fmt.Sprintf("≤ %g", most)
+	case least > 0:
+		return fmt.Sprintf("≥ %g", least)
+	}
+	return "–"
+}
+
+// tables writes a table for each contest, and one for what is of none.
+func (r *result) tables(w *strings.Builder) {
+	figures := []string{"gap_ms", "p99_ms", "p50_ms", "downtime_ms", "total_ms", "mb", "cpu_s_per_gb", "source_peak_rss_mb", "target_peak_rss_mb"}
+	var contests, others []string
+	for name := range r.Rounds {
+		parts := strings.Split(name, "/")
+		if len(parts) != 4 {
+			others = append(others, name)
+			continue
+		}
+		if c := parts[0] + "/" + parts[1]; !slices.Contains(contests, c) {
+			contests = append(contests, c)
+		}
+	}
+	slices.Sort(contests)
+	slices.Sort(others)
+	for _, c := range contests {
+		fmt.Fprintf(w, "\n### %s\n\n| | rounds | %s |\n|---|---|%s\n", strings.ReplaceAll(c, "/", ", "), strings.Join(figures, " | "), strings.Repeat("---|", len(figures)))
+		for _, o := range opponents {
+			rounds := r.Rounds[c+"/"+o.name+"/gap_ms"]
+			if rounds == nil {
+				continue
+			}
+			fmt.Fprintf(w, "| %s | %d |", o.name, len(rounds))
+			for _, f := range figures {
+				key := c + "/" + o.name + "/" + f
+				if r.Rounds[key] == nil {
+					w.WriteString(" |")
+					continue
+				}
+				fmt.Fprintf(w, " %.4g (%.4g … %.4g) |", r.Medians[key], r.Spread[key][0], r.Spread[key][1])
+			}
+			w.WriteString("\n")
+		}
+	}
+	w.WriteString("\n### Parts\n\n| figure | rounds | median | least | most |\n|---|---|---|---|---|\n")
+	for _, name := range others {
+		fmt.Fprintf(w, "| `%s` | %d | %.4g | %.4g | %.4g |\n", name, len(r.Rounds[name]), r.Medians[name], r.Spread[name][0], r.Spread[name][1])
+	}
+}
+
+var ours, theirs = color.RGBA{0x1b, 0x6c, 0xa8, 0xff}, color.RGBA{0xb0, 0xb0, 0xb0, 0xff}
+
+func save(p *plot.Plot, name string) error {
+	if err := p.Save(16*vg.Centimeter, 9*vg.Centimeter, filepath.Join(chartFolder, name)); err != nil {
+		return fmt.Errorf("chart %s: %w", name, err)
+	}
+	return nil
+}
+
+// chartOpponents shows the gap of each opponent on loopback.
+func (r *result) chartOpponents() error {
+	p := plot.New()
+	p.Title.Text = "Longest silence of a 1 GiB guest that is moved, loopback (median)"
+	p.Y.Label.Text = "ms"
+	p.Y.Min = 0
+	var labels []string
+	for _, o := range opponents {
+		v := r.Medians[contest{link: "loopback", gib: 1}.key(o.name, "gap_ms")]
+		if v == 0 {
+			continue
+		}
+		bar, err := plotter.NewBarChart(plotter.Values{v}, vg.Points(28))
+		if err != nil {
+			return err
+		}
+		bar.XMin = float64(len(labels))
+		bar.Color = ours
+		if o.own != nil {
+			bar.Color = theirs
+		}
+		bar.LineStyle.Width = 0
+		p.Add(bar)
+		labels = append(labels, o.name)
+	}
+	p.NominalX(labels...)
+	return save(p, "gap.svg")
+}
+
+// lines adds a line for each of some opponents.
+func lines(p *plot.Plot, names []string, at func(name string) plotter.XYs) error {
+	for _, name := range names {
+		points := at(name)
+		if len(points) == 0 {
+			continue
+		}
+		l, s, err := plotter.NewLinePoints(points)
+		if err != nil {
+			return err
+		}
+		l.Color, s.Color = ours, ours
+		if findOpponent(name).own != nil {
+			l.Color, s.Color = theirs, theirs
+		}
+		if name == "absent" {
+			l.Dashes = []vg.Length{vg.Points(4), vg.Points(3)}
+		}
+		p.Add(l, s)
+		p.Legend.Add(name, l, s)
+	}
+	p.Legend.Top = true
+	p.Y.Min = 0
+	return nil
+}
+
+func (r *result) chartSizes() error {
+	p := plot.New()
+	p.Title.Text = "Longest silence over the size of the guest's memory, loopback (median)"
+	p.X.Label.Text, p.Y.Label.Text = "GiB", "ms"
+	err := lines(p, []string{"precopy300", "present"}, func(name string) (points plotter.XYs) {
+		for _, gib := range []int{1, 2, 4, 8} {
+			if v := r.Medians[contest{link: "loopback", gib: gib}.key(name, "gap_ms")]; v > 0 {
+				points = append(points, plotter.XY{X: float64(gib), Y: v})
+			}
+		}
+		return points
+	})
+	if err != nil {
+		return err
+	}
+	return save(p, "size.svg")
+}
+
+func (r *result) chartTrips() error {
+	p := plot.New()
+	p.Title.Text = "Longest silence of a 1 GiB guest over the round trip (median)"
+	p.X.Label.Text, p.Y.Label.Text = "ms (0: loopback)", "ms"
+	err := lines(p, []string{"precopy300", "present", "absent"}, func(name string) (points plotter.XYs) {
+		for _, l := range links {
+			if v := r.Medians[contest{link: l.name, gib: 1}.key(name, "gap_ms")]; v > 0 && l.name != "1gbit" {
+				points = append(points, plotter.XY{X: float64(2 * l.delay.Milliseconds()), Y: v})
+			}
+		}
+		return points
+	})
+	if err != nil {
+		return err
+	}
+	return save(p, "trip.svg")
+}
+
+// chartTimeline shows one migration as its source sees it.
+func (r *result) chartTimeline() error {
+	p := plot.New()
+	p.Title.Text = "One migration: memory that is dirty, and bytes sent (package absent)"
+	p.X.Label.Text, p.Y.Label.Text = "ms", "MB"
+	for _, series := range []struct {
+		name  string
+		value func(moment) float64
+		color color.RGBA
+	}{
+		{"dirty", func(m moment) float64 { return m.DirtyMB }, theirs},
+		{"sent", func(m moment) float64 { return m.SentMB }, ours},
+	} {
+		var points plotter.XYs
+		for _, m := range r.Timeline {
+			points = append(points, plotter.XY{X: m.MS, Y: series.value(m)})
+		}
+		if len(points) == 0 {
+			continue
+		}
+		l, err := plotter.NewLine(points)
+		if err != nil {
+			return err
+		}
+		l.Color = series.color
+		l.Width = vg.Points(1.5)
+		p.Add(l)
+		p.Legend.Add(series.name, l)
+	}
+	top := p.Y.Max
+	last := ""
+	for _, m := range r.Timeline {
+		if m.Phase == last {
+			continue
+		}
+		last = m.Phase
+		l, err := plotter.NewLine(plotter.XYs{{X: m.MS, Y: 0}, {X: m.MS, Y: top}})
+		if err != nil {
+			return err
+		}
+		l.Dashes = []vg.Length{vg.Points(2), vg.Points(2)}
+		text, err := plotter.NewLabels(plotter.XYLabels{XYs: plotter.XYs{{X: m.MS, Y: top * 0.9}}, Labels: []string{" " + m.Phase}})
+		if err != nil {
+			return err
+		}
+		p.Add(l, text)
+	}
+	p.Legend.Top, p.Legend.Left = true, true
+	return save(p, "timeline.svg")
+}

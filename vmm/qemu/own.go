@@ -1,0 +1,98 @@
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// OwnMigration says how a machine moves by QEMU's own live migration, without Drafter's engine. It is there to be compared with; see docs/benchmarks.md.
+type OwnMigration struct {
+	DowntimeLimit time.Duration // QEMU's default is 300 ms
+	PostCopy      bool          // switch to post-copy after the first pass over memory
+	Channels      int           // of multifd; 0: none
+}
+
+// OwnResult is what QEMU says of its own migration.
+type OwnResult struct {
+	Total, Downtime time.Duration
+	Bytes           int64 // sent, of memory
+}
+
+func (m *Machine) configureOwn(ctx context.Context, o OwnMigration) error {
+	type capability struct {
+		Capability string `json:"capability"`
+		State      bool   `json:"state"`
+	}
+	err := m.command(ctx, "migrate-set-capabilities", map[string]any{"capabilities": []capability{
+		{"x-ignore-shared", false}, {"events", true}, {"postcopy-ram", o.PostCopy}, {"multifd", o.Channels > 0},
+	}})
+	if err != nil {
+		return err
+	}
+	parameters := map[string]any{"max-bandwidth": int64(1) << 40}
+	if o.DowntimeLimit > 0 {
+		parameters["downtime-limit"] = o.DowntimeLimit.Milliseconds()
+	}
+	if o.Channels > 0 {
+		parameters["multifd-channels"] = o.Channels
+	}
+	return m.command(ctx, "migrate-set-parameters", parameters)
+}
+
+// ReceiveOwn lets a machine that was launched without [vmm.Boot] take another one over, from a UNIX socket at path, and run.
+func (m *Machine) ReceiveOwn(ctx context.Context, path string, o OwnMigration) error {
+	if err := m.configureOwn(ctx, o); err != nil {
+		return err
+	}
+	if err := m.command(ctx, "migrate-incoming", map[string]any{"uri": "unix:" + path}); err != nil {
+		return err
+	}
+	return m.command(ctx, "cont", nil) // as soon as it has arrived
+}
+
+// SendOwn moves a machine to the one that [Machine.ReceiveOwn] was called for, and returns once it is complete there.
+func (m *Machine) SendOwn(ctx context.Context, path string, o OwnMigration) (r OwnResult, err error) {
+	if err := m.configureOwn(ctx, o); err != nil {
+		return r, err
+	}
+	if err := m.command(ctx, "migrate", map[string]any{"uri": "unix:" + path}); err != nil {
+		return r, err
+	}
+	switched := false
+	for {
+		var info struct {
+			Status   string `json:"status"`
+			Error    string `json:"error-desc"`
+			Total    int64  `json:"total-time"`
+			Downtime int64  `json:"downtime"`
+			RAM      struct {
+				Transferred int64 `json:"transferred"`
+				Passes      int64 `json:"dirty-sync-count"`
+			} `json:"ram"`
+		}
+		if err := m.qmp.execute(ctx, "query-migrate", nil, &info); err != nil {
+			return r, m.orExit(err)
+		}
+		switch info.Status {
+		case "completed":
+			return OwnResult{time.Duration(info.Total) * time.Millisecond, time.Duration(info.Downtime) * time.Millisecond, info.RAM.Transferred}, nil
+		case "failed", "cancelled":
+			return r, fmt.Errorf("QEMU: migration %s: %s", info.Status, info.Error)
+		}
+		if o.PostCopy && !switched && info.Status == "active" && info.RAM.Passes >= 2 {
+			if err := m.command(ctx, "migrate-start-postcopy", nil); err != nil {
+				return r, err
+			}
+			switched = true
+		}
+		select {
+		case <-ctx.Done():
+			return r, context.Cause(ctx)
+		case <-m.ended:
+			return r, m.orExit(errors.New("QEMU has ended"))
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
