@@ -1,9 +1,11 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"testing"
@@ -13,9 +15,9 @@ import (
 )
 
 // resume resumes an instance with the library. It is closed with the test.
-func resume(t *testing.T, netns, dir string) *peer.Peer {
+func resume(t *testing.T, netns, dir string, options ...func(*peer.Config)) *peer.Peer {
 	t.Helper()
-	p, err := newPeer(netns, dir)
+	p, err := newPeer(netns, dir, options...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -45,20 +47,22 @@ func guest(t *testing.T, p *peer.Peer, command string) string {
 // Clones of one VM are not one another's repetition, from the first moment.
 func TestClones(t *testing.T) {
 	s := emptySite(t)
-	original := resume(t, "ark0", filepath.Join(s.dir, "original"))
-	// It notes what its generator says, all the time.
-	guest(t, original, `(while :; do echo $(cut -d' ' -f1 /proc/uptime) $(cat /proc/sys/kernel/random/uuid); done > /dev/shm/samples 2>&1 < /dev/null) > /dev/null 2>&1 < /dev/null &`)
+	var console bytes.Buffer
+	original := resume(t, "ark0", filepath.Join(s.dir, "original"), func(c *peer.Config) { c.Host.Output = &console })
+	// It notes what its generator says, all the time, and says on its console when it did: what is there was drawn before there were clones.
+	guest(t, original, `(while :; do s="$(cut -d' ' -f1 /proc/uptime) $(cat /proc/sys/kernel/random/uuid)"; echo "$s"; echo "drawn at $s" > /dev/console; done > /dev/shm/samples 2>&1 < /dev/null) > /dev/null 2>&1 < /dev/null &`)
 	time.Sleep(500 * time.Millisecond)
-	uptime, err := strconv.ParseFloat(guest(t, original, "cut -d' ' -f1 /proc/uptime"), 64)
-	if err != nil {
-		t.Fatal(err)
-	}
 	if err := original.Suspend(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	if err := original.Close(); err != nil {
 		t.Fatal(err)
 	}
+	drawn := regexp.MustCompile(`drawn at (\S+) \S+\r?\n`).FindAllStringSubmatch(console.String(), -1)
+	if len(drawn) < 10 {
+		t.Fatalf("%d samples on the console: %s", len(drawn), console.String())
+	}
+	suspended := uptime(t, drawn[len(drawn)-1][1])
 	time.Sleep(2 * time.Second) // which the clones' clocks have to catch up
 	var samples [2][]string
 	var bootIDs [2]string
@@ -88,21 +92,28 @@ func TestClones(t *testing.T) {
 	for same < min(len(samples[0]), len(samples[1])) && draw(samples[0][same]) == draw(samples[1][same]) {
 		same++
 	}
-	last, err := strconv.ParseFloat(strings.Fields(samples[0][same-1])[0], 64)
-	if err != nil {
-		t.Fatal(err)
+	last := uptime(t, strings.Fields(samples[0][same-1])[0])
+	t.Logf("%d samples are the same, the last %.2f s after the original's last; the clones' own are %d and %d", same, last-suspended, len(samples[0])-same, len(samples[1])-same)
+	if same < len(drawn) || last > suspended+0.3 {
+		t.Errorf("the original drew %d samples, and the clones draw the same numbers for a while: %d, until %.2f s later", len(drawn), same-len(drawn), last-suspended)
 	}
-	t.Logf("%d samples are the original's; the last is %.2f s after its suspend began; the clones' own are %d and %d", same, last-uptime, len(samples[0])-same, len(samples[1])-same)
-	if last > uptime+0.3 {
-		t.Errorf("the clones draw the same numbers for a while: up to %.2f s after the suspend began", last-uptime)
-	}
-	drawn := map[string]bool{}
+	seen := map[string]bool{}
 	for _, line := range samples[0][same:] {
-		drawn[draw(line)] = true
+		seen[draw(line)] = true
 	}
 	for _, line := range samples[1][same:] {
-		if drawn[draw(line)] {
+		if seen[draw(line)] {
 			t.Errorf("both clones drew %s", line)
 		}
 	}
+}
+
+// uptime reads seconds since a guest's boot.
+func uptime(t *testing.T, s string) float64 {
+	t.Helper()
+	seconds, err := strconv.ParseFloat(s, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return seconds
 }

@@ -95,15 +95,19 @@ func move(ctx context.Context) error {
 }
 
 // newPeer is a peer for an instance of the package, in a network namespace that 'drafter nat' made. The instance is kept in dir.
-func newPeer(netns, dir string) (*peer.Peer, error) {
+func newPeer(netns, dir string, options ...func(*peer.Config)) (*peer.Peer, error) {
 	devices, err := peer.PackageDevices(filepath.Join(work, "out/package"), dir)
 	if err != nil {
 		return nil, err
 	}
-	return peer.New(peer.Config{
+	config := peer.Config{
 		Host:          instance.Host{Drivers: vmm.Drivers{qemu.Driver{}}, VMM: vmm.VMMAuto, Accel: vmm.AccelAuto, BaseDir: filepath.Join(work, "vms"), Netns: netns, CgroupVersion: 2},
 		Devices:       devices,
 		ResumeTimeout: time.Minute,
 		RescueTimeout: 5 * time.Second,
-	})
+	}
+	for _, option := range options {
+		option(&config)
+	}
+	return peer.New(config)
 }

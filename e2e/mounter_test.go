@@ -59,6 +59,7 @@ func startFio(t *testing.T, path string, seconds int) *fio {
 	t.Helper()
 	f := &fio{cmd: exec.Command("fio", "--name=verify", "--filename="+path, "--rw=randrw", "--bs=4k", "--size=48m", "--ioengine=libaio", "--iodepth=8", "--direct=1", "--verify=crc32c",
 		"--verify_fatal=1", "--verify_backlog=512", "--fsync=64", "--time_based", fmt.Sprintf("--runtime=%d", seconds), "--rate_iops=1500", "--output-format=json")}
+	f.cmd.Dir = t.TempDir() // where fio leaves what it verified
 	f.cmd.Stdout, f.cmd.Stderr = &f.output, &f.errors
 	f.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := f.cmd.Start(); err != nil {
