@@ -8,7 +8,7 @@ SERVERS := $(TOOLS)/versitygw $(TOOLS)/registry
 LDFLAGS := -s -w -X drafter/internal/cli.Version=$(VERSION)
 TESTTIMEOUT ?= 40m
 
-.PHONY: help demo test build setup tools servers lint generate check-generated unit soak bench bench-quick bench-parts bench-report redis-image install clean
+.PHONY: help demo test build setup tools servers lint generate check-generated unit soak bench bench-quick bench-report redis-image install clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,17 +55,16 @@ check-generated: generate ## fail when generated files are stale
 soak: setup build servers ## the tests that find more the longer they run: real VMs with random faults, an hour at most
 	DRAFTER_SOAK=1 $(GO) test -timeout 60m -v -run 'TestSoakMigrations|TestKilledPeer' ./e2e
 
-bench: setup build ## compare with QEMU's own live migration, over all links and sizes: about half an hour
-	$(GO) run ./bench --compare
+bench: setup build ## measure everything, beside QEMU's own live migration: about an hour
+	bin/drafter bench
+	$(MAKE) bench-report
 
-bench-quick: setup build ## the same in three minutes
-	$(GO) run ./bench --compare-quick
-
-bench-parts: setup build ## measure boot, suspend, resume, packaging, registries, the device engine, and Firecracker where it is on PATH
-	$(GO) run ./bench
+bench-quick: setup build ## measure what the ratios need: three minutes
+	bin/drafter bench --quick
+	$(MAKE) bench-report
 
 bench-report: ## make docs/benchmarks.md and its charts of bench/results/latest.json
-	$(GO) run ./bench --report
+	$(GO) run ./bench/report
 
 redis-image: ## an OCI image of Redis without any registry, in out/redis-image
 	$(GO) run ./internal/redisimage/cmd --output out/redis-image

@@ -1,342 +1,207 @@
-package main
+package bench
 
 import (
+	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
-	"fmt"
+	"io"
 	"math/rand/v2"
+	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"slices"
-	"strconv"
-	"strings"
+	"runtime"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/google/uuid"
 
 	"drafter/block"
-	"drafter/expose"
-	"drafter/expose/fuse"
+	"drafter/migrate"
+	"drafter/wire"
 )
 
-const (
-	engineSize  = 512 << 20
-	engineBlock = 64 << 10
-	pageBytes   = 4096
-)
+// aloneSize is how much the engine moves without a VM, in bytes.
+const aloneSize = 1 << 30
 
-// mapped is what a process measures on a file that it has mapped.
-type mapped struct {
-	FaultIn    float64 `json:"fault_in_gb_per_s"`    // reading every page once, in order
-	WriteFault float64 `json:"write_fault_gb_per_s"` // then writing every page
-	Flush      float64 `json:"flush_gb_per_s"`       // then fsync(2)
-	Random     float64 `json:"random_fault_us"`      // median of single reads all over a file that is not cached
-	Sum        byte    `json:"sum"`                  // of what was read, so that it is read
+// ram is a device in memory.
+type ram []byte
+
+func (r ram) Size() int64                              { return int64(len(r)) }
+func (r ram) ReadAt(p []byte, off int64) (int, error)  { return copy(p, r[off:]), nil }
+func (r ram) WriteAt(p []byte, off int64) (int, error) { return copy(r[off:], p), nil }
+func (r ram) Sync() error                              { return nil }
+func (r ram) Close() error                             { return nil }
+
+// nobody is a VM that does nothing, at its source and at its target.
+type nobody struct{ device *block.Incoming }
+
+func (nobody) Flush(context.Context) error                          { return nil }
+func (nobody) Prepare(context.Context) error                        { return nil }
+func (nobody) Pause(context.Context) error                          { return nil }
+func (nobody) Save(context.Context, uuid.UUID) error                { return nil }
+func (nobody) Rescue(context.Context) error                         { return nil }
+func (nobody) Rescued(context.Context)                              {}
+func (nobody) Mark(context.Context, migrate.State, uuid.UUID) error { return nil }
+func (nobody) Start(context.Context) error                          { return nil }
+func (nobody) Restore(context.Context, uuid.UUID) error             { return nil }
+func (nobody) Resume(context.Context) error                         { return nil }
+func (nobody) Complete(context.Context) error                       { return nil }
+func (nobody) Discard(context.Context) error                        { return nil }
+
+func (n nobody) Accept(context.Context, wire.Manifest, uuid.UUID) ([]migrate.TargetDevice, error) {
+	return []migrate.TargetDevice{{Device: n.device}}, nil
 }
 
-// measureMapping runs in a process of its own, as a VMM is: argument 1 is a file to read through, argument 2 one whose pages are cold.
-func measureMapping(path, cold string) (m mapped, err error) {
-	f, memory, err := mapFile(path)
-	if err != nil {
-		return m, err
-	}
-	gigabytes := float64(len(memory)) / 1e9
-	begin := time.Now()
-	var sum byte
-	for i := 0; i < len(memory); i += pageBytes {
-		sum += memory[i]
-	}
-	m.FaultIn = gigabytes / time.Since(begin).Seconds()
-	begin = time.Now()
-	for i := 0; i < len(memory); i += pageBytes {
-		memory[i] += sum | 1
-	}
-	m.WriteFault = gigabytes / time.Since(begin).Seconds()
-	begin = time.Now()
-	if err := f.Sync(); err != nil {
-		return m, err
-	}
-	m.Flush = gigabytes / time.Since(begin).Seconds()
-	_, memory, err = mapFile(cold)
-	if err != nil {
-		return m, err
-	}
-	if err := unix.Madvise(memory, unix.MADV_RANDOM); err != nil { // no read-ahead, as between pages that do not follow each other
-		return m, err
-	}
-	var took []time.Duration
-	for range 2000 {
-		i := rand.IntN(len(memory)/pageBytes) * pageBytes
-		begin := time.Now()
-		sum += memory[i]
-		took = append(took, time.Since(begin))
-	}
-	slices.Sort(took)
-	m.Random = float64(took[len(took)/2].Nanoseconds()) / 1000
-	m.Sum = sum
-	return m, nil
-}
-
-func mapFile(path string) (*os.File, []byte, error) {
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
-	if err != nil {
-		return nil, nil, err
-	}
-	info, err := f.Stat()
-	if err != nil {
-		return nil, nil, err
-	}
-	memory, err := unix.Mmap(int(f.Fd()), 0, int(info.Size()), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
-	return f, memory, err
-}
-
-// runMapping runs measureMapping in another process.
-func runMapping(path, cold string) (m mapped, err error) {
-	cmd := exec.Command("/proc/self/exe", path, cold)
-	cmd.Env = append(os.Environ(), "BENCH_MAPPING=1")
-	cmd.Stderr = os.Stderr
-	out, err := cmd.Output()
-	if err != nil {
-		return m, fmt.Errorf("measure mapping of %s: %w", path, err)
-	}
-	return m, json.Unmarshal(out, &m)
-}
-
-// engine measures the device stack of an instance beside a plain file: mapped through FUSE as guest memory, and read and written directly.
+// engine measures the device engine without a VM, over TCP on loopback, from memory to memory; beside it the same connection without the engine; and a copy of a file
+// over TCP, as rsync or nc would make it. What is moved cannot be compressed.
 func (b *bench) engine(ctx context.Context, rounds int) error {
-	base := filepath.Join(dir, "engine")
-	if err := randomFile(base); err != nil {
+	from, to := make(ram, aloneSize), make(ram, aloneSize)
+	rng := rand.NewChaCha8([32]byte{})
+	if _, err := rng.Read(from); err != nil {
 		return err
 	}
+	file := filepath.Join(b.dir, "copy-from")
+	if err := os.WriteFile(file, from, 0o600); err != nil {
+		return err
+	}
+	copy(to, from) // its pages are there
 	for range rounds {
-		if err := b.memory(ctx, base); err != nil {
+		clear(to)
+		runtime.GC()
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		took, cpu, err := timed(func() error { return moveAlone(ctx, from, to) })
+		if err != nil {
 			return err
 		}
-		if err := b.overlay(ctx, base); err != nil {
+		runtime.ReadMemStats(&after)
+		if !bytes.Equal(from, to) {
+			return errors.New("what has arrived is not what was sent")
+		}
+		b.add("engine_mb_per_s", aloneSize/1e6/took)
+		b.add("engine_cpu_s_per_gb", cpu/(aloneSize/1e9))
+		b.add("engine_allocations_per_64k", float64(after.Mallocs-before.Mallocs)/(aloneSize/(64<<10)))
+		if took, cpu, err = timed(func() error { return sendRaw(from, to) }); err != nil {
+			return err
+		}
+		b.add("raw_tcp_mb_per_s", aloneSize/1e6/took)
+		b.add("raw_tcp_cpu_s_per_gb", cpu/(aloneSize/1e9))
+		if took, _, err = timed(func() error { copy(to, from); return nil }); err != nil {
+			return err
+		}
+		b.add("memory_copy_mb_per_s", aloneSize/1e6/took)
+		copied := filepath.Join(b.dir, "copy-to")
+		if took, cpu, err = timed(func() error { return copyOverTCP(file, copied) }); err != nil {
+			return err
+		}
+		b.add("copy_tcp_mb_per_s", aloneSize/1e6/took)
+		b.add("copy_tcp_cpu_s_per_gb", cpu/(aloneSize/1e9))
+		if err := os.Remove(copied); err != nil {
 			return err
 		}
 	}
-	return nil
+	return os.Remove(file)
 }
 
-func randomFile(path string) (err error) {
-	f, err := os.Create(path)
+func moveAlone(ctx context.Context, from, to ram) (err error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, f.Sync(), f.Close()) }()
-	p := make([]byte, 1<<20)
-	rng := rand.NewChaCha8([32]byte{1})
-	for range engineSize / len(p) {
-		if _, err := rng.Read(p); err != nil {
-			return err
+	defer func() { err = errors.Join(err, l.Close()) }()
+	device := migrate.SourceDevice{Name: "memory", Device: block.NewTracker(from, 64<<10), MaxDirtyBlocks: 200, MinCycles: 1, MaxCycles: 1}
+	source, err := migrate.NewSource(migrate.SourceConfig{VM: nobody{}, Devices: []migrate.SourceDevice{device}})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, source.Close()) }()
+	sctx, cancel := context.WithCancel(ctx)
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		accept := func(ctx context.Context) (io.ReadWriteCloser, error) {
+			defer context.AfterFunc(ctx, func() { _ = l.(*net.TCPListener).SetDeadline(time.Unix(1, 0)) })() // which ends Accept
+			return l.Accept()
 		}
-		if _, err := f.Write(p); err != nil {
-			return err
-		}
+		migrate.AcceptAll(sctx, accept, 8, func(ctx context.Context, stream io.ReadWriteCloser) { _ = source.Handle(ctx, stream) }) // the target says what fails
+	}()
+	defer func() { cancel(); <-served }()
+	dial := func(ctx context.Context) (io.ReadWriteCloser, error) {
+		return (&net.Dialer{}).DialContext(ctx, "tcp", l.Addr().String())
 	}
-	return nil
+	target, err := migrate.Receive(ctx, migrate.TargetConfig{VM: nobody{block.NewIncoming(to, true)}, Dial: dial})
+	if err != nil {
+		return err
+	}
+	err = target.Wait()
+	return errors.Join(err, target.Close())
 }
 
-// stack opens an instance's device over base, with its files in dir.
-func stack(ctx context.Context, base, dir, name string) (*block.Tracker, error) {
-	contents, err := block.FileContents(ctx, base)
-	if err != nil {
-		return nil, err
-	}
-	file, err := block.OpenFile(base, true)
-	if err != nil {
-		return nil, err
-	}
-	paths := block.OverlayPaths{Base: base, Overlay: filepath.Join(dir, name+".overlay"), State: filepath.Join(dir, name+".state")}
-	if err := errors.Join(ignoreMissing(os.Remove(paths.Overlay)), ignoreMissing(os.Remove(paths.State))); err != nil {
-		return nil, err
-	}
-	o, err := block.OpenOverlay(file, contents.Device, paths, engineBlock)
-	if err != nil {
-		return nil, err
-	}
-	return block.NewTracker(o, engineBlock), nil
-}
-
-func ignoreMissing(err error) error {
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	return err
-}
-
-// memory measures, on files in memory, a plain one, one that is exposed by FUSE without anything in between, and the device of an instance; and the latter on
-// disk, where its overlay grows in the page cache that the disk empties.
-func (b *bench) memory(ctx context.Context, base string) (err error) {
-	shm, err := os.MkdirTemp("/dev/shm", "drafter-bench-")
+// sendRaw writes one to a connection and reads it into the other.
+func sendRaw(from, to ram) (err error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(shm)) }()
-	path := filepath.Join(shm, "file")
-	if out, err := exec.CommandContext(ctx, "cp", base, path).CombinedOutput(); err != nil {
-		return fmt.Errorf("copy: %w: %s", err, out)
-	}
-	if err := b.instance(ctx, "instance", path, shm); err != nil {
-		return err
-	}
-	if err := b.instance(ctx, "instance_on_disk", base, dir); err != nil {
-		return err
-	}
-	bare, err := block.OpenFile(path, false)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, bare.Close()) }()
-	if err := b.exposed("bare_fuse", shm, bare, bare); err != nil {
-		return err
-	}
-	m, err := runMapping(path, path)
-	if err != nil {
-		return err
-	}
-	b.addMapped("plain", m)
-	return nil
-}
-
-// instance measures an instance's device over base.
-func (b *bench) instance(ctx context.Context, name, base, dir string) (err error) {
-	warm, err := stack(ctx, base, dir, "warm")
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, warm.Close()) }()
-	cold, err := stack(ctx, base, dir, "cold")
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, cold.Close()) }()
-	return b.exposed(name, dir, warm, cold)
-}
-
-// exposed measures devices that are exposed by FUSE below dir.
-func (b *bench) exposed(name, dir string, warm, cold block.Device) error {
-	mount, err := fuse.New(fuse.Config{Dir: filepath.Join(dir, "mount")}, []expose.Device{
-		{Name: "warm", Kind: expose.Memory, Device: warm}, {Name: "cold", Kind: expose.Memory, Device: cold},
-	})
-	if err != nil {
-		return err
-	}
-	m, err := runMapping(mount.Path("warm"), mount.Path("cold"))
-	if err = errors.Join(err, mount.Failed(), mount.Close()); err != nil {
-		return err
-	}
-	b.addMapped(name, m)
-	return nil
-}
-
-func (b *bench) addMapped(name string, m mapped) {
-	b.add(name+"_fault_in_mb_per_s", m.FaultIn*1000)
-	b.add(name+"_write_fault_mb_per_s", m.WriteFault*1000)
-	b.add(name+"_flush_mb_per_s", m.Flush*1000)
-	b.add(name+"_random_fault_us", m.Random)
-}
-
-// overlay measures reads and writes, without syncs, of a plain file, of blocks that the overlay holds, and of blocks that it does not.
-func (b *bench) overlay(ctx context.Context, base string) (err error) {
-	copied := base + ".copy"
-	if out, err := exec.CommandContext(ctx, "cp", base, copied).CombinedOutput(); err != nil {
-		return fmt.Errorf("copy: %w: %s", err, out)
-	}
-	file, err := block.OpenFile(copied, false)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, file.Close(), os.Remove(copied)) }()
-	fresh, err := stack(ctx, base, dir, "fresh")
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, fresh.Close()) }()
-	for _, request := range []int{4 << 10, 1 << 20} {
-		kind := strconv.Itoa(request>>10) + "k_mb_per_s"
-		p := make([]byte, request)
-		for _, d := range []struct {
-			name   string
-			device block.Device
-		}{{"plain", file}, {"overlay", fresh}} {
-			speed, err := sweep(p, d.device.ReadAt)
+	defer func() { err = errors.Join(err, l.Close()) }()
+	received := make(chan error, 1)
+	go func() {
+		received <- func() error {
+			conn, err := l.Accept()
 			if err != nil {
 				return err
 			}
-			b.add(d.name+"_read_"+kind, speed)
-			// The first sweep of writes fills the overlay; what counts is the second.
-			for i := range 2 {
-				if speed, err = sweep(p, d.device.WriteAt); err != nil {
-					return err
+			for at := 0; at < len(to); {
+				n, err := conn.Read(to[at:min(len(to), at+1<<20)])
+				if err != nil {
+					return errors.Join(err, conn.Close())
 				}
-				if i == 0 && d.name == "overlay" && request == 1<<20 {
-					continue
-				}
+				at += n
 			}
-			b.add(d.name+"_write_"+kind, speed)
-		}
-	}
-	return nil
-}
-
-// sweep goes over a device once and returns MB/s.
-func sweep(p []byte, do func([]byte, int64) (int, error)) (float64, error) {
-	begin := time.Now()
-	for off := int64(0); off < engineSize; off += int64(len(p)) {
-		if _, err := do(p, off); err != nil {
-			return 0, err
-		}
-	}
-	return engineSize / 1e6 / time.Since(begin).Seconds(), nil
-}
-
-// peer measures what the device engine adds to the resume of a package: beside resume, of the runner, in the same run.
-func (b *bench) peer(ctx context.Context, round int) error {
-	instance := filepath.Join(dir, "instance-"+strconv.Itoa(round))
-	for _, start := range []string{"first", "second"} {
-		begin := time.Now()
-		vm, err := b.drafter.Start("peer", "--raddr", "", "--laddr", "", "--enable-output=false", "--chroot-base-dir", filepath.Join(dir, "vms"),
-			"--package", filepath.Join(dir, "package"), "--instance", instance)
-		if err != nil {
-			return err
-		}
-		resumed, err := vm.Await(ctx, "Resumed VM")
-		if err != nil {
-			return errors.Join(err, vm.End())
-		}
-		b.add("peer_"+start+"_resume_ms", ms(resumed.Time.Sub(begin)-(resumed.AgentAfter-resumed.Took)))
-		memory, err := privateMemory(vm.PID())
-		if err != nil {
-			return errors.Join(err, vm.End())
-		}
-		b.add("peer_memory_mb", memory)
-		if err := vm.End(); err != nil {
-			return err
-		}
-		suspended, err := vm.Await(ctx, "Suspended VM")
-		if err != nil {
-			return err
-		}
-		b.add("peer_suspend_ms", ms(suspended.Took))
-	}
-	return os.RemoveAll(instance)
-}
-
-// privateMemory is what a process takes beside the files that it maps, in MB (proc_pid_status(5): RssAnon).
-func privateMemory(pid int) (float64, error) {
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+			return conn.Close()
+		}()
+	}()
+	conn, err := net.Dial("tcp", l.Addr().String())
 	if err != nil {
-		return 0, err
+		return err
 	}
-	_, after, _ := strings.Cut(string(status), "RssAnon:")
-	fields := strings.Fields(after)
-	if len(fields) == 0 {
-		return 0, errors.New("process status has no RssAnon")
+	for at := 0; at < len(from); at += 1 << 20 {
+		if _, err := conn.Write(from[at : at+1<<20]); err != nil {
+			return errors.Join(err, conn.Close())
+		}
 	}
-	kib, err := strconv.ParseFloat(fields[0], 64)
-	return kib * 1024 / 1e6, err
+	return errors.Join(<-received, conn.Close())
+}
+
+// copyOverTCP copies a file to another over a connection.
+func copyOverTCP(from, to string) error {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	received := make(chan error, 1)
+	go func() {
+		received <- func() error {
+			conn, err := l.Accept()
+			if err != nil {
+				return err
+			}
+			f, err := os.Create(to)
+			if err != nil {
+				return errors.Join(err, conn.Close())
+			}
+			_, err = io.CopyBuffer(struct{ io.Writer }{f}, struct{ io.Reader }{conn}, make([]byte, 1<<20))
+			return errors.Join(err, f.Close(), conn.Close())
+		}()
+	}()
+	conn, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		return err
+	}
+	f, err := os.Open(from)
+	if err != nil {
+		return errors.Join(err, conn.Close())
+	}
+	_, err = io.CopyBuffer(struct{ io.Writer }{conn}, struct{ io.Reader }{f}, make([]byte, 1<<20))
+	return errors.Join(err, f.Close(), conn.Close(), <-received)
 }

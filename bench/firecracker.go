@@ -1,4 +1,4 @@
-package main
+package bench
 
 import (
 	"bytes"
@@ -12,8 +12,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
-	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -36,10 +34,10 @@ const fcMemory = 256 << 20 // bytes
 // snapshot. The same machine, guest and snapshot, one after the other.
 func (b *bench) firecracker(ctx context.Context, rounds int) error {
 	if err := (firecracker.Driver{}).Check(ctx, vmm.Launch{}); err != nil {
-		fmt.Fprintln(os.Stderr, "SKIPPED: Firecracker:", err)
+		fmt.Fprintln(b.progress, "SKIPPED: Firecracker:", err)
 		return nil
 	}
-	f, err := newFC(ctx)
+	f, err := newFC(ctx, b.dir)
 	if err != nil {
 		return err
 	}
@@ -58,7 +56,7 @@ type fc struct {
 	dir, bin, pkg string
 }
 
-func newFC(ctx context.Context) (*fc, error) {
+func newFC(ctx context.Context, dir string) (*fc, error) {
 	base, err := filepath.Abs(filepath.Join(dir, "fc"))
 	if err != nil {
 		return nil, err
@@ -98,61 +96,19 @@ func (f *fc) host(output io.Writer) instance.Host {
 	}
 }
 
-// heard notes when a console showed something.
-type heard struct {
-	mu    sync.Mutex
-	times []time.Time
-}
-
-func (h *heard) Write(p []byte) (int, error) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.times = append(h.times, time.Now())
-	return len(p), nil
-}
-
-// first is when something was heard after a moment.
-func (h *heard) first(after time.Time) (time.Time, error) {
-	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
-		h.mu.Lock()
-		for _, t := range h.times {
-			if t.After(after) {
-				h.mu.Unlock()
-				return t, nil
-			}
-		}
-		h.mu.Unlock()
-	}
-	return time.Time{}, errors.New("the guest is silent")
-}
-
-// silences are those between two moments, shortest first.
-func (h *heard) silences(from, to time.Time) []time.Duration {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	var s []time.Duration
-	for i := 1; i < len(h.times); i++ {
-		if h.times[i].After(from) && h.times[i-1].Before(to) {
-			s = append(s, h.times[i].Sub(h.times[i-1]))
-		}
-	}
-	slices.Sort(s)
-	return s
-}
-
-func (b *bench) addSilences(prefix string, s []time.Duration) error {
+func (b *bench) addSilences(prefix string, s silences) error {
 	if len(s) == 0 {
 		return errors.New("the guest was silent")
 	}
-	b.add(prefix+"gap_ms", ms(s[len(s)-1]))
-	b.add(prefix+"p99_ms", ms(s[len(s)*99/100]))
-	b.add(prefix+"p50_ms", ms(s[len(s)/2]))
+	b.add(prefix+"gap_ms", ms(s.longest()))
+	b.add(prefix+"p99_ms", ms(s.percentile(99)))
+	b.add(prefix+"p50_ms", ms(s.percentile(50)))
 	return nil
 }
 
 // resume measures from the moment that a waiting Firecracker gets the state until the guest runs, and until it is heard.
 func (f *fc) resume(ctx context.Context, b *bench) (err error) {
-	console := &heard{}
+	console := &pulse{}
 	config, err := vmm.ReadPackageConfig(filepath.Join(f.pkg, vmm.PackageFile(vmm.Config)))
 	if err != nil {
 		return err
@@ -200,7 +156,7 @@ func (f *fc) load(ctx context.Context, b *bench) (err error) {
 	if err := copyPackage(ctx, f.pkg, dir); err != nil {
 		return err
 	}
-	console := &heard{}
+	console := &pulse{}
 	own, err := f.start(ctx, dir, console)
 	if err != nil {
 		return err
@@ -222,7 +178,7 @@ func (f *fc) load(ctx context.Context, b *bench) (err error) {
 
 // move measures a live migration between two peers in this process.
 func (f *fc) move(ctx context.Context, b *bench) (err error) {
-	console := &heard{}
+	console := &pulse{}
 	instances := filepath.Join(f.dir, "instances")
 	if err := os.RemoveAll(instances); err != nil {
 		return err
@@ -276,7 +232,7 @@ func (f *fc) move(ctx context.Context, b *bench) (err error) {
 	b.add("fc_move_downtime_ms", ms(stats.Paused))
 	b.add("fc_move_total_ms", ms(moved.Sub(begin)))
 	b.add("fc_move_mb", float64(stats.Wire)/1e6)
-	return b.addSilences("fc_move_", console.silences(begin, time.Now()))
+	return b.addSilences("fc_move_", console.between(begin, time.Now()))
 }
 
 // moveByFile moves a VM as Firecracker can by itself: pause, full snapshot on a tmpfs, load by another one that waits.
@@ -285,7 +241,7 @@ func (f *fc) moveByFile(ctx context.Context, b *bench) (err error) {
 	if err := copyPackage(ctx, f.pkg, dir); err != nil {
 		return err
 	}
-	console := &heard{}
+	console := &pulse{}
 	source, err := f.start(ctx, dir, console)
 	if err != nil {
 		return err
@@ -322,7 +278,7 @@ func (f *fc) moveByFile(ctx context.Context, b *bench) (err error) {
 	}
 	b.add("fc_own_move_downtime_ms", ms(time.Since(begin)))
 	time.Sleep(500 * time.Millisecond)
-	return b.addSilences("fc_own_move_", console.silences(begin, time.Now()))
+	return b.addSilences("fc_own_move_", console.between(begin, time.Now()))
 }
 
 // own is a Firecracker without jailer, in a root of its own that has the paths which the snapshot names.

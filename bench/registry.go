@@ -1,4 +1,4 @@
-package main
+package bench
 
 import (
 	"context"
@@ -25,6 +25,7 @@ const linkRate = 1_000_000_000
 // puller is a host that has nothing but the binary, behind a link.
 type puller struct {
 	tour.Drafter
+	dir      string // of the benchmark
 	host     *testhost.Host
 	services []*tour.Service
 	redis    *redis.Client
@@ -35,7 +36,7 @@ func (b *bench) newPuller(ctx context.Context, number int) (_ *puller, err error
 	if err != nil {
 		return nil, err
 	}
-	p := &puller{Drafter: b.drafter}
+	p := &puller{Drafter: b.drafter, dir: b.dir}
 	if p.host, err = testhost.NewHost(number, linkRate); err != nil {
 		return nil, err
 	}
@@ -78,8 +79,8 @@ func (p *puller) close() error {
 
 // peer starts an instance and returns it when Redis has replied.
 func (p *puller) peer(ctx context.Context, flags ...string) (*tour.Service, error) {
-	vm, err := p.Start(append([]string{"peer", "--enable-output=false", "--chroot-base-dir", filepath.Join(dir, "vms"), "--laddr", "", "--netns", "ark0",
-		"--instance", filepath.Join(dir, "pulled/instance")}, flags...)...)
+	vm, err := p.Start(append([]string{"peer", "--enable-output=false", "--chroot-base-dir", filepath.Join(p.dir, "vms"), "--laddr", "", "--netns", "ark0",
+		"--instance", filepath.Join(p.dir, "pulled/instance")}, flags...)...)
 	if err != nil {
 		return nil, err
 	}
@@ -99,7 +100,10 @@ func (p *puller) peer(ctx context.Context, flags ...string) (*tour.Service, erro
 // registry measures how soon Redis replies on a host that has nothing, over a link of 1 Gbit/s: from a registry, and after a copy of the package over the same
 // link by tar, once with the data only and once with all bytes, as most programs copy.
 func (b *bench) registry(ctx context.Context, rounds int) (err error) {
-	pkg := filepath.Join(dir, "package")
+	pkg, err := b.registryPackage(ctx)
+	if err != nil {
+		return err
+	}
 	server, err := testhost.NewHost(1, linkRate)
 	if err != nil {
 		return err
@@ -143,9 +147,19 @@ func (b *bench) registry(ctx context.Context, rounds int) (err error) {
 	return err
 }
 
+// registryPackage makes a package of Redis, for which VMs need a network.
+func (b *bench) registryPackage(ctx context.Context) (pkg string, err error) {
+	end, err := b.network(ctx, 1)
+	if err != nil {
+		return "", err
+	}
+	defer func() { err = errors.Join(err, end()) }()
+	return b.snapshot(ctx, loadRedis, 1)
+}
+
 // pull starts an instance from the registry, waits until all of the package is there, and compares it.
 func (b *bench) pull(ctx context.Context, p *puller, addr, pkg string) error {
-	pulled := filepath.Join(dir, "pulled")
+	pulled := filepath.Join(b.dir, "pulled")
 	if err := os.RemoveAll(pulled); err != nil {
 		return err
 	}
@@ -170,7 +184,7 @@ func (b *bench) pull(ctx context.Context, p *puller, addr, pkg string) error {
 
 // copyPackage copies the package from one host to another and starts an instance of the copy.
 func (b *bench) copyPackage(ctx context.Context, server *testhost.Host, p *puller, name, pkg, sparse string) error {
-	pulled := filepath.Join(dir, "pulled")
+	pulled := filepath.Join(b.dir, "pulled")
 	if err := errors.Join(os.RemoveAll(pulled), os.MkdirAll(pulled, 0o755)); err != nil {
 		return err
 	}

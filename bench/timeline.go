@@ -1,4 +1,4 @@
-package main
+package bench
 
 import (
 	"context"
@@ -9,16 +9,16 @@ import (
 	"time"
 )
 
-// moment is what the source of a migration says at a time.
-type moment struct {
+// Moment is what the source of a migration says at a time.
+type Moment struct {
 	MS      float64 `json:"ms"`
 	DirtyMB float64 `json:"dirty_mb"`
 	SentMB  float64 `json:"sent_mb"`
 	Phase   string  `json:"phase"`
 }
 
-// watch asks a peer's metrics again and again until ctx ends, or the peer has.
-func watch(ctx context.Context, addr string) (moments []moment) {
+// followMigration asks a peer's metrics again and again until ctx ends, or the peer has.
+func followMigration(ctx context.Context, addr string) (moments []Moment) {
 	begin := time.Now()
 	for ctx.Err() == nil {
 		res, err := http.Get("http://" + addr + "/metrics")
@@ -30,7 +30,7 @@ func watch(ctx context.Context, addr string) (moments []moment) {
 		if err != nil {
 			return moments
 		}
-		m := moment{MS: ms(time.Since(begin))}
+		m := Moment{MS: ms(time.Since(begin))}
 		for line := range strings.SplitSeq(string(b), "\n") {
 			name, value, _ := strings.Cut(line, "} ")
 			if !strings.Contains(line, "{") {

@@ -51,7 +51,7 @@ func TestClones(t *testing.T) {
 	original := resume(t, "ark0", filepath.Join(s.dir, "original"), func(c *peer.Config) { c.Host.Output = &console })
 	// It notes what its generator says, all the time, and says on its console when it did: what is there was drawn before there were clones.
 	guest(t, original, `(while :; do s="$(cut -d' ' -f1 /proc/uptime) $(cat /proc/sys/kernel/random/uuid)"; echo "$s"; echo "drawn at $s" > /dev/console; done > /dev/shm/samples 2>&1 < /dev/null) > /dev/null 2>&1 < /dev/null &`)
-	time.Sleep(500 * time.Millisecond)
+	guest(t, original, "until [ $(wc -l < /dev/shm/samples) -ge 30 ]; do sleep 0.1; done")
 	if err := original.Suspend(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -59,7 +59,7 @@ func TestClones(t *testing.T) {
 		t.Fatal(err)
 	}
 	drawn := regexp.MustCompile(`drawn at (\S+) \S+\r?\n`).FindAllStringSubmatch(console.String(), -1)
-	if len(drawn) < 10 {
+	if len(drawn) < 30 {
 		t.Fatalf("%d samples on the console: %s", len(drawn), console.String())
 	}
 	suspended := uptime(t, drawn[len(drawn)-1][1])
@@ -94,7 +94,7 @@ func TestClones(t *testing.T) {
 	}
 	last := uptime(t, strings.Fields(samples[0][same-1])[0])
 	t.Logf("%d samples are the same, the last %.2f s after the original's last; the clones' own are %d and %d", same, last-suspended, len(samples[0])-same, len(samples[1])-same)
-	if same < len(drawn) || last > suspended+0.3 {
+	if same < len(drawn) || same > len(drawn)+10 {
 		t.Errorf("the original drew %d samples, and the clones draw the same numbers for a while: %d, until %.2f s later", len(drawn), same-len(drawn), last-suspended)
 	}
 	seen := map[string]bool{}

@@ -1,6 +1,6 @@
-// The load of a guest for benchmarks: holds resident pages of incompressible content, writes to pages picked at random at a set rate, and tells the outside
-// every 10 ms that it runs. Arguments: resident MiB, MiB of pages written per second, IPv4 address and UDP port to tell. TCP port 7 is open once the pages
-// are there.
+// The load of a guest for benchmarks: holds resident pages of incompressible content, writes to pages at a set rate, and tells the outside every 10 ms that it
+// runs, by a datagram and by a character on the console. Arguments: resident MiB, MiB of pages written per second, which pages ("random", "hot": nine of ten in a
+// tenth of them, "sequential"), IPv4 address and UDP port to tell. TCP port 7 is open once the pages are there.
 #include <arpa/inet.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <time.h>
+#include <unistd.h>
 
 static uint64_t x = 88172645463325252ull;
 
@@ -17,29 +18,45 @@ static uint64_t next(void) { // xorshift64, Marsaglia 2003
 	return x ^= x << 17;
 }
 
+static uint64_t pages, at;
+
+static uint64_t page(char pattern) {
+	switch (pattern) {
+	case 's':
+		return at++ % pages;
+	case 'h':
+		if (next() % 10)
+			return next() % (pages / 10);
+	}
+	return next() % pages;
+}
+
 int main(int argc, char **argv) {
-	if (argc != 5)
+	if (argc != 6)
 		return 2;
-	uint64_t pages = strtoull(argv[1], 0, 10) << 8, per_tick = (strtoull(argv[2], 0, 10) << 8) / 100;
+	pages = strtoull(argv[1], 0, 10) << 8;
+	uint64_t per_tick = (strtoull(argv[2], 0, 10) << 8) / 100;
 	uint64_t *memory = mmap(0, pages << 12, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
 	if (memory == MAP_FAILED)
 		return 1;
 	for (uint64_t i = 0; i < pages << 9; i++)
 		memory[i] = next();
 	int s = socket(AF_INET, SOCK_DGRAM, 0);
-	struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(atoi(argv[4]))};
-	if (s < 0 || inet_pton(AF_INET, argv[3], &to.sin_addr) != 1)
+	struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(atoi(argv[5]))};
+	if (s < 0 || inet_pton(AF_INET, argv[4], &to.sin_addr) != 1)
 		return 1;
 	int ready = socket(AF_INET, SOCK_STREAM, 0);
-	struct sockaddr_in at = {.sin_family = AF_INET, .sin_port = htons(7)};
-	if (ready < 0 || bind(ready, (struct sockaddr *)&at, sizeof at) || listen(ready, 8))
+	struct sockaddr_in here = {.sin_family = AF_INET, .sin_port = htons(7)};
+	if (ready < 0 || bind(ready, (struct sockaddr *)&here, sizeof here) || listen(ready, 8))
 		return 1;
 	struct timespec t;
 	clock_gettime(CLOCK_MONOTONIC, &t);
 	for (uint64_t tick = 0;; tick++) {
 		for (uint64_t i = 0; i < per_tick; i++)
-			memory[(next() % pages) << 9] = tick;
+			memory[page(*argv[3]) << 9] = tick;
 		sendto(s, &tick, sizeof tick, 0, (struct sockaddr *)&to, sizeof to); // nobody may listen
+		if (write(1, ".", 1) != 1)
+			return 1;
 		t.tv_nsec += 10000000;
 		if (t.tv_nsec >= 1000000000)
 			t.tv_nsec -= 1000000000, t.tv_sec++;

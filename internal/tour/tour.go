@@ -20,11 +20,12 @@ import (
 
 // Drafter is the program to drive.
 type Drafter struct {
-	Bin  string
-	Dir  string   // where it runs; "" for here
-	Logs string   // where the output of its services is kept, in files
-	Env  []string // beside this process' own
-	Via  []string // command that runs it, such as one that enters other namespaces and replaces itself
+	Bin     string
+	Dir     string    // where it runs; "" for here
+	Logs    string    // where the output of its services is kept, in files
+	Env     []string  // beside this process' own
+	Console io.Writer // where its services print, such as a guest's console, instead of a file; nil for that
+	Via     []string  // command that runs it, such as one that enters other namespaces and replaces itself
 }
 
 // command is Bin with arguments, run Via.
@@ -95,6 +96,9 @@ func (d Drafter) Start(args ...string) (*Service, error) {
 		return nil, err
 	}
 	s.cmd.Stdout = output
+	if d.Console != nil {
+		s.cmd.Stdout = d.Console
+	}
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is for this process, which ends its services in order
 	if s.Input, err = s.cmd.StdinPipe(); err != nil {
 		return nil, err

@@ -41,15 +41,31 @@ func (m *Machine) configureOwn(ctx context.Context, o OwnMigration) error {
 	return m.command(ctx, "migrate-set-parameters", parameters)
 }
 
-// ReceiveOwn lets a machine that was launched without [vmm.Boot] take another one over, from a UNIX socket at path, and run.
+// ReceiveOwn lets a machine that was launched without [vmm.Boot] take another one over, from a UNIX socket at path. Call RunOwn next.
 func (m *Machine) ReceiveOwn(ctx context.Context, path string, o OwnMigration) error {
 	if err := m.configureOwn(ctx, o); err != nil {
 		return err
 	}
-	if err := m.command(ctx, "migrate-incoming", map[string]any{"uri": "unix:" + path}); err != nil {
-		return err
+	return m.command(ctx, "migrate-incoming", map[string]any{"uri": "unix:" + path})
+}
+
+// RunOwn waits until the machine that ReceiveOwn was called for has what it needs, and lets it run at once. The source has given up its disks by then.
+func (m *Machine) RunOwn(ctx context.Context) error {
+	for {
+		select {
+		case status := <-m.migration:
+			switch status {
+			case "completed", "postcopy-active":
+				return m.command(ctx, "cont", nil)
+			case "failed", "cancelled":
+				return fmt.Errorf("QEMU: incoming migration %s", status)
+			}
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-m.ended:
+			return m.orExit(errors.New("QEMU has ended"))
+		}
 	}
-	return m.command(ctx, "cont", nil) // as soon as it has arrived
 }
 
 // SendOwn moves a machine to the one that [Machine.ReceiveOwn] was called for, and returns once it is complete there.
@@ -75,10 +91,10 @@ func (m *Machine) SendOwn(ctx context.Context, path string, o OwnMigration) (r O
 		if err := m.qmp.execute(ctx, "query-migrate", nil, &info); err != nil {
 			return r, m.orExit(err)
 		}
-		switch info.Status {
-		case "completed":
+		switch {
+		case info.Status == "completed" && info.Total > 0: // which is known a moment after the status
 			return OwnResult{time.Duration(info.Total) * time.Millisecond, time.Duration(info.Downtime) * time.Millisecond, info.RAM.Transferred}, nil
-		case "failed", "cancelled":
+		case info.Status == "failed", info.Status == "cancelled":
 			return r, fmt.Errorf("QEMU: migration %s: %s", info.Status, info.Error)
 		}
 		if o.PostCopy && !switched && info.Status == "active" && info.RAM.Passes >= 2 {

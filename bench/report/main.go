@@ -1,8 +1,8 @@
+// The report makes a page with tables and SVG charts of what the benchmarks have found.
 package main
 
 import (
-	"encoding/json"
-	"errors"
+	"flag"
 	"fmt"
 	"image/color"
 	"os"
@@ -13,12 +13,8 @@ import (
 	"gonum.org/v1/plot"
 	"gonum.org/v1/plot/plotter"
 	"gonum.org/v1/plot/vg"
-)
 
-// What a report is made of, from the project's root.
-const (
-	reportFile  = "docs/benchmarks.md"
-	chartFolder = "docs/benchmarks"
+	"drafter/bench"
 )
 
 // bars are what is to be reached, by the key of a ratio.
@@ -43,26 +39,49 @@ var bars = []struct {
 	{"cpu_vs_copy", "CPU per GB sent over that of a plain copy over TCP", 1.5, 0},
 }
 
-// report makes tables and charts of a result file.
-func report(path string) error {
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return err
+func main() {
+	input := flag.String("input", "bench/results/latest.json", "File with the result")
+	output := flag.String("output", "docs", "Directory for benchmarks.md, and for the charts in benchmarks/ below it")
+	flag.Parse()
+	if err := write(*input, *output); err != nil {
+		fmt.Fprintln(os.Stderr, "Error:", err)
+		os.Exit(1)
 	}
-	var r result
-	if err := json.Unmarshal(b, &r); err != nil {
-		return fmt.Errorf("%s: %w", path, err)
-	}
-	if err := os.MkdirAll(chartFolder, 0o755); err != nil {
-		return err
-	}
-	if err := errors.Join(r.chartOpponents(), r.chartSizes(), r.chartTrips(), r.chartTimeline()); err != nil {
-		return err
-	}
-	return os.WriteFile(reportFile, []byte(r.markdown(path)), 0o644)
 }
 
-func (r *result) markdown(path string) string {
+// report is a result with what to make of it.
+type report struct {
+	bench.Result
+	opponents []string
+	own       map[string]bool // QEMU's
+}
+
+func write(input, directory string) error {
+	r := report{}
+	var err error
+	if r.Result, err = bench.ReadResult(input); err != nil {
+		return err
+	}
+	r.opponents, r.own = bench.Opponents()
+	charts := filepath.Join(directory, "benchmarks")
+	if err := os.MkdirAll(charts, 0o755); err != nil {
+		return err
+	}
+	for name, chart := range map[string]func() (*plot.Plot, error){
+		"gap.svg": r.chartOpponents, "size.svg": r.chartSizes, "trip.svg": r.chartTrips, "timeline.svg": r.chartTimeline,
+	} {
+		p, err := chart()
+		if err == nil {
+			err = p.Save(16*vg.Centimeter, 9*vg.Centimeter, filepath.Join(charts, name))
+		}
+		if err != nil {
+			return fmt.Errorf("chart %s: %w", name, err)
+		}
+	}
+	return os.WriteFile(filepath.Join(directory, "benchmarks.md"), []byte(r.markdown(input)), 0o644)
+}
+
+func (r *report) markdown(path string) string {
 	var w strings.Builder
 	fmt.Fprintf(&w, "# Benchmarks\n\nMade by `make bench-report` from `%s`, which `make bench` (or `make bench-quick`) leaves; do not edit. Measured on %s", path, r.Time.Format("2006-01-02"))
 	var keys []string
@@ -108,16 +127,16 @@ func barText(most, least float64) string {
 }
 
 // tables writes a table for each contest, and one for what is of none.
-func (r *result) tables(w *strings.Builder) {
+func (r *report) tables(w *strings.Builder) {
 	figures := []string{"gap_ms", "p99_ms", "p50_ms", "downtime_ms", "total_ms", "mb", "cpu_s_per_gb", "source_peak_rss_mb", "target_peak_rss_mb"}
 	var contests, others []string
 	for name := range r.Rounds {
 		parts := strings.Split(name, "/")
-		if len(parts) != 4 {
+		if len(parts) != 5 {
 			others = append(others, name)
 			continue
 		}
-		if c := parts[0] + "/" + parts[1]; !slices.Contains(contests, c) {
+		if c := strings.Join(parts[:3], "/"); !slices.Contains(contests, c) {
 			contests = append(contests, c)
 		}
 	}
@@ -125,14 +144,14 @@ func (r *result) tables(w *strings.Builder) {
 	slices.Sort(others)
 	for _, c := range contests {
 		fmt.Fprintf(w, "\n### %s\n\n| | rounds | %s |\n|---|---|%s\n", strings.ReplaceAll(c, "/", ", "), strings.Join(figures, " | "), strings.Repeat("---|", len(figures)))
-		for _, o := range opponents {
-			rounds := r.Rounds[c+"/"+o.name+"/gap_ms"]
+		for _, o := range r.opponents {
+			rounds := r.Rounds[c+"/"+o+"/gap_ms"]
 			if rounds == nil {
 				continue
 			}
-			fmt.Fprintf(w, "| %s | %d |", o.name, len(rounds))
+			fmt.Fprintf(w, "| %s | %d |", o, len(rounds))
 			for _, f := range figures {
-				key := c + "/" + o.name + "/" + f
+				key := c + "/" + o + "/" + f
 				if r.Rounds[key] == nil {
 					w.WriteString(" |")
 					continue
@@ -150,44 +169,37 @@ func (r *result) tables(w *strings.Builder) {
 
 var ours, theirs = color.RGBA{0x1b, 0x6c, 0xa8, 0xff}, color.RGBA{0xb0, 0xb0, 0xb0, 0xff}
 
-func save(p *plot.Plot, name string) error {
-	if err := p.Save(16*vg.Centimeter, 9*vg.Centimeter, filepath.Join(chartFolder, name)); err != nil {
-		return fmt.Errorf("chart %s: %w", name, err)
-	}
-	return nil
-}
-
 // chartOpponents shows the gap of each opponent on loopback.
-func (r *result) chartOpponents() error {
+func (r *report) chartOpponents() (*plot.Plot, error) {
 	p := plot.New()
 	p.Title.Text = "Longest silence of a 1 GiB guest that is moved, loopback (median)"
 	p.Y.Label.Text = "ms"
 	p.Y.Min = 0
 	var labels []string
-	for _, o := range opponents {
-		v := r.Medians[contest{link: "loopback", gib: 1}.key(o.name, "gap_ms")]
+	for _, o := range r.opponents {
+		v := r.Medians[bench.Key("loopback", 1, "random", o, "gap_ms")]
 		if v == 0 {
 			continue
 		}
 		bar, err := plotter.NewBarChart(plotter.Values{v}, vg.Points(28))
 		if err != nil {
-			return err
+			return nil, err
 		}
 		bar.XMin = float64(len(labels))
 		bar.Color = ours
-		if o.own != nil {
+		if r.own[o] {
 			bar.Color = theirs
 		}
 		bar.LineStyle.Width = 0
 		p.Add(bar)
-		labels = append(labels, o.name)
+		labels = append(labels, o)
 	}
 	p.NominalX(labels...)
-	return save(p, "gap.svg")
+	return p, nil
 }
 
 // lines adds a line for each of some opponents.
-func lines(p *plot.Plot, names []string, at func(name string) plotter.XYs) error {
+func (r *report) lines(p *plot.Plot, names []string, at func(name string) plotter.XYs) error {
 	for _, name := range names {
 		points := at(name)
 		if len(points) == 0 {
@@ -198,7 +210,7 @@ func lines(p *plot.Plot, names []string, at func(name string) plotter.XYs) error
 			return err
 		}
 		l.Color, s.Color = ours, ours
-		if findOpponent(name).own != nil {
+		if r.own[name] {
 			l.Color, s.Color = theirs, theirs
 		}
 		if name == "absent" {
@@ -212,54 +224,51 @@ func lines(p *plot.Plot, names []string, at func(name string) plotter.XYs) error
 	return nil
 }
 
-func (r *result) chartSizes() error {
+func (r *report) chartSizes() (*plot.Plot, error) {
 	p := plot.New()
 	p.Title.Text = "Longest silence over the size of the guest's memory, loopback (median)"
 	p.X.Label.Text, p.Y.Label.Text = "GiB", "ms"
-	err := lines(p, []string{"precopy300", "present"}, func(name string) (points plotter.XYs) {
+	err := r.lines(p, []string{"precopy300", "present"}, func(name string) (points plotter.XYs) {
 		for _, gib := range []int{1, 2, 4, 8} {
-			if v := r.Medians[contest{link: "loopback", gib: gib}.key(name, "gap_ms")]; v > 0 {
+			if v := r.Medians[bench.Key("loopback", gib, "random", name, "gap_ms")]; v > 0 {
 				points = append(points, plotter.XY{X: float64(gib), Y: v})
 			}
 		}
 		return points
 	})
-	if err != nil {
-		return err
-	}
-	return save(p, "size.svg")
+	return p, err
 }
 
-func (r *result) chartTrips() error {
+func (r *report) chartTrips() (*plot.Plot, error) {
 	p := plot.New()
 	p.Title.Text = "Longest silence of a 1 GiB guest over the round trip (median)"
 	p.X.Label.Text, p.Y.Label.Text = "ms (0: loopback)", "ms"
-	err := lines(p, []string{"precopy300", "present", "absent"}, func(name string) (points plotter.XYs) {
-		for _, l := range links {
-			if v := r.Medians[contest{link: l.name, gib: 1}.key(name, "gap_ms")]; v > 0 && l.name != "1gbit" {
-				points = append(points, plotter.XY{X: float64(2 * l.delay.Milliseconds()), Y: v})
+	err := r.lines(p, []string{"precopy300", "present", "absent"}, func(name string) (points plotter.XYs) {
+		for _, l := range []struct {
+			name string
+			trip float64
+		}{{"loopback", 0}, {"1gbit_rtt100", 100}} {
+			if v := r.Medians[bench.Key(l.name, 1, "random", name, "gap_ms")]; v > 0 {
+				points = append(points, plotter.XY{X: l.trip, Y: v})
 			}
 		}
 		return points
 	})
-	if err != nil {
-		return err
-	}
-	return save(p, "trip.svg")
+	return p, err
 }
 
 // chartTimeline shows one migration as its source sees it.
-func (r *result) chartTimeline() error {
+func (r *report) chartTimeline() (*plot.Plot, error) {
 	p := plot.New()
 	p.Title.Text = "One migration: memory that is dirty, and bytes sent (package absent)"
 	p.X.Label.Text, p.Y.Label.Text = "ms", "MB"
 	for _, series := range []struct {
 		name  string
-		value func(moment) float64
+		value func(bench.Moment) float64
 		color color.RGBA
 	}{
-		{"dirty", func(m moment) float64 { return m.DirtyMB }, theirs},
-		{"sent", func(m moment) float64 { return m.SentMB }, ours},
+		{"dirty", func(m bench.Moment) float64 { return m.DirtyMB }, theirs},
+		{"sent", func(m bench.Moment) float64 { return m.SentMB }, ours},
 	} {
 		var points plotter.XYs
 		for _, m := range r.Timeline {
@@ -270,7 +279,7 @@ func (r *result) chartTimeline() error {
 		}
 		l, err := plotter.NewLine(points)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		l.Color = series.color
 		l.Width = vg.Points(1.5)
@@ -286,15 +295,15 @@ func (r *result) chartTimeline() error {
 		last = m.Phase
 		l, err := plotter.NewLine(plotter.XYs{{X: m.MS, Y: 0}, {X: m.MS, Y: top}})
 		if err != nil {
-			return err
+			return nil, err
 		}
 		l.Dashes = []vg.Length{vg.Points(2), vg.Points(2)}
 		text, err := plotter.NewLabels(plotter.XYLabels{XYs: plotter.XYs{{X: m.MS, Y: top * 0.9}}, Labels: []string{" " + m.Phase}})
 		if err != nil {
-			return err
+			return nil, err
 		}
 		p.Add(l, text)
 	}
 	p.Legend.Top, p.Legend.Left = true, true
-	return save(p, "timeline.svg")
+	return p, nil
 }

@@ -1,0 +1,375 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"drafter/instance"
+	"drafter/internal/sparse"
+	"drafter/internal/tour"
+	"drafter/vmm"
+	"drafter/vmm/qemu"
+)
+
+// opponent is a way to move a VM.
+type opponent struct {
+	name  string
+	own   *qemu.OwnMigration // QEMU's own live migration; nil: ours
+	where string             // ours: whether the package is present at the target, or absent
+	flags []string           // ours: of the source
+}
+
+var opponents = []opponent{
+	{name: "precopy300", own: &qemu.OwnMigration{DowntimeLimit: 300 * time.Millisecond}},
+	{name: "present", where: "present"},
+	{name: "precopy30", own: &qemu.OwnMigration{DowntimeLimit: 30 * time.Millisecond}},
+	{name: "absent", where: "absent"},
+	{name: "postcopy", own: &qemu.OwnMigration{DowntimeLimit: 300 * time.Millisecond, PostCopy: true}},
+	{name: "present_nopostcopy", where: "present", flags: []string{"--disable-postcopy-migration"}},
+	{name: "multifd", own: &qemu.OwnMigration{DowntimeLimit: 300 * time.Millisecond, Channels: 2}},
+}
+
+// contest is a set of moves of the same guest over the same link.
+type contest struct {
+	link      string
+	gib       int // size of the guest's memory
+	load      string
+	opponents []string
+	rounds    int
+}
+
+// quick is done in less than three minutes, and has what ratios are of; whole has everything.
+var (
+	quick = []contest{
+		{"loopback", 1, "random", []string{"precopy300", "present", "precopy30", "absent"}, 3},
+		{"1gbit_rtt100", 1, "random", []string{"present"}, 3},
+		{"loopback", 8, "random", []string{"present"}, 3},
+	}
+	everybody, _ = Opponents()
+	whole        = []contest{
+		{"loopback", 1, "random", everybody, 5},
+		{"1gbit", 1, "random", everybody, 3},
+		{"1gbit_rtt100", 1, "random", everybody, 3},
+		{"loopback", 2, "random", []string{"precopy300", "present"}, 3},
+		{"loopback", 4, "random", []string{"precopy300", "present"}, 3},
+		{"loopback", 8, "random", []string{"precopy300", "present"}, 5},
+		{"loopback", 1, "hot", []string{"precopy300", "present", "absent"}, 3},
+		{"loopback", 1, "sequential", []string{"precopy300", "present", "absent"}, 3},
+		{"loopback", 1, loadRedis, []string{"precopy300", "present", "absent"}, 3},
+	}
+)
+
+// Opponents are the names of the ways to move a VM, in order, and whether each is QEMU's own.
+func Opponents() (all []string, own map[string]bool) {
+	own = map[string]bool{}
+	for _, o := range opponents {
+		all = append(all, o.name)
+		own[o.name] = o.own != nil
+	}
+	return all, own
+}
+
+func findOpponent(name string) opponent {
+	return opponents[slices.IndexFunc(opponents, func(o opponent) bool { return o.name == name })]
+}
+
+// key names a figure of a contest.
+func (c contest) key(opponent, figure string) string {
+	return Key(c.link, c.gib, c.load, opponent, figure)
+}
+
+// move is live migration.
+func (b *bench) move(ctx context.Context, _ int) error {
+	if b.quick {
+		return b.moves(ctx, quick)
+	}
+	return b.moves(ctx, whole)
+}
+
+// moves lets opponents move the same guest under the same load, one after the other, in rounds.
+func (b *bench) moves(ctx context.Context, contests []contest) (err error) {
+	end, err := b.network(ctx, 2)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, end()) }()
+	for _, c := range contests {
+		if _, err := b.snapshot(ctx, c.load, c.gib); err != nil {
+			return err
+		}
+	}
+	for _, c := range contests {
+		if err := b.contest(ctx, c); err != nil {
+			return fmt.Errorf("a guest of %d GiB over %s, load %s: %w", c.gib, c.link, c.load, err)
+		}
+	}
+	return nil
+}
+
+func (b *bench) contest(ctx context.Context, c contest) (err error) {
+	l, err := findLink(c.link)
+	if err != nil {
+		return err
+	}
+	w, err := b.watch(ctx, c.load)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, w.close()) }()
+	for range c.rounds {
+		for _, name := range c.opponents {
+			o := findOpponent(name)
+			move := b.moveOurs
+			if o.own != nil {
+				move = b.moveOwn
+			}
+			if err := move(ctx, w, c, l, o); err != nil {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+		}
+	}
+	return nil
+}
+
+// watch sees a guest with this load, in either of two network namespaces.
+func (b *bench) watch(ctx context.Context, load string) (*watcher, error) {
+	if load != loadRedis {
+		return watchTicks()
+	}
+	addrs := []string{"127.0.0.1:3333", "127.0.0.1:3334"}
+	forwards := "[" + strings.Trim(tour.Forward("ark0", "6379", addrs[0]), "[]") + "," + strings.Trim(tour.Forward("ark1", "6379", addrs[1]), "[]") + "]"
+	forwarder, err := b.drafter.Start("forwarder", "--port-forwards", forwards)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := forwarder.Await(ctx, "Forwarding"); err != nil {
+		return nil, errors.Join(err, forwarder.End())
+	}
+	w := watchRedis(ctx, addrs...)
+	stop := w.stop
+	w.stop = func() error { return errors.Join(stop(), forwarder.End()) }
+	return w, nil
+}
+
+// settle is how long a guest runs before it is moved: its load has spread.
+const settle = 2 * time.Second
+
+// moveOurs moves the guest from peer to peer.
+func (b *bench) moveOurs(ctx context.Context, w *watcher, c contest, l link, o opponent) (err error) {
+	instances := filepath.Join(b.dir, "instances")
+	if err := os.RemoveAll(instances); err != nil {
+		return err
+	}
+	p, err := l.through(ctx, "tcp", "127.0.0.1:1338", "127.0.0.1:1337")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, p.close()) }()
+	pkg, err := b.snapshot(ctx, c.load, c.gib)
+	if err != nil {
+		return err
+	}
+	d, console := b.drafter, &pulse{}
+	d.Console = console
+	args := func(number int, raddr, laddr string) []string {
+		return []string{"peer", "--chroot-base-dir", filepath.Join(b.dir, "vms"), "--netns", fmt.Sprintf("ark%d", number), "--raddr", raddr, "--laddr", laddr,
+			"--package", pkg, "--instance", filepath.Join(instances, strconv.Itoa(number))}
+	}
+	const metrics = "localhost:1339"
+	source, err := d.Start(append(append(args(0, "", "localhost:1337"), "--metrics", metrics), o.flags...)...)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, source.End()) }()
+	if _, err := source.Await(ctx, "Resumed VM"); err != nil {
+		return err
+	}
+	time.Sleep(settle)
+	used := follow(source)
+	to := args(1, "localhost:1338", "")
+	if o.where == "absent" {
+		for _, f := range tour.Files {
+			to = append(to, "--device", "name="+f.Device+",base="+filepath.Join(instances, "none", f.File))
+		}
+	}
+	wctx, stop := context.WithCancel(ctx)
+	watched := make(chan []Moment, 1)
+	if o.where == "absent" && b.timeline == nil {
+		go func() { watched <- followMigration(wctx, metrics) }()
+	} else {
+		close(watched)
+	}
+	defer func() {
+		stop()
+		if moments := <-watched; moments != nil {
+			b.timeline = moments
+		}
+	}()
+	began := time.Now()
+	target, err := d.Start(to...)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, target.End()) }()
+	resumed, err := target.Await(ctx, "Resumed VM")
+	if err != nil {
+		return err
+	}
+	done, err := source.Await(ctx, "Completed migration")
+	if err != nil {
+		return err
+	}
+	cpuTarget, err := cpuSeconds(target.PID())
+	if err != nil {
+		return err
+	}
+	time.Sleep(500 * time.Millisecond)
+	rss, err := peakRSS(target.PID())
+	if err != nil {
+		return err
+	}
+	b.add(c.key(o.name, "downtime_ms"), ms(done.Downtime))
+	b.add(c.key(o.name, "total_ms"), ms(done.Took))
+	b.add(c.key(o.name, "mb"), float64(done.Bytes)/1e6)
+	b.add(c.key(o.name, "target_peak_rss_mb"), rss)
+	if err := source.Wait(); err != nil {
+		return err
+	}
+	cpuSource, peak := used()
+	b.add(c.key(o.name, "source_peak_rss_mb"), peak)
+	b.add(c.key(o.name, "cpu_s_per_gb"), (cpuSource+cpuTarget)/(float64(done.Bytes)/1e9))
+	seen := w.between(began, time.Now())
+	before, handoff, after := seen.split(running(resumed).Add(-done.Downtime), running(resumed))
+	b.add(c.key(o.name, "precopy_p99_ms"), ms(before.percentile(99)))
+	b.add(c.key(o.name, "precopy_max_ms"), ms(before.longest()))
+	b.add(c.key(o.name, "handoff_ms"), ms(handoff.longest()))
+	b.add(c.key(o.name, "postcopy_p99_ms"), ms(after.percentile(99)))
+	b.add(c.key(o.name, "postcopy_max_ms"), ms(after.longest()))
+	return b.addGaps(c, o, seen, console.between(began, time.Now()))
+}
+
+// addGaps adds what was seen of a guest from outside, over the network and, where it shows something all the time, on its console.
+func (b *bench) addGaps(c contest, o opponent, network, console silences) error {
+	if len(network) < 10 || c.load != loadRedis && len(console) < 10 {
+		return errors.New("the guest does not tick")
+	}
+	b.add(c.key(o.name, "gap_ms"), ms(network.longest()))
+	b.add(c.key(o.name, "p99_ms"), ms(network.percentile(99)))
+	b.add(c.key(o.name, "p50_ms"), ms(network.percentile(50)))
+	if c.load != loadRedis {
+		b.add(c.key(o.name, "console_gap_ms"), ms(console.longest()))
+	}
+	return nil
+}
+
+// moveOwn moves the guest as QEMU does by itself: both have the same disks, as its users must see to, and memory on a tmpfs.
+func (b *bench) moveOwn(ctx context.Context, w *watcher, c contest, l link, o opponent) (err error) {
+	shm, err := os.MkdirTemp("/dev/shm", "drafter-bench-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(shm)) }()
+	pkg, err := b.snapshot(ctx, c.load, c.gib)
+	if err != nil {
+		return err
+	}
+	console := &pulse{}
+	config, err := vmm.ReadPackageConfig(filepath.Join(pkg, vmm.PackageFile(vmm.Config)))
+	if err != nil {
+		return err
+	}
+	paths := instance.Paths{}
+	for _, d := range config.Devices {
+		paths[d.Name] = filepath.Join(shm, vmm.PackageFile(d.Name))
+		if err := sparse.CopyFile(ctx, paths[d.Name], filepath.Join(pkg, vmm.PackageFile(d.Name)), nil); err != nil {
+			return err
+		}
+	}
+	start := func(number int, memory string) (*qemu.Machine, *vmm.Dir, error) {
+		d, err := vmm.CreateDir(filepath.Join(b.dir, "vms"), vmm.VMMQEMU)
+		if err != nil {
+			return nil, nil, err
+		}
+		size, _ := config.Device(vmm.Memory)
+		launch := vmm.Launch{
+			Dir: d, Recorded: &config.Hardware, CPUs: config.CPUs, MemorySize: size.Size, Memory: memory, Kernel: paths[vmm.Kernel], Netns: fmt.Sprintf("ark%d", number),
+			Interface: config.Interface, MAC: config.MAC, Ports: []uint32{config.AgentPort, config.LivenessPort}, CgroupVersion: 2, Output: console,
+		}
+		for _, name := range config.Disks() {
+			launch.Disks = append(launch.Disks, vmm.Block{Name: name, Path: paths[name]})
+		}
+		m, err := qemu.Driver{}.Launch(ctx, launch)
+		if err != nil {
+			return nil, nil, errors.Join(err, d.Close())
+		}
+		return m.(*qemu.Machine), d, nil
+	}
+	source, sourceDir, err := start(0, paths[vmm.Memory])
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, source.Close(), sourceDir.Close()) }()
+	if err := restore(ctx, source, config, paths); err != nil {
+		return err
+	}
+	time.Sleep(settle)
+	began := time.Now()
+	size, _ := config.Device(vmm.Memory)
+	memory := filepath.Join(shm, "arriving")
+	if err := errors.Join(os.WriteFile(memory, nil, 0o600), os.Truncate(memory, size.Size)); err != nil {
+		return err
+	}
+	target, targetDir, err := start(1, memory)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, target.Close(), targetDir.Close()) }()
+	incoming := filepath.Join(shm, "incoming")
+	if err := target.ReceiveOwn(ctx, incoming, *o.own); err != nil {
+		return err
+	}
+	p, err := l.through(ctx, "unix", filepath.Join(shm, "link"), incoming)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, p.close()) }()
+	rctx, cancel := context.WithCancel(ctx)
+	runs := make(chan error, 1)
+	go func() { runs <- target.RunOwn(rctx) }()
+	result, err := source.SendOwn(ctx, filepath.Join(shm, "link"), *o.own)
+	if err != nil {
+		cancel()
+		return errors.Join(err, <-runs)
+	}
+	err = <-runs
+	cancel()
+	if err != nil {
+		return err
+	}
+	time.Sleep(500 * time.Millisecond)
+	b.add(c.key(o.name, "downtime_ms"), ms(result.Downtime))
+	b.add(c.key(o.name, "total_ms"), ms(result.Total))
+	b.add(c.key(o.name, "mb"), float64(result.Bytes)/1e6)
+	return b.addGaps(c, o, w.between(began, time.Now()), console.between(began, time.Now()))
+}
+
+// restore resumes a package in a machine.
+func restore(ctx context.Context, m vmm.Machine, config *vmm.PackageConfig, paths instance.Paths) error {
+	state, err := paths.State()
+	if err != nil {
+		return err
+	}
+	defer state.Close() // nothing was written
+	saved, err := vmm.ReadState(state, config.ID)
+	if err != nil {
+		return err
+	}
+	return errors.Join(m.Restore(ctx, strings.NewReader(string(saved))), m.Resume(ctx))
+}
