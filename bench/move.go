@@ -305,7 +305,7 @@ func (b *bench) moveOwn(ctx context.Context, w *watcher, c contest, l link, o op
 		for _, name := range config.Disks() {
 			launch.Disks = append(launch.Disks, vmm.Block{Name: name, Path: paths[name]})
 		}
-		m, err := qemu.Driver{}.Launch(ctx, launch)
+		m, err := qemu.Driver{Own: o.own != nil && number == 1}.Launch(ctx, launch)
 		if err != nil {
 			return nil, nil, errors.Join(err, d.Close())
 		}

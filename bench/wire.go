@@ -55,7 +55,7 @@ func encodeAndDecode(encoding wire.Encoding, fill func([]byte)) (err error) {
 			b := wire.NewExtentBuffer()
 			fill(b.Data())
 			for off := int64(0); off < wireSize; off += wire.MaxExtent {
-				if err := from.SendExtent(b, 0, 0, encoding, off, wire.MaxExtent, false); err != nil {
+				if err := from.SendExtent(b, 0, 0, encoding, off, wire.MaxExtent, wire.Soon); err != nil {
 					return err
 				}
 			}

@@ -117,9 +117,9 @@ func (o *Offer) answer(l *link, buffer *wire.ExtentBuffer, c *compression, devic
 	}
 	start := time.Now()
 	if c.worth() && c.try(buffer, 0, length) {
-		return l.SendCompressed(buffer, device, off, length, false)
+		return l.SendCompressed(buffer, device, off, length, wire.Soon)
 	}
-	err := l.SendExtent(buffer, 0, device, wire.Raw, off, length, false)
+	err := l.SendExtent(buffer, 0, device, wire.Raw, off, length, wire.Soon)
 	c.link.add(length, time.Since(start))
 	return err
 }

@@ -41,6 +41,13 @@ const (
 // drain sends what is pending: what the target needs first, then blocks that were not written lately, then the others. Beyond until, unless it is zero, it
 // stops where it is, but what the target needs first is sent in any case.
 func (o *outgoing) drain(ctx context.Context, l *link, until time.Time) error {
+	if err := o.drainDevices(ctx, l, until); err != nil {
+		return err
+	}
+	return l.Flush()
+}
+
+func (o *outgoing) drainDevices(ctx context.Context, l *link, until time.Time) error {
 	for _, d := range o.devices {
 		if d.First {
 			if err := o.drainDevice(ctx, l, d, true, time.Time{}); err != nil {
@@ -205,6 +212,7 @@ func (o *outgoing) sendRun(ctx context.Context, l *link, s *sender, d *outgoingD
 	off, length := page*block.PageSize, bytesOf(d.Device, page, end)
 	at := off - first*block.PageSize
 	urgent := why == purposeWanted
+	when := map[purpose]wire.Urgency{purposePreCopy: wire.Later, purposePostCopy: wire.Soon, purposeWanted: wire.Urgent}[why]
 	if k == kindSame && why == purposePreCopy {
 		d.saved.Add(length)
 		return nil
@@ -215,7 +223,7 @@ func (o *outgoing) sendRun(ctx context.Context, l *link, s *sender, d *outgoingD
 			encoding = wire.Same
 		}
 		d.saved.Add(length)
-		return l.SendExtent(s.buffer, at, d.index, encoding, off, length, urgent)
+		return l.SendExtent(s.buffer, at, d.index, encoding, off, length, when)
 	}
 	start := time.Now()
 	if !urgent && o.limiter != nil {
@@ -231,9 +239,9 @@ func (o *outgoing) sendRun(ctx context.Context, l *link, s *sender, d *outgoingD
 		d.wanted.Add(length)
 	}
 	if s.compression.worth() && s.compression.try(s.buffer, at, length) {
-		return l.SendCompressed(s.buffer, d.index, off, length, urgent)
+		return l.SendCompressed(s.buffer, d.index, off, length, when)
 	}
-	err := l.SendExtent(s.buffer, at, d.index, wire.Raw, off, length, urgent)
+	err := l.SendExtent(s.buffer, at, d.index, wire.Raw, off, length, when)
 	if !urgent {
 		s.compression.link.add(length, time.Since(start))
 	}

@@ -396,6 +396,7 @@ type outgoing struct {
 	settled  chan Outcome
 	complete chan struct{} // closed when the target has all
 	wants    chan wire.Want
+	stored   chan struct{} // the target has answered a cycle
 	once     struct{ ready, complete, serving sync.Once }
 	wg       sync.WaitGroup // readers of links, the one who serves wants, and marks
 	sending  sync.RWMutex   // held for writing while pending is replaced after the handoff
@@ -413,6 +414,13 @@ type outgoing struct {
 	closed   int64         // bytes of links that are gone
 	marked   chan struct{} // closed when the last mark has been made
 	markErr  error
+
+	announced struct {
+		cycle    int
+		at       time.Time
+		answered int           // the last cycle that the target has answered
+		quickest time.Duration // answer so far; 0: there was none
+	}
 }
 
 // outgoingDevice is a device on its way.
@@ -442,7 +450,7 @@ func newOutgoing(s *Source, h wire.Hello, l *link) (*outgoing, error) {
 	o := &outgoing{
 		Source: s, id: h.Migration, first: l, sender: sender, copy: h.Copy,
 		decided: make(chan struct{}), ended: make(chan struct{}), ready: make(chan struct{}), acks: make(chan wire.Ack, 1), settled: make(chan Outcome, 1),
-		complete: make(chan struct{}), marked: make(chan struct{}), wants: make(chan wire.Want, 64), attached: make(chan struct{}), changed: make(chan struct{}), began: time.Now(),
+		complete: make(chan struct{}), marked: make(chan struct{}), wants: make(chan wire.Want, 64), stored: make(chan struct{}, 1), attached: make(chan struct{}), changed: make(chan struct{}), began: time.Now(),
 	}
 	o.state.Store(Preflight)
 	close(o.marked)
@@ -763,6 +771,7 @@ func (o *outgoing) read(l *link) error {
 				return context.Cause(l.ctx)
 			}
 		case wire.Progress:
+			o.answered(m.Cycle)
 		case wire.Type:
 			switch {
 			case m == wire.TypeReady:
@@ -876,10 +885,73 @@ func (o *outgoing) nextCycle(ctx context.Context, cycle int) (left int64, err er
 	o.mu.Lock()
 	o.cycle = cycle
 	o.mu.Unlock()
+	return left, o.announce(cycle, left)
+}
+
+// announce tells the target of a cycle. It answers when it has stored all from before.
+func (o *outgoing) announce(cycle int, left int64) error {
+	o.mu.Lock()
+	o.announced.cycle, o.announced.at = cycle, time.Now()
+	o.mu.Unlock()
 	if err := o.first.Send(wire.Cycle{Number: cycle, Bytes: left}); err != nil {
-		return 0, o.first.lost(err)
+		return o.first.lost(err)
 	}
-	return left, nil
+	return nil
+}
+
+// answered takes note of the target's answer to a cycle.
+func (o *outgoing) answered(cycle int) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	a := &o.announced
+	if cycle != a.cycle || a.answered == cycle {
+		return
+	}
+	a.answered = cycle
+	if took := time.Since(a.at); a.quickest == 0 || took < a.quickest {
+		a.quickest = took
+	}
+	select {
+	case o.stored <- struct{}{}:
+	default:
+	}
+}
+
+// What a target may take to answer.
+const (
+	nearby   = 10 * time.Millisecond  // when it has nothing to do, to be worth waiting for
+	patience = 250 * time.Millisecond // when it has
+)
+
+// catchUp waits until the target has stored what it was sent, if it is near: it would do it while the VM is paused otherwise.
+func (o *outgoing) catchUp(ctx context.Context) error {
+	o.mu.Lock()
+	quickest := o.announced.quickest
+	o.mu.Unlock()
+	if quickest == 0 || quickest > nearby {
+		return nil
+	}
+	cycle := o.cycle + 1 // only this goroutine changes cycle
+	if err := o.announce(cycle, 0); err != nil {
+		return err
+	}
+	timeout := time.NewTimer(patience)
+	defer timeout.Stop()
+	for {
+		select {
+		case <-o.stored:
+			o.mu.Lock()
+			done := o.announced.answered == cycle
+			o.mu.Unlock()
+			if done {
+				return nil
+			}
+		case <-timeout.C:
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
 }
 
 // take makes pending what was written.
@@ -1001,6 +1073,9 @@ func (o *outgoing) prepare(ctx context.Context) (State, error) {
 	}
 	if o.copy {
 		return Snapshotting, nil
+	}
+	if err := o.catchUp(ctx); err != nil {
+		return "", err
 	}
 	return HandingOff, nil
 }

@@ -97,6 +97,7 @@ type Target struct {
 	took     time.Duration
 	downtime time.Duration
 	cycle    int
+	stored   int           // the last cycle that is to be answered; 0: none
 	wanted   chan struct{} // holds a token when queue is not empty
 }
 
@@ -417,8 +418,9 @@ func (t *Target) read(ctx context.Context, l *link) error {
 		switch m := m.(type) {
 		case wire.Cycle:
 			t.mu.Lock()
-			t.cycle = m.Number
+			t.cycle, t.stored = m.Number, m.Number
 			t.mu.Unlock()
+			t.signalWanted()
 			t.startWhenPossible(ctx, m.Number)
 		case wire.Authority:
 			if t.State() != Receiving || !t.started() || !t.taken.CompareAndSwap(false, true) {
@@ -429,8 +431,9 @@ func (t *Target) read(ctx context.Context, l *link) error {
 			}
 			t.authority <- m // there is but one
 		case wire.Snapshot:
-			if !t.config.Copy || t.State() != Receiving || !t.taken.CompareAndSwap(false, true) {
-				return fmt.Errorf("%w: a snapshot while %s", wire.ErrProtocol, t.State())
+			// A small copy may be here before this side has noticed that it is being received.
+			if state := t.State(); !t.config.Copy || state != Receiving && state != Preflight || !t.taken.CompareAndSwap(false, true) {
+				return fmt.Errorf("%w: a snapshot while %s", wire.ErrProtocol, state)
 			}
 			t.snapshot <- m // there is but one
 		case wire.Error:
@@ -675,7 +678,8 @@ func (t *Target) signalWanted() {
 	}
 }
 
-// ask sends what is wanted. What cannot be sent is asked for again after the next connection is there.
+// ask sends what is wanted, and answers to cycles: the one who reads must not wait for what is sent. What cannot be sent is asked for again after the next connection
+// is there.
 func (t *Target) ask(ctx context.Context) {
 	for {
 		select {
@@ -684,13 +688,18 @@ func (t *Target) ask(ctx context.Context) {
 			return
 		}
 		t.mu.Lock()
-		queue := t.queue
-		t.queue = nil
+		queue, stored := t.queue, t.stored
+		t.queue, t.stored = nil, 0
 		l := t.demand
 		if l == nil || l.ctx.Err() != nil {
 			l = t.main
 		}
 		t.mu.Unlock()
+		if stored > 0 {
+			if err := l.Send(wire.Progress{Cycle: stored}); err != nil {
+				l.cancel(err)
+			}
+		}
 		for _, w := range queue {
 			if err := l.Send(w); err != nil {
 				l.cancel(err)

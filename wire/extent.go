@@ -59,12 +59,12 @@ func NewExtentBuffer() *ExtentBuffer {
 func (b *ExtentBuffer) Data() []byte { return b.frame[headerSize+extentHeader:] }
 
 // SendExtent sends length bytes of the buffer's data, from index at on, or none for encodings without. It overwrites what lies before at.
-func (c *Conn) SendExtent(b *ExtentBuffer, at int64, device int, encoding Encoding, off, length int64, urgent bool) error {
+func (c *Conn) SendExtent(b *ExtentBuffer, at int64, device int, encoding Encoding, off, length int64, when Urgency) error {
 	n := int64(0)
 	if encoding == Raw {
 		n = length
 	}
-	return c.sendExtent(b.frame[at:at+headerSize+extentHeader+n], device, encoding, off, length, urgent)
+	return c.sendExtent(b.frame[at:at+headerSize+extentHeader+n], device, encoding, off, length, when)
 }
 
 // Compress compresses length bytes of the buffer's data, from index at on, and returns to how many; see SendCompressed.
@@ -77,15 +77,15 @@ func (b *ExtentBuffer) Compress(encoder *zstd.Encoder, at, length int64) int {
 }
 
 // SendCompressed sends what Compress has made, which must be shorter than length.
-func (c *Conn) SendCompressed(b *ExtentBuffer, device int, off, length int64, urgent bool) error {
-	return c.sendExtent(b.compressed, device, Zstd, off, length, urgent)
+func (c *Conn) SendCompressed(b *ExtentBuffer, device int, off, length int64, when Urgency) error {
+	return c.sendExtent(b.compressed, device, Zstd, off, length, when)
 }
 
-func (c *Conn) sendExtent(frame []byte, device int, encoding Encoding, off, length int64, urgent bool) error {
+func (c *Conn) sendExtent(frame []byte, device int, encoding Encoding, off, length int64, when Urgency) error {
 	binary.LittleEndian.PutUint64(frame[headerSize:], uint64(off/block.PageSize))
 	binary.LittleEndian.PutUint32(frame[headerSize+8:], uint32(pagesOf(length)))
 	sealFrame(frame, TypeExtent, encoding, uint16(device))
-	return c.write(frame, urgent)
+	return c.write(frame, when)
 }
 
 // Decoder decodes extents. Use it from one goroutine.

@@ -3,6 +3,7 @@
 package wire
 
 import (
+	"bufio"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -36,7 +37,7 @@ const (
 	TypeResume    Type = 10 // target, after a lost connection: where it stands
 	TypeComplete  Type = 11 // target: all has arrived and is durable
 	TypeReleased  Type = 12 // source: it has taken note that the VM is no longer its
-	TypeProgress  Type = 13 // target: so much has arrived
+	TypeProgress  Type = 13 // target: all from before a cycle is stored
 	TypePing      Type = 14 // both: the connection lives
 	TypeError     Type = 15 // both: why the migration or the connection ends
 	TypeSnapshot  Type = 16 // source: all of a copy has been sent; the VM goes on there
@@ -117,7 +118,9 @@ type Frame struct {
 // Conn sends and receives frames over a byte stream. Any number of goroutines may send, one may receive.
 type Conn struct {
 	stream io.ReadWriteCloser
+	reader *bufio.Reader
 	send   priorityLock
+	batch  []byte           // frames that are to be sent, guarded by send
 	header [headerSize]byte // of Read
 	buffer []byte           // of Read, reused
 
@@ -131,7 +134,7 @@ type Conn struct {
 
 // NewConn frames stream, which it owns from here on.
 func NewConn(stream io.ReadWriteCloser) *Conn {
-	return &Conn{stream: stream}
+	return &Conn{stream: stream, reader: bufio.NewReaderSize(stream, 32<<10)}
 }
 
 // Close closes the stream, which ends every Read and send. It is idempotent.
@@ -168,23 +171,74 @@ func sealFrame(b []byte, t Type, encoding Encoding, device uint16) {
 	binary.LittleEndian.PutUint64(b[8:], xxh3.HashSeed(payload, binary.LittleEndian.Uint64(b)))
 }
 
-// write sends a sealed frame. Urgent frames overtake those that wait.
-func (c *Conn) write(b []byte, urgent bool) error {
-	if urgent {
+// Urgency says when a frame is sent.
+type Urgency int
+
+// When a frame is sent.
+const (
+	Later  Urgency = iota // with the next frame, or at the next Flush: small frames go together
+	Soon                  // now
+	Urgent                // now, before those that wait
+)
+
+// What goes together, in bytes.
+const (
+	maxBatch   = 64 << 10
+	maxBatched = 16 << 10 // a larger frame is not worth the copy
+)
+
+// write sends a sealed frame.
+func (c *Conn) write(b []byte, when Urgency) error {
+	if when == Urgent {
 		c.send.lockUrgent()
 		defer c.send.unlockUrgent()
 	} else {
 		c.send.lock()
 		defer c.send.unlock()
 	}
+	if when == Later && len(b) <= maxBatched {
+		if len(c.batch)+len(b) > maxBatch {
+			if err := c.flush(); err != nil {
+				return err
+			}
+		}
+		c.batch = append(c.batch, b...)
+		return nil
+	}
+	if err := c.flush(); err != nil {
+		return err
+	}
+	if err := c.writeOut(b); err != nil {
+		return fmt.Errorf("send %s: %w", Type(b[4]), err)
+	}
+	return nil
+}
+
+// Flush sends what was to be sent later.
+func (c *Conn) Flush() error {
+	c.send.lock()
+	defer c.send.unlock()
+	return c.flush()
+}
+
+func (c *Conn) flush() error {
+	if len(c.batch) == 0 {
+		return nil
+	}
+	b := c.batch
+	c.batch = c.batch[:0]
+	if err := c.writeOut(b); err != nil {
+		return fmt.Errorf("send: %w", err)
+	}
+	return nil
+}
+
+func (c *Conn) writeOut(b []byte) error {
 	c.writing.Store(time.Now().UnixNano())
 	defer c.writing.Store(0)
 	n, err := c.stream.Write(b)
 	c.out.Add(int64(n))
-	if err != nil {
-		return fmt.Errorf("send %s: %w", Type(b[4]), err)
-	}
-	return nil
+	return err
 }
 
 // Read receives the next frame.
@@ -193,7 +247,7 @@ func (c *Conn) Read() (f Frame, err error) {
 	defer c.waiting.Store(0)
 	c.heard.Store(true)
 	h := c.header[:]
-	if _, err := io.ReadFull(c.stream, h); err != nil {
+	if _, err := io.ReadFull(c.reader, h); err != nil {
 		return f, fmt.Errorf("receive: %w", err)
 	}
 	f = Frame{Type: Type(h[4]), Encoding: Encoding(h[5]), Device: binary.LittleEndian.Uint16(h[6:])}
@@ -223,7 +277,7 @@ func (c *Conn) readPayload(length int) error {
 		if len(c.buffer) < done+n {
 			c.buffer = append(c.buffer, make([]byte, done+n-len(c.buffer))...)
 		}
-		m, err := io.ReadFull(c.stream, c.buffer[done:done+n])
+		m, err := io.ReadFull(c.reader, c.buffer[done:done+n])
 		done += m
 		if m > 0 {
 			c.waiting.Store(time.Now().UnixNano())

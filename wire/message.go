@@ -156,8 +156,8 @@ type Resume struct {
 	Missing []*block.Bitmap
 }
 
-// Progress reports what has arrived since the migration began. Its payload: bytes uint64.
-type Progress struct{ Bytes int64 }
+// Progress answers a [Cycle]: all that was sent before it is stored. Its payload: number uint32.
+type Progress struct{ Cycle int }
 
 // Code says what kind an error is.
 type Code uint16
@@ -235,7 +235,7 @@ func (c *Conn) Send(message any) error {
 	case Resume:
 		t, b = TypeResume, appendLists(append(b, byte(m.Outcome)), m.Missing)
 	case Progress:
-		t, b = TypeProgress, le.AppendUint64(b, uint64(m.Bytes))
+		t, b = TypeProgress, le.AppendUint32(b, uint32(m.Cycle))
 	case Error:
 		t, b = TypeError, append(le.AppendUint16(b, uint16(m.Code)), cut(m.Text)...)
 	default:
@@ -245,7 +245,7 @@ func (c *Conn) Send(message any) error {
 		return fmt.Errorf("send %s: %d bytes are more than the protocol allows", t, len(b)-headerSize)
 	}
 	sealFrame(b, t, 0, uint16(device))
-	return c.write(b, true)
+	return c.write(b, Urgent)
 }
 
 func oneIf(b bool) byte {
@@ -313,7 +313,7 @@ func Decode(f Frame, sizes []int64) (any, error) {
 	case TypeResume:
 		m = Resume{Outcome: Outcome(r.uint8()), Missing: r.lists(sizes)}
 	case TypeProgress:
-		m = Progress{Bytes: int64(r.uint64())}
+		m = Progress{Cycle: int(r.uint32())}
 	case TypeError:
 		m = Error{Code: Code(r.uint16()), Text: string(r.rest())}
 	default:

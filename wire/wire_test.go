@@ -52,7 +52,7 @@ func messages() []any {
 		Ack{Accepted: true}, Ack{Reason: "no"},
 		Resume{Outcome: Accepted, Missing: []*block.Bitmap{pages(10), pages(1024, 7, 1023)}},
 		TypeComplete, TypeReleased, TypePing,
-		Progress{Bytes: 9},
+		Progress{Cycle: 9},
 		Snapshot{Paused: 5 * time.Millisecond},
 		Contents{Device: 1, First: 3, Blocks: []block.ID{{1}, {}, {2, 3}}},
 		Operation{Device: 1, ID: 7, Kind: Write, Off: 4096, Length: 3, Data: []byte("abc")},
@@ -128,11 +128,11 @@ func TestExtents(t *testing.T) {
 		t.Fatal("it does not compress")
 	}
 	if err := errors.Join(
-		c.SendCompressed(b, 0, 0, testSizes[0], false),
-		c.SendExtent(b, 0, 0, Raw, 0, testSizes[0], false),
-		c.SendExtent(b, 9*block.PageSize, 0, Raw, 9*block.PageSize, block.PageSize-100, true),
-		c.SendExtent(b, 0, 1, Zero, 8192, 4<<20-8192, false),
-		c.SendExtent(b, 0, 1, Same, 0, 4096, false),
+		c.SendCompressed(b, 0, 0, testSizes[0], Soon),
+		c.SendExtent(b, 0, 0, Raw, 0, testSizes[0], Soon),
+		c.SendExtent(b, 9*block.PageSize, 0, Raw, 9*block.PageSize, block.PageSize-100, Urgent),
+		c.SendExtent(b, 0, 1, Zero, 8192, 4<<20-8192, Soon),
+		c.SendExtent(b, 0, 1, Same, 0, 4096, Soon),
 	); err != nil {
 		t.Fatal(err)
 	}
@@ -236,7 +236,7 @@ func TestUrgentOvertakes(t *testing.T) {
 	for range background {
 		go func() {
 			b := NewExtentBuffer()
-			done <- c.SendExtent(b, 0, 1, Raw, 0, MaxExtent, false)
+			done <- c.SendExtent(b, 0, 1, Raw, 0, MaxExtent, Soon)
 		}()
 	}
 	time.Sleep(10 * time.Millisecond) // all wait now
@@ -303,7 +303,7 @@ func BenchmarkExtent(b *testing.B) {
 	c, r := NewConn(ours), NewConn(theirs)
 	go func() {
 		buf := NewExtentBuffer()
-		for c.SendExtent(buf, 0, 1, Raw, 0, MaxExtent, false) == nil {
+		for c.SendExtent(buf, 0, 1, Raw, 0, MaxExtent, Soon) == nil {
 		}
 	}()
 	d, err := NewDecoder()

@@ -264,6 +264,9 @@ func runPeer(ctx context.Context, p *peer.Peer, listener net.Listener, show *mig
 			switch {
 			case e.moved:
 				show.summary(p)
+				if e.err == nil {
+					lull(ctx)
+				}
 				return e.err
 			case errors.Is(e.err, migrate.ErrInDoubt):
 				return e.err
@@ -291,6 +294,14 @@ func runPeer(ctx context.Context, p *peer.Peer, listener net.Listener, show *mig
 			endSync()
 			return suspend(ctx, p)
 		}
+	}
+}
+
+// lull waits before what is left here is taken apart, which keeps a CPU busy: a VM that moved within this host needs them in its first moments there.
+func lull(ctx context.Context) {
+	select {
+	case <-time.After(500 * time.Millisecond):
+	case <-ctx.Done():
 	}
 }
 

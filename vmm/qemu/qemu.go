@@ -26,6 +26,7 @@ import (
 // Driver is the QEMU driver. The zero value is ready.
 type Driver struct {
 	Bin string // looked up on PATH when it holds no slash; "" for the one of this architecture
+	Own bool   // whether a machine without [vmm.Boot] waits for [Machine.ReceiveOwn] instead of Restore
 }
 
 var _ vmm.Driver = Driver{}
@@ -127,7 +128,11 @@ func (d Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
 		return nil, err
 	}
 	m := &Machine{launch: l, hardware: hw, ended: make(chan struct{}), migration: make(chan string, 16)}
-	if err := m.start(ctx, path, args); err != nil {
+	err = m.start(ctx, path, args)
+	if err == nil && l.Boot == nil && !d.Own {
+		err = m.await(ctx)
+	}
+	if err != nil {
 		return nil, errors.Join(err, m.Close())
 	}
 	return m, nil
@@ -192,11 +197,15 @@ type Machine struct {
 	launch   vmm.Launch
 	hardware vmm.Hardware
 
-	memory  *os.File // the memory device, for Flush
-	process *process.Process
-	qmp     *qmp
-	console *console.Console
-	stderr  *console.LastLines
+	memory   *os.File // the memory device, for Flush
+	incoming *os.File // where Restore writes the state; nil before await, and after Restore
+
+	saving   sync.Mutex // guards outgoing
+	outgoing *os.File   // where Save reads the state; nil before prepareSave, and after Save
+	process  *process.Process
+	qmp      *qmp
+	console  *console.Console
+	stderr   *console.LastLines
 
 	workers   sync.WaitGroup // console, stderr and event readers
 	migration chan string    // status values of MIGRATION events
@@ -402,6 +411,9 @@ const flushWindow = 4 << 20
 
 // Flush implements [vmm.Machine]. It does not pause the guest: memory is a shared mapping of the device, which is written back, most of it in pieces.
 func (m *Machine) Flush(ctx context.Context) error {
+	if err := m.prepareSave(ctx); err != nil { // no later: after the last flush the VM is paused
+		return err
+	}
 	for off := int64(0); off < m.launch.MemorySize && ctx.Err() == nil; off += flushWindow {
 		err := unix.SyncFileRange(int(m.memory.Fd()), off, flushWindow, unix.SYNC_FILE_RANGE_WAIT_BEFORE|unix.SYNC_FILE_RANGE_WRITE|unix.SYNC_FILE_RANGE_WAIT_AFTER)
 		if err != nil {
@@ -414,18 +426,42 @@ func (m *Machine) Flush(ctx context.Context) error {
 	return nil
 }
 
+// outgoingName is a file's name within QEMU, of which each is used once.
+const outgoingName = "save"
+
+// prepareSave does what Save needs before the VM is paused.
+func (m *Machine) prepareSave(ctx context.Context) error {
+	m.saving.Lock()
+	defer m.saving.Unlock()
+	if m.outgoing != nil {
+		return nil
+	}
+	r, w, err := statePipe()
+	if err != nil {
+		return fmt.Errorf("prepare to save state: %w", err)
+	}
+	if err := errors.Join(m.command(ctx, "getfd", map[string]any{"fdname": outgoingName}, w), w.Close()); err != nil {
+		return errors.Join(fmt.Errorf("prepare to save state: %w", err), r.Close())
+	}
+	m.outgoing = r
+	return nil
+}
+
 // Save implements [vmm.Machine].
 func (m *Machine) Save(ctx context.Context, state io.Writer) error {
-	r, w, err := os.Pipe()
-	if err != nil {
-		return fmt.Errorf("save state: %w", err)
+	if err := m.prepareSave(ctx); err != nil {
+		return err
 	}
+	m.saving.Lock()
+	r := m.outgoing
+	m.outgoing = nil
+	m.saving.Unlock()
 	copied := make(chan error, 1)
 	go func() {
 		_, err := io.Copy(state, r)
 		copied <- errors.Join(err, r.Close()) // closed early, QEMU fails with EPIPE and reports it
 	}()
-	err = m.migrate(ctx, "migrate", "save", w)
+	err := m.migrate(ctx, "migrate", outgoingName)
 	if err != nil {
 		// QEMU may hold its end open after a failure; do not wait for it.
 		r.SetReadDeadline(time.Unix(1, 0))
@@ -439,18 +475,37 @@ func (m *Machine) Save(ctx context.Context, state io.Writer) error {
 	return nil
 }
 
+// await lets QEMU wait for the state that Restore writes, so that this need not be done while the VM is paused.
+func (m *Machine) await(ctx context.Context) error {
+	r, w, err := statePipe()
+	if err != nil {
+		return fmt.Errorf("wait for state: %w", err)
+	}
+	m.incoming = w
+	const name = "restore"
+	err = m.command(ctx, "getfd", map[string]any{"fdname": name}, r)
+	if err = errors.Join(err, r.Close()); err == nil {
+		err = m.command(ctx, "migrate-incoming", map[string]any{"uri": "fd:" + name})
+	}
+	if err != nil {
+		return fmt.Errorf("wait for state: %w", err)
+	}
+	return nil
+}
+
 // Restore implements [vmm.Machine].
 func (m *Machine) Restore(ctx context.Context, state io.Reader) error {
-	r, w, err := os.Pipe()
-	if err != nil {
-		return fmt.Errorf("restore state: %w", err)
+	w := m.incoming
+	m.incoming = nil
+	if w == nil {
+		return errors.New("restore state: QEMU does not wait for it")
 	}
 	copied := make(chan error, 1)
 	go func() {
 		_, err := io.Copy(w, state)
 		copied <- errors.Join(err, w.Close())
 	}()
-	err = m.migrate(ctx, "migrate-incoming", "restore", r)
+	err := m.migrated(ctx)
 	if err != nil {
 		w.SetWriteDeadline(time.Unix(1, 0))
 	}
@@ -463,18 +518,39 @@ func (m *Machine) Restore(ctx context.Context, state io.Reader) error {
 	return nil
 }
 
-// migrate gives file to QEMU and runs command on it until QEMU reports the end. It closes file.
-func (m *Machine) migrate(ctx context.Context, command, name string, file *os.File) error {
-	err := m.command(ctx, "getfd", map[string]any{"fdname": name}, file)
-	if err = errors.Join(err, file.Close()); err != nil {
-		return err
+// statePipe makes a pipe that holds a whole state, so that QEMU and this process need not wait for one another. The default of 64 KiB costs 10 ms of waiting.
+func statePipe() (r, w *os.File, err error) {
+	const size = 1 << 20 // what a user other than root may have, too; see pipe(7)
+	if r, w, err = os.Pipe(); err != nil {
+		return nil, nil, err
 	}
+	var ferr error
+	conn, err := w.SyscallConn()
+	if err == nil {
+		err = conn.Control(func(fd uintptr) { _, ferr = unix.FcntlInt(fd, unix.F_SETPIPE_SZ, size) })
+	}
+	if err != nil {
+		return nil, nil, errors.Join(err, r.Close(), w.Close())
+	}
+	if ferr != nil && !errors.Is(ferr, unix.EPERM) { // with too many pipes already, it stays small
+		return nil, nil, errors.Join(fmt.Errorf("resize pipe: %w", ferr), r.Close(), w.Close())
+	}
+	return r, w, nil
+}
+
+// migrate runs command on a file that QEMU has a name for, until QEMU reports the end.
+func (m *Machine) migrate(ctx context.Context, command, name string) error {
 	for len(m.migration) > 0 {
 		<-m.migration // left over from an earlier one
 	}
 	if err := m.command(ctx, command, map[string]any{"uri": "fd:" + name}); err != nil {
 		return err
 	}
+	return m.migrated(ctx)
+}
+
+// migrated waits until QEMU reports the end of a migration.
+func (m *Machine) migrated(ctx context.Context) error {
 	for {
 		select {
 		case status := <-m.migration:
@@ -544,8 +620,10 @@ func (m *Machine) Close() error {
 		}
 		<-m.ended
 	}
-	if m.memory != nil {
-		errs = append(errs, m.memory.Close())
+	for _, f := range []*os.File{m.memory, m.incoming, m.outgoing} {
+		if f != nil {
+			errs = append(errs, f.Close())
+		}
 	}
 	return errors.Join(errs...)
 }
