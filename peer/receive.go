@@ -52,6 +52,7 @@ func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	p.mu.Unlock()
 	stats := target.Stats()
 	running := time.Since(start)
+	firstMoments(ctx)
 	// The VM runs and serves its clients: an agent that does not answer is no reason to end it.
 	if err := p.instance.AfterResume(ctx, p.config.ResumeTimeout); err != nil {
 		slog.Error("The VM runs, but its agent does not answer; its clock may be behind", "error", err)
@@ -70,6 +71,14 @@ func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	}
 	slog.Info("Resumed VM", "took", running.Round(time.Millisecond), "downtime", stats.Paused.Round(10*time.Microsecond), "agentAfter", time.Since(start).Round(time.Millisecond))
 	return nil
+}
+
+// firstMoments gives the guest's clients the first moments after a move, in which every step of the guest is a slow one, before its agent gets work to do.
+func firstMoments(ctx context.Context) {
+	select {
+	case <-time.After(150 * time.Millisecond):
+	case <-ctx.Done():
+	}
 }
 
 // Arrived is closed when a VM that came by a migration is complete, or never will be; ArrivalError then tells which. It is nil for a VM that was started here.

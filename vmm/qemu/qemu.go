@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -200,6 +201,7 @@ type Machine struct {
 	memory   *os.File // the memory device, for Flush
 	incoming *os.File // where Restore writes the state; nil before await, and after Restore
 
+	paused   atomic.Bool
 	saving   sync.Mutex // guards outgoing
 	outgoing *os.File   // where Save reads the state; nil before prepareSave, and after Save
 	process  *process.Process
@@ -401,10 +403,19 @@ func (m *Machine) command(ctx context.Context, name string, arguments any, files
 func (m *Machine) Hardware() vmm.Hardware { return m.hardware }
 
 // Resume implements [vmm.Machine].
-func (m *Machine) Resume(ctx context.Context) error { return m.command(ctx, "cont", nil) }
+func (m *Machine) Resume(ctx context.Context) error {
+	m.paused.Store(false)
+	return m.command(ctx, "cont", nil)
+}
 
 // Pause implements [vmm.Machine].
-func (m *Machine) Pause(ctx context.Context) error { return m.command(ctx, "stop", nil) }
+func (m *Machine) Pause(ctx context.Context) error {
+	if err := m.command(ctx, "stop", nil); err != nil {
+		return err
+	}
+	m.paused.Store(true)
+	return nil
+}
 
 // flushWindow is how much of memory is written back at once, in bytes. A guest that writes to a page which is being written back waits for it.
 const flushWindow = 4 << 20
@@ -414,7 +425,7 @@ func (m *Machine) Flush(ctx context.Context) error {
 	if err := m.prepareSave(ctx); err != nil { // no later: after the last flush the VM is paused
 		return err
 	}
-	for off := int64(0); off < m.launch.MemorySize && ctx.Err() == nil; off += flushWindow {
+	for off := int64(0); off < m.launch.MemorySize && ctx.Err() == nil && !m.paused.Load(); off += flushWindow {
 		err := unix.SyncFileRange(int(m.memory.Fd()), off, flushWindow, unix.SYNC_FILE_RANGE_WAIT_BEFORE|unix.SYNC_FILE_RANGE_WRITE|unix.SYNC_FILE_RANGE_WAIT_AFTER)
 		if err != nil {
 			return fmt.Errorf("flush memory device %s: %w", m.launch.Memory, err)
