@@ -8,7 +8,7 @@ SERVERS := $(TOOLS)/versitygw $(TOOLS)/registry
 LDFLAGS := -s -w -X drafter/internal/cli.Version=$(VERSION)
 TESTTIMEOUT ?= 40m
 
-.PHONY: help demo test build setup tools servers lint generate check-generated unit soak bench bench-quick bench-report redis-image install clean
+.PHONY: help demo test build setup tools servers lint generate check-generated unit soak bench bench-quick bench-report profile benchmarks redis-image install clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,16 @@ bench-quick: setup build ## measure what the ratios need: three minutes
 
 bench-report: ## make docs/benchmarks.md and its charts of bench/results/latest.json
 	$(GO) run ./bench/report
+
+profile: setup build ## CPU and allocation profiles of live migrations, in out/profile
+	mkdir -p out/profile
+	DRAFTER=$(CURDIR)/bin/drafter $(GO) test -run xxx -bench Migration -benchtime 3x -cpuprofile $(CURDIR)/out/profile/cpu.pprof -memprofile $(CURDIR)/out/profile/memory.pprof \
+		-o out/profile/bench.test ./bench
+	@echo "Look at them with: go tool pprof -http localhost:8080 out/profile/bench.test out/profile/cpu.pprof"
+
+benchmarks: ## Go benchmarks of the hot functions, for benchstat: run it before and after a change
+	$(GO) test -run xxx -bench . -count 6 ./block ./wire ./vmm/firecracker/uffd
+	$(GO) test -run xxx -bench 'Engine|RawTCP' -benchtime 3x -count 6 ./bench
 
 redis-image: ## an OCI image of Redis without any registry, in out/redis-image
 	$(GO) run ./internal/redisimage/cmd --output out/redis-image

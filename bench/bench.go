@@ -77,10 +77,14 @@ func Run(ctx context.Context, o Options) error {
 			return fmt.Errorf("part %q is unknown; choose of %s", name, strings.Join(names, ", "))
 		}
 	}
-	if err := errors.Join(os.RemoveAll(o.Dir), os.MkdirAll(o.Dir, 0o755)); err != nil {
+	dir, err := filepath.Abs(o.Dir) // a VMM has a working directory of its own
+	if err != nil {
 		return err
 	}
-	b := &bench{drafter: tour.Drafter{Bin: o.Drafter, Logs: o.Dir}, dir: o.Dir, quick: o.Quick, progress: o.Progress, values: map[string][]float64{}}
+	if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o755)); err != nil {
+		return err
+	}
+	b := &bench{drafter: tour.Drafter{Bin: o.Drafter, Logs: dir}, dir: dir, quick: o.Quick, progress: o.Progress, values: map[string][]float64{}}
 	for _, p := range parts {
 		if len(o.Parts) > 0 && !slices.Contains(o.Parts, p.name) || len(o.Parts) == 0 && o.Quick && !p.quick {
 			continue

@@ -200,6 +200,7 @@ func (b *bench) resumeOnce(ctx context.Context, pkg string) error {
 	if err := copyPackage(ctx, pkg, copied); err != nil {
 		return err
 	}
+	unix.Sync() // a package that has just been copied is not what anybody resumes
 	config, err := vmm.ReadPackageConfig(filepath.Join(copied, vmm.PackageFile(vmm.Config)))
 	if err != nil {
 		return err

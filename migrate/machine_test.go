@@ -120,6 +120,17 @@ func (g *scripted) fault(call string) error {
 	return nil
 }
 
+// onCall does something at each call of a kind.
+func (g *scripted) onCall(name string, do func() error) {
+	f := func(call string) error {
+		if call == name {
+			return do()
+		}
+		return nil
+	}
+	g.failing.Store(&f)
+}
+
 func newScripted(l *ledger, side string, seed uint64, devices map[string]block.Device) *scripted {
 	return &scripted{ledger: l, side: side, rng: rand.New(rand.NewPCG(seed, uint64(len(side)))), devices: devices, stop: make(chan struct{}), rate: 50 * time.Microsecond}
 }

@@ -41,6 +41,10 @@ type Limits struct {
 	// How long a source waits after a handoff before it makes durable what it still has, and notes how things stand: at that moment the target needs the
 	// disks and CPUs, if it shares them, and a moment later most of it is not needed any more. Default 250 ms.
 	note time.Duration
+
+	// A source waits before it pauses the VM until the target has stored what it was sent, for at most patience, default 250 ms, if the target is near: it has
+	// answered within nearby, default 10 ms, when it had nothing to do.
+	nearby, patience time.Duration
 }
 
 // Check refuses limits that contradict each other.
@@ -57,6 +61,7 @@ func (l Limits) complete() (Limits, error) {
 	}{
 		{&l.Downtime, 300 * time.Millisecond}, {&l.Prepare, 5 * time.Second}, {&l.Handoff, time.Minute}, {&l.Silence, 10 * time.Second},
 		{&l.Reconnect, 200 * time.Millisecond}, {&l.Settle, time.Minute}, {&l.Warm, 3 * time.Second}, {&l.note, 250 * time.Millisecond},
+		{&l.nearby, 10 * time.Millisecond}, {&l.patience, 250 * time.Millisecond},
 	} {
 		if *d.value == 0 {
 			*d.value = d.fallback

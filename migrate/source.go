@@ -917,25 +917,19 @@ func (o *outgoing) answered(cycle int) {
 	}
 }
 
-// What a target may take to answer.
-const (
-	nearby   = 10 * time.Millisecond  // when it has nothing to do, to be worth waiting for
-	patience = 250 * time.Millisecond // when it has
-)
-
 // catchUp waits until the target has stored what it was sent, if it is near: it would do it while the VM is paused otherwise.
 func (o *outgoing) catchUp(ctx context.Context) error {
 	o.mu.Lock()
 	quickest := o.announced.quickest
 	o.mu.Unlock()
-	if quickest == 0 || quickest > nearby {
+	if quickest == 0 || quickest > o.config.Limits.nearby {
 		return nil
 	}
 	cycle := o.cycle + 1 // only this goroutine changes cycle
 	if err := o.announce(cycle, 0); err != nil {
 		return err
 	}
-	timeout := time.NewTimer(patience)
+	timeout := time.NewTimer(o.config.Limits.patience)
 	defer timeout.Stop()
 	for {
 		select {

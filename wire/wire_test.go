@@ -226,6 +226,61 @@ func TestAnnouncedLength(t *testing.T) {
 	}
 }
 
+// counter is a stream in memory that counts what is written.
+type counter struct {
+	buffer
+	writes int
+}
+
+func (c *counter) Write(p []byte) (int, error) {
+	c.writes++
+	return c.buffer.Write(p)
+}
+
+// Small frames that may wait go together, in order, and before whatever is sent after them.
+func TestLater(t *testing.T) {
+	s := &counter{}
+	c := NewConn(s)
+	send := func(device int, pages int64, when Urgency) {
+		t.Helper()
+		if err := c.SendExtent(NewExtentBuffer(), 0, device, Raw, 0, pages*block.PageSize, when); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var want []int
+	for i, step := range []struct {
+		do     func()
+		sends  []int
+		writes int // so far
+	}{
+		{func() { send(1, 1, Later); send(2, 3, Later) }, []int{1, 2}, 0},
+		{func() { _ = c.Flush(); _ = c.Flush() }, nil, 1},
+		{func() { send(3, 1, Later); send(4, 4, Later) }, []int{3, 4}, 3}, // the second is too large to wait
+		{func() { send(5, 1, Later); send(6, 1, Soon) }, []int{5, 6}, 5},
+		{func() { send(7, 1, Later); send(8, 1, Urgent) }, []int{7, 8}, 7},
+		{func() {
+			for range maxBatch/(4*block.PageSize) + 1 {
+				send(9, 3, Later)
+			}
+		}, []int{9, 9, 9, 9, 9}, 7},
+		{func() { send(10, 3, Later); send(11, 1, Later) }, []int{10, 11}, 8}, // more than goes together
+		{func() { _ = c.Flush() }, nil, 9},
+	} {
+		step.do()
+		want = append(want, step.sends...)
+		if s.writes != step.writes {
+			t.Errorf("after step %d there were %d writes, not %d", i, s.writes, step.writes)
+		}
+	}
+	r := NewConn(&s.buffer)
+	for i, device := range want {
+		f, err := r.Read()
+		if err != nil || f.Type != TypeExtent || int(f.Device) != device {
+			t.Fatalf("frame %d is %s of device %d, %v; it should be of device %d", i, f.Type, f.Device, err, device)
+		}
+	}
+}
+
 // An urgent frame does not wait for more than the one that is being sent.
 func TestUrgentOvertakes(t *testing.T) {
 	ours, theirs := net.Pipe()
