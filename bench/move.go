@@ -49,8 +49,8 @@ type contest struct {
 var (
 	quick = []contest{
 		{"loopback", 1, "random", []string{"precopy300", "present", "precopy30", "absent"}, 3},
-		{"1gbit_rtt100", 1, "random", []string{"present"}, 3},
-		{"loopback", 8, "random", []string{"present"}, 3},
+		{"1gbit_rtt100", 1, "random", []string{"present"}, 2},
+		{"loopback", 8, "random", []string{"present"}, 2},
 	}
 	everybody, _ = Opponents()
 	whole        = []contest{
@@ -86,11 +86,17 @@ func (c contest) key(opponent, figure string) string {
 }
 
 // move is live migration.
-func (b *bench) move(ctx context.Context, _ int) error {
+func (b *bench) move(ctx context.Context, rounds int) error {
+	contests := slices.Clone(whole)
 	if b.quick {
-		return b.moves(ctx, quick)
+		contests = slices.Clone(quick)
 	}
-	return b.moves(ctx, whole)
+	for i := range contests {
+		if rounds > 0 {
+			contests[i].rounds = rounds
+		}
+	}
+	return b.moves(ctx, contests)
 }
 
 // moves lets opponents move the same guest under the same load, one after the other, in rounds.

@@ -422,8 +422,10 @@ const flushWindow = 4 << 20
 
 // Flush implements [vmm.Machine]. It does not pause the guest: memory is a shared mapping of the device, which is written back, most of it in pieces.
 func (m *Machine) Flush(ctx context.Context) error {
-	if err := m.prepareSave(ctx); err != nil { // no later: after the last flush the VM is paused
-		return err
+	if !m.paused.Load() { // then Save need not do it
+		if err := m.prepareSave(ctx); err != nil {
+			return err
+		}
 	}
 	for off := int64(0); off < m.launch.MemorySize && ctx.Err() == nil && !m.paused.Load(); off += flushWindow {
 		err := unix.SyncFileRange(int(m.memory.Fd()), off, flushWindow, unix.SYNC_FILE_RANGE_WAIT_BEFORE|unix.SYNC_FILE_RANGE_WRITE|unix.SYNC_FILE_RANGE_WAIT_AFTER)
