@@ -72,7 +72,11 @@ func write(input, directory string) error {
 	} {
 		p, err := chart()
 		if err == nil {
-			err = p.Save(16*vg.Centimeter, 9*vg.Centimeter, filepath.Join(charts, name))
+			p.Title.TextStyle.Font.Size = vg.Points(11)
+			p.Title.Padding = vg.Points(6)
+			p.X.Max += (p.X.Max - p.X.Min) / 20 // else what is at the edge is cut
+			p.Y.Max *= 1.15
+			err = p.Save(20*vg.Centimeter, 10*vg.Centimeter, filepath.Join(charts, name))
 		}
 		if err != nil {
 			return fmt.Errorf("chart %s: %w", name, err)
@@ -195,6 +199,7 @@ func (r *report) chartOpponents() (*plot.Plot, error) {
 		labels = append(labels, o)
 	}
 	p.NominalX(labels...)
+	p.X.Min, p.X.Max = -0.5, float64(len(labels))-0.5
 	return p, nil
 }
 
@@ -286,8 +291,9 @@ func (r *report) chartTimeline() (*plot.Plot, error) {
 		p.Add(l)
 		p.Legend.Add(series.name, l)
 	}
+	// The phases' names stand below one another: those of the handoff are close.
 	top := p.Y.Max
-	last := ""
+	last, row := "", 0.0
 	for _, m := range r.Timeline {
 		if m.Phase == last {
 			continue
@@ -298,12 +304,15 @@ func (r *report) chartTimeline() (*plot.Plot, error) {
 			return nil, err
 		}
 		l.Dashes = []vg.Length{vg.Points(2), vg.Points(2)}
-		text, err := plotter.NewLabels(plotter.XYLabels{XYs: plotter.XYs{{X: m.MS, Y: top * 0.9}}, Labels: []string{" " + m.Phase}})
+		l.Width = vg.Points(0.5)
+		text, err := plotter.NewLabels(plotter.XYLabels{XYs: plotter.XYs{{X: m.MS, Y: top * (0.75 - row/14)}}, Labels: []string{" " + m.Phase}})
 		if err != nil {
 			return nil, err
 		}
+		row++
 		p.Add(l, text)
 	}
 	p.Legend.Top, p.Legend.Left = true, true
+	p.X.Max += (p.X.Max - p.X.Min) / 6 // room for the last name
 	return p, nil
 }
