@@ -41,7 +41,7 @@ func TestArtifact(t *testing.T) {
 	if err := vm.Signal(syscall.SIGKILL); err != nil { // in the middle of the pull
 		t.Fatal(err)
 	}
-	vm.Wait()
+	s.awaitKilled(t, vm)
 	vm = s.start(t, append(args, "instance-1")...)
 	await(t, vm, "The whole package is here and verified")
 	if err := c.Set(t.Context(), "pulled", "yes", 0).Err(); err != nil {

@@ -182,7 +182,7 @@ func TestFailedCheckpoint(t *testing.T) {
 	if err := killed.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	killed.Wait()
+	s.awaitKilled(t, killed)
 	if after := sums(t, backup); after != before {
 		t.Errorf("a killed checkpoint changed the one before:\n%s\nwas:\n%s", after, before)
 	}

@@ -206,7 +206,7 @@ func TestFaultsBeforeHandoff(t *testing.T) {
 	if err := vm.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	vm.Wait()
+	s.awaitKilled(t, vm)
 	await(t, source, "A connection or a migration failed; the VM runs here")
 	alive("target killed")
 	if line := s.fails(t, append(s.peerArgs("instance-1", "--netns", "ark1"), s.withoutPackage(1)...)...); !strings.Contains(line, "did not get to its end") {
@@ -275,7 +275,7 @@ func TestFaultsBeforeHandoff(t *testing.T) {
 	if err := source.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	source.Wait()
+	s.awaitKilled(t, source)
 	fails(vm, "the VM stays at its source")
 	empty("source killed")
 	if line := s.fails(t, s.peerArgs("instance-0")...); !strings.Contains(line, "never suspended") {

@@ -31,7 +31,7 @@ func (s *site) doubt(t *testing.T, source *tour.Service) {
 	if err := target.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	<-target.Done()
+	s.awaitKilled(t, target)
 	l.cut()
 	await(t, source, "The target does not answer: it is in doubt who owns the VM, which stays paused here; waiting for the target, or for 'drafter peer settle'")
 }
@@ -76,7 +76,7 @@ func TestSettle(t *testing.T) {
 	if err := source.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	<-source.Done()
+	s.awaitKilled(t, source)
 	if line := s.fails(t, s.peerArgs("instance-0")...); !strings.Contains(line, "drafter peer settle") {
 		t.Errorf("start of a VM in doubt: %s", line)
 	}
@@ -226,7 +226,7 @@ func TestSourceDiesInPostCopy(t *testing.T) {
 	if err := source.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	<-source.Done()
+	s.awaitKilled(t, source)
 	time.Sleep(time.Second)
 	select {
 	case <-vm.Done():

@@ -234,7 +234,7 @@ func TestMounterRefused(t *testing.T) {
 	if err := a.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	a.Wait()
+	s.awaitKilled(t, a)
 	a = s.mount(t, ".", false)
 	if got, err := os.ReadFile(filepath.Join(s.dir, "mounts/data")); err != nil || !bytes.Equal(got, want) {
 		t.Errorf("after a kill other bytes are there, or %v", err)

@@ -121,7 +121,7 @@ func TestInterruptedPull(t *testing.T) {
 	if err := vm.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	vm.Wait()
+	s.awaitKilled(t, vm)
 	here := blocks(t, s.dir, "pulled/.memory.bin.partial")
 	if here == 0 {
 		t.Error("nothing of the memory is kept")

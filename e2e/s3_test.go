@@ -80,7 +80,7 @@ func TestLostHost(t *testing.T) {
 	if err := vm.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	vm.Wait()
+	s.awaitKilled(t, vm)
 	for {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		line, err := vm.Await(ctx, "Synced to S3")
@@ -204,7 +204,7 @@ func TestStorageAway(t *testing.T) {
 	if err := next.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	next.Wait()
+	s.awaitKilled(t, next)
 	vm = s.peer(t, "restored", "--netns", "ark1", "--package", "s3://vms/two")
 	if v, err := c.Get(t.Context(), "moved").Result(); err != nil || v != "yes" {
 		t.Errorf("%q, %v", v, err)
