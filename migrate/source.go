@@ -1082,7 +1082,7 @@ func (o *outgoing) handOff(ctx context.Context) (State, error) {
 	// A write that hangs ends with its link.
 	stop := context.AfterFunc(ctx, func() { l.cancel(context.Cause(ctx)) })
 	defer stop()
-	paused, err := o.halt(ctx)
+	paused, err := o.freeze(ctx)
 	if err != nil {
 		return "", err
 	}
@@ -1090,14 +1090,6 @@ func (o *outgoing) handOff(ctx context.Context) (State, error) {
 	if !o.config.Limits.NoPostCopy {
 		until = paused.Add(o.config.Limits.Downtime / 2)
 	}
-	// What was written before the pause goes while the state is made.
-	saved := make(chan error, 1)
-	go func() { saved <- o.save(ctx) }()
-	err = l.lost(o.drain(ctx, l, until))
-	if err = errors.Join(<-saved, err); err != nil {
-		return "", err
-	}
-	o.take()
 	if err := o.drain(ctx, l, until); err != nil {
 		return "", l.lost(err)
 	}
@@ -1123,38 +1115,26 @@ func (o *outgoing) handOff(ctx context.Context) (State, error) {
 
 // freeze pauses the VM and makes all that the target lacks pending.
 func (o *outgoing) freeze(ctx context.Context) (paused time.Time, err error) {
-	if paused, err = o.halt(ctx); err != nil {
-		return paused, err
-	}
-	if err := o.save(ctx); err != nil {
-		return paused, err
-	}
-	o.take()
-	return paused, nil
-}
-
-// halt pauses the VM and makes pending what it has written.
-func (o *outgoing) halt(ctx context.Context) (paused time.Time, err error) {
 	paused = time.Now()
 	o.mu.Lock()
 	o.paused = paused
 	o.mu.Unlock()
-	if err := o.config.VM.Pause(ctx); err != nil {
+	vm := o.config.VM
+	if err := vm.Pause(ctx); err != nil {
 		return paused, err
 	}
-	if err := o.config.VM.Flush(ctx); err != nil {
+	if err := vm.Flush(ctx); err != nil {
+		return paused, err
+	}
+	if err := vm.Save(ctx, o.id); err != nil {
+		return paused, err
+	}
+	// The VMM may have written guest memory while it saved.
+	if err := vm.Flush(ctx); err != nil {
 		return paused, err
 	}
 	o.take()
 	return paused, nil
-}
-
-// save makes the paused VM's state. The VMM may write guest memory while it does.
-func (o *outgoing) save(ctx context.Context) error {
-	if err := o.config.VM.Save(ctx, o.id); err != nil {
-		return err
-	}
-	return o.config.VM.Flush(ctx)
 }
 
 // settle waits until it is known who owns the VM.
