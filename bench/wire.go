@@ -6,6 +6,8 @@ import (
 	"math/rand/v2"
 	"net"
 
+	"github.com/klauspost/compress/zstd"
+
 	"drafter/wire"
 )
 
@@ -52,14 +54,21 @@ func encodeAndDecode(encoding wire.Encoding, fill func([]byte)) (err error) {
 	sent := make(chan error, 1)
 	go func() {
 		sent <- func() error {
+			encoder, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1))
+			if err != nil {
+				return err
+			}
 			b := wire.NewExtentBuffer()
 			fill(b.Data())
-			for off := int64(0); off < wireSize; off += wire.MaxExtent {
-				if err := from.SendExtent(b, 0, 0, encoding, off, wire.MaxExtent, wire.Soon); err != nil {
-					return err
+			for off := int64(0); off < wireSize && err == nil; off += wire.MaxExtent {
+				if encoding == wire.Zstd {
+					b.Compress(encoder, 0, wire.MaxExtent)
+					err = from.SendCompressed(b, 0, off, wire.MaxExtent, wire.Soon)
+					continue
 				}
+				err = from.SendExtent(b, 0, 0, encoding, off, wire.MaxExtent, wire.Soon)
 			}
-			return nil
+			return errors.Join(err, encoder.Close())
 		}()
 	}()
 	d, err := wire.NewDecoder()
