@@ -55,11 +55,11 @@ check-generated: generate ## fail when generated files are stale
 soak: setup build servers ## the tests that find more the longer they run: real VMs with random faults, an hour at most
 	DRAFTER_SOAK=1 $(GO) test -timeout 60m -v -run 'TestSoakMigrations|TestKilledPeer' ./e2e
 
-bench: setup build ## measure everything, beside QEMU's own live migration: about an hour
+bench: setup build ## measure everything, beside QEMU's own live migration: far longer than bench-quick
 	bin/drafter bench
 	$(MAKE) bench-report
 
-bench-quick: setup build ## measure what the ratios need: three minutes
+bench-quick: setup build ## measure what the ratios need: some four minutes
 	bin/drafter bench --quick
 	$(MAKE) bench-report
 

@@ -21,7 +21,7 @@ import (
 type Options struct {
 	Drafter  string    // the drafter binary
 	Dir      string    // where packages and instances are made; what it has is removed first
-	Quick    bool      // whether to measure only what the ratios need, in less than three minutes
+	Quick    bool      // whether to measure only what the ratios need
 	Parts    []string  // of [Parts]; none: all
 	Rounds   int       // how often each is measured; 0: as often as the part says
 	Output   string    // file for the result

@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -45,7 +46,7 @@ type contest struct {
 	rounds    int
 }
 
-// quick is done in less than three minutes, and has what ratios are of; whole has everything.
+// quick has what ratios are of, whole everything.
 var (
 	quick = []contest{
 		{"loopback", 1, "random", []string{"precopy300", "present", "precopy30", "absent"}, 3},
@@ -311,7 +312,7 @@ func (b *bench) moveOwn(ctx context.Context, w *watcher, c contest, l link, o op
 		for _, name := range config.Disks() {
 			launch.Disks = append(launch.Disks, vmm.Block{Name: name, Path: paths[name]})
 		}
-		m, err := qemu.Driver{Own: o.own != nil && number == 1}.Launch(ctx, launch)
+		m, err := qemu.Driver{Own: number == 1}.Launch(ctx, launch)
 		if err != nil {
 			return nil, nil, errors.Join(err, d.Close())
 		}
@@ -377,5 +378,8 @@ func restore(ctx context.Context, m vmm.Machine, config *vmm.PackageConfig, path
 	if err != nil {
 		return err
 	}
-	return errors.Join(m.Restore(ctx, strings.NewReader(string(saved))), m.Resume(ctx))
+	if err := m.Restore(ctx, bytes.NewReader(saved)); err != nil {
+		return err
+	}
+	return m.Resume(ctx)
 }
