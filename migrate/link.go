@@ -23,22 +23,20 @@ type link struct {
 func newLink(ctx context.Context, stream io.ReadWriteCloser, silence time.Duration) *link {
 	l := &link{Conn: wire.NewConn(stream)}
 	l.ctx, l.cancel = context.WithCancelCause(ctx)
-	stop := context.AfterFunc(l.ctx, func() {
-		_ = l.Close() // what ended the link is its cause
-	})
-	l.wg.Go(func() {
-		defer stop()
-		l.watch(silence)
-	})
+	l.wg.Go(func() { l.watch(silence) })
 	return l
 }
 
-// watch tells the other side that this one lives, and ends a link that is silent. A ping that cannot be sent does not keep it from doing so.
+// watch tells the other side that this one lives, ends a link that is silent, and closes one that has ended. A ping that cannot be sent does not keep it from
+// doing so.
 func (l *link) watch(silence time.Duration) {
 	pings := make(chan struct{}, 1)
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer close(pings)
+	defer func() {
+		_ = l.Close() // which ends every read and send; what ended the link is its cause
+	}()
 	wg.Go(func() {
 		for range pings {
 			if err := l.Send(wire.TypePing); err != nil {

@@ -182,9 +182,15 @@ func (s *Service) Wait() error {
 // Done is closed when the command has ended.
 func (s *Service) Done() <-chan struct{} { return s.done }
 
-// End terminates the command, if it still runs, and waits for it.
+// End terminates the command, if it still runs, and waits for it. One that does not end says where it stands, in the error.
 func (s *Service) End() error {
-	return errors.Join(s.Signal(syscall.SIGTERM), s.Wait())
+	err := s.Signal(syscall.SIGTERM)
+	select {
+	case <-s.done:
+	case <-time.After(StepTimeout):
+		err = errors.Join(err, fmt.Errorf("drafter %s did not end in %s", s.name, StepTimeout), s.Signal(syscall.SIGQUIT)) // see package runtime
+	}
+	return errors.Join(err, s.Wait())
 }
 
 // Files maps devices to the names their files have on the tour, in the order in which they are listed.
