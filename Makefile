@@ -13,8 +13,8 @@ TESTTIMEOUT ?= 40m
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: setup build ## build, snapshot, resume, reach and move a VM with Redis
-	$(GO) run ./demo
+demo: setup build ## build, snapshot, resume, reach and move a VM with Redis; VMM=firecracker chooses that
+	$(GO) run ./demo --vmm $(or $(VMM),auto)
 
 test: setup build check-generated lint unit ## all tests with the race detector, and lint
 

@@ -2,6 +2,8 @@
 // Redis from an OCI image in a registry, resumes it, writes keys through a forwarded port, suspends, resumes again, and reads all keys back.
 // Then it starts an instance of the package and moves it live to another peer, while a client writes to it.
 // Its last line on stdout is a JSON object with what was measured.
+//
+// With --vmm firecracker all of it runs on Firecracker. With --blueprint it uses one that is there already, and needs no network.
 package main
 
 import (
@@ -9,6 +11,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/signal"
@@ -50,8 +53,12 @@ type migration struct {
 }
 
 func main() {
+	d := &demo{dir: "out/demo", drafter: tour.Drafter{Bin: "bin/drafter", Logs: "out/demo"}}
+	flag.StringVar(&d.vmm, "vmm", "auto", "VMM to use: auto, qemu or firecracker")
+	flag.StringVar(&d.blueprint, "blueprint", "", "Directory of a blueprint with Redis to use (default: a new one)")
+	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	err := run(ctx)
+	err := d.run(ctx)
 	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "Error:", strings.ReplaceAll(err.Error(), "\n", "; "))
@@ -63,37 +70,17 @@ func say(format string, args ...any) {
 	fmt.Fprintf(os.Stderr, "== "+format+"\n", args...)
 }
 
-func run(ctx context.Context) (err error) {
-	d := &demo{dir: "out/demo", drafter: tour.Drafter{Bin: "bin/drafter", Logs: "out/demo"}}
+func (d *demo) run(ctx context.Context) (err error) {
 	if err := os.RemoveAll(d.dir); err != nil {
 		return err
 	}
 	if err := os.MkdirAll(d.dir, 0o755); err != nil {
 		return err
 	}
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		return err
-	}
-	d.cache = filepath.Join(cache, "drafter", "debian")
-
-	say("Making an OCI image of Redis from Debian's packages, and serving it from a registry")
-	image, err := redisimage.Build(ctx, d.cache, d.dir)
-	if err != nil {
-		return fmt.Errorf("make Redis image: %w", err)
-	}
-	ref, stopRegistry, err := redisimage.Serve(image)
-	if err != nil {
-		return err
-	}
-	defer stopRegistry()
-
-	say("Making the blueprint")
-	if err := d.drafter.Run(ctx, os.Stderr, "blueprint", "os", "--output", d.path("blueprint"), "--cache", d.cache); err != nil {
-		return err
-	}
-	if err := d.drafter.Run(ctx, os.Stderr, "blueprint", "oci", "docker://"+ref, "--output", d.path("blueprint/oci.ext4")); err != nil {
-		return err
+	if d.blueprint == "" {
+		if err := d.makeBlueprint(ctx); err != nil {
+			return err
+		}
 	}
 
 	say("Starting the NAT")
@@ -129,16 +116,43 @@ func run(ctx context.Context) (err error) {
 }
 
 type demo struct {
-	dir, cache string
-	drafter    tour.Drafter
+	dir            string
+	vmm, blueprint string
+	drafter        tour.Drafter
 }
 
 func (d *demo) path(name string) string { return filepath.Join(d.dir, name) }
 
+// makeBlueprint makes a blueprint with Redis.
+func (d *demo) makeBlueprint(ctx context.Context) error {
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return err
+	}
+	cache = filepath.Join(cache, "drafter", "debian")
+	say("Making an OCI image of Redis from Debian's packages, and serving it from a registry")
+	image, err := redisimage.Build(ctx, cache, d.dir)
+	if err != nil {
+		return fmt.Errorf("make Redis image: %w", err)
+	}
+	ref, stopRegistry, err := redisimage.Serve(image)
+	if err != nil {
+		return err
+	}
+	defer stopRegistry()
+
+	say("Making the blueprint")
+	d.blueprint = d.path("blueprint")
+	if err := d.drafter.Run(ctx, os.Stderr, "blueprint", "os", "--output", d.blueprint, "--cache", cache); err != nil {
+		return err
+	}
+	return d.drafter.Run(ctx, os.Stderr, "blueprint", "oci", "docker://"+ref, "--output", filepath.Join(d.blueprint, "oci.ext4"))
+}
+
 func (d *demo) snapshot(ctx context.Context, r *result) error {
 	var report bytes.Buffer
 	err := d.drafter.Run(ctx, &report, "snapshotter", "--report", "--enable-output=false", "--chroot-base-dir", d.path("vms"),
-		"--devices", tour.SnapshotterDevices(d.path("blueprint"), d.path("package")))
+		"--vmm", d.vmm, "--devices", tour.SnapshotterDevices(d.blueprint, d.path("package")))
 	if err != nil {
 		return err
 	}

@@ -5,6 +5,7 @@
 package firecracker
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -86,7 +87,29 @@ func runOutside() (code int, err error) {
 	if err != nil {
 		return 0, err
 	}
+	if err := stockKernel(); err != nil {
+		return 0, err
+	}
 	return testhost.Enter("DRAFTER_E2E="+work, "PATH="+filepath.Join(work, "bin")+":"+os.Getenv("PATH"), "GORACE=atexit_sleep_ms=0")
+}
+
+// stockKernel makes a blueprint with Debian's kernel, or takes the one in the directory that DRAFTER_BLUEPRINT names.
+func stockKernel() error {
+	stock := filepath.Join(work, "stock")
+	if dir := os.Getenv("DRAFTER_BLUEPRINT"); dir != "" {
+		return os.Symlink(dir, stock)
+	}
+	build := exec.Command("go", "build", "-o", filepath.Join(work, "bin", "drafter-guest"), "drafter/cmd/drafter-guest")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0") // there is no dynamic linker in the initrd
+	if out, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("build: %w: %s", err, out)
+	}
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return err
+	}
+	d := tour.Drafter{Bin: filepath.Join(work, "bin", "drafter"), Dir: work, Logs: work}
+	return d.Run(context.Background(), io.Discard, "blueprint", "os", "--output", stock, "--cache", filepath.Join(cache, "drafter", "debian"))
 }
 
 func runInside(m *testing.M) (code int, err error) {
@@ -124,7 +147,7 @@ func inventory() string {
 		{"mounts", "cut -d' ' -f5 /proc/self/mountinfo | grep -v /run/netns/; true"},
 		{"cgroups", "find /sys/fs/cgroup -type d -path '*/drafter*'"},
 		{"VM directories", "find " + work + " -path '*/vms/*/*'"},
-		{"VMMs", "grep -al '^/firecracker' /proc/[0-9]*/cmdline; true"},
+		{"VMMs", "grep -sal '^/firecracker' /proc/[0-9]*/cmdline; true"},
 	} {
 		out, err := exec.Command("sh", "-c", c.command).CombinedOutput()
 		if err != nil {
@@ -401,4 +424,62 @@ func TestKilledOwner(t *testing.T) {
 func vmms(inventory string) string {
 	_, list, _ := strings.Cut(inventory, "VMMs:")
 	return list
+}
+
+// A stock kernel that is snapshotted in the middle of its boot boots on wherever it is resumed and moved to. Under PVM its instructions are emulated, and it
+// only gets as far as its early boot: far enough for that.
+func TestStockKernel(t *testing.T) {
+	s := &site{tour.Drafter{Bin: "drafter", Dir: t.TempDir(), Logs: t.TempDir()}, ""}
+	devices := strings.ReplaceAll(`[{"name":"kernel","input":"STOCK/vmlinux","output":"package/vmlinux"},{"name":"disk","input":"STOCK/rootfs.ext4","output":"package/rootfs.ext4"},`+
+		`{"name":"state","output":"package/state.bin"},{"name":"memory","output":"package/memory.bin"},{"name":"config","output":"package/config.json"}]`, "STOCK", filepath.Join(work, "stock"))
+	var booted bytes.Buffer
+	err := s.Run(t.Context(), &booted, "snapshotter", "--vmm", "firecracker", "--netns", "ark0", "--chroot-base-dir", "vms", "--memory-size", "256",
+		"--agent-vsock-port", "0", "--liveness-vsock-port", "0", "--ready-output", "Command line:", "--devices", devices,
+		"--boot-args", "earlyprintk=ttyS0 console=ttyS0 ignore_loglevel initcall_debug panic=1 pci=off modules=ext4 rootfstype=ext4 root=/dev/vda rootflags=rw nokaslr tsc=unstable")
+	if err != nil {
+		t.Fatal(err)
+	}
+	source := s.start(t, s.peerArgs("hop-0", "--enable-input", "--netns", "ark0", "--laddr", "localhost:13370")...)
+	lines(t, source, 5)
+	target := s.start(t, s.peerArgs("hop-1", "--enable-input", "--netns", "ark1", "--raddr", "localhost:13370")...)
+	if err := source.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	lines(t, target, 5)
+	end(t, target)
+	again := s.start(t, s.peerArgs("hop-1", "--enable-input", "--netns", "ark1")...)
+	lines(t, again, 5)
+	end(t, again)
+
+	last, count := -1.0, 0
+	for line := range strings.SplitSeq(booted.String()+string(console(t, source, target, again)), "\n") {
+		stamp, _, found := strings.Cut(strings.TrimPrefix(strings.TrimSpace(line), "["), "]")
+		at, err := strconv.ParseFloat(strings.TrimSpace(stamp), 64)
+		if !found || err != nil {
+			continue // its continuation, or cut
+		}
+		if count++; at < last {
+			t.Errorf("after %.6f s the kernel says: %s", last, line)
+		}
+		last = at
+	}
+	t.Logf("%d lines of a kernel, up to %.3f s after its start", count, last)
+}
+
+// lines waits until a VM has printed so many whole lines. Enter, pressed again and again, lets one that has booted already print some.
+func lines(t *testing.T, vm *tour.Service, n int) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); bytes.Count(console(t, vm), []byte{'\n'}) <= n; time.Sleep(50 * time.Millisecond) {
+		if _, err := vm.Input.Write([]byte{'\r'}); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case <-vm.Done():
+			t.Fatalf("the VM has ended: %v", vm.Wait())
+		default:
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the kernel does not get on: %q", console(t, vm))
+		}
+	}
 }

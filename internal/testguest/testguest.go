@@ -85,7 +85,7 @@ type Console struct {
 
 // Parse reads a console's output. It fails when the guest has found a page that is not as it should be, when a tick is missing or came twice, and when
 // there is anything else. A character that comes twice in a row is one: Firecracker, when it is paused while a vCPU is in the middle of an output, repeats it
-// after a restore. The last line may be cut.
+// after a restore. The first line may be cut, of a guest that was resumed in the middle of it, and so may the last.
 func Parse(output []byte) (c Console, err error) {
 	c.Last = -1
 	text := string(output)
@@ -94,7 +94,7 @@ func Parse(output []byte) (c Console, err error) {
 	} else {
 		return c, errors.New("the guest said nothing")
 	}
-	for line := range strings.SplitSeq(text, "\n") {
+	for i, line := range strings.Split(text, "\n") {
 		line = strings.TrimSuffix(line, "\r")
 		if line == "" || line == "r" {
 			continue
@@ -106,6 +106,9 @@ func Parse(output []byte) (c Console, err error) {
 				if line[i] == line[i-1] {
 					words, fixed = fields(line[:i] + line[i+1:])
 				}
+			}
+			if !fixed && i == 0 {
+				continue
 			}
 			if !fixed {
 				return c, fmt.Errorf("the guest said %q", line)
