@@ -25,8 +25,8 @@ import (
 	"drafter/vmm/firecracker"
 )
 
-// fcLoad is what the guest without an operating system does: where KVM emulates its instructions, as under PVM, it can do no more.
-var fcLoad = testguest.Options{ResidentMiB: 64, Rate: 2000, Words: 2}
+// fcLoad is what the guest without an operating system does.
+var fcLoad = testguest.Options{ResidentMiB: 64, Rate: 2000, Words: testguest.Affordable(2)}
 
 const fcMemory = 256 << 20 // bytes
 

@@ -160,8 +160,8 @@ func inventory() string {
 	return b.String()
 }
 
-// load is what the guests do. Where KVM emulates a guest's instructions, as under PVM, they are slow.
-var load = testguest.Options{ResidentMiB: 16, Rate: 1000, Words: 4}
+// load is what the guests do.
+var load = testguest.Options{ResidentMiB: 16, Rate: 1000, Words: testguest.Affordable(4)}
 
 // snapshot makes a package of the guest.
 func snapshot(d tour.Drafter, pkg string, flags ...string) error {

@@ -39,6 +39,14 @@ type Options struct {
 	Words       int  // of each page that hold the pattern, a power of two up to 512; 0: all
 }
 
+// Affordable is a value for Words: all, but the given number where KVM emulates a guest's instructions, as PVM does with those of a guest that does not know it.
+func Affordable(words int) int {
+	if _, err := os.Stat("/sys/module/kvm_pvm"); err == nil {
+		return words
+	}
+	return 0
+}
+
 // Arguments is the guest's kernel command line.
 func (o Options) Arguments() (string, error) {
 	khz, err := cyclesPerMillisecond()
@@ -102,9 +110,11 @@ func Parse(output []byte) (c Console, err error) {
 		words, ok := fields(line)
 		if !ok {
 			fixed := false
-			for i := 1; i < len(line) && !fixed; i++ {
-				if line[i] == line[i-1] {
-					words, fixed = fields(line[:i] + line[i+1:])
+			for j := 1; j < len(line) && !fixed; j++ {
+				if line[j] == line[j-1] {
+					words, fixed = fields(line[:j] + line[j+1:])
+					// Which of the characters came twice cannot be seen, but for the number that is due.
+					fixed = fixed && (line[0] != 't' || c.Last < 0 || words[0] == c.Last+1)
 				}
 			}
 			if !fixed && i == 0 {

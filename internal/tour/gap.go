@@ -81,18 +81,25 @@ func (p *Pulse) note() {
 	p.last = now
 }
 
-// Reset forgets the gaps so far.
+// Reset forgets the gaps so far. What has not answered yet is silent from here on.
 func (p *Pulse) Reset() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.gap = 0
+	if p.last.IsZero() {
+		p.last = time.Now()
+	}
 }
 
-// End ends the pings and returns the longest time without an answer.
+// End ends the pings and returns the longest time without an answer, which may have lasted until now.
 func (p *Pulse) End() time.Duration {
+	now := time.Now()
 	p.stop()
 	p.wg.Wait()
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if !p.last.IsZero() {
+		p.gap = max(p.gap, now.Sub(p.last))
+	}
 	return p.gap
 }
