@@ -38,6 +38,13 @@ type Localizer interface {
 	Local(off, length int64) bool
 }
 
+// NowReader is a [Device] that can read without waiting.
+type NowReader interface {
+	// ReadNow reads like ReadAt, but only what is in this host's memory, waiting for no disk, no other host and nobody else's I/O. If it returns false, p may
+	// hold anything.
+	ReadNow(p []byte, off int64) bool
+}
+
 var (
 	// ErrRange says that a request leaves the device.
 	ErrRange = errors.New("out of the device's range")
@@ -86,6 +93,12 @@ func Local(d Device, off, length int64) bool {
 		return l.Local(off, length)
 	}
 	return true
+}
+
+// ReadNow is [NowReader.ReadNow] for any device; one that does not know may have to wait.
+func ReadNow(d Device, p []byte, off int64) bool {
+	r, ok := d.(NowReader)
+	return ok && r.ReadNow(p, off)
 }
 
 // CheckBlockSize refuses block sizes that are no power of two from 4 KiB to 16 MiB.

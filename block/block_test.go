@@ -231,6 +231,44 @@ func BenchmarkTrackerWrite(b *testing.B) {
 	})
 }
 
+// What is in the page cache is read without waiting, through all layers; what is not here is not.
+func TestReadNow(t *testing.T) {
+	const size = 16 * PageSize
+	data := make([]byte, size)
+	for i := range data {
+		data[i] = byte(i / 1000)
+	}
+	path := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	file, err := OpenFile(path, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	p := make([]byte, 2*PageSize)
+	if !ReadNow(file, p, PageSize) {
+		t.Skip("SKIPPED: this file system does not tell what is in the page cache")
+	}
+	d := NewIncoming(file, false)
+	tracker := NewTracker(d, 64<<10)
+	if ReadNow(tracker, p, 0) {
+		t.Error("read of a device that is not open")
+	}
+	missing := NewBitmap(Pages(d))
+	missing.Set(5)
+	d.Open(missing, func(int64, int64) {}, nil)
+	for off, want := range map[int64]bool{0: true, 3 * PageSize: true, 4 * PageSize: false, 5 * PageSize: false, 6 * PageSize: true, 15 * PageSize: false, -1: false} {
+		clear(p)
+		got := ReadNow(tracker, p, off)
+		if got != want || got && !bytes.Equal(p, data[off:off+int64(len(p))]) {
+			t.Errorf("read at %d: %t, %x…", off, got, p[:8])
+		}
+	}
+	d.Abandon()
+}
+
 // A device of zeros has the content id of a file of zeros.
 func TestZeros(t *testing.T) {
 	for _, size := range []int64{1, ContentBlockSize, 5*ContentBlockSize + 7, 40 << 20} {

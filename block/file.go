@@ -70,6 +70,15 @@ func (d *File) ReadAt(p []byte, off int64) (int, error) {
 	return n, err
 }
 
+// ReadNow implements [NowReader], from the page cache; see preadv2(2).
+func (d *File) ReadNow(p []byte, off int64) bool {
+	if checkRange(d, off, int64(len(p))) != nil {
+		return false
+	}
+	n, err := unix.Preadv2(int(d.f.Fd()), [][]byte{p}, off, unix.RWF_NOWAIT)
+	return err == nil && n == len(p)
+}
+
 // WriteAt implements [Device].
 func (d *File) WriteAt(p []byte, off int64) (int, error) {
 	if err := checkRange(d, off, int64(len(p))); err != nil {

@@ -210,6 +210,11 @@ func (d *Incoming) Local(off, length int64) bool {
 	return Local(d.Device, off, length)
 }
 
+// ReadNow implements [NowReader].
+func (d *Incoming) ReadNow(p []byte, off int64) bool {
+	return d.opened.Load() && d.Local(off, int64(len(p))) && ReadNow(d.Device, p, off)
+}
+
 // WriteAt implements [Device]. Whole pages need not have arrived.
 func (d *Incoming) WriteAt(p []byte, off int64) (int, error) {
 	err := d.write(off, int64(len(p)), func(from, end int64) error {

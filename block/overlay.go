@@ -87,6 +87,25 @@ func (o *Overlay) Local(off, length int64) bool {
 	return true
 }
 
+// ReadNow implements [NowReader].
+func (o *Overlay) ReadNow(p []byte, off int64) bool {
+	if checkRange(o, off, int64(len(p))) != nil {
+		return false
+	}
+	for len(p) > 0 {
+		has, n := o.run(off, int64(len(p)))
+		layer := o.base
+		if has {
+			layer = o.data
+		}
+		if !ReadNow(layer, p[:n], off) {
+			return false
+		}
+		p, off = p[n:], off+n
+	}
+	return true
+}
+
 // WriteAt implements [Device].
 func (o *Overlay) WriteAt(p []byte, off int64) (int, error) {
 	if err := checkRange(o, off, int64(len(p))); err != nil {

@@ -195,6 +195,11 @@ func (d *Pulled) Local(off, length int64) bool {
 	return d.left.Load() == 0 || d.present.Has(off/ContentBlockSize) && next >= end
 }
 
+// ReadNow implements [NowReader].
+func (d *Pulled) ReadNow(p []byte, off int64) bool {
+	return d.Local(off, int64(len(p))) && d.file.ReadNow(p, off)
+}
+
 // need returns once blocks are there.
 func (d *Pulled) need(first, end int64) error {
 	for first < end {

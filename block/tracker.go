@@ -56,6 +56,9 @@ func (t *Tracker) Trim(off, length int64) error {
 // Local implements [Localizer].
 func (t *Tracker) Local(off, length int64) bool { return Local(t.Device, off, length) }
 
+// ReadNow implements [NowReader].
+func (t *Tracker) ReadNow(p []byte, off int64) bool { return ReadNow(t.Device, p, off) }
+
 // NextData implements [Mapper].
 func (t *Tracker) NextData(off int64) (start, end int64, err error) { return NextData(t.Device, off) }
 

@@ -36,6 +36,12 @@ func (d zeroDevice) ReadAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
+// ReadNow implements [NowReader].
+func (d zeroDevice) ReadNow(p []byte, off int64) bool {
+	_, err := d.ReadAt(p, off)
+	return err == nil
+}
+
 func (d zeroDevice) WriteAt([]byte, int64) (int, error) { return 0, ErrReadOnly }
 
 // NextData implements [Mapper].

@@ -2,10 +2,14 @@ package uffd
 
 import (
 	"encoding/json"
+	"os"
+	"path/filepath"
 	"slices"
 	"testing"
 	"time"
 	"unsafe"
+
+	"drafter/block"
 )
 
 // latencies are what a process measures of its own faults, in nanoseconds.
@@ -27,12 +31,21 @@ func measure(memory []byte) (l latencies) {
 	return l
 }
 
-// BenchmarkFault measures, in the process that faults, how long it waits for a page that is at hand, and for the first write to one.
+// BenchmarkFault measures, in the process that faults, how long it waits for a page that is in the page cache, and for the first write to one.
 func BenchmarkFault(b *testing.B) {
 	const pages = 16 * 4096
+	path := filepath.Join(b.TempDir(), "memory")
+	if err := os.WriteFile(path, newDevice(pages).data, 0o600); err != nil {
+		b.Fatal(err)
+	}
+	memory, err := block.OpenFile(path, true)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer memory.Close()
 	var all latencies
 	for b.Loop() {
-		p := start(b, use{Pages: pages, Measure: true}, Config{Memory: newDevice(pages), Track: true})
+		p := start(b, use{Pages: pages, Measure: true}, Config{Memory: memory, Track: true})
 		line, err := p.stdout.ReadBytes('\n')
 		if err != nil {
 			b.Fatal(err, p.stderr.String())

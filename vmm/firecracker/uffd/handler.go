@@ -41,8 +41,8 @@ type Handler struct {
 	tracked bool
 
 	// Held for reading while pages are filled, for writing while events are read and removals noted: a fill sees every removal before it.
-	events sync.RWMutex
-	turn   sync.Mutex // of the reader that waits for events
+	events   sync.RWMutex
+	removals atomic.Uint64 // events that were noted
 
 	stripes [64]sync.Mutex
 	present *block.Bitmap // pages that have been filled
@@ -67,17 +67,19 @@ type Handler struct {
 	closed  sync.Once
 
 	zeros   buffer
-	buffers chan buffer // for pages that are waited for
+	buffers chan buffer // see take
 
 	faults, writes atomic.Int64
 }
 
 const (
-	readers = 3 // faults served at once, when their pages are at hand
-	batch   = 16
+	batch = 16 // events read at once
+	// A fault is often followed by the next, which is then seen without a wake-up: what KVM does with halt_poll_ns.
+	spin = 50 * time.Microsecond
 
 	stripeSize = 2 << 20  // bytes that share a lock
 	around     = 64 << 10 // bytes brought along with a page
+	maxNear    = 64       // pages whose surroundings wait to be brought
 	fillSize   = 256 << 10
 	maxTouched = 8192
 )
@@ -121,9 +123,7 @@ func serve(fd descriptor, regions []region, pid int, c Config) (_ *Handler, err 
 		}
 	}
 	h.ctx, h.cancel = context.WithCancel(context.Background())
-	for range readers {
-		h.workers.Go(h.read)
-	}
+	h.workers.Go(h.read)
 	if c.Fill || len(c.First) > 0 {
 		h.workers.Go(h.fill)
 	}
@@ -210,7 +210,10 @@ type fault struct {
 	wp    bool // the page is there, but protected
 }
 
-// read waits for events and serves them, in turn with the other readers.
+// pages are those from first, and before end.
+type pages struct{ first, end int64 }
+
+// read waits for events and serves them. When there are none, it brings what lies around the pages that were missed, the last one's first, page by page.
 func (h *Handler) read() {
 	b, err := newBuffer(max(h.unit, around))
 	if err != nil {
@@ -218,9 +221,21 @@ func (h *Handler) read() {
 		return
 	}
 	defer func() { _ = b.free() }() // a mapping of ours
+	var near []pages
+	idle := func() bool {
+		if len(near) == 0 {
+			return false
+		}
+		last := &near[len(near)-1]
+		ok := h.bringAll(pages{last.first, last.first + 1}, b, false)
+		if last.first++; !ok || last.first >= last.end {
+			near = near[:len(near)-1]
+		}
+		return true
+	}
 	var messages [batch * messageSize]byte
 	for {
-		n, err := h.next(messages[:])
+		n, err := h.next(messages[:], idle)
 		if err != nil {
 			h.fail(err)
 			return
@@ -238,24 +253,36 @@ func (h *Handler) read() {
 				h.fail(fmt.Errorf("a fault at %#x is in no region", address))
 				return
 			}
-			h.serve(fault{off / h.unit, flags&faultWrite != 0, flags&faultWP != 0}, b)
+			page := off / h.unit
+			if h.serve(fault{page, flags&faultWrite != 0, flags&faultWP != 0}, b) && len(near) < maxNear {
+				near = append(near, h.around(page))
+			}
 		}
 	}
 }
 
-// next reads events, and notes removals. It returns 0 at the end.
-func (h *Handler) next(messages []byte) (int, error) {
-	h.turn.Lock()
-	defer h.turn.Unlock()
-	for {
+// next reads events, and notes removals. It returns 0 at the end. While there are none it calls idle, until that says that there is nothing to do.
+func (h *Handler) next(messages []byte, idle func() bool) (int, error) {
+	for begin := time.Now(); ; {
+		timeout := 0
+		if time.Since(begin) > spin {
+			timeout = -1
+		}
 		polled := []unix.PollFd{{Fd: int32(h.fd), Events: unix.POLLIN}, {Fd: int32(h.stop), Events: unix.POLLIN}}
-		if _, err := unix.Poll(polled, -1); err != nil && !errors.Is(err, unix.EINTR) {
+		ready, err := unix.Poll(polled, timeout)
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case err == nil && ready == 0:
+			if idle() {
+				begin = time.Now()
+			}
+			continue
+		case err != nil:
 			return 0, fmt.Errorf("wait for faults: %w", err)
-		}
-		if polled[1].Revents != 0 {
+		case polled[1].Revents != 0:
 			return 0, nil
-		}
-		if polled[0].Revents&(unix.POLLERR|unix.POLLHUP) != 0 {
+		case polled[0].Revents&(unix.POLLERR|unix.POLLHUP) != 0:
 			return 0, nil // the process has ended
 		}
 		h.events.Lock()
@@ -278,6 +305,7 @@ func (h *Handler) next(messages []byte) (int, error) {
 
 // remove notes that pages have been given back, by a balloon: they read as zeros from now on.
 func (h *Handler) remove(start, end uint64) {
+	h.removals.Add(1)
 	for _, r := range h.regions {
 		from, to := max(start, r.Base), min(end, r.Base+r.Size)
 		for first := from; first < to; {
@@ -319,20 +347,16 @@ func (h *Handler) address(off int64) (address uint64, follow int64, ok bool) {
 	return 0, 0, false
 }
 
-// serve answers a fault, at once if the page is at hand.
-func (h *Handler) serve(f fault, b buffer) {
+// serve answers a fault: at once if the page is at hand, or else without holding up the next one. It tells whether it has brought a page.
+func (h *Handler) serve(f fault, b buffer) bool {
 	if f.wp {
 		h.written(f.page)
-		return
+		return false
 	}
 	h.faults.Add(1)
 	h.touch(f.page)
-	off := f.page * h.unit
-	if h.removed.Has(f.page) || block.Local(h.config.Memory, off, h.unit) {
-		if h.bring(f, b) {
-			h.bringAround(f.page, b)
-			return
-		}
+	if h.bring(f, b, false) {
+		return true
 	}
 	h.workers.Go(func() {
 		own, err := h.take()
@@ -341,14 +365,16 @@ func (h *Handler) serve(f fault, b buffer) {
 			return
 		}
 		defer h.give(own)
-		for pause := time.Microsecond; !h.bring(f, own); pause = min(2*pause, time.Millisecond) {
+		for pause := time.Microsecond; !h.bring(f, own, true); pause = min(2*pause, time.Millisecond) {
 			select {
 			case <-h.ctx.Done():
 				return
 			case <-time.After(pause):
 			}
 		}
+		h.bringAll(h.around(f.page), own, true)
 	})
+	return false
 }
 
 // written notes the first write to a page and lets it go on.
@@ -376,18 +402,34 @@ func (h *Handler) written(page int64) {
 	}
 }
 
-// bring fills a page that somebody waits for. It returns false if that is to be tried again, when other events have been read.
-func (h *Handler) bring(f fault, b buffer) bool {
+// load reads from the device. It returns false if it must not wait and would have to.
+func (h *Handler) load(p []byte, off int64, wait bool) (bool, error) {
+	if !wait {
+		return block.ReadNow(h.config.Memory, p, off), nil
+	}
+	_, err := h.config.Memory.ReadAt(p, off)
+	return true, err
+}
+
+// bring fills a page that somebody waits for. It returns false if that is to be tried again: when it may wait, or when other events have been read.
+func (h *Handler) bring(f fault, b buffer, wait bool) bool {
 	off := f.page * h.unit
-	if !h.removed.Has(f.page) {
-		if _, err := h.config.Memory.ReadAt(b[:h.unit], off); err != nil {
+	// What is read is old when the page has been removed since, even if the device holds its zeros by now, and the page is not marked any more.
+	removals, removed := h.removals.Load(), h.removed.Has(f.page)
+	if !removed {
+		if ok, err := h.load(b[:h.unit], off, wait); err != nil {
 			h.fail(fmt.Errorf("page at %d: %w", off, err))
 			return true
+		} else if !ok {
+			return false
 		}
 	}
 	address, _, _ := h.address(off)
 	h.events.RLock() // before the stripe, like the reader that notes a removal
 	defer h.events.RUnlock()
+	if h.removals.Load() != removals {
+		return false
+	}
 	s := h.stripe(off)
 	s.Lock()
 	defer s.Unlock()
@@ -400,7 +442,7 @@ func (h *Handler) bring(f fault, b buffer) bool {
 	}
 	var err error
 	switch {
-	case !h.removed.Has(f.page):
+	case !removed:
 		_, err = h.fd.copy(address, b.pointer(0), uint64(h.unit), mode)
 	case !h.tracked && h.unit < hugePage:
 		err = h.fd.zero(address, uint64(h.unit))
@@ -422,35 +464,42 @@ func (h *Handler) bring(f fault, b buffer) bool {
 	return true
 }
 
-// bringAround fills what is at hand near a page.
-func (h *Handler) bringAround(page int64, b buffer) {
-	n := around / h.unit
-	if n <= 1 {
-		return
-	}
+// around are the pages to bring along with one.
+func (h *Handler) around(page int64) pages {
+	n := max(1, around/h.unit)
 	first := page / n * n
-	for p := first; p < min(first+n, h.present.Len()); {
+	return pages{first, min(first+n, h.present.Len())}
+}
+
+// bringAll fills those pages that are still missing. It returns false when that cannot go on now.
+func (h *Handler) bringAll(all pages, b buffer, wait bool) bool {
+	for p := all.first; p < all.end; {
 		q := p
-		for q < min(first+n, h.present.Len()) && !h.present.Has(q) && !h.removed.Has(q) {
+		for q < all.end && !h.present.Has(q) && !h.removed.Has(q) {
 			q++
 		}
-		if q > p && !h.bringMore(p, q, b) {
-			return
+		if q > p && !h.bringMore(p, q, b, wait) {
+			return false
 		}
 		p = q + 1
 	}
+	return true
 }
 
 // bringMore fills pages that nobody is known to wait for, which lie in one region. It returns false when that cannot go on now.
-func (h *Handler) bringMore(p, q int64, b buffer) bool {
+func (h *Handler) bringMore(p, q int64, b buffer, wait bool) bool {
 	off, length := p*h.unit, (q-p)*h.unit
 	address, follow, ok := h.address(off)
 	length = min(length, follow)
 	if !ok || !block.Local(h.config.Memory, off, length) {
 		return false
 	}
-	if _, err := h.config.Memory.ReadAt(b[:length], off); err != nil {
-		return false // who needs it finds out
+	removals := h.removals.Load() // as in bring
+	if h.removed.Next(p) < q {
+		return false
+	}
+	if ok, err := h.load(b[:length], off, wait); err != nil || !ok {
+		return false // who needs it finds out why
 	}
 	var mode uint64
 	if h.tracked {
@@ -458,14 +507,17 @@ func (h *Handler) bringMore(p, q int64, b buffer) bool {
 	}
 	h.events.RLock()
 	defer h.events.RUnlock()
+	if h.removals.Load() != removals {
+		return false
+	}
 	for at := int64(0); at < length; {
 		page := p + at/h.unit
-		if h.removed.Has(page) || h.present.Has(page) {
+		if h.present.Has(page) {
 			at += h.unit
 			continue
 		}
 		end := at + h.unit
-		for end < length && !h.removed.Has(p+end/h.unit) && !h.present.Has(p+end/h.unit) {
+		for end < length && !h.present.Has(p+end/h.unit) {
 			end += h.unit
 		}
 		n, err := h.fd.copy(address+uint64(at), b.pointer(at), uint64(end-at), mode)
@@ -484,13 +536,13 @@ func (h *Handler) bringMore(p, q int64, b buffer) bool {
 	return true
 }
 
-// take returns a buffer for one page that is waited for.
+// take returns a buffer for a page that is waited for, and for those around it.
 func (h *Handler) take() (buffer, error) {
 	select {
 	case b := <-h.buffers:
 		return b, nil
 	default:
-		return newBuffer(h.unit)
+		return newBuffer(max(h.unit, around))
 	}
 }
 
@@ -525,7 +577,7 @@ func (h *Handler) fill() {
 			q++
 		}
 		if q <= h.present.Len() {
-			h.bringMore(p, q, b)
+			h.bringMore(p, q, b, true)
 		}
 	}
 	for h.config.Fill && !h.pass(b) {
@@ -558,7 +610,7 @@ func (h *Handler) pass(b buffer) (all bool) {
 		for q < min(p+step, h.present.Len()) && !h.present.Has(q) && !h.removed.Has(q) {
 			q++
 		}
-		if !h.bringMore(p, q, b) {
+		if !h.bringMore(p, q, b, true) {
 			all = false
 		}
 		p = q

@@ -44,13 +44,14 @@ const page = 4096
 
 // use is what the child does with its memory.
 type use struct {
-	Socket  string
-	Pages   int
-	Threads int
-	Seed    uint64
-	Remove  bool     // gives pages back now and then
-	Touch   []uint32 // reads just these, in order
-	Measure bool     // prints how long it waits for pages, and that is all
+	Socket    string
+	Pages     int
+	Threads   int
+	Seed      uint64
+	Remove    bool     // gives pages back now and then
+	RemoveAll bool     // gives all back at first, when it reads a byte
+	Touch     []uint32 // reads just these, in order
+	Measure   bool     // prints how long it waits for pages, and that is all
 }
 
 // initial is what the device holds of a page at first: its first word and its last.
@@ -89,6 +90,16 @@ func child(env string) error {
 	expected := make([]uint64, u.Pages)
 	for p := range expected {
 		expected[p] = initial(p)
+	}
+	if u.RemoveAll {
+		if _, err := os.Stdin.Read(make([]byte, 1)); err != nil {
+			return err
+		}
+		if err := unix.Madvise(memory, unix.MADV_DONTNEED); err != nil {
+			return err
+		}
+		clear(expected)
+		u.Threads = 0 // nobody else uses it
 	}
 	var stop atomic.Bool
 	errs := make(chan error, u.Threads)
@@ -192,6 +203,7 @@ type device struct {
 	mu    sync.RWMutex
 	data  []byte
 	delay time.Duration // of each read, which is of another host then
+	hold  chan struct{} // if not nil, what has been read is returned when it is closed
 	lost  atomic.Bool
 	reads atomic.Int64
 }
@@ -221,8 +233,21 @@ func (d *device) ReadAt(b []byte, off int64) (int, error) {
 		time.Sleep(rand.N(2 * d.delay))
 	}
 	d.mu.RLock()
-	defer d.mu.RUnlock()
-	return copy(b, d.data[off:]), nil
+	n := copy(b, d.data[off:])
+	d.mu.RUnlock()
+	if d.hold != nil {
+		<-d.hold
+	}
+	return n, nil
+}
+
+// ReadNow is not always able to.
+func (d *device) ReadNow(b []byte, off int64) bool {
+	if !d.Local(off, int64(len(b))) || rand.IntN(8) == 0 {
+		return false
+	}
+	_, err := d.ReadAt(b, off)
+	return err == nil
 }
 
 func (d *device) WriteAt(b []byte, off int64) (int, error) {
@@ -395,6 +420,36 @@ func TestRemove(t *testing.T) {
 	}
 }
 
+// A page that is removed while it is read stays removed, even if that has been collected before the read ends.
+func TestRemoveWhileRead(t *testing.T) {
+	const pages = 256
+	d := newDevice(pages)
+	d.hold = make(chan struct{})
+	p := start(t, use{Pages: pages, RemoveAll: true}, Config{Memory: d, Track: true, Fill: true})
+	await := func(what string, ok func() bool) {
+		for deadline := time.Now().Add(time.Minute); !ok(); time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatal(what)
+			}
+		}
+	}
+	await("nothing is read", func() bool { return d.reads.Load() > 0 })
+	if _, err := p.stdin.Write([]byte{1}); err != nil {
+		t.Fatal(err)
+	}
+	await("the handler does not learn of the removal", func() bool { return p.handler.removed.Count() == pages })
+	if err := p.handler.Collect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	close(d.hold)
+	for i, want := range p.finish() {
+		if want != 0 {
+			t.Fatalf("page %d is %x", i, want)
+		}
+	}
+	p.close()
+}
+
 // Pages that come from elsewhere, in their own time, hold up who needs them and nobody else.
 func TestSlowMemory(t *testing.T) {
 	const pages = 512
@@ -429,13 +484,17 @@ func TestLostSource(t *testing.T) {
 // What a process touches first is known, and brought before it asks the next time.
 func TestTouched(t *testing.T) {
 	const pages = 4096
-	touch := []uint32{1000, 20, 3000, 21, 4000}
+	touch := []uint32{1000, 20, 3000, 4000}
 	d := newDevice(pages)
 	p := start(t, use{Pages: pages, Touch: touch}, Config{Memory: d})
+	for deadline := time.Now().Add(time.Minute); !p.handler.present.Has(21) || !p.handler.present.Has(4005); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("what is near a page is not brought along")
+		}
+	}
 	p.finish()
-	got := p.handler.Touched()
-	if want := []uint32{1000, 20, 3000, 4000}; len(got) < 4 || !slices.Equal(got[:4], want) {
-		t.Errorf("touched %v first, want %v: 21 came with 20", got[:min(4, len(got))], want)
+	if got := p.handler.Touched(); len(got) < 4 || !slices.Equal(got[:4], touch) {
+		t.Errorf("touched %v first, want %v", got[:min(4, len(got))], touch)
 	}
 	p.close()
 	d = newDevice(pages)
@@ -501,4 +560,7 @@ func TestHandshake(t *testing.T) {
 	}
 }
 
-var _ block.Localizer = (*device)(nil)
+var (
+	_ block.Localizer = (*device)(nil)
+	_ block.NowReader = (*device)(nil)
+)
