@@ -43,6 +43,7 @@ var parts = []part{
 	{"start", "boot, resume and suspend by the commands, several clones at once, and packing", false, 3, (*bench).start},
 	{"registry", "start from a registry over 1 Gbit/s, beside a copy of the package", false, 3, (*bench).registry},
 	{"move", "live migration under load, beside QEMU's own", true, 0, (*bench).move},
+	{"faults", "page faults that are served to a VMM, beside a file that it maps", false, 5, (*bench).faults},
 	{"firecracker", "Firecracker with a test guest, beside what it does by itself", false, 5, (*bench).firecracker},
 }
 

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -42,7 +43,7 @@ func (b *bench) firecracker(ctx context.Context, rounds int) error {
 		return err
 	}
 	for range rounds {
-		for _, step := range []func(context.Context, *bench) error{f.resume, f.load, f.move, f.moveByFile} {
+		for _, step := range []func(context.Context, *bench) error{f.resume, f.load, f.move, f.movePostCopy, f.moveByFile} {
 			if err := step(ctx, b); err != nil {
 				return err
 			}
@@ -176,19 +177,41 @@ func (f *fc) load(ctx context.Context, b *bench) (err error) {
 	return nil
 }
 
-// move measures a live migration between two peers in this process.
-func (f *fc) move(ctx context.Context, b *bench) (err error) {
+// move measures a live migration with the defaults.
+func (f *fc) move(ctx context.Context, b *bench) error {
+	return f.moveLive(ctx, b, "fc_move_", migrate.Limits{})
+}
+
+// movePostCopy measures one that hands over at once, so that all of memory that the target's package lacks follows the VM, at 1 Gbit/s.
+func (f *fc) movePostCopy(ctx context.Context, b *bench) error {
+	return f.moveLive(ctx, b, "fc_postcopy_", migrate.Limits{Timeout: time.Millisecond, Bandwidth: 125e6})
+}
+
+// moveLive measures a live migration between two peers in this process.
+func (f *fc) moveLive(ctx context.Context, b *bench, prefix string, limits migrate.Limits) (err error) {
 	console := &pulse{}
 	instances := filepath.Join(f.dir, "instances")
 	if err := os.RemoveAll(instances); err != nil {
 		return err
+	}
+	var paused, resumed atomic.Pointer[time.Time]
+	note := func(state migrate.State) {
+		now := time.Now()
+		switch state {
+		case migrate.HandingOff:
+			paused.Store(&now)
+		case migrate.Fetching:
+			resumed.Store(&now)
+		}
 	}
 	newPeer := func(name string) (*peer.Peer, error) {
 		devices, err := peer.PackageDevices(f.pkg, filepath.Join(instances, name))
 		if err != nil {
 			return nil, err
 		}
-		return peer.New(peer.Config{Host: f.host(console), Devices: devices, ResumeTimeout: time.Minute, RescueTimeout: time.Minute})
+		return peer.New(peer.Config{
+			Host: f.host(console), Devices: devices, Limits: limits, ResumeTimeout: time.Minute, RescueTimeout: time.Minute, Hooks: peer.Hooks{OnState: note},
+		})
 	}
 	source, err := newPeer("source")
 	if err != nil {
@@ -229,10 +252,22 @@ func (f *fc) move(ctx context.Context, b *bench) (err error) {
 	moved := time.Now()
 	time.Sleep(500 * time.Millisecond)
 	stats, _ := source.Stats()
-	b.add("fc_move_downtime_ms", ms(stats.Paused))
-	b.add("fc_move_total_ms", ms(moved.Sub(begin)))
-	b.add("fc_move_mb", float64(stats.Wire)/1e6)
-	return b.addSilences("fc_move_", console.between(begin, time.Now()))
+	later := int64(0)
+	for _, d := range stats.Devices {
+		later += d.PostCopy
+	}
+	b.add(prefix+"downtime_ms", ms(stats.Paused))
+	b.add(prefix+"total_ms", ms(moved.Sub(begin)))
+	b.add(prefix+"mb", float64(stats.Wire)/1e6)
+	b.add(prefix+"later_mb", float64(later)/1e6)
+	seen := console.between(begin, time.Now())
+	if p, r := paused.Load(), resumed.Load(); p != nil && r != nil {
+		_, _, after := seen.split(*p, *r)
+		b.add(prefix+"after_p50_ms", ms(after.percentile(50)))
+		b.add(prefix+"after_p99_ms", ms(after.percentile(99)))
+		b.add(prefix+"after_max_ms", ms(after.longest()))
+	}
+	return b.addSilences(prefix, seen)
 }
 
 // moveByFile moves a VM as Firecracker can by itself: pause, full snapshot on a tmpfs, load by another one that waits.

@@ -36,19 +36,27 @@ const loadRedis = "redis"
 //go:embed load/load.c
 var loadSource []byte
 
-// buildLoad builds the load's program with gcc.
-func buildLoad(ctx context.Context, dir string) ([]byte, error) {
-	bin := filepath.Join(dir, "load")
+// compile builds a program from C with gcc, and returns its path.
+func compile(ctx context.Context, dir, name string, source []byte) (string, error) {
+	bin := filepath.Join(dir, name)
 	cmd := exec.CommandContext(ctx, "gcc", "-O2", "-static", "-o", bin, "-x", "c", "-")
-	cmd.Stdin = bytes.NewReader(loadSource)
+	cmd.Stdin = bytes.NewReader(source)
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("build the guest's load with gcc: %w: %s", err, out)
+		return "", fmt.Errorf("build %s with gcc: %w: %s", name, err, out)
 	}
-	return os.ReadFile(bin)
+	return bin, nil
 }
 
 // loadImage makes an OCI image of the load's program.
-func loadImage(program []byte, pattern string) (v1.Image, error) {
+func (b *bench) loadImage(ctx context.Context, pattern string) (v1.Image, error) {
+	bin, err := compile(ctx, b.dir, "load", loadSource)
+	if err != nil {
+		return nil, err
+	}
+	program, err := os.ReadFile(bin)
+	if err != nil {
+		return nil, err
+	}
 	var layer bytes.Buffer
 	w := tar.NewWriter(&layer)
 	if err := w.WriteHeader(&tar.Header{Name: "load", Mode: 0o755, Size: int64(len(program))}); err != nil {
@@ -107,10 +115,7 @@ func (b *bench) blueprint(ctx context.Context, load string) (string, error) {
 	if load == loadRedis {
 		image, err = redisimage.Build(ctx, cache, b.dir)
 	} else {
-		var program []byte
-		if program, err = buildLoad(ctx, b.dir); err == nil {
-			image, err = loadImage(program, load)
-		}
+		image, err = b.loadImage(ctx, load)
 	}
 	if err != nil {
 		return "", err
