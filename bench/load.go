@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	_ "embed"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -17,6 +18,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
+
+	"golang.org/x/sync/errgroup"
 
 	"drafter/internal/redisimage"
 	"drafter/internal/tour"
@@ -130,9 +133,14 @@ func (b *bench) blueprint(ctx context.Context, load string) (string, error) {
 	return blueprint, b.drafter.Run(ctx, os.Stderr, "blueprint", "oci", "oci:"+layout, "--output", filepath.Join(blueprint, "oci.ext4"))
 }
 
+// pkg is where the package of a guest is.
+func (b *bench) pkg(load string, gib int) string {
+	return filepath.Join(b.dir, fmt.Sprintf("package-%s-%d", load, gib))
+}
+
 // snapshot makes, once, a package of a guest that is under load, and returns its directory.
 func (b *bench) snapshot(ctx context.Context, load string, gib int) (string, error) {
-	pkg := filepath.Join(b.dir, fmt.Sprintf("package-%s-%d", load, gib))
+	pkg := b.pkg(load, gib)
 	if _, err := os.Stat(pkg); err == nil {
 		return pkg, nil
 	}
@@ -140,6 +148,38 @@ func (b *bench) snapshot(ctx context.Context, load string, gib int) (string, err
 	if err != nil {
 		return "", err
 	}
-	return pkg, b.drafter.Run(ctx, os.Stderr, "snapshotter", "--enable-output=false", "--memory-size", strconv.Itoa(gib<<10), "--chroot-base-dir", filepath.Join(b.dir, "vms"),
+	return pkg, b.snapshotTo(ctx, blueprint, pkg, gib, "ark0")
+}
+
+// snapshots makes the packages of several contests, two at a time: a boot keeps one CPU busy. It needs two network namespaces.
+func (b *bench) snapshots(ctx context.Context, contests []contest) error {
+	netns := make(chan string, 2)
+	netns <- "ark0"
+	netns <- "ark1"
+	boots, bctx := errgroup.WithContext(ctx)
+	for _, c := range contests {
+		pkg := b.pkg(c.load, c.gib)
+		if _, err := os.Stat(pkg); err == nil {
+			continue
+		}
+		blueprint, err := b.blueprint(bctx, c.load)
+		if err != nil {
+			return errors.Join(err, boots.Wait())
+		}
+		if err := os.Mkdir(pkg, 0o755); err != nil { // which is that of the next contests, too
+			return errors.Join(err, boots.Wait())
+		}
+		boots.Go(func() error {
+			free := <-netns
+			defer func() { netns <- free }()
+			return b.snapshotTo(bctx, blueprint, pkg, c.gib, free)
+		})
+	}
+	return boots.Wait()
+}
+
+// snapshotTo boots a guest and makes a package of it.
+func (b *bench) snapshotTo(ctx context.Context, blueprint, pkg string, gib int, netns string) error {
+	return b.drafter.Run(ctx, os.Stderr, "snapshotter", "--enable-output=false", "--netns", netns, "--memory-size", strconv.Itoa(gib<<10), "--chroot-base-dir", filepath.Join(b.dir, "vms"),
 		"--devices", tour.SnapshotterDevices(blueprint, pkg))
 }

@@ -107,10 +107,8 @@ func (b *bench) moves(ctx context.Context, contests []contest) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, end()) }()
-	for _, c := range contests {
-		if _, err := b.snapshot(ctx, c.load, c.gib); err != nil {
-			return err
-		}
+	if err := b.snapshots(ctx, contests); err != nil {
+		return err
 	}
 	for _, c := range contests {
 		if err := b.contest(ctx, c); err != nil {

@@ -178,11 +178,16 @@ func (b *bench) clones(ctx context.Context, pkg string) (err error) {
 
 // resume measures a resume in a VMM that has been started: from the call until the guest runs.
 func (b *bench) resume(ctx context.Context, rounds int) (err error) {
-	end, err := b.network(ctx, 1)
+	end, err := b.network(ctx, 2)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, end()) }()
+	if b.quick { // those of the moves as well
+		if err := b.snapshots(ctx, quick); err != nil {
+			return err
+		}
+	}
 	pkg, err := b.snapshot(ctx, "random", 1)
 	if err != nil {
 		return err
