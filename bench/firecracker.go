@@ -328,6 +328,11 @@ func (f *fc) start(ctx context.Context, pkg string, console io.Writer) (_ *own, 
 	if o.root, err = os.MkdirTemp(f.dir, "root-"); err != nil {
 		return nil, err
 	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, o.close())
+		}
+	}()
 	state, err := os.OpenFile(filepath.Join(pkg, vmm.PackageFile(vmm.State)), os.O_RDWR, 0)
 	if err != nil {
 		return nil, err
@@ -377,7 +382,7 @@ func (f *fc) start(ctx context.Context, pkg string, console io.Writer) (_ *own, 
 			return o, conn.Close()
 		}
 	}
-	return nil, errors.Join(errors.New("firecracker does not answer"), o.close())
+	return nil, errors.New("firecracker does not answer")
 }
 
 // load resumes the package.
@@ -408,9 +413,16 @@ func (o *own) call(ctx context.Context, method, path string, body any) error {
 	return err
 }
 
+// close ends it, as far as it has been started.
 func (o *own) close() error {
-	err := o.cmd.Process.Kill()
-	_ = o.cmd.Wait() // it was killed
-	o.client.CloseIdleConnections()
-	return errors.Join(err, unix.Unmount(filepath.Join(o.root, "tmpfs"), unix.MNT_DETACH), os.RemoveAll(o.root))
+	var errs []error
+	if o.cmd != nil && o.cmd.Process != nil {
+		errs = append(errs, o.cmd.Process.Kill())
+		_ = o.cmd.Wait() // it was killed
+		o.client.CloseIdleConnections()
+	}
+	if err := unix.Unmount(filepath.Join(o.root, "tmpfs"), unix.MNT_DETACH); !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) { // not mounted yet
+		errs = append(errs, err)
+	}
+	return errors.Join(append(errs, os.RemoveAll(o.root))...)
 }

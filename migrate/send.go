@@ -117,6 +117,8 @@ const (
 	purposeWanted                  // the same, and somebody waits
 )
 
+var urgency = [...]wire.Urgency{purposePreCopy: wire.Later, purposePostCopy: wire.Soon, purposeWanted: wire.Urgent}
+
 // kind is how a page is sent.
 type kind int
 
@@ -212,7 +214,7 @@ func (o *outgoing) sendRun(ctx context.Context, l *link, s *sender, d *outgoingD
 	off, length := page*block.PageSize, bytesOf(d.Device, page, end)
 	at := off - first*block.PageSize
 	urgent := why == purposeWanted
-	when := map[purpose]wire.Urgency{purposePreCopy: wire.Later, purposePostCopy: wire.Soon, purposeWanted: wire.Urgent}[why]
+	when := urgency[why]
 	if k == kindSame && why == purposePreCopy {
 		d.saved.Add(length)
 		return nil
