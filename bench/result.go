@@ -80,6 +80,9 @@ func (b *bench) results() Result {
 	ratio("resume_ms", r.Medians["resume_ms"], 1)
 	ratio("peak_rss_mb", max(at("loopback", 1, "present", "source_peak_rss_mb"), at("loopback", 1, "present", "target_peak_rss_mb"),
 		at("loopback", 1, "absent", "source_peak_rss_mb"), at("loopback", 1, "absent", "target_peak_rss_mb")), 1)
+	ratio("fc_resume_vs_load", r.Medians["fc_resume_ms"], r.Medians["fc_own_load_ms"])
+	ratio("fc_gap_vs_own", r.Medians["fc_move_gap_ms"], r.Medians["fc_own_move_gap_ms"])
+	ratio("fault_us", r.Medians["fault_served_p50_us"], 1)
 	ratio("cpu_vs_copy", at("loopback", 1, "absent", "cpu_s_per_gb"), r.Medians["copy_tcp_cpu_s_per_gb"])
 	return r
 }

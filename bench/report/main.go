@@ -36,6 +36,9 @@ var bars = []struct {
 	{"engine_vs_tcp", "engine alone over raw TCP on loopback", 0, 0.8},
 	{"resume_ms", "resume from a package in a started VMM, ms", 60, 0},
 	{"peak_rss_mb", "largest resident set of our process, MB", 100, 0},
+	{"fc_resume_vs_load", "resume under Firecracker over its own load of the memory file", 1.3, 0},
+	{"fc_gap_vs_own", "gap of a move under Firecracker over that of its own full snapshot, copied and loaded", 0, 0},
+	{"fault_us", "fault on a page that is in the page cache, µs", 25, 0},
 	{"cpu_vs_copy", "CPU per GB sent over that of a plain copy over TCP", 1.5, 0},
 }
 

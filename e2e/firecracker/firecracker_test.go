@@ -373,6 +373,58 @@ func transferred(t *testing.T, addr, phase string) float64 {
 	return f
 }
 
+// Memory of huge pages is not tracked by write protection: each flush is a Diff snapshot. A CPU template is part of the package.
+func TestHugePages(t *testing.T) {
+	setHugePages(t, 160) // of 2 MiB: those of two VMs, and some
+	template := filepath.Join(t.TempDir(), "template.json")
+	if err := os.WriteFile(template, []byte(`{"cpuid_modifiers":[{"leaf":"0x1","subleaf":"0x0","flags":0,"modifiers":[{"register":"ecx","bitmap":"0b0xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"}]}]}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := newSite(t)
+	if err := os.RemoveAll(filepath.Join(s.dir, "package")); err != nil {
+		t.Fatal(err)
+	}
+	if err := snapshot(tour.Drafter{Bin: "drafter", Dir: work, Logs: s.dir}, filepath.Join(s.dir, "package"), "--huge-pages", "--cpu-template", template); err != nil {
+		t.Fatal(err)
+	}
+	source := s.start(t, s.peerArgs("hop-0", "--huge-pages", "--netns", "ark0", "--laddr", "localhost:13370")...)
+	passes(t, 1, source)
+	target := s.start(t, s.peerArgs("hop-1", "--huge-pages", "--netns", "ark1", "--raddr", "localhost:13370")...)
+	if err := source.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	passes(t, 1, source, target)
+	end(t, target)
+	again := s.start(t, s.peerArgs("hop-1", "--huge-pages", "--netns", "ark1")...)
+	passes(t, 1, source, target, again)
+	end(t, again)
+}
+
+// setHugePages sets huge pages aside, and gives them back at the end of the test.
+func setHugePages(t *testing.T, count int) {
+	t.Helper()
+	const path = "/proc/sys/vm/nr_hugepages"
+	before, err := os.ReadFile(path)
+	if err != nil {
+		t.Skip("SKIPPED: no huge pages:", err)
+	}
+	if err := os.WriteFile(path, []byte(strconv.Itoa(count)), 0o644); err != nil {
+		t.Skip("SKIPPED: no huge pages:", err)
+	}
+	t.Cleanup(func() {
+		if err := os.WriteFile(path, before, 0o644); err != nil {
+			t.Error(err)
+		}
+	})
+	after, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n, err := strconv.Atoi(strings.TrimSpace(string(after))); err != nil || n < count {
+		t.Skipf("SKIPPED: the host gives %s huge pages instead of %d", strings.TrimSpace(string(after)), count)
+	}
+}
+
 // When the process that serves a VM's memory is killed, the VM does not stand still: it ends, whoever it runs as, and the next start cleans up.
 func TestKilledOwner(t *testing.T) {
 	for _, uid := range []string{"0", "4711"} {
