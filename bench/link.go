@@ -60,7 +60,13 @@ func (l link) through(ctx context.Context, network, address, to string) (*proxy,
 			if err != nil {
 				return // closed
 			}
-			p.wg.Go(func() { p.carry(ctx, conn) })
+			// In order: QEMU 7.2 takes the first connection for its main one, whichever that is.
+			far, err := net.Dial(p.network, p.to)
+			if err != nil {
+				_ = conn.Close() // which says it
+				continue
+			}
+			p.wg.Go(func() { p.carry(ctx, conn, far) })
 		}
 	})
 	return p, nil
@@ -73,12 +79,7 @@ func (p *proxy) close() error {
 	return err
 }
 
-func (p *proxy) carry(ctx context.Context, near net.Conn) {
-	far, err := net.Dial(p.network, p.to)
-	if err != nil {
-		_ = near.Close() // which says it
-		return
-	}
+func (p *proxy) carry(ctx context.Context, near, far net.Conn) {
 	stop := context.AfterFunc(ctx, func() { _, _ = near.Close(), far.Close() })
 	defer stop()
 	var wg sync.WaitGroup

@@ -166,8 +166,13 @@ func (b *bench) watch(ctx context.Context, load string) (*watcher, error) {
 // settle is how long a guest runs before it is moved: its load has spread.
 const settle = 2 * time.Second
 
+// patience is how long a move may take.
+const patience = 5 * time.Minute
+
 // moveOurs moves the guest from peer to peer.
 func (b *bench) moveOurs(ctx context.Context, w *watcher, c contest, l link, o opponent) (err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("the move is not over after %s", patience))
+	defer cancel()
 	instances := filepath.Join(b.dir, "instances")
 	if err := os.RemoveAll(instances); err != nil {
 		return err
@@ -276,6 +281,8 @@ func (b *bench) addGaps(c contest, o opponent, network, console silences) error 
 
 // moveOwn moves the guest as QEMU does by itself: both have the same disks, as its users must see to, and memory on a tmpfs.
 func (b *bench) moveOwn(ctx context.Context, w *watcher, c contest, l link, o opponent) (err error) {
+	ctx, cancelMove := context.WithTimeoutCause(ctx, patience, fmt.Errorf("the move is not over after %s", patience))
+	defer cancelMove()
 	shm, err := os.MkdirTemp("/dev/shm", "drafter-bench-")
 	if err != nil {
 		return err

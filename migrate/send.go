@@ -95,12 +95,9 @@ func (o *outgoing) drainDevices(ctx context.Context, l *link, until time.Time) e
 	return nil
 }
 
-// readAhead is how many pages have to be pending for the next ones to be read while some are sent. It pays where there are many in a row.
-const readAhead = 16 * maxRun
-
 func (o *outgoing) drainDevice(ctx context.Context, l *link, d *outgoingDevice, hot bool, until time.Time) error {
 	var err error
-	if until.IsZero() && d.pending.Count() >= readAhead {
+	if until.IsZero() && d.pending.Count() >= o.config.Limits.readAhead {
 		err = o.drainAhead(ctx, l, d, hot)
 	} else {
 		err = o.eachPending(ctx, d, hot, until, func(first, end int64) error {
