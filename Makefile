@@ -59,7 +59,7 @@ bench: setup build ## measure everything, beside QEMU's own live migration: far 
 	bin/drafter bench
 	$(MAKE) bench-report
 
-bench-quick: setup build ## measure what the ratios need: some four minutes
+bench-quick: setup build ## measure what the ratios need: some three minutes
 	bin/drafter bench --quick
 	$(MAKE) bench-report
 
