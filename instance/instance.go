@@ -345,20 +345,10 @@ func (l *Launched) Run(ctx context.Context, began time.Time, timeout time.Durati
 	return i, nil
 }
 
-// AfterResume connects to the agent and tells it that the guest runs again, for at most timeout. Then the network is told.
+// AfterResume connects to the agent and tells it that the guest runs again, for at most timeout.
 func (i *Instance) AfterResume(ctx context.Context, timeout time.Duration) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no answer after %s", timeout))
 	defer cancel()
-	err := i.greetAgent(ctx)
-	if a, ok := i.machine.(vmm.Announcer); ok {
-		if aerr := a.Announce(context.WithoutCancel(ctx)); aerr != nil {
-			err = errors.Join(err, fmt.Errorf("announce VM to the network: %w", aerr))
-		}
-	}
-	return err
-}
-
-func (i *Instance) greetAgent(ctx context.Context) error {
 	if err := i.connectAgent(ctx); err != nil || i.agent == nil {
 		return err
 	}

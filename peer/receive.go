@@ -55,7 +55,7 @@ func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	firstMoments(ctx)
 	// The VM runs and serves its clients: an agent that does not answer is no reason to end it.
 	if err := p.instance.AfterResume(ctx, p.config.ResumeTimeout); err != nil {
-		slog.Error("The VM runs, but not all was done that comes after a resume; its clock may be behind", "error", err)
+		slog.Error("The VM runs, but its agent does not answer; its clock may be behind", "error", err)
 	} else if hook := p.config.Hooks.OnAfterResume; hook != nil {
 		if err := hook(ctx); err != nil {
 			slog.Error("After resume", "error", err)

@@ -150,11 +150,6 @@ type Meter interface {
 	Metrics() map[string]float64
 }
 
-// Announcer is a [Machine] that tells the network where its guest is now, which was somewhere else. It takes time of the guest's own.
-type Announcer interface {
-	Announce(ctx context.Context) error
-}
-
 // ErrPoweredOff says that the guest has shut itself down.
 var ErrPoweredOff = errors.New("the guest powered itself off")
 

@@ -219,10 +219,7 @@ type Machine struct {
 	exit     error
 }
 
-var (
-	_ vmm.Machine   = (*Machine)(nil)
-	_ vmm.Announcer = (*Machine)(nil)
-)
+var _ vmm.Machine = (*Machine)(nil)
 
 func (m *Machine) start(ctx context.Context, path string, args []string) (err error) {
 	l := &m.launch
@@ -246,7 +243,7 @@ func (m *Machine) start(ctx context.Context, path string, args []string) (err er
 	}
 
 	m.process, err = process.Start(process.Config{
-		Path: path, Args: args, Dir: l.Dir.Root(), Env: []string{"GLIBC_TUNABLES=" + tunables()},
+		Path: path, Args: args, Dir: l.Dir.Root(),
 		Netns: l.Netns, UID: l.UID, GID: l.GID, NUMANode: l.NUMANode,
 		CgroupVersion: l.CgroupVersion, CgroupName: l.Dir.ID,
 		Files:   []*os.File{qmpFile, consoleFile},
@@ -285,16 +282,6 @@ func (m *Machine) start(ctx context.Context, path string, args []string) (err er
 		}
 	}
 	return m.configureMigration(ctx)
-}
-
-// tunables lets QEMU's heap grow by huge pages (see the GNU C Library manual, "Memory Allocation Tunables"). While it restores a state it takes a thousand pages
-// more, and a fault for each would be half of the time that takes.
-func tunables() string {
-	const own = "glibc.malloc.hugetlb=1"
-	if users := os.Getenv("GLIBC_TUNABLES"); users != "" {
-		return own + ":" + users // the last of several counts
-	}
-	return own
 }
 
 // prepareUser lets another user's QEMU into the VM's directory, and says beforehand which device it could not open.
@@ -508,10 +495,6 @@ func (m *Machine) await(ctx context.Context) error {
 		return fmt.Errorf("wait for state: %w", err)
 	}
 	m.incoming = w
-	// A guest that is told to announce itself does so before anything else, in many steps that are all slow: see Announce.
-	if err := m.command(ctx, "migrate-set-parameters", map[string]any{"announce-rounds": 0}); err != nil {
-		return errors.Join(fmt.Errorf("wait for state: %w", err), r.Close())
-	}
 	const name = "restore"
 	err = m.command(ctx, "getfd", map[string]any{"fdname": name}, r)
 	if err = errors.Join(err, r.Close()); err == nil {
@@ -546,12 +529,6 @@ func (m *Machine) Restore(ctx context.Context, state io.Reader) error {
 		return fmt.Errorf("restore state: %w%s", err, m.stderr.Quote("QEMU says"))
 	}
 	return nil
-}
-
-// Announce implements [vmm.Announcer].
-func (m *Machine) Announce(ctx context.Context) error {
-	// QEMU's defaults, in milliseconds.
-	return m.command(ctx, "announce-self", map[string]any{"initial": 50, "max": 550, "rounds": 5, "step": 100})
 }
 
 // statePipe makes a pipe that holds a whole state, so that QEMU and this process need not wait for one another. The default of 64 KiB costs 10 ms of waiting.
