@@ -25,7 +25,19 @@ func (s *site) doubt(t *testing.T, source *tour.Service) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	await(t, source, "Pausing the VM to hand it over")
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	go func() {
+		select {
+		case <-target.Done(): // which it is not to be
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	if _, err := source.Await(ctx, "Pausing the VM to hand it over"); err != nil {
+		cancel()
+		t.Fatal(err, target.End())
+	}
 	l.deaf.Store(true)
 	await(t, target, "The VM was handed over; resuming it here")
 	if err := target.Signal(syscall.SIGKILL); err != nil {

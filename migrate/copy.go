@@ -230,6 +230,7 @@ func (o *outgoing) deliver(ctx context.Context) (_ State, err error) {
 	stop := context.AfterFunc(ctx, func() { l.cancel(context.Cause(ctx)) })
 	defer stop()
 	for _, s := range o.stash {
+		o.sender.hash(s.data)
 		copy(o.sender.buffer.Data(), s.data)
 		if err := o.sendLoaded(ctx, l, o.sender, s.device, s.first, s.end, purposePreCopy); err != nil {
 			return "", l.lost(fmt.Errorf("device %s: %w", s.device.Name, err))

@@ -537,7 +537,7 @@ func freeze(f *faulty) error {
 
 // quick are limits for tests.
 func quick() Limits {
-	return Limits{Silence: 100 * time.Millisecond, Reconnect: time.Millisecond, Settle: 5 * time.Second, Prepare: time.Second, Handoff: 2 * time.Second, Downtime: 50 * time.Millisecond, note: 2 * time.Millisecond}
+	return Limits{Silence: 100 * time.Millisecond, Reconnect: time.Millisecond, Settle: 5 * time.Second, Prepare: time.Second, Handoff: 2 * time.Second, Downtime: 50 * time.Millisecond, note: 2 * time.Millisecond, readAhead: memoryPages / 4}
 }
 
 // pair is a source with a running guest, and a target to be.

@@ -45,6 +45,9 @@ type Limits struct {
 	// A source waits before it pauses the VM until the target has stored what it was sent, for at most patience, default 250 ms, if the target is near: it has
 	// answered within nearby, default 10 ms, when it had nothing to do.
 	nearby, patience time.Duration
+
+	// How many pages of a device have to be pending for the next ones to be read while some are sent. It pays where there are many in a row. Default 4,096.
+	readAhead int64
 }
 
 // Check refuses limits that contradict each other.
@@ -69,6 +72,9 @@ func (l Limits) complete() (Limits, error) {
 		if *d.value < 0 {
 			return l, fmt.Errorf("a limit of %s is not valid", *d.value)
 		}
+	}
+	if l.readAhead == 0 {
+		l.readAhead = 16 * maxRun
 	}
 	if l.Bandwidth < 0 || l.Timeout < 0 {
 		return l, errors.New("bandwidth and timeout must not be negative")

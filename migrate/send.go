@@ -15,10 +15,35 @@ import (
 
 // sender holds what sending pages needs. Use it from one goroutine.
 type sender struct {
-	buffer      *wire.ExtentBuffer
-	base        []byte // content of the base where the buffer's pages are
+	*extent                // that is sent
+	extents     [2]*extent // the other one is for what comes next
+	base        []byte     // content of the base where the extent's pages are
 	kinds       [maxRun]kind
 	compression *compression
+}
+
+// extent is pages that have been read.
+type extent struct {
+	buffer *wire.ExtentBuffer
+	hashes [maxRun]uint64
+}
+
+// load reads pages of a device, at most maxRun.
+func (e *extent) load(d *outgoingDevice, first, end int64) error {
+	data := e.buffer.Data()[:bytesOf(d.Device, first, end)]
+	if _, err := d.Device.ReadAt(data, first*block.PageSize); err != nil {
+		return err
+	}
+	e.hash(data)
+	return nil
+}
+
+func (e *extent) hash(data []byte) {
+	for i := 0; len(data) > 0; i++ {
+		n := min(len(data), block.PageSize)
+		e.hashes[i] = hashPage(data[:n])
+		data = data[n:]
+	}
 }
 
 func newSender() (*sender, error) {
@@ -26,7 +51,12 @@ func newSender() (*sender, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &sender{buffer: wire.NewExtentBuffer(), compression: c}, nil
+	s := &sender{compression: c}
+	for i := range s.extents {
+		s.extents[i] = &extent{buffer: wire.NewExtentBuffer()}
+	}
+	s.extent = s.extents[0]
+	return s, nil
 }
 
 func (s *sender) close() {
@@ -66,6 +96,66 @@ func (o *outgoing) drainDevices(ctx context.Context, l *link, until time.Time) e
 }
 
 func (o *outgoing) drainDevice(ctx context.Context, l *link, d *outgoingDevice, hot bool, until time.Time) error {
+	var err error
+	if until.IsZero() && d.pending.Count() >= o.config.Limits.readAhead {
+		err = o.drainAhead(ctx, l, d, hot)
+	} else {
+		err = o.eachPending(ctx, d, hot, until, func(first, end int64) error {
+			return o.sendPages(ctx, l, o.sender, d, first, end, purposePreCopy)
+		})
+	}
+	if err != nil {
+		return fmt.Errorf("device %s: %w", d.Name, err)
+	}
+	return nil
+}
+
+// drainAhead reads in one goroutine and sends in another, this one.
+func (o *outgoing) drainAhead(ctx context.Context, l *link, d *outgoingDevice, hot bool) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	type loaded struct {
+		extent     *extent
+		first, end int64
+	}
+	ready, free := make(chan loaded), make(chan *extent, len(o.sender.extents))
+	for _, e := range o.sender.extents {
+		free <- e
+	}
+	var readErr error // valid once ready is closed
+	go func() {
+		defer close(ready)
+		readErr = o.eachPending(ctx, d, hot, time.Time{}, func(first, end int64) error {
+			e := <-free // which soon has one: see below
+			if err := e.load(d, first, end); err != nil {
+				return err
+			}
+			select {
+			case ready <- loaded{e, first, end}:
+				return nil
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+		})
+	}()
+	var err error
+	for r := range ready {
+		o.sender.extent = r.extent
+		if err == nil {
+			if err = o.sendLoaded(ctx, l, o.sender, d, r.first, r.end, purposePreCopy); err != nil {
+				cancel()
+			}
+		}
+		free <- r.extent
+	}
+	if err != nil {
+		return err
+	}
+	return readErr
+}
+
+// eachPending takes pages that are pending, in order, and calls send for those of each run, at most maxRun.
+func (o *outgoing) eachPending(ctx context.Context, d *outgoingDevice, hot bool, until time.Time, send func(first, end int64) error) error {
 	now := time.Now()
 	for first := d.pending.Next(0); first < d.pending.Len(); first = d.pending.Next(first) {
 		_, end := d.pending.Run(first, min(d.pending.Len(), first+maxRun))
@@ -85,8 +175,8 @@ func (o *outgoing) drainDevice(ctx context.Context, l *link, d *outgoingDevice, 
 		}
 		// In this order: a page that is written after it was read is dirty again.
 		d.pending.ClearRange(first, end)
-		if err := o.sendPages(ctx, l, o.sender, d, first, end, purposePreCopy); err != nil {
-			return fmt.Errorf("device %s: %w", d.Name, err)
+		if err := send(first, end); err != nil {
+			return err
 		}
 		first = end
 	}
@@ -135,15 +225,13 @@ func hashPage(p []byte) uint64 { return max(1, xxh3.Hash(p)) }
 
 // sendPages sends pages of a device, at most maxRun, as what costs least.
 func (o *outgoing) sendPages(ctx context.Context, l *link, s *sender, d *outgoingDevice, first, end int64, why purpose) error {
-	off, length := first*block.PageSize, bytesOf(d.Device, first, end)
-	data := s.buffer.Data()[:length]
-	if _, err := d.Device.ReadAt(data, off); err != nil {
+	if err := s.load(d, first, end); err != nil {
 		return err
 	}
 	return o.sendLoaded(ctx, l, s, d, first, end, why)
 }
 
-// sendLoaded is sendPages for pages that are in the sender's buffer.
+// sendLoaded is sendPages for pages that are in the sender's extent.
 func (o *outgoing) sendLoaded(ctx context.Context, l *link, s *sender, d *outgoingDevice, first, end int64, why purpose) error {
 	data := s.buffer.Data()[:bytesOf(d.Device, first, end)]
 	if err := s.readBase(d, first, end); err != nil {
@@ -187,8 +275,7 @@ func (s *sender) readBase(d *outgoingDevice, first, end int64) error {
 func (s *sender) classify(d *outgoingDevice, data []byte, first, page int64, why purpose) kind {
 	from := (page - first) * block.PageSize
 	p := data[from:min(from+block.PageSize, int64(len(data)))]
-	hash := hashPage(p)
-	held := d.held[page]
+	hash, held := s.hashes[page-first], d.held[page]
 	if why == purposePreCopy {
 		// What is sent after the handoff may be lost with its connection; only what is sent before is known to have arrived.
 		d.held[page] = hash

@@ -23,6 +23,7 @@ type Config struct {
 	Path string
 	Args []string // without the program's name
 	Dir  string
+	Env  []string // besides the caller's own environment
 
 	Netns         string // name of a network namespace, "" for the caller's
 	UID, GID      int    // when both are 0 the child keeps the caller's
@@ -113,6 +114,7 @@ func (p *Process) launch(c Config) error {
 	}
 	p.cmd = exec.Command(c.Path, c.Args...)
 	p.cmd.Dir = c.Dir
+	p.cmd.Env = append(os.Environ(), c.Env...)
 	p.cmd.ExtraFiles = files
 	for _, std := range []struct {
 		to   *io.Writer
