@@ -35,7 +35,7 @@ func Check(ctx context.Context, paths OverlayPaths) (problems []string, err erro
 	}
 	defer func() { err = errors.Join(err, data.Close(), s.close()) }()
 	o := newOverlay(base, data, s)
-	if err := o.check(paths, contents.Device, s.header.blockSize); err != nil {
+	if err := o.check(paths, contents.Device); err != nil {
 		return []string{err.Error()}, nil
 	}
 	for _, page := range s.damaged {

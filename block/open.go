@@ -20,7 +20,7 @@ type OverlayPaths struct {
 
 // OpenOverlay opens an overlay over base, whose content id is baseID. It makes both files when neither exists. Blocks that were written but not
 // synced when their writer was killed are discarded. The overlay owns base from here on, also when opening fails. It holds a lock on the state file
-// until it is closed; one that another process uses is refused. A block size of 0 takes the one that an existing overlay has.
+// until it is closed; one that another process uses is refused. An overlay keeps the block size that it was made with; where there is none yet, 0 is refused.
 func OpenOverlay(base Device, baseID ID, paths OverlayPaths, blockSize int64) (_ *Overlay, err error) {
 	defer func() {
 		if err != nil {
@@ -39,7 +39,7 @@ func OpenOverlay(base Device, baseID ID, paths OverlayPaths, blockSize int64) (_
 		return nil, err
 	}
 	o := newOverlay(base, data, state)
-	if err := o.check(paths, baseID, blockSize); err != nil {
+	if err := o.check(paths, baseID); err != nil {
 		return nil, errors.Join(err, data.Close(), state.close())
 	}
 	if err := o.discardUncommitted(); err != nil {
@@ -189,16 +189,13 @@ func (f *overlayFile) NextData(off int64) (start, end int64, err error) {
 }
 
 // check refuses files that do not belong together.
-func (o *Overlay) check(paths OverlayPaths, baseID ID, blockSize int64) error {
+func (o *Overlay) check(paths OverlayPaths, baseID ID) error {
 	h := o.state.header
 	if h.size != o.base.Size() {
 		return fmt.Errorf("state file %s is for a base of %d bytes, %s has %d; use the base that the overlay was made over", paths.State, h.size, paths.Base, o.base.Size())
 	}
 	if h.base != baseID {
 		return fmt.Errorf("base %s is not the one that overlay %s was made over: it is another one, or its content has changed; use the base as it was", paths.Base, paths.Overlay)
-	}
-	if blockSize != 0 && h.blockSize != blockSize {
-		return fmt.Errorf("overlay %s has blocks of %d bytes, not of %d; set blockSize to that", paths.Overlay, h.blockSize, blockSize)
 	}
 	data, ok := o.data.(*overlayFile)
 	if !ok {

@@ -16,7 +16,7 @@ import (
 // sender holds what sending pages needs. Use it from one goroutine.
 type sender struct {
 	*extent                // that is sent
-	extents     [2]*extent // the other one is for what comes next
+	extents     [4]*extent // the others are for what comes next: with fewer, who reads and who sends wait for one another
 	base        []byte     // content of the base where the extent's pages are
 	kinds       [maxRun]kind
 	compression *compression
@@ -118,7 +118,7 @@ func (o *outgoing) drainAhead(ctx context.Context, l *link, d *outgoingDevice, h
 		extent     *extent
 		first, end int64
 	}
-	ready, free := make(chan loaded), make(chan *extent, len(o.sender.extents))
+	ready, free := make(chan loaded, len(o.sender.extents)), make(chan *extent, len(o.sender.extents))
 	for _, e := range o.sender.extents {
 		free <- e
 	}

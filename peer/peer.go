@@ -338,14 +338,16 @@ func (p *Peer) Suspend(ctx context.Context) error {
 }
 
 // Close ends the VM, if it still runs, without saving it, and removes what the run needed on the host. What was written to the disks until then is made
-// durable.
+// durable, unless the VM has moved away: then all is durable where it is.
 func (p *Peer) Close() error {
 	var errs []error
 	p.mu.Lock()
 	source, arrival := p.source, p.arrival
 	p.mu.Unlock()
+	moved := false
 	if source != nil {
 		errs = append(errs, source.Close())
+		moved = source.State() == migrate.Moved
 	}
 	if arrival != nil {
 		errs = append(errs, arrival.Close())
@@ -354,7 +356,7 @@ func (p *Peer) Close() error {
 	if p.instance != nil {
 		errs = append(errs, p.instance.Close())
 	}
-	errs = append(errs, p.closeStore(), p.closeDevices(true), p.endPull())
+	errs = append(errs, p.closeStore(), p.closeDevices(!moved), p.endPull())
 	if p.claim != nil {
 		errs = append(errs, p.claim.Close())
 		p.claim = nil

@@ -17,7 +17,7 @@ type Files struct {
 	Base      string // read-only where there is an overlay
 	Overlay   string // empty to write to the base
 	State     string // says which blocks the overlay holds
-	BlockSize int64  // bytes; of the overlay and of the tracker. 0: what an overlay has that exists
+	BlockSize int64  // bytes; in which changes are tracked. 0: of an overlay that exists
 	Shared    bool   // others use the base at the same time: it is not locked
 }
 
@@ -102,7 +102,12 @@ func (f *Files) openBase(readOnly bool) (*block.File, error) {
 
 // overlayOver opens the overlay over base, whose content id is under. receive, if not nil, puts a device between the overlay and the tracker.
 func (f *Files) overlayOver(base block.Device, under, id block.ID, receive func(block.Device) *block.Incoming) (*Stack, error) {
-	overlay, err := block.OpenOverlay(base, under, f.OverlayPaths(), f.BlockSize)
+	// A guest writes pages: with larger blocks, each would bring the rest of its block along.
+	unit := int64(block.PageSize)
+	if f.BlockSize == 0 {
+		unit = 0
+	}
+	overlay, err := block.OpenOverlay(base, under, f.OverlayPaths(), unit)
 	if err != nil {
 		return nil, err
 	}
