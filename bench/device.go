@@ -162,7 +162,7 @@ func stack(ctx context.Context, base, dir, name string) (*block.Tracker, error) 
 	if err := errors.Join(ignoreMissing(os.Remove(paths.Overlay)), ignoreMissing(os.Remove(paths.State))); err != nil {
 		return nil, err
 	}
-	o, err := block.OpenOverlay(file, contents.Device, paths, block.PageSize)
+	o, err := block.OpenOverlay(file, contents.Device, paths, engineBlock)
 	if err != nil {
 		return nil, err
 	}

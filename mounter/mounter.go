@@ -34,7 +34,7 @@ type Device struct {
 	Overlay string `json:"overlay"` // file with the changed blocks; empty to write to the base
 	State   string `json:"state"`   // file that says which blocks the overlay holds
 
-	BlockSize      int64         `json:"blockSize"`      // bytes; the unit of tracking changes
+	BlockSize      int64         `json:"blockSize"`      // bytes; the unit of copying and of tracking changes
 	Expiry         time.Duration `json:"expiry"`         // how long a written block counts as hot
 	MaxDirtyBlocks int           `json:"maxDirtyBlocks"` // the handoff may begin with so many dirty blocks
 	MinCycles      int           `json:"minCycles"`      // quiet cycles before the handoff

@@ -17,7 +17,8 @@ type Files struct {
 	Base      string // read-only where there is an overlay
 	Overlay   string // empty to write to the base
 	State     string // says which blocks the overlay holds
-	BlockSize int64  // bytes; in which changes are tracked. 0: of an overlay that exists
+	BlockSize int64  // bytes; of the tracker, and of an overlay that is made. 0: what an overlay has that exists
+	Paged     bool   // an overlay that is made has blocks of a page instead
 	Shared    bool   // others use the base at the same time: it is not locked
 }
 
@@ -102,12 +103,11 @@ func (f *Files) openBase(readOnly bool) (*block.File, error) {
 
 // overlayOver opens the overlay over base, whose content id is under. receive, if not nil, puts a device between the overlay and the tracker.
 func (f *Files) overlayOver(base block.Device, under, id block.ID, receive func(block.Device) *block.Incoming) (*Stack, error) {
-	// A guest writes pages: with larger blocks, each would bring the rest of its block along.
-	unit := int64(block.PageSize)
-	if f.BlockSize == 0 {
-		unit = 0
+	blockSize := f.BlockSize
+	if f.Paged {
+		blockSize = block.PageSize
 	}
-	overlay, err := block.OpenOverlay(base, under, f.OverlayPaths(), unit)
+	overlay, err := block.OpenOverlay(base, under, f.OverlayPaths(), blockSize)
 	if err != nil {
 		return nil, err
 	}

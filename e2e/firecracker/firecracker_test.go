@@ -425,9 +425,10 @@ func setHugePages(t *testing.T, count int) {
 	}
 }
 
-// When the process that serves a VM's memory is killed, the VM does not stand still: it ends, whoever it runs as, and the next start cleans up.
+// When the process that serves a VM's memory is killed, the VM does not stand still: it ends, whoever it runs as and in whichever cgroups, and the next start
+// cleans up.
 func TestKilledOwner(t *testing.T) {
-	for _, uid := range []string{"0", "4711"} {
+	for uid, cgroup := range map[string]struct{ version, line string }{"0": {"2", "0::/drafter/"}, "4711": {"1", ":memory:/drafter/"}} {
 		t.Run("uid "+uid, func(t *testing.T) {
 			s := newSite(t)
 			for dir := s.dir; dir != "/"; dir = filepath.Dir(dir) {
@@ -444,8 +445,11 @@ func TestKilledOwner(t *testing.T) {
 				}
 			}
 			clean := inventory()
-			flags := []string{"--uid", uid, "--gid", uid}
+			flags := []string{"--uid", uid, "--gid", uid, "--cgroup-version", cgroup.version}
 			vm := s.runner(t, flags...)
+			if cgroups, err := os.ReadFile(filepath.Join(filepath.Dir(strings.TrimSpace(vmms(inventory()))), "cgroup")); err != nil || !strings.Contains(string(cgroups), cgroup.line) {
+				t.Errorf("the VMM's cgroups: %s, %v; want one of %q", cgroups, err, cgroup.line)
+			}
 			end(t, vm) // what was changed by another user's VMM can be resumed
 			next := s.runner(t, flags...)
 			passes(t, 1, vm, next)
