@@ -240,6 +240,9 @@ func (b *bench) moveOurs(ctx context.Context, w *watcher, c contest, l link, o o
 	if err != nil {
 		return err
 	}
+	if _, err := w.first(running(resumed)); err != nil {
+		return err
+	}
 	time.Sleep(500 * time.Millisecond)
 	rss, err := peakRSS(target.PID())
 	if err != nil {
@@ -363,6 +366,9 @@ func (b *bench) moveOwn(ctx context.Context, w *watcher, c contest, l link, o op
 	err = <-runs
 	cancel()
 	if err != nil {
+		return err
+	}
+	if _, err := w.first(time.Now()); err != nil {
 		return err
 	}
 	time.Sleep(500 * time.Millisecond)

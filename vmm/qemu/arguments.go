@@ -96,9 +96,8 @@ func arguments(l *vmm.Launch, hw vmm.Hardware) ([]string, error) {
 
 	if l.Interface != "" {
 		a.add("-netdev", fmt.Sprintf("tap,id=net,fd=%d", fdTap))
-		// No option ROM: nothing boots from the network. A guest that is resumed need not announce itself, before all else and in many slow steps: its address is
-		// the one it had, and QEMU tells switches by RARP.
-		a.virtio("net", slotNet, "netdev=net,guest_announce=off,romfile=", "mac", l.MAC)
+		// No option ROM: nothing boots from the network.
+		a.virtio("net", slotNet, "netdev=net,romfile=", "mac", l.MAC)
 	}
 	a.virtio("serial", slotPorts, "id=ports")
 	for i, port := range l.Ports {
