@@ -251,7 +251,7 @@ func (s *syncer) finish(ctx context.Context, p *Peer) error {
 				sd.Changed = contentBlocks(pages, block.PageSize, st.Size())
 			}
 		case st.Overlay != nil && st.Base != block.ID{} && st.Base == content:
-			sd.Changed = contentBlocks(st.Overlay.Present(), d.files().TrackedBlockSize(), st.Size())
+			sd.Changed = contentBlocks(st.Overlay.Present(), st.Overlay.BlockSize(), st.Size())
 		}
 		list = append(list, sd)
 	}

@@ -43,7 +43,7 @@ func (f *Files) Open(ctx context.Context) (*Stack, error) {
 		if err != nil {
 			return nil, err
 		}
-		return &Stack{Tracker: block.NewTracker(base, f.TrackedBlockSize())}, nil
+		return &Stack{Tracker: block.NewTracker(base, f.trackedBlockSize())}, nil
 	}
 	under, size, found, err := block.OverlayBase(f.OverlayPaths())
 	if err != nil {
@@ -71,8 +71,8 @@ func (f *Files) Open(ctx context.Context) (*Stack, error) {
 	return f.overlayOver(base, contents.Device, contents.Device, nil)
 }
 
-// TrackedBlockSize is the size in bytes of the blocks in which changes are tracked.
-func (f *Files) TrackedBlockSize() int64 {
+// trackedBlockSize is the size in bytes of the blocks in which changes are tracked.
+func (f *Files) trackedBlockSize() int64 {
 	if f.BlockSize == 0 {
 		return block.ContentBlockSize
 	}
@@ -113,11 +113,11 @@ func (f *Files) overlayOver(base block.Device, under, id block.ID, receive func(
 	}
 	s := &Stack{Overlay: overlay, Base: id}
 	if receive == nil {
-		s.Tracker = block.NewTracker(overlay, f.TrackedBlockSize())
+		s.Tracker = block.NewTracker(overlay, f.trackedBlockSize())
 		return s, nil
 	}
 	s.Incoming = receive(overlay)
-	s.Tracker = block.NewTracker(s.Incoming, f.TrackedBlockSize())
+	s.Tracker = block.NewTracker(s.Incoming, f.trackedBlockSize())
 	s.created = append(s.created, func() error { return block.RemoveOverlay(f.OverlayPaths()) })
 	return s, nil
 }
@@ -136,7 +136,7 @@ func (f *Files) Receive(ctx context.Context, offered wire.Device, receive func(u
 			return nil, 0, errors.Join(err, base.Close())
 		}
 		s := &Stack{Incoming: receive(base), created: []func() error{func() error { return os.Remove(f.Base) }}}
-		s.Tracker = block.NewTracker(s.Incoming, f.TrackedBlockSize())
+		s.Tracker = block.NewTracker(s.Incoming, f.trackedBlockSize())
 		return s, wire.HoldsNothing, nil
 	}
 	if _, err := os.Stat(f.Base); errors.Is(err, os.ErrNotExist) || offered.Base == (block.ID{}) {
