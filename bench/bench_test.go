@@ -45,8 +45,11 @@ func TestSilences(t *testing.T) {
 	if len(after) != 3 || after.longest() != 15*time.Millisecond {
 		t.Errorf("after: %v", after)
 	}
-	if none := p.between(at(600), at(700)); none.longest() != 0 || none.percentile(99) != 0 {
-		t.Errorf("silences when nothing was seen: %v", none)
+	if lasting := p.between(at(600), at(700)); len(lasting) != 1 || lasting.longest() != 200*time.Millisecond {
+		t.Errorf("a silence that goes on: %v", lasting)
+	}
+	if none := seen(start).between(at(0), at(700)); none.longest() != 0 || none.percentile(99) != 0 {
+		t.Errorf("silences when nothing was ever seen: %v", none)
 	}
 }
 

@@ -132,7 +132,7 @@ func (f *fc) resume(ctx context.Context, b *bench) (err error) {
 	}
 	running := time.Now()
 	defer func() { err = errors.Join(err, i.Close()) }()
-	first, err := console.first(running)
+	first, err := console.first(running, time.Minute)
 	if err != nil {
 		return err
 	}
@@ -168,7 +168,7 @@ func (f *fc) load(ctx context.Context, b *bench) (err error) {
 		return err
 	}
 	running := time.Now()
-	first, err := console.first(running)
+	first, err := console.first(running, time.Minute)
 	if err != nil {
 		return err
 	}

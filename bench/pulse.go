@@ -30,9 +30,9 @@ func (p *pulse) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// first is when the guest was first seen after a moment. It waits a minute for it.
-func (p *pulse) first(after time.Time) (time.Time, error) {
-	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+// first is when the guest was first seen after a moment. It waits that long for it.
+func (p *pulse) first(after time.Time, wait time.Duration) (time.Time, error) {
+	for deadline := time.Now().Add(wait); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
 		p.mu.Lock()
 		i := slices.IndexFunc(p.times, func(t time.Time) bool { return t.After(after) })
 		p.mu.Unlock()
@@ -53,7 +53,7 @@ func (s silence) length() time.Duration { return s.to.Sub(s.from) }
 // silences are in the order of time.
 type silences []silence
 
-// between returns the silences that a span of time touches.
+// between returns the silences that a span of time touches. One that goes on counts up to its end.
 func (p *pulse) between(from, to time.Time) silences {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -62,6 +62,9 @@ func (p *pulse) between(from, to time.Time) silences {
 		if p.times[i].After(from) && p.times[i-1].Before(to) {
 			s = append(s, silence{p.times[i-1], p.times[i]})
 		}
+	}
+	if n := len(p.times); n > 0 && p.times[n-1].Before(to) {
+		s = append(s, silence{p.times[n-1], to})
 	}
 	return s
 }
