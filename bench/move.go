@@ -369,7 +369,7 @@ func (b *bench) moveOwn(ctx context.Context, w *watcher, c contest, l link, o op
 	if err != nil {
 		return err
 	}
-	_, _ = w.first(time.Now(), longestSilence)
+	_, _ = w.first(time.Now(), longestSilence) // as with ours
 	time.Sleep(500 * time.Millisecond)
 	b.add(c.key(o.name, "downtime_ms"), ms(result.Downtime))
 	b.add(c.key(o.name, "total_ms"), ms(result.Total))

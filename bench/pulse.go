@@ -53,7 +53,7 @@ func (s silence) length() time.Duration { return s.to.Sub(s.from) }
 // silences are in the order of time.
 type silences []silence
 
-// between returns the silences that a span of time touches. One that goes on counts up to its end.
+// between returns the silences that a span of time touches. One that still goes on counts up to the span's end.
 func (p *pulse) between(from, to time.Time) silences {
 	p.mu.Lock()
 	defer p.mu.Unlock()

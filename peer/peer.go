@@ -338,7 +338,7 @@ func (p *Peer) Suspend(ctx context.Context) error {
 }
 
 // Close ends the VM, if it still runs, without saving it, and removes what the run needed on the host. What was written to the disks until then is made
-// durable, unless the VM has moved away: then all is durable where it is.
+// durable, unless the VM has moved away, and its disks with it.
 func (p *Peer) Close() error {
 	var errs []error
 	p.mu.Lock()

@@ -104,7 +104,7 @@ func (f *Files) openBase(readOnly bool) (*block.File, error) {
 // overlayOver opens the overlay over base, whose content id is under. receive, if not nil, puts a device between the overlay and the tracker.
 func (f *Files) overlayOver(base block.Device, under, id block.ID, receive func(block.Device) *block.Incoming) (*Stack, error) {
 	blockSize := f.BlockSize
-	if f.Paged {
+	if f.Paged && blockSize != 0 { // with 0, none is made
 		blockSize = block.PageSize
 	}
 	overlay, err := block.OpenOverlay(base, under, f.OverlayPaths(), blockSize)
