@@ -17,11 +17,12 @@ import (
 	"drafter/internal/tour"
 )
 
-// doubt brings an instance's VM into doubt: its target gets it, and is killed; the source never hears of it.
-func (s *site) doubt(t *testing.T, source *tour.Service) {
+// doubt brings an instance's VM into doubt: its target, an instance of that name, gets it and is killed; the source never hears of it. What the target leaves says that
+// the VM runs there, if it came to note that, and nothing comes in its place then.
+func (s *site) doubt(t *testing.T, source *tour.Service, name string) {
 	t.Helper()
 	l := newLink(t, "localhost:1337")
-	target, err := s.Start(s.peerArgs("instance-1", "--netns", "ark1", "--raddr", l.addr)...)
+	target, err := s.Start(s.peerArgs(name, "--netns", "ark1", "--raddr", l.addr)...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -74,7 +75,7 @@ func TestSettle(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	s.doubt(t, source)
+	s.doubt(t, source, "instance-1")
 	paused := redis.NewClient(&redis.Options{Addr: "127.0.0.1:3333", MaxRetries: -1, DialerRetries: 1, DialTimeout: 500 * time.Millisecond, ReadTimeout: 500 * time.Millisecond})
 	defer paused.Close()
 	if err := paused.Ping(t.Context()).Err(); err == nil {
@@ -84,7 +85,7 @@ func TestSettle(t *testing.T) {
 	await(t, source, "The migration failed; the VM goes on here")
 	alive("settled while the source waits")
 
-	s.doubt(t, source)
+	s.doubt(t, source, "instance-2")
 	if err := source.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
@@ -96,7 +97,7 @@ func TestSettle(t *testing.T) {
 	source = start()
 	alive("settled after the source was killed")
 
-	s.doubt(t, source)
+	s.doubt(t, source, "instance-3")
 	if err := source.End(); err == nil || !strings.Contains(err.Error(), "drafter peer settle") {
 		t.Errorf("end of a source in doubt: %v", err)
 	}
@@ -105,7 +106,7 @@ func TestSettle(t *testing.T) {
 		t.Errorf("start of a VM that was settled to be away: %s", line)
 	}
 	// This cleans up behind the last target, too.
-	if line := s.fails(t, s.peerArgs("instance-1", "--netns", "ark1")...); !strings.Contains(line, "never suspended") && !strings.Contains(line, "did not get to its end") {
+	if line := s.fails(t, s.peerArgs("instance-3", "--netns", "ark1")...); !strings.Contains(line, "never suspended") && !strings.Contains(line, "did not get to its end") {
 		t.Errorf("start of what a killed target left: %s", line)
 	}
 }

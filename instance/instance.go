@@ -386,10 +386,6 @@ func (i *Instance) save(ctx context.Context) error {
 	if err := i.machine.Pause(ctx); err != nil {
 		return fmt.Errorf("suspend: %w", i.prefer(err))
 	}
-	// Most of memory is written back before the state is made; what the VMM itself touches while it saves comes after.
-	if err := i.machine.Flush(ctx); err != nil {
-		return fmt.Errorf("suspend: %w", err)
-	}
 	var state vmm.StateBuffer
 	if err := i.machine.Save(ctx, &state); err != nil {
 		return fmt.Errorf("suspend: %w", i.prefer(err))

@@ -44,11 +44,8 @@ func (i *Instance) Flush(ctx context.Context) error { return i.prefer(i.machine.
 
 // Pause stops the vCPUs.
 func (i *Instance) Pause(ctx context.Context) error {
-	if err := i.machine.Pause(ctx); err != nil {
-		return i.prefer(err)
-	}
-	i.paused = true
-	return nil
+	i.paused = true // even if it fails
+	return i.prefer(i.machine.Pause(ctx))
 }
 
 // SaveLeaving writes the paused VM's state to its device, for the target of a migration. Nothing is durable yet. Flush memory afterwards.

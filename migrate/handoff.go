@@ -89,13 +89,9 @@ func (o *outgoing) freeze(ctx context.Context) (paused time.Time, err error) {
 	if err := vm.Pause(ctx); err != nil {
 		return paused, err
 	}
-	if err := vm.Flush(ctx); err != nil {
-		return paused, err
-	}
 	if err := vm.Save(ctx, o.id); err != nil {
 		return paused, err
 	}
-	// The VMM may have written guest memory while it saved.
 	if err := vm.Flush(ctx); err != nil {
 		return paused, err
 	}

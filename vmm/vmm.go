@@ -126,11 +126,12 @@ type Machine interface {
 	// Restore loads what Save wrote; the machine is paused afterwards. Only for machines launched without Boot, once.
 	Restore(ctx context.Context, state io.Reader) error
 	Resume(ctx context.Context) error
-	// Pause returns when no vCPU runs any more and all disk writes of the guest have been flushed to their devices.
+	// Pause returns when no vCPU runs any more and all disk writes of the guest have been flushed to their devices. After an error the guest may be paused all
+	// the same, until Resume.
 	Pause(ctx context.Context) error
 	// Flush makes every guest memory write up to now visible in the memory device and durable there.
 	Flush(ctx context.Context) error
-	// Save writes the paused machine's state (all but memory and disks). It may itself write guest memory: flush afterwards.
+	// Save writes the paused machine's state (all but memory and disks), and flushes memory meanwhile. It may itself write guest memory: flush afterwards.
 	Save(ctx context.Context, state io.Writer) error
 	// GuestConn returns a connection with the program that serves port in the guest, waiting for the program until ctx ends.
 	// At most one connection per port is open at a time; closing it lets the program wait for the next.

@@ -162,6 +162,9 @@ func (m *Machine) delta(ctx context.Context) (written int64, err error) {
 // Firecracker writes the state of a snapshot first, then memory. Memory is known otherwise, so that is given a path which cannot exist: Firecracker refuses
 // the snapshot, but the state is there, and whole if its checksum says so.
 func (m *Machine) Save(ctx context.Context, state io.Writer) error {
+	if err := m.Flush(ctx); err != nil { // what is refused below must not have been the last to know of a written page
+		return err
+	}
 	path := inside(m.process.PID(), "state")
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return m.orExit(fmt.Errorf("save state: %w", err))

@@ -470,11 +470,13 @@ func (m *Machine) prepareSave(ctx context.Context) error {
 	return nil
 }
 
-// Save implements [vmm.Machine].
+// Save implements [vmm.Machine]. While QEMU writes the state, memory is flushed.
 func (m *Machine) Save(ctx context.Context, state io.Writer) error {
 	if err := m.prepareSave(ctx); err != nil {
 		return err
 	}
+	flushed := make(chan error, 1)
+	go func() { flushed <- m.Flush(ctx) }()
 	m.saving.Lock()
 	r := m.outgoing
 	m.outgoing = nil
@@ -492,7 +494,7 @@ func (m *Machine) Save(ctx context.Context, state io.Writer) error {
 	if cerr := <-copied; cerr != nil && err == nil {
 		err = cerr
 	}
-	if err != nil {
+	if err = errors.Join(err, <-flushed); err != nil {
 		return fmt.Errorf("save state: %w", err)
 	}
 	return nil
@@ -526,6 +528,9 @@ func (m *Machine) Restore(ctx context.Context, state io.Reader) error {
 	copied := make(chan error, 1)
 	go func() {
 		_, err := io.Copy(w, state)
+		if errors.Is(err, unix.EPIPE) {
+			err = nil // QEMU does not read the description that the state of an older Drafter ends with; one that it missed, it reports
+		}
 		copied <- errors.Join(err, w.Close())
 	}()
 	err := m.migrated(ctx)
