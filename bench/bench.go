@@ -36,7 +36,7 @@ type part struct {
 }
 
 var parts = []part{
-	{"engine", "the device engine without a VM, beside a plain copy and raw TCP on loopback", true, 5, (*bench).engine},
+	{"engine", "the device engine without a VM, beside a copy in memory and raw TCP on loopback", true, 9, (*bench).engine},
 	{"wire", "encoding and decoding of what is sent", false, 5, (*bench).wire},
 	{"device", "a device of an instance, mapped through FUSE and read and written directly, beside a plain file", false, 3, (*bench).device},
 	{"resume", "resume of a package in a VMM that runs", true, 5, (*bench).resume},
@@ -92,7 +92,7 @@ func Run(ctx context.Context, o Options) error {
 		}
 		rounds := p.rounds
 		if o.Quick {
-			rounds = min(rounds, 3)
+			rounds = (rounds + 1) / 2
 		}
 		if o.Rounds > 0 {
 			rounds = o.Rounds

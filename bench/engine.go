@@ -7,8 +7,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
-	"os"
-	"path/filepath"
 	"runtime"
 	"time"
 
@@ -51,16 +49,12 @@ func (n nobody) Accept(context.Context, wire.Manifest, uuid.UUID) ([]migrate.Tar
 	return []migrate.TargetDevice{{Device: n.device}}, nil
 }
 
-// engine measures the device engine without a VM, over TCP on loopback, from memory to memory; beside it the same connection without the engine; and a copy of a file
-// over TCP, as rsync or nc would make it. What is moved cannot be compressed.
+// engine measures the device engine without a VM, over TCP on loopback, from memory to memory; beside it the same connection without the engine.
+// What is moved cannot be compressed.
 func (b *bench) engine(ctx context.Context, rounds int) error {
 	from, to := make(ram, aloneSize), make(ram, aloneSize)
 	rng := rand.NewChaCha8([32]byte{})
 	if _, err := rng.Read(from); err != nil {
-		return err
-	}
-	file := filepath.Join(b.dir, "copy-from")
-	if err := os.WriteFile(file, from, 0o600); err != nil {
 		return err
 	}
 	copy(to, from) // its pages are there
@@ -89,17 +83,8 @@ func (b *bench) engine(ctx context.Context, rounds int) error {
 			return err
 		}
 		b.add("memory_copy_mb_per_s", aloneSize/1e6/took)
-		copied := filepath.Join(b.dir, "copy-to")
-		if took, cpu, err = timed(func() error { return copyOverTCP(file, copied) }); err != nil {
-			return err
-		}
-		b.add("copy_tcp_mb_per_s", aloneSize/1e6/took)
-		b.add("copy_tcp_cpu_s_per_gb", cpu/(aloneSize/1e9))
-		if err := os.Remove(copied); err != nil {
-			return err
-		}
 	}
-	return os.Remove(file)
+	return nil
 }
 
 func moveAlone(ctx context.Context, from, to ram) (err error) {
@@ -170,38 +155,4 @@ func sendRaw(from, to ram) (err error) {
 		}
 	}
 	return errors.Join(<-received, conn.Close())
-}
-
-// copyOverTCP copies a file to another over a connection.
-func copyOverTCP(from, to string) error {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return err
-	}
-	defer l.Close()
-	received := make(chan error, 1)
-	go func() {
-		received <- func() error {
-			conn, err := l.Accept()
-			if err != nil {
-				return err
-			}
-			f, err := os.Create(to)
-			if err != nil {
-				return errors.Join(err, conn.Close())
-			}
-			_, err = io.CopyBuffer(struct{ io.Writer }{f}, struct{ io.Reader }{conn}, make([]byte, 1<<20))
-			return errors.Join(err, f.Close(), conn.Close())
-		}()
-	}()
-	conn, err := net.Dial("tcp", l.Addr().String())
-	if err != nil {
-		return err
-	}
-	f, err := os.Open(from)
-	if err != nil {
-		return errors.Join(err, conn.Close())
-	}
-	_, err = io.CopyBuffer(struct{ io.Writer }{conn}, struct{ io.Reader }{f}, make([]byte, 1<<20))
-	return errors.Join(err, f.Close(), conn.Close(), <-received)
 }

@@ -44,26 +44,27 @@ type contest struct {
 	load      string
 	opponents []string
 	rounds    int
+	copies    bool // whether a plain copy over TCP is measured in each round, too
 }
 
 // quick has what ratios are of, whole everything.
 var (
 	quick = []contest{
-		{"loopback", 1, "random", []string{"precopy300", "present", "precopy30", "absent"}, 3},
-		{"1gbit_rtt100", 1, "random", []string{"present"}, 2},
-		{"loopback", 8, "random", []string{"present"}, 2},
+		{"loopback", 1, "random", []string{"precopy300", "present", "precopy30", "absent"}, 3, true},
+		{"1gbit_rtt100", 1, "random", []string{"present"}, 2, false},
+		{"loopback", 8, "random", []string{"present"}, 2, false},
 	}
 	everybody, _ = Opponents()
 	whole        = []contest{
-		{"loopback", 1, "random", everybody, 5},
-		{"1gbit", 1, "random", everybody, 3},
-		{"1gbit_rtt100", 1, "random", everybody, 3},
-		{"loopback", 2, "random", []string{"precopy300", "present"}, 3},
-		{"loopback", 4, "random", []string{"precopy300", "present"}, 3},
-		{"loopback", 8, "random", []string{"precopy300", "present"}, 5},
-		{"loopback", 1, "hot", []string{"precopy300", "present", "absent"}, 3},
-		{"loopback", 1, "sequential", []string{"precopy300", "present", "absent"}, 3},
-		{"loopback", 1, loadRedis, []string{"precopy300", "present", "absent"}, 3},
+		{"loopback", 1, "random", everybody, 5, true},
+		{"1gbit", 1, "random", everybody, 3, false},
+		{"1gbit_rtt100", 1, "random", everybody, 3, false},
+		{"loopback", 2, "random", []string{"precopy300", "present"}, 3, false},
+		{"loopback", 4, "random", []string{"precopy300", "present"}, 3, false},
+		{"loopback", 8, "random", []string{"precopy300", "present"}, 5, false},
+		{"loopback", 1, "hot", []string{"precopy300", "present", "absent"}, 3, false},
+		{"loopback", 1, "sequential", []string{"precopy300", "present", "absent"}, 3, false},
+		{"loopback", 1, loadRedis, []string{"precopy300", "present", "absent"}, 3, false},
 	}
 )
 
@@ -137,6 +138,11 @@ func (b *bench) contest(ctx context.Context, c contest) (err error) {
 			}
 			if err := move(ctx, w, c, l, o); err != nil {
 				return fmt.Errorf("%s: %w", name, err)
+			}
+		}
+		if c.copies {
+			if err := b.plainCopy(); err != nil {
+				return err
 			}
 		}
 	}

@@ -6,21 +6,25 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 
+	"drafter/block"
 	"drafter/wire"
 )
 
-// compression decides by trying whether an extent is worth compressing: it is when compressing it and sending what is left takes less time than sending it.
-// Use it from one goroutine.
+// compression decides whether an extent is worth compressing: it is when compressing it and sending what is left takes less time than sending it. A sample of
+// the extent tells how much will be left. Use it from one goroutine.
 type compression struct {
 	encoder *zstd.Encoder
-	link    rate    // bytes per second that the connection takes, with the bandwidth limit
-	speed   rate    // bytes per second that are compressed
-	ratio   float64 // of compressed to raw size, of late
+	link    rate // bytes per second that the connection takes, with the bandwidth limit
+	speed   rate // bytes per second that are compressed
+	sample  []byte
 	count   int
 }
 
-// tryEvery is how many extents are sent before compression is tried again.
-const tryEvery = 64
+const (
+	tryEvery  = 64       // extents after which one is compressed in any case: the speed of it may have changed
+	bestRatio = 0.2      // of compressed to raw size, that memory hardly ever goes below
+	sampled   = 64 << 10 // bytes of which one page is a sample
+)
 
 func newCompression() (*compression, error) {
 	e, err := newEncoder(1)
@@ -36,16 +40,30 @@ func newEncoder(users int) (*zstd.Encoder, error) {
 	return e, nil
 }
 
-// worth tells whether to compress the next extent, or at least to try.
-func (c *compression) worth() bool {
-	c.count++
+// worth tells whether to try to compress the next extent, which holds data.
+func (c *compression) worth(data []byte) bool {
 	if c.link.perSecond() == 0 {
 		return false // unknown so far
 	}
-	if c.speed.perSecond() == 0 || c.count%tryEvery == 0 {
+	c.count++
+	switch {
+	case c.speed.perSecond() == 0 || c.count%tryEvery == 0:
 		return true
+	case !c.pays(bestRatio):
+		return false
 	}
-	return c.pays(c.ratio)
+	return c.pays(c.estimate(data))
+}
+
+// estimate is about the ratio that compressing data would have.
+func (c *compression) estimate(data []byte) float64 {
+	raw, left := 0, 0
+	for at := min(sampled, len(data)) / 2; at < len(data); at += sampled {
+		page := data[at:min(at+block.PageSize, len(data))]
+		c.sample = c.encoder.EncodeAll(page, c.sample[:0])
+		raw, left = raw+len(page), left+len(c.sample)
+	}
+	return float64(left) / float64(raw)
 }
 
 // pays compares what a byte costs.
@@ -59,12 +77,7 @@ func (c *compression) try(b *wire.ExtentBuffer, at, length int64) bool {
 	start := time.Now()
 	n := b.Compress(c.encoder, at, length)
 	c.speed.add(length, time.Since(start))
-	ratio := float64(n) / float64(length)
-	if c.ratio == 0 {
-		c.ratio = ratio
-	}
-	c.ratio = 0.7*c.ratio + 0.3*ratio
-	return int64(n) < length && c.pays(ratio)
+	return int64(n) < length && c.pays(float64(n)/float64(length))
 }
 
 // rate is a moving average of a speed.

@@ -116,7 +116,7 @@ func (o *Offer) answer(l *link, buffer *wire.ExtentBuffer, c *compression, devic
 		return fmt.Errorf("device %s: %w", d.Name, err)
 	}
 	start := time.Now()
-	if c.worth() && c.try(buffer, 0, length) {
+	if c.worth(buffer.Data()[:length]) && c.try(buffer, 0, length) {
 		return l.SendCompressed(buffer, device, off, length, wire.Soon)
 	}
 	err := l.SendExtent(buffer, 0, device, wire.Raw, off, length, wire.Soon)

@@ -327,7 +327,7 @@ func (o *outgoing) sendRun(ctx context.Context, l *link, s *sender, d *outgoingD
 	if urgent {
 		d.wanted.Add(length)
 	}
-	if s.compression.worth() && s.compression.try(s.buffer, at, length) {
+	if s.compression.worth(s.buffer.Data()[at:at+length]) && s.compression.try(s.buffer, at, length) {
 		return l.SendCompressed(s.buffer, d.index, off, length, when)
 	}
 	err := l.SendExtent(s.buffer, at, d.index, wire.Raw, off, length, when)
