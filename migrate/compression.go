@@ -10,7 +10,7 @@ import (
 	"drafter/wire"
 )
 
-// compression decides whether an extent is worth compressing: it is when compressing it and sending what is left takes less time than sending it. A sample of
+// compression decides whether an extent is worth compressing: it is when compressing it, or sending what is left, whichever is slower, takes less time than sending it. A sample of
 // the extent tells how much will be left. Use it from one goroutine.
 type compression struct {
 	encoder *zstd.Encoder
@@ -66,10 +66,10 @@ func (c *compression) estimate(data []byte) float64 {
 	return float64(left) / float64(raw)
 }
 
-// pays compares what a byte costs.
+// pays compares how long a byte takes. While one extent is compressed, the connection sends those before.
 func (c *compression) pays(ratio float64) bool {
 	raw := 1 / c.link.perSecond()
-	return 1/c.speed.perSecond()+ratio*raw < 0.95*raw
+	return max(1/c.speed.perSecond(), ratio*raw) < 0.9*raw
 }
 
 // try compresses and tells whether the result is to be sent.
