@@ -70,7 +70,7 @@ func arguments(l *vmm.Launch, hw vmm.Hardware) ([]string, error) {
 	a.add("-no-reboot") // a package resumes, it never boots again by itself
 	a.add("-display", "none")
 	a.add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
-	a.add("-machine", machine+",suppress-vmdesc=on") // of its state in JSON, which would take as long to write as the state
+	a.add("-machine", machine+",suppress-vmdesc=on") // a description of the state in JSON, which is for debugging only
 	a.add("-accel", hw.Accel)
 	a.add("-cpu", hw.CPU)
 	a.add("-smp", strconv.Itoa(l.CPUs))
