@@ -38,36 +38,23 @@ func writeRandom(path string, size int64) error {
 	return errors.Join(err, f.Close())
 }
 
-// copyOverTCP copies a file to another over a connection.
+// copyOverTCP copies a file to another over a connection, through buffers of this process.
 func copyOverTCP(from, to string) error {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return err
+	send := func(conn net.Conn) error {
+		f, err := os.Open(from)
+		if err != nil {
+			return err
+		}
+		_, err = io.CopyBuffer(struct{ io.Writer }{conn}, struct{ io.Reader }{f}, make([]byte, 1<<20))
+		return errors.Join(err, f.Close())
 	}
-	defer l.Close()
-	received := make(chan error, 1)
-	go func() {
-		received <- func() error {
-			conn, err := l.Accept()
-			if err != nil {
-				return err
-			}
-			f, err := os.Create(to)
-			if err != nil {
-				return errors.Join(err, conn.Close())
-			}
-			_, err = io.CopyBuffer(struct{ io.Writer }{f}, struct{ io.Reader }{conn}, make([]byte, 1<<20))
-			return errors.Join(err, f.Close(), conn.Close())
-		}()
-	}()
-	conn, err := net.Dial("tcp", l.Addr().String())
-	if err != nil {
-		return err
+	receive := func(conn net.Conn) error {
+		f, err := os.Create(to)
+		if err != nil {
+			return err
+		}
+		_, err = io.CopyBuffer(struct{ io.Writer }{f}, struct{ io.Reader }{conn}, make([]byte, 1<<20))
+		return errors.Join(err, f.Close())
 	}
-	f, err := os.Open(from)
-	if err != nil {
-		return errors.Join(err, conn.Close())
-	}
-	_, err = io.CopyBuffer(struct{ io.Writer }{conn}, struct{ io.Reader }{f}, make([]byte, 1<<20))
-	return errors.Join(err, f.Close(), conn.Close(), <-received)
+	return overTCP(send, receive)
 }

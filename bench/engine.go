@@ -122,37 +122,48 @@ func moveAlone(ctx context.Context, from, to ram) (err error) {
 }
 
 // sendRaw writes one to a connection and reads it into the other.
-func sendRaw(from, to ram) (err error) {
+func sendRaw(from, to ram) error {
+	send := func(conn net.Conn) error {
+		for at := 0; at < len(from); at += 1 << 20 {
+			if _, err := conn.Write(from[at : at+1<<20]); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	receive := func(conn net.Conn) error {
+		for at := 0; at < len(to); {
+			n, err := conn.Read(to[at:min(len(to), at+1<<20)])
+			if err != nil {
+				return err
+			}
+			at += n
+		}
+		return nil
+	}
+	return overTCP(send, receive)
+}
+
+// overTCP lets one send to the other over a connection on loopback.
+func overTCP(send, receive func(net.Conn) error) error {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, l.Close()) }()
 	received := make(chan error, 1)
 	go func() {
-		received <- func() error {
-			conn, err := l.Accept()
-			if err != nil {
-				return err
-			}
-			for at := 0; at < len(to); {
-				n, err := conn.Read(to[at:min(len(to), at+1<<20)])
-				if err != nil {
-					return errors.Join(err, conn.Close())
-				}
-				at += n
-			}
-			return conn.Close()
-		}()
+		conn, err := l.Accept()
+		if err != nil {
+			received <- err
+			return
+		}
+		err = receive(conn)
+		received <- errors.Join(err, conn.Close())
 	}()
 	conn, err := net.Dial("tcp", l.Addr().String())
-	if err != nil {
-		return err
+	if err == nil {
+		err = send(conn)
+		err = errors.Join(err, conn.Close())
 	}
-	for at := 0; at < len(from); at += 1 << 20 {
-		if _, err := conn.Write(from[at : at+1<<20]); err != nil {
-			return errors.Join(err, conn.Close())
-		}
-	}
-	return errors.Join(<-received, conn.Close())
+	return errors.Join(err, l.Close(), <-received)
 }
