@@ -48,6 +48,24 @@ func TestStartAndKill(t *testing.T) {
 	}
 }
 
+// TestRoom: the kernel's table of a child's descriptors is large from the start (FDSize of proc_pid_status(5)).
+func TestRoom(t *testing.T) {
+	p, err := Start(Config{Path: "/bin/sleep", Args: []string{"1000"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Kill()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.PID()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, after, _ := strings.Cut(string(status), "\nFDSize:")
+	line, _, _ := strings.Cut(after, "\n")
+	if n, err := strconv.Atoi(strings.TrimSpace(line)); err != nil || n < room {
+		t.Errorf("the child's table has room for %d descriptors (%v); want at least %d", n, err, room)
+	}
+}
+
 func TestStartErrors(t *testing.T) {
 	for name, tt := range map[string]struct {
 		config Config
