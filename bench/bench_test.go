@@ -134,6 +134,16 @@ func TestResults(t *testing.T) {
 	if _, ok := r.Ratios["gap_vs_precopy30"]; ok {
 		t.Error("there is a ratio to what was not measured")
 	}
+	for key, want := range map[string][3]float64{
+		"gap_vs_precopy300": {55. / 300, 50. / 100, 3}, // round by round
+		"gap_8g_over_1g":    {50. / 55, 70. / 45, 2},   // of which there are fewer with 8 GiB
+		"resume_ms":         {40, 90, 3},
+		"gap_vs_precopy30":  {},
+	} {
+		if least, most, rounds := r.RatioSpread(key); [3]float64{least, most, float64(rounds)} != want {
+			t.Errorf("%s is within %v … %v in %d rounds instead of %v", key, least, most, rounds, want)
+		}
+	}
 	if spread := r.Spread["resume_ms"]; spread != [2]float64{40, 90} || len(r.Rounds["resume_ms"]) != 3 {
 		t.Errorf("spread %v, rounds %v", spread, r.Rounds["resume_ms"])
 	}

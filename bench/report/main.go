@@ -102,11 +102,12 @@ func (r *report) markdown(path string) string {
 	w.WriteString(".\n\nA guest holds 300 MiB of pages that cannot be compressed, writes to 20 MiB of them a second, picked at random, and ticks to the outside every 10 ms. It is moved by Drafter and by QEMU's own\n" +
 		"live migration, in turn, in one run. The *gap* is the longest silence seen from outside, the *downtime* what the mover says. `present` and `absent` are Drafter with the VM's package at the\n" +
 		"target, or not; `precopy300` and `precopy30` QEMU's pre-copy with those downtime limits. QEMU's guest has its memory on a tmpfs at both ends, and its process at the target has been started. Drafter's\n" +
-		"total time includes that start.\n\n## Against what is to be reached\n\n| figure | key | bar | here | |\n|---|---|---|---|---|\n")
+		"total time includes that start.\n\n## Against what is to be reached\n\nIn brackets, the least and the most of its rounds.\n\n" +
+		"| figure | key | bar | here | rounds | |\n|---|---|---|---|---|---|\n")
 	for _, bar := range bars {
 		v, ok := r.Ratios[bar.key]
 		if !ok {
-			fmt.Fprintf(&w, "| %s | `%s` | %s | not measured | |\n", bar.text, bar.key, barText(bar.most, bar.least))
+			fmt.Fprintf(&w, "| %s | `%s` | %s | not measured | | |\n", bar.text, bar.key, barText(bar.most, bar.least))
 			continue
 		}
 		verdict := ""
@@ -116,7 +117,8 @@ func (r *report) markdown(path string) string {
 		case bar.most > 0 || bar.least > 0:
 			verdict = "not reached"
 		}
-		fmt.Fprintf(&w, "| %s | `%s` | %s | %.3g | %s |\n", bar.text, bar.key, barText(bar.most, bar.least), v, verdict)
+		least, most, rounds := r.RatioSpread(bar.key)
+		fmt.Fprintf(&w, "| %s | `%s` | %s | %.3g (%.3g … %.3g) | %d | %s |\n", bar.text, bar.key, barText(bar.most, bar.least), v, least, most, rounds, verdict)
 	}
 	w.WriteString("\n![gap by opponent](benchmarks/gap.svg)\n\n![one migration](benchmarks/timeline.svg)\n\n![gap over size](benchmarks/size.svg)\n\n![gap over round trip](benchmarks/trip.svg)\n\n## All figures\n\nMedians, with least and most.\n")
 	r.tables(&w)
