@@ -42,9 +42,9 @@ var parts = []part{
 	{"resume", "resume of a package in a VMM that runs", true, 5, (*bench).resume},
 	{"start", "boot, resume and suspend by the commands, several clones at once, and packing", false, 3, (*bench).start},
 	{"registry", "start from a registry over 1 Gbit/s, beside a copy of the package", false, 3, (*bench).registry},
-	{"move", "live migration under load, beside QEMU's own", true, 0, (*bench).move},
 	{"faults", "page faults that are served to a VMM, beside a file that it maps", false, 5, (*bench).faults},
 	{"firecracker", "Firecracker with a test guest, beside what it does by itself", false, 5, (*bench).firecracker},
+	{"move", "live migration under load, beside QEMU's own", true, 0, (*bench).move},
 }
 
 // Parts are the names of what can be measured, in order, with what each is.

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/uuid"
+
 	"drafter/instance"
 	"drafter/internal/sparse"
 	"drafter/internal/tour"
@@ -60,11 +62,15 @@ var (
 		{"1gbit", 1, "random", everybody, 3, false},
 		{"1gbit_rtt100", 1, "random", everybody, 3, false},
 		{"loopback", 2, "random", []string{"precopy300", "present"}, 3, false},
-		{"loopback", 4, "random", []string{"precopy300", "present"}, 3, false},
-		{"loopback", 8, "random", []string{"precopy300", "present"}, 5, false},
+		{"loopback", 4, "random", []string{"present"}, 3, false},
+		{"loopback", 8, "random", []string{"present"}, 5, false},
 		{"loopback", 1, "hot", []string{"precopy300", "present", "absent"}, 3, false},
 		{"loopback", 1, "sequential", []string{"precopy300", "present", "absent"}, 3, false},
 		{"loopback", 1, loadRedis, []string{"precopy300", "present", "absent"}, 3, false},
+		// QEMU's own fills a tmpfs of the guest's whole size at each end. On a host with little more than that, whatever comes next is slow: beside it, moves of an 8 GiB
+		// guest were silent for 0.3 to 2.3 s, by themselves for 0.05 to 0.2 s.
+		{"loopback", 4, "random", []string{"precopy300"}, 3, false},
+		{"loopback", 8, "random", []string{"precopy300"}, 3, false},
 	}
 )
 
@@ -314,6 +320,10 @@ func (b *bench) moveOwn(ctx context.Context, w *watcher, c contest, l link, o op
 			return err
 		}
 	}
+	generation, err := uuid.NewRandom()
+	if err != nil {
+		return err
+	}
 	start := func(number int, memory string) (*qemu.Machine, *vmm.Dir, error) {
 		d, err := vmm.CreateDir(filepath.Join(b.dir, "vms"), vmm.VMMQEMU)
 		if err != nil {
@@ -322,7 +332,7 @@ func (b *bench) moveOwn(ctx context.Context, w *watcher, c contest, l link, o op
 		size, _ := config.Device(vmm.Memory)
 		launch := vmm.Launch{
 			Dir: d, Recorded: &config.Hardware, CPUs: config.CPUs, MemorySize: size.Size, Memory: memory, Kernel: paths[vmm.Kernel], Netns: fmt.Sprintf("ark%d", number),
-			Interface: config.Interface, MAC: config.MAC, Ports: []uint32{config.AgentPort, config.LivenessPort}, CgroupVersion: 2, Output: console,
+			Interface: config.Interface, MAC: config.MAC, Ports: []uint32{config.AgentPort, config.LivenessPort}, CgroupVersion: 2, Output: console, Generation: generation,
 		}
 		for _, name := range config.Disks() {
 			launch.Disks = append(launch.Disks, vmm.Block{Name: name, Path: paths[name]})
