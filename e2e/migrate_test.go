@@ -3,12 +3,14 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/redis/go-redis/v9"
 
 	"drafter/internal/testhost"
@@ -181,6 +183,21 @@ func TestThreeHosts(t *testing.T) {
 	end(t, vm)
 }
 
+// generation is the generation ID that QEMU gives to the one VM at the site.
+func (s *site) generation(t *testing.T) string {
+	t.Helper()
+	arguments, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", s.vmmPID(t)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, after, _ := strings.Cut(string(arguments), "vmgenid,guid=")
+	id, _, _ := strings.Cut(after, "\x00")
+	if _, err := uuid.Parse(id); err != nil {
+		t.Fatalf("the VM has generation ID %q", id)
+	}
+	return id
+}
+
 // A VM moves ten times, is suspended and resumed between, and goes back to where it was; nothing is lost.
 func TestChain(t *testing.T) {
 	s := emptySite(t)
@@ -191,6 +208,7 @@ func TestChain(t *testing.T) {
 		return s.peer(t, fmt.Sprintf("instance-%d", at), append([]string{"--netns", fmt.Sprintf("ark%d", at), "--laddr", ports[at]}, flags...)...)
 	}
 	vm := start(0)
+	generation := s.generation(t)
 	runID := serverInfo(t, clients[0], "run_id")
 	moves := 10
 	if testing.Short() {
@@ -210,6 +228,14 @@ func TestChain(t *testing.T) {
 		if move%3 == 2 {
 			end(t, vm)
 			vm = start(to)
+			resumed := s.generation(t)
+			if resumed == generation {
+				t.Errorf("after move %d: a VM that was resumed, as others may have been from the same files, has generation ID %s again", move, resumed)
+			}
+			generation = resumed
+		}
+		if got := s.generation(t); got != generation {
+			t.Errorf("move %d: the generation ID is %s, which makes the guest take itself for a clone; it was %s", move, got, generation)
 		}
 		for old := range move + 1 {
 			for i := range 200 {

@@ -14,6 +14,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/google/uuid"
+
 	"drafter/agent"
 	"drafter/block"
 	"drafter/vmm"
@@ -82,12 +84,14 @@ type Instance struct {
 	machine vmm.Machine
 	dir     *vmm.Dir
 	config  *vmm.PackageConfig
-	storage Storage
-	memory  block.Device  // what a VMM that is served its memory has it from; nil for the others
-	agent   *agent.Client // nil while the guest is not to be talked to
-	frozen  bool          // suspended or handed over: the state device says so
-	paused  bool          // for a migration
-	left    bool          // the state device holds a state for the target of a migration
+	// Of the VM, not of its package: it is kept as long as the VM goes on in one place. Zero while it is booted for a package.
+	generation uuid.UUID
+	storage    Storage
+	memory     block.Device  // what a VMM that is served its memory has it from; nil for the others
+	agent      *agent.Client // nil while the guest is not to be talked to
+	frozen     bool          // suspended or handed over: the state device says so
+	paused     bool          // for a migration
+	left       bool          // the state device holds a state for the target of a migration
 }
 
 // Hardware is what a VM to boot shall consist of.
@@ -166,7 +170,7 @@ func (i *Instance) launch(h Host, driver vmm.Driver) (vmm.Launch, error) {
 		CPUs: i.config.CPUs, MemorySize: memory.Size, Kernel: i.storage.Path(vmm.Kernel), FillMemory: h.FillMemory, HugePages: h.HugePages,
 		Netns: h.Netns, MAC: i.config.MAC,
 		UID: h.UID, GID: h.GID, NUMANode: h.NUMANode, CgroupVersion: h.CgroupVersion,
-		Output: h.Output, Input: h.Input,
+		Output: h.Output, Input: h.Input, Generation: i.generation,
 	}
 	for _, port := range []uint32{i.config.AgentPort, i.config.LivenessPort} {
 		if port != 0 {
@@ -269,13 +273,23 @@ func deviceSize(path string) (int64, error) {
 // Launched is a VMM process that waits for its VM. All that can fail for want of a resource has been done.
 type Launched struct{ i *Instance }
 
-// Launch starts the VMM for a package without touching memory or disks. See [Launched.Resume].
+// Launch starts the VMM for a package without touching memory or disks. See [Launched.Resume]. The guest will be told that others may have gone on from the same
+// state.
 func Launch(ctx context.Context, h Host, config *vmm.PackageConfig, storage Storage) (*Launched, error) {
+	generation, err := uuid.NewRandom()
+	if err != nil {
+		return nil, fmt.Errorf("make generation id: %w", err)
+	}
+	return LaunchMoved(ctx, h, config, storage, generation)
+}
+
+// LaunchMoved is Launch for the VM of that generation, which goes on here and nowhere else. See [Launched.Restore].
+func LaunchMoved(ctx context.Context, h Host, config *vmm.PackageConfig, storage Storage, generation uuid.UUID) (*Launched, error) {
 	driver, err := h.Drivers.Select(h.VMM, config.Hardware.VMM)
 	if err != nil {
 		return nil, err
 	}
-	i := &Instance{config: config, storage: storage}
+	i := &Instance{config: config, storage: storage, generation: generation}
 	l, err := i.launch(h, driver)
 	if err != nil {
 		return nil, err
@@ -434,6 +448,9 @@ func (i *Instance) Metrics() map[string]float64 {
 	}
 	return nil
 }
+
+// Generation is the VM's generation ID.
+func (i *Instance) Generation() uuid.UUID { return i.generation }
 
 // Config is what the package of this instance records.
 func (i *Instance) Config() *vmm.PackageConfig { return i.config }

@@ -59,8 +59,10 @@ type SourceConfig struct {
 	Devices   []SourceDevice
 	Config    []byte // of the VM, for the target's preflight
 	Processor []byte
-	Limits    Limits
-	Forward   bool // the devices have users here, who go on after the handoff: see Forwarded
+	// Generation is the generation ID that the VM keeps when it moves. A copy does not get it.
+	Generation uuid.UUID
+	Limits     Limits
+	Forward    bool // the devices have users here, who go on after the handoff: see Forwarded
 
 	// Backup, if not nil, is of copies that are stored where targets may get at them.
 	Backup *Baseline
@@ -601,6 +603,9 @@ func (o *outgoing) preflight(ctx context.Context) (State, error) {
 	m := wire.Manifest{Config: o.config.Config, Processor: o.config.Processor}
 	if o.config.Forward {
 		m.Features |= wire.FeatureForward
+	}
+	if !o.copy {
+		m.Generation = o.config.Generation
 	}
 	for _, d := range o.devices {
 		if !o.copy {

@@ -156,10 +156,11 @@ func (p *Peer) Stats() (stats migrate.Stats, ok bool) {
 
 // arrival is a VM that is arriving. It implements [migrate.TargetVM].
 type arrival struct {
-	p        *Peer
-	config   *vmm.PackageConfig
-	launched *instance.Launched
-	running  bool
+	p          *Peer
+	config     *vmm.PackageConfig
+	generation uuid.UUID
+	launched   *instance.Launched
+	running    bool
 
 	// While the VMM waits for its VM, it is watched: the source need not pause for one that has died.
 	giveUp    context.CancelCauseFunc
@@ -174,6 +175,7 @@ func (a *arrival) Accept(ctx context.Context, m wire.Manifest, migration uuid.UU
 	if a.config, err = vmm.DecodePackageConfig(m.Config); err != nil {
 		return nil, fmt.Errorf("the source's config device: %w", err)
 	}
+	a.generation = m.Generation
 	names := []string{vmm.Config}
 	for _, d := range a.config.Devices {
 		names = append(names, d.Name)
@@ -326,7 +328,7 @@ func (a *arrival) devices(ctx context.Context, m wire.Manifest, held map[string]
 // Start implements [migrate.TargetVM].
 func (a *arrival) Start(ctx context.Context) error {
 	var err error
-	if a.launched, err = instance.Launch(ctx, a.p.config.Host, a.config, storage{a.p}); err != nil {
+	if a.launched, err = instance.LaunchMoved(ctx, a.p.config.Host, a.config, storage{a.p}, a.generation); err != nil {
 		return err
 	}
 	a.watch.Go(func() {

@@ -101,7 +101,7 @@ func whereabouts(s migrate.State) string {
 // newSource makes the source of this VM.
 func (p *Peer) newSource() (*migrate.Source, error) {
 	config := p.instance.Config()
-	c := migrate.SourceConfig{VM: &departure{p: p}, Limits: p.config.Limits, OnProgress: p.config.Hooks.OnProgress}
+	c := migrate.SourceConfig{VM: &departure{p: p}, Generation: p.instance.Generation(), Limits: p.config.Limits, OnProgress: p.config.Hooks.OnProgress}
 	if p.syncer != nil {
 		c.Backup = &p.syncer.baseline
 	}

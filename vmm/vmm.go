@@ -11,6 +11,8 @@ import (
 	"sort"
 	"strings"
 
+	"github.com/google/uuid"
+
 	"drafter/block"
 )
 
@@ -83,6 +85,10 @@ type Launch struct {
 	Input  io.Reader // nil: no input
 
 	Boot *Boot // nil: the machine waits for Restore
+
+	// Generation is the VM's generation ID (Microsoft's "Virtual Machine Generation ID"): another one tells the guest that it has gone on from the same state
+	// elsewhere, too, so that it makes new secrets. Zero: any new one. Firecracker makes a new one at each restore, whatever this is.
+	Generation uuid.UUID
 }
 
 // Hardware identifies what a VM was built on, to the degree that its saved state depends on it. It is recorded in the package.

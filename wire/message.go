@@ -71,14 +71,16 @@ type Result struct {
 	Data   []byte // valid until the next Read
 }
 
-// Manifest says what there is to migrate. Its payload: features uint64, config and processor as byte strings, number of devices uint16, then for each: name as
+// Manifest says what there is to migrate. Its payload: features uint64, config and processor as byte strings, generation [16]byte, number of devices uint16, then for each: name as
 // byte string, size uint64, block size uint32, flags uint8 (1: it needs the base), content ids of the base and of the backup [32]byte each, zero for none. A byte
 // string is its length as uint32 and the bytes.
 type Manifest struct {
 	Features  uint64
 	Config    []byte // content of the config device (JSON)
 	Processor []byte // of the source's host (JSON); empty when it does not matter
-	Devices   []Device
+	// Generation is the VM's generation ID, which it keeps where it moves to; zero when it keeps none.
+	Generation uuid.UUID
+	Devices    []Device
 }
 
 // Device is one device of a manifest.
@@ -196,7 +198,7 @@ func (c *Conn) Send(message any) error {
 		b = le.AppendUint64(append(b, m.Migration[:]...), m.Features)
 	case Manifest:
 		t, b = TypeManifest, le.AppendUint64(b, m.Features)
-		b = appendString(appendString(b, m.Config), m.Processor)
+		b = append(appendString(appendString(b, m.Config), m.Processor), m.Generation[:]...)
 		b = le.AppendUint16(b, uint16(len(m.Devices)))
 		for _, d := range m.Devices {
 			b = le.AppendUint64(appendString(b, []byte(d.Name)), uint64(d.Size))
@@ -367,6 +369,7 @@ func (r *reader) string() []byte {
 
 func (r *reader) manifest() Manifest {
 	m := Manifest{Features: r.uint64(), Config: r.string(), Processor: r.string()}
+	copy(m.Generation[:], r.take(len(m.Generation)))
 	for n := r.uint16(); n > 0 && r.err == nil; n-- {
 		d := Device{Name: string(r.string()), Size: int64(r.uint64()), BlockSize: int64(r.uint32()), NeedsBase: r.uint8() == 1}
 		copy(d.Base[:], r.take(len(d.Base)))

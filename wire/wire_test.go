@@ -41,7 +41,7 @@ func messages() []any {
 	id := uuid.MustParse("0a0b0c0d-0000-4000-8000-000000000001")
 	return []any{
 		Hello{Version: 1, Lane: Demand, Resume: true, Migration: id, Features: 5},
-		Manifest{Features: 1, Config: []byte(`{"a":1}`), Processor: []byte(`{}`), Devices: []Device{
+		Manifest{Features: 1, Config: []byte(`{"a":1}`), Processor: []byte(`{}`), Generation: id, Devices: []Device{
 			{Name: "memory", Size: testSizes[0], BlockSize: 4096, NeedsBase: true, Base: block.ID{1, 2}}, {Name: "disk", Size: testSizes[1], BlockSize: 65536, Backup: block.ID{3}},
 		}},
 		Accept{Held: []Held{HoldsBackup, Unwanted}},

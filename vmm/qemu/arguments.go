@@ -5,6 +5,8 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/google/uuid"
+
 	"drafter/vmm"
 )
 
@@ -77,7 +79,11 @@ func arguments(l *vmm.Launch, hw vmm.Hardware) ([]string, error) {
 	a.add("-m", fmt.Sprintf("%dB", l.MemorySize))
 	a.add("-object", options("memory-backend-file,id=memory,share=on", "size", strconv.FormatInt(l.MemorySize, 10), "mem-path", l.Memory))
 	if !micro {
-		a.add("-device", "vmgenid,guid=auto")
+		guid := "auto"
+		if l.Generation != uuid.Nil {
+			guid = l.Generation.String()
+		}
+		a.add("-device", "vmgenid,guid="+guid)
 	}
 	a.add("-chardev", fmt.Sprintf("socket,id=qmp,fd=%d", fdQMP))
 	a.add("-mon", "chardev=qmp,mode=control")
