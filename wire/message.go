@@ -71,9 +71,9 @@ type Result struct {
 	Data   []byte // valid until the next Read
 }
 
-// Manifest says what there is to migrate. Its payload: features uint64, config and processor as byte strings, generation [16]byte, number of devices uint16, then for each: name as
-// byte string, size uint64, block size uint32, flags uint8 (1: it needs the base), content ids of the base and of the backup [32]byte each, zero for none. A byte
-// string is its length as uint32 and the bytes.
+// Manifest says what there is to migrate. Its payload: features uint64, config and processor as byte strings, generation [16]byte, number of devices uint16, then for
+// each: name as byte string, size uint64, block size uint32, flags uint8 (1: it needs the base), content ids of the base and of the backup [32]byte each, zero for
+// none. A byte string is its length as uint32 and the bytes.
 type Manifest struct {
 	Features  uint64
 	Config    []byte // content of the config device (JSON)
