@@ -1,7 +1,6 @@
 package bench
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -12,12 +11,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/google/uuid"
-
-	"drafter/instance"
-	"drafter/internal/sparse"
 	"drafter/internal/tour"
-	"drafter/vmm"
 	"drafter/vmm/qemu"
 )
 
@@ -62,15 +56,11 @@ var (
 		{"1gbit", 1, "random", everybody, 3, false},
 		{"1gbit_rtt100", 1, "random", everybody, 3, false},
 		{"loopback", 2, "random", []string{"precopy300", "present"}, 3, false},
-		{"loopback", 4, "random", []string{"present"}, 3, false},
-		{"loopback", 8, "random", []string{"present"}, 5, false},
+		{"loopback", 4, "random", []string{"precopy300", "present"}, 3, false},
+		{"loopback", 8, "random", []string{"precopy300", "present"}, 5, false},
 		{"loopback", 1, "hot", []string{"precopy300", "present", "absent"}, 3, false},
 		{"loopback", 1, "sequential", []string{"precopy300", "present", "absent"}, 3, false},
 		{"loopback", 1, loadRedis, []string{"precopy300", "present", "absent"}, 3, false},
-		// QEMU's own fills a tmpfs of the guest's whole size at each end. On a host with little more than that, whatever comes next is slow: beside it, moves of an 8 GiB
-		// guest were silent for 0.3 to 2.3 s, by themselves for 0.05 to 0.2 s.
-		{"loopback", 4, "random", []string{"precopy300"}, 3, false},
-		{"loopback", 8, "random", []string{"precopy300"}, 3, false},
 	}
 )
 
@@ -293,119 +283,4 @@ func (b *bench) addGaps(c contest, o opponent, network, console silences) error 
 		b.add(c.key(o.name, "console_gap_ms"), ms(console.longest()))
 	}
 	return nil
-}
-
-// moveOwn moves the guest as QEMU does by itself: both have the same disks, as its users must see to, and memory on a tmpfs.
-func (b *bench) moveOwn(ctx context.Context, w *watcher, c contest, l link, o opponent) (err error) {
-	ctx, cancelMove := context.WithTimeoutCause(ctx, patience, fmt.Errorf("the move is not over after %s", patience))
-	defer cancelMove()
-	shm, err := os.MkdirTemp("/dev/shm", "drafter-bench-")
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(shm)) }()
-	pkg, err := b.snapshot(ctx, c.load, c.gib)
-	if err != nil {
-		return err
-	}
-	console := &pulse{}
-	config, err := vmm.ReadPackageConfig(filepath.Join(pkg, vmm.PackageFile(vmm.Config)))
-	if err != nil {
-		return err
-	}
-	paths := instance.Paths{}
-	for _, d := range config.Devices {
-		paths[d.Name] = filepath.Join(shm, vmm.PackageFile(d.Name))
-		if err := sparse.CopyFile(ctx, paths[d.Name], filepath.Join(pkg, vmm.PackageFile(d.Name)), nil); err != nil {
-			return err
-		}
-	}
-	generation, err := uuid.NewRandom()
-	if err != nil {
-		return err
-	}
-	start := func(number int, memory string) (*qemu.Machine, *vmm.Dir, error) {
-		d, err := vmm.CreateDir(filepath.Join(b.dir, "vms"), vmm.VMMQEMU)
-		if err != nil {
-			return nil, nil, err
-		}
-		size, _ := config.Device(vmm.Memory)
-		launch := vmm.Launch{
-			Dir: d, Recorded: &config.Hardware, CPUs: config.CPUs, MemorySize: size.Size, Memory: memory, Kernel: paths[vmm.Kernel], Netns: fmt.Sprintf("ark%d", number),
-			Interface: config.Interface, MAC: config.MAC, Ports: []uint32{config.AgentPort, config.LivenessPort}, CgroupVersion: 2, Output: console, Generation: generation,
-		}
-		for _, name := range config.Disks() {
-			launch.Disks = append(launch.Disks, vmm.Block{Name: name, Path: paths[name]})
-		}
-		m, err := qemu.Driver{Own: number == 1}.Launch(ctx, launch)
-		if err != nil {
-			return nil, nil, errors.Join(err, d.Close())
-		}
-		return m.(*qemu.Machine), d, nil
-	}
-	source, sourceDir, err := start(0, paths[vmm.Memory])
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, source.Close(), sourceDir.Close()) }()
-	if err := restore(ctx, source, config, paths); err != nil {
-		return err
-	}
-	time.Sleep(settle)
-	began := time.Now()
-	size, _ := config.Device(vmm.Memory)
-	memory := filepath.Join(shm, "arriving")
-	if err := errors.Join(os.WriteFile(memory, nil, 0o600), os.Truncate(memory, size.Size)); err != nil {
-		return err
-	}
-	target, targetDir, err := start(1, memory)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, target.Close(), targetDir.Close()) }()
-	incoming := filepath.Join(shm, "incoming")
-	if err := target.ReceiveOwn(ctx, incoming, *o.own); err != nil {
-		return err
-	}
-	p, err := l.through(ctx, "unix", filepath.Join(shm, "link"), incoming)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, p.close()) }()
-	rctx, cancel := context.WithCancel(ctx)
-	runs := make(chan error, 1)
-	go func() { runs <- target.RunOwn(rctx) }()
-	result, err := source.SendOwn(ctx, filepath.Join(shm, "link"), *o.own)
-	if err != nil {
-		cancel()
-		return errors.Join(err, <-runs)
-	}
-	err = <-runs
-	cancel()
-	if err != nil {
-		return err
-	}
-	_, _ = w.first(time.Now(), longestSilence) // as with ours
-	time.Sleep(500 * time.Millisecond)
-	b.add(c.key(o.name, "downtime_ms"), ms(result.Downtime))
-	b.add(c.key(o.name, "total_ms"), ms(result.Total))
-	b.add(c.key(o.name, "mb"), float64(result.Bytes)/1e6)
-	return b.addGaps(c, o, w.between(began, time.Now()), console.between(began, time.Now()))
-}
-
-// restore resumes a package in a machine.
-func restore(ctx context.Context, m vmm.Machine, config *vmm.PackageConfig, paths instance.Paths) error {
-	state, err := paths.State()
-	if err != nil {
-		return err
-	}
-	defer state.Close() // nothing was written
-	saved, err := vmm.ReadState(state, config.ID)
-	if err != nil {
-		return err
-	}
-	if err := m.Restore(ctx, bytes.NewReader(saved)); err != nil {
-		return err
-	}
-	return m.Resume(ctx)
 }

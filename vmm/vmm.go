@@ -63,7 +63,7 @@ type Launch struct {
 
 	CPUs       int
 	MemorySize int64  // bytes
-	Memory     string // path of the memory device, already MemorySize bytes long; "" when the driver is a [MemoryServer] and restores
+	Memory     string // path of the memory device, already MemorySize bytes long; "" when the driver is a [MemoryServer] and restores, or the machine has memory of its own
 	Kernel     string // path of the kernel device; on a restore it fills the same firmware slots as at boot
 	Disks      []Block
 

@@ -77,7 +77,12 @@ func arguments(l *vmm.Launch, hw vmm.Hardware) ([]string, error) {
 	a.add("-cpu", hw.CPU)
 	a.add("-smp", strconv.Itoa(l.CPUs))
 	a.add("-m", fmt.Sprintf("%dB", l.MemorySize))
-	a.add("-object", options("memory-backend-file,id=memory,share=on", "size", strconv.FormatInt(l.MemorySize, 10), "mem-path", l.Memory))
+	size := strconv.FormatInt(l.MemorySize, 10)
+	if l.Memory == "" {
+		a.add("-object", options("memory-backend-ram,id=memory", "size", size))
+	} else {
+		a.add("-object", options("memory-backend-file,id=memory,share=on", "size", size, "mem-path", l.Memory))
+	}
 	if !micro {
 		guid := "auto"
 		if l.Generation != uuid.Nil {

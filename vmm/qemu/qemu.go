@@ -27,7 +27,7 @@ import (
 // Driver is the QEMU driver. The zero value is ready.
 type Driver struct {
 	Bin string // looked up on PATH when it holds no slash; "" for the one of this architecture
-	Own bool   // whether a machine without [vmm.Boot] waits for [Machine.ReceiveOwn] instead of Restore
+	Own bool   // whether machines have memory of their own instead of a memory device, and wait for [Machine.ReceiveOwn] instead of Restore
 }
 
 var _ vmm.Driver = Driver{}
@@ -128,6 +128,9 @@ func (d Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
 	if err != nil {
 		return nil, err
 	}
+	if d.Own != (l.Memory == "") {
+		return nil, errors.New("a machine has either memory of its own or a memory device")
+	}
 	m := &Machine{launch: l, hardware: hw, ended: make(chan struct{}), migration: make(chan string, 16)}
 	err = m.start(ctx, path, args)
 	if err == nil && l.Boot == nil && !d.Own {
@@ -198,7 +201,7 @@ type Machine struct {
 	launch   vmm.Launch
 	hardware vmm.Hardware
 
-	memory   *os.File // the memory device, for Flush
+	memory   *os.File // the memory device, for Flush; nil when there is none
 	incoming *os.File // where Restore writes the state; nil before await, and after Restore
 
 	paused   atomic.Bool
@@ -223,8 +226,10 @@ var _ vmm.Machine = (*Machine)(nil)
 
 func (m *Machine) start(ctx context.Context, path string, args []string) (err error) {
 	l := &m.launch
-	if m.memory, err = os.OpenFile(l.Memory, os.O_RDWR, 0); err != nil {
-		return fmt.Errorf("open memory device: %w", err)
+	if l.Memory != "" {
+		if m.memory, err = os.OpenFile(l.Memory, os.O_RDWR, 0); err != nil {
+			return fmt.Errorf("open memory device: %w", err)
+		}
 	}
 	if err := prepareUser(l); err != nil {
 		return err

@@ -1,0 +1,233 @@
+package bench
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/google/uuid"
+
+	"drafter/instance"
+	"drafter/internal/sparse"
+	"drafter/vmm"
+	"drafter/vmm/qemu"
+)
+
+// moveOwn moves the guest as QEMU does by itself, as its users have it: memory is QEMU's own, and both sides have the same disks, which they must see to.
+func (b *bench) moveOwn(ctx context.Context, w *watcher, c contest, l link, o opponent) (err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("the move is not over after %s", patience))
+	defer cancel()
+	g, err := b.ownGuest(ctx, c.load, c.gib)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, g.close()) }()
+	saved, err := b.savedOwn(ctx, g)
+	if err != nil {
+		return err
+	}
+	source, err := g.start(ctx, qemu.Driver{Own: true}, 0, "")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, source.close()) }()
+	if err := source.load(ctx, saved); err != nil {
+		return err
+	}
+	time.Sleep(settle)
+	began := time.Now()
+	target, err := g.start(ctx, qemu.Driver{Own: true}, 1, "")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, target.close()) }()
+	incoming, outgoing := filepath.Join(g.dir, "incoming"), filepath.Join(g.dir, "outgoing")
+	if err := target.ReceiveOwn(ctx, incoming, *o.own); err != nil {
+		return err
+	}
+	p, err := l.through(ctx, "unix", outgoing, incoming)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, p.close()) }()
+	rctx, stop := context.WithCancel(ctx)
+	defer stop()
+	runs := make(chan error, 1)
+	go func() { runs <- target.RunOwn(rctx) }()
+	result, err := source.SendOwn(ctx, outgoing, *o.own)
+	if err != nil {
+		stop()
+		return errors.Join(err, <-runs)
+	}
+	if err := <-runs; err != nil {
+		return err
+	}
+	_, _ = w.first(time.Now(), longestSilence) // as with ours
+	time.Sleep(500 * time.Millisecond)
+	b.add(c.key(o.name, "downtime_ms"), ms(result.Downtime))
+	b.add(c.key(o.name, "total_ms"), ms(result.Total))
+	b.add(c.key(o.name, "mb"), float64(result.Bytes)/1e6)
+	return b.addGaps(c, o, w.between(began, time.Now()), g.console.between(began, time.Now()))
+}
+
+// ownGuest is a guest under QEMU without our engine. Its disks are copies of a package's.
+type ownGuest struct {
+	name       string
+	dir        string // on a tmpfs
+	vms        string
+	pkg        string
+	config     *vmm.PackageConfig
+	generation uuid.UUID // which it keeps where it moves to, as with ours
+	console    *pulse
+	paths      instance.Paths // but for memory's
+}
+
+func (b *bench) ownGuest(ctx context.Context, load string, gib int) (_ *ownGuest, err error) {
+	g := &ownGuest{name: fmt.Sprintf("%s-%d", load, gib), vms: filepath.Join(b.dir, "vms"), console: &pulse{}, paths: instance.Paths{}}
+	if g.pkg, err = b.snapshot(ctx, load, gib); err != nil {
+		return nil, err
+	}
+	if g.config, err = vmm.ReadPackageConfig(filepath.Join(g.pkg, vmm.PackageFile(vmm.Config))); err != nil {
+		return nil, err
+	}
+	if g.generation, err = uuid.NewRandom(); err != nil {
+		return nil, err
+	}
+	if g.dir, err = os.MkdirTemp("/dev/shm", "drafter-bench-"); err != nil {
+		return nil, err
+	}
+	for _, d := range g.config.Devices {
+		if d.Name == vmm.Memory {
+			continue
+		}
+		if g.paths[d.Name], err = g.copyDevice(ctx, d.Name); err != nil {
+			return nil, errors.Join(err, g.close())
+		}
+	}
+	return g, nil
+}
+
+// copyDevice copies a device of the package, and returns where to.
+func (g *ownGuest) copyDevice(ctx context.Context, name string) (string, error) {
+	to := filepath.Join(g.dir, vmm.PackageFile(name))
+	return to, sparse.CopyFile(ctx, to, filepath.Join(g.pkg, vmm.PackageFile(name)), nil)
+}
+
+func (g *ownGuest) close() error { return os.RemoveAll(g.dir) }
+
+// ownMachine is a QEMU of an ownGuest.
+type ownMachine struct {
+	*qemu.Machine
+	guest *ownGuest
+	dir   *vmm.Dir
+}
+
+func (g *ownGuest) start(ctx context.Context, driver qemu.Driver, number int, memory string) (*ownMachine, error) {
+	d, err := vmm.CreateDir(g.vms, vmm.VMMQEMU)
+	if err != nil {
+		return nil, err
+	}
+	size, _ := g.config.Device(vmm.Memory)
+	launch := vmm.Launch{
+		Dir: d, Recorded: &g.config.Hardware, CPUs: g.config.CPUs, MemorySize: size.Size, Memory: memory, Kernel: g.paths[vmm.Kernel], Netns: fmt.Sprintf("ark%d", number),
+		Interface: g.config.Interface, MAC: g.config.MAC, Ports: []uint32{g.config.AgentPort, g.config.LivenessPort}, CgroupVersion: 2, Output: g.console, Generation: g.generation,
+	}
+	for _, name := range g.config.Disks() {
+		launch.Disks = append(launch.Disks, vmm.Block{Name: name, Path: g.paths[name]})
+	}
+	m, err := driver.Launch(ctx, launch)
+	if err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	return &ownMachine{m.(*qemu.Machine), g, d}, nil
+}
+
+func (m *ownMachine) close() error { return errors.Join(m.Machine.Close(), m.dir.Close()) }
+
+// savedOwn makes, once, what QEMU sends of a guest that it moves as it is in its package, and returns the file. Its machines can start from that: from a package, they
+// would share their memory with a file.
+func (b *bench) savedOwn(ctx context.Context, g *ownGuest) (path string, err error) {
+	path = filepath.Join(b.dir, "own-"+g.name)
+	if _, err := os.Stat(path); err == nil {
+		return path, nil
+	}
+	memory, err := g.copyDevice(ctx, vmm.Memory)
+	if err != nil {
+		return "", err
+	}
+	defer func() { err = errors.Join(err, os.Remove(memory)) }()
+	m, err := g.start(ctx, qemu.Driver{}, 0, memory)
+	if err != nil {
+		return "", err
+	}
+	defer func() { err = errors.Join(err, m.close()) }()
+	state, err := g.paths.State()
+	if err != nil {
+		return "", err
+	}
+	defer state.Close() // nothing was written
+	content, err := vmm.ReadState(state, g.config.ID)
+	if err != nil {
+		return "", err
+	}
+	if err := m.Restore(ctx, bytes.NewReader(content)); err != nil {
+		return "", err
+	}
+	l, err := net.Listen("unix", filepath.Join(g.dir, "save"))
+	if err != nil {
+		return "", err
+	}
+	written := make(chan error, 1)
+	go func() {
+		conn, err := l.Accept()
+		if err == nil {
+			err = writeAll(path+".new", conn)
+			err = errors.Join(err, conn.Close())
+		}
+		written <- err
+	}()
+	// The guest is paused, and its disks are the package's all the time.
+	_, err = m.SendOwn(ctx, l.Addr().String(), qemu.OwnMigration{})
+	if err = errors.Join(err, l.Close(), <-written); err != nil {
+		return "", err
+	}
+	return path, os.Rename(path+".new", path)
+}
+
+func writeAll(path string, from io.Reader) error {
+	f, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(f, from)
+	return errors.Join(err, f.Close())
+}
+
+// load lets the guest run that savedOwn has saved.
+func (m *ownMachine) load(ctx context.Context, saved string) (err error) {
+	f, err := os.Open(saved)
+	if err != nil {
+		return err
+	}
+	defer f.Close() // nothing was written
+	path := filepath.Join(m.guest.dir, "load")
+	if err := m.ReceiveOwn(ctx, path, qemu.OwnMigration{}); err != nil {
+		return err
+	}
+	conn, err := net.Dial("unix", path)
+	if err != nil {
+		return err
+	}
+	sent := make(chan error, 1)
+	go func() {
+		_, err := io.Copy(conn, f)
+		sent <- errors.Join(err, conn.Close())
+	}()
+	return errors.Join(m.RunOwn(ctx), <-sent)
+}
