@@ -37,6 +37,14 @@ func (o *outgoing) prepare(ctx context.Context) (State, error) {
 	if err := o.catchUp(ctx); err != nil {
 		return "", err
 	}
+	// What was written meanwhile goes now, while the VM runs.
+	if err := o.config.VM.Flush(ctx); err != nil {
+		return "", err
+	}
+	o.take()
+	if err := o.drain(ctx, o.first, until); err != nil {
+		return "", o.first.lost(err)
+	}
 	return HandingOff, nil
 }
 
