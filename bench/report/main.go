@@ -101,9 +101,8 @@ func (r *report) markdown(path string) string {
 	}
 	w.WriteString(".\n\nA guest holds 300 MiB of pages that cannot be compressed, writes to 20 MiB of them a second, picked at random, and ticks to the outside every 10 ms. It is moved by Drafter and by QEMU's own\n" +
 		"live migration, in turn, in one run. The *gap* is the longest silence seen from outside, the *downtime* what the mover says. `present` and `absent` are Drafter with the VM's package at the\n" +
-		"target, or not; `precopy300` and `precopy30` QEMU's pre-copy with those downtime limits. QEMU's guest has its memory on a tmpfs at both ends, and its process at the target has been started. Drafter's\n" +
-		"total time includes that start. QEMU's moves of guests with 4 and 8 GiB come last, apart from Drafter's: they fill a tmpfs of that\n" +
-		"size at both ends, and what is measured right after is slow.\n\n## Against what is to be reached\n\nIn brackets, the least and the most of its rounds.\n\n" +
+		"target, or not; `precopy300` and `precopy30` QEMU's pre-copy with those downtime limits. QEMU's memory is its own, and its process at the target has been started;\n" +
+		"Drafter's total time includes that start. With QEMU the target has the disks, too; with `absent` it has nothing, and Drafter sends them.\n\n## Against what is to be reached\n\nIn brackets, the least and the most of its rounds.\n\n" +
 		"| figure | key | bar | here | rounds | |\n|---|---|---|---|---|---|\n")
 	for _, bar := range bars {
 		v, ok := r.Ratios[bar.key]
