@@ -148,10 +148,10 @@ func (g *ownGuest) start(ctx context.Context, driver qemu.Driver, number int, me
 	return &ownMachine{m.(*qemu.Machine), g, d}, nil
 }
 
-func (m *ownMachine) close() error { return errors.Join(m.Machine.Close(), m.dir.Close()) }
+func (m *ownMachine) close() error { return errors.Join(m.Close(), m.dir.Close()) }
 
-// savedOwn makes, once, what QEMU sends of a guest that it moves as it is in its package, and returns the file. Its machines can start from that: from a package, they
-// would share their memory with a file.
+// savedOwn makes, once, what QEMU sends of a guest that it moves as it is in its package, and returns the file. Machines with memory of their own start from that;
+// from a package they would share it with a file.
 func (b *bench) savedOwn(ctx context.Context, g *ownGuest) (path string, err error) {
 	path = filepath.Join(b.dir, "own-"+g.name)
 	if _, err := os.Stat(path); err == nil {
@@ -187,8 +187,11 @@ func (b *bench) savedOwn(ctx context.Context, g *ownGuest) (path string, err err
 	go func() {
 		conn, err := l.Accept()
 		if err == nil {
+			stop := context.AfterFunc(ctx, func() { _ = conn.Close() }) // which ends the copy
 			err = writeAll(path+".new", conn)
-			err = errors.Join(err, conn.Close())
+			if stop() {
+				err = errors.Join(err, conn.Close())
+			}
 		}
 		written <- err
 	}()
@@ -224,10 +227,14 @@ func (m *ownMachine) load(ctx context.Context, saved string) (err error) {
 	if err != nil {
 		return err
 	}
+	stop := context.AfterFunc(ctx, func() { _ = conn.Close() }) // which ends the copy
 	sent := make(chan error, 1)
 	go func() {
 		_, err := io.Copy(conn, f)
-		sent <- errors.Join(err, conn.Close())
+		if stop() {
+			err = errors.Join(err, conn.Close())
+		}
+		sent <- err
 	}()
 	return errors.Join(m.RunOwn(ctx), <-sent)
 }

@@ -96,6 +96,14 @@ func TestArguments(t *testing.T) {
 	if line = strings.Join(args, " "); !strings.Contains(line, "pci=off") || !strings.Contains(line, "virtio-net-device,netdev=net,mac=") || strings.Contains(line, "-pci") {
 		t.Errorf("boot on a microvm: %s", line)
 	}
+	own := *l
+	own.Memory = ""
+	if args, err = arguments(&own, q35); err != nil {
+		t.Fatal(err)
+	}
+	if line = strings.Join(args, " "); !strings.Contains(line, "-object memory-backend-ram,id=memory,size=67108864 ") || strings.Contains(line, "mem-path") {
+		t.Errorf("memory of its own: %s", line)
+	}
 	for _, tt := range []struct {
 		hw    vmm.Hardware
 		disks int
