@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"sync"
 	"time"
@@ -253,10 +254,12 @@ func (o *outgoing) deliver(ctx context.Context) (_ State, err error) {
 // moment; it is never started. With a baseline, which may be nil, only what has changed since the last copy is brought.
 func (s *Source) Copy(ctx context.Context, vm TargetVM, baseline *Baseline) (stats Stats, err error) {
 	here, there := net.Pipe()
+	limits := s.config.Limits
+	limits.Silence = math.MaxInt64 // nothing gets lost within a process: silence says that it, or the host, has stood still
 	served := make(chan error, 1)
-	go func() { served <- s.handle(context.WithoutCancel(ctx), there, baseline) }()
+	go func() { served <- s.handle(context.WithoutCancel(ctx), there, limits.Silence, baseline) }()
 	dial := func(context.Context) (io.ReadWriteCloser, error) { return here, nil }
-	t, err := Receive(ctx, TargetConfig{VM: vm, Dial: dial, Limits: s.config.Limits, Copy: true})
+	t, err := Receive(ctx, TargetConfig{VM: vm, Dial: dial, Limits: limits, Copy: true})
 	// The target's account tells whether the copy is there; the source's tells why it is not.
 	if serr := <-served; err != nil {
 		err = errors.Join(err, serr)

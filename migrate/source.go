@@ -120,12 +120,12 @@ func NewSource(c SourceConfig) (*Source, error) {
 // migration that may be under way is refused. The first connection of a migration returns when the migration has ended: with a nil error when the
 // VM has moved.
 func (s *Source) Handle(ctx context.Context, stream io.ReadWriteCloser) error {
-	return s.handle(ctx, stream, nil)
+	return s.handle(ctx, stream, s.config.Limits.Silence, nil)
 }
 
 // handle is Handle, for a copy that may begin where another one ended.
-func (s *Source) handle(ctx context.Context, stream io.ReadWriteCloser, baseline *Baseline) error {
-	l := newLink(ctx, stream, s.config.Limits.Silence)
+func (s *Source) handle(ctx context.Context, stream io.ReadWriteCloser, silence time.Duration, baseline *Baseline) error {
+	l := newLink(ctx, stream, silence)
 	defer l.close(errors.New("the connection is not needed any more"))
 	hello, err := greet(l)
 	if err != nil {
