@@ -32,6 +32,7 @@ func (r ram) Close() error                             { return nil }
 // nobody is a VM that does nothing, at its source and at its target.
 type nobody struct{ device *block.Incoming }
 
+func (nobody) WriteBack(context.Context) error                      { return nil }
 func (nobody) Flush(context.Context) error                          { return nil }
 func (nobody) Prepare(context.Context) error                        { return nil }
 func (nobody) Pause(context.Context) error                          { return nil }
@@ -40,6 +41,7 @@ func (nobody) Rescue(context.Context) error                         { return nil
 func (nobody) Rescued(context.Context)                              {}
 func (nobody) Mark(context.Context, migrate.State, uuid.UUID) error { return nil }
 func (nobody) Start(context.Context) error                          { return nil }
+func (nobody) Expect(context.Context, uuid.UUID) error              { return nil }
 func (nobody) Restore(context.Context, uuid.UUID) error             { return nil }
 func (nobody) Resume(context.Context) error                         { return nil }
 func (nobody) Complete(context.Context) error                       { return nil }

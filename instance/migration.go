@@ -39,6 +39,14 @@ func (i *Instance) Prepare(ctx context.Context) error {
 	return err
 }
 
+// WriteBack is Flush, if the guest does not notice that; else nothing.
+func (i *Instance) WriteBack(ctx context.Context) error {
+	if p, ok := i.machine.(vmm.FlushPauser); ok && p.FlushPauses() {
+		return nil
+	}
+	return i.Flush(ctx)
+}
+
 // Flush makes every guest memory write up to now visible in the memory device.
 func (i *Instance) Flush(ctx context.Context) error { return i.prefer(i.machine.Flush(ctx)) }
 
@@ -98,7 +106,8 @@ func (i *Instance) RescueAgent(ctx context.Context, timeout time.Duration) error
 	return i.AfterResume(ctx, timeout)
 }
 
-// Restore loads the state that a migration has brought, and notes durably that the VM runs here. It does not run yet; see [Launched.Go].
+// Restore loads the state that a migration has brought, and notes that the VM runs here, which is durable once the device is synced. It does not run yet; see
+// [Launched.Go].
 func (l *Launched) Restore(ctx context.Context, migration uuid.UUID) error {
 	i := l.i
 	return i.withState(func(dev StateDevice) error {
@@ -106,10 +115,10 @@ func (l *Launched) Restore(ctx context.Context, migration uuid.UUID) error {
 		if err != nil {
 			return err
 		}
-		marked := make(chan error, 1)
-		go func() { marked <- vmm.MarkState(dev, vmm.Running) }()
-		err = i.machine.Restore(ctx, bytes.NewReader(state))
-		return errors.Join(err, <-marked)
+		if err := i.machine.Restore(ctx, bytes.NewReader(state)); err != nil {
+			return err
+		}
+		return vmm.NoteState(dev, vmm.Running)
 	})
 }
 

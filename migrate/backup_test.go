@@ -29,6 +29,7 @@ func (k keeper) Accept(_ context.Context, m wire.Manifest, _ uuid.UUID) ([]Targe
 }
 
 func (keeper) Start(context.Context) error              { return errors.New("a copy is started") }
+func (keeper) Expect(context.Context, uuid.UUID) error  { return errors.New("a copy is expected") }
 func (keeper) Restore(context.Context, uuid.UUID) error { return errors.New("a copy is restored") }
 func (keeper) Resume(context.Context) error             { return errors.New("a copy is resumed") }
 func (keeper) Complete(context.Context) error           { return nil }

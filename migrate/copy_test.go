@@ -54,6 +54,7 @@ func (c *copier) Accept(_ context.Context, m wire.Manifest, _ uuid.UUID) ([]Targ
 }
 
 func (c *copier) Start(context.Context) error              { return errors.New("a copy is started") }
+func (c *copier) Expect(context.Context, uuid.UUID) error  { return errors.New("a copy is expected") }
 func (c *copier) Restore(context.Context, uuid.UUID) error { return errors.New("a copy is restored") }
 func (c *copier) Resume(context.Context) error             { return errors.New("a copy is resumed") }
 func (c *copier) Complete(context.Context) error           { return c.fail }
@@ -133,7 +134,7 @@ func TestBaseline(t *testing.T) {
 	note := *p.guest.failing.Load()
 	var b Baseline
 	rng := rand.New(rand.NewPCG(3, 4))
-	calls := []string{"", "flush", "prepare", "pause", "save", "complete"}
+	calls := []string{"", "write back", "flush", "prepare", "pause", "save", "complete"}
 	full, failed := int64(0), 0
 	for i := range 60 {
 		call := calls[rng.IntN(len(calls))]

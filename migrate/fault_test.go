@@ -304,13 +304,13 @@ func TestFaultMatrix(t *testing.T) {
 		add(linkFault(kind, "source", InDoubt), outcome{})
 		add(linkFault(kind, "source", Serving), moved)
 	}
-	for _, call := range []string{"flush", "prepare", "pause", "save"} {
+	for _, call := range []string{"write back", "flush", "prepare", "pause", "save"} {
 		add(callFault("source", call), kept)
 	}
 	for _, s := range []State{InDoubt, Serving, Moved} {
 		add(callFault("source", "mark "+string(s)), moved)
 	}
-	for _, call := range []string{"accept", "start", "restore", "resume"} {
+	for _, call := range []string{"accept", "start", "expect", "restore", "resume"} {
 		add(callFault("target", call), kept)
 	}
 	add(callFault("target", "cache"), moved)
@@ -433,8 +433,8 @@ func randomFault(rng *rand.Rand) fault {
 		return killFault(sides[rng.IntN(2)], side, pick(side))
 	case 6:
 		calls := map[string][]string{
-			"source": {"flush", "prepare", "pause", "save", "mark " + string(InDoubt), "mark " + string(Serving), "mark " + string(Moved)},
-			"target": {"accept", "start", "restore", "resume", "cache"},
+			"source": {"write back", "flush", "prepare", "pause", "save", "mark " + string(InDoubt), "mark " + string(Serving), "mark " + string(Moved)},
+			"target": {"accept", "start", "expect", "restore", "resume", "cache"},
 		}[side]
 		return callFault(side, calls[rng.IntN(len(calls))])
 	}

@@ -14,6 +14,11 @@ import (
 func (o *outgoing) prepare(ctx context.Context) (State, error) {
 	ctx, cancel := o.revocable(ctx, o.first)
 	defer cancel()
+	if !o.copy {
+		if err := o.first.Send(wire.TypePrepare); err != nil {
+			return "", o.first.lost(err)
+		}
+	}
 	pctx, pcancel := context.WithTimeoutCause(ctx, o.config.Limits.Prepare, fmt.Errorf("the guest did not get ready within %s", o.config.Limits.Prepare))
 	err := o.config.VM.Prepare(pctx)
 	pcancel()
@@ -34,6 +39,9 @@ func (o *outgoing) prepare(ctx context.Context) (State, error) {
 	if o.copy {
 		return Snapshotting, nil
 	}
+	if err := o.awaitPrepared(ctx); err != nil {
+		return "", err
+	}
 	if err := o.catchUp(ctx); err != nil {
 		return "", err
 	}
@@ -46,6 +54,19 @@ func (o *outgoing) prepare(ctx context.Context) (State, error) {
 		return "", o.first.lost(err)
 	}
 	return HandingOff, nil
+}
+
+// awaitPrepared waits until the target has noted durably that it may take the VM over, which it would do while the VM is paused otherwise.
+func (o *outgoing) awaitPrepared(ctx context.Context) error {
+	timeout := time.NewTimer(o.config.Limits.Prepare)
+	defer timeout.Stop()
+	select {
+	case <-o.prepared:
+	case <-timeout.C:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	return nil
 }
 
 // handOff pauses the VM, sends what is left, and gives it away.

@@ -244,6 +244,8 @@ func (g *scripted) verify() error {
 	return nil
 }
 
+func (g *scripted) WriteBack(context.Context) error { return g.fault("write back") }
+
 func (g *scripted) Flush(context.Context) error { return g.fault("flush") }
 
 func (g *scripted) Prepare(ctx context.Context) error {
@@ -312,6 +314,7 @@ type receiver struct {
 	incoming map[string]*block.Incoming
 	cache    map[string]map[int64]string // what was put into the page cache, by page
 	backup   func(wire.Device) *Backup   // where there is one
+	bases    bool                        // its VMM needs nothing that has to arrive
 	ran      atomic.Bool
 	done     bool
 }
@@ -332,7 +335,7 @@ func (r *receiver) Accept(_ context.Context, m wire.Manifest, _ uuid.UUID) ([]Ta
 		in := block.NewIncoming(r.under[d.Name], d.Name == "memory")
 		r.incoming[d.Name] = in
 		tracker := block.NewTracker(in, 64<<10)
-		td := TargetDevice{Held: wire.HoldsNothing, Device: in, First: d.Name == "state"}
+		td := TargetDevice{Held: wire.HoldsNothing, Device: in, First: d.Name == "state" && !r.bases}
 		if r.backup != nil && d.Backup != (block.ID{}) {
 			td.Held, td.Backup = wire.HoldsBackup, r.backup(d)
 		}
@@ -383,6 +386,8 @@ func (c *cachedMemory) WriteAt(p []byte, off int64) (int, error) {
 }
 
 func (r *receiver) Start(context.Context) error { return r.fault("start") }
+
+func (r *receiver) Expect(context.Context, uuid.UUID) error { return r.fault("expect") }
 
 func (r *receiver) Restore(_ context.Context, id uuid.UUID) error {
 	if err := r.fault("restore"); err != nil {

@@ -31,11 +31,12 @@ type Limits struct {
 	Timeout    time.Duration // of pre-copy
 	AtTimeout  Strategy      // default PostCopy, or Cancel with NoPostCopy
 	NoPostCopy bool          // send everything before the handoff, however long the VM has to pause
-	Prepare    time.Duration // for the guest to get ready to be paused; default 5 s
+	Prepare    time.Duration // for the guest to get ready to be paused, and for the target to be prepared for the VM; default 5 s
 	Handoff    time.Duration // from pausing the VM to having sent its authority; default 1 min
 	Silence    time.Duration // a connection that is silent for so long is lost; default 10 s
 	Reconnect  time.Duration // pause between attempts to reconnect; default 200 ms
 	Warm       time.Duration // how long a target may keep the VM waiting for what it has to be in the page cache; default 3 s
+	HeadStart  time.Duration // how long a target that has the bases may keep the source waiting for its VMM to start, and for Warm; default 1 s
 	Settle     time.Duration // how long a target that refused tries to tell the source, or Silence if nobody listens there; default 1 min
 
 	// How long a source waits after a handoff before it makes durable what it still has, and notes how things stand: at that moment the target needs the
@@ -63,7 +64,7 @@ func (l Limits) complete() (Limits, error) {
 		fallback time.Duration
 	}{
 		{&l.Downtime, 300 * time.Millisecond}, {&l.Prepare, 5 * time.Second}, {&l.Handoff, time.Minute}, {&l.Silence, 10 * time.Second},
-		{&l.Reconnect, 200 * time.Millisecond}, {&l.Settle, time.Minute}, {&l.Warm, 3 * time.Second}, {&l.note, 250 * time.Millisecond},
+		{&l.Reconnect, 200 * time.Millisecond}, {&l.Settle, time.Minute}, {&l.Warm, 3 * time.Second}, {&l.HeadStart, time.Second}, {&l.note, 250 * time.Millisecond},
 		{&l.nearby, 10 * time.Millisecond}, {&l.patience, 250 * time.Millisecond},
 	} {
 		if *d.value == 0 {
@@ -146,12 +147,13 @@ const (
 
 // Stats says what a migration did so far.
 type Stats struct {
-	State   State
-	Cycle   int
-	Total   time.Duration // since its beginning
-	Paused  time.Duration // downtime: from the pause until the VM is known to run again; 0 until then
-	Wire    int64         // bytes sent and received, with all overhead
-	Devices []DeviceStats
+	State     State
+	Cycle     int
+	Preflight time.Duration // of Total: before anything was done to the VM; 0 until then
+	Total     time.Duration // since its beginning
+	Paused    time.Duration // downtime: from the pause until the VM is known to run again; 0 until then
+	Wire      int64         // bytes sent and received, with all overhead
+	Devices   []DeviceStats
 }
 
 // DeviceStats says what a migration did with a device. All numbers are bytes of the device.

@@ -2,8 +2,11 @@ package migrate
 
 import (
 	"bytes"
+	"errors"
+	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -39,6 +42,97 @@ func TestMove(t *testing.T) {
 		if err := target.Close(); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// A target that has what its VMM needs starts it before the source touches the VM.
+func TestHeadStart(t *testing.T) {
+	copying := make(chan struct{})
+	for _, tt := range []struct {
+		name   string
+		limits func(*Limits)
+		start  func(p *pair) error
+		moves  bool
+	}{
+		{"in time", func(*Limits) {}, func(p *pair) error {
+			time.Sleep(20 * time.Millisecond)
+			if s := p.source.State(); s != Preflight {
+				return fmt.Errorf("when the VMM has started, the source is %s", s)
+			}
+			return nil
+		}, true},
+		{"too slow", func(l *Limits) { l.HeadStart, l.Silence = time.Millisecond, 10*time.Second }, func(*pair) error {
+			select {
+			case <-copying:
+				return nil
+			case <-time.After(5 * time.Second):
+				return errors.New("the source waits for the VMM")
+			}
+		}, true},
+		{"not at all", func(*Limits) {}, func(*pair) error { return errors.New("injected") }, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			limits := quick()
+			tt.limits(&limits)
+			p := newPair(t, 1, limits, func(side string, s State) {
+				if !tt.moves && side == "source" && s == PreCopying {
+					t.Error("a VM is copied that the target cannot have")
+				}
+				if tt.name == "too slow" && side == "source" && s == PreCopying {
+					close(copying)
+				}
+			})
+			p.target.bases = true
+			p.target.onCall("start", func() error { return tt.start(p) })
+			target, err := Receive(t.Context(), p.config(limits, nil))
+			if moves := err == nil; moves != tt.moves {
+				t.Errorf("%v", err)
+			}
+			if err == nil {
+				if err := errors.Join(target.Wait(), target.Close()); err != nil {
+					t.Error(err)
+				}
+				p.target.halt()
+				if err := p.target.verify(); err != nil {
+					t.Error(err)
+				}
+			}
+			p.network.wg.Wait()
+			p.guest.halt()
+			if err := p.source.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// A VM runs on at its source while its target waits for a disk.
+func TestExpect(t *testing.T) {
+	p := newPair(t, 1, quick(), nil)
+	var expected atomic.Bool
+	p.target.onCall("expect", func() error {
+		time.Sleep(50 * time.Millisecond)
+		expected.Store(true)
+		return nil
+	})
+	p.guest.onCall("pause", func() error {
+		if !expected.Load() {
+			t.Error("the VM is paused before its target is prepared")
+		}
+		return nil
+	})
+	target, err := Receive(t.Context(), p.config(quick(), nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(target.Wait(), target.Close()); err != nil {
+		t.Error(err)
+	}
+	p.network.wg.Wait()
+	p.guest.halt()
+	p.target.halt()
+	if err := errors.Join(p.target.verify(), p.source.Close()); err != nil {
+		t.Error(err)
 	}
 }
 

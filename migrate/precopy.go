@@ -17,14 +17,18 @@ func (o *outgoing) preCopy(ctx context.Context) (State, error) {
 	defer cancel()
 	var deadline time.Time
 	if t := o.config.Limits.Timeout; t > 0 {
-		deadline = o.began.Add(t)
+		deadline = time.Now().Add(t)
 	}
 	if err := o.pendAll(); err != nil {
 		return "", err
 	}
+	cycles, err := o.sendFirst(ctx)
+	if err != nil {
+		return "", err
+	}
 	previous := int64(-1)
-	for cycle := 1; ; cycle++ {
-		left, err := o.nextCycle(ctx, cycle)
+	for pass := 1; ; pass++ {
+		left, err := o.nextCycle(ctx, cycles+pass)
 		if err != nil {
 			return "", err
 		}
@@ -32,7 +36,7 @@ func (o *outgoing) preCopy(ctx context.Context) (State, error) {
 		if late && o.config.Limits.AtTimeout == Cancel {
 			return "", fmt.Errorf("the VM writes faster than the connection takes it: %d bytes are left after %s; allow more time, or post-copy", left, o.config.Limits.Timeout)
 		}
-		if cycle > 1 && (late || o.converged(cycle, left, previous)) {
+		if pass > 1 && (late || o.converged(pass, left, previous)) {
 			if o.isReady() {
 				return Preparing, nil
 			}
@@ -44,7 +48,7 @@ func (o *outgoing) preCopy(ctx context.Context) (State, error) {
 			return "", o.first.lost(err)
 		}
 		shrinks := previous < 0 || left < previous*3/4
-		if cycle > 1 && !shrinks || !o.isReady() && cycle > 1 {
+		if pass > 1 && (!shrinks || !o.isReady()) {
 			if err := o.pause(ctx); err != nil {
 				return "", err
 			}
@@ -96,6 +100,30 @@ func (o *outgoing) pendAll() error {
 	return nil
 }
 
+// sendFirst sends what the target needs before its VMM can start in a cycle of its own, so that it starts beside all the rest. It returns the number of cycles.
+func (o *outgoing) sendFirst(ctx context.Context) (cycles int, err error) {
+	var first []*outgoingDevice
+	var left int64
+	for _, d := range o.devices {
+		if d.First && !d.holds && !d.stored {
+			first = append(first, d)
+			left += d.pending.Count() * block.PageSize
+		}
+	}
+	if left == 0 {
+		return 0, nil
+	}
+	if err := o.beginCycle(1, left); err != nil {
+		return 0, err
+	}
+	for _, d := range first {
+		if err := o.drainDevice(ctx, o.first, d, true, time.Time{}); err != nil {
+			return 0, o.first.lost(err)
+		}
+	}
+	return 1, nil
+}
+
 // nextCycle makes pending what was written since the last one, and returns how much is pending.
 func (o *outgoing) nextCycle(ctx context.Context, cycle int) (left int64, err error) {
 	if err := o.config.VM.Flush(ctx); err != nil {
@@ -105,10 +133,14 @@ func (o *outgoing) nextCycle(ctx context.Context, cycle int) (left int64, err er
 	for _, d := range o.devices {
 		left += d.pending.Count() * block.PageSize
 	}
+	return left, o.beginCycle(cycle, left)
+}
+
+func (o *outgoing) beginCycle(cycle int, left int64) error {
 	o.mu.Lock()
 	o.cycle = cycle
 	o.mu.Unlock()
-	return left, o.announce(cycle, left)
+	return o.announce(cycle, left)
 }
 
 // announce tells the target of a cycle. It answers when it has stored all from before.

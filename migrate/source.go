@@ -18,6 +18,9 @@ import (
 
 // SourceVM is what a source asks of its VM. There is one call at a time.
 type SourceVM interface {
+	// WriteBack makes guest memory writes visible in the memory device as far as the guest does not notice, so that little is left to Flush. The target is getting
+	// ready meanwhile, and nothing may come of the migration.
+	WriteBack(ctx context.Context) error
 	// Flush makes every guest memory write up to now visible in the memory device.
 	Flush(ctx context.Context) error
 	// Prepare lets the guest get ready to be paused; it runs on.
@@ -393,12 +396,13 @@ type outgoing struct {
 	decide   sync.Once
 	ended    chan struct{} // closed when run has ended
 	ready    chan struct{} // closed when the target's VMM waits
+	prepared chan struct{} // closed when the target is prepared for the handoff
 	acks     chan wire.Ack
 	settled  chan Outcome
 	complete chan struct{} // closed when the target has all
 	wants    chan wire.Want
 	stored   chan struct{} // the target has answered a cycle
-	once     struct{ ready, complete, serving sync.Once }
+	once     struct{ ready, prepared, complete, serving sync.Once }
 	wg       sync.WaitGroup // readers of links, the one who serves wants, and marks
 	sending  sync.RWMutex   // held for writing while pending is replaced after the handoff
 
@@ -408,6 +412,7 @@ type outgoing struct {
 	attached chan struct{} // closed and replaced when a link was attached
 	changed  chan struct{} // closed and replaced when the state has changed
 	began    time.Time
+	preflown time.Duration // set at the end of preflight
 	paused   time.Time
 	downtime time.Duration
 	took     time.Duration // set at the end
@@ -450,7 +455,7 @@ func newOutgoing(s *Source, h wire.Hello, l *link) (*outgoing, error) {
 	}
 	o := &outgoing{
 		Source: s, id: h.Migration, first: l, sender: sender, copy: h.Copy,
-		decided: make(chan struct{}), ended: make(chan struct{}), ready: make(chan struct{}), acks: make(chan wire.Ack, 1), settled: make(chan Outcome, 1),
+		decided: make(chan struct{}), ended: make(chan struct{}), ready: make(chan struct{}), prepared: make(chan struct{}), acks: make(chan wire.Ack, 1), settled: make(chan Outcome, 1),
 		complete: make(chan struct{}), marked: make(chan struct{}), wants: make(chan wire.Want, 64), stored: make(chan struct{}, 1), attached: make(chan struct{}), changed: make(chan struct{}), began: time.Now(),
 	}
 	o.state.Store(Preflight)
@@ -562,7 +567,7 @@ func (o *outgoing) reportProgress() (stop func()) {
 // Stats says what was done so far.
 func (o *outgoing) Stats() Stats {
 	o.mu.Lock()
-	s := Stats{State: o.State(), Cycle: o.cycle, Total: o.took, Paused: o.downtime, Wire: o.closed}
+	s := Stats{State: o.State(), Cycle: o.cycle, Preflight: o.preflown, Total: o.took, Paused: o.downtime, Wire: o.closed}
 	if s.Total == 0 {
 		s.Total = time.Since(o.began)
 	}
@@ -616,7 +621,7 @@ func (o *outgoing) preflight(ctx context.Context) (State, error) {
 	if err := l.Send(m); err != nil {
 		return "", l.lost(err)
 	}
-	reply, err := l.receive(o.sizes)
+	reply, err := o.reply(ctx, l)
 	if err != nil {
 		return "", err
 	}
@@ -648,7 +653,24 @@ func (o *outgoing) preflight(ctx context.Context) (State, error) {
 		d.held = make([]uint64, block.Pages(d.Device))
 	}
 	o.attachMain(l)
+	o.mu.Lock()
+	o.preflown = time.Since(o.began)
+	o.mu.Unlock()
 	return PreCopying, nil
+}
+
+// reply waits for the target's answer to the manifest, and lets the VM's memory be written back for as long.
+func (o *outgoing) reply(ctx context.Context, l *link) (any, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	written := make(chan error, 1)
+	go func() { written <- o.config.VM.WriteBack(ctx) }()
+	reply, err := l.receive(o.sizes)
+	cancel()
+	if werr := <-written; err == nil && !errors.Is(werr, context.Canceled) {
+		err = werr
+	}
+	return reply, err
 }
 
 // attachMain makes l the main connection and reads from it.
@@ -780,6 +802,9 @@ func (o *outgoing) read(l *link) error {
 			switch {
 			case m == wire.TypeReady:
 				o.once.ready.Do(func() { close(o.ready) })
+				continue
+			case m == wire.TypePrepare:
+				o.once.prepared.Do(func() { close(o.prepared) })
 				continue
 			case m == wire.TypeComplete && (o.State() == InDoubt || o.State() == Serving || o.State() == Delivering):
 				o.once.complete.Do(func() { close(o.complete) })

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -16,20 +17,22 @@ import (
 	"drafter/wire"
 )
 
-// TargetVM is what a target asks of the VM it is about to have. There is one call at a time, but for Start, beside which pages arrive.
+// TargetVM is what a target asks of the VM it is about to have. There is one call at a time, but pages arrive beside Start and Expect.
 type TargetVM interface {
 	// Accept checks what is offered and opens devices for it, in the manifest's order. An error refuses the VM; it is told to the source. What Accept
 	// made is undone by Discard.
 	Accept(ctx context.Context, m wire.Manifest, migration uuid.UUID) ([]TargetDevice, error)
 	// Start starts the VMM, which waits for Restore. The devices that it needs have arrived.
 	Start(ctx context.Context) error
-	// Restore loads the VM's state and notes durably that the VM runs here. It does not run yet.
+	// Expect notes durably that the VM may be taken over from now on. It comes before Restore, and may take as long as a busy disk does.
+	Expect(ctx context.Context, migration uuid.UUID) error
+	// Restore loads the VM's state and notes that the VM runs here, so that it is known even if this process is killed. It does not run yet.
 	Restore(ctx context.Context, migration uuid.UUID) error
 	// Resume lets the VM run. An error means that it did not, unless it is an [ErrMayHaveRun].
 	Resume(ctx context.Context) error
 	// Complete makes durable what has arrived; nothing is missing any more.
 	Complete(ctx context.Context) error
-	// Discard gives up what Accept, Start and Restore made, and notes that the VM never ran here.
+	// Discard gives up what Accept, Start, Expect and Restore made, and notes that the VM never ran here.
 	Discard(ctx context.Context) error
 }
 
@@ -82,7 +85,8 @@ type Target struct {
 	snapshot  chan wire.Snapshot  // from the reader: all of a copy is there
 	released  chan struct{}       // closed when the source has taken note
 	release   sync.Once
-	start     starting
+	start     task // of the VMM
+	expect    task // that the VM comes
 	restoring *restoring
 	offered   bool        // Ready was sent, so that an authority may be on its way
 	refusal   error       // why the VM was not taken over
@@ -94,6 +98,7 @@ type Target struct {
 	closed   int64 // bytes of links that are gone
 	queue    []wire.Want
 	began    time.Time
+	preflown time.Duration // set at the end of preflight
 	took     time.Duration
 	downtime time.Duration
 	cycle    int
@@ -101,12 +106,23 @@ type Target struct {
 	wanted   chan struct{} // holds a token when queue is not empty
 }
 
-// starting is the start of the VMM.
-type starting struct {
+// task is something that is done once.
+type task struct {
 	once  sync.Once
 	begun atomic.Bool
 	done  chan struct{} // closed at its end
 	err   error
+}
+
+// begin does it in a goroutine of wg, if that was not begun before.
+func (k *task) begin(wg *sync.WaitGroup, do func() error) {
+	k.once.Do(func() {
+		k.begun.Store(true)
+		wg.Go(func() {
+			defer close(k.done)
+			k.err = do()
+		})
+	})
 }
 
 // incomingDevice is a device that arrives.
@@ -148,7 +164,7 @@ func Receive(ctx context.Context, c TargetConfig) (*Target, error) {
 		released: make(chan struct{}), began: time.Now(), wanted: make(chan struct{}, 1),
 		restoring: newRestoring(),
 	}
-	t.start.done = make(chan struct{})
+	t.start.done, t.expect.done = make(chan struct{}), make(chan struct{})
 	t.state.Store(Preflight)
 	// What arrives after the VM runs does not end with the caller's context.
 	lifetime, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
@@ -242,7 +258,7 @@ func (t *Target) State() State { return t.state.Load().(State) }
 // Stats says what was done so far.
 func (t *Target) Stats() Stats {
 	t.mu.Lock()
-	s := Stats{State: t.State(), Cycle: t.cycle, Total: t.took, Paused: t.downtime, Wire: t.closed}
+	s := Stats{State: t.State(), Cycle: t.cycle, Preflight: t.preflown, Total: t.took, Paused: t.downtime, Wire: t.closed}
 	if s.Total == 0 {
 		s.Total = time.Since(t.began)
 	}
@@ -353,22 +369,53 @@ func (t *Target) preflight(ctx context.Context) (State, error) {
 		l.refuse(wire.CodeInternal, err)
 		return "", err
 	}
-	if err := l.Send(accept); err != nil {
-		return "", l.lost(err)
-	}
 	if !t.config.Copy {
 		t.joinDemand(ctx)
 	}
+	t.restoring.ctx, t.restoring.cancel = context.WithCancelCause(ctx)
+	t.startWhenPossible(ctx, 1)
 	t.wg.Go(func() { l.cancel(t.read(ctx, l)) })
 	t.wg.Go(func() { t.ask(ctx) })
-	t.restoring.ctx, t.restoring.cancel = context.WithCancelCause(ctx)
 	t.wg.Go(func() {
 		if err := t.fetchBackups(ctx, l); err != nil {
 			l.refuse(wire.CodeInternal, err)
 			l.cancel(err)
 		}
 	})
+	if err := t.headStart(ctx, l); err != nil {
+		return "", err
+	}
+	if err := l.Send(accept); err != nil {
+		return "", l.lost(err)
+	}
+	t.mu.Lock()
+	t.preflown = time.Since(t.began)
+	t.mu.Unlock()
 	return Receiving, nil
+}
+
+// headStart waits, for as long as the limits allow, until the VMM is there, if it has begun to start. What the VM writes meanwhile need not be sent again and again,
+// and a VMM that cannot start is no trouble for a VM that has not been touched.
+func (t *Target) headStart(ctx context.Context, l *link) error {
+	if !t.start.begun.Load() || slices.ContainsFunc(t.devices, func(d *incomingDevice) bool { return d.left != nil }) {
+		return nil
+	}
+	timeout := time.NewTimer(t.config.Limits.HeadStart)
+	defer timeout.Stop()
+	select {
+	case <-t.start.done:
+		if err := t.start.err; err != nil {
+			l.refuse(codeOf(err), fmt.Errorf("the target cannot start its VMM: %w", err))
+			return err
+		}
+	case <-timeout.C:
+	case <-l.ctx.Done():
+		return fmt.Errorf("the VM stays at its source: %w", context.Cause(l.ctx))
+	case <-ctx.Done():
+		l.refuse(wire.CodeCancelled, errors.New("the target was ended"))
+		return context.Cause(ctx)
+	}
+	return nil
 }
 
 // joinDemand opens the connection for what somebody waits for, if the transport gives a second one.
@@ -390,7 +437,6 @@ func (t *Target) read(ctx context.Context, l *link) error {
 		return err
 	}
 	defer decoder.Close()
-	t.startWhenPossible(ctx, 1)
 	for {
 		f, err := l.Read()
 		if err != nil {
@@ -443,6 +489,10 @@ func (t *Target) read(ctx context.Context, l *link) error {
 				t.wg.Go(func() { t.joinDemand(ctx) })
 				continue
 			}
+			if m == wire.TypePrepare && t.State() == Receiving && t.started() {
+				t.beginExpect(ctx, l)
+				continue
+			}
 			if m == wire.TypeReady && t.State() == Receiving {
 				t.restoring.hurried.Do(func() { close(t.restoring.hurry) })
 				continue
@@ -477,17 +527,27 @@ func (t *Target) startWhenPossible(ctx context.Context, cycle int) {
 			return
 		}
 	}
-	t.start.once.Do(func() {
-		t.start.begun.Store(true)
-		t.wg.Go(func() {
-			defer close(t.start.done)
-			if t.start.err = t.config.VM.Start(ctx); t.start.err != nil {
-				return
-			}
-			if t.start.err = t.awaitBackups(ctx); t.start.err == nil {
-				t.start.err = t.warm(ctx)
-			}
-		})
+	t.start.begin(&t.wg, func() error {
+		if err := t.config.VM.Start(ctx); err != nil {
+			return err
+		}
+		if err := t.awaitBackups(ctx); err != nil {
+			return err
+		}
+		return t.warm(ctx)
+	})
+}
+
+// beginExpect notes that the VM may be taken over, beside what still arrives, and tells the source when that is done.
+func (t *Target) beginExpect(ctx context.Context, l *link) {
+	t.expect.begin(&t.wg, func() error {
+		if err := t.config.VM.Expect(ctx, t.id); err != nil {
+			return err
+		}
+		if err := l.Send(wire.TypePrepare); err != nil {
+			l.cancel(err)
+		}
+		return nil
 	})
 }
 
@@ -712,7 +772,7 @@ func (t *Target) ask(ctx context.Context) {
 // receive waits until the VM is handed over.
 func (t *Target) receive(ctx context.Context) (State, error) {
 	l := t.main
-	started := t.start.done
+	started, expected := t.start.done, t.expect.done
 	for {
 		select {
 		case <-started:
@@ -725,6 +785,12 @@ func (t *Target) receive(ctx context.Context) (State, error) {
 			if err := l.Send(wire.TypeReady); err != nil {
 				return "", l.lost(err)
 			}
+		case <-expected:
+			if err := t.expect.err; err != nil {
+				l.refuse(codeOf(err), fmt.Errorf("the target cannot take the VM over: %w", err))
+				return "", err
+			}
+			expected = nil
 		case a := <-t.authority:
 			t.mu.Lock()
 			t.downtime = a.Paused
@@ -766,6 +832,11 @@ func (t *Target) storeCopy(ctx context.Context) (State, error) {
 // takeOver lets the VM run here. Until it does, the VM can be handed back.
 func (t *Target) takeOver(ctx context.Context) (State, error) {
 	began := time.Now()
+	t.beginExpect(ctx, t.main) // if the source has not asked for it
+	<-t.expect.done
+	if t.refusal = t.expect.err; t.refusal != nil {
+		return "", t.refusal
+	}
 	if t.refusal = t.config.VM.Restore(ctx, t.id); t.refusal != nil {
 		return "", t.refusal
 	}
@@ -793,8 +864,10 @@ func (t *Target) handBack(ctx context.Context) (State, error) {
 			d.Device.Abandon()
 		}
 	}
-	if t.start.begun.Load() {
-		<-t.start.done // its context has ended, or it is quick
+	for _, k := range []*task{&t.start, &t.expect} {
+		if k.begun.Load() {
+			<-k.done // its context has ended, or it is quick
+		}
 	}
 	err := t.config.VM.Discard(ctx)
 	t.mu.Lock()

@@ -434,6 +434,9 @@ type departure struct {
 	source *migrate.Source
 }
 
+// WriteBack implements [migrate.SourceVM].
+func (d *departure) WriteBack(context.Context) error { return nil }
+
 // Flush implements [migrate.SourceVM]. Users' writes are in the device when they are done.
 func (d *departure) Flush(context.Context) error { return nil }
 
@@ -556,6 +559,9 @@ func (a *arrival) Accept(ctx context.Context, manifest wire.Manifest, migration 
 
 // Start implements [migrate.TargetVM].
 func (a *arrival) Start(context.Context) error { return nil }
+
+// Expect implements [migrate.TargetVM].
+func (a *arrival) Expect(context.Context, uuid.UUID) error { return nil }
 
 // Restore implements [migrate.TargetVM].
 func (a *arrival) Restore(context.Context, uuid.UUID) error {

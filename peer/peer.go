@@ -133,11 +133,15 @@ func (p *Peer) Resume(ctx context.Context) error {
 
 // resume starts the instance on a host that is occupied.
 func (p *Peer) resume(ctx context.Context, start time.Time) error {
-	if err := p.openDevices(ctx); err != nil {
+	// The state device first: it says what became of the VM, and so, why other devices are of no use.
+	if err := p.openDevices(ctx, func(d *Device) bool { return d.Name == vmm.State }); err != nil {
 		return err
 	}
 	if err := vmm.CheckResumable(p.devices[vmm.State]); err != nil {
 		return fmt.Errorf("state device %s: %w", p.statePath(), err)
+	}
+	if err := p.openDevices(ctx, func(d *Device) bool { return d.Name != vmm.State }); err != nil {
+		return err
 	}
 	config, err := p.packageConfig()
 	if err != nil {
@@ -181,12 +185,15 @@ func (p *Peer) occupy() (err error) {
 	return nil
 }
 
-// openDevices opens all devices at once: the content of a base that nobody used yet has to be read.
-func (p *Peer) openDevices(ctx context.Context) error {
+// openDevices opens devices at once: the content of a base that nobody used yet has to be read.
+func (p *Peer) openDevices(ctx context.Context, wanted func(*Device) bool) error {
 	opened := make([]*stack.Stack, len(p.config.Devices))
 	g, ctx := errgroup.WithContext(ctx)
 	for i := range p.config.Devices {
 		d := &p.config.Devices[i]
+		if !wanted(d) {
+			continue
+		}
 		g.Go(func() error {
 			var err error
 			if opened[i], err = d.open(ctx, p.origin); err != nil {

@@ -12,8 +12,8 @@ import (
 
 	"github.com/dustin/go-humanize"
 	"github.com/google/uuid"
+	"golang.org/x/sync/errgroup"
 
-	"drafter/block"
 	"drafter/expose/fuse"
 	"drafter/instance"
 	"drafter/migrate"
@@ -160,6 +160,7 @@ type arrival struct {
 	config     *vmm.PackageConfig
 	generation uuid.UUID
 	launched   *instance.Launched
+	header     *heldHeader // of the state device; nil if that does not come
 	running    bool
 
 	// While the VMM waits for its VM, it is watched: the source need not pause for one that has died.
@@ -263,6 +264,7 @@ func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID
 		a.p.mu.Unlock()
 		held[offered.Name] = h
 		if offered.Name == vmm.State { // beneath what is sealed
+			a.header, _ = s.Incoming.Device.(*heldHeader)
 			if err := vmm.MarkArriving(s.Incoming.Device, migration); err != nil {
 				return nil, fmt.Errorf("device %s: %w", offered.Name, err)
 			}
@@ -346,18 +348,48 @@ func (a *arrival) endWatch() {
 	a.watch.Wait()
 }
 
+// Expect implements [migrate.TargetVM]. What it notes, Restore corrects without having to wait for a disk.
+func (a *arrival) Expect(_ context.Context, migration uuid.UUID) error {
+	if a.header == nil {
+		return fmt.Errorf("device %s does not come with the VM; set makeMigratable on for it, here and on the source", vmm.State)
+	}
+	var notes errgroup.Group // a disk that is busy makes them durable together
+	for name, d := range a.p.devices {
+		switch {
+		case name == vmm.Memory || d.Incoming == nil: // of memory nothing is left anyway when this process is killed
+			continue
+		case name == vmm.State:
+			notes.Go(func() error { return named(name, a.header.expect(migration)) })
+		default:
+			notes.Go(func() error { return named(name, a.device(name).files().NoteMissing(d.Size())) })
+		}
+	}
+	return notes.Wait()
+}
+
+// named says which device an error is about.
+func named(device string, err error) error {
+	if err != nil {
+		return fmt.Errorf("device %s: %w", device, err)
+	}
+	return nil
+}
+
 // Restore implements [migrate.TargetVM].
 func (a *arrival) Restore(ctx context.Context, migration uuid.UUID) error {
 	a.endWatch()
 	for name, d := range a.p.devices {
-		if name == vmm.Memory || d.Incoming == nil || d.Incoming.Missing() == 0 {
-			continue // of memory nothing is left anyway when this process is killed
+		if name == vmm.Memory || d.Incoming == nil || d.Incoming.Missing() > 0 {
+			continue
 		}
-		if err := a.device(name).files().NoteMissing(d.Incoming.Missing() * block.PageSize); err != nil {
+		if err := a.device(name).files().ForgetMissing(); err != nil {
 			return fmt.Errorf("device %s: %w", name, err)
 		}
 	}
-	return a.launched.Restore(ctx, migration)
+	if err := a.launched.Restore(ctx, migration); err != nil {
+		return err
+	}
+	return named(vmm.State, a.header.release())
 }
 
 // Resume implements [migrate.TargetVM].

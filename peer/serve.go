@@ -150,6 +150,9 @@ func (p *Peer) newSource() (*migrate.Source, error) {
 // departure is a VM that may leave. It implements [migrate.SourceVM].
 type departure struct{ p *Peer }
 
+// WriteBack implements [migrate.SourceVM].
+func (d *departure) WriteBack(ctx context.Context) error { return d.p.instance.WriteBack(ctx) }
+
 // Flush implements [migrate.SourceVM].
 func (d *departure) Flush(ctx context.Context) error { return d.p.instance.Flush(ctx) }
 

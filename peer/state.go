@@ -12,8 +12,8 @@ import (
 	"drafter/vmm"
 )
 
-// heldHeader is a state device whose header stays as it is until the device is synced: what arrives of it meanwhile, it keeps in memory. So the device says
-// that the VM is arriving, until it says that it runs.
+// heldHeader is a state device whose header stays as it is until it is released, or the device is synced: what arrives of it meanwhile, it keeps in memory. So the
+// device says that the VM is arriving, until it says that it runs.
 type heldHeader struct {
 	block.Device
 
@@ -55,6 +55,14 @@ func (h *heldHeader) WriteAt(p []byte, off int64) (int, error) {
 
 // Sync implements [block.Device].
 func (h *heldHeader) Sync() error {
+	if err := h.release(); err != nil {
+		return err
+	}
+	return h.Device.Sync()
+}
+
+// release gives the device the header that is held. It outlives this process from then on, and a power failure once the device is synced.
+func (h *heldHeader) release() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.page != nil {
@@ -62,6 +70,17 @@ func (h *heldHeader) Sync() error {
 			return err
 		}
 		h.page = nil
+	}
+	return nil
+}
+
+// expect lets the device say durably that the VM may run here, beneath what is held.
+func (h *heldHeader) expect(migration uuid.UUID) error {
+	h.mu.Lock()
+	err := vmm.MarkTakingOver(h.Device, migration)
+	h.mu.Unlock()
+	if err != nil {
+		return err
 	}
 	return h.Device.Sync()
 }

@@ -366,6 +366,9 @@ func (c *staged) device(name string) *Device {
 // Start implements [migrate.TargetVM]. A copy is never started.
 func (c *staged) Start(context.Context) error { return nil }
 
+// Expect implements [migrate.TargetVM].
+func (c *staged) Expect(context.Context, uuid.UUID) error { return nil }
+
 // Restore implements [migrate.TargetVM].
 func (c *staged) Restore(context.Context, uuid.UUID) error { return nil }
 

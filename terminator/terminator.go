@@ -180,6 +180,9 @@ func (s *store) create(d wire.Device) (*block.File, error) {
 // Start implements [migrate.TargetVM].
 func (s *store) Start(context.Context) error { return nil }
 
+// Expect implements [migrate.TargetVM]. Until the copy has its name, nothing says that the VM is here.
+func (s *store) Expect(context.Context, uuid.UUID) error { return nil }
+
 // Restore implements [migrate.TargetVM]. A state that is damaged is refused while the VM can still go on at its peer.
 func (s *store) Restore(_ context.Context, migration uuid.UUID) error {
 	if d := s.devices[vmm.State]; d != nil {

@@ -52,6 +52,7 @@ const (
 	InDoubt    Status = 6 // the VM was handed over, and the target has not answered: the devices hold all of it
 	HandedOver Status = 7 // the VM runs at the target, which may still need what is here
 	Moved      Status = 8 // the target has all of the VM
+	TakingOver Status = 9 // a migration to here is at its end: the VM may be resumed at any moment, unless its source keeps it
 )
 
 // StateDevice is what a state device is stored on. *os.File is one.
@@ -147,6 +148,8 @@ func (h *stateHeader) resumable() error {
 		return fmt.Errorf("the guest powered itself off at %s, so there is nothing to resume; boot its disk with drafter snapshotter", at)
 	case Arriving:
 		return fmt.Errorf("a migration to here began at %s and did not get to its end, so this is a part of a VM; the VM is still at its source, migrate it again", at)
+	case TakingOver:
+		return fmt.Errorf("a migration to here was at its end at %s, and this side ended before it was certain that the VM ran here; go on at its source (if it is in doubt there, with 'drafter peer settle'), and remove this instance's files", at)
 	case InDoubt:
 		return fmt.Errorf("the VM was handed over at %s and the target has not answered, so it is in doubt where it runs; look there, and then settle it with 'drafter peer settle'", at)
 	case HandedOver:
@@ -238,6 +241,11 @@ func putState(dev StateDevice, id string, state []byte) (*stateHeader, error) {
 // MarkArriving makes dev the state device of a VM that is arriving, durably, whatever it held.
 func MarkArriving(dev StateDevice, migration uuid.UUID) error {
 	return syncStateHeader(dev, &stateHeader{status: Arriving, migration: migration, changed: time.Now()})
+}
+
+// MarkTakingOver makes dev, which is that of a VM that is arriving, say that the VM may run here from now on. It is durable once dev is synced.
+func MarkTakingOver(dev StateDevice, migration uuid.UUID) error {
+	return writeStateHeader(dev, &stateHeader{status: TakingOver, migration: migration, changed: time.Now()})
 }
 
 // MarkState changes the status of a state device, durably. It is called with Running before a vCPU runs and with PoweredOff once none

@@ -151,6 +151,11 @@ type Machine interface {
 	Close() error
 }
 
+// FlushPauser is a [Machine] whose Flush may have to pause the guest.
+type FlushPauser interface {
+	FlushPauses() bool
+}
+
 // Meter is a [Machine] whose VMM counts what it does.
 type Meter interface {
 	// Metrics returns the last known values by name. It is safe for concurrent use.

@@ -44,10 +44,11 @@ const (
 	TypeContents  Type = 17 // registry: content ids of a device's blocks
 	TypeOperation Type = 18 // source, on a forward lane: what a user of a device that has moved away wants
 	TypeResult    Type = 19 // target, on a forward lane: what became of it
+	TypePrepare   Type = 20 // source: the handoff is near; target: it is ready for that
 )
 
 func (t Type) String() string {
-	names := [...]string{1: "hello", "manifest", "accept", "extent", "want", "cycle", "ready", "authority", "ack", "resume", "complete", "released", "progress", "ping", "error", "snapshot", "contents", "operation", "result"}
+	names := [...]string{1: "hello", "manifest", "accept", "extent", "want", "cycle", "ready", "authority", "ack", "resume", "complete", "released", "progress", "ping", "error", "snapshot", "contents", "operation", "result", "prepare"}
 	if int(t) < len(names) && names[t] != "" {
 		return names[t]
 	}
@@ -84,7 +85,7 @@ func maxPayload(t Type) int {
 		return maxList + 4096
 	case TypeError, TypeAck:
 		return 4096
-	case TypeWant, TypeCycle, TypeProgress, TypeReady, TypeComplete, TypeReleased, TypePing, TypeSnapshot:
+	case TypeWant, TypeCycle, TypeProgress, TypeReady, TypeComplete, TypeReleased, TypePing, TypeSnapshot, TypePrepare:
 		return 64
 	}
 	return -1

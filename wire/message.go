@@ -269,7 +269,7 @@ func Decode(f Frame, sizes []int64) (any, error) {
 	r := &reader{b: f.Payload}
 	var m any
 	switch f.Type {
-	case TypeReady, TypeComplete, TypeReleased, TypePing:
+	case TypeReady, TypeComplete, TypeReleased, TypePing, TypePrepare:
 		m = f.Type
 	case TypeHello:
 		if string(r.take(len(magic))) != magic {

@@ -51,7 +51,7 @@ func messages() []any {
 		Authority{Paused: time.Second, Missing: []*block.Bitmap{pages(10, 0, 1, 9), pages(1024)}},
 		Ack{Accepted: true}, Ack{Reason: "no"},
 		Resume{Outcome: Accepted, Missing: []*block.Bitmap{pages(10), pages(1024, 7, 1023)}},
-		TypeComplete, TypeReleased, TypePing,
+		TypeComplete, TypeReleased, TypePing, TypePrepare,
 		Progress{Cycle: 9},
 		Snapshot{Paused: 5 * time.Millisecond},
 		Contents{Device: 1, First: 3, Blocks: []block.ID{{1}, {}, {2, 3}}},

@@ -119,7 +119,7 @@ func (l *migrationLog) summarize(s migrate.Stats) {
 			"postCopy", humanize.IBytes(uint64(d.PostCopy)))
 	}
 	_, saved, _ := s.Bytes()
-	slog.Info("Completed migration", "took", s.Total.Round(time.Millisecond), "downtime", s.Paused.Round(10*time.Microsecond), "cycles", s.Cycle, "bytes", s.Wire, "bytesSaved", saved)
+	slog.Info("Completed migration", "took", s.Total.Round(time.Millisecond), "preflight", s.Preflight.Round(time.Millisecond), "downtime", s.Paused.Round(10*time.Microsecond), "cycles", s.Cycle, "bytes", s.Wire, "bytesSaved", saved)
 }
 
 func (l *migrationLog) close() {

@@ -10,6 +10,7 @@ import (
 	"os"
 
 	"drafter/internal/sparse"
+	"drafter/vmm"
 	"drafter/vmm/firecracker/uffd"
 )
 
@@ -113,6 +114,15 @@ func (m *Machine) Flush(ctx context.Context) error {
 		err = errors.Join(err, m.Resume(context.WithoutCancel(ctx)))
 	}
 	return err
+}
+
+var _ vmm.FlushPauser = (*Machine)(nil)
+
+// FlushPauses implements [vmm.FlushPauser].
+func (m *Machine) FlushPauses() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.memory == nil || !m.memory.Tracked()
 }
 
 // delta writes what a paused VM has written since the last time to the memory device, by a snapshot, and returns how much that was.

@@ -448,6 +448,9 @@ func (m *Machine) Flush(ctx context.Context) error {
 			return fmt.Errorf("flush memory device %s: %w", m.launch.Memory, err)
 		}
 	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
 	if err := m.memory.Sync(); err != nil {
 		return fmt.Errorf("flush memory device %s: %w", m.launch.Memory, err)
 	}
