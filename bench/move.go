@@ -252,7 +252,8 @@ func (b *bench) moveOurs(ctx context.Context, w *watcher, c contest, l link, o o
 		return err
 	}
 	b.add(c.key(o.name, "downtime_ms"), ms(done.Downtime))
-	b.add(c.key(o.name, "total_ms"), ms(done.Took))
+	b.add(c.key(o.name, "total_ms"), ms(done.Took-done.Preflight))
+	b.add(c.key(o.name, "whole_ms"), ms(done.Time.Sub(began)))
 	b.add(c.key(o.name, "mb"), float64(done.Bytes)/1e6)
 	b.add(c.key(o.name, "target_peak_rss_mb"), rss)
 	if err := source.Wait(); err != nil {

@@ -65,6 +65,7 @@ func (b *bench) moveOwn(ctx context.Context, w *watcher, c contest, l link, o op
 		stop()
 		return errors.Join(err, <-runs)
 	}
+	whole := time.Since(began)
 	if err := <-runs; err != nil {
 		return err
 	}
@@ -72,6 +73,7 @@ func (b *bench) moveOwn(ctx context.Context, w *watcher, c contest, l link, o op
 	time.Sleep(500 * time.Millisecond)
 	b.add(c.key(o.name, "downtime_ms"), ms(result.Downtime))
 	b.add(c.key(o.name, "total_ms"), ms(result.Total))
+	b.add(c.key(o.name, "whole_ms"), ms(whole))
 	b.add(c.key(o.name, "mb"), float64(result.Bytes)/1e6)
 	return b.addGaps(c, o, w.between(began, time.Now()), g.console.between(began, time.Now()))
 }

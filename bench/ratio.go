@@ -25,6 +25,7 @@ func ratios() []ratio {
 			ratio{key: "gap_vs_precopy30" + o.suffix, of: []string{loopback(o.name, "gap_ms")}, to: loopback("precopy30", "gap_ms")},
 			ratio{key: "total_vs_precopy300" + o.suffix, of: []string{loopback(o.name, "total_ms")}, to: loopback("precopy300", "total_ms")},
 			ratio{key: "bytes_vs_precopy300" + o.suffix, of: []string{loopback(o.name, "mb")}, to: loopback("precopy300", "mb")},
+			ratio{key: "whole_vs_precopy300" + o.suffix, of: []string{loopback(o.name, "whole_ms")}, to: loopback("precopy300", "whole_ms")},
 		)
 	}
 	return append(all,

@@ -72,6 +72,7 @@ type Line struct {
 	Time       time.Time     `json:"time"`
 	Message    string        `json:"msg"`
 	Took       time.Duration `json:"took"`
+	Preflight  time.Duration `json:"preflight"`
 	AgentAfter time.Duration `json:"agentAfter"`
 	Downtime   time.Duration `json:"downtime"`
 	Bytes      int64         `json:"bytes"`
