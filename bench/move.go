@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -11,7 +12,11 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"drafter/internal/sparse"
 	"drafter/internal/tour"
+	"drafter/vmm"
 	"drafter/vmm/qemu"
 )
 
@@ -132,6 +137,9 @@ func (b *bench) contest(ctx context.Context, c contest) (err error) {
 			if o.own != nil {
 				move = b.moveOwn
 			}
+			if err := b.calm(ctx, c); err != nil {
+				return err
+			}
 			if err := move(ctx, w, c, l, o); err != nil {
 				return fmt.Errorf("%s: %w", name, err)
 			}
@@ -140,6 +148,34 @@ func (b *bench) contest(ctx context.Context, c contest) (err error) {
 			if err := b.plainCopy(); err != nil {
 				return err
 			}
+		}
+	}
+	return nil
+}
+
+// calm lets be written what the move before has left, and read what the next one starts from, so that none pays for another: the package is on the host as on one
+// that runs its instances.
+func (b *bench) calm(ctx context.Context, c contest) error {
+	if err := os.RemoveAll(filepath.Join(b.dir, "instances")); err != nil {
+		return err
+	}
+	pkg, err := b.snapshot(ctx, c.load, c.gib)
+	if err != nil {
+		return err
+	}
+	unix.Sync()
+	f, err := os.Open(filepath.Join(pkg, vmm.PackageFile(vmm.Memory)))
+	if err != nil {
+		return err
+	}
+	defer f.Close() // nothing was written
+	extents, err := sparse.Extents(f, int64(c.gib)<<30)
+	if err != nil {
+		return err
+	}
+	for _, e := range extents {
+		if _, err := io.Copy(io.Discard, io.NewSectionReader(f, e.Offset, e.Length)); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -179,9 +215,6 @@ func (b *bench) moveOurs(ctx context.Context, w *watcher, c contest, l link, o o
 	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("the move is not over after %s", patience))
 	defer cancel()
 	instances := filepath.Join(b.dir, "instances")
-	if err := os.RemoveAll(instances); err != nil {
-		return err
-	}
 	p, err := l.through(ctx, "tcp", "127.0.0.1:1338", "127.0.0.1:1337")
 	if err != nil {
 		return err

@@ -105,7 +105,8 @@ func (r *report) markdown(path string) string {
 		"live migration, in turn, in one run. The *gap* is the longest silence seen from outside, the *downtime* what the mover says. `present` and `absent` are Drafter with the VM's package at the\n" +
 		"target, or not; `precopy300` and `precopy30` QEMU's pre-copy with those downtime limits. QEMU's memory is its own. The *total* time is what QEMU\n" +
 		"counts, with a process that waits at the target; of Drafter it is that after preflight, in which the target starts such a process. The *whole* time is that from the start of the target's command,\n" +
-		"for both. With QEMU the target has the disks, too; with `absent` it has nothing, and Drafter sends them.\n\n## Against what is to be reached\n\nIn brackets, the least and the most of its rounds.\n\n" +
+		"for both. Before each move the disk is at rest and the package in the\n" +
+		"page cache. With QEMU the target has the disks, too; with `absent` it has nothing, and Drafter sends them.\n\n## Against what is to be reached\n\nIn brackets, the least and the most of its rounds.\n\n" +
 		"| figure | key | bar | here | rounds | |\n|---|---|---|---|---|---|\n")
 	for _, bar := range bars {
 		v, ok := r.Ratios[bar.key]
