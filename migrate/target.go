@@ -833,8 +833,13 @@ func (t *Target) storeCopy(ctx context.Context) (State, error) {
 func (t *Target) takeOver(ctx context.Context) (State, error) {
 	began := time.Now()
 	t.beginExpect(ctx, t.main) // if the source has not asked for it
-	<-t.expect.done
-	if t.refusal = t.expect.err; t.refusal != nil {
+	select {
+	case <-t.expect.done:
+		t.refusal = t.expect.err
+	case <-ctx.Done():
+		t.refusal = context.Cause(ctx)
+	}
+	if t.refusal != nil {
 		return "", t.refusal
 	}
 	if t.refusal = t.config.VM.Restore(ctx, t.id); t.refusal != nil {
