@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -116,6 +117,14 @@ func (b *bench) add(name string, value float64) {
 	}
 	b.values[name] = append(b.values[name], value)
 	fmt.Fprintf(b.progress, "%s: %.3g\n", name, value)
+}
+
+// uncounted measures without an effect on the result.
+func (b *bench) uncounted(measure func() error) error {
+	names, values, timeline, progress := slices.Clone(b.names), maps.Clone(b.values), b.timeline, b.progress
+	defer func() { b.names, b.values, b.timeline, b.progress = names, values, timeline, progress }()
+	b.progress = io.Discard
+	return measure()
 }
 
 func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -153,5 +154,21 @@ func TestUnknownPart(t *testing.T) {
 	err := Run(t.Context(), Options{Dir: filepath.Join(t.TempDir(), "bench"), Parts: []string{"engine", "coffee"}, Progress: io.Discard})
 	if err == nil || !strings.Contains(err.Error(), `part "coffee" is unknown`) {
 		t.Errorf("%v", err)
+	}
+}
+
+// What is not counted leaves no trace in the result.
+func TestUncounted(t *testing.T) {
+	b := &bench{progress: io.Discard, values: map[string][]float64{}}
+	b.add("a", 1)
+	err := b.uncounted(func() error {
+		b.add("a", 2)
+		b.add("b", 3)
+		b.timeline = []Moment{{}}
+		return nil
+	})
+	b.add("a", 4)
+	if err != nil || len(b.names) != 1 || len(b.values) != 1 || !slices.Equal(b.values["a"], []float64{1, 4}) || b.timeline != nil {
+		t.Errorf("%v: %v, %v", err, b.names, b.values)
 	}
 }

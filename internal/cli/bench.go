@@ -27,7 +27,8 @@ The parts are:
 A guest holds 300 MiB that cannot be compressed, writes to 20 MiB of pages a second, and ticks every 10 ms. It is moved by Drafter and by QEMU itself, in turn, several times. Other
 guests write to a small set of pages, or to one after the other, or are a Redis with clients. The guest's load is built with gcc.
 
-Nothing else should run on the host. --quick takes some three minutes on two CPUs with emulation, all of it far longer.
+Nothing else should run on the host. --quick takes some three minutes on two CPUs with emulation, and does not count a
+first round of moves; all of it takes far longer.
 ` + exitCodeHelp,
 		Example: `  drafter bench --quick
   drafter bench --parts engine,resume --rounds 20`,
