@@ -133,15 +133,18 @@ func (p *Peer) Resume(ctx context.Context) error {
 
 // resume starts the instance on a host that is occupied.
 func (p *Peer) resume(ctx context.Context, start time.Time) error {
-	// The state device first: it says what became of the VM, and so, why other devices are of no use.
+	// Of a VM that was being taken over the state device says more than the others, which may lack something; else they do.
 	if err := p.openDevices(ctx, func(d *Device) bool { return d.Name == vmm.State }); err != nil {
 		return err
 	}
+	status, _, _, err := vmm.StateStatus(p.devices[vmm.State])
+	if err != nil || status != vmm.TakingOver {
+		if err := p.openDevices(ctx, func(d *Device) bool { return d.Name != vmm.State }); err != nil {
+			return err
+		}
+	}
 	if err := vmm.CheckResumable(p.devices[vmm.State]); err != nil {
 		return fmt.Errorf("state device %s: %w", p.statePath(), err)
-	}
-	if err := p.openDevices(ctx, func(d *Device) bool { return d.Name != vmm.State }); err != nil {
-		return err
 	}
 	config, err := p.packageConfig()
 	if err != nil {
