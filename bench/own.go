@@ -32,7 +32,7 @@ func (b *bench) moveOwn(ctx context.Context, w *watcher, c contest, l link, o op
 	if err != nil {
 		return err
 	}
-	source, err := g.start(ctx, qemu.Driver{Own: true}, 0, "")
+	source, err := g.start(ctx, qemu.Driver{Own: g.dir}, 0, "")
 	if err != nil {
 		return err
 	}
@@ -42,7 +42,7 @@ func (b *bench) moveOwn(ctx context.Context, w *watcher, c contest, l link, o op
 	}
 	time.Sleep(settle)
 	began := time.Now()
-	target, err := g.start(ctx, qemu.Driver{Own: true}, 1, "")
+	target, err := g.start(ctx, qemu.Driver{Own: g.dir}, 1, "")
 	if err != nil {
 		return err
 	}

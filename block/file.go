@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"drafter/internal/lockfile"
+	"drafter/internal/private"
 )
 
 // File is a device in a file, which may have holes, or in a block device.
@@ -20,13 +21,13 @@ type File struct {
 	failed   atomic.Pointer[error] // why a Sync failed
 }
 
-// OpenFile opens an existing file as a device of its size.
+// OpenFile opens an existing file as a device of its size. A link that a stranger made is not followed.
 func OpenFile(path string, readOnly bool) (*File, error) {
 	flags := os.O_RDWR
 	if readOnly {
 		flags = os.O_RDONLY
 	}
-	f, err := os.OpenFile(path, flags, 0)
+	f, err := private.Open(path, flags)
 	if err != nil {
 		return nil, err
 	}

@@ -9,6 +9,8 @@ import (
 
 	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/private"
 )
 
 // OverlayPaths names the files of an overlay.
@@ -100,7 +102,7 @@ func createOverlay(paths OverlayPaths, h *stateHeader) (err error) {
 		}
 	}()
 	dir := filepath.Dir(paths.State)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err := private.MkdirAll(dir); err != nil {
 		return err
 	}
 	// One process at a time makes overlays there.
@@ -132,13 +134,9 @@ func createOverlay(paths OverlayPaths, h *stateHeader) (err error) {
 	})
 }
 
-// Publish makes a durable file that has its name only once it is complete.
+// Publish makes a durable file, for its owner alone, that has its name only once it is complete.
 func Publish(path string, write func(*os.File) error) (err error) {
-	dir := filepath.Dir(path)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*")
+	f, err := private.CreateTemp(path)
 	if err != nil {
 		return err
 	}
@@ -149,7 +147,7 @@ func Publish(path string, write func(*os.File) error) (err error) {
 	if err != nil {
 		return errors.Join(err, os.Remove(f.Name()))
 	}
-	d, err := os.Open(dir)
+	d, err := os.Open(filepath.Dir(path))
 	if err != nil {
 		return err
 	}
@@ -329,10 +327,7 @@ func removeFiles(paths ...string) error {
 
 // CreateFile makes a new file of zeros as a device. It fails if the file exists.
 func CreateFile(path string, size int64) (*File, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, err
-	}
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o644)
+	f, err := private.Create(path)
 	if err != nil {
 		return nil, err
 	}

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+
+	"drafter/internal/private"
 )
 
 // Fetcher gets content of a device that is elsewhere. It is safe for concurrent use.
@@ -82,11 +84,8 @@ func OpenPulled(path string, remote Remote) (_ *Pulled, err error) {
 	if err := remote.Contents.Check(); err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, err
-	}
 	d := &Pulled{path: path, remote: remote, own: true, flights: map[int64]*flight{}, present: NewBitmap(int64(len(remote.Contents.Blocks)))}
-	f, err := os.OpenFile(partialPath(path), os.O_RDWR|os.O_CREATE, 0o644)
+	f, err := private.CreateOrOpen(partialPath(path))
 	if err != nil {
 		return nil, err
 	}
@@ -110,7 +109,7 @@ func OpenPulled(path string, remote Remote) (_ *Pulled, err error) {
 
 // CreateUnnamed makes a file of zeros without a name in dir, which ends with its last user.
 func CreateUnnamed(dir string, size int64) (*File, error) {
-	f, err := os.CreateTemp(dir, ".unnamed.*")
+	f, err := private.CreateTemp(filepath.Join(dir, "unnamed"))
 	if err != nil {
 		return nil, err
 	}

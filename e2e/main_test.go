@@ -225,7 +225,7 @@ func vmms() []string {
 	}
 	for _, path := range cmdlines {
 		b, err := os.ReadFile(path)
-		if err == nil && bytes.HasPrefix(b, []byte("qemu-system")) && bytes.Contains(b, []byte(work)) {
+		if err == nil && bytes.Contains(b[:max(0, bytes.IndexByte(b, 0))], []byte("qemu-system")) && bytes.Contains(b, []byte(work)) {
 			found = append(found, strings.ReplaceAll(string(b), "\x00", " "))
 		}
 	}

@@ -18,6 +18,7 @@ import (
 
 	"drafter/agent"
 	"drafter/block"
+	"drafter/internal/private"
 	"drafter/vmm"
 )
 
@@ -27,9 +28,10 @@ type Host struct {
 	VMM     string // vmm.VMMAuto or a driver's name
 	Accel   string // vmm.AccelAuto, AccelKVM or AccelTCG
 
-	BaseDir       string // parent of the VM's own directory (--chroot-base-dir)
-	Netns         string // "" for no network namespace of its own
-	UID, GID      int
+	BaseDir       string        // parent of the VM's own directory (--chroot-base-dir)
+	Netns         string        // "" for no network namespace of its own
+	UID, GID      int           // both 0: a user of the VM's own, see ClaimUser
+	Users         vmm.UserRange // the ones that VMs get
 	NUMANode      int
 	CgroupVersion int
 	FillMemory    bool // whether to bring all of a resumed VM's memory into it behind it, where the driver serves memory
@@ -39,12 +41,25 @@ type Host struct {
 	Input  io.Reader // nil for none
 }
 
+// ClaimUser gives the VM a user of its own, unless the host names one. Close the user, which may be nil,
+// when the VM's directory has been closed.
+func (h *Host) ClaimUser() (*vmm.User, error) {
+	if h.UID != 0 || h.GID != 0 {
+		return nil, nil
+	}
+	u, err := vmm.ClaimUser(h.Users)
+	if u != nil {
+		h.UID, h.GID = u.ID, u.ID
+	}
+	return u, err
+}
+
 // Paths maps device names to paths a VMM can open.
 type Paths map[string]string
 
 // Sync makes a device durable by its path.
 func (p Paths) Sync(name string) error {
-	f, err := os.OpenFile(p[name], os.O_RDWR, 0)
+	f, err := private.Open(p[name], os.O_RDWR)
 	if err != nil {
 		return err
 	}
@@ -55,7 +70,7 @@ func (p Paths) Sync(name string) error {
 func (p Paths) Path(name string) string { return p[name] }
 
 // State implements [Storage].
-func (p Paths) State() (StateDevice, error) { return os.OpenFile(p[vmm.State], os.O_RDWR, 0) }
+func (p Paths) State() (StateDevice, error) { return private.Open(p[vmm.State], os.O_RDWR) }
 
 // Memory implements [Storage].
 func (p Paths) Memory() (block.Device, error) { return block.OpenFile(p[vmm.Memory], false) }
@@ -112,6 +127,9 @@ type Hardware struct {
 // Boot starts a new VM from the kernel, memory and disks at paths and waits until its liveness program has reported and its agent answers,
 // for at most timeout. The devices keep the order of names in the guest. id becomes the package's.
 func Boot(ctx context.Context, h Host, hw Hardware, id string, names []string, paths Paths, initrd string, timeout time.Duration) (*Instance, error) {
+	if err := errors.Join(vmm.CheckNetwork(hw.Interface, hw.MAC), vmm.CheckBootArgs(hw.BootArgs)); err != nil {
+		return nil, err
+	}
 	driver, err := h.Drivers.Select(h.VMM, "")
 	if err != nil {
 		return nil, err
@@ -261,7 +279,7 @@ func CheckSizes(config *vmm.PackageConfig, sizes map[string]int64, paths map[str
 }
 
 func deviceSize(path string) (int64, error) {
-	f, err := os.Open(path)
+	f, err := private.Open(path, os.O_RDONLY)
 	if err != nil {
 		return 0, err
 	}

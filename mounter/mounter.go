@@ -21,6 +21,7 @@ import (
 	"drafter/expose"
 	"drafter/expose/fuse"
 	"drafter/expose/nbd"
+	"drafter/internal/private"
 	"drafter/migrate"
 	"drafter/stack"
 	"drafter/vmm"
@@ -192,7 +193,7 @@ func (m *Mounter) link() error {
 	if m.config.Links == "" {
 		return nil
 	}
-	if err := os.MkdirAll(m.config.Links, 0o755); err != nil {
+	if err := private.MkdirAll(m.config.Links); err != nil {
 		return err
 	}
 	for _, d := range m.config.Devices {

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"drafter/internal/lockfile"
+	"drafter/internal/rundir"
 )
 
 // PortForward makes a guest's port reachable at an address of the host's.
@@ -77,7 +78,7 @@ func StartForwarder(c ForwarderConfig) (_ *Forwarder, err error) {
 			f.name = fmt.Sprintf("%s%d-%d", forwarderPrefix, os.Getpid(), suffix)
 		}
 		var held *lockfile.HeldError
-		if f.lock, err = lockName(forwarderLocks + f.name); err != nil && !errors.As(err, &held) {
+		if f.lock, err = rundir.Lock(forwarderLocks + f.name); err != nil && !errors.As(err, &held) {
 			return nil, fmt.Errorf("start forwarder: %w", err)
 		}
 	}
@@ -94,7 +95,7 @@ func StartForwarder(c ForwarderConfig) (_ *Forwarder, err error) {
 	return f, f.applyRules(forwards)
 }
 
-// forwarderLocks is where below runDir each forwarder has a lock called like its table.
+// forwarderLocks is where below [rundir.Path] each forwarder has a lock called like its table.
 const forwarderLocks = "forwarders/"
 
 func (p PortForward) resolve(hostVeth *net.IPNet) (forward, error) {
@@ -228,13 +229,13 @@ func (f *Forwarder) applyRules(forwards []forward) error {
 
 // reclaimForwarders removes the tables of forwarders that no longer run.
 func reclaimForwarders() error {
-	locks, err := filepath.Glob(filepath.Join(runDir, forwarderLocks, forwarderPrefix+"*.lock"))
+	locks, err := filepath.Glob(filepath.Join(rundir.Path, forwarderLocks, forwarderPrefix+"*.lock"))
 	if err != nil {
 		return err
 	}
 	for _, path := range locks {
 		name := strings.TrimSuffix(filepath.Base(path), ".lock")
-		lock, err := lockName(forwarderLocks + name)
+		lock, err := rundir.Lock(forwarderLocks + name)
 		var held *lockfile.HeldError
 		if errors.As(err, &held) {
 			continue
@@ -260,7 +261,7 @@ func (f *Forwarder) Close() error {
 	for _, r := range f.reserved {
 		errs = append(errs, r.Close())
 	}
-	errs = append(errs, f.lock.Release(), removeRunDir())
+	errs = append(errs, f.lock.Release(), rundir.Remove())
 	f.lock = nil
 	return errors.Join(errs...)
 }

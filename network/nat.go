@@ -16,6 +16,7 @@ import (
 	"github.com/vishvananda/netns"
 
 	"drafter/internal/lockfile"
+	"drafter/internal/rundir"
 )
 
 // NATConfig lays out a pool of network namespaces. With the defaults, namespace number i (ark0 is the first) looks like this:
@@ -140,7 +141,7 @@ func (l *layout) namespaceIP(i int) net.IP   { return addIP(l.namespaceVeth.IP, 
 func (n *NAT) name(i int) string { return fmt.Sprintf("%s%d", n.config.NamespacePrefix, i) }
 func (n *NAT) natTable() string  { return "drafter-nat-" + n.config.NamespacePrefix }
 func (n *NAT) recordPath() string {
-	return filepath.Join(runDir, "nat-"+n.config.NamespacePrefix+".json")
+	return filepath.Join(rundir.Path, "nat-"+n.config.NamespacePrefix+".json")
 }
 func hostVethName(name string) string { return name + "-veth" }
 
@@ -155,7 +156,7 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 		return nil, err
 	}
 	n := &NAT{config: c, layout: l}
-	lock, err := lockName("nat-" + c.NamespacePrefix)
+	lock, err := rundir.Lock("nat-" + c.NamespacePrefix)
 	var held *lockfile.HeldError
 	if errors.As(err, &held) {
 		return nil, fmt.Errorf("a NAT for namespaces %s… runs already as %s; end it, or choose another --namespace-prefix", c.NamespacePrefix, held.Holder)
@@ -238,7 +239,7 @@ func (n *NAT) reclaim() (kept []string, err error) {
 		return nil, fmt.Errorf("%s: %w; remove the file after removing the namespaces by hand", n.recordPath(), err)
 	}
 	for _, name := range old.Namespaces {
-		lock, err := lockName("netns/" + name)
+		lock, err := rundir.Lock("netns/" + name)
 		var held *lockfile.HeldError
 		switch {
 		case errors.As(err, &held):
@@ -336,7 +337,7 @@ func (n *NAT) prepareHost() error {
 
 // writeRecord replaces a file in one step.
 func writeRecord(path string, b []byte) error {
-	if err := os.WriteFile(path+".new", b, 0o644); err != nil {
+	if err := os.WriteFile(path+".new", b, 0o600); err != nil {
 		return err
 	}
 	return os.Rename(path+".new", path)
@@ -455,7 +456,7 @@ func (n *NAT) Namespaces() []string { return slices.Clone(n.created) }
 // Claim claims any free namespace of the pool and returns its name.
 func (n *NAT) Claim() (string, *Claim, error) {
 	for _, name := range n.created {
-		claim, err := lockName("netns/" + name)
+		claim, err := rundir.Lock("netns/" + name)
 		var held *lockfile.HeldError
 		if errors.As(err, &held) {
 			continue
@@ -499,7 +500,7 @@ func (n *NAT) Close() error {
 			errs = append(errs, os.Remove(n.recordPath()))
 		}
 	}
-	errs = append(errs, n.lock.Release(), removeRunDir())
+	errs = append(errs, n.lock.Release(), rundir.Remove())
 	n.lock = nil
 	return errors.Join(errs...)
 }

@@ -57,6 +57,7 @@ type Hooks struct {
 type Peer struct {
 	config   Config
 	claim    *network.Claim
+	user     *vmm.User
 	dir      *vmm.Dir // where the devices are exposed
 	exposure expose.Exposure
 	instance *instance.Instance
@@ -180,6 +181,9 @@ func (p *Peer) occupy() (err error) {
 		return err
 	}
 	if p.claim, err = network.ClaimNamespace(p.config.Host.Netns); err != nil {
+		return err
+	}
+	if p.user, err = p.config.Host.ClaimUser(); err != nil {
 		return err
 	}
 	if err := process.ProtectServer(); err != nil {
@@ -366,7 +370,8 @@ func (p *Peer) Close() error {
 	if p.instance != nil {
 		errs = append(errs, p.instance.Close())
 	}
-	errs = append(errs, p.closeStore(), p.closeDevices(!moved), p.endPull())
+	errs = append(errs, p.closeStore(), p.closeDevices(!moved), p.endPull(), p.user.Close())
+	p.user = nil
 	if p.claim != nil {
 		errs = append(errs, p.claim.Close())
 		p.claim = nil

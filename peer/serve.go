@@ -15,6 +15,7 @@ import (
 	"github.com/google/uuid"
 
 	"drafter/block"
+	"drafter/internal/private"
 	"drafter/migrate"
 	"drafter/vmm"
 )
@@ -254,10 +255,18 @@ func decisionFile(devices []Device) string {
 
 func (p *Peer) readDecision() error {
 	path := decisionFile(p.config.Devices)
-	b, err := os.ReadFile(path)
+	f, err := private.Open(path, os.O_RDONLY)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := private.CheckOwner(f); err != nil { // a stranger does not decide
+		return err
+	}
+	b, err := io.ReadAll(io.LimitReader(f, 64))
 	if err != nil {
 		return err
 	}

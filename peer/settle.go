@@ -44,7 +44,11 @@ func Settle(ctx context.Context, devices []Device, outcome migrate.Outcome) erro
 // settleRunning leaves the decision for the process that owns the instance, and waits until it has taken it.
 func settleRunning(ctx context.Context, devices []Device, outcome migrate.Outcome) error {
 	path := decisionFile(devices)
-	if err := os.WriteFile(path, []byte(outcome), 0o600); err != nil {
+	err := block.Publish(path, func(f *os.File) error {
+		_, err := f.WriteString(string(outcome))
+		return err
+	})
+	if err != nil {
 		return fmt.Errorf("leave the decision for the peer that runs: %w", err)
 	}
 	deadline := time.Now().Add(5 * time.Second)

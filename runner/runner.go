@@ -13,6 +13,7 @@ import (
 	"drafter/agent"
 	"drafter/instance"
 	"drafter/internal/lockfile"
+	"drafter/internal/private"
 	"drafter/internal/sparse"
 	"drafter/network"
 	"drafter/vmm"
@@ -47,6 +48,7 @@ type Runner struct {
 	origin   instance.Paths // the package
 	pkg      *vmm.PackageConfig
 	claim    *network.Claim
+	user     *vmm.User
 	locks    []*os.File
 	private  string // directory of the private copies, or ""
 	instance *instance.Instance
@@ -92,6 +94,9 @@ func (r *Runner) Resume(ctx context.Context) error {
 	if r.claim, err = network.ClaimNamespace(r.config.Host.Netns); err != nil {
 		return err
 	}
+	if r.user, err = r.config.Host.ClaimUser(); err != nil {
+		return err
+	}
 	if err := r.lock(); err != nil {
 		return err
 	}
@@ -123,7 +128,7 @@ func (r *Runner) lock() error {
 		if d.Shared {
 			continue
 		}
-		f, err := os.Open(d.Path)
+		f, err := private.Open(d.Path, os.O_RDONLY)
 		if err != nil {
 			return fmt.Errorf("device %s: %w", d.Name, err)
 		}
@@ -148,16 +153,13 @@ func (r *Runner) copyPrivate(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(parent, 0o755); err != nil {
+	if err := private.MkdirAll(parent); err != nil {
 		return err
 	}
 	if err := reclaimPrivate(parent); err != nil {
 		return err
 	}
 	if r.private, err = os.MkdirTemp(parent, privatePrefix); err != nil {
-		return err
-	}
-	if err := os.Chmod(r.private, 0o711); err != nil {
 		return err
 	}
 	lock, err := os.Open(r.private)
@@ -169,16 +171,10 @@ func (r *Runner) copyPrivate(ctx context.Context) error {
 		return fmt.Errorf("lock %s: %w", r.private, err)
 	}
 	for name, origin := range r.origin {
-		private := filepath.Join(r.private, name)
-		if err := sparse.CopyFile(ctx, private, origin, nil); err != nil {
+		r.paths[name] = filepath.Join(r.private, name)
+		if err := sparse.CopyFile(ctx, r.paths[name], origin, nil); err != nil {
 			return err
 		}
-		if h := r.config.Host; h.UID != 0 || h.GID != 0 {
-			if err := os.Chown(private, h.UID, h.GID); err != nil {
-				return err
-			}
-		}
-		r.paths[name] = private
 	}
 	return nil
 }
@@ -298,6 +294,8 @@ func (r *Runner) Close() error {
 		errs = append(errs, f.Close())
 	}
 	r.locks = nil
+	errs = append(errs, r.user.Close())
+	r.user = nil
 	if r.claim != nil {
 		errs = append(errs, r.claim.Close())
 		r.claim = nil

@@ -16,6 +16,7 @@ import (
 
 	"drafter/instance"
 	"drafter/internal/lockfile"
+	"drafter/internal/private"
 	"drafter/internal/sparse"
 	"drafter/network"
 	"drafter/vmm"
@@ -167,6 +168,11 @@ func (s *Snapshotter) Run(ctx context.Context) (_ Result, err error) {
 		return Result{}, err
 	}
 	defer func() { err = errors.Join(err, claim.Close()) }()
+	user, err := s.config.Host.ClaimUser()
+	if err != nil {
+		return Result{}, err
+	}
+	defer func() { err = errors.Join(err, user.Close()) }()
 	defer func() { err = errors.Join(err, s.discard()) }()
 	if err := s.prepare(ctx); err != nil {
 		return Result{}, err
@@ -220,9 +226,6 @@ func (s *Snapshotter) prepare(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("device %s: %w", d.Name, err)
 		}
-		if err := os.MkdirAll(filepath.Dir(output), 0o755); err != nil {
-			return fmt.Errorf("device %s: %w", d.Name, err)
-		}
 		partial := output + partialSuffix
 		lock, err := lockPartial(partial)
 		if err != nil {
@@ -230,7 +233,7 @@ func (s *Snapshotter) prepare(ctx context.Context) error {
 		}
 		s.locks = append(s.locks, lock)
 		s.paths[d.Name] = partial
-		if err := s.fill(ctx, d, partial); err != nil {
+		if err := s.fill(ctx, d, lock); err != nil {
 			return fmt.Errorf("device %s: %w", d.Name, err)
 		}
 	}
@@ -239,7 +242,7 @@ func (s *Snapshotter) prepare(ctx context.Context) error {
 
 // lockPartial makes the file and keeps a second snapshotter from it.
 func lockPartial(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644)
+	f, err := private.CreateOrOpen(path)
 	if err != nil {
 		return nil, err
 	}
@@ -249,8 +252,7 @@ func lockPartial(path string) (*os.File, error) {
 	return f, nil
 }
 
-func (s *Snapshotter) fill(ctx context.Context, d Device, partial string) error {
-	host := s.config.Host
+func (s *Snapshotter) fill(ctx context.Context, d Device, partial *os.File) error {
 	switch d.Name {
 	case vmm.Memory, vmm.State:
 		size := int64(vmm.StateSize)
@@ -258,26 +260,16 @@ func (s *Snapshotter) fill(ctx context.Context, d Device, partial string) error 
 			size = s.config.Hardware.MemorySize
 		}
 		// Emptied first: a hole reads as zeros, which an older attempt's bytes do not.
-		if err := errors.Join(os.Truncate(partial, 0), os.Truncate(partial, size)); err != nil {
-			return err
-		}
+		return errors.Join(partial.Truncate(0), partial.Truncate(size))
 	case vmm.Config:
-		return os.Truncate(partial, 0)
+		return partial.Truncate(0)
 	default:
 		var progress func(done, total int64)
 		if s.config.Progress != nil {
 			progress = func(done, total int64) { s.config.Progress("Copying "+d.Name, done, total) }
 		}
-		if err := sparse.CopyFile(ctx, partial, d.Input, progress); err != nil {
-			return err
-		}
+		return sparse.CopyFile(ctx, partial.Name(), d.Input, progress)
 	}
-	if host.UID != 0 || host.GID != 0 {
-		if err := os.Chown(partial, host.UID, host.GID); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // bootArgs adds to the user's kernel arguments what the guest cannot know: its address, and ports that are not the default.
@@ -293,7 +285,7 @@ func (s *Snapshotter) publish(config *vmm.PackageConfig) error {
 	if err != nil {
 		return err
 	}
-	f, err := os.OpenFile(s.paths[vmm.Config], os.O_WRONLY, 0)
+	f, err := private.Open(s.paths[vmm.Config], os.O_WRONLY)
 	if err != nil {
 		return fmt.Errorf("write config device: %w", err)
 	}

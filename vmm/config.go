@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"drafter/block"
+	"drafter/internal/private"
 )
 
 // PackageVersion is the version of the config device's format. A reader refuses any other.
@@ -95,7 +96,7 @@ func (c *PackageConfig) Encode() ([]byte, error) {
 
 // ReadPackageConfig reads and checks the config device at path. Zero bytes after the JSON (the padding of a block device) are ignored.
 func ReadPackageConfig(path string) (*PackageConfig, error) {
-	f, err := os.Open(path)
+	f, err := private.Open(path, os.O_RDONLY)
 	if err != nil {
 		return nil, fmt.Errorf("open config device: %w", err)
 	}
@@ -145,8 +146,14 @@ func (c *PackageConfig) validate() error {
 	if c.CPUs < 1 || c.CPUs > 1024 {
 		return fmt.Errorf("cpus is %d, not in 1…1024", c.CPUs)
 	}
+	if err := c.checkFields(); err != nil {
+		return err
+	}
 	seen := map[string]bool{}
 	for _, d := range c.Devices {
+		if d.Name == Config || d.Name == Initrd {
+			return fmt.Errorf("device %q is listed, which no package lists", d.Name)
+		}
 		if err := CheckDeviceName(d.Name); err != nil {
 			return err
 		}

@@ -12,7 +12,8 @@ import (
 func validConfig() *PackageConfig {
 	return &PackageConfig{
 		Version: PackageVersion, ID: "0a0b0c0d-0000-4000-8000-000000000001", Created: time.Unix(0, 0).UTC(),
-		Architecture: runtime.GOARCH, CPUs: 1, Hardware: Hardware{VMM: VMMQEMU},
+		Architecture: runtime.GOARCH, CPUs: 1, Hardware: Hardware{VMMQEMU, "7.2.22", "pc-q35-7.2", "Nehalem-v1", AccelTCG},
+		Interface: "tap0", MAC: "02:0e:d9:fd:68:3d", AgentPort: 26, LivenessPort: 25, BootArgs: "console=ttyS0",
 		Devices: []PackageDevice{
 			{"oci", 4096}, {State, StateSize}, {Memory, 1 << 30}, {Kernel, 10}, {Disk, 8192}, {"mydisk", 5},
 		},
@@ -61,6 +62,20 @@ func TestPackageConfigRefused(t *testing.T) {
 		"path as name":  {change(func(c *PackageConfig) { c.Devices[0].Name = "../etc" }), `"../etc" is not valid`},
 		"negative size": {change(func(c *PackageConfig) { c.Devices[0].Size = -1 }), "has size -1"},
 		"no CPU":        {change(func(c *PackageConfig) { c.CPUs = 0 }), "cpus is 0"},
+		"config listed": {change(func(c *PackageConfig) { c.Devices[0].Name = Config }), "which no package lists"},
+		"id":            {change(func(c *PackageConfig) { c.ID = "../../x" }), `id "../../x" is no UUID`},
+		"vmm":           {change(func(c *PackageConfig) { c.Hardware.VMM = "/bin/sh" }), "hardware.vmm"},
+		"version":       {change(func(c *PackageConfig) { c.Hardware.Version = "7.2.22,x" }), "hardware.version"},
+		"machine":       {change(func(c *PackageConfig) { c.Hardware.Machine = "pc-q35-7.2,initrd=/etc/shadow" }), "hardware.machine"},
+		"cpu":           {change(func(c *PackageConfig) { c.Hardware.CPU = "Nehalem /etc/shadow" }), "hardware.cpu"},
+		"accel":         {change(func(c *PackageConfig) { c.Hardware.Accel = "tcg,tb-size=1" }), "hardware.accel"},
+		"interface":     {change(func(c *PackageConfig) { c.Interface = "../tap0" }), "interface"},
+		"long name":     {change(func(c *PackageConfig) { c.Interface = "tap0000000000000" }), "interface"},
+		"MAC":           {change(func(c *PackageConfig) { c.MAC = "02:0e:d9:fd:68:3d,bus=x" }), "mac"},
+		"multicast":     {change(func(c *PackageConfig) { c.MAC = "01:00:5e:00:00:01" }), "mac"},
+		"boot args":     {change(func(c *PackageConfig) { c.BootArgs = "quiet\ninit=/bin/sh" }), "bootArgs"},
+		"long args":     {change(func(c *PackageConfig) { c.BootArgs = strings.Repeat("a", 2048) }), "bootArgs"},
+		"one port":      {change(func(c *PackageConfig) { c.AgentPort = 25 }), "share port 25"},
 		"too long":      {strings.Repeat(" ", maxConfig+1), "longer than"},
 	} {
 		t.Run(name, func(t *testing.T) {

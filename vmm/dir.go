@@ -8,26 +8,31 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/google/uuid"
 
 	"drafter/internal/fusemount"
 	"drafter/internal/lockfile"
+	"drafter/internal/private"
 	"drafter/internal/process"
 )
 
-// Dir is the directory a VM lives in: <base>/<driver>/<id>/, with the VMM's sockets in root/. Its owner holds a lock on it; a directory
-// whose lock is free is an orphan, which ReclaimOrphans removes together with the VMM that may still run in it.
+// Dir is the directory a VM lives in: <base>/<driver>/<id>/, for the owner alone, with the VMM's
+// sockets in root/. Its owner holds a lock on it; a directory whose lock is free is an orphan, which
+// ReclaimOrphans removes together with the VMM that may still run in it.
 type Dir struct {
 	ID   string
 	path string
 	lock *lockfile.Lock
+	lent []loan
 }
 
 const (
 	dirLock    = "lock"
 	dirProcess = "process.json"
+	dirLent    = "lent.json"
 )
 
 // CreateDir makes a new directory under base. Orphans of killed owners are removed first.
@@ -37,8 +42,11 @@ func CreateDir(base, driver string) (*Dir, error) {
 		return nil, fmt.Errorf("resolve %s: %w", base, err)
 	}
 	parent := filepath.Join(base, driver)
-	if err := os.MkdirAll(parent, 0o755); err != nil {
+	if err := private.MkdirAll(parent); err != nil {
 		return nil, fmt.Errorf("create VM directory: %w", err)
+	}
+	if err := checkBase(parent); err != nil {
+		return nil, err
 	}
 	if err := ReclaimOrphans(parent); err != nil {
 		return nil, err
@@ -51,17 +59,29 @@ func CreateDir(base, driver string) (*Dir, error) {
 	}
 	// The lock exists and is held before the directory has its final name, so that no reclaim can see it unlocked.
 	tmp := d.path + ".new"
-	if err := os.Mkdir(tmp, 0o755); err != nil {
+	if err := private.MkdirAll(tmp); err != nil {
 		return nil, fmt.Errorf("create VM directory: %w", err)
 	}
 	if d.lock, err = lockfile.Try(filepath.Join(tmp, dirLock)); err != nil {
 		return nil, errors.Join(err, os.RemoveAll(tmp))
 	}
-	if err := errors.Join(os.Mkdir(filepath.Join(tmp, "root"), 0o755), os.Rename(tmp, d.path)); err != nil {
+	if err := errors.Join(private.MkdirAll(filepath.Join(tmp, "root")), os.Rename(tmp, d.path)); err != nil {
 		return nil, errors.Join(fmt.Errorf("create VM directory: %w", err), d.lock.Release(), os.RemoveAll(tmp))
 	}
 	return d, nil
 }
+
+// checkBase refuses a directory of VMs in which others could make one: what is noted there says which
+// processes a clean-up ends.
+func checkBase(dir string) error {
+	if err := private.CheckDir(dir); err != nil {
+		return fmt.Errorf("--chroot-base-dir: %w", err)
+	}
+	return nil
+}
+
+// Path is the directory itself.
+func (d *Dir) Path() string { return d.path }
 
 // Root is where the VMM's sockets and files are.
 func (d *Dir) Root() string { return filepath.Join(d.path, "root") }
@@ -79,15 +99,24 @@ func (d *Dir) Record(id process.Identity) error {
 	if err != nil {
 		return fmt.Errorf("encode process identity: %w", err)
 	}
-	if err := os.WriteFile(filepath.Join(d.path, dirProcess), b, 0o600); err != nil {
+	if err := d.write(dirProcess, b); err != nil {
 		return fmt.Errorf("record VMM process: %w", err)
 	}
 	return nil
 }
 
+// write replaces a file of the directory in one step.
+func (d *Dir) write(name string, b []byte) error {
+	path := filepath.Join(d.path, name)
+	if err := os.WriteFile(path+".new", b, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
+}
+
 // Close removes the directory. The VMM must have ended.
 func (d *Dir) Close() error {
-	return errors.Join(os.RemoveAll(d.path), d.lock.Release())
+	return errors.Join(d.takeBack(), os.RemoveAll(d.path), d.lock.Release())
 }
 
 // ReclaimAll is [ReclaimOrphans] for all that lived below base, in the order of their names: a peer's devices are taken away before the
@@ -98,8 +127,14 @@ func ReclaimAll(base string) error {
 		return fmt.Errorf("resolve %s: %w", base, err)
 	}
 	drivers, err := os.ReadDir(base)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
 		return fmt.Errorf("look for orphaned VMs: %w", err)
+	}
+	if err := checkBase(base); err != nil {
+		return err
 	}
 	for _, d := range drivers {
 		if !d.IsDir() {
@@ -123,7 +158,7 @@ func ReclaimOrphans(parent string) error {
 	}
 	for _, e := range entries {
 		dir := filepath.Join(parent, e.Name())
-		if !e.IsDir() || (strings.HasSuffix(e.Name(), ".new") && young(e)) {
+		if !e.IsDir() || !ours(e) || (strings.HasSuffix(e.Name(), ".new") && young(e)) {
 			continue
 		}
 		if _, err := os.Stat(filepath.Join(dir, dirLock)); err != nil && !strings.HasSuffix(e.Name(), ".new") {
@@ -137,7 +172,7 @@ func ReclaimOrphans(parent string) error {
 		if err != nil {
 			return fmt.Errorf("look for orphaned VMs: %w", err)
 		}
-		err = reclaim(dir)
+		err = reclaim(dir, e.Name())
 		if err := errors.Join(err, lock.Release()); err != nil {
 			return fmt.Errorf("remove orphaned VM %s: %w", dir, err)
 		}
@@ -170,21 +205,34 @@ func young(e os.DirEntry) bool {
 	return err != nil || time.Since(info.ModTime()) < time.Minute
 }
 
-func reclaim(dir string) error {
+// ours tells whether a directory has the owner and the mode that CreateDir gives.
+func ours(e os.DirEntry) bool {
+	info, err := e.Info()
+	if err != nil {
+		return false // it vanished just now
+	}
+	st, ok := info.Sys().(*syscall.Stat_t)
+	return ok && st.Uid == uint32(os.Geteuid()) && info.Mode().Perm() == 0o700
+}
+
+func reclaim(dir, id string) error {
 	// A VMM that waits for a FUSE file whose server was killed cannot be killed itself until the connection is aborted.
 	if err := fusemount.AbortBelow(dir); err != nil {
 		return err
 	}
 	b, err := os.ReadFile(filepath.Join(dir, dirProcess))
 	if err == nil {
-		var id process.Identity
-		if err := json.Unmarshal(b, &id); err != nil {
+		var p process.Identity
+		if err := json.Unmarshal(b, &p); err != nil {
 			return fmt.Errorf("%s: %w", dirProcess, err)
 		}
-		if err := id.Reclaim(); err != nil {
+		if err := p.Reclaim(id); err != nil {
 			return err
 		}
 	} else if !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if err := takeBackOrphaned(filepath.Join(dir, dirLent)); err != nil {
 		return err
 	}
 	return os.RemoveAll(dir)

@@ -101,7 +101,7 @@ func TestReclaimSparesStrangers(t *testing.T) {
 		t.Fatal(err)
 	}
 	id.StartTime = "1"
-	if err := id.Reclaim(); err != nil {
+	if err := id.Reclaim("test"); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := process.Identify(cmd.Process.Pid); err != nil {

@@ -25,6 +25,7 @@ import (
 	"drafter/block"
 	"drafter/expose"
 	"drafter/internal/fusemount"
+	"drafter/internal/private"
 )
 
 // Config says where and for whom to expose.
@@ -62,7 +63,7 @@ func New(c Config, devices []expose.Device) (*Mount, error) {
 	if err := fusemount.AbortBelow(dir); err != nil {
 		return nil, fmt.Errorf("expose devices: %w", err)
 	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err := private.MkdirAll(dir); err != nil {
 		return nil, fmt.Errorf("expose devices: %w", err)
 	}
 	m := &Mount{dir: dir, files: map[string]*file{}}
@@ -72,7 +73,9 @@ func New(c Config, devices []expose.Device) (*Mount, error) {
 	m.server, err = fs.Mount(dir, &directory{mount: m, config: c, devices: devices}, &fs.Options{
 		AttrTimeout: &ttl, EntryTimeout: &ttl, NegativeTimeout: &ttl,
 		MountOptions: fuse.MountOptions{
-			FsName: "drafter", Name: "drafter", AllowOther: true, DirectMountStrict: true, DisableXAttrs: true,
+			FsName: "drafter", Name: "drafter", DirectMountStrict: true, DisableXAttrs: true,
+			// The VMM is another user, so others may use the mount; the kernel checks owner and mode.
+			AllowOther: true, Options: []string{"default_permissions"},
 			MaxWrite: maxTransfer, MaxReadAhead: maxTransfer, MaxBackground: maxBackground,
 			Logger: log.New(io.Discard, "", 0), // our devices report their errors themselves
 		},
@@ -137,15 +140,38 @@ func (m *Mount) Failed() error {
 	return nil
 }
 
-// Close implements [expose.Exposure]. A mount that is still in use is aborted, and its users with it, which is an error.
+// closePatience bounds how long the kernel may take to end the connection once the mount is gone
+// from this process' mount namespace.
+const closePatience = 2 * time.Second
+
+// Close implements [expose.Exposure]. A mount that is still in use is aborted, and its users with it,
+// which is an error. A copy of the mount in another mount namespace keeps the connection alive, so
+// the connection is aborted when it outlives the mount by [closePatience]; that is no error.
 func (m *Mount) Close() error {
-	if err := m.server.Unmount(); err != nil {
-		err = fmt.Errorf("unmount %s: %w; its users have been cut off", m.dir, err)
-		err = errors.Join(err, fusemount.AbortBelow(m.dir))
-		m.server.Wait()
-		return errors.Join(err, os.Remove(m.dir))
+	mounts, err := fusemount.Below(m.dir)
+	if err != nil {
+		return err
 	}
-	return os.Remove(m.dir)
+	unmounted := make(chan error, 1)
+	go func() { unmounted <- m.server.Unmount() }()
+	patience := time.NewTimer(closePatience)
+	defer patience.Stop()
+	var errs []error
+	select {
+	case err = <-unmounted:
+	case <-patience.C:
+		for _, mount := range mounts {
+			if err := mount.Abort(); err != nil {
+				errs = append(errs, fmt.Errorf("abort FUSE connection of %s: %w", mount.Path, err))
+			}
+		}
+		err = <-unmounted
+	}
+	if err != nil {
+		errs = append(errs, fmt.Errorf("unmount %s: %w; its users have been cut off", m.dir, err), fusemount.AbortBelow(m.dir))
+		m.server.Wait()
+	}
+	return errors.Join(append(errs, os.Remove(m.dir))...)
 }
 
 // Cache puts content of a device into the kernel's cache of its file, as if the file had been read, so that who maps or reads it does not have to ask (NOTIFY_STORE
@@ -182,7 +208,17 @@ type directory struct {
 	devices []expose.Device
 }
 
-var _ fs.NodeOnAdder = (*directory)(nil)
+var (
+	_ fs.NodeOnAdder   = (*directory)(nil)
+	_ fs.NodeGetattrer = (*directory)(nil)
+)
+
+// Getattr implements [fs.NodeGetattrer]. The directory is this process' user's alone.
+func (d *directory) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
+	out.Mode = fuse.S_IFDIR | 0o700
+	out.Owner = *fuse.CurrentOwner()
+	return 0
+}
 
 // OnAdd makes the files.
 func (d *directory) OnAdd(ctx context.Context) {

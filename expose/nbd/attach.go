@@ -17,6 +17,7 @@ import (
 
 	"drafter/block"
 	"drafter/expose"
+	"drafter/internal/private"
 )
 
 // Attached is a set of devices attached to /dev/nbdN. It implements [expose.Exposure]. Should this process die, its sockets close, and the kernel fails
@@ -48,7 +49,7 @@ func Attach(dir string, devices []expose.Device) (_ *Attached, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("find the kernel's NBD client: %w; load it with 'modprobe nbd'", err)
 	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err := private.MkdirAll(dir); err != nil {
 		return nil, fmt.Errorf("expose devices: %w", err)
 	}
 	a := &Attached{dir: dir}

@@ -36,8 +36,10 @@ func (h *hostFlags) add(cmd *cobra.Command) {
 	f.StringVar(&h.jailerBin, "jailer-bin", "jailer", "Jailer binary (from Firecracker)")
 	f.StringVar(&h.host.BaseDir, "chroot-base-dir", "out/vms", "Directory below which each VM gets its own")
 	f.StringVar(&h.host.Netns, "netns", "ark0", "Network namespace to run the VMM in (leave empty for a VM without network)")
-	f.IntVar(&h.host.UID, "uid", 0, "User ID for the VMM process")
+	f.IntVar(&h.host.UID, "uid", 0, "User ID for the VMM process (0, with --gid 0: one of --uid-range for each VM)")
 	f.IntVar(&h.host.GID, "gid", 0, "Group ID for the VMM process")
+	h.host.Users = vmm.DefaultUsers
+	f.Var(&h.host.Users, "uid-range", "User IDs that VMs get, each one of its own (0-0: VMs run as root)")
 	f.IntVar(&h.host.NUMANode, "numa-node", 0, "NUMA node to run the VMM in")
 	f.IntVar(&h.host.CgroupVersion, "cgroup-version", 2, "Cgroup version to use: 1 or 2")
 	f.BoolVar(&h.host.HugePages, "huge-pages", false, "Whether the VM's memory consists of pages of 2 MiB, which the host must have set aside (vm.nr_hugepages); Firecracker only")

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"drafter/internal/lockfile"
+	"drafter/internal/private"
 )
 
 // Set is a set of files in the making. It is used by one goroutine, and ended by Publish or Discard.
@@ -73,7 +74,7 @@ func (s *Set) stage(dir string) (err error) {
 	if parent == dir {
 		return nil
 	}
-	if err := os.MkdirAll(parent, 0o755); err != nil {
+	if err := private.MkdirAll(parent); err != nil {
 		return err
 	}
 	s.lock, err = lockfile.Try(filepath.Join(parent, "."+filepath.Base(dir)+".lock"))
@@ -84,7 +85,7 @@ func (s *Set) stage(dir string) (err error) {
 	if err := os.RemoveAll(s.staging); err != nil {
 		return errors.Join(err, s.lock.Release())
 	}
-	if err := errors.Join(s.checkUnused(), os.Mkdir(s.staging, 0o755)); err != nil {
+	if err := errors.Join(s.checkUnused(), os.Mkdir(s.staging, 0o700)); err != nil {
 		return errors.Join(err, s.lock.Release())
 	}
 	return nil
@@ -93,7 +94,7 @@ func (s *Set) stage(dir string) (err error) {
 // checkUnused refuses to replace files that a process has locked, as a running instance has its base.
 func (s *Set) checkUnused() error {
 	for _, path := range s.paths {
-		f, err := os.Open(path)
+		f, err := private.Open(path, unix.O_RDONLY)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
@@ -118,7 +119,7 @@ func (s *Set) checkScattered() error {
 		} else if !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		if err := private.MkdirAll(filepath.Dir(path)); err != nil {
 			return err
 		}
 		if err := os.Remove(partial(path)); err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/private"
 )
 
 // Lock is a held lock.
@@ -23,10 +25,11 @@ type HeldError struct {
 
 func (e *HeldError) Error() string { return "in use by " + e.Holder }
 
-// Try takes the lock at path, which need not exist. It returns a *HeldError when another process has it. The file tells others who holds it.
+// Try takes the lock at path, which need not exist; the directory must. Nobody else may open the file,
+// and so lock it. It returns a *HeldError when another process has it. The file tells others who holds it.
 func Try(path string) (*Lock, error) {
 	for {
-		f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644)
+		f, err := private.CreateOrOpen(path)
 		if err != nil {
 			return nil, err
 		}
@@ -60,7 +63,7 @@ func isCurrent(f *os.File, path string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	now, err := os.Stat(path)
+	now, err := os.Lstat(path)
 	if errors.Is(err, os.ErrNotExist) {
 		return false, nil
 	}

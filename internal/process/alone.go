@@ -20,9 +20,14 @@ func (p *Process) startAlone(c Config) error {
 		// It is in a process id namespace in which it has no parent, which package syscall takes for one that has died.
 		p.cmd.SysProcAttr.Pdeathsig = 0
 	}
-	leave, err := mountAlone(c.Mounts)
+	leave, err := mountAlone(c)
 	if err != nil {
 		return err
+	}
+	if c.Root != nil {
+		if err := renounce(); err != nil {
+			return errors.Join(err, leave())
+		}
 	}
 	if err := p.cmd.Start(); err != nil {
 		return errors.Join(fmt.Errorf("start %s: %w", c.Path, err), leave())
@@ -34,8 +39,8 @@ func (p *Process) startAlone(c Config) error {
 }
 
 // mountAlone makes mounts that only the children see which the calling thread starts until it calls leave. They end with the last of those.
-func mountAlone(mounts []Mount) (leave func() error, err error) {
-	if len(mounts) == 0 {
+func mountAlone(c Config) (leave func() error, err error) {
+	if len(c.Mounts) == 0 && c.Root == nil {
 		return func() error { return nil }, nil
 	}
 	ours, err := os.Open("/proc/thread-self/ns/mnt")
@@ -53,7 +58,11 @@ func mountAlone(mounts []Mount) (leave func() error, err error) {
 	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 		return nil, errors.Join(fmt.Errorf("make mount namespace: %w", err), ours.Close())
 	}
-	if err := makeMounts(mounts); err != nil {
+	err = makeMounts(c.Mounts)
+	if err == nil && c.Root != nil {
+		err = c.Root.change(c.UID, c.GID)
+	}
+	if err != nil {
 		return nil, errors.Join(err, leave())
 	}
 	return leave, nil
@@ -71,8 +80,8 @@ func makeMounts(mounts []Mount) error {
 			}
 			continue
 		}
-		if err := unix.Mount(m.Source, m.Target, "", unix.MS_BIND, ""); err != nil {
-			return fmt.Errorf("mount %s on %s: %w", m.Source, m.Target, err)
+		if err := bind(m, m.Target); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -82,7 +91,7 @@ func makeMounts(mounts []Mount) error {
 // them end (pid_namespaces(7)). The guard is this program's child and gets the signal of its death.
 func startGuard() (*exec.Cmd, error) {
 	guard := exec.Command("sleep", "infinity")
-	guard.Dir = "/"
+	guard.Dir, guard.Env = "/", []string{}
 	guard.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL, Cloneflags: syscall.CLONE_NEWPID}
 	if err := guard.Start(); err != nil {
 		return nil, fmt.Errorf("make process id namespace: %w", err)

@@ -16,6 +16,29 @@ import (
 // cgroupParent is the group below which every VM gets its own.
 const cgroupParent = "drafter"
 
+// cgroupPath is the path of a VM's group in its hierarchy.
+func cgroupPath(name string) string { return filepath.Join("/", cgroupParent, name) }
+
+// checkCgroups refuses directories that are not those of a VM called name.
+func checkCgroups(dirs []string, name string) error {
+	for _, dir := range dirs {
+		known := false
+		for _, version := range []int{1, 2} {
+			roots, err := cgroupRoots(version)
+			if err != nil {
+				continue // the host has none of that version
+			}
+			for _, root := range roots {
+				known = known || dir == filepath.Join(root, cgroupPath(name))
+			}
+		}
+		if !known {
+			return fmt.Errorf("%s is not a cgroup of VM %s; remove what belongs to it by hand", dir, name)
+		}
+	}
+	return nil
+}
+
 // v1Controllers are the version 1 hierarchies a VM is accounted in, where the host has them.
 var v1Controllers = []string{"cpu", "cpuacct", "memory", "pids", "blkio"}
 
@@ -35,7 +58,7 @@ func createCgroup(version int, name string) ([]string, error) {
 	}
 	var dirs []string
 	for _, root := range roots {
-		dir := filepath.Join(root, cgroupParent, name)
+		dir := filepath.Join(root, cgroupPath(name))
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return nil, errors.Join(fmt.Errorf("create cgroup: %w", err), removeCgroup(dirs))
 		}

@@ -1,5 +1,5 @@
-// Package process runs a VMM as a child: inside a network namespace, under another user, in its own cgroup, on one NUMA node, and never
-// longer than its owner.
+// Package process runs a VMM as a child: without privileges, with a root directory and namespaces of its
+// own, under another user, in its own cgroup, on one NUMA node, and never longer than its owner.
 package process
 
 import (
@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -23,7 +24,7 @@ type Config struct {
 	Path string
 	Args []string // without the program's name
 	Dir  string
-	Env  []string // besides the caller's own environment
+	Env  []string // all of the child's environment
 
 	Netns         string // name of a network namespace, "" for the caller's
 	UID, GID      int    // when both are 0 the child keeps the caller's
@@ -39,6 +40,9 @@ type Config struct {
 
 	// Mounts, if there are any, are made for the child alone, in a mount namespace of its own.
 	Mounts []Mount
+	// Root, if not nil, is all that the child sees of the file system. The child has namespaces of its
+	// own, also of process ids, no capability, and no way to get one.
+	Root *Root
 	// Outlives says that the child changes its user itself, so that no signal of its owner's death reaches it. It is killed then all the same, by the kernel, as
 	// part of a process id namespace whose first process does get the signal.
 	Outlives bool
@@ -48,6 +52,7 @@ type Config struct {
 type Mount struct {
 	Source, Target string // paths; the target exists
 	Options        string // of a tmpfs (tmpfs(5))
+	ReadOnly       bool   // also without devices and set-user-ID programs
 }
 
 // Process is a running child. It is killed when its owner dies, however that happens (prctl(2), PR_SET_PDEATHSIG).
@@ -99,6 +104,9 @@ func (p *Process) launch(c Config) error {
 	if err := bindNUMANode(c.NUMANode); err != nil {
 		return err
 	}
+	if err := dumpNoCore(); err != nil {
+		return err
+	}
 	files := c.Files
 	if c.FilesIn != nil {
 		more, err := c.FilesIn()
@@ -114,7 +122,9 @@ func (p *Process) launch(c Config) error {
 	}
 	p.cmd = exec.Command(c.Path, c.Args...)
 	p.cmd.Dir = c.Dir
-	p.cmd.Env = append(os.Environ(), c.Env...)
+	if p.cmd.Env = c.Env; c.Env == nil {
+		p.cmd.Env = []string{}
+	}
 	roomy, err := withRoom(files)
 	if err != nil {
 		return err
@@ -134,6 +144,7 @@ func (p *Process) launch(c Config) error {
 	}
 	// The child gets its own process group: a Ctrl-C on the terminal is for us, we then suspend the VM.
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	c.Root.attributes(p.cmd.SysProcAttr)
 	if c.UID != 0 || c.GID != 0 {
 		p.cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(c.UID), Gid: uint32(c.GID)}
 	}
@@ -238,9 +249,12 @@ func parseCPUList(s string) (unix.CPUSet, error) {
 // PID is the child's process id.
 func (p *Process) PID() int { return p.cmd.Process.Pid }
 
-// Identity is what it takes to find the child again from another process.
+// Identity is what it takes to find the child again from another process. Its executable is what it
+// runs now.
 func (p *Process) Identity() Identity {
-	return Identity{PID: p.PID(), StartTime: p.start, Cgroups: p.cgroups}
+	// A child that has just ended has none, and need not be found.
+	exe, _ := executable(p.PID())
+	return Identity{PID: p.PID(), StartTime: p.start, Executable: exe, Cgroups: p.cgroups}
 }
 
 // Done is closed when the child has ended.
@@ -262,27 +276,45 @@ func (p *Process) Kill() error {
 
 // Identity names a process beyond the reuse of its id.
 type Identity struct {
-	PID       int      `json:"pid"`
-	StartTime string   `json:"startTime"` // in clock ticks since boot, from /proc/PID/stat
-	Cgroups   []string `json:"cgroups"`
+	PID        int      `json:"pid"`
+	StartTime  string   `json:"startTime"`  // in clock ticks since boot, from /proc/PID/stat
+	Executable string   `json:"executable"` // device and inode of /proc/PID/exe
+	Cgroups    []string `json:"cgroups"`
 }
 
-// Identify returns the identity of a running process.
+// Identify returns the identity of a running process that has no cgroup of its own.
 func Identify(pid int) (Identity, error) {
 	start, err := startTime(pid)
-	return Identity{PID: pid, StartTime: start}, err
+	if err != nil {
+		return Identity{}, err
+	}
+	exe, err := executable(pid)
+	return Identity{PID: pid, StartTime: start, Executable: exe}, err
+}
+
+// executable names the file that a process runs, whatever its path is by now.
+func executable(pid int) (string, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(fmt.Sprintf("/proc/%d/exe", pid), &st); err != nil {
+		return "", fmt.Errorf("identify process %d: %w", pid, err)
+	}
+	return fmt.Sprintf("%d:%d", st.Dev, st.Ino), nil
 }
 
 // reclaimTimeout bounds how long a killed orphan may take to vanish. A VMM with a large memory needs a while to free it.
 const reclaimTimeout = 30 * time.Second
 
-// Reclaim kills the process if it still runs, waits until it is gone, and removes its cgroups.
-func (id Identity) Reclaim() error {
+// Reclaim kills the process if it still runs, waits until it is gone, and removes its cgroups, which are
+// called name. A process that does not agree with all of the identity is another one, and is left alone.
+func (id Identity) Reclaim(name string) error {
+	if err := checkCgroups(id.Cgroups, name); err != nil {
+		return err
+	}
 	fd, err := unix.PidfdOpen(id.PID, 0)
 	if err == nil {
 		defer unix.Close(fd)
-		// The descriptor pins the process, so a start time that matches now cannot become another's.
-		if start, err := startTime(id.PID); err == nil && start == id.StartTime {
+		// The descriptor pins the process, so what agrees now cannot become another's.
+		if id.agrees() {
 			if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 				return fmt.Errorf("kill process %d: %w", id.PID, err)
 			}
@@ -294,6 +326,19 @@ func (id Identity) Reclaim() error {
 		return fmt.Errorf("open process %d: %w", id.PID, err)
 	}
 	return removeCgroup(id.Cgroups)
+}
+
+// agrees tells whether the process with the identity's id is the one.
+func (id Identity) agrees() bool {
+	now, err := Identify(id.PID)
+	if err != nil || now.StartTime != id.StartTime || now.Executable != id.Executable {
+		return false
+	}
+	if len(id.Cgroups) == 0 {
+		return true
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", id.PID))
+	return err == nil && strings.Contains(string(b), ":"+cgroupPath(filepath.Base(id.Cgroups[0]))+"\n")
 }
 
 func waitPidfd(fd int, timeout time.Duration) error {

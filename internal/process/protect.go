@@ -14,6 +14,19 @@ func offerToOOMKiller(pid int) error {
 	return os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte("200"), 0)
 }
 
+// dumpNoCore keeps this process and its children from leaving core dumps, which would hold guest memory.
+func dumpNoCore() error {
+	var l unix.Rlimit
+	err := unix.Getrlimit(unix.RLIMIT_CORE, &l)
+	if l.Cur = 0; err == nil {
+		err = unix.Setrlimit(unix.RLIMIT_CORE, &l)
+	}
+	if err != nil {
+		return fmt.Errorf("forbid core dumps: %w", err)
+	}
+	return nil
+}
+
 // ProtectServer prepares this process to serve a VM's memory: its pages stay in memory, and it is not the first that the kernel kills when memory is
 // short. A VMM that faults waits for this process, so this process must not wait for memory that only the VMM could give back.
 func ProtectServer() error {

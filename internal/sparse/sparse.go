@@ -9,6 +9,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/private"
 )
 
 // Extent is a run of bytes that a file stores; what lies between extents is a hole, which reads as zeros.
@@ -46,10 +48,10 @@ func Extents(f *os.File, size int64) ([]Extent, error) {
 // chunk is how much is copied between two looks at the context, in bytes.
 const chunk = 8 << 20
 
-// CopyFile copies the regular file src to dst, which is created or overwritten, and syncs it. progress, which may be nil, is called with the
+// CopyFile copies the regular file src to dst, which is created or overwritten (see [private.CreateOrOpen]), and syncs it. progress, which may be nil, is called with the
 // number of stored bytes copied and to copy. A failed copy removes dst.
 func CopyFile(ctx context.Context, dst, src string, progress func(done, total int64)) (err error) {
-	in, err := os.Open(src)
+	in, err := private.Open(src, unix.O_RDONLY)
 	if err != nil {
 		return fmt.Errorf("copy: %w", err)
 	}
@@ -65,7 +67,7 @@ func CopyFile(ctx context.Context, dst, src string, progress func(done, total in
 			return fmt.Errorf("copy %s: it is neither a regular file nor a block device", src)
 		}
 	}
-	out, err := os.Create(dst)
+	out, err := private.CreateOrOpen(dst)
 	if err != nil {
 		return fmt.Errorf("copy: %w", err)
 	}
@@ -75,6 +77,9 @@ func CopyFile(ctx context.Context, dst, src string, progress func(done, total in
 			err = errors.Join(err, os.Remove(dst))
 		}
 	}()
+	if err := out.Truncate(0); err != nil {
+		return fmt.Errorf("copy: empty %s: %w", dst, err)
+	}
 	if err := unix.IoctlFileClone(int(out.Fd()), int(in.Fd())); err == nil {
 		return syncFile(out)
 	}

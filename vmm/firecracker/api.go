@@ -10,6 +10,8 @@ import (
 	"net"
 	"net/http"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // The bodies of the calls that are used, as in src/firecracker/swagger/firecracker.yaml of Firecracker.
@@ -79,12 +81,41 @@ type api struct {
 	socket string
 }
 
-func newAPI(socket string) *api {
+// newAPI is for the Firecracker that runs as user uid. It could put a link to another socket in the place
+// of its own, so who answers there is checked.
+func newAPI(socket string, uid int) *api {
 	a := &api{socket: socket}
 	a.client.Transport = &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+		conn, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
+		if err != nil {
+			return nil, err
+		}
+		if err := checkListener(conn.(*net.UnixConn), uid); err != nil {
+			return nil, errors.Join(err, conn.Close())
+		}
+		return conn, nil
 	}}
 	return a
+}
+
+// checkListener refuses a connection with a process of another user (unix(7), SO_PEERCRED).
+func checkListener(conn *net.UnixConn, uid int) error {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var cred *unix.Ucred
+	var cerr error
+	if err := raw.Control(func(fd uintptr) { cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
+		return err
+	}
+	if cerr != nil {
+		return cerr
+	}
+	if int(cred.Uid) != uid {
+		return fmt.Errorf("user %d listens at Firecracker's socket instead of user %d", cred.Uid, uid)
+	}
+	return nil
 }
 
 func (a *api) close() { a.client.CloseIdleConnections() }

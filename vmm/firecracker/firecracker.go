@@ -234,7 +234,7 @@ func (m *Machine) start(ctx context.Context, bin, jailer string) (err error) {
 	if err := l.Dir.Record(m.process.Identity()); err != nil {
 		return err
 	}
-	m.api = newAPI(l.Dir.Socket(apiSocket))
+	m.api = newAPI(l.Dir.Socket(apiSocket), l.UID)
 	ctx, cancel := context.WithTimeoutCause(ctx, startTimeout, fmt.Errorf("firecracker did not answer within %s", startTimeout))
 	defer cancel()
 	stop := make(chan struct{})
@@ -256,6 +256,9 @@ func (m *Machine) start(ctx context.Context, bin, jailer string) (err error) {
 		default:
 		}
 		return fmt.Errorf("start Firecracker: %w", err)
+	}
+	if err := l.Dir.Record(m.process.Identity()); err != nil { // it was the jailer before
+		return err
 	}
 	return m.command(m.api.put(ctx, "/metrics", metrics{"/" + jailMetrics}))
 }
@@ -339,8 +342,13 @@ func (m *Machine) boot(ctx context.Context, cpu *cpuConfig) error {
 	if cpu.custom != nil {
 		calls = append(calls, call{"/cpu-config", cpu.custom})
 	}
+	ids := map[string]string{}
 	for _, d := range l.Disks {
 		id := strings.Map(alphanumeric, d.Name)
+		if other, ok := ids[id]; ok {
+			return fmt.Errorf("disks %s and %s have the same id %s for Firecracker; rename one", other, d.Name, id)
+		}
+		ids[id] = d.Name
 		// The guest's flushes reach the device. Which disk is the root, the kernel's arguments say.
 		calls = append(calls, call{"/drives/" + id, drive{DriveID: id, PathOnHost: "/" + diskFile(d.Name), CacheType: "Writeback"}})
 	}

@@ -247,9 +247,9 @@ func TestRefused(t *testing.T) {
 		hw   vmm.Hardware
 		want string
 	}{
-		"newer":      {vmm.Hardware{VMM: vmm.VMMFirecracker, Version: "1.15.0"}, "older"},
+		"newer":      {vmm.Hardware{VMM: vmm.VMMFirecracker, Version: "1.15.0", Machine: machine, CPU: "None"}, "older"},
 		"another":    {vmm.Hardware{VMM: vmm.VMMQEMU, Version: "7.2.0"}, "made with qemu"},
-		"unreadable": {vmm.Hardware{VMM: vmm.VMMFirecracker, Version: "new"}, "malformed"},
+		"unreadable": {vmm.Hardware{VMM: vmm.VMMFirecracker, Version: "new", Machine: machine, CPU: "None"}, "malformed"},
 	} {
 		if err := d.Check(t.Context(), vmm.Launch{Recorded: &tt.hw}); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%s: %v; want %q", name, err, tt.want)
@@ -270,7 +270,7 @@ func TestLostMemory(t *testing.T) {
 	memory, err := block.OpenFile(l.Memory, false)
 	check(t, err)
 	defer memory.Close()
-	hw := vmm.Hardware{VMM: vmm.VMMFirecracker, Version: "1.14.2", Machine: machine}
+	hw := vmm.Hardware{VMM: vmm.VMMFirecracker, Version: "1.14.2", Machine: machine, CPU: "None"}
 	device := &losing{Device: memory}
 	l.Recorded, l.Memory, l.MemoryDevice = &hw, "", device
 	m, err := d.Launch(t.Context(), l)

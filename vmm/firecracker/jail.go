@@ -3,6 +3,7 @@ package firecracker
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -46,23 +47,20 @@ func newJail(l *vmm.Launch, program string) (*jail, error) {
 	if l.Boot != nil {
 		files[jailMemory] = l.Memory
 	}
-	for _, path := range files {
-		if err := usable(path, l.UID, l.GID, 6); err != nil {
+	for name, path := range files {
+		if err := j.lend(l, path, name, true); err != nil {
 			return nil, err
 		}
 	}
 	if l.Boot != nil {
-		files[jailKernel] = l.Boot.Kernel
+		if err := j.lend(l, l.Boot.Kernel, jailKernel, false); err != nil {
+			return nil, err
+		}
 		if l.Boot.Initrd != "" {
-			files[jailInitrd] = l.Boot.Initrd
-		}
-	}
-	for name, path := range files {
-		if err := usable(path, l.UID, l.GID, 4); err != nil {
-			return nil, err
-		}
-		if err := j.place(path, filepath.Join(j.root, name)); err != nil {
-			return nil, err
+			// Several VMs may boot from it at once, each as another user.
+			if err := j.copy(l, l.Boot.Initrd, jailInitrd); err != nil {
+				return nil, err
+			}
 		}
 	}
 	snapshot := filepath.Join(j.root, jailSnapshot)
@@ -87,7 +85,7 @@ func newJail(l *vmm.Launch, program string) (*jail, error) {
 
 // place makes path appear at target for the process in the jail.
 func (j *jail) place(path, target string) error {
-	f, err := os.OpenFile(target, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
+	f, err := os.OpenFile(target, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if err != nil {
 		return fmt.Errorf("prepare jail: %w", err)
 	}
@@ -98,16 +96,22 @@ func (j *jail) place(path, target string) error {
 	return nil
 }
 
-// usable says beforehand which file another user's Firecracker could not open; bits are 4 to read it, 6 to write it, too.
-func usable(path string, uid, gid int, bits uint32) error {
-	var st unix.Stat_t
-	if err := unix.Stat(path, &st); err != nil {
-		return fmt.Errorf("stat %s: %w", path, err)
+// lend places a file that Firecracker's user may use meanwhile.
+func (j *jail) lend(l *vmm.Launch, path, name string, write bool) error {
+	return errors.Join(l.Dir.Lend(path, l.UID, l.GID, write), j.place(path, filepath.Join(j.root, name)))
+}
+
+// copy makes a file that Firecracker's user may read.
+func (j *jail) copy(l *vmm.Launch, path, name string) error {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return fmt.Errorf("prepare jail: %w", err)
 	}
-	if uid == 0 || st.Mode&bits == bits || int(st.Uid) == uid && st.Mode>>6&bits == bits || int(st.Gid) == gid && st.Mode>>3&bits == bits {
-		return nil
+	target := filepath.Join(j.root, name)
+	if err := errors.Join(os.WriteFile(target, b, 0o400), os.Chown(target, l.UID, l.GID)); err != nil {
+		return fmt.Errorf("prepare jail: %w", err)
 	}
-	return fmt.Errorf("%s cannot be used by --uid %d --gid %d; run 'chown %d:%d %s'", path, uid, gid, uid, gid, path)
+	return nil
 }
 
 // arguments are the jailer's, and behind -- Firecracker's. See docs/jailer.md of Firecracker.
@@ -121,9 +125,77 @@ func (j *jail) arguments(l *vmm.Launch, level string) []string {
 	}
 }
 
-// inside is the path of a file in the jail's own mounts, for this process.
-func inside(pid int, name string) string {
-	return filepath.Join("/proc", strconv.Itoa(pid), "root", jailSnapshot, name)
+// openSnapshots opens the directory of snapshots in the jail of a process, which is mounted there alone.
+func openSnapshots(pid int) (dir *os.File, err error) {
+	return os.OpenFile(filepath.Join("/proc", strconv.Itoa(pid), "root", jailSnapshot), unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+}
+
+// openSnapshot opens a regular file among the snapshots. What else Firecracker may have put in its place,
+// as a link to a file of the host's, is refused.
+func openSnapshot(pid int, name string, flags uint64) (f *os.File, err error) {
+	dir, err := openSnapshots(pid)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	fd, err := unix.Openat2(int(dir.Fd()), name, &unix.OpenHow{
+		Flags: flags | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC, Mode: createMode(flags),
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
+	})
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: name, Err: err}
+	}
+	f = os.NewFile(uintptr(fd), name)
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s is not a file: %s", name, info.Mode())
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+// createMode is the mode of a file to make: openat2(2) refuses one where none is made.
+func createMode(flags uint64) uint64 {
+	if flags&unix.O_CREAT == 0 {
+		return 0
+	}
+	return 0o600
+}
+
+// maxState bounds what is read of a state that Firecracker has saved, in bytes.
+const maxState = vmm.StateSize
+
+func readSnapshot(pid int, name string) ([]byte, error) {
+	f, err := openSnapshot(pid, name, unix.O_RDONLY)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, maxState))
+}
+
+func writeSnapshot(pid int, name string, b []byte, uid, gid int) error {
+	f, err := openSnapshot(pid, name, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	return errors.Join(err, f.Chown(uid, gid), f.Close())
+}
+
+// removeSnapshot removes a file if it is there.
+func removeSnapshot(pid int, name string) error {
+	dir, err := openSnapshots(pid)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	if err := unix.Unlinkat(int(dir.Fd()), name, 0); err != nil && !errors.Is(err, unix.ENOENT) {
+		return &os.PathError{Op: "remove", Path: name, Err: err}
+	}
+	return nil
 }
 
 // offerTap lets a user attach to a tap interface in the calling thread's network namespace. What it was before is not known; it belongs to drafter nat.

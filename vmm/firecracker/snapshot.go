@@ -21,8 +21,7 @@ func (m *Machine) Restore(ctx context.Context, state io.Reader) (err error) {
 		return fmt.Errorf("restore state: %w", err)
 	}
 	pid := m.process.PID()
-	path := inside(pid, "state")
-	if err := os.WriteFile(path, snapshot, 0o644); err != nil {
+	if err := writeSnapshot(pid, "state", snapshot, m.launch.UID, m.launch.GID); err != nil {
 		return m.orExit(fmt.Errorf("restore state: %w", err))
 	}
 	served := make(chan error, 1)
@@ -137,12 +136,11 @@ func (m *Machine) delta(ctx context.Context) (written int64, err error) {
 	}
 	const name = "delta"
 	s.MemFilePath = "/" + jailSnapshot + "/" + name
-	path := inside(m.process.PID(), name)
 	if err := m.command(m.api.put(ctx, "/snapshot/create", s)); err != nil {
 		return 0, err
 	}
-	defer func() { err = errors.Join(err, os.Remove(path)) }()
-	f, err := os.Open(path)
+	defer func() { err = errors.Join(err, removeSnapshot(m.process.PID(), name)) }()
+	f, err := openSnapshot(m.process.PID(), name, unix.O_RDONLY)
 	if err != nil {
 		return 0, fmt.Errorf("read memory's changes: %w", err)
 	}
@@ -175,8 +173,7 @@ func (m *Machine) Save(ctx context.Context, state io.Writer) error {
 	if err := m.Flush(ctx); err != nil { // what is refused below must not have been the last to know of a written page
 		return err
 	}
-	path := inside(m.process.PID(), "state")
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := removeSnapshot(m.process.PID(), "state"); err != nil {
 		return m.orExit(fmt.Errorf("save state: %w", err))
 	}
 	err := m.api.put(ctx, "/snapshot/create", snapshotCreate{
@@ -186,7 +183,7 @@ func (m *Machine) Save(ctx context.Context, state io.Writer) error {
 	if err != nil && !errors.As(err, &refused) {
 		return m.orExit(fmt.Errorf("save state: %w", err))
 	}
-	snapshot, rerr := os.ReadFile(path)
+	snapshot, rerr := readSnapshot(m.process.PID(), "state")
 	if rerr == nil {
 		rerr = checkSnapshot(snapshot)
 	}

@@ -28,6 +28,8 @@ func (v version) before(w version) bool {
 // oldest is the first release whose diff snapshots and handshake are as this driver needs them.
 var oldest = version{1, 14, 1}
 
+var templateForm = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9-]{0,63}$`)
+
 var versionPattern = regexp.MustCompile(`\bv?(\d+)\.(\d+)\.(\d+)`)
 
 func parseVersion(s string) (v version, err error) {
@@ -70,6 +72,12 @@ func supported(v version) error {
 func compatible(recorded vmm.Hardware, have version) error {
 	if recorded.VMM != vmm.VMMFirecracker {
 		return fmt.Errorf("the package was made with %s, it cannot be resumed with Firecracker", recorded.VMM)
+	}
+	if recorded.Machine != machine && recorded.Machine != machineHuge {
+		return fmt.Errorf("machine %.80q is not one that this program makes", recorded.Machine)
+	}
+	if !templateForm.MatchString(recorded.CPU) {
+		return fmt.Errorf("CPU template %.80q is not a name", recorded.CPU)
 	}
 	want, err := parseVersion(recorded.Version)
 	if err != nil {

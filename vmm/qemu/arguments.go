@@ -35,11 +35,12 @@ const (
 // microvm has eight virtio-mmio slots, three of which are ours.
 const maxMicroVMDisks = 5
 
-// The descriptors every VMM process is started with. The tap device follows where there is one.
+// The descriptors every VMM process is started with: those of the ports in their order, and after them
+// the tap device where there is one.
 const (
 	fdQMP = 3 + iota
 	fdConsole
-	fdTap
+	fdPorts
 )
 
 // chooseMachine returns the machine type for a new VM.
@@ -66,7 +67,7 @@ func arguments(l *vmm.Launch, hw vmm.Hardware) ([]string, error) {
 	} else {
 		machine += ",usb=off,vmport=off,smm=off,sata=off,smbus=off,graphics=off"
 	}
-	a.add("-name", "drafter-"+l.Dir.ID)
+	a.add("-name", "drafter:"+strings.ReplaceAll(l.Dir.Path(), ",", ",,"))
 	a.add("-nodefaults")
 	a.add("-no-user-config")
 	a.add("-no-reboot") // a package resumes, it never boots again by itself
@@ -81,7 +82,7 @@ func arguments(l *vmm.Launch, hw vmm.Hardware) ([]string, error) {
 	if l.Memory == "" {
 		a.add("-object", options("memory-backend-ram,id=memory", "size", size))
 	} else {
-		a.add("-object", options("memory-backend-file,id=memory,share=on", "size", size, "mem-path", l.Memory))
+		a.add("-object", options("memory-backend-file,id=memory,share=on", "size", size, "mem-path", jailMemory))
 	}
 	if !micro {
 		guid := "auto"
@@ -94,10 +95,10 @@ func arguments(l *vmm.Launch, hw vmm.Hardware) ([]string, error) {
 	a.add("-mon", "chardev=qmp,mode=control")
 	a.add("-chardev", fmt.Sprintf("socket,id=console,fd=%d", fdConsole))
 	a.add("-serial", "chardev:console")
-	a.add("-kernel", l.Kernel)
+	a.add("-kernel", jailKernel)
 	if l.Boot != nil {
 		if l.Boot.Initrd != "" {
-			a.add("-initrd", l.Boot.Initrd)
+			a.add("-initrd", jailInitrd)
 		}
 		a.add("-append", bootArgs(l.Boot.Args, micro))
 	} else {
@@ -106,20 +107,20 @@ func arguments(l *vmm.Launch, hw vmm.Hardware) ([]string, error) {
 	}
 
 	if l.Interface != "" {
-		a.add("-netdev", fmt.Sprintf("tap,id=net,fd=%d", fdTap))
+		a.add("-netdev", fmt.Sprintf("tap,id=net,fd=%d", fdPorts+len(l.Ports)))
 		// No option ROM: nothing boots from the network.
 		a.virtio("net", slotNet, "netdev=net,romfile=", "mac", l.MAC)
 	}
 	a.virtio("serial", slotPorts, "id=ports")
 	for i, port := range l.Ports {
-		a.add("-chardev", options(fmt.Sprintf("socket,id=port%d,server=on,wait=off", port), "path", l.Dir.Socket(portSocket(port))))
+		a.add("-chardev", fmt.Sprintf("socket,id=port%d,server=on,wait=off,fd=%d", port, fdPorts+i))
 		a.add("-device", fmt.Sprintf("virtserialport,bus=ports.0,nr=%d,chardev=port%d,name=%s", i+1, port, portName(port)))
 	}
 	a.add("-object", "rng-random,id=rng,filename=/dev/urandom")
 	a.virtio("rng", slotRNG, "rng=rng")
 	for i, d := range l.Disks {
 		node := fmt.Sprintf("disk%d", i)
-		a.add("-blockdev", options("driver=file,discard=unmap", "node-name", node+"-file", "filename", d.Path))
+		a.add("-blockdev", options("driver=file,discard=unmap", "node-name", node+"-file", "filename", jailDisk(d.Name)))
 		a.add("-blockdev", fmt.Sprintf("driver=raw,discard=unmap,node-name=%s,file=%s-file", node, node))
 		// The serial is what /dev/disk/by-id shows; virtio carries 20 bytes of it.
 		a.virtio("blk", slotFirstDisk+i, "drive="+node, "serial", d.Name[:min(20, len(d.Name))])

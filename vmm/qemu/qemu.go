@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"regexp"
 	"runtime"
 	"strings"
 	"sync"
@@ -27,7 +28,7 @@ import (
 // Driver is the QEMU driver. The zero value is ready.
 type Driver struct {
 	Bin string // looked up on PATH when it holds no slash; "" for the one of this architecture
-	Own bool   // whether machines have memory of their own instead of a memory device, and wait for [Machine.ReceiveOwn] instead of Restore
+	Own string // if not empty, machines have memory of their own instead of a memory device, wait for [Machine.ReceiveOwn] instead of Restore, and may write to this directory
 }
 
 var _ vmm.Driver = Driver{}
@@ -128,12 +129,15 @@ func (d Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
 	if err != nil {
 		return nil, err
 	}
-	if d.Own != (l.Memory == "") {
+	if (d.Own != "") != (l.Memory == "") {
 		return nil, errors.New("a machine has either memory of its own or a memory device")
 	}
 	m := &Machine{launch: l, hardware: hw, ended: make(chan struct{}), migration: make(chan string, 16)}
-	err = m.start(ctx, path, args)
-	if err == nil && l.Boot == nil && !d.Own {
+	root, err := d.jail(&l, path, hw.Accel)
+	if err == nil {
+		err = m.start(ctx, path, args, root)
+	}
+	if err == nil && l.Boot == nil && d.Own == "" {
 		err = m.await(ctx)
 	}
 	if err != nil {
@@ -165,6 +169,12 @@ func (d Driver) Check(ctx context.Context, l vmm.Launch) error {
 func hardware(ctx context.Context, path string, l *vmm.Launch) (vmm.Hardware, error) {
 	if l.Recorded != nil {
 		hw := *l.Recorded
+		if !machineForm.MatchString(hw.Machine) {
+			return hw, fmt.Errorf("machine %.80q is not one that this program makes", hw.Machine)
+		}
+		if err := checkCPU(hw.CPU); err != nil {
+			return hw, err
+		}
 		accel := l.Accel
 		if accel == "" || accel == vmm.AccelAuto {
 			accel = hw.Accel
@@ -187,6 +197,9 @@ func hardware(ctx context.Context, path string, l *vmm.Launch) (vmm.Hardware, er
 	if cpu == "" {
 		cpu = map[string]string{vmm.AccelTCG: cpuTCG, vmm.AccelKVM: cpuKVM}[accel]
 	}
+	if err := checkCPU(cpu); err != nil {
+		return vmm.Hardware{}, fmt.Errorf("--cpu-template: %w", err)
+	}
 	return vmm.Hardware{
 		VMM:     vmm.VMMQEMU,
 		Version: version.String(),
@@ -194,6 +207,32 @@ func hardware(ctx context.Context, path string, l *vmm.Launch) (vmm.Hardware, er
 		CPU:     cpu,
 		Accel:   accel,
 	}, nil
+}
+
+var (
+	machineForm = regexp.MustCompile(`^(microvm|pc-q35-[0-9]{1,3}\.[0-9]{1,3})$`)
+	modelForm   = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$`)
+	featureForm = regexp.MustCompile(`^([+-][a-z0-9][a-z0-9_.-]{0,31}|[a-z0-9][a-z0-9_.-]{0,31}=(on|off))$`)
+	// What is no feature of a CPU but lets a guest reach more of its host: nested virtualization, KVM's and Hyper-V's own interfaces, counters, QEMU's settings.
+	privilegedFeature = regexp.MustCompile(`^(vmx|svm|kvm|hv|xen|pmu|lbr|host|migratable|enforce|check|cpuid|tcg|npt|nrip|vgif|flushbyasid|pause-filter|pfthreshold|avic|v-vmsave)`)
+)
+
+// checkCPU refuses what is not a CPU model, or a model with features that are on or off.
+func checkCPU(cpu string) error {
+	model, features, _ := strings.Cut(cpu, ",")
+	if !modelForm.MatchString(model) {
+		return fmt.Errorf("CPU model %.80q is not a name", model)
+	}
+	if features == "" {
+		return nil
+	}
+	for feature := range strings.SplitSeq(features, ",") {
+		name := strings.TrimLeft(feature, "+-")
+		if !featureForm.MatchString(feature) || privilegedFeature.MatchString(name) {
+			return fmt.Errorf("CPU feature %.80q is not one that a VM may have; write features as +avx2, -avx2 or avx2=on", feature)
+		}
+	}
+	return nil
 }
 
 // Machine is one QEMU process.
@@ -224,15 +263,12 @@ type Machine struct {
 
 var _ vmm.Machine = (*Machine)(nil)
 
-func (m *Machine) start(ctx context.Context, path string, args []string) (err error) {
+func (m *Machine) start(ctx context.Context, path string, args []string, root *process.Root) (err error) {
 	l := &m.launch
 	if l.Memory != "" {
 		if m.memory, err = os.OpenFile(l.Memory, os.O_RDWR, 0); err != nil {
 			return fmt.Errorf("open memory device: %w", err)
 		}
-	}
-	if err := prepareUser(l); err != nil {
-		return err
 	}
 	qmpConn, qmpFile, err := socketPair()
 	if err != nil {
@@ -247,16 +283,28 @@ func (m *Machine) start(ctx context.Context, path string, args []string) (err er
 		return errors.Join(fmt.Errorf("create pipe: %w", err), qmpConn.Close(), qmpFile.Close(), consoleConn.Close(), consoleFile.Close())
 	}
 
-	m.process, err = process.Start(process.Config{
-		Path: path, Args: args, Dir: l.Dir.Root(), Env: []string{"GLIBC_TUNABLES=" + tunables()},
-		Netns: l.Netns, UID: l.UID, GID: l.GID, NUMANode: l.NUMANode,
-		CgroupVersion: l.CgroupVersion, CgroupName: l.Dir.ID,
-		Files:   []*os.File{qmpFile, consoleFile},
-		FilesIn: func() ([]*os.File, error) { return openTap(l.Interface, l.Netns) },
-		Stderr:  stderrWrite,
-	})
+	theirs := []*os.File{qmpFile, consoleFile}
+	for _, port := range l.Ports {
+		var f *os.File
+		if f, err = listenPort(l, port); err != nil {
+			break
+		}
+		theirs = append(theirs, f)
+	}
+	if err == nil {
+		m.process, err = process.Start(process.Config{
+			Path: path, Args: args, Dir: "/", Env: []string{"GLIBC_TUNABLES=" + tunables()}, Root: root,
+			Netns: l.Netns, UID: l.UID, GID: l.GID, NUMANode: l.NUMANode,
+			CgroupVersion: l.CgroupVersion, CgroupName: l.Dir.ID,
+			Files:   theirs,
+			FilesIn: func() ([]*os.File, error) { return openTap(l.Interface, l.Netns) },
+			Stderr:  stderrWrite,
+		})
+	}
 	// QEMU's ends are QEMU's alone: when it dies, ours report it.
-	err = errors.Join(err, qmpFile.Close(), consoleFile.Close(), stderrWrite.Close())
+	for _, f := range append(theirs, stderrWrite) {
+		err = errors.Join(err, f.Close())
+	}
 	if m.process == nil {
 		return errors.Join(err, qmpConn.Close(), consoleConn.Close(), stderrRead.Close())
 	}
@@ -281,6 +329,9 @@ func (m *Machine) start(ctx context.Context, path string, args []string) (err er
 	}
 	m.qmp = q
 	m.workers.Go(m.watch)
+	if err := l.Dir.Record(m.process.Identity()); err != nil { // it was this program before it was QEMU
+		return err
+	}
 	if l.Recorded != nil {
 		if err := compatible(*l.Recorded, qemuVersion{version.Major, version.Minor, version.Micro}); err != nil {
 			return err
@@ -297,33 +348,6 @@ func tunables() string {
 		return own + ":" + users // the last of several counts
 	}
 	return own
-}
-
-// prepareUser lets another user's QEMU into the VM's directory, and says beforehand which device it could not open.
-func prepareUser(l *vmm.Launch) error {
-	if l.UID == 0 && l.GID == 0 {
-		return nil
-	}
-	if err := os.Chown(l.Dir.Root(), l.UID, l.GID); err != nil {
-		return fmt.Errorf("give VM directory to user %d: %w", l.UID, err)
-	}
-	paths := []string{l.Memory}
-	for _, d := range l.Disks {
-		paths = append(paths, d.Path)
-	}
-	for _, p := range paths {
-		var st unix.Stat_t
-		if err := unix.Stat(p, &st); err != nil {
-			return fmt.Errorf("stat %s: %w", p, err)
-		}
-		ok := l.UID == 0 || st.Mode&0o006 == 0o006
-		ok = ok || int(st.Uid) == l.UID && st.Mode&0o600 == 0o600
-		ok = ok || int(st.Gid) == l.GID && st.Mode&0o060 == 0o060
-		if !ok {
-			return fmt.Errorf("%s cannot be read and written by --uid %d --gid %d; run 'chown %d:%d %s'", p, l.UID, l.GID, l.UID, l.GID, p)
-		}
-	}
-	return nil
 }
 
 // configureMigration makes Save and Restore handle all but the shared memory, at full speed. A state save at QEMU's default bandwidth sleeps

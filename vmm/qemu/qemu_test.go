@@ -76,8 +76,8 @@ func TestArguments(t *testing.T) {
 	}
 	line := strings.Join(args, " ")
 	for _, want := range []string{
-		"-machine pc-q35-7.2,", "-cpu Nehalem-v1", "-incoming defer -S", "filename=/a,,b/1", "serial=disk-with-a-long-nam ", "-sandbox on,",
-		"virtio-blk-pci,bus=pcie.0,addr=0x8,drive=disk0", "virtio-blk-pci,bus=pcie.0,addr=0x9,drive=disk1", "share=on,size=67108864,mem-path=/m",
+		"-machine pc-q35-7.2,", "-cpu Nehalem-v1", "-incoming defer -S", "filename=/disk-disk-with-a-long-name-1", "serial=disk-with-a-long-nam ", "-sandbox on,",
+		"virtio-blk-pci,bus=pcie.0,addr=0x8,drive=disk0", "virtio-blk-pci,bus=pcie.0,addr=0x9,drive=disk1", "share=on,size=67108864,mem-path=/memory",
 	} {
 		if !strings.Contains(line+" ", want) {
 			t.Errorf("%q is not in: %s", want, line)
@@ -87,7 +87,7 @@ func TestArguments(t *testing.T) {
 	if args, err = arguments(l, q35); err != nil {
 		t.Fatal(err)
 	}
-	if line = strings.Join(args, " "); !strings.Contains(line, "-initrd /i -append console=ttyS0 quiet") || strings.Contains(line, "-incoming") {
+	if line = strings.Join(args, " "); !strings.Contains(line, "-initrd /initrd -append console=ttyS0 quiet") || strings.Contains(line, "-incoming") {
 		t.Errorf("boot on a q35: %s", line)
 	}
 	if args, err = arguments(l, micro); err != nil {
@@ -118,28 +118,32 @@ func TestArguments(t *testing.T) {
 	}
 }
 
-func TestPrepareUser(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: changing owners needs root")
-	}
-	l := testLaunch(t, 0)
-	l.Memory = l.Dir.Root() + "/memory"
-	if err := os.WriteFile(l.Memory, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	l.UID, l.GID = 1234, 1235
-	for _, tt := range []struct {
-		uid, gid int
-		mode     os.FileMode
-		ok       bool
-	}{
-		{0, 0, 0o600, false}, {0, 0, 0o666, true}, {1234, 0, 0o600, true}, {0, 1235, 0o660, true}, {0, 1235, 0o640, false}, {4321, 1236, 0o660, false},
+// What a package or a migration's source records goes no further than a machine type, a CPU model and
+// features may.
+func TestRecordedHardware(t *testing.T) {
+	good := vmm.Hardware{VMM: vmm.VMMQEMU, Version: "7.2.22", Machine: "pc-q35-7.2", CPU: "Nehalem-v1", Accel: vmm.AccelTCG}
+	for _, tt := range []struct{ machine, cpu, refusal string }{
+		{"pc-q35-7.2", "Nehalem-v1", ""},
+		{"pc-q35-10.0", "Skylake-Server-v4,+avx512f,-hle,rtm=off", ""},
+		{"microvm", "qemu64", ""},
+		{"pc-q35-7.2,initrd=/etc/shadow", "qemu64", "machine"},
+		{"pc-q35-7.2,,", "qemu64", "machine"},
+		{"none", "qemu64", "machine"},
+		{"pc-i440fx-7.2", "qemu64", "machine"},
+		{"pc-q35-7.2\n", "qemu64", "machine"},
+		{"pc-q35-7.2", "", "CPU model"},
+		{"pc-q35-7.2", "-drive", "CPU model"},
+		{"pc-q35-7.2", "qemu64,model-id=/etc/shadow", "CPU feature"},
+		{"pc-q35-7.2", "qemu64,,avx2=on", "CPU feature"},
+		{"pc-q35-7.2", "qemu64,+svm", "CPU feature"},
+		{"pc-q35-7.2", "qemu64,vmx=on", "CPU feature"},
+		{"pc-q35-7.2", "qemu64,hv-passthrough=on", "CPU feature"},
 	} {
-		if err := errors.Join(os.Chown(l.Memory, tt.uid, tt.gid), os.Chmod(l.Memory, tt.mode)); err != nil {
-			t.Fatal(err)
-		}
-		if err := prepareUser(l); (err == nil) != tt.ok {
-			t.Errorf("%d:%d %s: %v", tt.uid, tt.gid, tt.mode, err)
+		hw := good
+		hw.Machine, hw.CPU = tt.machine, tt.cpu
+		_, err := hardware(t.Context(), "/does/not/exist", &vmm.Launch{Recorded: &hw})
+		if (err == nil) != (tt.refusal == "") || err != nil && !strings.Contains(err.Error(), tt.refusal) {
+			t.Errorf("%q, %q: %v; want %q", tt.machine, tt.cpu, err, tt.refusal)
 		}
 	}
 }

@@ -1,0 +1,162 @@
+package e2e
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/redis/go-redis/v9"
+
+	"drafter/vmm"
+)
+
+// nobody runs a shell script as a user who owns nothing, and returns what it prints.
+func nobody(t *testing.T, script string) string {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "sh", "-c", script)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	out, err := cmd.CombinedOutput()
+	return fmt.Sprintf("%s (%v)", out, err)
+}
+
+// A VMM has a user of its own and no privileges, sees nothing of the host but its programs, inherits
+// nothing of its owner's, and cannot be looked into.
+func TestConfinedVMM(t *testing.T) {
+	s := emptySite(t)
+	t.Setenv("AWS_SECRET_ACCESS_KEY", "secret-of-the-owner")
+	uids := map[string]bool{}
+	for i, instance := range []string{"one", "two"} {
+		vm := s.peer(t, instance, "--netns", fmt.Sprintf("ark%d", i), "--chroot-base-dir", instance+"/vms")
+		defer end(t, vm)
+		pid := s.vmmPIDIn(t, instance+"/vms")
+		read := func(file string) string {
+			t.Helper()
+			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", pid, file))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return string(b)
+		}
+		status := map[string]string{}
+		for line := range strings.SplitSeq(read("status"), "\n") {
+			key, value, _ := strings.Cut(line, ":")
+			status[key] = strings.TrimSpace(value)
+		}
+		for key, want := range map[string]string{
+			"CapEff": "0000000000000000", "CapPrm": "0000000000000000", "CapInh": "0000000000000000", "CapBnd": "0000000000000000", "CapAmb": "0000000000000000",
+			"NoNewPrivs": "1", "Seccomp": "2", "Groups": "",
+		} {
+			if status[key] != want {
+				t.Errorf("%s is %q; want %q", key, status[key], want)
+			}
+		}
+		uid, _, _ := strings.Cut(status["Uid"], "\t")
+		if !strings.HasPrefix(uid, "19000") || uids[uid] || status["Uid"] != strings.Repeat(uid+"\t", 3)+uid || status["Gid"] != status["Uid"] {
+			t.Errorf("users %q, groups %q; want one of its own", status["Uid"], status["Gid"])
+		}
+		uids[uid] = true
+		if fields := strings.Fields(status["NSpid"]); len(fields) != 2 || fields[1] != "1" {
+			t.Errorf("process ids %q; want the first of a namespace of its own", status["NSpid"])
+		}
+		for _, ns := range []string{"mnt", "pid", "ipc", "uts", "net"} {
+			ours, err := os.Readlink("/proc/self/ns/" + ns)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if its, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/%s", pid, ns)); err != nil || its == ours {
+				t.Errorf("namespace %s is its owner's (%v)", ns, err)
+			}
+		}
+		if environ := strings.TrimRight(read("environ"), "\x00"); strings.Contains(environ, "\x00") || !strings.HasPrefix(environ, "GLIBC_TUNABLES=") {
+			t.Errorf("environment %q", environ)
+		}
+		if limits := read("limits"); !strings.Contains(limits, "Max core file size        0 ") {
+			t.Errorf("limits:\n%s", limits)
+		}
+		fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var open []string
+		for _, fd := range fds {
+			target, err := os.Readlink(fd)
+			if err != nil {
+				continue // closed just now
+			}
+			kind, _, _ := strings.Cut(target, ":[")
+			if !slices.Contains([]string{
+				"socket", "pipe", "anon_inode", "/dev/null", "/dev/net/tun", "/dev/urandom", "/memory", "/kernel",
+				"anon_inode:[eventfd]", "anon_inode:[signalfd]", "anon_inode:[eventpoll]", "/disk-disk", "/disk-oci",
+			}, kind) {
+				t.Errorf("it has %s open", target)
+			}
+			open = append(open, kind)
+		}
+		t.Logf("uid %s, CapEff %s, Seccomp %s, NSpid %s, environment %q, open %v", uid, status["CapEff"], status["Seccomp"], status["NSpid"], read("environ"), open)
+		entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/root", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range entries {
+			if !slices.Contains([]string{"bin", "dev", "disk-disk", "disk-oci", "etc", "kernel", "lib", "lib32", "lib64", "libx32", "memory", "sbin", "sys", "usr"}, e.Name()) {
+				t.Errorf("it sees /%s", e.Name())
+			}
+		}
+		if _, err := os.Stat(fmt.Sprintf("/proc/%d/root/etc/passwd", pid)); err == nil {
+			t.Error("it sees /etc/passwd")
+		}
+	}
+}
+
+// A local user neither reads nor writes what a VM consists of: guest memory by its path or by the VMM's
+// root, sockets, overlays, packages.
+func TestLocalUser(t *testing.T) {
+	s := emptySite(t)
+	for dir := s.dir; dir != "/" && strings.HasPrefix(dir, work); dir = filepath.Dir(dir) {
+		if err := os.Chmod(dir, 0o755); err != nil { // so that it is not this that keeps others out
+			t.Fatal(err)
+		}
+	}
+	vm := s.peer(t, "instance", "--netns", "ark0", "--metrics", "")
+	defer end(t, vm)
+	c := s.redisIn(t, "ark0", "127.0.0.1:3333")
+	if err := c.Set(t.Context(), "balance", "one-hundred-and-two", redis.KeepTTL).Err(); err != nil {
+		t.Fatal(err)
+	}
+	memory, err := filepath.Glob(filepath.Join(s.dir, "vms/peer/*/devices/memory"))
+	if err != nil || len(memory) != 1 {
+		t.Fatalf("memory: %v, %v", memory, err)
+	}
+	pid := s.vmmPID(t)
+	if b, err := os.ReadFile(memory[0]); err != nil || !bytes.Contains(b, []byte("one-hundred-and-two")) {
+		t.Fatalf("root does not find the balance in the VM's memory: %v", err)
+	}
+	out := nobody(t, fmt.Sprintf(`id -u; grep -c one-hundred-and-two %s /proc/%d/root/memory; dd if=/dev/zero of=%s bs=1 count=1 conv=notrunc`, memory[0], pid, memory[0]))
+	if !strings.HasPrefix(out, "65534\n") || strings.Count(out, "Permission denied") != 3 {
+		t.Errorf("nobody gets at the memory of a VM: %s", out)
+	}
+	for _, dir := range []string{"vms", "instance"} {
+		err := filepath.Walk(filepath.Join(s.dir, dir), func(path string, info os.FileInfo, err error) error {
+			if err == nil && info.Mode().Type() != os.ModeSymlink && info.Mode().Perm()&0o077 != 0 {
+				t.Errorf("others may use %s: %s", path, info.Mode())
+			}
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	// The kernel keeps another VM's user out as well.
+	mount := filepath.Dir(memory[0])
+	cmd := exec.CommandContext(t.Context(), "cat", filepath.Join(mount, vmm.Disk))
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: vmm.DefaultUsers.First, Gid: vmm.DefaultUsers.First}}
+	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "Permission denied") {
+		t.Errorf("another VM's user reads a disk: %s, %v", out, err)
+	}
+}

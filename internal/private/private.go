@@ -1,0 +1,286 @@
+// Package private makes files and directories for their owner alone, and opens files by paths that
+// other users may have a hand in: modes are 0600 and 0700 whatever the umask, and a symbolic link
+// is followed only if a trusted user made it.
+//
+// The trusted users are root, the user of this process, and the one who called it by sudo(8).
+package private
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxLinks bounds the symbolic links in a path, as Linux does (path_resolution(7)).
+const maxLinks = 40
+
+// Trusted tells whether what a user makes may lead this process anywhere.
+func Trusted(uid uint32) bool {
+	if uid == 0 || uid == uint32(os.Geteuid()) {
+		return true
+	}
+	caller, err := strconv.ParseUint(os.Getenv("SUDO_UID"), 10, 32)
+	return err == nil && os.Geteuid() == 0 && uid == uint32(caller)
+}
+
+// Open opens an existing regular file, block device or directory, with flags of open(2).
+func Open(path string, flags int) (*os.File, error) {
+	dir, base, err := walk(path, false)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	defer unix.Close(dir)
+	// A FIFO would hold up the open.
+	fd, err := unix.Openat(dir, base, flags|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err == nil {
+		err = check(fd)
+	}
+	if err == nil {
+		err = unix.SetNonblock(fd, false)
+	}
+	return file(fd, path, err)
+}
+
+// check refuses what is neither file, device nor directory.
+func check(fd int) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	switch st.Mode & unix.S_IFMT {
+	case unix.S_IFREG, unix.S_IFBLK, unix.S_IFDIR:
+		return nil
+	}
+	return errors.New("it is neither a file nor a block device")
+}
+
+// file wraps a descriptor, or closes it after an error.
+func file(fd int, path string, err error) (*os.File, error) {
+	if err != nil {
+		if fd >= 0 {
+			err = errors.Join(err, unix.Close(fd))
+		}
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	return os.NewFile(uintptr(fd), path), nil
+}
+
+// Create makes a new file, open for reading and writing. It fails with [os.ErrExist] if there is one.
+// Directories that are missing are made.
+func Create(path string) (*os.File, error) {
+	dir, base, err := walk(path, true)
+	if err != nil {
+		return nil, &os.PathError{Op: "create", Path: path, Err: err}
+	}
+	defer unix.Close(dir)
+	return create(dir, base, path)
+}
+
+func create(dir int, base, path string) (*os.File, error) {
+	const flags = unix.O_RDWR | unix.O_CREAT | unix.O_EXCL | unix.O_NOFOLLOW | unix.O_CLOEXEC
+	fd, err := unix.Openat(dir, base, flags, 0o600)
+	if err == nil {
+		err = unix.Fchmod(fd, 0o600)
+	}
+	return file(fd, path, err)
+}
+
+// CreateTemp makes a new file beside path, hidden and with a random name.
+func CreateTemp(path string) (*os.File, error) {
+	return Create(filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+"."+rand.Text()[:10]))
+}
+
+// CreateOrOpen opens the file at path for reading and writing, and makes it if there is none. A file
+// that another user made, or that has a second name, is refused.
+func CreateOrOpen(path string) (*os.File, error) {
+	for {
+		f, err := Create(path)
+		if !errors.Is(err, os.ErrExist) {
+			return f, err
+		}
+		f, err = Open(path, unix.O_RDWR)
+		if errors.Is(err, os.ErrNotExist) {
+			continue // removed just now
+		}
+		if err != nil {
+			return nil, err
+		}
+		if err := CheckOwner(f); err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
+		if err := f.Chmod(0o600); err != nil { // an older release made it
+			return nil, errors.Join(err, f.Close())
+		}
+		return f, nil
+	}
+}
+
+// MkdirAll makes a directory and those above it that are missing.
+func MkdirAll(path string) error {
+	dir, _, err := walk(path+"/.", true)
+	if err != nil {
+		return &os.PathError{Op: "mkdir", Path: path, Err: err}
+	}
+	return unix.Close(dir)
+}
+
+// walk opens the directory that the last name of a path is in (O_PATH of open(2)), and returns it
+// with that name. It follows links that it may, also at the end, and with make makes directories that
+// are missing. The name of a directory is ".".
+func walk(path string, make bool) (dir int, base string, err error) {
+	directory := strings.HasSuffix(path, "/.")
+	if path, err = filepath.Abs(path); err != nil {
+		return -1, "", err
+	}
+	names := strings.Split(path[1:], "/")
+	if directory {
+		names = append(names, ".")
+	}
+	const flags = unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC
+	if dir, err = unix.Open("/", flags, 0); err != nil {
+		return -1, "", err
+	}
+	defer func() {
+		if err != nil {
+			unix.Close(dir) // nothing was written by it
+		}
+	}()
+	for links := 0; ; {
+		name, last := names[0], len(names) == 1
+		if name == "" || name == "." {
+			if last {
+				return dir, ".", nil
+			}
+			names = names[1:]
+			continue
+		}
+		fd, err := unix.Openat(dir, name, flags, 0)
+		if errors.Is(err, unix.ENOENT) {
+			if last {
+				return dir, name, nil
+			}
+			if make {
+				fd, err = mkdir(dir, name)
+			}
+		}
+		if err != nil {
+			return dir, "", err
+		}
+		target, link, err := readlink(fd)
+		switch {
+		case err != nil:
+			return dir, "", errors.Join(err, unix.Close(fd))
+		case link:
+			if links++; links > maxLinks {
+				return dir, "", errors.Join(unix.ELOOP, unix.Close(fd))
+			}
+			if names = append(strings.Split(target, "/"), names[1:]...); names[0] == "" {
+				if err := unix.Close(fd); err != nil {
+					return dir, "", err
+				}
+				if fd, err = unix.Open("/", flags, 0); err != nil {
+					return dir, "", err
+				}
+				unix.Close(dir)
+				dir = fd
+				continue
+			}
+			unix.Close(fd)
+		case last:
+			unix.Close(fd)
+			return dir, name, nil
+		default:
+			unix.Close(dir)
+			dir, names = fd, names[1:]
+		}
+	}
+}
+
+// readlink returns where a link leads, if the descriptor is of one, and refuses one of a stranger's.
+func readlink(fd int) (target string, link bool, err error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return "", false, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFLNK {
+		return "", false, nil
+	}
+	if !Trusted(st.Uid) {
+		return "", true, fmt.Errorf("a symbolic link of user %d is in the way; it is not followed", st.Uid)
+	}
+	b := make([]byte, unix.PathMax)
+	n, err := unix.Readlinkat(fd, "", b)
+	if err == nil && (n == 0 || n == len(b)) {
+		err = unix.ENAMETOOLONG
+	}
+	if err != nil {
+		return "", true, err
+	}
+	return string(b[:n]), true, nil
+}
+
+// mkdir makes a directory and returns it as walk does.
+func mkdir(dir int, name string) (int, error) {
+	err := unix.Mkdirat(dir, name, 0o700)
+	if err != nil && !errors.Is(err, unix.EEXIST) {
+		return -1, err
+	}
+	made := err == nil
+	fd, err := unix.Openat(dir, name, unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err == nil && made {
+		err = unix.Fchmod(fd, 0o700)
+	}
+	if err != nil {
+		if fd >= 0 {
+			err = errors.Join(err, unix.Close(fd))
+		}
+		return -1, err
+	}
+	return fd, nil
+}
+
+// CheckDir refuses a directory in which users that are not trusted could make, replace or remove
+// files, or whose place they could give to another one.
+func CheckDir(path string) error {
+	path, err := filepath.Abs(path)
+	if err == nil {
+		path, err = filepath.EvalSymlinks(path)
+	}
+	if err != nil {
+		return err
+	}
+	for dir := path; ; dir = filepath.Dir(dir) {
+		var st unix.Stat_t
+		if err := unix.Lstat(dir, &st); err != nil {
+			return &os.PathError{Op: "stat", Path: dir, Err: err}
+		}
+		writable := st.Mode&0o002 != 0 || st.Mode&0o020 != 0 && st.Gid != 0
+		switch {
+		case !Trusted(st.Uid):
+			return fmt.Errorf("%s belongs to user %d, who could put anything there; choose a directory that only root can write", dir, st.Uid)
+		case writable && (dir == path || st.Mode&unix.S_ISVTX == 0):
+			return fmt.Errorf("other users can write to %s (mode %04o); choose a directory that only root can write", dir, st.Mode&0o7777)
+		}
+		if dir == "/" {
+			return nil
+		}
+	}
+}
+
+// CheckOwner refuses an open file that a user made who is not trusted, or that has a second name.
+func CheckOwner(f *os.File) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return &os.PathError{Op: "stat", Path: f.Name(), Err: err}
+	}
+	if !Trusted(st.Uid) || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink > 1 {
+		return fmt.Errorf("%s is not a file of this program (it belongs to user %d); remove it", f.Name(), st.Uid)
+	}
+	return nil
+}

@@ -1,0 +1,64 @@
+// Package rundir holds locks and records of what lives on this host, in /run/drafter. A lock is held with
+// flock(2), so it ends with its process. Only root can read there: who can open a lock can hold it.
+package rundir
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"drafter/internal/lockfile"
+	"drafter/internal/private"
+)
+
+// Path is the directory.
+const Path = "/run/drafter"
+
+// Lock takes the lock called name, which may lead through directories: those are made. It returns a
+// *[lockfile.HeldError] when another process has it.
+func Lock(name string) (*lockfile.Lock, error) {
+	path := filepath.Join(Path, name+".lock")
+	for {
+		if err := private.MkdirAll(filepath.Dir(path)); errors.Is(err, os.ErrNotExist) {
+			continue // another process has just removed a directory
+		} else if err != nil {
+			return nil, err
+		}
+		if err := os.Chmod(Path, 0o700); err != nil && !errors.Is(err, os.ErrNotExist) { // an older release made it
+			return nil, err
+		}
+		lock, err := lockfile.Try(path)
+		if !errors.Is(err, os.ErrNotExist) {
+			return lock, err
+		}
+	}
+}
+
+// Remove removes the directory once nothing is left in it. It may still hold what others use, or be used
+// again this moment: neither is an error.
+func Remove() error {
+	dirs := []string{}
+	err := filepath.WalkDir(Path, func(path string, d fs.DirEntry, err error) error {
+		if errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
+		if err == nil && d.IsDir() {
+			dirs = append([]string{path}, dirs...)
+		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("remove %s: %w", Path, err)
+	}
+	for _, dir := range dirs {
+		err := unix.Rmdir(dir)
+		if err != nil && !errors.Is(err, unix.ENOTEMPTY) && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("remove %s: %w", dir, err)
+		}
+	}
+	return nil
+}
