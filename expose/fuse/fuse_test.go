@@ -382,3 +382,103 @@ func TestKilledServer(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// as runs a command as another user, with no groups.
+func as(uid uint32, name string, args ...string) *exec.Cmd {
+	cmd := exec.Command(name, args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+	return cmd
+}
+
+const nobody = 65534
+
+// The kernel lets nobody but the owner of the files use them, whatever the directories above allow.
+func TestOtherUsers(t *testing.T) {
+	needFUSE(t)
+	const owner = 4711
+	dir := filepath.Join(t.TempDir(), "devices")
+	for d := filepath.Dir(dir); d != os.TempDir(); d = filepath.Dir(d) {
+		if err := os.Chmod(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d := newDevice(t, 1<<20)
+	m, err := New(Config{Dir: dir, UID: owner, GID: owner}, []expose.Device{{Name: "memory", Kind: expose.Memory, Device: d}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	var st unix.Stat_t
+	if err := unix.Stat(m.Path("memory"), &st); err != nil || st.Uid != owner || st.Mode&0o777 != 0o600 {
+		t.Errorf("the file belongs to %d and has mode %o, %v", st.Uid, st.Mode, err)
+	}
+	if err := unix.Stat(dir, &st); err != nil || st.Uid != 0 || st.Mode&0o777 != 0o700 {
+		t.Errorf("the directory belongs to %d and has mode %o, %v", st.Uid, st.Mode, err)
+	}
+	for _, script := range []string{"cat %s", "echo >> %s", "dd if=/dev/zero of=%s bs=1 count=1 conv=notrunc", "stat %s", "chmod 666 %s"} {
+		out, err := as(nobody, "sh", "-c", fmt.Sprintf(script, m.Path("memory"))).CombinedOutput()
+		if err == nil || !strings.Contains(string(out), "ermission denied") {
+			t.Errorf("%s as nobody: %s, %v", script, out, err)
+		}
+	}
+	// A bind mount is how a VMM gets at one file of the directory. Its owner uses it there, nobody else.
+	place := filepath.Join(t.TempDir(), "memory")
+	if err := os.WriteFile(place, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(filepath.Dir(place), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount(m.Path("memory"), place, "", unix.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(place, 0)
+	if out, err := as(owner, "dd", "if=/dev/zero", "of="+place, "bs=1", "count=1", "conv=notrunc").CombinedOutput(); err != nil {
+		t.Errorf("the owner cannot write: %s, %v", out, err)
+	}
+	if out, err := as(nobody, "cat", place).CombinedOutput(); err == nil {
+		t.Errorf("nobody reads %d bytes", len(out))
+	}
+}
+
+// Whoever makes a mount namespace, which every user can, has a copy of the mount in it. The server ends all the same.
+func TestPinnedMount(t *testing.T) {
+	needFUSE(t)
+	m, err := New(Config{Dir: filepath.Join(t.TempDir(), "devices")}, []expose.Device{{Name: "memory", Kind: expose.Memory, Device: newDevice(t, 1<<20)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := as(nobody, "unshare", "-Urm", "sh", "-c", "echo pinned; exec sleep 1000")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	}()
+	b := make([]byte, 7)
+	if _, err := out.Read(b); err != nil {
+		t.Skip("SKIPPED: this host lets users make no namespaces")
+	}
+	mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mounts", cmd.Process.Pid))
+	if err != nil || !bytes.Contains(mounts, []byte(filepath.Dir(m.Path("memory")))) {
+		t.Fatalf("the mount is not pinned: %v", err)
+	}
+	closed := make(chan error, 1)
+	go func() { closed <- m.Close() }()
+	select {
+	case err := <-closed:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(time.Minute):
+		t.Fatal("the server waits for the other namespace")
+	}
+	if left, err := fusemount.Below(filepath.Dir(m.Path("memory"))); err != nil || len(left) != 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+}

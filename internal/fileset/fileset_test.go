@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"drafter/internal/lockfile"
+	"drafter/internal/private"
 )
 
 func write(t *testing.T, path, text string) {
@@ -147,5 +148,68 @@ func TestFilesInUse(t *testing.T) {
 	}
 	if _, err := New(paths, ""); err == nil || !strings.Contains(err.Error(), "in use") {
 		t.Errorf("a base in use is replaced: %v", err)
+	}
+}
+
+// What is made is for its owner alone, and nothing is written through what a stranger has put into a
+// directory of theirs.
+func TestStrangersDirectory(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED: giving files away needs root")
+	}
+	const stranger = 65534
+	secret := filepath.Join(t.TempDir(), "secret")
+	write(t, secret, "secret")
+	dir := t.TempDir()
+	if err := os.Chown(dir, stranger, stranger); err != nil {
+		t.Fatal(err)
+	}
+	link := func(name string) {
+		t.Helper()
+		path := filepath.Join(dir, name)
+		if err := os.Symlink(secret, path); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Lchown(path, stranger, stranger); err != nil {
+			t.Fatal(err)
+		}
+	}
+	link(".pkg.lock")
+	if _, err := New(map[string]string{"config": filepath.Join(dir, "pkg/config.json")}, ""); err == nil || !strings.Contains(err.Error(), "symbolic link of user 65534") {
+		t.Errorf("a lock that is a stranger's link: %v", err)
+	}
+	link("config.json.partial")
+	link("state.bin.partial")
+	s, err := New(map[string]string{"config": filepath.Join(dir, "config.json"), "state": filepath.Join(dir, "sub/state.bin")}, "state")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := private.Create(s.Path("config"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteString("config"); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Discard(); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(secret); err != nil || string(b) != "secret" {
+		t.Errorf("the secret is %q, %v", b, err)
+	}
+	ours := t.TempDir()
+	made, err := New(map[string]string{"config": filepath.Join(ours, "pkg/config.json")}, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fill(t, made, "config")
+	if err := made.Publish(); err != nil {
+		t.Fatal(err)
+	}
+	if info, err := os.Stat(filepath.Join(ours, "pkg")); err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("the directory of a package: %v, %v", info.Mode(), err)
 	}
 }

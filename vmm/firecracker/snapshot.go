@@ -7,7 +7,8 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"os"
+
+	"golang.org/x/sys/unix"
 
 	"drafter/internal/sparse"
 	"drafter/vmm"
@@ -45,7 +46,7 @@ func (m *Machine) Restore(ctx context.Context, state io.Reader) (err error) {
 	m.mu.Lock()
 	m.paused = true
 	m.mu.Unlock()
-	if err := os.Remove(path); err != nil {
+	if err := removeSnapshot(pid, "state"); err != nil {
 		return m.orExit(fmt.Errorf("restore state: %w", err))
 	}
 	return nil

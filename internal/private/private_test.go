@@ -1,0 +1,190 @@
+package private
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// stranger is a user who is not trusted.
+const stranger = 65534
+
+// strangers makes a directory that belongs to a stranger, beside a secret of root's.
+func strangers(t *testing.T) (dir, secret string) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED: giving files away needs root")
+	}
+	dir = filepath.Join(t.TempDir(), "strangers")
+	secret = filepath.Join(t.TempDir(), "secret")
+	if err := errors.Join(os.Mkdir(dir, 0o755), os.WriteFile(secret, []byte("secret"), 0o600), os.Chown(dir, stranger, stranger)); err != nil {
+		t.Fatal(err)
+	}
+	return dir, secret
+}
+
+// link makes a symbolic link that belongs to a user.
+func link(t *testing.T, uid int, target, path string) {
+	t.Helper()
+	if err := errors.Join(os.Symlink(target, path), os.Lchown(path, uid, uid)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestStrangersLinks(t *testing.T) {
+	dir, secret := strangers(t)
+	link(t, stranger, secret, filepath.Join(dir, "file"))
+	link(t, stranger, filepath.Dir(secret), filepath.Join(dir, "sub"))
+	link(t, stranger, filepath.Join(filepath.Dir(secret), "new"), filepath.Join(dir, "dangling"))
+	uses := map[string]func(string) error{
+		"open":   func(p string) error { return closed(Open(p, unix.O_RDONLY)) },
+		"write":  func(p string) error { return closed(Open(p, unix.O_RDWR)) },
+		"create": func(p string) error { return closed(Create(p)) },
+		"lock":   func(p string) error { return closed(CreateOrOpen(p)) },
+		"mkdir":  MkdirAll,
+	}
+	for name, use := range uses {
+		for _, path := range []string{"file", "dangling", "sub/secret", "sub/new", "sub/a/b"} {
+			if err := use(filepath.Join(dir, path)); err == nil || !strings.Contains(err.Error(), "symbolic link of user 65534") {
+				t.Errorf("%s %s: %v", name, path, err)
+			}
+		}
+	}
+	if err := closed(CreateTemp(filepath.Join(dir, "sub/x"))); err == nil {
+		t.Error("a temporary file was made behind a stranger's link")
+	}
+	entries, err := os.ReadDir(filepath.Dir(secret))
+	if err != nil || len(entries) != 1 {
+		t.Errorf("beside the secret: %v, %v", entries, err)
+	}
+	if b, err := os.ReadFile(secret); err != nil || string(b) != "secret" {
+		t.Errorf("the secret is %q, %v", b, err)
+	}
+	// The same links, made by root, lead where they lead.
+	link(t, 0, secret, filepath.Join(dir, "roots"))
+	link(t, 0, filepath.Dir(secret)+"/../"+filepath.Base(filepath.Dir(secret)), filepath.Join(dir, "rootsub"))
+	for _, path := range []string{"roots", "rootsub/secret"} {
+		f, err := Open(filepath.Join(dir, path), unix.O_RDONLY)
+		if err != nil {
+			t.Errorf("root's link %s: %v", path, err)
+			continue
+		}
+		f.Close()
+	}
+	link(t, 0, "loop", filepath.Join(dir, "loop"))
+	if err := closed(Open(filepath.Join(dir, "loop"), unix.O_RDONLY)); !errors.Is(err, unix.ELOOP) {
+		t.Errorf("a link to itself: %v", err)
+	}
+}
+
+func closed(f *os.File, err error) error {
+	if err == nil {
+		err = f.Close()
+	}
+	return err
+}
+
+func TestModes(t *testing.T) {
+	for _, umask := range []int{0, 0o022, 0o777} {
+		old := unix.Umask(umask)
+		base := filepath.Join(t.TempDir(), fmt.Sprintf("%03o", umask))
+		err := errors.Join(
+			closed(Create(filepath.Join(base, "a/b/created"))),
+			closed(CreateOrOpen(filepath.Join(base, "a/lock"))),
+			closed(CreateTemp(filepath.Join(base, "c/temporary"))),
+			MkdirAll(filepath.Join(base, "d/e")))
+		unix.Umask(old)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files := 0
+		err = filepath.Walk(base, func(path string, info os.FileInfo, err error) error {
+			want := os.FileMode(0o600)
+			if info.IsDir() {
+				want = 0o700
+			} else {
+				files++
+			}
+			if info.Mode().Perm() != want {
+				t.Errorf("umask %03o: %s has mode %s", umask, path, info.Mode())
+			}
+			return err
+		})
+		if err != nil || files != 3 {
+			t.Errorf("%d files, %v", files, err)
+		}
+	}
+}
+
+// A file that is opened for writing is neither somebody else's, nor another name of something.
+func TestCreateOrOpen(t *testing.T) {
+	dir, secret := strangers(t)
+	path := filepath.Join(dir, "lock")
+	for round := range 2 {
+		if err := closed(CreateOrOpen(path)); err != nil {
+			t.Errorf("round %d: %v", round, err)
+		}
+	}
+	if err := os.Chown(path, stranger, stranger); err != nil {
+		t.Fatal(err)
+	}
+	if err := closed(CreateOrOpen(path)); err == nil || !strings.Contains(err.Error(), "belongs to user 65534") {
+		t.Errorf("a stranger's file: %v", err)
+	}
+	second := filepath.Join(filepath.Dir(secret), "second")
+	if err := os.Link(secret, second); err != nil {
+		t.Fatal(err)
+	}
+	if err := closed(CreateOrOpen(second)); err == nil {
+		t.Error("a file with two names was opened")
+	}
+	fifo := filepath.Join(dir, "fifo")
+	if err := unix.Mkfifo(fifo, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	for name, open := range map[string]func(string) (*os.File, error){
+		"CreateOrOpen": CreateOrOpen,
+		"Open":         func(p string) (*os.File, error) { return Open(p, unix.O_RDONLY) },
+	} {
+		if err := closed(open(fifo)); err == nil {
+			t.Errorf("%s opened a FIFO", name)
+		}
+	}
+}
+
+func TestCheckDir(t *testing.T) {
+	dir, _ := strangers(t)
+	safe := filepath.Join(t.TempDir(), "safe")
+	if err := MkdirAll(safe); err != nil {
+		t.Fatal(err)
+	}
+	if err := CheckDir(safe); err != nil {
+		t.Errorf("%s: %v", safe, err)
+	}
+	below := filepath.Join(dir, "below")
+	if err := os.Mkdir(below, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range []string{dir, below} {
+		if err := CheckDir(d); err == nil || !strings.Contains(err.Error(), "belongs to user 65534") {
+			t.Errorf("%s: %v", d, err)
+		}
+	}
+	for _, mode := range []os.FileMode{0o777, 0o777 | os.ModeSticky, 0o702} {
+		if err := os.Chmod(safe, mode); err != nil {
+			t.Fatal(err)
+		}
+		if err := CheckDir(safe); err == nil || !strings.Contains(err.Error(), "can write") {
+			t.Errorf("mode %s: %v", mode, err)
+		}
+	}
+	t.Setenv("SUDO_UID", "65534")
+	if err := CheckDir(below); err != nil {
+		t.Errorf("a directory of the user who called sudo: %v", err)
+	}
+}
