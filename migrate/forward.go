@@ -186,7 +186,7 @@ func (f *forwarder) read(l *link) error {
 		switch {
 		case o == nil: // another connection had its result
 		case r.Failed:
-			o.done <- fmt.Errorf("where the device has moved to: %s", r.Data)
+			o.done <- fmt.Errorf("where the device has moved to: %s", wire.Printable(r.Data))
 		case len(r.Data) != len(o.into):
 			o.done <- fmt.Errorf("%w: %d bytes instead of %d", wire.ErrProtocol, len(r.Data), len(o.into))
 		default:

@@ -37,6 +37,7 @@ type Limits struct {
 	Reconnect  time.Duration // pause between attempts to reconnect; default 200 ms
 	Warm       time.Duration // how long a target may keep the VM waiting for what it has to be in the page cache; default 3 s
 	HeadStart  time.Duration // how long a target that has the bases may keep the source waiting for its VMM to start, and for Warm; default 1 s
+	MaxSize    int64         // bytes that the devices of a source may have in all; see [block.CheckSizes] for the default
 	Settle     time.Duration // how long a target that refused tries to tell the source, or Silence if nobody listens there; default 1 min
 
 	// How long a source waits after a handoff before it makes durable what it still has, and notes how things stand: at that moment the target needs the
@@ -77,8 +78,8 @@ func (l Limits) complete() (Limits, error) {
 	if l.readAhead == 0 {
 		l.readAhead = 16 * maxRun
 	}
-	if l.Bandwidth < 0 || l.Timeout < 0 {
-		return l, errors.New("bandwidth and timeout must not be negative")
+	if l.Bandwidth < 0 || l.Timeout < 0 || l.MaxSize < 0 {
+		return l, errors.New("bandwidth, timeout and size must not be negative")
 	}
 	switch {
 	case l.AtTimeout == "" && l.NoPostCopy:
@@ -184,7 +185,10 @@ var (
 	ErrHandedOver = errors.New("the VM has been handed over")
 	// ErrInDoubt says that it is not known which side owns the VM.
 	ErrInDoubt = errors.New("it is in doubt who owns the VM")
+	// ErrRefused says that a connection was not one of a migration.
+	ErrRefused = errors.New("connection refused")
 	errBusy    = errors.New("the VM is being migrated already")
+	errCrowded = errors.New("too many connections wait, and this one has waited longest")
 )
 
 // row is one state in the table of a machine T: what is done in it, and what follows.

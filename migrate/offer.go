@@ -11,6 +11,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"drafter/block"
+	"drafter/transport"
 	"drafter/wire"
 )
 
@@ -29,15 +30,18 @@ type Offer struct {
 	devices  []OfferedDevice
 	encoder  *zstd.Encoder // of all connections
 	limits   Limits
+	waiting  transport.Waiting // connections that have not said hello
+	places   *transport.Shares // of those that have
 }
 
-// NewOffer returns an offer of devices. Of limits, only Silence counts. Close it when no Handle is running any more; the devices are the caller's.
-func NewOffer(devices []OfferedDevice, limits Limits) (*Offer, error) {
+// NewOffer returns an offer of devices, to so many connections at once. Of limits, only Silence counts. Close it when no Handle is running any more; the devices
+// are the caller's.
+func NewOffer(devices []OfferedDevice, connections int, limits Limits) (*Offer, error) {
 	limits, err := limits.complete()
 	if err != nil {
 		return nil, err
 	}
-	o := &Offer{devices: devices, limits: limits, manifest: wire.Manifest{Features: wire.FeaturePackage}}
+	o := &Offer{devices: devices, limits: limits, places: transport.NewShares(connections), manifest: wire.Manifest{Features: wire.FeaturePackage}}
 	for _, d := range devices {
 		o.manifest.Devices = append(o.manifest.Devices, wire.Device{Name: d.Name, Size: d.Device.Size(), BlockSize: d.BlockSize, Base: d.Contents.Device})
 		o.sizes = append(o.sizes, d.Device.Size())
@@ -51,15 +55,20 @@ func NewOffer(devices []OfferedDevice, limits Limits) (*Offer, error) {
 // Close frees the offer.
 func (o *Offer) Close() error { return o.encoder.Close() }
 
-// Handle serves one connection of a target, which it owns, until it ends. Any number of connections can be served at once; each takes some 2 MiB.
+// Handle serves one connection of a target, which it owns, until it ends; each takes some 2 MiB. One for which there is no place is refused with [ErrRefused]: a
+// host gets no more than are left for others.
 func (o *Offer) Handle(ctx context.Context, stream io.ReadWriteCloser) error {
 	l := newLink(ctx, stream, o.limits.Silence)
 	defer l.close(errors.New("the connection is not needed any more"))
-	hello, err := greet(l)
-	if err == nil {
-		err = o.describe(l, !hello.Resume)
+	host := transport.Host(stream)
+	hello, err := o.greet(l, host)
+	if err != nil {
+		l.refuse(codeOf(err), err)
+		return fmt.Errorf("%w: %w", ErrRefused, err)
 	}
-	if err == nil {
+	defer o.places.Return(host)
+	l.Bound(wire.MaxWant)
+	if err = o.describe(l, !hello.Resume); err == nil {
 		err = o.serve(ctx, l)
 	}
 	if errors.Is(err, io.EOF) {
@@ -67,6 +76,17 @@ func (o *Offer) Handle(ctx context.Context, stream io.ReadWriteCloser) error {
 	}
 	l.refuse(codeOf(err), err)
 	return err
+}
+
+// greet reads what a connection is for, and takes a place for it.
+func (o *Offer) greet(l *link, host string) (wire.Hello, error) {
+	place := o.waiting.Enter(host, func() { l.cancel(errCrowded) })
+	defer place.Leave()
+	hello, err := greet(l)
+	if err == nil && !o.places.Take(host) {
+		err = &RemoteError{Code: wire.CodeBusy, Text: "too many connections are served already; try again"}
+	}
+	return hello, err
 }
 
 // describe tells what there is.

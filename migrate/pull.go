@@ -21,6 +21,7 @@ var ErrPackage = errors.New("a package is offered here, not a VM that runs")
 type Package struct {
 	dial    Dial
 	silence time.Duration
+	maxSize int64
 	devices []wire.Device
 	sizes   []int64
 	remotes map[string]block.Remote
@@ -58,7 +59,7 @@ func OpenPackage(ctx context.Context, dial Dial, limits Limits) (_ *Package, err
 	if limits, err = limits.complete(); err != nil {
 		return nil, err
 	}
-	p := &Package{dial: dial, silence: limits.Silence, remotes: map[string]block.Remote{}}
+	p := &Package{dial: dial, silence: limits.Silence, maxSize: limits.MaxSize, remotes: map[string]block.Remote{}}
 	p.main.lane, p.demand.lane = wire.Main, wire.Demand
 	p.ctx, p.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	l, m, err := p.connect(ctx, wire.Main, false)
@@ -110,9 +111,9 @@ func (p *Package) connect(ctx context.Context, lane wire.Lane, known bool) (*lin
 
 // learn reads what the devices contain.
 func (p *Package) learn(l *link, m wire.Manifest) error {
-	p.devices = m.Devices
-	for _, d := range m.Devices {
-		p.sizes = append(p.sizes, d.Size)
+	p.devices, p.sizes = m.Devices, m.Sizes()
+	if err := block.CheckSizes(p.maxSize, p.sizes...); err != nil {
+		return err
 	}
 	for i, d := range m.Devices {
 		c := &block.Contents{Size: d.Size, Device: d.Base}
@@ -129,9 +130,6 @@ func (p *Package) learn(l *link, m wire.Manifest) error {
 		}
 		if err := c.Check(); err != nil {
 			return fmt.Errorf("device %s: %w", d.Name, err)
-		}
-		if _, twice := p.remotes[d.Name]; twice {
-			return fmt.Errorf("%w: device %s is listed twice", wire.ErrProtocol, d.Name)
 		}
 		p.remotes[d.Name] = block.Remote{Contents: c, Fetcher: &pullDevice{p, i}}
 	}

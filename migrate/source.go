@@ -13,6 +13,7 @@ import (
 	xrate "golang.org/x/time/rate"
 
 	"drafter/block"
+	"drafter/transport"
 	"drafter/wire"
 )
 
@@ -88,7 +89,8 @@ type Source struct {
 	closed  bool          // nor is one found that goes on
 	gone    chan struct{} // closed when the VM is the source's no more
 	goneErr error
-	wg      sync.WaitGroup // Handle
+	wg      sync.WaitGroup    // Handle
+	waiting transport.Waiting // connections that belong to no migration yet
 
 	forwarder *forwarder // nil unless the devices have users here
 }
@@ -102,8 +104,8 @@ func NewSource(c SourceConfig) (*Source, error) {
 	if c.Limits, err = c.Limits.complete(); err != nil {
 		return nil, err
 	}
-	if len(c.Devices) == 0 || len(c.Devices) > 1000 {
-		return nil, fmt.Errorf("%d devices to migrate; there must be 1 to 1000", len(c.Devices))
+	if len(c.Devices) == 0 || len(c.Devices) > block.MaxDevices {
+		return nil, fmt.Errorf("%d devices to migrate; there must be 1 to %d", len(c.Devices), block.MaxDevices)
 	}
 	if c.OnState == nil {
 		c.OnState = func(State) {}
@@ -120,8 +122,8 @@ func NewSource(c SourceConfig) (*Source, error) {
 }
 
 // Handle serves one connection of a target, which it owns, until it ends. Any number of connections can be served at once; what does not belong to the one
-// migration that may be under way is refused. The first connection of a migration returns when the migration has ended: with a nil error when the
-// VM has moved.
+// migration that may be under way is refused with [ErrRefused]. Those who wait to be told whether they belong to it are bounded, see [transport.Waiting]; those
+// who do keep their places. The first connection of a migration returns when the migration has ended: with a nil error when the VM has moved.
 func (s *Source) Handle(ctx context.Context, stream io.ReadWriteCloser) error {
 	return s.handle(ctx, stream, s.config.Limits.Silence, nil)
 }
@@ -130,18 +132,21 @@ func (s *Source) Handle(ctx context.Context, stream io.ReadWriteCloser) error {
 func (s *Source) handle(ctx context.Context, stream io.ReadWriteCloser, silence time.Duration, baseline *Baseline) error {
 	l := newLink(ctx, stream, silence)
 	defer l.close(errors.New("the connection is not needed any more"))
+	place := s.waiting.Enter(transport.Host(stream), func() { l.cancel(errCrowded) })
+	defer place.Leave()
 	hello, err := greet(l)
 	if err != nil {
 		l.refuse(codeOf(err), err)
-		return fmt.Errorf("connection refused: %w", err)
+		return fmt.Errorf("%w: %w", ErrRefused, err)
 	}
 	if hello.Resume || hello.Lane != wire.Main {
 		o, err := s.find(hello.Migration)
 		if err != nil {
 			l.refuse(wire.CodeUnknown, err)
-			return fmt.Errorf("connection refused: %w", err)
+			return fmt.Errorf("%w: %w", ErrRefused, err)
 		}
 		defer s.wg.Done()
+		place.Leave()
 		if hello.Lane == wire.Forward {
 			return s.attachForward(o, l)
 		}
@@ -150,9 +155,10 @@ func (s *Source) handle(ctx context.Context, stream io.ReadWriteCloser, silence 
 	o, err := s.begin(hello, l, baseline)
 	if err != nil {
 		l.refuse(wire.CodeBusy, err)
-		return fmt.Errorf("connection refused: %w", err)
+		return fmt.Errorf("%w: %w", ErrRefused, err)
 	}
 	defer s.wg.Done()
+	place.Leave()
 	err = o.run()
 	if o.State() != Kept {
 		s.goneErr = err
@@ -174,6 +180,7 @@ func (s *Source) GoneError() error {
 func greet(l *link) (h wire.Hello, err error) {
 	timeout := time.AfterFunc(helloTimeout, func() { l.cancel(fmt.Errorf("no hello within %s", helloTimeout)) })
 	defer timeout.Stop()
+	l.Bound(wire.MaxHello)
 	f, err := l.Read()
 	if err != nil {
 		return h, l.lost(err)
@@ -181,6 +188,7 @@ func greet(l *link) (h wire.Hello, err error) {
 	if f.Type != wire.TypeHello {
 		return h, fmt.Errorf("%w: %s instead of a hello", wire.ErrProtocol, f.Type)
 	}
+	l.Bound(wire.MaxPayload)
 	m, err := wire.Decode(f, nil)
 	if err != nil {
 		return h, err

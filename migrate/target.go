@@ -319,11 +319,15 @@ func (t *Target) preflight(ctx context.Context) (State, error) {
 		return "", fmt.Errorf("the source refuses: %w", err)
 	}
 	m, ok := reply.(wire.Manifest)
-	if !ok || len(m.Devices) == 0 || len(m.Devices) > 1000 {
+	if !ok || len(m.Devices) == 0 {
 		return "", fmt.Errorf("%w: no manifest after a hello", wire.ErrProtocol)
 	}
 	if m.Features&wire.FeaturePackage != 0 {
 		return "", ErrPackage
+	}
+	if err := block.CheckSizes(t.config.Limits.MaxSize, m.Sizes()...); err != nil {
+		l.refuse(wire.CodeIncompatible, err)
+		return "", err
 	}
 	t.forwards = m.Features&wire.FeatureForward != 0
 	devices, err := t.config.VM.Accept(ctx, m, t.id)

@@ -24,6 +24,7 @@ import (
 	"drafter/internal/private"
 	"drafter/migrate"
 	"drafter/stack"
+	"drafter/transport"
 	"drafter/vmm"
 	"drafter/wire"
 )
@@ -82,6 +83,8 @@ type Mounter struct {
 	exposure expose.Exposure
 	links    []string
 	gates    map[string]*block.Gate
+
+	refusals, failures transport.Complaints // of connections, and of migrations
 
 	mu      sync.Mutex // guards the following
 	devices map[string]*stack.Stack
@@ -288,10 +291,14 @@ func (m *Mounter) Serve(ctx context.Context, accept migrate.Accept, moved func()
 	defer wg.Wait()
 	defer cancel()
 	wg.Go(func() {
-		migrate.AcceptAll(actx, accept, maxConnections, func(ctx context.Context, stream io.ReadWriteCloser) {
+		migrate.AcceptAll(actx, accept, func(ctx context.Context, stream io.ReadWriteCloser) {
 			err := source.Handle(ctx, stream)
 			if state := source.State(); err != nil && ctx.Err() == nil && state != migrate.Moved {
-				slog.Warn("A connection or a migration of the devices failed", "state", state, "error", err)
+				complaints := &m.failures
+				if errors.Is(err, migrate.ErrRefused) {
+					complaints = &m.refusals
+				}
+				complaints.Warn("A connection or a migration of the devices failed", "state", state, "from", transport.Peer(stream), "error", err)
 			}
 		})
 	})
@@ -317,9 +324,6 @@ func (m *Mounter) Serve(ctx context.Context, accept migrate.Accept, moved func()
 	<-ctx.Done()
 	return nil
 }
-
-// maxConnections is how many connections are served at once: a target has three, and perhaps some that it has lost.
-const maxConnections = 16
 
 // Stats says how the last migration goes, from here or to here. ok is false when there is none.
 func (m *Mounter) Stats() (stats migrate.Stats, ok bool) {

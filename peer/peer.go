@@ -24,6 +24,7 @@ import (
 	"drafter/migrate"
 	"drafter/network"
 	"drafter/stack"
+	"drafter/transport"
 	"drafter/vmm"
 )
 
@@ -62,6 +63,8 @@ type Peer struct {
 	exposure expose.Exposure
 	instance *instance.Instance
 	syncer   *syncer // nil unless the instance is backed up
+
+	refusals, failures transport.Complaints // of connections, and of migrations
 
 	mu      sync.Mutex // guards the following
 	devices map[string]*stack.Stack

@@ -17,11 +17,9 @@ import (
 	"drafter/block"
 	"drafter/internal/private"
 	"drafter/migrate"
+	"drafter/transport"
 	"drafter/vmm"
 )
-
-// maxConnections is how many connections are served at once: a target has two, and perhaps two that it has lost.
-const maxConnections = 8
 
 // Serve makes the VM migratable: a peer that connects gets it. accept returns the next connection, or an error once its context has ended. Serve returns when
 // the VM has moved, with true; or when ctx has ended and the VM is not migratable any more, but runs here as before. If by then a target owns the VM, Serve
@@ -36,7 +34,7 @@ func (p *Peer) Serve(ctx context.Context, accept migrate.Accept) (moved bool, er
 	defer wg.Wait()
 	defer cancel()
 	wg.Go(func() {
-		migrate.AcceptAll(actx, accept, maxConnections, func(ctx context.Context, stream io.ReadWriteCloser) { p.handle(ctx, source, stream) })
+		migrate.AcceptAll(actx, accept, func(ctx context.Context, stream io.ReadWriteCloser) { p.handle(ctx, source, stream) })
 	})
 	select {
 	case <-source.Gone():
@@ -82,7 +80,11 @@ func leaveInDoubt() error {
 func (p *Peer) handle(ctx context.Context, source *migrate.Source, stream io.ReadWriteCloser) {
 	err := source.Handle(ctx, stream)
 	if state := source.State(); err != nil && state != migrate.Moved && ctx.Err() == nil {
-		slog.Warn("A connection or a migration failed; the VM "+whereabouts(state), "error", err)
+		complaints := &p.failures
+		if errors.Is(err, migrate.ErrRefused) {
+			complaints = &p.refusals
+		}
+		complaints.Warn("A connection or a migration failed; the VM "+whereabouts(state), "from", transport.Peer(stream), "error", err)
 	}
 }
 

@@ -7,13 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"path/filepath"
 
 	"golang.org/x/sync/errgroup"
 
 	"drafter/block"
 	"drafter/migrate"
+	"drafter/transport"
 	"drafter/vmm"
 )
 
@@ -40,7 +40,7 @@ func PackageDevices(dir string) ([]Device, error) {
 // Config says what to serve.
 type Config struct {
 	Devices     []Device
-	Connections int // how many are served at once, at least 1; a target has two, and each takes some 2 MiB
+	Connections int // how many are served at once, at least 1; a target has two, and each takes some 2 MiB. A host gets no more of them than are left for others
 	Limits      migrate.Limits
 }
 
@@ -102,7 +102,7 @@ func Open(ctx context.Context, c Config) (_ *Registry, err error) {
 	if err := checkSizes(r.offered); err != nil {
 		return nil, err
 	}
-	r.offer, err = migrate.NewOffer(r.offered, c.Limits)
+	r.offer, err = migrate.NewOffer(r.offered, c.Connections, c.Limits)
 	return r, err
 }
 
@@ -152,9 +152,10 @@ func (r *Registry) Devices() []ServedDevice {
 
 // Serve serves targets until ctx ends. It is called once.
 func (r *Registry) Serve(ctx context.Context, accept migrate.Accept) {
-	migrate.AcceptAll(ctx, accept, r.config.Connections, func(ctx context.Context, stream io.ReadWriteCloser) {
+	var complaints transport.Complaints
+	migrate.AcceptAll(ctx, accept, func(ctx context.Context, stream io.ReadWriteCloser) {
 		if err := r.offer.Handle(ctx, stream); err != nil && ctx.Err() == nil {
-			slog.Warn("A connection with a target failed", "error", err)
+			complaints.Warn("A connection with a target failed", "from", transport.Peer(stream), "error", err)
 		}
 	})
 }

@@ -62,6 +62,11 @@ const (
 
 	MaxContents = 32 << 10 // content ids in one message, not bytes
 
+	// What a side expects may be bounded further, see [Conn.Bound].
+	MaxHello   = 256
+	MaxWant    = 4096           // of all that a target sends once it has a package's manifest
+	MaxPayload = maxList + 4096 // of all
+
 	extentHeader    = 12
 	operationHeader = 21
 )
@@ -70,7 +75,7 @@ const (
 func maxPayload(t Type) int {
 	switch t {
 	case TypeHello:
-		return 256
+		return MaxHello
 	case TypeManifest:
 		return 2 << 20
 	case TypeAccept:
@@ -82,7 +87,7 @@ func maxPayload(t Type) int {
 	case TypeContents:
 		return 12 + MaxContents*len(block.ID{})
 	case TypeAuthority, TypeResume:
-		return maxList + 4096
+		return MaxPayload
 	case TypeError, TypeAck:
 		return 4096
 	case TypeWant, TypeCycle, TypeProgress, TypeReady, TypeComplete, TypeReleased, TypePing, TypeSnapshot, TypePrepare:
@@ -124,6 +129,7 @@ type Conn struct {
 	batch  []byte           // frames that are to be sent, guarded by send
 	header [headerSize]byte // of Read
 	buffer []byte           // of Read, reused
+	bound  int              // of payloads, in bytes
 
 	waiting  atomic.Int64 // since when Read has waited for data, in nanoseconds since 1970; 0: it does not
 	heard    atomic.Bool  // Read has been called
@@ -135,8 +141,12 @@ type Conn struct {
 
 // NewConn frames stream, which it owns from here on.
 func NewConn(stream io.ReadWriteCloser) *Conn {
-	return &Conn{stream: stream, reader: bufio.NewReaderSize(stream, 32<<10)}
+	return &Conn{stream: stream, reader: bufio.NewReaderSize(stream, 32<<10), bound: MaxPayload}
 }
+
+// Bound bounds the payloads of frames that are received from here on, in bytes: where nothing else is expected, a stranger can have no more memory than that. Call
+// it where Read is called.
+func (c *Conn) Bound(bytes int) { c.bound = bytes }
 
 // Close closes the stream, which ends every Read and send. It is idempotent.
 func (c *Conn) Close() error {
@@ -256,7 +266,7 @@ func (c *Conn) Read() (f Frame, err error) {
 	if most < 0 {
 		return f, violation("%s is unknown", f.Type)
 	}
-	if length > int64(most) {
+	if most = min(most, c.bound); length > int64(most) {
 		return f, violation("a frame %s of %d bytes, of which %d are allowed", f.Type, length, most)
 	}
 	if err := c.readPayload(int(length)); err != nil {

@@ -3,7 +3,9 @@ package wire
 import (
 	"encoding/binary"
 	"fmt"
+	"strings"
 	"time"
+	"unicode"
 
 	"github.com/google/uuid"
 
@@ -92,6 +94,18 @@ type Device struct {
 	Base      block.ID
 	Backup    block.ID // what a backup that the target may reach held of it
 }
+
+// Sizes are those of the devices, in bytes.
+func (m *Manifest) Sizes() []int64 {
+	var sizes []int64
+	for _, d := range m.Devices {
+		sizes = append(sizes, d.Size)
+	}
+	return sizes
+}
+
+// maxName bounds the name of a device, in bytes.
+const maxName = 64
 
 // Contents are content ids of a device's blocks (see [block.ContentBlockSize]). Its payload: first block uint64, number of blocks uint32, 32 bytes for each; the device
 // is in the header.
@@ -258,7 +272,20 @@ func oneIf(b bool) byte {
 }
 
 // cut bounds a text for a human.
-func cut(s string) string { return s[:min(len(s), 2000)] }
+func cut(s string) string { return s[:min(len(s), maxText)] }
+
+// maxText bounds a text for a human, in bytes.
+const maxText = 2000
+
+// Printable is a text of the other side's for a human: bounded, on one line, and without what a terminal would obey.
+func Printable(b []byte) string {
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(string(b[:min(len(b), maxText)]), "?"))
+}
 
 func appendString(b, s []byte) []byte {
 	return append(binary.LittleEndian.AppendUint32(b, uint32(len(s))), s...)
@@ -305,19 +332,22 @@ func Decode(f Frame, sizes []int64) (any, error) {
 	case TypeResult:
 		m = Result{ID: r.uint64(), Failed: r.uint8() == 1, Data: r.rest()}
 	case TypeSnapshot:
-		m = Snapshot{Paused: time.Duration(r.uint64())}
+		m = Snapshot{Paused: r.duration()}
 	case TypeCycle:
 		m = Cycle{Number: int(r.uint32()), Bytes: int64(r.uint64())}
+		if c := m.(Cycle); c.Bytes < 0 {
+			return nil, violation("a cycle of %d bytes", c.Bytes)
+		}
 	case TypeAuthority:
-		m = Authority{Paused: time.Duration(r.uint64()), Missing: r.lists(sizes)}
+		m = Authority{Paused: r.duration(), Missing: r.lists(sizes)}
 	case TypeAck:
-		m = Ack{Accepted: r.uint8() == 1, Reason: string(r.rest())}
+		m = Ack{Accepted: r.uint8() == 1, Reason: Printable(r.rest())}
 	case TypeResume:
 		m = Resume{Outcome: Outcome(r.uint8()), Missing: r.lists(sizes)}
 	case TypeProgress:
 		m = Progress{Cycle: int(r.uint32())}
 	case TypeError:
-		m = Error{Code: Code(r.uint16()), Text: string(r.rest())}
+		m = Error{Code: Code(r.uint16()), Text: Printable(r.rest())}
 	default:
 		return nil, violation("an unexpected %s", f.Type)
 	}
@@ -356,6 +386,15 @@ func (r *reader) uint32() uint32 { return binary.LittleEndian.Uint32(r.take(4)) 
 func (r *reader) uint64() uint64 { return binary.LittleEndian.Uint64(r.take(8)) }
 func (r *reader) rest() []byte   { return r.take(len(r.b)) }
 
+// duration is one that has passed.
+func (r *reader) duration() time.Duration {
+	d := time.Duration(r.uint64())
+	if d < 0 && r.err == nil {
+		r.err = violation("a duration of %s", d)
+	}
+	return d
+}
+
 func (r *reader) string() []byte {
 	n := r.uint32()
 	if r.err == nil && int64(n) > int64(len(r.b)) {
@@ -370,13 +409,25 @@ func (r *reader) string() []byte {
 func (r *reader) manifest() Manifest {
 	m := Manifest{Features: r.uint64(), Config: r.string(), Processor: r.string()}
 	copy(m.Generation[:], r.take(len(m.Generation)))
-	for n := r.uint16(); n > 0 && r.err == nil; n-- {
+	n := r.uint16()
+	if n > block.MaxDevices {
+		r.err = violation("%d devices, of which %d are allowed", n, block.MaxDevices)
+	}
+	names := map[string]bool{}
+	for ; n > 0 && r.err == nil; n-- {
 		d := Device{Name: string(r.string()), Size: int64(r.uint64()), BlockSize: int64(r.uint32()), NeedsBase: r.uint8() == 1}
 		copy(d.Base[:], r.take(len(d.Base)))
 		copy(d.Backup[:], r.take(len(d.Backup)))
-		if r.err == nil && d.Size <= 0 {
+		switch {
+		case r.err != nil:
+		case d.Name == "" || len(d.Name) > maxName || names[d.Name]:
+			r.err = violation("a device's name %q is empty, too long, or another one's", d.Name[:min(len(d.Name), maxName)])
+		case d.Size <= 0:
 			r.err = violation("device %q has size %d", d.Name, d.Size)
+		case block.CheckBlockSize(d.BlockSize) != nil:
+			r.err = violation("device %q has blocks of %d bytes", d.Name, d.BlockSize)
 		}
+		names[d.Name] = true
 		m.Devices = append(m.Devices, d)
 	}
 	return m

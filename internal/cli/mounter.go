@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 
 	"github.com/spf13/cobra"
@@ -18,7 +17,7 @@ import (
 
 func newMounter() *cobra.Command {
 	var (
-		transport    transportFlags
+		connection   transportFlags
 		limits       limitFlags
 		c            mounter.Config
 		devices      string
@@ -66,21 +65,18 @@ Base, overlay and state file of a device are as for 'drafter peer'. If this proc
 			defer func() { err = errors.Join(err, m.Close()) }()
 			var accept migrate.Accept
 			if laddr != "" {
-				listener, err := transport.listen(ctx, laddr)
+				listener, err := connection.listen(ctx, laddr)
 				if err != nil {
 					return err
 				}
 				defer listener.Close()
-				accept = func(ctx context.Context) (io.ReadWriteCloser, error) {
-					defer context.AfterFunc(ctx, func() { _ = listener.Close() })() // which ends Accept
-					return listener.Accept()
-				}
+				accept = listener.Accept
 			}
 			if raddr == "" {
 				err = m.Open(ctx)
 			} else {
 				var dial migrate.Dial
-				if dial, err = transport.dial(raddr); err == nil {
+				if dial, err = connection.dial(raddr); err == nil {
 					err = m.Receive(ctx, dial)
 				}
 			}
@@ -93,7 +89,7 @@ Base, overlay and state file of a device are as for 'drafter peer'. If this proc
 			return runMounter(ctx, m, accept, laddr, show)
 		},
 	}
-	transport.add(cmd)
+	connection.add(cmd)
 	limits.add(cmd)
 	var defaults []mounter.Device
 	for _, name := range []string{vmm.State, vmm.Memory, vmm.Kernel, vmm.Disk, vmm.Config, "oci"} {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"log/slog"
 	"net"
 	"net/http"
@@ -25,6 +26,7 @@ import (
 	"drafter/expose"
 	"drafter/migrate"
 	"drafter/peer"
+	"drafter/transport"
 	"drafter/vmm"
 )
 
@@ -32,7 +34,7 @@ func newPeer() *cobra.Command {
 	var (
 		host         hostFlags
 		devices      deviceFlags
-		transport    transportFlags
+		connection   transportFlags
 		limits       limitFlags
 		storage      storageFlags
 		origin       originFlags
@@ -131,9 +133,9 @@ there ('drafter device export' gets it out). Its memory no longer fits its state
 				return err
 			}
 			defer func() { err = errors.Join(err, p.Close()) }()
-			var listener net.Listener
+			var listener *transport.Listener
 			if laddr != "" {
-				if listener, err = transport.listen(ctx, laddr); err != nil {
+				if listener, err = connection.listen(ctx, laddr); err != nil {
 					return err
 				}
 				defer listener.Close()
@@ -152,7 +154,7 @@ there ('drafter device export' gets it out). Its memory no longer fits its state
 				err = p.Resume(ctx)
 			} else {
 				var dial migrate.Dial
-				if dial, err = transport.dial(raddr); err == nil {
+				if dial, err = connection.dial(raddr); err == nil {
 					err = p.Receive(ctx, dial)
 				}
 			}
@@ -164,7 +166,7 @@ there ('drafter device export' gets it out). Its memory no longer fits its state
 	}
 	host.add(cmd)
 	devices.add(cmd)
-	transport.add(cmd)
+	connection.add(cmd)
 	limits.add(cmd)
 	storage.add(cmd)
 	origin.add(cmd)
@@ -173,7 +175,7 @@ there ('drafter device export' gets it out). Its memory no longer fits its state
 	f.StringVar(&c.Expose, "expose", expose.Auto, "How the VMM gets at the devices: auto, fuse or nbd")
 	f.StringVar(&raddr, "raddr", "localhost:1337", "Remote address to connect to: HOST:PORT or unix:PATH (leave empty to disable)")
 	f.StringVar(&laddr, "laddr", "localhost:1337", "Local address to listen on: HOST:PORT or unix:PATH (leave empty to disable)")
-	f.StringVar(&metrics, "metrics", "", "Address to serve metrics from (leave empty to disable)")
+	f.StringVar(&metrics, "metrics", "", "Address to serve metrics from, without authentication: sizes, numbers and times, nothing of a VM's content (leave empty to disable)")
 	f.IntVar(&concurrency, "concurrency", 1024, "Number of concurrent workers to use in migrations (kept for compatibility: a migration here needs no workers)")
 	f.DurationVar(&c.RescueTimeout, "rescue-timeout", time.Minute, "Maximum amount of time to wait for the guest's agent before a suspend or a handoff")
 	cmd.AddCommand(newPeerSettle())
@@ -213,7 +215,7 @@ func (l *limitFlags) resolve() (migrate.Limits, error) {
 }
 
 // runPeer runs a VM until it ends, moves away, or is suspended because ctx ends. Targets reach it over listener, unless that is nil.
-func runPeer(ctx context.Context, p *peer.Peer, listener net.Listener, show *migrationLog) error {
+func runPeer(ctx context.Context, p *peer.Peer, listener *transport.Listener, show *migrationLog) error {
 	type end struct {
 		moved bool
 		err   error
@@ -223,10 +225,7 @@ func runPeer(ctx context.Context, p *peer.Peer, listener net.Listener, show *mig
 	defer stop()
 	if listener != nil {
 		go func() {
-			moved, err := p.Serve(sctx, func(ctx context.Context) (io.ReadWriteCloser, error) {
-				defer context.AfterFunc(ctx, func() { _ = listener.Close() })() // which ends Accept
-				return listener.Accept()
-			})
+			moved, err := p.Serve(sctx, listener.Accept)
 			served <- end{moved, err}
 		}()
 		slog.Info("Migratable", "address", listener.Addr())
@@ -314,6 +313,9 @@ func orClosed[T any](c chan T) chan T {
 	return c
 }
 
+// metricsConnections is how many connections may ask for metrics at a time: this process needs its descriptors for a VM.
+const metricsConnections = 64
+
 // serveMetrics serves a peer's metrics and the process' own until stop is called.
 func serveMetrics(ctx context.Context, addr string, p *peer.Peer) (stop func() error, err error) {
 	if addr == "" {
@@ -330,10 +332,10 @@ func serveMetrics(ctx context.Context, addr string, p *peer.Peer) (stop func() e
 		return nil, fmt.Errorf("--metrics %s: %w", addr, err)
 	}
 	mux := http.NewServeMux()
-	mux.Handle("/metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
+	mux.Handle("/metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: 8}))
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second, MaxHeaderBytes: 16 << 10, ErrorLog: log.New(io.Discard, "", 0)}
 	done := make(chan error, 1)
-	go func() { done <- server.Serve(l) }()
+	go func() { done <- server.Serve(transport.Bound(l, metricsConnections)) }()
 	slog.Info("Serving metrics", "url", "http://"+l.Addr().String()+"/metrics")
 	return func() error {
 		err := server.Close()

@@ -1,9 +1,7 @@
 package cli
 
 import (
-	"context"
 	"errors"
-	"io"
 	"log/slog"
 	"time"
 
@@ -17,7 +15,7 @@ import (
 
 func newRegistry() *cobra.Command {
 	var (
-		transport    transportFlags
+		connection   transportFlags
 		c            registry.Config
 		devices, pkg string
 		laddr        string
@@ -31,10 +29,12 @@ once, and pulls the rest behind the running VM.
 The files must not change while they are served. To serve another version, put it into another directory and restart; peers that are pulling the old one then
 fail rather than mix the two, unless they have all of it already.
 
-Whoever can connect can read the package, the memory of its VM included: pass --tls-cert, --tls-key and --tls-ca on networks that you do not trust.
+Whoever can connect can read the package, the memory of its VM included. So only root and the user of this process on this host can, unless there is TLS: to serve
+other hosts, pass an address that they reach and --tls-cert, --tls-key and --tls-ca, or --insecure on a network that you trust.
 ` + exitCodeHelp,
-		Example: `  drafter registry --laddr localhost:1600 --package out/package`,
-		Args:    noArgs,
+		Example: `  drafter registry --laddr localhost:1600 --package out/package
+  drafter registry --laddr :1600 --tls-ca ca.pem --tls-cert host.pem --tls-key host.key --package out/package`,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			ctx := cmd.Context()
 			switch {
@@ -48,9 +48,7 @@ Whoever can connect can read the package, the memory of its VM included: pass --
 			if err != nil {
 				return err
 			}
-			open := transport
-			open.insecure = true
-			listener, err := open.listen(ctx, laddr)
+			listener, err := connection.listen(ctx, laddr)
 			if err != nil {
 				return err
 			}
@@ -61,23 +59,17 @@ Whoever can connect can read the package, the memory of its VM included: pass --
 				return err
 			}
 			defer func() { err = errors.Join(err, r.Close()) }()
-			if network, address := splitAddress(laddr); network == "tcp" && transport.cert == "" && !transport.insecure && checkLoopback(ctx, address) != nil {
-				slog.Warn("Other hosts can reach this address, and whoever connects can read the package; pass --tls-cert, --tls-key and --tls-ca, or --insecure to say that this is meant")
-			}
 			var size int64
 			for _, d := range r.Devices() {
 				size += d.Size
 				slog.Info("Serving device", "device", d.Name, "size", humanize.IBytes(uint64(d.Size)), "content", d.Content)
 			}
 			slog.Info("Serving", "address", listener.Addr(), "size", humanize.IBytes(uint64(size)), "took", time.Since(start).Round(time.Millisecond))
-			r.Serve(ctx, func(ctx context.Context) (io.ReadWriteCloser, error) {
-				defer context.AfterFunc(ctx, func() { _ = listener.Close() })() // which ends Accept
-				return listener.Accept()
-			})
+			r.Serve(ctx, listener.Accept)
 			return nil
 		},
 	}
-	transport.add(cmd)
+	connection.add(cmd)
 	var defaults []registry.Device
 	for _, name := range []string{vmm.Kernel, vmm.Disk, vmm.State, vmm.Memory, vmm.Config} {
 		defaults = append(defaults, registry.Device{Name: name, Input: "out/package/" + vmm.PackageFile(name), BlockSize: block.ContentBlockSize})
@@ -85,7 +77,7 @@ Whoever can connect can read the package, the memory of its VM included: pass --
 	f := cmd.Flags()
 	f.StringVar(&devices, "devices", defaultJSON(defaults), "Devices configuration")
 	f.StringVar(&pkg, "package", "", "Directory of the package (instead of --devices)")
-	f.StringVar(&laddr, "laddr", ":1600", "Address to listen on: HOST:PORT or unix:PATH")
-	f.IntVar(&c.Connections, "concurrency", 1024, "Number of connections to serve at once; a peer has two")
+	f.StringVar(&laddr, "laddr", "localhost:1600", "Address to listen on: HOST:PORT or unix:PATH")
+	f.IntVar(&c.Connections, "concurrency", 1024, "Number of connections to serve at once; a peer has two, and a host no more than are left for others")
 	return cmd
 }

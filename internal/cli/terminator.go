@@ -14,15 +14,15 @@ import (
 
 // backupFlags are what terminator and checkpoint have in common.
 type backupFlags struct {
-	transport transportFlags
-	raddr     string
-	devices   string
-	output    string
-	storage   storageFlags
+	connection transportFlags
+	raddr      string
+	devices    string
+	output     string
+	storage    storageFlags
 }
 
 func (b *backupFlags) add(cmd *cobra.Command) {
-	b.transport.add(cmd)
+	b.connection.add(cmd)
 	f := cmd.Flags()
 	f.StringVar(&b.raddr, "raddr", "localhost:1337", "Remote address to connect to: HOST:PORT or unix:PATH")
 	f.StringVar(&b.devices, "devices", defaultJSON([]terminator.Device{
@@ -58,7 +58,7 @@ func (b *backupFlags) run(cmd *cobra.Command, isCopy bool) error {
 	show := newMigrationLog()
 	defer show.close()
 	c.OnState, c.OnProgress = show.state, show.progress
-	dial, err := b.transport.dial(b.raddr)
+	dial, err := b.connection.dial(b.raddr)
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,216 @@
+// Package transport connects peers, and decides who may: with TLS, whoever has a certificate; without it, root and our own user, on this host, whom the kernel
+// names; anybody only where that was asked for.
+package transport
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Trust says whom to connect with. The zero value trusts root and our own user on this host, over loopback and UNIX sockets. It is safe for concurrent use.
+type Trust struct {
+	TLS     *tls.Config // if not nil, certificates decide, and only they; see [LoadTLS]
+	Anybody bool        // without TLS: whoever connects, or answers, on this host or another
+}
+
+// ErrBeyond says that an address needs TLS, or trust in everybody.
+var ErrBeyond = errors.New("other hosts can reach it, or answer there; use TLS on both sides, or trust everybody who can")
+
+// LoadTLS reads PEM files for TLS 1.3 with both sides authenticated: the certificate of this host with its key, and those of the authorities that the other
+// side's certificate must come from.
+func LoadTLS(cert, key, ca string) (*tls.Config, error) {
+	pair, err := tls.LoadX509KeyPair(cert, key)
+	if err != nil {
+		return nil, fmt.Errorf("load certificate %s and key %s: %w", cert, key, err)
+	}
+	pem, err := os.ReadFile(ca)
+	if err != nil {
+		return nil, fmt.Errorf("load authorities: %w", err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("load authorities: %s holds no certificate", ca)
+	}
+	return &tls.Config{
+		MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{pair},
+		RootCAs: pool, ClientCAs: pool, ClientAuth: tls.RequireAndVerifyClientCert,
+	}, nil
+}
+
+// split tells TCP addresses from paths of UNIX sockets (unix:PATH).
+func split(addr string) (network, address string) {
+	if path, ok := strings.CutPrefix(addr, "unix:"); ok {
+		return "unix", path
+	}
+	return "tcp", addr
+}
+
+// Listen listens at HOST:PORT or unix:PATH. Without TLS and without trust in everybody, an address that is not of this host alone is refused with [ErrBeyond].
+// The socket at a path has mode 0600; one that a killed process has left there is replaced.
+func (t *Trust) Listen(ctx context.Context, addr string) (*Listener, error) {
+	network, address := split(addr)
+	config := net.ListenConfig{}
+	config.SetMultipathTCP(false) // the kernel names the owner of one path
+	switch {
+	case network == "unix":
+		if err := removeDeadSocket(ctx, address); err != nil {
+			return nil, err
+		}
+		config.Control = private
+	case t.local():
+		addrs, _, err := resolve(ctx, address)
+		if err != nil {
+			return nil, err
+		}
+		address = addrs[0].String() // not looked up again
+	}
+	l, err := config.Listen(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	if at, ok := l.Addr().(*net.TCPAddr); ok && t.local() {
+		// If the kernel cannot tell, nobody would ever be let in: it is said now.
+		if owner, err := socketOwner(at.AddrPort(), netip.AddrPort{}); err != nil || owner.state != tcpListen {
+			return nil, errors.Join(fmt.Errorf("ask the kernel whose sockets connect (%s): %w; use a UNIX socket, or TLS", owner, err), l.Close())
+		}
+	}
+	return newListener(l, t), nil
+}
+
+// local tells whether the kernel has to say who is at the other end.
+func (t *Trust) local() bool { return t.TLS == nil && !t.Anybody }
+
+// private lets a UNIX socket come into being with mode 0600 at most: bind(2) takes the mode of the socket's own inode.
+func private(_, _ string, raw syscall.RawConn) error {
+	var err error
+	if cerr := raw.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }); cerr != nil {
+		return cerr
+	}
+	return err
+}
+
+// removeDeadSocket removes a socket at which nobody listens any more: that of a killed process.
+func removeDeadSocket(ctx context.Context, path string) error {
+	c, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
+	if err == nil {
+		return c.Close() // and listening there will fail
+	}
+	if info, serr := os.Lstat(path); serr == nil && info.Mode().Type() == os.ModeSocket && errors.Is(err, syscall.ECONNREFUSED) {
+		return os.Remove(path)
+	}
+	return nil
+}
+
+// resolve looks up HOST:PORT, and refuses what is not loopback. IPv4 comes first, as with [net.Listen].
+func resolve(ctx context.Context, address string) (addrs []netip.AddrPort, host string, err error) {
+	host, service, err := net.SplitHostPort(address)
+	if err != nil {
+		return nil, "", err
+	}
+	port, err := net.DefaultResolver.LookupPort(ctx, "tcp", service)
+	if err != nil {
+		return nil, "", err
+	}
+	if host == "" {
+		return nil, "", ErrBeyond
+	}
+	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	if err != nil {
+		return nil, "", err
+	}
+	for _, v4 := range []bool{true, false} {
+		for _, ip := range ips {
+			if ip = ip.Unmap(); !ip.IsLoopback() {
+				return nil, "", ErrBeyond
+			}
+			if ip.Is4() == v4 {
+				addrs = append(addrs, netip.AddrPortFrom(ip, uint16(port)))
+			}
+		}
+	}
+	return addrs, host, nil
+}
+
+// Dialer returns what connects with HOST:PORT or unix:PATH. Each connection is authenticated as those of [Trust.Listen] are, the other way round: who listens
+// at an address of this host is root or our own user.
+func (t *Trust) Dialer(addr string) (func(context.Context) (io.ReadWriteCloser, error), error) {
+	network, address := split(addr)
+	host := "localhost"
+	if network == "tcp" {
+		var err error
+		if host, _, err = net.SplitHostPort(address); err != nil {
+			return nil, err
+		}
+	}
+	switch {
+	case t.TLS != nil:
+		config := t.TLS.Clone()
+		config.ServerName = host
+		return func(ctx context.Context) (io.ReadWriteCloser, error) {
+			return (&tls.Dialer{Config: config}).DialContext(ctx, network, address)
+		}, nil
+	case t.Anybody:
+		return func(ctx context.Context) (io.ReadWriteCloser, error) {
+			return (&net.Dialer{}).DialContext(ctx, network, address)
+		}, nil
+	case network == "unix":
+		return func(ctx context.Context) (io.ReadWriteCloser, error) { return dialOwn(ctx, network, address) }, nil
+	}
+	return func(ctx context.Context) (io.ReadWriteCloser, error) {
+		addrs, _, err := resolve(ctx, address)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", address, err)
+		}
+		var failed error
+		for _, a := range addrs { // somebody else may listen at one of them
+			conn, err := dialOwn(ctx, network, a.String())
+			if err == nil {
+				return conn, nil
+			}
+			if failed != nil {
+				err = fmt.Errorf("%w; %w", failed, err)
+			}
+			failed = err
+		}
+		return nil, failed
+	}, nil
+}
+
+// dialOwn connects with a process of root's or of our own user's.
+func dialOwn(ctx context.Context, network, address string) (io.ReadWriteCloser, error) {
+	conn, err := (&net.Dialer{}).DialContext(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	if err := checkAnswers(ctx, conn); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", address, err), conn.Close())
+	}
+	return conn, nil
+}
+
+// checkAnswers is checkPeer for a connection that was made from here: the other end has no owner until somebody has accepted it.
+func checkAnswers(ctx context.Context, conn net.Conn) error {
+	for wait := 100 * time.Microsecond; ; wait = min(2*wait, 20*time.Millisecond) {
+		err := checkPeer(conn)
+		if !errors.Is(err, errNotAccepted) {
+			return err
+		}
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return fmt.Errorf("nobody takes the connection: %w", context.Cause(ctx))
+		}
+	}
+}
