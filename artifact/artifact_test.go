@@ -67,7 +67,7 @@ func fill(t *testing.T, p *artifact.Package, data map[string][]byte) {
 			t.Fatalf("there is no device %s", name)
 		}
 		path := filepath.Join(t.TempDir(), name)
-		d, err := block.OpenPulled(path, remote)
+		d, err := block.OpenPulled(t.Context(), path, remote)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -202,7 +202,7 @@ func TestFaults(t *testing.T) {
 	fill(t, p, data)
 	fault.Store(func(*http.Request) int { return http.StatusNotFound })
 	remote, _ := p.Remote("memory")
-	d, err := block.OpenPulled(filepath.Join(t.TempDir(), "memory"), remote)
+	d, err := block.OpenPulled(t.Context(), filepath.Join(t.TempDir(), "memory"), remote)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -43,6 +43,9 @@ func Check(ctx context.Context, paths OverlayPaths) (problems []string, err erro
 	}
 	uncommitted := int64(0)
 	for off := int64(0); off < o.Size(); {
+		if ctx.Err() != nil {
+			return problems, context.Cause(ctx)
+		}
 		start, end, err := data.NextData(off)
 		if err != nil {
 			return problems, err

@@ -62,7 +62,7 @@ func isZero(p []byte) bool {
 func Hash(ctx context.Context, d Device) (*Contents, error) {
 	c := &Contents{Size: d.Size(), Blocks: make([]ID, (d.Size()+ContentBlockSize-1)/ContentBlockSize)}
 	const batch = 16 // blocks read at once
-	data, err := dataBlocks(d)
+	data, err := dataBlocks(ctx, d)
 	if err != nil {
 		return nil, fmt.Errorf("hash device: %w", err)
 	}
@@ -94,9 +94,12 @@ func Hash(ctx context.Context, d Device) (*Contents, error) {
 }
 
 // dataBlocks returns the blocks that may hold data.
-func dataBlocks(d Device) (*Bitmap, error) {
+func dataBlocks(ctx context.Context, d Device) (*Bitmap, error) {
 	blocks := NewBitmap((d.Size() + ContentBlockSize - 1) / ContentBlockSize)
 	for off := int64(0); off < d.Size(); {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
 		start, end, err := NextData(d, off)
 		if err != nil {
 			return nil, err

@@ -80,7 +80,7 @@ func PartlyPulled(path string) bool {
 
 // OpenPulled opens the file at path, which does not exist yet, as a device with the content of remote. When another process is pulling it just now, this one
 // pulls it too, for itself.
-func OpenPulled(path string, remote Remote) (_ *Pulled, err error) {
+func OpenPulled(ctx context.Context, path string, remote Remote) (_ *Pulled, err error) {
 	if err := remote.Contents.Check(); err != nil {
 		return nil, err
 	}
@@ -99,7 +99,7 @@ func OpenPulled(path string, remote Remote) (_ *Pulled, err error) {
 		}
 		d.own = false
 	}
-	if err := d.takeUp(); err != nil {
+	if err := d.takeUp(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("take up %s: %w", d.file.Name(), err), d.file.Close())
 	}
 	d.left.Store(d.present.Len() - d.present.Count())
@@ -120,7 +120,7 @@ func CreateUnnamed(dir string, size int64) (*File, error) {
 }
 
 // takeUp finds which blocks are in the file already.
-func (d *Pulled) takeUp() error {
+func (d *Pulled) takeUp(ctx context.Context) error {
 	c := d.remote.Contents
 	info, err := d.file.f.Stat()
 	if err != nil {
@@ -131,12 +131,15 @@ func (d *Pulled) takeUp() error {
 			return err
 		}
 	}
-	data, err := dataBlocks(d.file)
+	data, err := dataBlocks(ctx, d.file)
 	if err != nil {
 		return err
 	}
 	buf := make([]byte, ContentBlockSize)
 	for b, id := range c.Blocks {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
 		b := int64(b)
 		p := buf[:d.length(b, b+1)]
 		has := data.Has(b)

@@ -67,7 +67,7 @@ func newOrigin(t *testing.T, blocks int) (*origin, Remote) {
 
 func openPulled(t *testing.T, path string, r Remote) *Pulled {
 	t.Helper()
-	d, err := OpenPulled(path, r)
+	d, err := OpenPulled(t.Context(), path, r)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -186,7 +186,7 @@ func TestPulledFaults(t *testing.T) {
 	t.Run("other contents", func(t *testing.T) {
 		_, remote := newOrigin(t, 5)
 		remote.Contents.Blocks[0][0]++
-		if _, err := OpenPulled(filepath.Join(t.TempDir(), "disk"), remote); err == nil {
+		if _, err := OpenPulled(t.Context(), filepath.Join(t.TempDir(), "disk"), remote); err == nil {
 			t.Error("contents that contradict themselves were taken")
 		}
 	})

@@ -179,21 +179,35 @@ func readState(f storage) (*stateFile, error) {
 	if f.Size() != h.fileSize() {
 		return nil, fmt.Errorf("it has %d bytes instead of %d", f.Size(), h.fileSize())
 	}
-	s := &stateFile{f: f, header: h, present: NewBitmap(h.blocks()), dirty: NewBitmap(h.pages()), latest: make([]uint64, h.pages())}
+	s := &stateFile{f: f, header: h}
+	var words []uint64 // of the set; it grows only as intact pages are there
 	copies := make([]byte, 2*pageSize)
 	for i := range h.pages() {
 		if _, err := f.ReadAt(copies, pageSize*(1+2*i)); err != nil {
 			return nil, err
 		}
-		if err := s.readPage(i, copies); err != nil {
+		page, err := s.readPage(i, copies)
+		if err != nil {
 			return nil, err
 		}
+		for at := pageHeaderSize; at < pageSize; at += 8 {
+			words = append(words, binary.LittleEndian.Uint64(page[at:]))
+		}
+	}
+	s.present, s.dirty = NewBitmap(h.blocks()), NewBitmap(h.pages())
+	for i := range s.present.words {
+		s.present.words[i].Store(words[i])
+	}
+	if rest := h.blocks() % 64; rest > 0 {
+		s.present.words[len(s.present.words)-1].And(1<<rest - 1)
 	}
 	return s, nil
 }
 
-func (s *stateFile) readPage(index int64, copies []byte) error {
+// readPage returns the latest of a page's two copies that is intact.
+func (s *stateFile) readPage(index int64, copies []byte) ([]byte, error) {
 	var best []byte
+	var latest uint64
 	for parity := range uint64(2) {
 		p := copies[parity*pageSize:][:pageSize]
 		sequence := binary.LittleEndian.Uint64(p)
@@ -202,20 +216,15 @@ func (s *stateFile) readPage(index int64, copies []byte) error {
 			s.damaged = append(s.damaged, index)
 			continue
 		}
-		if best == nil || sequence > s.latest[index] {
-			best, s.latest[index] = p, sequence
+		if best == nil || sequence > latest {
+			best, latest = p, sequence
 		}
 	}
 	if best == nil {
-		return fmt.Errorf("page %d of its bitmap is damaged in both copies", index)
+		return nil, fmt.Errorf("page %d of its bitmap is damaged in both copies", index)
 	}
-	first := index * blocksPerPage
-	for i := range min(blocksPerPage, s.header.blocks()-first) {
-		if best[pageHeaderSize+i/8]&(1<<(i%8)) != 0 {
-			s.present.Set(first + i)
-		}
-	}
-	return nil
+	s.latest = append(s.latest, latest)
+	return best, nil
 }
 
 // changed notes that bits were set.

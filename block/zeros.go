@@ -1,6 +1,7 @@
 package block
 
 import (
+	"context"
 	"encoding/binary"
 
 	"github.com/zeebo/blake3"
@@ -12,18 +13,21 @@ type zeroDevice struct{ size int64 }
 // NewZeros returns a read-only device of zeros.
 func NewZeros(size int64) Device { return zeroDevice{size} }
 
-// ZerosID is the content id of a device of zeros.
-func ZerosID(size int64) (id ID) {
+// ZerosID is the content id of a device of zeros. It takes a second for some TiB, so it ends with ctx.
+func ZerosID(ctx context.Context, size int64) (id ID, err error) {
 	h := blake3.New()
 	// A hash's writer cannot fail.
 	_, _ = h.Write(binary.LittleEndian.AppendUint64([]byte("drafter device"), uint64(size)))
 	for left := (size + ContentBlockSize - 1) / ContentBlockSize * int64(len(id)); left > 0; {
+		if ctx.Err() != nil {
+			return id, context.Cause(ctx)
+		}
 		n := min(left, int64(len(zeros)))
 		_, _ = h.Write(zeros[:n])
 		left -= n
 	}
 	h.Sum(id[:0])
-	return id
+	return id, nil
 }
 
 func (d zeroDevice) Size() int64 { return d.size }

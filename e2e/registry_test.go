@@ -210,7 +210,7 @@ func TestTenTargets(t *testing.T) {
 			}
 			for _, name := range p.Names() {
 				remote, _ := p.Remote(name)
-				d, err := block.OpenPulled(filepath.Join(s.dir, fmt.Sprint("target-", i), name), remote)
+				d, err := block.OpenPulled(t.Context(), filepath.Join(s.dir, fmt.Sprint("target-", i), name), remote)
 				if err != nil {
 					return err
 				}

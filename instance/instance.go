@@ -14,6 +14,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/dustin/go-humanize"
 	"github.com/google/uuid"
 
 	"drafter/agent"
@@ -34,8 +35,9 @@ type Host struct {
 	Users         vmm.UserRange // the ones that VMs get
 	NUMANode      int
 	CgroupVersion int
-	FillMemory    bool // whether to bring all of a resumed VM's memory into it behind it, where the driver serves memory
-	HugePages     bool // whether a VM's memory consists of pages of 2 MiB
+	FillMemory    bool  // whether to bring all of a resumed VM's memory into it behind it, where the driver serves memory
+	HugePages     bool  // whether a VM's memory consists of pages of 2 MiB
+	MaxMemory     int64 // bytes that a VM's memory may have; 0: as much as the host has
 
 	Output io.Writer // guest console; nil discards
 	Input  io.Reader // nil for none
@@ -52,6 +54,21 @@ func (h *Host) ClaimUser() (*vmm.User, error) {
 		h.UID, h.GID = u.ID, u.ID
 	}
 	return u, err
+}
+
+// CheckMemory refuses a VM with more bytes of memory than this host is meant for.
+func (h *Host) CheckMemory(size int64) error {
+	most := h.MaxMemory
+	if most == 0 {
+		var err error
+		if most, err = block.HostMemory(); err != nil {
+			return err
+		}
+	}
+	if size > most {
+		return fmt.Errorf("the VM has %s of memory, this host %s; allow it with --max-memory", humanize.IBytes(uint64(size)), humanize.IBytes(uint64(most)))
+	}
+	return nil
 }
 
 // Paths maps device names to paths a VMM can open.
@@ -305,6 +322,10 @@ func Launch(ctx context.Context, h Host, config *vmm.PackageConfig, storage Stor
 func LaunchMoved(ctx context.Context, h Host, config *vmm.PackageConfig, storage Storage, generation uuid.UUID) (*Launched, error) {
 	driver, err := h.Drivers.Select(h.VMM, config.Hardware.VMM)
 	if err != nil {
+		return nil, err
+	}
+	memory, _ := config.Device(vmm.Memory)
+	if err := h.CheckMemory(memory.Size); err != nil {
 		return nil, err
 	}
 	i := &Instance{config: config, storage: storage, generation: generation}

@@ -86,7 +86,7 @@ func pullAll(t *testing.T, p *Package, dir string, data map[string][]byte) error
 	g, ctx := errgroup.WithContext(t.Context())
 	for _, name := range p.Names() {
 		remote, _ := p.Remote(name)
-		d, err := block.OpenPulled(filepath.Join(dir, name), remote)
+		d, err := block.OpenPulled(t.Context(), filepath.Join(dir, name), remote)
 		if err != nil {
 			return err
 		}
@@ -179,7 +179,7 @@ func TestPullReplaced(t *testing.T) {
 	if !ok {
 		t.Fatal("no memory")
 	}
-	d, err := block.OpenPulled(filepath.Join(t.TempDir(), "memory"), remote)
+	d, err := block.OpenPulled(t.Context(), filepath.Join(t.TempDir(), "memory"), remote)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -212,7 +212,7 @@ func TestPullServerAway(t *testing.T) {
 		t.Fatal(err)
 	}
 	remote, _ := p.Remote("disk")
-	d, err := block.OpenPulled(filepath.Join(t.TempDir(), "disk"), remote)
+	d, err := block.OpenPulled(t.Context(), filepath.Join(t.TempDir(), "disk"), remote)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -36,6 +36,9 @@ func (p *Peer) pull(ctx context.Context, start time.Time, origin Origin) error {
 	p.mu.Lock()
 	p.origin = origin
 	p.mu.Unlock()
+	if err := p.checkOrigin(origin); err != nil {
+		return err
+	}
 	if err := p.derive(origin.Names()); err != nil {
 		return err
 	}
@@ -47,6 +50,25 @@ func (p *Peer) pull(ctx context.Context, start time.Time, origin Origin) error {
 	}
 	p.startFill()
 	return nil
+}
+
+// checkOrigin refuses what is too large for this host, before anything is made.
+func (p *Peer) checkOrigin(origin Origin) error {
+	var sizes []int64
+	for _, name := range origin.Names() {
+		remote, ok := origin.Remote(name)
+		if !ok {
+			continue
+		}
+		sizes = append(sizes, remote.Contents.Size)
+		if name != vmm.Memory {
+			continue
+		}
+		if err := p.config.Host.CheckMemory(remote.Contents.Size); err != nil {
+			return err
+		}
+	}
+	return block.CheckSizes(p.config.Limits.MaxSize, sizes...)
 }
 
 // open opens a device, over what an origin has of it, if that is not nil and has it.

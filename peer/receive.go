@@ -208,6 +208,14 @@ func (a *arrival) check(ctx context.Context, m wire.Manifest) error {
 	if err := instance.Preflight(ctx, a.p.config.Host, a.config); err != nil {
 		return err
 	}
+	for _, d := range m.Devices {
+		if d.Name != vmm.Memory {
+			continue
+		}
+		if err := a.p.config.Host.CheckMemory(d.Size); err != nil {
+			return err
+		}
+	}
 	if len(m.Processor) > 0 {
 		var source vmm.Processor
 		if err := json.Unmarshal(m.Processor, &source); err != nil {

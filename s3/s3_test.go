@@ -104,7 +104,7 @@ func compare(t *testing.T, place s3.Place, want map[string][]byte) {
 			t.Fatalf("device %s is missing", name)
 		}
 		path := filepath.Join(t.TempDir(), name)
-		d, err := block.OpenPulled(path, remote)
+		d, err := block.OpenPulled(t.Context(), path, remote)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -340,7 +340,7 @@ func TestDamaged(t *testing.T) {
 			continue
 		}
 		remote, _ := backup.Remote("disk")
-		d, err := block.OpenPulled(filepath.Join(t.TempDir(), "disk"), remote)
+		d, err := block.OpenPulled(t.Context(), filepath.Join(t.TempDir(), "disk"), remote)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -50,7 +50,12 @@ func (f *Files) Open(ctx context.Context) (*Stack, error) {
 		return nil, err
 	}
 	// An overlay over zeros came by a migration, without its base.
-	baseless := found && under == block.ZerosID(size)
+	baseless := false
+	if found {
+		if baseless, err = isZeros(ctx, under, size); err != nil {
+			return nil, err
+		}
+	}
 	if _, err := os.Stat(f.Base); baseless && errors.Is(err, os.ErrNotExist) {
 		return f.overlayOver(block.NewZeros(size), under, block.ID{}, nil)
 	}
@@ -69,6 +74,12 @@ func (f *Files) Open(ctx context.Context) (*Stack, error) {
 		return f.overlayOver(block.NewZeros(size), under, block.ID{}, nil)
 	}
 	return f.overlayOver(base, contents.Device, contents.Device, nil)
+}
+
+// isZeros tells whether a content id is that of a device of zeros.
+func isZeros(ctx context.Context, id block.ID, size int64) (bool, error) {
+	zeros, err := block.ZerosID(ctx, size)
+	return err == nil && id == zeros, err
 }
 
 // trackedBlockSize is the size in bytes of the blocks in which changes are tracked.
@@ -143,7 +154,11 @@ func (f *Files) Receive(ctx context.Context, offered wire.Device, receive func(u
 		if offered.NeedsBase {
 			return nil, 0, fmt.Errorf("its base %s is missing here, and the source sends changes only (sharedbase); copy the package to this host", f.Base)
 		}
-		s, err := f.overlayOver(block.NewZeros(offered.Size), block.ZerosID(offered.Size), block.ID{}, receive)
+		zeros, err := block.ZerosID(ctx, offered.Size)
+		if err != nil {
+			return nil, 0, err
+		}
+		s, err := f.overlayOver(block.NewZeros(offered.Size), zeros, block.ID{}, receive)
 		return s, wire.HoldsNothing, err
 	}
 	base, err := f.openBase(true)
@@ -214,8 +229,12 @@ func (f *Files) OpenOver(ctx context.Context, remote block.Remote) (*Stack, erro
 	if f.Overlay == "" {
 		return nil, errors.New("its base is being pulled, so it cannot be written to; name an overlay and a state file")
 	}
-	if under, size, found, err := block.OverlayBase(f.OverlayPaths()); err != nil || found && under == block.ZerosID(size) {
-		return f.Open(ctx) // it came by a migration, without its base
+	if under, size, found, err := block.OverlayBase(f.OverlayPaths()); err != nil {
+		return nil, err
+	} else if found {
+		if baseless, err := isZeros(ctx, under, size); err != nil || baseless {
+			return f.Open(ctx) // it came by a migration, without its base
+		}
 	}
 	if _, err := os.Stat(f.Base); err == nil {
 		s, err := f.Open(ctx)
@@ -228,7 +247,7 @@ func (f *Files) OpenOver(ctx context.Context, remote block.Remote) (*Stack, erro
 	if err := f.CheckMissing(); err != nil {
 		return nil, err
 	}
-	base, err := block.OpenPulled(f.Base, remote)
+	base, err := block.OpenPulled(ctx, f.Base, remote)
 	if err != nil {
 		return nil, err
 	}

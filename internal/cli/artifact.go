@@ -124,7 +124,7 @@ func fetchFile(cmd *cobra.Command, path string, remote block.Remote, show func(d
 		show(contents.Size, contents.Size)
 		return nil
 	}
-	d, err := block.OpenPulled(path, remote)
+	d, err := block.OpenPulled(cmd.Context(), path, remote)
 	if err != nil {
 		return err
 	}

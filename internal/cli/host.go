@@ -25,6 +25,8 @@ type hostFlags struct {
 	resumeTimeout time.Duration
 
 	firecrackerBin, jailerBin, qemuBin string
+
+	maxMemory string
 }
 
 func (h *hostFlags) add(cmd *cobra.Command) {
@@ -49,6 +51,11 @@ func (h *hostFlags) add(cmd *cobra.Command) {
 	f.DurationVar(&h.resumeTimeout, "resume-timeout", time.Minute, "Maximum amount of time to wait for agent and liveness")
 }
 
+// addMaxMemory is for those who start a VM that others have made.
+func (h *hostFlags) addMaxMemory(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&h.maxMemory, "max-memory", "", "Most bytes of memory that the VM may have, such as 64GB (default what this host has)")
+}
+
 // resolve completes the host; restore ends what it changed on the terminal.
 func (h *hostFlags) resolve(stdout io.Writer) (host instance.Host, restore func(), err error) {
 	if err := requireRoot(); err != nil {
@@ -61,6 +68,9 @@ func (h *hostFlags) resolve(stdout io.Writer) (host instance.Host, restore func(
 	}
 	if host.UID < 0 || host.GID < 0 {
 		return host, nil, &usageError{errors.New("--uid and --gid must not be negative")}
+	}
+	if host.MaxMemory, err = parseBytes("max-memory", h.maxMemory); err != nil {
+		return host, nil, err
 	}
 	if h.enableOutput {
 		host.Output = stdout

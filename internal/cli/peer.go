@@ -165,6 +165,7 @@ there ('drafter device export' gets it out). Its memory no longer fits its state
 		},
 	}
 	host.add(cmd)
+	host.addMaxMemory(cmd)
 	devices.add(cmd)
 	connection.add(cmd)
 	limits.add(cmd)
@@ -185,11 +186,13 @@ there ('drafter device export' gets it out). Its memory no longer fits its state
 // limitFlags bound a migration.
 type limitFlags struct {
 	limits    migrate.Limits
+	size      sizeFlag
 	bandwidth string
 	strategy  string
 }
 
 func (l *limitFlags) add(cmd *cobra.Command) {
+	l.size.add(cmd)
 	f := cmd.Flags()
 	f.StringVar(&l.bandwidth, "bandwidth", "", "Bytes per second that a migration may send, such as 100MB (leave empty for no limit)")
 	f.DurationVar(&l.limits.Downtime, "downtime-limit", 300*time.Millisecond, "Hand over when the rest can be sent in this time")
@@ -201,17 +204,38 @@ func (l *limitFlags) add(cmd *cobra.Command) {
 func (l *limitFlags) resolve() (migrate.Limits, error) {
 	limits := l.limits
 	limits.AtTimeout = migrate.Strategy(l.strategy)
-	if l.bandwidth != "" {
-		n, err := humanize.ParseBytes(l.bandwidth)
-		if err != nil || n == 0 || n > 1<<50 {
-			return limits, &usageError{fmt.Errorf("--bandwidth %q is no number of bytes, such as 100MB", l.bandwidth)}
-		}
-		limits.Bandwidth = int64(n)
+	var err error
+	if limits.MaxSize, err = l.size.resolve(); err != nil {
+		return limits, err
+	}
+	if limits.Bandwidth, err = parseBytes("bandwidth", l.bandwidth); err != nil {
+		return limits, err
 	}
 	if err := limits.Check(); err != nil {
 		return limits, &usageError{err}
 	}
 	return limits, nil
+}
+
+// sizeFlag bounds the devices that come from elsewhere.
+type sizeFlag struct{ most string }
+
+func (s *sizeFlag) add(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&s.most, "max-size", "", "Most bytes that the devices may have in all when they come from elsewhere, such as 20TB (default 128 times this host's memory)")
+}
+
+func (s *sizeFlag) resolve() (int64, error) { return parseBytes("max-size", s.most) }
+
+// parseBytes is a flag's number of bytes; 0 if it is empty.
+func parseBytes(flag, text string) (int64, error) {
+	if text == "" {
+		return 0, nil
+	}
+	n, err := humanize.ParseBytes(text)
+	if err != nil || n == 0 || n > 1<<50 {
+		return 0, &usageError{fmt.Errorf("--%s %q is no number of bytes, such as 100MB", flag, text)}
+	}
+	return int64(n), nil
 }
 
 // runPeer runs a VM until it ends, moves away, or is suspended because ctx ends. Targets reach it over listener, unless that is nil.

@@ -80,6 +80,7 @@ says so instead of resuming it; its disks are as after a power cut.
 		},
 	}
 	host.add(cmd)
+	host.addMaxMemory(cmd)
 	f := cmd.Flags()
 	f.StringVar(&devices, "devices", defaultJSON([]runner.Device{
 		{Name: vmm.Kernel, Path: "out/package/vmlinux"},

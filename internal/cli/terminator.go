@@ -19,6 +19,7 @@ type backupFlags struct {
 	devices    string
 	output     string
 	storage    storageFlags
+	size       sizeFlag
 }
 
 func (b *backupFlags) add(cmd *cobra.Command) {
@@ -34,6 +35,7 @@ func (b *backupFlags) add(cmd *cobra.Command) {
 	}), "Devices configuration: which devices to write, and where to")
 	f.StringVar(&b.output, "output", "", "Directory for all devices of the VM, or s3://BUCKET/PREFIX (instead of --devices)")
 	b.storage.add(cmd)
+	b.size.add(cmd)
 }
 
 // run takes a VM, or a copy of it.
@@ -54,6 +56,10 @@ func (b *backupFlags) run(cmd *cobra.Command, isCopy bool) error {
 		if c.Devices, err = parseJSON[terminator.Device]("devices", b.devices); err != nil {
 			return err
 		}
+	}
+	var err error
+	if c.Limits.MaxSize, err = b.size.resolve(); err != nil {
+		return err
 	}
 	show := newMigrationLog()
 	defer show.close()
