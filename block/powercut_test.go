@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"testing"
 )
 
@@ -197,18 +198,55 @@ func allowed(history []version, got []byte, durable, cut int) error {
 	return nil
 }
 
-// FuzzState opens damaged state files: they are refused, or open and work.
+// A state file of a huge device takes no memory for what is not in it.
+func TestHugeState(t *testing.T) {
+	h := &stateHeader{blockSize: 4096, size: 1 << 56, id: [16]byte{1}}
+	if s, err := readState(&hole{h.encode(), h.fileSize()}); err == nil || !strings.Contains(err.Error(), "damaged in both copies") {
+		t.Errorf("%v, %v", s, err)
+	}
+}
+
+// hole is a file with nothing but zeros behind its beginning.
+type hole struct {
+	head []byte
+	size int64
+}
+
+func (h *hole) ReadAt(p []byte, off int64) (int, error) {
+	clear(p)
+	if off < int64(len(h.head)) {
+		copy(p, h.head[off:])
+	}
+	return len(p), nil
+}
+
+func (h *hole) WriteAt(p []byte, _ int64) (int, error) { return len(p), nil }
+func (h *hole) Size() int64                            { return h.size }
+func (h *hole) Sync() error                            { return nil }
+func (h *hole) Close() error                           { return nil }
+
+// FuzzState opens damaged state files, and such with checksums that are right: they are refused, or open and work.
 func FuzzState(f *testing.F) {
 	h := &stateHeader{blockSize: 4096, size: 200_000, id: [16]byte{1}}
 	good := initialState(h)
-	f.Add(good, 0, byte(0))
-	f.Add(good[:5000], 24, byte(1))
-	f.Add(sealed(append([]byte(stateMagic), make([]byte, pageSize-8)...), headerChecksum), 12, byte(16))
-	huge := &stateHeader{blockSize: 4096, size: 1 << 60}
-	f.Add(huge.encode(), 16, byte(9))
-	f.Fuzz(func(t *testing.T, b []byte, at int, value byte) {
+	f.Add(good, 0, byte(0), false)
+	f.Add(good, 200, byte(255), true)
+	f.Add(good[:5000], 24, byte(1), false)
+	f.Add(sealed(append([]byte(stateMagic), make([]byte, pageSize-8)...), headerChecksum), 12, byte(16), false)
+	for _, size := range []int64{1 << 56, 1 << 60} {
+		huge := &stateHeader{blockSize: 4096, size: size}
+		f.Add(huge.encode(), 16, byte(9), true)
+	}
+	f.Fuzz(func(t *testing.T, b []byte, at int, value byte, seal bool) {
 		if at >= 0 && at < len(b) {
 			b[at] ^= value
+		}
+		for i := 0; seal && i+pageSize <= len(b); i += pageSize {
+			checksum := pageChecksum
+			if i == 0 {
+				checksum = headerChecksum
+			}
+			sealed(b[i:i+pageSize], checksum)
 		}
 		s, err := readState(&memory{bytes: b})
 		if err != nil {

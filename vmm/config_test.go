@@ -86,18 +86,3 @@ func TestPackageConfigRefused(t *testing.T) {
 		})
 	}
 }
-
-func FuzzPackageConfig(f *testing.F) {
-	b, err := validConfig().Encode()
-	if err != nil {
-		f.Fatal(err)
-	}
-	f.Add(b)
-	f.Add([]byte(`{"version":1}`))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		c, err := DecodePackageConfig(b)
-		if err == nil && (c.CPUs < 1 || len(c.Disks()) == 0) {
-			t.Errorf("accepted %q", b)
-		}
-	})
-}

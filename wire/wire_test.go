@@ -318,41 +318,6 @@ func TestUrgentOvertakes(t *testing.T) {
 	theirs.Close()
 }
 
-// Whatever comes over a connection, it is refused or understood, and never a panic.
-func FuzzRead(f *testing.F) {
-	for _, m := range messages() {
-		var b buffer
-		if err := NewConn(&b).Send(m); err != nil {
-			f.Fatal(err)
-		}
-		f.Add(b.Bytes()[4], uint8(0), uint16(0), b.Bytes()[headerSize:])
-	}
-	f.Add(uint8(TypeExtent), uint8(Zstd), uint16(1), append(make([]byte, extentHeader), 0x28, 0xb5, 0x2f, 0xfd))
-	f.Fuzz(func(t *testing.T, kind, encoding uint8, device uint16, payload []byte) {
-		frame := append(make([]byte, headerSize), payload...)
-		sealFrame(frame, Type(kind), Encoding(encoding), device)
-		var s buffer
-		s.Write(frame)
-		got, err := NewConn(&s).Read()
-		if err != nil {
-			return
-		}
-		d, err := NewDecoder()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer d.Close()
-		if e, err := d.Extent(got, testSizes); err == nil && (e.Off < 0 || e.Off+e.Len > testSizes[e.Device]) {
-			t.Errorf("an extent of %d bytes at %d", e.Len, e.Off)
-		}
-		if m, err := Decode(got, testSizes); err == nil {
-			if w, ok := m.(Want); ok && (w.First < 0 || w.First >= w.Ends || w.Ends > pagesOf(testSizes[w.Device])) {
-				t.Errorf("a want of pages %d to %d", w.First, w.Ends)
-			}
-		}
-	})
-}
-
 func BenchmarkExtent(b *testing.B) {
 	ours, theirs := net.Pipe()
 	c, r := NewConn(ours), NewConn(theirs)

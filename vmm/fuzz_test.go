@@ -1,0 +1,39 @@
+package vmm
+
+import (
+	"bytes"
+	"testing"
+)
+
+// FuzzDecodePackageConfig decodes any bytes. A config that is accepted is one after it was encoded, too, and its devices' names are names of files.
+func FuzzDecodePackageConfig(f *testing.F) {
+	b, err := validConfig().Encode()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
+	f.Add(append(b, 0, 0, 0))
+	f.Add([]byte(`{"version":1,"devices":[{"name":"../../etc/passwd","size":1}]}`))
+	f.Add([]byte(`{"version":1}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		c, err := DecodePackageConfig(b)
+		if err != nil {
+			return
+		}
+		for _, d := range c.Devices {
+			if err := CheckDeviceName(d.Name); err != nil || d.Size <= 0 {
+				t.Fatalf("device %q of %d bytes: %v", d.Name, d.Size, err)
+			}
+		}
+		again, err := c.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c, err = DecodePackageConfig(again); err != nil {
+			t.Fatalf("%s: %v", again, err)
+		}
+		if third, err := c.Encode(); err != nil || !bytes.Equal(third, again) {
+			t.Fatalf("%s became %s, %v", again, third, err)
+		}
+	})
+}
