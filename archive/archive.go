@@ -19,6 +19,7 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 
+	"drafter/internal/newfile"
 	"drafter/internal/sparse"
 	"drafter/vmm"
 )
@@ -59,22 +60,15 @@ func check(devices []Device) error {
 	return nil
 }
 
-// partialSuffix marks files that are not complete.
-const partialSuffix = ".partial"
-
 // bufferSize is the unit of copying, in bytes.
 const bufferSize = 1 << 20
 
-// Create writes devices into the archive at path, which has its name only once it is complete and durable.
+// Create writes devices into the archive at path, which only its owner can read, and which has its name only once it is complete and durable.
 func Create(ctx context.Context, path string, devices []Device, progress Progress) (err error) {
 	if err := check(devices); err != nil {
 		return err
 	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return fmt.Errorf("create package: %w", err)
-	}
-	partial := path + partialSuffix
-	f, err := os.Create(partial)
+	f, err := newfile.Create(path)
 	if err != nil {
 		return fmt.Errorf("create package: %w", err)
 	}
@@ -89,15 +83,15 @@ func Create(ctx context.Context, path string, devices []Device, progress Progres
 				return errors.Join(fmt.Errorf("device %s: %w", d.Name, err), z.Close())
 			}
 		}
-		return errors.Join(t.Close(), z.Close(), f.Sync())
+		return errors.Join(t.Close(), z.Close())
 	}()
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(partial, path)
-	}
 	if err != nil {
-		return errors.Join(fmt.Errorf("create package %s: %w", path, err), os.Remove(partial))
+		return errors.Join(fmt.Errorf("create package %s: %w", path, err), f.Discard())
 	}
-	return syncDir(filepath.Dir(path))
+	if err := f.Publish(); err != nil {
+		return fmt.Errorf("create package %s: %w", path, err)
+	}
+	return nil
 }
 
 func add(ctx context.Context, t *tar.Writer, d Device, progress Progress) error {
@@ -117,7 +111,7 @@ func add(ctx context.Context, t *tar.Writer, d Device, progress Progress) error 
 	if err != nil {
 		return err
 	}
-	err = t.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: d.Name, Size: size, Mode: 0o644, ModTime: time.Unix(0, 0), Format: tar.FormatPAX})
+	err = t.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: d.Name, Size: size, Mode: newfile.Mode, ModTime: time.Unix(0, 0), Format: tar.FormatPAX})
 	if err != nil {
 		return err
 	}
@@ -177,8 +171,11 @@ func (c *counter) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// Extract takes devices out of the archive at path; entries that are not asked for are left alone. The files have their names only once the
-// whole archive has proved intact; what was there before is then replaced, and untouched otherwise.
+// maxDevice bounds what an entry may say of its size, in bytes.
+const maxDevice = 1 << 46
+
+// Extract takes devices out of the archive at path; entries that are not asked for are left alone. The files, which only their owner can read, have their
+// names only once the whole archive has proved intact; what was there before is then replaced, and untouched otherwise.
 func Extract(ctx context.Context, path string, devices []Device, progress Progress) (err error) {
 	if err := check(devices); err != nil {
 		return err
@@ -196,14 +193,10 @@ func Extract(ctx context.Context, path string, devices []Device, progress Progre
 	if err == nil {
 		err = x.publish()
 	}
+	for _, f := range x.files {
+		err = errors.Join(err, f.Discard())
+	}
 	if err != nil {
-		for name := range x.seen {
-			if target, ok := x.wanted[name]; ok {
-				if rerr := os.Remove(target + partialSuffix); !errors.Is(rerr, os.ErrNotExist) {
-					err = errors.Join(err, rerr)
-				}
-			}
-		}
 		return fmt.Errorf("extract package %s: %w", path, err)
 	}
 	return nil
@@ -212,6 +205,7 @@ func Extract(ctx context.Context, path string, devices []Device, progress Progre
 type extraction struct {
 	wanted   map[string]string // device name to path
 	seen     map[string]bool
+	files    []*newfile.File // complete, but for their names
 	progress Progress
 }
 
@@ -221,22 +215,23 @@ func (x *extraction) read(ctx context.Context, f io.Reader) error {
 		return err
 	}
 	defer z.Close()
-	t := tar.NewReader(z)
+	content := &interruptible{ctx, z}
+	t := tar.NewReader(content)
 	for {
 		h, err := t.Next()
 		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {
-			return broken(err)
+			return broken(ctx, err)
 		}
 		if err := x.entry(ctx, h, t); err != nil {
 			return fmt.Errorf("device %.64q: %w", h.Name, err)
 		}
 	}
 	// What follows the tar archive's end is padding; reading it makes zstd check the frame.
-	if _, err := io.Copy(io.Discard, z); err != nil {
-		return broken(err)
+	if _, err := io.Copy(io.Discard, content); err != nil {
+		return broken(ctx, err)
 	}
 	for name := range x.wanted {
 		if !x.seen[name] {
@@ -246,9 +241,24 @@ func (x *extraction) read(ctx context.Context, f io.Reader) error {
 	return nil
 }
 
+// interruptible is a reader that a context ends, however much of what it reads is skipped.
+type interruptible struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (i *interruptible) Read(p []byte) (int, error) {
+	if i.ctx.Err() != nil {
+		return 0, context.Cause(i.ctx)
+	}
+	return i.r.Read(p)
+}
+
 // broken says what a reader's error means for the user.
-func broken(err error) error {
+func broken(ctx context.Context, err error) error {
 	switch {
+	case ctx.Err() != nil:
+		return err
 	case errors.Is(err, zstd.ErrMagicMismatch):
 		return fmt.Errorf("it is no .tar.zst file: %w", err)
 	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, io.EOF):
@@ -266,6 +276,9 @@ func (x *extraction) entry(ctx context.Context, h *tar.Header, r io.Reader) erro
 	if h.Typeflag != tar.TypeReg {
 		return errors.New("it is no regular file")
 	}
+	if h.Size > maxDevice {
+		return fmt.Errorf("it has %d bytes, more than any device", h.Size)
+	}
 	if x.seen[name] {
 		return errors.New("it is there twice")
 	}
@@ -274,22 +287,23 @@ func (x *extraction) entry(ctx context.Context, h *tar.Header, r io.Reader) erro
 	if !ok {
 		return nil // the tar reader skips it
 	}
-	if err := os.MkdirAll(filepath.Dir(target), 0o755); err != nil {
-		return err
-	}
-	f, err := os.Create(target + partialSuffix)
+	f, err := newfile.Create(target)
 	if err != nil {
 		return err
 	}
-	w := &counter{ctx: ctx, w: &holeWriter{f: f}, step: "Extracting " + name, total: h.Size, progress: x.progress}
-	if err = copyBlocks(w, r); err == nil {
-		err = errors.Join(f.Truncate(h.Size), f.Sync())
+	x.files = append(x.files, f)
+	w := &counter{ctx: ctx, w: &holeWriter{f: f.File}, step: "Extracting " + name, total: h.Size, progress: x.progress}
+	if err = f.Truncate(h.Size); err == nil { // which refuses what the file system cannot hold
+		err = copyBlocks(w, r)
+	}
+	if err == nil {
+		err = f.Sync()
 	}
 	var pathErr *os.PathError
-	if err != nil && !errors.As(err, &pathErr) && ctx.Err() == nil {
-		err = broken(err)
+	if err != nil && !errors.As(err, &pathErr) {
+		err = broken(ctx, err)
 	}
-	return errors.Join(err, f.Close())
+	return err
 }
 
 // copyBlocks copies in whole buffers, so that zeros are seen in whole blocks however r hands them out.
@@ -316,13 +330,10 @@ func copyBlocks(w io.Writer, r io.Reader) error {
 
 // publish gives the extracted files their names.
 func (x *extraction) publish() error {
-	for _, target := range x.wanted {
-		if err := os.Rename(target+partialSuffix, target); err != nil {
-			return err
-		}
-	}
-	for _, target := range x.wanted {
-		if err := syncDir(filepath.Dir(target)); err != nil {
+	for len(x.files) > 0 {
+		f := x.files[0]
+		x.files = x.files[1:]
+		if err := f.Publish(); err != nil {
 			return err
 		}
 	}
@@ -360,14 +371,3 @@ func (w *holeWriter) Write(p []byte) (int, error) {
 
 // isZeroBlock tells whether p starts with a block of zeros. A shorter rest is stored as it is.
 func isZeroBlock(p []byte) bool { return len(p) >= holeSize && bytes.Equal(p[:holeSize], zeroBlock[:]) }
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return fmt.Errorf("sync directory: %w", err)
-	}
-	if err := errors.Join(d.Sync(), d.Close()); err != nil {
-		return fmt.Errorf("sync directory %s: %w", path, err)
-	}
-	return nil
-}

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/klauspost/compress/zstd"
 )
@@ -159,8 +160,8 @@ func TestTruncated(t *testing.T) {
 		if b, err := os.ReadFile(target); err != nil || string(b) != "old" {
 			t.Fatalf("what was there is now %q, %v", b, err)
 		}
-		if _, err := os.Stat(target + partialSuffix); !errors.Is(err, os.ErrNotExist) {
-			t.Fatalf("a partial file stays: %v", err)
+		if left, err := filepath.Glob(filepath.Join(dir, "*config?*")); err != nil || len(left) > 0 {
+			t.Fatalf("a partial file stays: %v, %v", left, err)
 		}
 	}
 	damaged := bytes.Clone(whole)
@@ -235,6 +236,115 @@ func TestCreateFailureLeavesNothing(t *testing.T) {
 		if entries, err := os.ReadDir(dir); err != nil || len(entries) != 0 {
 			t.Errorf("%s: left behind %v, %v", name, entries, err)
 		}
+	}
+}
+
+// asNobody makes a directory that an unprivileged user owns, with links to a file of root's under every name that might be used there.
+func asNobody(t *testing.T, names ...string) (dir, victim string) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED: giving a directory to another user needs root")
+	}
+	victim = filepath.Join(t.TempDir(), "victim")
+	if err := os.WriteFile(victim, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	dir = t.TempDir()
+	for _, name := range names {
+		if err := errors.Join(os.Symlink(victim, filepath.Join(dir, name)), os.Lchown(filepath.Join(dir, name), 65534, 65534)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Chown(dir, 65534, 65534); err != nil {
+		t.Fatal(err)
+	}
+	return dir, victim
+}
+
+// Whoever owns the directory cannot have root's files overwritten, nor read what root writes there.
+func TestDirectoryOfAnother(t *testing.T) {
+	dir, victim := asNobody(t, "a.tar.zst.partial", ".a.tar.zst.partial", "config.partial", "config", "a.tar.zst")
+	source, _ := create(t)
+	devices := sample(t, t.TempDir())
+	for _, f := range []struct {
+		name string
+		do   func(path string) error
+	}{
+		{"a.tar.zst", func(path string) error { return Create(t.Context(), path, devices, nil) }},
+		{"config", func(path string) error { return Extract(t.Context(), source, []Device{{"config", path}}, nil) }},
+	} {
+		path := filepath.Join(dir, f.name)
+		old := syscall.Umask(0)
+		err := f.do(path)
+		syscall.Umask(old)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if b, err := os.ReadFile(victim); err != nil || string(b) != "precious" {
+			t.Errorf("%s: a file of root's was overwritten, or %v", f.name, err)
+		}
+		if info, err := os.Lstat(path); err != nil || info.Mode() != 0o600 {
+			t.Errorf("%s: mode %v, %v", f.name, info.Mode(), err)
+		}
+	}
+}
+
+// A file that everybody may read is replaced by one that nobody else may, and directories are made closed.
+func TestClosedToOthers(t *testing.T) {
+	old := syscall.Umask(0)
+	defer syscall.Umask(old)
+	path, _ := create(t)
+	target := filepath.Join(t.TempDir(), "config")
+	if err := os.WriteFile(target, nil, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	if err := Extract(t.Context(), path, []Device{{"config", target}, {"memory", filepath.Join(filepath.Dir(target), "sub", "memory")}}, nil); err != nil {
+		t.Fatal(err)
+	}
+	for p, want := range map[string]os.FileMode{path: 0o600, filepath.Dir(path): os.ModeDir | 0o700, target: 0o600, filepath.Join(filepath.Dir(target), "sub"): os.ModeDir | 0o700} {
+		if info, err := os.Stat(p); err != nil || info.Mode() != want {
+			t.Errorf("%s: mode %v, %v", p, info.Mode(), err)
+		}
+	}
+}
+
+// An archive of some KB that unpacks to more than anybody waits for ends with its context, also where it is only skipped; sizes that no device has are refused.
+func TestBomb(t *testing.T) {
+	zeros := func(size int64) string {
+		path := filepath.Join(t.TempDir(), "a.tar.zst")
+		f, err := os.Create(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		enc, err := zstd.NewWriter(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var head bytes.Buffer
+		if err := tar.NewWriter(&head).WriteHeader(&tar.Header{Name: "memory", Typeflag: tar.TypeReg, Size: size, Format: tar.FormatGNU}); err != nil {
+			t.Fatal(err)
+		}
+		frame := enc.EncodeAll(make([]byte, frameSize), nil)
+		if _, err := f.Write(append(enc.EncodeAll(head.Bytes(), nil), bytes.Repeat(frame, 1<<16)...)); err != nil { // 64 GiB
+			t.Fatal(err)
+		}
+		return path
+	}
+	dir := t.TempDir()
+	for name, devices := range map[string][]Device{"wanted": {{"memory", filepath.Join(dir, "memory")}}, "skipped": {{"config", filepath.Join(dir, "config")}}} {
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		err := Extract(ctx, zeros(1<<42), devices, nil)
+		cancel()
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if err := Extract(t.Context(), zeros(1<<62), []Device{{"memory", filepath.Join(dir, "memory")}}, nil); err == nil || !strings.Contains(err.Error(), "more than any device") {
+		t.Errorf("4 EiB: %v", err)
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
+		t.Errorf("left behind: %v, %v", entries, err)
 	}
 }
 

@@ -10,6 +10,8 @@ import (
 	"runtime"
 
 	"github.com/klauspost/compress/zstd"
+
+	"drafter/internal/decompress"
 )
 
 // frameSize is how much of the tar stream one zstd frame holds, in bytes. Frames are independent, so all cores compress and decompress; one after the
@@ -107,7 +109,7 @@ type frameReader struct {
 }
 
 func newFrameReader(r io.Reader) (*frameReader, error) {
-	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(0), zstd.WithDecoderMaxMemory(2*frameSize))
+	dec, err := decompress.Blocks()
 	if err != nil {
 		return nil, err
 	}
@@ -127,7 +129,7 @@ func (f *frameReader) Read(p []byte) (int, error) {
 				return 0, f.ended
 			}
 			var err error
-			if f.rest, err = zstd.NewReader(f.r); err != nil {
+			if f.rest, err = decompress.Stream(f.r); err != nil {
 				return 0, err
 			}
 			continue

@@ -12,15 +12,18 @@
 package artifact
 
 import (
+	"bufio"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/klauspost/compress/zstd"
 
 	"drafter/block"
+	"drafter/internal/decompress"
 )
 
 // Media types.
@@ -37,6 +40,7 @@ const (
 const (
 	maxConfig  = 1 << 20 // bytes
 	maxDevices = 1000
+	maxName    = 255     // bytes
 	maxSize    = 1 << 46 // bytes, of a device
 )
 
@@ -66,11 +70,16 @@ func decodeConfig(b []byte) (*config, error) {
 		return nil, fmt.Errorf("its config lists %d devices", len(c.Devices))
 	}
 	seen := map[string]bool{}
+	var sizes []int64
 	for _, d := range c.Devices {
-		if d.Size < 0 || d.Size > maxSize || seen[d.Name] {
-			return nil, fmt.Errorf("its config: device %q of %d bytes is not valid", d.Name, d.Size)
+		if d.Name == "" || len(d.Name) > maxName || d.Size < 0 || d.Size > maxSize || seen[d.Name] {
+			return nil, fmt.Errorf("its config: device %.64q of %d bytes is not valid", d.Name, d.Size)
 		}
 		seen[d.Name] = true
+		sizes = append(sizes, d.Size)
+	}
+	if err := block.CheckFits(sizes...); err != nil {
+		return nil, fmt.Errorf("its config: %w", err)
 	}
 	return &c, nil
 }
@@ -101,26 +110,42 @@ func encodeIndex(c *block.Contents, frames []frame, encoder *zstd.Encoder) []byt
 	return encoder.EncodeAll(b, nil)
 }
 
-func decodeIndex(compressed []byte, d configDevice, decoder *zstd.Decoder) (*block.Contents, []frame, error) {
-	b, err := decoder.DecodeAll(compressed, nil)
-	if err != nil {
-		return nil, nil, fmt.Errorf("index: %w", err)
-	}
-	blocks := (d.Size + block.ContentBlockSize - 1) / block.ContentBlockSize
-	if int64(len(b)) != indexHeader+blocks*indexEntry || string(b[:8]) != indexMagic || binary.LittleEndian.Uint32(b[8:]) != 1 || binary.LittleEndian.Uint64(b[16:]) != uint64(d.Size) {
-		return nil, nil, errors.New("the index is none of this device")
-	}
-	ids, frames := make([]block.ID, blocks), make([]frame, blocks)
-	for i := range blocks {
-		e := b[indexHeader+i*indexEntry:]
-		copy(ids[i][:], e)
-		frames[i] = frame{int64(binary.LittleEndian.Uint64(e[32:])), binary.LittleEndian.Uint32(e[40:])}
-		if f := frames[i]; ids[i] != (block.ID{}) && (f.off < 0 || f.off > maxSize || f.length == 0 || f.length > maxFrame) {
-			return nil, nil, fmt.Errorf("block %d of the index is at %d+%d", i, f.off, f.length)
+// indexSize is the size in bytes of the index of a device.
+func indexSize(device int64) int64 { return indexHeader + block.CountBlocks(device)*indexEntry }
+
+func decodeIndex(compressed []byte, d configDevice) (c *block.Contents, frames []frame, err error) {
+	blocks := block.CountBlocks(d.Size)
+	err = decompress.Exactly(compressed, indexSize(d.Size), func(r io.Reader) error {
+		in := bufio.NewReaderSize(r, 64<<10)
+		var b [indexHeader]byte
+		if _, err := io.ReadFull(in, b[:]); err != nil {
+			return err
 		}
-	}
-	c := block.NewContents(d.Size, ids)
-	if c.Device.String() != d.Content {
+		if string(b[:8]) != indexMagic || binary.LittleEndian.Uint32(b[8:]) != 1 || binary.LittleEndian.Uint64(b[16:]) != uint64(d.Size) {
+			return errors.New("it is none of this device")
+		}
+		ids := make([]block.ID, blocks)
+		frames = make([]frame, blocks)
+		var e [indexEntry]byte
+		for i := range blocks {
+			if _, err := io.ReadFull(in, e[:]); err != nil {
+				return err
+			}
+			copy(ids[i][:], e[:])
+			frames[i] = frame{int64(binary.LittleEndian.Uint64(e[32:])), binary.LittleEndian.Uint32(e[40:])}
+			if f := frames[i]; ids[i] != (block.ID{}) && (f.off < 0 || f.off > maxSize || f.length == 0 || f.length > maxFrame) {
+				return fmt.Errorf("block %d is at %d+%d", i, f.off, f.length)
+			}
+		}
+		c = block.NewContents(d.Size, ids)
+		return nil
+	})
+	switch {
+	case errors.Is(err, decompress.ErrSize):
+		return nil, nil, fmt.Errorf("index: %w, which is what %d blocks need", err, blocks)
+	case err != nil:
+		return nil, nil, fmt.Errorf("index: %w", err)
+	case c.Device.String() != d.Content:
 		return nil, nil, errors.New("the index has not the content that the config names")
 	}
 	return c, frames, nil

@@ -16,6 +16,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"drafter/block"
+	"drafter/internal/decompress"
 )
 
 // Package is a package in a registry. What it is does not change: it is known by its digest. Its methods are safe for concurrent use.
@@ -109,17 +110,17 @@ func open(ctx context.Context, r name.Reference) (*Package, error) {
 	if err != nil {
 		return nil, err
 	}
-	if p.decoder, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(0)); err != nil {
-		return nil, fmt.Errorf("make zstd decoder: %w", err)
+	if p.decoder, err = decompress.Blocks(); err != nil {
+		return nil, err
 	}
 	for _, cd := range c.Devices {
-		b, err := blobOf(cd.Index, 1<<20+2*cd.Size/block.ContentBlockSize*indexEntry)
+		b, err := blobOf(cd.Index, decompress.Bound(indexSize(cd.Size)))
 		if err != nil {
 			p.decoder.Close()
 			return nil, err
 		}
 		d := &device{name: cd.Name, layer: cd.Layer}
-		if d.contents, d.frames, err = decodeIndex(b, cd, p.decoder); err != nil {
+		if d.contents, d.frames, err = decodeIndex(b, cd); err != nil {
 			p.decoder.Close()
 			return nil, fmt.Errorf("device %s: %w", cd.Name, err)
 		}

@@ -26,6 +26,34 @@ func (id ID) String() string { return hex.EncodeToString(id[:]) }
 // ContentBlockSize is the size of the blocks that have content ids, whatever block size a device is tracked in, so that ids can be compared.
 const ContentBlockSize = 64 << 10
 
+// CountBlocks is how many blocks of ContentBlockSize a device of size bytes has.
+func CountBlocks(size int64) int64 {
+	n := size / ContentBlockSize
+	if size%ContentBlockSize > 0 {
+		n++
+	}
+	return n
+}
+
+// idMemory is what one content id takes of memory in all, in bytes, with where its block is and what it is read from.
+const idMemory = 128
+
+// CheckFits refuses devices of these sizes, in bytes, if their content ids alone would take more than a quarter of this host's memory. It is asked before
+// anything is made of sizes that come from elsewhere.
+func CheckFits(sizes ...int64) error {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return fmt.Errorf("find this host's memory: %w", err)
+	}
+	left := int64(info.Totalram) * int64(info.Unit) / 4 / idMemory
+	for _, size := range sizes {
+		if left -= CountBlocks(size); size < 0 || left < 0 {
+			return fmt.Errorf("devices of %d bytes and more are too large for this host: the ids of their blocks would take a quarter of its memory", size)
+		}
+	}
+	return nil
+}
+
 // Contents are the content ids of a device.
 type Contents struct {
 	Size   int64
@@ -220,21 +248,22 @@ func (d *File) stamp() ([]byte, error) {
 
 // readContents returns nil for a file that is missing, stale or damaged.
 func readContents(path string, stamp []byte, size int64) *Contents {
-	f, err := os.Open(path)
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil
 	}
 	defer f.Close()
-	c := &Contents{Size: size, Blocks: make([]ID, (size+ContentBlockSize-1)/ContentBlockSize)}
-	want := len(stamp) + len(c.Blocks)*len(ID{}) + len(ID{})
-	if info, err := f.Stat(); err != nil || info.Size() != int64(want) {
+	want := int64(len(stamp)) + (CountBlocks(size)+1)*int64(len(ID{}))
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size != want || !trusted(&st) {
 		return nil
 	}
+	c := &Contents{Size: size, Blocks: make([]ID, CountBlocks(size))}
 	b := make([]byte, want)
 	if _, err := io.ReadFull(f, b); err != nil || !bytes.Equal(b[:len(stamp)], stamp) {
 		return nil
 	}
-	body := b[:want-len(ID{})]
+	body := b[:len(b)-len(ID{})]
 	if sum := blake3.Sum256(body); !bytes.Equal(sum[:], b[len(body):]) {
 		return nil
 	}
@@ -243,4 +272,9 @@ func readContents(path string, stamp []byte, size int64) *Contents {
 	}
 	c.seal()
 	return c
+}
+
+// trusted tells whether only this user, or root, may have written a file.
+func trusted(st *unix.Stat_t) bool {
+	return (int(st.Uid) == os.Geteuid() || st.Uid == 0) && st.Mode&0o022 == 0
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
+	"drafter/internal/newfile"
 	"drafter/internal/private"
 )
 
@@ -135,23 +136,15 @@ func createOverlay(paths OverlayPaths, h *stateHeader) (err error) {
 }
 
 // Publish makes a durable file, for its owner alone, that has its name only once it is complete.
-func Publish(path string, write func(*os.File) error) (err error) {
-	f, err := private.CreateTemp(path)
+func Publish(path string, write func(*os.File) error) error {
+	f, err := newfile.Create(path)
 	if err != nil {
 		return err
 	}
-	err = errors.Join(write(f), f.Sync(), f.Close())
-	if err == nil {
-		err = os.Rename(f.Name(), path)
+	if err := write(f.File); err != nil {
+		return errors.Join(err, f.Discard())
 	}
-	if err != nil {
-		return errors.Join(err, os.Remove(f.Name()))
-	}
-	d, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return f.Publish()
 }
 
 func openOverlayFiles(paths OverlayPaths) (*stateFile, *overlayFile, error) {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -219,5 +220,102 @@ func TestPulledTwice(t *testing.T) {
 	entries, err := os.ReadDir(filepath.Dir(path))
 	if err != nil || len(entries) != 2 {
 		t.Errorf("%d files are left, %v; want the device and its contents", len(entries), err)
+	}
+}
+
+// A file that is being pulled is this user's alone: links that lie in wait for it, and files that another could change behind our back, are refused.
+func TestPulledIsClosed(t *testing.T) {
+	old := syscall.Umask(0)
+	defer syscall.Umask(old)
+	_, remote := newOrigin(t, 4)
+	victim := filepath.Join(t.TempDir(), "victim")
+	if err := os.WriteFile(victim, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, lie := range map[string]func(partial string) error{
+		"link":      func(p string) error { return os.Symlink(victim, p) },
+		"hard link": func(p string) error { return os.Link(victim, p) },
+		"fifo":      func(p string) error { return syscall.Mkfifo(p, 0o600) },
+		"writable":  func(p string) error { return os.WriteFile(p, nil, 0o666) },
+		"another's": func(p string) error {
+			if os.Geteuid() != 0 {
+				return os.Symlink(victim, p)
+			}
+			return errors.Join(os.WriteFile(p, nil, 0o600), os.Chown(p, 65534, 65534))
+		},
+	} {
+		path := filepath.Join(t.TempDir(), "disk")
+		if err := lie(partialPath(path)); err != nil {
+			t.Fatal(err)
+		}
+		if d, err := OpenPulled(t.Context(), path, remote); err == nil {
+			t.Errorf("%s: it was opened", name)
+			_ = d.Close()
+		}
+		if b, err := os.ReadFile(victim); err != nil || string(b) != "precious" {
+			t.Errorf("%s: a file was overwritten, or %v", name, err)
+		}
+	}
+	path := filepath.Join(t.TempDir(), "made", "disk")
+	d := openPulled(t, path, remote)
+	if err := d.Fill(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	for p, want := range map[string]os.FileMode{path: 0o600, filepath.Dir(path): os.ModeDir | 0o700} {
+		if info, err := os.Stat(p); err != nil || info.Mode() != want {
+			t.Errorf("%s: mode %v, %v", p, info.Mode(), err)
+		}
+	}
+}
+
+// Content ids that another has laid beside a base are not believed, nor waited for.
+func TestForgedContents(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(path, bytes.Repeat([]byte("data"), ContentBlockSize), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	genuine, err := FileContents(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := OpenFile(path, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	stamp, err := d.stamp()
+	if err != nil {
+		t.Fatal(err)
+	}
+	forged := NewContents(genuine.Size, make([]ID, len(genuine.Blocks)))
+	if err := forged.keep(contentsPath(path), stamp); err != nil {
+		t.Fatal(err)
+	}
+	elsewhere := filepath.Join(t.TempDir(), "forged")
+	for name, lie := range map[string]func() error{
+		"link":     func() error { return os.Symlink(elsewhere, contentsPath(path)) },
+		"fifo":     func() error { return syscall.Mkfifo(contentsPath(path), 0o600) },
+		"writable": func() error { return errors.Join(os.Link(elsewhere, contentsPath(path)), os.Chmod(elsewhere, 0o666)) },
+	} {
+		if err := errors.Join(forged.keep(elsewhere, stamp), os.Remove(contentsPath(path)), lie()); err != nil {
+			t.Fatal(err)
+		}
+		if c := readContents(contentsPath(path), stamp, d.Size()); c != nil {
+			t.Errorf("%s: it was believed", name)
+		}
+	}
+	if got, err := FileContents(t.Context(), path); err != nil || got.Device != genuine.Device {
+		t.Errorf("the true ids: %v", err)
+	}
+}
+
+func TestCheckFits(t *testing.T) {
+	for _, c := range []struct {
+		sizes []int64
+		fits  bool
+	}{{nil, true}, {[]int64{0, 1, 1 << 30}, true}, {[]int64{1 << 62}, false}, {[]int64{1<<63 - 1}, false}, {[]int64{-1}, false}, {[]int64{1 << 46, 1 << 46, 1 << 46, 1 << 46}, false}} {
+		if err := CheckFits(c.sizes...); (err == nil) != c.fits {
+			t.Errorf("%v: %v", c.sizes, err)
+		}
 	}
 }

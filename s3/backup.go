@@ -9,6 +9,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"drafter/block"
+	"drafter/internal/decompress"
 )
 
 // ErrNone says that nothing is kept at a place yet.
@@ -44,13 +45,13 @@ func (s *Store) Latest(ctx context.Context) (*Backup, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", s.place, err)
 	}
-	decoder, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(0), zstd.WithDecoderMaxMemory(maxDevice/block.ContentBlockSize*indexEntry))
+	decoder, err := decompress.Blocks()
 	if err != nil {
-		return nil, fmt.Errorf("make zstd decoder: %w", err)
+		return nil, err
 	}
 	b := &Backup{Moment: m.Moment, Generation: m.Generation, store: s, etag: etag, decoder: decoder}
 	for _, md := range m.Devices {
-		limit := int64(indexHeader) + md.Size/block.ContentBlockSize*(indexEntry+16) + 1<<16
+		limit := decompress.Bound(maxIndex(md.Size))
 		err := s.try(ctx, attempts, func(ctx context.Context) (err error) {
 			data, _, err = s.get(ctx, "index/"+md.Index.String(), 0, 0, limit)
 			return err
@@ -58,7 +59,7 @@ func (s *Store) Latest(ctx context.Context) (*Backup, error) {
 		if err != nil {
 			return nil, errors.Join(s.explain(err), b.Close())
 		}
-		d, err := decodeIndex(data, md, decoder)
+		d, err := decodeIndex(data, md)
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("%s: device %s: %w", s.place, md.Name, err), b.Close())
 		}

@@ -1,10 +1,13 @@
 package s3
 
 import (
+	"bufio"
+	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"time"
 
 	"github.com/google/uuid"
@@ -12,6 +15,7 @@ import (
 	"github.com/zeebo/blake3"
 
 	"drafter/block"
+	"drafter/internal/decompress"
 )
 
 const (
@@ -19,6 +23,7 @@ const (
 	manifestFormat = "drafter-devices"
 	maxManifest    = 1 << 20 // bytes
 	maxDevices     = 1000
+	maxName        = 255     // bytes
 	maxDevice      = 1 << 46 // bytes, of one device
 )
 
@@ -55,11 +60,16 @@ func decodeManifest(b []byte) (*manifest, error) {
 		return nil, fmt.Errorf("%s lists %d devices", manifestName, len(m.Devices))
 	}
 	seen := map[string]bool{}
+	var sizes []int64
 	for _, d := range m.Devices {
-		if d.Size < 0 || d.Size > maxDevice || d.Name == "" || seen[d.Name] {
-			return nil, fmt.Errorf("%s: device %q of %d bytes is not valid", manifestName, d.Name, d.Size)
+		if d.Size < 0 || d.Size > maxDevice || d.Name == "" || len(d.Name) > maxName || seen[d.Name] {
+			return nil, fmt.Errorf("%s: device %.64q of %d bytes is not valid", manifestName, d.Name, d.Size)
 		}
 		seen[d.Name] = true
+		sizes = append(sizes, d.Size)
+	}
+	if err := block.CheckFits(sizes...); err != nil {
+		return nil, fmt.Errorf("%s: %w", manifestName, err)
 	}
 	return &m, nil
 }
@@ -119,41 +129,79 @@ func encodeIndex(d *device, encoder *zstd.Encoder) []byte {
 	return encoder.EncodeAll(b, nil)
 }
 
+// maxIndex bounds the size of the index of a device, in bytes: every block may be of a pack of its own.
+func maxIndex(device int64) int64 { return indexHeader + block.CountBlocks(device)*(indexEntry+16) }
+
 // decodeIndex checks an index against its line of the manifest.
-func decodeIndex(compressed []byte, m manifestDevice, decoder *zstd.Decoder) (*device, error) {
+func decodeIndex(compressed []byte, m manifestDevice) (*device, error) {
 	if sum := blake3.Sum256(compressed); fmt.Sprintf("%x", sum) != m.Sum {
 		return nil, errors.New("the index is not the one that the manifest names")
 	}
-	b, err := decoder.DecodeAll(compressed, nil)
+	blocks := block.CountBlocks(m.Size)
+	packs, err := countPacks(compressed, m.Size)
 	if err != nil {
 		return nil, fmt.Errorf("index: %w", err)
 	}
-	blocks := (m.Size + block.ContentBlockSize - 1) / block.ContentBlockSize
-	if len(b) < indexHeader || string(b[:8]) != indexMagic || binary.LittleEndian.Uint32(b[8:]) != 1 || binary.LittleEndian.Uint64(b[16:]) != uint64(m.Size) {
-		return nil, errors.New("the index is none of this device")
+	d := &device{name: m.Name, index: m.Index, sum: m.Sum}
+	err = decompress.Exactly(compressed, indexHeader+packs*16+blocks*indexEntry, func(r io.Reader) error { return d.read(r, m.Size, packs) })
+	switch {
+	case errors.Is(err, decompress.ErrSize):
+		return nil, fmt.Errorf("index: %w, which is what %d blocks in %d packs need", err, blocks, packs)
+	case err != nil:
+		return nil, fmt.Errorf("index: %w", err)
+	case d.contents.Device.String() != m.Content:
+		return nil, errors.New("the index has not the content that the manifest names")
+	}
+	return d, nil
+}
+
+// countPacks reads an index' header.
+func countPacks(compressed []byte, size int64) (int64, error) {
+	r, err := decompress.Stream(bytes.NewReader(compressed))
+	if err != nil {
+		return 0, err
+	}
+	defer r.Close()
+	var b [indexHeader]byte
+	if _, err := io.ReadFull(r, b[:]); err != nil {
+		return 0, err
 	}
 	packs := int64(binary.LittleEndian.Uint32(b[12:]))
-	if int64(len(b)) != indexHeader+packs*16+blocks*indexEntry {
-		return nil, fmt.Errorf("the index has %d bytes", len(b))
+	if string(b[:8]) != indexMagic || binary.LittleEndian.Uint32(b[8:]) != 1 || binary.LittleEndian.Uint64(b[16:]) != uint64(size) || packs > block.CountBlocks(size) {
+		return 0, errors.New("it is none of this device")
 	}
-	d := &device{name: m.Name, index: m.Index, sum: m.Sum, where: make([]location, blocks)}
-	ids := make([]block.ID, blocks)
-	entries := b[indexHeader+packs*16:]
-	for i := range blocks {
-		e := entries[i*indexEntry:]
-		copy(ids[i][:], e)
+	return packs, nil
+}
+
+// read decodes an index whose header is known.
+func (d *device) read(r io.Reader, size, packs int64) error {
+	in := bufio.NewReaderSize(r, 64<<10)
+	if _, err := in.Discard(indexHeader); err != nil {
+		return err
+	}
+	names := make([]uuid.UUID, packs)
+	for i := range names {
+		if _, err := io.ReadFull(in, names[i][:]); err != nil {
+			return err
+		}
+	}
+	ids := make([]block.ID, block.CountBlocks(size))
+	d.where = make([]location, len(ids))
+	var e [indexEntry]byte
+	for i := range ids {
+		if _, err := io.ReadFull(in, e[:]); err != nil {
+			return err
+		}
+		copy(ids[i][:], e[:])
 		pack, off, length := binary.LittleEndian.Uint32(e[32:]), binary.LittleEndian.Uint32(e[36:]), binary.LittleEndian.Uint32(e[40:])
 		if ids[i] == (block.ID{}) {
 			continue
 		}
 		if int64(pack) >= packs || length == 0 || length > block.ContentBlockSize || off > maxPack {
-			return nil, fmt.Errorf("block %d of the index is at %d+%d of pack %d", i, off, length, pack)
+			return fmt.Errorf("block %d is at %d+%d of pack %d", i, off, length, pack)
 		}
-		d.where[i] = location{uuid.UUID(b[indexHeader+int64(pack)*16:][:16]), off, length}
+		d.where[i] = location{names[pack], off, length}
 	}
-	d.contents = block.NewContents(m.Size, ids)
-	if d.contents.Device.String() != m.Content {
-		return nil, errors.New("the index has not the content that the manifest names")
-	}
-	return d, nil
+	d.contents = block.NewContents(size, ids)
+	return nil
 }

@@ -175,7 +175,7 @@ func TestStrangersDirectory(t *testing.T) {
 		}
 	}
 	link(".pkg.lock")
-	if _, err := New(map[string]string{"config": filepath.Join(dir, "pkg/config.json")}, ""); err == nil || !strings.Contains(err.Error(), "symbolic link of user 65534") {
+	if _, err := New(map[string]string{"config": filepath.Join(dir, "pkg/config.json")}, ""); err == nil {
 		t.Errorf("a lock that is a stranger's link: %v", err)
 	}
 	link("config.json.partial")

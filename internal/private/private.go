@@ -31,7 +31,11 @@ func Trusted(uid uint32) bool {
 
 // Open opens an existing regular file, block device or directory, with flags of open(2).
 func Open(path string, flags int) (*os.File, error) {
-	dir, base, err := walk(path, false)
+	return open(path, flags, followLast)
+}
+
+func open(path string, flags int, how walking) (*os.File, error) {
+	dir, base, err := walk(path, how)
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}
 	}
@@ -74,7 +78,7 @@ func file(fd int, path string, err error) (*os.File, error) {
 // Create makes a new file, open for reading and writing. It fails with [os.ErrExist] if there is one.
 // Directories that are missing are made.
 func Create(path string) (*os.File, error) {
-	dir, base, err := walk(path, true)
+	dir, base, err := walk(path, makeMissing)
 	if err != nil {
 		return nil, &os.PathError{Op: "create", Path: path, Err: err}
 	}
@@ -97,14 +101,14 @@ func CreateTemp(path string) (*os.File, error) {
 }
 
 // CreateOrOpen opens the file at path for reading and writing, and makes it if there is none. A file
-// that another user made, or that has a second name, is refused.
+// that another user made or may write to, that has a second name, or that is a link, is refused.
 func CreateOrOpen(path string) (*os.File, error) {
 	for {
 		f, err := Create(path)
 		if !errors.Is(err, os.ErrExist) {
 			return f, err
 		}
-		f, err = Open(path, unix.O_RDWR)
+		f, err = open(path, unix.O_RDWR, 0)
 		if errors.Is(err, os.ErrNotExist) {
 			continue // removed just now
 		}
@@ -123,17 +127,24 @@ func CreateOrOpen(path string) (*os.File, error) {
 
 // MkdirAll makes a directory and those above it that are missing.
 func MkdirAll(path string) error {
-	dir, _, err := walk(path+"/.", true)
+	dir, _, err := walk(path+"/.", makeMissing)
 	if err != nil {
 		return &os.PathError{Op: "mkdir", Path: path, Err: err}
 	}
 	return unix.Close(dir)
 }
 
+// walking says how to walk a path.
+type walking int
+
+const (
+	followLast  walking = 1 << iota // follow a link at the end, too
+	makeMissing                     // make directories that are missing
+)
+
 // walk opens the directory that the last name of a path is in (O_PATH of open(2)), and returns it
-// with that name. It follows links that it may, also at the end, and with make makes directories that
-// are missing. The name of a directory is ".".
-func walk(path string, make bool) (dir int, base string, err error) {
+// with that name. It follows links that it may. The name of a directory is ".".
+func walk(path string, how walking) (dir int, base string, err error) {
 	directory := strings.HasSuffix(path, "/.")
 	if path, err = filepath.Abs(path); err != nil {
 		return -1, "", err
@@ -160,12 +171,15 @@ func walk(path string, make bool) (dir int, base string, err error) {
 			names = names[1:]
 			continue
 		}
+		if last && links == 0 && how&followLast == 0 {
+			return dir, name, nil
+		}
 		fd, err := unix.Openat(dir, name, flags, 0)
 		if errors.Is(err, unix.ENOENT) {
 			if last {
 				return dir, name, nil
 			}
-			if make {
+			if how&makeMissing != 0 {
 				fd, err = mkdir(dir, name)
 			}
 		}
@@ -273,14 +287,15 @@ func CheckDir(path string) error {
 	}
 }
 
-// CheckOwner refuses an open file that a user made who is not trusted, or that has a second name.
+// CheckOwner refuses an open file that a user made who is not trusted, that others may write to, or that
+// has a second name.
 func CheckOwner(f *os.File) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
 		return &os.PathError{Op: "stat", Path: f.Name(), Err: err}
 	}
-	if !Trusted(st.Uid) || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink > 1 {
-		return fmt.Errorf("%s is not a file of this program (it belongs to user %d); remove it", f.Name(), st.Uid)
+	if !Trusted(st.Uid) || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink > 1 || st.Mode&0o022 != 0 {
+		return fmt.Errorf("%s is not a file of this program's alone (it belongs to user %d, mode %04o, %d names); remove it", f.Name(), st.Uid, st.Mode&0o7777, st.Nlink)
 	}
 	return nil
 }

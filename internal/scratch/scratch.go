@@ -1,0 +1,190 @@
+// Package scratch makes directories for what is in the making: closed to other users, and gone with their owner. What a killed owner leaves is removed when the
+// next one makes a directory of the same kind at the same place.
+package scratch
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"drafter/internal/lockfile"
+)
+
+// lockName is the file that says whether a directory's owner lives. Nobody else can make one there: the directory is 0700 and its owner's.
+const lockName = ".drafter-scratch"
+
+// Dir is a directory of our own.
+type Dir struct {
+	parent *os.Root
+	root   *os.File // names the very directory, wherever others move it
+	name   string
+	lock   *os.File
+}
+
+// New makes a directory in parent, whose name begins with prefix and cannot be foreseen. Close removes it.
+func New(parent, prefix string) (_ *Dir, err error) {
+	d := &Dir{name: prefix + rand.Text()}
+	if d.parent, err = os.OpenRoot(parent); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("make directory in %s: %w", parent, err), d.parent.Close())
+		}
+	}()
+	if err := sweep(d.parent, prefix); err != nil {
+		return nil, err
+	}
+	if err := d.parent.Mkdir(d.name, 0o700); err != nil {
+		return nil, err
+	}
+	if d.root, err = openOwn(d.parent, d.name); err != nil {
+		return nil, err
+	}
+	if err := d.mark(); err != nil {
+		return nil, errors.Join(err, d.root.Close(), d.parent.Remove(d.name))
+	}
+	return d, nil
+}
+
+// mark makes the lock.
+func (d *Dir) mark() error {
+	if err := d.root.Chmod(0o700); err != nil {
+		return err
+	}
+	fd, err := unix.Openat(int(d.root.Fd()), lockName, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return fmt.Errorf("create lock: %w", err)
+	}
+	d.lock = os.NewFile(uintptr(fd), lockName)
+	if err := lockfile.Exclusive(d.lock); err != nil {
+		return errors.Join(err, d.lock.Close(), unix.Unlinkat(int(d.root.Fd()), lockName, 0))
+	}
+	return nil
+}
+
+// Path is that of a file in the directory, for processes of the same user. It holds whatever others do to the names above, until Close.
+func (d *Dir) Path(name string) string {
+	return filepath.Join(fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), d.root.Fd()), name)
+}
+
+// Move gives what is there under name its place beside the directory. It replaces an empty directory, and nothing else.
+func (d *Dir) Move(name, to string) error {
+	parent, err := d.parent.Open(".")
+	if err != nil {
+		return err
+	}
+	defer parent.Close()
+	err = unix.Renameat2(int(d.root.Fd()), name, int(parent.Fd()), to, unix.RENAME_NOREPLACE)
+	if errors.Is(err, unix.EEXIST) {
+		if err = unix.Unlinkat(int(parent.Fd()), to, unix.AT_REMOVEDIR); err == nil {
+			err = unix.Renameat2(int(d.root.Fd()), name, int(parent.Fd()), to, unix.RENAME_NOREPLACE)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("rename to %s: %w", filepath.Join(d.parent.Name(), to), err)
+	}
+	return parent.Sync()
+}
+
+// Close removes the directory and all in it.
+func (d *Dir) Close() error {
+	err := empty(d.root)
+	if err == nil {
+		err = d.parent.Remove(d.name)
+	}
+	return errors.Join(err, d.lock.Close(), d.root.Close(), d.parent.Close())
+}
+
+// errForeign says that a directory is not this user's alone.
+var errForeign = errors.New("it is another one's directory")
+
+// openOwn opens a directory, if it is this user's and closed to others.
+func openOwn(parent *os.Root, name string) (*os.File, error) {
+	f, err := parent.OpenFile(name, unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, err
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	if int(st.Uid) != os.Geteuid() || st.Mode&0o077 != 0 {
+		return nil, errors.Join(fmt.Errorf("%s: %w", name, errForeign), f.Close())
+	}
+	return f, nil
+}
+
+// sweep removes the directories whose owners are gone. Others' are left alone.
+func sweep(parent *os.Root, prefix string) error {
+	entries, err := fs.ReadDir(parent.FS(), ".")
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if !strings.HasPrefix(e.Name(), prefix) || !e.IsDir() {
+			continue
+		}
+		if err := sweepOne(parent, e.Name()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func sweepOne(parent *os.Root, name string) (err error) {
+	root, err := openOwn(parent, name)
+	if errors.Is(err, errForeign) || errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, root.Close()) }()
+	fd, err := unix.Openat(int(root.Fd()), lockName, unix.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil // its owner is about to mark it, or it is none of ours
+	}
+	lock := os.NewFile(uintptr(fd), lockName)
+	defer func() { err = errors.Join(err, lock.Close()) }()
+	if lockfile.Exclusive(lock) != nil {
+		return nil // its owner lives
+	}
+	if err := empty(root); err != nil {
+		return fmt.Errorf("remove what a killed process left in %s: %w", name, err)
+	}
+	if err := parent.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// empty removes all that is in an open directory, the lock last: whoever is killed meanwhile leaves it to the next.
+func empty(dir *os.File) error {
+	root, err := os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", dir.Fd()))
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	entries, err := fs.ReadDir(root.FS(), ".")
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.Name() != lockName {
+			if err := root.RemoveAll(e.Name()); err != nil {
+				return err
+			}
+		}
+	}
+	if err := root.Remove(lockName); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
