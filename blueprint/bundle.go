@@ -1,6 +1,7 @@
 package blueprint
 
 import (
+	"archive/tar"
 	"bufio"
 	"bytes"
 	"cmp"
@@ -14,39 +15,56 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 	archive "github.com/moby/go-archive"
 	"github.com/moby/go-archive/chrootarchive"
 	"github.com/moby/sys/user"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
+	"drafter/internal/decompress"
 	"drafter/internal/guest"
+	"drafter/internal/newfile"
+	"drafter/internal/scratch"
 )
 
+// Limits bound what an image may become: some KB of a stranger's can unpack to any size.
+type Limits struct {
+	Bytes int64 // of all files of all layers; 0 for 64 GiB
+	Files int64 // with the directories that their names need; 0 for 4 million
+}
+
 // BuildOCI makes an ext4 image that holds the OCI runtime bundle of an image. See [UnpackOCI] and [PackOCI] for its halves.
-func BuildOCI(ctx context.Context, image v1.Image, c Ext4Config) (err error) {
-	work, err := os.MkdirTemp("", "drafter-bundle-")
+func BuildOCI(ctx context.Context, image v1.Image, limits Limits, c Ext4Config) (err error) {
+	work, err := scratch.New(os.TempDir(), "drafter-bundle-")
 	if err != nil {
-		return fmt.Errorf("create work directory: %w", err)
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(work)) }()
-	if err := UnpackOCI(ctx, image, work, c.Progress); err != nil {
 		return err
 	}
-	c.Source = work
+	defer func() { err = errors.Join(err, work.Close()) }()
+	if err := makeBundle(ctx, image, work.Path("bundle"), limits, c.Progress); err != nil {
+		return err
+	}
+	c.Source = work.Path("bundle")
 	return PackOCI(ctx, c)
 }
 
 // defaultBundleFree is the room a packed bundle has for the container's own data.
 const defaultBundleFree = 512 << 20
 
-// PackOCI makes an ext4 image of the bundle in c.Source, after checking that it is one.
+// PackOCI makes an ext4 image of the bundle in c.Source, after checking that it is one, and that nobody can change it meanwhile: a link that takes a file's
+// place would bring any file of the host into the image.
 func PackOCI(ctx context.Context, c Ext4Config) error {
-	raw, err := os.ReadFile(filepath.Join(c.Source, "config.json"))
+	for _, dir := range []string{c.Source, filepath.Join(c.Source, "rootfs")} {
+		if err := checkOwner(dir, os.Getenv("SUDO_UID")); err != nil {
+			return fmt.Errorf("%s is no OCI bundle to pack: %w", c.Source, err)
+		}
+	}
+	raw, err := readRegular(filepath.Join(c.Source, "config.json"), maxBundleConfig)
 	if err != nil {
 		return fmt.Errorf("%s is no OCI bundle: %w", c.Source, err)
 	}
@@ -57,21 +75,75 @@ func PackOCI(ctx context.Context, c Ext4Config) error {
 	if spec.Process == nil || len(spec.Process.Args) == 0 {
 		return fmt.Errorf("%s names no command in process.args", filepath.Join(c.Source, "config.json"))
 	}
-	if info, err := os.Stat(filepath.Join(c.Source, "rootfs")); err != nil || !info.IsDir() {
-		return fmt.Errorf("%s is no OCI bundle: it has no directory rootfs", c.Source)
-	}
 	c.Label = cmp.Or(c.Label, "drafter-oci")
 	c.Free = cmp.Or(c.Free, defaultBundleFree)
 	return MakeExt4(ctx, c)
 }
 
-// UnpackOCI makes an OCI runtime bundle of an image: dir/rootfs and dir/config.json. It needs root. dir must be empty or not exist.
-func UnpackOCI(ctx context.Context, image v1.Image, dir string, progress Progress) error {
-	rootfs := filepath.Join(dir, "rootfs")
+// maxBundleConfig bounds a bundle's config.json, in bytes.
+const maxBundleConfig = 16 << 20
+
+// checkOwner refuses what is no directory, or one that others than root, this user and the one with the id also may write to.
+func checkOwner(dir, also string) error {
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		return fmt.Errorf("there is no directory %s", filepath.Base(dir))
+	}
+	owner := strconv.Itoa(int(st.Uid))
+	if st.Uid != 0 && int(st.Uid) != os.Geteuid() && owner != also {
+		return fmt.Errorf("it belongs to user %s, who could change it meanwhile; copy it to a directory of your own", owner)
+	}
+	if st.Mode&0o002 != 0 {
+		return errors.New("everybody can write to it; 'chmod o-w' it")
+	}
+	return nil
+}
+
+// readRegular reads a regular file of at most limit bytes, and nothing that a link leads to.
+func readRegular(path string, limit int64) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() || info.Size() > limit {
+		return nil, fmt.Errorf("%s is no regular file of at most %d bytes", path, limit)
+	}
+	return io.ReadAll(io.LimitReader(f, limit))
+}
+
+// UnpackOCI makes an OCI runtime bundle of an image: dir/rootfs and dir/config.json. It needs root. dir must be empty or not exist. It is closed to other users:
+// there are setuid programs and devices of a stranger's in it. It is there once it is complete; a failure leaves nothing.
+func UnpackOCI(ctx context.Context, image v1.Image, dir string, limits Limits, progress Progress) (err error) {
+	dir = filepath.Clean(dir)
 	if entries, err := os.ReadDir(dir); err == nil && len(entries) > 0 {
 		return fmt.Errorf("unpack image: directory %s is not empty; remove it or name another", dir)
 	}
-	if err := os.MkdirAll(rootfs, 0o755); err != nil {
+	if err := newfile.MkdirAll(filepath.Dir(dir)); err != nil {
+		return fmt.Errorf("unpack image: %w", err)
+	}
+	work, err := scratch.New(filepath.Dir(dir), "."+filepath.Base(dir)+".unpacking-")
+	if err != nil {
+		return fmt.Errorf("unpack image: %w", err)
+	}
+	defer func() { err = errors.Join(err, work.Close()) }()
+	if err := makeBundle(ctx, image, work.Path("bundle"), limits, progress); err != nil {
+		return err
+	}
+	if err := work.Move("bundle", filepath.Base(dir)); err != nil {
+		return fmt.Errorf("unpack image: %w", err)
+	}
+	return nil
+}
+
+// makeBundle makes the bundle in dir, a new directory in one that is closed to others.
+func makeBundle(ctx context.Context, image v1.Image, dir string, limits Limits, progress Progress) error {
+	rootfs := filepath.Join(dir, "rootfs")
+	if err := errors.Join(os.Mkdir(dir, 0o700), os.Mkdir(rootfs, 0o755), os.Chmod(rootfs, 0o755)); err != nil {
 		return fmt.Errorf("unpack image: %w", err)
 	}
 	config, err := image.ConfigFile()
@@ -88,14 +160,18 @@ func UnpackOCI(ctx context.Context, image v1.Image, dir string, progress Progres
 		if err != nil {
 			return fmt.Errorf("read image layers: %w", err)
 		}
+		if size < 0 || size > 1<<62-total {
+			return fmt.Errorf("the image is damaged: it has a layer of %d bytes", size)
+		}
 		total += size
 	}
 	if len(config.RootFS.DiffIDs) != len(layers) {
 		return fmt.Errorf("the image is damaged: it has %d layers, its config names %d", len(layers), len(config.RootFS.DiffIDs))
 	}
+	left := Limits{cmp.Or(limits.Bytes, 64<<30), cmp.Or(limits.Files, 4_000_000)}
 	for i, l := range layers {
 		count := func(n int) { done += int64(n); progress.report("Pulling image", min(done, total-1), total) }
-		if err := unpackLayer(ctx, l, config.RootFS.DiffIDs[i], rootfs, count); err != nil {
+		if err := unpackLayer(ctx, l, config.RootFS.DiffIDs[i], rootfs, &left, count); err != nil {
 			return fmt.Errorf("unpack layer %d of %d: %w", i+1, len(layers), err)
 		}
 	}
@@ -108,7 +184,7 @@ func UnpackOCI(ctx context.Context, image v1.Image, dir string, progress Progres
 	if err != nil {
 		return fmt.Errorf("encode bundle config: %w", err)
 	}
-	if err := os.WriteFile(filepath.Join(dir, "config.json"), append(b, '\n'), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "config.json"), append(b, '\n'), 0o600); err != nil {
 		return fmt.Errorf("write bundle config: %w", err)
 	}
 	return nil
@@ -116,7 +192,7 @@ func UnpackOCI(ctx context.Context, image v1.Image, dir string, progress Progres
 
 // unpackLayer applies a layer to rootfs: whiteouts, hard links, owners, modes, extended attributes, device nodes. It runs in a chroot, so that
 // no symbolic link leads out of it, and checks the layer's content against its id in the image's config.
-func unpackLayer(ctx context.Context, layer v1.Layer, id v1.Hash, rootfs string, count func(int)) (err error) {
+func unpackLayer(ctx context.Context, layer v1.Layer, id v1.Hash, rootfs string, left *Limits, count func(int)) (err error) {
 	compressed, err := layer.Compressed()
 	if err != nil {
 		return err
@@ -128,8 +204,20 @@ func unpackLayer(ctx context.Context, layer v1.Layer, id v1.Hash, rootfs string,
 	}
 	defer func() { err = errors.Join(err, plain.Close()) }()
 	hash := sha256.New()
-	tee := io.TeeReader(plain, hash)
-	if _, err := chrootarchive.ApplyUncompressedLayer(rootfs, tee, &archive.TarOptions{}); err != nil {
+	tee := io.TeeReader(&boundedReader{ctx, plain, left.Bytes + left.Files*4096}, hash)
+	checked, w := io.Pipe()
+	var g errgroup.Group
+	g.Go(func() error {
+		err := left.check(ctx, w, tar.NewReader(tee))
+		_ = w.CloseWithError(err) // which never fails
+		return err
+	})
+	_, err = chrootarchive.ApplyUncompressedLayer(rootfs, checked, &archive.TarOptions{})
+	_ = checked.CloseWithError(errUnpacked) // neither
+	if cerr := g.Wait(); cerr != nil && !errors.Is(cerr, errUnpacked) {
+		return cerr
+	}
+	if err != nil {
 		return err
 	}
 	if _, err := io.Copy(io.Discard, tee); err != nil { // padding behind the archive's end
@@ -139,6 +227,82 @@ func unpackLayer(ctx context.Context, layer v1.Layer, id v1.Hash, rootfs string,
 		return fmt.Errorf("its content is damaged: sha256:%s instead of %s", got, id)
 	}
 	return nil
+}
+
+// errUnpacked ends the check of a layer whose unpacking has ended.
+var errUnpacked = errors.New("unpacking has ended")
+
+// maxPath bounds a name in a layer, in bytes (PATH_MAX of Linux).
+const maxPath = 4096
+
+// check copies a layer's tar archive to w, entry by entry, each only once it is within what is left. A header can promise any size, and a sparse file is of that
+// size, however short the archive: so what unpacks sees no header but those written here.
+func (l *Limits) check(ctx context.Context, w io.Writer, r *tar.Reader) error {
+	out := tar.NewWriter(w)
+	for {
+		h, err := r.Next()
+		if errors.Is(err, io.EOF) {
+			return out.Close()
+		}
+		if err != nil {
+			return err
+		}
+		if h.Typeflag == tar.TypeXGlobalHeader {
+			continue // a comment
+		}
+		if len(h.Name) > maxPath || len(h.Linkname) > maxPath {
+			return fmt.Errorf("a name in it has more than %d bytes", maxPath)
+		}
+		l.Files -= 1 + int64(strings.Count(h.Name, "/"))
+		if l.Files < 0 {
+			return errors.New("the image has more files than are allowed; see --max-files")
+		}
+		if h.Size > l.Bytes {
+			return errors.New("the image unpacks to more bytes than are allowed; see --max-unpacked")
+		}
+		l.Bytes -= h.Size
+		if h.Typeflag == tar.TypeGNUSparse {
+			h.Typeflag = tar.TypeReg // it is read as a whole
+		}
+		h.Format = tar.FormatPAX
+		if err := out.WriteHeader(h); err != nil {
+			return fmt.Errorf("%.64q: %w", h.Name, err)
+		}
+		if _, err := io.Copy(out, &interruptible{ctx, r}); err != nil {
+			return err
+		}
+	}
+}
+
+// interruptible is a reader that a context ends.
+type interruptible struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (i *interruptible) Read(p []byte) (int, error) {
+	if i.ctx.Err() != nil {
+		return 0, context.Cause(i.ctx)
+	}
+	return i.r.Read(p)
+}
+
+// boundedReader fails behind so many bytes, or when its context ends.
+type boundedReader struct {
+	ctx  context.Context
+	r    io.Reader
+	left int64
+}
+
+func (b *boundedReader) Read(p []byte) (int, error) {
+	if b.ctx.Err() != nil {
+		return 0, context.Cause(b.ctx)
+	}
+	n, err := b.r.Read(p)
+	if b.left -= int64(n); b.left < 0 {
+		return 0, errors.New("the layer unpacks to more bytes than are allowed; see --max-unpacked")
+	}
+	return n, err
 }
 
 type countingReader struct {
@@ -167,7 +331,7 @@ func decompressLayer(r io.Reader) (io.ReadCloser, error) {
 	case bytes.HasPrefix(magic, []byte("\x1f\x8b")):
 		return gzip.NewReader(b)
 	case bytes.Equal(magic, []byte("\x28\xb5\x2f\xfd")):
-		d, err := zstd.NewReader(b)
+		d, err := decompress.Stream(b)
 		if err != nil {
 			return nil, err
 		}

@@ -97,7 +97,7 @@ var runTrue = v1.Config{Cmd: []string{"/bin/true"}}
 func unpack(t *testing.T, image v1.Image) string {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "bundle")
-	if err := UnpackOCI(context.Background(), image, dir, nil); err != nil {
+	if err := UnpackOCI(context.Background(), image, dir, Limits{}, nil); err != nil {
 		t.Fatal(err)
 	}
 	return filepath.Join(dir, "rootfs")
@@ -196,7 +196,7 @@ func TestLayersStayInside(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			// Refusing the layer and keeping it inside are both fine.
-			if err := UnpackOCI(context.Background(), imageOf(t, runTrue, layers...), filepath.Join(t.TempDir(), "bundle"), nil); err != nil {
+			if err := UnpackOCI(context.Background(), imageOf(t, runTrue, layers...), filepath.Join(t.TempDir(), "bundle"), Limits{}, nil); err != nil {
 				t.Logf("refused: %v", err)
 			}
 			entries, err := os.ReadDir(outside)
@@ -290,7 +290,7 @@ func TestPackOCI(t *testing.T) {
 		entry{tar.Header{Typeflag: tar.TypeReg, Name: "owned", Mode: 0o640, Uid: 12, Gid: 34, PAXRecords: map[string]string{"SCHILY.xattr.user.k": "v"}}, "x"}))
 	output := filepath.Join(t.TempDir(), "oci.ext4")
 	steps := map[string]int64{}
-	err := BuildOCI(context.Background(), image, Ext4Config{Output: output, Progress: func(step string, done, total int64) { steps[step] = total - done }})
+	err := BuildOCI(context.Background(), image, Limits{}, Ext4Config{Output: output, Progress: func(step string, done, total int64) { steps[step] = total - done }})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -313,7 +313,7 @@ func TestPackOCI(t *testing.T) {
 			t.Errorf("debugfs %s: %q, %v; want %q", command, out, err, want)
 		}
 	}
-	if err := BuildOCI(context.Background(), image, Ext4Config{Output: output, Size: 1 << 20}); err == nil || !strings.Contains(err.Error(), "pass a larger --size") {
+	if err := BuildOCI(context.Background(), image, Limits{}, Ext4Config{Output: output, Size: 1 << 20}); err == nil || !strings.Contains(err.Error(), "pass a larger --size") {
 		t.Errorf("a disk too small: %v", err)
 	}
 	if err := PackOCI(context.Background(), Ext4Config{Source: t.TempDir(), Output: output}); err == nil || !strings.Contains(err.Error(), "no OCI bundle") {
@@ -337,7 +337,7 @@ func TestUnpackNotEmpty(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "mine"), nil, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	err := UnpackOCI(context.Background(), imageOf(t, runTrue), dir, nil)
+	err := UnpackOCI(context.Background(), imageOf(t, runTrue), dir, Limits{}, nil)
 	if err == nil || !strings.Contains(err.Error(), "not empty") {
 		t.Errorf("error is %v", err)
 	}
@@ -377,7 +377,7 @@ func TestDamagedLayer(t *testing.T) {
 	}
 	opened, err := OpenImage(context.Background(), ImageConfig{Ref: "oci:" + dir})
 	if err == nil {
-		err = UnpackOCI(context.Background(), opened, filepath.Join(t.TempDir(), "bundle"), nil)
+		err = UnpackOCI(context.Background(), opened, filepath.Join(t.TempDir(), "bundle"), Limits{}, nil)
 	}
 	if err == nil || !strings.Contains(err.Error(), "damaged") && !strings.Contains(err.Error(), "sha256") && !strings.Contains(err.Error(), "size") {
 		t.Errorf("error is %v", err)

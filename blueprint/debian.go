@@ -8,6 +8,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+
+	"drafter/internal/newfile"
 )
 
 // UnpackDebian downloads Debian packages with all they depend on, and unpacks them into dir, a new directory. Maintainer scripts are not run.
@@ -39,6 +41,9 @@ func fetchPackages(ctx context.Context, cache string, names ...string) ([]string
 	}
 	archives := filepath.Join(cache, "archives")
 	status := filepath.Join(cache, "status")
+	if err := makeCache(cache); err != nil {
+		return nil, err
+	}
 	if err := os.MkdirAll(filepath.Join(archives, "partial"), 0o755); err != nil {
 		return nil, err
 	}
@@ -80,6 +85,17 @@ func fetchPackages(ctx context.Context, cache string, names ...string) ([]string
 	return debs, nil
 }
 
+// makeCache makes the directory of a cache. One that another user may write to is refused: what is in it is not downloaded, nor verified, again.
+func makeCache(dir string) error {
+	if err := newfile.MkdirAll(dir); err != nil {
+		return err
+	}
+	if err := checkOwner(dir, ""); err != nil {
+		return fmt.Errorf("--cache %s: %w", dir, err)
+	}
+	return nil
+}
+
 // uriLine is a line of apt-get --print-uris: 'URI' FILE SIZE HASH.
 var uriLine = regexp.MustCompile(`(?m)^'[^']+' (\S+\.deb) \d+`)
 
@@ -87,6 +103,9 @@ var uriLine = regexp.MustCompile(`(?m)^'[^']+' (\S+\.deb) \d+`)
 func fetchKernel(ctx context.Context, cache, name string) (string, error) {
 	cache, err := filepath.Abs(cache)
 	if err != nil {
+		return "", err
+	}
+	if err := makeCache(cache); err != nil {
 		return "", err
 	}
 	dir := filepath.Join(cache, "kernel")

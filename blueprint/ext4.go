@@ -5,10 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"syscall"
 	"time"
+
+	"drafter/internal/newfile"
 )
 
 // Ext4Config says how to make an ext4 image.
@@ -42,35 +43,22 @@ func MakeExt4(ctx context.Context, c Ext4Config) error {
 		return fmt.Errorf("make %s: the content needs %d MiB, the size given is %d MiB; pass a larger --size", c.Output, need>>20+1, size>>20)
 	}
 	size = (size + 1<<20 - 1) &^ (1<<20 - 1) // whole MiB
-	partial := c.Output + ".partial"
-	err = func() error {
-		f, err := os.Create(partial)
-		if err != nil {
-			return err
-		}
-		if err := errors.Join(f.Truncate(size), f.Close()); err != nil {
-			return err
-		}
-		stop := c.watch(partial, used)
+	f, err := newfile.Create(c.Output)
+	if err != nil {
+		return fmt.Errorf("make %s: %w", c.Output, err)
+	}
+	err = f.Truncate(size)
+	if err == nil {
+		stop := c.watch(f.Link(), used)
 		// With nothing left to initialise, the guest's kernel does not write to a new disk behind the user's back.
 		_, err = runTool(ctx, "", "mke2fs", "-q", "-F", "-t", "ext4", "-L", c.Label, "-m", "0", "-b", "4096", "-N", fmt.Sprint(max(inodes*5/4+1024, size>>14)),
-			"-E", "lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0", "-d", c.Source, partial)
+			"-E", "lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0", "-d", c.Source, f.Link())
 		stop()
-		if err != nil {
-			return err
-		}
-		if f, err = os.OpenFile(partial, os.O_RDWR, 0); err != nil {
-			return err
-		}
-		if err := errors.Join(f.Sync(), f.Close()); err != nil {
-			return err
-		}
-		return os.Rename(partial, c.Output)
-	}()
+	}
 	if err != nil {
-		if rerr := os.Remove(partial); !errors.Is(rerr, os.ErrNotExist) {
-			err = errors.Join(err, rerr)
-		}
+		return errors.Join(fmt.Errorf("make %s: %w", c.Output, err), f.Discard())
+	}
+	if err := f.Publish(); err != nil {
 		return fmt.Errorf("make %s: %w", c.Output, err)
 	}
 	return nil

@@ -40,7 +40,7 @@ func OpenImage(ctx context.Context, c ImageConfig) (v1.Image, error) {
 	if err != nil {
 		return nil, fmt.Errorf("image %s: %w", c.Ref, err)
 	}
-	config, err := image.ConfigFile()
+	config, err := checkConfig(image)
 	if err != nil {
 		return nil, fmt.Errorf("image %s: read config: %w", c.Ref, err)
 	}
@@ -48,6 +48,21 @@ func OpenImage(ctx context.Context, c ImageConfig) (v1.Image, error) {
 		return nil, fmt.Errorf("image %s is for %s, not for %s; name another image, or choose with --platform", c.Ref, have, platform)
 	}
 	return image, nil
+}
+
+// maxImageConfig bounds an image's config, in bytes.
+const maxImageConfig = 8 << 20
+
+// checkConfig reads an image's config, if it is of a size that one has.
+func checkConfig(image v1.Image) (*v1.ConfigFile, error) {
+	m, err := image.Manifest()
+	if err != nil {
+		return nil, err
+	}
+	if m.Config.Size < 0 || m.Config.Size > maxImageConfig {
+		return nil, fmt.Errorf("it has %d bytes, more than %d", m.Config.Size, maxImageConfig)
+	}
+	return image.ConfigFile()
 }
 
 func openImage(ctx context.Context, c ImageConfig, platform v1.Platform) (v1.Image, error) {

@@ -49,7 +49,7 @@ func buildInitramfs(dir, guestBinary, output string) error {
 	}
 	records = append(records, cpio.StaticFile(strings.TrimPrefix(guest.ModuleList, "/"), list.String(), 0o644))
 	cpio.MakeAllReproducible(records)
-	return writeFile(output, 0o644, func(w io.Writer) error {
+	return writeFile(output, func(w io.Writer) error {
 		archive := cpio.Newc.Writer(w)
 		if err := cpio.WriteRecords(archive, records); err != nil {
 			return err

@@ -24,8 +24,10 @@ const (
 	setupEnd      = 0x250
 )
 
-// maxKernel bounds the size of an unpacked kernel, in bytes.
-const maxKernel = 1 << 30
+const (
+	maxKernel     = 1 << 30   // bytes of an unpacked kernel
+	maxDictionary = 128 << 20 // bytes that a decompressor keeps of the past: the kernel's build asks for that much at most (scripts/Makefile.lib)
+)
 
 // ExtractKernel writes the ELF kernel inside a bzImage to w. An image that is an ELF file already is copied. VMMs start an ELF kernel at once,
 // without firmware and without unpacking it in the guest.
@@ -48,6 +50,13 @@ func ExtractKernel(w io.Writer, image []byte) error {
 		return errors.New("extract kernel: the bzImage is truncated")
 	}
 	// The payload ends with the unpacked size in 4 bytes, which no decompressor knows of.
+	if end-start < 4+int64(len(elf)) {
+		return errors.New("extract kernel: the bzImage is truncated")
+	}
+	want := int64(binary.LittleEndian.Uint32(image[end-4:]))
+	if want > maxKernel {
+		return fmt.Errorf("extract kernel: it unpacks to %d bytes, more than %d", want, maxKernel)
+	}
 	r, err := decompressor(image[start : end-4])
 	if err != nil {
 		return fmt.Errorf("extract kernel: %w", err)
@@ -59,8 +68,7 @@ func ExtractKernel(w io.Writer, image []byte) error {
 	if !bytes.Equal(head, elf) {
 		return errors.New("extract kernel: the bzImage does not hold an ELF file")
 	}
-	want := int64(binary.LittleEndian.Uint32(image[end-4:]))
-	n, err := io.Copy(w, io.LimitReader(io.MultiReader(bytes.NewReader(head), r), maxKernel))
+	n, err := io.Copy(w, io.LimitReader(io.MultiReader(bytes.NewReader(head), r), want+1))
 	if err != nil {
 		return fmt.Errorf("extract kernel: %w", err)
 	}
@@ -79,13 +87,13 @@ func decompressor(payload []byte) (io.Reader, error) {
 	case bytes.HasPrefix(payload, []byte("\x1f\x8b")):
 		return gzip.NewReader(r)
 	case bytes.HasPrefix(payload, []byte("\x28\xb5\x2f\xfd")):
-		return zstd.NewReader(r, zstd.WithDecoderConcurrency(1))
+		return zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxDictionary))
 	case bytes.HasPrefix(payload, []byte("\xfd7zXZ\x00")):
 		return xz.NewReader(r)
 	case bytes.HasPrefix(payload, []byte("BZh")):
 		return bzip2.NewReader(r), nil
 	case bytes.HasPrefix(payload, []byte("\x5d\x00\x00")):
-		return lzma.NewReader(r)
+		return lzma.ReaderConfig{DictCap: maxDictionary}.NewReader(r)
 	}
 	return nil, fmt.Errorf("its compression (% x) is not supported", payload[:min(6, len(payload))])
 }

@@ -75,6 +75,9 @@ func TestExtractKernel(t *testing.T) {
 	}{
 		"empty":               {nil, "neither a bzImage nor an ELF"},
 		"unknown compression": {bzImage([]byte("????????????"), 1), "is not supported"},
+		"4 GiB":               {bzImage(gz(t, "\x7fELF"), 1<<32-1), "unpacks to 4294967295 bytes"},
+		"no payload":          {bzImage(nil, 1), "truncated"},
+		"large dictionary":    {bzImage(append([]byte("\x5d\x00\x00\x00\x80"), make([]byte, 100)...), 100), "dictionary"},
 		"no ELF inside":       {bzImage(gz(t, "just text"), 9), "does not hold an ELF"},
 	} {
 		if err := ExtractKernel(io.Discard, tt.image); err == nil || !strings.Contains(err.Error(), tt.want) {

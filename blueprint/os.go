@@ -9,6 +9,9 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"drafter/internal/newfile"
+	"drafter/internal/scratch"
 )
 
 // OSConfig says what to build an OS blueprint from.
@@ -42,22 +45,19 @@ func BuildOS(ctx context.Context, c OSConfig) (err error) {
 	if c.Kernel == "" {
 		c.Kernel = DefaultKernel
 	}
-	work, err := os.MkdirTemp("", "drafter-blueprint-")
+	work, err := scratch.New(os.TempDir(), "drafter-blueprint-")
 	if err != nil {
-		return fmt.Errorf("create work directory: %w", err)
+		return err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(work)) }()
+	defer func() { err = errors.Join(err, work.Close()) }()
 	if c.Cache == "" {
-		c.Cache = filepath.Join(work, "cache")
-	}
-	if err := os.MkdirAll(c.Output, 0o755); err != nil {
-		return fmt.Errorf("create output directory: %w", err)
+		c.Cache = work.Path("cache")
 	}
 	kernelDeb, err := fetchKernel(ctx, c.Cache, c.Kernel)
 	if err != nil {
 		return fmt.Errorf("download kernel: %w", err)
 	}
-	kernel := filepath.Join(work, "kernel")
+	kernel := work.Path("kernel")
 	if err := unpackPackages(ctx, kernel, []string{kernelDeb}, nil); err != nil {
 		return err
 	}
@@ -67,7 +67,7 @@ func BuildOS(ctx context.Context, c OSConfig) (err error) {
 	if err := buildInitramfs(kernel, c.Guest, filepath.Join(c.Output, "initrd")); err != nil {
 		return err
 	}
-	root := filepath.Join(work, "root")
+	root := work.Path("root")
 	if err := buildRoot(ctx, root, c); err != nil {
 		return err
 	}
@@ -80,7 +80,7 @@ func buildKernel(dir, output string) error {
 	if err != nil || len(images) != 1 {
 		return fmt.Errorf("find kernel: the package holds %d kernels", len(images))
 	}
-	return writeFile(output, 0o644, func(w io.Writer) error {
+	return writeFile(output, func(w io.Writer) error {
 		image, err := os.ReadFile(images[0])
 		if err != nil {
 			return err
@@ -165,18 +165,16 @@ func linkApplets(ctx context.Context, root string) error {
 }
 
 // writeFile makes a file with what write produces; it has its name only once it is complete and durable.
-func writeFile(path string, mode os.FileMode, write func(io.Writer) error) (err error) {
-	partial := path + ".partial"
-	f, err := os.OpenFile(partial, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, mode)
+func writeFile(path string, write func(io.Writer) error) error {
+	f, err := newfile.Create(path)
 	if err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
-	err = errors.Join(write(f), f.Sync(), f.Close())
-	if err == nil {
-		err = os.Rename(partial, path)
+	if err := write(f); err != nil {
+		return errors.Join(fmt.Errorf("write %s: %w", path, err), f.Discard())
 	}
-	if err != nil {
-		return errors.Join(fmt.Errorf("write %s: %w", path, err), os.Remove(partial))
+	if err := f.Publish(); err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
 	}
 	return nil
 }

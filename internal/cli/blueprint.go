@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
@@ -101,15 +102,37 @@ func parseSize(s string) (int64, error) {
 	if s == "" {
 		return 0, nil
 	}
-	n, err := humanize.ParseBytes(s)
-	if err != nil || n == 0 || n > 1<<50 {
-		return 0, &usageError{fmt.Errorf("--size %q is no size; write it as 1GiB", s)}
+	var n byteSize
+	if err := n.Set(s); err != nil {
+		return 0, &usageError{fmt.Errorf("--size: %w", err)}
 	}
 	return int64(n), nil
 }
 
-// imageFlags choose an OCI image.
-func imageFlags(cmd *cobra.Command, c *blueprint.ImageConfig) {
+// byteSize is a flag's size in bytes.
+type byteSize int64
+
+// Set implements pflag.Value.
+func (b *byteSize) Set(s string) error {
+	n, err := humanize.ParseBytes(s)
+	if err != nil || n == 0 || n > 1<<50 {
+		return fmt.Errorf("%q is no size; write it as 1GiB", s)
+	}
+	*b = byteSize(n)
+	return nil
+}
+
+// String implements pflag.Value.
+func (b *byteSize) String() string { return strings.ReplaceAll(humanize.IBytes(uint64(*b)), " ", "") }
+
+// Type implements pflag.Value.
+func (b *byteSize) Type() string { return "size" }
+
+// imageFlags choose an OCI image, and bound what it may become.
+func imageFlags(cmd *cobra.Command, c *blueprint.ImageConfig, limits *blueprint.Limits) {
+	limits.Bytes = 64 << 30
+	cmd.Flags().Var((*byteSize)(&limits.Bytes), "max-unpacked", "Most that the files of all the image's layers may add up to")
+	cmd.Flags().Int64Var(&limits.Files, "max-files", 4_000_000, "Most files that the image's layers may hold, each counted with the directories of its name")
 	cmd.Flags().StringVar(&c.Platform, "platform", "", "Platform of the image, such as linux/arm64 (default: this host's)")
 	cmd.Flags().BoolVar(&c.PlainHTTP, "plain-http", false, "Talk to the registry without TLS")
 }
@@ -130,9 +153,10 @@ func oneArg(what string) cobra.PositionalArgs {
 
 func newBlueprintOCI() *cobra.Command {
 	var (
-		image blueprint.ImageConfig
-		disk  blueprint.Ext4Config
-		size  string
+		image  blueprint.ImageConfig
+		limits blueprint.Limits
+		disk   blueprint.Ext4Config
+		size   string
 	)
 	cmd := &cobra.Command{
 		Use:   "oci REF",
@@ -158,17 +182,14 @@ config.json, and 'oci pack'.
 			bars := progress.New(os.Stderr)
 			defer bars.Close()
 			disk.Progress = bars.Report
-			if err := os.MkdirAll(filepath.Dir(disk.Output), 0o755); err != nil {
-				return err
-			}
-			if err := blueprint.BuildOCI(cmd.Context(), img, disk); err != nil {
+			if err := blueprint.BuildOCI(cmd.Context(), img, limits, disk); err != nil {
 				return err
 			}
 			slog.Info("Made OCI blueprint", "image", image.Ref, "output", disk.Output)
 			return nil
 		},
 	}
-	imageFlags(cmd, &image)
+	imageFlags(cmd, &image, &limits)
 	cmd.Flags().StringVar(&disk.Output, "output", "out/blueprint/oci.ext4", "File to write")
 	cmd.Flags().StringVar(&size, "size", "", "Size of the disk, such as 4GiB (default: the image and 512 MiB)")
 	cmd.AddCommand(newBlueprintOCIUnpack(), newBlueprintOCIPack())
@@ -178,12 +199,13 @@ config.json, and 'oci pack'.
 func newBlueprintOCIUnpack() *cobra.Command {
 	var (
 		image  blueprint.ImageConfig
+		limits blueprint.Limits
 		output string
 	)
 	cmd := &cobra.Command{
 		Use:     "unpack REF",
 		Short:   "Unpack an OCI image into a runtime bundle",
-		Long:    "Makes a directory with the image's files in rootfs/ and its config.json, to edit before 'oci pack'.\n" + referenceHelp + exitCodeHelp,
+		Long:    "Makes a directory with the image's files in rootfs/ and its config.json, to edit before 'oci pack'. Only root can enter it: there are setuid programs and\ndevices of a stranger's in it.\n" + referenceHelp + exitCodeHelp,
 		Example: "  drafter blueprint oci unpack docker://valkey/valkey:latest --output out/oci-runtime-bundle",
 		Args:    oneArg("image reference"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -197,14 +219,14 @@ func newBlueprintOCIUnpack() *cobra.Command {
 			}
 			bars := progress.New(os.Stderr)
 			defer bars.Close()
-			if err := blueprint.UnpackOCI(cmd.Context(), img, output, bars.Report); err != nil {
+			if err := blueprint.UnpackOCI(cmd.Context(), img, output, limits, bars.Report); err != nil {
 				return err
 			}
 			slog.Info("Unpacked image", "image", image.Ref, "output", output)
 			return nil
 		},
 	}
-	imageFlags(cmd, &image)
+	imageFlags(cmd, &image, &limits)
 	cmd.Flags().StringVar(&output, "output", "out/oci-runtime-bundle", "Directory to make; it must be empty or not exist")
 	return cmd
 }
@@ -231,9 +253,6 @@ func newBlueprintOCIPack() *cobra.Command {
 			bars := progress.New(os.Stderr)
 			defer bars.Close()
 			disk.Source, disk.Progress = args[0], bars.Report
-			if err := os.MkdirAll(filepath.Dir(disk.Output), 0o755); err != nil {
-				return err
-			}
 			if err := blueprint.PackOCI(cmd.Context(), disk); err != nil {
 				return err
 			}
