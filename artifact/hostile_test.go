@@ -23,6 +23,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"drafter/block"
+	"drafter/internal/ociclient"
 )
 
 // blobFile makes a layer of bytes.
@@ -54,7 +55,7 @@ func stranger(t *testing.T, d configDevice, index []byte, data []byte) string {
 	if img.manifest, err = json.Marshal(m); err != nil {
 		t.Fatal(err)
 	}
-	ref, err := parseReference(strings.TrimPrefix(s.URL, "http://")+"/vm:1", true)
+	ref, err := ociclient.Parse(strings.TrimPrefix(s.URL, "http://")+"/vm:1", true)
 	if err != nil {
 		t.Fatal(err)
 	}

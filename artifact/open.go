@@ -17,6 +17,7 @@ import (
 
 	"drafter/block"
 	"drafter/internal/decompress"
+	"drafter/internal/ociclient"
 )
 
 // Package is a package in a registry. What it is does not change: it is known by its digest. Its methods are safe for concurrent use.
@@ -38,14 +39,14 @@ type device struct {
 
 // Resolve returns the reference, by its digest, of what ref is at the moment.
 func Resolve(ctx context.Context, ref string, plainHTTP bool) (string, error) {
-	r, err := parseReference(ref, plainHTTP)
+	r, err := ociclient.Parse(ref, plainHTTP)
 	if err != nil {
 		return "", err
 	}
 	if _, ok := r.(name.Digest); ok {
 		return r.String(), nil
 	}
-	d, err := remote.Head(r, remote.WithContext(ctx), remote.WithAuthFromKeychain(authn.DefaultKeychain))
+	d, err := remote.Head(r, ociclient.Options(ctx, r.Context().Registry, plainHTTP)...)
 	if err != nil {
 		return "", fmt.Errorf("open %s: %w", r, oneLine(err))
 	}
@@ -54,19 +55,19 @@ func Resolve(ctx context.Context, ref string, plainHTTP bool) (string, error) {
 
 // Open finds out what the artifact ref holds. Credentials are those of docker. Close it.
 func Open(ctx context.Context, ref string, plainHTTP bool) (*Package, error) {
-	r, err := parseReference(ref, plainHTTP)
+	r, err := ociclient.Parse(ref, plainHTTP)
 	if err != nil {
 		return nil, err
 	}
-	p, err := open(ctx, r)
+	p, err := open(ctx, r, plainHTTP)
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", r, oneLine(err))
 	}
 	return p, nil
 }
 
-func open(ctx context.Context, r name.Reference) (*Package, error) {
-	options := []remote.Option{remote.WithContext(ctx), remote.WithAuthFromKeychain(authn.DefaultKeychain)}
+func open(ctx context.Context, r name.Reference, plainHTTP bool) (*Package, error) {
+	options := ociclient.Options(ctx, r.Context().Registry, plainHTTP)
 	d, err := remote.Get(r, options...)
 	if err != nil {
 		return nil, err
@@ -126,7 +127,7 @@ func open(ctx context.Context, r name.Reference) (*Package, error) {
 		}
 		p.devices = append(p.devices, d)
 	}
-	if err := p.connect(ctx); err != nil {
+	if err := p.connect(ctx, plainHTTP); err != nil {
 		p.decoder.Close()
 		return nil, err
 	}
@@ -134,7 +135,7 @@ func open(ctx context.Context, r name.Reference) (*Package, error) {
 }
 
 // connect makes the client that reads parts of layers.
-func (p *Package) connect(ctx context.Context) error {
+func (p *Package) connect(ctx context.Context, plainHTTP bool) error {
 	auth, err := authn.Resolve(ctx, authn.DefaultKeychain, p.repo)
 	if err != nil {
 		return err
@@ -142,7 +143,7 @@ func (p *Package) connect(ctx context.Context) error {
 	base := remote.DefaultTransport.(*http.Transport).Clone()
 	base.ResponseHeaderTimeout = 20 * time.Second
 	base.MaxIdleConnsPerHost = 16
-	t, err := transport.NewWithContext(ctx, p.repo.Registry, auth, base, []string{p.repo.Scope(transport.PullScope)})
+	t, err := transport.NewWithContext(ctx, p.repo.Registry, auth, ociclient.Transport(base, p.repo.Registry, plainHTTP), []string{p.repo.Scope(transport.PullScope)})
 	if err != nil {
 		return err
 	}

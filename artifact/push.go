@@ -13,7 +13,6 @@ import (
 	"strings"
 
 	"github.com/google/go-containerregistry/pkg/authn"
-	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/partial"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
@@ -22,6 +21,8 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"drafter/block"
+	"drafter/internal/ociclient"
+	"drafter/internal/scratch"
 )
 
 // Device is a device to push. It must not change meanwhile.
@@ -33,38 +34,26 @@ type Device struct {
 // Progress says how far a step is, in bytes. It may be nil.
 type Progress func(step string, done, total int64)
 
-// parseReference reads NAME[:TAG|@DIGEST], with or without docker://.
-func parseReference(ref string, plainHTTP bool) (name.Reference, error) {
-	var options []name.Option
-	if plainHTTP {
-		options = append(options, name.Insecure)
-	}
-	r, err := name.ParseReference(strings.TrimPrefix(ref, "docker://"), options...)
-	if err != nil {
-		return nil, fmt.Errorf("%s is no reference like registry.example.com/vms/redis:1: %w", ref, err)
-	}
-	return r, nil
-}
-
 // Push stores devices as the artifact ref, which it replaces at once when all is there, and returns its digest. Credentials are those of docker. The compressed
 // devices are kept in temporary files meanwhile.
 func Push(ctx context.Context, ref string, plainHTTP bool, devices []Device, progress Progress) (_ v1.Hash, err error) {
 	if progress == nil {
 		progress = func(string, int64, int64) {}
 	}
-	r, err := parseReference(ref, plainHTTP)
+	r, err := ociclient.Parse(ref, plainHTTP)
 	if err != nil {
 		return v1.Hash{}, err
 	}
-	if err := remote.CheckPushPermission(r, authn.DefaultKeychain, remote.DefaultTransport); err != nil {
+	guarded := ociclient.Transport(remote.DefaultTransport, r.Context().Registry, plainHTTP)
+	if err := remote.CheckPushPermission(r, authn.DefaultKeychain, guarded); err != nil {
 		return v1.Hash{}, fmt.Errorf("push %s: %w; see to the name, and to 'docker login %s'", r, oneLine(err), r.Context().RegistryStr())
 	}
-	dir, err := os.MkdirTemp("", "drafter-push-")
+	work, err := scratch.New(os.TempDir(), "drafter-push-")
 	if err != nil {
 		return v1.Hash{}, err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	img, err := build(ctx, dir, devices, progress)
+	defer func() { err = errors.Join(err, work.Close()) }()
+	img, err := build(ctx, work.Path(""), devices, progress)
 	if err != nil {
 		return v1.Hash{}, err
 	}
@@ -82,7 +71,7 @@ func Push(ctx context.Context, ref string, plainHTTP bool, devices []Device, pro
 			}
 		}
 	}()
-	err = remote.Write(r, image, remote.WithContext(ctx), remote.WithAuthFromKeychain(authn.DefaultKeychain), remote.WithProgress(updates))
+	err = remote.Write(r, image, append(ociclient.Options(ctx, r.Context().Registry, plainHTTP), remote.WithProgress(updates))...)
 	<-shown // Write closes updates
 	if err != nil {
 		return v1.Hash{}, fmt.Errorf("push %s: %w", r, oneLine(err))

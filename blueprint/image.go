@@ -8,12 +8,12 @@ import (
 	"runtime"
 	"strings"
 
-	"github.com/google/go-containerregistry/pkg/authn"
-	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
+
+	"drafter/internal/ociclient"
 )
 
 // ImageConfig names an OCI image.
@@ -86,15 +86,11 @@ func openImage(ctx context.Context, c ImageConfig, platform v1.Platform) (v1.Ima
 }
 
 func openRegistry(ctx context.Context, ref string, plainHTTP bool, platform v1.Platform) (v1.Image, error) {
-	var options []name.Option
-	if plainHTTP {
-		options = append(options, name.Insecure)
-	}
-	r, err := name.ParseReference(ref, options...)
+	r, err := ociclient.Parse(ref, plainHTTP)
 	if err != nil {
 		return nil, err
 	}
-	desc, err := remote.Get(r, remote.WithContext(ctx), remote.WithAuthFromKeychain(authn.DefaultKeychain), remote.WithPlatform(platform))
+	desc, err := remote.Get(r, append(ociclient.Options(ctx, r.Context().Registry, plainHTTP), remote.WithPlatform(platform))...)
 	if err != nil {
 		return nil, fmt.Errorf("reach registry %s: %w", r.Context().RegistryStr(), err)
 	}
