@@ -37,6 +37,8 @@ type Config struct {
 	Limits  migrate.Limits
 
 	SyncInterval time.Duration // pause between backups to S3; 0: 30 s
+	// S3Credentials is a file with the credentials of devices that name none; see [s3.Place].
+	S3Credentials string
 
 	ResumeTimeout time.Duration // bounds the answer of the agent after a resume
 	RescueTimeout time.Duration // bounds the answer of the agent before a suspend; the VM is suspended without it afterwards

@@ -4,9 +4,16 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -49,7 +56,7 @@ func TestHostileIndexes(t *testing.T) {
 		index []byte
 		want  string
 	}{
-		"bomb":       {index(t, size, 0, 1<<30), "longer than 45080 bytes: not of the size it must be, which is what 1024 blocks in 0 packs need"},
+		"bomb":       {index(t, size, 0, 1<<28), "longer than 45080 bytes: not of the size it must be, which is what 1024 blocks in 0 packs need"},
 		"short":      {index(t, size, 0, 1000), "shorter than 45080 bytes"},
 		"many packs": {index(t, size, 1<<32-1, 1<<20), "none of this device"},
 		"other size": {index(t, size+1, 0, 1024*indexEntry), "none of this device"},
@@ -82,6 +89,110 @@ func TestHostileManifests(t *testing.T) {
 		if _, err := decodeManifest(b); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", want, err)
 		}
+	}
+}
+
+// A storage that redirects gets nobody else the session token, and one that answers without end is cut off.
+func TestHostileStorage(t *testing.T) {
+	var asked atomic.Int64
+	thief := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked.Add(1) }))
+	defer thief.Close()
+	t.Setenv("AWS_ACCESS_KEY_ID", "key")
+	t.Setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
+	t.Setenv("AWS_SESSION_TOKEN", "the-token")
+	for name, answer := range map[string]http.HandlerFunc{
+		"redirect": func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, thief.URL+r.URL.Path, http.StatusTemporaryRedirect)
+		},
+		"endless list": func(w http.ResponseWriter, _ *http.Request) {
+			for n := 0; n < 256; n++ { // MiB
+				if _, err := io.WriteString(w, "<ListBucketResult><Contents><Key>"+strings.Repeat("a", 1<<20)); err != nil {
+					return
+				}
+			}
+		},
+	} {
+		server := httptest.NewServer(answer)
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		store, err := Open(t.Context(), Place{Endpoint: strings.TrimPrefix(server.URL, "http://"), Bucket: "vms"})
+		runtime.ReadMemStats(&after)
+		if err == nil {
+			t.Errorf("%s: no error", name)
+			store.Close()
+		} else if strings.Contains(err.Error(), "the-secret") || strings.Contains(err.Error(), "the-token") {
+			t.Errorf("%s: %v", name, err)
+		}
+		if used := after.TotalAlloc - before.TotalAlloc; used > 1<<30 {
+			t.Errorf("%s: it made us allocate %d MiB", name, used>>20)
+		}
+		server.CloseClientConnections()
+		server.Close()
+	}
+	if asked.Load() > 0 {
+		t.Error("a redirect was followed")
+	}
+}
+
+// Keys come from a file, or from a program that it names. A file of another's, or open to others, is not believed: the program runs as this user.
+func TestCredentials(t *testing.T) {
+	for _, v := range []string{"AWS_ACCESS_KEY_ID", "AWS_ACCESS_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_SECRET_KEY", "MINIO_ROOT_USER", "MINIO_ACCESS_KEY", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_PROFILE"} {
+		t.Setenv(v, "")
+	}
+	home := t.TempDir()
+	t.Setenv("HOME", home)
+	write := func(path, text string) string {
+		t.Helper()
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.WriteFile(path, []byte(text), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	keys := write(filepath.Join(t.TempDir(), "keys"), "[default]\naws_access_key_id = one\naws_secret_access_key = two\n")
+	ran := filepath.Join(t.TempDir(), "ran")
+	script := write(filepath.Join(t.TempDir(), "program"), "#!/bin/sh\ntouch "+ran+"\necho '{\"Version\":1,\"AccessKeyId\":\"one\",\"SecretAccessKey\":\"two\"}'\n")
+	if err := os.Chmod(script, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	program := write(filepath.Join(t.TempDir(), "file"), "[default]\ncredential_process = "+script+" now\n")
+	for name, file := range map[string]string{"keys": keys, "program": program} {
+		creds, err := Place{Credentials: file}.credentials()
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if v, err := creds.GetWithContext(nil); err != nil || v.AccessKeyID != "one" || v.SecretAccessKey != "two" {
+			t.Errorf("%s: %q, %v", name, v.AccessKeyID, err)
+		}
+	}
+	if err := os.Remove(ran); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(program, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := (Place{Credentials: program}).credentials(); err == nil || !strings.Contains(err.Error(), "chmod 600") {
+		t.Errorf("open to others: %v", err)
+	}
+	if _, err := (Place{Credentials: filepath.Join(home, "none")}).credentials(); err == nil || !strings.Contains(err.Error(), "no such file") {
+		t.Errorf("missing: %v", err)
+	}
+	if _, err := (Place{}).credentials(); err == nil || !strings.Contains(err.Error(), "there are no credentials") {
+		t.Errorf("none: %v", err)
+	}
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED: giving files to another user needs root")
+	}
+	own := write(filepath.Join(home, ".aws/credentials"), "[default]\ncredential_process = "+script+" now\n")
+	if err := errors.Join(os.Chmod(program, 0o600), os.Chown(program, 65534, -1), os.Chown(own, 65534, -1)); err != nil {
+		t.Fatal(err)
+	}
+	for name, p := range map[string]Place{"named": {Credentials: program}, "in the home directory": {}} {
+		if _, err := p.credentials(); err == nil || !strings.Contains(err.Error(), "belongs to another user") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if _, err := os.Stat(ran); err == nil {
+		t.Error("another user's program ran as this one")
 	}
 }
 

@@ -23,11 +23,10 @@ import (
 	"time"
 
 	"github.com/minio/minio-go/v7"
-	"github.com/minio/minio-go/v7/pkg/credentials"
 )
 
-// Place is where an instance is kept. Without keys, the credentials are those of the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN,
-// or MINIO_…) or of the files that the AWS and MinIO command lines use.
+// Place is where an instance is kept. Without keys and a file, the credentials are those of the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+// AWS_SESSION_TOKEN, or MINIO_…) or of the files that the AWS and MinIO command lines use.
 type Place struct {
 	Endpoint    string // HOST or HOST:PORT
 	Secure      bool   // whether to use TLS
@@ -35,7 +34,8 @@ type Place struct {
 	Prefix      string // of the names of all objects
 	AccessKey   string
 	SecretKey   string
-	Concurrency int // uploads at once; 0: 4. Each takes some 8 MiB
+	Credentials string // file like that of the AWS command line, with keys or a credential_process, which runs as this user; see credentials.go
+	Concurrency int    // uploads at once; 0: 4. Each takes some 8 MiB
 }
 
 // String names the place without its keys.
@@ -57,7 +57,7 @@ func (p Place) Check() error {
 	case strings.Contains(p.Endpoint, "/"):
 		return fmt.Errorf("s3endpoint %q must be HOST or HOST:PORT; say with s3secure whether it speaks TLS", p.Endpoint)
 	case (p.AccessKey == "") != (p.SecretKey == ""):
-		return errors.New("s3accesskey and s3secretkey belong together; give both, or none to use those of the environment")
+		return errors.New("s3accesskey and s3secretkey belong together; give both, or none to use --s3-credentials or those of the environment")
 	case p.Concurrency < 0 || p.Concurrency > 1000:
 		return fmt.Errorf("s3concurrency %d is not in 0…1000", p.Concurrency)
 	case strings.HasPrefix(p.Prefix, "/") || strings.HasSuffix(p.Prefix, "/"):
@@ -89,23 +89,19 @@ func Open(ctx context.Context, p Place) (*Store, error) {
 	if p.Concurrency == 0 {
 		p.Concurrency = 4
 	}
-	providers := []credentials.Provider{&credentials.EnvAWS{}, &credentials.EnvMinio{}, &credentials.FileAWSCredentials{}, &credentials.FileMinioClient{}}
-	if p.AccessKey != "" {
-		providers = []credentials.Provider{&credentials.Static{Value: credentials.Value{AccessKeyID: p.AccessKey, SecretAccessKey: p.SecretKey, SignerType: credentials.SignatureV4}}}
-	}
-	creds := credentials.NewChainCredentials(providers)
-	if v, err := creds.GetWithContext(nil); err != nil || v.AccessKeyID == "" {
-		return nil, fmt.Errorf("%s: there are no credentials; set s3accesskey and s3secretkey, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment", p)
+	creds, err := p.credentials()
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", p, err)
 	}
 	client, err := minio.New(p.Endpoint, &minio.Options{
 		Creds: creds, Secure: p.Secure, Region: os.Getenv("AWS_REGION"), MaxRetries: 1,
-		Transport: &http.Transport{
+		Transport: &boundedTransport{&http.Transport{
 			Proxy:           http.ProxyFromEnvironment,
 			DialContext:     (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 15 * time.Second}).DialContext,
 			TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12}, TLSHandshakeTimeout: 10 * time.Second,
 			ResponseHeaderTimeout: headerTimeout, ExpectContinueTimeout: 5 * time.Second,
 			MaxIdleConnsPerHost: 2 * p.Concurrency, IdleConnTimeout: time.Minute, DisableCompression: true,
-		},
+		}},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", p, err)
@@ -122,6 +118,23 @@ func Open(ctx context.Context, p Place) (*Store, error) {
 		return nil, s.explain(err)
 	}
 	return s, nil
+}
+
+// maxAnswer bounds what a storage answers besides objects, in bytes: a page of a list has 1000 names of at most 1 KiB.
+const maxAnswer = 4 << 20
+
+// boundedTransport cuts off answers that are no objects, of which the library reads all.
+type boundedTransport struct{ *http.Transport }
+
+func (t *boundedTransport) RoundTrip(req *http.Request) (*http.Response, error) {
+	resp, err := t.Transport.RoundTrip(req)
+	if err == nil && (req.Method != http.MethodGet || req.URL.RawQuery != "" || resp.StatusCode >= http.StatusMultipleChoices) {
+		resp.Body = struct {
+			io.Reader
+			io.Closer
+		}{io.LimitReader(resp.Body, maxAnswer), resp.Body}
+	}
+	return resp, err
 }
 
 // Place is what the store was opened with.
@@ -145,7 +158,7 @@ func (s *Store) explain(err error) error {
 		case response.Code == minio.NoSuchBucket:
 			return fmt.Errorf("%s: bucket %s does not exist at %s; make it, or name another in s3bucket", s.place, s.place.Bucket, s.place.Endpoint)
 		case response.Code == "InvalidAccessKeyId", response.Code == "XAdminUserNotFound", response.StatusCode == http.StatusForbidden, response.StatusCode == http.StatusUnauthorized:
-			return fmt.Errorf("%s: %s refuses the credentials (%s); see to s3accesskey and s3secretkey, or those of the environment, and to what they may do in that bucket", s.place, s.place.Endpoint, response.Code)
+			return fmt.Errorf("%s: %s refuses the credentials (%s); see to the file of --s3-credentials, or to those of the environment, and to what they may do in that bucket", s.place, s.place.Endpoint, response.Code)
 		}
 	}
 	return fmt.Errorf("%s at %s: %w", s.place, s.place.Endpoint, err)

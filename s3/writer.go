@@ -287,6 +287,9 @@ func (w *Writer) advance(ctx context.Context, next *Backup) {
 	clear(w.spare)
 }
 
+// maxGarbage bounds how many objects are noted as left by earlier writers.
+const maxGarbage = 1 << 20
+
 // sweep finds what earlier writers have left: the place is this one's since it wrote its first manifest.
 func (w *Writer) sweep(ctx context.Context) bool {
 	for _, kind := range []string{"packs/", "index/"} {
@@ -294,6 +297,9 @@ func (w *Writer) sweep(ctx context.Context) bool {
 			if object.Err != nil {
 				slog.Debug("List objects", "error", object.Err)
 				return false
+			}
+			if len(w.garbage) >= maxGarbage {
+				return true
 			}
 			w.garbage[kind+strings.TrimPrefix(object.Key, w.store.key(kind))] = true
 		}

@@ -29,8 +29,10 @@ const (
 const exitCodeHelp = `
 Exit codes: 0 success, 1 failure, 2 wrong usage.`
 
-// Main runs the command that args name and returns its exit code. args[0] is the program's name: "drafter-nat" means "drafter nat".
+// Main runs the command that args name and returns its exit code. args[0] is the program's name: "drafter-nat" means "drafter nat". args are those of the process
+// itself (os.Args): secrets in them are overwritten.
 func Main(args []string) int {
+	args = hideSecrets(args)
 	// SIGTERM and SIGHUP end a command as well as Ctrl-C does. Further signals change nothing: a command that suspends its VM finishes that.
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()

@@ -22,6 +22,7 @@ import (
 // storageFlags say how to reach an object storage that a flag names as s3://BUCKET/PREFIX.
 type storageFlags struct {
 	endpoint    string
+	credentials string
 	concurrency int
 }
 
@@ -39,7 +40,8 @@ func (o *originFlags) add(cmd *cobra.Command) {
 
 func (s *storageFlags) add(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringVar(&s.endpoint, "s3-endpoint", "", "URL of the object storage (default: $AWS_ENDPOINT_URL_S3, $AWS_ENDPOINT_URL, or https://s3.amazonaws.com); the credentials come from the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or from the files of the AWS and MinIO command lines")
+	f.StringVar(&s.endpoint, "s3-endpoint", "", "URL of the object storage (default: $AWS_ENDPOINT_URL_S3, $AWS_ENDPOINT_URL, or https://s3.amazonaws.com)")
+	f.StringVar(&s.credentials, "s3-credentials", "", "File with the credentials of the object storage, like that of the AWS command line: aws_access_key_id and aws_secret_access_key, or a credential_process (default: the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the files of the AWS and MinIO command lines)")
 	f.IntVar(&s.concurrency, "s3-concurrency", 0, "Number of concurrent uploads to the object storage (default 4)")
 }
 
@@ -47,7 +49,7 @@ const storageScheme = "s3://"
 
 // place resolves s3://BUCKET/PREFIX.
 func (s *storageFlags) place(flag, ref string) (p s3.Place, err error) {
-	p.Concurrency = s.concurrency
+	p.Concurrency, p.Credentials = s.concurrency, s.credentials
 	p.Bucket, p.Prefix, _ = strings.Cut(strings.TrimPrefix(ref, storageScheme), "/")
 	if !strings.HasPrefix(ref, storageScheme) || p.Bucket == "" {
 		return p, &usageError{fmt.Errorf("--%s %q is not of the form s3://BUCKET/PREFIX", flag, ref)}

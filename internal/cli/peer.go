@@ -112,7 +112,7 @@ there ('drafter device export' gets it out). Its memory no longer fits its state
 					return err
 				}
 			}
-			c.SyncInterval = backup.interval
+			c.SyncInterval, c.S3Credentials = backup.interval, storage.credentials
 			if raddr != "" && raddr == laddr {
 				return &usageError{fmt.Errorf("--raddr and --laddr are both %s; pass --raddr '' to start the VM here, or --laddr '' (or another address) to receive it from there", raddr)}
 			}
@@ -471,6 +471,9 @@ func (d *deviceFlags) override(list []peer.Device) (_ []peer.Device, err error) 
 		if list, err = override(list, o); err != nil {
 			return nil, &usageError{fmt.Errorf("--device: %w", err)} // without what it says: that may be a secret
 		}
+	}
+	if slices.ContainsFunc(list, func(d peer.Device) bool { return d.S3SecretKey != "" }) {
+		slog.Warn("s3secretkey is on the command line, where other users could read it until drafter had started; use --s3-credentials or the environment instead")
 	}
 	return list, nil
 }
