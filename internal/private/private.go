@@ -171,7 +171,7 @@ func walk(path string, how walking) (dir int, base string, err error) {
 			names = names[1:]
 			continue
 		}
-		if last && links == 0 && how&followLast == 0 {
+		if last && how&followLast == 0 {
 			return dir, name, nil
 		}
 		fd, err := unix.Openat(dir, name, flags, 0)
