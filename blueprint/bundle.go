@@ -29,7 +29,7 @@ import (
 
 	"drafter/internal/decompress"
 	"drafter/internal/guest"
-	"drafter/internal/newfile"
+	"drafter/internal/private"
 	"drafter/internal/scratch"
 )
 
@@ -123,7 +123,7 @@ func UnpackOCI(ctx context.Context, image v1.Image, dir string, limits Limits, p
 	if entries, err := os.ReadDir(dir); err == nil && len(entries) > 0 {
 		return fmt.Errorf("unpack image: directory %s is not empty; remove it or name another", dir)
 	}
-	if err := newfile.MkdirAll(filepath.Dir(dir)); err != nil {
+	if err := private.MkdirAll(filepath.Dir(dir)); err != nil {
 		return fmt.Errorf("unpack image: %w", err)
 	}
 	work, err := scratch.New(filepath.Dir(dir), "."+filepath.Base(dir)+".unpacking-")

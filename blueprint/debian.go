@@ -9,7 +9,7 @@ import (
 	"slices"
 	"strings"
 
-	"drafter/internal/newfile"
+	"drafter/internal/private"
 )
 
 // UnpackDebian downloads Debian packages with all they depend on, and unpacks them into dir, a new directory. Maintainer scripts are not run.
@@ -87,7 +87,7 @@ func fetchPackages(ctx context.Context, cache string, names ...string) ([]string
 
 // makeCache makes the directory of a cache. One that another user may write to is refused: what is in it is not downloaded, nor verified, again.
 func makeCache(dir string) error {
-	if err := newfile.MkdirAll(dir); err != nil {
+	if err := private.MkdirAll(dir); err != nil {
 		return err
 	}
 	if err := checkOwner(dir, ""); err != nil {
