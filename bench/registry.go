@@ -159,7 +159,7 @@ func (b *bench) pull(ctx context.Context, p *puller, addr, pkg string) error {
 		return err
 	}
 	begin := time.Now()
-	vm, err := p.peer(ctx, "--raddr", addr, "--package", pulled)
+	vm, err := p.peer(ctx, "--raddr", addr, "--insecure", "--package", pulled)
 	if err != nil {
 		return err
 	}

@@ -68,7 +68,7 @@ func TestRegistry(t *testing.T) {
 	registered := serveRegistry(t, server.Drafter, server.addr+":1600", pkg)
 	c := redis.NewClient(&redis.Options{Addr: host.addr + ":3333", MaxRetries: 10})
 	defer c.Close()
-	flags := []string{"--package", "pulled", "--raddr", server.addr + ":1600"}
+	flags := []string{"--package", "pulled", "--raddr", server.addr + ":1600", "--insecure"}
 
 	start := time.Now()
 	vm := host.peer(t, "instance-0", flags...)
