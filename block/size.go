@@ -44,5 +44,5 @@ func HostMemory() (int64, error) {
 	if err := unix.Sysinfo(&info); err != nil {
 		return 0, fmt.Errorf("read how much memory the host has: %w", err)
 	}
-	return int64(uint64(info.Totalram) * uint64(info.Unit)), nil
+	return int64(info.Totalram * uint64(info.Unit)), nil
 }

@@ -7,14 +7,18 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"errors"
+	"fmt"
 	"io"
 	"math/big"
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -61,6 +65,63 @@ func certificates(t *testing.T, dir string) []string {
 		t.Fatal(err)
 	}
 	return []string{"--tls-ca", save("ca.pem", "CERTIFICATE", authority), "--tls-cert", save("cert.pem", "CERTIFICATE", cert), "--tls-key", save("key.pem", "PRIVATE KEY", pkcs8)}
+}
+
+// asNobody runs the command as an unprivileged user, and returns what it said.
+func asNobody(t *testing.T, args ...string) string {
+	t.Helper()
+	path, err := exec.LookPath("drafter")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp("", "nobody-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	binary := filepath.Join(dir, "drafter")
+	if out, err := exec.Command("cp", path, binary).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if err := errors.Join(os.Chmod(dir, 0o755), os.Chown(dir, 65534, 65534), os.Chmod(binary, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(binary, args...)
+	cmd.Dir = dir
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	out, err := cmd.CombinedOutput()
+	if err == nil {
+		t.Errorf("drafter %s does not fail for another user:\n%s", args[0], out)
+	}
+	if files, err := filepath.Glob(filepath.Join(dir, "backup", "*")); err != nil || len(files) > 0 {
+		t.Errorf("another user got %v, %v", files, err)
+	}
+	return string(out)
+}
+
+// Another user of the host, who connects a thousand times and asks for the VM, gets nothing of it, and keeps its owner from nothing: neither on loopback nor with
+// TLS.
+func TestStrangersOfThisHost(t *testing.T) {
+	s := emptySite(t)
+	s.redisIn(t, "ark0", "127.0.0.1:3333")
+	flags := certificates(t, filepath.Join(s.dir, "tls"))
+	for i, trust := range [][]string{nil, flags} {
+		source := s.peer(t, fmt.Sprintf("instance-%d", i), append([]string{"--netns", "ark0", "--laddr", "localhost:1337"}, trust...)...)
+		for range 1000 {
+			c, err := net.Dial("tcp", "localhost:1337")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+		}
+		for _, command := range []string{"checkpoint", "terminator"} {
+			t.Logf("%s", asNobody(t, command, "--raddr", "localhost:1337", "--insecure", "--output", "backup"))
+		}
+		if err := s.Run(t.Context(), os.Stderr, append([]string{"checkpoint", "--raddr", "localhost:1337", "--output", "backup"}, trust...)...); err != nil {
+			t.Errorf("the owner: %v", err)
+		}
+		end(t, source)
+	}
 }
 
 // With TLS, only a host with a certificate of the same authority gets the VM. Its metrics say how it moved.

@@ -70,7 +70,7 @@ func (t *Trust) Listen(ctx context.Context, addr string) (*Listener, error) {
 		}
 		config.Control = private
 	case t.local():
-		addrs, _, err := resolve(ctx, address)
+		addrs, err := resolve(ctx, address)
 		if err != nil {
 			return nil, err
 		}
@@ -114,33 +114,33 @@ func removeDeadSocket(ctx context.Context, path string) error {
 }
 
 // resolve looks up HOST:PORT, and refuses what is not loopback. IPv4 comes first, as with [net.Listen].
-func resolve(ctx context.Context, address string) (addrs []netip.AddrPort, host string, err error) {
+func resolve(ctx context.Context, address string) (addrs []netip.AddrPort, err error) {
 	host, service, err := net.SplitHostPort(address)
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
 	port, err := net.DefaultResolver.LookupPort(ctx, "tcp", service)
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
 	if host == "" {
-		return nil, "", ErrBeyond
+		return nil, ErrBeyond
 	}
 	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
 	for _, v4 := range []bool{true, false} {
 		for _, ip := range ips {
 			if ip = ip.Unmap(); !ip.IsLoopback() {
-				return nil, "", ErrBeyond
+				return nil, ErrBeyond
 			}
 			if ip.Is4() == v4 {
 				addrs = append(addrs, netip.AddrPortFrom(ip, uint16(port)))
 			}
 		}
 	}
-	return addrs, host, nil
+	return addrs, nil
 }
 
 // Dialer returns what connects with HOST:PORT or unix:PATH. Each connection is authenticated as those of [Trust.Listen] are, the other way round: who listens
@@ -169,7 +169,7 @@ func (t *Trust) Dialer(addr string) (func(context.Context) (io.ReadWriteCloser, 
 		return func(ctx context.Context) (io.ReadWriteCloser, error) { return dialOwn(ctx, network, address) }, nil
 	}
 	return func(ctx context.Context) (io.ReadWriteCloser, error) {
-		addrs, _, err := resolve(ctx, address)
+		addrs, err := resolve(ctx, address)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", address, err)
 		}
