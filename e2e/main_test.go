@@ -198,7 +198,7 @@ func inventory() string {
 		{"links", "ip -o link | cut -d: -f2"},
 		{"namespaces", "ip netns list"},
 		{"routes", "ip -4 route"},
-		{"rules", "nft list ruleset"},
+		{"rules", "nft --terse list ruleset"},
 		{"forwarding", "cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv4/conf/all/route_localnet"},
 		{"run", "find /run/drafter 2>/dev/null; true"},
 		{"mounts", "cut -d' ' -f5 /proc/self/mountinfo | grep -v /run/netns/; true"},

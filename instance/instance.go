@@ -20,6 +20,7 @@ import (
 	"drafter/agent"
 	"drafter/block"
 	"drafter/internal/private"
+	"drafter/network"
 	"drafter/vmm"
 )
 
@@ -194,6 +195,11 @@ func Boot(ctx context.Context, h Host, hw Hardware, id string, names []string, p
 
 // launch makes the VM's directory and all of the launch that does not depend on how the machine starts.
 func (i *Instance) launch(h Host, driver vmm.Driver) (vmm.Launch, error) {
+	if h.Netns != "" && i.config.Interface != "" {
+		if err := network.GuardGuest(h.Netns, i.config.MAC); err != nil {
+			return vmm.Launch{}, fmt.Errorf("guard network namespace %q: %w", h.Netns, err)
+		}
+	}
 	dir, err := vmm.CreateDir(h.BaseDir, driver.Name())
 	if err != nil {
 		return vmm.Launch{}, err

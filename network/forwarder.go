@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -207,7 +208,7 @@ func checkLoopback(p forward) error {
 }
 
 func (f *Forwarder) applyRules(forwards []forward) error {
-	r, err := newRuleset(f.name)
+	r, err := newRuleset(nftables.TableFamilyIPv4, f.name)
 	if err != nil {
 		return err
 	}
@@ -215,8 +216,11 @@ func (f *Forwarder) applyRules(forwards []forward) error {
 	var links []string
 	for _, p := range forwards {
 		external := host(p.external.Addr().AsSlice())
-		// Others reach the address through prerouting, the host itself through output.
-		r.rule(incoming, toAddress(external), toPort(p.Protocol, p.external.Port()), destinationNAT(p.target, p.internal))
+		// Others reach the address through prerouting, the host itself through output. Nobody else may reach a loopback address: the
+		// kernel would not stop a neighbour who sends to it, because it only looks at the address after this rule.
+		if !p.external.Addr().IsLoopback() {
+			r.rule(incoming, toAddress(external), toPort(p.Protocol, p.external.Port()), destinationNAT(p.target, p.internal))
+		}
 		r.rule(local, toAddress(external), toPort(p.Protocol, p.external.Port()), destinationNAT(p.target, p.internal))
 		if !slices.Contains(links, p.targetLink) {
 			links = append(links, p.targetLink)

@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -26,12 +28,19 @@ import (
 //	                           tap0  172.16.0.1 ──────────────────────── 172.16.0.2
 //
 // Guests are alike in every namespace, so that one package runs in any. What a guest sends gets its namespace's address (10.0.15.i+1),
-// then the host's. What is sent to 10.0.8.4i+2 or 10.0.15.i+1 reaches the guest.
+// then the host's. What the host sends to 10.0.8.4i+2 or 10.0.15.i+1 reaches the guest; others need a port forward.
+//
+// A guest reaches what is behind the outgoing interface. It reaches neither the host nor other guests, nor link-local addresses and the
+// metadata services of clouds, unless they are opened.
 type NATConfig struct {
 	HostInterface     string // outgoing interface; "" for the one of the default route
 	HostVethCIDR      string // one /30 for each namespace's link with the host
 	NamespaceVethCIDR string // one address for each namespace
-	BlockedSubnetCIDR string // guests cannot reach it
+	BlockedSubnetCIDR string // guests cannot reach it either
+
+	AllowHost      []string // ports of the host that guests reach, as 53/udp
+	AllowCIDRs     []string // closed addresses that guests reach, as 192.168.1.0/24, or with one port as 169.254.169.254/32:53/udp
+	MaxConnections int      // connections a guest may have opened at a time; 0 for an equal share of half of what the host can track, up to 8192
 
 	NamespaceInterface        string // tap interface for the VMM
 	NamespaceInterfaceGateway string // its address, the guest's gateway
@@ -40,8 +49,8 @@ type NATConfig struct {
 	NamespaceInterfaceMAC     string // the tap's; the same everywhere, so that a guest that has moved still knows its gateway
 
 	NamespacePrefix      string
-	NamespaceCount       int // 0 for as many as both CIDRs hold
-	AllowIncomingTraffic bool
+	NamespaceCount       int  // 0 for as many as both CIDRs hold
+	AllowIncomingTraffic bool // whether the host reaches guests without a port forward
 }
 
 // NAT is a running pool. Its namespaces exist until Close.
@@ -51,6 +60,8 @@ type NAT struct {
 	lock    *lockfile.Lock
 	record  natRecord
 	created []string // what Close removes, oldest first
+
+	connections int // that a guest may have opened at a time
 }
 
 // natRecord is kept on disk while a NAT runs, so that the next one can clean up after a crash.
@@ -66,6 +77,7 @@ type layout struct {
 	gateway, guest                   net.IP
 	mask                             net.IPMask
 	mac                              net.HardwareAddr
+	openings                         []opening
 	count                            int
 }
 
@@ -123,6 +135,12 @@ func (c *NATConfig) parse() (*layout, error) {
 	room := min(1<<(32-hostBits)/4, 1<<(32-nsBits)-2, 9999)
 	if room < 1 {
 		return nil, fmt.Errorf("the subnets %s and %s have no room for a namespace", l.hostVeth, l.namespaceVeth)
+	}
+	if l.openings, err = c.parseOpenings(); err != nil {
+		return nil, err
+	}
+	if c.MaxConnections < 0 {
+		return nil, fmt.Errorf("--max-connections is %d; it must be 0 or more", c.MaxConnections)
 	}
 	l.count = c.NamespaceCount
 	if l.count == 0 {
@@ -189,11 +207,14 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 		}
 		name := n.name(i)
 		n.created = append(n.created, name)
-		if slices.Contains(kept, name) {
-			continue
+		if !slices.Contains(kept, name) {
+			if err := n.createNamespace(i); err != nil {
+				return nil, err
+			}
 		}
-		if err := n.createNamespace(i); err != nil {
-			return nil, err
+		// A namespace that was kept may be an older version's, or have been made with other flags.
+		if err := n.guard(i); err != nil {
+			return nil, fmt.Errorf("guard network namespace %q: %w", name, err)
 		}
 	}
 	return n, nil
@@ -221,7 +242,7 @@ func outgoingInterface(name string) (string, error) {
 		}
 		return link.Attrs().Name, nil
 	}
-	slog.Warn("This host has no default route: guests reach the host only. Name a --host-interface to change that")
+	slog.Warn("This host has no default route: guests reach only what --allow-host and --allow-cidr open. Name a --host-interface to change that")
 	return "", nil
 }
 
@@ -243,9 +264,7 @@ func (n *NAT) reclaim() (kept []string, err error) {
 		var held *lockfile.HeldError
 		switch {
 		case errors.As(err, &held):
-			same := old.Config
-			same.HostInterface, same.NamespaceCount = n.config.HostInterface, n.config.NamespaceCount
-			if same != n.config {
+			if old.Config.pool() != n.config.pool() {
 				return nil, fmt.Errorf("network namespace %q is in use by %s and laid out by other flags; end that process first", name, held.Holder)
 			}
 			kept = append(kept, name)
@@ -260,6 +279,14 @@ func (n *NAT) reclaim() (kept []string, err error) {
 	slog.Info("Removed what a killed NAT left behind", "namespaces", len(old.Namespaces)-len(kept), "inUse", len(kept))
 	n.record.IPForward = old.IPForward
 	return kept, nil
+}
+
+// pool is how the namespaces are laid out. All else is set anew for those that are kept.
+func (c NATConfig) pool() [8]string {
+	return [...]string{
+		c.HostVethCIDR, c.NamespaceVethCIDR, c.NamespaceInterface, c.NamespaceInterfaceGateway, strconv.Itoa(c.NamespaceInterfaceNetmask),
+		c.NamespaceInterfaceIP, c.NamespaceInterfaceMAC, c.NamespacePrefix,
+	}
 }
 
 // check refuses to start where the names or addresses belong to somebody else.
@@ -321,18 +348,38 @@ func (n *NAT) prepareHost() error {
 	if err := setSysctl(forward, "1"); err != nil {
 		return err
 	}
-	r, err := newRuleset(n.natTable())
-	if err != nil {
+	if n.connections, err = n.connectionLimit(); err != nil {
 		return err
 	}
-	veths := n.config.NamespacePrefix + "*"
-	// The forwarder lets packets for loopback addresses leave through a veth; none may come in that way.
-	r.rule(r.chain(hookRaw), fromInterface(veths), toAddress(loopback), drop())
-	outgoing := r.chain(hookOutgoing)
-	if n.config.HostInterface != "" {
-		r.rule(outgoing, fromAddress(n.layout.namespaceVeth), toInterface(n.config.HostInterface), masquerade())
+	return n.hostRules(n.connections)
+}
+
+// mostConnections bounds a share of the connection tracking. The kernel walks through a guest's connections at each new one; more than these
+// would let a guest burn the host's time: one takes about half a millisecond with 8192.
+const mostConnections = 8192
+
+// connectionLimit returns how many connections a guest may have opened at a time.
+func (n *NAT) connectionLimit() (int, error) {
+	if n.config.MaxConnections != 0 {
+		return n.config.MaxConnections, nil
 	}
-	return r.apply()
+	const table = "/proc/sys/net/netfilter/nf_conntrack_max"
+	b, err := os.ReadFile(table)
+	if errors.Is(err, os.ErrNotExist) {
+		// Rules that need the connection tracking load it.
+		if err := n.hostRules(1); err != nil {
+			return 0, err
+		}
+		b, err = os.ReadFile(table)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("read kernel parameter: %w", err)
+	}
+	size, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		return 0, fmt.Errorf("read kernel parameter %s: %w", table, err)
+	}
+	return max(1, min(mostConnections, size/2/n.layout.count)), nil
 }
 
 // writeRecord replaces a file in one step.
@@ -406,10 +453,6 @@ func (n *NAT) configureNamespace(i int) error {
 	if err := netlink.LinkAdd(tap); err != nil {
 		return fmt.Errorf("create %s: %w", c.NamespaceInterface, err)
 	}
-	// The guest may have the same MAC address, from which IPv6 would make the same address for both.
-	if err := setSysctl("net/ipv6/conf/"+c.NamespaceInterface+"/disable_ipv6", "1"); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
 	if err := netlink.LinkSetHardwareAddr(tap, l.mac); err != nil {
 		return fmt.Errorf("set MAC address of %s: %w", c.NamespaceInterface, err)
 	}
@@ -424,34 +467,35 @@ func (n *NAT) configureNamespace(i int) error {
 	if err := netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: l.hostSide(i)}); err != nil {
 		return fmt.Errorf("set default route: %w", err)
 	}
-	if err := setSysctl("net/ipv4/ip_forward", "1"); err != nil {
-		return err
-	}
-	return n.namespaceRules(i)
+	return setSysctl("net/ipv4/ip_forward", "1")
 }
 
-func (n *NAT) namespaceRules(i int) error {
-	c, l := n.config, n.layout
-	r, err := newRuleset("drafter")
-	if err != nil {
+// guard puts what guests may do in force for a namespace and its link.
+func (n *NAT) guard(i int) error {
+	name := n.name(i)
+	// Nothing is routed by IPv6. Without this, link-local addresses would reach whatever listens on the host's [::].
+	if err := disableIPv6(hostVethName(name)); err != nil {
 		return err
 	}
-	r.rule(r.chain(hookOutgoing), fromAddress(host(l.guest)), toInterface(namespaceVeth), sourceNAT(l.namespaceIP(i)))
-	forwarded := r.chain(hookForwarded)
-	r.rule(forwarded, fromInterface(c.NamespaceInterface), toAddress(l.blocked), newConnection(), drop())
-	incoming := r.chain(hookIncoming)
-	if c.AllowIncomingTraffic {
-		for _, ip := range []net.IP{l.namespaceSide(i), l.namespaceIP(i)} {
-			r.rule(incoming, fromInterface(namespaceVeth), toAddress(host(ip)), destinationNAT(l.guest, 0))
-		}
-	} else {
-		r.rule(forwarded, fromInterface(namespaceVeth), newConnection(), drop())
+	return inNamespace(name, func() error {
+		return errors.Join(disableIPv6("all"), n.namespaceRules(i, n.connections))
+	})
+}
+
+// disableIPv6 takes IPv6 off an interface of the calling thread's namespace, or off all that are and will be. A kernel without it is as good.
+func disableIPv6(iface string) error {
+	err := setSysctl("net/ipv6/conf/"+iface+"/disable_ipv6", "1")
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
 	}
-	return r.apply()
+	return err
 }
 
 // Namespaces returns the names of the pool's namespaces.
 func (n *NAT) Namespaces() []string { return slices.Clone(n.created) }
+
+// ConnectionLimit returns how many connections each guest may have opened at a time.
+func (n *NAT) ConnectionLimit() int { return n.connections }
 
 // Claim claims any free namespace of the pool and returns its name.
 func (n *NAT) Claim() (string, *Claim, error) {

@@ -72,10 +72,10 @@ func needRoot(t *testing.T) {
 	}
 }
 
-// inventory is all that a NAT or forwarder could leave on a host.
+// inventory is all that a NAT or forwarder could leave on a host, but for what is only counted.
 func inventory(t *testing.T) string {
 	t.Helper()
-	out, err := exec.Command("sh", "-c", `ip -o link | cut -d: -f2 | sort; ip netns list | sort; ip -4 route; nft list ruleset; find /run/drafter; cat /proc/sys/net/ipv4/ip_forward`).CombinedOutput()
+	out, err := exec.Command("sh", "-c", `ip -o link | cut -d: -f2 | sort; ip netns list | sort; ip -4 route; nft --terse list ruleset; find /run/drafter; cat /proc/sys/net/ipv4/ip_forward`).CombinedOutput()
 	if err != nil && !strings.Contains(string(out), "No such file") {
 		t.Fatalf("%v: %s", err, out)
 	}
@@ -264,20 +264,18 @@ func TestGuestReachesOutside(t *testing.T) {
 	needRoot(t)
 	startNAT(t, testConfig())
 	guest0, guest1 := attachGuest(t, "ark0"), attachGuest(t, "ark1")
+	for _, ns := range []string{"ark0", "ark1"} {
+		if err := GuardGuest(ns, testConfig().NamespaceInterfaceMAC); err != nil {
+			t.Fatal(err)
+		}
+	}
 	listen(t, "outside", "192.0.2.254:80", "outside")
-	listen(t, "", "192.0.2.1:81", "host")
 	listen(t, guest1, "172.16.0.2:80", "guest1")
 	for _, network := range []string{"tcp4", "udp4"} {
 		if got := ask(t, guest0, network, "192.0.2.254:80"); got != "outside to 192.0.2.1" {
 			t.Errorf("%s outside: %q", network, got)
 		}
-		if got := ask(t, guest0, network, "192.0.2.1:81"); got != "host to 10.0.15.1" {
-			t.Errorf("%s to the host: %q", network, got)
-		}
-		if got := ask(t, guest0, network, "10.0.15.2:80"); got != "" {
-			t.Errorf("%s to another guest in the blocked subnet: %q", network, got)
-		}
-		// Without a forwarder, a guest has its own address on the host's side.
+		// The host needs no forwarder: a guest has its own address there.
 		for _, addr := range []string{"10.0.15.2:80", "10.0.8.6:80"} {
 			if got := ask(t, "", network, addr); !strings.HasPrefix(got, "guest1 to ") {
 				t.Errorf("%s from the host to %s: %q", network, addr, got)
@@ -422,17 +420,23 @@ func TestNATRefused(t *testing.T) {
 		change func(*NATConfig)
 		want   string
 	}{
-		"no such interface":  {func(c *NATConfig) { c.HostInterface = "wlp0s20f3" }, `"wlp0s20f3" does not exist`},
-		"no subnet":          {func(c *NATConfig) { c.HostVethCIDR = "10.0.8.0" }, "--host-veth-cidr"},
-		"IPv6 subnet":        {func(c *NATConfig) { c.BlockedSubnetCIDR = "fd00::/64" }, "--blocked-subnet-cidr"},
-		"no gateway":         {func(c *NATConfig) { c.NamespaceInterfaceGateway = "x" }, "--namespace-interface-gateway"},
-		"guest elsewhere":    {func(c *NATConfig) { c.NamespaceInterfaceIP = "172.16.1.2" }, "--namespace-interface-ip"},
-		"no MAC":             {func(c *NATConfig) { c.NamespaceInterfaceMAC = "x" }, "--namespace-interface-mac"},
-		"prefix as path":     {func(c *NATConfig) { c.NamespacePrefix = "../x" }, "--namespace-prefix"},
-		"too many":           {func(c *NATConfig) { c.NamespaceCount = 255 }, "room for 1 to 254"},
-		"no room":            {func(c *NATConfig) { c.HostVethCIDR = "10.0.8.0/31" }, "no room"},
-		"addresses of other": {func(c *NATConfig) { c.HostVethCIDR = "192.0.2.0/24" }, "address 192.0.2.1 of interface eth0"},
-		"names of other":     {func(c *NATConfig) { c.NamespacePrefix = "taken" }, `"taken0" exists and is not ours`},
+		"no such interface":     {func(c *NATConfig) { c.HostInterface = "wlp0s20f3" }, `"wlp0s20f3" does not exist`},
+		"no subnet":             {func(c *NATConfig) { c.HostVethCIDR = "10.0.8.0" }, "--host-veth-cidr"},
+		"IPv6 subnet":           {func(c *NATConfig) { c.BlockedSubnetCIDR = "fd00::/64" }, "--blocked-subnet-cidr"},
+		"no gateway":            {func(c *NATConfig) { c.NamespaceInterfaceGateway = "x" }, "--namespace-interface-gateway"},
+		"guest elsewhere":       {func(c *NATConfig) { c.NamespaceInterfaceIP = "172.16.1.2" }, "--namespace-interface-ip"},
+		"no MAC":                {func(c *NATConfig) { c.NamespaceInterfaceMAC = "x" }, "--namespace-interface-mac"},
+		"prefix as path":        {func(c *NATConfig) { c.NamespacePrefix = "../x" }, "--namespace-prefix"},
+		"too many":              {func(c *NATConfig) { c.NamespaceCount = 255 }, "room for 1 to 254"},
+		"no room":               {func(c *NATConfig) { c.HostVethCIDR = "10.0.8.0/31" }, "no room"},
+		"port without protocol": {func(c *NATConfig) { c.AllowHost = []string{"53"} }, `--allow-host "53" is no port and protocol`},
+		"port of nothing":       {func(c *NATConfig) { c.AllowHost = []string{"0/udp"} }, `--allow-host "0/udp"`},
+		"address opened":        {func(c *NATConfig) { c.AllowCIDRs = []string{"192.0.2.1"} }, `--allow-cidr "192.0.2.1" is no IPv4 subnet`},
+		"IPv6 opened":           {func(c *NATConfig) { c.AllowCIDRs = []string{"fd00::/8"} }, `--allow-cidr "fd00::/8" is no IPv4 subnet`},
+		"opened for a name":     {func(c *NATConfig) { c.AllowCIDRs = []string{"192.0.2.1/32:dns/udp"} }, `--allow-cidr "192.0.2.1/32:dns/udp"`},
+		"less than none":        {func(c *NATConfig) { c.MaxConnections = -1 }, "--max-connections is -1"},
+		"addresses of other":    {func(c *NATConfig) { c.HostVethCIDR = "192.0.2.0/24" }, "address 192.0.2.1 of interface eth0"},
+		"names of other":        {func(c *NATConfig) { c.NamespacePrefix = "taken" }, `"taken0" exists and is not ours`},
 	} {
 		if name == "names of other" {
 			if err := createNamespace("taken0"); err != nil {
@@ -463,14 +467,20 @@ func TestTwoNATs(t *testing.T) {
 	if _, err := StartNAT(context.Background(), testConfig()); err == nil || !strings.Contains(err.Error(), "runs already as process") {
 		t.Errorf("a second NAT: %v", err)
 	}
-	c := testConfig()
-	c.NamespacePrefix, c.HostVethCIDR, c.NamespaceVethCIDR, c.BlockedSubnetCIDR = "bee", "10.1.8.0/22", "10.1.15.0/24", "10.1.15.0/24"
-	other, err := StartNAT(context.Background(), c)
+	other, err := StartNAT(context.Background(), otherConfig())
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := other.Close(); err != nil {
 		t.Error(err)
+	}
+	// Rules for links named eth0-veth… are none for eth0.
+	c := otherConfig()
+	c.NamespacePrefix = "eth"
+	startNAT(t, c)
+	listen(t, "", "192.0.2.1:80", "host")
+	if got := ask(t, testhost.Outside, "tcp4", "192.0.2.1:80"); got != "host to 192.0.2.254" {
+		t.Errorf("the host is reached from outside: %q", got)
 	}
 }
 
@@ -521,8 +531,17 @@ func TestKilledNAT(t *testing.T) {
 	if _, err := StartNAT(context.Background(), changed); err == nil || !strings.Contains(err.Error(), `"ark0" is in use by process`) {
 		t.Errorf("another layout under a running VM: %v", err)
 	}
-	if n, err = StartNAT(context.Background(), testConfig()); err != nil {
+	listen(t, guest, "172.16.0.2:80", "guest")
+	if got := ask(t, "", "tcp4", "10.0.15.1:80"); !strings.HasPrefix(got, "guest to ") {
+		t.Errorf("the host reaches the VM: %q", got)
+	}
+	closed := testConfig()
+	closed.AllowIncomingTraffic = false
+	if n, err = StartNAT(context.Background(), closed); err != nil {
 		t.Fatal(err)
+	}
+	if got := ask(t, "", "tcp4", "10.0.15.1:80"); got != "" {
+		t.Errorf("a namespace that was kept has the rules of before: %q", got)
 	}
 	listen(t, "outside", "192.0.2.254:80", "outside")
 	if got := ask(t, guest, "tcp4", "192.0.2.254:80"); got != "outside to 192.0.2.1" {

@@ -4,7 +4,7 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"strings"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -18,13 +18,13 @@ type ruleset struct {
 	table *nftables.Table
 }
 
-// newRuleset starts a ruleset for the calling thread's network namespace. A table of the same name is replaced.
-func newRuleset(table string) (*ruleset, error) {
+// newRuleset starts a ruleset for the calling thread's network namespace. A table of the same family and name is replaced.
+func newRuleset(family nftables.TableFamily, table string) (*ruleset, error) {
 	conn, err := nftables.New()
 	if err != nil {
 		return nil, fmt.Errorf("open nftables: %w", err)
 	}
-	t := &nftables.Table{Family: nftables.TableFamilyIPv4, Name: table}
+	t := &nftables.Table{Family: family, Name: table}
 	conn.AddTable(t) // so that the next line cannot fail
 	conn.DelTable(t)
 	conn.AddTable(t)
@@ -38,9 +38,9 @@ func (r *ruleset) apply() error {
 	return nil
 }
 
-// deleteTable removes a table of ours; one that does not exist is no error.
+// deleteTable removes an IPv4 table of ours; one that does not exist is no error.
 func deleteTable(table string) error {
-	r, err := newRuleset(table)
+	r, err := newRuleset(nftables.TableFamilyIPv4, table)
 	if err != nil {
 		return err
 	}
@@ -57,16 +57,54 @@ type hook struct {
 }
 
 var (
+	hookReceived  = hook{"received", nftables.ChainTypeFilter, nftables.ChainHookIngress, nftables.ChainPriorityFilter}
 	hookRaw       = hook{"raw", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw}
 	hookIncoming  = hook{"incoming", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest}
 	hookLocal     = hook{"local", nftables.ChainTypeNAT, nftables.ChainHookOutput, nftables.ChainPriorityNATDest}
 	hookForwarded = hook{"forwarded", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter}
+	hookDelivered = hook{"delivered", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter}
 	hookOutgoing  = hook{"outgoing", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource}
 )
 
 // chain adds a chain at a hook.
-func (r *ruleset) chain(h hook) *nftables.Chain {
-	return r.conn.AddChain(&nftables.Chain{Name: h.name, Table: r.table, Type: h.kind, Hooknum: h.at, Priority: h.priority})
+func (r *ruleset) chain(h hook) *nftables.Chain { return r.chainOn(h, "") }
+
+// chainOn adds a chain at a hook of one interface.
+func (r *ruleset) chainOn(h hook, iface string) *nftables.Chain {
+	return r.conn.AddChain(&nftables.Chain{Name: h.name, Table: r.table, Type: h.kind, Hooknum: h.at, Priority: h.priority, Device: iface})
+}
+
+// subchain adds a chain that others continue at.
+func (r *ruleset) subchain(name string) *nftables.Chain {
+	return r.conn.AddChain(&nftables.Chain{Name: name, Table: r.table})
+}
+
+// interfaces adds a set of interface names.
+func (r *ruleset) interfaces(name string, names []string) (*nftables.Set, error) {
+	set := &nftables.Set{Table: r.table, Name: name, KeyType: nftables.TypeIFName, KeyByteOrder: binaryutil.NativeEndian}
+	if err := r.conn.AddSet(set, nil); err != nil {
+		return nil, fmt.Errorf("add set %s: %w", name, err)
+	}
+	// One netlink attribute holds 64 KiB.
+	for chunk := range slices.Chunk(names, 500) {
+		var elements []nftables.SetElement
+		for _, n := range chunk {
+			elements = append(elements, nftables.SetElement{Key: interfaceName(n)})
+		}
+		if err := r.conn.SetAddElements(set, elements); err != nil {
+			return nil, fmt.Errorf("fill set %s: %w", name, err)
+		}
+	}
+	return set, nil
+}
+
+// counters adds a set that counts connections for each of up to size interfaces. See overConnections.
+func (r *ruleset) counters(name string, size int) (*nftables.Set, error) {
+	set := &nftables.Set{Table: r.table, Name: name, KeyType: nftables.TypeIFName, KeyByteOrder: binaryutil.NativeEndian, Dynamic: true, Size: uint32(size)}
+	if err := r.conn.AddSet(set, nil); err != nil {
+		return nil, fmt.Errorf("add set %s: %w", name, err)
+	}
+	return set, nil
 }
 
 // rule adds a rule: all parts must match in order, the last ones act.
@@ -80,33 +118,98 @@ func (r *ruleset) rule(c *nftables.Chain, parts ...[]expr.Any) {
 
 // Matches and actions. Registers 1 and 2 are scratch. IPv4 header offsets are those of RFC 791: source at 12, destination at 16.
 
+func interfaceName(name string) []byte {
+	b := make([]byte, unix.IFNAMSIZ)
+	copy(b, name)
+	return b
+}
+
 func interfaceMatches(key expr.MetaKey, name string) []expr.Any {
-	// A name that ends with * stands for all that begin so.
-	data := append([]byte(name), 0)
-	if prefix, ok := strings.CutSuffix(name, "*"); ok {
-		data = []byte(prefix)
-	} else {
-		data = append(data, make([]byte, unix.IFNAMSIZ-len(data))...)
-	}
 	return []expr.Any{
 		&expr.Meta{Key: key, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: data},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: interfaceName(name)},
 	}
 }
 
 func fromInterface(name string) []expr.Any { return interfaceMatches(expr.MetaKeyIIFNAME, name) }
 func toInterface(name string) []expr.Any   { return interfaceMatches(expr.MetaKeyOIFNAME, name) }
 
-func address(offset uint32, n *net.IPNet) []expr.Any {
+func interfaceIn(key expr.MetaKey, set *nftables.Set, not bool) []expr.Any {
 	return []expr.Any{
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: n.Mask, Xor: make([]byte, 4)},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: n.IP.Mask(n.Mask).To4()},
+		&expr.Meta{Key: key, Register: 1},
+		&expr.Lookup{SourceRegister: 1, SetName: set.Name, SetID: set.ID, Invert: not},
 	}
 }
 
-func fromAddress(n *net.IPNet) []expr.Any { return address(12, n) }
-func toAddress(n *net.IPNet) []expr.Any   { return address(16, n) }
+func fromInterfaces(set *nftables.Set) []expr.Any {
+	return interfaceIn(expr.MetaKeyIIFNAME, set, false)
+}
+func toInterfaces(set *nftables.Set) []expr.Any { return interfaceIn(expr.MetaKeyOIFNAME, set, false) }
+func notToInterfaces(set *nftables.Set) []expr.Any {
+	return interfaceIn(expr.MetaKeyOIFNAME, set, true)
+}
+
+func address(load expr.Any, op expr.CmpOp, n *net.IPNet) []expr.Any {
+	return []expr.Any{
+		load,
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: n.Mask, Xor: make([]byte, 4)},
+		&expr.Cmp{Op: op, Register: 1, Data: n.IP.Mask(n.Mask).To4()},
+	}
+}
+
+func headerField(base expr.PayloadBase, offset, length uint32) expr.Any {
+	return &expr.Payload{DestRegister: 1, Base: base, Offset: offset, Len: length}
+}
+
+func fromAddress(n *net.IPNet) []expr.Any {
+	return address(headerField(expr.PayloadBaseNetworkHeader, 12, 4), expr.CmpOpEq, n)
+}
+
+func notFromAddress(n *net.IPNet) []expr.Any {
+	return address(headerField(expr.PayloadBaseNetworkHeader, 12, 4), expr.CmpOpNeq, n)
+}
+
+func toAddress(n *net.IPNet) []expr.Any {
+	return address(headerField(expr.PayloadBaseNetworkHeader, 16, 4), expr.CmpOpEq, n)
+}
+
+// toOriginalAddress matches the destination that a connection's first packet had before anything was translated.
+func toOriginalAddress(n *net.IPNet) []expr.Any {
+	return address(&expr.Ct{Key: expr.CtKeyDST, Register: 1, Direction: 0}, expr.CmpOpEq, n)
+}
+
+// notFromMAC matches frames with another source address, which is at 6 (IEEE 802.3).
+func notFromMAC(mac net.HardwareAddr) []expr.Any {
+	return []expr.Any{
+		headerField(expr.PayloadBaseLLHeader, 6, 6),
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: mac},
+	}
+}
+
+func protocol(ethertype uint16) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyPROTOCOL, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(ethertype)},
+	}
+}
+
+func protocolIPv4() []expr.Any { return protocol(unix.ETH_P_IP) }
+func protocolARP() []expr.Any  { return protocol(unix.ETH_P_ARP) }
+
+// arpFrom matches ARP for IPv4 over Ethernet from a sender: hardware type 1, protocol 0x0800 and their lengths 6 and 4, then after the
+// operation the sender's addresses at 8 and 14 (RFC 826). A nil mac is not matched.
+func arpFrom(mac net.HardwareAddr, ip net.IP) []expr.Any {
+	e := []expr.Any{
+		headerField(expr.PayloadBaseNetworkHeader, 0, 6),
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{0, 1, 8, 0, 6, 4}},
+		headerField(expr.PayloadBaseNetworkHeader, 14, 4),
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: ip.To4()},
+	}
+	if mac == nil {
+		return e
+	}
+	return append(e, headerField(expr.PayloadBaseNetworkHeader, 8, 6), &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: mac})
+}
 
 // toPort matches a destination port of "tcp" or "udp"; both have it at offset 2.
 func toPort(protocol string, port uint16) []expr.Any {
@@ -114,24 +217,72 @@ func toPort(protocol string, port uint16) []expr.Any {
 	if protocol == "udp" {
 		number = unix.IPPROTO_UDP
 	}
+	return append(transport(number),
+		headerField(expr.PayloadBaseTransportHeader, 2, 2),
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(port)})
+}
+
+// toOriginalPort is toPort for the destination that a connection's first packet had before anything was translated.
+func toOriginalPort(protocol string, port uint16) []expr.Any {
+	match := toPort(protocol, port)
+	match[2] = &expr.Ct{Key: expr.CtKeyPROTODST, Register: 1, Direction: 0}
+	return match
+}
+
+func transport(number byte) []expr.Any {
 	return []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{number}},
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(port)},
 	}
 }
 
-// newConnection matches the first packet of a connection.
-func newConnection() []expr.Any {
+func icmp() []expr.Any { return transport(unix.IPPROTO_ICMP) }
+
+// connection matches a bit of what the connection tracking knows about a packet's connection: that it is set (CmpOpNeq to 0), or not.
+func connection(key expr.CtKey, bit uint32, op expr.CmpOp) []expr.Any {
 	return []expr.Any{
-		&expr.Ct{Key: expr.CtKeySTATE, Register: 1},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(expr.CtStateBitNEW), Xor: make([]byte, 4)},
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
+		&expr.Ct{Key: key, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(bit), Xor: make([]byte, 4)},
+		&expr.Cmp{Op: op, Register: 1, Data: make([]byte, 4)},
 	}
 }
 
-func drop() []expr.Any { return []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}} }
+func connectionState(bit uint32) []expr.Any { return connection(expr.CtKeySTATE, bit, expr.CmpOpNeq) }
+
+// notNewConnection matches packets that are not the first of a connection.
+func notNewConnection() []expr.Any {
+	return connection(expr.CtKeySTATE, expr.CtStateBitNEW, expr.CmpOpEq)
+}
+
+// ipsDstNAT is IPS_DST_NAT of linux/netfilter/nf_conntrack_common.h: the destination was translated.
+const ipsDstNAT = 1 << 5
+
+// forwardedByRule matches connections whose destination was translated: a port forward's.
+func forwardedByRule() []expr.Any { return connection(expr.CtKeySTATUS, ipsDstNAT, expr.CmpOpNeq) }
+
+// connlimitOver makes connlimit match above its count: NFT_CONNLIMIT_F_INV.
+const connlimitOver = expr.NFT_CONNLIMIT_F_INV
+
+// overLimit counts the connections that come to it and are still tracked. It matches those beyond limit.
+func overLimit(limit int) []expr.Any {
+	return []expr.Any{&expr.Connlimit{Count: uint32(limit), Flags: connlimitOver}}
+}
+
+// overConnections is overLimit for each incoming interface by itself.
+func overConnections(counters *nftables.Set, limit int) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1},
+		&expr.Dynset{SrcRegKey: 1, SetName: counters.Name, SetID: counters.ID, Operation: unix.NFT_DYNSET_OP_ADD, Exprs: overLimit(limit)},
+	}
+}
+
+func drop() []expr.Any   { return []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}} }
+func accept() []expr.Any { return []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}} }
+
+// continueAt goes on in another chain and does not come back.
+func continueAt(c *nftables.Chain) []expr.Any {
+	return []expr.Any{&expr.Verdict{Kind: expr.VerdictGoto, Chain: c.Name}}
+}
 
 func masquerade() []expr.Any { return []expr.Any{&expr.Masq{}} }
 
@@ -157,7 +308,7 @@ func destinationNAT(ip net.IP, port uint16) []expr.Any {
 func host(ip net.IP) *net.IPNet { return &net.IPNet{IP: ip.To4(), Mask: net.CIDRMask(32, 32)} }
 
 // loopback is 127.0.0.0/8.
-var loopback = &net.IPNet{IP: net.IPv4(127, 0, 0, 0).To4(), Mask: net.CIDRMask(8, 32)}
+var loopback = cidr("127.0.0.0/8")
 
 // setSysctl sets a kernel parameter of the calling thread's network namespace.
 func setSysctl(name, value string) error {

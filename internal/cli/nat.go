@@ -13,10 +13,20 @@ func newNAT() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "nat",
 		Short: "Give VMs network namespaces with a way to the outside",
-		Long: `Makes a pool of network namespaces (ark0, ark1, …), each with a tap interface for one VM, and lets the VMs reach what the host can reach.
-Runs until it is ended (Ctrl-C), then removes all of it. What a killed NAT left behind is removed at the next start.
+		Long: `Makes a pool of network namespaces (ark0, ark1, …), each with a tap interface for one VM, and lets the VMs reach what the host reaches
+through its outgoing interface. Runs until it is ended (Ctrl-C), then removes all of it. What a killed NAT left behind is removed at the next
+start.
 
-The guest is 172.16.0.2 in every namespace, so that one package runs in any. From the host, namespace N is 10.0.15.(N+1).
+The guest is 172.16.0.2 in every namespace, so that one package runs in any. From the host, namespace N is 10.0.15.(N+1). From anywhere else a
+guest is reached through drafter forwarder only.
+
+A guest cannot reach the host itself, other guests, networks behind other interfaces of the host, link-local addresses (169.254.0.0/16) and
+the metadata services of clouds. Open what your guests need, for example the host's own name server, or that of a cloud:
+
+  drafter nat --allow-host 53/udp,53/tcp --allow-cidr 169.254.169.254/32:53/udp
+
+A port that drafter forwarder publishes is one of the host's: to let guests use it, open its address (--allow-cidr 192.0.2.1/32:3333/tcp).
+A guest sends with its own IPv4 and MAC address only, and no IPv6.
 ` + exitCodeHelp,
 		Example: "  drafter nat --host-interface eth0",
 		Args:    noArgs,
@@ -29,7 +39,7 @@ The guest is 172.16.0.2 in every namespace, so that one package runs in any. Fro
 				return err
 			}
 			names := nat.Namespaces()
-			slog.Info("NAT is up", "namespaces", len(names), "first", names[0], "last", names[len(names)-1])
+			slog.Info("NAT is up", "namespaces", len(names), "first", names[0], "last", names[len(names)-1], "connectionLimit", nat.ConnectionLimit())
 			<-cmd.Context().Done()
 			slog.Info("Shutting down")
 			return nat.Close()
@@ -39,7 +49,10 @@ The guest is 172.16.0.2 in every namespace, so that one package runs in any. Fro
 	f.StringVar(&c.HostInterface, "host-interface", "", "Host gateway interface (default: the one of the default route)")
 	f.StringVar(&c.HostVethCIDR, "host-veth-cidr", "10.0.8.0/22", "CIDR for the veths outside the namespace")
 	f.StringVar(&c.NamespaceVethCIDR, "namespace-veth-cidr", "10.0.15.0/24", "CIDR for the veths inside the namespace")
-	f.StringVar(&c.BlockedSubnetCIDR, "blocked-subnet-cidr", "10.0.15.0/24", "CIDR to block for the namespace")
+	f.StringVar(&c.BlockedSubnetCIDR, "blocked-subnet-cidr", "10.0.15.0/24", "Further CIDR to block for the namespace")
+	f.StringSliceVar(&c.AllowHost, "allow-host", nil, "Ports of the host that guests may reach, at any of its addresses (53/udp,53/tcp)")
+	f.StringSliceVar(&c.AllowCIDRs, "allow-cidr", nil, "CIDRs that guests may reach although they are closed, or one port there (192.168.1.0/24,169.254.169.254/32:53/udp)")
+	f.IntVar(&c.MaxConnections, "max-connections", 0, "Connections that a guest may have opened at a time, of all protocols (0: an equal share of half of what the host can track, up to 8192)")
 	f.StringVar(&c.NamespaceInterface, "namespace-interface", "tap0", "Name for the interface inside the namespace")
 	f.StringVar(&c.NamespaceInterfaceGateway, "namespace-interface-gateway", "172.16.0.1", "Gateway for the interface inside the namespace")
 	f.IntVar(&c.NamespaceInterfaceNetmask, "namespace-interface-netmask", 30, "Netmask for the interface inside the namespace, in bits")
@@ -47,6 +60,6 @@ The guest is 172.16.0.2 in every namespace, so that one package runs in any. Fro
 	f.StringVar(&c.NamespaceInterfaceMAC, "namespace-interface-mac", "02:0e:d9:fd:68:3d", "MAC address for the interface inside the namespace")
 	f.StringVar(&c.NamespacePrefix, "namespace-prefix", "ark", "Prefix for the namespace IDs")
 	f.IntVar(&c.NamespaceCount, "namespace-count", 16, "Number of namespaces to make (0: as many as the CIDRs hold)")
-	f.BoolVar(&c.AllowIncomingTraffic, "allow-incoming-traffic", true, "Whether to allow incoming traffic to the namespaces (at host-veth-internal-ip:port)")
+	f.BoolVar(&c.AllowIncomingTraffic, "allow-incoming-traffic", true, "Whether to allow incoming traffic from the host to the namespaces (at host-veth-internal-ip:port)")
 	return cmd
 }

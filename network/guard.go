@@ -1,0 +1,255 @@
+package network
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+
+	"drafter/internal/rundir"
+)
+
+// A guest reaches what lies beyond the host's outgoing interface, and is reached by the host and through port forwards. Everything else is
+// dropped, in three places:
+//
+//   - at the tap ([GuardGuest]): frames that do not carry the guest's own addresses, and all that is not IPv4 or ARP;
+//   - in the namespace (namespaceRules): what is meant for the namespace itself, and new connections beyond the limit;
+//   - on the host (hostRules): what is meant for the host, for guests and for [guarded] addresses, new connections beyond the limit, and
+//     what comes from outside without a forward.
+//
+// Answers to connections that were let through always pass.
+
+// guarded are addresses beyond the outgoing interface that no guest reaches unless they are opened.
+var guarded = []*net.IPNet{
+	cidr("0.0.0.0/8"), // "this network": Linux takes 0.0.0.0 for itself (RFC 1122, 3.2.1.3)
+	loopback,
+	cidr("169.254.0.0/16"),     // link-local (RFC 3927), with the metadata services of most clouds
+	cidr("100.100.100.200/32"), // metadata service of Alibaba Cloud
+	cidr("168.63.129.16/32"),   // WireServer of Azure
+	cidr("192.0.0.0/24"),       // protocol assignments (RFC 6890), with the metadata service of Oracle Cloud
+	cidr("224.0.0.0/4"),        // multicast
+	cidr("240.0.0.0/4"),        // reserved, with the broadcast address
+}
+
+func cidr(s string) *net.IPNet {
+	_, n, err := net.ParseCIDR(s)
+	if err != nil {
+		panic(err) // a constant of this package
+	}
+	return n
+}
+
+// opening is a destination that the user opened for guests: a protocol and port ("" and 0 for all) at addresses (nil for those of the host).
+type opening struct {
+	to       *net.IPNet
+	protocol string
+	port     uint16
+}
+
+// parseOpenings reads the values of --allow-host and --allow-cidr.
+func (c *NATConfig) parseOpenings() ([]opening, error) {
+	var openings []opening
+	for _, s := range c.AllowHost {
+		var o opening
+		if !o.parsePort(s) {
+			return nil, fmt.Errorf("--allow-host %q is no port and protocol; write it as 53/udp", s)
+		}
+		openings = append(openings, o)
+	}
+	for _, s := range c.AllowCIDRs {
+		addresses, port, hasPort := strings.Cut(s, ":")
+		_, to, err := net.ParseCIDR(addresses)
+		o := opening{to: to}
+		if err != nil || to.IP.To4() == nil || hasPort && !o.parsePort(port) {
+			return nil, fmt.Errorf("--allow-cidr %q is no IPv4 subnet; write it as 192.168.1.0/24 or 169.254.169.254/32:53/udp", s)
+		}
+		openings = append(openings, o)
+	}
+	return openings, nil
+}
+
+func (o *opening) parsePort(s string) (ok bool) {
+	number, protocol, _ := strings.Cut(s, "/")
+	port, err := strconv.ParseUint(number, 10, 16)
+	o.port, o.protocol = uint16(port), protocol
+	return err == nil && port != 0 && (protocol == "tcp" || protocol == "udp")
+}
+
+// match matches what a guest sends to the destination, as the guest addressed it: a forward may lead elsewhere.
+func (o opening) match() (parts [][]expr.Any) {
+	if o.to != nil {
+		parts = append(parts, toOriginalAddress(o.to))
+	}
+	if o.port != 0 {
+		parts = append(parts, toOriginalPort(o.protocol, o.port))
+	}
+	return parts
+}
+
+// hostRules are the rules of the host's table. They know links by their names: a prefix would match interfaces of others.
+func (n *NAT) hostRules(connections int) error {
+	l := n.layout
+	r, err := newRuleset(nftables.TableFamilyIPv4, n.natTable())
+	if err != nil {
+		return err
+	}
+	var names []string
+	for i := range l.count {
+		names = append(names, hostVethName(n.name(i)))
+	}
+	links, err := r.interfaces("links", names)
+	if err != nil {
+		return err
+	}
+	counted, err := r.counters("connections", len(names))
+	if err != nil {
+		return err
+	}
+
+	// The forwarder lets packets for loopback addresses leave through a link; none may come in that way.
+	r.rule(r.chain(hookRaw), fromInterfaces(links), toAddress(loopback), drop())
+	// A guest goes out as the host.
+	r.rule(r.chain(hookOutgoing), fromAddress(l.namespaceVeth), notToInterfaces(links), masquerade())
+
+	limited := r.subchain("limited")
+	r.rule(limited, overConnections(counted, connections), drop())
+	r.rule(limited, accept())
+
+	fromGuest, toHost, toGuest := r.subchain("from-guest"), r.subchain("to-host"), r.subchain("to-guest")
+	for _, c := range []*nftables.Chain{fromGuest, toHost} {
+		r.answers(c)
+		// Only the guest opens connections, not the VMM in the namespace; and only what is a connection gets a new source address.
+		r.rule(c, notFromAddress(l.namespaceVeth), drop())
+		r.rule(c, notNewConnection(), drop())
+	}
+	for _, o := range l.openings {
+		r.rule(toHost, append(o.match(), continueAt(limited))...)
+		if o.to != nil {
+			r.rule(fromGuest, append(o.match(), continueAt(limited))...)
+		}
+	}
+	r.rule(toHost, drop())
+	for _, closed := range append([]*net.IPNet{l.hostVeth, l.namespaceVeth, l.blocked}, guarded...) {
+		r.rule(fromGuest, toAddress(closed), drop())
+	}
+	if n.config.HostInterface != "" {
+		r.rule(fromGuest, toInterface(n.config.HostInterface), continueAt(limited))
+	}
+	r.rule(fromGuest, drop())
+
+	r.answers(toGuest)
+	r.rule(toGuest, forwardedByRule(), accept())
+	r.rule(toGuest, drop())
+
+	forwarded := r.chain(hookForwarded)
+	r.rule(forwarded, fromInterfaces(links), continueAt(fromGuest))
+	r.rule(forwarded, toInterfaces(links), continueAt(toGuest))
+	r.rule(r.chain(hookDelivered), fromInterfaces(links), continueAt(toHost))
+	return r.apply()
+}
+
+// answers accepts packets of connections that were let through, and the ICMP errors about them.
+func (r *ruleset) answers(c *nftables.Chain) {
+	r.rule(c, connectionState(expr.CtStateBitESTABLISHED), accept())
+	r.rule(c, connectionState(expr.CtStateBitRELATED), icmp(), accept())
+}
+
+// namespaceRules are the rules of a namespace's table. They let pass what is between its link and the guest, and nothing else.
+func (n *NAT) namespaceRules(i, connections int) error {
+	c, l := n.config, n.layout
+	r, err := newRuleset(nftables.TableFamilyIPv4, "drafter")
+	if err != nil {
+		return err
+	}
+	r.rule(r.chain(hookOutgoing), fromAddress(host(l.guest)), toInterface(namespaceVeth), sourceNAT(l.namespaceIP(i)))
+	if c.AllowIncomingTraffic {
+		incoming := r.chain(hookIncoming)
+		for _, ip := range []net.IP{l.namespaceSide(i), l.namespaceIP(i)} {
+			r.rule(incoming, fromInterface(namespaceVeth), toAddress(host(ip)), destinationNAT(l.guest, 0))
+		}
+	}
+
+	forwarded := r.chain(hookForwarded)
+	r.answers(forwarded)
+	r.rule(forwarded, notNewConnection(), drop())
+	fromGuest := [][]expr.Any{fromInterface(c.NamespaceInterface), toInterface(namespaceVeth), fromAddress(host(l.guest))}
+	r.rule(forwarded, append(fromGuest, overLimit(connections), drop())...)
+	r.rule(forwarded, append(fromGuest, accept())...)
+	if c.AllowIncomingTraffic {
+		r.rule(forwarded, fromInterface(namespaceVeth), toInterface(c.NamespaceInterface), toAddress(host(l.guest)), accept())
+	}
+	r.rule(forwarded, drop())
+
+	delivered := r.chain(hookDelivered)
+	r.answers(delivered)
+	r.rule(delivered, fromInterface("lo"), accept())
+	r.rule(delivered, drop())
+	return r.apply()
+}
+
+// GuardGuest lets only the guest's own frames leave the tap of a namespace that a NAT made: IPv4 from its address, and ARP for it, both from
+// mac. Everything else is dropped before anyone sees it. Call it before a VMM takes the tap; it replaces the guard of an earlier VM. It is no
+// error if no NAT made the namespace: its rules are its owner's. An empty mac is not checked.
+func GuardGuest(ns, mac string) error {
+	c, err := natOf(ns)
+	if c == nil || err != nil {
+		return err
+	}
+	l, err := c.parse()
+	if err != nil {
+		return err
+	}
+	var hardware net.HardwareAddr
+	if mac != "" {
+		if hardware, err = net.ParseMAC(mac); err != nil || len(hardware) != 6 || hardware[0]&1 != 0 {
+			return fmt.Errorf("MAC address %q of the guest is not that of one interface; write it as 02:0e:d9:fd:68:3d", mac)
+		}
+	}
+	return inNamespace(ns, func() error {
+		r, err := newRuleset(nftables.TableFamilyNetdev, "drafter-guest")
+		if err != nil {
+			return err
+		}
+		frames := r.chainOn(hookReceived, c.NamespaceInterface)
+		if hardware != nil {
+			r.rule(frames, notFromMAC(hardware), drop())
+		}
+		r.rule(frames, protocolIPv4(), fromAddress(host(l.guest)), accept())
+		r.rule(frames, protocolARP(), arpFrom(hardware, l.guest), accept())
+		r.rule(frames, drop())
+		return r.apply()
+	})
+}
+
+// natOf returns the configuration of the NAT that made a namespace, or nil if none did.
+func natOf(ns string) (*NATConfig, error) {
+	paths, err := filepath.Glob(filepath.Join(rundir.Path, "nat-*.json"))
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range paths {
+		b, err := os.ReadFile(path)
+		if errors.Is(err, os.ErrNotExist) {
+			continue // it has just ended
+		}
+		var record natRecord
+		if err == nil {
+			err = json.Unmarshal(b, &record)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read record of the NAT: %s: %w", path, err)
+		}
+		if slices.Contains(record.Namespaces, ns) {
+			return &record.Config, nil
+		}
+	}
+	return nil, nil
+}

@@ -1,0 +1,690 @@
+package network
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"drafter/internal/testhost"
+)
+
+// otherConfig is that of a second NAT on the same host.
+func otherConfig() NATConfig {
+	c := testConfig()
+	c.NamespacePrefix, c.HostVethCIDR, c.NamespaceVethCIDR, c.BlockedSubnetCIDR = "bee", "10.1.8.0/22", "10.1.15.0/24", "10.1.15.0/24"
+	return c
+}
+
+// giveAddress gives eth0 in a namespace a further address until the test ends.
+func giveAddress(t *testing.T, ns, addr string) {
+	t.Helper()
+	change := func(f func(netlink.Link, *netlink.Addr) error) error {
+		return inNamespace(ns, func() error {
+			link, err := netlink.LinkByName("eth0")
+			if err != nil {
+				return err
+			}
+			return f(link, &netlink.Addr{IPNet: subnet(addr), Scope: unix.RT_SCOPE_UNIVERSE})
+		})
+	}
+	if err := change(netlink.AddrAdd); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { change(netlink.AddrDel) })
+}
+
+// giveRoute routes a subnet from a namespace ("" for the host) until the test ends.
+func giveRoute(t *testing.T, ns, to string, via net.IP) {
+	t.Helper()
+	change := func(f func(*netlink.Route) error) error {
+		route := func() error {
+			link, err := netlink.LinkByName("eth0")
+			if err != nil {
+				return err
+			}
+			return f(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: subnet(to), Gw: via})
+		}
+		if ns == "" {
+			return route()
+		}
+		return inNamespace(ns, route)
+	}
+	if err := change(netlink.RouteAdd); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { change(netlink.RouteDel) })
+}
+
+// attachLAN links the host (198.51.100.1) with a further network, whose namespace it returns (198.51.100.2): the bridge of another program, say.
+func attachLAN(t *testing.T) string {
+	t.Helper()
+	const name = "lan"
+	if err := createNamespace(name); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { deleteNamespace(name) })
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = "lan0"
+	ns, err := netns.GetFromName(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.Close()
+	link := &netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(ns)}
+	if err := netlink.LinkAdd(link); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { netlink.LinkDel(link) })
+	if err := configureLink(link, subnet("198.51.100.1/24")); err != nil {
+		t.Fatal(err)
+	}
+	err = inNamespace(name, func() error {
+		peer, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		if err := configureLink(peer, subnet("198.51.100.2/24")); err != nil {
+			return err
+		}
+		return netlink.RouteAdd(&netlink.Route{LinkIndex: peer.Attrs().Index, Gw: net.IPv4(198, 51, 100, 1)})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return name
+}
+
+// TestGuestConfined tries what a guest must not reach: first as it is, then with some of it opened.
+func TestGuestConfined(t *testing.T) {
+	needRoot(t)
+	lan := attachLAN(t)
+	for _, addr := range []string{"169.254.169.254/32", "100.100.100.200/32"} {
+		giveAddress(t, testhost.Outside, addr)
+		giveRoute(t, "", addr, net.IPv4(192, 0, 2, 254))
+	}
+	for _, port := range []string{":80", ":81"} {
+		for _, addr := range []string{"192.0.2.254", "169.254.169.254", "100.100.100.200"} {
+			listen(t, testhost.Outside, addr+port, "outside")
+		}
+		listen(t, lan, "198.51.100.2"+port, "lan")
+	}
+	for name, opened := range map[string]bool{"closed": false, "opened": true} {
+		t.Run(name, func(t *testing.T) {
+			c, other := testConfig(), otherConfig()
+			if opened {
+				c.AllowHost = []string{"80/tcp", "80/udp"}
+				c.AllowCIDRs = []string{
+					"10.0.15.2/32:80/tcp", "10.0.15.2/32:80/udp", "10.1.15.0/24", "198.51.100.0/24:80/tcp", "198.51.100.0/24:80/udp",
+					"169.254.169.254/32:80/tcp", "169.254.169.254/32:80/udp", "192.0.2.1/32:3333/tcp", "192.0.2.1/32:3333/udp",
+				}
+			}
+			startNAT(t, c)
+			startNAT(t, other)
+			guest0, guest1, guest2 := attachGuest(t, "ark0"), attachGuest(t, "ark1"), attachGuest(t, "bee0")
+			listen(t, "ark0", "0.0.0.0:80", "namespace")
+			for _, port := range []string{":80", ":81"} {
+				for _, addr := range []string{"192.0.2.1", "198.51.100.1", "10.0.8.1", "10.0.8.5"} {
+					listen(t, "", addr+port, "host")
+				}
+				listen(t, guest1, "172.16.0.2"+port, "guest1")
+				listen(t, guest2, "172.16.0.2"+port, "guest2")
+			}
+			f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: []PortForward{
+				forwardTo("ark1", "tcp", "192.0.2.1:3333"), forwardTo("ark1", "udp", "192.0.2.1:3333"), forwardTo("ark1", "tcp", "192.0.2.1:4444"),
+			}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { f.Close() })
+
+			var wait sync.WaitGroup
+			for _, d := range []struct {
+				addr, answer string
+				always       bool // whether it is there without being opened
+			}{
+				{"192.0.2.254:80", "outside to 192.0.2.1", true},
+				{"192.0.2.254:81", "outside to 192.0.2.1", true},
+				// Other guests, directly and through what is published for outside.
+				{"10.0.15.2:80", "guest1 to 10.0.15.1", false},
+				{"10.0.15.2:81", "", false},
+				{"10.0.8.6:80", "", false},
+				{"10.1.15.1:81", "", false}, // closed by the other NAT, too
+				{"10.1.8.2:80", "", false},
+				{"192.0.2.1:3333", "guest1 to 10.0.15.1", false},
+				{"192.0.2.1:4444", "", false},
+				// The host, at each of its addresses.
+				{"192.0.2.1:80", "host to 10.0.15.1", false},
+				{"192.0.2.1:81", "", false},
+				{"10.0.8.1:80", "host to 10.0.15.1", false},
+				{"10.0.8.1:81", "", false},
+				{"10.0.8.5:81", "", false},
+				{"198.51.100.1:81", "", false},
+				// What is behind another of its interfaces.
+				{"198.51.100.2:80", "lan to 198.51.100.1", false},
+				{"198.51.100.2:81", "", false},
+				// Metadata services.
+				{"169.254.169.254:80", "outside to 192.0.2.1", false},
+				{"169.254.169.254:81", "", false},
+				{"100.100.100.200:80", "", false},
+				// The namespace itself.
+				{"172.16.0.1:80", "", false},
+				{"10.0.8.2:80", "", false},
+				{"10.0.15.1:80", "", false},
+			} {
+				for _, network := range []string{"tcp4", "udp4"} {
+					wait.Go(func() {
+						want := d.answer
+						if !opened && !d.always {
+							want = ""
+						}
+						if got := ask(t, guest0, network, d.addr); got != want {
+							t.Errorf("%s to %s: %q; want %q", network, d.addr, got, want)
+						}
+					})
+				}
+			}
+			wait.Wait()
+			// Nothing of a link has an IPv6 address, to which a guest's VMM could connect.
+			for _, ns := range []string{"", "ark0"} {
+				if addrs := linkLocal(t, ns); len(addrs) != 0 {
+					t.Errorf("IPv6 addresses in namespace %q: %v", ns, addrs)
+				}
+			}
+		})
+	}
+}
+
+// linkLocal returns the IPv6 addresses of a NAT's interfaces in a namespace.
+func linkLocal(t *testing.T, ns string) (found []string) {
+	t.Helper()
+	list := func() error {
+		links, err := netlink.LinkList()
+		for _, l := range links {
+			addrs, err := netlink.AddrList(l, netlink.FAMILY_V6)
+			if err != nil {
+				return err
+			}
+			for _, a := range addrs {
+				if ns != "" || strings.HasSuffix(l.Attrs().Name, "-veth") {
+					found = append(found, l.Attrs().Name+" "+a.String())
+				}
+			}
+		}
+		return err
+	}
+	err := error(nil)
+	if ns == "" {
+		err = list()
+	} else {
+		err = inNamespace(ns, list)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return found
+}
+
+// capture returns what arrives at eth0 of a namespace from now on, as one line a frame. It ends with the test.
+func capture(t *testing.T, ns string) <-chan string {
+	t.Helper()
+	var socket *os.File
+	err := inNamespace(ns, func() error {
+		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, int(htons(unix.ETH_P_ALL)))
+		socket = os.NewFile(uintptr(fd), "capture")
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	frames, done := make(chan string, 1000), make(chan struct{})
+	go func() {
+		defer close(done)
+		buf := make([]byte, 1<<16)
+		for {
+			n, err := socket.Read(buf)
+			if err != nil {
+				return
+			}
+			select {
+			case frames <- describe(buf[:n]):
+			default:
+			}
+		}
+	}()
+	t.Cleanup(func() { socket.Close(); <-done })
+	return frames
+}
+
+func htons(v uint16) uint16 { return binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, v)) }
+
+// describe tells the source of an IPv4 packet in a frame, and the port it is for.
+func describe(frame []byte) string {
+	if len(frame) < 38 || binary.BigEndian.Uint16(frame[12:]) != unix.ETH_P_IP {
+		return "other"
+	}
+	return fmt.Sprintf("%s port %d", net.IP(frame[26:30]), binary.BigEndian.Uint16(frame[36:]))
+}
+
+// send writes frames to eth0 of a guest.
+func send(t *testing.T, guest string, frames ...[]byte) {
+	t.Helper()
+	err := inNamespace(guest, func() error {
+		link, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		for _, f := range frames {
+			if err := unix.Sendto(fd, f, 0, &unix.SockaddrLinklayer{Ifindex: link.Attrs().Index}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func mac(s string) net.HardwareAddr {
+	m, err := net.ParseMAC(s)
+	if err != nil {
+		panic(err)
+	}
+	return m
+}
+
+// frame is an Ethernet frame to a namespace's tap.
+func frame(from net.HardwareAddr, ethertype uint16, payload []byte) []byte {
+	b := append(mac(testConfig().NamespaceInterfaceMAC), from...)
+	return append(binary.BigEndian.AppendUint16(b, ethertype), payload...)
+}
+
+// outside is the address of the host outside.
+const outside = "192.0.2.254"
+
+// packet is an IPv4 packet of a protocol to the host outside.
+func packet(from string, protocol byte, payload []byte) []byte {
+	b := make([]byte, 20, 20+len(payload))
+	b[0], b[8], b[9] = 0x45, 64, protocol
+	binary.BigEndian.PutUint16(b[2:], uint16(20+len(payload)))
+	copy(b[12:], net.ParseIP(from).To4())
+	copy(b[16:], net.ParseIP(outside).To4())
+	binary.BigEndian.PutUint16(b[10:], checksum(b))
+	return append(b, payload...)
+}
+
+func checksum(b []byte) uint16 {
+	sum := uint32(0)
+	for i := 0; i+1 < len(b); i += 2 {
+		sum += uint32(binary.BigEndian.Uint16(b[i:]))
+	}
+	for sum>>16 != 0 {
+		sum = sum&0xffff + sum>>16
+	}
+	return ^uint16(sum)
+}
+
+// udp is a datagram without data and checksum, from port 1000.
+func udp(toPort uint16) []byte {
+	b := binary.BigEndian.AppendUint16(nil, 1000)
+	b = binary.BigEndian.AppendUint16(b, toPort)
+	return append(b, 0, 8, 0, 0)
+}
+
+// tcp is a segment without data, with flags, from the guest to the host outside.
+func tcp(fromPort, toPort uint16, flags byte) []byte {
+	b := make([]byte, 20)
+	binary.BigEndian.PutUint16(b, fromPort)
+	binary.BigEndian.PutUint16(b[2:], toPort)
+	b[12], b[13] = 5<<4, flags
+	pseudo := append([]byte{172, 16, 0, 2}, net.ParseIP(outside).To4()...)
+	binary.BigEndian.PutUint16(b[16:], checksum(append(append(pseudo, 0, unix.IPPROTO_TCP, 0, 20), b...)))
+	return b
+}
+
+// echo is an ICMP echo request.
+func echo(id uint16) []byte {
+	b := []byte{8, 0, 0, 0, byte(id >> 8), byte(id), 0, 1}
+	binary.BigEndian.PutUint16(b[2:], checksum(b))
+	return b
+}
+
+// arp is a message of an operation (1 asks for target, 2 tells it).
+func arp(operation uint16, senderMAC net.HardwareAddr, sender, target string) []byte {
+	b := binary.BigEndian.AppendUint16([]byte{0, 1, 8, 0, 6, 4}, operation)
+	b = append(append(b, senderMAC...), net.ParseIP(sender).To4()...)
+	return append(append(b, make([]byte, 6)...), net.ParseIP(target).To4()...)
+}
+
+// TestGuestCannotSpoof lets a guest send with the addresses of others.
+func TestGuestCannotSpoof(t *testing.T) {
+	needRoot(t)
+	startNAT(t, testConfig())
+	guest := attachGuest(t, "ark0")
+	own, foreign := mac(testConfig().NamespaceInterfaceMAC), mac("02:00:00:00:00:66")
+	if err := GuardGuest("ark0", own.String()); err != nil {
+		t.Fatal(err)
+	}
+	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
+	giveRoute(t, testhost.Outside, "10.0.8.0/21", net.IPv4(192, 0, 2, 1))
+	if got := ask(t, guest, "udp4", "192.0.2.254:80"); got != "outside to 192.0.2.1" {
+		t.Fatalf("the guest reaches outside: %q", got)
+	}
+	arrived := capture(t, testhost.Outside)
+	send(t, guest,
+		frame(own, unix.ETH_P_IP, packet("203.0.113.7", unix.IPPROTO_UDP, udp(1001))),
+		frame(own, unix.ETH_P_IP, packet("10.0.15.2", unix.IPPROTO_UDP, udp(1002))),
+		frame(own, unix.ETH_P_IP, packet("172.16.0.1", unix.IPPROTO_UDP, udp(1003))),
+		frame(own, unix.ETH_P_IP, packet("192.0.2.1", unix.IPPROTO_UDP, udp(1004))),
+		frame(foreign, unix.ETH_P_IP, packet("172.16.0.2", unix.IPPROTO_UDP, udp(1005))),
+		// What is no connection gets no other source: it must not go out with the guest's own, which is everyone's.
+		frame(own, unix.ETH_P_IP, packet("172.16.0.2", unix.IPPROTO_TCP, tcp(1000, 1006, 0x04 /* RST */))),
+		frame(own, unix.ETH_P_IP, packet("172.16.0.2", unix.IPPROTO_UDP, udp(1007))),
+	)
+	for from := range arrived {
+		if from == "192.0.2.1 port 1007" { // the one that may; frames keep their order
+			break
+		}
+		if strings.Contains(from, " port 10") {
+			t.Errorf("left the host: from %s", from)
+		}
+	}
+
+	// The neighbour table of the namespace believes nobody but the guest.
+	send(t, guest,
+		frame(own, unix.ETH_P_ARP, arp(2, foreign, "172.16.0.2", "172.16.0.1")),
+		frame(foreign, unix.ETH_P_ARP, arp(1, foreign, "172.16.0.2", "172.16.0.1")),
+		frame(own, unix.ETH_P_ARP, arp(1, own, "172.16.0.3", "172.16.0.1")),
+		frame(own, unix.ETH_P_ARP, arp(1, own, "10.0.8.1", "10.0.8.2")),
+	)
+	if got := ask(t, guest, "udp4", "192.0.2.254:80"); got == "" {
+		t.Error("the guest does not reach outside any more")
+	}
+	err := inNamespace("ark0", func() error {
+		link, err := netlink.LinkByName("tap0")
+		if err != nil {
+			return err
+		}
+		neighbours, err := netlink.NeighList(link.Attrs().Index, netlink.FAMILY_V4)
+		for _, n := range neighbours {
+			if len(n.HardwareAddr) != 0 && (!n.IP.Equal(net.IPv4(172, 16, 0, 2)) || n.HardwareAddr.String() != own.String()) {
+				t.Errorf("the namespace believes that %s is at %s", n.IP, n.HardwareAddr)
+			}
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	// The next guest may have another MAC address.
+	if err := GuardGuest("ark0", foreign.String()); err != nil {
+		t.Fatal(err)
+	}
+	if got := ask(t, guest, "udp4", "192.0.2.254:80"); got != "" {
+		t.Errorf("another MAC address: %q", got)
+	}
+	for _, bad := range []string{"x", "ff:ff:ff:ff:ff:ff", "01:00:5e:00:00:01"} {
+		if err := GuardGuest("ark0", bad); err == nil || !strings.Contains(err.Error(), "is not that of one interface") {
+			t.Errorf("MAC address %q: %v", bad, err)
+		}
+	}
+	if err := GuardGuest(testhost.Outside, own.String()); err != nil {
+		t.Errorf("a namespace that no NAT made: %v", err)
+	}
+	err = inNamespace(testhost.Outside, func() error {
+		conn, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		tables, err := conn.ListTables()
+		if len(tables) != 0 {
+			t.Errorf("a namespace that no NAT made got tables: %v", tables)
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// tracked returns how many connections a namespace tracks, "" for the host.
+func tracked(t *testing.T, ns string) (count int) {
+	t.Helper()
+	read := func() error {
+		b, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_count")
+		if err != nil {
+			return err
+		}
+		count, err = strconv.Atoi(strings.TrimSpace(string(b)))
+		return err
+	}
+	err := error(nil)
+	if ns == "" {
+		err = read()
+	} else {
+		err = inNamespace(ns, read)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return count
+}
+
+// TestConnectionLimit floods the host's connection tracking with connections of one guest.
+func TestConnectionLimit(t *testing.T) {
+	needRoot(t)
+	const limit, flood = 200, 1000
+	c := testConfig()
+	c.MaxConnections = limit
+	startNAT(t, c)
+	guest, other := attachGuest(t, "ark0"), attachGuest(t, "ark1")
+	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
+	listen(t, guest, "172.16.0.2:80", "guest")
+	// A connection from before shows when the flood has gone through: frames keep their order.
+	var before net.Conn
+	if err := inNamespace(guest, func() (err error) { before, err = net.Dial("udp4", "192.0.2.254:80"); return err }); err != nil {
+		t.Fatal(err)
+	}
+	defer before.Close()
+	settle := func() {
+		t.Helper()
+		before.SetDeadline(time.Now().Add(10 * time.Second))
+		fmt.Fprintln(before, "hello")
+		if _, err := before.Read(make([]byte, 100)); err != nil {
+			t.Fatalf("a connection from before the flood: %v", err)
+		}
+	}
+	settle()
+	hostBefore, namespaceBefore := tracked(t, ""), tracked(t, "ark0")
+	const from = "172.16.0.2"
+	own := mac(testConfig().NamespaceInterfaceMAC)
+	for name, payload := range map[string]func(i int) (byte, []byte){
+		"udp":  func(i int) (byte, []byte) { return unix.IPPROTO_UDP, udp(uint16(2000 + i)) },
+		"icmp": func(i int) (byte, []byte) { return unix.IPPROTO_ICMP, echo(uint16(i)) },
+		"syn": func(i int) (byte, []byte) {
+			return unix.IPPROTO_TCP, tcp(1000, uint16(2000+i), 0x02 /* SYN */)
+		},
+		"ack": func(i int) (byte, []byte) {
+			return unix.IPPROTO_TCP, tcp(1001, uint16(2000+i), 0x10 /* ACK */)
+		},
+		"sctp": func(i int) (byte, []byte) { return unix.IPPROTO_SCTP, udp(uint16(2000 + i)) },
+	} {
+		var frames [][]byte
+		for i := range flood {
+			protocol, data := payload(i)
+			frames = append(frames, frame(own, unix.ETH_P_IP, packet(from, protocol, data)))
+		}
+		for some := range slices.Chunk(frames, 100) {
+			send(t, guest, some...)
+			settle() // so that no queue overflows
+		}
+		if n := tracked(t, "") - hostBefore; n > limit {
+			t.Errorf("after a flood of %s the host tracks %d more connections", name, n)
+		}
+		if n := tracked(t, "ark0") - namespaceBefore; n > limit {
+			t.Errorf("after a flood of %s the namespace tracks %d more connections", name, n)
+		}
+	}
+	// Others are not concerned, nor is who connects to the guest.
+	if got := ask(t, other, "tcp4", "192.0.2.254:80"); got != "outside to 192.0.2.1" {
+		t.Errorf("another guest reaches outside: %q", got)
+	}
+	if got := ask(t, "", "tcp4", "10.0.15.1:80"); !strings.HasPrefix(got, "guest to ") {
+		t.Errorf("the host reaches the guest: %q", got)
+	}
+
+	const timeout = "net/netfilter/nf_conntrack_udp_timeout"
+	shorten := func() error { return setSysctl(timeout, "1") }
+	if err := errors.Join(shorten(), inNamespace("ark1", shorten)); err != nil {
+		t.Fatal(err)
+	}
+	// The host counts by itself: what comes from within the namespace does not pass the namespace's own rules.
+	hostBefore = tracked(t, "")
+	err := inNamespace("ark1", func() error {
+		socket, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(10, 0, 15, 2)})
+		if err != nil {
+			return err
+		}
+		defer socket.Close()
+		for i := range flood {
+			if _, err := socket.WriteToUDP([]byte("x"), &net.UDPAddr{IP: net.IPv4(192, 0, 2, 254), Port: 2000 + i}); err != nil && !errors.Is(err, unix.ECONNREFUSED) {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := tracked(t, "") - hostBefore; n > limit {
+		t.Errorf("after a flood from the namespace itself the host tracks %d more connections", n)
+	}
+
+	// Connections that have ended make room.
+	deadline := time.Now().Add(time.Minute)
+	for ask(t, other, "udp4", "192.0.2.254:80") == "" {
+		if time.Now().After(deadline) {
+			t.Fatal("the limit stays reached after the connections have ended")
+		}
+	}
+}
+
+// TestConnectionShare makes sure that all guests together leave half of the host's connection tracking free.
+func TestConnectionShare(t *testing.T) {
+	needRoot(t)
+	if n := startNAT(t, testConfig()); n.ConnectionLimit() != mostConnections {
+		t.Errorf("of 2 guests each may have %d connections", n.ConnectionLimit())
+	}
+	b, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_max")
+	if err != nil {
+		t.Fatal(err)
+	}
+	size, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, guests := range []int{100, size} {
+		n := &NAT{layout: &layout{count: guests}}
+		if limit, err := n.connectionLimit(); err != nil || limit != max(1, size/2/guests) {
+			t.Errorf("of %d guests each may have %d connections, %v; the host tracks %d", guests, limit, err, size)
+		}
+	}
+}
+
+// TestNeighbour tries what somebody on the host's network reaches: what is forwarded, and nothing else.
+func TestNeighbour(t *testing.T) {
+	needRoot(t)
+	startNAT(t, testConfig())
+	lan := attachLAN(t)
+	guest := attachGuest(t, "ark0")
+	listen(t, guest, "172.16.0.2:80", "guest")
+	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: []PortForward{
+		forwardTo("ark0", "tcp", "192.0.2.1:3333"), forwardTo("ark0", "udp", "192.0.2.1:3333"),
+		forwardTo("ark0", "tcp", "127.0.0.1:4444"), forwardTo("ark0", "udp", "127.0.0.1:4444"),
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	// What a hostile neighbour would do: route the host's inner addresses, and even its loopback addresses, to it.
+	giveRoute(t, testhost.Outside, "10.0.8.0/21", net.IPv4(192, 0, 2, 1))
+	giveRoute(t, testhost.Outside, "127.0.0.1/32", net.IPv4(192, 0, 2, 1))
+	giveRoute(t, testhost.Outside, "172.16.0.0/30", net.IPv4(192, 0, 2, 1))
+	err = inNamespace(testhost.Outside, func() error { return setSysctl("net/ipv4/conf/eth0/route_localnet", "1") })
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		inNamespace(testhost.Outside, func() error { return setSysctl("net/ipv4/conf/eth0/route_localnet", "0") })
+	})
+	var wait sync.WaitGroup
+	for _, tt := range []struct{ ns, addr, want string }{
+		{testhost.Outside, "192.0.2.1:3333", "guest to 192.0.2.254"},
+		{testhost.Outside, "10.0.15.1:80", ""},
+		{testhost.Outside, "10.0.8.2:80", ""},
+		{testhost.Outside, "172.16.0.2:80", ""},
+		{testhost.Outside, "127.0.0.1:4444", ""},
+		{lan, "192.0.2.1:3333", "guest to 198.51.100.2"},
+		{lan, "10.0.15.1:80", ""},
+		{lan, "10.0.8.2:80", ""},
+		{"", "10.0.15.1:80", "guest to 10.0.8.1"},
+		{"", "10.0.8.2:80", "guest to 10.0.8.1"},
+		{"", "127.0.0.1:4444", "guest to 10.0.8.1"},
+	} {
+		for _, network := range []string{"tcp4", "udp4"} {
+			wait.Go(func() {
+				if got := ask(t, tt.ns, network, tt.addr); got != tt.want {
+					t.Errorf("%s from %q to %s: %q; want %q", network, tt.ns, tt.addr, got, tt.want)
+				}
+			})
+		}
+	}
+	wait.Wait()
+}
+
+// TestICMPErrors makes sure that errors about a guest's packets reach it: path MTU discovery needs them.
+func TestICMPErrors(t *testing.T) {
+	needRoot(t)
+	startNAT(t, testConfig())
+	guest := attachGuest(t, "ark0")
+	if err := GuardGuest("ark0", testConfig().NamespaceInterfaceMAC); err != nil {
+		t.Fatal(err)
+	}
+	err := inNamespace(guest, func() error {
+		c, err := net.Dial("udp4", "192.0.2.254:9") // nobody listens: the host outside answers by ICMP
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(10 * time.Second))
+		if _, err := c.Write([]byte("x")); err != nil {
+			return err
+		}
+		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNREFUSED) {
+			return fmt.Errorf("the guest hears %w", err)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
