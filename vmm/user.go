@@ -62,6 +62,9 @@ func ClaimUser(r UserRange) (*User, error) {
 	if r.First == 0 {
 		return nil, nil
 	}
+	if err := rundir.Sweep("users"); err != nil {
+		return nil, fmt.Errorf("claim a user for the VM: %w", err)
+	}
 	// Begun at random, so that a user is not soon another VM's.
 	start := rand.Uint32N(r.Count)
 	for i := range r.Count {

@@ -38,6 +38,28 @@ func Lock(name string) (*lockfile.Lock, error) {
 	}
 }
 
+// Sweep removes the locks in a directory whose holders were killed.
+func Sweep(dir string) error {
+	paths, err := filepath.Glob(filepath.Join(Path, dir, "*.lock"))
+	if err != nil {
+		return err
+	}
+	for _, path := range paths {
+		lock, err := lockfile.Try(path)
+		var held *lockfile.HeldError
+		if errors.As(err, &held) || errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if err := lock.Release(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // Remove removes the directory once nothing is left in it. It may still hold what others use, or be used
 // again this moment: neither is an error.
 func Remove() error {
