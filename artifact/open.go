@@ -16,16 +16,18 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"drafter/block"
+	"drafter/signature"
 )
 
 // Package is a package in a registry. What it is does not change: it is known by its digest. Its methods are safe for concurrent use.
 type Package struct {
 	Digest v1.Hash
 
-	repo    name.Repository
-	client  *http.Client
-	devices []*device
-	decoder *zstd.Decoder
+	signature []byte
+	repo      name.Repository
+	client    *http.Client
+	devices   []*device
+	decoder   *zstd.Decoder
 }
 
 type device struct {
@@ -125,6 +127,14 @@ func open(ctx context.Context, r name.Reference) (*Package, error) {
 		}
 		p.devices = append(p.devices, d)
 	}
+	for _, l := range m.Layers {
+		if l.MediaType == signature.MediaType {
+			if p.signature, err = blobOf(l.Digest, signature.MaxSize); err != nil {
+				p.decoder.Close()
+				return nil, fmt.Errorf("signature: %w", err)
+			}
+		}
+	}
 	if err := p.connect(ctx); err != nil {
 		p.decoder.Close()
 		return nil, err
@@ -157,6 +167,9 @@ func (p *Package) Names() []string {
 	}
 	return names
 }
+
+// Signature is the package's; nil if it has none.
+func (p *Package) Signature() []byte { return p.signature }
 
 // Remote is a device of the package.
 func (p *Package) Remote(name string) (block.Remote, bool) {

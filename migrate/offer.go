@@ -31,13 +31,13 @@ type Offer struct {
 	limits   Limits
 }
 
-// NewOffer returns an offer of devices. Of limits, only Silence counts. Close it when no Handle is running any more; the devices are the caller's.
-func NewOffer(devices []OfferedDevice, limits Limits) (*Offer, error) {
+// NewOffer returns an offer of devices, with the signature of their package if that is not nil. Of limits, only Silence counts. Close it when no Handle is running any more; the devices are the caller's.
+func NewOffer(devices []OfferedDevice, signature []byte, limits Limits) (*Offer, error) {
 	limits, err := limits.complete()
 	if err != nil {
 		return nil, err
 	}
-	o := &Offer{devices: devices, limits: limits, manifest: wire.Manifest{Features: wire.FeaturePackage}}
+	o := &Offer{devices: devices, limits: limits, manifest: wire.Manifest{Features: wire.FeaturePackage, Signature: signature}}
 	for _, d := range devices {
 		o.manifest.Devices = append(o.manifest.Devices, wire.Device{Name: d.Name, Size: d.Device.Size(), BlockSize: d.BlockSize, Base: d.Contents.Device})
 		o.sizes = append(o.sizes, d.Device.Size())
@@ -57,7 +57,7 @@ func (o *Offer) Handle(ctx context.Context, stream io.ReadWriteCloser) error {
 	defer l.close(errors.New("the connection is not needed any more"))
 	hello, err := greet(l)
 	if err == nil {
-		err = o.describe(l, !hello.Resume)
+		err = o.describe(l, hello)
 	}
 	if err == nil {
 		err = o.serve(ctx, l)
@@ -70,8 +70,12 @@ func (o *Offer) Handle(ctx context.Context, stream io.ReadWriteCloser) error {
 }
 
 // describe tells what there is.
-func (o *Offer) describe(l *link, contents bool) error {
-	if err := l.Send(o.manifest); err != nil || !contents {
+func (o *Offer) describe(l *link, hello wire.Hello) error {
+	m := o.manifest
+	if m.Signature != nil {
+		m.Features |= hello.Features & wire.FeatureSignature
+	}
+	if err := l.Send(m); err != nil || hello.Resume {
 		return err
 	}
 	for i, d := range o.devices {

@@ -74,7 +74,7 @@ func newGoods(t *testing.T, seed byte) (*Offer, map[string][]byte) {
 		}
 		devices = append(devices, OfferedDevice{Name: name, Device: d, BlockSize: 64 << 10, Contents: c})
 	}
-	o, err := NewOffer(devices, quick())
+	o, err := NewOffer(devices, nil, quick())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -172,8 +172,7 @@ type arrival struct {
 
 // Accept implements [migrate.TargetVM].
 func (a *arrival) Accept(ctx context.Context, m wire.Manifest, migration uuid.UUID) ([]migrate.TargetDevice, error) {
-	var err error
-	if a.config, err = vmm.DecodePackageConfig(m.Config); err != nil {
+	if err := a.verify(m); err != nil {
 		return nil, fmt.Errorf("the source's config device: %w", err)
 	}
 	a.generation = m.Generation
@@ -183,6 +182,11 @@ func (a *arrival) Accept(ctx context.Context, m wire.Manifest, migration uuid.UU
 	}
 	if err := a.p.derive(names); err != nil {
 		return nil, err
+	}
+	if a.p.statement != nil {
+		if err := a.p.checkPlaces(); err != nil {
+			return nil, err
+		}
 	}
 	if err := a.check(ctx, m); err != nil {
 		return nil, err
@@ -255,7 +259,7 @@ func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID
 	})
 	for _, offered := range offers {
 		d := a.device(offered.Name)
-		s, h, err := d.files().Receive(ctx, offered, d.receive)
+		s, h, err := a.p.files(d).Receive(ctx, offered, d.receive)
 		if err != nil {
 			return nil, fmt.Errorf("device %s: %w", offered.Name, err)
 		}
@@ -275,7 +279,7 @@ func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID
 		if _, ok := held[d.Name]; ok {
 			continue
 		}
-		s, err := d.files().Open(ctx)
+		s, err := a.p.files(d).Open(ctx)
 		if err != nil {
 			return nil, fmt.Errorf("device %s: %w", d.Name, err)
 		}
@@ -329,6 +333,9 @@ func (a *arrival) devices(ctx context.Context, m wire.Manifest, held map[string]
 
 // Start implements [migrate.TargetVM].
 func (a *arrival) Start(ctx context.Context) error {
+	if err := a.verifyKernel(ctx); err != nil {
+		return err
+	}
 	var err error
 	if a.launched, err = instance.LaunchMoved(ctx, a.p.config.Host, a.config, storage{a.p}, a.generation); err != nil {
 		return err

@@ -9,11 +9,13 @@ import (
 	"io"
 	"log/slog"
 	"path/filepath"
+	"slices"
 
 	"golang.org/x/sync/errgroup"
 
 	"drafter/block"
 	"drafter/migrate"
+	"drafter/signature"
 	"drafter/vmm"
 )
 
@@ -102,7 +104,13 @@ func Open(ctx context.Context, c Config) (_ *Registry, err error) {
 	if err := checkSizes(r.offered); err != nil {
 		return nil, err
 	}
-	r.offer, err = migrate.NewOffer(r.offered, c.Limits)
+	var signed []byte
+	if i := slices.IndexFunc(c.Devices, func(d Device) bool { return d.Name == vmm.Config }); i >= 0 {
+		if signed, err = signature.Beside(c.Devices[i].Input); err != nil {
+			return nil, err
+		}
+	}
+	r.offer, err = migrate.NewOffer(r.offered, signed, c.Limits)
 	return r, err
 }
 
