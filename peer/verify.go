@@ -33,9 +33,9 @@ func (p *Peer) checkPlaces() error {
 		if err := signature.CheckPlace(d.Base, 0); err != nil {
 			return fmt.Errorf("device %s: %w", d.Name, err)
 		}
-		if d.Overlay == "" {
-			slog.Warn("This run changes a device of the package, whose signature will not fit any more; --instance leaves the package as it is", "device", d.Name)
-		}
+	}
+	if slices.ContainsFunc(p.config.Devices, func(d Device) bool { return d.Overlay == "" }) {
+		slog.Warn("This run changes the package, whose signature will not fit any more; --instance leaves the package as it is")
 	}
 	return p.statement.CheckNames(names)
 }
