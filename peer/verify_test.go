@@ -136,6 +136,32 @@ func TestVerifiedStart(t *testing.T) {
 	}
 }
 
+// All devices of the package have to be there, under their names.
+func TestVerifiedList(t *testing.T) {
+	p := signaturetest.New(t)
+	list, err := PackageDevices(p.Dir, filepath.Join(t.TempDir(), "instance"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for what, tt := range map[string]struct {
+		change func(d Device) (Device, bool)
+		want   string
+	}{
+		"a disk less":            {func(d Device) (Device, bool) { return d, d.Name != vmm.Disk }, "device disk of the package that was signed is missing"},
+		"a disk by another name": {func(d Device) (Device, bool) { d.Name = strings.Replace(d.Name, vmm.Disk, "data", 1); return d, true }, "device data is not part of the package"},
+	} {
+		var devices []Device
+		for _, d := range list {
+			if d, ok := tt.change(d); ok {
+				devices = append(devices, d)
+			}
+		}
+		if err := newPeer(t, Config{Devices: devices, Verifier: verifierOf(t, p)}).Resume(t.Context()); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: %v, want %q", what, err, tt.want)
+		}
+	}
+}
+
 // serve serves a package and returns what connects with it.
 func serve(t *testing.T, p *signaturetest.Package) migrate.Dial {
 	t.Helper()

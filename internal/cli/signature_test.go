@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -107,7 +108,7 @@ func TestSignedArchive(t *testing.T) {
 	dir := t.TempDir()
 	out := filepath.Join(dir, "out")
 	extract := []string{"packager", "--extract", "--package-path", "a.tar.zst", "--devices", devices(t, out)}
-	verified := append(extract, "--verify-key", p.Pub)
+	verified := slices.Concat(extract, []string{"--verify-key", p.Pub})
 	pack := func() { succeeds(t, dir, "packager", "--package-path", "a.tar.zst", "--devices", devices(t, p.Dir)) }
 	refused := func(want string) {
 		t.Helper()
@@ -147,7 +148,7 @@ func TestSignedArchive(t *testing.T) {
 	succeeds(t, dir, extract...)
 
 	// What others make: a signature that is too long or is none, and a link that would hand out a file of the host.
-	for name, content := range map[string]string{"is longer than": strings.Repeat(" ", signature.MaxSize+1), "is no signature": "{}"} {
+	for name, content := range map[string]string{"is longer than": strings.Repeat(" ", signature.MaxSize+1), "is a signature of something else": "{}"} {
 		write(t, filepath.Join(p.Dir, signature.File), []byte(content))
 		list := []string{"-C", p.Dir, "--zstd", "-cf", filepath.Join(dir, "a.tar.zst"), "--transform", "s/vmlinux/kernel/;s/rootfs.ext4/disk/;s/state.bin/state/;s/memory.bin/memory/;s/config.json/config/", signature.File, "vmlinux", "rootfs.ext4", "state.bin", "memory.bin", "config.json"}
 		if b, err := exec.Command("tar", list...).CombinedOutput(); err != nil {
@@ -197,6 +198,8 @@ func TestSignedArtifact(t *testing.T) {
 	succeeds(t, dir, "pull", repo+":1", "--output", "one", "--verify-key", p.Pub)
 	succeeds(t, dir, "verify", "--package", "one", "--verify-key", p.Pub)
 	succeeds(t, dir, "pull", repo+":1", "--output", "one", "--verify-key", p.Pub) // what is there is checked again
+	(&signaturetest.Package{Dir: filepath.Join(dir, "one")}).ForgeContents(t, vmm.Memory)
+	fails(t, dir, "memory.bin exists, and is another one", "pull", repo+":1", "--output", "one", "--verify-key", p.Pub)
 	_, stranger := signaturetest.NewKey(t)
 	fails(t, dir, "none of the keys", "pull", repo+":1", "--output", "stranger", "--verify-key", stranger)
 
