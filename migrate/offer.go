@@ -31,7 +31,8 @@ type Offer struct {
 	limits   Limits
 }
 
-// NewOffer returns an offer of devices, with the signature of their package if that is not nil. Of limits, only Silence counts. Close it when no Handle is running any more; the devices are the caller's.
+// NewOffer returns an offer of devices, with the signature of their package if that is not nil. Of limits, only Silence counts. Close it when no Handle is running
+// any more; the devices are the caller's.
 func NewOffer(devices []OfferedDevice, signature []byte, limits Limits) (*Offer, error) {
 	limits, err := limits.complete()
 	if err != nil {

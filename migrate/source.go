@@ -385,11 +385,12 @@ type outgoing struct {
 	limiter *xrate.Limiter // nil for none
 	sender  *sender        // of all but what is wanted
 
-	copy           bool // the VM stays here
+	copy      bool // the VM stays here
+	baseline  *Baseline
+	stash     []stashed
+	delivered bool // the target has the whole copy
+
 	wantsSignature bool // the target takes the signature of the package
-	baseline       *Baseline
-	stash          []stashed
-	delivered      bool // the target has the whole copy
 
 	ctx      context.Context // until the authority is being sent, revoke ends it
 	revoke   context.CancelCauseFunc

@@ -161,6 +161,7 @@ type arrival struct {
 	generation uuid.UUID
 	launched   *instance.Launched
 	header     *heldHeader // of the state device; nil if that does not come
+	kernel     *sealable   // the kernel device; nil if that does not come, or need not be signed
 	running    bool
 
 	// While the VMM waits for its VM, it is watched: the source need not pause for one that has died.
@@ -259,7 +260,7 @@ func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID
 	})
 	for _, offered := range offers {
 		d := a.device(offered.Name)
-		s, h, err := a.p.files(d).Receive(ctx, offered, d.receive)
+		s, h, err := a.p.files(d).Receive(ctx, offered, a.receiver(d))
 		if err != nil {
 			return nil, fmt.Errorf("device %s: %w", offered.Name, err)
 		}

@@ -2,9 +2,11 @@ package peer
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
+	"sync"
 
 	"drafter/block"
 	"drafter/signature"
@@ -93,14 +95,53 @@ func (a *arrival) verify(m wire.Manifest) (err error) {
 	return err
 }
 
-// verifyKernel checks the kernel as it has arrived, before a VMM loads it: it never changes either.
+// receiver makes what takes a device that arrives.
+func (a *arrival) receiver(d *Device) func(block.Device) *block.Incoming {
+	if a.p.statement == nil || d.Name != vmm.Kernel {
+		return d.receive
+	}
+	return func(under block.Device) *block.Incoming {
+		a.kernel = &sealable{Device: under}
+		return d.receive(a.kernel)
+	}
+}
+
+// verifyKernel checks the kernel as it has arrived, before a VMM loads it, and keeps it: it never changes either.
 func (a *arrival) verifyKernel(ctx context.Context) error {
 	if a.p.statement == nil {
 		return nil
+	}
+	if a.kernel != nil {
+		a.kernel.seal()
 	}
 	c, err := block.Hash(ctx, a.p.devices[vmm.Kernel])
 	if err != nil {
 		return fmt.Errorf("device %s: %w", vmm.Kernel, err)
 	}
 	return a.p.statement.Check(vmm.Kernel, c)
+}
+
+// sealable is a device that nobody can write to once it is sealed: a source could send other content after what it sent first has been verified.
+type sealable struct {
+	block.Device
+
+	mu     sync.RWMutex // held to write
+	sealed bool
+}
+
+// seal waits for the writes under way.
+func (s *sealable) seal() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.sealed = true
+}
+
+// WriteAt implements [block.Device].
+func (s *sealable) WriteAt(p []byte, off int64) (int, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if s.sealed {
+		return 0, errors.New("it was verified, and cannot change any more")
+	}
+	return s.Device.WriteAt(p, off)
 }

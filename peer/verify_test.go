@@ -324,6 +324,15 @@ func TestVerifiedArrival(t *testing.T) {
 				}
 				return a.verifyKernel(t.Context())
 			}()
+			if tt.want == "" {
+				in := a.p.devices[vmm.Kernel].Incoming
+				if _, err := in.Device.WriteAt([]byte("another kernel"), 0); err == nil {
+					t.Error("the source could change the kernel after it was verified")
+				}
+				if err := block.Trim(in.Device, 0, block.PageSize); err == nil {
+					t.Error("the source could clear the kernel after it was verified")
+				}
+			}
 			if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
 				t.Errorf("%v, want %q", err, tt.want)
 			}
