@@ -1,7 +1,8 @@
 // Package archive stores devices in a .tar.zst file and takes them out again.
 //
 // The format is a tar archive with one regular file per device, named like it, compressed as a sequence of zstd frames with checksums. Holes are
-// stored as zeros, which compress to almost nothing, so that any tar reads the archive; extraction makes them holes again.
+// stored as zeros, which compress to almost nothing, so that any tar reads the archive; extraction makes them holes again. The signature of a package, if it has
+// one, is the first file, [signature.File].
 package archive
 
 import (
@@ -14,13 +15,16 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/klauspost/compress/zstd"
 
+	"drafter/block"
 	"drafter/internal/newfile"
 	"drafter/internal/sparse"
+	"drafter/signature"
 	"drafter/vmm"
 )
 
@@ -49,6 +53,9 @@ func check(devices []Device) error {
 		if err := vmm.CheckDeviceName(d.Name); err != nil {
 			return err
 		}
+		if d.Name == signature.File {
+			return fmt.Errorf("device %s has the name of a package's signature; choose another", d.Name)
+		}
 		if d.Path == "" {
 			return fmt.Errorf("device %s has no path", d.Name)
 		}
@@ -63,10 +70,17 @@ func check(devices []Device) error {
 // bufferSize is the unit of copying, in bytes.
 const bufferSize = 1 << 20
 
-// Create writes devices into the archive at path, which only its owner can read, and which has its name only once it is complete and durable.
+// Create writes devices, and the signature beside the config device if there is one, into the archive at path, which only its owner can read, and which has its
+// name only once it is complete and durable.
 func Create(ctx context.Context, path string, devices []Device, progress Progress) (err error) {
 	if err := check(devices); err != nil {
 		return err
+	}
+	var signed []byte
+	if i := slices.IndexFunc(devices, func(d Device) bool { return d.Name == vmm.Config }); i >= 0 {
+		if signed, err = signature.Beside(devices[i].Path); err != nil {
+			return fmt.Errorf("create package: %w", err)
+		}
 	}
 	f, err := newfile.Create(path)
 	if err != nil {
@@ -78,6 +92,15 @@ func Create(ctx context.Context, path string, devices []Device, progress Progres
 			return err
 		}
 		t := tar.NewWriter(z)
+		if signed != nil {
+			err := t.WriteHeader(header(signature.File, int64(len(signed))))
+			if err == nil {
+				_, err = t.Write(signed)
+			}
+			if err != nil {
+				return errors.Join(fmt.Errorf("signature: %w", err), z.Close())
+			}
+		}
 		for _, d := range devices {
 			if err := add(ctx, t, d, progress); err != nil {
 				return errors.Join(fmt.Errorf("device %s: %w", d.Name, err), z.Close())
@@ -92,6 +115,10 @@ func Create(ctx context.Context, path string, devices []Device, progress Progres
 		return fmt.Errorf("create package %s: %w", path, err)
 	}
 	return nil
+}
+
+func header(name string, size int64) *tar.Header {
+	return &tar.Header{Typeflag: tar.TypeReg, Name: name, Size: size, Mode: 0o644, ModTime: time.Unix(0, 0), Format: tar.FormatPAX}
 }
 
 func add(ctx context.Context, t *tar.Writer, d Device, progress Progress) error {
@@ -111,8 +138,7 @@ func add(ctx context.Context, t *tar.Writer, d Device, progress Progress) error 
 	if err != nil {
 		return err
 	}
-	err = t.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: d.Name, Size: size, Mode: newfile.Mode, ModTime: time.Unix(0, 0), Format: tar.FormatPAX})
-	if err != nil {
+	if err := t.WriteHeader(header(d.Name, size)); err != nil {
 		return err
 	}
 	extents, err := sparse.Extents(f, size)
@@ -175,8 +201,14 @@ func (c *counter) Write(p []byte) (int, error) {
 const maxDevice = 1 << 46
 
 // Extract takes devices out of the archive at path; entries that are not asked for are left alone. The files, which only their owner can read, have their
-// names only once the whole archive has proved intact; what was there before is then replaced, and untouched otherwise.
-func Extract(ctx context.Context, path string, devices []Device, progress Progress) (err error) {
+// names only once the whole archive has proved intact; what was there before is then replaced, and untouched otherwise. The archive's signature, if it has
+// one, is put beside the config device.
+func Extract(ctx context.Context, path string, devices []Device, progress Progress) error {
+	return ExtractSigned(ctx, path, devices, nil, progress)
+}
+
+// ExtractSigned is Extract for devices that must be what was signed, too. A nil verifier accepts all.
+func ExtractSigned(ctx context.Context, path string, devices []Device, verifier *signature.Verifier, progress Progress) (err error) {
 	if err := check(devices); err != nil {
 		return err
 	}
@@ -185,11 +217,14 @@ func Extract(ctx context.Context, path string, devices []Device, progress Progre
 		return fmt.Errorf("open package: %w", err)
 	}
 	defer f.Close()
-	x := &extraction{wanted: map[string]string{}, seen: map[string]bool{}, progress: progress}
+	x := &extraction{wanted: map[string]string{}, seen: map[string]bool{}, progress: progress, verifier: verifier, contents: map[string]*block.Contents{}}
 	for _, d := range devices {
 		x.wanted[d.Name] = d.Path
 	}
 	err = x.read(ctx, f)
+	if err == nil {
+		err = x.verify()
+	}
 	if err == nil {
 		err = x.publish()
 	}
@@ -207,6 +242,27 @@ type extraction struct {
 	seen     map[string]bool
 	files    []*newfile.File // complete, but for their names
 	progress Progress
+
+	verifier  *signature.Verifier
+	contents  map[string]*block.Contents // of what was extracted, if there is a verifier
+	signature []byte                     // nil if there is none
+}
+
+// verify refuses what was not signed.
+func (x *extraction) verify() error {
+	if x.verifier == nil {
+		return nil
+	}
+	statement, err := x.verifier.Statement(x.signature, "")
+	if err != nil {
+		return err
+	}
+	for name, c := range x.contents {
+		if err := statement.Check(name, c); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (x *extraction) read(ctx context.Context, f io.Reader) error {
@@ -283,6 +339,14 @@ func (x *extraction) entry(ctx context.Context, h *tar.Header, r io.Reader) erro
 		return errors.New("it is there twice")
 	}
 	x.seen[name] = true
+	if name == signature.File {
+		if h.Size > signature.MaxSize {
+			return fmt.Errorf("it is longer than %d bytes", signature.MaxSize)
+		}
+		b, err := io.ReadAll(r)
+		x.signature = b
+		return err
+	}
 	target, ok := x.wanted[name]
 	if !ok {
 		return nil // the tar reader skips it
@@ -291,19 +355,35 @@ func (x *extraction) entry(ctx context.Context, h *tar.Header, r io.Reader) erro
 	if err != nil {
 		return err
 	}
+	content := &contentWriter{}
 	x.files = append(x.files, f)
-	w := &counter{ctx: ctx, w: &holeWriter{f: f.File}, step: "Extracting " + name, total: h.Size, progress: x.progress}
+	var out io.Writer = &holeWriter{f: f.File}
+	if x.verifier != nil {
+		out = io.MultiWriter(content, out)
+	}
+	w := &counter{ctx: ctx, w: out, step: "Extracting " + name, total: h.Size, progress: x.progress}
 	if err = f.Truncate(h.Size); err == nil { // which refuses what the file system cannot hold
 		err = copyBlocks(w, r)
 	}
 	if err == nil {
 		err = f.Sync()
 	}
+	if x.verifier != nil {
+		x.contents[name] = block.NewContents(h.Size, content.blocks)
+	}
 	var pathErr *os.PathError
 	if err != nil && !errors.As(err, &pathErr) {
 		err = broken(ctx, err)
 	}
 	return err
+}
+
+// contentWriter takes the content ids of what is written to it, in pieces of whole blocks.
+type contentWriter struct{ blocks []block.ID }
+
+func (w *contentWriter) Write(p []byte) (int, error) {
+	w.blocks = append(w.blocks, block.HashBytes(p).Blocks...)
+	return len(p), nil
 }
 
 // copyBlocks copies in whole buffers, so that zeros are seen in whole blocks however r hands them out.
@@ -328,8 +408,13 @@ func copyBlocks(w io.Writer, r io.Reader) error {
 	}
 }
 
-// publish gives the extracted files their names.
+// publish gives the extracted files their names, and puts the signature beside them.
 func (x *extraction) publish() error {
+	if config, ok := x.wanted[vmm.Config]; ok {
+		if err := signature.Keep(x.signature, config, true); err != nil {
+			return err
+		}
+	}
 	for len(x.files) > 0 {
 		f := x.files[0]
 		x.files = x.files[1:]

@@ -18,16 +18,18 @@ import (
 	"drafter/block"
 	"drafter/internal/decompress"
 	"drafter/internal/ociclient"
+	"drafter/signature"
 )
 
 // Package is a package in a registry. What it is does not change: it is known by its digest. Its methods are safe for concurrent use.
 type Package struct {
 	Digest v1.Hash
 
-	repo    name.Repository
-	client  *http.Client
-	devices []*device
-	decoder *zstd.Decoder
+	signature []byte
+	repo      name.Repository
+	client    *http.Client
+	devices   []*device
+	decoder   *zstd.Decoder
 }
 
 type device struct {
@@ -127,6 +129,14 @@ func open(ctx context.Context, r name.Reference, plainHTTP bool) (*Package, erro
 		}
 		p.devices = append(p.devices, d)
 	}
+	for _, l := range m.Layers {
+		if l.MediaType == signature.MediaType {
+			if p.signature, err = blobOf(l.Digest, signature.MaxSize); err != nil {
+				p.decoder.Close()
+				return nil, fmt.Errorf("signature: %w", err)
+			}
+		}
+	}
 	if err := p.connect(ctx, plainHTTP); err != nil {
 		p.decoder.Close()
 		return nil, err
@@ -159,6 +169,9 @@ func (p *Package) Names() []string {
 	}
 	return names
 }
+
+// Signature is the package's; nil if it has none.
+func (p *Package) Signature() []byte { return p.signature }
 
 // Remote is a device of the package.
 func (p *Package) Remote(name string) (block.Remote, bool) {

@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 
 	"github.com/google/go-containerregistry/pkg/authn"
@@ -23,6 +24,8 @@ import (
 	"drafter/block"
 	"drafter/internal/ociclient"
 	"drafter/internal/scratch"
+	"drafter/signature"
+	"drafter/vmm"
 )
 
 // Device is a device to push. It must not change meanwhile.
@@ -141,7 +144,14 @@ func build(ctx context.Context, dir string, devices []Device, progress Progress)
 		}
 		c.Devices = append(c.Devices, configDevice{d.Name, contents.Size, contents.Device.String(), data.descriptor.Digest, index.descriptor.Digest})
 	}
-	var err error
+	signed, err := buildSignature(dir, devices)
+	if err != nil {
+		return nil, err
+	}
+	if signed != nil {
+		img.layers[signed.descriptor.Digest] = signed
+		m.Layers = append(m.Layers, signed.descriptor)
+	}
 	if img.config, err = json.MarshalIndent(c, "", "  "); err != nil {
 		return nil, fmt.Errorf("encode config: %w", err)
 	}
@@ -151,6 +161,30 @@ func build(ctx context.Context, dir string, devices []Device, progress Progress)
 		return nil, fmt.Errorf("encode manifest: %w", err)
 	}
 	return img, nil
+}
+
+// buildSignature writes the layer of the package's signature; nil if it has none.
+func buildSignature(dir string, devices []Device) (*layer, error) {
+	i := slices.IndexFunc(devices, func(d Device) bool { return d.Name == vmm.Config })
+	if i < 0 {
+		return nil, nil
+	}
+	b, err := signature.Beside(devices[i].File)
+	if err != nil || b == nil {
+		return nil, err
+	}
+	out, err := newBlob(dir, signature.MediaType, signature.File)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := out.Write(b); err != nil {
+		return nil, errors.Join(err, out.close())
+	}
+	l, err := out.layer("", signature.File)
+	if err == nil {
+		delete(l.descriptor.Annotations, deviceAnnotation)
+	}
+	return l, err
 }
 
 // batch is how many blocks are compressed at once.

@@ -86,6 +86,15 @@ func isZero(p []byte) bool {
 	return bytes.Equal(p, zeros[:len(p)])
 }
 
+// HashBytes returns the contents of a device that consists of p.
+func HashBytes(p []byte) *Contents {
+	var blocks []ID
+	for off := 0; off < len(p); off += ContentBlockSize {
+		blocks = append(blocks, HashBlock(p[off:min(off+ContentBlockSize, len(p))]))
+	}
+	return NewContents(int64(len(p)), blocks)
+}
+
 // Hash reads all of a device, on all cores, and returns its content ids.
 func Hash(ctx context.Context, d Device) (*Contents, error) {
 	c := &Contents{Size: d.Size(), Blocks: make([]ID, (d.Size()+ContentBlockSize-1)/ContentBlockSize)}

@@ -34,14 +34,15 @@ type Offer struct {
 	places   *transport.Shares // of those that have
 }
 
-// NewOffer returns an offer of devices, to so many connections at once. Of limits, only Silence counts. Close it when no Handle is running any more; the devices
-// are the caller's.
-func NewOffer(devices []OfferedDevice, connections int, limits Limits) (*Offer, error) {
+// NewOffer returns an offer of devices, with the signature of their package if that is not nil, to so many connections at once. Of limits, only Silence counts.
+// Close it when no Handle is running any more; the devices are the caller's.
+func NewOffer(devices []OfferedDevice, signature []byte, connections int, limits Limits) (*Offer, error) {
 	limits, err := limits.complete()
 	if err != nil {
 		return nil, err
 	}
-	o := &Offer{devices: devices, limits: limits, places: transport.NewShares(connections), manifest: wire.Manifest{Features: wire.FeaturePackage}}
+	manifest := wire.Manifest{Features: wire.FeaturePackage, Signature: signature}
+	o := &Offer{devices: devices, limits: limits, places: transport.NewShares(connections), manifest: manifest}
 	for _, d := range devices {
 		o.manifest.Devices = append(o.manifest.Devices, wire.Device{Name: d.Name, Size: d.Device.Size(), BlockSize: d.BlockSize, Base: d.Contents.Device})
 		o.sizes = append(o.sizes, d.Device.Size())
@@ -68,7 +69,7 @@ func (o *Offer) Handle(ctx context.Context, stream io.ReadWriteCloser) error {
 	}
 	defer o.places.Return(host)
 	l.Bound(wire.MaxWant)
-	if err = o.describe(l, !hello.Resume); err == nil {
+	if err = o.describe(l, hello); err == nil {
 		err = o.serve(ctx, l)
 	}
 	if errors.Is(err, io.EOF) {
@@ -90,8 +91,12 @@ func (o *Offer) greet(l *link, host string) (wire.Hello, error) {
 }
 
 // describe tells what there is.
-func (o *Offer) describe(l *link, contents bool) error {
-	if err := l.Send(o.manifest); err != nil || !contents {
+func (o *Offer) describe(l *link, hello wire.Hello) error {
+	m := o.manifest
+	if m.Signature != nil {
+		m.Features |= hello.Features & wire.FeatureSignature
+	}
+	if err := l.Send(m); err != nil || hello.Resume {
 		return err
 	}
 	for i, d := range o.devices {

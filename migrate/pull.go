@@ -26,6 +26,8 @@ type Package struct {
 	sizes   []int64
 	remotes map[string]block.Remote
 
+	signature []byte
+
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	wg     sync.WaitGroup // readers of connections
@@ -90,7 +92,7 @@ func (p *Package) connect(ctx context.Context, lane wire.Lane, known bool) (*lin
 	l := newLink(p.ctx, stream, p.silence)
 	stop := context.AfterFunc(dctx, func() { l.cancel(context.Cause(dctx)) })
 	defer stop()
-	err = l.Send(wire.Hello{Version: wire.Version, Lane: lane, Resume: known})
+	err = l.Send(wire.Hello{Version: wire.Version, Lane: lane, Resume: known, Features: wire.FeatureSignature})
 	var m wire.Manifest
 	if err == nil {
 		var reply any
@@ -111,7 +113,7 @@ func (p *Package) connect(ctx context.Context, lane wire.Lane, known bool) (*lin
 
 // learn reads what the devices contain.
 func (p *Package) learn(l *link, m wire.Manifest) error {
-	p.devices, p.sizes = m.Devices, m.Sizes()
+	p.devices, p.sizes, p.signature = m.Devices, m.Sizes(), m.Signature
 	if err := block.CheckSizes(p.maxSize, p.sizes...); err != nil {
 		return err
 	}
@@ -150,6 +152,9 @@ func (p *Package) Remote(name string) (block.Remote, bool) {
 	r, ok := p.remotes[name]
 	return r, ok
 }
+
+// Signature is that of the package, as the offer has it; nil if it has none.
+func (p *Package) Signature() []byte { return p.signature }
 
 // Close ends the connections. What is being fetched fails.
 func (p *Package) Close() error {

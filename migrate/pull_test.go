@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"drafter/block"
+	"drafter/wire"
 )
 
 // shop is a server of an offer that can be cut off and replaced.
@@ -74,7 +75,7 @@ func newGoods(t *testing.T, seed byte) (*Offer, map[string][]byte) {
 		}
 		devices = append(devices, OfferedDevice{Name: name, Device: d, BlockSize: 64 << 10, Contents: c})
 	}
-	o, err := NewOffer(devices, 64, quick())
+	o, err := NewOffer(devices, nil, 64, quick())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -236,6 +237,40 @@ func TestPullServerAway(t *testing.T) {
 		t.Error(err)
 	}
 	s.close(t, offer)
+}
+
+// An offer tells of its signature, and only those who know what that is.
+func TestOfferedSignature(t *testing.T) {
+	signed, _ := newGoods(t, 1)
+	signed.manifest.Signature = []byte("signed")
+	unsigned, _ := newGoods(t, 1)
+	for want, offer := range map[string]*Offer{"signed": signed, "": unsigned} {
+		s := &shop{offer: offer}
+		p, err := OpenPackage(t.Context(), s.dial, quick())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := p.Signature(); string(got) != want || (got == nil) != (want == "") {
+			t.Errorf("signature %q, want %q", got, want)
+		}
+		stream, err := s.dial(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		l := newLink(t.Context(), stream, quick().Silence)
+		if err := l.Send(wire.Hello{Version: wire.Version}); err != nil {
+			t.Fatal(err)
+		}
+		m, err := l.receive(nil)
+		if old, ok := m.(wire.Manifest); err != nil || !ok || old.Features != wire.FeaturePackage || old.Signature != nil {
+			t.Errorf("a target of an older release gets %v, %v", m, err)
+		}
+		l.close(errors.New("the test has ended"))
+		if err := p.Close(); err != nil {
+			t.Error(err)
+		}
+		s.close(t, offer)
+	}
 }
 
 // Who asks an offer for a VM is told that there is a package; who asks a source for a package, that there is none.

@@ -62,6 +62,7 @@ type SourceConfig struct {
 	VM        SourceVM
 	Devices   []SourceDevice
 	Config    []byte // of the VM, for the target's preflight
+	Signature []byte // of the package, for targets that verify it; nil if there is none
 	Processor []byte
 	// Generation is the generation ID that the VM keeps when it moves. A copy does not get it.
 	Generation uuid.UUID
@@ -397,6 +398,8 @@ type outgoing struct {
 	stash     []stashed
 	delivered bool // the target has the whole copy
 
+	wantsSignature bool // the target takes the signature of the package
+
 	ctx      context.Context // until the authority is being sent, revoke ends it
 	revoke   context.CancelCauseFunc
 	state    atomic.Value  // State
@@ -462,7 +465,7 @@ func newOutgoing(s *Source, h wire.Hello, l *link) (*outgoing, error) {
 		return nil, err
 	}
 	o := &outgoing{
-		Source: s, id: h.Migration, first: l, sender: sender, copy: h.Copy,
+		Source: s, id: h.Migration, first: l, sender: sender, copy: h.Copy, wantsSignature: h.Features&wire.FeatureSignature != 0,
 		decided: make(chan struct{}), ended: make(chan struct{}), ready: make(chan struct{}), prepared: make(chan struct{}), acks: make(chan wire.Ack, 1), settled: make(chan Outcome, 1),
 		complete: make(chan struct{}), marked: make(chan struct{}), wants: make(chan wire.Want, 64), stored: make(chan struct{}, 1), attached: make(chan struct{}), changed: make(chan struct{}), began: time.Now(),
 	}
@@ -616,6 +619,9 @@ func (o *outgoing) preflight(ctx context.Context) (State, error) {
 	m := wire.Manifest{Config: o.config.Config, Processor: o.config.Processor}
 	if o.config.Forward {
 		m.Features |= wire.FeatureForward
+	}
+	if o.wantsSignature && o.config.Signature != nil {
+		m.Features, m.Signature = m.Features|wire.FeatureSignature, o.config.Signature
 	}
 	if !o.copy {
 		m.Generation = o.config.Generation

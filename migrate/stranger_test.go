@@ -133,7 +133,7 @@ func TestBeforeHello(t *testing.T) {
 // A package is served to several hosts, and a host that has taken its share gets no more.
 func TestOfferSharesPlaces(t *testing.T) {
 	goods, _ := newGoods(t, 1)
-	offer, err := NewOffer(goods.devices, 4, quick())
+	offer, err := NewOffer(goods.devices, nil, 4, quick())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -294,7 +294,7 @@ func (t *Target) connect(ctx context.Context, lane wire.Lane, resume bool) (*lin
 		return nil, fmt.Errorf("connect: %w", err)
 	}
 	l := newLink(ctx, stream, t.config.Limits.Silence)
-	if err := l.Send(wire.Hello{Version: wire.Version, Lane: lane, Resume: resume, Copy: t.config.Copy, Migration: t.id}); err != nil {
+	if err := l.Send(wire.Hello{Version: wire.Version, Lane: lane, Resume: resume, Copy: t.config.Copy, Migration: t.id, Features: wire.FeatureSignature}); err != nil {
 		err = l.lost(err)
 		l.close(err)
 		return nil, err

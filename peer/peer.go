@@ -23,6 +23,7 @@ import (
 	"drafter/internal/process"
 	"drafter/migrate"
 	"drafter/network"
+	"drafter/signature"
 	"drafter/stack"
 	"drafter/transport"
 	"drafter/vmm"
@@ -35,6 +36,8 @@ type Config struct {
 	Derive  func(names []string) ([]Device, error) // makes Devices, if there are none, once it is known what they are called: see Receive
 	Expose  string                                 // expose.Auto, FUSE or NBD
 	Limits  migrate.Limits
+
+	Verifier *signature.Verifier // accepts packages; nil accepts all
 
 	SyncInterval time.Duration // pause between backups to S3; 0: 30 s
 	// S3Credentials is a file with the credentials of devices that name none; see [s3.Place].
@@ -67,6 +70,9 @@ type Peer struct {
 	syncer   *syncer // nil unless the instance is backed up
 
 	refusals, failures transport.Complaints // of connections, and of migrations
+	configDevice       []byte               // content of the config device
+	statement          *signature.Statement // of the package; nil unless only signed ones are accepted
+	signature          []byte               // that came with the package; nil if none did
 
 	mu      sync.Mutex // guards the following
 	devices map[string]*stack.Stack
@@ -128,6 +134,9 @@ func (p *Peer) checkDevices() error {
 // Resume starts the instance. It runs when Resume returns, and its agent has answered. On failure nothing is left but what Close removes.
 func (p *Peer) Resume(ctx context.Context) error {
 	start := time.Now()
+	if err := p.verify(nil); err != nil {
+		return err
+	}
 	if err := p.openStore(ctx); err != nil {
 		return err
 	}
@@ -208,7 +217,7 @@ func (p *Peer) openDevices(ctx context.Context, wanted func(*Device) bool) error
 		}
 		g.Go(func() error {
 			var err error
-			if opened[i], err = d.open(ctx, p.origin); err != nil {
+			if opened[i], err = p.open(ctx, d); err != nil {
 				return fmt.Errorf("device %s: %w", d.Name, err)
 			}
 			return nil
@@ -232,7 +241,7 @@ func (p *Peer) packageConfig() (*vmm.PackageConfig, error) {
 	if _, err := d.ReadAt(b, 0); err != nil {
 		return nil, fmt.Errorf("read config device: %w", err)
 	}
-	config, err := vmm.DecodePackageConfig(b)
+	config, err := p.decodeConfig(b)
 	if err != nil {
 		return nil, fmt.Errorf("config device: %w", err)
 	}

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"drafter/block"
+	"drafter/signature"
 	"drafter/stack"
 	"drafter/vmm"
 )
@@ -19,6 +20,11 @@ type Origin interface {
 	Names() []string
 	Remote(name string) (block.Remote, bool)
 	io.Closer
+}
+
+// Signed is an [Origin] that carries the package's signature, nil if there is none.
+type Signed interface {
+	Signature() []byte
 }
 
 // Pull starts the instance over a package that is elsewhere, and pulls that behind the running VM: each device's base is filled with what the VM reads and, from
@@ -40,6 +46,15 @@ func (p *Peer) pull(ctx context.Context, start time.Time, origin Origin) error {
 		return err
 	}
 	if err := p.derive(origin.Names()); err != nil {
+		return err
+	}
+	if signed, ok := origin.(Signed); ok {
+		p.signature = signed.Signature()
+	}
+	if err := p.verify(p.signature); err != nil {
+		return err
+	}
+	if err := signature.Keep(p.signature, p.configBase(), p.statement != nil); err != nil {
 		return err
 	}
 	if err := p.openStore(ctx); err != nil {
@@ -71,14 +86,14 @@ func (p *Peer) checkOrigin(origin Origin) error {
 	return block.CheckSizes(p.config.Limits.MaxSize, sizes...)
 }
 
-// open opens a device, over what an origin has of it, if that is not nil and has it.
-func (d *Device) open(ctx context.Context, origin Origin) (*stack.Stack, error) {
-	if origin != nil {
-		if remote, ok := origin.Remote(d.Name); ok {
-			return d.files().OpenOver(ctx, remote)
+// open opens a device, over what the origin has of it, if there is one and it has it.
+func (p *Peer) open(ctx context.Context, d *Device) (*stack.Stack, error) {
+	if p.origin != nil {
+		if remote, ok := p.origin.Remote(d.Name); ok {
+			return p.files(d).OpenOver(ctx, remote)
 		}
 	}
-	return d.files().Open(ctx)
+	return p.files(d).Open(ctx)
 }
 
 // fill is the pull of all that is missing, behind a running VM.

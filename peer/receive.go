@@ -161,6 +161,7 @@ type arrival struct {
 	generation uuid.UUID
 	launched   *instance.Launched
 	header     *heldHeader // of the state device; nil if that does not come
+	kernel     *sealable   // the kernel device; nil if that does not come, or need not be signed
 	running    bool
 
 	// While the VMM waits for its VM, it is watched: the source need not pause for one that has died.
@@ -172,8 +173,7 @@ type arrival struct {
 
 // Accept implements [migrate.TargetVM].
 func (a *arrival) Accept(ctx context.Context, m wire.Manifest, migration uuid.UUID) ([]migrate.TargetDevice, error) {
-	var err error
-	if a.config, err = vmm.DecodePackageConfig(m.Config); err != nil {
+	if err := a.verify(m); err != nil {
 		return nil, fmt.Errorf("the source's config device: %w", err)
 	}
 	a.generation = m.Generation
@@ -183,6 +183,11 @@ func (a *arrival) Accept(ctx context.Context, m wire.Manifest, migration uuid.UU
 	}
 	if err := a.p.derive(names); err != nil {
 		return nil, err
+	}
+	if a.p.statement != nil {
+		if err := a.p.checkPlaces(); err != nil {
+			return nil, err
+		}
 	}
 	if err := a.check(ctx, m); err != nil {
 		return nil, err
@@ -263,7 +268,7 @@ func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID
 	})
 	for _, offered := range offers {
 		d := a.device(offered.Name)
-		s, h, err := d.files().Receive(ctx, offered, d.receive)
+		s, h, err := a.p.files(d).Receive(ctx, offered, a.receiver(d))
 		if err != nil {
 			return nil, fmt.Errorf("device %s: %w", offered.Name, err)
 		}
@@ -283,7 +288,7 @@ func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID
 		if _, ok := held[d.Name]; ok {
 			continue
 		}
-		s, err := d.files().Open(ctx)
+		s, err := a.p.files(d).Open(ctx)
 		if err != nil {
 			return nil, fmt.Errorf("device %s: %w", d.Name, err)
 		}
@@ -337,6 +342,9 @@ func (a *arrival) devices(ctx context.Context, m wire.Manifest, held map[string]
 
 // Start implements [migrate.TargetVM].
 func (a *arrival) Start(ctx context.Context) error {
+	if err := a.verifyKernel(ctx); err != nil {
+		return err
+	}
 	var err error
 	if a.launched, err = instance.LaunchMoved(ctx, a.p.config.Host, a.config, storage{a.p}, a.generation); err != nil {
 		return err

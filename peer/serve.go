@@ -104,7 +104,7 @@ func whereabouts(s migrate.State) string {
 // newSource makes the source of this VM.
 func (p *Peer) newSource() (*migrate.Source, error) {
 	config := p.instance.Config()
-	c := migrate.SourceConfig{VM: &departure{p: p}, Generation: p.instance.Generation(), Limits: p.config.Limits, OnProgress: p.config.Hooks.OnProgress}
+	c := migrate.SourceConfig{VM: &departure{p: p}, Config: p.configDevice, Signature: p.carriedSignature(), Generation: p.instance.Generation(), Limits: p.config.Limits, OnProgress: p.config.Hooks.OnProgress}
 	if p.syncer != nil {
 		c.Backup = &p.syncer.baseline
 	}
@@ -114,10 +114,6 @@ func (p *Peer) newSource() (*migrate.Source, error) {
 		if p.config.Hooks.OnState != nil {
 			p.config.Hooks.OnState(s)
 		}
-	}
-	var err error
-	if c.Config, err = config.Encode(); err != nil {
-		return nil, err
 	}
 	if config.Hardware.Accel != vmm.AccelTCG {
 		// An emulated CPU is the same everywhere.

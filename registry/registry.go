@@ -8,11 +8,13 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"slices"
 
 	"golang.org/x/sync/errgroup"
 
 	"drafter/block"
 	"drafter/migrate"
+	"drafter/signature"
 	"drafter/transport"
 	"drafter/vmm"
 )
@@ -102,7 +104,13 @@ func Open(ctx context.Context, c Config) (_ *Registry, err error) {
 	if err := checkSizes(r.offered); err != nil {
 		return nil, err
 	}
-	r.offer, err = migrate.NewOffer(r.offered, c.Connections, c.Limits)
+	var signed []byte
+	if i := slices.IndexFunc(c.Devices, func(d Device) bool { return d.Name == vmm.Config }); i >= 0 {
+		if signed, err = signature.Beside(c.Devices[i].Input); err != nil {
+			return nil, err
+		}
+	}
+	r.offer, err = migrate.NewOffer(r.offered, signed, c.Connections, c.Limits)
 	return r, err
 }
 

@@ -16,6 +16,7 @@ import (
 	"drafter/internal/private"
 	"drafter/internal/sparse"
 	"drafter/network"
+	"drafter/signature"
 	"drafter/vmm"
 )
 
@@ -33,6 +34,8 @@ type Config struct {
 
 	ResumeTimeout time.Duration // bounds the answer of the agent after a resume
 	RescueTimeout time.Duration // bounds the answer of the agent before a suspend; the VM is suspended without it afterwards
+
+	Verifier *signature.Verifier // accepts packages; nil accepts all
 
 	// MapPrivate runs on private copies: the package stays as it is. The changed package is kept only where outputs are named: memory and state
 	// under those names, the disks under their own names beside the memory.
@@ -54,7 +57,7 @@ type Runner struct {
 	instance *instance.Instance
 }
 
-// New checks a config and the package. Nothing is touched yet.
+// New checks a config and, unless it is to be verified first, the package. Nothing is touched yet.
 func New(c Config) (*Runner, error) {
 	r := &Runner{config: c, paths: instance.Paths{}, origin: instance.Paths{}}
 	var names []string
@@ -82,6 +85,9 @@ func New(c Config) (*Runner, error) {
 			return nil, err
 		}
 	}
+	if c.Verifier != nil {
+		return r, nil // Resume opens it once it is verified
+	}
 	var err error
 	r.pkg, err = instance.Open(r.origin)
 	return r, err
@@ -105,6 +111,11 @@ func (r *Runner) Resume(ctx context.Context) error {
 			return fmt.Errorf("copy package: %w", err)
 		}
 	}
+	if r.config.Verifier != nil {
+		if err := r.verify(ctx); err != nil {
+			return err
+		}
+	}
 	launched, err := instance.Launch(ctx, r.config.Host, r.pkg, r.paths)
 	if err != nil {
 		return fmt.Errorf("resume: %w", err)
@@ -115,6 +126,22 @@ func (r *Runner) Resume(ctx context.Context) error {
 		defer cancel()
 		err = errors.Join(err, r.Suspend(rescue))
 	}
+	return err
+}
+
+// verify opens a package that was signed. What is verified is what the VMM opens: the private copies, if there are any.
+func (r *Runner) verify(ctx context.Context) error {
+	statement, err := r.config.Verifier.Statement(nil, r.origin[vmm.Config])
+	if err != nil {
+		return err
+	}
+	if err := statement.CheckFiles(ctx, r.paths, r.config.Host.UID); err != nil {
+		return err
+	}
+	if r.private == "" {
+		slog.Warn("This run changes the package, whose signature will not fit any more; an instance of a peer leaves the package as it is")
+	}
+	r.pkg, err = instance.Open(r.paths)
 	return err
 }
 

@@ -20,6 +20,9 @@ type Files struct {
 	BlockSize int64  // bytes; of the tracker, and of an overlay that is made. 0: what an overlay has that exists
 	Paged     bool   // an overlay that is made has blocks of a page instead
 	Shared    bool   // others use the base at the same time: it is not locked
+
+	// Check, if not nil, refuses a base by its contents. They are then made afresh from the open file: those that are kept beside it may be a stranger's.
+	Check func(*block.Contents) error
 }
 
 // Stack is an open device: what its writes go through, down to its files.
@@ -43,6 +46,11 @@ func (f *Files) Open(ctx context.Context) (*Stack, error) {
 		if err != nil {
 			return nil, err
 		}
+		if f.Check != nil {
+			if _, err := f.contents(ctx, base); err != nil {
+				return nil, errors.Join(err, base.Close())
+			}
+		}
 		return &Stack{Tracker: block.NewTracker(base, f.trackedBlockSize())}, nil
 	}
 	under, size, found, err := block.OverlayBase(f.OverlayPaths())
@@ -63,7 +71,7 @@ func (f *Files) Open(ctx context.Context) (*Stack, error) {
 	if err != nil {
 		return nil, err
 	}
-	contents, err := block.FileContents(ctx, f.Base)
+	contents, err := f.contents(ctx, base)
 	if err != nil {
 		return nil, errors.Join(err, base.Close())
 	}
@@ -110,6 +118,21 @@ func (f *Files) openBase(readOnly bool) (*block.File, error) {
 		}
 	}
 	return base, nil
+}
+
+// contents returns the contents of the open base, once they are checked.
+func (f *Files) contents(ctx context.Context, base *block.File) (*block.Contents, error) {
+	if f.Check == nil {
+		return block.FileContents(ctx, f.Base)
+	}
+	c, err := block.Hash(ctx, base)
+	if err == nil {
+		err = f.Check(c)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("base %s: %w", f.Base, err)
+	}
+	return c, nil
 }
 
 // overlayOver opens the overlay over base, whose content id is under. receive, if not nil, puts a device between the overlay and the tracker.
@@ -165,7 +188,7 @@ func (f *Files) Receive(ctx context.Context, offered wire.Device, receive func(u
 	if err != nil {
 		return nil, 0, err
 	}
-	contents, err := block.FileContents(ctx, f.Base)
+	contents, err := f.contents(ctx, base)
 	if err != nil {
 		return nil, 0, errors.Join(err, base.Close())
 	}
@@ -228,6 +251,11 @@ func (s *Stack) Remove() error {
 func (f *Files) OpenOver(ctx context.Context, remote block.Remote) (*Stack, error) {
 	if f.Overlay == "" {
 		return nil, errors.New("its base is being pulled, so it cannot be written to; name an overlay and a state file")
+	}
+	if f.Check != nil {
+		if err := f.Check(remote.Contents); err != nil {
+			return nil, err
+		}
 	}
 	if under, size, found, err := block.OverlayBase(f.OverlayPaths()); err != nil {
 		return nil, err

@@ -27,7 +27,7 @@ const (
 const magic = "DRAFTER\x00"
 
 // Hello opens every connection. Its payload: magic [8]byte, version uint16, lane uint8, flags uint8 (1: it resumes, 2: a copy is wanted), migration id [16]byte,
-// features uint64. A feature is a bit that changes nothing for those who do not know it; none are defined.
+// features uint64. A feature is a bit that changes nothing for those who do not know it.
 type Hello struct {
 	Version   uint16
 	Lane      Lane
@@ -43,6 +43,9 @@ const FeaturePackage uint64 = 1
 
 // FeatureForward is a feature of a manifest: the devices have users at the source, who go on there after the handoff. The target serves them, see [Forward].
 const FeatureForward uint64 = 2
+
+// FeatureSignature is a feature of a hello: the target takes the package's signature; and of the manifest that answers it: it is there.
+const FeatureSignature uint64 = 4
 
 // Kind is what an [Operation] does.
 type Kind uint8
@@ -75,7 +78,7 @@ type Result struct {
 
 // Manifest says what there is to migrate. Its payload: features uint64, config and processor as byte strings, generation [16]byte, number of devices uint16, then for
 // each: name as byte string, size uint64, block size uint32, flags uint8 (1: it needs the base), content ids of the base and of the backup [32]byte each, zero for
-// none. A byte string is its length as uint32 and the bytes.
+// none. With [FeatureSignature], the signature follows as a byte string. A byte string is its length as uint32 and the bytes.
 type Manifest struct {
 	Features  uint64
 	Config    []byte // content of the config device (JSON)
@@ -83,6 +86,7 @@ type Manifest struct {
 	// Generation is the VM's generation ID, which it keeps where it moves to; zero when it keeps none.
 	Generation uuid.UUID
 	Devices    []Device
+	Signature  []byte // of the package, with FeatureSignature
 }
 
 // Device is one device of a manifest.
@@ -218,6 +222,9 @@ func (c *Conn) Send(message any) error {
 			b = le.AppendUint64(appendString(b, []byte(d.Name)), uint64(d.Size))
 			b = append(le.AppendUint32(b, uint32(d.BlockSize)), oneIf(d.NeedsBase))
 			b = append(append(b, d.Base[:]...), d.Backup[:]...)
+		}
+		if m.Features&FeatureSignature != 0 {
+			b = appendString(b, m.Signature)
 		}
 	case Accept:
 		t = TypeAccept
@@ -429,6 +436,9 @@ func (r *reader) manifest() Manifest {
 		}
 		names[d.Name] = true
 		m.Devices = append(m.Devices, d)
+	}
+	if m.Features&FeatureSignature != 0 {
+		m.Signature = r.string()
 	}
 	return m
 }

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -13,6 +14,7 @@ import (
 	"drafter/artifact"
 	"drafter/block"
 	"drafter/internal/progress"
+	"drafter/signature"
 	"drafter/vmm"
 )
 
@@ -60,22 +62,37 @@ func newPush() *cobra.Command {
 
 func newPull() *cobra.Command {
 	var output string
+	var verify verifyFlags
 	var plainHTTP bool
 	cmd := &cobra.Command{
 		Use:   "pull REF",
 		Short: "Fetch a VM package from an OCI registry",
 		Long: `Fetches a package that 'drafter push' has stored. Every block is verified. A pull that was interrupted goes on where it was; files that are there already are
-kept if they are the package's, and an error if not.
+kept if they are the package's, and an error if not. With --verify-key, nothing is fetched unless one of the keys has signed it ('drafter sign').
 ` + artifactHelp + exitCodeHelp,
 		Example: `  drafter pull registry.example.com/vms/redis:1 --output out/package`,
 		Args:    oneArg("reference"),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			start := time.Now()
+			verifier, err := verify.resolve()
+			if err != nil {
+				return err
+			}
 			p, err := artifact.Open(cmd.Context(), args[0], plainHTTP)
 			if err != nil {
 				return err
 			}
 			defer func() { err = errors.Join(err, p.Close()) }()
+			contentsOf := block.FileContents
+			if verifier != nil {
+				if err := verifyArtifact(p, verifier); err != nil {
+					return err
+				}
+				contentsOf = signature.HashFile
+			}
+			if err := signature.Keep(p.Signature(), filepath.Join(output, vmm.PackageFile(vmm.Config)), verifier != nil); err != nil {
+				return err
+			}
 			show := progress.New(os.Stderr)
 			defer show.Close()
 			for _, name := range configLast(p.Names()) {
@@ -84,7 +101,7 @@ kept if they are the package's, and an error if not.
 				}
 				remote, _ := p.Remote(name)
 				path := filepath.Join(output, vmm.PackageFile(name))
-				if err := fetchFile(cmd, path, remote, func(done, total int64) { show.Report("Pulling "+name, done, total) }); err != nil {
+				if err := fetchFile(cmd.Context(), path, remote, contentsOf, func(done, total int64) { show.Report("Pulling "+name, done, total) }); err != nil {
 					return fmt.Errorf("device %s: %w", name, err)
 				}
 			}
@@ -92,6 +109,7 @@ kept if they are the package's, and an error if not.
 			return nil
 		},
 	}
+	verify.add(cmd)
 	f := cmd.Flags()
 	f.StringVar(&output, "output", "out/package", "Directory to write the package to")
 	f.BoolVar(&plainHTTP, "plain-http", false, "Talk to the registry without TLS")
@@ -112,9 +130,9 @@ func configLast(names []string) []string {
 }
 
 // fetchFile makes the file at path have a remote's content.
-func fetchFile(cmd *cobra.Command, path string, remote block.Remote, show func(done, total int64)) error {
+func fetchFile(ctx context.Context, path string, remote block.Remote, contentsOf func(context.Context, string) (*block.Contents, error), show func(done, total int64)) error {
 	if _, err := os.Stat(path); err == nil {
-		contents, err := block.FileContents(cmd.Context(), path)
+		contents, err := contentsOf(ctx, path)
 		if err != nil {
 			return err
 		}
@@ -124,9 +142,9 @@ func fetchFile(cmd *cobra.Command, path string, remote block.Remote, show func(d
 		show(contents.Size, contents.Size)
 		return nil
 	}
-	d, err := block.OpenPulled(cmd.Context(), path, remote)
+	d, err := block.OpenPulled(ctx, path, remote)
 	if err != nil {
 		return err
 	}
-	return errors.Join(d.Fill(cmd.Context(), show), d.Close())
+	return errors.Join(d.Fill(ctx, show), d.Close())
 }

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"errors"
 	"log/slog"
 	"os"
 
@@ -15,12 +16,15 @@ func newPackager() *cobra.Command {
 	var (
 		path, devices string
 		extract       bool
+		verify        verifyFlags
 	)
 	cmd := &cobra.Command{
 		Use:   "packager",
 		Short: "Store devices in a .tar.zst file, or extract them",
 		Long: `Stores the devices of a package or blueprint in one .tar.zst file, which any tar can read, or extracts them from one. Files get their names only
-once everything is complete: an archive that is truncated or damaged replaces nothing.
+once everything is complete: an archive that is truncated or damaged replaces nothing, nor does one that --verify-key refuses.
+
+The signature of a package (see 'drafter sign'), package.sig beside its config device, is stored and extracted with it.
 ` + exitCodeHelp,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -28,10 +32,17 @@ once everything is complete: an archive that is truncated or damaged replaces no
 			if err != nil {
 				return err
 			}
+			verifier, err := verify.resolve()
+			if err != nil {
+				return err
+			}
+			if verifier != nil && !extract {
+				return &usageError{errors.New("--verify-key is for --extract; 'drafter sign' signs a package before it is stored")}
+			}
 			bars := progress.New(os.Stderr)
 			defer bars.Close()
 			if extract {
-				err = archive.Extract(cmd.Context(), path, list, bars.Report)
+				err = archive.ExtractSigned(cmd.Context(), path, list, verifier, bars.Report)
 			} else {
 				err = archive.Create(cmd.Context(), path, list, bars.Report)
 			}
@@ -42,6 +53,7 @@ once everything is complete: an archive that is truncated or damaged replaces no
 			return nil
 		},
 	}
+	verify.add(cmd)
 	f := cmd.Flags()
 	f.StringVar(&devices, "devices", defaultJSON([]archive.Device{
 		{Name: vmm.Kernel, Path: "out/package/vmlinux"},

@@ -39,6 +39,7 @@ func newPeer() *cobra.Command {
 		storage      storageFlags
 		origin       originFlags
 		backup       syncFlags
+		verify       verifyFlags
 		c            peer.Config
 		raddr, laddr string
 		metrics      string
@@ -69,6 +70,10 @@ copied; then it pauses for some milliseconds, and goes on there. What the target
 runs once: before the handoff it stays here, afterwards it is there. If the connection is lost in just that moment, this process keeps the VM paused
 until the target has reconnected; if it never will, look there and decide with 'drafter peer settle'.
 
+Signatures: with --verify-key, only a package that one of the keys has signed ('drafter sign') is started, wherever it comes from. Of a VM that is received from
+another peer, its config, its kernel and the bases that are here must be those of such a package; for what the VM has written since, its state included,
+its source stands. See docs/signing.md.
+
 If this process is killed (SIGKILL), the next start cleans up behind it. The instance's disks are then as after a power cut: what the guest synced is
 there ('drafter device export' gets it out). Its memory no longer fits its state, so it cannot be resumed; the start says so.
 ` + exitCodeHelp,
@@ -81,6 +86,9 @@ there ('drafter device export' gets it out). Its memory no longer fits its state
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			ctx := cmd.Context()
+			if c.Verifier, err = verify.resolve(); err != nil {
+				return err
+			}
 			var open openOrigin
 			if isReference(devices.pkg) {
 				if !cmd.Flags().Changed("raddr") {
@@ -172,6 +180,7 @@ there ('drafter device export' gets it out). Its memory no longer fits its state
 	storage.add(cmd)
 	origin.add(cmd)
 	backup.add(cmd)
+	verify.add(cmd)
 	f := cmd.Flags()
 	f.StringVar(&c.Expose, "expose", expose.Auto, "How the VMM gets at the devices: auto, fuse or nbd")
 	f.StringVar(&raddr, "raddr", "localhost:1337", "Remote address to connect to: HOST:PORT or unix:PATH (leave empty to disable)")

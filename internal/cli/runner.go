@@ -49,6 +49,7 @@ func newRunner() *cobra.Command {
 		host    hostFlags
 		devices string
 		c       runner.Config
+		verify  verifyFlags
 	)
 	cmd := &cobra.Command{
 		Use:   "runner",
@@ -56,10 +57,15 @@ func newRunner() *cobra.Command {
 		Long: `Resumes a package and shows its console until it is ended (Ctrl-C or SIGTERM), then suspends the VM into the package again, so that the next run
 continues there. If this process is killed (SIGKILL) while the VM runs, the package's memory no longer fits its state, and the next run
 says so instead of resuming it; its disks are as after a power cut.
+
+With --verify-key, the package is read and checked first. A run changes the package: its signature fits the first run, and with --experimental-map-private all of them.
 ` + exitCodeHelp,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			if c.Devices, err = parseJSON[runner.Device]("devices", devices); err != nil {
+				return err
+			}
+			if c.Verifier, err = verify.resolve(); err != nil {
 				return err
 			}
 			var restore func()
@@ -81,6 +87,7 @@ says so instead of resuming it; its disks are as after a power cut.
 	}
 	host.add(cmd)
 	host.addMaxMemory(cmd)
+	verify.add(cmd)
 	f := cmd.Flags()
 	f.StringVar(&devices, "devices", defaultJSON([]runner.Device{
 		{Name: vmm.Kernel, Path: "out/package/vmlinux"},

@@ -1,0 +1,199 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"drafter/artifact"
+	"drafter/block"
+	"drafter/signature"
+	"drafter/vmm"
+)
+
+// verifyFlags say which packages are accepted.
+type verifyFlags struct {
+	keys []string
+	file string
+}
+
+func (v *verifyFlags) add(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringArrayVar(&v.keys, "verify-key", nil, "File with public keys in PEM, Ed25519 or ECDSA on P-256: only a package that one of them has signed is accepted (repeatable)")
+	f.StringVar(&v.file, "signature", "", "File with the package's signature (leave empty for the one that the package has)")
+}
+
+// resolve returns nil if all packages are accepted.
+func (v *verifyFlags) resolve() (*signature.Verifier, error) {
+	switch {
+	case len(v.keys) > 0:
+		verifier, err := signature.NewVerifier(v.keys, v.file)
+		if err != nil {
+			return nil, &usageError{fmt.Errorf("--verify-key: %w", err)}
+		}
+		return verifier, nil
+	case v.file != "":
+		return nil, &usageError{errors.New("--signature needs --verify-key: a signature says nothing without the key that it shall be by")}
+	}
+	return nil, nil
+}
+
+func newSign() *cobra.Command {
+	var pkg, key, output string
+	cmd := &cobra.Command{
+		Use:   "sign",
+		Short: "Sign a VM package",
+		Long: `Signs what the devices of a package contain, so that others can make sure that they run what was signed: with --verify-key of 'drafter pull', 'drafter packager
+--extract', 'drafter runner' and 'drafter peer'. The signature, package.sig beside the package's config device, goes with the package into archives and registries.
+
+A package changes when it is run without an instance, and has to be signed again. The signature of an older version of a package stays valid.
+
+Keys are Ed25519 or ECDSA on P-256, in PEM, as openssl makes them. See docs/signing.md.
+` + exitCodeHelp,
+		Example: `  openssl genpkey -algorithm ed25519 -out key.pem
+  openssl pkey -in key.pem -pubout -out key.pub
+  drafter sign --key key.pem --package out/package
+  drafter peer --raddr '' --laddr '' --verify-key key.pub --package out/package --instance out/instance-0`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if key == "" {
+				return &usageError{errors.New("--key is missing; 'openssl genpkey -algorithm ed25519 -out key.pem' makes one")}
+			}
+			k, err := signature.ReadPrivateKey(key)
+			if err != nil {
+				return err
+			}
+			names, files, err := vmm.PackageFiles(pkg)
+			if err != nil {
+				return err
+			}
+			contents, err := hashFiles(cmd.Context(), pkg, files)
+			if err != nil {
+				return err
+			}
+			envelope, err := signature.Sign(signature.NewStatement(contents), k)
+			if err != nil {
+				return err
+			}
+			if output == "" {
+				output = filepath.Join(pkg, signature.File)
+			}
+			if err := block.Publish(output, func(f *os.File) error { _, err := f.Write(envelope); return err }); err != nil {
+				return fmt.Errorf("write signature: %w", err)
+			}
+			slog.Info("Signed package", "package", pkg, "devices", len(names), "signature", output)
+			return nil
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&key, "key", "", "File with the private key in PEM (PKCS #8, not encrypted)")
+	f.StringVar(&pkg, "package", "out/package", "Directory of the package")
+	f.StringVar(&output, "signature", "", "File to write the signature to (leave empty for package.sig in the directory of the package)")
+	return cmd
+}
+
+// hashFiles returns the contents of a package's devices, which nobody writes to.
+func hashFiles(ctx context.Context, dir string, files map[string]string) (map[string]*block.Contents, error) {
+	contents := map[string]*block.Contents{}
+	for name, file := range files {
+		err := func() error {
+			f, err := block.OpenFile(filepath.Join(dir, file), true)
+			if err != nil {
+				return err
+			}
+			defer f.Close()
+			if err := f.Lock(false); err != nil {
+				return fmt.Errorf("%s is %w; sign a package that no VM runs from", f.Name(), err)
+			}
+			contents[name], err = block.Hash(ctx, f)
+			return err
+		}()
+		if err != nil {
+			return nil, fmt.Errorf("device %s: %w", name, err)
+		}
+	}
+	return contents, nil
+}
+
+// verifyArtifact checks what a package in a registry says that it contains.
+func verifyArtifact(p *artifact.Package, verifier *signature.Verifier) error {
+	statement, err := verifier.Statement(p.Signature(), "")
+	if err != nil {
+		return err
+	}
+	for _, name := range p.Names() {
+		remote, _ := p.Remote(name)
+		if err := statement.Check(name, remote.Contents); err != nil {
+			return err
+		}
+	}
+	return statement.CheckNames(p.Names())
+}
+
+func newVerify() *cobra.Command {
+	var verify verifyFlags
+	var pkg string
+	var plainHTTP bool
+	cmd := &cobra.Command{
+		Use:   "verify",
+		Short: "Check the signature of a VM package",
+		Long: `Checks that one of the keys has signed a package: a directory, of which everything is read, or docker://REF in an OCI registry, of which the lists of content
+ids are read, by which every block is verified when it is pulled. 'drafter packager --extract --verify-key' checks an archive.
+
+What was verified here may have changed when it is used: the same flags make those commands that use a package verify it themselves.
+` + exitCodeHelp,
+		Example: `  drafter verify --verify-key key.pub --package out/package`,
+		Args:    noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			ctx, start := cmd.Context(), time.Now()
+			verifier, err := verify.resolve()
+			if err != nil {
+				return err
+			}
+			if verifier == nil {
+				return &usageError{errors.New("--verify-key is missing")}
+			}
+			if strings.HasPrefix(pkg, registryScheme) {
+				p, err := artifact.Open(ctx, pkg, plainHTTP)
+				if err != nil {
+					return err
+				}
+				defer func() { err = errors.Join(err, p.Close()) }()
+				if err := verifyArtifact(p, verifier); err != nil {
+					return err
+				}
+				slog.Info("The signature fits", "package", pkg, "digest", p.Digest)
+				return nil
+			}
+			names, files, err := vmm.PackageFiles(pkg)
+			if err != nil {
+				return err
+			}
+			paths := map[string]string{}
+			for _, name := range names {
+				paths[name] = filepath.Join(pkg, files[name])
+			}
+			statement, err := verifier.Statement(nil, paths[vmm.Config])
+			if err != nil {
+				return err
+			}
+			if err := statement.CheckFiles(ctx, paths, 0); err != nil {
+				return err
+			}
+			slog.Info("The signature fits", "package", pkg, "took", time.Since(start).Round(time.Millisecond))
+			return nil
+		},
+	}
+	verify.add(cmd)
+	f := cmd.Flags()
+	f.StringVar(&pkg, "package", "out/package", "Directory of the package, or docker://REF")
+	f.BoolVar(&plainHTTP, "plain-http", false, "Talk to the registry without TLS")
+	return cmd
+}

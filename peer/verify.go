@@ -1,0 +1,147 @@
+package peer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+
+	"drafter/block"
+	"drafter/signature"
+	"drafter/stack"
+	"drafter/vmm"
+	"drafter/wire"
+)
+
+// verify finds out what was signed of the package, which may have come with a signature, if only signed ones are accepted. The devices are known; what they
+// contain is checked when they are opened.
+func (p *Peer) verify(carried []byte) (err error) {
+	if p.config.Verifier == nil {
+		return nil
+	}
+	if p.statement, err = p.config.Verifier.Statement(carried, p.configBase()); err != nil {
+		return err
+	}
+	return p.checkPlaces()
+}
+
+// checkPlaces refuses devices that are not those that were signed, or whose bases others can change.
+func (p *Peer) checkPlaces() error {
+	var names []string
+	for _, d := range p.config.Devices {
+		names = append(names, d.Name)
+		if err := signature.CheckPlace(d.Base, 0); err != nil {
+			return fmt.Errorf("device %s: %w", d.Name, err)
+		}
+	}
+	if slices.ContainsFunc(p.config.Devices, func(d Device) bool { return d.Overlay == "" }) {
+		slog.Warn("This run changes the package, whose signature will not fit any more; --instance leaves the package as it is")
+	}
+	return p.statement.CheckNames(names)
+}
+
+// configBase is the config device's file in the package; "" while that is not known.
+func (p *Peer) configBase() string {
+	if i := slices.IndexFunc(p.config.Devices, func(d Device) bool { return d.Name == vmm.Config }); i >= 0 {
+		return p.config.Devices[i].Base
+	}
+	return ""
+}
+
+// files are those of a device, whose base is checked if only signed ones are accepted.
+func (p *Peer) files(d *Device) *stack.Files {
+	f := d.files()
+	if p.statement != nil {
+		f.Check = func(c *block.Contents) error { return p.statement.Check(d.Name, c) }
+	}
+	return f
+}
+
+// decodeConfig decodes the content of the config device. It never changes, so that what was signed of it also holds where an overlay or a source has it from.
+func (p *Peer) decodeConfig(b []byte) (*vmm.PackageConfig, error) {
+	if p.statement != nil {
+		if err := p.statement.Check(vmm.Config, block.HashBytes(b)); err != nil {
+			return nil, err
+		}
+	}
+	p.configDevice = b
+	return vmm.DecodePackageConfig(b)
+}
+
+// carriedSignature is what a target gets of the package's signature; nil if there is none that it could use.
+func (p *Peer) carriedSignature() []byte {
+	if p.signature != nil {
+		return p.signature
+	}
+	b, err := signature.Beside(p.configBase())
+	if err != nil {
+		slog.Warn("Targets do not get the package's signature", "error", err)
+	}
+	return b
+}
+
+// verify checks the VM's config, which the source sends, before anything of it is looked at. What the VM has written since it was packaged nobody has signed.
+func (a *arrival) verify(m wire.Manifest) (err error) {
+	p := a.p
+	p.signature = m.Signature
+	if p.config.Verifier != nil {
+		if p.statement, err = p.config.Verifier.Statement(m.Signature, p.configBase()); err != nil {
+			return err
+		}
+	}
+	a.config, err = p.decodeConfig(slices.Clone(m.Config))
+	return err
+}
+
+// receiver makes what takes a device that arrives.
+func (a *arrival) receiver(d *Device) func(block.Device) *block.Incoming {
+	if a.p.statement == nil || d.Name != vmm.Kernel {
+		return d.receive
+	}
+	return func(under block.Device) *block.Incoming {
+		a.kernel = &sealable{Device: under}
+		return d.receive(a.kernel)
+	}
+}
+
+// verifyKernel checks the kernel as it has arrived, before a VMM loads it, and keeps it: it never changes either.
+func (a *arrival) verifyKernel(ctx context.Context) error {
+	if a.p.statement == nil {
+		return nil
+	}
+	if a.kernel != nil {
+		a.kernel.seal()
+	}
+	c, err := block.Hash(ctx, a.p.devices[vmm.Kernel])
+	if err != nil {
+		return fmt.Errorf("device %s: %w", vmm.Kernel, err)
+	}
+	return a.p.statement.Check(vmm.Kernel, c)
+}
+
+// sealable is a device that nobody can write to once it is sealed: a source could send other content after what it sent first has been verified.
+type sealable struct {
+	block.Device
+
+	mu     sync.RWMutex // held to write
+	sealed bool
+}
+
+// seal waits for the writes under way.
+func (s *sealable) seal() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.sealed = true
+}
+
+// WriteAt implements [block.Device].
+func (s *sealable) WriteAt(p []byte, off int64) (int, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if s.sealed {
+		return 0, errors.New("it was verified, and cannot change any more")
+	}
+	return s.Device.WriteAt(p, off)
+}
