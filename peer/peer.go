@@ -236,10 +236,9 @@ func (p *Peer) openDevices(ctx context.Context, wanted func(*Device) bool) error
 
 // packageConfig reads the config device and checks that the others are those it lists.
 func (p *Peer) packageConfig() (*vmm.PackageConfig, error) {
-	d := p.devices[vmm.Config]
-	b := make([]byte, d.Size())
-	if _, err := d.ReadAt(b, 0); err != nil {
-		return nil, fmt.Errorf("read config device: %w", err)
+	b, err := vmm.ReadConfigDevice(p.devices[vmm.Config])
+	if err != nil {
+		return nil, err
 	}
 	config, err := p.decodeConfig(b)
 	if err != nil {

@@ -192,7 +192,7 @@ func (p *Peer) backup(ctx context.Context, d *Device, offered wire.Device, held 
 		return nil, nil
 	}
 	remote, ok := p.syncer.writer.Remote(d.Name)
-	if !ok || remote.Contents.Device != offered.Backup {
+	if !ok || remote.Contents.Device != offered.Backup || remote.Contents.Size != offered.Size {
 		slog.Info("The backup in S3 is not the one that the source knows; all comes from there", "device", d.Name)
 		return nil, nil
 	}

@@ -117,22 +117,19 @@ func Open(ctx context.Context, c Config) (_ *Registry, err error) {
 // checkSizes compares the devices with the config device, if that is one of them.
 func checkSizes(offered []migrate.OfferedDevice) error {
 	sizes := map[string]int64{}
-	var config []byte
+	var config block.Device
 	for _, d := range offered {
 		sizes[d.Name] = d.Device.Size()
 		if d.Name == vmm.Config {
-			config = make([]byte, d.Device.Size())
-			if _, err := d.Device.ReadAt(config, 0); err != nil {
-				return fmt.Errorf("read config device: %w", err)
-			}
+			config = d.Device
 		}
 	}
 	if config == nil {
 		return nil
 	}
-	listed, err := vmm.DecodePackageConfig(config)
+	listed, err := vmm.DecodeConfigDevice(config)
 	if err != nil {
-		return fmt.Errorf("config device: %w", err)
+		return err
 	}
 	for _, d := range listed.Devices {
 		if size, ok := sizes[d.Name]; ok && size < d.Size {

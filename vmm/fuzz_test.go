@@ -2,8 +2,18 @@ package vmm
 
 import (
 	"bytes"
+	"strings"
 	"testing"
+
+	"drafter/block"
 )
+
+// A config device of a size that no memory holds is refused, and not read.
+func TestHugeConfigDevice(t *testing.T) {
+	if c, err := DecodeConfigDevice(block.NewZeros(4 << 60)); err == nil || !strings.Contains(err.Error(), "so it is no package config") {
+		t.Errorf("%v, %v", c, err)
+	}
+}
 
 // FuzzDecodePackageConfig decodes any bytes. A config that is accepted is one after it was encoded, too, and its devices' names are names of files.
 func FuzzDecodePackageConfig(f *testing.F) {

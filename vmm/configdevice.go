@@ -1,0 +1,29 @@
+package vmm
+
+import (
+	"fmt"
+
+	"drafter/block"
+)
+
+// ReadConfigDevice reads the config device d, for [DecodePackageConfig]. Of a device that is too large for a config no more is read than shows that.
+func ReadConfigDevice(d block.Device) ([]byte, error) {
+	b := make([]byte, min(d.Size(), maxConfig+1))
+	if _, err := d.ReadAt(b, 0); err != nil {
+		return nil, fmt.Errorf("read config device: %w", err)
+	}
+	return b, nil
+}
+
+// DecodeConfigDevice reads and checks the config device d; see [ReadPackageConfig].
+func DecodeConfigDevice(d block.Device) (*PackageConfig, error) {
+	b, err := ReadConfigDevice(d)
+	if err != nil {
+		return nil, err
+	}
+	c, err := DecodePackageConfig(b)
+	if err != nil {
+		return nil, fmt.Errorf("config device: %w", err)
+	}
+	return c, nil
+}
