@@ -8,7 +8,8 @@ import (
 	"testing"
 )
 
-// FuzzGreeting gives a guest any bytes in the place of its host's. Between greetings it gets them as they came; a greeting of another conversation ends this one.
+// FuzzGreeting gives a guest any bytes in the place of its host's. Between greetings it gets them
+// as they came; a greeting of another conversation ends this one.
 func FuzzGreeting(f *testing.F) {
 	greeting := append([]byte(portMagic), bytes.Repeat([]byte{7}, nonceSize)...)
 	other := append([]byte(portMagic), bytes.Repeat([]byte{8}, nonceSize)...)

@@ -10,13 +10,16 @@ import (
 // MaxDevices is how many devices there may be at once.
 const MaxDevices = 1000
 
-// sizePerMemory is how many bytes devices from elsewhere may have for each byte of this host's memory, if nothing else is said. A target keeps some 8 bits for
-// each page of a device while it arrives (what is missing, dirty, wanted, cached), and 4 bytes for each block of 64 KiB; who pulls one keeps 32 bytes for each
-// 64 KiB. So this bounds them to a fortieth of the memory, and a sixteenth besides.
+// sizePerMemory is how many bytes devices from elsewhere may have for each byte of this host's
+// memory, if nothing else is said. A target keeps some 8 bits for each page of a device while it
+// arrives (what is missing, dirty, wanted, cached), and 4 bytes for each block of 64 KiB; who pulls
+// one keeps 32 bytes for each 64 KiB. So this bounds them to a fortieth of the memory, and a
+// sixteenth besides.
 const sizePerMemory = 128
 
-// CheckSizes refuses devices of so many bytes, before anything is made for them, if they have more than most bytes in all. If most is 0, it is 128 times this
-// host's memory. It is for those whose sizes a stranger says.
+// CheckSizes refuses devices of so many bytes, before anything is made for them, if they have more
+// than most bytes in all. If most is 0, it is 128 times this host's memory. It is for those whose
+// sizes a stranger says.
 func CheckSizes(most int64, sizes ...int64) error {
 	if len(sizes) > MaxDevices {
 		return fmt.Errorf("%d devices are too many; there may be %d", len(sizes), MaxDevices)
@@ -31,7 +34,9 @@ func CheckSizes(most int64, sizes ...int64) error {
 	left := most
 	for _, size := range sizes {
 		if size < 0 || size > left {
-			return fmt.Errorf("the devices have more than %s in all, which this host was not meant for; allow them with --max-size", humanize.IBytes(uint64(most)))
+			const text = "the devices have more than %s in all, which this host was not meant for; " +
+				"allow them with --max-size"
+			return fmt.Errorf(text, humanize.IBytes(uint64(most)))
 		}
 		left -= size
 	}

@@ -18,7 +18,8 @@ import (
 	"drafter/wire"
 )
 
-// strangers connect all the time, and say nothing, or ask for a migration that there is not, until they are told to stop.
+// strangers connect all the time, and say nothing, or ask for a migration that there is not, until
+// they are told to stop.
 func strangers(t *testing.T, addr string) (stop func()) {
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
@@ -54,7 +55,8 @@ func strangers(t *testing.T, addr string) (stop func()) {
 	}
 }
 
-// Strangers without number keep no target out, neither at its beginning nor when it comes back after its connections were lost.
+// Strangers without number keep no target out, neither at its beginning nor when it comes back
+// after its connections were lost.
 func TestStrangersKeepNoTargetOut(t *testing.T) {
 	limits := quick()
 	limits.Silence, limits.Prepare, limits.Handoff = 10*time.Second, 10*time.Second, 10*time.Second
@@ -109,7 +111,8 @@ func TestStrangersKeepNoTargetOut(t *testing.T) {
 	}
 }
 
-// A stranger gets no memory before it has said hello: what is announced beyond that is refused, and not waited for.
+// A stranger gets no memory before it has said hello: what is announced beyond that is refused, and
+// not waited for.
 func TestBeforeHello(t *testing.T) {
 	p := newPair(t, 1, quick(), nil)
 	ours, theirs := net.Pipe()
@@ -179,7 +182,8 @@ func hostile(t *testing.T, m wire.Manifest) Dial {
 	}
 }
 
-// Devices that this host was not meant for are refused before anything is made for them, whoever offers them.
+// Devices that this host was not meant for are refused before anything is made for them, whoever
+// offers them.
 func TestDevicesTooLarge(t *testing.T) {
 	limits := quick()
 	limits.Silence = 10 * time.Second

@@ -8,8 +8,8 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// Complaints logs what strangers can cause: ten lines at once, then one a second. The next line says how many were left out. The zero value is ready. It is safe
-// for concurrent use.
+// Complaints logs what strangers can cause: ten lines at once, then one a second. The next line
+// says how many were left out. The zero value is ready. It is safe for concurrent use.
 type Complaints struct {
 	mu      sync.Mutex
 	limiter *rate.Limiter

@@ -48,7 +48,8 @@ func (l *Listener) Close() error {
 	return err
 }
 
-// Accept returns the next connection whose peer is trusted, or an error once ctx has ended, which closes the listener: nobody is kept waiting for an answer.
+// Accept returns the next connection whose peer is trusted, or an error once ctx has ended, which
+// closes the listener: nobody is kept waiting for an answer.
 func (l *Listener) Accept(ctx context.Context) (io.ReadWriteCloser, error) {
 	l.start.Do(func() { l.wg.Go(l.run) })
 	select {
@@ -93,9 +94,12 @@ func (l *Listener) run() {
 	}
 }
 
+var errSlow = fmt.Errorf("no handshake within %s", handshakeTimeout)
+
 var errCrowded = errors.New("too many connections wait, and this one has waited longest")
 
-// Bound returns a listener of l's connections, for servers that keep them: one more than most ends the oldest of the host that has most.
+// Bound returns a listener of l's connections, for servers that keep them: one more than most ends
+// the oldest of the host that has most.
 func Bound(l net.Listener, most int) net.Listener {
 	return &bounded{Listener: l, waiting: Waiting{Most: most}}
 }
@@ -110,7 +114,8 @@ func (b *bounded) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &placed{conn, b.waiting.Enter(Host(conn), func() { _ = conn.Close() })}, nil // what its reader sees
+	place := b.waiting.Enter(Host(conn), func() { _ = conn.Close() }) // what its reader sees
+	return &placed{conn, place}, nil
 }
 
 type placed struct {
@@ -128,7 +133,7 @@ func (l *Listener) admit(ctx context.Context, conn net.Conn) error {
 	switch {
 	case l.trust.TLS != nil:
 		secured := tls.Server(conn, l.trust.TLS)
-		tctx, cancel := context.WithTimeoutCause(ctx, handshakeTimeout, fmt.Errorf("no handshake within %s", handshakeTimeout))
+		tctx, cancel := context.WithTimeoutCause(ctx, handshakeTimeout, errSlow)
 		defer cancel()
 		if err := secured.HandshakeContext(tctx); err != nil {
 			if tctx.Err() != nil {

@@ -19,9 +19,11 @@ const (
 	tcpListen      = 10
 )
 
-// Of include/uapi/linux/inet_diag.h of Linux. A request is family, protocol, extensions and padding of a byte each, the states as a set, and the socket's id;
-// an answer is family, state, timer and retransmissions of a byte each, the id, and expiry, two queues, user and inode of 32 bits each. An id is the ports,
-// of the socket and of its peer, the two addresses of 16 bytes, 32 bits of interface and 64 of cookie. Ports and addresses are in network order.
+// Of include/uapi/linux/inet_diag.h of Linux. A request is family, protocol, extensions and padding
+// of a byte each, the states as a set, and the socket's id; an answer is family, state, timer and
+// retransmissions of a byte each, the id, and expiry, two queues, user and inode of 32 bits each.
+// An id is the ports, of the socket and of its peer, the two addresses of 16 bytes, 32 bits of
+// interface and 64 of cookie. Ports and addresses are in network order.
 const (
 	diagRequestSize = 8 + diagIDSize
 	diagAnswerSize  = 4 + diagIDSize + 20
@@ -38,9 +40,8 @@ type owner struct {
 	inode uint32 // 0: no process has it
 }
 
-func (o owner) String() string { return fmt.Sprintf("state %d, user %d", o.state, o.user) }
-
-// socketOwner finds the socket at local whose peer is remote: exactly that one, by the kernel's own table (sock_diag(7)). A zero remote finds one that listens.
+// socketOwner finds the socket at local whose peer is remote: exactly that one, by the kernel's own
+// table (sock_diag(7)). A zero remote finds one that listens.
 func socketOwner(local, remote netip.AddrPort) (o owner, err error) {
 	request := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, 0)
 	request.AddData(diagRequest{local, remote})
@@ -52,12 +53,13 @@ func socketOwner(local, remote netip.AddrPort) (o owner, err error) {
 		return o, errors.New("the kernel's answer is malformed")
 	}
 	b := answers[0]
-	o = owner{state: b[1], user: binary.NativeEndian.Uint32(b[diagUser:]), inode: binary.NativeEndian.Uint32(b[diagInode:])}
+	native, network := binary.NativeEndian, binary.BigEndian
+	o = owner{state: b[1], user: native.Uint32(b[diagUser:]), inode: native.Uint32(b[diagInode:])}
 	if o.state == tcpListen {
-		return o, nil // of any address, perhaps
+		return o, nil // that of any address, perhaps
 	}
 	// A socket of IPv6 may have an address of IPv4.
-	if at := binary.BigEndian.Uint16(b[4:]); at != local.Port() || binary.BigEndian.Uint16(b[6:]) != remote.Port() {
+	if network.Uint16(b[4:]) != local.Port() || network.Uint16(b[6:]) != remote.Port() {
 		return o, errors.New("the kernel's answer is about another socket")
 	}
 	return o, nil
@@ -89,15 +91,17 @@ func (r diagRequest) Serialize() []byte {
 // errNotAccepted says that no process has the other end of a connection: it was not accepted yet.
 var errNotAccepted = errors.New("no process has its other end")
 
-// checkPeer refuses a connection whose other end is not root's or our own user's. What the kernel cannot tell is refused: the peer may be gone already, in
-// another network namespace, or behind a translation of addresses.
+// checkPeer refuses a connection whose other end is not root's or our own user's. What the kernel
+// cannot tell is refused: the peer may be gone already, in another network namespace, or behind a
+// translation of addresses.
 func checkPeer(conn net.Conn) error {
 	user, err := peerUser(conn)
 	if err != nil {
 		return err
 	}
 	if user != 0 && (int(user) != os.Geteuid() || user == overflowUser) {
-		return fmt.Errorf("user %d is at the other end; only root and user %d may be", user, os.Geteuid())
+		const text = "user %d is at the other end; only root and user %d may be"
+		return fmt.Errorf(text, user, os.Geteuid())
 	}
 	return nil
 }
@@ -113,7 +117,8 @@ func peerUser(conn net.Conn) (uint32, error) {
 	local, ok := conn.LocalAddr().(*net.TCPAddr)
 	remote, rok := conn.RemoteAddr().(*net.TCPAddr)
 	if !ok || !rok || !local.IP.IsLoopback() || !remote.IP.IsLoopback() {
-		return 0, fmt.Errorf("a connection between %s and %s may not be within this host", conn.LocalAddr(), conn.RemoteAddr())
+		const text = "a connection between %s and %s may not be within this host"
+		return 0, fmt.Errorf(text, conn.LocalAddr(), conn.RemoteAddr())
 	}
 	o, err := socketOwner(remote.AddrPort(), local.AddrPort())
 	switch {

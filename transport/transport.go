@@ -1,5 +1,6 @@
-// Package transport connects peers, and decides who may: with TLS, whoever has a certificate; without it, root and our own user, on this host, whom the kernel
-// names; anybody only where that was asked for.
+// Package transport connects peers, and decides who may: with TLS, whoever has a certificate;
+// without it, root and our own user, on this host, whom the kernel names; anybody only where that
+// was asked for.
 package transport
 
 import (
@@ -19,17 +20,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Trust says whom to connect with. The zero value trusts root and our own user on this host, over loopback and UNIX sockets. It is safe for concurrent use.
+// Trust says whom to connect with. The zero value trusts root and our own user on this host, over
+// loopback and UNIX sockets. It is safe for concurrent use.
 type Trust struct {
 	TLS     *tls.Config // if not nil, certificates decide, and only they; see [LoadTLS]
 	Anybody bool        // without TLS: whoever connects, or answers, on this host or another
 }
 
 // ErrBeyond says that an address needs TLS, or trust in everybody.
-var ErrBeyond = errors.New("other hosts can reach it, or answer there; use TLS on both sides, or trust everybody who can")
+var ErrBeyond = errors.New("other hosts can reach it, or answer there; " +
+	"use TLS on both sides, or trust everybody who can")
 
-// LoadTLS reads PEM files for TLS 1.3 with both sides authenticated: the certificate of this host with its key, and those of the authorities that the other
-// side's certificate must come from.
+// LoadTLS reads PEM files for TLS 1.3 with both sides authenticated: the certificate of this host
+// with its key, and those of the authorities that the other side's certificate must come from.
 func LoadTLS(cert, key, ca string) (*tls.Config, error) {
 	pair, err := tls.LoadX509KeyPair(cert, key)
 	if err != nil {
@@ -57,8 +60,9 @@ func split(addr string) (network, address string) {
 	return "tcp", addr
 }
 
-// Listen listens at HOST:PORT or unix:PATH. Without TLS and without trust in everybody, an address that is not of this host alone is refused with [ErrBeyond].
-// The socket at a path has mode 0600; one that a killed process has left there is replaced.
+// Listen listens at HOST:PORT or unix:PATH. Without TLS and without trust in everybody, an address
+// that is not of this host alone is refused with [ErrBeyond]. The socket at a path has mode 0600;
+// one that a killed process has left there is replaced.
 func (t *Trust) Listen(ctx context.Context, addr string) (*Listener, error) {
 	network, address := split(addr)
 	config := net.ListenConfig{}
@@ -81,9 +85,10 @@ func (t *Trust) Listen(ctx context.Context, addr string) (*Listener, error) {
 		return nil, err
 	}
 	if at, ok := l.Addr().(*net.TCPAddr); ok && t.local() {
-		// If the kernel cannot tell, nobody would ever be let in: it is said now.
-		if owner, err := socketOwner(at.AddrPort(), netip.AddrPort{}); err != nil || owner.state != tcpListen {
-			return nil, errors.Join(fmt.Errorf("ask the kernel whose sockets connect (%s): %w; use a UNIX socket, or TLS", owner, err), l.Close())
+		// If the kernel cannot tell whose sockets connect, nobody would ever be let in.
+		if _, err := socketOwner(at.AddrPort(), netip.AddrPort{}); err != nil {
+			const text = "ask the kernel whose this socket is: %w; use a UNIX socket, or TLS"
+			return nil, errors.Join(fmt.Errorf(text, err), l.Close())
 		}
 	}
 	return newListener(l, t), nil
@@ -92,7 +97,8 @@ func (t *Trust) Listen(ctx context.Context, addr string) (*Listener, error) {
 // local tells whether the kernel has to say who is at the other end.
 func (t *Trust) local() bool { return t.TLS == nil && !t.Anybody }
 
-// private lets a UNIX socket come into being with mode 0600 at most: bind(2) takes the mode of the socket's own inode.
+// private lets a UNIX socket come into being with mode 0600 at most: bind(2) takes the mode of the
+// socket's own inode.
 func private(_, _ string, raw syscall.RawConn) error {
 	var err error
 	if cerr := raw.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }); cerr != nil {
@@ -107,13 +113,16 @@ func removeDeadSocket(ctx context.Context, path string) error {
 	if err == nil {
 		return c.Close() // and listening there will fail
 	}
-	if info, serr := os.Lstat(path); serr == nil && info.Mode().Type() == os.ModeSocket && errors.Is(err, syscall.ECONNREFUSED) {
-		return os.Remove(path)
+	info, serr := os.Lstat(path)
+	dead := serr == nil && info.Mode().Type() == os.ModeSocket && errors.Is(err, syscall.ECONNREFUSED)
+	if !dead {
+		return nil
 	}
-	return nil
+	return os.Remove(path)
 }
 
-// resolve looks up HOST:PORT, and refuses what is not loopback. IPv4 comes first, as with [net.Listen].
+// resolve looks up HOST:PORT, and refuses what is not loopback. IPv4 comes first, as with
+// [net.Listen].
 func resolve(ctx context.Context, address string) (addrs []netip.AddrPort, err error) {
 	host, service, err := net.SplitHostPort(address)
 	if err != nil {
@@ -143,8 +152,9 @@ func resolve(ctx context.Context, address string) (addrs []netip.AddrPort, err e
 	return addrs, nil
 }
 
-// Dialer returns what connects with HOST:PORT or unix:PATH. Each connection is authenticated as those of [Trust.Listen] are, the other way round: who listens
-// at an address of this host is root or our own user.
+// Dialer returns what connects with HOST:PORT or unix:PATH. Each connection is authenticated as
+// those of [Trust.Listen] are, the other way round: who listens at an address of this host is root
+// or our own user.
 func (t *Trust) Dialer(addr string) (func(context.Context) (io.ReadWriteCloser, error), error) {
 	network, address := split(addr)
 	host := "localhost"
@@ -166,7 +176,9 @@ func (t *Trust) Dialer(addr string) (func(context.Context) (io.ReadWriteCloser, 
 			return (&net.Dialer{}).DialContext(ctx, network, address)
 		}, nil
 	case network == "unix":
-		return func(ctx context.Context) (io.ReadWriteCloser, error) { return dialOwn(ctx, network, address) }, nil
+		return func(ctx context.Context) (io.ReadWriteCloser, error) {
+			return dialOwn(ctx, network, address)
+		}, nil
 	}
 	return func(ctx context.Context) (io.ReadWriteCloser, error) {
 		addrs, err := resolve(ctx, address)
@@ -200,7 +212,8 @@ func dialOwn(ctx context.Context, network, address string) (io.ReadWriteCloser, 
 	return conn, nil
 }
 
-// checkAnswers is checkPeer for a connection that was made from here: the other end has no owner until somebody has accepted it.
+// checkAnswers is checkPeer for a connection that was made from here: the other end has no owner
+// until somebody has accepted it.
 func checkAnswers(ctx context.Context, conn net.Conn) error {
 	for wait := 100 * time.Microsecond; ; wait = min(2*wait, 20*time.Millisecond) {
 		err := checkPeer(conn)

@@ -43,7 +43,8 @@ func TestMain(m *testing.M) {
 
 const nobody = 65534
 
-// act is what another process does. "dial…" connects, and says what it got before the connection ended; "listen" says where it listens, and greets who comes.
+// act is what another process does. "dial…" connects, and says what it got before the connection
+// ended; "listen" says where it listens, and greets who comes.
 func act(role, at string) error {
 	switch role {
 	case "listen":
@@ -229,7 +230,8 @@ func TestOnlyTheOwnerGetsIn(t *testing.T) {
 	}
 }
 
-// The socket is closed to others from its beginning, whatever the umask; where somebody has opened it, the kernel still tells who connects.
+// The socket is closed to others from its beginning, whatever the umask; where somebody has opened
+// it, the kernel still tells who connects.
 func TestOnlyTheOwnerGetsInAtAPath(t *testing.T) {
 	dir, err := os.MkdirTemp("", "unix-")
 	if err != nil {
@@ -263,7 +265,8 @@ func TestOnlyTheOwnerGetsInAtAPath(t *testing.T) {
 	}
 }
 
-// A stranger whose socket is gone when the kernel is asked is not taken for root, whose the kernel says such sockets are.
+// A stranger whose socket is gone when the kernel is asked is not taken for root, whose the kernel
+// says such sockets are.
 func TestAStrangerWhoIsGoneIsRefused(t *testing.T) {
 	g := serve(t, &Trust{}, "localhost:0")
 	if got, err := asUser(t, nobody, "hit and run", g.Addr().String()).Output(); err != nil {
@@ -430,12 +433,19 @@ func TestCertificatesDecide(t *testing.T) {
 	}
 }
 
-// Strangers who connect and say nothing, far more of them than there are places, do not keep out who has a certificate, and do not fill the log.
-func TestSilentStrangersHoldNobodyUp(t *testing.T) {
-	var log bytes.Buffer
+// captureLog keeps what is logged until stop is called.
+func captureLog() (log *bytes.Buffer, stop func()) {
+	log = &bytes.Buffer{}
 	old := slog.Default()
-	slog.SetDefault(slog.New(slog.NewTextHandler(&log, nil)))
-	defer slog.SetDefault(old)
+	slog.SetDefault(slog.New(slog.NewTextHandler(log, nil)))
+	return log, func() { slog.SetDefault(old) }
+}
+
+// Strangers who connect and say nothing, far more of them than there are places, do not keep out
+// who has a certificate, and do not fill the log.
+func TestSilentStrangersHoldNobodyUp(t *testing.T) {
+	log, stop := captureLog()
+	defer stop()
 	trust := &Trust{TLS: certificates(t)}
 	l, err := trust.Listen(t.Context(), "127.0.0.1:0")
 	if err != nil {
@@ -482,7 +492,7 @@ func TestSilentStrangersHoldNobodyUp(t *testing.T) {
 	}
 	cancel()
 	wg.Wait()
-	slog.SetDefault(old)
+	stop()
 	if lines := strings.Count(log.String(), "\n"); lines > 2*complaintsAtOnce || !strings.Contains(log.String(), "from=127.0.0.1:") {
 		t.Errorf("%d lines:\n%s", lines, log.String())
 	}
@@ -543,10 +553,8 @@ func (a addressed) RemoteAddr() net.Addr { return a.at }
 
 // What is not logged is counted.
 func TestComplaints(t *testing.T) {
-	var log bytes.Buffer
-	old := slog.Default()
-	slog.SetDefault(slog.New(slog.NewTextHandler(&log, nil)))
-	defer slog.SetDefault(old)
+	log, stop := captureLog()
+	defer stop()
 	var c Complaints
 	for range 1000 {
 		c.Warn("refused")

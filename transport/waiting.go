@@ -7,8 +7,8 @@ import (
 	"sync"
 )
 
-// Host says whose a connection is, for limits: an IPv4 address, the network of 64 bits of an IPv6 one, which one host has to itself, or nothing for a stream
-// within this host.
+// Host says whose a connection is, for limits: an IPv4 address, the network of 64 bits of an IPv6
+// one, which one host has to itself, or nothing for a stream within this host.
 func Host(stream any) string {
 	c, ok := stream.(interface{ RemoteAddr() net.Addr })
 	if !ok {
@@ -37,8 +37,9 @@ func Peer(stream any) string {
 	return c.LocalAddr().String() // clients of UNIX sockets have no name
 }
 
-// Waiting bounds the connections whose peers have not proved yet that they are worth a place. Nobody can keep others out: when there are too many, one more
-// ends the one that has waited longest, of the host that has most. The zero value is ready. It is safe for concurrent use.
+// Waiting bounds the connections whose peers have not proved yet that they are worth a place.
+// Nobody can keep others out: when there are too many, one more ends the one that has waited
+// longest, of the host that has most. The zero value is ready. It is safe for concurrent use.
 type Waiting struct {
 	Most int // 256 if 0
 
@@ -55,7 +56,8 @@ type Place struct {
 	evict func()
 }
 
-// Enter gives a connection of a host a place. If that is needed for another one, evict is called, once, and must not block.
+// Enter gives a connection of a host a place. If that is needed for another one, evict is called,
+// once, and must not block.
 func (w *Waiting) Enter(host string, evict func()) *Place {
 	p := &Place{w, host, evict}
 	w.mu.Lock()
@@ -104,7 +106,8 @@ func (p *Place) Leave() {
 	p.of.remove(p)
 }
 
-// Shares divides a number of places between hosts, such that there is always one for a host that has none, but for very many hosts. It is safe for concurrent use.
+// Shares divides a number of places between hosts, such that there is always one for a host that
+// has none, but for very many hosts. It is safe for concurrent use.
 type Shares struct {
 	mu    sync.Mutex
 	free  int
@@ -117,7 +120,8 @@ func NewShares(places int) *Shares { return &Shares{free: places, taken: map[str
 // atLeast is how many places a host gets as long as there are any: a peer has two connections.
 const atLeast = 2
 
-// Take takes a place for a host, which has to be given back, or returns false: a host has no more places than are free for others, or two.
+// Take takes a place for a host, which has to be given back, or returns false: a host has no more
+// places than are free for others, or two.
 func (s *Shares) Take(host string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -15,7 +15,8 @@ func TestHugeConfigDevice(t *testing.T) {
 	}
 }
 
-// FuzzDecodePackageConfig decodes any bytes. A config that is accepted is one after it was encoded, too, and its devices' names are names of files.
+// FuzzDecodePackageConfig decodes any bytes. A config that is accepted is one after it was encoded,
+// too, and its devices' names are names of files.
 func FuzzDecodePackageConfig(f *testing.F) {
 	b, err := validConfig().Encode()
 	if err != nil {

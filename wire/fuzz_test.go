@@ -37,7 +37,8 @@ func frames(f *testing.F) (all [][]byte) {
 	return all
 }
 
-// FuzzFrames reads any bytes as frames. What is read out of order, damaged or too long is an error, and takes no more memory than came.
+// FuzzFrames reads any bytes as frames. What is read out of order, damaged or too long is an error,
+// and takes no more memory than came.
 func FuzzFrames(f *testing.F) {
 	var stream []byte
 	for _, b := range frames(f) {
@@ -62,7 +63,8 @@ func FuzzFrames(f *testing.F) {
 	})
 }
 
-// FuzzMessages decodes any payload of any type, with a checksum that is right. What is decoded can be sent, and comes out as the same.
+// FuzzMessages decodes any payload of any type, with a checksum that is right. What is decoded can
+// be sent, and comes out as the same.
 func FuzzMessages(f *testing.F) {
 	for _, b := range frames(f) {
 		f.Add(b[4], b[5], binary.LittleEndian.Uint16(b[6:]), b[headerSize:])
