@@ -257,12 +257,13 @@ func (f *Files) OpenOver(ctx context.Context, remote block.Remote) (*Stack, erro
 			return nil, err
 		}
 	}
-	if under, size, found, err := block.OverlayBase(f.OverlayPaths()); err != nil {
-		return nil, err
-	} else if found {
-		if baseless, err := isZeros(ctx, under, size); err != nil || baseless {
-			return f.Open(ctx) // it came by a migration, without its base
-		}
+	under, size, found, err := block.OverlayBase(f.OverlayPaths())
+	baseless := false
+	if err == nil && found {
+		baseless, err = isZeros(ctx, under, size)
+	}
+	if err != nil || baseless {
+		return f.Open(ctx) // it came by a migration, without its base
 	}
 	if _, err := os.Stat(f.Base); err == nil {
 		s, err := f.Open(ctx)
