@@ -7,8 +7,10 @@ TOOLS   := $(CURDIR)/.cache/tools
 SERVERS := $(TOOLS)/versitygw $(TOOLS)/registry
 LDFLAGS := -s -w -X drafter/internal/cli.Version=$(VERSION)
 TESTTIMEOUT ?= 40m
+FUZZTIME ?= 30s
+GENERATED := agent docs/cli docs/man docs/licenses.md
 
-.PHONY: help demo test build setup tools servers lint generate check-generated unit soak bench bench-quick bench-report profile benchmarks redis-image install clean
+.PHONY: help demo test build setup tools servers lint vulnerabilities licenses generate check-generated unit soak fuzz bench bench-quick bench-report profile benchmarks redis-image install clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,25 +36,35 @@ $(SERVERS): $(TOOLS)/%: tools/servers/go.mod tools/servers/go.sum
 	cd tools/servers && CGO_ENABLED=0 $(GO) build -ldflags '-s -w' -o $@ $$($(GO) list -f '{{.ImportPath}}' tool | grep '/$*$$')
 	touch $@
 
-tools: $(TOOLS)/golangci-lint $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-ttrpc
+tools: $(TOOLS)/golangci-lint $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-ttrpc $(TOOLS)/govulncheck $(TOOLS)/go-licenses
 
 $(TOOLS)/%: tools/go.mod tools/go.sum
-	cd tools && CGO_ENABLED=0 $(GO) build -o $@ $$($(GO) list -f '{{.ImportPath}}' tool | grep '/$*$$')
+	cd tools && CGO_ENABLED=0 $(GO) build -o $@ $$($(GO) list -f '{{.ImportPath}}' tool | grep -E '/$*(/v[0-9]+)?$$')
 	touch $@
 
-lint: $(TOOLS)/golangci-lint ## golangci-lint
+lint: $(TOOLS)/golangci-lint vulnerabilities ## golangci-lint, known vulnerabilities, and whether the modules are those of go.sum
 	$(TOOLS)/golangci-lint run ./...
+	$(GO) mod verify
 
-generate: tools build ## make generated files anew: protobuf, CLI reference, man pages
+vulnerabilities: $(TOOLS)/govulncheck ## known vulnerabilities in what the code calls, where the database can be reached
+	./.ci/vulnerabilities
+
+licenses: $(TOOLS)/go-licenses ## make docs/licenses.md anew, and fail on a licence that is not allowed
+	./.ci/licenses
+
+generate: tools build licenses ## make generated files anew: protobuf, CLI reference, man pages, list of licences
 	protoc -I . --plugin=$(TOOLS)/protoc-gen-go --plugin=$(TOOLS)/protoc-gen-go-ttrpc \
 		--go_out=. --go_opt=module=drafter --go-ttrpc_out=. --go-ttrpc_opt=module=drafter agent/agent.proto
 	$(GO) run ./internal/cli/docs
 
 check-generated: generate ## fail when generated files are stale
-	@test -z "$$(git status --porcelain -- agent docs/cli docs/man)" || { git --no-pager diff -- agent docs/cli docs/man; \
-		echo "Generated files are stale: run 'make generate' and commit"; git status --porcelain -- agent docs/cli docs/man; exit 1; }
+	@test -z "$$(git status --porcelain -- $(GENERATED))" || { git --no-pager diff -- $(GENERATED); \
+		echo "Generated files are stale: run 'make generate' and commit"; git status --porcelain -- $(GENERATED); exit 1; }
 
-soak: setup build servers ## the tests that find more the longer they run: real VMs with random faults, an hour at most
+fuzz: ## every fuzz target for FUZZTIME (30s): the decoders of what comes from strangers
+	GO='$(GO)' ./.ci/fuzz $(FUZZTIME)
+
+soak: setup build servers fuzz ## the tests that find more the longer they run: fuzz targets, and real VMs with random faults for an hour at most
 	DRAFTER_SOAK=1 $(GO) test -timeout 60m -v -run 'TestSoakMigrations|TestKilledPeer' ./e2e
 
 bench: setup build ## measure everything, beside QEMU's own live migration: far longer than bench-quick
