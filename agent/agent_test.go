@@ -3,6 +3,7 @@ package agent
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"io"
 	"net"
@@ -228,5 +229,72 @@ func TestNoHost(t *testing.T) {
 	_, err := l.Accept()
 	if err == nil || !strings.Contains(err.Error(), "no host within 50ms") || !strings.Contains(err.Error(), `no virtio-serial port "drafter.4711"`) && !strings.Contains(err.Error(), "drafter.4711") {
 		t.Errorf("error is %v", err)
+	}
+}
+
+// message is one of ttrpc's.
+func message(kind byte, stream, length uint32) []byte {
+	b := binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint32(nil, length), stream)
+	return append(b, kind, 0)
+}
+
+// A guest that sends what nobody asked for is cut off, before it makes us write lines.
+func TestHostileAgent(t *testing.T) {
+	for name, answer := range map[string][]byte{
+		"answer without a call": message(typeResponse, 7, 0),
+		"answer to a later one": message(typeResponse, 3, 0),
+		"a call":                message(typeRequest, 1, 0),
+		"data":                  message(3, 1, 0),
+		"no type":               message(0, 1, 0),
+		"too long":              message(typeResponse, 1, maxMessage+1),
+		"two answers":           append(append(message(typeResponse, 1, 2), 0x12, 0), message(typeResponse, 1, 0)...),
+	} {
+		t.Run(name, func(t *testing.T) {
+			host, guest := net.Pipe()
+			defer guest.Close()
+			c := NewClient(host)
+			defer c.Close()
+			called := make(chan error, 1)
+			go func() { called <- c.BeforeSuspend(t.Context()) }()
+			if _, err := io.ReadFull(guest, make([]byte, headerLen+1)); err != nil {
+				t.Fatal(err)
+			}
+			go io.Copy(io.Discard, guest)
+			if name == "two answers" {
+				if _, err := guest.Write(answer[:headerLen+2]); err != nil {
+					t.Fatal(err)
+				}
+				if err := <-called; err != nil {
+					t.Errorf("the answer: %v", err)
+				}
+				called <- errors.New("the guest sent what nobody asked for")
+				answer = answer[headerLen+2:]
+			}
+			// It goes on until it notices.
+			for range 1000 {
+				if _, err := guest.Write(answer); err != nil {
+					if err := <-called; err == nil || !strings.Contains(err.Error(), "the guest sent what nobody asked for") {
+						t.Errorf("the call: %v", err)
+					}
+					return
+				}
+			}
+			t.Error("the host goes on listening")
+		})
+	}
+}
+
+// A guest's words in an error are few, and do nothing to a terminal.
+func TestWordsOfAGuest(t *testing.T) {
+	port, host := serialPair(t)
+	serve(t, &Server{BeforeSuspendCmd: `printf '\033[2J%0100000d' 0; exit 1`}, port)
+	greet(t, host)
+	c := NewClient(noClose{host})
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	err := c.BeforeSuspend(ctx)
+	if err == nil || len(err.Error()) > maxWords+100 || !strings.Contains(err.Error(), `\x1b[2J000`) || strings.Contains(err.Error(), "\x1b") {
+		t.Errorf("%.2000v", err)
 	}
 }

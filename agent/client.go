@@ -10,25 +10,28 @@ import (
 	"time"
 
 	"github.com/containerd/ttrpc"
+
+	"drafter/internal/console"
 )
 
 // Client is the host's end. It is safe for concurrent use.
 type Client struct {
-	conn  net.Conn
+	conn  *answers
 	ttrpc *ttrpc.Client
 	calls AgentService
 }
 
 // NewClient takes over conn, a connection with an agent.
 func NewClient(conn net.Conn) *Client {
-	c := ttrpc.NewClient(conn)
-	return &Client{conn: conn, ttrpc: c, calls: NewAgentClient(c)}
+	a := newAnswers(conn)
+	c := ttrpc.NewClient(a)
+	return &Client{conn: a, ttrpc: c, calls: NewAgentClient(c)}
 }
 
 // BeforeSuspend tells the guest that it is about to be suspended and waits until it is ready.
 func (c *Client) BeforeSuspend(ctx context.Context) error {
 	_, err := c.calls.BeforeSuspend(ctx, &BeforeSuspendRequest{})
-	return explain("before-suspend", err)
+	return c.explain("before-suspend", err)
 }
 
 // AfterResume tells the guest that it runs again, what time it is, and gives it fresh entropy. It returns by how much the clock was moved.
@@ -40,7 +43,7 @@ func (c *Client) AfterResume(ctx context.Context) (time.Duration, error) {
 	}
 	r, err := c.calls.AfterResume(ctx, &AfterResumeRequest{NowUnixNano: time.Now().UnixNano(), Entropy: entropy})
 	if err != nil {
-		return 0, explain("after-resume", err)
+		return 0, c.explain("after-resume", err)
 	}
 	return time.Duration(r.GetClockStepNano()), nil
 }
@@ -48,7 +51,7 @@ func (c *Client) AfterResume(ctx context.Context) (time.Duration, error) {
 // Exec runs a program in the guest. A program that ran and failed is no error: see the response's exit status.
 func (c *Client) Exec(ctx context.Context, stdin []byte, args ...string) (*ExecResponse, error) {
 	r, err := c.calls.Exec(ctx, &ExecRequest{Args: args, Stdin: stdin})
-	return r, explain("exec", err)
+	return r, c.explain("exec", err)
 }
 
 // Close ends the connection; the agent waits for the next one.
@@ -60,12 +63,28 @@ func (c *Client) Close() error {
 	return err
 }
 
-func explain(call string, err error) error {
-	if err == nil {
+func (c *Client) explain(call string, err error) error {
+	if err = c.conn.reason(err); err == nil {
 		return nil
 	}
 	if errors.Is(err, context.DeadlineExceeded) {
 		return fmt.Errorf("agent %s: the guest did not answer in time: %w", call, err)
 	}
-	return fmt.Errorf("agent %s: %w", call, err)
+	return fmt.Errorf("agent %s: %w", call, &guestError{err})
 }
+
+// guestError is an error that may be in a guest's own words.
+type guestError struct{ error }
+
+// maxWords bounds them, in bytes.
+const maxWords = 1 << 10
+
+func (e *guestError) Error() string {
+	words := e.error.Error()
+	if len(words) > maxWords {
+		words = words[:maxWords] + "…"
+	}
+	return console.Printable(words)
+}
+
+func (e *guestError) Unwrap() error { return e.error }

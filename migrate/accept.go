@@ -6,7 +6,7 @@ import (
 	"sync"
 	"time"
 
-	"drafter/transport"
+	"drafter/internal/limitedlog"
 )
 
 // Accept returns the next connection with a target, or an error once ctx has ended.
@@ -17,7 +17,7 @@ type Accept func(ctx context.Context) (io.ReadWriteCloser, error)
 func AcceptAll(ctx context.Context, accept Accept, handle func(context.Context, io.ReadWriteCloser)) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	var complaints transport.Complaints
+	var complaints limitedlog.Log
 	for {
 		stream, err := accept(ctx)
 		if ctx.Err() != nil {

@@ -21,6 +21,7 @@ import (
 	"drafter/expose"
 	"drafter/expose/fuse"
 	"drafter/expose/nbd"
+	"drafter/internal/limitedlog"
 	"drafter/internal/private"
 	"drafter/migrate"
 	"drafter/stack"
@@ -84,7 +85,7 @@ type Mounter struct {
 	links    []string
 	gates    map[string]*block.Gate
 
-	refusals, failures transport.Complaints // of connections, and of migrations
+	refusals, failures limitedlog.Log // of connections, and of migrations
 
 	mu      sync.Mutex // guards the following
 	devices map[string]*stack.Stack

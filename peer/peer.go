@@ -20,12 +20,12 @@ import (
 	"drafter/expose/fuse"
 	"drafter/expose/nbd"
 	"drafter/instance"
+	"drafter/internal/limitedlog"
 	"drafter/internal/process"
 	"drafter/migrate"
 	"drafter/network"
 	"drafter/signature"
 	"drafter/stack"
-	"drafter/transport"
 	"drafter/vmm"
 )
 
@@ -69,7 +69,7 @@ type Peer struct {
 	instance *instance.Instance
 	syncer   *syncer // nil unless the instance is backed up
 
-	refusals, failures transport.Complaints // of connections, and of migrations
+	refusals, failures limitedlog.Log       // of connections, and of migrations
 	configDevice       []byte               // content of the config device
 	statement          *signature.Statement // of the package; nil unless only signed ones are accepted
 	signature          []byte               // that came with the package; nil if none did

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"drafter/block"
+	"drafter/internal/limitedlog"
 	"drafter/migrate"
 	"drafter/signature"
 	"drafter/transport"
@@ -157,7 +158,7 @@ func (r *Registry) Devices() []ServedDevice {
 
 // Serve serves targets until ctx ends. It is called once.
 func (r *Registry) Serve(ctx context.Context, accept migrate.Accept) {
-	var complaints transport.Complaints
+	var complaints limitedlog.Log
 	migrate.AcceptAll(ctx, accept, func(ctx context.Context, stream io.ReadWriteCloser) {
 		if err := r.offer.Handle(ctx, stream); err != nil && ctx.Err() == nil {
 			complaints.Warn("A connection with a target failed", "from", transport.Peer(stream), "error", err)

@@ -9,6 +9,8 @@ import (
 	"net"
 	"sync"
 	"time"
+
+	"drafter/internal/limitedlog"
 )
 
 // handshakeTimeout bounds how long a peer may take to show its certificate.
@@ -25,7 +27,7 @@ type Listener struct {
 	wg       sync.WaitGroup // the one who accepts, and handshakes
 	admitted chan net.Conn
 	waiting  Waiting
-	refusals Complaints
+	refusals limitedlog.Log
 }
 
 func newListener(inner net.Listener, t *Trust) *Listener {

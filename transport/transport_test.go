@@ -493,7 +493,7 @@ func TestSilentStrangersHoldNobodyUp(t *testing.T) {
 	cancel()
 	wg.Wait()
 	stop()
-	if lines := strings.Count(log.String(), "\n"); lines > 2*complaintsAtOnce || !strings.Contains(log.String(), "from=127.0.0.1:") {
+	if lines := strings.Count(log.String(), "\n"); lines > 20 || !strings.Contains(log.String(), "from=127.0.0.1:") {
 		t.Errorf("%d lines:\n%s", lines, log.String())
 	}
 }
@@ -550,18 +550,3 @@ func TestHost(t *testing.T) {
 type addressed struct{ at net.Addr }
 
 func (a addressed) RemoteAddr() net.Addr { return a.at }
-
-// What is not logged is counted.
-func TestComplaints(t *testing.T) {
-	log, stop := captureLog()
-	defer stop()
-	var c Complaints
-	for range 1000 {
-		c.Warn("refused")
-	}
-	time.Sleep(2 * complaintsEvery)
-	c.Warn("refused")
-	if lines := strings.Count(log.String(), "\n"); lines <= complaintsAtOnce || lines > 100 || !strings.Contains(log.String(), "leftOut=9") {
-		t.Errorf("%d lines:\n%s", lines, log.String())
-	}
-}

@@ -4,9 +4,13 @@ package console
 import (
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
+	"unicode/utf8"
+
+	"golang.org/x/time/rate"
 )
 
 // Console is a guest's serial port: what comes from it goes to a writer, its last lines are kept; input comes from a reader.
@@ -26,8 +30,15 @@ func New(from io.ReadCloser, to io.WriteCloser, output io.Writer, input io.Reade
 	return &Console{from: from, to: to, output: output, input: input}
 }
 
-// Run copies until the VMM closes its end. Output that cannot be written any more (a closed terminal) is dropped: the guest must not
-// block on its console.
+// A guest may write for ever, and what it writes may be kept. So much passes at once, in bytes, which is many times what a
+// system writes when it boots with all its debug messages, and then so much a second.
+const (
+	outputAtOnce    = 4 << 20
+	outputPerSecond = 64 << 10
+)
+
+// Run copies until the VMM closes its end. Output beyond the limit is left out, and a line in it says how much. Output that cannot
+// be written any more (a closed terminal) is dropped: the guest must not block on its console.
 func (c *Console) Run() {
 	inputDone := make(chan struct{})
 	if c.input == nil {
@@ -40,23 +51,53 @@ func (c *Console) Run() {
 		}()
 	}
 	buf := make([]byte, 16<<10)
-	broken := false
+	out := limited{output: c.output, limiter: rate.NewLimiter(outputPerSecond, outputAtOnce)}
 	defer c.from.Close()
 	defer c.to.Close()
 	for {
 		n, err := c.from.Read(buf)
 		c.last.add(buf[:n])
-		if !broken && n > 0 {
-			_, werr := c.output.Write(buf[:n])
-			broken = werr != nil
-		}
+		out.write(buf[:n])
 		if err != nil {
 			break
 		}
 	}
+	out.tell()
 	// An input that knows deadlines (a terminal, a pipe) is waited for; any other ends with its next read.
 	if d, ok := c.input.(interface{ SetReadDeadline(time.Time) error }); ok && d.SetReadDeadline(time.Unix(1, 0)) == nil {
 		<-inputDone
+	}
+}
+
+// limited passes output on as far as a limit allows.
+type limited struct {
+	output  io.Writer
+	limiter *rate.Limiter
+	left    int  // bytes left out since the last that passed
+	broken  bool // it cannot be written any more
+}
+
+func (l *limited) write(p []byte) {
+	if !l.limiter.AllowN(time.Now(), len(p)) {
+		l.left += len(p)
+		return
+	}
+	l.tell()
+	l.pass(p)
+}
+
+// tell says how much was left out.
+func (l *limited) tell() {
+	if l.left > 0 {
+		l.pass(fmt.Appendf(nil, "\r\n[drafter: left out %d bytes of the console]\r\n", l.left))
+		l.left = 0
+	}
+}
+
+func (l *limited) pass(p []byte) {
+	if len(p) > 0 && !l.broken {
+		_, err := l.output.Write(p)
+		l.broken = err != nil
 	}
 }
 
@@ -97,5 +138,22 @@ func (l *LastLines) Quote(title string) string {
 	}
 	lines := strings.Split(text, "\n")
 	lines = lines[max(0, len(lines)-10):]
-	return fmt.Sprintf("; %s: %s", title, strings.Join(lines, " | "))
+	return fmt.Sprintf("; %s: %s", title, Printable(strings.Join(lines, " | ")))
+}
+
+// Printable returns a stranger's text for an error or a log line. What a terminal would act on, or could not show, is written as
+// in Go: \x1b, \n, \u202e.
+func Printable(s string) string {
+	var b strings.Builder
+	for len(s) > 0 {
+		r, size := utf8.DecodeRuneInString(s)
+		if r == utf8.RuneError && size == 1 || !strconv.IsPrint(r) {
+			quoted := strconv.Quote(s[:size])
+			b.WriteString(quoted[1 : len(quoted)-1])
+		} else {
+			b.WriteString(s[:size])
+		}
+		s = s[size:]
+	}
+	return b.String()
 }

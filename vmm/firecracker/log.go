@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"drafter/internal/console"
+	"drafter/internal/limitedlog"
 )
 
 // openFIFO opens a FIFO that Firecracker writes to. It is opened for writing, too, so that it is there before and after Firecracker has it open.
@@ -31,28 +33,45 @@ func level() string {
 	return "Warn"
 }
 
-// followLog passes Firecracker's log on, and keeps its end, until the file is closed. A line is "TIME [ID:THREAD:LEVEL] MESSAGE".
+// followLog passes Firecracker's log on, and keeps its end, until the file is closed. A line is "TIME [ID:THREAD:LEVEL] MESSAGE". A guest can
+// cause any number of them: some are left out of the log.
 func followLog(f *os.File, last *console.LastLines) {
-	lines := bufio.NewScanner(f)
-	for lines.Scan() {
-		line := lines.Text()
-		_, rest, found := strings.Cut(line, "[")
-		head, message, closed := strings.Cut(rest, "] ")
-		if !found || !closed {
-			head, message = "", line
+	var log limitedlog.Log
+	lines := bufio.NewReaderSize(f, maxLine)
+	for {
+		b, err := lines.ReadSlice('\n')
+		cut := errors.Is(err, bufio.ErrBufferFull)
+		if err != nil && !cut {
+			return
 		}
-		severity := slog.LevelDebug
-		switch {
-		case strings.HasSuffix(head, ":ERROR"):
-			severity = slog.LevelWarn // what it means for us, we say
-		case strings.HasSuffix(head, ":WARN"):
-			severity = slog.LevelInfo
-		}
+		severity, message := parseLine(strings.TrimSuffix(string(b), "\n"))
 		if severity > slog.LevelDebug {
 			fmt.Fprintln(last, message)
 		}
-		slog.Log(context.Background(), severity, "Firecracker: "+message)
+		log.Log(severity, "Firecracker says", "message", console.Printable(message))
+		for ; cut && err != nil; _, err = lines.ReadSlice('\n') { // the rest of a long line
+			if !errors.Is(err, bufio.ErrBufferFull) {
+				return
+			}
+		}
 	}
+}
+
+// maxLine is how much of a line is taken, in bytes.
+const maxLine = 4 << 10
+
+func parseLine(line string) (slog.Level, string) {
+	_, rest, found := strings.Cut(line, "[")
+	head, message, closed := strings.Cut(rest, "] ")
+	switch {
+	case !found || !closed:
+		return slog.LevelDebug, line
+	case strings.HasSuffix(head, ":ERROR"):
+		return slog.LevelWarn, message // what it means for us, we say
+	case strings.HasSuffix(head, ":WARN"):
+		return slog.LevelInfo, message
+	}
+	return slog.LevelDebug, message
 }
 
 // followMetrics notes what Firecracker counts, until the file is closed: one JSON object a line, of groups of numbers.
