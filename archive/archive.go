@@ -22,6 +22,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"drafter/block"
+	"drafter/internal/decompress"
 	"drafter/internal/newfile"
 	"drafter/internal/sparse"
 	"drafter/signature"
@@ -271,7 +272,7 @@ func (x *extraction) read(ctx context.Context, f io.Reader) error {
 		return err
 	}
 	defer z.Close()
-	content := &interruptible{ctx, z}
+	content := decompress.Interruptible(ctx, z)
 	t := tar.NewReader(content)
 	for {
 		h, err := t.Next()
@@ -295,19 +296,6 @@ func (x *extraction) read(ctx context.Context, f io.Reader) error {
 		}
 	}
 	return nil
-}
-
-// interruptible is a reader that a context ends, however much of what it reads is skipped.
-type interruptible struct {
-	ctx context.Context
-	r   io.Reader
-}
-
-func (i *interruptible) Read(p []byte) (int, error) {
-	if i.ctx.Err() != nil {
-		return 0, context.Cause(i.ctx)
-	}
-	return i.r.Read(p)
 }
 
 // broken says what a reader's error means for the user.

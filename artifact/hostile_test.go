@@ -11,7 +11,6 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
 
@@ -23,6 +22,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"drafter/block"
+	"drafter/internal/bombtest"
 	"drafter/internal/ociclient"
 )
 
@@ -69,37 +69,6 @@ func stranger(t *testing.T, d configDevice, index []byte, data []byte) string {
 	return ref.String()
 }
 
-// allocated is how many bytes f allocates.
-func allocated(f func()) uint64 {
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	f()
-	runtime.ReadMemStats(&after)
-	return after.TotalAlloc - before.TotalAlloc
-}
-
-// zeros compresses n bytes of zeros, after a head.
-func zeros(t testing.TB, head []byte, n int) []byte {
-	t.Helper()
-	var b bytes.Buffer
-	w, err := zstd.NewWriter(&b, zstd.WithEncoderConcurrency(1))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := w.Write(head); err != nil {
-		t.Fatal(err)
-	}
-	for piece := make([]byte, 1<<20); n > 0; n -= len(piece) {
-		if _, err := w.Write(piece[:min(n, len(piece))]); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return b.Bytes()
-}
-
 func indexHead(size int64) []byte {
 	b := append([]byte(indexMagic), 1, 0, 0, 0, 0, 0, 0, 0)
 	return binary.LittleEndian.AppendUint64(b, uint64(size))
@@ -113,18 +82,18 @@ func TestHostileIndexes(t *testing.T) {
 		index []byte
 		want  string
 	}{
-		"bomb":      {size, zeros(t, indexHead(size), 1<<28), "longer than 45080 bytes: not of the size it must be, which is what 1024 blocks need"},
-		"short":     {size, zeros(t, indexHead(size), 1000), "shorter than 45080 bytes"},
-		"empty":     {size, zeros(t, nil, 0), "shorter than"},
-		"other":     {size, zeros(t, nil, 1024*indexEntry+indexHeader), "none of this device"},
+		"bomb":      {size, bombtest.Zeros(t, indexHead(size), 1<<28), "longer than 45080 bytes: not of the size it must be, which is what 1024 blocks need"},
+		"short":     {size, bombtest.Zeros(t, indexHead(size), 1000), "shorter than 45080 bytes"},
+		"empty":     {size, bombtest.Zeros(t, nil, 0), "shorter than"},
+		"other":     {size, bombtest.Zeros(t, nil, 1024*indexEntry+indexHeader), "none of this device"},
 		"no zstd":   {size, []byte("an index of nothing"), "index: "},
 		"large":     {size, bytes.Repeat([]byte("not compressed at all"), 1<<16), "has more than"},
-		"64 TiB":    {maxSize, zeros(t, indexHead(maxSize), 1<<20), "too large for this host"},
+		"64 TiB":    {maxSize, bombtest.Zeros(t, indexHead(maxSize), 1<<20), "too large for this host"},
 		"too large": {maxSize + 1, nil, "is not valid"},
 		"negative":  {-1, nil, "is not valid"},
 	} {
 		ref := stranger(t, configDevice{Name: "memory", Size: c.size, Content: "00"}, c.index, nil)
-		used := allocated(func() {
+		used := bombtest.Allocated(func() {
 			if p, err := Open(t.Context(), ref, true); err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("%s: %v", name, err)
 				if err == nil {
@@ -140,7 +109,7 @@ func TestHostileIndexes(t *testing.T) {
 
 // A frame that unpacks to more than its block is an error, and costs no more than the block.
 func TestHostileFrames(t *testing.T) {
-	bomb := zeros(t, []byte("block"), 200<<20)
+	bomb := bombtest.Zeros(t, []byte("block"), 200<<20)
 	if len(bomb) > maxFrame {
 		t.Fatalf("the bomb has %d bytes", len(bomb))
 	}
@@ -159,7 +128,7 @@ func TestHostileFrames(t *testing.T) {
 	}
 	defer pkg.Close()
 	r, _ := pkg.Remote("memory")
-	used := allocated(func() {
+	used := bombtest.Allocated(func() {
 		if err := r.Fetcher.Fetch(t.Context(), 0, p, true); err == nil {
 			t.Error("a bomb was unpacked")
 		}

@@ -198,13 +198,13 @@ func unpackLayer(ctx context.Context, layer v1.Layer, id v1.Hash, rootfs string,
 		return err
 	}
 	defer func() { err = errors.Join(err, compressed.Close()) }()
-	plain, err := decompressLayer(&countingReader{ctx, compressed, count})
+	plain, err := decompressLayer(&countingReader{decompress.Interruptible(ctx, compressed), count})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, plain.Close()) }()
 	hash := sha256.New()
-	tee := io.TeeReader(&boundedReader{ctx, plain, left.Bytes + left.Files*4096}, hash)
+	tee := io.TeeReader(&boundedReader{decompress.Interruptible(ctx, plain), left.Bytes + left.Files*4096}, hash)
 	checked, w := io.Pipe()
 	var g errgroup.Group
 	g.Go(func() error {
@@ -268,36 +268,19 @@ func (l *Limits) check(ctx context.Context, w io.Writer, r *tar.Reader) error {
 		if err := out.WriteHeader(h); err != nil {
 			return fmt.Errorf("%.64q: %w", h.Name, err)
 		}
-		if _, err := io.Copy(out, &interruptible{ctx, r}); err != nil {
+		if _, err := io.Copy(out, decompress.Interruptible(ctx, r)); err != nil {
 			return err
 		}
 	}
 }
 
-// interruptible is a reader that a context ends.
-type interruptible struct {
-	ctx context.Context
-	r   io.Reader
-}
-
-func (i *interruptible) Read(p []byte) (int, error) {
-	if i.ctx.Err() != nil {
-		return 0, context.Cause(i.ctx)
-	}
-	return i.r.Read(p)
-}
-
-// boundedReader fails behind so many bytes, or when its context ends.
+// boundedReader fails behind so many bytes.
 type boundedReader struct {
-	ctx  context.Context
 	r    io.Reader
 	left int64
 }
 
 func (b *boundedReader) Read(p []byte) (int, error) {
-	if b.ctx.Err() != nil {
-		return 0, context.Cause(b.ctx)
-	}
 	n, err := b.r.Read(p)
 	if b.left -= int64(n); b.left < 0 {
 		return 0, errors.New("the layer unpacks to more bytes than are allowed; see --max-unpacked")
@@ -306,15 +289,11 @@ func (b *boundedReader) Read(p []byte) (int, error) {
 }
 
 type countingReader struct {
-	ctx   context.Context
 	r     io.Reader
 	count func(int)
 }
 
 func (c *countingReader) Read(p []byte) (int, error) {
-	if c.ctx.Err() != nil {
-		return 0, context.Cause(c.ctx)
-	}
 	n, err := c.r.Read(p)
 	c.count(n)
 	return n, err

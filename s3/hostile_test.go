@@ -1,7 +1,6 @@
 package s3
 
 import (
-	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -11,7 +10,6 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -22,31 +20,16 @@ import (
 	"github.com/zeebo/blake3"
 
 	"drafter/block"
+	"drafter/internal/bombtest"
 )
 
 // index compresses a header that names size and packs, and then n bytes of zeros.
-func index(t testing.TB, size int64, packs uint32, n int) []byte {
+func index(t testing.TB, size int64, packs uint32, n int64) []byte {
 	t.Helper()
 	head := binary.LittleEndian.AppendUint32([]byte(indexMagic), 1)
 	head = binary.LittleEndian.AppendUint32(head, packs)
 	head = binary.LittleEndian.AppendUint64(head, uint64(size))
-	var b bytes.Buffer
-	w, err := zstd.NewWriter(&b, zstd.WithEncoderConcurrency(1))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := w.Write(head); err != nil {
-		t.Fatal(err)
-	}
-	for piece := make([]byte, 1<<20); n > 0; n -= len(piece) {
-		if _, err := w.Write(piece[:min(n, len(piece))]); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return b.Bytes()
+	return bombtest.Zeros(t, head, n)
 }
 
 // A storage cannot make us take more memory than a device of the size that its manifest names needs.
@@ -63,14 +46,14 @@ func TestHostileIndexes(t *testing.T) {
 		"no zstd":    {[]byte("an index of nothing"), "index: "},
 		"empty":      {nil, "index: "},
 	} {
-		var before, after runtime.MemStats
-		runtime.ReadMemStats(&before)
-		_, err := decodeIndex(c.index, manifestDevice{Name: "memory", Size: size, Sum: fmt.Sprintf("%x", blake3.Sum256(c.index))})
-		runtime.ReadMemStats(&after)
+		var err error
+		used := bombtest.Allocated(func() {
+			_, err = decodeIndex(c.index, manifestDevice{Name: "memory", Size: size, Sum: fmt.Sprintf("%x", blake3.Sum256(c.index))})
+		})
 		if err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v", name, err)
 		}
-		if used := after.TotalAlloc - before.TotalAlloc; used > 64<<20 {
+		if used > 64<<20 {
 			t.Errorf("%s: %d bytes of index made us allocate %d MiB", name, len(c.index), used>>20)
 		}
 	}
@@ -113,17 +96,18 @@ func TestHostileStorage(t *testing.T) {
 		},
 	} {
 		server := httptest.NewServer(answer)
-		var before, after runtime.MemStats
-		runtime.ReadMemStats(&before)
-		store, err := Open(t.Context(), Place{Endpoint: strings.TrimPrefix(server.URL, "http://"), Bucket: "vms"})
-		runtime.ReadMemStats(&after)
+		var store *Store
+		var err error
+		used := bombtest.Allocated(func() {
+			store, err = Open(t.Context(), Place{Endpoint: strings.TrimPrefix(server.URL, "http://"), Bucket: "vms"})
+		})
 		if err == nil {
 			t.Errorf("%s: no error", name)
 			store.Close()
 		} else if strings.Contains(err.Error(), "the-secret") || strings.Contains(err.Error(), "the-token") {
 			t.Errorf("%s: %v", name, err)
 		}
-		if used := after.TotalAlloc - before.TotalAlloc; used > 1<<30 {
+		if used > 1<<30 {
 			t.Errorf("%s: it made us allocate %d MiB", name, used>>20)
 		}
 		server.CloseClientConnections()

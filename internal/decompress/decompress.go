@@ -3,6 +3,7 @@ package decompress
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -29,6 +30,21 @@ func Stream(r io.Reader) (*zstd.Decoder, error) {
 		return nil, fmt.Errorf("make zstd decoder: %w", err)
 	}
 	return d, nil
+}
+
+// Interruptible is r until ctx ends. What unpacks can go on for long without a read of what is below.
+func Interruptible(ctx context.Context, r io.Reader) io.Reader { return &interruptible{ctx, r} }
+
+type interruptible struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (i *interruptible) Read(p []byte) (int, error) {
+	if i.ctx.Err() != nil {
+		return 0, context.Cause(i.ctx)
+	}
+	return i.r.Read(p)
 }
 
 // Bound is the most that any encoder makes of size bytes: blocks that do not compress are stored, with 3 bytes before each (section 3.1.1.2).

@@ -4,50 +4,22 @@ import (
 	"bytes"
 	"errors"
 	"io"
-	"runtime"
 	"testing"
 
 	"github.com/klauspost/compress/zstd"
+
+	"drafter/internal/bombtest"
 )
-
-// bomb is n bytes of zeros as one frame that does not say its length.
-func bomb(t *testing.T, n int64) []byte {
-	t.Helper()
-	var b bytes.Buffer
-	w, err := zstd.NewWriter(&b, zstd.WithEncoderConcurrency(1))
-	if err != nil {
-		t.Fatal(err)
-	}
-	zeros := make([]byte, 1<<20)
-	for ; n > 0; n -= int64(len(zeros)) {
-		if _, err := w.Write(zeros[:min(n, int64(len(zeros)))]); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return b.Bytes()
-}
-
-// allocated is how many bytes f allocates.
-func allocated(f func()) uint64 {
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	f()
-	runtime.ReadMemStats(&after)
-	return after.TotalAlloc - before.TotalAlloc
-}
 
 // Some 40 KB that unpack to a GiB cost no more than what they should have been.
 func TestBombs(t *testing.T) {
-	compressed := bomb(t, 1<<30)
+	compressed := bombtest.Zeros(t, nil, 1<<30)
 	d, err := Blocks()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer d.Close()
-	used := allocated(func() {
+	used := bombtest.Allocated(func() {
 		var into [64 << 10]byte
 		if _, err := d.DecodeAll(compressed, into[:0]); !errors.Is(err, zstd.ErrDecoderSizeExceeded) {
 			t.Errorf("block: %v", err)
@@ -62,7 +34,7 @@ func TestBombs(t *testing.T) {
 }
 
 func TestExactly(t *testing.T) {
-	compressed := bomb(t, 1000)
+	compressed := bombtest.Zeros(t, nil, 1000)
 	for size, want := range map[int64]error{1000: nil, 999: ErrSize, 1001: ErrSize} {
 		p := make([]byte, size)
 		if err := Exactly(compressed, size, func(r io.Reader) error { _, err := io.ReadFull(r, p); return err }); !errors.Is(err, want) {

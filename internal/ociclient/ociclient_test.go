@@ -226,7 +226,7 @@ func TestGuard(t *testing.T) {
 			t.Fatal(err)
 		}
 		req := &http.Request{Method: http.MethodGet, URL: u, Header: http.Header{"Authorization": {"Basic " + basic()}}}
-		_, err = Transport(base, registry, c.plain).RoundTrip(req)
+		_, err = Transport(base, registry, c.plain).RoundTrip(req) //nolint:bodyclose // there is none
 		sent := len(base.got) == 1
 		if sent != c.sent || sent && (base.got[0].Header.Get("Authorization") != "") != c.creds {
 			t.Errorf("%+v: sent %v, %v", c, sent, err)
