@@ -91,8 +91,10 @@ func (a *arrival) verify(m wire.Manifest) (err error) {
 			return err
 		}
 	}
-	a.config, err = p.decodeConfig(slices.Clone(m.Config))
-	return err
+	if a.config, err = p.decodeConfig(slices.Clone(m.Config)); err != nil {
+		return fmt.Errorf("the source's config device: %w", err)
+	}
+	return nil
 }
 
 // receiver makes what takes a device that arrives.
