@@ -74,7 +74,7 @@ func (b *Bitmap) Next(from int64) int64 {
 // Run returns whether from is in the set, and the first number after from, at most end, for which that is not so.
 func (b *Bitmap) Run(from, end int64) (has bool, next int64) {
 	has = b.Has(from)
-	for i := from; i < end; {
+	for i := from + 1; i < end; { // from itself may change meanwhile, and a run is never empty
 		word := b.words[i/64].Load() >> (i % 64)
 		if has {
 			word = ^word

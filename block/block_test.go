@@ -305,3 +305,29 @@ func TestWatchAfterTake(t *testing.T) {
 		}
 	}
 }
+
+// A run is never empty, also while its first number is set and cleared: who goes on behind it would go backwards.
+func TestRunOfChangingBitmap(t *testing.T) {
+	b := NewBitmap(1000)
+	stop, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				b.Set(70)
+				b.ClearRange(70, 71)
+			}
+		}
+	}()
+	for range 2_000_000 {
+		if _, next := b.Run(70, 1000); next <= 70 {
+			t.Errorf("the run of 70 ends at %d", next)
+			break
+		}
+	}
+	close(stop)
+	<-done
+}
