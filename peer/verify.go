@@ -9,6 +9,7 @@ import (
 	"sync"
 
 	"drafter/block"
+	"drafter/internal/private"
 	"drafter/signature"
 	"drafter/stack"
 	"drafter/vmm"
@@ -32,7 +33,7 @@ func (p *Peer) checkPlaces() error {
 	var names []string
 	for _, d := range p.config.Devices {
 		names = append(names, d.Name)
-		if err := signature.CheckPlace(d.Base, 0); err != nil {
+		if err := private.CheckPlace(d.Base, 0); err != nil {
 			return fmt.Errorf("device %s: %w", d.Name, err)
 		}
 	}

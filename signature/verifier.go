@@ -5,14 +5,9 @@ import (
 	"crypto"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
-	"path/filepath"
-	"strconv"
-	"strings"
-	"syscall"
 
 	"drafter/block"
+	"drafter/internal/private"
 )
 
 // ErrUnsigned says that a package has no signature.
@@ -63,7 +58,7 @@ func (v *Verifier) Statement(carried []byte, config string) (_ *Statement, err e
 	return s, nil
 }
 
-// CheckFiles refuses a package in files, by the names of its devices, that is not the one of the statement, and files that others can change: see [CheckPlace].
+// CheckFiles refuses a package in files, by the names of its devices, that is not the one of the statement, and files that others can change: see [private.CheckPlace].
 func (s *Statement) CheckFiles(ctx context.Context, files map[string]string, owner int) error {
 	var names []string
 	for name := range files {
@@ -73,7 +68,7 @@ func (s *Statement) CheckFiles(ctx context.Context, files map[string]string, own
 		return err
 	}
 	for name, path := range files {
-		if err := CheckPlace(path, owner); err != nil {
+		if err := private.CheckPlace(path, owner); err != nil {
 			return fmt.Errorf("device %s: %w", name, err)
 		}
 		c, err := HashFile(ctx, path)
@@ -95,66 +90,4 @@ func HashFile(ctx context.Context, path string) (_ *block.Contents, err error) {
 	}
 	defer func() { err = errors.Join(err, d.Close()) }()
 	return block.Hash(ctx, d)
-}
-
-// maxLinks bounds the symbolic links of one path, as the kernel does (path_resolution(7)).
-const maxLinks = 40
-
-// CheckPlace refuses a path at which somebody else can put other content after it was verified: each of its directories and links, and what it leads to, must
-// belong to root, to the user of this process, or to the one who called it with sudo, and be writable by its owner only. What it leads to may also belong to
-// the user with the id owner. A directory of all users, such as /tmp, is in order if it is sticky. Where the path ends early, what is there of it is checked.
-func CheckPlace(path string, owner int) error {
-	if !filepath.IsAbs(path) {
-		dir, err := os.Getwd()
-		if err != nil {
-			return err
-		}
-		path = dir + "/" + path // not filepath.Join: link/.. is not where the link is
-	}
-	rest, at := strings.Split(path, "/"), "/"
-	for links := 0; len(rest) > 0; {
-		at, rest = filepath.Join(at, rest[0]), rest[1:]
-		info, err := os.Lstat(at)
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		if err := checkOwner(at, info, len(rest) == 0, owner); err != nil {
-			return err
-		}
-		if info.Mode()&fs.ModeSymlink == 0 {
-			continue
-		}
-		target, err := os.Readlink(at)
-		if err != nil {
-			return err
-		}
-		if links++; links > maxLinks {
-			return fmt.Errorf("%s: %w", path, syscall.ELOOP)
-		}
-		if at = filepath.Dir(at); filepath.IsAbs(target) {
-			at = "/"
-		}
-		rest = append(strings.Split(target, "/"), rest...)
-	}
-	return nil
-}
-
-func checkOwner(path string, info fs.FileInfo, last bool, owner int) error {
-	uid := int(info.Sys().(*syscall.Stat_t).Uid)
-	caller, err := strconv.Atoi(os.Getenv("SUDO_UID"))
-	writers := fs.FileMode(0o022)
-	if info.Mode()&fs.ModeDevice != 0 {
-		writers = 0o002 // the group "disk" is root's equal
-	}
-	mine := uid == 0 || uid == os.Geteuid() || err == nil && uid == caller
-	switch {
-	case !mine && (!last || uid != owner):
-		return fmt.Errorf("user %d owns %s and could change what was verified; put the package where only root can write, or chown it", uid, path)
-	case info.Mode()&fs.ModeSymlink != 0 || info.Mode().IsDir() && info.Mode()&fs.ModeSticky != 0 || info.Mode()&writers == 0:
-		return nil
-	}
-	return fmt.Errorf("others than its owner can write to %s and could change what was verified; chmod go-w it", path)
 }

@@ -9,10 +9,12 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -262,29 +264,72 @@ func mkdir(dir int, name string) (int, error) {
 // CheckDir refuses a directory in which users that are not trusted could make, replace or remove
 // files, or whose place they could give to another one.
 func CheckDir(path string) error {
-	path, err := filepath.Abs(path)
-	if err == nil {
-		path, err = filepath.EvalSymlinks(path)
-	}
-	if err != nil {
+	if err := CheckPlace(path, 0); err != nil {
 		return err
 	}
-	for dir := path; ; dir = filepath.Dir(dir) {
-		var st unix.Stat_t
-		if err := unix.Lstat(dir, &st); err != nil {
-			return &os.PathError{Op: "stat", Path: dir, Err: err}
+	info, err := os.Stat(path)
+	if err == nil && info.Mode().Perm()&0o022 != 0 { // even if it is sticky
+		err = fmt.Errorf("others than its owner can write to %s; chmod go-w it", path)
+	}
+	return err
+}
+
+// CheckPlace refuses a path at which somebody else can put other content: each of its directories and
+// links, and what it leads to, must belong to a trusted user and be writable by its owner only. What it
+// leads to may also belong to the user with the id owner. A directory of all users, such as /tmp, is in
+// order if it is sticky. Where the path ends early, what is there of it is checked.
+func CheckPlace(path string, owner int) error {
+	if !filepath.IsAbs(path) {
+		dir, err := os.Getwd()
+		if err != nil {
+			return err
 		}
-		writable := st.Mode&0o002 != 0 || st.Mode&0o020 != 0 && st.Gid != 0
-		switch {
-		case !Trusted(st.Uid):
-			return fmt.Errorf("%s belongs to user %d, who could put anything there; choose a directory that only root can write", dir, st.Uid)
-		case writable && (dir == path || st.Mode&unix.S_ISVTX == 0):
-			return fmt.Errorf("other users can write to %s (mode %04o); choose a directory that only root can write", dir, st.Mode&0o7777)
-		}
-		if dir == "/" {
+		path = dir + "/" + path // not filepath.Join: link/.. is not where the link is
+	}
+	rest, at := strings.Split(path, "/"), "/"
+	for links := 0; len(rest) > 0; {
+		at, rest = filepath.Join(at, rest[0]), rest[1:]
+		info, err := os.Lstat(at)
+		if errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
+		if err != nil {
+			return err
+		}
+		if err := checkPlaceOwner(at, info, len(rest) == 0, owner); err != nil {
+			return err
+		}
+		if info.Mode()&fs.ModeSymlink == 0 {
+			continue
+		}
+		target, err := os.Readlink(at)
+		if err != nil {
+			return err
+		}
+		if links++; links > maxLinks {
+			return fmt.Errorf("%s: %w", path, syscall.ELOOP)
+		}
+		if at = filepath.Dir(at); filepath.IsAbs(target) {
+			at = "/"
+		}
+		rest = append(strings.Split(target, "/"), rest...)
 	}
+	return nil
+}
+
+func checkPlaceOwner(path string, info fs.FileInfo, last bool, owner int) error {
+	uid := info.Sys().(*syscall.Stat_t).Uid
+	writers := fs.FileMode(0o022)
+	if info.Mode()&fs.ModeDevice != 0 {
+		writers = 0o002 // the group "disk" is root's equal
+	}
+	switch {
+	case !Trusted(uid) && (!last || int(uid) != owner):
+		return fmt.Errorf("user %d owns %s and could put something else there; choose a place where only root can write, or chown it", uid, path)
+	case info.Mode()&fs.ModeSymlink != 0 || info.Mode().IsDir() && info.Mode()&fs.ModeSticky != 0 || info.Mode()&writers == 0:
+		return nil
+	}
+	return fmt.Errorf("others than its owner can write to %s and put something else there; chmod go-w it", path)
 }
 
 // CheckOwner refuses an open file that a user made who is not trusted, that others may write to, or that

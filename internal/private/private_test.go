@@ -171,7 +171,7 @@ func TestCheckDir(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, d := range []string{dir, below} {
-		if err := CheckDir(d); err == nil || !strings.Contains(err.Error(), "belongs to user 65534") {
+		if err := CheckDir(d); err == nil || !strings.Contains(err.Error(), "user 65534 owns") {
 			t.Errorf("%s: %v", d, err)
 		}
 	}
@@ -186,5 +186,74 @@ func TestCheckDir(t *testing.T) {
 	t.Setenv("SUDO_UID", "65534")
 	if err := CheckDir(below); err != nil {
 		t.Errorf("a directory of the user who called sudo: %v", err)
+	}
+}
+
+// Where others could put something else, a path is refused.
+func TestPlace(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED: only root can give files away")
+	}
+	t.Setenv("SUDO_UID", "1001")
+	for what, tt := range map[string]struct {
+		prepare func(dir string) error
+		want    string // "" if it is in order
+	}{
+		"root's":                       {func(string) error { return nil }, ""},
+		"another user's file":          {func(dir string) error { return os.Chown(dir+"/p/q/file", 1000, 0) }, "user 1000 owns"},
+		"a file of the owner":          {func(dir string) error { return os.Chown(dir+"/p/q/file", 1002, 0) }, ""},
+		"a file of the caller of sudo": {func(dir string) error { return os.Chown(dir+"/p/q/file", 1001, 0) }, ""},
+		"another user's directory":     {func(dir string) error { return os.Chown(dir+"/p", 1000, 0) }, "user 1000 owns"},
+		"a directory of the owner":     {func(dir string) error { return os.Chown(dir+"/p/q", 1002, 0) }, "user 1002 owns"},
+		"a file for all":               {func(dir string) error { return os.Chmod(dir+"/p/q/file", 0o666) }, "others than its owner"},
+		"a file for a group":           {func(dir string) error { return os.Chmod(dir+"/p/q/file", 0o660) }, "others than its owner"},
+		"a directory for all":          {func(dir string) error { return os.Chmod(dir+"/p", 0o777) }, "others than its owner"},
+		"a sticky one for all":         {func(dir string) error { return os.Chmod(dir+"/p", 0o777|os.ModeSticky) }, ""},
+		"a link to another's": {func(dir string) error {
+			if err := os.Rename(dir+"/p/q", dir+"/p/r"); err != nil {
+				return err
+			}
+			if err := os.Mkdir(dir+"/s", 0o700); err != nil {
+				return err
+			}
+			if err := os.Chmod(dir+"/s", 0o777); err != nil {
+				return err
+			}
+			return os.Symlink("../s/../p/r", dir+"/p/q")
+		}, "others than its owner"},
+		"a link": {func(dir string) error {
+			if err := os.Rename(dir+"/p/q", dir+"/p/r"); err != nil {
+				return err
+			}
+			return os.Symlink("r", dir+"/p/q")
+		}, ""},
+		"a link to itself": {func(dir string) error {
+			if err := os.RemoveAll(dir + "/p/q"); err != nil {
+				return err
+			}
+			return os.Symlink("q", dir+"/p/q")
+		}, "too many levels"},
+		"nothing yet": {func(dir string) error { return os.RemoveAll(dir + "/p/q") }, ""},
+	} {
+		t.Run(what, func(t *testing.T) {
+			dir := t.TempDir()
+			if err := os.MkdirAll(dir+"/p/q", 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(dir+"/p/q/file", []byte("content"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if err := tt.prepare(dir); err != nil {
+				t.Fatal(err)
+			}
+			err := CheckPlace(dir+"/p/q/file", 1002)
+			if tt.want == "" && err != nil {
+				t.Error(err)
+			} else if tt.want != "" {
+				if err == nil || !strings.Contains(err.Error(), tt.want) {
+					t.Errorf("error is %v; want one with %q", err, tt.want)
+				}
+			}
+		})
 	}
 }
