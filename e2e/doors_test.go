@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/redis/go-redis/v9"
 
+	"drafter/internal/tour"
 	"drafter/vmm"
 )
 
@@ -118,11 +120,7 @@ func TestConfinedVMM(t *testing.T) {
 // root, sockets, overlays, packages.
 func TestLocalUser(t *testing.T) {
 	s := emptySite(t)
-	for dir := s.dir; dir != "/" && strings.HasPrefix(dir, work); dir = filepath.Dir(dir) {
-		if err := os.Chmod(dir, 0o755); err != nil { // so that it is not this that keeps others out
-			t.Fatal(err)
-		}
-	}
+	s.open(t)
 	vm := s.peer(t, "instance", "--netns", "ark0", "--metrics", "")
 	defer end(t, vm)
 	c := s.redisIn(t, "ark0", "127.0.0.1:3333")
@@ -158,5 +156,96 @@ func TestLocalUser(t *testing.T) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: vmm.DefaultUsers.First, Gid: vmm.DefaultUsers.First}}
 	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "Permission denied") {
 		t.Errorf("another VM's user reads a disk: %s, %v", out, err)
+	}
+}
+
+// What a package says of its machine goes no further than it may, whoever reads it: a file of the host's
+// that is named there does not reach the guest.
+func TestHostilePackage(t *testing.T) {
+	s := newSite(t)
+	path := filepath.Join(s.pkg, "config.json")
+	good, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for field, value := range map[string]string{
+		"machine": "pc-q35-7.2,initrd=/etc/shadow", "cpu": "Nehalem-v1,+svm", "accel": "tcg,tb-size=1", "vmm": "../qemu", "version": "7.2.22 /etc/shadow",
+		"interface": "../tap0", "mac": "02:0e:d9:fd:68:3d,script=/bin/sh", "bootArgs": "quiet\nroot", "id": "x",
+	} {
+		var config map[string]any
+		if err := json.Unmarshal(good, &config); err != nil {
+			t.Fatal(err)
+		}
+		if _, ok := config[field]; ok {
+			config[field] = value
+		} else {
+			config["hardware"].(map[string]any)[field] = value
+		}
+		b, err := json.Marshal(config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		word := map[string]string{"cpu": "CPU feature"}[field]
+		if word == "" {
+			word = field
+		}
+		for name, line := range map[string]string{"runner": s.refused(t), "peer": s.fails(t, "peer", "--raddr", "", "--laddr", "", "--chroot-base-dir", "vms", "--package", s.pkg, "--instance", "i-"+field)} {
+			if !strings.Contains(line, word) {
+				t.Errorf("%s %s=%q: %s", name, field, value, line)
+			}
+		}
+	}
+}
+
+// Whatever the umask, nobody else can read what commands leave.
+func TestFilesArePrivate(t *testing.T) {
+	s := newSite(t)
+	umask := func(format string, args ...any) {
+		t.Helper()
+		command(t, s.dir, "sh", "-c", "umask 0; exec "+fmt.Sprintf(format, args...))
+	}
+	devices := tour.PackageDevices(s.pkg)
+	umask("drafter packager --package-path made/archive.tar.zst --devices '%s'", devices)
+	umask("drafter packager --extract --package-path made/archive.tar.zst --devices '%s'", tour.PackageDevices(filepath.Join(s.dir, "made/extracted")))
+	s.open(t)
+	vm := s.start(t, "peer", "--raddr", "", "--laddr", "localhost:1337", "--chroot-base-dir", "vms", "--package", s.pkg, "--instance", "made/instance")
+	umask("drafter checkpoint --raddr localhost:1337 --output made/checkpoint")
+	umask("drafter terminator --raddr localhost:1337 --output made/terminated")
+	if err := vm.Wait(); err != nil {
+		t.Error(err)
+	}
+	const disk = "rootfs.ext4"
+	umask("drafter device export --base %s/%s --overlay made/instance/overlay/%s --state made/instance/state/%s --output made/exported/disk", s.pkg, disk, disk, disk)
+	files := 0
+	for _, dir := range []string{filepath.Join(s.dir, "made"), filepath.Join(work, "out/package")} {
+		err := filepath.Walk(dir, func(path string, info os.FileInfo, err error) error {
+			if err != nil {
+				return err
+			}
+			if want := map[bool]os.FileMode{true: 0o700, false: 0o600}[info.IsDir()]; info.Mode().Perm() != want {
+				t.Errorf("%s has mode %s", path, info.Mode())
+			}
+			files++
+			return nil
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	if files < 20 {
+		t.Errorf("only %d files were looked at", files)
+	}
+}
+
+// open lets other users come as far as the site, so that it is not its directory that keeps them out.
+func (s *site) open(t *testing.T) {
+	t.Helper()
+	for dir := s.dir; dir != "/" && strings.HasPrefix(dir, work); dir = filepath.Dir(dir) {
+		if err := os.Chmod(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
