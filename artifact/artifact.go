@@ -79,7 +79,7 @@ func decodeConfig(b []byte) (*config, error) {
 		seen[d.Name] = true
 		sizes = append(sizes, d.Size)
 	}
-	if err := block.CheckFits(sizes...); err != nil {
+	if err := block.CheckSizes(0, sizes...); err != nil {
 		return nil, fmt.Errorf("its config: %w", err)
 	}
 	return &c, nil

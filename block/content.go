@@ -35,25 +35,6 @@ func CountBlocks(size int64) int64 {
 	return n
 }
 
-// idMemory is what one content id takes of memory in all, in bytes, with where its block is and what it is read from.
-const idMemory = 128
-
-// CheckFits refuses devices of these sizes, in bytes, if their content ids alone would take more than a quarter of this host's memory. It is asked before
-// anything is made of sizes that come from elsewhere.
-func CheckFits(sizes ...int64) error {
-	var info unix.Sysinfo_t
-	if err := unix.Sysinfo(&info); err != nil {
-		return fmt.Errorf("find this host's memory: %w", err)
-	}
-	left := int64(info.Totalram) * int64(info.Unit) / 4 / idMemory
-	for _, size := range sizes {
-		if left -= CountBlocks(size); size < 0 || left < 0 {
-			return fmt.Errorf("devices of %d bytes and more are too large for this host: the ids of their blocks would take a quarter of its memory", size)
-		}
-	}
-	return nil
-}
-
 // Contents are the content ids of a device.
 type Contents struct {
 	Size   int64

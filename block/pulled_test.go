@@ -309,12 +309,12 @@ func TestForgedContents(t *testing.T) {
 	}
 }
 
-func TestCheckFits(t *testing.T) {
+func TestCheckSizes(t *testing.T) {
 	for _, c := range []struct {
 		sizes []int64
 		fits  bool
 	}{{nil, true}, {[]int64{0, 1, 1 << 30}, true}, {[]int64{1 << 62}, false}, {[]int64{1<<63 - 1}, false}, {[]int64{-1}, false}, {[]int64{1 << 46, 1 << 46, 1 << 46, 1 << 46}, false}} {
-		if err := CheckFits(c.sizes...); (err == nil) != c.fits {
+		if err := CheckSizes(0, c.sizes...); (err == nil) != c.fits {
 			t.Errorf("%v: %v", c.sizes, err)
 		}
 	}

@@ -34,8 +34,8 @@ func CheckSizes(most int64, sizes ...int64) error {
 	left := most
 	for _, size := range sizes {
 		if size < 0 || size > left {
-			const text = "the devices have more than %s in all, which this host was not meant for; " +
-				"allow them with --max-size"
+			const text = "the devices have more than %s in all, which is too large for this host " +
+				"(a peer's --max-size allows more of a source)"
 			return fmt.Errorf(text, humanize.IBytes(uint64(most)))
 		}
 		left -= size

@@ -68,7 +68,7 @@ func decodeManifest(b []byte) (*manifest, error) {
 		seen[d.Name] = true
 		sizes = append(sizes, d.Size)
 	}
-	if err := block.CheckFits(sizes...); err != nil {
+	if err := block.CheckSizes(0, sizes...); err != nil {
 		return nil, fmt.Errorf("%s: %w", manifestName, err)
 	}
 	return &m, nil
