@@ -15,6 +15,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"drafter/internal/tour"
+	"drafter/terminator"
 )
 
 // doubt brings an instance's VM into doubt: its target, an instance of that name, gets it and is killed; the source never hears of it. What the target leaves says that
@@ -168,7 +169,7 @@ func TestVMMDies(t *testing.T) {
 	}
 }
 
-// A guest whose agent hangs does not get lost: it is not handed over.
+// A guest whose agent hangs does not get lost: it is not handed over, unless by force.
 func TestAgentHangs(t *testing.T) {
 	s := emptySite(t)
 	source := resume(t, "ark0", filepath.Join(s.dir, "source"))
@@ -198,7 +199,7 @@ func TestAgentHangs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = target.Receive(t.Context(), func(ctx context.Context) (io.ReadWriteCloser, error) {
+	dial := func(ctx context.Context) (io.ReadWriteCloser, error) {
 		here, there := net.Pipe()
 		select {
 		case streams <- there:
@@ -206,12 +207,21 @@ func TestAgentHangs(t *testing.T) {
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		}
-	})
-	if err == nil || !strings.Contains(err.Error(), "the VM stays at its source") {
+	}
+	err = target.Receive(t.Context(), dial)
+	if err == nil || !strings.Contains(err.Error(), "the VM stays at its source") || !strings.Contains(err.Error(), "--force") {
 		t.Errorf("the target: %v", err)
 	}
 	if err := target.Close(); err != nil {
 		t.Error(err)
+	}
+	// Who wants the VM as it is gets it.
+	backup, err := terminator.New(terminator.Config{Dir: filepath.Join(s.dir, "backup"), Copy: true, Force: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := backup.Run(t.Context(), dial); err != nil {
+		t.Errorf("a checkpoint by force: %v", err)
 	}
 	if got := serverInfo(t, c, "run_id"); got != runID {
 		t.Error("this is another Redis process")

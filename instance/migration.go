@@ -26,8 +26,13 @@ func Preflight(ctx context.Context, h Host, config *vmm.PackageConfig) error {
 
 // Prepare tells the guest's agent that the VM is about to be paused. The guest runs on; [Instance.Rescue] tells it that nothing came of it.
 func (i *Instance) Prepare(ctx context.Context) error {
+	if i.agent == nil { // it did not answer when the VM was resumed
+		if err := i.connectAgent(ctx); err != nil {
+			return err
+		}
+	}
 	if i.agent == nil {
-		return nil
+		return nil // there is none
 	}
 	err := i.agent.BeforeSuspend(ctx)
 	if err != nil {

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/google/uuid"
@@ -89,6 +90,64 @@ func (p *pair) end(t *testing.T) {
 	if err := p.source.Close(); err != nil {
 		t.Error(err)
 	}
+}
+
+// A guest that does not get ready keeps its VM from being copied and moved, unless the target takes it as it is.
+func TestForce(t *testing.T) {
+	for _, isCopy := range []bool{true, false} {
+		for _, force := range []bool{false, true} {
+			p := newPair(t, 1, quick(), nil)
+			c := newCopier(p)
+			note := *p.guest.failing.Load()
+			silent := func(call string) error {
+				if call == "prepare" {
+					return fmt.Errorf("%w: no answer", ErrNotReady)
+				}
+				return note(call)
+			}
+			p.guest.failing.Store(&silent)
+			config := p.config(quick(), nil)
+			config.Force = force
+			if isCopy {
+				config.VM, config.Copy = c, true
+			}
+			target, err := Receive(t.Context(), config)
+			if err == nil {
+				err = errors.Join(target.Wait(), target.Close())
+			}
+			p.network.wg.Wait()
+			if want := force; (err == nil) != want || !want && !strings.Contains(fmt.Sprint(err, p.network.err), "with --force") {
+				t.Errorf("copy %t, force %t: %v, %v", isCopy, force, err, p.network.err)
+			}
+			if err == nil && isCopy {
+				err = c.verify()
+			} else if err == nil {
+				p.target.halt()
+				err = p.target.verify()
+			}
+			if force && err != nil {
+				t.Error(err)
+			}
+			p.guest.halt()
+			if err := p.source.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	// Other reasons not to pause are not the guest's, and are not overruled.
+	p := newPair(t, 1, quick(), nil)
+	c := newCopier(p)
+	refuse := func(call string) error {
+		if call == "prepare" {
+			return errors.New("not now")
+		}
+		return nil
+	}
+	p.guest.failing.Store(&refuse)
+	if _, err := Receive(t.Context(), TargetConfig{VM: c, Dial: p.network.dial, Limits: quick(), Copy: true, Force: true}); err == nil || !strings.Contains(err.Error(), "not now") {
+		t.Errorf("a source that does not want to: %v", err)
+	}
+	p.end(t)
 }
 
 // A copy is the VM in one moment; the VM goes on, and can be copied and migrated again.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"time"
 
 	"drafter/block"
@@ -22,8 +23,14 @@ func (o *outgoing) prepare(ctx context.Context) (State, error) {
 	pctx, pcancel := context.WithTimeoutCause(ctx, o.config.Limits.Prepare, fmt.Errorf("the guest did not get ready within %s", o.config.Limits.Prepare))
 	err := o.config.VM.Prepare(pctx)
 	pcancel()
-	if err != nil {
+	switch {
+	case err == nil:
+	case !errors.Is(err, ErrNotReady) || ctx.Err() != nil:
 		return "", err
+	case !o.force:
+		return "", fmt.Errorf("%w; look at the guest, or take the VM as it is, with --force", err)
+	default:
+		slog.Warn("The VM is taken as it is, because the target says so", "error", err)
 	}
 	if _, err := o.nextCycle(ctx, o.cycle+1); err != nil { // only this goroutine changes cycle
 		return "", err

@@ -185,6 +185,8 @@ var (
 	ErrHandedOver = errors.New("the VM has been handed over")
 	// ErrInDoubt says that it is not known which side owns the VM.
 	ErrInDoubt = errors.New("it is in doubt who owns the VM")
+	// ErrNotReady says that the guest did not get ready to be paused.
+	ErrNotReady = errors.New("the guest did not get ready")
 	// ErrRefused says that a connection was not one of a migration.
 	ErrRefused = errors.New("connection refused")
 	errBusy    = errors.New("the VM is being migrated already")

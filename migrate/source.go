@@ -24,7 +24,7 @@ type SourceVM interface {
 	WriteBack(ctx context.Context) error
 	// Flush makes every guest memory write up to now visible in the memory device.
 	Flush(ctx context.Context) error
-	// Prepare lets the guest get ready to be paused; it runs on.
+	// Prepare lets the guest get ready to be paused; it runs on. If it fails with [ErrNotReady], a target may take the VM all the same.
 	Prepare(ctx context.Context) error
 	// Pause returns when the guest does not run any more.
 	Pause(ctx context.Context) error
@@ -231,12 +231,17 @@ func (s *Source) tryBegin(h wire.Hello, l *link, baseline *Baseline) (o *outgoin
 		return nil, nil, errors.New("the VM cannot be migrated any more")
 	}
 	if s.current != nil {
-		switch state := s.current.State(); {
-		case state == Kept:
-		case state == Moved:
+		if s.current.copy {
+			select {
+			case <-s.current.ended: // its guest has been told that it goes on, too
+			default:
+				return nil, s.current.ended, nil
+			}
+		}
+		switch s.current.State() {
+		case Kept:
+		case Moved:
 			return nil, nil, errors.New("the VM has moved away")
-		case s.current.copy:
-			return nil, s.current.ended, nil
 		default:
 			return nil, nil, errBusy
 		}
@@ -394,6 +399,7 @@ type outgoing struct {
 	sender  *sender        // of all but what is wanted
 
 	copy      bool // the VM stays here
+	force     bool // the target takes it even if the guest does not get ready
 	baseline  *Baseline
 	stash     []stashed
 	delivered bool // the target has the whole copy
@@ -465,7 +471,7 @@ func newOutgoing(s *Source, h wire.Hello, l *link) (*outgoing, error) {
 		return nil, err
 	}
 	o := &outgoing{
-		Source: s, id: h.Migration, first: l, sender: sender, copy: h.Copy, wantsSignature: h.Features&wire.FeatureSignature != 0,
+		Source: s, id: h.Migration, first: l, sender: sender, copy: h.Copy, wantsSignature: h.Features&wire.FeatureSignature != 0, force: h.Features&wire.FeatureForce != 0,
 		decided: make(chan struct{}), ended: make(chan struct{}), ready: make(chan struct{}), prepared: make(chan struct{}), acks: make(chan wire.Ack, 1), settled: make(chan Outcome, 1),
 		complete: make(chan struct{}), marked: make(chan struct{}), wants: make(chan wire.Want, 64), stored: make(chan struct{}, 1), attached: make(chan struct{}), changed: make(chan struct{}), began: time.Now(),
 	}

@@ -61,6 +61,7 @@ type TargetConfig struct {
 	Dial   Dial
 	Limits Limits
 	Copy   bool // a copy is wanted: the VM goes on at its source, and only Accept, Complete and Discard of VM are called
+	Force  bool // the VM is wanted even if its guest does not get ready to be paused: what it has not flushed is as after a power cut
 
 	// As in [SourceConfig].
 	OnState    func(State)
@@ -294,7 +295,11 @@ func (t *Target) connect(ctx context.Context, lane wire.Lane, resume bool) (*lin
 		return nil, fmt.Errorf("connect: %w", err)
 	}
 	l := newLink(ctx, stream, t.config.Limits.Silence)
-	if err := l.Send(wire.Hello{Version: wire.Version, Lane: lane, Resume: resume, Copy: t.config.Copy, Migration: t.id, Features: wire.FeatureSignature}); err != nil {
+	hello := wire.Hello{Version: wire.Version, Lane: lane, Resume: resume, Copy: t.config.Copy, Migration: t.id, Features: wire.FeatureSignature}
+	if t.config.Force {
+		hello.Features |= wire.FeatureForce
+	}
+	if err := l.Send(hello); err != nil {
 		err = l.lost(err)
 		l.close(err)
 		return nil, err

@@ -44,6 +44,7 @@ type Config struct {
 	S3Credentials string
 
 	ResumeTimeout time.Duration // bounds the answer of the agent after a resume
+	Force         bool          // a VM is received even if its guest does not get ready at its source; see [migrate.TargetConfig]
 	RescueTimeout time.Duration // bounds the answer of the agent before a suspend; the VM is suspended without it afterwards
 
 	Hooks Hooks

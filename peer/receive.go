@@ -36,7 +36,7 @@ func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	rctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	a := &arrival{p: p, giveUp: cancel, restoring: make(chan struct{})}
-	target, err := migrate.Receive(rctx, migrate.TargetConfig{VM: a, Dial: dial, Limits: p.config.Limits, OnState: p.config.Hooks.OnState, OnProgress: p.config.Hooks.OnProgress})
+	target, err := migrate.Receive(rctx, migrate.TargetConfig{VM: a, Dial: dial, Limits: p.config.Limits, Force: p.config.Force, OnState: p.config.Hooks.OnState, OnProgress: p.config.Hooks.OnProgress})
 	if errors.Is(err, migrate.ErrPackage) {
 		pkg, err := migrate.OpenPackage(ctx, dial, p.config.Limits)
 		if err != nil {

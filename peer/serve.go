@@ -162,7 +162,10 @@ func (d *departure) Prepare(ctx context.Context) error {
 			return err
 		}
 	}
-	return d.p.instance.Prepare(ctx)
+	if err := d.p.instance.Prepare(ctx); err != nil {
+		return fmt.Errorf("%w: %w", migrate.ErrNotReady, err)
+	}
+	return nil
 }
 
 // Pause implements [migrate.SourceVM].

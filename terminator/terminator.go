@@ -34,6 +34,7 @@ type Config struct {
 	Dir     string   // instead of Devices: all that come, under the names that a package's files have
 	Place   s3.Place // instead of both: all that come, to an object storage, over what is there; see [s3.Writer]
 	Copy    bool     // the VM goes on at its peer
+	Force   bool     // the VM is taken even if its guest does not get ready; see [migrate.TargetConfig]
 	Limits  migrate.Limits
 
 	// As in [migrate.TargetConfig].
@@ -86,7 +87,7 @@ func (t *Terminator) Run(ctx context.Context, dial migrate.Dial) (stats migrate.
 		}
 		defer func() { err = errors.Join(err, s.writer.Close()) }()
 	}
-	target, err := migrate.Receive(ctx, migrate.TargetConfig{VM: s, Dial: dial, Limits: t.config.Limits, Copy: t.config.Copy, OnState: t.config.OnState, OnProgress: t.config.OnProgress})
+	target, err := migrate.Receive(ctx, migrate.TargetConfig{VM: s, Dial: dial, Limits: t.config.Limits, Copy: t.config.Copy, Force: t.config.Force, OnState: t.config.OnState, OnProgress: t.config.OnProgress})
 	if err != nil {
 		return migrate.Stats{}, fmt.Errorf("receive VM: %w", err)
 	}

@@ -47,6 +47,9 @@ const FeatureForward uint64 = 2
 // FeatureSignature is a feature of a hello: the target takes the package's signature; and of the manifest that answers it: it is there.
 const FeatureSignature uint64 = 4
 
+// FeatureForce is a feature of a hello: the VM is taken even if its guest does not get ready to be paused.
+const FeatureForce uint64 = 8
+
 // Kind is what an [Operation] does.
 type Kind uint8
 

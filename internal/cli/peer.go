@@ -187,7 +187,8 @@ there ('drafter device export' gets it out). Its memory no longer fits its state
 	f.StringVar(&laddr, "laddr", "localhost:1337", "Local address to listen on: HOST:PORT or unix:PATH (leave empty to disable)")
 	f.StringVar(&metrics, "metrics", "", "Address to serve metrics from, without authentication: sizes, numbers and times, nothing of a VM's content (leave empty to disable)")
 	f.IntVar(&concurrency, "concurrency", 1024, "Number of concurrent workers to use in migrations (kept for compatibility: a migration here needs no workers)")
-	f.DurationVar(&c.RescueTimeout, "rescue-timeout", time.Minute, "Maximum amount of time to wait for the guest's agent before a suspend or a handoff")
+	f.BoolVar(&c.Force, "force", false, forceHelp)
+	f.DurationVar(&c.RescueTimeout, "rescue-timeout", 10*time.Second, "Maximum amount of time to wait for the guest's agent before a suspend or a handoff")
 	cmd.AddCommand(newPeerSettle())
 	return cmd
 }

@@ -18,6 +18,7 @@ type backupFlags struct {
 	raddr      string
 	devices    string
 	output     string
+	force      bool
 	storage    storageFlags
 	size       sizeFlag
 }
@@ -34,13 +35,16 @@ func (b *backupFlags) add(cmd *cobra.Command) {
 		{Name: vmm.Config, Output: "out/package/config.json"},
 	}), "Devices configuration: which devices to write, and where to")
 	f.StringVar(&b.output, "output", "", "Directory for all devices of the VM, or s3://BUCKET/PREFIX (instead of --devices)")
+	f.BoolVar(&b.force, "force", false, forceHelp)
 	b.storage.add(cmd)
 	b.size.add(cmd)
 }
 
+const forceHelp = "Take the VM even if its guest's agent does not answer within the peer's --rescue-timeout; what the guest has not flushed is as after a power cut"
+
 // run takes a VM, or a copy of it.
 func (b *backupFlags) run(cmd *cobra.Command, isCopy bool) error {
-	c := terminator.Config{Dir: b.output, Copy: isCopy}
+	c := terminator.Config{Dir: b.output, Copy: isCopy, Force: b.force}
 	if b.output != "" && cmd.Flags().Changed("devices") {
 		return &usageError{errors.New("--output and --devices both say what to write; give one of them")}
 	}
