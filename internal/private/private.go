@@ -268,7 +268,7 @@ func CheckDir(path string) error {
 		return err
 	}
 	info, err := os.Stat(path)
-	if err == nil && info.Mode().Perm()&0o022 != 0 { // even if it is sticky
+	if err == nil && othersWrite(info) { // even if it is sticky
 		err = fmt.Errorf("others than its owner can write to %s; chmod go-w it", path)
 	}
 	return err
@@ -319,17 +319,21 @@ func CheckPlace(path string, owner int) error {
 
 func checkPlaceOwner(path string, info fs.FileInfo, last bool, owner int) error {
 	uid := info.Sys().(*syscall.Stat_t).Uid
-	writers := fs.FileMode(0o022)
-	if info.Mode()&fs.ModeDevice != 0 {
-		writers = 0o002 // the group "disk" is root's equal
-	}
 	switch {
 	case !Trusted(uid) && (!last || int(uid) != owner):
 		return fmt.Errorf("user %d owns %s and could put something else there; choose a place where only root can write, or chown it", uid, path)
-	case info.Mode()&fs.ModeSymlink != 0 || info.Mode().IsDir() && info.Mode()&fs.ModeSticky != 0 || info.Mode()&writers == 0:
+	case info.Mode()&fs.ModeSymlink != 0 || info.Mode().IsDir() && info.Mode()&fs.ModeSticky != 0 || !othersWrite(info):
 		return nil
 	}
 	return fmt.Errorf("others than its owner can write to %s and put something else there; chmod go-w it", path)
+}
+
+// othersWrite tells whether others than the owner, and those in the owner's private group, can write.
+// The group "disk" of a device is root's equal.
+func othersWrite(info fs.FileInfo) bool {
+	st := info.Sys().(*syscall.Stat_t)
+	private := st.Gid == st.Uid || info.Mode()&fs.ModeDevice != 0
+	return info.Mode()&0o002 != 0 || info.Mode()&0o020 != 0 && !private
 }
 
 // CheckOwner refuses an open file that a user made who is not trusted, that others may write to, or that

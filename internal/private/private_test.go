@@ -206,7 +206,12 @@ func TestPlace(t *testing.T) {
 		"another user's directory":     {func(dir string) error { return os.Chown(dir+"/p", 1000, 0) }, "user 1000 owns"},
 		"a directory of the owner":     {func(dir string) error { return os.Chown(dir+"/p/q", 1002, 0) }, "user 1002 owns"},
 		"a file for all":               {func(dir string) error { return os.Chmod(dir+"/p/q/file", 0o666) }, "others than its owner"},
-		"a file for a group":           {func(dir string) error { return os.Chmod(dir+"/p/q/file", 0o660) }, "others than its owner"},
+		"a file for a group": {func(dir string) error {
+			return errors.Join(os.Chown(dir+"/p/q/file", 0, 1003), os.Chmod(dir+"/p/q/file", 0o660))
+		}, "others than its owner"},
+		"a directory for one's private group": {func(dir string) error {
+			return errors.Join(os.Chown(dir+"/p", 1001, 1001), os.Chmod(dir+"/p", 0o775))
+		}, ""},
 		"a directory for all":          {func(dir string) error { return os.Chmod(dir+"/p", 0o777) }, "others than its owner"},
 		"a sticky one for all":         {func(dir string) error { return os.Chmod(dir+"/p", 0o777|os.ModeSticky) }, ""},
 		"a link to another's": {func(dir string) error {
