@@ -208,8 +208,8 @@ func TestFilesArePrivate(t *testing.T) {
 		command(t, s.dir, "sh", "-c", "umask 0; exec "+fmt.Sprintf(format, args...))
 	}
 	devices := tour.PackageDevices(s.pkg)
-	umask("drafter packager --package-path made/archive.tar.zst --devices '%s'", devices)
-	umask("drafter packager --extract --package-path made/archive.tar.zst --devices '%s'", tour.PackageDevices(filepath.Join(s.dir, "made/extracted")))
+	umask("drafter-packager --package-path made/archive.tar.zst --devices '%s'", devices)
+	umask("drafter-packager --extract --package-path made/archive.tar.zst --devices '%s'", tour.PackageDevices(filepath.Join(s.dir, "made/extracted")))
 	s.open(t)
 	vm := s.start(t, "peer", "--raddr", "", "--laddr", "localhost:1337", "--chroot-base-dir", "vms", "--package", s.pkg, "--instance", "made/instance")
 	umask("drafter checkpoint --raddr localhost:1337 --output made/checkpoint")

@@ -212,8 +212,8 @@ func TestPlace(t *testing.T) {
 		"a directory for one's private group": {func(dir string) error {
 			return errors.Join(os.Chown(dir+"/p", 1001, 1001), os.Chmod(dir+"/p", 0o775))
 		}, ""},
-		"a directory for all":          {func(dir string) error { return os.Chmod(dir+"/p", 0o777) }, "others than its owner"},
-		"a sticky one for all":         {func(dir string) error { return os.Chmod(dir+"/p", 0o777|os.ModeSticky) }, ""},
+		"a directory for all":  {func(dir string) error { return os.Chmod(dir+"/p", 0o777) }, "others than its owner"},
+		"a sticky one for all": {func(dir string) error { return os.Chmod(dir+"/p", 0o777|os.ModeSticky) }, ""},
 		"a link to another's": {func(dir string) error {
 			if err := os.Rename(dir+"/p/q", dir+"/p/r"); err != nil {
 				return err
