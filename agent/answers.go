@@ -7,9 +7,9 @@ import (
 	"sync"
 )
 
-// answers is a connection with a guest that lets only answers to our calls through, one for each. A guest that
-// sends anything else ends it: ttrpc would log a line for each message that nobody waits for, as fast as a guest
-// can send.
+// answers is a connection with a guest that lets only answers to our calls through, one for each. A
+// guest that sends anything else ends it: ttrpc would log a line for each message that nobody waits
+// for, as fast as a guest can send.
 type answers struct {
 	net.Conn
 
@@ -20,8 +20,9 @@ type answers struct {
 	broken  error           // what ended it; ttrpc only says that it is closed
 }
 
-// The part of ttrpc's protocol (PROTOCOL.md of containerd/ttrpc) that answers needs: a header of length and
-// stream, 4 bytes each and big-endian, a type and flags; then as many bytes as the length says.
+// The part of ttrpc's protocol (PROTOCOL.md of containerd/ttrpc) that answers needs: a header of
+// length and stream, 4 bytes each and big-endian, a type and flags; then as many bytes as the
+// length says.
 const (
 	headerLen    = 10
 	typeRequest  = 1

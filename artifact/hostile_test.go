@@ -74,7 +74,8 @@ func indexHead(size int64) []byte {
 	return binary.LittleEndian.AppendUint64(b, uint64(size))
 }
 
-// A registry cannot make us take more memory than a device of the size that it names needs, nor name one that this host cannot know.
+// A registry cannot make us take more memory than a device of the size that it names needs, nor
+// name one that this host cannot know.
 func TestHostileIndexes(t *testing.T) {
 	const size = 64 << 20 // 1,024 blocks
 	for name, c := range map[string]struct {

@@ -73,7 +73,8 @@ func (i *lateImage) Layers() ([]v1.Layer, error) {
 	return layers, err
 }
 
-// Nobody but root gets to the setuid programs and devices of an image: not while it is unpacked, not afterwards, and not after a failure, which leaves nothing.
+// Nobody but root gets to the setuid programs and devices of an image: not while it is unpacked,
+// not afterwards, and not after a failure, which leaves nothing.
 func TestUnpackedIsClosed(t *testing.T) {
 	needRoot(t)
 	umask := syscall.Umask(0)
@@ -142,7 +143,8 @@ func layerFile(t *testing.T, tar []byte) v1.Layer {
 	return l
 }
 
-// sparse is a tar archive of a file of size bytes without any data, in the format of GNU tar (PAX, version 1.0), made by tar itself.
+// sparse is a tar archive of a file of size bytes without any data, in the format of GNU tar (PAX,
+// version 1.0), made by tar itself.
 func sparse(t *testing.T, size int64) []byte {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "sparse")
@@ -156,7 +158,8 @@ func sparse(t *testing.T, size int64) []byte {
 	return out
 }
 
-// Layers of some KB that unpack to more than is allowed are refused before they fill the disk, whatever the way: compression, sparse files, names.
+// Layers of some KB that unpack to more than is allowed are refused before they fill the disk,
+// whatever the way: compression, sparse files, names.
 func TestBombs(t *testing.T) {
 	needRoot(t)
 	limits := Limits{Bytes: 1 << 20, Files: 100}

@@ -27,8 +27,8 @@ func nobody(t *testing.T, script string) string {
 	return fmt.Sprintf("%s (%v)", out, err)
 }
 
-// A VMM has a user of its own and no privileges, sees nothing of the host but its programs, inherits
-// nothing of its owner's, and cannot be looked into.
+// A VMM has a user of its own and no privileges, sees nothing of the host but its programs,
+// inherits nothing of its owner's, and cannot be looked into.
 func TestConfinedVMM(t *testing.T) {
 	s := emptySite(t)
 	t.Setenv("AWS_SECRET_ACCESS_KEY", "secret-of-the-owner")
@@ -116,8 +116,8 @@ func TestConfinedVMM(t *testing.T) {
 	}
 }
 
-// A local user neither reads nor writes what a VM consists of: guest memory by its path or by the VMM's
-// root, sockets, overlays, packages.
+// A local user neither reads nor writes what a VM consists of: guest memory by its path or by the
+// VMM's root, sockets, overlays, packages.
 func TestLocalUser(t *testing.T) {
 	s := emptySite(t)
 	s.open(t)
@@ -159,8 +159,8 @@ func TestLocalUser(t *testing.T) {
 	}
 }
 
-// What a package says of its machine goes no further than it may, whoever reads it: a file of the host's
-// that is named there does not reach the guest.
+// What a package says of its machine goes no further than it may, whoever reads it: a file of the
+// host's that is named there does not reach the guest.
 func TestHostilePackage(t *testing.T) {
 	s := newSite(t)
 	path := filepath.Join(s.pkg, "config.json")
@@ -240,7 +240,8 @@ func TestFilesArePrivate(t *testing.T) {
 	}
 }
 
-// open lets other users come as far as the site, so that it is not its directory that keeps them out.
+// open lets other users come as far as the site, so that it is not its directory that keeps them
+// out.
 func (s *site) open(t *testing.T) {
 	t.Helper()
 	for dir := s.dir; dir != "/" && strings.HasPrefix(dir, work); dir = filepath.Dir(dir) {

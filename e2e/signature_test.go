@@ -8,7 +8,8 @@ import (
 	"drafter/signature"
 )
 
-// With a key, a signed package is started, moved to a host that has nothing of it, and started there again; what is not signed with the key is not.
+// With a key, a signed package is started, moved to a host that has nothing of it, and started
+// there again; what is not signed with the key is not.
 func TestSigned(t *testing.T) {
 	s := newSite(t)
 	for _, name := range []string{"key", "stranger"} {

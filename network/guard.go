@@ -17,8 +17,8 @@ import (
 	"drafter/internal/rundir"
 )
 
-// A guest reaches what lies beyond the host's outgoing interface, and is reached by the host and through port forwards. Everything else is
-// dropped, in three places:
+// A guest reaches what lies beyond the host's outgoing interface, and is reached by the host and
+// through port forwards. Everything else is dropped, in three places:
 //
 //   - at the tap ([GuardGuest]): frames that do not carry the guest's own addresses, and all that is not IPv4 or ARP;
 //   - in the namespace (namespaceRules): what is meant for the namespace itself, and new connections beyond the limit;
@@ -47,7 +47,8 @@ func cidr(s string) *net.IPNet {
 	return n
 }
 
-// opening is a destination that the user opened for guests: a protocol and port ("" and 0 for all) at addresses (nil for those of the host).
+// opening is a destination that the user opened for guests: a protocol and port ("" and 0 for all)
+// at addresses (nil for those of the host).
 type opening struct {
 	to       *net.IPNet
 	protocol string
@@ -83,7 +84,8 @@ func (o *opening) parsePort(s string) (ok bool) {
 	return err == nil && port != 0 && (protocol == "tcp" || protocol == "udp")
 }
 
-// match matches what a guest sends to the destination, as the guest addressed it: a forward may lead elsewhere.
+// match matches what a guest sends to the destination, as the guest addressed it: a forward may
+// lead elsewhere.
 func (o opening) match() (parts [][]expr.Any) {
 	if o.to != nil {
 		parts = append(parts, toOriginalAddress(o.to))
@@ -94,7 +96,8 @@ func (o opening) match() (parts [][]expr.Any) {
 	return parts
 }
 
-// hostRules are the rules of the host's table. They know links by their names: a prefix would match interfaces of others.
+// hostRules are the rules of the host's table. They know links by their names: a prefix would match
+// interfaces of others.
 func (n *NAT) hostRules(connections int) error {
 	l := n.layout
 	r, err := newRuleset(nftables.TableFamilyIPv4, n.natTable())
@@ -114,7 +117,8 @@ func (n *NAT) hostRules(connections int) error {
 		return err
 	}
 
-	// The forwarder lets packets for loopback addresses leave through a link; none may come in that way.
+	// The forwarder lets packets for loopback addresses leave through a link; none may come in that
+	// way.
 	r.rule(r.chain(hookRaw), fromInterfaces(links), toAddress(loopback), drop())
 	// A guest goes out as the host.
 	r.rule(r.chain(hookOutgoing), fromAddress(l.namespaceVeth), notToInterfaces(links), masquerade())
@@ -126,7 +130,8 @@ func (n *NAT) hostRules(connections int) error {
 	fromGuest, toHost, toGuest := r.subchain("from-guest"), r.subchain("to-host"), r.subchain("to-guest")
 	for _, c := range []*nftables.Chain{fromGuest, toHost} {
 		r.answers(c)
-		// Only the guest opens connections, not the VMM in the namespace; and only what is a connection gets a new source address.
+		// Only the guest opens connections, not the VMM in the namespace; and only what is a
+		// connection gets a new source address.
 		r.rule(c, notFromAddress(l.namespaceVeth), drop())
 		r.rule(c, notNewConnection(), drop())
 	}
@@ -162,7 +167,8 @@ func (r *ruleset) answers(c *nftables.Chain) {
 	r.rule(c, connectionState(expr.CtStateBitRELATED), icmp(), accept())
 }
 
-// namespaceRules are the rules of a namespace's table. They let pass what is between its link and the guest, and nothing else.
+// namespaceRules are the rules of a namespace's table. They let pass what is between its link and
+// the guest, and nothing else.
 func (n *NAT) namespaceRules(i, connections int) error {
 	c, l := n.config, n.layout
 	r, err := newRuleset(nftables.TableFamilyIPv4, "drafter")
@@ -195,9 +201,10 @@ func (n *NAT) namespaceRules(i, connections int) error {
 	return r.apply()
 }
 
-// GuardGuest lets only the guest's own frames leave the tap of a namespace that a NAT made: IPv4 from its address, and ARP for it, both from
-// mac. Everything else is dropped before anyone sees it. Call it before a VMM takes the tap; it replaces the guard of an earlier VM. It is no
-// error if no NAT made the namespace: its rules are its owner's. An empty mac is not checked.
+// GuardGuest lets only the guest's own frames leave the tap of a namespace that a NAT made: IPv4
+// from its address, and ARP for it, both from mac. Everything else is dropped before anyone sees
+// it. Call it before a VMM takes the tap; it replaces the guard of an earlier VM. It is no error if
+// no NAT made the namespace: its rules are its owner's. An empty mac is not checked.
 func GuardGuest(ns, mac string) error {
 	c, err := natOf(ns)
 	if c == nil || err != nil {

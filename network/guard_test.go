@@ -68,7 +68,8 @@ func giveRoute(t *testing.T, ns, to string, via net.IP) {
 	t.Cleanup(func() { change(netlink.RouteDel) })
 }
 
-// attachLAN links the host (198.51.100.1) with a further network, whose namespace it returns (198.51.100.2): the bridge of another program, say.
+// attachLAN links the host (198.51.100.1) with a further network, whose namespace it returns
+// (198.51.100.2): the bridge of another program, say.
 func attachLAN(t *testing.T) string {
 	t.Helper()
 	const name = "lan"
@@ -237,7 +238,8 @@ func linkLocal(t *testing.T, ns string) (found []string) {
 	return found
 }
 
-// capture returns what arrives at eth0 of a namespace from now on, as one line a frame. It ends with the test.
+// capture returns what arrives at eth0 of a namespace from now on, as one line a frame. It ends
+// with the test.
 func capture(t *testing.T, ns string) <-chan string {
 	t.Helper()
 	var socket *os.File
@@ -395,7 +397,8 @@ func TestGuestCannotSpoof(t *testing.T) {
 		frame(own, unix.ETH_P_IP, packet("172.16.0.1", unix.IPPROTO_UDP, udp(1003))),
 		frame(own, unix.ETH_P_IP, packet("192.0.2.1", unix.IPPROTO_UDP, udp(1004))),
 		frame(foreign, unix.ETH_P_IP, packet("172.16.0.2", unix.IPPROTO_UDP, udp(1005))),
-		// What is no connection gets no other source: it must not go out with the guest's own, which is everyone's.
+		// What is no connection gets no other source: it must not go out with the guest's own,
+		// which is everyone's.
 		frame(own, unix.ETH_P_IP, packet("172.16.0.2", unix.IPPROTO_TCP, tcp(1000, 1006, 0x04 /* RST */))),
 		frame(own, unix.ETH_P_IP, packet("172.16.0.2", unix.IPPROTO_UDP, udp(1007))),
 	)
@@ -557,7 +560,8 @@ func TestConnectionLimit(t *testing.T) {
 	if err := errors.Join(shorten(), inNamespace("ark1", shorten)); err != nil {
 		t.Fatal(err)
 	}
-	// The host counts by itself: what comes from within the namespace does not pass the namespace's own rules.
+	// The host counts by itself: what comes from within the namespace does not pass the namespace's
+	// own rules.
 	hostBefore = tracked(t, "")
 	err := inNamespace("ark1", func() error {
 		socket, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(10, 0, 15, 2)})
@@ -588,7 +592,8 @@ func TestConnectionLimit(t *testing.T) {
 	}
 }
 
-// TestConnectionShare makes sure that all guests together leave half of the host's connection tracking free.
+// TestConnectionShare makes sure that all guests together leave half of the host's connection
+// tracking free.
 func TestConnectionShare(t *testing.T) {
 	needRoot(t)
 	if n := startNAT(t, testConfig()); n.ConnectionLimit() != mostConnections {
@@ -610,7 +615,8 @@ func TestConnectionShare(t *testing.T) {
 	}
 }
 
-// TestNeighbour tries what somebody on the host's network reaches: what is forwarded, and nothing else.
+// TestNeighbour tries what somebody on the host's network reaches: what is forwarded, and nothing
+// else.
 func TestNeighbour(t *testing.T) {
 	needRoot(t)
 	startNAT(t, testConfig())
@@ -625,7 +631,8 @@ func TestNeighbour(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	// What a hostile neighbour would do: route the host's inner addresses, and even its loopback addresses, to it.
+	// What a hostile neighbour would do: route the host's inner addresses, and even its loopback
+	// addresses, to it.
 	giveRoute(t, testhost.Outside, "10.0.8.0/21", net.IPv4(192, 0, 2, 1))
 	giveRoute(t, testhost.Outside, "127.0.0.1/32", net.IPv4(192, 0, 2, 1))
 	giveRoute(t, testhost.Outside, "172.16.0.0/30", net.IPv4(192, 0, 2, 1))
@@ -661,7 +668,8 @@ func TestNeighbour(t *testing.T) {
 	wait.Wait()
 }
 
-// TestICMPErrors makes sure that errors about a guest's packets reach it: path MTU discovery needs them.
+// TestICMPErrors makes sure that errors about a guest's packets reach it: path MTU discovery needs
+// them.
 func TestICMPErrors(t *testing.T) {
 	needRoot(t)
 	startNAT(t, testConfig())

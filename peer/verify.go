@@ -16,8 +16,9 @@ import (
 	"drafter/wire"
 )
 
-// verify finds out what was signed of the package, which may have come with a signature, if only signed ones are accepted. The devices are known; what they
-// contain is checked when they are opened.
+// verify finds out what was signed of the package, which may have come with a signature, if only
+// signed ones are accepted. The devices are known; what they contain is checked when they are
+// opened.
 func (p *Peer) verify(carried []byte) (err error) {
 	if p.config.Verifier == nil {
 		return nil
@@ -28,7 +29,8 @@ func (p *Peer) verify(carried []byte) (err error) {
 	return p.checkPlaces()
 }
 
-// checkPlaces refuses devices that are not those that were signed, or whose bases others can change.
+// checkPlaces refuses devices that are not those that were signed, or whose bases others can
+// change.
 func (p *Peer) checkPlaces() error {
 	var names []string
 	for _, d := range p.config.Devices {
@@ -60,7 +62,8 @@ func (p *Peer) files(d *Device) *stack.Files {
 	return f
 }
 
-// decodeConfig decodes the content of the config device. It never changes, so that what was signed of it also holds where an overlay or a source has it from.
+// decodeConfig decodes the content of the config device. It never changes, so that what was signed
+// of it also holds where an overlay or a source has it from.
 func (p *Peer) decodeConfig(b []byte) (*vmm.PackageConfig, error) {
 	if p.statement != nil {
 		if err := p.statement.Check(vmm.Config, block.HashBytes(b)); err != nil {
@@ -71,7 +74,8 @@ func (p *Peer) decodeConfig(b []byte) (*vmm.PackageConfig, error) {
 	return vmm.DecodePackageConfig(b)
 }
 
-// carriedSignature is what a target gets of the package's signature; nil if there is none that it could use.
+// carriedSignature is what a target gets of the package's signature; nil if there is none that it
+// could use.
 func (p *Peer) carriedSignature() []byte {
 	if p.signature != nil {
 		return p.signature
@@ -83,7 +87,8 @@ func (p *Peer) carriedSignature() []byte {
 	return b
 }
 
-// verify checks the VM's config, which the source sends, before anything of it is looked at. What the VM has written since it was packaged nobody has signed.
+// verify checks the VM's config, which the source sends, before anything of it is looked at. What
+// the VM has written since it was packaged nobody has signed.
 func (a *arrival) verify(m wire.Manifest) (err error) {
 	p := a.p
 	p.signature = m.Signature
@@ -109,7 +114,8 @@ func (a *arrival) receiver(d *Device) func(block.Device) *block.Incoming {
 	}
 }
 
-// verifyKernel checks the kernel as it has arrived, before a VMM loads it, and keeps it: it never changes either.
+// verifyKernel checks the kernel as it has arrived, before a VMM loads it, and keeps it: it never
+// changes either.
 func (a *arrival) verifyKernel(ctx context.Context) error {
 	if a.p.statement == nil {
 		return nil
@@ -124,7 +130,8 @@ func (a *arrival) verifyKernel(ctx context.Context) error {
 	return a.p.statement.Check(vmm.Kernel, c)
 }
 
-// sealable is a device that nobody can write to once it is sealed: a source could send other content after what it sent first has been verified.
+// sealable is a device that nobody can write to once it is sealed: a source could send other
+// content after what it sent first has been verified.
 type sealable struct {
 	block.Device
 

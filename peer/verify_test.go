@@ -23,7 +23,8 @@ import (
 	"drafter/wire"
 )
 
-// accepted is in the error of a package that was accepted: its state device is none, which is found out only after that.
+// accepted is in the error of a package that was accepted: its state device is none, which is found
+// out only after that.
 const accepted = "state device"
 
 func verifierOf(t *testing.T, p *signaturetest.Package) *signature.Verifier {
@@ -61,7 +62,8 @@ func resume(t *testing.T, p *signaturetest.Package, instanceDir string, v *signa
 	return errors.Join(started.Resume(t.Context()), started.Close())
 }
 
-// Only the package that was signed is started, whatever of it differs; without keys, every package is.
+// Only the package that was signed is started, whatever of it differs; without keys, every package
+// is.
 func TestVerifiedStart(t *testing.T) {
 	for what, tt := range map[string]struct {
 		attack func(t *testing.T, p *signaturetest.Package)
@@ -204,7 +206,8 @@ func serve(t *testing.T, p *signaturetest.Package) migrate.Dial {
 	}
 }
 
-// A package that is pulled from a registry is the signed one before anything of it is used, and its signature is kept for the next start.
+// A package that is pulled from a registry is the signed one before anything of it is used, and its
+// signature is kept for the next start.
 func TestVerifiedPull(t *testing.T) {
 	for what, tt := range map[string]struct {
 		attack func(t *testing.T, p *signaturetest.Package)

@@ -58,7 +58,8 @@ func defaultFiles() []string {
 	return files
 }
 
-// checkOwner refuses a file that is another user's than this one or root, or that others have some permissions for: a program that it names runs as this user.
+// checkOwner refuses a file that is another user's than this one or root, or that others have some
+// permissions for: a program that it names runs as this user.
 func checkOwner(path string, others uint32) error {
 	var st unix.Stat_t
 	if err := unix.Stat(path, &st); err != nil {

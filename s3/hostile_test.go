@@ -32,7 +32,8 @@ func index(t testing.TB, size int64, packs uint32, n int64) []byte {
 	return bombtest.Zeros(t, head, n)
 }
 
-// A storage cannot make us take more memory than a device of the size that its manifest names needs.
+// A storage cannot make us take more memory than a device of the size that its manifest names
+// needs.
 func TestHostileIndexes(t *testing.T) {
 	const size = 64 << 20 // 1,024 blocks
 	for name, c := range map[string]struct {
@@ -75,7 +76,8 @@ func TestHostileManifests(t *testing.T) {
 	}
 }
 
-// A storage that redirects gets nobody else the session token, and one that answers without end is cut off.
+// A storage that redirects gets nobody else the session token, and one that answers without end is
+// cut off.
 func TestHostileStorage(t *testing.T) {
 	var asked atomic.Int64
 	thief := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked.Add(1) }))
@@ -118,7 +120,8 @@ func TestHostileStorage(t *testing.T) {
 	}
 }
 
-// Keys come from a file, or from a program that it names. A file of another's, or open to others, is not believed: the program runs as this user.
+// Keys come from a file, or from a program that it names. A file of another's, or open to others,
+// is not believed: the program runs as this user.
 func TestCredentials(t *testing.T) {
 	for _, v := range []string{"AWS_ACCESS_KEY_ID", "AWS_ACCESS_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_SECRET_KEY", "MINIO_ROOT_USER", "MINIO_ACCESS_KEY", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_PROFILE"} {
 		t.Setenv(v, "")

@@ -1,13 +1,16 @@
-// Package signature says which packages are accepted: those whose statement one of some keys has signed.
+// Package signature says which packages are accepted: those whose statement one of some keys has
+// signed.
 //
-// A statement lists the devices of a package with their sizes and content ids (see [block.Contents]), so it fits the package wherever it is: in a directory, an
-// archive, a registry. It is JSON:
+// A statement lists the devices of a package with their sizes and content ids (see
+// [block.Contents]), so it fits the package wherever it is: in a directory, an archive, a registry.
+// It is JSON:
 //
 //	{"version":1,"devices":[{"name":"config","size":1234,"content":"<64 hex digits>"}, …]}
 //
-// The signature is a DSSE envelope (https://github.com/secure-systems-lab/dsse, version 1) around it, with the payload type [PayloadType]. Keys are Ed25519 (RFC
-// 8032) or ECDSA on P-256 with SHA-256 and an ASN.1 signature (FIPS 186-5), in PEM: PKCS #8 for the private key, PKIX for public ones, as openssl makes them. The
-// key alone determines the algorithm; nothing in an envelope does.
+// The signature is a DSSE envelope (https://github.com/secure-systems-lab/dsse, version 1) around
+// it, with the payload type [PayloadType]. Keys are Ed25519 (RFC 8032) or ECDSA on P-256 with
+// SHA-256 and an ASN.1 signature (FIPS 186-5), in PEM: PKCS #8 for the private key, PKIX for public
+// ones, as openssl makes them. The key alone determines the algorithm; nothing in an envelope does.
 package signature
 
 import (
@@ -31,7 +34,8 @@ import (
 )
 
 const (
-	// File is the name of a package's signature, in the directory of its config device and in its archive.
+	// File is the name of a package's signature, in the directory of its config device and in its
+	// archive.
 	File = "package.sig"
 	// PayloadType is the type of a statement in its envelope.
 	PayloadType = "application/vnd.drafter.package.statement.v1+json"
@@ -212,7 +216,8 @@ func decodeJSON(b []byte, v any) error {
 	return nil
 }
 
-// Beside returns the signature of the package whose config device is the file at path config; nil if it has none. Whether it fits is not checked.
+// Beside returns the signature of the package whose config device is the file at path config; nil
+// if it has none. Whether it fits is not checked.
 func Beside(config string) ([]byte, error) {
 	b, err := Read(filepath.Join(filepath.Dir(config), File))
 	if errors.Is(err, os.ErrNotExist) {
@@ -221,8 +226,9 @@ func Beside(config string) ([]byte, error) {
 	return b, err
 }
 
-// Keep puts a signature, if there is one, beside the config device of its package, the file at path config. One that is there already is only replaced if replace
-// is set. What is no signature is left alone, as only a [Verifier] refuses.
+// Keep puts a signature, if there is one, beside the config device of its package, the file at path
+// config. One that is there already is only replaced if replace is set. What is no signature is
+// left alone, as only a [Verifier] refuses.
 func Keep(envelope []byte, config string, replace bool) error {
 	path := filepath.Join(filepath.Dir(config), File)
 	if _, err := os.Lstat(path); envelope == nil || err == nil && !replace {

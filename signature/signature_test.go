@@ -84,7 +84,8 @@ func refusedWith(t *testing.T, what string, err error, want string) {
 	}
 }
 
-// What was signed is accepted with its key, also among others, and openssl comes to the same result from the envelope alone.
+// What was signed is accepted with its key, also among others, and openssl comes to the same result
+// from the envelope alone.
 func TestSignAndVerify(t *testing.T) {
 	for name, tt := range map[string]struct{ algorithm, verify []string }{
 		"ed25519": {ed25519, []string{"-rawin"}},
@@ -307,7 +308,8 @@ func TestKeys(t *testing.T) {
 	}
 }
 
-// A signature's file is a regular file: a link would let a stranger's package name a file of the host, which would then be handed out with it.
+// A signature's file is a regular file: a link would let a stranger's package name a file of the
+// host, which would then be handed out with it.
 func TestSignatureFile(t *testing.T) {
 	private, _ := newKey(t, ed25519...)
 	envelope := sign(t, private, contents())

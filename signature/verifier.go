@@ -19,7 +19,8 @@ type Verifier struct {
 	file string
 }
 
-// NewVerifier reads public keys from files, at least one. The signature at path file is used in place of the packages' own, unless it is "".
+// NewVerifier reads public keys from files, at least one. The signature at path file is used in
+// place of the packages' own, unless it is "".
 func NewVerifier(keyFiles []string, file string) (*Verifier, error) {
 	v := &Verifier{file: file}
 	for _, path := range keyFiles {
@@ -35,8 +36,9 @@ func NewVerifier(keyFiles []string, file string) (*Verifier, error) {
 	return v, nil
 }
 
-// Statement returns what was signed of the package that came with the signature carried, if not nil, or has one beside its config device, the file at path
-// config. Whoever uses the package checks the names of its devices and the content of each against it.
+// Statement returns what was signed of the package that came with the signature carried, if not
+// nil, or has one beside its config device, the file at path config. Whoever uses the package
+// checks the names of its devices and the content of each against it.
 func (v *Verifier) Statement(carried []byte, config string) (_ *Statement, err error) {
 	envelope := carried
 	switch {
@@ -58,7 +60,8 @@ func (v *Verifier) Statement(carried []byte, config string) (_ *Statement, err e
 	return s, nil
 }
 
-// CheckFiles refuses a package in files, by the names of its devices, that is not the one of the statement, and files that others can change: see [private.CheckPlace].
+// CheckFiles refuses a package in files, by the names of its devices, that is not the one of the
+// statement, and files that others can change: see [private.CheckPlace].
 func (s *Statement) CheckFiles(ctx context.Context, files map[string]string, owner int) error {
 	var names []string
 	for name := range files {
@@ -82,7 +85,8 @@ func (s *Statement) CheckFiles(ctx context.Context, files map[string]string, own
 	return nil
 }
 
-// HashFile reads all of a file and returns its content ids. Those that are kept beside it are not trusted: see [block.FileContents].
+// HashFile reads all of a file and returns its content ids. Those that are kept beside it are not
+// trusted: see [block.FileContents].
 func HashFile(ctx context.Context, path string) (_ *block.Contents, err error) {
 	d, err := block.OpenFile(path, true)
 	if err != nil {

@@ -8,9 +8,9 @@ import (
 	"github.com/google/uuid"
 )
 
-// What a package's config says comes from whoever made the package, or from a migration's source. Every
-// field has the form below before it reaches a command line, a path, an API or a log; a driver checks
-// further what only it knows, as machine types and CPU models.
+// What a package's config says comes from whoever made the package, or from a migration's source.
+// Every field has the form below before it reaches a command line, a path, an API or a log; a
+// driver checks further what only it knows, as machine types and CPU models.
 var (
 	vmmForm       = regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}$`)
 	versionForm   = regexp.MustCompile(`^[0-9]+(\.[0-9]+){0,3}$`)
@@ -50,7 +50,8 @@ func checkForm(field, value string, form *regexp.Regexp) error {
 	return nil
 }
 
-// CheckNetwork refuses names of interfaces and MAC addresses that could not be such. Both may be empty.
+// CheckNetwork refuses names of interfaces and MAC addresses that could not be such. Both may be
+// empty.
 func CheckNetwork(iface, mac string) error {
 	if iface != "" {
 		if err := checkForm("interface", iface, interfaceForm); err != nil {
@@ -66,7 +67,8 @@ func CheckNetwork(iface, mac string) error {
 	return nil
 }
 
-// CheckBootArgs refuses a kernel command line with control characters, or one that Linux would cut off.
+// CheckBootArgs refuses a kernel command line with control characters, or one that Linux would cut
+// off.
 func CheckBootArgs(args string) error {
 	if len(args) > maxArgs {
 		return fmt.Errorf("bootArgs has %d bytes; Linux takes %d", len(args), maxArgs)

@@ -6,7 +6,8 @@ import (
 	"drafter/block"
 )
 
-// ReadConfigDevice reads the config device d, for [DecodePackageConfig]. Of a device that is too large for a config no more is read than shows that.
+// ReadConfigDevice reads the config device d, for [DecodePackageConfig]. Of a device that is too
+// large for a config no more is read than shows that.
 func ReadConfigDevice(d block.Device) ([]byte, error) {
 	b := make([]byte, min(d.Size(), maxConfig+1))
 	if _, err := d.ReadAt(b, 0); err != nil {

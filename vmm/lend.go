@@ -24,8 +24,9 @@ type loan struct {
 	file *os.File // nil when the loan is an orphan's
 }
 
-// Lend makes a file usable for the user that the VMM runs as: it becomes the file's owner until Close,
-// or until a clean-up finds that this process was killed. A file that the user can use is left alone.
+// Lend makes a file usable for the user that the VMM runs as: it becomes the file's owner until
+// Close, or until a clean-up finds that this process was killed. A file that the user can use is
+// left alone.
 func (d *Dir) Lend(path string, uid, gid int, write bool) (err error) {
 	defer func() {
 		if err != nil {

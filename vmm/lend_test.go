@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestLend lends files of different owners and modes, and takes them back: by Close, and after the owner
-// of the VM's directory was killed.
+// TestLend lends files of different owners and modes, and takes them back: by Close, and after the
+// owner of the VM's directory was killed.
 func TestLend(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("SKIPPED: changing owners needs root")

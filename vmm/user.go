@@ -11,8 +11,8 @@ import (
 	"drafter/internal/rundir"
 )
 
-// UserRange is a range of user ids, of which each VM gets one, with the group of the same number. The
-// zero value stands for [DefaultUsers].
+// UserRange is a range of user ids, of which each VM gets one, with the group of the same number.
+// The zero value stands for [DefaultUsers].
 type UserRange struct {
 	First uint32 // 0 with a count of 1: VMs run as root
 	Count uint32

@@ -1,4 +1,5 @@
-// Package bombtest makes what unpacks to far more than it looks, and measures what that costs, for tests.
+// Package bombtest makes what unpacks to far more than it looks, and measures what that costs, for
+// tests.
 package bombtest
 
 import (

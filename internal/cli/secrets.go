@@ -6,11 +6,13 @@ import (
 	"unsafe"
 )
 
-// secretFields are where a secret may be on a command line: in the JSON of --devices, and in --device.
+// secretFields are where a secret may be on a command line: in the JSON of --devices, and in
+// --device.
 var secretFields = regexp.MustCompile(`(?i)"s3secretkey"\s*:\s*"((?:[^"\\]|\\.)*)"|s3secretkey=([^,]*)`)
 
-// hideSecrets returns a copy of a process's own arguments, and overwrites the secrets in the original. The kernel reads /proc/PID/cmdline, which ps(1) shows to
-// everybody, from there (proc_pid_cmdline(5)): the runtime's os.Args are the very bytes that execve(2) made.
+// hideSecrets returns a copy of a process's own arguments, and overwrites the secrets in the
+// original. The kernel reads /proc/PID/cmdline, which ps(1) shows to everybody, from there
+// (proc_pid_cmdline(5)): the runtime's os.Args are the very bytes that execve(2) made.
 func hideSecrets(args []string) []string {
 	own := make([]string, len(args))
 	for i, arg := range args {

@@ -23,7 +23,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// The secret key is on the command line that others see for no longer than the command needs to start; the command has it all the same.
+// The secret key is on the command line that others see for no longer than the command needs to
+// start; the command has it all the same.
 func TestSecretsAreHidden(t *testing.T) {
 	for _, args := range [][]string{
 		{"peer", "--devices", `[{"name":"disk","base":"x","s3accesskey":"open","s3secretkey":"guess-me"}]`, "--bogus"},

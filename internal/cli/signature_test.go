@@ -102,7 +102,8 @@ func TestSigningAsWritten(t *testing.T) {
 	}
 }
 
-// An archive carries the signature of its package, and with a key nothing else than what was signed is extracted.
+// An archive carries the signature of its package, and with a key nothing else than what was signed
+// is extracted.
 func TestSignedArchive(t *testing.T) {
 	p := signaturetest.New(t)
 	dir := t.TempDir()
@@ -147,7 +148,8 @@ func TestSignedArchive(t *testing.T) {
 	refused("has no signature")
 	succeeds(t, dir, extract...)
 
-	// What others make: a signature that is too long or is none, and a link that would hand out a file of the host.
+	// What others make: a signature that is too long or is none, and a link that would hand out a
+	// file of the host.
 	for name, content := range map[string]string{"is longer than": strings.Repeat(" ", signature.MaxSize+1), "is a signature of something else": "{}"} {
 		write(t, filepath.Join(p.Dir, signature.File), []byte(content))
 		list := []string{"-C", p.Dir, "--zstd", "-cf", filepath.Join(dir, "a.tar.zst"), "--transform", "s/vmlinux/kernel/;s/rootfs.ext4/disk/;s/state.bin/state/;s/memory.bin/memory/;s/config.json/config/", signature.File, "vmlinux", "rootfs.ext4", "state.bin", "memory.bin", "config.json"}
@@ -179,7 +181,8 @@ func write(t *testing.T, path string, content []byte) string {
 	return path
 }
 
-// A package in an OCI registry carries its signature, and with a key nothing else than what was signed is fetched, whatever the registry does.
+// A package in an OCI registry carries its signature, and with a key nothing else than what was
+// signed is fetched, whatever the registry does.
 func TestSignedArtifact(t *testing.T) {
 	handler := ggcr.New(ggcr.Logger(log.New(io.Discard, "", 0)))
 	var evil atomic.Pointer[string] // the tag that is given for the tag 1
@@ -224,7 +227,8 @@ func TestSignedArtifact(t *testing.T) {
 	}
 	succeeds(t, dir, "pull", repo+":unsigned", "--output", "unsigned")
 
-	// The registry gives another manifest for the tag; once it is for the tag only, after it was resolved.
+	// The registry gives another manifest for the tag; once it is for the tag only, after it was
+	// resolved.
 	tag := "unsigned"
 	evil.Store(&tag)
 	fails(t, dir, "has no signature", "pull", repo+":1", "--output", "evil", "--verify-key", p.Pub)

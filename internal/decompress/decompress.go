@@ -1,4 +1,5 @@
-// Package decompress unpacks zstd (RFC 8878) from strangers. It never gives more, nor takes more memory, than what the content must be.
+// Package decompress unpacks zstd (RFC 8878) from strangers. It never gives more, nor takes more
+// memory, than what the content must be.
 package decompress
 
 import (
@@ -11,10 +12,12 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// maxWindow is what a decoder keeps of the past, in bytes: that of "zstd --ultra -22", the most that a program makes without being asked for more (--long).
+// maxWindow is what a decoder keeps of the past, in bytes: that of "zstd --ultra -22", the most
+// that a program makes without being asked for more (--long).
 const maxWindow = 128 << 20
 
-// Blocks returns a decoder for DecodeAll on any number of goroutines, which never gives more bytes than fit behind its target. Close it.
+// Blocks returns a decoder for DecodeAll on any number of goroutines, which never gives more bytes
+// than fit behind its target. Close it.
 func Blocks() (*zstd.Decoder, error) {
 	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(0), zstd.WithDecodeAllCapLimit(true), zstd.WithDecoderMaxWindow(maxWindow))
 	if err != nil {
@@ -32,7 +35,8 @@ func Stream(r io.Reader) (*zstd.Decoder, error) {
 	return d, nil
 }
 
-// Interruptible is r until ctx ends. What unpacks can go on for long without a read of what is below.
+// Interruptible is r until ctx ends. What unpacks can go on for long without a read of what is
+// below.
 func Interruptible(ctx context.Context, r io.Reader) io.Reader { return &interruptible{ctx, r} }
 
 type interruptible struct {
@@ -47,13 +51,15 @@ func (i *interruptible) Read(p []byte) (int, error) {
 	return i.r.Read(p)
 }
 
-// Bound is the most that any encoder makes of size bytes: blocks that do not compress are stored, with 3 bytes before each (section 3.1.1.2).
+// Bound is the most that any encoder makes of size bytes: blocks that do not compress are stored,
+// with 3 bytes before each (section 3.1.1.2).
 func Bound(size int64) int64 { return size + size>>8 + 1<<10 }
 
 // ErrSize says that content is longer or shorter than it must be.
 var ErrSize = errors.New("not of the size it must be")
 
-// Exactly hands the content of compressed to read, which is to take all of its size bytes. More or less of them is an error.
+// Exactly hands the content of compressed to read, which is to take all of its size bytes. More or
+// less of them is an error.
 func Exactly(compressed []byte, size int64, read func(io.Reader) error) error {
 	d, err := Stream(bytes.NewReader(compressed))
 	if err != nil {

@@ -48,7 +48,8 @@ func TestExactly(t *testing.T) {
 
 // A frame that wants to remember a GiB of the past is refused.
 func TestWindow(t *testing.T) {
-	// Magic number, a descriptor without content size, a window of 2^30 bytes, and a last raw block of one byte (RFC 8878, section 3.1.1).
+	// Magic number, a descriptor without content size, a window of 2^30 bytes, and a last raw block
+	// of one byte (RFC 8878, section 3.1.1).
 	frame := []byte{0x28, 0xb5, 0x2f, 0xfd, 0x00, 20 << 3, 0x09, 0x00, 0x00, 'x'}
 	s, err := Stream(bytes.NewReader(frame))
 	if err != nil {

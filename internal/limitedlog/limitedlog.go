@@ -1,5 +1,5 @@
-// Package limitedlog logs what strangers, guests among them, can cause: so many lines and no more, with a
-// count of those that were left out.
+// Package limitedlog logs what strangers, guests among them, can cause: so many lines and no more,
+// with a count of those that were left out.
 package limitedlog
 
 import (
@@ -11,9 +11,9 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// Log writes to the default [slog.Logger]: ten lines at once, then one a second. The next line says how many
-// were left out; if there is none, a line of its own does. The zero value is ready. It is safe for concurrent
-// use.
+// Log writes to the default [slog.Logger]: ten lines at once, then one a second. The next line says
+// how many were left out; if there is none, a line of its own does. The zero value is ready. It is
+// safe for concurrent use.
 type Log struct {
 	mu      sync.Mutex
 	limiter *rate.Limiter

@@ -1,7 +1,9 @@
-// Package newfile makes files that are their owner's alone, and have their names only once they are complete and durable.
+// Package newfile makes files that are their owner's alone, and have their names only once they are
+// complete and durable.
 //
-// A file has no name while it is written, so a killed writer leaves nothing, and whoever else may write to the directory finds nothing to replace. What its
-// name stood for before, a symbolic link included, is replaced and never written to.
+// A file has no name while it is written, so a killed writer leaves nothing, and whoever else may
+// write to the directory finds nothing to replace. What its name stood for before, a symbolic link
+// included, is replaced and never written to.
 package newfile
 
 import (

@@ -1,4 +1,5 @@
-// Package ociclient reaches OCI registries with docker's credentials, which go to the host they are for and to no other, whatever a registry asks.
+// Package ociclient reaches OCI registries with docker's credentials, which go to the host they are
+// for and to no other, whatever a registry asks.
 package ociclient
 
 import (
@@ -74,8 +75,8 @@ func (g *guard) RoundTrip(req *http.Request) (*http.Response, error) {
 	return g.base.RoundTrip(req)
 }
 
-// carriesCredentials tells whether a request carries a password or a refresh token. A bearer token is one that the registry's token service has made for it:
-// the library sends it nowhere else.
+// carriesCredentials tells whether a request carries a password or a refresh token. A bearer token
+// is one that the registry's token service has made for it: the library sends it nowhere else.
 func carriesCredentials(req *http.Request) bool {
 	scheme, _, _ := strings.Cut(req.Header.Get("Authorization"), " ")
 	return scheme != "" && !strings.EqualFold(scheme, "Bearer") || req.URL.User != nil ||

@@ -70,7 +70,8 @@ func (r *recorder) requests() int {
 	return len(r.seen)
 }
 
-// at is a server's HOST:PORT by the name localhost, which the library takes to be no loopback address.
+// at is a server's HOST:PORT by the name localhost, which the library takes to be no loopback
+// address.
 func (r *recorder) at() string { return strings.Replace(r.URL, "127.0.0.1", "localhost", 1) }
 
 const password = "the-password"
@@ -89,7 +90,8 @@ func basic() string {
 	return base64.StdEncoding.EncodeToString([]byte("someone:" + password))
 }
 
-// guarded is a registry that wants a bearer token of the service at realm, and sends those who ask for a blob to elsewhere, if that is given.
+// guarded is a registry that wants a bearer token of the service at realm, and sends those who ask
+// for a blob to elsewhere, if that is given.
 func guarded(t *testing.T, realm func(self string) string, elsewhere string) *recorder {
 	t.Helper()
 	store := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
@@ -121,7 +123,8 @@ func push(t *testing.T, r *recorder) (name.Reference, error) {
 	return ref, remote.Write(ref, image, Options(t.Context(), ref.Context().Registry, false)...)
 }
 
-// The token service on the registry's own host gets the credentials; one elsewhere, over plain HTTP, is asked without them.
+// The token service on the registry's own host gets the credentials; one elsewhere, over plain
+// HTTP, is asked without them.
 func TestRealm(t *testing.T) {
 	own := guarded(t, func(self string) string { return self + "/token" }, "")
 	login(t, strings.TrimPrefix(own.URL, "http://"), fmt.Sprintf(`"auth":%q`, basic()))

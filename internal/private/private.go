@@ -77,8 +77,8 @@ func file(fd int, path string, err error) (*os.File, error) {
 	return os.NewFile(uintptr(fd), path), nil
 }
 
-// Create makes a new file, open for reading and writing. It fails with [os.ErrExist] if there is one.
-// Directories that are missing are made.
+// Create makes a new file, open for reading and writing. It fails with [os.ErrExist] if there is
+// one. Directories that are missing are made.
 func Create(path string) (*os.File, error) {
 	dir, base, err := walk(path, makeMissing)
 	if err != nil {
@@ -102,8 +102,9 @@ func CreateTemp(path string) (*os.File, error) {
 	return Create(filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+"."+rand.Text()[:10]))
 }
 
-// CreateOrOpen opens the file at path for reading and writing, and makes it if there is none. A file
-// that another user made or may write to, that has a second name, or that is a link, is refused.
+// CreateOrOpen opens the file at path for reading and writing, and makes it if there is none. A
+// file that another user made or may write to, that has a second name, or that is a link, is
+// refused.
 func CreateOrOpen(path string) (*os.File, error) {
 	for {
 		f, err := Create(path)
@@ -218,7 +219,8 @@ func walk(path string, how walking) (dir int, base string, err error) {
 	}
 }
 
-// readlink returns where a link leads, if the descriptor is of one, and refuses one of a stranger's.
+// readlink returns where a link leads, if the descriptor is of one, and refuses one of a
+// stranger's.
 func readlink(fd int) (target string, link bool, err error) {
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
@@ -274,10 +276,10 @@ func CheckDir(path string) error {
 	return err
 }
 
-// CheckPlace refuses a path at which somebody else can put other content: each of its directories and
-// links, and what it leads to, must belong to a trusted user and be writable by its owner only. What it
-// leads to may also belong to the user with the id owner. A directory of all users, such as /tmp, is in
-// order if it is sticky. Where the path ends early, what is there of it is checked.
+// CheckPlace refuses a path at which somebody else can put other content: each of its directories
+// and links, and what it leads to, must belong to a trusted user and be writable by its owner only.
+// What it leads to may also belong to the user with the id owner. A directory of all users, such as
+// /tmp, is in order if it is sticky. Where the path ends early, what is there of it is checked.
 func CheckPlace(path string, owner int) error {
 	if !filepath.IsAbs(path) {
 		dir, err := os.Getwd()
@@ -328,16 +330,16 @@ func checkPlaceOwner(path string, info fs.FileInfo, last bool, owner int) error 
 	return fmt.Errorf("others than its owner can write to %s and put something else there; chmod go-w it", path)
 }
 
-// othersWrite tells whether others than the owner, and those in the owner's private group, can write.
-// The group "disk" of a device is root's equal.
+// othersWrite tells whether others than the owner, and those in the owner's private group, can
+// write. The group "disk" of a device is root's equal.
 func othersWrite(info fs.FileInfo) bool {
 	st := info.Sys().(*syscall.Stat_t)
 	private := st.Gid == st.Uid || info.Mode()&fs.ModeDevice != 0
 	return info.Mode()&0o002 != 0 || info.Mode()&0o020 != 0 && !private
 }
 
-// CheckOwner refuses an open file that a user made who is not trusted, that others may write to, or that
-// has a second name.
+// CheckOwner refuses an open file that a user made who is not trusted, that others may write to, or
+// that has a second name.
 func CheckOwner(f *os.File) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {

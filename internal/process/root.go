@@ -22,7 +22,8 @@ type Root struct {
 // Link is a symbolic link.
 type Link struct{ Path, Target string }
 
-// namespaces of a child with a [Root], besides those of mounts and, as given by Config, the network.
+// namespaces of a child with a [Root], besides those of mounts and, as given by Config, the
+// network.
 const namespaces = unix.CLONE_NEWPID | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS
 
 // change makes the root the calling thread's. The thread has a mount namespace of its own.
@@ -141,8 +142,8 @@ func (r *Root) copy(m Mount, uid, gid int) error {
 	return errors.Join(os.WriteFile(r.path(m.Target), b, 0o400), os.Chown(r.path(m.Target), uid, gid))
 }
 
-// renounce makes the calling thread's children unable to get privileges: they have no capability once
-// they execute a program or have changed to another user, and no file gives them one.
+// renounce makes the calling thread's children unable to get privileges: they have no capability
+// once they execute a program or have changed to another user, and no file gives them one.
 func renounce() error {
 	for c := uintptr(0); ; c++ {
 		err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0)

@@ -1,5 +1,6 @@
-// Package rundir holds locks and records of what lives on this host, in /run/drafter. A lock is held with
-// flock(2), so it ends with its process. Only root can read there: who can open a lock can hold it.
+// Package rundir holds locks and records of what lives on this host, in /run/drafter. A lock is
+// held with flock(2), so it ends with its process. Only root can read there: who can open a lock
+// can hold it.
 package rundir
 
 import (
@@ -60,8 +61,8 @@ func Sweep(dir string) error {
 	return nil
 }
 
-// Remove removes the directory once nothing is left in it. It may still hold what others use, or be used
-// again this moment: neither is an error.
+// Remove removes the directory once nothing is left in it. It may still hold what others use, or be
+// used again this moment: neither is an error.
 func Remove() error {
 	dirs := []string{}
 	err := filepath.WalkDir(Path, func(path string, d fs.DirEntry, err error) error {

@@ -1,5 +1,6 @@
-// Package scratch makes directories for what is in the making: closed to other users, and gone with their owner. What a killed owner leaves is removed when the
-// next one makes a directory of the same kind at the same place.
+// Package scratch makes directories for what is in the making: closed to other users, and gone with
+// their owner. What a killed owner leaves is removed when the next one makes a directory of the
+// same kind at the same place.
 package scratch
 
 import (
@@ -16,7 +17,8 @@ import (
 	"drafter/internal/lockfile"
 )
 
-// lockName is the file that says whether a directory's owner lives. Nobody else can make one there: the directory is 0700 and its owner's.
+// lockName is the file that says whether a directory's owner lives. Nobody else can make one there:
+// the directory is 0700 and its owner's.
 const lockName = ".drafter-scratch"
 
 // Dir is a directory of our own.
@@ -27,7 +29,8 @@ type Dir struct {
 	lock   *os.File
 }
 
-// New makes a directory in parent, whose name begins with prefix and cannot be foreseen. Close removes it.
+// New makes a directory in parent, whose name begins with prefix and cannot be foreseen. Close
+// removes it.
 func New(parent, prefix string) (_ *Dir, err error) {
 	d := &Dir{name: prefix + rand.Text()}
 	if d.parent, err = os.OpenRoot(parent); err != nil {
@@ -69,12 +72,14 @@ func (d *Dir) mark() error {
 	return nil
 }
 
-// Path is that of a file in the directory, for processes of the same user. It holds whatever others do to the names above, until Close.
+// Path is that of a file in the directory, for processes of the same user. It holds whatever others
+// do to the names above, until Close.
 func (d *Dir) Path(name string) string {
 	return filepath.Join(fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), d.root.Fd()), name)
 }
 
-// Move gives what is there under name its place beside the directory. It replaces an empty directory, and nothing else.
+// Move gives what is there under name its place beside the directory. It replaces an empty
+// directory, and nothing else.
 func (d *Dir) Move(name, to string) error {
 	parent, err := d.parent.Open(".")
 	if err != nil {
@@ -165,7 +170,8 @@ func sweepOne(parent *os.Root, name string) (err error) {
 	return nil
 }
 
-// empty removes all that is in an open directory, the lock last: whoever is killed meanwhile leaves it to the next.
+// empty removes all that is in an open directory, the lock last: whoever is killed meanwhile leaves
+// it to the next.
 func empty(dir *os.File) error {
 	root, err := os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", dir.Fd()))
 	if err != nil {

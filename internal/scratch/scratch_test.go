@@ -64,7 +64,8 @@ func TestClosed(t *testing.T) {
 	}
 }
 
-// What a killed owner leaves goes with the next. What lives stays, and so does what only looks like it: a link, an unmarked directory, another user's.
+// What a killed owner leaves goes with the next. What lives stays, and so does what only looks like
+// it: a link, an unmarked directory, another user's.
 func TestSweep(t *testing.T) {
 	parent, elsewhere := t.TempDir(), t.TempDir()
 	if err := os.WriteFile(filepath.Join(elsewhere, lockName), nil, 0o600); err != nil {

@@ -23,7 +23,8 @@ import (
 	"drafter/vmm"
 )
 
-// Package is a package that a key has signed. It can be opened, but not started: its state device is none.
+// Package is a package that a key has signed. It can be opened, but not started: its state device
+// is none.
 type Package struct {
 	Dir      string
 	Key, Pub string // files with the private and the public key
@@ -130,7 +131,8 @@ func (p *Package) Sign(t *testing.T, keyFile string) {
 	}
 }
 
-// ForgeContents changes a device, and puts a file beside it that says, for just that file at just that time, that it is as it was: see [block.FileContents].
+// ForgeContents changes a device, and puts a file beside it that says, for just that file at just
+// that time, that it is as it was: see [block.FileContents].
 func (p *Package) ForgeContents(t *testing.T, name string) {
 	t.Helper()
 	before := p.Contents(t)[name]

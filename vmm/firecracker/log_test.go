@@ -11,7 +11,8 @@ import (
 	"drafter/internal/console"
 )
 
-// What a guest can make Firecracker write is left out of the log beyond a limit, whatever its length.
+// What a guest can make Firecracker write is left out of the log beyond a limit, whatever its
+// length.
 func TestFollowLog(t *testing.T) {
 	var log bytes.Buffer
 	old := slog.Default()

@@ -91,7 +91,8 @@ func addPrograms(r *process.Root, program string) error {
 	return nil
 }
 
-// listenPort makes the socket at which this process reaches a port of the guest's. QEMU only gets it listening, and cannot put another one there.
+// listenPort makes the socket at which this process reaches a port of the guest's. QEMU only gets
+// it listening, and cannot put another one there.
 func listenPort(l *vmm.Launch, port uint32) (*os.File, error) {
 	path := l.Dir.Socket(portSocket(port))
 	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
