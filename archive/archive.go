@@ -24,6 +24,7 @@ import (
 	"drafter/block"
 	"drafter/internal/decompress"
 	"drafter/internal/newfile"
+	"drafter/internal/private"
 	"drafter/internal/sparse"
 	"drafter/signature"
 	"drafter/vmm"
@@ -123,7 +124,7 @@ func header(name string, size int64) *tar.Header {
 }
 
 func add(ctx context.Context, t *tar.Writer, d Device, progress Progress) error {
-	f, err := os.Open(d.Path)
+	f, err := private.Open(d.Path, os.O_RDONLY)
 	if err != nil {
 		return err
 	}
@@ -213,7 +214,7 @@ func ExtractSigned(ctx context.Context, path string, devices []Device, verifier 
 	if err := check(devices); err != nil {
 		return err
 	}
-	f, err := os.Open(path)
+	f, err := private.Open(path, os.O_RDONLY)
 	if err != nil {
 		return fmt.Errorf("open package: %w", err)
 	}

@@ -6,10 +6,11 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/google/uuid"
-	"golang.org/x/sys/unix"
 
+	"drafter/internal/lockfile"
 	"drafter/internal/newfile"
 	"drafter/internal/private"
 )
@@ -106,15 +107,11 @@ func createOverlay(paths OverlayPaths, h *stateHeader) (err error) {
 	if err := private.MkdirAll(dir); err != nil {
 		return err
 	}
-	// One process at a time makes overlays there.
-	lock, err := os.Open(dir)
+	lock, err := lockDirectory(dir)
 	if err != nil {
 		return err
 	}
-	defer lock.Close()
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
-		return fmt.Errorf("lock %s: %w", dir, err)
-	}
+	defer func() { err = errors.Join(err, lock.Release()) }()
 	if exists, err := overlayExists(paths); err != nil || exists {
 		return err
 	}
@@ -133,6 +130,21 @@ func createOverlay(paths OverlayPaths, h *stateHeader) (err error) {
 		_, err := f.Write(initialState(h))
 		return err
 	})
+}
+
+// lockPatience bounds how long another process may take to make its overlays in a directory.
+const lockPatience = 30 * time.Second
+
+// lockDirectory lets one process at a time make overlays in a directory. The lock is a file that nobody
+// else can open, and so hold.
+func lockDirectory(dir string) (*lockfile.Lock, error) {
+	for deadline := time.Now().Add(lockPatience); ; time.Sleep(5 * time.Millisecond) {
+		lock, err := lockfile.Try(filepath.Join(dir, ".overlays.lock"))
+		var held *lockfile.HeldError
+		if !errors.As(err, &held) || time.Now().After(deadline) {
+			return lock, err
+		}
+	}
 }
 
 // Publish makes a durable file, for its owner alone, that has its name only once it is complete.

@@ -10,6 +10,7 @@ import (
 	"github.com/google/uuid"
 
 	"drafter/block"
+	"drafter/internal/private"
 )
 
 // status says, in a file beside a device's, that its files are not the device: it is elsewhere, or on its way. Without one they are.
@@ -51,7 +52,7 @@ func (d *Device) clearStatus() error {
 }
 
 func (d *Device) status() (status, error) {
-	b, err := os.ReadFile(d.statusFile())
+	b, err := private.ReadFile(d.statusFile(), 256)
 	if errors.Is(err, os.ErrNotExist) {
 		return "", nil
 	}

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"drafter/agent"
@@ -206,7 +207,7 @@ func (r *Runner) copyPrivate(ctx context.Context) error {
 	return nil
 }
 
-const privatePrefix = "private-"
+const privatePrefix = "drafter-private-"
 
 // reclaimPrivate removes private copies whose runner was killed.
 func reclaimPrivate(parent string) error {
@@ -215,10 +216,17 @@ func reclaimPrivate(parent string) error {
 		return err
 	}
 	for _, dir := range dirs {
-		f, err := os.Open(dir)
+		info, err := os.Lstat(dir)
 		if errors.Is(err, os.ErrNotExist) {
 			continue
 		}
+		if err != nil {
+			return err
+		}
+		if st, ok := info.Sys().(*syscall.Stat_t); !ok || info.Mode() != os.ModeDir|0o700 || int(st.Uid) != os.Geteuid() {
+			continue // somebody else's
+		}
+		f, err := private.Open(dir, os.O_RDONLY)
 		if err != nil {
 			return err
 		}

@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 
 	"drafter/block"
+	"drafter/internal/private"
 	"drafter/wire"
 )
 
@@ -224,14 +226,20 @@ func (f *Files) ForgetMissing() error {
 	return nil
 }
 
+// maxNote bounds a note beside a device's files, in bytes.
+const maxNote = 64
+
 // CheckMissing refuses a device of which a part never arrived.
 func (f *Files) CheckMissing() error {
-	b, err := os.ReadFile(f.missingFile())
+	b, err := private.ReadFile(f.missingFile(), maxNote)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
 		return err
+	}
+	if _, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(string(b)), " bytes"), 10, 64); err != nil {
+		return fmt.Errorf("%s is no note of what has not arrived; look where it comes from", f.missingFile())
 	}
 	return fmt.Errorf("up to %s of it never arrived: the peer that received it was killed before the migration was complete; its source still has what it was at the handoff (settle it there with 'drafter peer settle --here')", strings.TrimSpace(string(b)))
 }

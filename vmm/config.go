@@ -149,7 +149,7 @@ func (c *PackageConfig) validate() error {
 	if err := c.checkFields(); err != nil {
 		return err
 	}
-	seen := map[string]bool{}
+	seen, files := map[string]bool{}, map[string]string{}
 	for _, d := range c.Devices {
 		if d.Name == Config || d.Name == Initrd {
 			return fmt.Errorf("device %q is listed, which no package lists", d.Name)
@@ -160,7 +160,10 @@ func (c *PackageConfig) validate() error {
 		if seen[d.Name] {
 			return fmt.Errorf("device %q is listed twice", d.Name)
 		}
-		seen[d.Name] = true
+		if other, ok := files[PackageFile(d.Name)]; ok {
+			return fmt.Errorf("devices %q and %q would be in the same file %s", other, d.Name, PackageFile(d.Name))
+		}
+		seen[d.Name], files[PackageFile(d.Name)] = true, d.Name
 		if d.Size <= 0 {
 			return fmt.Errorf("device %q has size %d", d.Name, d.Size)
 		}

@@ -62,6 +62,7 @@ func TestPackageConfigRefused(t *testing.T) {
 		"path as name":  {change(func(c *PackageConfig) { c.Devices[0].Name = "../etc" }), `"../etc" is not valid`},
 		"negative size": {change(func(c *PackageConfig) { c.Devices[0].Size = -1 }), "has size -1"},
 		"no CPU":        {change(func(c *PackageConfig) { c.CPUs = 0 }), "cpus is 0"},
+		"one file":      {change(func(c *PackageConfig) { c.Devices[0].Name = "rootfs" }), "same file rootfs.ext4"},
 		"config listed": {change(func(c *PackageConfig) { c.Devices[0].Name = Config }), "which no package lists"},
 		"id":            {change(func(c *PackageConfig) { c.ID = "../../x" }), `id "../../x" is no UUID`},
 		"vmm":           {change(func(c *PackageConfig) { c.Hardware.VMM = "/bin/sh" }), "hardware.vmm"},

@@ -7,11 +7,13 @@ import (
 	"io"
 	"os"
 	"runtime"
+
+	"drafter/internal/private"
 )
 
 // CheckKernel refuses a file that no VMM here can boot: it must be an ELF kernel for this architecture or, on amd64, a bzImage.
 func CheckKernel(path string) (err error) {
-	f, err := os.Open(path)
+	f, err := private.Open(path, os.O_RDONLY)
 	if err != nil {
 		return err
 	}

@@ -19,7 +19,8 @@ type loan struct {
 	Inode  uint64 `json:"inode"`
 	UID    int    `json:"uid"` // the owner before and after
 	GID    int    `json:"gid"`
-	To     int    `json:"to"` // the VM's user
+	To     int    `json:"to"`   // the VM's user
+	Mode   uint32 `json:"mode"` // before and after: an owner may change it
 
 	file *os.File // nil when the loan is an orphan's
 }
@@ -70,7 +71,7 @@ func (d *Dir) Lend(path string, uid, gid int, write bool) (err error) {
 	if path, err = filepath.Abs(path); err != nil {
 		return err
 	}
-	d.lent = append(d.lent, loan{path, st.Dev, st.Ino, int(st.Uid), int(st.Gid), uid, f})
+	d.lent = append(d.lent, loan{path, st.Dev, st.Ino, int(st.Uid), int(st.Gid), uid, st.Mode & 0o777, f})
 	kept = true
 	b, err := json.Marshal(d.lent)
 	if err == nil {
@@ -104,7 +105,12 @@ func (l *loan) end(f *os.File) error {
 	if st.Dev != l.Device || st.Ino != l.Inode || int(st.Uid) != l.To {
 		return nil
 	}
-	if err := f.Chown(l.UID, l.GID); err != nil {
+	err := errors.Join(f.Chown(l.UID, l.GID), unix.Fchmod(int(f.Fd()), l.Mode))
+	// An access list of the VM's user would go on.
+	if xerr := unix.Fremovexattr(int(f.Fd()), "system.posix_acl_access"); xerr != nil && !errors.Is(xerr, unix.ENODATA) && !errors.Is(xerr, unix.EOPNOTSUPP) {
+		err = errors.Join(err, xerr)
+	}
+	if err != nil {
 		return fmt.Errorf("take %s back: %w", l.Path, err)
 	}
 	return nil

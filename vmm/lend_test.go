@@ -63,8 +63,17 @@ func TestLend(t *testing.T) {
 		if got := owner(); got != tt.lent {
 			t.Errorf("%d:%d %04o: lent, it belongs to %d; want %d", tt.uid, tt.gid, tt.mode, got, tt.lent)
 		}
+		if err == nil && owner() == uid {
+			// What its user may do to it meanwhile does not outlast the VM.
+			if err := os.Chmod(path, 0o777|os.ModeSetuid); err != nil {
+				t.Fatal(err)
+			}
+		}
 		if err := d.Close(); err != nil {
 			t.Error(err)
+		}
+		if info, err := os.Stat(path); err != nil || tt.uid != uid && info.Mode() != tt.mode {
+			t.Errorf("%d:%d %04o: taken back, its mode is %s, %v", tt.uid, tt.gid, tt.mode, info.Mode(), err)
 		}
 		want := uint32(tt.uid)
 		if DefaultUsers.has(want) {

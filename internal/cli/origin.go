@@ -14,6 +14,7 @@ import (
 
 	"drafter/artifact"
 	"drafter/block"
+	"drafter/internal/private"
 	"drafter/peer"
 	"drafter/s3"
 	"drafter/vmm"
@@ -111,7 +112,7 @@ func resolveArtifact(ctx context.Context, ref string, flags *originFlags) (dir s
 	noted := filepath.Join(flags.cache, "references", url.PathEscape(strings.TrimPrefix(ref, registryScheme)))
 	pinned, err := artifact.Resolve(ctx, ref, flags.plainHTTP)
 	if err != nil {
-		known, rerr := os.ReadFile(noted)
+		known, rerr := private.ReadFile(noted, 128)
 		dir = filepath.Join(flags.cache, string(known))
 		if rerr != nil || !isWhole(dir) {
 			return "", nil, err

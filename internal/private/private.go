@@ -1,6 +1,8 @@
 // Package private makes files and directories for their owner alone, and opens files by paths that
 // other users may have a hand in: modes are 0600 and 0700 whatever the umask, and a symbolic link
-// is followed only if a trusted user made it.
+// is followed only if a trusted user made it. Where others could replace what is made, or have a
+// path lead elsewhere, nothing is made and nothing is opened for writing: each directory of the path
+// belongs to a trusted user, and others cannot write to it unless it is sticky, as /tmp.
 //
 // The trusted users are root, the user of this process, and the one who called it by sudo(8).
 package private
@@ -9,6 +11,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -33,7 +36,32 @@ func Trusted(uid uint32) bool {
 
 // Open opens an existing regular file, block device or directory, with flags of open(2).
 func Open(path string, flags int) (*os.File, error) {
-	return open(path, flags, followLast)
+	how := followLast
+	if flags&unix.O_ACCMODE != unix.O_RDONLY {
+		how |= trustedPlace
+	}
+	return open(path, flags, how)
+}
+
+// ReadFile reads a regular file of at most so many bytes.
+func ReadFile(path string, most int64) ([]byte, error) {
+	f, err := Open(path, unix.O_RDONLY)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s is not a regular file", path)
+	}
+	if err != nil {
+		return nil, err
+	}
+	b, err := io.ReadAll(io.LimitReader(f, most+1))
+	if err == nil && int64(len(b)) > most {
+		err = fmt.Errorf("%s is longer than %d bytes", path, most)
+	}
+	return b, err
 }
 
 func open(path string, flags int, how walking) (*os.File, error) {
@@ -80,7 +108,7 @@ func file(fd int, path string, err error) (*os.File, error) {
 // Create makes a new file, open for reading and writing. It fails with [os.ErrExist] if there is
 // one. Directories that are missing are made.
 func Create(path string) (*os.File, error) {
-	dir, base, err := walk(path, makeMissing)
+	dir, base, err := walk(path, makeMissing|trustedPlace)
 	if err != nil {
 		return nil, &os.PathError{Op: "create", Path: path, Err: err}
 	}
@@ -111,7 +139,7 @@ func CreateOrOpen(path string) (*os.File, error) {
 		if !errors.Is(err, os.ErrExist) {
 			return f, err
 		}
-		f, err = open(path, unix.O_RDWR, 0)
+		f, err = open(path, unix.O_RDWR, trustedPlace)
 		if errors.Is(err, os.ErrNotExist) {
 			continue // removed just now
 		}
@@ -130,7 +158,7 @@ func CreateOrOpen(path string) (*os.File, error) {
 
 // MkdirAll makes a directory and those above it that are missing.
 func MkdirAll(path string) error {
-	dir, _, err := walk(path+"/.", makeMissing)
+	dir, _, err := walk(path+"/.", makeMissing|trustedPlace)
 	if err != nil {
 		return &os.PathError{Op: "mkdir", Path: path, Err: err}
 	}
@@ -141,8 +169,9 @@ func MkdirAll(path string) error {
 type walking int
 
 const (
-	followLast  walking = 1 << iota // follow a link at the end, too
-	makeMissing                     // make directories that are missing
+	followLast   walking = 1 << iota // follow a link at the end, too
+	makeMissing                      // make directories that are missing
+	trustedPlace                     // refuse directories in which others could put something else
 )
 
 // walk opens the directory that the last name of a path is in (O_PATH of open(2)), and returns it
@@ -166,6 +195,11 @@ func walk(path string, how walking) (dir int, base string, err error) {
 		}
 	}()
 	for links := 0; ; {
+		if how&trustedPlace != 0 {
+			if err := checkPlace(dir); err != nil {
+				return dir, "", err
+			}
+		}
 		name, last := names[0], len(names) == 1
 		if name == "" || name == "." {
 			if last {
@@ -217,6 +251,27 @@ func walk(path string, how walking) (dir int, base string, err error) {
 			dir, names = fd, names[1:]
 		}
 	}
+}
+
+// checkPlace refuses a directory in which others could replace what is there.
+func checkPlace(dir int) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(dir, &st); err != nil {
+		return err
+	}
+	if !Trusted(st.Uid) {
+		const text = "a directory on the way belongs to user %d, who could put something else there; choose a place where only root can write, or chown it"
+		return fmt.Errorf(text, st.Uid)
+	}
+	if writable(st.Mode, st.Uid, st.Gid) && st.Mode&unix.S_ISVTX == 0 {
+		return errors.New("others than its owner can write to a directory on the way, and put something else there; chmod go-w it")
+	}
+	return nil
+}
+
+// writable tells whether others than the owner, and those in the owner's private group, can write.
+func writable(mode, uid, gid uint32) bool {
+	return mode&0o002 != 0 || mode&0o020 != 0 && gid != uid
 }
 
 // readlink returns where a link leads, if the descriptor is of one, and refuses one of a
@@ -334,8 +389,10 @@ func checkPlaceOwner(path string, info fs.FileInfo, last bool, owner int) error 
 // write. The group "disk" of a device is root's equal.
 func othersWrite(info fs.FileInfo) bool {
 	st := info.Sys().(*syscall.Stat_t)
-	private := st.Gid == st.Uid || info.Mode()&fs.ModeDevice != 0
-	return info.Mode()&0o002 != 0 || info.Mode()&0o020 != 0 && !private
+	if info.Mode()&fs.ModeDevice != 0 {
+		return info.Mode()&0o002 != 0
+	}
+	return writable(st.Mode, st.Uid, st.Gid)
 }
 
 // CheckOwner refuses an open file that a user made who is not trusted, that others may write to, or

@@ -8,6 +8,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/private"
 )
 
 // Root is a root directory for one child: a tmpfs with what is put into it, read-only.
@@ -130,9 +132,12 @@ func (r *Root) device(path string, uid, gid int) error {
 	return os.Chown(target, uid, gid)
 }
 
+// maxCopy bounds a file that is copied, in bytes. An initramfs with all of a distribution's modules has some 100 MiB.
+const maxCopy = 1 << 30
+
 // copy makes a file that only the child's user may read.
 func (r *Root) copy(m Mount, uid, gid int) error {
-	b, err := os.ReadFile(m.Source)
+	b, err := private.ReadFile(m.Source, maxCopy)
 	if err != nil {
 		return err
 	}

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"drafter/internal/private"
 	"drafter/internal/process"
 	"drafter/vmm"
 )
@@ -101,9 +102,12 @@ func (j *jail) lend(l *vmm.Launch, path, name string, write bool) error {
 	return errors.Join(l.Dir.Lend(path, l.UID, l.GID, write), j.place(path, filepath.Join(j.root, name)))
 }
 
+// maxInitrd bounds an initramfs, in bytes.
+const maxInitrd = 1 << 30
+
 // copy makes a file that Firecracker's user may read.
 func (j *jail) copy(l *vmm.Launch, path, name string) error {
-	b, err := os.ReadFile(path)
+	b, err := private.ReadFile(path, maxInitrd)
 	if err != nil {
 		return fmt.Errorf("prepare jail: %w", err)
 	}

@@ -75,7 +75,7 @@ func arguments(l *vmm.Launch, hw vmm.Hardware) ([]string, error) {
 	a.add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
 	a.add("-machine", machine+",suppress-vmdesc=on") // a description of the state in JSON, which is for debugging only
 	a.add("-accel", hw.Accel)
-	a.add("-cpu", hw.CPU)
+	a.add("-cpu", hw.CPU+withoutVirtualization)
 	a.add("-smp", strconv.Itoa(l.CPUs))
 	a.add("-m", fmt.Sprintf("%dB", l.MemorySize))
 	size := strconv.FormatInt(l.MemorySize, 10)

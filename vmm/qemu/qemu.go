@@ -21,6 +21,7 @@ import (
 
 	"drafter/agent"
 	"drafter/internal/console"
+	"drafter/internal/private"
 	"drafter/internal/process"
 	"drafter/vmm"
 )
@@ -209,31 +210,8 @@ func hardware(ctx context.Context, path string, l *vmm.Launch) (vmm.Hardware, er
 	}, nil
 }
 
-var (
-	machineForm = regexp.MustCompile(`^(microvm|pc-q35-[0-9]{1,3}\.[0-9]{1,3})$`)
-	modelForm   = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$`)
-	featureForm = regexp.MustCompile(`^([+-][a-z0-9][a-z0-9_.-]{0,31}|[a-z0-9][a-z0-9_.-]{0,31}=(on|off))$`)
-	// What is no feature of a CPU but lets a guest reach more of its host: nested virtualization, KVM's and Hyper-V's own interfaces, counters, QEMU's settings.
-	privilegedFeature = regexp.MustCompile(`^(vmx|svm|kvm|hv|xen|pmu|lbr|host|migratable|enforce|check|cpuid|tcg|npt|nrip|vgif|flushbyasid|pause-filter|pfthreshold|avic|v-vmsave)`)
-)
-
-// checkCPU refuses what is not a CPU model, or a model with features that are on or off.
-func checkCPU(cpu string) error {
-	model, features, _ := strings.Cut(cpu, ",")
-	if !modelForm.MatchString(model) {
-		return fmt.Errorf("CPU model %.80q is not a name", model)
-	}
-	if features == "" {
-		return nil
-	}
-	for feature := range strings.SplitSeq(features, ",") {
-		name := strings.TrimLeft(feature, "+-")
-		if !featureForm.MatchString(feature) || privilegedFeature.MatchString(name) {
-			return fmt.Errorf("CPU feature %.80q is not one that a VM may have; write features as +avx2, -avx2 or avx2=on", feature)
-		}
-	}
-	return nil
-}
+// machineForm lists the machine types that chooseMachine chooses.
+var machineForm = regexp.MustCompile(`^(microvm|pc-q35-[0-9]{1,3}\.[0-9]{1,3})$`)
 
 // Machine is one QEMU process.
 type Machine struct {
@@ -266,7 +244,7 @@ var _ vmm.Machine = (*Machine)(nil)
 func (m *Machine) start(ctx context.Context, path string, args []string, root *process.Root) (err error) {
 	l := &m.launch
 	if l.Memory != "" {
-		if m.memory, err = os.OpenFile(l.Memory, os.O_RDWR, 0); err != nil {
+		if m.memory, err = private.Open(l.Memory, os.O_RDWR); err != nil {
 			return fmt.Errorf("open memory device: %w", err)
 		}
 	}
@@ -622,7 +600,7 @@ func (m *Machine) migrated(ctx context.Context) error {
 					Error string `json:"error-desc"`
 				}
 				if err := m.qmp.execute(ctx, "query-migrate", nil, &info); err == nil && info.Error != "" {
-					return fmt.Errorf("QEMU: %s", info.Error)
+					return fmt.Errorf("QEMU: %s", words(info.Error))
 				}
 				return m.orExit(fmt.Errorf("QEMU: migration %s", status))
 			}

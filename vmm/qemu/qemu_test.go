@@ -76,7 +76,7 @@ func TestArguments(t *testing.T) {
 	}
 	line := strings.Join(args, " ")
 	for _, want := range []string{
-		"-machine pc-q35-7.2,", "-cpu Nehalem-v1", "-incoming defer -S", "filename=/disk-disk-with-a-long-name-1", "serial=disk-with-a-long-nam ", "-sandbox on,",
+		"-machine pc-q35-7.2,", "-cpu Nehalem-v1,vmx=off,svm=off ", "-incoming defer -S", "filename=/disk-disk-with-a-long-name-1", "serial=disk-with-a-long-nam ", "-sandbox on,",
 		"virtio-blk-pci,bus=pcie.0,addr=0x8,drive=disk0", "virtio-blk-pci,bus=pcie.0,addr=0x9,drive=disk1", "share=on,size=67108864,mem-path=/memory",
 	} {
 		if !strings.Contains(line+" ", want) {
@@ -138,6 +138,16 @@ func TestRecordedHardware(t *testing.T) {
 		{"pc-q35-7.2", "qemu64,+svm", "CPU feature"},
 		{"pc-q35-7.2", "qemu64,vmx=on", "CPU feature"},
 		{"pc-q35-7.2", "qemu64,hv-passthrough=on", "CPU feature"},
+		{"pc-q35-7.2", "qemu64,realized=on", "CPU feature"},
+		{"pc-q35-7.2", "qemu64,x-force-features=on", "CPU feature"},
+		{"pc-q35-7.2", "qemu64,sgx=on", "CPU feature"},
+		{"pc-q35-7.2", "qemu64,", "CPU feature"},
+		{"pc-q35-7.2", "EPYC-Milan-v2", ""},
+		{"pc-q35-7.2", "Haswell-noTSX-IBRS", ""},
+		{"pc-q35-7.2", "x86-64-v2-AES", ""},
+		{"pc-q35-7.2", "host", "CPU model"},
+		{"pc-q35-7.2", "max", "CPU model"},
+		{"pc-q35-7.2", "help", "CPU model"},
 	} {
 		hw := good
 		hw.Machine, hw.CPU = tt.machine, tt.cpu
@@ -174,7 +184,7 @@ func fakeQEMU(t *testing.T, conn net.Conn, reply func(command string, id uint64)
 				conn.Close()
 				return
 			}
-			fmt.Fprint(conn, answer)
+			fmt.Fprint(conn, answer+"\r\n")
 		}
 	}()
 }
@@ -193,7 +203,7 @@ func TestQMP(t *testing.T) {
 		switch command {
 		case "status":
 			// An event and somebody else's reply come first, and all in pieces.
-			return fmt.Sprintf(`{"event": "STOP", "data": {}}{"return": 1, "id": 9999}{"return": {"running": true}, "id": %d}`, id)
+			return fmt.Sprintf("{\"event\": \"STOP\", \"data\": {}}\r\n{\"return\": 1, \"id\": 9999}\r\n"+`{"return": {"running": true}, "id": %d}`, id)
 		case "fail":
 			return fmt.Sprintf(`{"error": {"class": "GenericError", "desc": "not today"}, "id": %d}`, id)
 		case "die":
@@ -278,4 +288,45 @@ func TestQMPFiles(t *testing.T) {
 		t.Error(err)
 	}
 	ours.Close()
+}
+
+// A VMM that a guest has broken out into cannot make its owner keep what it sends without end.
+func TestEndlessMessage(t *testing.T) {
+	ours, theirs, err := socketPair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	qemu, err := net.FileConn(theirs)
+	if err := errors.Join(err, theirs.Close()); err != nil {
+		t.Fatal(err)
+	}
+	sent := make(chan int64, 1)
+	go func() {
+		defer qemu.Close()
+		n, _ := io.WriteString(qemu, `{"QMP": {"version": {"qemu": {"micro": "`)
+		total := int64(n)
+		piece := make([]byte, 64<<10)
+		for i := range piece {
+			piece[i] = 'a'
+		}
+		for total < 64*maxMessage {
+			n, err := qemu.Write(piece)
+			if total += int64(n); err != nil {
+				break // it was cut off
+			}
+		}
+		sent <- total
+	}()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if _, _, err := newQMP(ctx, ours); err == nil || !errors.Is(err, bufio.ErrTooLong) {
+		t.Errorf("error is %v", err)
+	}
+	if n := <-sent; n > 4*maxMessage {
+		t.Errorf("%d bytes were taken", n)
+	}
+	long := &qmpError{Desc: "\x1b[2J" + strings.Repeat("a", 1<<20)}
+	if text := long.Error(); len(text) > 2*maxWords || strings.Contains(text, "\x1b") {
+		t.Errorf("an error of %d bytes: %.40q", len(text), text)
+	}
 }

@@ -6,11 +6,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/console"
 )
 
 // qmp is a client of the QEMU Machine Protocol (docs/interop/qmp-spec.rst of QEMU): JSON objects over a UNIX socket, one reply per command in
@@ -45,7 +48,13 @@ type qmpError struct {
 	Desc  string `json:"desc"`
 }
 
-func (e *qmpError) Error() string { return e.Desc }
+func (e *qmpError) Error() string { return words(e.Desc) }
+
+// maxWords bounds what is quoted of QEMU, in bytes.
+const maxWords = 1 << 10
+
+// words is a text of QEMU's for an error. A guest may have broken out of it.
+func words(s string) string { return console.Printable(s[:min(len(s), maxWords)]) }
 
 type qmpVersion struct {
 	Major int `json:"major"`
@@ -74,10 +83,14 @@ func newQMP(ctx context.Context, conn *net.UnixConn) (*qmp, qmpVersion, error) {
 	return q, version, nil
 }
 
+// maxMessage bounds a message of QEMU's, in bytes. Each is a line. The largest that is asked for has some hundreds.
+const maxMessage = 1 << 20
+
 func (q *qmp) read(greeting chan<- qmpVersion) {
 	defer close(q.done)
 	defer close(q.events)
-	dec := json.NewDecoder(bufio.NewReader(q.conn))
+	lines := bufio.NewScanner(q.conn)
+	lines.Buffer(nil, maxMessage)
 	for {
 		var m struct {
 			QMP *struct {
@@ -89,7 +102,13 @@ func (q *qmp) read(greeting chan<- qmpVersion) {
 			qmpReply
 			qmpEvent
 		}
-		if err := dec.Decode(&m); err != nil {
+		var err error
+		if lines.Scan() {
+			err = json.Unmarshal(lines.Bytes(), &m)
+		} else if err = lines.Err(); err == nil {
+			err = io.EOF
+		}
+		if err != nil {
 			q.fail(fmt.Errorf("QMP connection lost: %w", err))
 			return
 		}
