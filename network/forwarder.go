@@ -26,7 +26,7 @@ type PortForward struct {
 	Netns        string `json:"netns"`        // namespace the guest is in
 	InternalPort string `json:"internalPort"` // port in the guest
 	Protocol     string `json:"protocol"`     // "tcp" or "udp"
-	ExternalAddr string `json:"externalAddr"` // IPv4 address and port on the host; no wildcard
+	ExternalAddr string `json:"externalAddr"` // IPv4 address and port (below 61000) on the host; no wildcard
 }
 
 // ForwarderConfig says what to forward.
@@ -114,6 +114,9 @@ func (p PortForward) resolve(hostVeth *net.IPNet) (forward, error) {
 	}
 	if f.external, err = netip.ParseAddrPort(p.ExternalAddr); err != nil || f.external.Port() == 0 {
 		return f, fmt.Errorf("external address %q is no address and port; write it as 127.0.0.1:3333", p.ExternalAddr)
+	}
+	if f.external.Port() >= firstGuestPort {
+		return f, fmt.Errorf("external ports from %d on are those that guests send from; choose one below", firstGuestPort)
 	}
 	if f.external.Addr().IsUnspecified() {
 		return f, errWildcard

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -37,6 +38,30 @@ var guarded = []*net.IPNet{
 	cidr("192.0.0.0/24"),       // protocol assignments (RFC 6890), with the metadata service of Oracle Cloud
 	cidr("224.0.0.0/4"),        // multicast
 	cidr("240.0.0.0/4"),        // reserved, with the broadcast address
+}
+
+// What guests send leaves the host from these ports. A guest that could choose the port would take
+// what a client sends to the host's service or another guest's forward there: to the connection
+// tracking, it is the answer (CVE-2021-3773). Linux gives sockets 32768 to 60999 (ip(7),
+// ip_local_port_range).
+const firstGuestPort, lastGuestPort = 61000, 65535
+
+// checkGuestPorts warns where the host's own sockets may get the ports of guests.
+func checkGuestPorts() error {
+	const name = "net.ipv4.ip_local_port_range"
+	b, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
+	if err != nil {
+		return fmt.Errorf("read kernel parameter: %w", err)
+	}
+	var first, last int
+	if _, err := fmt.Sscan(string(b), &first, &last); err != nil {
+		return fmt.Errorf("read kernel parameter %s: %w", name, err)
+	}
+	if last >= firstGuestPort {
+		slog.Warn("Guests may take what is sent to the host's sockets at ports from "+strconv.Itoa(firstGuestPort)+
+			" on; set "+name+" to end below", "range", fmt.Sprintf("%d-%d", first, last))
+	}
+	return nil
 }
 
 func cidr(s string) *net.IPNet {
@@ -120,8 +145,10 @@ func (n *NAT) hostRules(connections int) error {
 	// The forwarder lets packets for loopback addresses leave through a link; none may come in that
 	// way.
 	r.rule(r.chain(hookRaw), fromInterfaces(links), toAddress(loopback), drop())
-	// A guest goes out as the host.
-	r.rule(r.chain(hookOutgoing), fromAddress(l.namespaceVeth), notToInterfaces(links), masquerade())
+	// A guest goes out as the host. The rule is added below; until then nothing goes out.
+	asHost := r.subchain("as-host")
+	r.rule(r.chain(hookOutgoing), fromAddress(l.namespaceVeth), notToInterfaces(links), continueAt(asHost))
+	r.rule(r.chain(hookLeaving), fromAddress(l.namespaceVeth), fromInterfaces(links), notToInterfaces(links), drop())
 
 	limited := r.subchain("limited")
 	r.rule(limited, overConnections(counted, connections), drop())
@@ -158,7 +185,10 @@ func (n *NAT) hostRules(connections int) error {
 	r.rule(forwarded, fromInterfaces(links), continueAt(fromGuest))
 	r.rule(forwarded, toInterfaces(links), continueAt(toGuest))
 	r.rule(r.chain(hookDelivered), fromInterfaces(links), continueAt(toHost))
-	return r.apply()
+	if err := r.apply(); err != nil {
+		return err
+	}
+	return r.masqueradeAt(asHost, firstGuestPort, lastGuestPort)
 }
 
 // answers accepts packets of connections that were let through, and the ICMP errors about them.

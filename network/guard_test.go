@@ -696,3 +696,45 @@ func TestICMPErrors(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestPortShadow lets a guest send to a client of others from their port: what the client then
+// sends to that port must not be taken for an answer.
+func TestPortShadow(t *testing.T) {
+	needRoot(t)
+	startNAT(t, testConfig())
+	guest0, guest1 := attachGuest(t, "ark0"), attachGuest(t, "ark1")
+	listen(t, guest1, "172.16.0.2:80", "guest1")
+	listen(t, "", "192.0.2.1:26820", "host")
+	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: []PortForward{
+		forwardTo("ark1", "tcp", "192.0.2.1:26379"), forwardTo("ark1", "udp", "192.0.2.1:26379"),
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	own := mac(testConfig().NamespaceInterfaceMAC)
+	arrived := capture(t, testhost.Outside)
+	for i, tt := range []struct {
+		victim uint16
+		want   string
+	}{{26820, "host to 192.0.2.254"}, {26379, "guest1 to 192.0.2.254"}} {
+		client := 41000 + uint16(i)
+		datagram := udp(client)
+		binary.BigEndian.PutUint16(datagram, tt.victim)
+		send(t, guest0,
+			frame(own, unix.ETH_P_IP, packet("172.16.0.2", unix.IPPROTO_UDP, datagram)),
+			frame(own, unix.ETH_P_IP, packet("172.16.0.2", unix.IPPROTO_TCP, tcp(tt.victim, client, 0x02 /* SYN */))),
+			frame(own, unix.ETH_P_IP, packet("172.16.0.2", unix.IPPROTO_UDP, udp(client+100))))
+		for from := range arrived {
+			if from == fmt.Sprintf("192.0.2.1 port %d", client+100) { // frames keep their order
+				break
+			}
+		}
+		addr := fmt.Sprintf("192.0.2.1:%d", tt.victim)
+		for network, local := range map[string]net.Addr{"udp4": &net.UDPAddr{Port: int(client)}, "tcp4": &net.TCPAddr{Port: int(client)}} {
+			if got := askFrom(t, testhost.Outside, network, addr, local); got != tt.want {
+				t.Errorf("%s from the client to %s: %q; want %q", network, addr, got, tt.want)
+			}
+		}
+	}
+}

@@ -348,6 +348,9 @@ func (n *NAT) prepareHost() error {
 	if err := setSysctl(forward, "1"); err != nil {
 		return err
 	}
+	if err := checkGuestPorts(); err != nil {
+		return err
+	}
 	if n.connections, err = n.connectionLimit(); err != nil {
 		return err
 	}

@@ -236,8 +236,14 @@ func (p *packetWriter) Write(b []byte) (int, error) { return p.WriteTo(b, p.to) 
 // ask connects from a namespace and returns the answer, or "" when there is none.
 func ask(t *testing.T, ns, network, addr string) (answer string) {
 	t.Helper()
+	return askFrom(t, ns, network, addr, nil)
+}
+
+// askFrom is ask from a local address; nil for any.
+func askFrom(t *testing.T, ns, network, addr string, local net.Addr) (answer string) {
+	t.Helper()
 	dial := func() error {
-		c, err := net.DialTimeout(network, addr, 2*time.Second)
+		c, err := (&net.Dialer{Timeout: 2 * time.Second, LocalAddr: local}).Dial(network, addr)
 		if err != nil {
 			return nil // no answer is an answer
 		}
@@ -358,6 +364,7 @@ func TestForwarder(t *testing.T) {
 		"host name":            {forwardTo("ark0", "tcp", "localhost:3333"), "no address and port"},
 		"no namespace":         {forwardTo("ark77", "tcp", "127.0.0.1:7777"), `"ark77" does not exist; start drafter nat`},
 		"protocol":             {forwardTo("ark0", "sctp", "127.0.0.1:7777"), `"sctp" is not supported`},
+		"port of guests":       {forwardTo("ark0", "tcp", "127.0.0.1:61000"), "external ports from 61000 on"},
 		"internal port":        {PortForward{"ark0", "0", "tcp", "127.0.0.1:7777"}, "not in 1…65535"},
 		"not a NAT's":          {forwardTo("outside", "tcp", "127.0.0.1:7777"), "no address in 10.0.8.0/22"},
 	} {

@@ -9,6 +9,7 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
+	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -63,6 +64,7 @@ var (
 	hookLocal     = hook{"local", nftables.ChainTypeNAT, nftables.ChainHookOutput, nftables.ChainPriorityNATDest}
 	hookForwarded = hook{"forwarded", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter}
 	hookDelivered = hook{"delivered", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter}
+	hookLeaving   = hook{"leaving", nftables.ChainTypeFilter, nftables.ChainHookPostrouting, nftables.ChainPriorityRef(*nftables.ChainPriorityNATSource + 1)}
 	hookOutgoing  = hook{"outgoing", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource}
 )
 
@@ -114,6 +116,66 @@ func (r *ruleset) rule(c *nftables.Chain, parts ...[]expr.Any) {
 		all = append(all, p...)
 	}
 	r.conn.AddRule(&nftables.Rule{Table: r.table, Chain: c, Exprs: all})
+}
+
+// masqueradeAt adds a rule to a chain that was applied: masquerade with a source port from first to
+// last. The library's masq expression cannot carry the flag that this needs (nft_masq.c), so the
+// rule is a transaction of its own.
+func (r *ruleset) masqueradeAt(c *nftables.Chain, first, last uint16) error {
+	const batch = netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES << 8)
+	header := func(family, subsystem byte) []byte { return []byte{family, unix.NFNETLINK_V0, 0, subsystem} }
+	var exprs []netlink.Attribute
+	for register, port := range map[uint32]uint16{1: first, 2: last} {
+		b, err := expr.Marshal(byte(r.table.Family), &expr.Immediate{Register: register, Data: binaryutil.BigEndian.PutUint16(port)})
+		if err != nil {
+			return err
+		}
+		exprs = append(exprs, netlink.Attribute{Type: unix.NLA_F_NESTED | unix.NFTA_LIST_ELEM, Data: b})
+	}
+	number := binaryutil.BigEndian.PutUint32
+	ae := netlink.NewAttributeEncoder()
+	ae.String(unix.NFTA_RULE_TABLE, r.table.Name)
+	ae.String(unix.NFTA_RULE_CHAIN, c.Name)
+	ae.Nested(unix.NFTA_RULE_EXPRESSIONS, func(ae *netlink.AttributeEncoder) error {
+		for _, e := range exprs {
+			ae.Bytes(e.Type, e.Data)
+		}
+		ae.Nested(unix.NFTA_LIST_ELEM, func(ae *netlink.AttributeEncoder) error {
+			ae.String(unix.NFTA_EXPR_NAME, "masq")
+			ae.Nested(unix.NFTA_EXPR_DATA, func(ae *netlink.AttributeEncoder) error {
+				ae.Bytes(unix.NFTA_MASQ_FLAGS, number(unix.NF_NAT_RANGE_PROTO_SPECIFIED|unix.NF_NAT_RANGE_PROTO_RANDOM_FULLY))
+				ae.Bytes(unix.NFTA_MASQ_REG_PROTO_MIN, number(1))
+				ae.Bytes(unix.NFTA_MASQ_REG_PROTO_MAX, number(2))
+				return nil
+			})
+			return nil
+		})
+		return nil
+	})
+	rule, err := ae.Encode()
+	if err != nil {
+		return err
+	}
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return fmt.Errorf("open nftables: %w", err)
+	}
+	defer conn.Close()
+	_, err = conn.SendMessages([]netlink.Message{
+		{Header: netlink.Header{Type: unix.NFNL_MSG_BATCH_BEGIN, Flags: netlink.Request}, Data: header(unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES)},
+		{
+			Header: netlink.Header{Type: batch | unix.NFT_MSG_NEWRULE, Flags: netlink.Request | netlink.Acknowledge | netlink.Create | netlink.Append},
+			Data:   append(header(byte(r.table.Family), 0), rule...),
+		},
+		{Header: netlink.Header{Type: unix.NFNL_MSG_BATCH_END, Flags: netlink.Request}, Data: header(unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES)},
+	})
+	if err == nil {
+		_, err = conn.Receive()
+	}
+	if err != nil {
+		return fmt.Errorf("apply nftables masquerade of table %s: %w; is the kernel's nft_masq module there?", r.table.Name, err)
+	}
+	return nil
 }
 
 // Matches and actions. Registers 1 and 2 are scratch. IPv4 header offsets are those of RFC 791: source at 12, destination at 16.

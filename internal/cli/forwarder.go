@@ -15,6 +15,7 @@ func newForwarder() *cobra.Command {
 		Short: "Make ports of VMs reachable on the host",
 		Long: `Forwards addresses of the host to ports of VMs until it is ended (Ctrl-C). The address is reachable from the host itself and, unless it is a
 loopback address, from outside. To serve both, forward both addresses. If the host's firewall drops forwarded packets, allow them there.
+Ports from 61000 on are those that guests send from, and cannot be forwarded.
 ` + exitCodeHelp,
 		Example: `  drafter forwarder --port-forwards '[{"netns":"ark0","internalPort":"6379","protocol":"tcp","externalAddr":"127.0.0.1:3333"}]'`,
 		Args:    noArgs,
