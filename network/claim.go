@@ -17,7 +17,10 @@ import (
 const netnsDir = "/run/netns"
 
 // Claim is the exclusive use of a network namespace by one VM. It ends with Close, or with the process.
-type Claim struct{ lock *lockfile.Lock }
+type Claim struct {
+	namespace string
+	lock      *lockfile.Lock
+}
 
 // ClaimNamespace claims the namespace called name for this process. The name "" stands for no namespace and is always free.
 func ClaimNamespace(name string) (*Claim, error) {
@@ -38,15 +41,15 @@ func ClaimNamespace(name string) (*Claim, error) {
 	if err != nil {
 		return nil, fmt.Errorf("claim network namespace %q: %w", name, err)
 	}
-	return &Claim{lock}, nil
+	return &Claim{name, lock}, nil
 }
 
-// Close gives the namespace back.
+// Close gives the namespace back, without the connections of its VM, which must have ended.
 func (c *Claim) Close() error {
 	if c.lock == nil {
 		return nil
 	}
-	return errors.Join(c.lock.Release(), rundir.Remove())
+	return errors.Join(forgetTenant(c.namespace), c.lock.Release(), rundir.Remove())
 }
 
 // checkNamespaceName keeps names inside netnsDir.

@@ -233,8 +233,9 @@ func (n *NAT) namespaceRules(i, connections int) error {
 
 // GuardGuest lets only the guest's own frames leave the tap of a namespace that a NAT made: IPv4
 // from its address, and ARP for it, both from mac. Everything else is dropped before anyone sees
-// it. Call it before a VMM takes the tap; it replaces the guard of an earlier VM. It is no error if
-// no NAT made the namespace: its rules are its owner's. An empty mac is not checked.
+// it. An empty mac is not checked. Connections of an earlier VM end: if that was killed, nobody gave
+// its claim back. Call it before a VMM takes the tap; it replaces the guard of an earlier VM. It is
+// no error if no NAT made the namespace: its rules are its owner's.
 func GuardGuest(ns, mac string) error {
 	c, err := natOf(ns)
 	if c == nil || err != nil {
@@ -250,7 +251,7 @@ func GuardGuest(ns, mac string) error {
 			return fmt.Errorf("MAC address %q of the guest is not that of one interface; write it as 02:0e:d9:fd:68:3d", mac)
 		}
 	}
-	return inNamespace(ns, func() error {
+	err = inNamespace(ns, func() error {
 		r, err := newRuleset(nftables.TableFamilyNetdev, "drafter-guest")
 		if err != nil {
 			return err
@@ -264,6 +265,10 @@ func GuardGuest(ns, mac string) error {
 		r.rule(frames, drop())
 		return r.apply()
 	})
+	if err != nil {
+		return err
+	}
+	return forgetTenant(ns)
 }
 
 // natOf returns the configuration of the NAT that made a namespace, or nil if none did.

@@ -738,3 +738,53 @@ func TestPortShadow(t *testing.T) {
 		}
 	}
 }
+
+// TestInherit gives a namespace to a second guest, after the first one has given it back, and after
+// it was killed.
+func TestInherit(t *testing.T) {
+	needRoot(t)
+	startNAT(t, testConfig())
+	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
+	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: []PortForward{forwardTo("ark0", "tcp", "192.0.2.1:3333")}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	other := attachGuest(t, "ark1")
+	if got := ask(t, other, "udp4", "192.0.2.254:80"); got == "" {
+		t.Fatal("another guest does not reach outside")
+	}
+	hostBefore, namespaceBefore := tracked(t, ""), tracked(t, "ark0")
+	for _, killed := range []bool{false, true} {
+		t.Run(fmt.Sprintf("killed %v", killed), func(t *testing.T) {
+			claim, err := ClaimNamespace("ark0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			guest := attachGuest(t, "ark0")
+			listen(t, guest, "172.16.0.2:80", "guest")
+			for _, network := range []string{"tcp4", "udp4"} {
+				if ask(t, guest, network, "192.0.2.254:80") == "" || ask(t, "", network, "10.0.15.1:80") == "" || ask(t, "", network, "10.0.8.2:80") == "" {
+					t.Fatal("the guest is not connected")
+				}
+			}
+			if got := ask(t, testhost.Outside, "tcp4", "192.0.2.1:3333"); got == "" {
+				t.Fatal("the guest is not reached from outside")
+			}
+			if tracked(t, "") == hostBefore || tracked(t, "ark0") == namespaceBefore {
+				t.Fatal("no connection of the guest is tracked")
+			}
+			if killed {
+				err = errors.Join(claim.lock.Release(), GuardGuest("ark0", testConfig().NamespaceInterfaceMAC))
+			} else {
+				err = claim.Close()
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if host, namespace := tracked(t, ""), tracked(t, "ark0"); host != hostBefore || namespace != namespaceBefore {
+				t.Errorf("the host tracks %d connections and the namespace %d; before the guest %d and %d", host, namespace, hostBefore, namespaceBefore)
+			}
+		})
+	}
+}

@@ -511,7 +511,7 @@ func (n *NAT) Claim() (string, *Claim, error) {
 		if err != nil {
 			return "", nil, fmt.Errorf("claim network namespace %q: %w", name, err)
 		}
-		return name, &Claim{claim}, nil
+		return name, &Claim{name, claim}, nil
 	}
 	return "", nil, fmt.Errorf("all %d network namespaces are in use; raise --namespace-count", len(n.created))
 }
