@@ -24,7 +24,7 @@ import (
 //   - at the tap ([GuardGuest]): frames that do not carry the guest's own addresses, and all that is not IPv4 or ARP;
 //   - in the namespace (namespaceRules): what is meant for the namespace itself, and new connections beyond the limit;
 //   - on the host (hostRules): what is meant for the host, for guests and for [guarded] addresses, new connections beyond the limit, and
-//     what comes from outside without a forward.
+//     what comes from outside without a forward. If the host forwarded nothing before the NAT, what is between its other interfaces, too.
 //
 // Answers to connections that were let through always pass.
 
@@ -181,9 +181,21 @@ func (n *NAT) hostRules(connections int) error {
 	r.rule(toGuest, forwardedByRule(), accept())
 	r.rule(toGuest, drop())
 
+	// A host that did not forward before is no router now: only what others translate, such as a
+	// published port of theirs, goes on.
+	between := r.subchain("between")
+	r.answers(between)
+	r.rule(between, forwardedByRule(), accept())
+	r.rule(between, drop())
+	closed, err := r.interfaces("closed", n.record.Closed)
+	if err != nil {
+		return err
+	}
+
 	forwarded := r.chain(hookForwarded)
 	r.rule(forwarded, fromInterfaces(links), continueAt(fromGuest))
 	r.rule(forwarded, toInterfaces(links), continueAt(toGuest))
+	r.rule(forwarded, fromInterfaces(closed), continueAt(between))
 	r.rule(r.chain(hookDelivered), fromInterfaces(links), continueAt(toHost))
 	if err := r.apply(); err != nil {
 		return err
@@ -273,6 +285,17 @@ func GuardGuest(ns, mac string) error {
 
 // natOf returns the configuration of the NAT that made a namespace, or nil if none did.
 func natOf(ns string) (*NATConfig, error) {
+	records, err := natRecords()
+	for _, r := range records {
+		if slices.Contains(r.Namespaces, ns) {
+			return &r.Config, nil
+		}
+	}
+	return nil, err
+}
+
+// natRecords reads the records of all NATs of this host.
+func natRecords() (records []natRecord, err error) {
 	paths, err := filepath.Glob(filepath.Join(rundir.Path, "nat-*.json"))
 	if err != nil {
 		return nil, err
@@ -289,9 +312,7 @@ func natOf(ns string) (*NATConfig, error) {
 		if err != nil {
 			return nil, fmt.Errorf("read record of the NAT: %s: %w", path, err)
 		}
-		if slices.Contains(record.Namespaces, ns) {
-			return &record.Config, nil
-		}
+		records = append(records, record)
 	}
-	return nil, nil
+	return records, nil
 }

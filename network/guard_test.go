@@ -1,6 +1,7 @@
 package network
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -751,6 +752,10 @@ func TestInherit(t *testing.T) {
 	}
 	defer f.Close()
 	other := attachGuest(t, "ark1")
+	// Earlier tests have used these addresses, too.
+	if err := netlink.ConntrackTableFlush(netlink.ConntrackTable); err != nil {
+		t.Fatal(err)
+	}
 	if got := ask(t, other, "udp4", "192.0.2.254:80"); got == "" {
 		t.Fatal("another guest does not reach outside")
 	}
@@ -786,5 +791,67 @@ func TestInherit(t *testing.T) {
 				t.Errorf("the host tracks %d connections and the namespace %d; before the guest %d and %d", host, namespace, hostBefore, namespaceBefore)
 			}
 		})
+	}
+}
+
+// TestNoRouter makes sure that a host that did not forward becomes no router between its other
+// networks, and that the last NAT restores that.
+func TestNoRouter(t *testing.T) {
+	needRoot(t)
+	lan := attachLAN(t)
+	guest := func(ns string) { listen(t, attachGuest(t, ns), "172.16.0.2:80", ns) }
+	listen(t, lan, "198.51.100.2:80", "lan")
+	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
+	giveRoute(t, testhost.Outside, "198.51.100.0/24", net.IPv4(192, 0, 2, 1))
+	start := func(c NATConfig) *NAT {
+		t.Helper()
+		n, err := StartNAT(context.Background(), c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	first := start(testConfig())
+	second := start(otherConfig())
+	guest("bee0")
+	// What Docker does for a published port.
+	publish, err := newRuleset(nftables.TableFamilyIPv4, "published")
+	if err != nil {
+		t.Fatal(err)
+	}
+	publish.rule(publish.chain(hookIncoming), toAddress(subnet("192.0.2.1/32")), toPort("tcp", 8080), destinationNAT(net.IPv4(198, 51, 100, 2), 80))
+	if err := publish.apply(); err != nil {
+		t.Fatal(err)
+	}
+	defer deleteTable("published")
+	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.1.8.0/22", PortForwards: []PortForward{forwardTo("bee0", "tcp", "192.0.2.1:3333")}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	check := func() {
+		t.Helper()
+		for _, tt := range []struct{ ns, addr, want string }{
+			{testhost.Outside, "198.51.100.2:80", ""},
+			{lan, "192.0.2.254:80", ""},
+			{testhost.Outside, "192.0.2.1:8080", "lan to 192.0.2.254"},
+			{testhost.Outside, "192.0.2.1:3333", "bee0 to 192.0.2.254"},
+			{"guest-bee0", "192.0.2.254:80", "outside to 192.0.2.1"},
+		} {
+			if got := ask(t, tt.ns, "tcp4", tt.addr); got != tt.want {
+				t.Errorf("from %s to %s: %q; want %q", tt.ns, tt.addr, got, tt.want)
+			}
+		}
+	}
+	check()
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	check() // the second one goes on
+	if err := second.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile("/proc/sys/net/ipv4/ip_forward"); err != nil || string(b) != "0\n" {
+		t.Errorf("after both NATs ip_forward is %q, %v", b, err)
 	}
 }

@@ -68,7 +68,8 @@ type NAT struct {
 type natRecord struct {
 	Config     NATConfig `json:"config"`
 	Namespaces []string  `json:"namespaces"`
-	IPForward  string    `json:"ipForward"` // its value before
+	IPForward  string    `json:"ipForward"` // its value before any NAT
+	Closed     []string  `json:"closed"`    // interfaces between which nothing was forwarded before any NAT
 }
 
 // layout is a parsed NATConfig.
@@ -277,7 +278,7 @@ func (n *NAT) reclaim() (kept []string, err error) {
 		}
 	}
 	slog.Info("Removed what a killed NAT left behind", "namespaces", len(old.Namespaces)-len(kept), "inUse", len(kept))
-	n.record.IPForward = old.IPForward
+	n.record.IPForward, n.record.Closed = old.IPForward, old.Closed
 	return kept, nil
 }
 
@@ -332,8 +333,8 @@ func (n *NAT) prepareHost() error {
 		return fmt.Errorf("read kernel parameter: %w", err)
 	}
 	n.record.Config = n.config
-	if n.record.IPForward == "" {
-		n.record.IPForward = string(b[:1])
+	if err := n.noteForwarding(string(b[:1])); err != nil {
+		return err
 	}
 	n.record.Namespaces = nil
 	for i := range n.layout.count {
@@ -355,6 +356,41 @@ func (n *NAT) prepareHost() error {
 		return err
 	}
 	return n.hostRules(n.connections)
+}
+
+// noteForwarding notes what Close restores, given the present value of ip_forward. If another NAT has turned it on, then what was before that.
+func (n *NAT) noteForwarding(value string) error {
+	if n.record.IPForward != "" {
+		return nil
+	}
+	others, err := n.others()
+	if err != nil {
+		return err
+	}
+	n.record.IPForward = value
+	for _, o := range others {
+		if o.IPForward == "0" {
+			n.record.IPForward, n.record.Closed = o.IPForward, o.Closed
+			return nil
+		}
+	}
+	if value != "0" {
+		return nil
+	}
+	links, err := netlink.LinkList()
+	if err != nil {
+		return fmt.Errorf("list interfaces: %w", err)
+	}
+	for _, l := range links {
+		n.record.Closed = append(n.record.Closed, l.Attrs().Name)
+	}
+	return nil
+}
+
+// others are the records of the NATs with other prefixes.
+func (n *NAT) others() ([]natRecord, error) {
+	records, err := natRecords()
+	return slices.DeleteFunc(records, func(r natRecord) bool { return r.Config.NamespacePrefix == n.config.NamespacePrefix }), err
 }
 
 // mostConnections bounds a share of the connection tracking. The kernel walks through a guest's connections at each new one; more than these
@@ -540,11 +576,14 @@ func (n *NAT) Close() error {
 	}
 	if n.record.Namespaces != nil {
 		errs = append(errs, deleteTable(n.natTable()))
-		if n.record.IPForward == "0" {
-			errs = append(errs, setSysctl("net/ipv4/ip_forward", "0"))
-		}
 		if err := errors.Join(errs...); err == nil {
 			errs = append(errs, os.Remove(n.recordPath()))
+		}
+		// The last NAT restores. Without its own record, of two that end together one is.
+		others, err := n.others()
+		errs = append(errs, err)
+		if n.record.IPForward == "0" && len(others) == 0 && err == nil {
+			errs = append(errs, setSysctl("net/ipv4/ip_forward", "0"))
 		}
 	}
 	errs = append(errs, n.lock.Release(), rundir.Remove())
