@@ -855,3 +855,36 @@ func TestNoRouter(t *testing.T) {
 		t.Errorf("after both NATs ip_forward is %q, %v", b, err)
 	}
 }
+
+// TestOverlap starts a NAT with subnets of another one, or to which the host has a route already.
+func TestOverlap(t *testing.T) {
+	needRoot(t)
+	startNAT(t, testConfig())
+	giveRoute(t, "", "10.3.8.4/30", net.IPv4(192, 0, 2, 254))
+	giveRoute(t, "", "10.4.0.0/16", net.IPv4(192, 0, 2, 254))
+	before := inventory(t)
+	for _, tt := range []struct{ host, namespace, want string }{
+		{"10.1.8.0/22", "10.0.15.0/24", "--namespace-veth-cidr 10.0.15.0/24 overlaps with 10.0.15.0/24 of the NAT for namespaces ark"},
+		{"10.0.8.128/25", "10.1.15.0/24", "--host-veth-cidr 10.0.8.128/25 overlaps with 10.0.8.0/22"},
+		{"10.1.8.0/22", "10.0.10.0/24", "overlaps with 10.0.8.0/22"},
+		{"10.0.15.0/25", "10.1.15.0/24", "overlaps with 10.0.15.0/24"},
+		{"10.3.8.0/22", "10.1.15.0/24", "--host-veth-cidr 10.3.8.0/22 is routed elsewhere: to 10.3.8.4/30"},
+		{"10.1.8.0/22", "10.3.8.0/24", "is routed elsewhere"},
+		{"10.4.8.0/22", "10.4.15.0/24", ""}, // only a wider route
+	} {
+		c := otherConfig()
+		c.HostVethCIDR, c.NamespaceVethCIDR = tt.host, tt.namespace
+		n, err := StartNAT(context.Background(), c)
+		if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s and %s: %v; want %q", tt.host, tt.namespace, err, tt.want)
+		}
+		if err == nil {
+			err = n.Close()
+		} else {
+			err = nil
+		}
+		if after := inventory(t); err != nil || after != before {
+			t.Errorf("%v; left behind:\n%s\nbefore:\n%s", err, after, before)
+		}
+	}
+}

@@ -322,6 +322,46 @@ func (n *NAT) check(kept []string) error {
 			return fmt.Errorf("address %s of interface %s is inside the NAT's subnets; choose other --host-veth-cidr and --namespace-veth-cidr", a.IP, link.Attrs().Name)
 		}
 	}
+	return n.checkSubnets(kept)
+}
+
+// checkSubnets refuses subnets of another NAT, and those where the host already routes a part elsewhere. A route that is wider than a subnet is
+// none of these: the NAT's own are more specific.
+func (n *NAT) checkSubnets(kept []string) error {
+	others, err := n.others()
+	if err != nil {
+		return err
+	}
+	for flag, subnet := range map[string]*net.IPNet{"host-veth-cidr": n.layout.hostVeth, "namespace-veth-cidr": n.layout.namespaceVeth} {
+		for _, o := range others {
+			l, err := o.Config.parse()
+			if err != nil {
+				return fmt.Errorf("read record of the NAT for namespaces %s…: %w", o.Config.NamespacePrefix, err)
+			}
+			for _, taken := range []*net.IPNet{l.hostVeth, l.namespaceVeth} {
+				if subnet.Contains(taken.IP) || taken.Contains(subnet.IP) {
+					return fmt.Errorf("--%s %s overlaps with %s of the NAT for namespaces %s…; choose another", flag, subnet, taken, o.Config.NamespacePrefix)
+				}
+			}
+		}
+		routes, err := netlink.RouteList(nil, netlink.FAMILY_V4)
+		if err != nil {
+			return fmt.Errorf("list routes: %w", err)
+		}
+		wide, _ := subnet.Mask.Size()
+		for _, r := range routes {
+			if r.Dst == nil || !subnet.Contains(r.Dst.IP) {
+				continue
+			}
+			link, err := netlink.LinkByIndex(r.LinkIndex)
+			if err == nil && slices.ContainsFunc(kept, func(name string) bool { return hostVethName(name) == link.Attrs().Name }) {
+				continue
+			}
+			if bits, _ := r.Dst.Mask.Size(); bits >= wide {
+				return fmt.Errorf("--%s %s is routed elsewhere: to %s; choose another, or remove that route", flag, subnet, r.Dst)
+			}
+		}
+	}
 	return nil
 }
 
@@ -460,7 +500,7 @@ func (n *NAT) createNamespace(i int) (err error) {
 	if err := inNamespace(name, func() error { return n.configureNamespace(i) }); err != nil {
 		return err
 	}
-	return netlink.RouteReplace(&netlink.Route{LinkIndex: veth.Attrs().Index, Dst: host(l.namespaceIP(i)), Gw: l.namespaceSide(i)})
+	return netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Dst: host(l.namespaceIP(i)), Gw: l.namespaceSide(i)})
 }
 
 func configureLink(link netlink.Link, addrs ...*net.IPNet) error {
