@@ -19,6 +19,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"drafter/internal/rundir"
 	"drafter/internal/testhost"
 )
 
@@ -886,5 +887,72 @@ func TestOverlap(t *testing.T) {
 		if after := inventory(t); err != nil || after != before {
 			t.Errorf("%v; left behind:\n%s\nbefore:\n%s", err, after, before)
 		}
+	}
+}
+
+// checkedContext checks something whenever it is asked whether it has ended.
+type checkedContext struct {
+	context.Context
+	check func()
+}
+
+func (c checkedContext) Err() error { c.check(); return c.Context.Err() }
+
+// TestRecordedNamespaces makes sure that a NAT removes no namespace that it has not made: "ark1" and
+// "ark" both have an ark10.
+func TestRecordedNamespaces(t *testing.T) {
+	needRoot(t)
+	// At any time, a killed NAT has noted nothing that it has not made.
+	c := testConfig()
+	c.NamespaceCount = 3
+	checked := 0
+	ctx := checkedContext{context.Background(), func() {
+		records, err := natRecords()
+		if err != nil || len(records) != 1 {
+			t.Fatalf("records %v, %v", records, err)
+		}
+		for _, name := range records[0].Namespaces {
+			checked++
+			if _, err := os.Stat(netnsDir + "/" + name); err != nil {
+				t.Errorf("noted: %v", err)
+			}
+		}
+	}}
+	n, err := StartNAT(ctx, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if checked == 0 {
+		t.Error("no namespace was noted")
+	}
+
+	// A NAT was killed between its note and the namespace; then another one made that.
+	c = otherConfig()
+	c.NamespacePrefix, c.NamespaceCount = "ark1", 1
+	killed := &NAT{config: c, record: natRecord{Config: c, Namespaces: []string{"ark10"}, IPForward: "1"}}
+	if err := os.MkdirAll(rundir.Path, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := killed.writeRecord(); err != nil {
+		t.Fatal(err)
+	}
+	c = testConfig()
+	c.NamespaceCount = 11
+	if n, err = StartNAT(context.Background(), c); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := errors.Join(os.Remove(killed.recordPath()), n.Close(), rundir.Remove()); err != nil {
+			t.Error(err)
+		}
+	}()
+	if _, err := StartNAT(context.Background(), killed.config); err == nil || !strings.Contains(err.Error(), `"ark10" exists and is not ours`) {
+		t.Errorf("a second NAT with the same namespace: %v", err)
+	}
+	if _, err := os.Stat(netnsDir + "/ark10"); err != nil {
+		t.Errorf("the other NAT's namespace: %v", err)
 	}
 }

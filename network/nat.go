@@ -67,9 +67,9 @@ type NAT struct {
 // natRecord is kept on disk while a NAT runs, so that the next one can clean up after a crash.
 type natRecord struct {
 	Config     NATConfig `json:"config"`
-	Namespaces []string  `json:"namespaces"`
-	IPForward  string    `json:"ipForward"` // its value before any NAT
-	Closed     []string  `json:"closed"`    // interfaces between which nothing was forwarded before any NAT
+	Namespaces []string  `json:"namespaces"` // that it has made; the last one perhaps not yet
+	IPForward  string    `json:"ipForward"`  // its value before any NAT
+	Closed     []string  `json:"closed"`     // interfaces between which nothing was forwarded before any NAT
 }
 
 // layout is a parsed NATConfig.
@@ -199,7 +199,7 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 	if err := n.check(kept); err != nil {
 		return nil, err
 	}
-	if err := n.prepareHost(); err != nil {
+	if err := n.prepareHost(kept); err != nil {
 		return nil, err
 	}
 	for i := range l.count {
@@ -209,6 +209,11 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 		name := n.name(i)
 		n.created = append(n.created, name)
 		if !slices.Contains(kept, name) {
+			// Noted one by one: what is noted, the next NAT removes.
+			n.record.Namespaces = append(n.record.Namespaces, name)
+			if err := n.writeRecord(); err != nil {
+				return nil, err
+			}
 			if err := n.createNamespace(i); err != nil {
 				return nil, err
 			}
@@ -260,7 +265,15 @@ func (n *NAT) reclaim() (kept []string, err error) {
 	if err := json.Unmarshal(b, &old); err != nil {
 		return nil, fmt.Errorf("%s: %w; remove the file after removing the namespaces by hand", n.recordPath(), err)
 	}
+	others, err := n.others()
+	if err != nil {
+		return nil, err
+	}
 	for _, name := range old.Namespaces {
+		// With the prefixes ark and ark1 there are two that may have made ark10. This one was killed just before it did.
+		if slices.ContainsFunc(others, func(o natRecord) bool { return slices.Contains(o.Namespaces, name) }) {
+			continue
+		}
 		lock, err := rundir.Lock("netns/" + name)
 		var held *lockfile.HeldError
 		switch {
@@ -365,8 +378,8 @@ func (n *NAT) checkSubnets(kept []string) error {
 	return nil
 }
 
-// prepareHost notes what will be there, then sets up forwarding on the host.
-func (n *NAT) prepareHost() error {
+// prepareHost notes what is there, then sets up forwarding on the host.
+func (n *NAT) prepareHost(kept []string) error {
 	const forward = "net/ipv4/ip_forward"
 	b, err := os.ReadFile("/proc/sys/" + forward)
 	if err != nil {
@@ -376,15 +389,9 @@ func (n *NAT) prepareHost() error {
 	if err := n.noteForwarding(string(b[:1])); err != nil {
 		return err
 	}
-	n.record.Namespaces = nil
-	for i := range n.layout.count {
-		n.record.Namespaces = append(n.record.Namespaces, n.name(i))
-	}
-	if b, err = json.Marshal(n.record); err != nil {
-		return fmt.Errorf("record NAT: %w", err)
-	}
-	if err := writeRecord(n.recordPath(), b); err != nil {
-		return fmt.Errorf("record NAT: %w", err)
+	n.record.Namespaces = append([]string{}, kept...)
+	if err := n.writeRecord(); err != nil {
+		return err
 	}
 	if err := setSysctl(forward, "1"); err != nil {
 		return err
@@ -461,12 +468,19 @@ func (n *NAT) connectionLimit() (int, error) {
 	return max(1, min(mostConnections, size/2/n.layout.count)), nil
 }
 
-// writeRecord replaces a file in one step.
-func writeRecord(path string, b []byte) error {
-	if err := os.WriteFile(path+".new", b, 0o600); err != nil {
-		return err
+// writeRecord replaces the record in one step.
+func (n *NAT) writeRecord() error {
+	b, err := json.Marshal(n.record)
+	if err == nil {
+		err = os.WriteFile(n.recordPath()+".new", b, 0o600)
 	}
-	return os.Rename(path+".new", path)
+	if err == nil {
+		err = os.Rename(n.recordPath()+".new", n.recordPath())
+	}
+	if err != nil {
+		return fmt.Errorf("record NAT: %w", err)
+	}
+	return nil
 }
 
 func (n *NAT) createNamespace(i int) (err error) {
