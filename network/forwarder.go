@@ -1,6 +1,7 @@
 package network
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -88,6 +89,13 @@ func StartForwarder(c ForwarderConfig) (_ *Forwarder, err error) {
 			err = errors.Join(err, f.Close())
 		}
 	}()
+	list, err := json.Marshal(c.PortForwards)
+	if err == nil {
+		err = os.WriteFile(f.listPath(), list, 0o600)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("note forwards: %w", err)
+	}
 	for _, p := range forwards {
 		if err := f.reserve(p); err != nil {
 			return nil, err
@@ -96,7 +104,7 @@ func StartForwarder(c ForwarderConfig) (_ *Forwarder, err error) {
 	return f, f.applyRules(forwards)
 }
 
-// forwarderLocks is where below [rundir.Path] each forwarder has a lock called like its table.
+// forwarderLocks is where below [rundir.Path] each forwarder has a lock and a list of its forwards, called like its table.
 const forwarderLocks = "forwarders/"
 
 func (p PortForward) resolve(hostVeth *net.IPNet) (forward, error) {
@@ -259,12 +267,42 @@ func reclaimForwarders() error {
 	return nil
 }
 
+// listPath is where a forwarder notes its forwards, so that the next one can end their connections after a crash.
+func (f *Forwarder) listPath() string {
+	return filepath.Join(rundir.Path, forwarderLocks, f.name+".json")
+}
+
+// forgetForwards ends the connections that came in through the forwards.
+func (f *Forwarder) forgetForwards() error {
+	b, err := os.ReadFile(f.listPath())
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	var list []PortForward
+	if err == nil {
+		err = json.Unmarshal(b, &list)
+	}
+	if err != nil {
+		return fmt.Errorf("read forwards: %s: %w", f.listPath(), err)
+	}
+	err = forgetConnections(func(c *netlink.ConntrackFlow) bool {
+		to, _ := netip.AddrFromSlice(c.Forward.DstIP)
+		external := netip.AddrPortFrom(to.Unmap(), c.Forward.DstPort)
+		protocol := map[uint8]string{unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp"}[c.Forward.Protocol]
+		return slices.ContainsFunc(list, func(p PortForward) bool {
+			a, err := netip.ParseAddrPort(p.ExternalAddr)
+			return err == nil && a == external && p.Protocol == protocol
+		})
+	})
+	return errors.Join(err, os.Remove(f.listPath()))
+}
+
 // Close ends the forwards. Connections that exist break.
 func (f *Forwarder) Close() error {
 	if f.lock == nil {
 		return nil
 	}
-	errs := []error{deleteTable(f.name)}
+	errs := []error{deleteTable(f.name), f.forgetForwards()}
 	for _, r := range f.reserved {
 		errs = append(errs, r.Close())
 	}

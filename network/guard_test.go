@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"slices"
@@ -954,5 +955,133 @@ func TestRecordedNamespaces(t *testing.T) {
 	}
 	if _, err := os.Stat(netnsDir + "/ark10"); err != nil {
 		t.Errorf("the other NAT's namespace: %v", err)
+	}
+}
+
+// echoServer answers all that it hears on TCP connections to addr in a namespace, "" for the host.
+func echoServer(t *testing.T, ns, addr string) {
+	t.Helper()
+	var l net.Listener
+	start := func() (err error) { l, err = net.Listen("tcp4", addr); return err }
+	err := error(nil)
+	if ns == "" {
+		err = start()
+	} else {
+		err = inNamespace(ns, start)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wait sync.WaitGroup
+	var open []net.Conn
+	accepted := make(chan struct{})
+	go func() {
+		defer close(accepted)
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			open = append(open, c)
+			wait.Go(func() { io.Copy(c, c) })
+		}
+	}()
+	t.Cleanup(func() {
+		l.Close()
+		<-accepted
+		for _, c := range open {
+			c.Close()
+		}
+		wait.Wait()
+	})
+}
+
+// TestStale makes sure that connections end with the permission that let them in.
+func TestStale(t *testing.T) {
+	needRoot(t)
+	c := testConfig()
+	c.AllowHost = []string{"26022/tcp"}
+	n, err := StartNAT(context.Background(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	guest := attachGuest(t, "ark0")
+	echoServer(t, guest, "172.16.0.2:80")
+	echoServer(t, "", "192.0.2.1:26022")
+	dial := func(ns, addr string) (conn net.Conn) {
+		t.Helper()
+		if err := inNamespace(ns, func() (err error) { conn, err = net.DialTimeout("tcp4", addr, 2*time.Second); return err }); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		return conn
+	}
+	answers := func(conn net.Conn) bool {
+		conn.SetDeadline(time.Now().Add(time.Second))
+		fmt.Fprint(conn, "x")
+		_, err := conn.Read(make([]byte, 1))
+		return err == nil
+	}
+	start := func(external string) *Forwarder {
+		t.Helper()
+		f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: []PortForward{forwardTo("ark0", "tcp", external)}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return f
+	}
+	ended, killed, stays := start("192.0.2.1:3333"), start("192.0.2.1:4444"), start("192.0.2.1:5555")
+	viaEnded, viaKilled, viaStays := dial(testhost.Outside, "192.0.2.1:3333"), dial(testhost.Outside, "192.0.2.1:4444"), dial(testhost.Outside, "192.0.2.1:5555")
+	if !answers(viaEnded) || !answers(viaKilled) || !answers(viaStays) {
+		t.Fatal("a forward does not answer")
+	}
+	if err := ended.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, socket := range killed.reserved {
+		socket.Close()
+	}
+	// As after kill -9: the lock's file stays.
+	if err := killed.lock.Abandon(); err != nil {
+		t.Fatal(err)
+	}
+	if err := start("192.0.2.1:6666").Close(); err != nil {
+		t.Fatal(err)
+	}
+	if answers(viaEnded) || answers(viaKilled) {
+		t.Error("a connection through a forward outlives it")
+	}
+	if !answers(viaStays) {
+		t.Error("a connection through another forward has ended")
+	}
+
+	toHost := dial(guest, "192.0.2.1:26022")
+	if !answers(toHost) {
+		t.Fatal("the host does not answer")
+	}
+	claim, err := ClaimNamespace("ark0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	restart := func() {
+		t.Helper()
+		if err := n.lock.Abandon(); err != nil {
+			t.Fatal(err)
+		}
+		if n, err = StartNAT(context.Background(), c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	restart()
+	if !answers(toHost) || !answers(viaStays) {
+		t.Error("a connection ended although it is permitted still")
+	}
+	c.AllowHost = nil
+	restart()
+	if answers(toHost) {
+		t.Error("a connection to the host outlives its --allow-host")
+	}
+	if err := errors.Join(stays.Close(), claim.Close(), n.Close()); err != nil {
+		t.Error(err)
 	}
 }

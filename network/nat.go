@@ -61,7 +61,8 @@ type NAT struct {
 	record  natRecord
 	created []string // what Close removes, oldest first
 
-	connections int // that a guest may have opened at a time
+	connections int  // that a guest may have opened at a time
+	changed     bool // whether namespaces that are kept were permitted something else
 }
 
 // natRecord is kept on disk while a NAT runs, so that the next one can clean up after a crash.
@@ -222,6 +223,12 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 		if err := n.guard(i); err != nil {
 			return nil, fmt.Errorf("guard network namespace %q: %w", name, err)
 		}
+		if n.changed && slices.Contains(kept, name) {
+			// What was let in before may not be any more.
+			if err := forgetTenant(name); err != nil {
+				return nil, err
+			}
+		}
 	}
 	return n, nil
 }
@@ -282,6 +289,7 @@ func (n *NAT) reclaim() (kept []string, err error) {
 				return nil, fmt.Errorf("network namespace %q is in use by %s and laid out by other flags; end that process first", name, held.Holder)
 			}
 			kept = append(kept, name)
+			n.changed = n.changed || old.Config.permissions() != n.config.permissions()
 		case err != nil:
 			return nil, err
 		default:
@@ -301,6 +309,11 @@ func (c NATConfig) pool() [8]string {
 		c.HostVethCIDR, c.NamespaceVethCIDR, c.NamespaceInterface, c.NamespaceInterfaceGateway, strconv.Itoa(c.NamespaceInterfaceNetmask),
 		c.NamespaceInterfaceIP, c.NamespaceInterfaceMAC, c.NamespacePrefix,
 	}
+}
+
+// permissions are what guests may reach, and be reached from.
+func (c NATConfig) permissions() string {
+	return fmt.Sprintf("%q %q %q %q %v", c.HostInterface, c.BlockedSubnetCIDR, c.AllowHost, c.AllowCIDRs, c.AllowIncomingTraffic)
 }
 
 // check refuses to start where the names or addresses belong to somebody else.
