@@ -141,6 +141,10 @@ func (n *NAT) hostRules(connections int) error {
 	if err != nil {
 		return err
 	}
+	opened, err := r.counters("opened", len(names))
+	if err != nil {
+		return err
+	}
 
 	// The forwarder lets packets for loopback addresses leave through a link; none may come in that
 	// way.
@@ -151,7 +155,9 @@ func (n *NAT) hostRules(connections int) error {
 	r.rule(r.chain(hookLeaving), fromAddress(l.namespaceVeth), fromInterfaces(links), notToInterfaces(links), drop())
 
 	limited := r.subchain("limited")
+	r.rule(limited, overLinkRate(opened, openRate(connections)), drop())
 	r.rule(limited, overConnections(counted, connections), drop())
+	r.forgetClosed(limited)
 	r.rule(limited, accept())
 
 	fromGuest, toHost, toGuest := r.subchain("from-guest"), r.subchain("to-host"), r.subchain("to-guest")
@@ -203,6 +209,11 @@ func (n *NAT) hostRules(connections int) error {
 	return r.masqueradeAt(asHost, firstGuestPort, lastGuestPort)
 }
 
+// openRate is how many connections a second a guest may open that may have so many at a time. Those
+// that have ended, and are still tracked but not counted, are so half as many again at most: as many
+// at once, and as many in closedTimeout.
+func openRate(connections int) int { return max(1, connections/4) }
+
 // answers accepts packets of connections that were let through, and the ICMP errors about them.
 func (r *ruleset) answers(c *nftables.Chain) {
 	r.rule(c, connectionState(expr.CtStateBitESTABLISHED), accept())
@@ -229,6 +240,7 @@ func (n *NAT) namespaceRules(i, connections int) error {
 	r.answers(forwarded)
 	r.rule(forwarded, notNewConnection(), drop())
 	fromGuest := [][]expr.Any{fromInterface(c.NamespaceInterface), toInterface(namespaceVeth), fromAddress(host(l.guest))}
+	r.rule(forwarded, append(fromGuest, overRate(openRate(connections)), drop())...)
 	r.rule(forwarded, append(fromGuest, overLimit(connections), drop())...)
 	r.rule(forwarded, append(fromGuest, accept())...)
 	if c.AllowIncomingTraffic {

@@ -612,7 +612,7 @@ func TestConnectionShare(t *testing.T) {
 	}
 	for _, guests := range []int{100, size} {
 		n := &NAT{layout: &layout{count: guests}}
-		if limit, err := n.connectionLimit(); err != nil || limit != max(1, size/2/guests) {
+		if limit, err := n.connectionLimit(); err != nil || limit != max(1, size/3/guests) {
 			t.Errorf("of %d guests each may have %d connections, %v; the host tracks %d", guests, limit, err, size)
 		}
 	}
@@ -1083,5 +1083,50 @@ func TestStale(t *testing.T) {
 	}
 	if err := errors.Join(stays.Close(), claim.Close(), n.Close()); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestClosedConnections lets a guest open and close connections as fast as it can: those that have
+// ended stay tracked, but are not among those that count.
+func TestClosedConnections(t *testing.T) {
+	needRoot(t)
+	const limit = 40
+	c := testConfig()
+	c.MaxConnections = limit
+	startNAT(t, c)
+	guest := attachGuest(t, "ark0")
+	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
+	start, opened := time.Now(), 0
+	for range 4 * limit {
+		err := inNamespace(guest, func() error {
+			conn, err := net.DialTimeout("tcp4", "192.0.2.254:80", 100*time.Millisecond)
+			if err != nil {
+				return nil // dropped
+			}
+			opened++
+			conn.(*net.TCPConn).SetLinger(0) // by RST
+			return conn.Close()
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Dropped SYNs are sent again, so that the guest opens as many as it may.
+	if most := openRate(limit) * (2 + int(time.Since(start).Seconds())); opened == 0 || opened > most {
+		t.Errorf("the guest opened %d connections in %s; at most %d are expected", opened, time.Since(start), most)
+	}
+	tracks := func() error {
+		const timeWait, closed = 7, 8 // nf_conntrack_tcp.h
+		flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+		for _, f := range flows {
+			state, ok := f.ProtoInfo.(*netlink.ProtoInfoTCP)
+			if ok && (state.State == timeWait || state.State == closed) && f.Forward.DstIP.String() == outside && f.TimeOut > closedTimeout {
+				t.Errorf("an ended connection stays tracked: %s", f)
+			}
+		}
+		return err
+	}
+	if err := errors.Join(tracks(), inNamespace("ark0", tracks)); err != nil {
+		t.Fatal(err)
 	}
 }

@@ -40,7 +40,7 @@ type NATConfig struct {
 
 	AllowHost      []string // ports of the host that guests reach, as 53/udp
 	AllowCIDRs     []string // closed addresses that guests reach, as 192.168.1.0/24, or with one port as 169.254.169.254/32:53/udp
-	MaxConnections int      // connections a guest may have opened at a time; 0 for an equal share of half of what the host can track, up to 8192
+	MaxConnections int      // connections a guest may have opened at a time; 0 for an equal share of a third of what the host can track, up to 8192
 
 	NamespaceInterface        string // tap interface for the VMM
 	NamespaceInterfaceGateway string // its address, the guest's gateway
@@ -478,7 +478,8 @@ func (n *NAT) connectionLimit() (int, error) {
 	if err != nil {
 		return 0, fmt.Errorf("read kernel parameter %s: %w", table, err)
 	}
-	return max(1, min(mostConnections, size/2/n.layout.count)), nil
+	// With those that have ended, all guests together have half of what the host tracks (openRate).
+	return max(1, min(mostConnections, size/3/n.layout.count)), nil
 }
 
 // writeRecord replaces the record in one step.
@@ -584,7 +585,11 @@ func (n *NAT) guard(i int) error {
 		return err
 	}
 	return inNamespace(name, func() error {
-		return errors.Join(disableIPv6("all"), n.namespaceRules(i, n.connections))
+		err := errors.Join(disableIPv6("all"), n.namespaceRules(i, n.connections))
+		for _, state := range []string{"time_wait", "close"} {
+			err = errors.Join(err, setSysctl("net/netfilter/nf_conntrack_tcp_timeout_"+state, strconv.Itoa(closedTimeout)))
+		}
+		return err
 	})
 }
 

@@ -338,6 +338,34 @@ func overConnections(counters *nftables.Set, limit int) []expr.Any {
 	}
 }
 
+// overRate matches what comes to it beyond a number a second, after as many at once.
+func overRate(limit int) []expr.Any {
+	return []expr.Any{&expr.Limit{Type: expr.LimitTypePkts, Rate: uint64(limit), Unit: expr.LimitTimeSecond, Burst: uint32(limit), Over: true}}
+}
+
+// overLinkRate is overRate for each incoming interface by itself.
+func overLinkRate(counters *nftables.Set, limit int) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1},
+		&expr.Dynset{SrcRegKey: 1, SetName: counters.Name, SetID: counters.ID, Operation: unix.NFT_DYNSET_OP_ADD, Exprs: overRate(limit)},
+	}
+}
+
+// closedTimeout is how many seconds a TCP connection stays tracked after its end. connlimit does not count it any more then.
+const closedTimeout = 1
+
+// forgetClosed adds a rule that gives new TCP connections closedTimeout, and otherwise the kernel's own timeouts (nf_conntrack-sysctl).
+func (r *ruleset) forgetClosed(c *nftables.Chain) {
+	const name = "tcp"
+	r.conn.AddObj(&nftables.NamedObj{Table: r.table, Name: name, Type: nftables.ObjTypeCtTimeout, Obj: &expr.CtTimeout{
+		L3Proto: unix.NFPROTO_IPV4, L4Proto: unix.IPPROTO_TCP,
+		Policy: expr.CtStatePolicyTimeout{
+			expr.CtStateTCPESTABLISHED: 5 * 24 * 60 * 60, expr.CtStateTCPTIMEWAIT: closedTimeout, expr.CtStateTCPCLOSE: closedTimeout,
+		},
+	}})
+	r.rule(c, transport(unix.IPPROTO_TCP), []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_CT_TIMEOUT, Name: name}})
+}
+
 func drop() []expr.Any   { return []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}} }
 func accept() []expr.Any { return []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}} }
 

@@ -56,7 +56,7 @@ these, and keep net.ipv4.ip_local_port_range below, as is the default.
 	f.StringVar(&c.BlockedSubnetCIDR, "blocked-subnet-cidr", "10.0.15.0/24", "Further CIDR to block for the namespace")
 	f.StringSliceVar(&c.AllowHost, "allow-host", nil, "Ports of the host that guests may reach, at any of its addresses (53/udp,53/tcp)")
 	f.StringSliceVar(&c.AllowCIDRs, "allow-cidr", nil, "CIDRs that guests may reach although they are closed, or one port there (192.168.1.0/24,169.254.169.254/32:53/udp)")
-	f.IntVar(&c.MaxConnections, "max-connections", 0, "Connections that a guest may have opened at a time, of all protocols (0: an equal share of half of what the host can track, up to 8192)")
+	f.IntVar(&c.MaxConnections, "max-connections", 0, "Connections that a guest may have opened at a time, of all protocols; it may open a quarter as many a second (0: an equal share of a third of what the host can track, up to 8192)")
 	f.StringVar(&c.NamespaceInterface, "namespace-interface", "tap0", "Name for the interface inside the namespace")
 	f.StringVar(&c.NamespaceInterfaceGateway, "namespace-interface-gateway", "172.16.0.1", "Gateway for the interface inside the namespace")
 	f.IntVar(&c.NamespaceInterfaceNetmask, "namespace-interface-netmask", 30, "Netmask for the interface inside the namespace, in bits")
