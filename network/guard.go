@@ -258,7 +258,7 @@ func (n *NAT) namespaceRules(i, connections int) error {
 // GuardGuest lets only the guest's own frames leave the tap of a namespace that a NAT made: IPv4
 // from its address, and ARP for it, both from mac. Everything else is dropped before anyone sees
 // it. An empty mac is not checked. Connections of an earlier VM end: if that was killed, nobody gave
-// its claim back. Call it before a VMM takes the tap; it replaces the guard of an earlier VM. It is
+// its claim back. The tap is made anew unless it is in use. Call it before a VMM takes the tap; it replaces the guard of an earlier VM. It is
 // no error if no NAT made the namespace: its rules are its owner's.
 func GuardGuest(ns, mac string) error {
 	c, err := natOf(ns)
@@ -276,6 +276,9 @@ func GuardGuest(ns, mac string) error {
 		}
 	}
 	err = inNamespace(ns, func() error {
+		if err := c.renewTap(l); err != nil {
+			return err
+		}
 		r, err := newRuleset(nftables.TableFamilyNetdev, "drafter-guest")
 		if err != nil {
 			return err

@@ -14,6 +14,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
@@ -1128,5 +1129,71 @@ func TestClosedConnections(t *testing.T) {
 	}
 	if err := errors.Join(tracks(), inNamespace("ark0", tracks)); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestTapRenewed lets a VMM that was broken into do to its tap what its descriptor allows. The next
+// VM has a tap as from the NAT.
+func TestTapRenewed(t *testing.T) {
+	needRoot(t)
+	startNAT(t, testConfig())
+	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
+	for name, attack := range map[string]func(fd int) error{
+		"none":    func(int) error { return nil },
+		"removed": func(fd int) error { return unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 0) },
+		"owned":   func(fd int) error { return unix.IoctlSetInt(fd, unix.TUNSETOWNER, 12345) },
+		"another MAC address": func(fd int) error {
+			var ifr [40]byte // struct ifreq: name, then sockaddr
+			binary.NativeEndian.PutUint16(ifr[16:], unix.ARPHRD_ETHER)
+			copy(ifr[18:], mac("02:00:00:00:00:66"))
+			_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCSIFHWADDR, uintptr(unsafe.Pointer(&ifr)))
+			if errno != 0 {
+				return errno
+			}
+			return nil
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			err := inNamespace("ark0", func() error {
+				fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
+				if err != nil {
+					return err
+				}
+				defer unix.Close(fd)
+				ifr, err := unix.NewIfreq("tap0")
+				if err != nil {
+					return err
+				}
+				ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+				if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); err != nil {
+					return err
+				}
+				return attack(fd)
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := GuardGuest("ark0", testConfig().NamespaceInterfaceMAC); err != nil {
+				t.Fatal(err)
+			}
+			err = inNamespace("ark0", func() error {
+				link, err := netlink.LinkByName("tap0")
+				if err != nil {
+					return err
+				}
+				tap := link.(*netlink.Tuntap)
+				if tap.NonPersist || tap.HardwareAddr.String() != testConfig().NamespaceInterfaceMAC || tap.Owner == 12345 {
+					t.Errorf("the tap is %+v", tap)
+				}
+				return nil
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			guest := attachGuest(t, "ark0")
+			if got := ask(t, guest, "udp4", "192.0.2.254:80"); got != "outside to 192.0.2.1" {
+				t.Errorf("the next guest reaches outside: %q", got)
+			}
+		})
 	}
 }

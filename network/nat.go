@@ -16,6 +16,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 
 	"drafter/internal/lockfile"
 	"drafter/internal/rundir"
@@ -554,6 +555,22 @@ func (n *NAT) configureNamespace(i int) error {
 	if err != nil {
 		return err
 	}
+	err = errors.Join(
+		configureLink(lo),
+		configureLink(veth, &net.IPNet{IP: l.namespaceSide(i), Mask: net.CIDRMask(30, 32)}, host(l.namespaceIP(i))),
+		c.createTap(l),
+	)
+	if err != nil {
+		return err
+	}
+	if err := netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: l.hostSide(i)}); err != nil {
+		return fmt.Errorf("set default route: %w", err)
+	}
+	return setSysctl("net/ipv4/ip_forward", "1")
+}
+
+// createTap makes the tap inside the namespace.
+func (c NATConfig) createTap(l *layout) error {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = c.NamespaceInterface
 	tap := &netlink.Tuntap{LinkAttrs: attrs, Mode: netlink.TUNTAP_MODE_TAP, Flags: netlink.TUNTAP_NO_PI | netlink.TUNTAP_VNET_HDR, Queues: 0}
@@ -563,18 +580,25 @@ func (n *NAT) configureNamespace(i int) error {
 	if err := netlink.LinkSetHardwareAddr(tap, l.mac); err != nil {
 		return fmt.Errorf("set MAC address of %s: %w", c.NamespaceInterface, err)
 	}
-	err = errors.Join(
-		configureLink(lo),
-		configureLink(veth, &net.IPNet{IP: l.namespaceSide(i), Mask: net.CIDRMask(30, 32)}, host(l.namespaceIP(i))),
-		configureLink(tap, &net.IPNet{IP: l.gateway, Mask: l.mask}),
-	)
-	if err != nil {
-		return err
+	return configureLink(tap, &net.IPNet{IP: l.gateway, Mask: l.mask})
+}
+
+// renewTap replaces the tap unless a VMM has it: one that was broken into may have changed it through its descriptor, or even have removed it
+// (TUNSETPERSIST, SIOCSIFHWADDR, TUNSETOWNER and others).
+func (c NATConfig) renewTap(l *layout) error {
+	link, err := netlink.LinkByName(c.NamespaceInterface)
+	switch missing := (netlink.LinkNotFoundError{}); {
+	case errors.As(err, &missing):
+	case err != nil:
+		return fmt.Errorf("find %s: %w", c.NamespaceInterface, err)
+	case link.Attrs().RawFlags&unix.IFF_LOWER_UP != 0:
+		return nil
+	default:
+		if err := netlink.LinkDel(link); err != nil {
+			return fmt.Errorf("remove %s: %w", c.NamespaceInterface, err)
+		}
 	}
-	if err := netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: l.hostSide(i)}); err != nil {
-		return fmt.Errorf("set default route: %w", err)
-	}
-	return setSysctl("net/ipv4/ip_forward", "1")
+	return c.createTap(l)
 }
 
 // guard puts what guests may do in force for a namespace and its link.
