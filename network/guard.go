@@ -109,6 +109,15 @@ func (o *opening) parsePort(s string) (ok bool) {
 	return err == nil && port != 0 && (protocol == "tcp" || protocol == "udp")
 }
 
+// host tells whether it opens the host itself: a subnet does not, although the host may be in it.
+func (o opening) host() bool {
+	if o.to == nil {
+		return true
+	}
+	bits, _ := o.to.Mask.Size()
+	return bits == 32
+}
+
 // match matches what a guest sends to the destination, as the guest addressed it: a forward may
 // lead elsewhere.
 func (o opening) match() (parts [][]expr.Any) {
@@ -169,7 +178,9 @@ func (n *NAT) hostRules(connections int) error {
 		r.rule(c, notNewConnection(), drop())
 	}
 	for _, o := range l.openings {
-		r.rule(toHost, append(o.match(), continueAt(limited))...)
+		if o.host() {
+			r.rule(toHost, append(o.match(), continueAt(limited))...)
+		}
 		if o.to != nil {
 			r.rule(fromGuest, append(o.match(), continueAt(limited))...)
 		}

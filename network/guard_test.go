@@ -1197,3 +1197,23 @@ func TestTapRenewed(t *testing.T) {
 		})
 	}
 }
+
+// TestAllowedSubnet opens a subnet that the host has an address in, and another address of the host.
+func TestAllowedSubnet(t *testing.T) {
+	needRoot(t)
+	lan := attachLAN(t)
+	c := testConfig()
+	c.AllowCIDRs = []string{"198.51.100.0/24", "192.0.2.1/32:80/tcp"}
+	startNAT(t, c)
+	guest := attachGuest(t, "ark0")
+	listen(t, lan, "198.51.100.2:80", "lan")
+	listen(t, "", "198.51.100.1:80", "host")
+	listen(t, "", "192.0.2.1:80", "host")
+	for addr, want := range map[string]string{
+		"198.51.100.2:80": "lan to 198.51.100.1", "198.51.100.1:80": "", "192.0.2.1:80": "host to 10.0.15.1",
+	} {
+		if got := ask(t, guest, "tcp4", addr); got != want {
+			t.Errorf("%s: %q; want %q", addr, got, want)
+		}
+	}
+}

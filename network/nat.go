@@ -40,7 +40,7 @@ type NATConfig struct {
 	BlockedSubnetCIDR string // guests cannot reach it either
 
 	AllowHost      []string // ports of the host that guests reach, as 53/udp
-	AllowCIDRs     []string // closed addresses that guests reach, as 192.168.1.0/24, or with one port as 169.254.169.254/32:53/udp
+	AllowCIDRs     []string // closed addresses that guests reach, as 192.168.1.0/24, or with one port as 169.254.169.254/32:53/udp; the host's own only as /32
 	MaxConnections int      // connections a guest may have opened at a time; 0 for an equal share of a third of what the host can track, up to 8192
 
 	NamespaceInterface        string // tap interface for the VMM
