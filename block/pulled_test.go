@@ -225,9 +225,16 @@ func TestPulledTwice(t *testing.T) {
 
 // A file that is being pulled is this user's alone: links that lie in wait for it, and files that another could change behind our back, are refused.
 func TestPulledIsClosed(t *testing.T) {
+	_, remote := newOrigin(t, 4)
 	old := syscall.Umask(0)
 	defer syscall.Umask(old)
-	_, remote := newOrigin(t, 4)
+	closed := func() string { // a directory that others cannot write to, in spite of the umask
+		dir := t.TempDir()
+		if err := os.Chmod(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		return dir
+	}
 	victim := filepath.Join(t.TempDir(), "victim")
 	if err := os.WriteFile(victim, []byte("precious"), 0o600); err != nil {
 		t.Fatal(err)
@@ -244,7 +251,7 @@ func TestPulledIsClosed(t *testing.T) {
 			return errors.Join(os.WriteFile(p, nil, 0o600), os.Chown(p, 65534, 65534))
 		},
 	} {
-		path := filepath.Join(t.TempDir(), "disk")
+		path := filepath.Join(closed(), "disk")
 		if err := lie(partialPath(path)); err != nil {
 			t.Fatal(err)
 		}
@@ -256,7 +263,7 @@ func TestPulledIsClosed(t *testing.T) {
 			t.Errorf("%s: a file was overwritten, or %v", name, err)
 		}
 	}
-	path := filepath.Join(t.TempDir(), "made", "disk")
+	path := filepath.Join(closed(), "made", "disk")
 	d := openPulled(t, path, remote)
 	if err := d.Fill(t.Context(), nil); err != nil {
 		t.Fatal(err)

@@ -88,7 +88,7 @@ func fetchPackages(ctx context.Context, cache string, names ...string) ([]string
 // makeCache makes the directory of a cache. One that another user may write to is refused: what is in it is not downloaded, nor verified, again.
 func makeCache(dir string) error {
 	if err := private.MkdirAll(dir); err != nil {
-		return err
+		return fmt.Errorf("--cache: %w", err)
 	}
 	if err := checkOwner(dir, ""); err != nil {
 		return fmt.Errorf("--cache %s: %w", dir, err)

@@ -207,14 +207,14 @@ func TestDevicesTooLarge(t *testing.T) {
 		limits.MaxSize = tt.most
 		vm := newReceiver(newLedger(t), 1)
 		_, err := Receive(t.Context(), TargetConfig{VM: vm, Dial: hostile(t, m), Limits: limits})
-		if err == nil || !strings.Contains(err.Error(), "allow them with --max-size") {
+		if err == nil || !strings.Contains(err.Error(), "--max-size allows more") {
 			t.Errorf("%s: %v", what, err)
 		}
 		if len(vm.devices) > 0 {
 			t.Errorf("%s: devices were made", what)
 		}
 		m.Features = wire.FeaturePackage
-		if _, err := OpenPackage(t.Context(), hostile(t, m), limits); err == nil || !strings.Contains(err.Error(), "allow them with --max-size") {
+		if _, err := OpenPackage(t.Context(), hostile(t, m), limits); err == nil || !strings.Contains(err.Error(), "--max-size allows more") {
 			t.Errorf("%s, as a package: %v", what, err)
 		}
 	}

@@ -28,7 +28,8 @@ func forgetGuest(ns string, addresses ...net.IP) error {
 	})
 }
 
-// forgetConnections ends the host's IPv4 connections that a function chooses. It reads all there are.
+// forgetConnections ends the host's IPv4 connections that a function chooses. It reads all there
+// are.
 func forgetConnections(chosen conntrackFilter) error {
 	var err error = netlink.ErrDumpInterrupted
 	for tries := 0; tries < 10 && errors.Is(err, netlink.ErrDumpInterrupted); tries++ {

@@ -104,7 +104,8 @@ func StartForwarder(c ForwarderConfig) (_ *Forwarder, err error) {
 	return f, f.applyRules(forwards)
 }
 
-// forwarderLocks is where below [rundir.Path] each forwarder has a lock and a list of its forwards, called like its table.
+// forwarderLocks is where below [rundir.Path] each forwarder has a lock and a list of its
+// forwards, called like its table.
 const forwarderLocks = "forwarders/"
 
 func (p PortForward) resolve(hostVeth *net.IPNet) (forward, error) {
@@ -267,7 +268,8 @@ func reclaimForwarders() error {
 	return nil
 }
 
-// listPath is where a forwarder notes its forwards, so that the next one can end their connections after a crash.
+// listPath is where a forwarder notes its forwards, so that the next one can end their connections
+// after a crash.
 func (f *Forwarder) listPath() string {
 	return filepath.Join(rundir.Path, forwarderLocks, f.name+".json")
 }

@@ -220,9 +220,9 @@ func (n *NAT) hostRules(connections int) error {
 	return r.masqueradeAt(asHost, firstGuestPort, lastGuestPort)
 }
 
-// openRate is how many connections a second a guest may open that may have so many at a time. Those
-// that have ended, and are still tracked but not counted, are so half as many again at most: as many
-// at once, and as many in closedTimeout.
+// openRate is how many connections a second a guest may open that may have so many at a time.
+// Those that have ended, and are still tracked but not counted, are so half as many again at most:
+// as many at once, and as many in closedTimeout.
 func openRate(connections int) int { return max(1, connections/4) }
 
 // answers accepts packets of connections that were let through, and the ICMP errors about them.
@@ -268,9 +268,10 @@ func (n *NAT) namespaceRules(i, connections int) error {
 
 // GuardGuest lets only the guest's own frames leave the tap of a namespace that a NAT made: IPv4
 // from its address, and ARP for it, both from mac. Everything else is dropped before anyone sees
-// it. An empty mac is not checked. Connections of an earlier VM end: if that was killed, nobody gave
-// its claim back. The tap is made anew unless it is in use. Call it before a VMM takes the tap; it replaces the guard of an earlier VM. It is
-// no error if no NAT made the namespace: its rules are its owner's.
+// it. An empty mac is not checked. Connections of an earlier VM end: if that was killed, nobody
+// gave its claim back. The tap is made anew unless it is in use. Call it before a VMM takes the
+// tap; it replaces the guard of an earlier VM. It is no error if no NAT made the namespace: its
+// rules are its owner's.
 func GuardGuest(ns, mac string) error {
 	c, err := natOf(ns)
 	if c == nil || err != nil {

@@ -900,8 +900,8 @@ type checkedContext struct {
 
 func (c checkedContext) Err() error { c.check(); return c.Context.Err() }
 
-// TestRecordedNamespaces makes sure that a NAT removes no namespace that it has not made: "ark1" and
-// "ark" both have an ark10.
+// TestRecordedNamespaces makes sure that a NAT removes no namespace that it has not made: "ark1"
+// and "ark" both have an ark10.
 func TestRecordedNamespaces(t *testing.T) {
 	needRoot(t)
 	// At any time, a killed NAT has noted nothing that it has not made.
@@ -1101,12 +1101,12 @@ func TestClosedConnections(t *testing.T) {
 	for range 4 * limit {
 		err := inNamespace(guest, func() error {
 			conn, err := net.DialTimeout("tcp4", "192.0.2.254:80", 100*time.Millisecond)
-			if err != nil {
+			if conn == nil {
 				return nil // dropped
 			}
 			opened++
 			conn.(*net.TCPConn).SetLinger(0) // by RST
-			return conn.Close()
+			return errors.Join(err, conn.Close())
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -1198,7 +1198,8 @@ func TestTapRenewed(t *testing.T) {
 	}
 }
 
-// TestAllowedSubnet opens a subnet that the host has an address in, and another address of the host.
+// TestAllowedSubnet opens a subnet that the host has an address in, and another address of the
+// host.
 func TestAllowedSubnet(t *testing.T) {
 	needRoot(t)
 	lan := attachLAN(t)

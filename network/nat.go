@@ -278,7 +278,8 @@ func (n *NAT) reclaim() (kept []string, err error) {
 		return nil, err
 	}
 	for _, name := range old.Namespaces {
-		// With the prefixes ark and ark1 there are two that may have made ark10. This one was killed just before it did.
+		// With the prefixes ark and ark1 there are two that may have made ark10. This one was
+		// killed just before it did.
 		if slices.ContainsFunc(others, func(o natRecord) bool { return slices.Contains(o.Namespaces, name) }) {
 			continue
 		}
@@ -352,8 +353,9 @@ func (n *NAT) check(kept []string) error {
 	return n.checkSubnets(kept)
 }
 
-// checkSubnets refuses subnets of another NAT, and those where the host already routes a part elsewhere. A route that is wider than a subnet is
-// none of these: the NAT's own are more specific.
+// checkSubnets refuses subnets of another NAT, and those where the host already routes a part
+// elsewhere. A route that is wider than a subnet is none of these: the NAT's own are more
+// specific.
 func (n *NAT) checkSubnets(kept []string) error {
 	others, err := n.others()
 	if err != nil {
@@ -419,7 +421,8 @@ func (n *NAT) prepareHost(kept []string) error {
 	return n.hostRules(n.connections)
 }
 
-// noteForwarding notes what Close restores, given the present value of ip_forward. If another NAT has turned it on, then what was before that.
+// noteForwarding notes what Close restores, given the present value of ip_forward. If another NAT
+// has turned it on, then what was before that.
 func (n *NAT) noteForwarding(value string) error {
 	if n.record.IPForward != "" {
 		return nil
@@ -583,8 +586,9 @@ func (c NATConfig) createTap(l *layout) error {
 	return configureLink(tap, &net.IPNet{IP: l.gateway, Mask: l.mask})
 }
 
-// renewTap replaces the tap unless a VMM has it: one that was broken into may have changed it through its descriptor, or even have removed it
-// (TUNSETPERSIST, SIOCSIFHWADDR, TUNSETOWNER and others).
+// renewTap replaces the tap unless a VMM has it: one that was broken into may have changed it
+// through its descriptor, or even have removed it (TUNSETPERSIST, SIOCSIFHWADDR, TUNSETOWNER and
+// others).
 func (c NATConfig) renewTap(l *layout) error {
 	link, err := netlink.LinkByName(c.NamespaceInterface)
 	switch missing := (netlink.LinkNotFoundError{}); {

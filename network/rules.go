@@ -351,10 +351,12 @@ func overLinkRate(counters *nftables.Set, limit int) []expr.Any {
 	}
 }
 
-// closedTimeout is how many seconds a TCP connection stays tracked after its end. connlimit does not count it any more then.
+// closedTimeout is how many seconds a TCP connection stays tracked after its end. connlimit does
+// not count it any more then.
 const closedTimeout = 1
 
-// forgetClosed adds a rule that gives new TCP connections closedTimeout, and otherwise the kernel's own timeouts (nf_conntrack-sysctl).
+// forgetClosed adds a rule that gives new TCP connections closedTimeout, and otherwise the
+// kernel's own timeouts (nf_conntrack-sysctl).
 func (r *ruleset) forgetClosed(c *nftables.Chain) {
 	const name = "tcp"
 	r.conn.AddObj(&nftables.NamedObj{Table: r.table, Name: name, Type: nftables.ObjTypeCtTimeout, Obj: &expr.CtTimeout{

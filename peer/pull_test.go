@@ -38,9 +38,9 @@ func TestOriginTooLarge(t *testing.T) {
 		{origin: origin{vmm.Memory: memory, vmm.Disk: memory}},
 		{origin: origin{vmm.Memory: memory + 1}, want: "allow it with --max-memory"},
 		{origin: origin{vmm.Memory: memory + 1}, change: func(c *Config) { c.Host.MaxMemory = 2 * memory }},
-		{origin: origin{vmm.Disk: 4 << 60}, want: "allow them with --max-size"},
-		{origin: origin{vmm.Disk: 4 << 60, "more": 4 << 60}, want: "allow them with --max-size"},
-		{origin: origin{vmm.Disk: 1 << 20}, change: func(c *Config) { c.Limits.MaxSize = 1 << 19 }, want: "allow them with --max-size"},
+		{origin: origin{vmm.Disk: 4 << 60}, want: "--max-size allows more"},
+		{origin: origin{vmm.Disk: 4 << 60, "more": 4 << 60}, want: "--max-size allows more"},
+		{origin: origin{vmm.Disk: 1 << 20}, change: func(c *Config) { c.Limits.MaxSize = 1 << 19 }, want: "--max-size allows more"},
 	} {
 		p := &Peer{}
 		if tt.change != nil {

@@ -50,7 +50,7 @@ func New(paths map[string]string, last string) (_ *Set, err error) {
 		err = s.checkScattered()
 	}
 	if err != nil {
-		return nil, errors.Join(err, s.Discard())
+		return nil, err // nothing was made
 	}
 	return s, nil
 }
@@ -64,6 +64,9 @@ func (s *Set) stage(dir string) (err error) {
 		return err
 	default:
 		s.old = true
+		if err := private.MkdirAll(dir); err != nil { // it exists, and is nobody else's
+			return err
+		}
 		for _, e := range entries {
 			if !e.Type().IsRegular() {
 				return nil

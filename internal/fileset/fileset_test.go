@@ -7,7 +7,6 @@ import (
 	"testing"
 
 	"drafter/internal/lockfile"
-	"drafter/internal/private"
 )
 
 func write(t *testing.T, path, text string) {
@@ -180,22 +179,18 @@ func TestStrangersDirectory(t *testing.T) {
 	}
 	link("config.json.partial")
 	link("state.bin.partial")
-	s, err := New(map[string]string{"config": filepath.Join(dir, "config.json"), "state": filepath.Join(dir, "sub/state.bin")}, "state")
-	if err != nil {
-		t.Fatal(err)
+	for name, paths := range map[string]map[string]string{
+		"scattered": {"config": filepath.Join(dir, "config.json"), "state": filepath.Join(dir, "sub/state.bin")},
+		"below":     {"config": filepath.Join(dir, "pkg/config.json")},
+		"there":     {"config": filepath.Join(dir, "config.json")},
+	} {
+		if _, err := New(paths, ""); err == nil || !strings.Contains(err.Error(), "belongs to user 65534") {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
-	f, err := private.Create(s.Path("config"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := f.WriteString("config"); err != nil {
-		t.Fatal(err)
-	}
-	if err := f.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if err := s.Discard(); err != nil {
-		t.Fatal(err)
+	entries, err := os.ReadDir(dir)
+	if err != nil || len(entries) != 3 {
+		t.Errorf("the directory of a stranger: %v, %v", entries, err)
 	}
 	if b, err := os.ReadFile(secret); err != nil || string(b) != "secret" {
 		t.Errorf("the secret is %q, %v", b, err)

@@ -39,8 +39,8 @@ func mode(t *testing.T, path string) fs.FileMode {
 // A file is its owner's alone under any umask, also where a file that all may read was before.
 func TestMode(t *testing.T) {
 	for _, umask := range []int{0, 0o022, 0o777} {
-		old := syscall.Umask(umask)
 		dir := t.TempDir()
+		old := syscall.Umask(umask)
 		path := filepath.Join(dir, "made", "file")
 		if umask == 0o777 {
 			path = filepath.Join(dir, "file")

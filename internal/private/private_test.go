@@ -91,8 +91,8 @@ func closed(f *os.File, err error) error {
 
 func TestModes(t *testing.T) {
 	for _, umask := range []int{0, 0o022, 0o777} {
-		old := unix.Umask(umask)
 		base := filepath.Join(t.TempDir(), fmt.Sprintf("%03o", umask))
+		old := unix.Umask(umask)
 		err := errors.Join(
 			closed(Create(filepath.Join(base, "a/b/created"))),
 			closed(CreateOrOpen(filepath.Join(base, "a/lock"))),
@@ -123,7 +123,8 @@ func TestModes(t *testing.T) {
 
 // A file that is opened for writing is neither somebody else's, nor another name of something.
 func TestCreateOrOpen(t *testing.T) {
-	dir, secret := strangers(t)
+	_, secret := strangers(t)
+	dir := t.TempDir()
 	path := filepath.Join(dir, "lock")
 	for round := range 2 {
 		if err := closed(CreateOrOpen(path)); err != nil {
@@ -154,6 +155,47 @@ func TestCreateOrOpen(t *testing.T) {
 		if err := closed(open(fifo)); err == nil {
 			t.Errorf("%s opened a FIFO", name)
 		}
+	}
+}
+
+// In a stranger's directory nothing is made, and nothing opened to be written, as its owner can put something
+// else in its place; what is there can be read.
+func TestStrangersDirectory(t *testing.T) {
+	dir, _ := strangers(t)
+	path := filepath.Join(dir, "file")
+	if err := os.WriteFile(path, []byte("content"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for name, use := range map[string]func() error{
+		"write":  func() error { return closed(Open(path, unix.O_RDWR)) },
+		"create": func() error { return closed(Create(filepath.Join(dir, "new"))) },
+		"below":  func() error { return closed(Create(filepath.Join(dir, "sub/new"))) },
+		"lock":   func() error { return closed(CreateOrOpen(path)) },
+		"mkdir":  func() error { return MkdirAll(filepath.Join(dir, "sub")) },
+		"there":  func() error { return MkdirAll(dir) },
+	} {
+		if err := use(); err == nil || !strings.Contains(err.Error(), "belongs to user 65534") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if b, err := ReadFile(path, 7); err != nil || string(b) != "content" {
+		t.Errorf("read: %q, %v", b, err)
+	}
+	if _, err := ReadFile(path, 6); err == nil {
+		t.Error("more was read than is allowed")
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
+		t.Errorf("left: %v, %v", entries, err)
+	}
+	open := filepath.Join(t.TempDir(), "open")
+	if err := errors.Join(os.Mkdir(open, 0o700), os.Chmod(open, 0o777)); err != nil {
+		t.Fatal(err)
+	}
+	if err := closed(Create(filepath.Join(open, "new"))); err == nil {
+		t.Error("a file was made where everybody can write")
+	}
+	if err := errors.Join(os.Chmod(open, 0o777|os.ModeSticky), closed(Create(filepath.Join(open, "new")))); err != nil {
+		t.Errorf("a sticky directory: %v", err)
 	}
 }
 

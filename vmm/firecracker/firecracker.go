@@ -411,13 +411,18 @@ func (m *Machine) orExit(err error) error {
 // command returns the error of a call; if Firecracker has died, it says how.
 func (m *Machine) command(err error) error { return m.orExit(err) }
 
+// maxCounted bounds the names of what Firecracker counts; it has some 500.
+const maxCounted = 4096
+
 func (m *Machine) count(name string, value float64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.counted == nil {
 		m.counted = map[string]float64{}
 	}
-	m.counted[name] = value
+	if _, ok := m.counted[name]; ok || len(m.counted) < maxCounted {
+		m.counted[name] = value
+	}
 }
 
 // Metrics implements [vmm.Meter]: what Firecracker has last said of itself (docs/metrics.md of Firecracker), by group and name, and the faults served.

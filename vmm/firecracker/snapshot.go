@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -57,6 +58,9 @@ func (m *Machine) serveMemory(first []uint32) error {
 	conn, err := m.uffd.AcceptUnix()
 	if err != nil {
 		return err
+	}
+	if err := conn.SetDeadline(time.Now().Add(startTimeout)); err != nil { // for the handshake, which is all that comes
+		return errors.Join(err, conn.Close())
 	}
 	h, err := uffd.Serve(conn, m.process.PID(), uffd.Config{Memory: m.launch.MemoryDevice, Track: !m.logsDirty, First: first, Fill: m.launch.FillMemory})
 	if err = errors.Join(err, conn.Close()); err != nil {

@@ -184,7 +184,9 @@ func fakeQEMU(t *testing.T, conn net.Conn, reply func(command string, id uint64)
 				conn.Close()
 				return
 			}
-			fmt.Fprint(conn, answer+"\r\n")
+			if answer != "" {
+				fmt.Fprint(conn, answer+"\r\n")
+			}
 		}
 	}()
 }
