@@ -14,6 +14,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/fusemount"
 )
 
 const environment = "DRAFTER_TESTHOST"
@@ -45,6 +47,16 @@ func Enter(env ...string) (exitCode int, err error) {
 func SetUp() error {
 	if err := unix.Mount("tmpfs", "/run", "tmpfs", 0, ""); err != nil {
 		return fmt.Errorf("mount /run: %w", err)
+	}
+	// What tests of other packages have mounted just now is none of this host's.
+	foreign, err := fusemount.Below(os.TempDir())
+	if err != nil {
+		return err
+	}
+	for _, m := range foreign {
+		if err := m.Detach(); err != nil {
+			return err
+		}
 	}
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
