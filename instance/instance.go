@@ -91,7 +91,13 @@ func (p Paths) Path(name string) string { return p[name] }
 func (p Paths) State() (StateDevice, error) { return private.Open(p[vmm.State], os.O_RDWR) }
 
 // Memory implements [Storage].
-func (p Paths) Memory() (block.Device, error) { return block.OpenFile(p[vmm.Memory], false) }
+func (p Paths) Memory() (block.Device, error) {
+	f, err := block.OpenFile(p[vmm.Memory], false)
+	if err != nil {
+		return nil, err // a nil *File in an interface is not nil
+	}
+	return f, nil
+}
 
 // Storage is where the devices of an instance are.
 type Storage interface {

@@ -439,11 +439,6 @@ func TestKilledOwner(t *testing.T) {
 					break
 				}
 			}
-			if uid != "0" {
-				if out, err := exec.Command("chown", "-R", uid+":"+uid, filepath.Join(s.dir, "package")).CombinedOutput(); err != nil {
-					t.Fatalf("%v: %s", err, out)
-				}
-			}
 			clean := inventory()
 			flags := []string{"--uid", uid, "--gid", uid, "--cgroup-version", cgroup.version}
 			vm := s.runner(t, flags...)
