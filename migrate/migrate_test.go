@@ -208,7 +208,7 @@ func TestCatchUp(t *testing.T) {
 		case "pause":
 			behind = flushed
 		}
-		return nil
+		return t.Context().Err()
 	}
 	p.guest.failing.Store(&calls)
 	target, err := Receive(t.Context(), p.config(limits, nil))
