@@ -32,7 +32,7 @@ func (b *bench) moveOwn(ctx context.Context, w *watcher, c contest, l link, o op
 	if err != nil {
 		return err
 	}
-	source, err := g.start(ctx, qemu.Driver{Own: g.dir}, 0, "")
+	source, err := g.start(ctx, qemu.Driver{Own: true, Dir: g.dir}, 0, "")
 	if err != nil {
 		return err
 	}
@@ -42,7 +42,7 @@ func (b *bench) moveOwn(ctx context.Context, w *watcher, c contest, l link, o op
 	}
 	time.Sleep(settle)
 	began := time.Now()
-	target, err := g.start(ctx, qemu.Driver{Own: g.dir}, 1, "")
+	target, err := g.start(ctx, qemu.Driver{Own: true, Dir: g.dir}, 1, "")
 	if err != nil {
 		return err
 	}
@@ -164,7 +164,7 @@ func (b *bench) savedOwn(ctx context.Context, g *ownGuest) (path string, err err
 		return "", err
 	}
 	defer func() { err = errors.Join(err, os.Remove(memory)) }()
-	m, err := g.start(ctx, qemu.Driver{}, 0, memory)
+	m, err := g.start(ctx, qemu.Driver{Dir: g.dir}, 0, memory)
 	if err != nil {
 		return "", err
 	}

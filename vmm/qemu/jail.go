@@ -45,8 +45,8 @@ func (d Driver) jail(l *vmm.Launch, program, accel string) (*process.Root, error
 		// Several VMs may boot from it at once, each as another user.
 		r.Copies = append(r.Copies, process.Mount{Source: l.Boot.Initrd, Target: jailInitrd})
 	}
-	if d.Own != "" {
-		r.Mounts = append(r.Mounts, process.Mount{Source: d.Own, Target: d.Own})
+	if d.Dir != "" {
+		r.Mounts = append(r.Mounts, process.Mount{Source: d.Dir, Target: d.Dir})
 	}
 	return r, err
 }

@@ -29,7 +29,8 @@ import (
 // Driver is the QEMU driver. The zero value is ready.
 type Driver struct {
 	Bin string // looked up on PATH when it holds no slash; "" for the one of this architecture
-	Own string // if not empty, machines have memory of their own instead of a memory device, wait for [Machine.ReceiveOwn] instead of Restore, and may write to this directory
+	Own bool   // whether machines have memory of their own instead of a memory device, and wait for [Machine.ReceiveOwn] instead of Restore
+	Dir string // a directory of the host's that machines may write to, for [Machine.SendOwn] and ReceiveOwn; "" for none
 }
 
 var _ vmm.Driver = Driver{}
@@ -130,7 +131,7 @@ func (d Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
 	if err != nil {
 		return nil, err
 	}
-	if (d.Own != "") != (l.Memory == "") {
+	if d.Own != (l.Memory == "") {
 		return nil, errors.New("a machine has either memory of its own or a memory device")
 	}
 	m := &Machine{launch: l, hardware: hw, ended: make(chan struct{}), migration: make(chan string, 16)}
@@ -138,7 +139,7 @@ func (d Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
 	if err == nil {
 		err = m.start(ctx, path, args, root)
 	}
-	if err == nil && l.Boot == nil && d.Own == "" {
+	if err == nil && l.Boot == nil && !d.Own {
 		err = m.await(ctx)
 	}
 	if err != nil {
