@@ -15,6 +15,7 @@ import (
 
 	"drafter/instance"
 	"drafter/internal/sparse"
+	"drafter/network"
 	"drafter/vmm"
 	"drafter/vmm/qemu"
 )
@@ -142,6 +143,9 @@ func (g *ownGuest) start(ctx context.Context, driver qemu.Driver, number int, me
 	}
 	for _, name := range g.config.Disks() {
 		launch.Disks = append(launch.Disks, vmm.Block{Name: name, Path: g.paths[name]})
+	}
+	if err := network.GuardGuest(launch.Netns, launch.MAC); err != nil {
+		return nil, errors.Join(err, d.Close())
 	}
 	m, err := driver.Launch(ctx, launch)
 	if err != nil {
