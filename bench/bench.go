@@ -131,7 +131,7 @@ func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
 // network makes network namespaces for VMs, until end.
 func (b *bench) network(ctx context.Context, count int) (end func() error, err error) {
-	nat, err := b.drafter.Start("nat", "--namespace-count", fmt.Sprint(count))
+	nat, err := b.drafter.Start("nat", "--namespace-count", fmt.Sprint(count), "--allow-host", fmt.Sprintf("%d/udp", tickPort)) // guests tick there
 	if err != nil {
 		return nil, err
 	}
