@@ -89,9 +89,7 @@ func (b *Backup) Remote(name string) (block.Remote, bool) {
 
 // Close frees the backup.
 func (b *Backup) Close() error {
-	if b.decoder != nil {
-		b.decoder.Close()
-	}
+	b.decoder.Close()
 	b.store.Close()
 	return nil
 }

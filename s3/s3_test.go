@@ -173,6 +173,12 @@ func TestWrite(t *testing.T) {
 	}
 	first := write(nil)
 	compare(t, place, contents(devices))
+	// What the writer itself knows of it can be fetched, too.
+	remote, _ := w.Remote("disk")
+	got := make([]byte, 10*block.ContentBlockSize)
+	if err := remote.Fetcher.Fetch(t.Context(), 0, got, true); err != nil || !bytes.Equal(got, devices["disk"].data[:len(got)]) {
+		t.Errorf("fetched from the first backup of a place: %v", err)
+	}
 	none := block.NewBitmap(500)
 	if done := write(map[string]*block.Bitmap{"disk": none, "memory": none, "config": none}); done.Uploaded != 0 || done.Changed != 0 {
 		t.Errorf("without a change: %+v", done)

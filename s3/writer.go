@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"drafter/block"
+	"drafter/internal/decompress"
 )
 
 // ErrSuperseded says that somebody else has written to the place since: what this writer has is not the latest any more.
@@ -35,6 +36,7 @@ type Writer struct {
 	id      uuid.UUID
 	latest  *Backup // nil: none
 	encoder *zstd.Encoder
+	decoder *zstd.Decoder         // of latest, and of those that follow it
 	spare   map[block.ID]location // uploaded, but in no manifest yet
 	garbage map[string]bool       // objects that nobody needs any more
 	swept   bool                  // garbage of earlier writers has been looked for
@@ -50,7 +52,13 @@ func (s *Store) NewWriter(ctx context.Context) (*Writer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make zstd encoder: %w", err)
 	}
-	return &Writer{store: s, id: uuid.New(), latest: latest, encoder: encoder, spare: map[block.ID]location{}, garbage: map[string]bool{}}, nil
+	w := &Writer{store: s, id: uuid.New(), latest: latest, encoder: encoder, spare: map[block.ID]location{}, garbage: map[string]bool{}}
+	if latest != nil {
+		w.decoder = latest.decoder
+	} else if w.decoder, err = decompress.Blocks(); err != nil {
+		return nil, errors.Join(err, encoder.Close())
+	}
+	return w, nil
 }
 
 // Moment is that of the latest backup; zero when there is none.
@@ -84,6 +92,7 @@ func (w *Writer) Remote(name string) (block.Remote, bool) {
 
 // Close frees the writer.
 func (w *Writer) Close() error {
+	w.decoder.Close()
 	if w.latest != nil {
 		return errors.Join(w.encoder.Close(), w.latest.Close())
 	}
@@ -115,7 +124,7 @@ func (w *Writer) Write(ctx context.Context, moment time.Time, devices []Device) 
 			}
 		}
 	}
-	next := &Backup{store: w.store, Moment: moment, Generation: 1}
+	next := &Backup{store: w.store, Moment: moment, Generation: 1, decoder: w.decoder}
 	if w.latest != nil {
 		next.Generation = w.latest.Generation + 1
 	}
@@ -268,7 +277,6 @@ func (w *Writer) advance(ctx context.Context, next *Backup) {
 				w.garbage["packs/"+at.pack.String()] = true
 			}
 		}
-		next.decoder = w.latest.decoder
 	}
 	for _, at := range w.spare {
 		w.garbage["packs/"+at.pack.String()] = true

@@ -280,8 +280,10 @@ func TestFio(t *testing.T) {
 	disk, memory := newDevice(t, 64<<20), newDevice(t, 64<<20)
 	m := mount(t, expose.Device{Name: "disk", Kind: expose.Disk, Device: disk}, expose.Device{Name: "memory", Kind: expose.Memory, Device: memory})
 	for _, tt := range []struct{ name, engine, sizes string }{{"disk", "psync", "512-128k"}, {"disk", "libaio", "512-128k"}, {"memory", "mmap", "4k-128k"}} {
-		out, err := exec.Command("fio", "--name=verify", "--filename="+m.Path(tt.name), "--ioengine="+tt.engine, "--iodepth=8", "--rw=randrw", "--bsrange="+tt.sizes,
-			"--size=64M", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--fsync=64", "--time_based=0", "--io_size=64M").CombinedOutput()
+		fio := exec.Command("fio", "--name=verify", "--filename="+m.Path(tt.name), "--ioengine="+tt.engine, "--iodepth=8", "--rw=randrw", "--bsrange="+tt.sizes,
+			"--size=64M", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--fsync=64", "--time_based=0", "--io_size=64M")
+		fio.Dir = t.TempDir() // where it leaves what it verified
+		out, err := fio.CombinedOutput()
 		if err != nil {
 			t.Errorf("%s by %s: %v: %s", tt.name, tt.engine, err, out)
 		}

@@ -20,7 +20,7 @@ const (
 // Default CPU models. They name features, never "host": what a VM was booted with must be there on every host it moves to.
 const (
 	cpuTCG = "Nehalem-v1"
-	cpuKVM = "x86-64-v2-AES"
+	cpuKVM = "Westmere-v1" // with AES; any x86 server since 2011 has its features
 )
 
 // PCI slots on a q35's root bus. Fixed, so that adding a device never moves another.

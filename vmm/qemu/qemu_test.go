@@ -9,6 +9,8 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -330,5 +332,25 @@ func TestEndlessMessage(t *testing.T) {
 	long := &qmpError{Desc: "\x1b[2J" + strings.Repeat("a", 1<<20)}
 	if text := long.Error(); len(text) > 2*maxWords || strings.Contains(text, "\x1b") {
 		t.Errorf("an error of %d bytes: %.40q", len(text), text)
+	}
+}
+
+// TestDefaultCPU asks QEMU whether it knows the models that a new VM gets.
+func TestDefaultCPU(t *testing.T) {
+	program, err := exec.LookPath("qemu-system-x86_64")
+	if err != nil {
+		t.Skip("SKIPPED: qemu-system-x86_64 is not on PATH")
+	}
+	out, err := exec.CommandContext(t.Context(), program, "-cpu", "help").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, model := range []string{cpuTCG, cpuKVM} {
+		if err := checkCPU(model); err != nil {
+			t.Error(err)
+		}
+		if !slices.Contains(strings.Fields(string(out)), model) {
+			t.Errorf("QEMU has no CPU model %s", model)
+		}
 	}
 }
