@@ -97,7 +97,11 @@ func New(c Config) (*Runner, error) {
 // Resume starts the VM. It runs when Resume returns, and its agent has answered. On failure nothing is left but what Close removes.
 func (r *Runner) Resume(ctx context.Context) error {
 	start := time.Now()
-	var err error
+	// Files that a killed runner has lent to its VM are taken back.
+	err := vmm.ReclaimAll(r.config.Host.BaseDir)
+	if err != nil {
+		return err
+	}
 	if r.claim, err = network.ClaimNamespace(r.config.Host.Netns); err != nil {
 		return err
 	}

@@ -163,6 +163,10 @@ func (s *Snapshotter) findInitrd() error {
 // Run makes the package. Its files have their names only once it is complete; on failure or when ctx ends nothing of it is left, and a
 // package that was there before is untouched.
 func (s *Snapshotter) Run(ctx context.Context) (_ Result, err error) {
+	// Files that a killed snapshotter has lent to its VM are taken back.
+	if err := vmm.ReclaimAll(s.config.Host.BaseDir); err != nil {
+		return Result{}, err
+	}
 	claim, err := network.ClaimNamespace(s.config.Host.Netns)
 	if err != nil {
 		return Result{}, err

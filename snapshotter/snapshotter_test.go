@@ -1,0 +1,94 @@
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"drafter/instance"
+	"drafter/vmm"
+)
+
+// TestMain is also a snapshotter that has lent files to its VM's user, and is killed.
+func TestMain(m *testing.M) {
+	if base := os.Getenv("LEND_IN"); base != "" {
+		d, err := vmm.CreateDir(base, "test")
+		for _, path := range os.Args[1:] {
+			if err == nil {
+				err = d.Lend(path, int(vmm.DefaultUsers.First), int(vmm.DefaultUsers.First), true)
+			}
+		}
+		if err == nil {
+			err = unix.Kill(os.Getpid(), unix.SIGKILL)
+		}
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	os.Exit(m.Run())
+}
+
+// broken is a driver whose VMM does not start.
+type broken struct{}
+
+var errBroken = errors.New("broken")
+
+func (broken) Name() string { return "test" }
+
+func (broken) Launch(context.Context, vmm.Launch) (vmm.Machine, error) { return nil, errBroken }
+
+// What a killed snapshotter has lent to the user of its VM does not stop the next one.
+func TestKilledSnapshotter(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED: VMs need root")
+	}
+	dir := t.TempDir()
+	out := func(name string) string { return filepath.Join(dir, "out", name) }
+	c := Config{
+		Host:     instance.Host{Drivers: vmm.Drivers{broken{}}, BaseDir: filepath.Join(dir, "vms")},
+		Hardware: instance.Hardware{CPUs: 1, MemorySize: 64 << 20}, Timeout: time.Minute,
+	}
+	exe, err := os.Executable()
+	if err = errors.Join(err, os.Mkdir(filepath.Join(dir, "out"), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	var args []string // files that are lent
+	for _, name := range []string{vmm.Kernel, vmm.Disk, vmm.State, vmm.Memory, vmm.Config} {
+		d := Device{Name: name, Output: out(name)}
+		if name == vmm.Kernel || name == vmm.Disk {
+			d.Input = exe // an ELF file of this architecture
+		}
+		c.Devices = append(c.Devices, d)
+		if name == vmm.Disk || name == vmm.Memory {
+			args = append(args, out(name)+partialSuffix)
+			if err := os.WriteFile(out(name)+partialSuffix, nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	killed := exec.Command(exe, args...)
+	killed.Env = append(os.Environ(), "LEND_IN="+c.Host.BaseDir)
+	if out, err := killed.CombinedOutput(); err == nil || len(out) > 0 {
+		t.Fatalf("%v: %s", err, out)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(args[0], &st); err != nil || st.Uid != vmm.DefaultUsers.First {
+		t.Fatalf("the file was not lent: %d, %v", st.Uid, err)
+	}
+	s, err := New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Run(t.Context()); !errors.Is(err, errBroken) {
+		t.Errorf("the next one ends with %v; want it to come to its VMM", err)
+	}
+	if left, err := filepath.Glob(filepath.Join(dir, "*", "*")); err != nil || len(left) != 1 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+}
