@@ -261,17 +261,33 @@ func checkPlace(dir int) error {
 	}
 	if !Trusted(st.Uid) {
 		const text = "a directory on the way belongs to user %d, who could put something else there; choose a place where only root can write, or chown it"
-		return fmt.Errorf(text, st.Uid)
+		return placeError(fmt.Sprintf(text, st.Uid))
 	}
-	if writable(st.Mode, st.Uid, st.Gid) && st.Mode&unix.S_ISVTX == 0 {
-		return errors.New("others than its owner can write to a directory on the way, and put something else there; chmod go-w it")
+	if st.Mode&unix.S_ISVTX == 0 && writable(st.Mode, st.Uid, st.Gid, fmt.Sprintf("/proc/self/fd/%d", dir)) {
+		return placeError("others than its owner can write to a directory on the way, and put something else there; chmod go-w it")
 	}
 	return nil
 }
 
-// writable tells whether others than the owner, and those in the owner's private group, can write.
-func writable(mode, uid, gid uint32) bool {
-	return mode&0o002 != 0 || mode&0o020 != 0 && gid != uid
+// placeError says why nothing is made or written at a path. It is an [os.ErrPermission].
+type placeError string
+
+func (e placeError) Error() string { return string(e) }
+
+// Is implements what [errors.Is] asks for.
+func (placeError) Is(target error) bool { return target == os.ErrPermission }
+
+// writable tells whether others than the owner, and those in the owner's private group, can write to
+// what is at path.
+func writable(mode, uid, gid uint32, path string) bool {
+	return mode&0o002 != 0 || mode&0o020 != 0 && (gid != uid || hasList(path))
+}
+
+// hasList tells whether there is an access list (acl(5)). Its mask is what the mode says of the group,
+// and it may let any user write.
+func hasList(path string) bool {
+	_, err := unix.Getxattr(path, "system.posix_acl_access", nil)
+	return err == nil
 }
 
 // readlink returns where a link leads, if the descriptor is of one, and refuses one of a
@@ -325,7 +341,7 @@ func CheckDir(path string) error {
 		return err
 	}
 	info, err := os.Stat(path)
-	if err == nil && othersWrite(info) { // even if it is sticky
+	if err == nil && othersWrite(path, info) { // even if it is sticky
 		err = fmt.Errorf("others than its owner can write to %s; chmod go-w it", path)
 	}
 	return err
@@ -379,7 +395,7 @@ func checkPlaceOwner(path string, info fs.FileInfo, last bool, owner int) error 
 	switch {
 	case !Trusted(uid) && (!last || int(uid) != owner):
 		return fmt.Errorf("user %d owns %s and could put something else there; choose a place where only root can write, or chown it", uid, path)
-	case info.Mode()&fs.ModeSymlink != 0 || info.Mode().IsDir() && info.Mode()&fs.ModeSticky != 0 || !othersWrite(info):
+	case info.Mode()&fs.ModeSymlink != 0 || info.Mode().IsDir() && info.Mode()&fs.ModeSticky != 0 || !othersWrite(path, info):
 		return nil
 	}
 	return fmt.Errorf("others than its owner can write to %s and put something else there; chmod go-w it", path)
@@ -387,12 +403,12 @@ func checkPlaceOwner(path string, info fs.FileInfo, last bool, owner int) error 
 
 // othersWrite tells whether others than the owner, and those in the owner's private group, can
 // write. The group "disk" of a device is root's equal.
-func othersWrite(info fs.FileInfo) bool {
+func othersWrite(path string, info fs.FileInfo) bool {
 	st := info.Sys().(*syscall.Stat_t)
 	if info.Mode()&fs.ModeDevice != 0 {
 		return info.Mode()&0o002 != 0
 	}
-	return writable(st.Mode, st.Uid, st.Gid)
+	return writable(st.Mode, st.Uid, st.Gid, path)
 }
 
 // CheckOwner refuses an open file that a user made who is not trusted, that others may write to, or

@@ -1,6 +1,7 @@
 package private
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -302,5 +303,56 @@ func TestPlace(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// An access list gives a place to others although its group is the owner's own.
+func TestAccessLists(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED: the place has to be root's")
+	}
+	// Of acl(5), version 2: user:: rwx, user:65534: rwx, group:: r-x, mask:: rwx, other:: ---.
+	list := []byte{2, 0, 0, 0}
+	for _, e := range []struct {
+		tag, perm uint16
+		id        uint32
+	}{{1, 7, ^uint32(0)}, {2, 7, stranger}, {4, 5, ^uint32(0)}, {16, 7, ^uint32(0)}, {32, 0, ^uint32(0)}} {
+		list = binary.LittleEndian.AppendUint16(list, e.tag)
+		list = binary.LittleEndian.AppendUint16(list, e.perm)
+		list = binary.LittleEndian.AppendUint32(list, e.id)
+	}
+	dir := filepath.Join(t.TempDir(), "dir")
+	file := filepath.Join(dir, "file")
+	if err := errors.Join(os.Mkdir(dir, 0o770), os.WriteFile(file, nil, 0o660), os.Chown(dir, 0, 0), os.Chmod(dir, 0o770)); err != nil {
+		t.Fatal(err)
+	}
+	uses := map[string]func() error{
+		"create": func() error { return closed(Create(filepath.Join(dir, "new"))) },
+		"write":  func() error { return closed(Open(file, unix.O_RDWR)) },
+		"mkdir":  func() error { return MkdirAll(filepath.Join(dir, "sub")) },
+		"dir":    func() error { return CheckDir(dir) },
+		"place":  func() error { return CheckPlace(file, 0) },
+	}
+	for name, use := range uses {
+		if err := use(); err != nil {
+			t.Errorf("%s, before there is a list: %v", name, err)
+		}
+	}
+	if err := errors.Join(os.Remove(filepath.Join(dir, "new")), os.Remove(filepath.Join(dir, "sub"))); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setxattr(dir, "system.posix_acl_access", list, 0); err != nil {
+		t.Skip("SKIPPED: this file system has no access lists:", err)
+	}
+	for name, use := range uses {
+		if err := use(); err == nil || !strings.Contains(err.Error(), "others than its owner can write") {
+			t.Errorf("%s where another user may write by an access list: %v", name, err)
+		}
+	}
+	if err := errors.Join(unix.Removexattr(dir, "system.posix_acl_access"), os.Chmod(dir, 0o700), unix.Setxattr(file, "system.posix_acl_access", list, 0)); err != nil {
+		t.Fatal(err)
+	}
+	if err := CheckPlace(file, 0); err == nil {
+		t.Error("a file that another user may write by an access list is in order")
 	}
 }
