@@ -536,7 +536,7 @@ func TestShares(t *testing.T) {
 }
 
 func TestHost(t *testing.T) {
-	for at, want := range map[string]string{"192.0.2.7:5": "192.0.2.7", "[::ffff:192.0.2.7]:5": "192.0.2.7", "[2001:db8:1:2:3::4]:5": "2001:db8:1:2::/64"} {
+	for at, want := range map[string]string{"192.0.2.7:5": "192.0.2.7", "[::ffff:192.0.2.7]:5": "192.0.2.7", "[2001:db8:1:2:3::4]:5": "2001:db8:1:2::/64", "127.1.2.3:5": "", "[::ffff:127.3.2.1]:5": "", "[::1]:5": ""} {
 		a := netip.MustParseAddrPort(at)
 		if got := Host(addressed{net.TCPAddrFromAddrPort(a)}); got != want {
 			t.Errorf("%s: %s", at, got)

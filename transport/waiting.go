@@ -8,7 +8,8 @@ import (
 )
 
 // Host says whose a connection is, for limits: an IPv4 address, the network of 64 bits of an IPv6
-// one, which one host has to itself, or nothing for a stream within this host.
+// one, which one host has to itself, or nothing for a stream within this host, which has millions of
+// loopback addresses.
 func Host(stream any) string {
 	c, ok := stream.(interface{ RemoteAddr() net.Addr })
 	if !ok {
@@ -19,6 +20,9 @@ func Host(stream any) string {
 		return ""
 	}
 	ip := a.AddrPort().Addr().Unmap()
+	if ip.IsLoopback() {
+		return ""
+	}
 	if ip.Is4() {
 		return ip.String()
 	}
