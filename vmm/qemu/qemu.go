@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"runtime"
 	"strings"
@@ -41,7 +42,8 @@ func (Driver) Name() string { return vmm.VMMQEMU }
 // packageNames is where a missing QEMU comes from on Debian.
 var packageNames = map[string]string{"amd64": "qemu-system-x86", "arm64": "qemu-system-arm"}
 
-// binary finds QEMU for this architecture.
+// binary finds QEMU for this architecture. The path is absolute and leads through no links, as QEMU is
+// started in a root directory that has little more than what is at it.
 func binary(bin string) (string, error) {
 	if bin == "" {
 		switch runtime.GOARCH {
@@ -54,6 +56,12 @@ func binary(bin string) (string, error) {
 	path, err := exec.LookPath(bin)
 	if err != nil {
 		return "", fmt.Errorf("QEMU (%s) is not installed; install it with 'apt-get install %s', or pass --qemu-bin", bin, packageNames[runtime.GOARCH])
+	}
+	if path, err = filepath.Abs(path); err == nil {
+		path, err = filepath.EvalSymlinks(path)
+	}
+	if err != nil {
+		return "", fmt.Errorf("find QEMU: %w", err)
 	}
 	return path, nil
 }

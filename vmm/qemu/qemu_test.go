@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -66,6 +67,26 @@ func testLaunch(t *testing.T, disks int) *vmm.Launch {
 		l.Disks = append(l.Disks, vmm.Block{Name: fmt.Sprintf("disk-with-a-long-name-%d", i), Path: fmt.Sprintf("/a,b/%d", i)})
 	}
 	return l
+}
+
+// QEMU is found where it is, whatever leads to it: its root directory has no such links.
+func TestBinary(t *testing.T) {
+	dir, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := filepath.Join(dir, "opt", "qemu")
+	if err := errors.Join(
+		os.Mkdir(filepath.Dir(want), 0o755), os.WriteFile(want, nil, 0o755), os.Symlink("opt/qemu", filepath.Join(dir, "link")),
+	); err != nil {
+		t.Fatal(err)
+	}
+	t.Chdir(dir)
+	for _, bin := range []string{want, "./opt/qemu", "./link", filepath.Join(dir, "link")} {
+		if got, err := binary(bin); err != nil || got != want {
+			t.Errorf("%s: %s, %v; want %s", bin, got, err, want)
+		}
+	}
 }
 
 func TestArguments(t *testing.T) {
