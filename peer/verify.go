@@ -32,6 +32,10 @@ func (p *Peer) verify(carried []byte) (err error) {
 // checkPlaces refuses devices that are not those that were signed, or whose bases others can
 // change.
 func (p *Peer) checkPlaces() error {
+	// Files that a killed process has lent to its VM are taken back.
+	if err := vmm.ReclaimAll(p.config.Host.BaseDir); err != nil {
+		return err
+	}
 	var names []string
 	for _, d := range p.config.Devices {
 		names = append(names, d.Name)

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 
@@ -134,11 +135,11 @@ func takeBackOrphaned(record string) error {
 		if errors.Is(err, os.ErrNotExist) {
 			continue
 		}
-		if err != nil {
-			return err
+		if err == nil {
+			err = errors.Join(l.end(f), f.Close())
 		}
-		if err := errors.Join(l.end(f), f.Close()); err != nil {
-			return err
+		if err != nil { // which is no reason to start no other VM
+			slog.Warn("A file could not be taken back from a VM that was killed", "path", l.Path, "owner", l.UID, "error", err)
 		}
 	}
 	return nil

@@ -445,6 +445,15 @@ func TestKilledOwner(t *testing.T) {
 			if cgroups, err := os.ReadFile(filepath.Join(filepath.Dir(strings.TrimSpace(vmms(inventory()))), "cgroup")); err != nil || !strings.Contains(string(cgroups), cgroup.line) {
 				t.Errorf("the VMM's cgroups: %s, %v; want one of %q", cgroups, err, cgroup.line)
 			}
+			status, err := os.ReadFile(filepath.Join(filepath.Dir(strings.TrimSpace(vmms(inventory()))), "status"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, want := range []string{"CapEff:\t0000000000000000", "CapPrm:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2"} {
+				if !strings.Contains(string(status), "\n"+want+"\n") {
+					t.Errorf("the VMM has not %q:\n%s", want, status)
+				}
+			}
 			end(t, vm) // what was changed by another user's VMM can be resumed
 			next := s.runner(t, flags...)
 			passes(t, 1, vm, next)

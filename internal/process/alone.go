@@ -24,10 +24,12 @@ func (p *Process) startAlone(c Config) error {
 	if err != nil {
 		return err
 	}
-	if c.Root != nil {
-		if err := renounce(); err != nil {
-			return errors.Join(err, leave())
-		}
+	err = renounce()
+	if err == nil && c.Root != nil {
+		err = dropCapabilities()
+	}
+	if err != nil {
+		return errors.Join(err, leave())
 	}
 	if err := p.cmd.Start(); err != nil {
 		return errors.Join(fmt.Errorf("start %s: %w", c.Path, err), leave())

@@ -41,7 +41,8 @@ type Config struct {
 	// Mounts, if there are any, are made for the child alone, in a mount namespace of its own.
 	Mounts []Mount
 	// Root, if not nil, is all that the child sees of the file system. The child has namespaces of its
-	// own, also of process ids, no capability, and no way to get one.
+	// own, also of process ids, and no capability. Without it, a child of root's has all of them. No
+	// child gets privileges from what it executes.
 	Root *Root
 	// Outlives says that the child changes its user itself, so that no signal of its owner's death reaches it. It is killed then all the same, by the kernel, as
 	// part of a process id namespace whose first process does get the signal.

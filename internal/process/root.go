@@ -147,9 +147,17 @@ func (r *Root) copy(m Mount, uid, gid int) error {
 	return errors.Join(os.WriteFile(r.path(m.Target), b, 0o400), os.Chown(r.path(m.Target), uid, gid))
 }
 
-// renounce makes the calling thread's children unable to get privileges: they have no capability
-// once they execute a program or have changed to another user, and no file gives them one.
+// renounce makes the calling thread's children unable to get privileges from what they execute.
 func renounce() error {
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("renounce privileges: %w", err)
+	}
+	return nil
+}
+
+// dropCapabilities leaves the calling thread's children without any, once they execute a program or
+// have changed to another user.
+func dropCapabilities() error {
 	for c := uintptr(0); ; c++ {
 		err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0)
 		if errors.Is(err, unix.EINVAL) {
@@ -169,9 +177,6 @@ func renounce() error {
 	}
 	if err := unix.Capset(&head, &data[0]); err != nil {
 		return fmt.Errorf("drop capabilities: %w", err)
-	}
-	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
-		return fmt.Errorf("renounce privileges: %w", err)
 	}
 	return nil
 }

@@ -38,7 +38,7 @@ func diskFile(name string) string { return "disk-" + name }
 func newJail(l *vmm.Launch, program string) (*jail, error) {
 	j := &jail{root: l.Dir.Root()}
 	binary := filepath.Join(filepath.Dir(j.root), vmm.VMMFirecracker)
-	if err := j.place(program, binary); err != nil {
+	if err := j.place(program, binary, false); err != nil {
 		return nil, err
 	}
 	files := map[string]string{}
@@ -85,7 +85,7 @@ func newJail(l *vmm.Launch, program string) (*jail, error) {
 }
 
 // place makes path appear at target for the process in the jail.
-func (j *jail) place(path, target string) error {
+func (j *jail) place(path, target string, write bool) error {
 	f, err := os.OpenFile(target, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if err != nil {
 		return fmt.Errorf("prepare jail: %w", err)
@@ -93,13 +93,13 @@ func (j *jail) place(path, target string) error {
 	if err := f.Close(); err != nil {
 		return fmt.Errorf("prepare jail: %w", err)
 	}
-	j.mounts = append(j.mounts, process.Mount{Source: path, Target: target})
+	j.mounts = append(j.mounts, process.Mount{Source: path, Target: target, ReadOnly: !write})
 	return nil
 }
 
 // lend places a file that Firecracker's user may use meanwhile.
 func (j *jail) lend(l *vmm.Launch, path, name string, write bool) error {
-	return errors.Join(l.Dir.Lend(path, l.UID, l.GID, write), j.place(path, filepath.Join(j.root, name)))
+	return errors.Join(l.Dir.Lend(path, l.UID, l.GID, write), j.place(path, filepath.Join(j.root, name), write))
 }
 
 // maxInitrd bounds an initramfs, in bytes.
