@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"slices"
 	"strconv"
 	"strings"
@@ -1216,5 +1217,39 @@ func TestAllowedSubnet(t *testing.T) {
 		if got := ask(t, guest, "tcp4", addr); got != want {
 			t.Errorf("%s: %q; want %q", addr, got, want)
 		}
+	}
+}
+
+// TestOthersMasquerade lets another program of the host translate all that leaves it, as those for
+// VPNs do: what a guest sends has the ports of guests all the same.
+func TestOthersMasquerade(t *testing.T) {
+	needRoot(t)
+	startNAT(t, testConfig())
+	guest := attachGuest(t, "ark0")
+	out, err := exec.Command("nft", "add table ip others; add chain ip others postrouting { type nat hook postrouting priority 100; }; add rule ip others postrouting oifname eth0 masquerade").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	t.Cleanup(func() {
+		if out, err := exec.Command("nft", "delete table ip others").CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+	})
+	listen(t, "", "192.0.2.1:26830", "host")
+	own := mac(testConfig().NamespaceInterfaceMAC)
+	arrived := capture(t, testhost.Outside)
+	const client = 41500
+	datagram := udp(client)
+	binary.BigEndian.PutUint16(datagram, 26830)
+	send(t, guest,
+		frame(own, unix.ETH_P_IP, packet("172.16.0.2", unix.IPPROTO_UDP, datagram)),
+		frame(own, unix.ETH_P_IP, packet("172.16.0.2", unix.IPPROTO_UDP, udp(client+100))))
+	for from := range arrived {
+		if from == fmt.Sprintf("192.0.2.1 port %d", client+100) { // frames keep their order
+			break
+		}
+	}
+	if got := askFrom(t, testhost.Outside, "udp4", "192.0.2.1:26830", &net.UDPAddr{Port: client}); got != "host to 192.0.2.254" {
+		t.Errorf("a client of the host's gets %q", got)
 	}
 }

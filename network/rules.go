@@ -65,7 +65,9 @@ var (
 	hookForwarded = hook{"forwarded", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter}
 	hookDelivered = hook{"delivered", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter}
 	hookLeaving   = hook{"leaving", nftables.ChainTypeFilter, nftables.ChainHookPostrouting, nftables.ChainPriorityRef(*nftables.ChainPriorityNATSource + 1)}
-	hookOutgoing  = hook{"outgoing", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource}
+	// Before the chains of others: the first that translates decides, and of those with one priority
+	// it is the last that was made.
+	hookOutgoing = hook{"outgoing", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityRef(*nftables.ChainPriorityNATSource - 1)}
 )
 
 // chain adds a chain at a hook.
