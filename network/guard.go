@@ -14,6 +14,7 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
 
 	"drafter/internal/rundir"
 )
@@ -167,7 +168,12 @@ func (n *NAT) hostRules(connections int) error {
 	r.rule(limited, overLinkRate(opened, openRate(connections)), drop())
 	r.rule(limited, overConnections(counted, connections), drop())
 	r.forgetClosed(limited)
-	r.rule(limited, accept())
+	// Of other protocols the connection tracking knows no ports: it would take all that a server
+	// sends to the host for answers to the guest.
+	for _, p := range []byte{unix.IPPROTO_TCP, unix.IPPROTO_UDP, unix.IPPROTO_ICMP} {
+		r.rule(limited, transport(p), accept())
+	}
+	r.rule(limited, drop())
 
 	fromGuest, toHost, toGuest := r.subchain("from-guest"), r.subchain("to-host"), r.subchain("to-guest")
 	for _, c := range []*nftables.Chain{fromGuest, toHost} {

@@ -1220,6 +1220,54 @@ func TestAllowedSubnet(t *testing.T) {
 	}
 }
 
+// TestPortless lets a guest send to a host outside by protocols without ports: what that host then
+// sends to this one by the same protocol, a tunnel's packets say, must not be taken for answers.
+func TestPortless(t *testing.T) {
+	needRoot(t)
+	startNAT(t, testConfig())
+	guest := attachGuest(t, "ark0")
+	own := mac(testConfig().NamespaceInterfaceMAC)
+	arrived, sent := capture(t, guest), capture(t, testhost.Outside)
+	for _, protocol := range []byte{unix.IPPROTO_IPIP, unix.IPPROTO_GRE, unix.IPPROTO_ESP, unix.IPPROTO_SCTP, unix.IPPROTO_UDPLITE, 253} {
+		mark := 1000 + uint16(protocol)
+		payload := binary.BigEndian.AppendUint16([]byte{0, 0}, mark) // where [describe] looks for a port
+		send(t, guest, frame(own, unix.ETH_P_IP, packet("172.16.0.2", protocol, append(payload, make([]byte, 28)...))))
+		time.Sleep(100 * time.Millisecond)
+		server, err := net.ListenPacket(fmt.Sprintf("ip4:%d", protocol), "192.0.2.1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer server.Close()
+		err = inNamespace(testhost.Outside, func() error {
+			c, err := net.Dial(fmt.Sprintf("ip4:%d", protocol), "192.0.2.1")
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			_, err = c.Write(append(payload, make([]byte, 28)...))
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		server.SetReadDeadline(time.Now().Add(time.Second))
+		if _, _, err := server.ReadFrom(make([]byte, 100)); err != nil {
+			t.Errorf("protocol %d: the host does not get what is sent to it: %v", protocol, err)
+		}
+		time.Sleep(50 * time.Millisecond)
+		for len(arrived) > 0 {
+			if from := <-arrived; from == fmt.Sprintf("192.0.2.254 port %d", mark) {
+				t.Errorf("protocol %d: the guest gets what is sent to the host", protocol)
+			}
+		}
+		for len(sent) > 0 {
+			if from := <-sent; from == fmt.Sprintf("192.0.2.1 port %d", mark) {
+				t.Errorf("protocol %d: a guest sends as the host", protocol)
+			}
+		}
+	}
+}
+
 // TestOthersMasquerade lets another program of the host translate all that leaves it, as those for
 // VPNs do: what a guest sends has the ports of guests all the same.
 func TestOthersMasquerade(t *testing.T) {

@@ -31,7 +31,7 @@ If the host did not forward packets, it does so for its guests only: what comes 
 dropped unless somebody translates it (a published port of Docker, say). The last NAT that ends turns forwarding off again.
 
 A port that drafter forwarder publishes is one of the host's: to let guests use it, open its address (--allow-cidr 192.0.2.1/32:3333/tcp).
-A guest sends with its own IPv4 and MAC address only, and no IPv6. What it sends leaves the host from ports 61000 to 65535: run no services at
+A guest sends with its own IPv4 and MAC address only, TCP, UDP and ICMP, and no IPv6. What it sends leaves the host from ports 61000 to 65535: run no services at
 these, and keep net.ipv4.ip_local_port_range below, as is the default.
 ` + exitCodeHelp,
 		Example: "  drafter nat --host-interface eth0",
