@@ -115,8 +115,23 @@ func (o opening) host() bool {
 	if o.to == nil {
 		return true
 	}
+	return o.bits() == 32
+}
+
+// bits is how narrow it is.
+func (o opening) bits() int {
+	if o.to == nil {
+		return 0
+	}
 	bits, _ := o.to.Mask.Size()
-	return bits == 32
+	return bits
+}
+
+// contains tells whether all of b is in a.
+func contains(a, b *net.IPNet) bool {
+	x, _ := a.Mask.Size()
+	y, _ := b.Mask.Size()
+	return x <= y && a.Contains(b.IP)
 }
 
 // match matches what a guest sends to the destination, as the guest addressed it: a forward may
@@ -183,13 +198,21 @@ func (n *NAT) hostRules(connections int) error {
 		r.rule(c, notFromAddress(l.namespaceVeth), drop())
 		r.rule(c, notNewConnection(), drop())
 	}
-	for _, o := range l.openings {
+	narrowFirst := func(a, b opening) int { return b.bits() - a.bits() }
+	for _, o := range slices.SortedStableFunc(slices.Values(l.openings), narrowFirst) {
 		if o.host() {
 			r.rule(toHost, append(o.match(), continueAt(limited))...)
 		}
-		if o.to != nil {
-			r.rule(fromGuest, append(o.match(), continueAt(limited))...)
+		if o.to == nil {
+			continue
 		}
+		for _, own := range []*net.IPNet{l.hostVeth, l.namespaceVeth} {
+			if !o.host() && !contains(own, o.to) {
+				// The guests in it, or behind a forward at an address in it, stay closed.
+				r.rule(fromGuest, append(o.match(), toAddress(own), drop())...)
+			}
+		}
+		r.rule(fromGuest, append(o.match(), continueAt(limited))...)
 	}
 	r.rule(toHost, drop())
 	for _, closed := range append([]*net.IPNet{l.hostVeth, l.namespaceVeth, l.blocked}, guarded...) {

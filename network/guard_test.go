@@ -1268,6 +1268,29 @@ func TestPortless(t *testing.T) {
 	}
 }
 
+// TestAllowedWider opens subnets that the NAT's own are part of, or the address that a forward is
+// published at: neither opens other guests.
+func TestAllowedWider(t *testing.T) {
+	needRoot(t)
+	lan := attachLAN(t)
+	giveAddress(t, lan, "10.200.0.1/32")
+	c := testConfig()
+	c.AllowCIDRs = []string{"10.0.0.0/8", "192.0.2.0/24"}
+	startNAT(t, c)
+	guest0, guest1 := attachGuest(t, "ark0"), attachGuest(t, "ark1")
+	listen(t, guest1, "172.16.0.2:80", "guest1")
+	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: []PortForward{forwardTo("ark1", "tcp", "192.0.2.1:3333")}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for _, addr := range []string{"10.0.15.2:80", "10.0.8.6:80", "192.0.2.1:3333"} {
+		if got := ask(t, guest0, "tcp4", addr); got != "" {
+			t.Errorf("%s: %q", addr, got)
+		}
+	}
+}
+
 // TestOthersMasquerade lets another program of the host translate all that leaves it, as those for
 // VPNs do: what a guest sends has the ports of guests all the same.
 func TestOthersMasquerade(t *testing.T) {

@@ -25,7 +25,8 @@ the metadata services of clouds. Open what your guests need, for example the hos
 
   drafter nat --allow-host 53/udp,53/tcp --allow-cidr 169.254.169.254/32:53/udp
 
-A subnet of --allow-cidr does not open the host's own addresses in it: use --allow-host, or name the address with /32.
+A subnet of --allow-cidr does not open the host's own addresses in it: use --allow-host, or name the address with /32. Nor does one that is wider
+than the NAT's subnets open other guests: name those (10.0.15.0/24).
 
 If the host did not forward packets, it does so for its guests only: what comes in at an interface that was there, for behind another one, is
 dropped unless somebody translates it (a published port of Docker, say). The last NAT that ends turns forwarding off again.
