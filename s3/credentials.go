@@ -8,6 +8,8 @@ import (
 
 	"github.com/minio/minio-go/v7/pkg/credentials"
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/private"
 )
 
 // credentials finds the keys of a place.
@@ -58,18 +60,22 @@ func defaultFiles() []string {
 	return files
 }
 
-// checkOwner refuses a file that is another user's than this one or root, or that others have some
-// permissions for: a program that it names runs as this user.
+// checkOwner refuses a file that a user made who is not trusted, who could put another one in its
+// place, or that others than its owner's private group have some permissions for: a program that it
+// names runs as this user.
 func checkOwner(path string, others uint32) error {
 	var st unix.Stat_t
 	if err := unix.Stat(path, &st); err != nil {
 		return &os.PathError{Op: "open", Path: path, Err: err}
 	}
-	if st.Uid != 0 && int(st.Uid) != os.Geteuid() {
+	if !private.Trusted(st.Uid) {
 		return fmt.Errorf("%s belongs to another user (%d); name one of your own", path, st.Uid)
+	}
+	if st.Gid == st.Uid {
+		others &^= 0o070
 	}
 	if st.Mode&others != 0 {
 		return fmt.Errorf("%s is open to other users (mode %o); 'chmod 600' it", path, st.Mode&0o777)
 	}
-	return nil
+	return private.CheckPlace(path, 0)
 }

@@ -178,8 +178,24 @@ func TestCredentials(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
+	open := filepath.Join(t.TempDir(), "open")
+	inOpen := write(filepath.Join(open, "keys"), "[default]\ncredential_process = "+script+" now\n")
+	if err := os.Chmod(open, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := (Place{Credentials: inOpen}).credentials(); err == nil || !strings.Contains(err.Error(), "chmod go-w") {
+		t.Errorf("where others can put another one: %v", err)
+	}
 	if _, err := os.Stat(ran); err == nil {
 		t.Error("another user's program ran as this one")
+	}
+	// The caller of sudo is trusted, and a group of their own is the caller.
+	t.Setenv("SUDO_UID", "65534")
+	if err := errors.Join(os.Chown(program, 65534, 65534), os.Chmod(program, 0o660)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := (Place{Credentials: program}).credentials(); err != nil {
+		t.Errorf("of who calls sudo: %v", err)
 	}
 }
 
