@@ -419,15 +419,10 @@ const maxUsers = 16 << 20
 // lookUpUser resolves an image's user ("name", "uid", "name:group", "uid:gid") with the image's own passwd and group files.
 func lookUpUser(root *rootDir, spec string) (specs.User, string, error) {
 	open := func(name string) (io.Reader, error) {
-		f, err := root.open(name, os.O_RDONLY)
+		b, err := root.readFile(name, maxUsers)
 		if errors.Is(err, os.ErrNotExist) {
-			return bytes.NewReader(nil), nil
+			err = nil
 		}
-		if err != nil {
-			return nil, err
-		}
-		defer f.Close()
-		b, err := io.ReadAll(io.LimitReader(f, maxUsers))
 		return bytes.NewReader(b), err
 	}
 	passwd, err := open("etc/passwd")

@@ -261,6 +261,31 @@ func TestForeignCache(t *testing.T) {
 	}
 }
 
+// What an image has in place of its files of users is not opened: a FIFO would hold the command up
+// for ever, and a device of the host's may act on it, as a watchdog does.
+func TestUsersAreFiles(t *testing.T) {
+	needRoot(t)
+	for name, users := range map[string]entry{
+		"fifo":   {tar.Header{Typeflag: tar.TypeFifo, Name: "etc/passwd", Mode: 0o644}, ""},
+		"device": {tar.Header{Typeflag: tar.TypeChar, Name: "etc/group", Mode: 0o644, Devmajor: 1, Devminor: 5}, ""},
+		"link":   {tar.Header{Typeflag: tar.TypeSymlink, Name: "etc/passwd", Linkname: "/fifo", Mode: 0o777}, ""},
+	} {
+		image := imageOf(t, v1.Config{Cmd: []string{"/bin/true"}},
+			layerOf(t, directory("etc"), users, entry{tar.Header{Typeflag: tar.TypeFifo, Name: "fifo", Mode: 0o644}, ""}))
+		unpacked := make(chan error, 1)
+		dir := t.TempDir() + "/bundle"
+		go func() { unpacked <- UnpackOCI(t.Context(), image, dir, Limits{}, nil) }()
+		select {
+		case err := <-unpacked:
+			if err == nil || !strings.Contains(err.Error(), "is no regular file") {
+				t.Errorf("%s: %v", name, err)
+			}
+		case <-time.After(20 * time.Second):
+			t.Fatalf("%s: unpacking is held up", name)
+		}
+	}
+}
+
 // FuzzLayer checks that what is let through keeps to the limits, and is a tar archive.
 func FuzzLayer(f *testing.F) {
 	var b bytes.Buffer

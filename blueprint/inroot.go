@@ -3,6 +3,7 @@ package blueprint
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 
@@ -27,6 +28,29 @@ func (r *rootDir) open(path string, flags int) (*os.File, error) {
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
 	return os.NewFile(uintptr(fd), path), nil
+}
+
+// readFile reads at most limit bytes of a regular file. What is something else is not opened: a FIFO
+// would hold up the open, and a device of the host's may act on it.
+func (r *rootDir) readFile(path string, limit int64) ([]byte, error) {
+	at, err := r.open(path, unix.O_PATH)
+	if err != nil {
+		return nil, err
+	}
+	defer at.Close()
+	info, err := at.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is no regular file", path)
+	}
+	f, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", at.Fd()))
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, limit))
 }
 
 // mkdirAll makes a directory and its parents.
