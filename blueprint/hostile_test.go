@@ -16,8 +16,12 @@ import (
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/bombtest"
 )
 
 // open makes a directory that everybody can enter.
@@ -258,6 +262,122 @@ func TestForeignCache(t *testing.T) {
 		if _, err := fetchPackages(t.Context(), dir, "busybox-static"); err == nil || !strings.Contains(err.Error(), "--cache") {
 			t.Errorf("%s: packages: %v", name, err)
 		}
+	}
+}
+
+// saved makes what 'docker save' does, with a manifest and further files of some size without data.
+func saved(t *testing.T, manifest string, sizes map[string]int64, options ...string) string {
+	t.Helper()
+	dir := t.TempDir()
+	names := []string{"manifest.json"}
+	if err := os.WriteFile(filepath.Join(dir, names[0]), []byte(manifest), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, size := range sizes {
+		path := filepath.Join(dir, name)
+		if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, size)); err != nil {
+			t.Fatal(err)
+		}
+		names = append(names, name)
+	}
+	if err := os.Symlink("config.json", filepath.Join(dir, "link")); err != nil {
+		t.Fatal(err)
+	}
+	archive := filepath.Join(t.TempDir(), "saved.tar")
+	args := append(append(options, "--format=pax", "-cf", archive, "-C", dir, "link"), names...)
+	if out, err := exec.Command("tar", args...).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return archive
+}
+
+// What describes an image is read as a whole, so it is refused if it is of any other size: a file
+// or an archive of some KB can hold any number of zeros.
+func TestLargeDocuments(t *testing.T) {
+	const size = 256 << 20
+	config := map[string]int64{"config.json": size}
+	image := imageOf(t, runTrue, layerOf(t, file("a", "b")))
+	m, err := image.Manifest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	digest, err := image.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	inLayout := func(name string) string {
+		dir := t.TempDir()
+		l, err := layout.Write(dir, empty.Index)
+		if err == nil {
+			err = errors.Join(l.AppendImage(image), os.Truncate(filepath.Join(dir, name), size))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return "oci:" + dir
+	}
+	for ref, want := range map[string]string{
+		"docker-archive:" + saved(t, `[{"Config":"config.json","Layers":[]}]`, config, "--sparse"):                                           "sparse",
+		"docker-archive:" + saved(t, `[{"Config":"link","Layers":[]}]`, config, "--sparse"):                                                  "sparse",
+		"docker-archive:" + saved(t, `[{"Config":"config.json","Layers":["l"]}]`, map[string]int64{"config.json": 1, "l": size}, "--sparse"): "sparse",
+		"docker-archive:" + saved(t, `[{"Config":"link","Layers":[]}]`, map[string]int64{"config.json": 9 << 20}):                            "more than 8388608",
+		inLayout("index.json"):                          "no regular file",
+		inLayout("blobs/sha256/" + digest.Hex):          "no regular file",
+		inLayout("blobs/sha256/" + m.Config.Digest.Hex): "no regular file",
+	} {
+		var err error
+		used := bombtest.Allocated(func() { _, err = OpenImage(t.Context(), ImageConfig{Ref: ref}) })
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", ref, err)
+		}
+		if used > 64<<20 {
+			t.Errorf("%s made us allocate %d MiB", ref, used>>20)
+		}
+	}
+}
+
+// An archive whose layers take for ever to read is given up with the command.
+func TestArchiveInterrupted(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "saved.tar")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := tar.NewWriter(f)
+	for name, content := range map[string]string{
+		"manifest.json": `[{"Config":"config.json","Layers":["layer"]}]`,
+		"config.json":   `{"rootfs":{"diff_ids":["sha256:` + strings.Repeat("0", 64) + `"]}}`,
+	} {
+		err = errors.Join(err, w.WriteHeader(&tar.Header{Name: name, Size: int64(len(content)), Mode: 0o600}))
+		_, werr := w.Write([]byte(content))
+		err = errors.Join(err, werr)
+	}
+	const large = 1 << 40
+	err = errors.Join(err, w.WriteHeader(&tar.Header{Name: "layer", Size: large, Mode: 0o600, Format: tar.FormatGNU}))
+	if _, werr := w.Write([]byte("\x1f\x8b")); werr != nil { // it looks compressed
+		t.Fatal(werr)
+	}
+	info, serr := f.Stat()
+	if err = errors.Join(err, serr); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(f.Truncate(info.Size()+large+1024), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() {
+		_, err := OpenImage(ctx, ImageConfig{Ref: "docker-archive:" + path})
+		ended <- err
+	}()
+	select {
+	case err := <-ended:
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("error is %v", err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("it goes on after the command was given up")
 	}
 }
 

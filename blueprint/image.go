@@ -1,10 +1,14 @@
 package blueprint
 
 import (
+	"archive/tar"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
+	"path"
+	"path/filepath"
 	"runtime"
 	"strings"
 
@@ -13,6 +17,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 
+	"drafter/internal/decompress"
 	"drafter/internal/ociclient"
 )
 
@@ -73,10 +78,7 @@ func openImage(ctx context.Context, c ImageConfig, platform v1.Platform) (v1.Ima
 	case "oci":
 		return openLayout(rest, platform)
 	case "docker-archive":
-		if _, err := os.Stat(rest); err != nil {
-			return nil, err
-		}
-		image, err := tarball.ImageFromPath(rest, nil)
+		image, err := openArchive(ctx, rest)
 		if err != nil {
 			return nil, fmt.Errorf("read docker archive (what 'docker save' writes): %w", err)
 		}
@@ -99,9 +101,91 @@ func openRegistry(ctx context.Context, ref string, plainHTTP bool, platform v1.P
 		if err != nil {
 			return nil, err
 		}
-		return pickPlatform(index, platform)
+		return pickPlatform(index, platform, v1.ImageIndex.Image)
 	}
 	return desc.Image()
+}
+
+// maxEntries bounds the files in a docker archive. An image has one for each layer, and few others.
+const maxEntries = 1 << 16
+
+// openArchive opens an archive of one image. The library reads what describes the image as a whole,
+// and the layers to know their digests.
+func openArchive(ctx context.Context, path string) (v1.Image, error) {
+	open := func() (io.ReadCloser, error) {
+		f, err := os.Open(path)
+		return struct {
+			io.Reader
+			io.Seeker
+			io.Closer
+		}{decompress.Interruptible(ctx, f), f, f}, err
+	}
+	f, err := open()
+	if err != nil {
+		return nil, err
+	}
+	size, err := sizesIn(f)
+	if err = errors.Join(err, f.Close()); err != nil {
+		return nil, err
+	}
+	if err := size("manifest.json"); err != nil {
+		return nil, err
+	}
+	manifest, err := tarball.LoadManifest(open)
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range manifest {
+		if err := size(d.Config); err != nil {
+			return nil, err
+		}
+	}
+	return tarball.Image(open, nil)
+}
+
+// sizesIn reads which files are in an archive, and returns what refuses those that are longer than
+// an image's config. A sparse file is refused: some KB of archive are of any size then.
+func sizesIn(archive io.Reader) (check func(name string) error, err error) {
+	sizes, links := map[string]int64{}, map[string]string{}
+	for r := tar.NewReader(archive); ; {
+		h, err := r.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return nil, err
+		}
+		for key := range h.PAXRecords {
+			if strings.HasPrefix(key, "GNU.sparse.") {
+				h.Typeflag = tar.TypeGNUSparse
+			}
+		}
+		name := path.Clean(h.Name)
+		if h.Typeflag == tar.TypeGNUSparse {
+			return nil, fmt.Errorf("%.64q is sparse, which no part of an image is", name)
+		}
+		if _, seen := sizes[name]; seen { // the first counts
+			continue
+		}
+		if sizes[name] = h.Size; len(sizes) > maxEntries {
+			return nil, fmt.Errorf("it holds more than %d files", maxEntries)
+		}
+		if h.Typeflag == tar.TypeSymlink || h.Typeflag == tar.TypeLink {
+			links[name] = path.Join(path.Dir(name), path.Clean(h.Linkname))
+		}
+	}
+	return func(name string) error {
+		at := path.Clean(name)
+		for range len(links) + 1 { // the library refuses those that lead in a circle
+			if to, ok := links[at]; ok {
+				at = to
+			}
+		}
+		if sizes[at] > maxImageConfig {
+			return fmt.Errorf("%.64q has %d bytes, more than %d", name, sizes[at], maxImageConfig)
+		}
+		return nil
+	}, nil
 }
 
 // openLayout opens DIRECTORY or DIRECTORY:TAG. A directory whose name holds a colon is taken as it is if it exists.
@@ -112,9 +196,28 @@ func openLayout(ref string, platform v1.Platform) (v1.Image, error) {
 			dir, tag = ref[:i], ref[i+1:]
 		}
 	}
+	if err := checkDocument(filepath.Join(dir, "index.json")); err != nil {
+		return nil, fmt.Errorf("open OCI layout: %w", err)
+	}
 	index, err := layout.ImageIndexFromPath(dir)
 	if err != nil {
 		return nil, fmt.Errorf("open OCI layout: %w", err)
+	}
+	// What describes an image is read as a whole.
+	blob := func(h v1.Hash) string { return filepath.Join(dir, "blobs", h.Algorithm, h.Hex) }
+	open := func(index v1.ImageIndex, h v1.Hash) (v1.Image, error) {
+		if err := checkDocument(blob(h)); err != nil {
+			return nil, err
+		}
+		image, err := index.Image(h)
+		if err != nil {
+			return nil, err
+		}
+		m, err := image.Manifest()
+		if err != nil {
+			return nil, err
+		}
+		return image, checkDocument(blob(m.Config.Digest))
 	}
 	manifest, err := index.IndexManifest()
 	if err != nil {
@@ -133,17 +236,29 @@ func openLayout(ref string, platform v1.Platform) (v1.Image, error) {
 	case len(found) == 0:
 		return nil, fmt.Errorf("the OCI layout has no tag %q; it has: %s", tag, strings.Join(tags, ", "))
 	case len(found) == 1 && found[0].MediaType.IsIndex():
+		if err := checkDocument(blob(found[0].Digest)); err != nil {
+			return nil, err
+		}
 		nested, err := index.ImageIndex(found[0].Digest)
 		if err != nil {
 			return nil, err
 		}
-		return pickPlatform(nested, platform)
+		return pickPlatform(nested, platform, open)
 	case len(found) == 1:
-		return index.Image(found[0].Digest)
+		return open(index, found[0].Digest)
 	case tag == "" && !samePlatforms(found):
-		return pickPlatform(index, platform)
+		return pickPlatform(index, platform, open)
 	}
 	return nil, fmt.Errorf("the OCI layout holds several images; name one: %s", strings.Join(tags, ", "))
+}
+
+// checkDocument refuses what is no regular file, or is longer than what describes an image.
+func checkDocument(path string) error {
+	info, err := os.Stat(path)
+	if err == nil && (!info.Mode().IsRegular() || info.Size() > maxImageConfig) {
+		err = fmt.Errorf("%s is no regular file of at most %d bytes", path, maxImageConfig)
+	}
+	return err
 }
 
 // samePlatforms tells whether descriptors leave a platform choice open.
@@ -158,7 +273,7 @@ func samePlatforms(ds []v1.Descriptor) bool {
 	return false
 }
 
-func pickPlatform(index v1.ImageIndex, want v1.Platform) (v1.Image, error) {
+func pickPlatform(index v1.ImageIndex, want v1.Platform, open func(v1.ImageIndex, v1.Hash) (v1.Image, error)) (v1.Image, error) {
 	manifest, err := index.IndexManifest()
 	if err != nil {
 		return nil, err
@@ -169,7 +284,7 @@ func pickPlatform(index v1.ImageIndex, want v1.Platform) (v1.Image, error) {
 			continue // an attestation, not an image
 		}
 		if d.Platform.Satisfies(want) {
-			return index.Image(d.Digest)
+			return open(index, d.Digest)
 		}
 		have = append(have, d.Platform.String())
 	}
