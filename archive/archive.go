@@ -268,7 +268,7 @@ func (x *extraction) verify() error {
 }
 
 func (x *extraction) read(ctx context.Context, f io.Reader) error {
-	z, err := newFrameReader(f)
+	z, err := newFrameReader(decompress.Interruptible(ctx, f))
 	if err != nil {
 		return err
 	}

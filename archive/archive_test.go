@@ -368,3 +368,21 @@ func FuzzExtract(f *testing.F) {
 		}
 	})
 }
+
+// What unpacks to nothing, however long it is, is given up with the command.
+func TestNothingInterrupted(t *testing.T) {
+	// A frame of one segment without content: magic number, descriptor, content size, and a last raw
+	// block of no bytes (RFC 8878, section 3.1.1).
+	frame := []byte{0x28, 0xb5, 0x2f, 0xfd, 0x20, 0x00, 0x01, 0x00, 0x00}
+	path := filepath.Join(t.TempDir(), "package.tar.zst")
+	if err := os.WriteFile(path, bytes.Repeat(frame, 8<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	start := time.Now()
+	err := Extract(ctx, path, []Device{{"memory", filepath.Join(t.TempDir(), "memory")}}, nil)
+	if took := time.Since(start); !errors.Is(err, context.DeadlineExceeded) || took > 10*time.Second {
+		t.Errorf("after %s: %v", took, err)
+	}
+}

@@ -177,7 +177,7 @@ func (f *frameReader) readFrame() error {
 
 // frameBytes reads a frame: its header, blocks (RFC 8878, section 3.1.1.2) and checksum.
 func (f *frameReader) frameBytes(h zstd.Header) ([]byte, error) {
-	frame := bytes.NewBuffer(make([]byte, 0, 64<<10))
+	frame := bytes.NewBuffer(make([]byte, 0, decompress.Bound(min(int64(h.FrameContentSize), 64<<10))))
 	read := func(n int64) error {
 		if int64(frame.Len())+n > 2*frameSize {
 			return fmt.Errorf("%w: it is larger than its content", zstd.ErrFrameSizeExceeded)
