@@ -23,10 +23,13 @@ type heldHeader struct {
 
 // ReadAt implements [block.Device].
 func (h *heldHeader) ReadAt(p []byte, off int64) (int, error) {
-	n, err := h.Device.ReadAt(p, off)
-	h.mu.Lock()
+	if off >= block.PageSize {
+		return h.Device.ReadAt(p, off)
+	}
+	h.mu.Lock() // first: a page that is released meanwhile would be read neither here nor there
 	defer h.mu.Unlock()
-	if err == nil && h.page != nil && off < block.PageSize {
+	n, err := h.Device.ReadAt(p, off)
+	if err == nil && h.page != nil {
 		copy(p, h.page[off:])
 	}
 	return n, err
