@@ -7,49 +7,57 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
 
 	"drafter/internal/fusemount"
 	"drafter/internal/lockfile"
+	"drafter/internal/mark"
 	"drafter/internal/private"
 	"drafter/internal/process"
 )
 
 // Dir is the directory a VM lives in: <base>/<driver>/<id>/, for the owner alone, with the VMM's
-// sockets in root/. Its owner holds a lock on it; a directory whose lock is free is an orphan, which
-// ReclaimOrphans removes together with the VMM that may still run in it.
+// sockets in root/. The id is random. Two files say that the directory is ours, and nothing else
+// does: its mark, and its record, <base>/.drafter/<driver>.<id>.lock, whose lock the owner holds. A
+// directory with both, whose lock is free, is an orphan: [ReclaimAll] removes it together with the
+// VMM that may still run in it.
 type Dir struct {
 	ID   string
 	path string
-	lock *lockfile.Lock
+	lock *lockfile.Lock // of the record
 	lent []loan
 }
 
 const (
-	dirLock    = "lock"
+	dirMark    = "drafter.json"
 	dirProcess = "process.json"
 	dirLent    = "lent.json"
+	dirRecords = ".drafter"
+
+	markFormat = "drafter-vm"
 )
 
 // CreateDir makes a new directory under base. Orphans of killed owners are removed first.
-func CreateDir(base, driver string) (*Dir, error) {
-	base, err := filepath.Abs(base)
-	if err != nil {
+func CreateDir(base, driver string) (_ *Dir, err error) {
+	if err := ReclaimAll(base); err != nil {
+		return nil, err
+	}
+	if base, err = filepath.Abs(base); err != nil {
 		return nil, fmt.Errorf("resolve %s: %w", base, err)
 	}
-	parent := filepath.Join(base, driver)
-	if err := private.MkdirAll(parent); err != nil {
-		return nil, fmt.Errorf("create VM directory: %w", err)
-	}
-	if err := checkBase(parent); err != nil {
-		return nil, err
-	}
-	if err := ReclaimOrphans(parent); err != nil {
-		return nil, err
+	parent, records := filepath.Join(base, driver), filepath.Join(base, dirRecords)
+	for _, dir := range []string{parent, records} {
+		if err := private.MkdirAll(dir); err != nil {
+			return nil, fmt.Errorf("create VM directory: %w", err)
+		}
+		if err := checkPlace(dir); err != nil {
+			return nil, err
+		}
 	}
 	// UNIX socket paths end at 107 bytes, so the id is short.
 	id := strings.ReplaceAll(uuid.NewString(), "-", "")[:16]
@@ -57,23 +65,58 @@ func CreateDir(base, driver string) (*Dir, error) {
 	if n := len(d.Socket("vsock.sock_4294967295")); n > 107 {
 		return nil, fmt.Errorf("VM directory %s is too long for UNIX sockets by %d bytes; pass a shorter --chroot-base-dir", parent, n-107)
 	}
-	// The lock exists and is held before the directory has its final name, so that no reclaim can see it unlocked.
-	tmp := d.path + ".new"
-	if err := private.MkdirAll(tmp); err != nil {
-		return nil, fmt.Errorf("create VM directory: %w", err)
+	// The record comes first, so that whatever is made is found again.
+	if d.lock, err = lockfile.Try(filepath.Join(records, driver+"."+id+recordSuffix)); err != nil {
+		return nil, fmt.Errorf("record VM directory: %w", err)
 	}
-	if d.lock, err = lockfile.Try(filepath.Join(tmp, dirLock)); err != nil {
-		return nil, errors.Join(err, os.RemoveAll(tmp))
+	if err := os.Mkdir(d.path, 0o700); err != nil {
+		return nil, errors.Join(fmt.Errorf("create VM directory: %w", err), d.lock.Release())
 	}
-	if err := errors.Join(private.MkdirAll(filepath.Join(tmp, "root")), os.Rename(tmp, d.path)); err != nil {
-		return nil, errors.Join(fmt.Errorf("create VM directory: %w", err), d.lock.Release(), os.RemoveAll(tmp))
+	if err := d.fill(); err != nil {
+		return nil, errors.Join(fmt.Errorf("create VM directory: %w", err), d.Close())
 	}
 	return d, nil
 }
 
-// checkBase refuses a directory of VMs in which others could make one: what is noted there says which
+// fill makes what is in a new directory, its mark first.
+func (d *Dir) fill() error {
+	dir, err := os.Open(d.path)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	if err := dir.Chmod(0o700); err != nil { // whatever the umask
+		return err
+	}
+	m, err := mark.Of(dir, markFormat, d.ID)
+	if err != nil {
+		return err
+	}
+	f, err := private.Create(filepath.Join(d.path, dirMark))
+	if err != nil {
+		return err
+	}
+	return errors.Join(m.Write(f), f.Close(), private.MkdirAll(d.Root()))
+}
+
+// CheckBaseDir refuses a --chroot-base-dir that cannot be meant.
+func CheckBaseDir(base string) error {
+	if base == "" {
+		return errors.New("--chroot-base-dir is empty; name a directory for VMs, such as out/vms")
+	}
+	root, err := os.Stat("/")
+	if err != nil {
+		return err
+	}
+	if info, err := os.Stat(base); err == nil && os.SameFile(info, root) {
+		return fmt.Errorf("--chroot-base-dir %s is the root directory; name a directory for VMs, such as /var/lib/drafter/vms", base)
+	}
+	return nil
+}
+
+// checkPlace refuses a directory in which others could make one of a VM: what is noted there says which
 // processes a clean-up ends.
-func checkBase(dir string) error {
+func checkPlace(dir string) error {
 	if err := private.CheckDir(dir); err != nil {
 		return fmt.Errorf("--chroot-base-dir: %w", err)
 	}
@@ -87,7 +130,7 @@ func (d *Dir) Path() string { return d.path }
 func (d *Dir) Root() string { return filepath.Join(d.path, "root") }
 
 // Devices is where the VM's devices may be exposed. Whoever mounts something there unmounts it before Close; of a killed owner's,
-// [ReclaimOrphans] aborts it.
+// [ReclaimAll] aborts it.
 func (d *Dir) Devices() string { return filepath.Join(d.path, "devices") }
 
 // Socket is the path of the socket called name.
@@ -116,69 +159,153 @@ func (d *Dir) write(name string, b []byte) error {
 
 // Close removes the directory. The VMM must have ended.
 func (d *Dir) Close() error {
-	return errors.Join(d.takeBack(), os.RemoveAll(d.path), d.lock.Release())
+	if err := errors.Join(d.takeBack(), removeDir(d.path)); err != nil {
+		return errors.Join(fmt.Errorf("remove VM directory %s: %w", d.path, err), d.lock.Abandon())
+	}
+	return d.lock.Release()
 }
 
-// ReclaimAll is [ReclaimOrphans] for all that lived below base, in the order of their names: a peer's devices are taken away before the
-// VMM that waits for them.
+// removeDir removes a directory that is ours, or empty. One that is not there is no error.
+func removeDir(path string) error {
+	dir, err := os.Open(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(mark.Empty(dir, dirMark), dir.Close()); err != nil {
+		return err
+	}
+	return os.Remove(path)
+}
+
+// recordSuffix ends the name of a record, which is <driver>.<id>.lock.
+const recordSuffix = ".lock"
+
+// ReclaimAll removes every VM directory below base whose owner was killed, ending its VMM first, in the order of their names: a peer's devices are taken away
+// before the VMM that waits for them. It goes by the records, so what else is below base is not even looked at.
 func ReclaimAll(base string) error {
+	if err := CheckBaseDir(base); err != nil {
+		return err
+	}
 	base, err := filepath.Abs(base)
 	if err != nil {
 		return fmt.Errorf("resolve %s: %w", base, err)
 	}
-	drivers, err := os.ReadDir(base)
+	if err := private.CheckPlace(base, 0); err != nil {
+		return fmt.Errorf("--chroot-base-dir: %w", err)
+	}
+	sayUnmarked(base)
+	records := filepath.Join(base, dirRecords)
+	entries, err := os.ReadDir(records)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
 		return fmt.Errorf("look for orphaned VMs: %w", err)
 	}
-	if err := checkBase(base); err != nil {
+	if err := checkPlace(records); err != nil {
 		return err
 	}
-	for _, d := range drivers {
-		if !d.IsDir() {
-			continue
+	for _, e := range entries {
+		name, ok := strings.CutSuffix(e.Name(), recordSuffix)
+		driver, id, found := strings.Cut(name, ".")
+		if !ok || !found || !e.Type().IsRegular() {
+			continue // no record
 		}
-		if err := ReclaimOrphans(filepath.Join(base, d.Name())); err != nil {
+		if err := reclaimRecorded(filepath.Join(records, e.Name()), filepath.Join(base, driver), id); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// ReclaimOrphans removes every VM directory below parent, an absolute path, whose owner is gone, ending its VMM first.
-func ReclaimOrphans(parent string) error {
-	entries, err := os.ReadDir(parent)
-	if errors.Is(err, os.ErrNotExist) {
+// reclaimRecorded removes the directory that a record names, if its owner is gone.
+func reclaimRecorded(record, parent, id string) error {
+	dir := filepath.Join(parent, id)
+	lock, err := lockDead(record, dir)
+	var held *lockfile.HeldError
+	if errors.As(err, &held) || errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
 		return fmt.Errorf("look for orphaned VMs: %w", err)
 	}
-	for _, e := range entries {
-		dir := filepath.Join(parent, e.Name())
-		if !e.IsDir() || !ours(e) || (strings.HasSuffix(e.Name(), ".new") && young(e)) {
-			continue
+	ours, err := marked(dir, id)
+	switch {
+	case err != nil:
+	case ours:
+		if err = checkPlace(parent); err == nil {
+			err = reclaim(dir, id)
 		}
-		if _, err := os.Stat(filepath.Join(dir, dirLock)); err != nil && !strings.HasSuffix(e.Name(), ".new") {
-			continue // not a VM directory, or one that vanished just now
+	default:
+		// Its owner was killed before it marked the directory, which is empty then.
+		if uerr := unix.Rmdir(dir); uerr != nil && !errors.Is(uerr, unix.ENOENT) {
+			slog.Warn("A directory lacks the mark of the VM that it is recorded for, and stays; remove it by hand if it is of no use", "directory", dir)
 		}
-		lock, err := lockDead(dir)
-		var held *lockfile.HeldError
-		if errors.As(err, &held) || errors.Is(err, os.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			return fmt.Errorf("look for orphaned VMs: %w", err)
-		}
-		err = reclaim(dir, e.Name())
-		if err := errors.Join(err, lock.Release()); err != nil {
-			return fmt.Errorf("remove orphaned VM %s: %w", dir, err)
-		}
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("remove orphaned VM %s: %w", dir, err), lock.Abandon())
+	}
+	if ours {
 		slog.Info("Removed what a killed process left behind", "vm", dir)
 	}
-	return nil
+	return lock.Release()
+}
+
+// marked tells whether a directory is this user's and has the mark of a VM.
+func marked(path, id string) (bool, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false, nil // nothing, or no directory
+	}
+	dir := os.NewFile(uintptr(fd), path)
+	defer dir.Close()
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return false, err
+	}
+	if int(st.Uid) != os.Geteuid() || st.Mode&0o077 != 0 {
+		return false, nil
+	}
+	m, err := mark.Of(dir, markFormat, id)
+	if err != nil {
+		return false, err
+	}
+	f, err := private.Open(filepath.Join(path, dirMark), unix.O_RDONLY)
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	return m.In(f), nil
+}
+
+// unmarkedID is the name of a VM's directory.
+var unmarkedID = regexp.MustCompile("^[0-9a-f]{16}$")
+
+// sayUnmarked names directories that a release without marks may have left. Nothing proves that they are ours, so they stay.
+func sayUnmarked(base string) {
+	for _, driver := range []string{VMMQEMU, VMMFirecracker, "peer", "mounter"} {
+		entries, err := os.ReadDir(filepath.Join(base, driver))
+		if err != nil {
+			continue // there is none
+		}
+		for _, e := range entries {
+			dir := filepath.Join(base, driver, e.Name())
+			f, err := private.Open(filepath.Join(dir, "lock"), unix.O_RDONLY)
+			if err != nil {
+				continue
+			}
+			if unmarkedID.MatchString(e.Name()) && lockfile.Exclusive(f) == nil {
+				slog.Warn("A killed process of an older release may have left this directory, which stays as nothing proves that; if it is of no use, unmount what is mounted below it, and remove it", "directory", dir)
+			}
+			f.Close()
+		}
+	}
 }
 
 // dyingPatience bounds how long a killed owner may take to end once nothing holds it up any more.
@@ -186,9 +313,9 @@ const dyingPatience = 10 * time.Second
 
 // lockDead takes the lock of a directory whose owner is gone. An owner that was killed while it waited for its own devices waits for ever, and holds the lock:
 // it ends when their connection is aborted.
-func lockDead(dir string) (*lockfile.Lock, error) {
+func lockDead(record, dir string) (*lockfile.Lock, error) {
 	for deadline := time.Now().Add(dyingPatience); ; time.Sleep(10 * time.Millisecond) {
-		lock, err := lockfile.Try(filepath.Join(dir, dirLock))
+		lock, err := lockfile.Try(record)
 		var held *lockfile.HeldError
 		if !errors.As(err, &held) || held.PID == 0 || time.Now().After(deadline) || !process.Dying(held.PID) {
 			return lock, err
@@ -199,29 +326,13 @@ func lockDead(dir string) (*lockfile.Lock, error) {
 	}
 }
 
-// young tells whether a directory may still be under construction by a live process.
-func young(e os.DirEntry) bool {
-	info, err := e.Info()
-	return err != nil || time.Since(info.ModTime()) < time.Minute
-}
-
-// ours tells whether a directory has the owner and the mode that CreateDir gives.
-func ours(e os.DirEntry) bool {
-	info, err := e.Info()
-	if err != nil {
-		return false // it vanished just now
-	}
-	st, ok := info.Sys().(*syscall.Stat_t)
-	return ok && st.Uid == uint32(os.Geteuid()) && info.Mode().Perm() == 0o700
-}
-
 func reclaim(dir, id string) error {
 	// A VMM that waits for a FUSE file whose server was killed cannot be killed itself until the connection is aborted.
 	if err := fusemount.AbortBelow(dir); err != nil {
 		return err
 	}
 	b, err := os.ReadFile(filepath.Join(dir, dirProcess))
-	if err == nil {
+	if err == nil && len(b) > 0 { // empty after a power cut, which ended the process, too
 		var p process.Identity
 		if err := json.Unmarshal(b, &p); err != nil {
 			return fmt.Errorf("%s: %w", dirProcess, err)
@@ -229,11 +340,11 @@ func reclaim(dir, id string) error {
 		if err := p.Reclaim(id); err != nil {
 			return err
 		}
-	} else if !errors.Is(err, os.ErrNotExist) {
+	} else if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
 	if err := takeBackOrphaned(filepath.Join(dir, dirLent)); err != nil {
 		return err
 	}
-	return os.RemoveAll(dir)
+	return removeDir(dir)
 }

@@ -9,8 +9,10 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"drafter/internal/lockfile"
+	"drafter/internal/mark"
 	"drafter/internal/process"
 )
 
@@ -33,7 +35,7 @@ func TestOrphanReclaimed(t *testing.T) {
 		t.Fatal(err)
 	}
 	parent := filepath.Join(base, "test")
-	if err := ReclaimOrphans(parent); err != nil {
+	if err := ReclaimAll(base); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := os.Stat(d.Root()); err != nil {
@@ -43,7 +45,7 @@ func TestOrphanReclaimed(t *testing.T) {
 	if err := d.lock.Abandon(); err != nil {
 		t.Fatal(err)
 	}
-	if err := ReclaimOrphans(parent); err != nil {
+	if err := ReclaimAll(base); err != nil {
 		t.Fatal(err)
 	}
 	var exit *exec.ExitError
@@ -81,7 +83,7 @@ func TestReclaimAll(t *testing.T) {
 	if err := ReclaimAll("vms"); err != nil {
 		t.Fatal(err)
 	}
-	left, err := filepath.Glob("vms/*/*")
+	left, err := filepath.Glob("vms/[a-z]*/*")
 	if err != nil || len(left) != 1 || filepath.Base(left[0]) != live.ID {
 		t.Errorf("left: %v, %v; want the live one", left, err)
 	}
@@ -150,15 +152,27 @@ func TestForgedDirectory(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	const name = "0123456789abcdef"
 	forge := func(dir string) {
 		t.Helper()
-		err := errors.Join(os.MkdirAll(dir, 0o700), os.WriteFile(filepath.Join(dir, dirProcess), note, 0o600), os.WriteFile(filepath.Join(dir, dirLock), nil, 0o600))
-		if err != nil {
+		records := filepath.Join(filepath.Dir(filepath.Dir(dir)), dirRecords)
+		err := errors.Join(os.MkdirAll(dir, 0o700), os.MkdirAll(records, 0o700), os.WriteFile(filepath.Join(dir, dirProcess), note, 0o600))
+		if err == nil {
+			err = os.WriteFile(filepath.Join(records, "qemu."+name+recordSuffix), nil, 0o600)
+		}
+		d, oerr := os.Open(dir)
+		if err := errors.Join(err, oerr); err != nil {
+			t.Fatal(err)
+		}
+		defer d.Close()
+		m, err := mark.Of(d, markFormat, name)
+		f, ferr := os.Create(filepath.Join(dir, dirMark))
+		if err := errors.Join(err, ferr, m.Write(f), f.Close()); err != nil {
 			t.Fatal(err)
 		}
 	}
 	theirs := t.TempDir()
-	forge(filepath.Join(theirs, "qemu", "0123456789abcdef"))
+	forge(filepath.Join(theirs, "qemu", name))
 	if err := os.Chown(theirs, stranger, stranger); err != nil {
 		t.Fatal(err)
 	}
@@ -172,7 +186,7 @@ func TestForgedDirectory(t *testing.T) {
 	}
 	// Moved into a directory of root's, it is still a stranger's.
 	ours := t.TempDir()
-	forged := filepath.Join(ours, "qemu", "0123456789abcdef")
+	forged := filepath.Join(ours, "qemu", name)
 	forge(forged)
 	if err := os.Chown(forged, stranger, stranger); err != nil {
 		t.Fatal(err)
@@ -185,6 +199,121 @@ func TestForgedDirectory(t *testing.T) {
 	}
 	if err := victim.Process.Signal(syscall.Signal(0)); err != nil {
 		t.Errorf("the process was killed: %v", err)
+	}
+}
+
+// Where a base is somebody's directory, nothing of theirs is removed, whatever it looks like: not what has a lock in it, nor what is called like something
+// in the making, nor what a release without marks made.
+func TestSomebodysDirectories(t *testing.T) {
+	base := t.TempDir()
+	old := time.Now().Add(-time.Hour)
+	for _, dir := range []string{"apt/lists", "apt/lists.new", "qemu/0123456789abcdef", "qemu/snapshot.new", dirRecords + "/precious"} {
+		path := filepath.Join(base, dir)
+		err := errors.Join(os.MkdirAll(path, 0o700), os.Chmod(path, 0o700), os.WriteFile(filepath.Join(path, "lock"), nil, 0o640), os.WriteFile(filepath.Join(path, "data"), nil, 0o600), os.Chtimes(path, old, old))
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	// A record of what is somebody's by now, and files that are no records.
+	for _, name := range []string{"qemu.0123456789abcdef.lock", "qemu.fedcba9876543210.lock", "note.txt"} {
+		if err := os.WriteFile(filepath.Join(base, dirRecords, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(os.Mkdir(filepath.Join(base, "qemu/fedcba9876543210"), 0o700), os.Chmod(filepath.Join(base, dirRecords), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	d, err := CreateDir(base, "qemu")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []string{"apt/lists/data", "apt/lists.new/data", "qemu/0123456789abcdef/data", "qemu/snapshot.new/data", dirRecords + "/precious/data", dirRecords + "/note.txt"} {
+		if _, err := os.Stat(filepath.Join(base, file)); err != nil {
+			t.Errorf("somebody's file: %v", err)
+		}
+	}
+	left, err := os.ReadDir(filepath.Join(base, "qemu"))
+	if err != nil || len(left) != 2 { // an owner that was killed before it marked its directory leaves an empty one, which goes
+		t.Errorf("left: %v, %v", left, err)
+	}
+	if records, err := filepath.Glob(filepath.Join(base, dirRecords, "*.lock")); err != nil || len(records) != 0 {
+		t.Errorf("records: %v, %v", records, err)
+	}
+}
+
+// A copy of a base is somebody's: neither the copied directory goes, nor the VMM that lives in the original.
+func TestCopyOfBase(t *testing.T) {
+	base, copied := t.TempDir(), filepath.Join(t.TempDir(), "copy")
+	d, err := CreateDir(base, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("sleep", "1000")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	defer cmd.Process.Kill()
+	id, err := process.Identify(cmd.Process.Pid)
+	if err := errors.Join(err, d.Record(id)); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("cp", "-a", base, copied).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if err := ReclaimAll(copied); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(copied, "test", d.ID, dirProcess)); err != nil {
+		t.Errorf("the copy was removed: %v", err)
+	}
+	if err := cmd.Process.Signal(syscall.Signal(0)); err != nil {
+		t.Errorf("the VMM of the original was ended: %v", err)
+	}
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// What a power cut leaves of the notes ends no start.
+func TestAfterPowerCut(t *testing.T) {
+	base := t.TempDir()
+	d, err := CreateDir(base, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{dirProcess, dirLent} {
+		if err := os.WriteFile(filepath.Join(d.Path(), name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(d.lock.Abandon(), ReclaimAll(base)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(d.Path()); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("it stays: %v", err)
+	}
+}
+
+func TestCheckBaseDir(t *testing.T) {
+	t.Chdir(t.TempDir())
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink("/", link); err != nil {
+		t.Fatal(err)
+	}
+	for _, base := range []string{"", "/", "//", "/..", link} {
+		if _, err := CreateDir(base, "test"); err == nil || !strings.Contains(err.Error(), "--chroot-base-dir") {
+			t.Errorf("create in %q: %v", base, err)
+		}
+		if err := ReclaimAll(base); err == nil {
+			t.Errorf("reclaim in %q: no error", base)
+		}
+	}
+	if entries, err := os.ReadDir("."); err != nil || len(entries) != 0 {
+		t.Errorf("made: %v, %v", entries, err)
 	}
 }
 

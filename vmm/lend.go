@@ -120,7 +120,7 @@ func (l *loan) end(f *os.File) error {
 // takeBackOrphaned ends the loans of a VM whose owner was killed.
 func takeBackOrphaned(record string) error {
 	b, err := os.ReadFile(record)
-	if errors.Is(err, os.ErrNotExist) {
+	if errors.Is(err, os.ErrNotExist) || err == nil && len(b) == 0 { // empty after a power cut
 		return nil
 	}
 	if err != nil {

@@ -58,6 +58,9 @@ Base, overlay and state file of a device are as for 'drafter peer'. If this proc
 			show := newMigrationLog()
 			defer show.close()
 			c.OnState, c.OnProgress = show.deviceState, show.progress
+			if err := vmm.CheckBaseDir(c.BaseDir); err != nil {
+				return &usageError{err}
+			}
 			m, err := mounter.New(c)
 			if err != nil {
 				return &usageError{err}

@@ -22,32 +22,56 @@ type Mount struct {
 
 // Below returns the FUSE mounts at dir and below it, the ones mounted last first.
 func Below(dir string) ([]Mount, error) {
+	var found []Mount
+	err := below(dir, func(path, device, kind string) error {
+		if kind != "fuse" && !strings.HasPrefix(kind, "fuse.") {
+			return nil
+		}
+		_, minor, _ := strings.Cut(device, ":")
+		n, err := strconv.ParseUint(minor, 10, 32)
+		if err != nil {
+			return fmt.Errorf("find mounts: device number %q", device)
+		}
+		found = append([]Mount{{path, uint32(n)}}, found...)
+		return nil
+	})
+	return found, err
+}
+
+// AllBelow returns where anything is mounted at dir and below it.
+func AllBelow(dir string) (paths []string, err error) {
+	err = below(dir, func(path, _, _ string) error {
+		paths = append(paths, path)
+		return nil
+	})
+	return paths, err
+}
+
+// below calls use with mount point, device number and file system of each mount at dir and below it.
+func below(dir string, use func(path, device, kind string) error) error {
 	f, err := os.Open("/proc/self/mountinfo")
 	if err != nil {
-		return nil, fmt.Errorf("find mounts: %w", err)
+		return fmt.Errorf("find mounts: %w", err)
 	}
 	defer f.Close()
-	var found []Mount
 	lines := bufio.NewScanner(f)
 	for lines.Scan() {
 		// proc_pid_mountinfo(5): id parent major:minor root mountpoint options … - type source options
 		left, right, _ := strings.Cut(lines.Text(), " - ")
 		fields := strings.Fields(left)
-		if len(fields) < 5 || !strings.HasPrefix(right, "fuse ") && !strings.HasPrefix(right, "fuse.") {
+		if len(fields) < 5 {
 			continue
 		}
 		path := unescape(fields[4])
 		if path != dir && !strings.HasPrefix(path, dir+"/") {
 			continue
 		}
-		_, minor, _ := strings.Cut(fields[2], ":")
-		n, err := strconv.ParseUint(minor, 10, 32)
-		if err != nil {
-			return nil, fmt.Errorf("find mounts: device number %q", fields[2])
+		kind, _, _ := strings.Cut(right, " ")
+		if err := use(path, fields[2], kind); err != nil {
+			return err
 		}
-		found = append([]Mount{{path, uint32(n)}}, found...)
 	}
-	return found, lines.Err()
+	return lines.Err()
 }
 
 // unescape undoes the octal escapes of mountinfo.

@@ -3,8 +3,10 @@
 package lockfile
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -26,7 +28,8 @@ type HeldError struct {
 func (e *HeldError) Error() string { return "in use by " + e.Holder }
 
 // Try takes the lock at path, which need not exist; the directory must. Nobody else may open the file,
-// and so lock it. It returns a *HeldError when another process has it. The file tells others who holds it.
+// and so lock it. It returns a *HeldError when another process has it. The file tells others who holds it. A
+// file that tells something else is no lock, and is refused.
 func Try(path string) (*Lock, error) {
 	for {
 		f, err := private.CreateOrOpen(path)
@@ -47,7 +50,11 @@ func Try(path string) (*Lock, error) {
 			}
 			continue
 		}
-		who := fmt.Sprintf("process %d (%s)\n", os.Getpid(), filepath.Base(os.Args[0]))
+		// Zeros are what a power cut may leave.
+		if b, err := content(f); err != nil || len(bytes.Trim(b, "\x00")) > 0 && !bytes.HasPrefix(b, []byte(holder)) {
+			return nil, errors.Join(fmt.Errorf("%s is no lock of this program's; move it away", path), err, f.Close())
+		}
+		who := fmt.Sprintf(holder+"%d (%s)\n", os.Getpid(), filepath.Base(os.Args[0]))
 		if _, err := f.WriteAt([]byte(who), 0); err != nil {
 			return nil, errors.Join(err, f.Close())
 		}
@@ -101,12 +108,17 @@ func lock(f *os.File, how int) error {
 
 // held reads who wrote itself into a lock file. Other files tell nothing.
 func held(f *os.File) *HeldError {
-	b := make([]byte, 256)
-	n, _ := f.ReadAt(b, 0) // shorter than the buffer, as a rule
+	b, _ := content(f)
 	e := &HeldError{Holder: "another process"}
-	who := strings.TrimSpace(string(b[:n]))
-	if _, err := fmt.Sscanf(who, "process %d ", &e.PID); err == nil {
+	who := strings.TrimSpace(string(b))
+	if _, err := fmt.Sscanf(who, holder+"%d ", &e.PID); err == nil {
 		e.Holder = who
 	}
 	return e
 }
+
+// holder is how the content of a lock file begins.
+const holder = "process "
+
+// content reads the beginning of a lock file.
+func content(f *os.File) ([]byte, error) { return io.ReadAll(io.NewSectionReader(f, 0, 256)) }

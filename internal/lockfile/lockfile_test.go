@@ -28,6 +28,29 @@ func TestHeld(t *testing.T) {
 	}
 }
 
+// A file in the place of a lock that is somebody's stays as it is; what a power cut has left of a lock is taken.
+func TestSomebodysFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "lock")
+	for content, ours := range map[string]bool{"mine": false, "": true, "\x00\x00\x00": true, "process 1 (drafter)\n": true} {
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		l, err := Try(path)
+		if (err == nil) != ours {
+			t.Errorf("%q: %v", content, err)
+		}
+		if err == nil {
+			if err := l.Release(); err != nil {
+				t.Fatal(err)
+			}
+			continue
+		}
+		if b, err := os.ReadFile(path); err != nil || string(b) != content {
+			t.Errorf("it holds %q, %v; want %q", b, err, content)
+		}
+	}
+}
+
 // TestOneHolder has many try to hold a lock whose file vanishes at each release.
 func TestOneHolder(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "lock")
