@@ -8,13 +8,13 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"syscall"
 	"time"
 
 	"drafter/agent"
 	"drafter/instance"
 	"drafter/internal/lockfile"
 	"drafter/internal/private"
+	"drafter/internal/scratch"
 	"drafter/internal/sparse"
 	"drafter/network"
 	"drafter/signature"
@@ -54,7 +54,7 @@ type Runner struct {
 	claim    *network.Claim
 	user     *vmm.User
 	locks    []*os.File
-	private  string // directory of the private copies, or ""
+	private  *scratch.Dir // of the private copies; nil if there are none
 	instance *instance.Instance
 }
 
@@ -143,7 +143,7 @@ func (r *Runner) verify(ctx context.Context) error {
 	if err := statement.CheckFiles(ctx, r.paths, r.config.Host.UID); err != nil {
 		return err
 	}
-	if r.private == "" {
+	if r.private == nil {
 		slog.Warn("This run changes the package, whose signature will not fit any more; an instance of a peer leaves the package as it is")
 	}
 	r.pkg, err = instance.Open(r.paths)
@@ -188,57 +188,13 @@ func (r *Runner) copyPrivate(ctx context.Context) error {
 	if err := private.MkdirAll(parent); err != nil {
 		return err
 	}
-	if err := reclaimPrivate(parent); err != nil {
+	if r.private, err = scratch.New(parent, "drafter-private-"); err != nil {
 		return err
-	}
-	if r.private, err = os.MkdirTemp(parent, privatePrefix); err != nil {
-		return err
-	}
-	lock, err := os.Open(r.private)
-	if err != nil {
-		return err
-	}
-	r.locks = append(r.locks, lock)
-	if err := lockfile.Exclusive(lock); err != nil {
-		return fmt.Errorf("lock %s: %w", r.private, err)
 	}
 	for name, origin := range r.origin {
-		r.paths[name] = filepath.Join(r.private, name)
+		r.paths[name] = filepath.Join(r.private.Name(), name)
 		if err := sparse.CopyFile(ctx, r.paths[name], origin, nil); err != nil {
 			return err
-		}
-	}
-	return nil
-}
-
-const privatePrefix = "drafter-private-"
-
-// reclaimPrivate removes private copies whose runner was killed.
-func reclaimPrivate(parent string) error {
-	dirs, err := filepath.Glob(filepath.Join(parent, privatePrefix+"*"))
-	if err != nil {
-		return err
-	}
-	for _, dir := range dirs {
-		info, err := os.Lstat(dir)
-		if errors.Is(err, os.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		if st, ok := info.Sys().(*syscall.Stat_t); !ok || info.Mode() != os.ModeDir|0o700 || int(st.Uid) != os.Geteuid() {
-			continue // somebody else's
-		}
-		f, err := private.Open(dir, os.O_RDONLY)
-		if err != nil {
-			return err
-		}
-		if lockfile.Exclusive(f) == nil {
-			err = os.RemoveAll(dir)
-		}
-		if err := errors.Join(err, f.Close()); err != nil {
-			return fmt.Errorf("remove what a killed runner left behind: %w", err)
 		}
 	}
 	return nil
@@ -262,7 +218,7 @@ func (r *Runner) Suspend(ctx context.Context) error {
 		return err
 	}
 	err = errors.Join(err, r.instance.Close())
-	if r.private != "" {
+	if r.private != nil {
 		if kerr := r.keepPrivate(); kerr != nil {
 			return errors.Join(err, fmt.Errorf("store outputs: %w", kerr))
 		}
@@ -325,9 +281,9 @@ func (r *Runner) Close() error {
 	if r.instance != nil {
 		errs = append(errs, r.instance.Close())
 	}
-	if r.private != "" {
-		errs = append(errs, os.RemoveAll(r.private))
-		r.private = ""
+	if r.private != nil {
+		errs = append(errs, r.private.Close())
+		r.private = nil
 	}
 	for _, f := range r.locks {
 		errs = append(errs, f.Close())

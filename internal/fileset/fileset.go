@@ -13,6 +13,7 @@ import (
 
 	"drafter/internal/lockfile"
 	"drafter/internal/private"
+	"drafter/internal/scratch"
 )
 
 // Set is a set of files in the making. It is used by one goroutine, and ended by Publish or Discard.
@@ -20,18 +21,21 @@ import (
 // Files that are all of one directory replace that directory as a whole, in one rename; what else is in it stays. Files of several directories are renamed
 // one by one, the last one last, and replace nothing: then an interrupted writer leaves no complete set.
 type Set struct {
-	paths   map[string]string // where the files will be
-	last    string
-	dir     string // the common directory, or ""
-	staging string // what becomes of it
-	old     bool   // dir exists
-	lock    *lockfile.Lock
+	paths map[string]string // where the files will be
+	last  string
+	dir   string // the common directory, or ""
+	old   bool   // dir exists
+	lock  *lockfile.Lock
+	work  map[string]*scratch.Dir // by directories: in the common one's parent, else in that of each file
 }
+
+// staged is the name of what becomes the common directory.
+const staged = "staged"
 
 // New begins a set of the files at paths, by any names. last is the name of the file that is worth nothing without the others. What a killed writer of the
 // same set left behind is removed.
 func New(paths map[string]string, last string) (_ *Set, err error) {
-	s := &Set{paths: map[string]string{}, last: last}
+	s := &Set{paths: map[string]string{}, last: last, work: map[string]*scratch.Dir{}}
 	dirs := map[string]bool{}
 	for name, path := range paths {
 		if s.paths[name], err = filepath.Abs(path); err != nil {
@@ -47,10 +51,9 @@ func New(paths map[string]string, last string) (_ *Set, err error) {
 		}
 	}
 	if s.dir == "" {
-		err = s.checkScattered()
-	}
-	if err != nil {
-		return nil, err // nothing was made
+		if err := s.scatter(); err != nil {
+			return nil, errors.Join(err, s.closeWork())
+		}
 	}
 	return s, nil
 }
@@ -84,14 +87,38 @@ func (s *Set) stage(dir string) (err error) {
 	if err != nil {
 		return fmt.Errorf("%s is %w", dir, err)
 	}
-	s.dir, s.staging = dir, filepath.Join(parent, "."+filepath.Base(dir)+".new")
-	if err := os.RemoveAll(s.staging); err != nil {
-		return errors.Join(err, s.lock.Release())
+	s.dir = dir
+	if err = s.checkUnused(); err == nil {
+		err = s.makeWork(parent, "."+filepath.Base(dir)+".new-")
 	}
-	if err := errors.Join(s.checkUnused(), os.Mkdir(s.staging, 0o700)); err != nil {
-		return errors.Join(err, s.lock.Release())
+	if err == nil {
+		err = os.Mkdir(s.staging(), 0o700)
+	}
+	if err != nil {
+		return errors.Join(err, s.closeWork(), s.lock.Release())
 	}
 	return nil
+}
+
+func (s *Set) makeWork(dir, prefix string) (err error) {
+	s.work[dir], err = scratch.New(dir, prefix)
+	if err != nil {
+		delete(s.work, dir)
+	}
+	return err
+}
+
+func (s *Set) closeWork() error {
+	var errs []error
+	for _, w := range s.work {
+		errs = append(errs, w.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// staging is what becomes the common directory.
+func (s *Set) staging() string {
+	return filepath.Join(s.work[filepath.Dir(s.dir)].Name(), staged)
 }
 
 // checkUnused refuses to replace files that a process has locked, as a running instance has its base.
@@ -115,31 +142,34 @@ func (s *Set) checkUnused() error {
 	return nil
 }
 
-func (s *Set) checkScattered() error {
+// scatter makes place for files of several directories.
+func (s *Set) scatter() error {
 	for _, path := range s.paths {
 		if _, err := os.Lstat(path); err == nil {
 			return fmt.Errorf("%s exists; files in several directories, or in one with subdirectories, cannot be replaced all at once: remove it, or write to a directory of their own", path)
 		} else if !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
-		if err := private.MkdirAll(filepath.Dir(path)); err != nil {
+		dir := filepath.Dir(path)
+		if err := private.MkdirAll(dir); err != nil {
 			return err
 		}
-		if err := os.Remove(partial(path)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if s.work[dir] != nil {
+			continue
+		}
+		if err := s.makeWork(dir, ".drafter-partial-"); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func partial(path string) string { return path + ".partial" }
-
 // Path is where the file of that name is to be written. It need not be.
 func (s *Set) Path(name string) string {
 	if s.dir != "" {
-		return filepath.Join(s.staging, filepath.Base(s.paths[name]))
+		return filepath.Join(s.staging(), filepath.Base(s.paths[name]))
 	}
-	return partial(s.paths[name])
+	return filepath.Join(s.work[filepath.Dir(s.paths[name])].Name(), filepath.Base(s.paths[name]))
 }
 
 // Publish lets the files appear. They must have been synced and closed. On an error nothing has changed, unless it says so.
@@ -148,9 +178,10 @@ func (s *Set) Publish() error {
 		return s.publishScattered()
 	}
 	if err := s.publishDir(); err != nil {
-		return errors.Join(fmt.Errorf("publish %s: %w", s.dir, err), s.Discard())
+		err = fmt.Errorf("publish %s: %w", s.dir, err)
+		return errors.Join(err, s.Discard())
 	}
-	return s.lock.Release()
+	return s.Discard()
 }
 
 func (s *Set) publishDir() error {
@@ -159,21 +190,18 @@ func (s *Set) publishDir() error {
 			return err
 		}
 	}
-	if err := syncDir(s.staging); err != nil {
+	if err := syncDir(s.staging()); err != nil {
 		return err
 	}
 	flags := uint(unix.RENAME_NOREPLACE)
 	if s.old {
-		flags = unix.RENAME_EXCHANGE
+		flags = unix.RENAME_EXCHANGE // what was there before goes with the work directory
 	}
-	if err := unix.Renameat2(unix.AT_FDCWD, s.staging, unix.AT_FDCWD, s.dir, flags); err != nil {
-		return &os.LinkError{Op: "rename", Old: s.staging, New: s.dir, Err: err}
+	if err := unix.Renameat2(unix.AT_FDCWD, s.staging(), unix.AT_FDCWD, s.dir, flags); err != nil {
+		return &os.LinkError{Op: "rename", Old: s.staging(), New: s.dir, Err: err}
 	}
 	if err := syncDir(filepath.Dir(s.dir)); err != nil {
 		return fmt.Errorf("the files are there, but it is not known whether they survive a power cut: %w", err)
-	}
-	if s.old {
-		return os.RemoveAll(s.staging) // what was there before
 	}
 	return nil
 }
@@ -185,7 +213,7 @@ func (s *Set) adopt() error {
 		return err
 	}
 	for _, e := range entries {
-		from, to := filepath.Join(s.dir, e.Name()), filepath.Join(s.staging, e.Name())
+		from, to := filepath.Join(s.dir, e.Name()), filepath.Join(s.staging(), e.Name())
 		if err := os.Link(from, to); err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
 		}
@@ -200,9 +228,11 @@ func (s *Set) publishScattered() (err error) {
 			if err != nil || (name == s.last) != last {
 				continue
 			}
-			if err = os.Rename(partial(path), path); err == nil {
+			if err = unix.Renameat2(unix.AT_FDCWD, s.Path(name), unix.AT_FDCWD, path, unix.RENAME_NOREPLACE); err == nil {
 				done = append(done, path)
 				err = syncDir(filepath.Dir(path))
+			} else {
+				err = &os.LinkError{Op: "rename", Old: s.Path(name), New: path, Err: err}
 			}
 		}
 	}
@@ -210,23 +240,17 @@ func (s *Set) publishScattered() (err error) {
 		for _, path := range done {
 			err = errors.Join(err, os.Remove(path))
 		}
-		return errors.Join(err, s.Discard())
 	}
-	return nil
+	return errors.Join(err, s.Discard())
 }
 
 // Discard gives the set up. What was there before stays.
 func (s *Set) Discard() error {
-	if s.dir != "" {
-		return errors.Join(os.RemoveAll(s.staging), s.lock.Release())
+	err := s.closeWork()
+	if s.lock != nil {
+		err = errors.Join(err, s.lock.Release())
 	}
-	var errs []error
-	for _, path := range s.paths {
-		if err := os.Remove(partial(path)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			errs = append(errs, err)
-		}
-	}
-	return errors.Join(errs...)
+	return err
 }
 
 func syncDir(path string) error {

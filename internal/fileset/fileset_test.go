@@ -1,6 +1,7 @@
 package fileset
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -97,8 +98,8 @@ func TestKilledWriter(t *testing.T) {
 		t.Fatal(err)
 	}
 	fill(t, killed, "half")
-	write(t, filepath.Join(killed.staging, "other"), "rubbish")
-	if err := killed.lock.Abandon(); err != nil {
+	write(t, filepath.Join(killed.staging(), "other"), "rubbish")
+	if err := errors.Join(killed.lock.Abandon(), killed.work[dir].Abandon()); err != nil {
 		t.Fatal(err)
 	}
 	s, err := New(paths, "")
@@ -117,6 +118,7 @@ func TestKilledWriter(t *testing.T) {
 func TestScattered(t *testing.T) {
 	dir := t.TempDir()
 	paths := map[string]string{"memory": filepath.Join(dir, "a/memory.bin"), "state": filepath.Join(dir, "b/state.bin")}
+	write(t, filepath.Join(dir, "a/memory.bin.partial"), "mine")
 	s, err := New(paths, "state")
 	if err != nil {
 		t.Fatal(err)
@@ -125,11 +127,32 @@ func TestScattered(t *testing.T) {
 	if err := s.Publish(); err != nil {
 		t.Fatal(err)
 	}
-	if got, want := listing(t, dir), "a/memory.bin=one b/state.bin=one"; got != want {
+	if got, want := listing(t, dir), "a/memory.bin=one a/memory.bin.partial=mine b/state.bin=one"; got != want {
 		t.Errorf("%s, want %s", got, want)
 	}
 	if _, err := New(paths, "state"); err == nil || !strings.Contains(err.Error(), "cannot be replaced all at once") {
 		t.Errorf("files in two directories are replaced: %v", err)
+	}
+}
+
+// What is beside a directory is somebody's, whatever it is called.
+func TestSomebodysFiles(t *testing.T) {
+	dir := t.TempDir()
+	write(t, filepath.Join(dir, ".backup.new/data"), "mine")
+	s, err := New(map[string]string{"memory": filepath.Join(dir, "backup/memory.bin")}, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fill(t, s, "one")
+	if err := s.Publish(); err != nil {
+		t.Fatal(err)
+	}
+	write(t, filepath.Join(dir, ".backup.lock"), "mine")
+	if _, err := New(map[string]string{"memory": filepath.Join(dir, "backup/memory.bin")}, ""); err == nil || !strings.Contains(err.Error(), "no lock of this program") {
+		t.Errorf("a file in the place of the lock: %v", err)
+	}
+	if got, want := listing(t, dir), ".backup.lock=mine .backup.new/data=mine backup/memory.bin=one"; got != want {
+		t.Errorf("%s, want %s", got, want)
 	}
 }
 

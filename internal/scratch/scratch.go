@@ -15,11 +15,15 @@ import (
 	"golang.org/x/sys/unix"
 
 	"drafter/internal/lockfile"
+	"drafter/internal/mark"
 )
 
-// lockName is the file that says whether a directory's owner lives. Nobody else can make one there:
-// the directory is 0700 and its owner's.
+// lockName is the file that says whether a directory's owner lives, and whose the directory is: it
+// holds the directory's mark, with the directory's name as its id. A directory that was renamed, or
+// is a copy, is left alone.
 const lockName = ".drafter-scratch"
+
+const markFormat = "drafter-scratch"
 
 // Dir is a directory of our own.
 type Dir struct {
@@ -56,9 +60,13 @@ func New(parent, prefix string) (_ *Dir, err error) {
 	return d, nil
 }
 
-// mark makes the lock.
+// mark makes the lock, and once that is held, the mark in it.
 func (d *Dir) mark() error {
 	if err := d.root.Chmod(0o700); err != nil {
+		return err
+	}
+	m, err := mark.Of(d.root, markFormat, d.name)
+	if err != nil {
 		return err
 	}
 	fd, err := unix.Openat(int(d.root.Fd()), lockName, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
@@ -66,7 +74,10 @@ func (d *Dir) mark() error {
 		return fmt.Errorf("create lock: %w", err)
 	}
 	d.lock = os.NewFile(uintptr(fd), lockName)
-	if err := lockfile.Exclusive(d.lock); err != nil {
+	if err = lockfile.Exclusive(d.lock); err == nil {
+		err = m.Write(d.lock)
+	}
+	if err != nil {
 		return errors.Join(err, d.lock.Close(), unix.Unlinkat(int(d.root.Fd()), lockName, 0))
 	}
 	return nil
@@ -77,6 +88,9 @@ func (d *Dir) mark() error {
 func (d *Dir) Path(name string) string {
 	return filepath.Join(fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), d.root.Fd()), name)
 }
+
+// Name is the directory's own path, which holds as long as nobody moves what is above.
+func (d *Dir) Name() string { return filepath.Join(d.parent.Name(), d.name) }
 
 // Move gives what is there under name its place beside the directory. It replaces an empty
 // directory, and nothing else.
@@ -100,12 +114,15 @@ func (d *Dir) Move(name, to string) error {
 
 // Close removes the directory and all in it.
 func (d *Dir) Close() error {
-	err := empty(d.root)
+	err := mark.Empty(d.root, lockName)
 	if err == nil {
 		err = d.parent.Remove(d.name)
 	}
 	return errors.Join(err, d.lock.Close(), d.root.Close(), d.parent.Close())
 }
+
+// Abandon gives the directory up as the end of the process would: it stays.
+func (d *Dir) Abandon() error { return errors.Join(d.lock.Close(), d.root.Close(), d.parent.Close()) }
 
 // errForeign says that a directory is not this user's alone.
 var errForeign = errors.New("it is another one's directory")
@@ -161,35 +178,13 @@ func sweepOne(parent *os.Root, name string) (err error) {
 	if lockfile.Exclusive(lock) != nil {
 		return nil // its owner lives
 	}
-	if err := empty(root); err != nil {
+	if m, err := mark.Of(root, markFormat, name); err != nil || !m.In(lock) {
+		return err // its owner is about to mark it, or it is none of ours
+	}
+	if err := mark.Empty(root, lockName); err != nil {
 		return fmt.Errorf("remove what a killed process left in %s: %w", name, err)
 	}
 	if err := parent.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return nil
-}
-
-// empty removes all that is in an open directory, the lock last: whoever is killed meanwhile leaves
-// it to the next.
-func empty(dir *os.File) error {
-	root, err := os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", dir.Fd()))
-	if err != nil {
-		return err
-	}
-	defer root.Close()
-	entries, err := fs.ReadDir(root.FS(), ".")
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		if e.Name() != lockName {
-			if err := root.RemoveAll(e.Name()); err != nil {
-				return err
-			}
-		}
-	}
-	if err := root.Remove(lockName); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil

@@ -1,11 +1,14 @@
 package scratch
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"syscall"
 	"testing"
+
+	"drafter/internal/mark"
 )
 
 func TestMain(m *testing.M) {
@@ -75,6 +78,7 @@ func TestSweep(t *testing.T) {
 		"work-link":     func(p string) error { return os.Symlink(elsewhere, p) },
 		"work-file":     func(p string) error { return os.WriteFile(p, nil, 0o600) },
 		"work-unmarked": func(p string) error { return os.MkdirAll(filepath.Join(p, "data"), 0o700) },
+		"work-locked":   locked,
 		"work-open":     func(p string) error { return marked(p, 0o755, os.Geteuid()) },
 		"other":         func(p string) error { return marked(p, 0o700, os.Geteuid()) },
 	}
@@ -122,15 +126,53 @@ func TestSweep(t *testing.T) {
 	}
 }
 
-// marked makes a directory with a lock.
+// locked makes a directory with a lock that is not marked.
+func locked(path string) error {
+	return errors.Join(os.Mkdir(path, 0o700), os.WriteFile(filepath.Join(path, lockName), nil, 0o600))
+}
+
+// marked makes a directory with a lock and a mark.
 func marked(path string, mode os.FileMode, owner int) error {
 	if err := os.Mkdir(path, mode); err != nil {
 		return err
 	}
-	if err := os.WriteFile(filepath.Join(path, lockName), nil, 0o600); err != nil {
+	dir, err := os.Open(path)
+	if err != nil {
 		return err
 	}
-	return os.Chown(path, owner, -1)
+	defer dir.Close()
+	m, err := mark.Of(dir, markFormat, filepath.Base(path))
+	f, ferr := os.Create(filepath.Join(path, lockName))
+	return errors.Join(err, ferr, m.Write(f), f.Close(), os.Chown(path, owner, -1))
+}
+
+// What somebody has copied, or renamed to keep it, stays.
+func TestCopies(t *testing.T) {
+	parent := t.TempDir()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), "SCRATCH_PARENT="+parent)
+	if err := cmd.Run(); err == nil {
+		t.Fatal("the owner was not killed")
+	}
+	left := filepath.Join(parent, names(t, parent)[0])
+	if out, err := exec.Command("cp", "-a", left, left+"-copy").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if err := os.Rename(left, left+"-kept"); err != nil {
+		t.Fatal(err)
+	}
+	d, err := New(parent, "work-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+	for _, suffix := range []string{"-copy", "-kept"} {
+		if _, err := os.Stat(filepath.Join(left+suffix, "deep/down")); err != nil {
+			t.Errorf("somebody's %s: %v", suffix, err)
+		}
+	}
 }
 
 // Move replaces an empty directory and nothing else, and leaves nothing of a link.
