@@ -8,20 +8,20 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
 
+	"drafter/internal/mark"
 	"drafter/internal/tour"
 )
 
 // Options say what is measured, and where.
 type Options struct {
 	Drafter  string    // the drafter binary
-	Dir      string    // where packages and instances are made; what it has is removed first
+	Dir      string    // where packages and instances are made; what an earlier run left in it is removed first
 	Quick    bool      // whether to measure only what the ratios need
 	Parts    []string  // of [Parts]; none: all
 	Rounds   int       // how often each is measured; 0: as often as the part says
@@ -83,8 +83,8 @@ func Run(ctx context.Context, o Options) error {
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o755)); err != nil {
-		return err
+	if err := mark.Renew(dir, ".drafter-bench", "drafter-bench"); err != nil {
+		return fmt.Errorf("--dir: %w", err)
 	}
 	b := &bench{drafter: tour.Drafter{Bin: o.Drafter, Logs: dir}, dir: dir, quick: o.Quick, progress: o.Progress, values: map[string][]float64{}}
 	for _, p := range parts {

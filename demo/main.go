@@ -22,6 +22,7 @@ import (
 
 	"github.com/redis/go-redis/v9"
 
+	"drafter/internal/mark"
 	"drafter/internal/redisimage"
 	"drafter/internal/tour"
 )
@@ -71,10 +72,7 @@ func say(format string, args ...any) {
 }
 
 func (d *demo) run(ctx context.Context) (err error) {
-	if err := os.RemoveAll(d.dir); err != nil {
-		return err
-	}
-	if err := os.MkdirAll(d.dir, 0o755); err != nil {
+	if err := mark.Renew(d.dir, ".drafter-demo", "drafter-demo"); err != nil {
 		return err
 	}
 	if d.blueprint == "" {

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"sync"
 	"time"
@@ -82,7 +83,7 @@ type Mounter struct {
 	config   Config
 	dir      *vmm.Dir
 	exposure expose.Exposure
-	links    []string
+	links    []link
 	gates    map[string]*block.Gate
 
 	refusals, failures limitedlog.Log // of connections, and of migrations
@@ -211,16 +212,43 @@ func (m *Mounter) link() error {
 		case err == nil && info.Mode().Type() != os.ModeSymlink:
 			return fmt.Errorf("%s is there, and is no link; choose another directory for links", path)
 		case err == nil:
-			if err := os.Remove(path); err != nil {
+			if err := removeDeadLink(path, d.Name); err != nil {
 				return err
 			}
 		}
 		if err := os.Symlink(target, path); err != nil {
 			return err
 		}
-		m.links = append(m.links, path)
+		m.links = append(m.links, link{path, target})
 	}
 	return nil
+}
+
+// link is a symbolic link that was made.
+type link struct{ path, target string }
+
+// remove removes the link, unless it leads elsewhere by now.
+func (l link) remove() error {
+	if target, err := os.Readlink(l.path); err != nil || target != l.target {
+		return nil
+	}
+	return os.Remove(l.path)
+}
+
+// deadLink is where a link of a mounter's leads: into its directory below --chroot-base-dir.
+var deadLink = regexp.MustCompile("/mounter/[0-9a-f]{16}/devices/([^/]+)$")
+
+// removeDeadLink removes a link to a device that a killed mounter has made. Any other is somebody else's.
+func removeDeadLink(path, device string) error {
+	target, err := os.Readlink(path)
+	if err != nil {
+		return err
+	}
+	m := deadLink.FindStringSubmatch(target)
+	if _, err := os.Stat(target); m == nil || m[1] != device || !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("%s is there, and leads to %s; choose another directory for links, or remove it", path, target)
+	}
+	return os.Remove(path)
 }
 
 // Path is where a device is exposed, until Close.
@@ -397,7 +425,7 @@ func (m *Mounter) Close() error {
 func (m *Mounter) closeDevices(sync bool) error {
 	var errs []error
 	for _, l := range m.links {
-		errs = append(errs, os.Remove(l))
+		errs = append(errs, l.remove())
 	}
 	m.links = nil
 	for _, g := range m.gates {

@@ -107,7 +107,8 @@ func private(_, _ string, raw syscall.RawConn) error {
 	return err
 }
 
-// removeDeadSocket removes a socket at which nobody listens any more: that of a killed process.
+// removeDeadSocket removes a socket at which nobody listens any more: that of a killed process. One that another user has made, or that others may use, is not
+// ours.
 func removeDeadSocket(ctx context.Context, path string) error {
 	c, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
 	if err == nil {
@@ -117,6 +118,9 @@ func removeDeadSocket(ctx context.Context, path string) error {
 	dead := serr == nil && info.Mode().Type() == os.ModeSocket && errors.Is(err, syscall.ECONNREFUSED)
 	if !dead {
 		return nil
+	}
+	if st := info.Sys().(*syscall.Stat_t); int(st.Uid) != os.Geteuid() || st.Mode&0o077 != 0 {
+		return fmt.Errorf("%s is the socket of another program (it belongs to user %d, mode %04o); choose another path, or remove it", path, st.Uid, st.Mode&0o777)
 	}
 	return os.Remove(path)
 }

@@ -550,3 +550,29 @@ func TestHost(t *testing.T) {
 type addressed struct{ at net.Addr }
 
 func (a addressed) RemoteAddr() net.Addr { return a.at }
+
+// A dead socket is replaced if it is ours, and left alone if it is another program's.
+func TestDeadSocket(t *testing.T) {
+	for name, mode := range map[string]os.FileMode{"ours": 0o600, "another's": 0o777} {
+		path := filepath.Join(t.TempDir(), "socket")
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.SetUnlinkOnClose(false)
+		if err := errors.Join(l.Close(), os.Chmod(path, mode)); err != nil {
+			t.Fatal(err)
+		}
+		again, err := (&Trust{}).Listen(t.Context(), "unix:"+path)
+		if (err == nil) != (mode == 0o600) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if err == nil {
+			again.Close()
+			continue
+		}
+		if _, err := os.Lstat(path); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}

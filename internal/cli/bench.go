@@ -45,7 +45,7 @@ first round of moves; all of it takes far longer.
 	f.BoolVar(&o.Quick, "quick", false, "Whether to measure only what the ratios need")
 	f.StringSliceVar(&o.Parts, "parts", nil, "Parts to measure; none for all, or for those that --quick needs")
 	f.IntVar(&o.Rounds, "rounds", 0, "How often each part measures; 0 for as often as it says")
-	f.StringVar(&o.Dir, "dir", "out/bench", "Directory for packages and instances; what it has is removed first")
+	f.StringVar(&o.Dir, "dir", "out/bench", "Directory for packages and instances; what an earlier run left in it is removed first, and one with other files is refused")
 	f.StringVar(&o.Output, "output", "bench/results/latest.json", "File for the result")
 	cmd.AddCommand(&cobra.Command{
 		Use: "mapping FILE COLD", Hidden: true, Args: cobra.ExactArgs(2),

@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"path/filepath"
 
 	"drafter/internal/redisimage"
 )
@@ -31,6 +32,12 @@ func run(output, cache string) error {
 	image, err := redisimage.Build(context.Background(), cache, work)
 	if err != nil {
 		return err
+	}
+	// An earlier layout is replaced, and nothing else.
+	if entries, err := os.ReadDir(output); err == nil && len(entries) > 0 {
+		if _, err := os.Stat(filepath.Join(output, "oci-layout")); err != nil {
+			return fmt.Errorf("%s has files and is no OCI layout; choose another directory, or empty it", output)
+		}
 	}
 	if err := os.RemoveAll(output); err != nil {
 		return err
