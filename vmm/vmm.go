@@ -14,6 +14,7 @@ import (
 	"github.com/google/uuid"
 
 	"drafter/block"
+	"drafter/internal/process"
 )
 
 // Reserved device names. Every other name is an extra disk, attached in list order after "disk". [Initrd] is read at boot only: a package
@@ -80,6 +81,7 @@ type Launch struct {
 	UID, GID      int // user and group of the VMM process
 	NUMANode      int
 	CgroupVersion int // 1 or 2
+	Limits        Limits
 
 	Output io.Writer // serial console of the guest; nil discards. Written to from one goroutine.
 	Input  io.Reader // nil: no input
@@ -90,6 +92,9 @@ type Launch struct {
 	// elsewhere, too, so that it makes new secrets. Zero: any new one. Firecracker makes a new one at each restore, whatever this is.
 	Generation uuid.UUID
 }
+
+// Limits bound what a VMM uses of its host.
+type Limits = process.Limits
 
 // Hardware identifies what a VM was built on, to the degree that its saved state depends on it. It is recorded in the package.
 type Hardware struct {

@@ -11,9 +11,16 @@ import (
 )
 
 // startAlone starts the command in the namespaces that are its own.
-func (p *Process) startAlone(c Config) error {
+func (p *Process) startAlone(c Config) (err error) {
+	entrance, err := p.cgroup.open()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, entrance.close()) }()
+	if entrance.group != nil {
+		p.cmd.SysProcAttr.UseCgroupFD, p.cmd.SysProcAttr.CgroupFD = true, int(entrance.group.Fd())
+	}
 	if c.Outlives {
-		var err error
 		if p.guard, err = startGuard(); err != nil {
 			return err
 		}
@@ -31,10 +38,13 @@ func (p *Process) startAlone(c Config) error {
 	if err != nil {
 		return errors.Join(err, leave())
 	}
-	if err := p.cmd.Start(); err != nil {
-		return errors.Join(fmt.Errorf("start %s: %w", c.Path, err), leave())
+	if err := entrance.enter(); err != nil {
+		return errors.Join(err, leave())
 	}
-	if err := leave(); err != nil {
+	if err := p.cmd.Start(); err != nil {
+		return errors.Join(fmt.Errorf("start %s: %w", c.Path, err), entrance.leave(), leave())
+	}
+	if err := errors.Join(entrance.leave(), leave()); err != nil {
 		return errors.Join(err, p.cmd.Process.Kill(), ignoreExit(p.cmd.Wait()))
 	}
 	return nil

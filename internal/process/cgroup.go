@@ -4,8 +4,11 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
+	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -16,66 +19,254 @@ import (
 // cgroupParent is the group below which every VM gets its own.
 const cgroupParent = "drafter"
 
-// cgroupPath is the path of a VM's group in its hierarchy.
+// parentMark is an attribute of a parent that this program has made, and so may remove.
+const parentMark = "user.drafter"
+
+// cgroupPath is the path of a VM's group below that of which this program may make groups.
 func cgroupPath(name string) string { return filepath.Join("/", cgroupParent, name) }
 
-// checkCgroups refuses directories that are not those of a VM called name.
-func checkCgroups(dirs []string, name string) error {
-	for _, dir := range dirs {
-		known := false
-		for _, version := range []int{1, 2} {
-			roots, err := cgroupRoots(version)
-			if err != nil {
-				continue // the host has none of that version
-			}
-			for _, root := range roots {
-				known = known || dir == filepath.Join(root, cgroupPath(name))
-			}
+// Limits bound what a child uses of the host, its threads and children included.
+type Limits struct {
+	Memory int64   // bytes; 0 for no limit
+	CPUs   float64 // of time, in CPUs; 0 for no limit
+	PIDs   int     // processes and threads; below 0 for no limit, 0 for DefaultPIDs where the host can limit them
+}
+
+// DefaultPIDs is far above what a VMM needs, and far below what a host has (pid_max is at least 32768).
+const DefaultPIDs = 1024
+
+// bound is one limit of a group.
+type bound struct {
+	controller string
+	what, flag string            // for messages
+	files      map[string]string // what to write where, in order of their names
+	optional   bool
+}
+
+// bounds are what is to be written for the limits. See cgroup-v2.rst of Linux, and its cgroup-v1/memory.rst and pids.rst and scheduler/sched-bwc.rst.
+func (l Limits) bounds(version int) []bound {
+	const period = 100_000 // microseconds, the kernel's default
+	var list []bound
+	if l.Memory > 0 {
+		files := map[string]string{"memory.max": strconv.FormatInt(l.Memory, 10)}
+		if version == 1 {
+			files = map[string]string{"memory.limit_in_bytes": strconv.FormatInt(l.Memory, 10)}
 		}
-		if !known {
-			return fmt.Errorf("%s is not a cgroup of VM %s; remove what belongs to it by hand", dir, name)
-		}
+		list = append(list, bound{"memory", "memory", "--memory-max", files, false})
 	}
-	return nil
+	if l.CPUs > 0 {
+		quota := strconv.Itoa(max(1000, int(l.CPUs*period))) // the kernel takes no less
+		files := map[string]string{"cpu.max": fmt.Sprintf("%s %d", quota, period)}
+		if version == 1 {
+			files = map[string]string{"cpu.cfs_quota_us": quota, "cpu.cfs_period_us": strconv.Itoa(period)}
+		}
+		list = append(list, bound{"cpu", "CPU time", "--cpus-max", files, false})
+	}
+	if l.PIDs >= 0 {
+		most, optional := l.PIDs, l.PIDs == 0
+		if optional {
+			most = DefaultPIDs
+		}
+		list = append(list, bound{"pids", "processes", "--pids-max", map[string]string{"pids.max": strconv.Itoa(most)}, optional})
+	}
+	return list
+}
+
+// hierarchy is a mounted tree of groups.
+type hierarchy struct {
+	mount       string
+	controllers []string // of version 1
+}
+
+// cgroup is a child's group: one directory in version 2, one in each hierarchy of version 1.
+type cgroup struct {
+	version int
+	dirs    []string
 }
 
 // v1Controllers are the version 1 hierarchies a VM is accounted in, where the host has them.
 var v1Controllers = []string{"cpu", "cpuacct", "memory", "pids", "blkio"}
 
-// createCgroup makes a group called name and returns its directories: one for version 2, one per hierarchy for version 1.
-func createCgroup(version int, name string) ([]string, error) {
-	var roots []string
+// v2Controllers are what a VM is accounted by in version 2, where the groups above have it.
+var v2Controllers = []string{"cpu", "memory", "pids", "io"}
+
+// createCgroup makes a group called name, with limits.
+func createCgroup(version int, name string, limits Limits) (_ *cgroup, err error) {
+	g := &cgroup{version: version}
+	var bases []string
 	switch version {
 	case 0:
-		return nil, nil
+		if l := (Limits{PIDs: limits.PIDs}); l != limits || limits.PIDs > 0 {
+			return nil, errors.New("without a cgroup there are no limits")
+		}
+		return g, nil
 	case 1, 2:
-		var err error
-		if roots, err = cgroupRoots(version); err != nil {
+		hierarchies, err := findHierarchies(version)
+		if err != nil {
 			return nil, err
+		}
+		for _, h := range hierarchies {
+			bases = append(bases, h.mount)
 		}
 	default:
 		return nil, fmt.Errorf("cgroup version %d does not exist; choose 1 or 2", version)
 	}
-	var dirs []string
-	for _, root := range roots {
-		dir := filepath.Join(root, cgroupPath(name))
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return nil, errors.Join(fmt.Errorf("create cgroup: %w", err), removeCgroup(dirs))
-		}
-		dirs = append(dirs, dir)
+	if version == 2 {
+		bases[0] = delegated(bases[0])
 	}
-	return dirs, nil
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, removeCgroup(g.dirs))
+		}
+	}()
+	for _, base := range bases {
+		dir := filepath.Join(base, cgroupPath(name))
+		if err := makeGroup(dir); err != nil {
+			return nil, fmt.Errorf("create cgroup: %w", err)
+		}
+		g.dirs = append(g.dirs, dir)
+	}
+	return g, g.limit(bases[0], limits.bounds(version))
 }
 
-// cgroupRoots finds the mount points from proc_pid_mountinfo(5).
-func cgroupRoots(version int) ([]string, error) {
+// makeGroup makes a group, and the parent if there is none.
+func makeGroup(dir string) error {
+	parent := filepath.Dir(dir)
+	for {
+		err := os.Mkdir(parent, 0o755)
+		if err == nil {
+			err = unix.Setxattr(parent, parentMark, []byte{'1'}, 0)
+		}
+		// A kernel without attributes of groups (before 5.7) leaves the parent.
+		if err != nil && !errors.Is(err, os.ErrExist) && !errors.Is(err, unix.EOPNOTSUPP) {
+			return err
+		}
+		if err := os.Mkdir(dir, 0o755); !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+		// The last VM of another process has just gone, and the parent with it.
+	}
+}
+
+// delegated is the group that groups may be made in: the one that systemd has given to the unit that this process belongs to (Delegate= of
+// systemd.resource-control(5)), or else the root.
+func delegated(root string) string {
+	b, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return root
+	}
+	for line := range strings.SplitSeq(string(b), "\n") {
+		path, ok := strings.CutPrefix(line, "0::")
+		if !ok || strings.HasPrefix(path, "/..") { // outside of this process' cgroup namespace
+			continue
+		}
+		for ; path != "/" && path != "."; path = filepath.Dir(path) {
+			value := make([]byte, 8)
+			dir := filepath.Join(root, path)
+			if n, err := unix.Getxattr(dir, "user.delegate", value); err == nil && string(value[:n]) == "1" {
+				return dir
+			}
+		}
+	}
+	return root
+}
+
+// limit sets the bounds of the group.
+func (g *cgroup) limit(base string, bounds []bound) error {
+	failed := map[string]error{}
+	if g.version == 2 {
+		failed = enableControllers(base, g.dirs[0], bounds)
+	}
+	for _, b := range bounds {
+		err := failed[b.controller]
+		if err == nil {
+			err = g.set(b)
+		}
+		if err != nil && b.optional {
+			slog.Info("There is no limit on a VMM's "+b.what+" here", "reason", err)
+		} else if err != nil {
+			return &UnavailableError{b.flag, err}
+		}
+	}
+	return nil
+}
+
+// UnavailableError says that a limit that is asked for cannot be had on this host.
+type UnavailableError struct {
+	Flag string
+	Err  error
+}
+
+func (e *UnavailableError) Error() string { return e.Flag + ": " + e.Err.Error() }
+
+// Unwrap returns why.
+func (e *UnavailableError) Unwrap() error { return e.Err }
+
+// set writes one bound.
+func (g *cgroup) set(b bound) error {
+	for _, dir := range g.dirs {
+		found := false
+		for _, name := range slices.Sorted(maps.Keys(b.files)) {
+			err := os.WriteFile(filepath.Join(dir, name), []byte(b.files[name]), 0)
+			if errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission) && g.version == 1 {
+				continue // another controller's hierarchy, where no file can be made
+			}
+			if err != nil {
+				return err
+			}
+			found = true
+		}
+		if found {
+			return nil
+		}
+	}
+	return fmt.Errorf("this host has no controller %s in cgroup version %d; try --cgroup-version %d", b.controller, g.version, 3-g.version)
+}
+
+// enableControllers lets the group at dir have controllers, and returns why it cannot have some. The group's parent is ours; in base, which is not, only what
+// the bounds need is enabled.
+func enableControllers(base, dir string, bounds []bound) map[string]error {
+	failed := map[string]error{}
+	parent := filepath.Dir(dir)
+	for _, c := range v2Controllers {
+		needed := slices.ContainsFunc(bounds, func(b bound) bool { return b.controller == c })
+		if needed && !lists(filepath.Join(base, "cgroup.subtree_control"), c) {
+			failed[c] = enableController(base, c)
+		}
+		if failed[c] == nil && lists(filepath.Join(parent, "cgroup.controllers"), c) {
+			failed[c] = enableController(parent, c)
+		}
+	}
+	return failed
+}
+
+// enableController gives the groups below dir a controller.
+func enableController(dir, controller string) error {
+	if !lists(filepath.Join(dir, "cgroup.controllers"), controller) {
+		return fmt.Errorf("%s has no controller %s; where cgroup version 1 has it, pass --cgroup-version 1", dir, controller)
+	}
+	err := os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+"+controller), 0)
+	if errors.Is(err, unix.EBUSY) {
+		// "No Internal Process Constraint" of cgroup-v2.rst.
+		return fmt.Errorf("%s has processes of its own, so the groups below it cannot have the controller %s; move those into a group below (DelegateSubgroup= of a systemd unit)", dir, controller)
+	}
+	return err
+}
+
+// lists tells whether a file of words has one of them.
+func lists(path, word string) bool {
+	b, err := os.ReadFile(path)
+	return err == nil && slices.Contains(strings.Fields(string(b)), word)
+}
+
+// findHierarchies finds the trees from proc_pid_mountinfo(5).
+func findHierarchies(version int) ([]hierarchy, error) {
 	f, err := os.Open("/proc/self/mountinfo")
 	if err != nil {
 		return nil, fmt.Errorf("find cgroups: %w", err)
 	}
 	defer f.Close()
-	var roots []string
-	seen := map[string]bool{}
+	var found []hierarchy
 	scanner := bufio.NewScanner(f)
 	for scanner.Scan() {
 		before, after, _ := strings.Cut(scanner.Text(), " - ")
@@ -85,39 +276,167 @@ func cgroupRoots(version int) ([]string, error) {
 		}
 		mount, kind, options := left[4], right[0], strings.Split(right[2], ",")
 		if version == 2 && kind == "cgroup2" {
-			return []string{mount}, nil
+			return []hierarchy{{mount: mount}}, nil
 		}
-		if version == 1 && kind == "cgroup" {
-			for _, want := range v1Controllers {
-				for _, o := range options {
-					if o == want && !seen[mount] {
-						seen[mount] = true
-						roots = append(roots, mount)
-					}
-				}
-			}
+		wanted := slices.ContainsFunc(options, func(o string) bool { return slices.Contains(v1Controllers, o) })
+		known := slices.ContainsFunc(found, func(h hierarchy) bool { return h.mount == mount })
+		if version == 1 && kind == "cgroup" && wanted && !known {
+			found = append(found, hierarchy{mount, options})
 		}
 	}
 	if err := scanner.Err(); err != nil {
 		return nil, fmt.Errorf("find cgroups: %w", err)
 	}
-	if len(roots) == 0 {
+	if len(found) == 0 {
 		return nil, fmt.Errorf("cgroup version %d is not mounted on this host; pass --cgroup-version %d", version, 3-version)
 	}
-	return roots, nil
+	return found, nil
 }
 
-func joinCgroup(dirs []string, pid int) error {
+// checkCgroups refuses directories that are not those of a VM called name.
+func checkCgroups(dirs []string, name string) error {
 	for _, dir := range dirs {
-		if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0); err != nil {
-			return fmt.Errorf("put process %d into cgroup: %w", pid, err)
+		known := false
+		for _, version := range []int{1, 2} {
+			hierarchies, err := findHierarchies(version)
+			if err != nil {
+				continue // the host has none of that version
+			}
+			for _, h := range hierarchies {
+				below := filepath.Clean(dir) == dir && strings.HasPrefix(dir, h.mount+"/") && strings.HasSuffix(dir, cgroupPath(name))
+				known = known || below
+			}
+		}
+		if !known {
+			return fmt.Errorf("%s is not a cgroup of VM %s; remove what belongs to it by hand", dir, name)
 		}
 	}
 	return nil
 }
 
-// removeCgroup removes empty groups. A group stays busy for a moment after its last process was reaped, so it is tried for a second.
-// The shared parent is removed with its last child.
+// entrance is the way for a child into its group from the start: nothing that it does goes uncounted.
+type entrance struct {
+	group       *os.File   // of version 2; nil for none
+	into, outOf []*os.File // the tasks files of version 1: of the group, and of where the calling thread was
+}
+
+// open opens the entrance. Afterwards the group need not be visible.
+func (g *cgroup) open() (e *entrance, err error) {
+	e = &entrance{}
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("open cgroup: %w", err), e.close())
+		}
+	}()
+	switch {
+	case g.version == 2:
+		e.group, err = os.Open(g.dirs[0])
+		return e, err
+	case len(g.dirs) == 0:
+		return e, nil
+	}
+	hierarchies, err := findHierarchies(g.version)
+	if err != nil {
+		return nil, err
+	}
+	was, err := os.ReadFile("/proc/thread-self/cgroup")
+	if err != nil {
+		return nil, err
+	}
+	for i, h := range hierarchies {
+		path, err := pathIn(h, string(was))
+		if err != nil {
+			return nil, err
+		}
+		for _, o := range []struct {
+			to  *[]*os.File
+			dir string
+		}{{&e.into, g.dirs[i]}, {&e.outOf, filepath.Join(h.mount, path)}} {
+			f, err := os.OpenFile(filepath.Join(o.dir, "tasks"), os.O_WRONLY, 0)
+			if err != nil {
+				return nil, err
+			}
+			*o.to = append(*o.to, f)
+		}
+	}
+	return e, nil
+}
+
+// pathIn finds the group in a hierarchy of version 1 from proc_pid_cgroup(5).
+func pathIn(h hierarchy, groups string) (string, error) {
+	for line := range strings.SplitSeq(groups, "\n") {
+		fields := strings.SplitN(line, ":", 3)
+		if len(fields) < 3 {
+			continue
+		}
+		for c := range strings.SplitSeq(fields[1], ",") {
+			if slices.Contains(v1Controllers, c) && slices.Contains(h.controllers, c) {
+				return fields[2], nil
+			}
+		}
+	}
+	return "", fmt.Errorf("this process has no group in %s", h.mount)
+}
+
+// enter moves the calling thread into the groups of version 1, where its children begin, until it leaves.
+func (e *entrance) enter() error { return attach(e.into) }
+
+func (e *entrance) leave() error { return attach(e.outOf) }
+
+func attach(tasks []*os.File) error {
+	for _, f := range tasks {
+		if _, err := f.WriteString("0"); err != nil { // the writer itself
+			return fmt.Errorf("change cgroup: %w", err)
+		}
+	}
+	return nil
+}
+
+func (e *entrance) close() error {
+	var errs []error
+	for _, f := range slices.Concat(e.into, e.outOf, []*os.File{e.group}) {
+		if f != nil {
+			errs = append(errs, f.Close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// endMembers kills the processes of a group.
+func endMembers(dir string) {
+	b, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+	if err != nil {
+		return // the group is gone
+	}
+	for pid := range strings.FieldsSeq(string(b)) {
+		if n, err := strconv.Atoi(pid); err == nil && n > 0 { // 0 is one of another process id namespace
+			_ = unix.Kill(n, unix.SIGKILL) // it may have ended
+		}
+	}
+}
+
+// errOutOfMemory says why a child was killed.
+var errOutOfMemory = errors.New("it needed more memory than its cgroup may have; raise --memory-max")
+
+// killed tells whether the kernel has killed a process of the group for its limit of memory.
+func (g *cgroup) killed() error {
+	for _, dir := range g.dirs {
+		for _, name := range []string{"memory.events", "memory.oom_control"} {
+			b, err := os.ReadFile(filepath.Join(dir, name))
+			if err != nil {
+				continue // another version, or controller
+			}
+			_, after, found := strings.Cut("\n"+string(b), "\noom_kill ")
+			if count, _, _ := strings.Cut(after, "\n"); found && count != "0" {
+				return errOutOfMemory
+			}
+		}
+	}
+	return nil
+}
+
+// removeCgroup removes groups, and ends what the child has left there. A group stays busy for a moment after its last process was reaped, so it is tried for a second.
+// The shared parent is removed with its last child, if it was made for these.
 func removeCgroup(dirs []string) error {
 	var errs []error
 	for _, dir := range dirs {
@@ -127,14 +446,19 @@ func removeCgroup(dirs []string) error {
 				err = nil
 				break
 			}
+			endMembers(dir)
 			time.Sleep(10 * time.Millisecond)
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("remove cgroup %s: %w", dir, err))
 			continue
 		}
-		if err := unix.Rmdir(filepath.Dir(dir)); err != nil && !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.ENOTEMPTY) && !errors.Is(err, unix.ENOENT) {
-			errs = append(errs, fmt.Errorf("remove cgroup %s: %w", filepath.Dir(dir), err))
+		parent := filepath.Dir(dir)
+		if _, err := unix.Getxattr(parent, parentMark, make([]byte, 1)); err != nil {
+			continue // it is gone, or somebody else's
+		}
+		if err := unix.Rmdir(parent); err != nil && !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.ENOTEMPTY) && !errors.Is(err, unix.ENOENT) {
+			errs = append(errs, fmt.Errorf("remove cgroup %s: %w", parent, err))
 		}
 	}
 	return errors.Join(errs...)

@@ -31,6 +31,7 @@ type Config struct {
 	NUMANode      int    // CPUs the child may use; node 0 is a no-op on hosts with one node
 	CgroupVersion int    // 1 or 2; 0 for no cgroup
 	CgroupName    string // unique per child
+	Limits        Limits // of the cgroup
 
 	// Files become the child's descriptors 3, 4, … in order. FilesIn, if set, is called inside Netns and returns more, which Start closes.
 	Files   []*os.File
@@ -58,10 +59,10 @@ type Mount struct {
 
 // Process is a running child. It is killed when its owner dies, however that happens (prctl(2), PR_SET_PDEATHSIG).
 type Process struct {
-	cmd     *exec.Cmd
-	guard   *exec.Cmd // nil unless Config.Outlives
-	cgroups []string
-	start   string
+	cmd    *exec.Cmd
+	guard  *exec.Cmd // nil unless Config.Outlives
+	cgroup *cgroup
+	start  string
 
 	done chan struct{} // closed once the child is reaped and its cgroup removed
 	err  error         // valid once done is closed
@@ -69,15 +70,15 @@ type Process struct {
 
 // Start runs the child. The caller waits for it with Wait.
 func Start(c Config) (*Process, error) {
-	cgroups, err := createCgroup(c.CgroupVersion, c.CgroupName)
+	g, err := createCgroup(c.CgroupVersion, c.CgroupName, c.Limits)
 	if err != nil {
 		return nil, err
 	}
-	p := &Process{cgroups: cgroups, done: make(chan struct{})}
+	p := &Process{cgroup: g, done: make(chan struct{})}
 	started := make(chan error)
 	go p.run(c, started)
 	if err := <-started; err != nil {
-		return nil, errors.Join(err, removeCgroup(cgroups))
+		return nil, errors.Join(err, removeCgroup(g.dirs))
 	}
 	return p, nil
 }
@@ -92,7 +93,10 @@ func (p *Process) run(c Config, started chan<- error) {
 	}
 	started <- nil
 	err := p.cmd.Wait()
-	p.err = errors.Join(err, p.endGuard(), removeCgroup(p.cgroups))
+	if why := p.cgroup.killed(); err != nil && why != nil {
+		err = fmt.Errorf("%w: %w", err, why)
+	}
+	p.err = errors.Join(err, p.endGuard(), removeCgroup(p.cgroup.dirs))
 	close(p.done)
 }
 
@@ -153,7 +157,7 @@ func (p *Process) launch(c Config) error {
 		return errors.Join(err, p.endGuard())
 	}
 	if p.start, err = startTime(p.cmd.Process.Pid); err == nil {
-		err = errors.Join(joinCgroup(p.cgroups, p.cmd.Process.Pid), offerToOOMKiller(p.cmd.Process.Pid))
+		err = offerToOOMKiller(p.cmd.Process.Pid)
 	}
 	if err != nil {
 		return errors.Join(err, p.cmd.Process.Kill(), ignoreExit(p.cmd.Wait()), p.endGuard())
@@ -255,7 +259,7 @@ func (p *Process) PID() int { return p.cmd.Process.Pid }
 func (p *Process) Identity() Identity {
 	// A child that has just ended has none, and need not be found.
 	exe, _ := executable(p.PID())
-	return Identity{PID: p.PID(), StartTime: p.start, Executable: exe, Cgroups: p.cgroups}
+	return Identity{PID: p.PID(), StartTime: p.start, Executable: exe, Cgroups: p.cgroup.dirs}
 }
 
 // Done is closed when the child has ended.
@@ -339,7 +343,7 @@ func (id Identity) agrees() bool {
 		return true
 	}
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", id.PID))
-	return err == nil && strings.Contains(string(b), ":"+cgroupPath(filepath.Base(id.Cgroups[0]))+"\n")
+	return err == nil && strings.Contains(string(b), cgroupPath(filepath.Base(id.Cgroups[0]))+"\n")
 }
 
 func waitPidfd(fd int, timeout time.Duration) error {

@@ -282,7 +282,7 @@ func (m *Machine) spawn(j *jail, jailer string) error {
 	if err == nil {
 		m.process, err = process.Start(process.Config{
 			Path: jailer, Args: j.arguments(l, level()), Dir: "/",
-			Netns: l.Netns, UID: 0, GID: 0, NUMANode: l.NUMANode, CgroupVersion: l.CgroupVersion, CgroupName: l.Dir.ID,
+			Netns: l.Netns, UID: 0, GID: 0, NUMANode: l.NUMANode, CgroupVersion: l.CgroupVersion, CgroupName: l.Dir.ID, Limits: l.Limits,
 			FilesIn: func() ([]*os.File, error) { return nil, offerTap(l.Interface, l.UID, l.GID) },
 			Stdin:   inRead, Stdout: outWrite, Stderr: errWrite,
 			Mounts: j.mounts, Outlives: l.UID != 0 || l.GID != 0,

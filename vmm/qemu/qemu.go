@@ -282,7 +282,7 @@ func (m *Machine) start(ctx context.Context, path string, args []string, root *p
 		m.process, err = process.Start(process.Config{
 			Path: path, Args: args, Dir: "/", Env: []string{"GLIBC_TUNABLES=" + tunables()}, Root: root,
 			Netns: l.Netns, UID: l.UID, GID: l.GID, NUMANode: l.NUMANode,
-			CgroupVersion: l.CgroupVersion, CgroupName: l.Dir.ID,
+			CgroupVersion: l.CgroupVersion, CgroupName: l.Dir.ID, Limits: l.Limits,
 			Files:   theirs,
 			FilesIn: func() ([]*os.File, error) { return openTap(l.Interface, l.Netns) },
 			Stderr:  stderrWrite,
