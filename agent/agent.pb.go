@@ -100,7 +100,9 @@ type AfterResumeRequest struct {
 	// The host's wall clock at the time of sending, in nanoseconds since 1970.
 	NowUnixNano int64 `protobuf:"varint,1,opt,name=now_unix_nano,json=nowUnixNano,proto3" json:"now_unix_nano,omitempty"`
 	// Fresh random bytes from the host, different for every resume; credited to the guest's entropy pool.
-	Entropy       []byte `protobuf:"bytes,2,opt,name=entropy,proto3" json:"entropy,omitempty"`
+	Entropy []byte `protobuf:"bytes,2,opt,name=entropy,proto3" json:"entropy,omitempty"`
+	// The clock stays as it is: the VM was not away, as for a copy of it, or the guest keeps its own time. An agent that does not know this field sets the clock.
+	KeepClock     bool `protobuf:"varint,3,opt,name=keep_clock,json=keepClock,proto3" json:"keep_clock,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -149,9 +151,16 @@ func (x *AfterResumeRequest) GetEntropy() []byte {
 	return nil
 }
 
+func (x *AfterResumeRequest) GetKeepClock() bool {
+	if x != nil {
+		return x.KeepClock
+	}
+	return false
+}
+
 type AfterResumeResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// How far the guest's clock was moved, in nanoseconds. Positive: it was behind.
+	// How far the guest's clock was moved, in nanoseconds. Positive: it was behind. 0 if it was kept.
 	ClockStepNano int64 `protobuf:"varint,1,opt,name=clock_step_nano,json=clockStepNano,proto3" json:"clock_step_nano,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -315,10 +324,12 @@ const file_agent_agent_proto_rawDesc = "" +
 	"\n" +
 	"\x11agent/agent.proto\x12\x10drafter.agent.v1\"\x16\n" +
 	"\x14BeforeSuspendRequest\"\x17\n" +
-	"\x15BeforeSuspendResponse\"R\n" +
+	"\x15BeforeSuspendResponse\"q\n" +
 	"\x12AfterResumeRequest\x12\"\n" +
 	"\rnow_unix_nano\x18\x01 \x01(\x03R\vnowUnixNano\x12\x18\n" +
-	"\aentropy\x18\x02 \x01(\fR\aentropy\"=\n" +
+	"\aentropy\x18\x02 \x01(\fR\aentropy\x12\x1d\n" +
+	"\n" +
+	"keep_clock\x18\x03 \x01(\bR\tkeepClock\"=\n" +
 	"\x13AfterResumeResponse\x12&\n" +
 	"\x0fclock_step_nano\x18\x01 \x01(\x03R\rclockStepNano\"7\n" +
 	"\vExecRequest\x12\x12\n" +

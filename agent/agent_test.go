@@ -298,3 +298,39 @@ func TestWordsOfAGuest(t *testing.T) {
 		t.Errorf("%.2000v", err)
 	}
 }
+
+// The clock is set after a resume or a move, not after a copy, and never for a guest that keeps its own time. A host of a release that does not say which is one
+// that resumes.
+func TestClock(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED: reseeding the random number generator needs root")
+	}
+	old := setClock
+	defer func() { setClock = old }()
+	port, host := serialPair(t)
+	s := &Server{}
+	set := 0
+	setClock = func(now time.Time) error {
+		set++
+		if off := time.Since(now).Abs(); off > time.Minute {
+			t.Errorf("set to %s, which is %s away", now, off)
+		}
+		return nil
+	}
+	serve(t, s, port)
+	greet(t, host)
+	c := NewClient(noClose{host})
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	for _, tt := range []struct{ guestKeeps, hostKeeps, set bool }{{false, false, true}, {false, true, false}, {true, false, false}, {true, true, false}} {
+		s.KeepClock, set = tt.guestKeeps, 0
+		if step, err := c.AfterResume(ctx, tt.hostKeeps); err != nil || (set == 1) != tt.set || !tt.set && step != 0 {
+			t.Errorf("%+v: set %d times, step %s, %v", tt, set, step, err)
+		}
+	}
+	s.KeepClock, set = false, 0
+	if _, err := c.calls.AfterResume(ctx, &AfterResumeRequest{NowUnixNano: time.Now().UnixNano()}); err != nil || set != 1 {
+		t.Errorf("a host that knows no field keep_clock: set %d times, %v", set, err)
+	}
+}

@@ -34,14 +34,15 @@ func (c *Client) BeforeSuspend(ctx context.Context) error {
 	return c.explain("before-suspend", err)
 }
 
-// AfterResume tells the guest that it runs again, what time it is, and gives it fresh entropy. It returns by how much the clock was moved.
-func (c *Client) AfterResume(ctx context.Context) (time.Duration, error) {
+// AfterResume tells the guest that it runs again, what time it is, and gives it fresh entropy. With keepClock, as after a copy, the guest's clock stays as it is,
+// unless the agent is of a release that does not know this. It returns by how much the clock was moved.
+func (c *Client) AfterResume(ctx context.Context, keepClock bool) (time.Duration, error) {
 	// 64 bytes: twice the key of the kernel's generator (random(4)).
 	entropy := make([]byte, 64)
 	if _, err := rand.Read(entropy); err != nil {
 		return 0, fmt.Errorf("agent after-resume: %w", err)
 	}
-	r, err := c.calls.AfterResume(ctx, &AfterResumeRequest{NowUnixNano: time.Now().UnixNano(), Entropy: entropy})
+	r, err := c.calls.AfterResume(ctx, &AfterResumeRequest{NowUnixNano: time.Now().UnixNano(), Entropy: entropy, KeepClock: keepClock})
 	if err != nil {
 		return 0, c.explain("after-resume", err)
 	}

@@ -21,6 +21,7 @@ type Server struct {
 	Shell            string // runs the commands below; "sh" if empty
 	BeforeSuspendCmd string // "" for none
 	AfterResumeCmd   string // "" for none
+	KeepClock        bool   // whether the guest keeps its own time: its clock is never set
 }
 
 var _ AgentService = (*Server)(nil)
@@ -57,19 +58,27 @@ func (s *Server) AfterResume(ctx context.Context, r *AfterResumeRequest) (*After
 	if err := reseed(r.GetEntropy()); err != nil {
 		return nil, err
 	}
-	now := time.Unix(0, r.GetNowUnixNano())
-	step := time.Until(now)
-	ts, err := unix.TimeToTimespec(now)
-	if err != nil {
-		return nil, fmt.Errorf("set clock to %s: %w", now, err)
-	}
-	if err := unix.ClockSettime(unix.CLOCK_REALTIME, &ts); err != nil {
-		return nil, fmt.Errorf("set clock to %s: %w", now, err)
+	var step time.Duration
+	if !s.KeepClock && !r.GetKeepClock() {
+		now := time.Unix(0, r.GetNowUnixNano())
+		step = time.Until(now)
+		if err := setClock(now); err != nil {
+			return nil, fmt.Errorf("set clock to %s: %w", now, err)
+		}
 	}
 	if err := s.command(ctx, s.AfterResumeCmd); err != nil {
 		return nil, fmt.Errorf("after-resume command: %w", err)
 	}
 	return &AfterResumeResponse{ClockStepNano: int64(step)}, nil
+}
+
+// setClock sets the system's clock.
+var setClock = func(now time.Time) error {
+	ts, err := unix.TimeToTimespec(now)
+	if err != nil {
+		return err
+	}
+	return unix.ClockSettime(unix.CLOCK_REALTIME, &ts)
 }
 
 // ioctls of random(4).

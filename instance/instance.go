@@ -36,9 +36,11 @@ type Host struct {
 	Users         vmm.UserRange // the ones that VMs get
 	NUMANode      int
 	CgroupVersion int
-	FillMemory    bool  // whether to bring all of a resumed VM's memory into it behind it, where the driver serves memory
-	HugePages     bool  // whether a VM's memory consists of pages of 2 MiB
-	MaxMemory     int64 // bytes that a VM's memory may have; 0: as much as the host has
+	Limits        vmm.Limits // of the VMM
+	FillMemory    bool       // whether to bring all of a resumed VM's memory into it behind it, where the driver serves memory
+	HugePages     bool       // whether a VM's memory consists of pages of 2 MiB
+	MaxMemory     int64      // bytes that a VM's memory may have; 0: as much as the host has
+	KeepClock     bool       // whether the guest keeps its own time, so that its clock is not set after a resume
 
 	Output io.Writer // guest console; nil discards
 	Input  io.Reader // nil for none
@@ -129,7 +131,9 @@ type Instance struct {
 	memory     block.Device  // what a VMM that is served its memory has it from; nil for the others
 	agent      *agent.Client // nil while the guest is not to be talked to
 	frozen     bool          // suspended or handed over: the state device says so
-	paused     bool          // for a migration
+	paused     time.Time     // since when, for a migration; zero while it runs
+	away       bool          // it was paused so long that its clock is to be set, as after a resume
+	keepClock  bool          // its clock is never to be set
 	left       bool          // the state device holds a state for the target of a migration
 }
 
@@ -206,17 +210,20 @@ func (i *Instance) launch(h Host, driver vmm.Driver) (vmm.Launch, error) {
 			return vmm.Launch{}, fmt.Errorf("guard network namespace %q: %w", h.Netns, err)
 		}
 	}
+	memory, _ := i.config.Device(vmm.Memory)
+	if h.Limits.Memory != 0 && h.Limits.Memory < memory.Size {
+		return vmm.Launch{}, fmt.Errorf("--memory-max is %s, and the VM has %s of memory, which its VMM holds; raise it", humanize.IBytes(uint64(h.Limits.Memory)), humanize.IBytes(uint64(memory.Size)))
+	}
 	dir, err := vmm.CreateDir(h.BaseDir, driver.Name())
 	if err != nil {
 		return vmm.Launch{}, err
 	}
-	i.dir = dir
-	memory, _ := i.config.Device(vmm.Memory)
+	i.dir, i.keepClock = dir, h.KeepClock
 	l := vmm.Launch{
 		Dir: dir, Accel: h.Accel,
 		CPUs: i.config.CPUs, MemorySize: memory.Size, Kernel: i.storage.Path(vmm.Kernel), FillMemory: h.FillMemory, HugePages: h.HugePages,
 		Netns: h.Netns, MAC: i.config.MAC,
-		UID: h.UID, GID: h.GID, NUMANode: h.NUMANode, CgroupVersion: h.CgroupVersion,
+		UID: h.UID, GID: h.GID, NUMANode: h.NUMANode, CgroupVersion: h.CgroupVersion, Limits: h.Limits,
 		Output: h.Output, Input: h.Input, Generation: i.generation,
 	}
 	for _, port := range []uint32{i.config.AgentPort, i.config.LivenessPort} {
@@ -410,18 +417,26 @@ func (l *Launched) Run(ctx context.Context, began time.Time, timeout time.Durati
 	return i, nil
 }
 
-// AfterResume connects to the agent and tells it that the guest runs again, for at most timeout.
+// AfterResume connects to the agent and tells it that the guest runs again, for at most timeout. The agent sets the guest's clock.
 func (i *Instance) AfterResume(ctx context.Context, timeout time.Duration) error {
+	return i.tellAgent(ctx, timeout, i.keepClock)
+}
+
+func (i *Instance) tellAgent(ctx context.Context, timeout time.Duration, keepClock bool) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no answer after %s", timeout))
 	defer cancel()
 	if err := i.connectAgent(ctx); err != nil || i.agent == nil {
 		return err
 	}
-	step, err := i.agent.AfterResume(ctx)
+	step, err := i.agent.AfterResume(ctx, keepClock)
 	if err != nil {
 		return err
 	}
-	slog.Debug("Set the guest's clock", "step", step)
+	level := slog.LevelDebug
+	if step.Abs() > time.Second {
+		level = slog.LevelInfo
+	}
+	slog.Log(ctx, level, "Set the guest's clock", "step", step.Round(time.Microsecond))
 	return nil
 }
 

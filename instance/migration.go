@@ -57,7 +57,7 @@ func (i *Instance) Flush(ctx context.Context) error { return i.prefer(i.machine.
 
 // Pause stops the vCPUs.
 func (i *Instance) Pause(ctx context.Context) error {
-	i.paused = true // even if it fails
+	i.paused = time.Now() // even if it fails
 	return i.prefer(i.machine.Pause(ctx))
 }
 
@@ -94,21 +94,26 @@ func (i *Instance) Rescue(ctx context.Context) error {
 		}
 		i.left = false
 	}
-	if i.paused {
+	if !i.paused.IsZero() {
 		if err := i.machine.Resume(ctx); err != nil {
 			return i.prefer(err)
 		}
-		i.paused = false
+		i.away = time.Since(i.paused) > awayAfter
+		i.paused = time.Time{}
 	}
 	return i.prefer(nil)
 }
 
-// RescueAgent tells the guest's agent after a Rescue that the guest runs on, for at most timeout.
+// awayAfter is how long a VM that goes on where it was may have been paused before its clock is set, as after a resume. A copy pauses it for milliseconds; one
+// that was in doubt stands still until it is settled.
+const awayAfter = time.Second
+
+// RescueAgent tells the guest's agent after a Rescue that the guest runs on, for at most timeout. The guest's clock is its own, unless it stood still for long.
 func (i *Instance) RescueAgent(ctx context.Context, timeout time.Duration) error {
 	if i.agent != nil {
 		return nil
 	}
-	return i.AfterResume(ctx, timeout)
+	return i.tellAgent(ctx, timeout, i.keepClock || !i.away)
 }
 
 // Restore loads the state that a migration has brought, and notes that the VM runs here, which is durable once the device is synced. It does not run yet; see

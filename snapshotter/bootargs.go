@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"strings"
 
 	"drafter/internal/guest"
@@ -12,9 +13,9 @@ import (
 	"drafter/vmm"
 )
 
-// guestArgs appends to args the guest's network configuration (ip=, see nfsroot.rst of Linux), unless the user gave one, and its ports. The
+// guestArgs appends to args the guest's network configuration (ip=, see nfsroot.rst of Linux), unless the user gave one, its ports, and whether it keeps its own time. The
 // guest's address is the one that the interface in the namespace leaves it.
-func guestArgs(args, netns, iface string, agentPort, livenessPort uint32) (string, error) {
+func guestArgs(args, netns, iface string, agentPort, livenessPort uint32, keepClock bool) (string, error) {
 	words := strings.Fields(args)
 	has := func(key string) bool {
 		for _, w := range words {
@@ -40,6 +41,9 @@ func guestArgs(args, netns, iface string, agentPort, livenessPort uint32) (strin
 	}
 	if livenessPort != 0 && livenessPort != vmm.DefaultLivenessPort && !has(guest.LivenessPortArgument) {
 		words = append(words, fmt.Sprintf("%s=%d", guest.LivenessPortArgument, livenessPort))
+	}
+	if keepClock && !slices.Contains(words, guest.KeepClockArgument) {
+		words = append(words, guest.KeepClockArgument)
 	}
 	return strings.Join(words, " "), nil
 }

@@ -279,7 +279,7 @@ func (s *Snapshotter) fill(ctx context.Context, d Device, partial *os.File) erro
 // bootArgs adds to the user's kernel arguments what the guest cannot know: its address, and ports that are not the default.
 func (s *Snapshotter) bootArgs() (string, error) {
 	hw := s.config.Hardware
-	return guestArgs(hw.BootArgs, s.config.Host.Netns, hw.Interface, hw.AgentPort, hw.LivenessPort)
+	return guestArgs(hw.BootArgs, s.config.Host.Netns, hw.Interface, hw.AgentPort, hw.LivenessPort, s.config.Host.KeepClock)
 }
 
 // publish writes the config and gives every file its name. The state comes last: before it is there, or when it is another package's, nothing

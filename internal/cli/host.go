@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"drafter/instance"
+	"drafter/internal/process"
 	"drafter/vmm"
 	"drafter/vmm/firecracker"
 	"drafter/vmm/qemu"
@@ -27,10 +28,13 @@ type hostFlags struct {
 	firecrackerBin, jailerBin, qemuBin string
 
 	maxMemory string
+	memoryMax string
+	cmd       *cobra.Command
 }
 
 func (h *hostFlags) add(cmd *cobra.Command) {
 	f := cmd.Flags()
+	h.cmd = cmd
 	f.StringVar(&h.host.VMM, "vmm", vmm.VMMAuto, "VMM to use: auto, qemu or firecracker")
 	f.StringVar(&h.host.Accel, "accel", vmm.AccelAuto, "Accelerator to use: auto, kvm or tcg (emulation)")
 	f.StringVar(&h.qemuBin, "qemu-bin", "", "QEMU binary (default: the one for this architecture)")
@@ -44,8 +48,12 @@ func (h *hostFlags) add(cmd *cobra.Command) {
 	f.Var(&h.host.Users, "uid-range", "User IDs that VMs get, each one of its own (0-0: VMs run as root)")
 	f.IntVar(&h.host.NUMANode, "numa-node", 0, "NUMA node to run the VMM in")
 	f.IntVar(&h.host.CgroupVersion, "cgroup-version", 2, "Cgroup version to use: 1 or 2")
+	f.StringVar(&h.memoryMax, "memory-max", "", "Most bytes of this host's memory that the VMM uses, the guest's included, such as 2GB; it is killed if it needs more (default no limit)")
+	f.Float64Var(&h.host.Limits.CPUs, "cpus-max", 0, "Most CPU time that the VMM uses, in CPUs, such as 1.5 (0: no limit)")
+	f.IntVar(&h.host.Limits.PIDs, "pids-max", process.DefaultPIDs, "Most processes and threads of the VMM (0: no limit)")
 	f.BoolVar(&h.host.HugePages, "huge-pages", false, "Whether the VM's memory consists of pages of 2 MiB, which the host must have set aside (vm.nr_hugepages); Firecracker only")
 	f.BoolVar(&h.host.FillMemory, "fill-memory", true, "Whether to bring all of a resumed VM's memory into it behind it, not only what it touches; Firecracker only")
+	f.BoolVar(&h.host.KeepClock, "no-set-clock", false, "Leave the guest's clock as it is after a resume or a move, for a guest that keeps its own time; a package that is made so says it for all its VMs")
 	f.BoolVar(&h.enableOutput, "enable-output", true, "Whether to show the VM's console on stdout")
 	f.BoolVar(&h.enableInput, "enable-input", false, "Whether to pass stdin to the VM's console (a line there starts a shell in Drafter's OS)")
 	f.DurationVar(&h.resumeTimeout, "resume-timeout", time.Minute, "Maximum amount of time to wait for agent and liveness")
@@ -66,10 +74,16 @@ func (h *hostFlags) resolve(stdout io.Writer) (host instance.Host, restore func(
 	if _, err := host.Drivers.Select(host.VMM, ""); err != nil {
 		return host, nil, &usageError{fmt.Errorf("--vmm: %w", err)}
 	}
+	if err := vmm.CheckBaseDir(host.BaseDir); err != nil {
+		return host, nil, &usageError{err}
+	}
 	if host.UID < 0 || host.GID < 0 {
 		return host, nil, &usageError{errors.New("--uid and --gid must not be negative")}
 	}
 	if host.MaxMemory, err = parseBytes("max-memory", h.maxMemory); err != nil {
+		return host, nil, err
+	}
+	if host.Limits, err = h.limits(); err != nil {
 		return host, nil, err
 	}
 	if h.enableOutput {
@@ -87,6 +101,26 @@ func (h *hostFlags) resolve(stdout io.Writer) (host instance.Host, restore func(
 		slog.Debug("Chose accelerator", "why", why)
 	}
 	return host, restore, nil
+}
+
+// limits are those of the VMM. What is given must be had; the default is taken where the host can.
+func (h *hostFlags) limits() (l vmm.Limits, err error) {
+	l = h.host.Limits
+	if l.Memory, err = parseBytes("memory-max", h.memoryMax); err != nil {
+		return l, err
+	}
+	if l.CPUs < 0 || l.CPUs > 0 && l.CPUs < 0.01 {
+		return l, &usageError{errors.New("--cpus-max must be 0.01 or more, or 0 for no limit")}
+	}
+	switch {
+	case l.PIDs < 0:
+		return l, &usageError{errors.New("--pids-max must not be negative")}
+	case !h.cmd.Flags().Changed("pids-max"):
+		l.PIDs = 0
+	case l.PIDs == 0:
+		l.PIDs = -1
+	}
+	return l, nil
 }
 
 func requireRoot() error {

@@ -115,6 +115,9 @@ func self(name string, args ...string) *exec.Cmd {
 
 func startAgent(children *reaper, cmd cmdline, b *bundle) error {
 	args := []string{"--vsock-port", cmd.get(AgentPortArgument, "26")}
+	if cmd.has(KeepClockArgument) {
+		args = append(args, "--no-set-clock")
+	}
 	if b != nil {
 		args = append(args, "--before-suspend-cmd", b.annotation(BeforeSuspendAnnotation), "--after-resume-cmd", b.annotation(AfterResumeAnnotation))
 	}
@@ -129,6 +132,9 @@ const (
 	AgentPortArgument    = "drafter.agent_port"
 	LivenessPortArgument = "drafter.liveness_port"
 )
+
+// KeepClockArgument is the word on the kernel command line that says that the guest keeps its own time.
+const KeepClockArgument = "drafter.no_set_clock"
 
 // announce starts liveness once the container serves.
 func announce(children *reaper, cmd cmdline, b *bundle) {
