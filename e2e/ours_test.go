@@ -44,13 +44,11 @@ func TestOursAndTheirs(t *testing.T) {
 	if off := ahead(t, vm); off < day-600 || off > day+600 {
 		t.Fatalf("the guest's clock was not set: %d s ahead", off)
 	}
-	for range 2 {
-		if err := s.Run(t.Context(), os.Stderr, "checkpoint", "--raddr", "localhost:1337", "--output", filepath.Join(s.dir, "copy")); err != nil {
-			t.Fatal(err)
-		}
-		if off := ahead(t, vm); off < day-600 {
-			t.Errorf("after a checkpoint the guest's clock is %d s ahead; it was set to %d", off, day)
-		}
+	if err := s.Run(t.Context(), os.Stderr, "checkpoint", "--raddr", "localhost:1337", "--output", filepath.Join(s.dir, "copy")); err != nil {
+		t.Fatal(err)
+	}
+	if off := ahead(t, vm); off < day-600 {
+		t.Errorf("after a checkpoint the guest's clock is %d s ahead; it was set to %d", off, day)
 	}
 	end(t, vm)
 	vm = s.peer(t, "instance", append(flags, "--no-set-clock")...)
