@@ -101,8 +101,9 @@ type AfterResumeRequest struct {
 	NowUnixNano int64 `protobuf:"varint,1,opt,name=now_unix_nano,json=nowUnixNano,proto3" json:"now_unix_nano,omitempty"`
 	// Fresh random bytes from the host, different for every resume; credited to the guest's entropy pool.
 	Entropy []byte `protobuf:"bytes,2,opt,name=entropy,proto3" json:"entropy,omitempty"`
-	// The clock stays as it is: the VM was not away, as for a copy of it, or the guest keeps its own time. An agent that does not know this field sets the clock.
-	KeepClock     bool `protobuf:"varint,3,opt,name=keep_clock,json=keepClock,proto3" json:"keep_clock,omitempty"`
+	// The VM was not away, but paused, as for a copy of it: the clock is set only if it is behind, by at most so many nanoseconds. One that is further off keeps
+	// another time than the host's. 0: the VM was away, and the clock is set. Below 0: it is never set. An agent that does not know this field sets the clock.
+	MostStepNano  int64 `protobuf:"varint,3,opt,name=most_step_nano,json=mostStepNano,proto3" json:"most_step_nano,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -151,16 +152,16 @@ func (x *AfterResumeRequest) GetEntropy() []byte {
 	return nil
 }
 
-func (x *AfterResumeRequest) GetKeepClock() bool {
+func (x *AfterResumeRequest) GetMostStepNano() int64 {
 	if x != nil {
-		return x.KeepClock
+		return x.MostStepNano
 	}
-	return false
+	return 0
 }
 
 type AfterResumeResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// How far the guest's clock was moved, in nanoseconds. Positive: it was behind. 0 if it was kept.
+	// How far the guest's clock was moved, in nanoseconds. Positive: it was behind. 0: it was not set.
 	ClockStepNano int64 `protobuf:"varint,1,opt,name=clock_step_nano,json=clockStepNano,proto3" json:"clock_step_nano,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -324,12 +325,11 @@ const file_agent_agent_proto_rawDesc = "" +
 	"\n" +
 	"\x11agent/agent.proto\x12\x10drafter.agent.v1\"\x16\n" +
 	"\x14BeforeSuspendRequest\"\x17\n" +
-	"\x15BeforeSuspendResponse\"q\n" +
+	"\x15BeforeSuspendResponse\"x\n" +
 	"\x12AfterResumeRequest\x12\"\n" +
 	"\rnow_unix_nano\x18\x01 \x01(\x03R\vnowUnixNano\x12\x18\n" +
-	"\aentropy\x18\x02 \x01(\fR\aentropy\x12\x1d\n" +
-	"\n" +
-	"keep_clock\x18\x03 \x01(\bR\tkeepClock\"=\n" +
+	"\aentropy\x18\x02 \x01(\fR\aentropy\x12$\n" +
+	"\x0emost_step_nano\x18\x03 \x01(\x03R\fmostStepNano\"=\n" +
 	"\x13AfterResumeResponse\x12&\n" +
 	"\x0fclock_step_nano\x18\x01 \x01(\x03R\rclockStepNano\"7\n" +
 	"\vExecRequest\x12\x12\n" +

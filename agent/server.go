@@ -58,13 +58,12 @@ func (s *Server) AfterResume(ctx context.Context, r *AfterResumeRequest) (*After
 	if err := reseed(r.GetEntropy()); err != nil {
 		return nil, err
 	}
-	var step time.Duration
-	if !s.KeepClock && !r.GetKeepClock() {
-		now := time.Unix(0, r.GetNowUnixNano())
-		step = time.Until(now)
-		if err := setClock(now); err != nil {
-			return nil, fmt.Errorf("set clock to %s: %w", now, err)
-		}
+	now, most := time.Unix(0, r.GetNowUnixNano()), time.Duration(r.GetMostStepNano())
+	step := time.Until(now)
+	if s.KeepClock || most < 0 || most > 0 && (step <= 0 || step > most) {
+		step = 0
+	} else if err := setClock(now); err != nil {
+		return nil, fmt.Errorf("set clock to %s: %w", now, err)
 	}
 	if err := s.command(ctx, s.AfterResumeCmd); err != nil {
 		return nil, fmt.Errorf("after-resume command: %w", err)

@@ -132,7 +132,7 @@ type Instance struct {
 	agent      *agent.Client // nil while the guest is not to be talked to
 	frozen     bool          // suspended or handed over: the state device says so
 	paused     time.Time     // since when, for a migration; zero while it runs
-	away       bool          // it was paused so long that its clock is to be set, as after a resume
+	stood      time.Duration // how long it was paused last
 	keepClock  bool          // its clock is never to be set
 	left       bool          // the state device holds a state for the target of a migration
 }
@@ -419,16 +419,20 @@ func (l *Launched) Run(ctx context.Context, began time.Time, timeout time.Durati
 
 // AfterResume connects to the agent and tells it that the guest runs again, for at most timeout. The agent sets the guest's clock.
 func (i *Instance) AfterResume(ctx context.Context, timeout time.Duration) error {
-	return i.tellAgent(ctx, timeout, i.keepClock)
+	return i.tellAgent(ctx, timeout, 0)
 }
 
-func (i *Instance) tellAgent(ctx context.Context, timeout time.Duration, keepClock bool) error {
+// tellAgent is AfterResume for a clock that is moved by mostStep; see [agent.Client.AfterResume].
+func (i *Instance) tellAgent(ctx context.Context, timeout, mostStep time.Duration) error {
+	if i.keepClock {
+		mostStep = -1
+	}
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no answer after %s", timeout))
 	defer cancel()
 	if err := i.connectAgent(ctx); err != nil || i.agent == nil {
 		return err
 	}
-	step, err := i.agent.AfterResume(ctx, keepClock)
+	step, err := i.agent.AfterResume(ctx, mostStep)
 	if err != nil {
 		return err
 	}

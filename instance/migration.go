@@ -80,7 +80,7 @@ func (i *Instance) Mark(status vmm.Status) error {
 // Rescue lets the VM go on after Prepare, Pause and SaveLeaving, whichever of them were done. The guest runs when it returns nil.
 func (i *Instance) Rescue(ctx context.Context) error {
 	settleable := i.frozen
-	i.frozen = false
+	i.frozen, i.stood = false, 0
 	if i.left {
 		err := i.withState(func(dev StateDevice) error {
 			if settleable {
@@ -98,22 +98,21 @@ func (i *Instance) Rescue(ctx context.Context) error {
 		if err := i.machine.Resume(ctx); err != nil {
 			return i.prefer(err)
 		}
-		i.away = time.Since(i.paused) > awayAfter
-		i.paused = time.Time{}
+		i.stood, i.paused = time.Since(i.paused), time.Time{}
 	}
 	return i.prefer(nil)
 }
 
-// awayAfter is how long a VM that goes on where it was may have been paused before its clock is set, as after a resume. A copy pauses it for milliseconds; one
-// that was in doubt stands still until it is settled.
-const awayAfter = time.Second
+// sameTime is how far a guest's clock may be from this host's, its pause apart, to keep the same time.
+const sameTime = time.Second
 
-// RescueAgent tells the guest's agent after a Rescue that the guest runs on, for at most timeout. The guest's clock is its own, unless it stood still for long.
+// RescueAgent tells the guest's agent after a Rescue that the guest runs on, for at most timeout. What the pause has cost the guest's clock is made up for; a clock
+// that keeps another time than this host's stays as it is.
 func (i *Instance) RescueAgent(ctx context.Context, timeout time.Duration) error {
 	if i.agent != nil {
 		return nil
 	}
-	return i.tellAgent(ctx, timeout, i.keepClock || !i.away)
+	return i.tellAgent(ctx, timeout, i.stood+sameTime)
 }
 
 // Restore loads the state that a migration has brought, and notes that the VM runs here, which is durable once the device is synced. It does not run yet; see
