@@ -68,9 +68,13 @@ func overlayExists(paths OverlayPaths) (bool, error) {
 		if err != nil {
 			return false, err
 		}
+		ours := hasTrailer(f)
 		start, _, err := f.NextData(0)
 		if err = errors.Join(err, f.Close()); err != nil {
 			return false, err
+		}
+		if !ours {
+			return false, fmt.Errorf("%s is there, and is no overlay; name another file", paths.Overlay)
 		}
 		if start < f.Size()-pageSize {
 			return false, fmt.Errorf("overlay %s has data, but its state file %s is missing; restore it, or remove the overlay to start from the base", paths.Overlay, paths.State)
@@ -80,6 +84,20 @@ func overlayExists(paths OverlayPaths) (bool, error) {
 		return false, fmt.Errorf("state file %s is there, but its overlay %s is missing; restore it, or remove the state file to start from the base", paths.State, paths.Overlay)
 	}
 	return overlay && state, nil
+}
+
+// hasTrailer tells whether a file ends like an overlay.
+func hasTrailer(f *File) bool {
+	trailer := make([]byte, pageSize)
+	if f.Size() < pageSize {
+		return false
+	}
+	_, err := f.ReadAt(trailer, f.Size()-pageSize)
+	return err == nil && isTrailer(trailer)
+}
+
+func isTrailer(page []byte) bool {
+	return string(page[:8]) == overlayMagic && intact(page, trailerChecksum)
 }
 
 func fileExists(path string) (bool, error) {
@@ -212,7 +230,7 @@ func (o *Overlay) check(paths OverlayPaths, baseID ID) error {
 	if _, err := data.ReadAt(trailer, at); err != nil {
 		return err
 	}
-	if string(trailer[:8]) != overlayMagic || !intact(trailer, trailerChecksum) {
+	if !isTrailer(trailer) {
 		return fmt.Errorf("overlay %s is no overlay, or its trailer is damaged", paths.Overlay)
 	}
 	if uuid.UUID(trailer[8:24]) != h.id {

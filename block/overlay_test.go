@@ -380,6 +380,17 @@ func TestRefusals(t *testing.T) {
 		t.Errorf("a second user: %v", err)
 	}
 	shut(t, o)
+	// Somebody's file is no overlay, however small.
+	theirs := OverlayPaths{Base: paths.Base, Overlay: filepath.Join(t.TempDir(), "note"), State: filepath.Join(t.TempDir(), "state")}
+	if err := os.WriteFile(theirs.Overlay, []byte("mine"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tryOpen(t, theirs, 64<<10); err == nil || !strings.Contains(err.Error(), "is no overlay") {
+		t.Errorf("somebody's file: %v", err)
+	}
+	if b, err := os.ReadFile(theirs.Overlay); err != nil || string(b) != "mine" {
+		t.Errorf("it holds %q, %v", b, err)
+	}
 	// An interrupted creation is begun anew.
 	if err := os.Remove(paths.State); err != nil {
 		t.Fatal(err)

@@ -229,10 +229,10 @@ type link struct{ path, target string }
 
 // remove removes the link, unless it leads elsewhere by now.
 func (l link) remove() error {
-	if target, err := os.Readlink(l.path); err != nil || target != l.target {
-		return nil
+	if target, _ := os.Readlink(l.path); target == l.target { // else it is gone, or no link any more
+		return os.Remove(l.path)
 	}
-	return os.Remove(l.path)
+	return nil
 }
 
 // deadLink is where a link of a mounter's leads: into its directory below --chroot-base-dir.

@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -44,7 +45,7 @@ func createNamespace(name string) error {
 		runtime.LockOSThread() // never unlocked: the thread is in the new namespace now
 		ns, err := netns.NewNamed(name)
 		if err == nil {
-			err = ns.Close()
+			err = errors.Join(markNamespace(), ns.Close())
 		}
 		done <- err
 	}()
@@ -52,6 +53,29 @@ func createNamespace(name string) error {
 		return fmt.Errorf("create network namespace %q: %w", name, err)
 	}
 	return nil
+}
+
+// namespaceMark is what the loopback interface of a namespace is called besides (an alias of ip-link(8)) that was made here. A record of its name proves nothing
+// once somebody has made another one of that name.
+const namespaceMark = "drafter-nat"
+
+// markNamespace marks the calling thread's namespace.
+func markNamespace() error {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	return netlink.LinkSetAlias(lo, namespaceMark)
+}
+
+// madeHere tells whether a namespace was made here, or has nothing in it yet.
+func madeHere(name string) (ours bool, err error) {
+	err = inNamespace(name, func() error {
+		links, err := netlink.LinkList()
+		ours = len(links) <= 1 || slices.ContainsFunc(links, func(l netlink.Link) bool { return l.Attrs().Alias == namespaceMark })
+		return err
+	})
+	return ours, err
 }
 
 // deleteNamespace removes a named namespace; one that does not exist is no error.

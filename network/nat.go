@@ -72,6 +72,7 @@ type natRecord struct {
 	Namespaces []string  `json:"namespaces"` // that it has made; the last one perhaps not yet
 	IPForward  string    `json:"ipForward"`  // its value before any NAT
 	Closed     []string  `json:"closed"`     // interfaces between which nothing was forwarded before any NAT
+	Marked     bool      `json:"marked"`     // whether the namespaces are marked; those of older releases are not
 }
 
 // layout is a parsed NATConfig.
@@ -295,6 +296,11 @@ func (n *NAT) reclaim() (kept []string, err error) {
 		case err != nil:
 			return nil, err
 		default:
+			if _, err := os.Stat(filepath.Join(netnsDir, name)); err == nil && !old.Marked {
+				if err := inNamespace(name, markNamespace); err != nil {
+					return nil, errors.Join(err, lock.Release())
+				}
+			}
 			if err := errors.Join(removeNamespace(name), lock.Release()); err != nil {
 				return nil, err
 			}
@@ -401,7 +407,7 @@ func (n *NAT) prepareHost(kept []string) error {
 	if err != nil {
 		return fmt.Errorf("read kernel parameter: %w", err)
 	}
-	n.record.Config = n.config
+	n.record.Config, n.record.Marked = n.config, true
 	if err := n.noteForwarding(string(b[:1])); err != nil {
 		return err
 	}
@@ -613,7 +619,7 @@ func (n *NAT) guard(i int) error {
 		return err
 	}
 	return inNamespace(name, func() error {
-		err := errors.Join(disableIPv6("all"), n.namespaceRules(i, n.connections))
+		err := errors.Join(markNamespace(), disableIPv6("all"), n.namespaceRules(i, n.connections))
 		for _, state := range []string{"time_wait", "close"} {
 			err = errors.Join(err, setSysctl("net/netfilter/nf_conntrack_tcp_timeout_"+state, strconv.Itoa(closedTimeout)))
 		}
@@ -652,9 +658,19 @@ func (n *NAT) Claim() (string, *Claim, error) {
 	return "", nil, fmt.Errorf("all %d network namespaces are in use; raise --namespace-count", len(n.created))
 }
 
-// removeNamespace removes a namespace and its link with the host.
+// removeNamespace removes a namespace and its link with the host. One that somebody has made in the place of ours stays.
 func removeNamespace(name string) error {
 	var errs []error
+	if _, err := os.Stat(filepath.Join(netnsDir, name)); err == nil {
+		ours, err := madeHere(name)
+		if err != nil {
+			return err
+		}
+		if !ours {
+			slog.Warn("A network namespace was made anew by somebody, and stays", "namespace", name)
+			return nil
+		}
+	}
 	// The link first: a VMM that still runs keeps the namespace alive, and with it the link and its addresses.
 	if link, err := netlink.LinkByName(hostVethName(name)); err == nil {
 		if err := netlink.LinkDel(link); err != nil {

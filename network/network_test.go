@@ -559,6 +559,62 @@ func TestKilledNAT(t *testing.T) {
 	}
 }
 
+// A namespace that somebody has made in the place of ours stays, at the end of a NAT and after a kill.
+func TestSomebodysNamespace(t *testing.T) {
+	needRoot(t)
+	before := inventory(t)
+	shell := func(script string) {
+		t.Helper()
+		if out, err := exec.Command("sh", "-ec", script).CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v: %s", script, err, out)
+		}
+	}
+	const replace = "ip netns del ark1; touch /run/netns/ark1; unshare --net=/run/netns/ark1 ip tuntap add tap9 mode tap"
+	n, err := StartNAT(context.Background(), testConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	shell(replace)
+	if err := n.Close(); err != nil {
+		t.Fatal(err)
+	}
+	shell("ip -n ark1 link show tap9; ip netns del ark1")
+	if after := inventory(t); after != before {
+		t.Errorf("left behind:\n%s\nbefore:\n%s", after, before)
+	}
+
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), "NETWORK_TEST=nat")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || line != "started: <nil>\n" {
+		t.Fatalf("%q, %v", line, err)
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	cmd.Wait()
+	shell(replace)
+	if _, err := StartNAT(context.Background(), testConfig()); err == nil || !strings.Contains(err.Error(), `"ark1" exists and is not ours`) {
+		t.Errorf("over somebody's namespace: %v", err)
+	}
+	shell("ip -n ark1 link show tap9; ip netns del ark1")
+	if n, err = StartNAT(context.Background(), testConfig()); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if after := inventory(t); after != before {
+		t.Errorf("left behind:\n%s\nbefore:\n%s", after, before)
+	}
+}
+
 func TestClaims(t *testing.T) {
 	needRoot(t)
 	n := startNAT(t, testConfig())
