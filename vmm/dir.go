@@ -59,15 +59,19 @@ func CreateDir(base, driver string) (_ *Dir, err error) {
 			return nil, err
 		}
 	}
-	// UNIX socket paths end at 107 bytes, so the id is short.
-	id := strings.ReplaceAll(uuid.NewString(), "-", "")[:16]
-	d := &Dir{ID: id, path: filepath.Join(parent, id)}
-	if n := len(d.Socket("vsock.sock_4294967295")); n > 107 {
-		return nil, fmt.Errorf("VM directory %s is too long for UNIX sockets by %d bytes; pass a shorter --chroot-base-dir", parent, n-107)
-	}
-	// The record comes first, so that whatever is made is found again.
-	if d.lock, err = lockfile.Try(filepath.Join(records, driver+"."+id+recordSuffix)); err != nil {
-		return nil, fmt.Errorf("record VM directory: %w", err)
+	d := &Dir{}
+	for d.lock == nil {
+		// UNIX socket paths end at 107 bytes, so the id is short.
+		d.ID = strings.ReplaceAll(uuid.NewString(), "-", "")[:16]
+		d.path = filepath.Join(parent, d.ID)
+		if n := len(d.Socket("vsock.sock_4294967295")); n > 107 {
+			return nil, fmt.Errorf("VM directory %s is too long for UNIX sockets by %d bytes; pass a shorter --chroot-base-dir", parent, n-107)
+		}
+		// The record comes first, so that whatever is made is found again. Who looks for orphans may have it for a moment.
+		var held *lockfile.HeldError
+		if d.lock, err = lockfile.Try(filepath.Join(records, driver+"."+d.ID+recordSuffix)); err != nil && !errors.As(err, &held) {
+			return nil, fmt.Errorf("record VM directory: %w", err)
+		}
 	}
 	if err := os.Mkdir(d.path, 0o700); err != nil {
 		return nil, errors.Join(fmt.Errorf("create VM directory: %w", err), d.lock.Release())
@@ -211,7 +215,7 @@ func ReclaimAll(base string) error {
 	for _, e := range entries {
 		name, ok := strings.CutSuffix(e.Name(), recordSuffix)
 		driver, id, found := strings.Cut(name, ".")
-		if !ok || !found || !e.Type().IsRegular() {
+		if !ok || !found || !vmID.MatchString(id) || !e.Type().IsRegular() {
 			continue // no record
 		}
 		if err := reclaimRecorded(filepath.Join(records, e.Name()), filepath.Join(base, driver), id); err != nil {
@@ -284,8 +288,8 @@ func marked(path, id string) (bool, error) {
 	return m.In(f), nil
 }
 
-// unmarkedID is the name of a VM's directory.
-var unmarkedID = regexp.MustCompile("^[0-9a-f]{16}$")
+// vmID is the name of a VM's directory.
+var vmID = regexp.MustCompile("^[0-9a-f]{16}$")
 
 // sayUnmarked names directories that a release without marks may have left. Nothing proves that they are ours, so they stay.
 func sayUnmarked(base string) {
@@ -295,12 +299,15 @@ func sayUnmarked(base string) {
 			continue // there is none
 		}
 		for _, e := range entries {
+			if !vmID.MatchString(e.Name()) {
+				continue
+			}
 			dir := filepath.Join(base, driver, e.Name())
 			f, err := private.Open(filepath.Join(dir, "lock"), unix.O_RDONLY)
 			if err != nil {
 				continue
 			}
-			if unmarkedID.MatchString(e.Name()) && lockfile.Exclusive(f) == nil {
+			if lockfile.Exclusive(f) == nil { // else its owner lives
 				slog.Warn("A killed process of an older release may have left this directory, which stays as nothing proves that; if it is of no use, unmount what is mounted below it, and remove it", "directory", dir)
 			}
 			f.Close()

@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -295,6 +296,33 @@ func TestAfterPowerCut(t *testing.T) {
 	}
 	if _, err := os.Stat(d.Path()); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("it stays: %v", err)
+	}
+}
+
+// Many make directories at once, and all look for orphans meanwhile: nobody is in another one's way.
+func TestManyDirs(t *testing.T) {
+	base := t.TempDir()
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() {
+			for range 20 {
+				d, err := CreateDir(base, "test")
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if _, err := os.Stat(d.Root()); err != nil {
+					t.Error(err)
+				}
+				if err := d.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	all.Wait()
+	if left, err := filepath.Glob(filepath.Join(base, "*/*")); err != nil || len(left) != 0 {
+		t.Errorf("left: %v, %v", left, err)
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -74,13 +75,25 @@ func (d *Dir) mark() error {
 		return fmt.Errorf("create lock: %w", err)
 	}
 	d.lock = os.NewFile(uintptr(fd), lockName)
-	if err = lockfile.Exclusive(d.lock); err == nil {
+	if err = d.hold(); err == nil {
 		err = m.Write(d.lock)
 	}
 	if err != nil {
 		return errors.Join(err, d.lock.Close(), unix.Unlinkat(int(d.root.Fd()), lockName, 0))
 	}
 	return nil
+}
+
+// hold takes the lock. Whoever sweeps may have it for a moment.
+func (d *Dir) hold() (err error) {
+	for range 1000 {
+		var held *lockfile.HeldError
+		if err = lockfile.Exclusive(d.lock); !errors.As(err, &held) {
+			return err
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return err
 }
 
 // Path is that of a file in the directory, for processes of the same user. It holds whatever others
