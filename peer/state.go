@@ -43,10 +43,11 @@ func (h *heldHeader) WriteAt(p []byte, off int64) (int, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.page == nil {
-		h.page = make([]byte, block.PageSize)
-		if _, err := h.Device.ReadAt(h.page, 0); err != nil {
-			return 0, err
+		page := make([]byte, block.PageSize)
+		if _, err := h.Device.ReadAt(page, 0); err != nil {
+			return 0, err // and nothing is held: zeros would be released
 		}
+		h.page = page
 	}
 	n := copy(h.page[off:], p)
 	if n < len(p) {
