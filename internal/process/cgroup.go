@@ -229,8 +229,7 @@ func enableControllers(base, dir string, bounds []bound) map[string]error {
 	failed := map[string]error{}
 	parent := filepath.Dir(dir)
 	for _, c := range v2Controllers {
-		needed := slices.ContainsFunc(bounds, func(b bound) bool { return b.controller == c })
-		if needed && !lists(filepath.Join(base, "cgroup.subtree_control"), c) {
+		if slices.ContainsFunc(bounds, func(b bound) bool { return b.controller == c }) {
 			failed[c] = enableController(base, c)
 		}
 		if failed[c] == nil && lists(filepath.Join(parent, "cgroup.controllers"), c) {
@@ -242,6 +241,9 @@ func enableControllers(base, dir string, bounds []bound) map[string]error {
 
 // enableController gives the groups below dir a controller.
 func enableController(dir, controller string) error {
+	if lists(filepath.Join(dir, "cgroup.subtree_control"), controller) {
+		return nil
+	}
 	if !lists(filepath.Join(dir, "cgroup.controllers"), controller) {
 		return fmt.Errorf("%s has no controller %s; where cgroup version 1 has it, pass --cgroup-version 1", dir, controller)
 	}
