@@ -6,17 +6,9 @@ import (
 	"fmt"
 )
 
-// Check verifies that base, overlay and state file are intact and belong together. It returns what is wrong, in words for the user, and an error
-// only if it could not look. Nothing is changed. The device must not be in use.
-func Check(ctx context.Context, paths OverlayPaths) (problems []string, err error) {
-	contents, err := FileContents(ctx, paths.Base)
-	if err != nil {
-		return nil, err
-	}
-	base, err := OpenFile(paths.Base, true)
-	if err != nil {
-		return nil, err
-	}
+// Check verifies that base, overlay and state file are intact and belong together. baseID is the content id of base, which Check closes. It returns what is wrong, in
+// words for the user, and an error only if it could not look. Nothing is changed. The device must not be in use.
+func Check(ctx context.Context, base Device, baseID ID, paths OverlayPaths) (problems []string, err error) {
 	defer func() { err = errors.Join(err, base.Close()) }()
 	overlay, oerr := fileExists(paths.Overlay)
 	state, serr := fileExists(paths.State)
@@ -35,7 +27,7 @@ func Check(ctx context.Context, paths OverlayPaths) (problems []string, err erro
 	}
 	defer func() { err = errors.Join(err, data.Close(), s.close()) }()
 	o := newOverlay(base, data, s)
-	if err := o.check(paths, contents.Device); err != nil {
+	if err := o.check(paths, baseID); err != nil {
 		return []string{err.Error()}, nil
 	}
 	for _, page := range s.damaged {

@@ -20,6 +20,7 @@ type OverlayPaths struct {
 	Base    string // for messages; base devices may be of any kind
 	Overlay string
 	State   string
+	Origin  ID // of an overlay that is made: content id of the base that its device was made from, where that is not the one beneath; else zero
 }
 
 // OpenOverlay opens an overlay over base, whose content id is baseID. It makes both files when neither exists. Blocks that were written but not
@@ -34,7 +35,7 @@ func OpenOverlay(base Device, baseID ID, paths OverlayPaths, blockSize int64) (_
 	if err := CheckBlockSize(blockSize); err != nil && blockSize != 0 {
 		return nil, err
 	}
-	h := &stateHeader{blockSize: blockSize, size: base.Size(), base: baseID, id: uuid.New()}
+	h := &stateHeader{blockSize: blockSize, size: base.Size(), base: baseID, id: uuid.New(), origin: paths.Origin}
 	if err := createOverlay(paths, h); err != nil {
 		return nil, err
 	}

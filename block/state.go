@@ -14,7 +14,8 @@ import (
 // The state file of an overlay, version 1. All numbers are little-endian; checksums are CRC-32C over the page with the checksum as zero.
 //
 //	page 0        header: magic "DrafterO", version uint32, block size uint32, device size uint64, content id of the base [32]byte,
-//	              id of the overlay [16]byte, checksum uint32; the rest is zero
+//	              id of the overlay [16]byte, checksum uint32, content id [32]byte of the base that the device was made from, where that is not
+//	              the one beneath, else zero; the rest is zero
 //	page 1+2i     bitmap page i, copy 0
 //	page 2+2i     bitmap page i, copy 1
 //
@@ -44,6 +45,7 @@ type stateHeader struct {
 	size      int64
 	base      ID
 	id        uuid.UUID
+	origin    ID
 }
 
 const (
@@ -73,6 +75,7 @@ func (h *stateHeader) encode() []byte {
 	binary.LittleEndian.PutUint64(p[16:], uint64(h.size))
 	copy(p[24:], h.base[:])
 	copy(p[56:], h.id[:])
+	copy(p[76:], h.origin[:])
 	return sealed(p, headerChecksum)
 }
 
@@ -97,6 +100,7 @@ func decodeHeader(p []byte) (*stateHeader, error) {
 	h := &stateHeader{blockSize: int64(binary.LittleEndian.Uint32(p[12:])), size: int64(binary.LittleEndian.Uint64(p[16:]))}
 	copy(h.base[:], p[24:])
 	copy(h.id[:], p[56:])
+	copy(h.origin[:], p[76:])
 	if err := CheckBlockSize(h.blockSize); err != nil {
 		return nil, err
 	}

@@ -61,6 +61,12 @@ func (i *Instance) Pause(ctx context.Context) error {
 	return i.prefer(i.machine.Pause(ctx))
 }
 
+// NoteLeaving notes durably that the VM, which runs on, may soon run at the target of a migration. [Instance.Rescue] takes the note back.
+func (i *Instance) NoteLeaving(migration uuid.UUID) error {
+	i.left = true
+	return i.withState(func(dev StateDevice) error { return vmm.MarkLeaving(dev, migration) })
+}
+
 // SaveLeaving writes the paused VM's state to its device, for the target of a migration. Nothing is durable yet. Flush memory afterwards.
 func (i *Instance) SaveLeaving(ctx context.Context, migration uuid.UUID) error {
 	var state vmm.StateBuffer

@@ -46,6 +46,9 @@ func (o *outgoing) prepare(ctx context.Context) (State, error) {
 	if o.copy {
 		return Snapshotting, nil
 	}
+	if err := o.config.VM.Leave(ctx, o.id); err != nil {
+		return "", err
+	}
 	if err := o.awaitPrepared(ctx); err != nil {
 		return "", err
 	}
@@ -181,15 +184,17 @@ func (o *outgoing) awaitAnswer(ctx context.Context) (State, error) {
 			o.downtime = time.Since(o.paused)
 			o.mu.Unlock()
 			return Serving, nil
-		case outcome := <-o.settled:
-			switch outcome {
-			case undecided:
+		case d := <-o.settled:
+			switch {
+			case d.in != InDoubt:
+			case d.outcome == undecided:
 				return "", errors.New("the source was ended")
-			case Here:
+			case d.outcome == Here:
 				o.refused("an operator decided so")
 				return Rescuing, nil
+			default:
+				return Serving, nil
 			}
-			return Serving, nil
 		case <-note.C:
 			o.mark(InDoubt)
 		case <-ctx.Done():

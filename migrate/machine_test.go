@@ -255,6 +255,8 @@ func (g *scripted) Prepare(ctx context.Context) error {
 	return ctx.Err()
 }
 
+func (g *scripted) Leave(context.Context, uuid.UUID) error { return g.fault("leave") }
+
 func (g *scripted) Pause(context.Context) error {
 	if err := g.fault("pause"); err != nil {
 		return err

@@ -100,11 +100,19 @@ func (o *Offer) describe(l *link, hello wire.Hello) error {
 		return err
 	}
 	for i, d := range o.devices {
-		for first := 0; first < len(d.Contents.Blocks); first += wire.MaxContents {
-			some := d.Contents.Blocks[first:min(first+wire.MaxContents, len(d.Contents.Blocks))]
-			if err := l.Send(wire.Contents{Device: i, First: int64(first), Blocks: some}); err != nil {
-				return err
-			}
+		if err := sendContents(l, i, d.Contents); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sendContents tells the content ids of a device.
+func sendContents(l *link, device int, c *block.Contents) error {
+	for first := 0; first < len(c.Blocks); first += wire.MaxContents {
+		some := c.Blocks[first:min(first+wire.MaxContents, len(c.Blocks))]
+		if err := l.Send(wire.Contents{Device: device, First: int64(first), Blocks: some}); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -19,7 +19,7 @@ func (o *outgoing) preCopy(ctx context.Context) (State, error) {
 	if t := o.config.Limits.Timeout; t > 0 {
 		deadline = time.Now().Add(t)
 	}
-	if err := o.pendAll(); err != nil {
+	if err := o.pendAll(ctx); err != nil {
 		return "", err
 	}
 	cycles, err := o.sendFirst(ctx)
@@ -58,7 +58,7 @@ func (o *outgoing) preCopy(ctx context.Context) (State, error) {
 }
 
 // pendAll makes all that the target cannot have pending.
-func (o *outgoing) pendAll() error {
+func (o *outgoing) pendAll(ctx context.Context) error {
 	for _, d := range o.devices {
 		if d.skip {
 			continue
@@ -77,6 +77,19 @@ func (o *outgoing) pendAll() error {
 			}
 			d.unknown = true
 			d.pending.Add(pages)
+			continue
+		}
+		if len(d.contents) > 0 {
+			c, err := block.Hash(ctx, d.Device)
+			if err != nil {
+				return fmt.Errorf("device %s: %w", d.Name, err)
+			}
+			d.unknown = true
+			for b, id := range c.Blocks {
+				if id != d.contents[b] {
+					d.pending.SetRange(pagesOfBlock(d.Device, int64(b)))
+				}
+			}
 			continue
 		}
 		if d.holds {

@@ -9,9 +9,10 @@ import (
 	"drafter/wire"
 )
 
-// serve sends the target what it lacks, over whatever connections it makes, until it has all.
+// serve sends the target what it lacks, over whatever connections it makes, until it has all, or an operator has settled that it never will.
 func (o *outgoing) serve(ctx context.Context) (State, error) {
-	noted := o.noteServing(ctx)
+	settled := make(chan struct{})
+	noted := o.noteServing(ctx, settled)
 	for {
 		o.mu.Lock()
 		l, attached := o.main, o.attached
@@ -24,14 +25,32 @@ func (o *outgoing) serve(ctx context.Context) (State, error) {
 			<-noted
 			return o.release()
 		case <-attached:
+		case d := <-o.settled:
+			switch {
+			case d.in != Serving:
+			case d.outcome == undecided:
+				stats := o.Stats()
+				_, _, left := stats.Bytes()
+				return "", fmt.Errorf("%w, and its target, which may lack %d bytes, takes nothing more from here", ErrHandedOver, left)
+			case o.connected(): // it is back
+			case d.outcome == Here:
+				close(settled)
+				<-noted
+				return Rescuing, nil
+			default:
+				close(settled)
+				<-noted
+				return o.release()
+			}
 		case <-ctx.Done():
 			return "", context.Cause(ctx)
 		}
 	}
 }
 
-// noteServing notes that the VM runs at its target, unless that has everything soon. The channel is closed when it has been begun or will not be any more.
-func (o *outgoing) noteServing(ctx context.Context) <-chan struct{} {
+// noteServing notes that the VM runs at its target, unless that has everything soon, or it is settled. The channel is closed when it has been begun or will not be any
+// more.
+func (o *outgoing) noteServing(ctx context.Context, settled <-chan struct{}) <-chan struct{} {
 	noted := make(chan struct{})
 	o.wg.Go(func() {
 		defer close(noted)
@@ -39,6 +58,8 @@ func (o *outgoing) noteServing(ctx context.Context) <-chan struct{} {
 		defer note.Stop()
 		select {
 		case <-o.complete:
+			return
+		case <-settled:
 			return
 		case <-note.C:
 		case <-ctx.Done():

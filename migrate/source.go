@@ -26,6 +26,8 @@ type SourceVM interface {
 	Flush(ctx context.Context) error
 	// Prepare lets the guest get ready to be paused; it runs on. If it fails with [ErrNotReady], a target may take the VM all the same.
 	Prepare(ctx context.Context) error
+	// Leave notes durably that the VM may soon run elsewhere. It comes before Pause; Rescue takes the note back. A copy does without.
+	Leave(ctx context.Context, migration uuid.UUID) error
 	// Pause returns when the guest does not run any more.
 	Pause(ctx context.Context) error
 	// Save writes the paused VM's state to its device, as that of a migration whose outcome is open. It may itself write guest memory.
@@ -45,6 +47,7 @@ type SourceDevice struct {
 	Device    *block.Tracker // through which all writes go
 	Overlay   *block.Overlay // what Device keeps changes in; nil when it has no base
 	Base      block.ID       // content id of the overlay's base; zero when there is none
+	Origin    block.ID       // of a device without: content id of the base that it was made from; zero when that is not known
 	NeedsBase bool           // the target must have the base: only changes are sent
 	First     bool           // the target needs it before its VMM can start
 
@@ -286,18 +289,87 @@ func (s *Source) Stats() Stats {
 	return o.Stats()
 }
 
-// Settle decides who owns a VM that is in doubt. The decision is the operator's, who must know.
-func (s *Source) Settle(o Outcome) error {
+// Settle decides who owns a VM that was handed over and whose target is away: it is in doubt, or the target has not got all of it. The decision is the operator's,
+// who must know.
+func (s *Source) Settle(outcome Outcome) error {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.current == nil || s.current.State() != InDoubt {
+	o := s.current
+	s.mu.Unlock()
+	switch {
+	case o == nil || o.State() != InDoubt && o.State() != Serving:
 		return errors.New("nothing is in doubt")
+	case o.connected():
+		return ErrConnected
 	}
-	select {
-	case s.current.settled <- o:
-	default: // settled already
-	}
+	o.decideBy(outcome, o.State())
 	return nil
+}
+
+// decision is how a state is to end.
+type decision struct {
+	outcome Outcome
+	in      State // in any other one it is void: the target has answered meanwhile
+}
+
+func (o *outgoing) decideBy(outcome Outcome, in State) {
+	select {
+	case o.settled <- decision{outcome, in}:
+	default: // another decision came first
+	}
+}
+
+// Away tells for how long nothing has been heard of a target that the VM was handed over to; 0 while it is connected.
+func (s *Source) Away() time.Duration {
+	s.mu.Lock()
+	o := s.current
+	s.mu.Unlock()
+	if o == nil || o.connected() {
+		return 0
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return time.Since(o.parted)
+}
+
+// connected tells whether a connection with the target is there.
+func (o *outgoing) connected() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for _, l := range []*link{o.main, o.demand} {
+		if l != nil && l.ctx.Err() == nil {
+			return true
+		}
+	}
+	return false
+}
+
+// Relinquish waits, once Revoke has failed with [ErrHandedOver], until the target has all that it needs of this source, or an operator has settled that the VM goes
+// on here; then State tells which. When the target has taken nothing for patience, it gives up with an error.
+func (s *Source) Relinquish(patience time.Duration) error {
+	s.mu.Lock()
+	o := s.current
+	s.mu.Unlock()
+	tick := time.NewTicker(patience / 100)
+	defer tick.Stop()
+	stats := o.Stats()
+	sent, _, left := stats.Bytes()
+	for since := time.Now(); ; {
+		select {
+		case <-o.ended:
+			if o.State() == Kept {
+				return nil
+			}
+			return s.GoneError()
+		case <-tick.C:
+		}
+		stats := o.Stats()
+		if nowSent, _, nowLeft := stats.Bytes(); nowSent != sent || nowLeft != left {
+			sent, left, since = nowSent, nowLeft, time.Now()
+		}
+		if time.Since(since) > patience {
+			o.decideBy(undecided, Serving)
+		}
+	}
 }
 
 // revokeGrace is how long a write may keep a migration that is revoked from telling the target so.
@@ -352,10 +424,7 @@ func (o *outgoing) awaitDoubt(changed <-chan struct{}) {
 		return
 	case <-time.After(answer):
 	}
-	select {
-	case o.settled <- undecided:
-	default: // an operator was faster
-	}
+	o.decideBy(undecided, InDoubt)
 	<-changed
 }
 
@@ -379,7 +448,7 @@ var sourceTable = map[State]row[*outgoing]{
 	Preparing:  {does: (*outgoing).prepare, then: []State{HandingOff, Snapshotting}, failing: Rescuing},
 	HandingOff: {does: (*outgoing).handOff, then: []State{InDoubt}, failing: Rescuing, within: func(l *Limits) time.Duration { return l.Handoff }},
 	InDoubt:    {does: (*outgoing).settle, then: []State{Serving, Rescuing}, failing: LeftInDoubt},
-	Serving:    {does: (*outgoing).serve, then: []State{Moved}, failing: LeftServing},
+	Serving:    {does: (*outgoing).serve, then: []State{Moved, Rescuing}, failing: LeftServing},
 	Rescuing:   {does: (*outgoing).rescue, then: []State{Kept}, failing: Lost},
 
 	Snapshotting: {does: (*outgoing).snapshot, then: []State{Delivering}, failing: Rescuing, within: func(l *Limits) time.Duration { return l.Handoff }},
@@ -405,6 +474,7 @@ type outgoing struct {
 	delivered bool // the target has the whole copy
 
 	wantsSignature bool // the target takes the signature of the package
+	tellsContents  bool // and tells the contents of bases that it holds
 
 	ctx      context.Context // until the authority is being sent, revoke ends it
 	revoke   context.CancelCauseFunc
@@ -415,7 +485,7 @@ type outgoing struct {
 	ready    chan struct{} // closed when the target's VMM waits
 	prepared chan struct{} // closed when the target is prepared for the handoff
 	acks     chan wire.Ack
-	settled  chan Outcome
+	settled  chan decision
 	complete chan struct{} // closed when the target has all
 	wants    chan wire.Want
 	stored   chan struct{} // the target has answered a cycle
@@ -431,6 +501,7 @@ type outgoing struct {
 	began    time.Time
 	preflown time.Duration // set at the end of preflight
 	paused   time.Time
+	parted   time.Time // since when no connection is there
 	downtime time.Duration
 	took     time.Duration // set at the end
 	cycle    int
@@ -452,6 +523,8 @@ type outgoingDevice struct {
 	index    int
 	skip     bool          // the target does not want it
 	holds    bool          // the target has the base
+	absent   bool          // it has one that this side lacks
+	contents []block.ID    // of that, of its blocks
 	backup   block.ID      // of what is stored of it; zero when nothing is
 	stored   bool          // the target has that
 	unknown  bool          // the target has an older copy
@@ -471,8 +544,8 @@ func newOutgoing(s *Source, h wire.Hello, l *link) (*outgoing, error) {
 		return nil, err
 	}
 	o := &outgoing{
-		Source: s, id: h.Migration, first: l, sender: sender, copy: h.Copy, wantsSignature: h.Features&wire.FeatureSignature != 0, force: h.Features&wire.FeatureForce != 0,
-		decided: make(chan struct{}), ended: make(chan struct{}), ready: make(chan struct{}), prepared: make(chan struct{}), acks: make(chan wire.Ack, 1), settled: make(chan Outcome, 1),
+		Source: s, id: h.Migration, first: l, sender: sender, copy: h.Copy, wantsSignature: h.Features&wire.FeatureSignature != 0, tellsContents: h.Features&wire.FeatureContents != 0, force: h.Features&wire.FeatureForce != 0,
+		decided: make(chan struct{}), ended: make(chan struct{}), ready: make(chan struct{}), prepared: make(chan struct{}), acks: make(chan wire.Ack, 1), settled: make(chan decision, 1),
 		complete: make(chan struct{}), marked: make(chan struct{}), wants: make(chan wire.Want, 64), stored: make(chan struct{}, 1), attached: make(chan struct{}), changed: make(chan struct{}), began: time.Now(),
 	}
 	o.state.Store(Preflight)
@@ -636,7 +709,11 @@ func (o *outgoing) preflight(ctx context.Context) (State, error) {
 		if !o.copy {
 			d.backup = o.config.Backup.backup(d.Device)
 		}
-		m.Devices = append(m.Devices, wire.Device{Name: d.Name, Size: d.Device.Size(), BlockSize: d.Device.BlockSize(), NeedsBase: d.NeedsBase, Base: d.Base, Backup: d.backup})
+		offer := wire.Device{Name: d.Name, Size: d.Device.Size(), BlockSize: d.Device.BlockSize(), NeedsBase: d.NeedsBase, Base: d.Base, Backup: d.backup}
+		if d.Base == (block.ID{}) && d.Origin != (block.ID{}) && o.tellsContents && !o.copy {
+			d.absent, offer.Base, offer.Absent = true, d.Origin, true
+		}
+		m.Devices = append(m.Devices, offer)
 	}
 	if err := l.Send(m); err != nil {
 		return "", l.lost(err)
@@ -656,6 +733,12 @@ func (o *outgoing) preflight(ctx context.Context) (State, error) {
 				return "", fmt.Errorf("%w: device %s needs its base at the target", wire.ErrProtocol, d.Name)
 			}
 		case wire.HoldsBase:
+			if d.absent {
+				if c := block.NewContents(d.Device.Size(), d.contents); c.Check() != nil || c.Device != d.Origin {
+					return "", fmt.Errorf("%w: device %s: the contents are not those of its base", wire.ErrProtocol, d.Name)
+				}
+				break
+			}
 			if d.Base == (block.ID{}) || d.Overlay == nil {
 				return "", fmt.Errorf("%w: device %s has no base", wire.ErrProtocol, d.Name)
 			}
@@ -685,12 +768,28 @@ func (o *outgoing) reply(ctx context.Context, l *link) (any, error) {
 	defer cancel()
 	written := make(chan error, 1)
 	go func() { written <- o.config.VM.WriteBack(ctx) }()
-	reply, err := l.receive(o.sizes)
+	reply, err := o.receiveAnswer(l)
 	cancel()
 	if werr := <-written; err == nil && !errors.Is(werr, context.Canceled) {
 		err = werr
 	}
 	return reply, err
+}
+
+// receiveAnswer receives the answer to the manifest, and the contents before it of bases that the target holds and this side lacks.
+func (o *outgoing) receiveAnswer(l *link) (any, error) {
+	for {
+		m, err := l.receive(o.sizes)
+		c, ok := m.(wire.Contents)
+		if err != nil || !ok {
+			return m, err
+		}
+		d := o.devices[c.Device]
+		if !d.absent || c.First != int64(len(d.contents)) || len(c.Blocks) == 0 {
+			return nil, fmt.Errorf("%w: contents of device %s that were not asked for", wire.ErrProtocol, d.Name)
+		}
+		d.contents = append(d.contents, c.Blocks...)
+	}
 }
 
 // attachMain makes l the main connection and reads from it.
@@ -701,7 +800,12 @@ func (o *outgoing) attachMain(l *link) {
 	close(o.attached)
 	o.attached = make(chan struct{})
 	o.mu.Unlock()
-	o.wg.Go(func() { l.cancel(o.read(l)) })
+	o.wg.Go(func() {
+		l.cancel(o.read(l))
+		o.mu.Lock()
+		o.parted = time.Now()
+		o.mu.Unlock()
+	})
 }
 
 // retire ends a link that is replaced, with mu held.
@@ -720,7 +824,13 @@ func (o *outgoing) attach(l *link, hello wire.Hello) error {
 		o.retire(o.demand)
 		o.demand = l
 		o.mu.Unlock()
-		return o.read(l)
+		err := o.read(l)
+		select {
+		case <-o.complete:
+			return nil // nothing is wanted any more
+		default:
+			return err
+		}
 	}
 	m, err := l.receive(o.sizes)
 	if err != nil {
@@ -732,8 +842,8 @@ func (o *outgoing) attach(l *link, hello wire.Hello) error {
 		l.refuse(wire.CodeProtocol, err)
 		return err
 	}
-	if err := o.reconcile(resume.Outcome == wire.Accepted); err != nil {
-		l.refuse(wire.CodeCancelled, err)
+	if code, err := o.reconcile(resume.Outcome == wire.Accepted); err != nil {
+		l.refuse(code, err)
 		return err
 	}
 	if resume.Outcome != wire.Accepted || o.State() == Moved {
@@ -749,7 +859,7 @@ func (o *outgoing) attach(l *link, hello wire.Hello) error {
 }
 
 // reconcile takes note of where a target stands that has reconnected. A contradiction to where this side stands is an operator's mistake.
-func (o *outgoing) reconcile(accepted bool) error {
+func (o *outgoing) reconcile(accepted bool) (wire.Code, error) {
 	switch state := o.State(); state {
 	case HandingOff, InDoubt:
 		// While handing off: a target that has accepted has got the authority, whose sending is just about to end here. One that refuses has given up
@@ -757,14 +867,18 @@ func (o *outgoing) reconcile(accepted bool) error {
 		o.ack(wire.Ack{Accepted: accepted, Reason: "the target did not take over before it lost the connection"})
 	case Serving, LeftServing, Moved:
 		if !accepted {
-			return errors.New("the VM was taken over before")
+			return wire.CodeCancelled, errors.New("the VM was taken over before")
+		}
+	case Rescuing, Kept:
+		if accepted {
+			return wire.CodeTakenBack, errors.New("an operator has settled that the VM goes on at its source")
 		}
 	default:
 		if accepted {
-			return fmt.Errorf("the VM runs at its source (%s)", state)
+			return wire.CodeCancelled, fmt.Errorf("the source has ended (%s)", state)
 		}
 	}
-	return nil
+	return 0, nil
 }
 
 // replacePending makes exactly those pages pending which the target lacks. What was sent on the connections it had may have been lost.

@@ -45,6 +45,7 @@ type TargetDevice struct {
 	Device *block.Incoming // nil when it is [wire.Unwanted]
 	First  bool            // the VMM needs it to start
 	Backup *Backup         // where to get what is held; of [wire.HoldsBackup] only
+	Base   *block.Contents // of a base that is held and that the source lacks; else nil
 
 	// Cache, if not nil, puts pages that have arrived where the VM will find them without asking; Uncache takes them away again. Both are called before
 	// the handoff only.
@@ -76,6 +77,7 @@ type Target struct {
 	cancel   context.CancelCauseFunc
 	state    atomic.Value  // State
 	running  chan struct{} // closed when the VM runs here
+	whole    chan struct{} // closed when nothing is missing here
 	ended    chan struct{} // closed when all is over; err is set
 	err      error
 	wg       sync.WaitGroup
@@ -144,7 +146,7 @@ func Receive(ctx context.Context, c TargetConfig) (*Target, error) {
 		return nil, fmt.Errorf("make migration id: %w", err)
 	}
 	t := &Target{
-		config: c, id: id, running: make(chan struct{}), ended: make(chan struct{}), authority: make(chan wire.Authority, 1), snapshot: make(chan wire.Snapshot, 1),
+		config: c, id: id, running: make(chan struct{}), whole: make(chan struct{}), ended: make(chan struct{}), authority: make(chan wire.Authority, 1), snapshot: make(chan wire.Snapshot, 1),
 		released: make(chan struct{}), began: time.Now(), wanted: make(chan struct{}, 1),
 		restoring: newRestoring(),
 	}
@@ -268,6 +270,9 @@ func (t *Target) Stats() Stats {
 // Done is closed when nothing is missing any more and the source knows, or when that will not be.
 func (t *Target) Done() <-chan struct{} { return t.ended }
 
+// Whole is closed when nothing is missing here. From then on the source is needed for nothing, whether it knows or not.
+func (t *Target) Whole() <-chan struct{} { return t.whole }
+
 // Wait waits until Done and returns what kept the VM from being complete.
 func (t *Target) Wait() error {
 	<-t.ended
@@ -295,7 +300,7 @@ func (t *Target) connect(ctx context.Context, lane wire.Lane, resume bool) (*lin
 		return nil, fmt.Errorf("connect: %w", err)
 	}
 	l := newLink(ctx, stream, t.config.Limits.Silence)
-	hello := wire.Hello{Version: wire.Version, Lane: lane, Resume: resume, Copy: t.config.Copy, Migration: t.id, Features: wire.FeatureSignature}
+	hello := wire.Hello{Version: wire.Version, Lane: lane, Resume: resume, Copy: t.config.Copy, Migration: t.id, Features: wire.FeatureSignature | wire.FeatureContents}
 	if t.config.Force {
 		hello.Features |= wire.FeatureForce
 	}
@@ -376,6 +381,13 @@ func (t *Target) preflight(ctx context.Context) (State, error) {
 	})
 	if err := t.headStart(ctx, l); err != nil {
 		return "", err
+	}
+	for i, d := range devices {
+		if d.Held == wire.HoldsBase && d.Base != nil {
+			if err := sendContents(l, i, d.Base); err != nil {
+				return "", l.lost(err)
+			}
+		}
 	}
 	if err := l.Send(accept); err != nil {
 		return "", l.lost(err)
@@ -796,6 +808,7 @@ func (t *Target) fetch(ctx context.Context) (State, error) {
 			return "", fmt.Errorf("device %s: %d bytes are missing: %w", d.name, d.Device.Missing()*block.PageSize, err)
 		}
 	}
+	close(t.whole)
 	return Confirming, nil
 }
 
@@ -816,12 +829,8 @@ func (t *Target) whileConnected(ctx context.Context, done <-chan struct{}) error
 			// What was on its way there is lost, and only a new main connection tells the source so.
 			l.cancel(errors.New("the connection for wanted pages was lost"))
 		case <-l.ctx.Done():
-			if err := t.reconnect(ctx); err != nil {
-				select {
-				case <-time.After(t.config.Limits.Reconnect):
-				case <-done:
-				case <-ctx.Done():
-				}
+			if err := t.comeBack(ctx, l, done); err != nil {
+				return err
 			}
 		case <-ctx.Done():
 		}
@@ -829,6 +838,38 @@ func (t *Target) whileConnected(ctx context.Context, done <-chan struct{}) error
 			return context.Cause(ctx)
 		}
 	}
+}
+
+// comeBack makes an attempt to replace a link that has ended, and waits a moment if it fails. An error says that no attempt will succeed.
+func (t *Target) comeBack(ctx context.Context, lost *link, done <-chan struct{}) error {
+	if err := disowned(context.Cause(lost.ctx)); err != nil {
+		return err
+	}
+	err := t.reconnect(ctx)
+	if err == nil {
+		return nil
+	}
+	select {
+	case <-time.After(t.config.Limits.Reconnect):
+	case <-done:
+	case <-ctx.Done():
+	}
+	return disowned(err)
+}
+
+// disowned returns why a source that has answered so will never send the rest; nil if it may.
+func disowned(answer error) error {
+	var remote *RemoteError
+	if !errors.As(answer, &remote) {
+		return nil
+	}
+	switch remote.Code {
+	case wire.CodeUnknown:
+		return fmt.Errorf("the source has ended, and another process answers at its address: %w", remote)
+	case wire.CodeTakenBack:
+		return fmt.Errorf("%w: %w", ErrTakenBack, remote)
+	}
+	return nil
 }
 
 // reconnect makes a new main connection, and asks again for what somebody waits for.
@@ -845,14 +886,25 @@ func (t *Target) reconnect(ctx context.Context) error {
 		}
 		r.Missing = append(r.Missing, missing)
 	}
+	t.mu.Lock()
+	old := []*link{t.main, t.demand}
+	t.mu.Unlock()
+	read := make(chan struct{})
+	t.wg.Go(func() {
+		defer close(read)
+		l.cancel(t.read(ctx, l))
+	})
 	if err := l.Send(r); err != nil {
+		<-read // a source that refuses does not read this, but says why
 		err = l.lost(err)
 		l.close(err)
 		return err
 	}
 	t.mu.Lock()
-	old := []*link{t.main, t.demand}
-	t.main, t.demand = l, nil
+	t.main = l
+	if t.demand == old[1] { // else it has come on this connection
+		t.demand = nil
+	}
 	for _, o := range old {
 		if o != nil {
 			t.closed += o.Sent() + o.Received()
@@ -875,7 +927,6 @@ func (t *Target) reconnect(ctx context.Context) error {
 			o.close(errors.New("replaced"))
 		}
 	}
-	t.wg.Go(func() { l.cancel(t.read(ctx, l)) })
 	t.signalWanted()
 	return nil
 }
@@ -903,15 +954,10 @@ func (t *Target) confirm(ctx context.Context) (State, error) {
 		case <-t.released:
 			return Moved, nil
 		case <-l.ctx.Done():
-			var remote *RemoteError
-			if errors.As(context.Cause(l.ctx), &remote) && remote.Code == wire.CodeUnknown {
+			if err := t.comeBack(ctx, l, nil); errors.Is(err, ErrTakenBack) {
+				return "", err
+			} else if err != nil {
 				return Moved, nil // the source is gone, and nothing of it is needed
-			}
-			if err := t.reconnect(ctx); err != nil {
-				select {
-				case <-time.After(t.config.Limits.Reconnect):
-				case <-ctx.Done():
-				}
 			}
 		case <-ctx.Done():
 		}

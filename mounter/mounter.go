@@ -339,7 +339,9 @@ func (m *Mounter) Serve(ctx context.Context, accept migrate.Accept, moved func()
 			return nil
 		case errors.Is(err, migrate.ErrHandedOver):
 			slog.Info("The devices have moved to their target, which still needs what is here; waiting until it has all")
-			<-source.Gone()
+			if err := source.Relinquish(targetPatience); err != nil {
+				return err
+			}
 		default:
 			return err
 		}
@@ -353,6 +355,9 @@ func (m *Mounter) Serve(ctx context.Context, accept migrate.Accept, moved func()
 	<-ctx.Done()
 	return nil
 }
+
+// targetPatience is how long a mounter that is ended waits for a target that takes nothing more from it.
+const targetPatience = 20 * time.Second
 
 // Stats says how the last migration goes, from here or to here. ok is false when there is none.
 func (m *Mounter) Stats() (stats migrate.Stats, ok bool) {
@@ -379,7 +384,7 @@ func (m *Mounter) newSource() (*migrate.Source, error) {
 		}
 		s := m.devices[cd.Name]
 		sd := migrate.SourceDevice{
-			Name: cd.Name, Device: s.Tracker, Base: s.Base, Expiry: cd.Expiry, MaxDirtyBlocks: cd.MaxDirtyBlocks, MinCycles: cd.MinCycles, MaxCycles: cd.MaxCycles,
+			Name: cd.Name, Device: s.Tracker, Base: s.Base, Origin: s.Origin, Expiry: cd.Expiry, MaxDirtyBlocks: cd.MaxDirtyBlocks, MinCycles: cd.MinCycles, MaxCycles: cd.MaxCycles,
 			CycleThrottle: cd.CycleThrottle,
 		}
 		if s.Base != (block.ID{}) {
@@ -485,8 +490,8 @@ func (d *departure) Pause(context.Context) error {
 	return nil
 }
 
-// Save implements [migrate.SourceVM]. From here on the files say that the devices may have moved.
-func (d *departure) Save(_ context.Context, migration uuid.UUID) error {
+// Leave implements [migrate.SourceVM]. From here on the files say that the devices may have moved.
+func (d *departure) Leave(_ context.Context, migration uuid.UUID) error {
 	for _, name := range d.names {
 		if err := d.m.device(name).setStatus(leaving, migration); err != nil {
 			return fmt.Errorf("device %s: %w", name, err)
@@ -494,6 +499,9 @@ func (d *departure) Save(_ context.Context, migration uuid.UUID) error {
 	}
 	return nil
 }
+
+// Save implements [migrate.SourceVM].
+func (d *departure) Save(context.Context, uuid.UUID) error { return nil }
 
 // Rescue implements [migrate.SourceVM].
 func (d *departure) Rescue(context.Context) error {
@@ -577,16 +585,17 @@ func (a *arrival) Accept(ctx context.Context, manifest wire.Manifest, migration 
 	var devices []migrate.TargetDevice
 	for _, offer := range manifest.Devices {
 		d := a.m.device(offer.Name)
-		if err := d.setStatus(arriving, migration); err != nil {
+		// The second note stays until all is here and durable.
+		if err := errors.Join(d.setStatus(arriving, migration), d.files().NoteMissing(offer.Size)); err != nil {
 			return nil, fmt.Errorf("device %s: %w", d.Name, err)
 		}
 		s, held, err := d.files().Receive(ctx, offer, func(under block.Device) *block.Incoming { return block.NewIncoming(under, true) })
 		if err != nil {
-			return nil, fmt.Errorf("device %s: %w", d.Name, errors.Join(err, d.clearStatus()))
+			return nil, fmt.Errorf("device %s: %w", d.Name, errors.Join(err, d.files().ForgetMissing(), d.clearStatus()))
 		}
 		a.m.devices[d.Name] = s
 		a.order = append(a.order, d.Name)
-		devices = append(devices, migrate.TargetDevice{Held: held, Device: s.Incoming})
+		devices = append(devices, migrate.TargetDevice{Held: held, Device: s.Incoming, Base: s.Contents})
 	}
 	return devices, a.m.expose()
 }
@@ -598,18 +607,7 @@ func (a *arrival) Start(context.Context) error { return nil }
 func (a *arrival) Expect(context.Context, uuid.UUID) error { return nil }
 
 // Restore implements [migrate.TargetVM].
-func (a *arrival) Restore(context.Context, uuid.UUID) error {
-	for _, name := range a.order {
-		missing := a.m.devices[name].Incoming.Missing()
-		if missing == 0 {
-			continue
-		}
-		if err := a.m.device(name).files().NoteMissing(missing * block.PageSize); err != nil {
-			return fmt.Errorf("device %s: %w", name, err)
-		}
-	}
-	return nil
-}
+func (a *arrival) Restore(context.Context, uuid.UUID) error { return nil }
 
 // Resume implements [migrate.TargetVM].
 func (a *arrival) Resume(context.Context) error {

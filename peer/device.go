@@ -92,6 +92,9 @@ func (d *Device) files() *stack.Files {
 // Open opens a device that no VM uses, to read it. Close it.
 func (d Device) Open(ctx context.Context) (block.Device, error) { return d.files().Open(ctx) }
 
+// Problems verifies a device that no VM uses; see [stack.Files.Problems].
+func (d Device) Problems(ctx context.Context) ([]string, error) { return d.files().Problems(ctx) }
+
 // moves tells whether the device moves with the VM.
 func (d *Device) moves() bool { return d.MakeMigratable && !d.Shared }
 

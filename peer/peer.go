@@ -149,18 +149,22 @@ func (p *Peer) Resume(ctx context.Context) error {
 
 // resume starts the instance on a host that is occupied.
 func (p *Peer) resume(ctx context.Context, start time.Time) error {
-	// Of a VM that was being taken over the state device says more than the others, which may lack something; else they do.
 	if err := p.openDevices(ctx, func(d *Device) bool { return d.Name == vmm.State }); err != nil {
 		return err
 	}
-	status, _, _, err := vmm.StateStatus(p.devices[vmm.State])
-	if err != nil || status != vmm.TakingOver {
-		if err := p.openDevices(ctx, func(d *Device) bool { return d.Name != vmm.State }); err != nil {
-			return err
-		}
+	// That the VM may be elsewhere comes first. Of one that is here, the other devices say what is missing of it.
+	refusal := vmm.CheckResumable(p.devices[vmm.State])
+	if refusal != nil {
+		refusal = fmt.Errorf("state device %s: %w", p.statePath(), refusal)
 	}
-	if err := vmm.CheckResumable(p.devices[vmm.State]); err != nil {
-		return fmt.Errorf("state device %s: %w", p.statePath(), err)
+	if status, _, _, err := vmm.StateStatus(p.devices[vmm.State]); err == nil && refusal != nil && status != vmm.Running {
+		return refusal
+	}
+	if err := p.openDevices(ctx, func(d *Device) bool { return d.Name != vmm.State }); err != nil {
+		return err
+	}
+	if refusal != nil {
+		return refusal
 	}
 	config, err := p.packageConfig()
 	if err != nil {
@@ -357,7 +361,8 @@ func (p *Peer) Suspend(ctx context.Context) error {
 	if err = errors.Join(err, p.exposure.Failed()); !saved {
 		return err
 	}
-	err = errors.Join(err, p.instance.Close())
+	// What arrived last may have been made durable by the suspend only.
+	err = errors.Join(err, p.forgetMissing(), p.instance.Close())
 	slog.Info("Suspended VM", "took", time.Since(start).Round(time.Millisecond))
 	if err == nil && p.syncer != nil {
 		err = p.syncer.finish(context.WithoutCancel(ctx), p)

@@ -102,10 +102,12 @@ func (p *Peer) ArrivalError() error {
 	return a.Wait()
 }
 
-// awaitArrival waits until a VM that came by a migration is complete.
+// awaitArrival waits until nothing of a VM that came by a migration is missing here. Whether its source knows does not matter.
 func (p *Peer) awaitArrival(ctx context.Context) error {
-	arrived := p.Arrived()
-	if arrived == nil {
+	p.mu.Lock()
+	a := p.arrival
+	p.mu.Unlock()
+	if a == nil {
 		return nil
 	}
 	_, _, left := arrivalBytes(p)
@@ -115,15 +117,22 @@ func (p *Peer) awaitArrival(ctx context.Context) error {
 	defer tick.Stop()
 	for {
 		select {
-		case <-arrived:
-			return p.ArrivalError()
+		case <-a.Whole():
+			return nil
+		case <-a.Done():
+			select {
+			case <-a.Whole():
+				return nil
+			default:
+				return a.Wait()
+			}
 		case <-tick.C:
 			if _, _, now := arrivalBytes(p); now < left {
 				left = now
 				stalled.Reset(arrivalPatience)
 			}
 		case <-stalled.C:
-			return fmt.Errorf("%d bytes of the VM are still at its source, and none came for %s; see to the source and the network", left, arrivalPatience)
+			return fmt.Errorf("%d bytes of the VM are still at its source, and none came for %s; if it is gone for good, go on there from the handoff, with 'drafter peer settle --here'", left, arrivalPatience)
 		case <-ctx.Done():
 			return fmt.Errorf("%d bytes of the VM are still at its source: %w", left, context.Cause(ctx))
 		}
@@ -259,9 +268,11 @@ func (a *arrival) check(ctx context.Context, m wire.Manifest) error {
 	return instance.CheckSizes(a.config, sizes, a.p.bases())
 }
 
-// open opens the devices, the state device first: from then on it says that the VM is arriving.
+// open opens the devices, the state device first: from then on it says that the VM is arriving, and the others that they may lack something, until all of it is here and
+// durable.
 func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID) (map[string]wire.Held, error) {
 	held := map[string]wire.Held{}
+	var notes errgroup.Group // a disk that is busy makes them durable together
 	offers := slices.Clone(m.Devices)
 	slices.SortStableFunc(offers, func(x, y wire.Device) int {
 		return boolInt(y.Name == vmm.State) - boolInt(x.Name == vmm.State)
@@ -281,7 +292,12 @@ func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID
 			if err := vmm.MarkArriving(s.Incoming.Device, migration); err != nil {
 				return nil, fmt.Errorf("device %s: %w", offered.Name, err)
 			}
+			continue
 		}
+		notes.Go(func() error { return named(d.Name, d.files().NoteMissing(offered.Size)) })
+	}
+	if err := notes.Wait(); err != nil {
+		return nil, err
 	}
 	for i := range a.p.config.Devices {
 		d := &a.p.config.Devices[i]
@@ -320,7 +336,8 @@ func (a *arrival) devices(ctx context.Context, m wire.Manifest, held map[string]
 	cached = cached && mount.Exposes(vmm.Memory) // else the VMM has no cache that arriving pages could be put into
 	var devices []migrate.TargetDevice
 	for _, offered := range m.Devices {
-		d := migrate.TargetDevice{Held: held[offered.Name], Device: a.p.devices[offered.Name].Incoming, First: offered.Name == vmm.Kernel}
+		s := a.p.devices[offered.Name]
+		d := migrate.TargetDevice{Held: held[offered.Name], Device: s.Incoming, First: offered.Name == vmm.Kernel, Base: s.Contents}
 		backup, err := a.p.backup(ctx, a.device(offered.Name), offered, d.Held)
 		if err != nil {
 			return nil, fmt.Errorf("device %s: %w", offered.Name, err)
@@ -369,18 +386,7 @@ func (a *arrival) Expect(_ context.Context, migration uuid.UUID) error {
 	if a.header == nil {
 		return fmt.Errorf("device %s does not come with the VM; set makeMigratable on for it, here and on the source", vmm.State)
 	}
-	var notes errgroup.Group // a disk that is busy makes them durable together
-	for name, d := range a.p.devices {
-		switch {
-		case name == vmm.Memory || d.Incoming == nil: // of memory nothing is left anyway when this process is killed
-			continue
-		case name == vmm.State:
-			notes.Go(func() error { return named(name, a.header.expect(migration)) })
-		default:
-			notes.Go(func() error { return named(name, a.device(name).files().NoteMissing(d.Size())) })
-		}
-	}
-	return notes.Wait()
+	return named(vmm.State, a.header.expect(migration))
 }
 
 // named says which device an error is about.
@@ -394,14 +400,6 @@ func named(device string, err error) error {
 // Restore implements [migrate.TargetVM].
 func (a *arrival) Restore(ctx context.Context, migration uuid.UUID) error {
 	a.endWatch()
-	for name, d := range a.p.devices {
-		if name == vmm.Memory || d.Incoming == nil || d.Incoming.Missing() > 0 {
-			continue
-		}
-		if err := a.device(name).files().ForgetMissing(); err != nil {
-			return fmt.Errorf("device %s: %w", name, err)
-		}
-	}
 	if err := a.launched.Restore(ctx, migration); err != nil {
 		return err
 	}
@@ -430,8 +428,17 @@ func (a *arrival) Complete(context.Context) error {
 		if err := d.Sync(); err != nil {
 			return fmt.Errorf("device %s: %w", name, err)
 		}
-		if err := a.device(name).files().ForgetMissing(); err != nil {
-			return fmt.Errorf("device %s: %w", name, err)
+	}
+	return a.p.forgetMissing()
+}
+
+// forgetMissing takes back what the devices say of missing parts, once nothing is missing and all of it is durable.
+func (p *Peer) forgetMissing() error {
+	for i := range p.config.Devices {
+		if d := &p.config.Devices[i]; d.moves() {
+			if err := d.files().ForgetMissing(); err != nil {
+				return fmt.Errorf("device %s: %w", d.Name, err)
+			}
 		}
 	}
 	return nil

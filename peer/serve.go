@@ -48,8 +48,10 @@ func (p *Peer) Serve(ctx context.Context, accept migrate.Accept) (moved bool, er
 		return false, leaveInDoubt()
 	case errors.Is(err, migrate.ErrHandedOver):
 		slog.Info("The VM runs at its target, which still needs what is here; waiting until it has all")
-		<-source.Gone()
-		return source.State() == migrate.Moved, source.GoneError()
+		if err = source.Relinquish(arrivalPatience); errors.Is(err, migrate.ErrHandedOver) {
+			err = fmt.Errorf("%w; what was here at the handoff is kept: if the VM is lost there, go on from it with 'drafter peer settle --here', else note it with 'drafter peer settle --away'", err)
+		}
+		return source.State() == migrate.Moved, err
 	default:
 		return false, err
 	}
@@ -135,7 +137,7 @@ func (p *Peer) newSource() (*migrate.Source, error) {
 		}
 		s := p.devices[d.Name]
 		sd := migrate.SourceDevice{
-			Name: d.Name, Device: s.Tracker, Base: s.Base, NeedsBase: d.SharedBase, First: d.Name == vmm.Kernel || d.Name == vmm.State,
+			Name: d.Name, Device: s.Tracker, Base: s.Base, Origin: s.Origin, NeedsBase: d.SharedBase, First: d.Name == vmm.Kernel || d.Name == vmm.State,
 			Expiry: d.Expiry, MaxDirtyBlocks: d.MaxDirtyBlocks, MinCycles: d.MinCycles, MaxCycles: d.MaxCycles, CycleThrottle: d.CycleThrottle,
 		}
 		if s.Base != (block.ID{}) {
@@ -171,6 +173,11 @@ func (d *departure) Prepare(ctx context.Context) error {
 // Pause implements [migrate.SourceVM].
 func (d *departure) Pause(ctx context.Context) error { return d.p.instance.Pause(ctx) }
 
+// Leave implements [migrate.SourceVM].
+func (d *departure) Leave(_ context.Context, migration uuid.UUID) error {
+	return d.p.instance.NoteLeaving(migration)
+}
+
 // Save implements [migrate.SourceVM].
 func (d *departure) Save(ctx context.Context, migration uuid.UUID) error {
 	return d.p.instance.SaveLeaving(ctx, migration)
@@ -202,7 +209,8 @@ func (d *departure) Mark(_ context.Context, state migrate.State, _ uuid.UUID) er
 	return d.p.instance.Mark(map[migrate.State]vmm.Status{migrate.InDoubt: vmm.InDoubt, migrate.Serving: vmm.HandedOver}[state])
 }
 
-// settling waits for an operator's decision while the VM is in doubt. The command that brings it cannot reach this process but by a file.
+// settling waits for an operator's decision while the VM is in doubt, or runs at a target that may be lost. The command that brings it cannot reach this process but by
+// a file.
 type settling struct {
 	stop chan struct{}
 	done chan struct{}
@@ -214,7 +222,12 @@ func (s *settling) follow(p *Peer, state migrate.State) {
 		<-s.done
 		s.stop = nil
 	}
-	if state != migrate.InDoubt {
+	missed := "The target does not answer: it is in doubt who owns the VM, which stays paused here; waiting for the target, or for 'drafter peer settle'"
+	switch state {
+	case migrate.InDoubt:
+	case migrate.Serving:
+		missed = "The target, where the VM runs, is away and lacks a part of it; waiting for the target, or for 'drafter peer settle': --here if it is lost there, else --away"
+	default:
 		return
 	}
 	s.stop, s.done = make(chan struct{}), make(chan struct{})
@@ -223,22 +236,27 @@ func (s *settling) follow(p *Peer, state migrate.State) {
 		defer close(done)
 		tick := time.NewTicker(200 * time.Millisecond)
 		defer tick.Stop()
-		said := time.NewTimer(2 * time.Second)
-		defer said.Stop()
+		began, said := time.Now(), false
 		for {
 			select {
 			case <-stop:
 				return
-			case <-said.C:
-				slog.Warn("The target does not answer: it is in doubt who owns the VM, which stays paused here; waiting for the target, or for 'drafter peer settle'")
 			case <-tick.C:
-				if err := p.readDecision(); err != nil {
-					slog.Error("Settle", "error", err)
-				}
+			}
+			silent := time.Since(began) > targetPatience && (state == migrate.InDoubt || p.source.Away() > targetPatience)
+			if silent && !said {
+				slog.Warn(missed)
+			}
+			said = silent
+			if err := p.readDecision(); err != nil {
+				slog.Error("Settle", "error", err)
 			}
 		}
 	}()
 }
+
+// targetPatience is how long a target may be away before that is said.
+const targetPatience = 2 * time.Second
 
 // decisionFile is where an operator's decision is left for the process that owns an instance.
 func decisionFile(devices []Device) string {
@@ -267,16 +285,21 @@ func (p *Peer) readDecision() error {
 	if err := private.CheckOwner(f); err != nil { // a stranger does not decide
 		return err
 	}
-	b, err := io.ReadAll(io.LimitReader(f, 64))
+	b, err := io.ReadAll(io.LimitReader(f, maxDecision))
 	if err != nil {
 		return err
 	}
-	outcome := migrate.Outcome(strings.TrimSpace(string(b)))
-	if outcome == migrate.Here || outcome == migrate.Away {
-		err = p.source.Settle(outcome)
+	text := strings.TrimSpace(string(b))
+	switch outcome := migrate.Outcome(text); {
+	case strings.HasPrefix(text, refusedPrefix): // which the command has not read yet
+		return nil
+	case outcome != migrate.Here && outcome != migrate.Away:
+		return errors.Join(fmt.Errorf("%s holds %q instead of here or away", path, outcome), os.Remove(path))
+	default:
+		if err := p.source.Settle(outcome); err != nil {
+			return writeDecision(path, refusedPrefix+err.Error())
+		}
 		slog.Info("An operator has settled who owns the VM", "outcome", outcome)
-	} else {
-		err = fmt.Errorf("%s holds %q instead of here or away", path, outcome)
+		return os.Remove(path)
 	}
-	return errors.Join(err, os.Remove(path))
 }

@@ -6,17 +6,20 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"drafter/block"
 	"drafter/internal/lockfile"
+	"drafter/internal/private"
 	"drafter/migrate"
+	"drafter/stack"
 	"drafter/vmm"
 )
 
-// Settle decides who owns a VM that was handed over from here without an answer. If the process that owns the instance still waits, it is told; else the
-// decision is noted in the instance's files: it can be resumed here, or it has moved away. The decision is the operator's, who has looked at the target: a VM
-// that is settled to be here while it runs there runs twice.
+// Settle decides who owns a VM that a migration has left in the middle. If the process that owns the instance still waits, it is told; else the decision is noted in
+// the instance's files: it can be started here, or it is elsewhere. The decision is the operator's, who has looked at the other side: a VM that is settled to be here
+// while it runs there runs twice.
 func Settle(ctx context.Context, devices []Device, outcome migrate.Outcome) error {
 	i := slices.IndexFunc(devices, func(d Device) bool { return d.Name == vmm.State })
 	if i < 0 {
@@ -29,7 +32,7 @@ func Settle(ctx context.Context, devices []Device, outcome migrate.Outcome) erro
 			return fmt.Errorf("device %s: overlay %s does not exist, so there is no instance", vmm.State, d.Overlay)
 		}
 	}
-	s, err := devices[i].files().Open(ctx)
+	s, err := devices[i].openState(ctx)
 	var held *lockfile.HeldError
 	if errors.As(err, &held) {
 		return settleRunning(ctx, devices, outcome)
@@ -37,24 +40,55 @@ func Settle(ctx context.Context, devices []Device, outcome migrate.Outcome) erro
 	if err != nil {
 		return fmt.Errorf("device %s: %w", vmm.State, err)
 	}
-	err = vmm.SettleState(s, outcome == migrate.Here)
-	return errors.Join(err, s.Close())
+	return errors.Join(vmm.SettleState(s, outcome == migrate.Here, missing(devices) != nil), s.Close())
+}
+
+// openState opens the state device of an instance that does not run, whose base need not be here.
+func (d *Device) openState(ctx context.Context) (*stack.Stack, error) {
+	if d.Overlay == "" {
+		return d.files().Open(ctx)
+	}
+	return d.files().OpenOverlay()
+}
+
+// missing tells which part of an instance never arrived; nil if none.
+func missing(devices []Device) error {
+	for i := range devices {
+		if err := devices[i].files().CheckMissing(); err != nil {
+			return fmt.Errorf("device %s: %w", devices[i].Name, err)
+		}
+	}
+	return nil
+}
+
+const (
+	refusedPrefix = "refused: " // of what a peer writes in the place of a decision that it does not follow
+	maxDecision   = 1 << 10     // bytes
+)
+
+func writeDecision(path, text string) error {
+	return block.Publish(path, func(f *os.File) error {
+		_, err := f.WriteString(text)
+		return err
+	})
 }
 
 // settleRunning leaves the decision for the process that owns the instance, and waits until it has taken it.
 func settleRunning(ctx context.Context, devices []Device, outcome migrate.Outcome) error {
 	path := decisionFile(devices)
-	err := block.Publish(path, func(f *os.File) error {
-		_, err := f.WriteString(string(outcome))
-		return err
-	})
-	if err != nil {
+	if err := writeDecision(path, string(outcome)); err != nil {
 		return fmt.Errorf("leave the decision for the peer that runs: %w", err)
 	}
 	deadline := time.Now().Add(5 * time.Second)
 	for time.Now().Before(deadline) && ctx.Err() == nil {
-		if _, err := os.Stat(path); errors.Is(err, os.ErrNotExist) {
+		b, err := private.ReadFile(path, maxDecision)
+		switch text, refused := strings.CutPrefix(string(b), refusedPrefix); {
+		case errors.Is(err, os.ErrNotExist):
 			return nil
+		case err != nil:
+			return err
+		case refused:
+			return errors.Join(errors.New(text), os.Remove(path))
 		}
 		time.Sleep(50 * time.Millisecond)
 	}

@@ -105,12 +105,8 @@ func makeRoom(devices []Device) error {
 		return fmt.Errorf("device %s: %w", vmm.State, err)
 	}
 	if found {
-		status, _, err := stateStatus(state)
-		if err != nil {
-			return fmt.Errorf("device %s: %w", vmm.State, err)
-		}
-		if status != vmm.Arriving && status != vmm.Moved {
-			return fmt.Errorf("there is an instance at %s already, which has not moved away; choose another directory for the one that comes, or remove its files", state.State)
+		if err := replaceable(state, devices); err != nil {
+			return err
 		}
 	}
 	for i := range devices {
@@ -133,16 +129,32 @@ func makeRoom(devices []Device) error {
 	return nil
 }
 
-// stateStatus reads the status of an instance that does not run. An overlay of the state device that holds nothing was never started.
-func stateStatus(d *Device) (vmm.Status, uuid.UUID, error) {
-	s, err := d.files().Open(context.Background())
+// replaceable refuses an instance that must not be overwritten: any that has neither moved away nor begun to arrive, and one that it takes an operator to decide about.
+func replaceable(state *Device, devices []Device) error {
+	s, err := state.openState(context.Background())
 	if err != nil {
-		return 0, uuid.UUID{}, err
+		return fmt.Errorf("device %s: %w", vmm.State, err)
 	}
 	defer s.Close() // nothing was written
-	if s.Overlay != nil && s.Overlay.Present().Count() == 0 {
-		return vmm.Moved, uuid.UUID{}, nil
+	if s.Overlay != nil && !s.Overlay.Present().Has(0) {
+		return nil // it was never started
 	}
-	status, migration, _, err := vmm.StateStatus(s)
-	return status, migration, err
+	status, _, _, err := vmm.StateStatus(s)
+	if err != nil {
+		return fmt.Errorf("device %s: %w", vmm.State, err)
+	}
+	left := vmm.CheckResumable(s)
+	switch status {
+	case vmm.Arriving, vmm.Moved:
+		return nil
+	case vmm.Leaving, vmm.InDoubt, vmm.HandedOver, vmm.TakingOver:
+	case vmm.Running:
+		left = missing(devices)
+	default:
+		left = nil
+	}
+	if left != nil {
+		return fmt.Errorf("there is an instance at %s already: %w", state.State, left)
+	}
+	return fmt.Errorf("there is an instance at %s already, which has not moved away; choose another directory for the one that comes, or remove its files", state.State)
 }

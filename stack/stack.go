@@ -32,8 +32,10 @@ type Stack struct {
 	*block.Tracker
 	Overlay  *block.Overlay  // nil when the device writes to its base
 	Base     block.ID        // content id of the overlay's base; zero when it is over zeros, or not there
+	Origin   block.ID        // content id of the base that the device was made from, where that is not here; else zero
 	Incoming *block.Incoming // nil unless a migration brought the device
 	Pulled   *block.Pulled   // nil unless the base is being pulled
+	Contents *block.Contents // of the base, if a migration came whose source lacks it; else nil
 
 	created []func() error // remove the files that were made for it
 }
@@ -55,35 +57,79 @@ func (f *Files) Open(ctx context.Context) (*Stack, error) {
 		}
 		return &Stack{Tracker: block.NewTracker(base, f.trackedBlockSize())}, nil
 	}
-	under, size, found, err := block.OverlayBase(f.OverlayPaths())
+	base, under, id, err := f.beneath(ctx)
 	if err != nil {
 		return nil, err
+	}
+	return f.overlayOver(base, under, id, block.ID{}, nil)
+}
+
+// beneath opens what is beneath an overlay, which need not exist yet. under is the content id that the overlay is bound to, id is that of the base; zero without one.
+func (f *Files) beneath(ctx context.Context) (base block.Device, under, id block.ID, err error) {
+	under, size, found, err := block.OverlayBase(f.OverlayPaths())
+	if err != nil {
+		return nil, under, id, err
 	}
 	// An overlay over zeros came by a migration, without its base.
 	baseless := false
 	if found {
 		if baseless, err = isZeros(ctx, under, size); err != nil {
-			return nil, err
+			return nil, under, id, err
 		}
 	}
 	if _, err := os.Stat(f.Base); baseless && errors.Is(err, os.ErrNotExist) {
-		return f.overlayOver(block.NewZeros(size), under, block.ID{}, nil)
+		return block.NewZeros(size), under, id, nil
 	}
-	base, err := f.openBase(true)
+	file, err := f.openBase(true)
+	if err != nil {
+		return nil, under, id, err
+	}
+	contents, err := f.contents(ctx, file)
+	if err == nil && baseless && contents.Device != under {
+		return block.NewZeros(size), under, id, file.Close()
+	}
+	if err != nil {
+		return nil, under, id, errors.Join(err, file.Close())
+	}
+	return file, contents.Device, contents.Device, nil
+}
+
+// OpenOverlay opens what a device's overlay holds by itself, over zeros in the place of its base, which need not be here.
+func (f *Files) OpenOverlay() (*Stack, error) {
+	under, size, found, err := block.OverlayBase(f.OverlayPaths())
 	if err != nil {
 		return nil, err
 	}
-	contents, err := f.contents(ctx, base)
-	if err != nil {
-		return nil, errors.Join(err, base.Close())
+	if !found {
+		return nil, fmt.Errorf("overlay %s does not exist", f.Overlay)
 	}
-	if baseless && contents.Device != under {
-		if err := base.Close(); err != nil {
-			return nil, err
+	return f.overlayOver(block.NewZeros(size), under, block.ID{}, block.ID{}, nil)
+}
+
+// Problems verifies a device that is not in use, by the same rules as Open. It returns what is wrong, in words for the user, and an error only if it could not look.
+// Nothing is changed.
+func (f *Files) Problems(ctx context.Context) (problems []string, err error) {
+	if err := f.CheckMissing(); err != nil {
+		problems = append(problems, err.Error())
+	}
+	if f.Overlay == "" {
+		base, err := f.openBase(false)
+		if err != nil {
+			return append(problems, err.Error()), nil
 		}
-		return f.overlayOver(block.NewZeros(size), under, block.ID{}, nil)
+		return problems, base.Close()
 	}
-	return f.overlayOver(base, contents.Device, contents.Device, nil)
+	base, under, _, err := f.beneath(ctx)
+	if err != nil {
+		problems = append(problems, err.Error())
+		id, size, found, err := block.OverlayBase(f.OverlayPaths())
+		if err != nil || !found || !block.PartlyPulled(f.Base) {
+			return problems, nil
+		}
+		base, under = block.NewZeros(size), id // what there is of the base is verified when it is pulled
+	}
+	more, err := block.Check(ctx, base, under, f.OverlayPaths())
+	return append(problems, more...), err
 }
 
 // isZeros tells whether a content id is that of a device of zeros.
@@ -108,7 +154,7 @@ func (f *Files) OverlayPaths() block.OverlayPaths {
 func (f *Files) openBase(readOnly bool) (*block.File, error) {
 	base, err := block.OpenFile(f.Base, readOnly)
 	if errors.Is(err, os.ErrNotExist) && block.PartlyPulled(f.Base) {
-		return nil, fmt.Errorf("its base %s was not wholly pulled yet; start once more with the --raddr or --package that it comes from", f.Base)
+		return nil, notPulled(f.Base)
 	}
 	if err != nil {
 		return nil, err
@@ -120,6 +166,10 @@ func (f *Files) openBase(readOnly bool) (*block.File, error) {
 		}
 	}
 	return base, nil
+}
+
+func notPulled(base string) error {
+	return fmt.Errorf("its base %s was not wholly pulled yet; start once more with the --raddr or --package that it comes from", base)
 }
 
 // contents returns the contents of the open base, once they are checked.
@@ -137,17 +187,20 @@ func (f *Files) contents(ctx context.Context, base *block.File) (*block.Contents
 	return c, nil
 }
 
-// overlayOver opens the overlay over base, whose content id is under. receive, if not nil, puts a device between the overlay and the tracker.
-func (f *Files) overlayOver(base block.Device, under, id block.ID, receive func(block.Device) *block.Incoming) (*Stack, error) {
+// overlayOver opens the overlay over base, whose content id is under. One that is made keeps origin, the content id of a base that is not here. receive, if not nil,
+// puts a device between the overlay and the tracker.
+func (f *Files) overlayOver(base block.Device, under, id, origin block.ID, receive func(block.Device) *block.Incoming) (*Stack, error) {
 	blockSize := f.BlockSize
 	if f.Paged && blockSize != 0 { // with 0, none is made
 		blockSize = block.PageSize
 	}
-	overlay, err := block.OpenOverlay(base, under, f.OverlayPaths(), blockSize)
+	paths := f.OverlayPaths()
+	paths.Origin = origin
+	overlay, err := block.OpenOverlay(base, under, paths, blockSize)
 	if err != nil {
 		return nil, err
 	}
-	s := &Stack{Overlay: overlay, Base: id}
+	s := &Stack{Overlay: overlay, Base: id, Origin: overlay.Origin()}
 	if receive == nil {
 		s.Tracker = block.NewTracker(overlay, f.trackedBlockSize())
 		return s, nil
@@ -183,7 +236,7 @@ func (f *Files) Receive(ctx context.Context, offered wire.Device, receive func(u
 		if err != nil {
 			return nil, 0, err
 		}
-		s, err := f.overlayOver(block.NewZeros(offered.Size), zeros, block.ID{}, receive)
+		s, err := f.overlayOver(block.NewZeros(offered.Size), zeros, block.ID{}, offered.Base, receive)
 		return s, wire.HoldsNothing, err
 	}
 	base, err := f.openBase(true)
@@ -198,8 +251,14 @@ func (f *Files) Receive(ctx context.Context, offered wire.Device, receive func(u
 		err := fmt.Errorf("its base %s is not the one that the VM was made from; copy that package to this host, or name a base that does not exist to have all of it sent", f.Base)
 		return nil, 0, errors.Join(err, base.Close())
 	}
-	s, err := f.overlayOver(base, contents.Device, contents.Device, receive)
-	return s, wire.HoldsBase, err
+	s, err := f.overlayOver(base, contents.Device, contents.Device, block.ID{}, receive)
+	if err != nil {
+		return nil, 0, err
+	}
+	if offered.Absent {
+		s.Contents = contents
+	}
+	return s, wire.HoldsBase, nil
 }
 
 // missingFile says, beside a device's files, that a migration has left a part of the device at its source.
@@ -241,7 +300,7 @@ func (f *Files) CheckMissing() error {
 	if _, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(string(b)), " bytes"), 10, 64); err != nil {
 		return fmt.Errorf("%s is no note of what has not arrived; look where it comes from", f.missingFile())
 	}
-	return fmt.Errorf("up to %s of it never arrived: the peer that received it was killed before the migration was complete; its source still has what it was at the handoff (settle it there with 'drafter peer settle --here')", strings.TrimSpace(string(b)))
+	return fmt.Errorf("up to %s of it never arrived: the peer that received it was killed before the migration was complete; its source still has what it was at the handoff (settle it there with 'drafter peer settle --here', and give up what is here with 'drafter peer settle --away')", strings.TrimSpace(string(b)))
 }
 
 // Remove removes the files that were made for a device.
@@ -289,7 +348,7 @@ func (f *Files) OpenOver(ctx context.Context, remote block.Remote) (*Stack, erro
 		return nil, err
 	}
 	id := remote.Contents.Device
-	s, err := f.overlayOver(base, id, id, nil)
+	s, err := f.overlayOver(base, id, id, block.ID{}, nil)
 	if err != nil {
 		return nil, err
 	}

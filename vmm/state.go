@@ -48,7 +48,7 @@ const (
 	Running    Status = 2 // resumed and not suspended since: the saved state is stale
 	PoweredOff Status = 3 // the guest shut down: there is nothing to resume
 	Arriving   Status = 4 // a migration to here is under way: the devices hold a part of a VM
-	Leaving    Status = 5 // a migration from here has saved the state, which is of use at its target only
+	Leaving    Status = 5 // a migration from here is at its end: the VM may be resumed at its target at any moment. A state saved meanwhile is of use there only
 	InDoubt    Status = 6 // the VM was handed over, and the target has not answered: the devices hold all of it
 	HandedOver Status = 7 // the VM runs at the target, which may still need what is here
 	Moved      Status = 8 // the target has all of the VM
@@ -142,18 +142,20 @@ func (h *stateHeader) resumable() error {
 	switch h.status {
 	case Suspended:
 		return nil
-	case Running, Leaving:
+	case Running:
 		return fmt.Errorf("the VM was resumed, at %s or before, and never suspended, so its memory no longer fits its saved state; extract the package again, or make a new one from its disks ('drafter device export' takes them out of an instance, 'drafter snapshotter' boots them)", at)
 	case PoweredOff:
 		return fmt.Errorf("the guest powered itself off at %s, so there is nothing to resume; boot its disk with drafter snapshotter", at)
 	case Arriving:
 		return fmt.Errorf("a migration to here began at %s and did not get to its end, so this is a part of a VM; the VM is still at its source, migrate it again", at)
+	case Leaving:
+		return fmt.Errorf("the VM was being handed over at %s when its peer was killed, so it may run at its target; look there, and note it with 'drafter peer settle --away'; only if it does not run there and never will, 'drafter peer settle --here': then its memory is lost, and its disks are as after a power cut", at)
 	case TakingOver:
-		return fmt.Errorf("a migration to here was at its end at %s, and this side ended before it was certain that the VM ran here; go on at its source (if it is in doubt there, with 'drafter peer settle'), and remove this instance's files", at)
+		return fmt.Errorf("a migration to here was at its end at %s, and this side ended before it was certain that the VM ran here; go on at its source (if it does not by itself, with 'drafter peer settle --here' there), and give up what is here with 'drafter peer settle --away'", at)
 	case InDoubt:
-		return fmt.Errorf("the VM was handed over at %s and the target has not answered, so it is in doubt where it runs; look there, and then settle it with 'drafter peer settle'", at)
+		return fmt.Errorf("the VM was handed over at %s and the target has not answered, so it is in doubt where it runs; look there, and then settle it with 'drafter peer settle --here', or --away", at)
 	case HandedOver:
-		return fmt.Errorf("the VM was handed over at %s, and it is not known whether its target has all of it; look there, and if it is lost, go on from that moment with 'drafter peer settle --here'", at)
+		return fmt.Errorf("the VM was handed over at %s, and it is not known whether its target has all of it; look there, and if it is lost, go on from that moment with 'drafter peer settle --here'; if it runs there, note it with 'drafter peer settle --away'", at)
 	case Moved:
 		return fmt.Errorf("the VM moved away at %s; migrate it back, or remove this instance's files", at)
 	}
@@ -248,6 +250,16 @@ func MarkTakingOver(dev StateDevice, migration uuid.UUID) error {
 	return writeStateHeader(dev, &stateHeader{status: TakingOver, migration: migration, changed: time.Now()})
 }
 
+// MarkLeaving makes dev, which is that of a VM that runs, say durably that it may run at the target of a migration from now on.
+func MarkLeaving(dev StateDevice, migration uuid.UUID) error {
+	h, err := readStateHeader(dev)
+	if err != nil {
+		return err
+	}
+	h.status, h.migration, h.changed = Leaving, migration, time.Now()
+	return syncStateHeader(dev, h)
+}
+
 // MarkState changes the status of a state device, durably. It is called with Running before a vCPU runs and with PoweredOff once none
 // ever will. What the marks of a migration are about stays noted.
 func MarkState(dev StateDevice, status Status) error {
@@ -269,20 +281,25 @@ func NoteState(dev StateDevice, status Status) error {
 	return writeStateHeader(dev, h)
 }
 
-// SettleState decides, durably, about a VM that was handed over and whose owner has ended since: it can be resumed from dev's devices, or it has moved away.
-// It fails if there is nothing to decide.
-func SettleState(dev StateDevice, here bool) error {
+// SettleState decides, durably, about a VM that a migration has left in the middle and whose owner has ended since: it goes on from dev's devices, or it is elsewhere.
+// incomplete says that a part of it never arrived here. It fails if there is nothing to decide, or the VM cannot go on here.
+func SettleState(dev StateDevice, here, incomplete bool) error {
 	status, _, _, err := StateStatus(dev)
 	if err != nil {
 		return err
 	}
+	arrived := status == Arriving || status == TakingOver || status == Running && incomplete
 	switch {
-	case status != InDoubt && status != HandedOver:
+	case !arrived && status != InDoubt && status != HandedOver && status != Leaving:
 		return errors.New("nothing is in doubt: it was not left by a migration without an answer")
-	case here:
-		return MarkState(dev, Suspended)
+	case !here:
+		return MarkState(dev, Moved)
+	case arrived:
+		return errors.New("not all of the VM came here, so it cannot go on here; settle it at its source with 'drafter peer settle --here', and here with --away")
+	case status == Leaving:
+		return MarkState(dev, Running) // the state, or the memory that fits it, may not have reached the disk
 	}
-	return MarkState(dev, Moved)
+	return MarkState(dev, Suspended)
 }
 
 func syncStateHeader(dev StateDevice, h *stateHeader) error {

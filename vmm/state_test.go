@@ -94,14 +94,14 @@ func TestStateOfMigrations(t *testing.T) {
 	if err := WriteState(source, testID, []byte("package")); err != nil {
 		t.Fatal(err)
 	}
-	if err := SettleState(source, true); err == nil {
+	if err := SettleState(source, true, false); err == nil {
 		t.Error("a suspended VM was settled")
 	}
 	want := []byte("state at the handoff")
 	if err := WriteLeavingState(source, testID, want, migration); err != nil {
 		t.Fatal(err)
 	}
-	refused(source, "never suspended")
+	refused(source, "may run at its target")
 	if got, err := ReadMigratedState(source, testID, migration); err != nil || !bytes.Equal(got, want) {
 		t.Errorf("the migration's state: %q, %v", got, err)
 	}
@@ -117,12 +117,12 @@ func TestStateOfMigrations(t *testing.T) {
 	for _, s := range []struct {
 		status Status
 		want   string
-	}{{InDoubt, "settle it with 'drafter peer settle'"}, {HandedOver, "go on from that moment with 'drafter peer settle --here'"}} {
+	}{{InDoubt, "settle it with 'drafter peer settle --here', or --away"}, {HandedOver, "go on from that moment with 'drafter peer settle --here'"}} {
 		if err := MarkState(source, s.status); err != nil {
 			t.Fatal(err)
 		}
 		refused(source, s.want)
-		if err := SettleState(source, true); err != nil {
+		if err := SettleState(source, true, false); err != nil {
 			t.Fatal(err)
 		}
 		if got, err := ReadState(source, testID); err != nil || !bytes.Equal(got, want) {
@@ -131,11 +131,11 @@ func TestStateOfMigrations(t *testing.T) {
 		if err := MarkState(source, s.status); err != nil {
 			t.Fatal(err)
 		}
-		if err := SettleState(source, false); err != nil {
+		if err := SettleState(source, false, false); err != nil {
 			t.Fatal(err)
 		}
 		refused(source, "moved away")
-		if err := SettleState(source, true); err == nil {
+		if err := SettleState(source, true, false); err == nil {
 			t.Error("a VM that has moved away was settled to be here")
 		}
 	}

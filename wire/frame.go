@@ -41,7 +41,7 @@ const (
 	TypePing      Type = 14 // both: the connection lives
 	TypeError     Type = 15 // both: why the migration or the connection ends
 	TypeSnapshot  Type = 16 // source: all of a copy has been sent; the VM goes on there
-	TypeContents  Type = 17 // registry: content ids of a device's blocks
+	TypeContents  Type = 17 // registry, or target: content ids of a device's blocks
 	TypeOperation Type = 18 // source, on a forward lane: what a user of a device that has moved away wants
 	TypeResult    Type = 19 // target, on a forward lane: what became of it
 	TypePrepare   Type = 20 // source: the handoff is near; target: it is ready for that

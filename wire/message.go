@@ -50,6 +50,9 @@ const FeatureSignature uint64 = 4
 // FeatureForce is a feature of a hello: the VM is taken even if its guest does not get ready to be paused.
 const FeatureForce uint64 = 8
 
+// FeatureContents is a feature of a hello: the target tells the contents of a base that it holds and the source lacks, see [Device].
+const FeatureContents uint64 = 16
+
 // Kind is what an [Operation] does.
 type Kind uint8
 
@@ -80,7 +83,7 @@ type Result struct {
 }
 
 // Manifest says what there is to migrate. Its payload: features uint64, config and processor as byte strings, generation [16]byte, number of devices uint16, then for
-// each: name as byte string, size uint64, block size uint32, flags uint8 (1: it needs the base), content ids of the base and of the backup [32]byte each, zero for
+// each: name as byte string, size uint64, block size uint32, flags uint8 (1: it needs the base, 2: the source lacks it), content ids of the base and of the backup [32]byte each, zero for
 // none. With [FeatureSignature], the signature follows as a byte string. A byte string is its length as uint32 and the bytes.
 type Manifest struct {
 	Features  uint64
@@ -98,6 +101,7 @@ type Device struct {
 	Size      int64 // bytes
 	BlockSize int64 // bytes
 	NeedsBase bool  // the target must have the base
+	Absent    bool  // the source does not have the base: a target that does tells its [Contents] before it accepts. With [FeatureContents]
 	Base      block.ID
 	Backup    block.ID // what a backup that the target may reach held of it
 }
@@ -193,6 +197,7 @@ const (
 	CodeUnknown      Code = 4 // there is no migration of that id to resume
 	CodeCancelled    Code = 5 // somebody wanted the end
 	CodeProtocol     Code = 6 // the receiver does not follow the protocol
+	CodeTakenBack    Code = 7 // an operator has settled that the VM goes on at its source
 )
 
 // Error ends a migration. Its payload: code uint16, text in UTF-8.
@@ -223,7 +228,7 @@ func (c *Conn) Send(message any) error {
 		b = le.AppendUint16(b, uint16(len(m.Devices)))
 		for _, d := range m.Devices {
 			b = le.AppendUint64(appendString(b, []byte(d.Name)), uint64(d.Size))
-			b = append(le.AppendUint32(b, uint32(d.BlockSize)), oneIf(d.NeedsBase))
+			b = append(le.AppendUint32(b, uint32(d.BlockSize)), oneIf(d.NeedsBase)|oneIf(d.Absent)<<1)
 			b = append(append(b, d.Base[:]...), d.Backup[:]...)
 		}
 		if m.Features&FeatureSignature != 0 {
@@ -425,7 +430,9 @@ func (r *reader) manifest() Manifest {
 	}
 	names := map[string]bool{}
 	for ; n > 0 && r.err == nil; n-- {
-		d := Device{Name: string(r.string()), Size: int64(r.uint64()), BlockSize: int64(r.uint32()), NeedsBase: r.uint8() == 1}
+		d := Device{Name: string(r.string()), Size: int64(r.uint64()), BlockSize: int64(r.uint32())}
+		flags := r.uint8()
+		d.NeedsBase, d.Absent = flags&1 != 0, flags&2 != 0
 		copy(d.Base[:], r.take(len(d.Base)))
 		copy(d.Backup[:], r.take(len(d.Backup)))
 		switch {

@@ -42,7 +42,7 @@ What a killed writer left is reported, although the next use mends it.
 ` + exitCodeHelp,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			problems, err := block.Check(cmd.Context(), paths)
+			problems, err := peer.Device{Base: paths.Base, Overlay: paths.Overlay, State: paths.State}.Problems(cmd.Context())
 			if err != nil {
 				return err
 			}
