@@ -276,3 +276,111 @@ func TestSourceDiesInPostCopy(t *testing.T) {
 	}
 	end(t, source)
 }
+
+// A good move is one without a complaint. A target without the package gets all of the VM, starts again from that, and the next one that has the package gets little.
+// Whoever dies after a handoff, the VM goes on where it is complete, or where an operator says that it does.
+func TestAfterHandoff(t *testing.T) {
+	s := emptySite(t)
+	clients := []*redis.Client{s.redisIn(t, "ark0", "127.0.0.1:3333"), s.redisIn(t, "ark1", "127.0.0.1:4444")}
+	flags := func(at int, more ...string) []string {
+		return append([]string{"--netns", fmt.Sprintf("ark%d", at), "--laddr", fmt.Sprintf("localhost:%d", 1337+at)}, more...)
+	}
+	const fromZero, fromOne = "localhost:1337", "localhost:1338"
+	written := 0
+	alive := func(at int, what string) {
+		t.Helper()
+		for i := range written {
+			if got, err := clients[at].Get(t.Context(), fmt.Sprint("key:", i)).Result(); err != nil || got != "value" {
+				t.Fatalf("%s: key %d is %q, %v", what, i, got, err)
+			}
+		}
+		if err := clients[at].Set(t.Context(), fmt.Sprint("key:", written), "value", 0).Err(); err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+		written++
+	}
+	quiet := func(vm *tour.Service) {
+		t.Helper()
+		if complaints := vm.Complaints(); len(complaints) > 0 {
+			t.Errorf("a target complained of a good move: %v", complaints)
+		}
+	}
+	settle := func(how, instance string) {
+		t.Helper()
+		command(t, s.dir, "drafter", "peer", "settle", how, "--package", filepath.Join(work, "out/package"), "--instance", instance)
+	}
+
+	zero := s.peer(t, "instance-0", flags(0)...)
+	alive(0, "at first")
+	one := s.peer(t, "instance-1", flags(1, "--raddr", fromZero)...)
+	t.Log(moved(t, zero).Text)
+	quiet(one)
+	alive(1, "after a good move")
+
+	// Without the package, into where it has moved away from.
+	none := append([]string{"peer", "--chroot-base-dir", "vms", "--package", "nowhere", "--instance", "instance-0"}, flags(0)...)
+	zero = s.start(t, append(none, "--raddr", fromOne)...)
+	t.Log(moved(t, one).Text)
+	quiet(zero)
+	alive(0, "without the package")
+	end(t, zero)
+	zero = s.start(t, append(none, "--raddr", "")...)
+	alive(0, "started again without the package")
+
+	one = s.peer(t, "instance-1", flags(1, "--raddr", fromZero)...)
+	line := moved(t, zero)
+	t.Log(line.Text)
+	if line.Bytes > 300<<20 {
+		t.Errorf("a move to where the package is sent %d bytes", line.Bytes)
+	}
+	alive(1, "where the package is")
+	for _, base := range []string{filepath.Join(work, "out/package/rootfs.ext4"), "nowhere/rootfs.ext4"} {
+		command(t, s.dir, "drafter", "device", "check", "--base", base, "--overlay", "instance-0/overlay/rootfs.ext4", "--state", "instance-0/state/rootfs.ext4")
+	}
+
+	// The source dies, and does not know that its target lacks nothing.
+	l := newLink(t, fromOne)
+	two, err := s.Start(s.peerArgs("instance-2", flags(0, "--raddr", l.addr, "--bandwidth", "8MB", "--migration-timeout", "500ms")...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	await(t, two, "The VM was handed over; resuming it here")
+	l.deaf.Store(true)
+	await(t, two, "Resumed VM")
+	if err := one.Signal(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	s.awaitKilled(t, one)
+	end(t, two)
+	if line := s.fails(t, s.peerArgs("instance-1")...); !strings.Contains(line, "drafter peer settle --here") || !strings.Contains(line, "--away") {
+		t.Errorf("start of what may have moved: %s", line)
+	}
+	settle("--away", "instance-1")
+	two = s.peer(t, "instance-2", flags(0, "--bandwidth", "8MB", "--migration-timeout", "500ms")...)
+	alive(0, "after its source died")
+
+	// The target dies, and lacks much.
+	away := append([]string{"peer", "--chroot-base-dir", "vms", "--package", "nowhere", "--instance", "instance-3"}, flags(1)...)
+	three, err := s.Start(append(away, "--raddr", fromZero)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	await(t, two, "The VM runs at its target; sending what is left")
+	if line := s.fails(t, "peer", "settle", "--here", "--package", filepath.Join(work, "out/package"), "--instance", "instance-2"); !strings.Contains(line, "target is connected") {
+		t.Errorf("settled beside a target that is there: %s", line)
+	}
+	if err := three.Signal(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	s.awaitKilled(t, three)
+	if line := s.fails(t, append(away, "--raddr", "")...); !strings.Contains(line, "drafter peer settle --here") {
+		t.Errorf("start of what a killed target left: %s", line)
+	}
+	settle("--here", "instance-2")
+	await(t, two, "The migration failed; the VM goes on here")
+	alive(0, "after its target died")
+	end(t, two)
+	two = s.peer(t, "instance-2", flags(0)...)
+	alive(0, "suspended and started after its target died")
+	end(t, two)
+}

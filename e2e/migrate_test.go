@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -26,6 +25,9 @@ func moved(t *testing.T, vm *tour.Service) tour.Line {
 	}
 	if err := vm.Wait(); err != nil {
 		t.Fatal(err)
+	}
+	if complaints := vm.Complaints(); len(complaints) > 0 {
+		t.Errorf("a source whose VM has moved complained: %v", complaints)
 	}
 	return line
 }
@@ -258,25 +260,4 @@ func TestChain(t *testing.T) {
 			t.Errorf("an instance that has moved away: %s", line)
 		}
 	}
-}
-
-// A target without the package gets all of it, and starts again from what it got.
-func TestWithoutPackage(t *testing.T) {
-	s := emptySite(t)
-	c := s.redisIn(t, "ark1", "127.0.0.1:4444")
-	first := s.peer(t, "instance-0", "--netns", "ark0", "--laddr", "localhost:1337")
-	// The same devices, none of whose bases exist.
-	devices := strings.ReplaceAll(fullJSON(t, "nowhere", filepath.Join(s.dir, "instance-1")), `"base":"`, `"base":"`+s.dir+`/`)
-	args := []string{"peer", "--chroot-base-dir", "vms", "--netns", "ark1", "--laddr", "", "--devices", devices}
-	second := s.start(t, append(args, "--raddr", "localhost:1337")...)
-	t.Log(moved(t, first).Text)
-	if err := c.Set(t.Context(), "who", "one", 0).Err(); err != nil {
-		t.Fatal(err)
-	}
-	end(t, second)
-	third := s.start(t, append(args, "--raddr", "")...)
-	if got, err := c.Get(t.Context(), "who").Result(); err != nil || got != "one" {
-		t.Errorf("%q, %v", got, err)
-	}
-	end(t, third)
 }

@@ -168,15 +168,15 @@ func (w *wanderer) find(t *testing.T, fault string, to int, instance string) str
 	switch {
 	case atTarget == nil:
 		return "moved"
+	case strings.HasPrefix(fault, "kill") && (strings.Contains(atSource.Error(), "may run at its target") || strings.Contains(atSource.Error(), "never suspended") || strings.Contains(atTarget.Error(), "never suspended")):
+		w.begin(t)
+		return "killed"
 	case strings.Contains(atSource.Error(), "drafter peer settle"): // nobody runs it: both have ended
 		command(t, w.dir, "drafter", "peer", "settle", "--here", "--package", filepath.Join(work, "out/package"), "--instance", left)
 		if err := w.try(t, from, left); err != nil {
 			t.Fatalf("after it was settled: %v", err)
 		}
 		return "settled"
-	case strings.HasPrefix(fault, "kill") && (strings.Contains(atSource.Error(), "never suspended") || strings.Contains(atTarget.Error(), "never suspended")):
-		w.begin(t)
-		return "killed"
 	}
 	t.Fatalf("the VM is nowhere; source: %v; target: %v", atSource, atTarget)
 	return ""

@@ -3,6 +3,7 @@ package peer
 import (
 	"context"
 	"errors"
+	"os"
 	"path/filepath"
 	"time"
 
@@ -52,6 +53,11 @@ func DefaultDevice(name string) Device {
 // instance's overlays and state files, which are made. Without an instance directory the instance writes to the package.
 func PackageDevices(pkg, instance string) ([]Device, error) {
 	names, files, err := vmm.PackageFiles(pkg)
+	if errors.Is(err, os.ErrNotExist) && instance != "" {
+		if names := arrivedNames(pkg, instance); names != nil {
+			return NewPackageDevices(names, pkg, instance), nil
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -60,6 +66,34 @@ func PackageDevices(pkg, instance string) ([]Device, error) {
 		devices = append(devices, packageDevice(name, files[name], pkg, instance))
 	}
 	return devices, nil
+}
+
+// arrivedNames are the names of the devices of an instance that a migration brought to where its package is not; nil if it is none.
+func arrivedNames(pkg, instance string) []string {
+	d := packageDevice(vmm.Config, vmm.PackageFile(vmm.Config), pkg, instance)
+	// All of it is in the overlay, which is read beside a peer that may run.
+	_, size, found, err := block.OverlayBase(d.files().OverlayPaths())
+	if err != nil || !found {
+		return nil
+	}
+	f, err := block.OpenFile(d.Overlay, true)
+	if err != nil {
+		return nil
+	}
+	defer f.Close()                     // nothing was written
+	b := make([]byte, min(size, 1<<20)) // no config is longer
+	if _, err := f.ReadAt(b, 0); err != nil {
+		return nil
+	}
+	config, err := vmm.DecodePackageConfig(b)
+	if err != nil {
+		return nil
+	}
+	names := []string{vmm.Config}
+	for _, listed := range config.Devices {
+		names = append(names, listed.Name)
+	}
+	return names
 }
 
 // NewPackageDevices is [PackageDevices] of a package with devices of these names that is not there yet.

@@ -102,6 +102,9 @@ func (p *Peer) ArrivalError() error {
 	return a.Wait()
 }
 
+// GiveUp notes that the VM is elsewhere, once [Peer.ArrivalError] is a [migrate.ErrTakenBack]. Close then ends what runs here.
+func (p *Peer) GiveUp() error { return p.instance.Mark(vmm.Moved) }
+
 // awaitArrival waits until nothing of a VM that came by a migration is missing here. Whether its source knows does not matter.
 func (p *Peer) awaitArrival(ctx context.Context) error {
 	p.mu.Lock()

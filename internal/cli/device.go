@@ -38,7 +38,8 @@ func newDeviceCheck() *cobra.Command {
 		Short: "Verify base, overlay and state file of a device",
 		Long: `Verifies that base, overlay and state file are intact and belong together, and says what is wrong. Nothing is changed.
 
-What a killed writer left is reported, although the next use mends it.
+What a killed writer left is reported, although the next use mends it. So is a part that never arrived in a migration, and a base that was not wholly pulled yet. The
+base of a device that came by a migration without it need not be there. For a device without an overlay, pass --overlay '' --state ''.
 ` + exitCodeHelp,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

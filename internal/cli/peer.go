@@ -285,7 +285,9 @@ func runPeer(ctx context.Context, p *peer.Peer, listener *transport.Listener, sh
 			}
 		case <-arrived:
 			arrived = nil
-			if err := p.ArrivalError(); err != nil {
+			if err := p.ArrivalError(); errors.Is(err, migrate.ErrTakenBack) {
+				return errors.Join(err, p.GiveUp())
+			} else if err != nil {
 				slog.Error("The rest of the VM has not arrived; it goes on with what it has, and stands still where it lacks something", "error", err)
 			}
 		case err := <-synced:
@@ -385,13 +387,16 @@ func newPeerSettle() *cobra.Command {
 	var here, away bool
 	cmd := &cobra.Command{
 		Use:   "settle",
-		Short: "Decide who owns a VM whose migration was cut off in the moment of the handoff",
+		Short: "Decide who owns a VM whose migration was cut off in or after the handoff",
 		Long: `When the connection is lost after the source has given the VM away and before the target has answered, only the target knows who owns it. The source
 keeps the VM paused until the target has reconnected. If the target never will, its operator has to look there first:
 
   --here  the VM did not run at the target and never will (its log has no "Resumed VM", or its host is gone for good): it goes on here.
           What it did at the target, if it did run there, is lost.
   --away  the VM runs at the target, or ran there.
+
+The same holds for a target that died before it had all of the VM: its source keeps all that it had at the handoff, and goes on from there with --here. What a killed
+source had not noted durably is lost; its disks are then as after a power cut. At the target, --away gives up what is there, and --here is refused.
 
 If the peer that owns the instance still runs, it takes the decision; else it is noted in the instance's files, and the next start follows it. Decided wrongly,
 the VM runs twice: be sure.

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -62,14 +63,16 @@ type Service struct {
 	lines chan Line // closed when the command has ended
 	done  chan struct{}
 
-	mu   sync.Mutex // guards the following
-	last string     // what was last said that is no log line: an error message
-	err  error
+	mu         sync.Mutex // guards the following
+	last       string     // what was last said that is no log line: an error message
+	complaints []string
+	err        error
 }
 
 // Line is one line of a service's log.
 type Line struct {
 	Time       time.Time     `json:"time"`
+	Level      slog.Level    `json:"level"`
 	Message    string        `json:"msg"`
 	Took       time.Duration `json:"took"`
 	Preflight  time.Duration `json:"preflight"`
@@ -124,6 +127,10 @@ func (s *Service) follow(stderr io.Reader) {
 			s.mu.Lock()
 			s.last += line.Text + "\n"
 			s.mu.Unlock()
+		} else if line.Level >= slog.LevelWarn {
+			s.mu.Lock()
+			s.complaints = append(s.complaints, line.Text)
+			s.mu.Unlock()
 		}
 		select {
 		case s.lines <- line:
@@ -159,6 +166,13 @@ func (s *Service) Await(ctx context.Context, message string) (Line, error) {
 			return Line{}, fmt.Errorf("drafter %s did not get to %q in %s", s.name, message, StepTimeout)
 		}
 	}
+}
+
+// Complaints are the warnings and errors that the command has logged.
+func (s *Service) Complaints() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.complaints)
 }
 
 // PID is the command's process id.
