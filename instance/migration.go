@@ -86,6 +86,9 @@ func (i *Instance) Mark(status vmm.Status) error {
 // Rescue lets the VM go on after Prepare, Pause and SaveLeaving, whichever of them were done. The guest runs when it returns nil.
 func (i *Instance) Rescue(ctx context.Context) error {
 	settleable := i.frozen
+	if err := i.prefer(nil); err != nil && settleable {
+		return err // the VMM is gone, but the devices hold what an operator can settle on
+	}
 	i.frozen, i.stood = false, 0
 	if i.left {
 		err := i.withState(func(dev StateDevice) error {

@@ -279,8 +279,20 @@ func (t *Target) Wait() error {
 	return t.err
 }
 
-// Close gives up what is still missing, and waits for the end of what goes on.
+// Close gives up what is still missing, and waits for the end of what goes on. A source that is connected is told first if nothing is.
 func (t *Target) Close() error {
+	t.mu.Lock()
+	l := t.main
+	t.mu.Unlock()
+	select {
+	case <-t.whole:
+		select {
+		case <-t.ended:
+		case <-l.ctx.Done():
+		case <-time.After(t.config.Limits.Silence):
+		}
+	default:
+	}
 	t.cancel(errors.New("the target is closing"))
 	<-t.ended
 	for _, d := range t.devices {

@@ -463,9 +463,8 @@ func (a *arrival) Discard(context.Context) error {
 	errs = append(errs, a.p.closeDevices(false))
 	// The state device goes last: as long as it is there, it says that the rest is of no use.
 	for name, d := range stacks {
-		errs = append(errs, a.device(name).files().ForgetMissing())
 		if name != vmm.State {
-			errs = append(errs, d.Remove())
+			errs = append(errs, d.Remove(), a.device(name).files().ForgetMissing())
 		}
 	}
 	if s := stacks[vmm.State]; s != nil {

@@ -42,7 +42,7 @@ func messages() []any {
 	return []any{
 		Hello{Version: 1, Lane: Demand, Resume: true, Migration: id, Features: 5},
 		Manifest{Features: 1, Config: []byte(`{"a":1}`), Processor: []byte(`{}`), Generation: id, Devices: []Device{
-			{Name: "memory", Size: testSizes[0], BlockSize: 4096, NeedsBase: true, Base: block.ID{1, 2}}, {Name: "disk", Size: testSizes[1], BlockSize: 65536, Backup: block.ID{3}},
+			{Name: "memory", Size: testSizes[0], BlockSize: 4096, NeedsBase: true, Base: block.ID{1, 2}}, {Name: "disk", Size: testSizes[1], BlockSize: 65536, Absent: true, Backup: block.ID{3}},
 		}},
 		Manifest{Features: FeatureSignature, Signature: []byte("signed"), Devices: []Device{{Name: "memory", Size: testSizes[0], BlockSize: 4096}}},
 		Accept{Held: []Held{HoldsBackup, Unwanted}},

@@ -311,8 +311,12 @@ func runPeer(ctx context.Context, p *peer.Peer, listener *transport.Listener, sh
 			served = nil
 		case <-p.Done():
 			stop()
-			if e := <-orClosed(served); e.moved {
+			e := <-orClosed(served)
+			if e.moved {
 				return e.err
+			}
+			if elsewhere(e.err) { // this comes first: the VM may run there
+				return errors.Join(e.err, p.Wait())
 			}
 			if err := p.Wait(); err != nil {
 				return err
@@ -320,7 +324,7 @@ func runPeer(ctx context.Context, p *peer.Peer, listener *transport.Listener, sh
 			slog.Info("The guest powered itself off")
 			return nil
 		case <-ctx.Done():
-			if e := <-orClosed(served); e.moved || errors.Is(e.err, migrate.ErrInDoubt) {
+			if e := <-orClosed(served); e.moved || elsewhere(e.err) {
 				if e.moved {
 					show.summary(p)
 				}
@@ -330,6 +334,11 @@ func runPeer(ctx context.Context, p *peer.Peer, listener *transport.Listener, sh
 			return suspend(ctx, p)
 		}
 	}
+}
+
+// elsewhere tells whether an end leaves a VM that runs, or may run, at its target.
+func elsewhere(err error) bool {
+	return errors.Is(err, migrate.ErrInDoubt) || errors.Is(err, migrate.ErrHandedOver)
 }
 
 // lull waits before what is left here is taken apart, which keeps a CPU busy: a VM that moved within this host needs them in its first moments there.
