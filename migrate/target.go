@@ -279,6 +279,9 @@ func (t *Target) Wait() error {
 	return t.err
 }
 
+// GiveUp ends the migration of a VM of which something is missing, because an operator has settled that its source goes on with it: Wait returns [ErrTakenBack].
+func (t *Target) GiveUp() { t.cancel(fmt.Errorf("%w, as an operator has settled here", ErrTakenBack)) }
+
 // Close gives up what is still missing, and waits for the end of what goes on. A source that is connected is told first if nothing is.
 func (t *Target) Close() error {
 	t.mu.Lock()

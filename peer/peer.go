@@ -71,6 +71,7 @@ type Peer struct {
 	syncer   *syncer // nil unless the instance is backed up
 
 	refusals, failures limitedlog.Log       // of connections, and of migrations
+	settled            sync.WaitGroup       // who waits for an operator to settle an arrival
 	configDevice       []byte               // content of the config device
 	statement          *signature.Statement // of the package; nil unless only signed ones are accepted
 	signature          []byte               // that came with the package; nil if none did
@@ -352,6 +353,9 @@ func (p *Peer) Agent() *agent.Client { return p.instance.Agent() }
 func (p *Peer) Suspend(ctx context.Context) error {
 	start := time.Now()
 	if err := p.awaitArrival(ctx); err != nil {
+		if errors.Is(err, migrate.ErrTakenBack) {
+			err = errors.Join(err, p.GiveUp())
+		}
 		return fmt.Errorf("suspend: %w", err)
 	}
 	if err := p.awaitBackup(ctx); err != nil {
@@ -385,6 +389,7 @@ func (p *Peer) Close() error {
 	if arrival != nil {
 		errs = append(errs, arrival.Close())
 	}
+	p.settled.Wait()
 	p.stopPull() // a VMM that waits for a page cannot be ended
 	if p.instance != nil {
 		errs = append(errs, p.instance.Close())

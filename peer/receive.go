@@ -50,6 +50,7 @@ func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	p.mu.Lock()
 	p.arrival = target
 	p.mu.Unlock()
+	p.settleArrival(target)
 	stats := target.Stats()
 	running := time.Since(start)
 	firstMoments(ctx)
@@ -100,6 +101,26 @@ func (p *Peer) ArrivalError() error {
 		return nil
 	}
 	return a.Wait()
+}
+
+// settleArrival lets an operator settle, until all of the VM is here, that it is given up: its source goes on with it.
+func (p *Peer) settleArrival(target *migrate.Target) {
+	var s settling
+	s.begin(p, func(o migrate.Outcome) error {
+		if o == migrate.Here {
+			_, _, left := arrivalBytes(p)
+			return fmt.Errorf("%d bytes of the VM are still at its source, so it cannot go on without that; it can only be given up here, with --away", left)
+		}
+		target.GiveUp()
+		return nil
+	}, func() {})
+	p.settled.Go(func() {
+		select {
+		case <-target.Whole():
+		case <-target.Done():
+		}
+		s.end()
+	})
 }
 
 // GiveUp notes that the VM is elsewhere, once [Peer.ArrivalError] is a [migrate.ErrTakenBack]. Close then ends what runs here.

@@ -209,54 +209,65 @@ func (d *departure) Mark(_ context.Context, state migrate.State, _ uuid.UUID) er
 	return d.p.instance.Mark(map[migrate.State]vmm.Status{migrate.InDoubt: vmm.InDoubt, migrate.Serving: vmm.HandedOver}[state])
 }
 
-// settling waits for an operator's decision while the VM is in doubt, or runs at a target that may be lost. The command that brings it cannot reach this process but by
-// a file.
+// settling waits for an operator's decision while one can be taken. The command that brings it cannot reach this process but by a file.
 type settling struct {
-	stop chan struct{}
+	stop chan struct{} // nil while nothing is waited for
 	done chan struct{}
 }
 
-func (s *settling) follow(p *Peer, state migrate.State) {
-	if s.stop != nil {
-		close(s.stop)
-		<-s.done
-		s.stop = nil
-	}
-	missed := "The target does not answer: it is in doubt who owns the VM, which stays paused here; waiting for the target, or for 'drafter peer settle'"
-	switch state {
-	case migrate.InDoubt:
-	case migrate.Serving:
-		missed = "The target, where the VM runs, is away and lacks a part of it; waiting for the target, or for 'drafter peer settle': --here if it is lost there, else --away"
-	default:
-		return
-	}
+// begin lets decide follow decisions, and calls look again and again, until end.
+func (s *settling) begin(p *Peer, decide func(migrate.Outcome) error, look func()) {
 	s.stop, s.done = make(chan struct{}), make(chan struct{})
 	stop, done := s.stop, s.done
 	go func() {
 		defer close(done)
 		tick := time.NewTicker(200 * time.Millisecond)
 		defer tick.Stop()
-		began, said := time.Now(), false
 		for {
 			select {
 			case <-stop:
 				return
 			case <-tick.C:
 			}
-			silent := time.Since(began) > targetPatience && (state == migrate.InDoubt || p.source.Away() > targetPatience)
-			if silent && !said {
-				slog.Warn(missed)
-			}
-			said = silent
-			if err := p.readDecision(); err != nil {
+			look()
+			if err := p.readDecision(decide); err != nil {
 				slog.Error("Settle", "error", err)
 			}
 		}
 	}()
 }
 
+func (s *settling) end() {
+	if s.stop != nil {
+		close(s.stop)
+		<-s.done
+		s.stop = nil
+	}
+}
+
 // targetPatience is how long a target may be away before that is said.
 const targetPatience = 2 * time.Second
+
+// follow waits for decisions while the VM is in doubt, or runs at a target that may be lost.
+func (s *settling) follow(p *Peer, state migrate.State) {
+	s.end()
+	missed := "The target does not answer: it is in doubt who owns the VM, which stays paused here; waiting for the target, or for 'drafter peer settle'"
+	switch state {
+	case migrate.InDoubt:
+	case migrate.Serving:
+		missed = "The target, where the VM runs, is away and may lack a part of it; waiting for the target, or for 'drafter peer settle': --here if the VM is lost there, else --away"
+	default:
+		return
+	}
+	began, said := time.Now(), false
+	s.begin(p, p.source.Settle, func() {
+		silent := time.Since(began) > targetPatience && (state == migrate.InDoubt || p.source.Away() > targetPatience)
+		if silent && !said {
+			slog.Warn(missed)
+		}
+		said = silent
+	})
+}
 
 // decisionFile is where an operator's decision is left for the process that owns an instance.
 func decisionFile(devices []Device) string {
@@ -272,7 +283,7 @@ func decisionFile(devices []Device) string {
 	return ""
 }
 
-func (p *Peer) readDecision() error {
+func (p *Peer) readDecision(decide func(migrate.Outcome) error) error {
 	path := decisionFile(p.config.Devices)
 	f, err := private.Open(path, os.O_RDONLY)
 	if errors.Is(err, os.ErrNotExist) {
@@ -296,7 +307,7 @@ func (p *Peer) readDecision() error {
 	case outcome != migrate.Here && outcome != migrate.Away:
 		return errors.Join(fmt.Errorf("%s holds %q instead of here or away", path, outcome), os.Remove(path))
 	default:
-		if err := p.source.Settle(outcome); err != nil {
+		if err := decide(outcome); err != nil {
 			return writeDecision(path, refusedPrefix+err.Error())
 		}
 		slog.Info("An operator has settled who owns the VM", "outcome", outcome)

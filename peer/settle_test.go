@@ -44,26 +44,31 @@ func leave(t *testing.T, status vmm.Status, arrived, withPackage bool) *left {
 	return l
 }
 
-// arrive lets the instance arrive as far as status.
-func (l *left) arrive(t *testing.T, status vmm.Status) {
+// begin opens the devices for a VM that is to arrive.
+func (l *left) begin(t *testing.T) (a *arrival, m wire.Manifest, migration uuid.UUID) {
 	t.Helper()
-	var m wire.Manifest
 	var err error
 	if m.Config, err = os.ReadFile(l.pkg.Path(vmm.Config)); err != nil {
 		t.Fatal(err)
 	}
+	contents := l.pkg.Contents(t)
 	for _, name := range packageNames {
-		c := l.pkg.Contents(t)[name]
-		m.Devices = append(m.Devices, wire.Device{Name: name, Size: c.Size, BlockSize: block.ContentBlockSize, Base: c.Device})
+		m.Devices = append(m.Devices, wire.Device{Name: name, Size: contents[name].Size, BlockSize: block.ContentBlockSize, Base: contents[name].Device})
 	}
-	a := &arrival{p: newPeer(t, Config{Devices: l.devices})}
-	migration := uuid.New()
+	a, migration = &arrival{p: newPeer(t, Config{Devices: l.devices})}, uuid.New()
 	if err := a.verify(m); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := a.open(t.Context(), m, migration); err != nil {
 		t.Fatal(err)
 	}
+	return a, m, migration
+}
+
+// arrive lets the instance arrive as far as status.
+func (l *left) arrive(t *testing.T, status vmm.Status) {
+	t.Helper()
+	a, m, migration := l.begin(t)
 	config := a.p.devices[vmm.Config].Incoming // which comes first
 	config.Open(block.NewBitmap(block.Pages(config)), func(int64, int64) {}, nil)
 	if _, err := config.Device.WriteAt(m.Config, 0); err != nil {
@@ -258,22 +263,7 @@ func TestMissingUntilDurable(t *testing.T) {
 	if err := missing(l.devices); err != nil {
 		t.Errorf("of what was removed: %v", err)
 	}
-	a := &arrival{p: newPeer(t, Config{Devices: l.devices})}
-	m := wire.Manifest{}
-	var err error
-	if m.Config, err = os.ReadFile(l.pkg.Path(vmm.Config)); err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range packageNames {
-		c := l.pkg.Contents(t)[name]
-		m.Devices = append(m.Devices, wire.Device{Name: name, Size: c.Size, BlockSize: block.ContentBlockSize, Base: c.Device})
-	}
-	if err := a.verify(m); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := a.open(t.Context(), m, uuid.New()); err != nil {
-		t.Fatal(err)
-	}
+	a, _, _ := l.begin(t)
 	for _, s := range a.p.devices {
 		s.Incoming.Open(block.NewBitmap(block.Pages(s.Incoming)), func(int64, int64) {}, nil) // nothing is missing
 	}

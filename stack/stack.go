@@ -122,9 +122,9 @@ func (f *Files) Problems(ctx context.Context) (problems []string, err error) {
 	base, under, _, err := f.beneath(ctx)
 	if err != nil {
 		problems = append(problems, err.Error())
-		id, size, found, err := block.OverlayBase(f.OverlayPaths())
-		if err != nil || !found || !block.PartlyPulled(f.Base) {
-			return problems, nil
+		id, size, found, unread := block.OverlayBase(f.OverlayPaths())
+		if unread != nil || !found || !block.PartlyPulled(f.Base) {
+			return problems, nil //nolint:nilerr // what is wrong is what is looked for
 		}
 		base, under = block.NewZeros(size), id // what there is of the base is verified when it is pulled
 	}
