@@ -330,7 +330,7 @@ func TestAfterHandoff(t *testing.T) {
 	one = s.peer(t, "instance-1", flags(1, "--raddr", fromZero)...)
 	line := moved(t, zero)
 	t.Log(line.Text)
-	if line.Bytes > 300<<20 {
+	if line.Bytes > 100<<20 {
 		t.Errorf("a move to where the package is sent %d bytes", line.Bytes)
 	}
 	alive(1, "where the package is")
