@@ -193,6 +193,7 @@ var (
 	ErrConnected = errors.New("the VM's target is connected; let it have what it lacks, or end it first")
 	// ErrRefused says that a connection was not one of a migration.
 	ErrRefused = errors.New("connection refused")
+	errNoDoubt = errors.New("nothing is in doubt")
 	errBusy    = errors.New("the VM is being migrated already")
 	errCrowded = errors.New("too many connections wait, and this one has waited longest")
 )

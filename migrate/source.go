@@ -295,13 +295,17 @@ func (s *Source) Settle(outcome Outcome) error {
 	s.mu.Lock()
 	o := s.current
 	s.mu.Unlock()
+	if o == nil {
+		return errNoDoubt
+	}
+	state := o.State()
 	switch {
-	case o == nil || o.State() != InDoubt && o.State() != Serving:
-		return errors.New("nothing is in doubt")
+	case state != InDoubt && state != Serving:
+		return errNoDoubt
 	case o.connected():
 		return ErrConnected
 	}
-	o.decideBy(outcome, o.State())
+	o.decideBy(outcome, state)
 	return nil
 }
 

@@ -280,6 +280,33 @@ func TestMissingUntilDurable(t *testing.T) {
 	}
 }
 
+// Once a VM that has arrived runs, what its state device is told outlives the process without a sync.
+func TestHeaderIsReleased(t *testing.T) {
+	l := leave(t, vmm.TakingOver, true, true)
+	for i := range l.devices {
+		if l.devices[i].Name != vmm.State {
+			continue
+		}
+		s, err := l.devices[i].openState(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		h := &heldHeader{Device: s}
+		for _, tt := range []struct{ note, below vmm.Status }{{vmm.Arriving, vmm.TakingOver}, {vmm.Running, vmm.Running}, {vmm.Leaving, vmm.Leaving}} {
+			if tt.note == vmm.Running {
+				err = h.release()
+			}
+			if err = errors.Join(err, vmm.NoteState(h, tt.note)); err != nil {
+				t.Fatal(err)
+			}
+			if got, _, _, err := vmm.StateStatus(s); err != nil || got != tt.below {
+				t.Errorf("noted %d, the device says %d, %v; want %d", tt.note, got, err, tt.below)
+			}
+		}
+	}
+}
+
 // A decision that the peer that runs does not follow is an error of the command, with the peer's reason.
 func TestSettleRefused(t *testing.T) {
 	l := leave(t, vmm.Running, false, true)

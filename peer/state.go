@@ -17,8 +17,9 @@ import (
 type heldHeader struct {
 	block.Device
 
-	mu   sync.Mutex
-	page []byte // the first page, as its user sees it; nil while that is the device's
+	mu       sync.Mutex
+	page     []byte // the first page, as its user sees it; nil while that is the device's
+	released bool   // nothing is held any more
 }
 
 // ReadAt implements [block.Device].
@@ -42,6 +43,9 @@ func (h *heldHeader) WriteAt(p []byte, off int64) (int, error) {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if h.released {
+		return h.Device.WriteAt(p, off)
+	}
 	if h.page == nil {
 		page := make([]byte, block.PageSize)
 		if _, err := h.Device.ReadAt(page, 0); err != nil {
@@ -75,6 +79,7 @@ func (h *heldHeader) release() error {
 		}
 		h.page = nil
 	}
+	h.released = true // what is noted later, as that the VM leaves, outlives this process too
 	return nil
 }
 
