@@ -49,7 +49,9 @@ type Device struct {
 }
 
 func (d *Device) files() *stack.Files {
-	return &stack.Files{Base: d.Base, Overlay: d.Overlay, State: d.State, BlockSize: d.BlockSize}
+	f := &stack.Files{Base: d.Base, Overlay: d.Overlay, State: d.State, BlockSize: d.BlockSize}
+	f.Remedy = "go on there, and remove the device's files here"
+	return f
 }
 
 func (d *Device) check() error {

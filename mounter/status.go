@@ -69,7 +69,7 @@ func (d *Device) checkHere() error {
 	case s == arriving:
 		return fmt.Errorf("it never wholly arrived here; it is where it was to come from (remove %s to use these files all the same)", d.statusFile())
 	case s == leaving:
-		return fmt.Errorf("its mounter was killed while it was being handed over; look whether the target has it, and only if not, remove %s", d.statusFile())
+		return fmt.Errorf("its mounter ended while it was being handed over; look whether the target has it, and only if not, remove %s", d.statusFile())
 	}
 	return fmt.Errorf("it has moved away; receive it again, or remove %s to use what was here then", d.statusFile())
 }

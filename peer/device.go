@@ -117,6 +117,7 @@ func packageDevice(name, file, pkg, instance string) Device {
 // files are the device's.
 func (d *Device) files() *stack.Files {
 	f := &stack.Files{Base: d.Base, Overlay: d.Overlay, State: d.State, BlockSize: d.BlockSize, Shared: d.Shared}
+	f.Remedy = "settle it there with 'drafter peer settle --here', and give up what is here with 'drafter peer settle --away'"
 	// Memory is written in pages, at random: the first write to a larger block would copy the rest of it from the base. A disk's syncs, of which memory has none, have
 	// to sync the state file, too, when blocks are new.
 	f.Paged = d.Name == vmm.Memory

@@ -2,6 +2,7 @@
 package stack
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -22,6 +23,7 @@ type Files struct {
 	BlockSize int64  // bytes; of the tracker, and of an overlay that is made. 0: what an overlay has that exists
 	Paged     bool   // an overlay that is made has blocks of a page instead
 	Shared    bool   // others use the base at the same time: it is not locked
+	Remedy    string // what to do about a device of which a part never arrived, for messages
 
 	// Check, if not nil, refuses a base by its contents. They are then made afresh from the open file: those that are kept beside it may be a stranger's.
 	Check func(*block.Contents) error
@@ -261,13 +263,11 @@ func (f *Files) Receive(ctx context.Context, offered wire.Device, receive func(u
 	return s, wire.HoldsBase, nil
 }
 
+// own is the file without which nothing of the device is here.
+func (f *Files) own() string { return cmp.Or(f.State, f.Base) }
+
 // missingFile says, beside a device's files, that a migration has left a part of the device at its source.
-func (f *Files) missingFile() string {
-	if f.State != "" {
-		return f.State + ".missing"
-	}
-	return f.Base + ".missing"
-}
+func (f *Files) missingFile() string { return f.own() + ".missing" }
 
 // NoteMissing notes durably, before the VM runs, that a part of the device has not arrived.
 func (f *Files) NoteMissing(bytes int64) error {
@@ -297,10 +297,13 @@ func (f *Files) CheckMissing() error {
 	if err != nil {
 		return err
 	}
+	if _, err := os.Lstat(f.own()); errors.Is(err, os.ErrNotExist) {
+		return nil // somebody has removed the device
+	}
 	if _, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(string(b)), " bytes"), 10, 64); err != nil {
 		return fmt.Errorf("%s is no note of what has not arrived; look where it comes from", f.missingFile())
 	}
-	return fmt.Errorf("up to %s of it never arrived: the peer that received it was killed before the migration was complete; its source still has what it was at the handoff (settle it there with 'drafter peer settle --here', and give up what is here with 'drafter peer settle --away')", strings.TrimSpace(string(b)))
+	return fmt.Errorf("up to %s of it never arrived: the process that received it was killed before the migration was complete; its source still has what it was at the handoff (%s)", strings.TrimSpace(string(b)), f.Remedy)
 }
 
 // Remove removes the files that were made for a device.

@@ -103,6 +103,11 @@ func TestProblems(t *testing.T) {
 			s, err := f.OpenOver(t.Context(), block.Remote{Contents: block.HashBytes(content), Fetcher: never{}})
 			write(t, s, err)
 		}, "was not wholly pulled yet"},
+		{"removed after a part of it never arrived", func(t *testing.T, f *Files) {
+			if err := f.NoteMissing(1); err != nil {
+				t.Fatal(err)
+			}
+		}, "it is made when the device is used"},
 		{"never used", func(*testing.T, *Files) {}, "it is made when the device is used"},
 		{"without an overlay", func(_ *testing.T, f *Files) { f.Overlay, f.State = "", "" }, ""},
 		{"without an overlay, partly arrived", func(t *testing.T, f *Files) {
