@@ -273,6 +273,23 @@ func (t *Target) Done() <-chan struct{} { return t.ended }
 // Whole is closed when nothing is missing here. From then on the source is needed for nothing, whether it knows or not.
 func (t *Target) Whole() <-chan struct{} { return t.whole }
 
+// Lost returns why the VM cannot go on here: its source has taken it back, or has ended before all of it was here. It is nil as long as that is not so, or not known.
+func (t *Target) Lost() error {
+	select {
+	case <-t.ended:
+	default:
+		return nil
+	}
+	select {
+	case <-t.whole:
+		if !errors.Is(t.err, ErrTakenBack) {
+			return nil
+		}
+	default:
+	}
+	return t.err
+}
+
 // Wait waits until Done and returns what kept the VM from being complete.
 func (t *Target) Wait() error {
 	<-t.ended

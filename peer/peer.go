@@ -150,22 +150,14 @@ func (p *Peer) Resume(ctx context.Context) error {
 
 // resume starts the instance on a host that is occupied.
 func (p *Peer) resume(ctx context.Context, start time.Time) error {
-	if err := p.openDevices(ctx, func(d *Device) bool { return d.Name == vmm.State }); err != nil {
+	if err := p.checkHere(); err != nil {
 		return err
 	}
-	// That the VM may be elsewhere comes first. Of one that is here, the other devices say what is missing of it.
-	refusal := vmm.CheckResumable(p.devices[vmm.State])
-	if refusal != nil {
-		refusal = fmt.Errorf("state device %s: %w", p.statePath(), refusal)
-	}
-	if status, _, _, err := vmm.StateStatus(p.devices[vmm.State]); err == nil && refusal != nil && status != vmm.Running {
-		return refusal
-	}
-	if err := p.openDevices(ctx, func(d *Device) bool { return d.Name != vmm.State }); err != nil {
+	if err := p.openDevices(ctx, func(*Device) bool { return true }); err != nil {
 		return err
 	}
-	if refusal != nil {
-		return refusal
+	if err := vmm.CheckResumable(p.devices[vmm.State]); err != nil {
+		return fmt.Errorf("state device %s: %w", p.statePath(), err)
 	}
 	config, err := p.packageConfig()
 	if err != nil {

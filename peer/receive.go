@@ -142,14 +142,9 @@ func (p *Peer) awaitArrival(ctx context.Context) error {
 	for {
 		select {
 		case <-a.Whole():
-			return nil
+			return a.Lost()
 		case <-a.Done():
-			select {
-			case <-a.Whole():
-				return nil
-			default:
-				return a.Wait()
-			}
+			return a.Lost()
 		case <-tick.C:
 			if _, _, now := arrivalBytes(p); now < left {
 				left = now

@@ -1,9 +1,9 @@
 package peer
 
 import (
-	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/google/uuid"
@@ -109,10 +109,8 @@ func makeRoom(devices []Device) error {
 	if err != nil {
 		return fmt.Errorf("device %s: %w", vmm.State, err)
 	}
-	if found {
-		if err := replaceable(state, devices); err != nil {
-			return err
-		}
+	if err := replaceable(state, devices); err != nil {
+		return err
 	}
 	for i := range devices {
 		d := &devices[i]
@@ -134,32 +132,54 @@ func makeRoom(devices []Device) error {
 	return nil
 }
 
-// replaceable refuses an instance that must not be overwritten: any that has neither moved away nor begun to arrive, and one that it takes an operator to decide about.
-func replaceable(state *Device, devices []Device) error {
-	s, err := state.openState(context.Background())
+// checkHere refuses an instance that may be elsewhere. That comes before all else that may keep it from being started, and needs nothing but the state device's overlay.
+func (p *Peer) checkHere() error {
+	i := slices.IndexFunc(p.config.Devices, func(d Device) bool { return d.Name == vmm.State })
+	if d := &p.config.Devices[i]; d.Overlay != "" {
+		if status, refusal, err := d.standing(); err != nil {
+			return fmt.Errorf("device %s: %w", vmm.State, err)
+		} else if status.OfMigration() {
+			return fmt.Errorf("state device %s: %w", p.statePath(), refusal)
+		}
+	}
+	return nil
+}
+
+// standing is what the overlay of a state device that is not in use says, and why its VM cannot be resumed. One that was never used has no status.
+func (d *Device) standing() (status vmm.Status, refusal, err error) {
+	_, _, found, err := block.OverlayBase(d.files().OverlayPaths())
+	if err != nil || !found {
+		return 0, nil, err
+	}
+	s, err := d.files().OpenOverlay()
 	if err != nil {
-		return fmt.Errorf("device %s: %w", vmm.State, err)
+		return 0, nil, err
 	}
 	defer s.Close() // nothing was written
-	if s.Overlay != nil && !s.Overlay.Present().Has(0) {
-		return nil // it was never started
+	if !s.Overlay.Present().Has(0) {
+		return 0, nil, nil
 	}
-	status, _, _, err := vmm.StateStatus(s)
-	if err != nil {
+	if status, _, _, err = vmm.StateStatus(s); err != nil {
+		return 0, nil, err
+	}
+	return status, vmm.CheckResumable(s), nil
+}
+
+// replaceable refuses an instance that must not be overwritten: any that has neither moved away nor begun to arrive, and one that it takes an operator to decide about.
+func replaceable(state *Device, devices []Device) error {
+	status, refusal, err := state.standing()
+	switch {
+	case err != nil:
 		return fmt.Errorf("device %s: %w", vmm.State, err)
-	}
-	left := vmm.CheckResumable(s)
-	switch status {
-	case vmm.Arriving, vmm.Moved:
+	case status == 0 || status == vmm.Arriving || status == vmm.Moved:
 		return nil
-	case vmm.Leaving, vmm.InDoubt, vmm.HandedOver, vmm.TakingOver:
-	case vmm.Running:
-		left = missing(devices)
-	default:
-		left = nil
+	case status == vmm.Running:
+		refusal = missing(devices)
+	case !status.OfMigration():
+		refusal = nil
 	}
-	if left != nil {
-		return fmt.Errorf("there is an instance at %s already: %w", state.State, left)
+	if refusal != nil {
+		return fmt.Errorf("there is an instance at %s already: %w", state.State, refusal)
 	}
 	return fmt.Errorf("there is an instance at %s already, which has not moved away; choose another directory for the one that comes, or remove its files", state.State)
 }

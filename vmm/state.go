@@ -55,6 +55,9 @@ const (
 	TakingOver Status = 9 // a migration to here is at its end: the VM may be resumed at any moment, unless its source keeps it
 )
 
+// OfMigration tells whether a status says that the VM is, or may be, elsewhere.
+func (s Status) OfMigration() bool { return s >= Arriving && s <= TakingOver }
+
 // StateDevice is what a state device is stored on. *os.File is one.
 type StateDevice interface {
 	io.ReaderAt
