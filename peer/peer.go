@@ -153,7 +153,7 @@ func (p *Peer) resume(ctx context.Context, start time.Time) error {
 	if err := p.checkHere(); err != nil {
 		return err
 	}
-	if err := p.openDevices(ctx, func(*Device) bool { return true }); err != nil {
+	if err := p.openDevices(ctx); err != nil {
 		return err
 	}
 	if err := vmm.CheckResumable(p.devices[vmm.State]); err != nil {
@@ -205,14 +205,11 @@ func (p *Peer) occupy() (err error) {
 }
 
 // openDevices opens devices at once: the content of a base that nobody used yet has to be read.
-func (p *Peer) openDevices(ctx context.Context, wanted func(*Device) bool) error {
+func (p *Peer) openDevices(ctx context.Context) error {
 	opened := make([]*stack.Stack, len(p.config.Devices))
 	g, ctx := errgroup.WithContext(ctx)
 	for i := range p.config.Devices {
 		d := &p.config.Devices[i]
-		if !wanted(d) {
-			continue
-		}
 		g.Go(func() error {
 			var err error
 			if opened[i], err = p.open(ctx, d); err != nil {

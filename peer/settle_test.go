@@ -316,7 +316,7 @@ func TestSettleRefused(t *testing.T) {
 	}
 	p := newPeer(t, Config{Devices: l.devices})
 	p.source = source
-	if err := p.openDevices(t.Context(), func(*Device) bool { return true }); err != nil {
+	if err := p.openDevices(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	var s settling
