@@ -41,7 +41,8 @@ func newOverlay(base, data Device, state *stateFile) *Overlay {
 // Size implements [Device].
 func (o *Overlay) Size() int64 { return o.base.Size() }
 
-// Origin is the content id of the base that the device was made from, where that is not the one beneath; else zero.
+// Origin is the content id of the base that the device was made from, where that is not the one
+// beneath; else zero.
 func (o *Overlay) Origin() ID { return o.state.header.origin }
 
 // BlockSize is the unit of copying, in bytes.

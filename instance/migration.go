@@ -61,7 +61,8 @@ func (i *Instance) Pause(ctx context.Context) error {
 	return i.prefer(i.machine.Pause(ctx))
 }
 
-// NoteLeaving notes durably that the VM, which runs on, may soon run at the target of a migration. [Instance.Rescue] takes the note back.
+// NoteLeaving notes durably that the VM, which runs on, may soon run at the target of a migration.
+// [Instance.Rescue] takes the note back.
 func (i *Instance) NoteLeaving(migration uuid.UUID) error {
 	i.left = true
 	return i.withState(func(dev StateDevice) error { return vmm.MarkLeaving(dev, migration) })

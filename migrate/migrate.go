@@ -187,7 +187,8 @@ var (
 	ErrInDoubt = errors.New("it is in doubt who owns the VM")
 	// ErrNotReady says that the guest did not get ready to be paused.
 	ErrNotReady = errors.New("the guest did not get ready")
-	// ErrTakenBack says that an operator has settled that a VM that runs at the target goes on at the source.
+	// ErrTakenBack says that an operator has settled that a VM that runs at the target goes on at
+	// the source.
 	ErrTakenBack = errors.New("the VM was taken back by its source")
 	// ErrConnected says that an operator need not decide who owns a VM: its target is there.
 	ErrConnected = errors.New("the VM's target is connected; let it have what it lacks, or end it first")

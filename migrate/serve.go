@@ -9,7 +9,8 @@ import (
 	"drafter/wire"
 )
 
-// serve sends the target what it lacks, over whatever connections it makes, until it has all, or an operator has settled that it never will.
+// serve sends the target what it lacks, over whatever connections it makes, until it has all, or an
+// operator has settled that it never will.
 func (o *outgoing) serve(ctx context.Context) (State, error) {
 	settled := make(chan struct{})
 	noted := o.noteServing(ctx, settled)
@@ -48,8 +49,8 @@ func (o *outgoing) serve(ctx context.Context) (State, error) {
 	}
 }
 
-// noteServing notes that the VM runs at its target, unless that has everything soon, or it is settled. The channel is closed when it has been begun or will not be any
-// more.
+// noteServing notes that the VM runs at its target, unless that has everything soon, or it is
+// settled. The channel is closed when it has been begun or will not be any more.
 func (o *outgoing) noteServing(ctx context.Context, settled <-chan struct{}) <-chan struct{} {
 	noted := make(chan struct{})
 	o.wg.Go(func() {

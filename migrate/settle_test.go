@@ -54,7 +54,8 @@ func parted(t *testing.T, s *Source) {
 	}
 }
 
-// A target that dies after the handoff takes nothing with it that its source has: an operator settles where the VM goes on. One that is there is asked nobody about.
+// A target that dies after the handoff takes nothing with it that its source has: an operator
+// settles where the VM goes on. One that is there is asked nobody about.
 func TestSettleServing(t *testing.T) {
 	for _, outcome := range []Outcome{Here, Away} {
 		t.Run(string(outcome), func(t *testing.T) {
@@ -91,7 +92,8 @@ func TestSettleServing(t *testing.T) {
 	}
 }
 
-// A source that is ended does not wait for ever for a target that will never come back. What it has is noted first.
+// A source that is ended does not wait for ever for a target that will never come back. What it has
+// is noted first.
 func TestRelinquish(t *testing.T) {
 	for _, connected := range []bool{false, true} {
 		p, arrived := handedOver(t, 1, nil)
@@ -241,7 +243,8 @@ func (nobodyVM) Resume(context.Context) error                 { return nil }
 func (nobodyVM) Complete(context.Context) error               { return nil }
 func (nobodyVM) Discard(context.Context) error                { return nil }
 
-// A source that lacks the base of its device sends what differs from it to a target that has it: the target tells what the base contains.
+// A source that lacks the base of its device sends what differs from it to a target that has it:
+// the target tells what the base contains.
 func TestAbsentBase(t *testing.T) {
 	const size = 40*block.ContentBlockSize - 100
 	base := newMemory(size)

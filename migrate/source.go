@@ -26,7 +26,8 @@ type SourceVM interface {
 	Flush(ctx context.Context) error
 	// Prepare lets the guest get ready to be paused; it runs on. If it fails with [ErrNotReady], a target may take the VM all the same.
 	Prepare(ctx context.Context) error
-	// Leave notes durably that the VM may soon run elsewhere. It comes before Pause; Rescue takes the note back. A copy does without.
+	// Leave notes durably that the VM may soon run elsewhere. It comes before Pause; Rescue takes
+	// the note back. A copy does without.
 	Leave(ctx context.Context, migration uuid.UUID) error
 	// Pause returns when the guest does not run any more.
 	Pause(ctx context.Context) error
@@ -289,8 +290,8 @@ func (s *Source) Stats() Stats {
 	return o.Stats()
 }
 
-// Settle decides who owns a VM that was handed over and whose target is away: it is in doubt, or the target has not got all of it. The decision is the operator's,
-// who must know.
+// Settle decides who owns a VM that was handed over and whose target is away: it is in doubt, or
+// the target has not got all of it. The decision is the operator's, who must know.
 func (s *Source) Settle(outcome Outcome) error {
 	s.mu.Lock()
 	o := s.current
@@ -322,7 +323,8 @@ func (o *outgoing) decideBy(outcome Outcome, in State) {
 	}
 }
 
-// Away tells for how long nothing has been heard of a target that the VM was handed over to; 0 while it is connected.
+// Away tells for how long nothing has been heard of a target that the VM was handed over to; 0
+// while it is connected.
 func (s *Source) Away() time.Duration {
 	s.mu.Lock()
 	o := s.current
@@ -347,8 +349,9 @@ func (o *outgoing) connected() bool {
 	return false
 }
 
-// Relinquish waits, once Revoke has failed with [ErrHandedOver], until the target has all that it needs of this source, or an operator has settled that the VM goes
-// on here; then State tells which. When the target has taken nothing for patience, it gives up with an error.
+// Relinquish waits, once Revoke has failed with [ErrHandedOver], until the target has all that it
+// needs of this source, or an operator has settled that the VM goes on here; then State tells
+// which. When the target has taken nothing for patience, it gives up with an error.
 func (s *Source) Relinquish(patience time.Duration) error {
 	s.mu.Lock()
 	o := s.current
@@ -780,7 +783,8 @@ func (o *outgoing) reply(ctx context.Context, l *link) (any, error) {
 	return reply, err
 }
 
-// receiveAnswer receives the answer to the manifest, and the contents before it of bases that the target holds and this side lacks.
+// receiveAnswer receives the answer to the manifest, and the contents before it of bases that the
+// target holds and this side lacks.
 func (o *outgoing) receiveAnswer(l *link) (any, error) {
 	for {
 		m, err := l.receive(o.sizes)

@@ -270,10 +270,12 @@ func (t *Target) Stats() Stats {
 // Done is closed when nothing is missing any more and the source knows, or when that will not be.
 func (t *Target) Done() <-chan struct{} { return t.ended }
 
-// Whole is closed when nothing is missing here. From then on the source is needed for nothing, whether it knows or not.
+// Whole is closed when nothing is missing here. From then on the source is needed for nothing,
+// whether it knows or not.
 func (t *Target) Whole() <-chan struct{} { return t.whole }
 
-// Lost returns why the VM cannot go on here: its source has taken it back, or has ended before all of it was here. It is nil as long as that is not so, or not known.
+// Lost returns why the VM cannot go on here: its source has taken it back, or has ended before all
+// of it was here. It is nil as long as that is not so, or not known.
 func (t *Target) Lost() error {
 	select {
 	case <-t.ended:
@@ -296,10 +298,12 @@ func (t *Target) Wait() error {
 	return t.err
 }
 
-// GiveUp ends the migration of a VM of which something is missing, because an operator has settled that its source goes on with it: Wait returns [ErrTakenBack].
+// GiveUp ends the migration of a VM of which something is missing, because an operator has settled
+// that its source goes on with it: Wait returns [ErrTakenBack].
 func (t *Target) GiveUp() { t.cancel(fmt.Errorf("%w, as an operator has settled here", ErrTakenBack)) }
 
-// Close gives up what is still missing, and waits for the end of what goes on. A source that is connected is told first if nothing is.
+// Close gives up what is still missing, and waits for the end of what goes on. A source that is
+// connected is told first if nothing is.
 func (t *Target) Close() error {
 	t.mu.Lock()
 	l := t.main
@@ -872,7 +876,8 @@ func (t *Target) whileConnected(ctx context.Context, done <-chan struct{}) error
 	}
 }
 
-// comeBack makes an attempt to replace a link that has ended, and waits a moment if it fails. An error says that no attempt will succeed.
+// comeBack makes an attempt to replace a link that has ended, and waits a moment if it fails. An
+// error says that no attempt will succeed.
 func (t *Target) comeBack(ctx context.Context, lost *link, done <-chan struct{}) error {
 	if err := disowned(context.Cause(lost.ctx)); err != nil {
 		return err

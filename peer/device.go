@@ -68,7 +68,8 @@ func PackageDevices(pkg, instance string) ([]Device, error) {
 	return devices, nil
 }
 
-// arrivedNames are the names of the devices of an instance that a migration brought to where its package is not; nil if it is none.
+// arrivedNames are the names of the devices of an instance that a migration brought to where its
+// package is not; nil if it is none.
 func arrivedNames(pkg, instance string) []string {
 	d := packageDevice(vmm.Config, vmm.PackageFile(vmm.Config), pkg, instance)
 	// All of it is in the overlay, which is read beside a peer that may run.

@@ -103,7 +103,8 @@ func (p *Peer) ArrivalError() error {
 	return a.Wait()
 }
 
-// settleArrival lets an operator settle, until all of the VM is here, that it is given up: its source goes on with it.
+// settleArrival lets an operator settle, until all of the VM is here, that it is given up: its
+// source goes on with it.
 func (p *Peer) settleArrival(target *migrate.Target) {
 	var s settling
 	s.begin(p, func(o migrate.Outcome) error {
@@ -123,10 +124,12 @@ func (p *Peer) settleArrival(target *migrate.Target) {
 	})
 }
 
-// GiveUp notes that the VM is elsewhere, once [Peer.ArrivalError] is a [migrate.ErrTakenBack]. Close then ends what runs here.
+// GiveUp notes that the VM is elsewhere, once [Peer.ArrivalError] is a [migrate.ErrTakenBack].
+// Close then ends what runs here.
 func (p *Peer) GiveUp() error { return p.instance.Mark(vmm.Moved) }
 
-// awaitArrival waits until nothing of a VM that came by a migration is missing here. Whether its source knows does not matter.
+// awaitArrival waits until nothing of a VM that came by a migration is missing here. Whether its
+// source knows does not matter.
 func (p *Peer) awaitArrival(ctx context.Context) error {
 	p.mu.Lock()
 	a := p.arrival
@@ -287,8 +290,8 @@ func (a *arrival) check(ctx context.Context, m wire.Manifest) error {
 	return instance.CheckSizes(a.config, sizes, a.p.bases())
 }
 
-// open opens the devices, the state device first: from then on it says that the VM is arriving, and the others that they may lack something, until all of it is here and
-// durable.
+// open opens the devices, the state device first: from then on it says that the VM is arriving, and
+// the others that they may lack something, until all of it is here and durable.
 func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID) (map[string]wire.Held, error) {
 	held := map[string]wire.Held{}
 	var notes errgroup.Group // a disk that is busy makes them durable together
@@ -451,7 +454,8 @@ func (a *arrival) Complete(context.Context) error {
 	return a.p.forgetMissing()
 }
 
-// forgetMissing takes back what the devices say of missing parts, once nothing is missing and all of it is durable.
+// forgetMissing takes back what the devices say of missing parts, once nothing is missing and all
+// of it is durable.
 func (p *Peer) forgetMissing() error {
 	for i := range p.config.Devices {
 		if d := &p.config.Devices[i]; d.moves() {

@@ -209,7 +209,8 @@ func (d *departure) Mark(_ context.Context, state migrate.State, _ uuid.UUID) er
 	return d.p.instance.Mark(map[migrate.State]vmm.Status{migrate.InDoubt: vmm.InDoubt, migrate.Serving: vmm.HandedOver}[state])
 }
 
-// settling waits for an operator's decision while one can be taken. The command that brings it cannot reach this process but by a file.
+// settling waits for an operator's decision while one can be taken. The command that brings it
+// cannot reach this process but by a file.
 type settling struct {
 	stop chan struct{} // nil while nothing is waited for
 	done chan struct{}

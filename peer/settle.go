@@ -17,9 +17,10 @@ import (
 	"drafter/vmm"
 )
 
-// Settle decides who owns a VM that a migration has left in the middle. If the process that owns the instance still waits, it is told; else the decision is noted in
-// the instance's files: it can be started here, or it is elsewhere. The decision is the operator's, who has looked at the other side: a VM that is settled to be here
-// while it runs there runs twice.
+// Settle decides who owns a VM that a migration has left in the middle. If the process that owns
+// the instance still waits, it is told; else the decision is noted in the instance's files: it can
+// be started here, or it is elsewhere. The decision is the operator's, who has looked at the other
+// side: a VM that is settled to be here while it runs there runs twice.
 func Settle(ctx context.Context, devices []Device, outcome migrate.Outcome) error {
 	i := slices.IndexFunc(devices, func(d Device) bool { return d.Name == vmm.State })
 	if i < 0 {

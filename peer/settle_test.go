@@ -26,8 +26,8 @@ type left struct {
 
 var packageNames = []string{vmm.Config, vmm.Kernel, vmm.Disk, vmm.State, vmm.Memory}
 
-// leave makes an instance whose state device says status. One with arrived came by a migration, with or without the package being here, and was killed before all of
-// it was there.
+// leave makes an instance whose state device says status. One with arrived came by a migration,
+// with or without the package being here, and was killed before all of it was there.
 func leave(t *testing.T, status vmm.Status, arrived, withPackage bool) *left {
 	t.Helper()
 	l := &left{pkg: signaturetest.New(t), dir: filepath.Join(t.TempDir(), "instance")}
@@ -138,7 +138,8 @@ func (l *left) settle(t *testing.T, o migrate.Outcome) error {
 	return Settle(t.Context(), l.devices, o)
 }
 
-// startable is in the error of a start that got as far as to look for a VMM, of which these tests have none.
+// startable is in the error of a start that got as far as to look for a VMM, of which these tests
+// have none.
 const startable = "VMM"
 
 // Every state of docs/migration.md has a way out, and what its errors name works.
@@ -225,7 +226,8 @@ func (l *left) status(t *testing.T) vmm.Status {
 	return 0
 }
 
-// Where an instance's package is not, or is not any more, the instance can be settled and replaced all the same, and found if it came without.
+// Where an instance's package is not, or is not any more, the instance can be settled and replaced
+// all the same, and found if it came without.
 func TestWithoutPackage(t *testing.T) {
 	for _, status := range []vmm.Status{vmm.Moved, vmm.HandedOver} {
 		l := leave(t, status, false, true)
@@ -280,7 +282,8 @@ func TestMissingUntilDurable(t *testing.T) {
 	}
 }
 
-// Once a VM that has arrived runs, what its state device is told outlives the process without a sync.
+// Once a VM that has arrived runs, what its state device is told outlives the process without a
+// sync.
 func TestHeaderIsReleased(t *testing.T) {
 	l := leave(t, vmm.TakingOver, true, true)
 	for i := range l.devices {
@@ -307,7 +310,8 @@ func TestHeaderIsReleased(t *testing.T) {
 	}
 }
 
-// A decision that the peer that runs does not follow is an error of the command, with the peer's reason.
+// A decision that the peer that runs does not follow is an error of the command, with the peer's
+// reason.
 func TestSettleRefused(t *testing.T) {
 	l := leave(t, vmm.Running, false, true)
 	source, err := migrate.NewSource(migrate.SourceConfig{VM: &departure{}, Devices: []migrate.SourceDevice{{Name: vmm.Disk, Device: block.NewTracker(block.NewZeros(1<<20), block.PageSize)}}})

@@ -132,7 +132,8 @@ func makeRoom(devices []Device) error {
 	return nil
 }
 
-// checkHere refuses an instance that may be elsewhere. That comes before all else that may keep it from being started, and needs nothing but the state device's overlay.
+// checkHere refuses an instance that may be elsewhere. That comes before all else that may keep it
+// from being started, and needs nothing but the state device's overlay.
 func (p *Peer) checkHere() error {
 	i := slices.IndexFunc(p.config.Devices, func(d Device) bool { return d.Name == vmm.State })
 	if d := &p.config.Devices[i]; d.Overlay != "" {
@@ -145,7 +146,8 @@ func (p *Peer) checkHere() error {
 	return nil
 }
 
-// standing is what the overlay of a state device that is not in use says, and why its VM cannot be resumed. One that was never used has no status.
+// standing is what the overlay of a state device that is not in use says, and why its VM cannot be
+// resumed. One that was never used has no status.
 func (d *Device) standing() (status vmm.Status, refusal, err error) {
 	_, _, found, err := block.OverlayBase(d.files().OverlayPaths())
 	if err != nil || !found {
@@ -165,7 +167,8 @@ func (d *Device) standing() (status vmm.Status, refusal, err error) {
 	return status, vmm.CheckResumable(s), nil
 }
 
-// replaceable refuses an instance that must not be overwritten: any that has neither moved away nor begun to arrive, and one that it takes an operator to decide about.
+// replaceable refuses an instance that must not be overwritten: any that has neither moved away nor
+// begun to arrive, and one that it takes an operator to decide about.
 func replaceable(state *Device, devices []Device) error {
 	status, refusal, err := state.standing()
 	switch {

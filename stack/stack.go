@@ -66,7 +66,8 @@ func (f *Files) Open(ctx context.Context) (*Stack, error) {
 	return f.overlayOver(base, under, id, block.ID{}, nil)
 }
 
-// beneath opens what is beneath an overlay, which need not exist yet. under is the content id that the overlay is bound to, id is that of the base; zero without one.
+// beneath opens what is beneath an overlay, which need not exist yet. under is the content id that
+// the overlay is bound to, id is that of the base; zero without one.
 func (f *Files) beneath(ctx context.Context) (base block.Device, under, id block.ID, err error) {
 	under, size, found, err := block.OverlayBase(f.OverlayPaths())
 	if err != nil {
@@ -96,7 +97,8 @@ func (f *Files) beneath(ctx context.Context) (base block.Device, under, id block
 	return file, contents.Device, contents.Device, nil
 }
 
-// OpenOverlay opens what a device's overlay holds by itself, over zeros in the place of its base, which need not be here.
+// OpenOverlay opens what a device's overlay holds by itself, over zeros in the place of its base,
+// which need not be here.
 func (f *Files) OpenOverlay() (*Stack, error) {
 	under, size, found, err := block.OverlayBase(f.OverlayPaths())
 	if err != nil {
@@ -108,8 +110,8 @@ func (f *Files) OpenOverlay() (*Stack, error) {
 	return f.overlayOver(block.NewZeros(size), under, block.ID{}, block.ID{}, nil)
 }
 
-// Problems verifies a device that is not in use, by the same rules as Open. It returns what is wrong, in words for the user, and an error only if it could not look.
-// Nothing is changed.
+// Problems verifies a device that is not in use, by the same rules as Open. It returns what is
+// wrong, in words for the user, and an error only if it could not look. Nothing is changed.
 func (f *Files) Problems(ctx context.Context) (problems []string, err error) {
 	if err := f.CheckMissing(); err != nil {
 		problems = append(problems, err.Error())
@@ -189,8 +191,9 @@ func (f *Files) contents(ctx context.Context, base *block.File) (*block.Contents
 	return c, nil
 }
 
-// overlayOver opens the overlay over base, whose content id is under. One that is made keeps origin, the content id of a base that is not here. receive, if not nil,
-// puts a device between the overlay and the tracker.
+// overlayOver opens the overlay over base, whose content id is under. One that is made keeps
+// origin, the content id of a base that is not here. receive, if not nil, puts a device between the
+// overlay and the tracker.
 func (f *Files) overlayOver(base block.Device, under, id, origin block.ID, receive func(block.Device) *block.Incoming) (*Stack, error) {
 	blockSize := f.BlockSize
 	if f.Paged && blockSize != 0 { // with 0, none is made

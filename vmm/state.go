@@ -253,7 +253,8 @@ func MarkTakingOver(dev StateDevice, migration uuid.UUID) error {
 	return writeStateHeader(dev, &stateHeader{status: TakingOver, migration: migration, changed: time.Now()})
 }
 
-// MarkLeaving makes dev, which is that of a VM that runs, say durably that it may run at the target of a migration from now on.
+// MarkLeaving makes dev, which is that of a VM that runs, say durably that it may run at the target
+// of a migration from now on.
 func MarkLeaving(dev StateDevice, migration uuid.UUID) error {
 	h, err := readStateHeader(dev)
 	if err != nil {
@@ -284,8 +285,9 @@ func NoteState(dev StateDevice, status Status) error {
 	return writeStateHeader(dev, h)
 }
 
-// SettleState decides, durably, about a VM that a migration has left in the middle and whose owner has ended since: it goes on from dev's devices, or it is elsewhere.
-// incomplete says that a part of it never arrived here. It fails if there is nothing to decide, or the VM cannot go on here.
+// SettleState decides, durably, about a VM that a migration has left in the middle and whose owner
+// has ended since: it goes on from dev's devices, or it is elsewhere. incomplete says that a part
+// of it never arrived here. It fails if there is nothing to decide, or the VM cannot go on here.
 func SettleState(dev StateDevice, here, incomplete bool) error {
 	status, _, _, err := StateStatus(dev)
 	if err != nil {

@@ -50,7 +50,8 @@ const FeatureSignature uint64 = 4
 // FeatureForce is a feature of a hello: the VM is taken even if its guest does not get ready to be paused.
 const FeatureForce uint64 = 8
 
-// FeatureContents is a feature of a hello: the target tells the contents of a base that it holds and the source lacks, see [Device].
+// FeatureContents is a feature of a hello: the target tells the contents of a base that it holds
+// and the source lacks, see [Device].
 const FeatureContents uint64 = 16
 
 // Kind is what an [Operation] does.
