@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -255,6 +256,8 @@ func TestAbsentBase(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	limits := quick()
+	limits.Silence = time.Minute // nothing is lost
 	for _, tt := range []struct {
 		name     string
 		origin   block.ID
@@ -279,12 +282,14 @@ func TestAbsentBase(t *testing.T) {
 				clear(held.data)
 			}
 			target.device = block.NewIncoming(held, false)
-			s, err := NewSource(SourceConfig{VM: nobodyVM{}, Limits: quick(), Devices: []SourceDevice{{Name: "disk", Device: block.NewTracker(here, 64<<10), Origin: tt.origin, MinCycles: 1, MaxCycles: 2}}})
+			s, err := NewSource(SourceConfig{VM: nobodyVM{}, Limits: limits, Devices: []SourceDevice{{Name: "disk", Device: block.NewTracker(here, 64<<10), Origin: tt.origin, MinCycles: 1, MaxCycles: 2}}})
 			if err != nil {
 				t.Fatal(err)
 			}
 			served := make(chan error, 4)
-			arrived, err := Receive(t.Context(), TargetConfig{VM: target, Limits: quick(), Dial: func(context.Context) (io.ReadWriteCloser, error) {
+			var dialled atomic.Int64
+			arrived, err := Receive(t.Context(), TargetConfig{VM: target, Limits: limits, Dial: func(context.Context) (io.ReadWriteCloser, error) {
+				dialled.Add(1)
 				ours, theirs := net.Pipe()
 				go func() { served <- s.Handle(context.Background(), theirs) }()
 				return ours, nil
@@ -297,7 +302,7 @@ func TestAbsentBase(t *testing.T) {
 					t.Error(err)
 				}
 				var refusals error
-				for range len(served) {
+				for range dialled.Load() {
 					refusals = errors.Join(refusals, <-served)
 				}
 				if refusals == nil || !strings.Contains(refusals.Error(), tt.want) {
@@ -320,6 +325,11 @@ func TestAbsentBase(t *testing.T) {
 			}
 			if err := errors.Join(arrived.Close(), s.Close()); err != nil {
 				t.Error(err)
+			}
+			for range dialled.Load() {
+				if err := <-served; err != nil {
+					t.Errorf("a connection of a good move ended with %v", err)
+				}
 			}
 		})
 	}

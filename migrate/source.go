@@ -915,6 +915,10 @@ func (o *outgoing) ack(a wire.Ack) {
 	}
 }
 
+// completing are the states in which a target may have all. It may be quick: the authority has been
+// sent, and this side has not noticed yet that it is in doubt.
+var completing = []State{HandingOff, InDoubt, Serving, Delivering}
+
 // read takes what the target sends until the link ends.
 func (o *outgoing) read(l *link) error {
 	for {
@@ -948,7 +952,7 @@ func (o *outgoing) read(l *link) error {
 			case m == wire.TypePrepare:
 				o.once.prepared.Do(func() { close(o.prepared) })
 				continue
-			case m == wire.TypeComplete && (o.State() == InDoubt || o.State() == Serving || o.State() == Delivering):
+			case m == wire.TypeComplete && contains(completing, o.State()):
 				o.once.complete.Do(func() { close(o.complete) })
 				continue
 			}
