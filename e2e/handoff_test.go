@@ -232,7 +232,8 @@ func TestAgentHangs(t *testing.T) {
 	}
 }
 
-// A target whose source is killed in post-copy goes on with what it has, and says at its end what it lacks. The source still has what there was at the handoff.
+// A target whose source is killed in post-copy goes on with what it has, until an operator gives it up.
+// The source still has what there was at the handoff.
 func TestSourceDiesInPostCopy(t *testing.T) {
 	s := emptySite(t)
 	c := s.redisIn(t, "ark0", "127.0.0.1:3333")
@@ -256,10 +257,17 @@ func TestSourceDiesInPostCopy(t *testing.T) {
 		t.Fatalf("the target gave up: %v", vm.Wait())
 	default:
 	}
-	if err := vm.End(); err == nil || !strings.Contains(err.Error(), "still at its source") {
+	settle := func(how, instance string) []string {
+		return []string{"peer", "settle", how, "--package", filepath.Join(work, "out/package"), "--instance", instance}
+	}
+	if line := s.fails(t, settle("--here", "instance-1")...); !strings.Contains(line, "are still at its source") {
+		t.Errorf("settled to go on without what is missing: %s", line)
+	}
+	command(t, s.dir, "drafter", settle("--away", "instance-1")...)
+	if err := vm.Wait(); err == nil || !strings.Contains(err.Error(), "as an operator has settled here") {
 		t.Errorf("the target ended with %v", err)
 	}
-	wants := map[string]string{"instance-0": "go on from that moment with 'drafter peer settle --here'", "instance-1": "of it never arrived"}
+	wants := map[string]string{"instance-0": "go on from that moment with 'drafter peer settle --here'", "instance-1": "moved away"}
 	for _, instance := range []string{"instance-0", "instance-1"} {
 		args := s.peerArgs(instance)
 		if instance == "instance-1" {
@@ -269,7 +277,7 @@ func TestSourceDiesInPostCopy(t *testing.T) {
 			t.Errorf("start of %s: %s; want %q", instance, line, wants[instance])
 		}
 	}
-	command(t, s.dir, "drafter", "peer", "settle", "--here", "--package", filepath.Join(work, "out/package"), "--instance", "instance-0")
+	command(t, s.dir, "drafter", settle("--here", "instance-0")...)
 	source = s.peer(t, "instance-0", "--netns", "ark0")
 	if got, err := c.Get(t.Context(), "before").Result(); err != nil || got != "the handoff" {
 		t.Errorf("at the source again: %q, %v", got, err)
