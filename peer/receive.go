@@ -425,7 +425,7 @@ func (a *arrival) Restore(ctx context.Context, migration uuid.UUID) error {
 	if err := a.launched.Restore(ctx, migration); err != nil {
 		return err
 	}
-	return named(vmm.State, a.header.release())
+	return named(vmm.State, a.header.releaseForGood())
 }
 
 // Resume implements [migrate.TargetVM].

@@ -296,11 +296,16 @@ func TestHeaderIsReleased(t *testing.T) {
 		}
 		defer s.Close()
 		h := &heldHeader{Device: s}
-		for _, tt := range []struct{ note, below vmm.Status }{{vmm.Arriving, vmm.TakingOver}, {vmm.Running, vmm.Running}, {vmm.Leaving, vmm.Leaving}} {
-			if tt.note == vmm.Running {
-				err = h.release()
-			}
-			if err = errors.Join(err, vmm.NoteState(h, tt.note)); err != nil {
+		for _, tt := range []struct {
+			note, below vmm.Status
+			first       func() error
+		}{
+			{vmm.Arriving, vmm.TakingOver, func() error { return nil }},
+			{vmm.Leaving, vmm.Arriving, h.Sync}, // which gives what was held, and no more
+			{vmm.Running, vmm.Running, h.releaseForGood},
+			{vmm.Leaving, vmm.Leaving, func() error { return nil }},
+		} {
+			if err := errors.Join(tt.first(), vmm.NoteState(h, tt.note)); err != nil {
 				t.Fatal(err)
 			}
 			if got, _, _, err := vmm.StateStatus(s); err != nil || got != tt.below {

@@ -19,7 +19,7 @@ type heldHeader struct {
 
 	mu       sync.Mutex
 	page     []byte // the first page, as its user sees it; nil while that is the device's
-	released bool   // nothing is held any more
+	released bool   // nothing will be held any more
 }
 
 // ReadAt implements [block.Device].
@@ -79,8 +79,17 @@ func (h *heldHeader) release() error {
 		}
 		h.page = nil
 	}
-	h.released = true // what is noted later, as that the VM leaves, outlives this process too
 	return nil
+}
+
+// releaseForGood is release, from which on nothing is held: what is noted later, as that the VM
+// leaves, outlives this process without a sync.
+func (h *heldHeader) releaseForGood() error {
+	err := h.release()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.released = err == nil
+	return err
 }
 
 // expect lets the device say durably that the VM may run here, beneath what is held.
