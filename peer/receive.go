@@ -294,7 +294,6 @@ func (a *arrival) check(ctx context.Context, m wire.Manifest) error {
 // the others that they may lack something, until all of it is here and durable.
 func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID) (map[string]wire.Held, error) {
 	held := map[string]wire.Held{}
-	var notes errgroup.Group // a disk that is busy makes them durable together
 	offers := slices.Clone(m.Devices)
 	slices.SortStableFunc(offers, func(x, y wire.Device) int {
 		return boolInt(y.Name == vmm.State) - boolInt(x.Name == vmm.State)
@@ -314,9 +313,13 @@ func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID
 			if err := vmm.MarkArriving(s.Incoming.Device, migration); err != nil {
 				return nil, fmt.Errorf("device %s: %w", offered.Name, err)
 			}
-			continue
 		}
-		notes.Go(func() error { return named(d.Name, d.files().NoteMissing(offered.Size)) })
+	}
+	var notes errgroup.Group // a disk that is busy makes them durable together
+	for _, offered := range m.Devices {
+		if d := a.device(offered.Name); d.Name != vmm.State {
+			notes.Go(func() error { return named(d.Name, d.files().NoteMissing(offered.Size)) })
+		}
 	}
 	if err := notes.Wait(); err != nil {
 		return nil, err
