@@ -75,7 +75,7 @@ func needRoot(t *testing.T) {
 // inventory is all that a NAT or forwarder could leave on a host, but for what is only counted.
 func inventory(t *testing.T) string {
 	t.Helper()
-	out, err := exec.Command("sh", "-c", `ip -o link | cut -d: -f2 | sort; ip netns list | sort; ip -4 route; nft --terse list ruleset; find /run/drafter; cat /proc/sys/net/ipv4/ip_forward`).CombinedOutput()
+	out, err := exec.Command("sh", "-c", `ip -o link | cut -d: -f2 | sort; ip netns list | sort; ip -4 route | sed 's/ linkdown//'; nft --terse list ruleset; find /run/drafter; cat /proc/sys/net/ipv4/ip_forward`).CombinedOutput()
 	if err != nil && !strings.Contains(string(out), "No such file") {
 		t.Fatalf("%v: %s", err, out)
 	}
