@@ -214,7 +214,7 @@ func ExtractSigned(ctx context.Context, path string, devices []Device, verifier 
 	if err := check(devices); err != nil {
 		return err
 	}
-	f, err := private.Open(path, os.O_RDONLY)
+	f, err := os.Open(path) // perhaps a pipe
 	if err != nil {
 		return fmt.Errorf("open package: %w", err)
 	}
@@ -323,6 +323,11 @@ func (x *extraction) entry(ctx context.Context, h *tar.Header, r io.Reader) erro
 	}
 	if h.Size > maxDevice {
 		return fmt.Errorf("it has %d bytes, more than any device", h.Size)
+	}
+	if x.verifier != nil { // content ids are kept of each block
+		if err := block.CheckSizes(0, h.Size); err != nil {
+			return err
+		}
 	}
 	if x.seen[name] {
 		return errors.New("it is there twice")

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -103,6 +104,30 @@ func TestRoundTrip(t *testing.T) {
 	entries, err := os.ReadDir(filepath.Join(dir, "new"))
 	if err != nil || len(entries) != len(devices) {
 		t.Errorf("left behind: %v, %v", entries, err)
+	}
+}
+
+// An archive may come through a pipe.
+func TestPipe(t *testing.T) {
+	path, devices := create(t)
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	written := make(chan error)
+	go func() {
+		b, err := os.ReadFile(path)
+		_, werr := w.Write(b)
+		written <- errors.Join(err, werr, w.Close())
+	}()
+	target := filepath.Join(t.TempDir(), devices[0].Name)
+	err = Extract(t.Context(), fmt.Sprintf("/dev/fd/%d", r.Fd()), []Device{{Name: devices[0].Name, Path: target}}, nil)
+	if err := errors.Join(err, <-written); err != nil {
+		t.Fatal(err)
+	}
+	if !sameFile(t, devices[0].Path, target) {
+		t.Error("what came through a pipe differs")
 	}
 }
 

@@ -90,7 +90,7 @@ func makeCache(dir string) error {
 	if err := private.MkdirAll(dir); err != nil {
 		return fmt.Errorf("--cache: %w", err)
 	}
-	if err := checkOwner(dir, ""); err != nil {
+	if err := checkOwner(dir, os.Getenv("SUDO_UID")); err != nil {
 		return fmt.Errorf("--cache %s: %w", dir, err)
 	}
 	return nil

@@ -203,10 +203,16 @@ func PackageFiles(dir string) (names []string, files map[string]string, err erro
 	for _, d := range config.Devices {
 		names = append(names, d.Name)
 	}
+	taken := map[string]string{}
 	for _, name := range names {
-		if files[name], err = findPackageFile(dir, name); err != nil {
+		file, err := findPackageFile(dir, name)
+		if err != nil {
 			return nil, nil, err
 		}
+		if other, ok := taken[file]; ok {
+			return nil, nil, fmt.Errorf("devices %q and %q would be in the same file %s", other, name, file)
+		}
+		files[name], taken[file] = file, name
 	}
 	return names, files, nil
 }

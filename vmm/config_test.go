@@ -87,3 +87,35 @@ func TestPackageConfigRefused(t *testing.T) {
 		})
 	}
 }
+
+// A device does not stand for another one's file, whatever it is called.
+func TestPackageFiles(t *testing.T) {
+	dir := t.TempDir()
+	write := func(c *PackageConfig) {
+		t.Helper()
+		b, err := c.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range c.Devices[:6] {
+			if err := os.WriteFile(filepath.Join(dir, PackageFile(d.Name)), nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := os.WriteFile(filepath.Join(dir, PackageFile(Config)), b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(validConfig())
+	if names, files, err := PackageFiles(dir); err != nil || len(names) != 7 || files["oci"] != "oci.ext4" {
+		t.Errorf("%v, %v, %v", names, files, err)
+	}
+	for _, name := range []string{PackageFile(Config), PackageFile(Kernel), PackageFile(Memory), "oci.ext4"} {
+		c := validConfig()
+		c.Devices = append(c.Devices, PackageDevice{name, 5})
+		write(c)
+		if _, _, err := PackageFiles(dir); err == nil || !strings.Contains(err.Error(), "in the same file "+name) {
+			t.Errorf("a device called %s: %v", name, err)
+		}
+	}
+}
