@@ -491,31 +491,33 @@ func TestTwoNATs(t *testing.T) {
 	}
 }
 
+// killNAT starts a NAT process and kills it.
+func killNAT(t *testing.T) {
+	t.Helper()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), "NETWORK_TEST=nat")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	line, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil || line != "started: <nil>\n" {
+		t.Fatalf("%q, %v", line, err)
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	cmd.Wait()
+}
+
 // TestKilledNAT kills a NAT process, once with a VM in one of its namespaces.
 func TestKilledNAT(t *testing.T) {
 	needRoot(t)
 	before := inventory(t)
-	kill := func() {
-		t.Helper()
-		cmd := exec.Command("/proc/self/exe")
-		cmd.Env = append(os.Environ(), "NETWORK_TEST=nat")
-		out, err := cmd.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		line, err := bufio.NewReader(out).ReadString('\n')
-		if err != nil || line != "started: <nil>\n" {
-			t.Fatalf("%q, %v", line, err)
-		}
-		if err := cmd.Process.Kill(); err != nil {
-			t.Fatal(err)
-		}
-		cmd.Wait()
-	}
-	kill()
+	killNAT(t)
 	n, err := StartNAT(context.Background(), testConfig())
 	if err != nil {
 		t.Fatal(err)
@@ -527,7 +529,7 @@ func TestKilledNAT(t *testing.T) {
 		t.Errorf("left behind:\n%s\nbefore:\n%s", after, before)
 	}
 
-	kill()
+	killNAT(t)
 	claim, err := ClaimNamespace("ark0")
 	if err != nil {
 		t.Fatal(err)
@@ -583,22 +585,7 @@ func TestSomebodysNamespace(t *testing.T) {
 		t.Errorf("left behind:\n%s\nbefore:\n%s", after, before)
 	}
 
-	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), "NETWORK_TEST=nat")
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || line != "started: <nil>\n" {
-		t.Fatalf("%q, %v", line, err)
-	}
-	if err := cmd.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
-	cmd.Wait()
+	killNAT(t)
 	shell(replace)
 	if _, err := StartNAT(context.Background(), testConfig()); err == nil || !strings.Contains(err.Error(), `"ark1" exists and is not ours`) {
 		t.Errorf("over somebody's namespace: %v", err)
