@@ -44,7 +44,7 @@ func newPush() *cobra.Command {
 				devices = append(devices, artifact.Device{Name: name, File: filepath.Join(pkg, files[name])})
 			}
 			start := time.Now()
-			show := progress.New(os.Stderr)
+			show := progress.New(cmd.ErrOrStderr())
 			digest, err := artifact.Push(cmd.Context(), args[0], plainHTTP, devices, show.Report)
 			show.Close()
 			if err != nil {
@@ -93,7 +93,7 @@ kept if they are the package's, and an error if not. With --verify-key, nothing 
 			if err := signature.Keep(p.Signature(), filepath.Join(output, vmm.PackageFile(vmm.Config)), verifier != nil); err != nil {
 				return err
 			}
-			show := progress.New(os.Stderr)
+			show := progress.New(cmd.ErrOrStderr())
 			defer show.Close()
 			for _, name := range configLast(p.Names()) {
 				if err := vmm.CheckDeviceName(name); err != nil {

@@ -54,7 +54,7 @@ with the usual tools (busybox) and drafter-guest, which is its init and agent.
 			if c.Guest, err = findGuest(c.Guest); err != nil {
 				return err
 			}
-			bars := progress.New(os.Stderr)
+			bars := progress.New(cmd.ErrOrStderr())
 			defer bars.Close()
 			c.Progress = bars.Report
 			if err := blueprint.BuildOS(cmd.Context(), c); err != nil {
@@ -179,7 +179,7 @@ config.json, and 'oci pack'.
 			if err != nil {
 				return err
 			}
-			bars := progress.New(os.Stderr)
+			bars := progress.New(cmd.ErrOrStderr())
 			defer bars.Close()
 			disk.Progress = bars.Report
 			if err := blueprint.BuildOCI(cmd.Context(), img, limits, disk); err != nil {
@@ -217,7 +217,7 @@ func newBlueprintOCIUnpack() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			bars := progress.New(os.Stderr)
+			bars := progress.New(cmd.ErrOrStderr())
 			defer bars.Close()
 			if err := blueprint.UnpackOCI(cmd.Context(), img, output, limits, bars.Report); err != nil {
 				return err
@@ -250,7 +250,7 @@ func newBlueprintOCIPack() *cobra.Command {
 			if disk.Size, err = parseSize(size); err != nil {
 				return err
 			}
-			bars := progress.New(os.Stderr)
+			bars := progress.New(cmd.ErrOrStderr())
 			defer bars.Close()
 			disk.Source, disk.Progress = args[0], bars.Report
 			if err := blueprint.PackOCI(cmd.Context(), disk); err != nil {

@@ -16,7 +16,8 @@ import (
 
 	"github.com/lmittmann/tint"
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
+
+	"drafter/internal/output"
 )
 
 // Exit codes, stable.
@@ -31,12 +32,44 @@ Exit codes: 0 success, 1 failure, 2 wrong usage.`
 
 // Main runs the command that args name and returns its exit code. args[0] is the program's name: "drafter-nat" means "drafter nat". args are those of the process
 // itself (os.Args): secrets in them are overwritten.
+//
+// Nothing that happens to stdout and stderr ends or blocks it while it works: a command may hold a VM, or rules of the host's network.
 func Main(args []string) int {
 	args = hideSecrets(args)
-	// SIGTERM and SIGHUP end a command as well as Ctrl-C does. Further signals change nothing: a command that suspends its VM finishes that.
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	// SIGTERM, and SIGHUP when the terminal goes away, end a command as well as Ctrl-C does. Further signals change nothing: a command that suspends its VM
+	// finishes that.
+	endings := []os.Signal{syscall.SIGINT, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) { // as with nohup
+		endings = append(endings, syscall.SIGHUP)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), endings...)
 	defer stop()
-	return Run(ctx, args, os.Stdout, os.Stderr)
+	// A write to a pipe without a reader fails instead. Not ignored, which children would inherit.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+	// In the background of a terminal, output goes on, and there is no input, instead of a stop.
+	signal.Ignore(syscall.SIGTTIN, syscall.SIGTTOU)
+	stderr := output.New(os.Stderr, logRoom, plainNotice)
+	defer stderr.Close()
+	return Run(ctx, args, results{os.Stdout}, stderr)
+}
+
+// logRoom is how much of the log waits for who reads it, in bytes.
+const logRoom = 1 << 20
+
+func plainNotice(bytes int64) []byte {
+	return fmt.Appendf(nil, "\nLeft out %d bytes of output\n", bytes)
+}
+
+// results is where a command prints what it was asked for. It waits for its reader. One that is gone, as in 'drafter … | head', wants no more.
+type results struct{ *os.File }
+
+// Write implements [io.Writer].
+func (r results) Write(p []byte) (int, error) {
+	n, err := r.File.Write(p)
+	if errors.Is(err, syscall.EPIPE) {
+		return len(p), nil
+	}
+	return n, err
 }
 
 // Run is Main with its surroundings given. Ending ctx ends the command cleanly.
@@ -108,18 +141,28 @@ func setUpLog(stderr io.Writer, format, level string) error {
 	if err := l.UnmarshalText([]byte(level)); err != nil {
 		return &usageError{fmt.Errorf("--log-level %q is unknown; choose debug, info, warn or error", level)}
 	}
-	var h slog.Handler
+	var logger func(io.Writer) *slog.Logger
 	switch format {
 	case "json":
-		h = slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: l})
+		logger = func(w io.Writer) *slog.Logger {
+			return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: l}))
+		}
 	case "text":
-		f, ok := stderr.(*os.File)
-		colour := ok && term.IsTerminal(int(f.Fd())) && os.Getenv("NO_COLOR") == ""
-		h = tint.NewTextHandler(stderr, &tint.Options{Level: l, TimeFormat: time.TimeOnly, NoColor: !colour})
+		colour := output.Terminal(stderr) != nil && os.Getenv("NO_COLOR") == ""
+		logger = func(w io.Writer) *slog.Logger {
+			return slog.New(tint.NewTextHandler(w, &tint.Options{Level: l, TimeFormat: time.TimeOnly, NoColor: !colour}))
+		}
 	default:
 		return &usageError{fmt.Errorf("--log-format %q is unknown; choose text or json", format)}
 	}
-	slog.SetDefault(slog.New(h))
+	if w, ok := stderr.(*output.Writer); ok {
+		w.Notice(func(bytes int64) []byte {
+			var line strings.Builder
+			logger(&line).Warn("Left out log lines that could not be written", "bytes", bytes)
+			return []byte(line.String())
+		})
+	}
+	slog.SetDefault(logger(stderr))
 	return nil
 }
 

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 
 	"github.com/spf13/cobra"
 
@@ -79,7 +78,7 @@ process was killed, and a new package be made from it with 'drafter snapshotter'
 				return err
 			}
 			defer func() { err = errors.Join(err, d.Close()) }()
-			bars := progress.New(os.Stderr)
+			bars := progress.New(cmd.ErrOrStderr())
 			defer bars.Close()
 			if err := block.Export(cmd.Context(), output, d, func(done, total int64) { bars.Report("Exporting", done, total) }); err != nil {
 				return err

@@ -1,14 +1,14 @@
 package cli
 
 import (
+	"io"
 	"log/slog"
-	"os"
 	"sync"
 	"time"
 
 	"github.com/dustin/go-humanize"
-	"golang.org/x/term"
 
+	"drafter/internal/output"
 	"drafter/internal/progress"
 	"drafter/migrate"
 	"drafter/peer"
@@ -17,12 +17,13 @@ import (
 // migrationLog tells a person how a migration goes: in log lines, and on a terminal also by a bar per device.
 type migrationLog struct {
 	mu    sync.Mutex
-	bars  *progress.Reporter // nil when stderr is no terminal
+	out   io.Writer
+	bars  *progress.Reporter // nil when out is no terminal
 	cycle int
 	begun bool // devices have arrived
 }
 
-func newMigrationLog() *migrationLog { return &migrationLog{} }
+func newMigrationLog(out io.Writer) *migrationLog { return &migrationLog{out: out} }
 
 // messages are what is said at a change of state. All states are told of at debug level.
 var messages = map[migrate.State]string{
@@ -86,15 +87,15 @@ func (l *migrationLog) progress(s migrate.Stats) {
 	}
 }
 
-// reporter is nil when stderr is no terminal.
+// reporter is nil when there is no terminal.
 func (l *migrationLog) reporter() *progress.Reporter {
-	if !term.IsTerminal(int(os.Stderr.Fd())) {
+	if output.Terminal(l.out) == nil {
 		return nil
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.bars == nil {
-		l.bars = progress.New(os.Stderr)
+		l.bars = progress.New(l.out)
 	}
 	return l.bars
 }

@@ -55,7 +55,7 @@ Base, overlay and state file of a device are as for 'drafter peer'. If this proc
 			if c.Limits, err = limits.resolve(); err != nil {
 				return err
 			}
-			show := newMigrationLog()
+			show := newMigrationLog(cmd.ErrOrStderr())
 			defer show.close()
 			c.OnState, c.OnProgress = show.deviceState, show.progress
 			if err := vmm.CheckBaseDir(c.BaseDir); err != nil {

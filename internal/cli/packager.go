@@ -3,7 +3,6 @@ package cli
 import (
 	"errors"
 	"log/slog"
-	"os"
 
 	"github.com/spf13/cobra"
 
@@ -39,7 +38,7 @@ The signature of a package (see 'drafter sign'), package.sig beside its config d
 			if verifier != nil && !extract {
 				return &usageError{errors.New("--verify-key is for --extract; 'drafter sign' signs a package before it is stored")}
 			}
-			bars := progress.New(os.Stderr)
+			bars := progress.New(cmd.ErrOrStderr())
 			defer bars.Close()
 			if extract {
 				err = archive.ExtractSigned(cmd.Context(), path, list, verifier, bars.Report)

@@ -48,8 +48,8 @@ func newPeer() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "peer",
 		Short: "Run an instance of a VM package, and move it live between processes and hosts",
-		Long: `Starts an instance of a package, or receives a running one from another peer (--raddr), and runs it until it is ended (Ctrl-C or SIGTERM) or another peer
-takes it (--laddr). When it is ended it is suspended; the next start goes on there.
+		Long: `Starts an instance of a package, or receives a running one from another peer (--raddr), and runs it until it is ended (Ctrl-C, SIGTERM, or SIGHUP
+as its terminal is closed) or another peer takes it (--laddr). When it is ended it is suspended; the next start goes on there.
 
 Each device has a base, the package's file. With an overlay and a state file the base is read-only, and what the instance changes is kept in the overlay:
 any number of instances can run from one package. Without them the instance writes to the package.
@@ -74,8 +74,13 @@ Signatures: with --verify-key, only a package that one of the keys has signed ('
 another peer, its config, its kernel and the bases that are here must be those of such a package; for what the VM has written since, its state included,
 its source stands. See docs/signing.md.
 
-If this process is killed (SIGKILL), the next start cleans up behind it. The instance's disks are then as after a power cut: what the guest synced is
-there ('drafter device export' gets it out). Its memory no longer fits its state, so it cannot be resumed; the start says so.
+An instance always starts. If its process was killed (SIGKILL), the host failed, or the guest powered itself off, it cannot be resumed: it boots from its own
+disks, which are as after a power cut, and the log says so and why. Packages that were made before they kept an initramfs can only be resumed; 'drafter
+device export' gets their disks out, to make a new one. An instance whose VM may be on another host is refused, until that is settled. A guest that reboots
+boots again; the VM stays migratable.
+
+Nothing that happens to stdout and stderr (a closed or full pipe, a stopped terminal, a full disk) ends or delays the VM. What could not be written is left
+out, and a line says how much. Under nohup, SIGHUP is ignored.
 ` + exitCodeHelp,
 		Example: `  drafter peer --raddr '' --laddr '' --package out/package --instance out/instance-0
   drafter peer --raddr '' --laddr localhost:1337 --package out/package --instance out/instance-0
@@ -133,7 +138,7 @@ there ('drafter device export' gets it out). Its memory no longer fits its state
 			}
 			defer restore()
 			c.ResumeTimeout = host.resumeTimeout
-			show := newMigrationLog()
+			show := newMigrationLog(cmd.ErrOrStderr())
 			defer show.close()
 			c.Hooks.OnState, c.Hooks.OnProgress, c.Hooks.OnPull = show.state, show.progress, show.pull
 			p, err := peer.New(c)

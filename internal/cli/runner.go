@@ -54,9 +54,9 @@ func newRunner() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "runner",
 		Short: "Run a VM package on this host",
-		Long: `Resumes a package and shows its console until it is ended (Ctrl-C or SIGTERM), then suspends the VM into the package again, so that the next run
-continues there. If this process is killed (SIGKILL) while the VM runs, the package's memory no longer fits its state, and the next run
-says so instead of resuming it; its disks are as after a power cut.
+		Long: `Resumes a package and shows its console until it is ended (Ctrl-C, SIGTERM, or SIGHUP as its terminal is closed), then suspends the VM into the package again, so that the next run
+continues there. If this process is killed (SIGKILL) while the VM runs, or the guest powers itself off, the package's memory no longer fits its state: the next run
+boots the VM from its disks, which are as after a power cut, and says so. A guest that reboots boots again.
 
 With --verify-key, the package is read and checked first. A run changes the package: its signature fits the first run, and with --experimental-map-private all of them.
 ` + exitCodeHelp,

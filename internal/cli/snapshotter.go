@@ -2,7 +2,6 @@ package cli
 
 import (
 	"encoding/json"
-	"os"
 
 	"github.com/spf13/cobra"
 
@@ -27,7 +26,7 @@ func newSnapshotter() *cobra.Command {
 'drafter runner' and 'drafter peer' resume in a fraction of a boot's time.
 
 Devices: kernel, disk, state, memory and config are needed; every other name is a further disk, in list order (/dev/vdb, /dev/vdc, …). The
-initramfs is the device initrd, or a file initrd beside the kernel; the package holds none, as it never boots again.
+initramfs is the device initrd, or a file initrd beside the kernel; the package keeps it in the device kernel, behind the kernel, to boot a VM that cannot be resumed.
 
 On failure no file of the package is left behind, and an older package stays as it was.
 ` + exitCodeHelp,
@@ -47,7 +46,7 @@ On failure no file of the package is left behind, and an older package stays as 
 			}
 			defer restore()
 			c.Timeout = host.resumeTimeout
-			bars := progress.New(os.Stderr)
+			bars := progress.New(cmd.ErrOrStderr())
 			c.Progress = bars.Report
 			defer bars.Close()
 			s, err := snapshotter.New(c)

@@ -65,7 +65,7 @@ func (b *backupFlags) run(cmd *cobra.Command, isCopy bool) error {
 	if c.Limits.MaxSize, err = b.size.resolve(); err != nil {
 		return err
 	}
-	show := newMigrationLog()
+	show := newMigrationLog(cmd.ErrOrStderr())
 	defer show.close()
 	c.OnState, c.OnProgress = show.state, show.progress
 	dial, err := b.connection.dial(b.raddr)

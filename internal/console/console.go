@@ -11,6 +11,8 @@ import (
 	"unicode/utf8"
 
 	"golang.org/x/time/rate"
+
+	"drafter/internal/output"
 )
 
 // Console is a guest's serial port: what comes from it goes to a writer, its last lines are kept; input comes from a reader.
@@ -23,6 +25,7 @@ type Console struct {
 }
 
 // New returns the console of a VMM that is read from and written to by from and to, which may be the same. output may be nil, to discard, and so may input.
+// The guest waits for output; see [NewOutput].
 func New(from io.ReadCloser, to io.WriteCloser, output io.Writer, input io.Reader) *Console {
 	if output == nil {
 		output = io.Discard
@@ -37,8 +40,15 @@ const (
 	outputPerSecond = 64 << 10
 )
 
-// Run copies until the VMM closes its end. Output beyond the limit is left out, and a line in it says how much. Output that cannot
-// be written any more (a closed terminal) is dropped: the guest must not block on its console.
+// NewOutput returns an output for consoles that passes on to to. What is beyond the limit, or what to does not take in time, is left out, and a line in it says how
+// much: no guest blocks on its console. Close it.
+func NewOutput(to io.Writer) *output.Writer {
+	return output.NewLimited(to, outputAtOnce, rate.NewLimiter(outputPerSecond, outputAtOnce), func(bytes int64) []byte {
+		return fmt.Appendf(nil, "\r\n[drafter: left out %d bytes of the console]\r\n", bytes)
+	})
+}
+
+// Run copies until the VMM closes its end. Errors of the output are not the guest's: it goes on.
 func (c *Console) Run() {
 	inputDone := make(chan struct{})
 	if c.input == nil {
@@ -51,53 +61,19 @@ func (c *Console) Run() {
 		}()
 	}
 	buf := make([]byte, 16<<10)
-	out := limited{output: c.output, limiter: rate.NewLimiter(outputPerSecond, outputAtOnce)}
 	defer c.from.Close()
 	defer c.to.Close()
 	for {
 		n, err := c.from.Read(buf)
 		c.last.add(buf[:n])
-		out.write(buf[:n])
+		_, _ = c.output.Write(buf[:n])
 		if err != nil {
 			break
 		}
 	}
-	out.tell()
 	// An input that knows deadlines (a terminal, a pipe) is waited for; any other ends with its next read.
 	if d, ok := c.input.(interface{ SetReadDeadline(time.Time) error }); ok && d.SetReadDeadline(time.Unix(1, 0)) == nil {
 		<-inputDone
-	}
-}
-
-// limited passes output on as far as a limit allows.
-type limited struct {
-	output  io.Writer
-	limiter *rate.Limiter
-	left    int  // bytes left out since the last that passed
-	broken  bool // it cannot be written any more
-}
-
-func (l *limited) write(p []byte) {
-	if !l.limiter.AllowN(time.Now(), len(p)) {
-		l.left += len(p)
-		return
-	}
-	l.tell()
-	l.pass(p)
-}
-
-// tell says how much was left out.
-func (l *limited) tell() {
-	if l.left > 0 {
-		l.pass(fmt.Appendf(nil, "\r\n[drafter: left out %d bytes of the console]\r\n", l.left))
-		l.left = 0
-	}
-}
-
-func (l *limited) pass(p []byte) {
-	if len(p) > 0 && !l.broken {
-		_, err := l.output.Write(p)
-		l.broken = err != nil
 	}
 }
 

@@ -34,8 +34,10 @@ func TestOutputIsBounded(t *testing.T) {
 	for name, size := range map[string]int{"boot": outputAtOnce, "flood": 16 * outputAtOnce} {
 		synctest.Test(t, func(t *testing.T) { // the clock stands still while it writes
 			var out bytes.Buffer
-			c := New(io.NopCloser(strings.NewReader(strings.Repeat(line, size/len(line)))), pipe{io.Discard}, &out, nil)
+			w := NewOutput(&out)
+			c := New(io.NopCloser(strings.NewReader(strings.Repeat(line, size/len(line)))), pipe{io.Discard}, w, nil)
 			c.Run()
+			w.Close()
 			said := fmt.Sprintf("[drafter: left out %d bytes of the console]", size-outputAtOnce)
 			if cut := strings.Contains(out.String(), said); cut != (size > outputAtOnce) || out.Len() > outputAtOnce+200 || out.Len() < outputAtOnce {
 				t.Errorf("%s of %d bytes: %d came, and at the end %q", name, size, out.Len(), out.String()[out.Len()-70:])

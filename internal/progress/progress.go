@@ -4,13 +4,14 @@ package progress
 import (
 	"fmt"
 	"io"
-	"os"
 	"sync"
 	"time"
 
+	"github.com/vbauerster/cupwriter"
 	"github.com/vbauerster/mpb/v8"
 	"github.com/vbauerster/mpb/v8/decor"
-	"golang.org/x/term"
+
+	"drafter/internal/output"
 )
 
 // Reporter shows steps. Its methods are safe for concurrent use.
@@ -27,11 +28,13 @@ type step struct {
 	finished bool
 }
 
-// New returns a reporter that writes to f.
-func New(f *os.File) *Reporter {
-	r := &Reporter{out: f, steps: map[string]*step{}}
-	if term.IsTerminal(int(f.Fd())) {
-		r.bars = mpb.New(mpb.WithOutput(f), mpb.WithWidth(40))
+// New returns a reporter that writes to out. It waits for out, which may be an [output.Writer].
+func New(out io.Writer) *Reporter {
+	r := &Reporter{out: out, steps: map[string]*step{}}
+	if terminal := output.Terminal(out); terminal != nil {
+		console := cupwriter.New(out, false)
+		console.SetTermFd(int(terminal.Fd()))
+		r.bars = mpb.New(mpb.WithConsoleWriter(console), mpb.WithWidth(40))
 	}
 	return r
 }
