@@ -35,11 +35,11 @@ type nobody struct{ device *block.Incoming }
 func (nobody) WriteBack(context.Context) error                      { return nil }
 func (nobody) Flush(context.Context) error                          { return nil }
 func (nobody) Prepare(context.Context) error                        { return nil }
-func (nobody) Leave(context.Context, uuid.UUID) error               { return nil }
 func (nobody) Pause(context.Context) error                          { return nil }
 func (nobody) Save(context.Context, uuid.UUID) error                { return nil }
 func (nobody) Rescue(context.Context) error                         { return nil }
 func (nobody) Rescued(context.Context)                              {}
+func (nobody) Leave(context.Context, uuid.UUID) error               { return nil }
 func (nobody) Mark(context.Context, migrate.State, uuid.UUID) error { return nil }
 func (nobody) Start(context.Context) error                          { return nil }
 func (nobody) Expect(context.Context, uuid.UUID) error              { return nil }

@@ -12,6 +12,7 @@ import (
 	"os"
 	"runtime"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/dustin/go-humanize"
@@ -19,6 +20,8 @@ import (
 
 	"drafter/agent"
 	"drafter/block"
+	"drafter/internal/console"
+	"drafter/internal/output"
 	"drafter/internal/private"
 	"drafter/network"
 	"drafter/vmm"
@@ -42,7 +45,7 @@ type Host struct {
 	MaxMemory     int64      // bytes that a VM's memory may have; 0: as much as the host has
 	KeepClock     bool       // whether the guest keeps its own time, so that its clock is not set after a resume
 
-	Output io.Writer // guest console; nil discards
+	Output io.Writer // guest console; nil discards. One that blocks or fails misses some of it, and holds nobody up.
 	Input  io.Reader // nil for none
 }
 
@@ -103,7 +106,7 @@ func (p Paths) Memory() (block.Device, error) {
 
 // Storage is where the devices of an instance are.
 type Storage interface {
-	// Path is where a VMM opens memory, kernel or a disk.
+	// Path is where a VMM opens memory, kernel or a disk. It may be "" for [vmm.Initrd], whose content the kernel device holds.
 	Path(name string) string
 	// Memory opens the memory device, for a VMM that is served its memory.
 	Memory() (block.Device, error)
@@ -124,17 +127,22 @@ type StateDevice interface {
 type Instance struct {
 	machine vmm.Machine
 	dir     *vmm.Dir
+	output  *output.Writer // nil discards
 	config  *vmm.PackageConfig
 	// Of the VM, not of its package: it is kept as long as the VM goes on in one place. Zero while it is booted for a package.
 	generation uuid.UUID
 	storage    Storage
 	memory     block.Device  // what a VMM that is served its memory has it from; nil for the others
 	agent      *agent.Client // nil while the guest is not to be talked to
+	reboots    atomic.Int64  // how often the guest has booted again
+	agentOf    int64         // the boot of the guest that agent is of
+	why        error         // why the VM booted from its disks here; nil if it was resumed
 	frozen     bool          // suspended or handed over: the state device says so
 	paused     time.Time     // since when, for a migration; zero while it runs
 	stood      time.Duration // how long it was paused last
 	keepClock  bool          // its clock is never to be set
-	left       bool          // the state device holds a state for the target of a migration
+	left       bool          // the state device holds a state for the target of a migration, or says that it may
+	leaves     bool          // the VM may be that target's
 }
 
 // Hardware is what a VM to boot shall consist of.
@@ -143,6 +151,7 @@ type Hardware struct {
 	MemorySize int64 // bytes
 	CPU        string
 	BootArgs   string
+	Initrd     vmm.Section // of the kernel device; see [vmm.PackageConfig]
 
 	Interface string // "" for no network
 	MAC       string
@@ -154,7 +163,7 @@ type Hardware struct {
 
 // Boot starts a new VM from the kernel, memory and disks at paths and waits until its liveness program has reported and its agent answers,
 // for at most timeout. The devices keep the order of names in the guest. id becomes the package's.
-func Boot(ctx context.Context, h Host, hw Hardware, id string, names []string, paths Paths, initrd string, timeout time.Duration) (*Instance, error) {
+func Boot(ctx context.Context, h Host, hw Hardware, id string, names []string, paths Paths, timeout time.Duration) (*Instance, error) {
 	if err := errors.Join(vmm.CheckNetwork(hw.Interface, hw.MAC), vmm.CheckBootArgs(hw.BootArgs)); err != nil {
 		return nil, err
 	}
@@ -164,7 +173,7 @@ func Boot(ctx context.Context, h Host, hw Hardware, id string, names []string, p
 	}
 	i := &Instance{storage: paths, config: &vmm.PackageConfig{
 		Version: vmm.PackageVersion, ID: id, Created: time.Now().UTC(),
-		Architecture: runtime.GOARCH, CPUs: hw.CPUs, BootArgs: hw.BootArgs,
+		Architecture: runtime.GOARCH, CPUs: hw.CPUs, BootArgs: hw.BootArgs, Initrd: &hw.Initrd,
 		Interface: hw.Interface, MAC: hw.MAC,
 		AgentPort: hw.AgentPort, LivenessPort: hw.LivenessPort,
 	}}
@@ -192,7 +201,9 @@ func Boot(ctx context.Context, h Host, hw Hardware, id string, names []string, p
 	l.CPU, l.Memory = hw.CPU, paths[vmm.Memory]
 	ready := newReady(hw.ReadyOutput, l.Output)
 	l.Output = ready
-	l.Boot = &vmm.Boot{Kernel: paths[vmm.Kernel], Initrd: initrd, Args: hw.BootArgs}
+	if l.Boot, err = i.boot(); err != nil {
+		return nil, errors.Join(err, i.Close())
+	}
 	if i.machine, err = driver.Launch(ctx, l); err != nil {
 		return nil, errors.Join(err, i.Close())
 	}
@@ -224,7 +235,11 @@ func (i *Instance) launch(h Host, driver vmm.Driver) (vmm.Launch, error) {
 		CPUs: i.config.CPUs, MemorySize: memory.Size, Kernel: i.storage.Path(vmm.Kernel), FillMemory: h.FillMemory, HugePages: h.HugePages,
 		Netns: h.Netns, MAC: i.config.MAC,
 		UID: h.UID, GID: h.GID, NUMANode: h.NUMANode, CgroupVersion: h.CgroupVersion, Limits: h.Limits,
-		Output: h.Output, Input: h.Input, Generation: i.generation,
+		Input: h.Input, Generation: i.generation,
+	}
+	if h.Output != nil {
+		i.output = console.NewOutput(h.Output)
+		l.Output = i.output
 	}
 	for _, port := range []uint32{i.config.AgentPort, i.config.LivenessPort} {
 		if port != 0 {
@@ -324,21 +339,28 @@ func deviceSize(path string) (int64, error) {
 	return f.Seek(0, io.SeekEnd)
 }
 
-// Launched is a VMM process that waits for its VM. All that can fail for want of a resource has been done.
-type Launched struct{ i *Instance }
+// Launched is a VMM process that waits for its VM, or in which it boots. All that can fail for want of a resource has been done.
+type Launched struct {
+	i    *Instance
+	host Host
+}
 
-// Launch starts the VMM for a package without touching memory or disks. See [Launched.Resume]. The guest will be told that others may have gone on from the same
-// state.
+// Launch starts the VMM for an instance: without touching memory or disks, if its state can be resumed, else it boots from its disks; see [vmm.CheckStart].
+// [Launched.Run] comes next. The guest will be told that others may have gone on from the same state.
 func Launch(ctx context.Context, h Host, config *vmm.PackageConfig, storage Storage) (*Launched, error) {
 	generation, err := uuid.NewRandom()
 	if err != nil {
 		return nil, fmt.Errorf("make generation id: %w", err)
 	}
-	return LaunchMoved(ctx, h, config, storage, generation)
+	return launch(ctx, h, config, storage, generation, true)
 }
 
-// LaunchMoved is Launch for the VM of that generation, which goes on here and nowhere else. See [Launched.Restore].
+// LaunchMoved starts the VMM for the VM of that generation, which goes on here and nowhere else. See [Launched.Restore].
 func LaunchMoved(ctx context.Context, h Host, config *vmm.PackageConfig, storage Storage, generation uuid.UUID) (*Launched, error) {
+	return launch(ctx, h, config, storage, generation, false)
+}
+
+func launch(ctx context.Context, h Host, config *vmm.PackageConfig, storage Storage, generation uuid.UUID, here bool) (*Launched, error) {
 	driver, err := h.Drivers.Select(h.VMM, config.Hardware.VMM)
 	if err != nil {
 		return nil, err
@@ -359,10 +381,22 @@ func LaunchMoved(ctx context.Context, h Host, config *vmm.PackageConfig, storage
 		return nil, errors.Join(fmt.Errorf("open memory device: %w", err), i.Close())
 	}
 	l.MemoryDevice = i.memory
+	l.OnReboot = i.rebooted
+	if l.Reboot, err = i.boot(); err != nil {
+		return nil, errors.Join(err, i.Close())
+	}
+	if here {
+		if err := i.bootUnlessResumable(driver, &l); err != nil {
+			return nil, errors.Join(err, i.Close())
+		}
+	}
 	if i.machine, err = driver.Launch(ctx, l); err != nil {
 		return nil, errors.Join(err, i.Close())
 	}
-	return &Launched{i}, nil
+	if i.why != nil {
+		slog.Warn("Booting VM from its disks: it cannot be resumed", "because", i.why)
+	}
+	return &Launched{i, h}, nil
 }
 
 // Close gives the VM up before it ran.
@@ -402,9 +436,13 @@ func (l *Launched) Resume(ctx context.Context) (_ *Instance, err error) {
 // RescueSuspendTimeout bounds the suspend of a VM that runs, but whose agent does not answer.
 const RescueSuspendTimeout = 5 * time.Minute
 
-// Run resumes the VM and tells its agent, which has timeout to answer. began is when the caller began to work on it. The guest may run although Run fails:
-// then there is an instance beside the error, to be suspended so that nothing is lost.
+// Run resumes the VM and tells its agent, which has timeout to answer; or waits that long for the guest of a VM that boots.
+// began is when the caller began to work on it. The guest may run although Run fails: then there is an instance beside the
+// error, to be suspended so that nothing is lost.
 func (l *Launched) Run(ctx context.Context, began time.Time, timeout time.Duration) (*Instance, error) {
+	if l.i.why != nil {
+		return l.boots(ctx, began, timeout)
+	}
 	i, err := l.Resume(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("resume: %w", err)
@@ -451,13 +489,10 @@ func (i *Instance) Suspend(ctx context.Context, agentTimeout time.Duration) (sav
 		return true, nil
 	}
 	var agentErr error
-	if i.agent != nil {
+	if i.forgetAgent() || i.agent != nil {
 		actx, cancel := context.WithTimeout(ctx, agentTimeout)
-		agentErr = i.agent.BeforeSuspend(actx)
+		agentErr = i.Prepare(actx)
 		cancel()
-		// The agent's connection ends before every snapshot; whoever resumes makes a new one.
-		agentErr = errors.Join(agentErr, i.agent.Close())
-		i.agent = nil
 	}
 	if err := i.save(ctx); err != nil {
 		return false, errors.Join(err, agentErr)
@@ -525,7 +560,7 @@ func (i *Instance) Generation() uuid.UUID { return i.generation }
 // Config is what the package of this instance records.
 func (i *Instance) Config() *vmm.PackageConfig { return i.config }
 
-// Agent is the connection with the guest's agent, nil before AfterResume and after Suspend.
+// Agent is the connection with the guest's agent, nil before AfterResume and after Suspend. It ends when the guest reboots.
 func (i *Instance) Agent() *agent.Client { return i.agent }
 
 // Done is closed when the VMM has ended by itself.
@@ -551,6 +586,9 @@ func (i *Instance) Close() error {
 	}
 	if i.machine != nil {
 		errs = append(errs, i.machine.Close())
+	}
+	if i.output != nil {
+		i.output.Close()
 	}
 	if i.memory != nil {
 		errs = append(errs, i.memory.Close())

@@ -26,6 +26,7 @@ func Preflight(ctx context.Context, h Host, config *vmm.PackageConfig) error {
 
 // Prepare tells the guest's agent that the VM is about to be paused. The guest runs on; [Instance.Rescue] tells it that nothing came of it.
 func (i *Instance) Prepare(ctx context.Context) error {
+	i.forgetAgent()
 	if i.agent == nil { // it did not answer when the VM was resumed
 		if err := i.connectAgent(ctx); err != nil {
 			return err
@@ -64,18 +65,25 @@ func (i *Instance) Pause(ctx context.Context) error {
 // NoteLeaving notes durably that the VM, which runs on, may soon run at the target of a migration.
 // [Instance.Rescue] takes the note back.
 func (i *Instance) NoteLeaving(migration uuid.UUID) error {
-	i.left = true
+	i.left, i.leaves = true, true
 	return i.withState(func(dev StateDevice) error { return vmm.MarkLeaving(dev, migration) })
 }
 
-// SaveLeaving writes the paused VM's state to its device, for the target of a migration. Nothing is durable yet. Flush memory afterwards.
+// SaveLeaving writes the paused VM's state to its device, for the target of a migration: of a copy, unless
+// NoteLeaving was called before. Nothing is durable yet. Flush memory afterwards.
 func (i *Instance) SaveLeaving(ctx context.Context, migration uuid.UUID) error {
 	var state vmm.StateBuffer
 	if err := i.machine.Save(ctx, &state); err != nil {
 		return i.prefer(err)
 	}
 	i.left = true
-	return i.withState(func(dev StateDevice) error { return vmm.WriteLeavingState(dev, i.config.ID, state.Bytes(), migration) })
+	status := vmm.Copying
+	if i.leaves {
+		status = vmm.Leaving
+	}
+	return i.withState(func(dev StateDevice) error {
+		return vmm.WriteMigratedState(dev, i.config.ID, state.Bytes(), migration, status)
+	})
 }
 
 // Mark notes durably what has become of a VM that was handed over.
@@ -102,7 +110,7 @@ func (i *Instance) Rescue(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		i.left = false
+		i.left, i.leaves = false, false
 	}
 	if !i.paused.IsZero() {
 		if err := i.machine.Resume(ctx); err != nil {
@@ -137,7 +145,7 @@ func (l *Launched) Restore(ctx context.Context, migration uuid.UUID) error {
 		if err := i.machine.Restore(ctx, bytes.NewReader(state)); err != nil {
 			return err
 		}
-		return vmm.NoteState(dev, vmm.Running)
+		return vmm.NoteTakenOver(dev)
 	})
 }
 

@@ -89,6 +89,7 @@ type ledger struct {
 	mu      sync.Mutex
 	version map[string][]uint64 // of every page
 	running string              // which side the guest runs on
+	leaving bool                // the source has noted that the guest may be at its target
 }
 
 func newLedger(t testing.TB) *ledger {
@@ -255,8 +256,6 @@ func (g *scripted) Prepare(ctx context.Context) error {
 	return ctx.Err()
 }
 
-func (g *scripted) Leave(context.Context, uuid.UUID) error { return g.fault("leave") }
-
 func (g *scripted) Pause(context.Context) error {
 	if err := g.fault("pause"); err != nil {
 		return err
@@ -286,16 +285,32 @@ func (g *scripted) Rescue(context.Context) error {
 	if err := g.fault("rescue"); err != nil {
 		return err
 	}
+	g.ledger.mu.Lock()
+	g.ledger.leaving = false
+	g.ledger.mu.Unlock()
 	return g.resume()
 }
 
 func (g *scripted) Rescued(context.Context) {}
 
+func (g *scripted) Leave(context.Context, uuid.UUID) error {
+	if err := g.fault("leave"); err != nil {
+		return err
+	}
+	g.ledger.mu.Lock()
+	defer g.ledger.mu.Unlock()
+	g.ledger.leaving = true
+	return nil
+}
+
 func (g *scripted) resume() error {
 	g.ledger.mu.Lock()
-	running := g.ledger.running
+	running, leaving := g.ledger.running, g.ledger.leaving
 	g.ledger.running = g.side
 	g.ledger.mu.Unlock()
+	if g.side == "target" && !leaving {
+		g.ledger.t.Error("the guest is resumed at the target, and the source has not noted that it may be there")
+	}
 	if running != "" && running != g.side {
 		g.ledger.t.Errorf("the guest is resumed at the %s while it runs at the %s", g.side, running)
 	}

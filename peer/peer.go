@@ -156,7 +156,7 @@ func (p *Peer) resume(ctx context.Context, start time.Time) error {
 	if err := p.openDevices(ctx); err != nil {
 		return err
 	}
-	if err := vmm.CheckResumable(p.devices[vmm.State]); err != nil {
+	if _, err := vmm.CheckStart(p.devices[vmm.State]); err != nil {
 		return fmt.Errorf("state device %s: %w", p.statePath(), err)
 	}
 	config, err := p.packageConfig()
@@ -178,6 +178,18 @@ func (p *Peer) resume(ctx context.Context, start time.Time) error {
 		err = errors.Join(err, p.Suspend(rescue))
 	}
 	return err
+}
+
+// forgetMemory removes what an instance that will boot has left of its memory, which nothing fits any more.
+func (p *Peer) forgetMemory() error {
+	for i := range p.config.Devices {
+		if d := &p.config.Devices[i]; d.Name == vmm.Memory && d.Overlay != "" {
+			if err := block.RemoveOverlay(d.files().OverlayPaths()); err != nil {
+				return fmt.Errorf("device %s: %w", d.Name, err)
+			}
+		}
+	}
+	return nil
 }
 
 // own makes a VM that runs, if it is not nil, the peer's.
@@ -277,6 +289,9 @@ func (p *Peer) expose(config *vmm.PackageConfig) error {
 			kind = expose.Memory
 		case vmm.Kernel:
 			kind = expose.File
+			if s := config.Initrd; s != nil && s.Size > 0 && p.config.Expose == expose.FUSE {
+				devices = append(devices, expose.Device{Name: vmm.Initrd, Kind: kind, Device: block.Section(p.devices[d.Name], s.Offset, s.Size)})
+			}
 		}
 		devices = append(devices, expose.Device{Name: d.Name, Kind: kind, Device: p.devices[d.Name]})
 	}
@@ -299,7 +314,12 @@ func (p *Peer) expose(config *vmm.PackageConfig) error {
 // storage is where the instance finds its devices.
 type storage struct{ p *Peer }
 
-func (s storage) Path(name string) string { return s.p.exposure.Path(name) }
+func (s storage) Path(name string) string {
+	if name == vmm.Initrd && s.p.config.Expose != expose.FUSE {
+		return "" // the size of a block device is a multiple of its sectors
+	}
+	return s.p.exposure.Path(name)
+}
 
 func (s storage) Sync(name string) error { return s.p.devices[name].Sync() }
 

@@ -450,6 +450,11 @@ func (a *arrival) Complete(context.Context) error {
 		if name == vmm.Memory || d.Incoming == nil {
 			continue // memory does not outlive this process without a suspend anyway
 		}
+		if name == vmm.State {
+			if err := vmm.NoteArrived(d); err != nil {
+				return fmt.Errorf("device %s: %w", name, err)
+			}
+		}
 		if err := d.Sync(); err != nil {
 			return fmt.Errorf("device %s: %w", name, err)
 		}

@@ -150,6 +150,8 @@ func (p *Peer) checkHere() error {
 			return fmt.Errorf("device %s: %w", vmm.State, err)
 		} else if status.OfMigration() {
 			return fmt.Errorf("state device %s: %w", p.statePath(), refusal)
+		} else if refusal != nil {
+			return p.forgetMemory()
 		}
 	}
 	return nil

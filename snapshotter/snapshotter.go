@@ -14,6 +14,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"drafter/block"
 	"drafter/instance"
 	"drafter/internal/lockfile"
 	"drafter/internal/private"
@@ -53,11 +54,12 @@ const partialSuffix = ".partial"
 
 // Snapshotter makes one package.
 type Snapshotter struct {
-	config Config
-	names  []string
-	initrd string
-	locks  []io.Closer
-	paths  instance.Paths // of the outputs while they are partial
+	config  Config
+	names   []string
+	initrd  string      // path; "" for none
+	section vmm.Section // of the kernel device that it is
+	locks   []io.Closer
+	paths   instance.Paths // of the outputs while they are partial
 }
 
 // New checks a config. Nothing is touched yet.
@@ -95,7 +97,7 @@ func (s *Snapshotter) checkDevice(d Device, outputs map[string]string) error {
 		}
 	case vmm.Initrd:
 		if d.Output != "" {
-			return errors.New("device initrd has an output; a package holds none, as it never boots again")
+			return errors.New("device initrd has an output; a package keeps it behind its kernel")
 		}
 		return nil
 	default:
@@ -182,6 +184,7 @@ func (s *Snapshotter) Run(ctx context.Context) (_ Result, err error) {
 		return Result{}, err
 	}
 	hw := s.config.Hardware
+	hw.Initrd = s.section
 	if hw.BootArgs, err = s.bootArgs(); err != nil {
 		return Result{}, err
 	}
@@ -189,7 +192,7 @@ func (s *Snapshotter) Run(ctx context.Context) (_ Result, err error) {
 		hw.Interface = ""
 	}
 	start := time.Now()
-	i, err := instance.Boot(ctx, s.config.Host, hw, uuid.NewString(), s.names, s.paths, s.initrd, s.config.Timeout)
+	i, err := instance.Boot(ctx, s.config.Host, hw, uuid.NewString(), s.names, s.paths, s.config.Timeout)
 	if err != nil {
 		return Result{}, fmt.Errorf("boot: %w", err)
 	}
@@ -272,8 +275,32 @@ func (s *Snapshotter) fill(ctx context.Context, d Device, partial *os.File) erro
 		if s.config.Progress != nil {
 			progress = func(done, total int64) { s.config.Progress("Copying "+d.Name, done, total) }
 		}
-		return sparse.CopyFile(ctx, partial.Name(), d.Input, progress)
+		if err := sparse.CopyFile(ctx, partial.Name(), d.Input, progress); err != nil || d.Name != vmm.Kernel {
+			return err
+		}
+		return s.appendInitrd(partial)
 	}
+}
+
+// appendInitrd puts the initramfs behind the kernel, so that the VM can boot again wherever its kernel is.
+func (s *Snapshotter) appendInitrd(kernel *os.File) (err error) {
+	end, err := kernel.Seek(0, io.SeekEnd)
+	if err != nil {
+		return err
+	}
+	if s.initrd == "" {
+		return nil
+	}
+	f, err := private.Open(s.initrd, os.O_RDONLY)
+	if err != nil {
+		return fmt.Errorf("device initrd: %w", err)
+	}
+	defer f.Close() // nothing was written
+	s.section.Offset = (end + block.PageSize - 1) / block.PageSize * block.PageSize
+	if s.section.Size, err = io.Copy(io.NewOffsetWriter(kernel, s.section.Offset), f); err != nil {
+		return fmt.Errorf("append the initramfs: %w", err)
+	}
+	return kernel.Sync()
 }
 
 // bootArgs adds to the user's kernel arguments what the guest cannot know: its address, and ports that are not the default.

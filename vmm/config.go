@@ -38,6 +38,10 @@ type PackageConfig struct {
 	AgentPort    uint32 `json:"agentPort"`
 	LivenessPort uint32 `json:"livenessPort"`
 
+	// Initrd is where in the kernel device the initramfs is, behind the kernel. With a size of 0 the VM boots without one. nil in packages that were made before
+	// packages kept it: they can be resumed only.
+	Initrd *Section `json:"initrd,omitempty"`
+
 	// Devices lists the package's devices in the order they were given, config excepted. Disks keep this order in the guest.
 	Devices []PackageDevice `json:"devices"`
 }
@@ -46,6 +50,12 @@ type PackageConfig struct {
 type PackageDevice struct {
 	Name string `json:"name"`
 	Size int64  `json:"size"` // bytes
+}
+
+// Section is a part of a device.
+type Section struct {
+	Offset int64 `json:"offset"` // bytes
+	Size   int64 `json:"size"`   // bytes
 }
 
 // Device returns the device called name.
@@ -172,6 +182,10 @@ func (c *PackageConfig) validate() error {
 		if !seen[n] {
 			return fmt.Errorf("device %q is missing", n)
 		}
+	}
+	kernel, _ := c.Device(Kernel)
+	if s := c.Initrd; s != nil && (s.Offset < 0 || s.Size < 0 || s.Size > kernel.Size || s.Offset > kernel.Size-s.Size) {
+		return fmt.Errorf("initrd is %d bytes at %d of the kernel device, which has %d", s.Size, s.Offset, kernel.Size)
 	}
 	return nil
 }

@@ -58,6 +58,7 @@ func TestPackageConfigRefused(t *testing.T) {
 		"unknown field": {`{"version": 1, "agentVSockPort": 26}`, `unknown field "agentVSockPort"`},
 		"architecture":  {change(func(c *PackageConfig) { c.Architecture = "riscv64" }), "made for riscv64, this host is " + runtime.GOARCH},
 		"no memory":     {change(func(c *PackageConfig) { c.Devices = c.Devices[:2] }), `device "memory" is missing`},
+		"initrd":        {change(func(c *PackageConfig) { c.Initrd = &Section{Offset: 1 << 62, Size: 1 << 62} }), "of the kernel device"},
 		"twice":         {change(func(c *PackageConfig) { c.Devices = append(c.Devices, c.Devices[0]) }), `device "oci" is listed twice`},
 		"path as name":  {change(func(c *PackageConfig) { c.Devices[0].Name = "../etc" }), `"../etc" is not valid`},
 		"negative size": {change(func(c *PackageConfig) { c.Devices[0].Size = -1 }), "has size -1"},

@@ -44,15 +44,16 @@ type Status uint32
 
 // The statuses of a state device.
 const (
-	Suspended  Status = 1 // memory and disks belong to the saved state: it can be resumed
-	Running    Status = 2 // resumed and not suspended since: the saved state is stale
-	PoweredOff Status = 3 // the guest shut down: there is nothing to resume
-	Arriving   Status = 4 // a migration to here is under way: the devices hold a part of a VM
-	Leaving    Status = 5 // a migration from here is at its end: the VM may be resumed at its target at any moment. A state saved meanwhile is of use there only
-	InDoubt    Status = 6 // the VM was handed over, and the target has not answered: the devices hold all of it
-	HandedOver Status = 7 // the VM runs at the target, which may still need what is here
-	Moved      Status = 8 // the target has all of the VM
-	TakingOver Status = 9 // a migration to here is at its end: the VM may be resumed at any moment, unless its source keeps it
+	Suspended  Status = 1  // memory and disks belong to the saved state: it can be resumed
+	Running    Status = 2  // resumed and not suspended since: the saved state is stale
+	PoweredOff Status = 3  // the guest shut down: there is nothing to resume
+	Arriving   Status = 4  // a migration to here is under way: the devices hold a part of a VM
+	Leaving    Status = 5  // a migration from here is at its end: the VM may be resumed at its target at any moment. A state saved meanwhile is of use there only
+	InDoubt    Status = 6  // the VM was handed over, and the target has not answered: the devices hold all of it
+	HandedOver Status = 7  // the VM runs at the target, which may still need what is here
+	Moved      Status = 8  // the target has all of the VM
+	TakingOver Status = 9  // a migration to here is at its end: the VM may be resumed at any moment, unless its source keeps it
+	Copying    Status = 10 // a copy of the VM has saved the state; the VM goes on here, and nowhere else
 )
 
 // OfMigration tells whether a status says that the VM is, or may be, elsewhere.
@@ -140,15 +141,39 @@ func CheckResumable(dev StateDevice) error {
 	return h.resumable()
 }
 
+// CheckStart refuses a state device whose VM may be elsewhere, or is not wholly here. Otherwise it can be resumed if why is nil; else it starts by booting from its
+// disks, as a machine does whose power was cut, and why says for what reason.
+func CheckStart(dev StateDevice) (why, err error) {
+	h, err := readStateHeader(dev)
+	if err != nil {
+		return nil, err
+	}
+	at := h.changed.Format(time.RFC3339)
+	switch {
+	case h.status == Copying:
+		return fmt.Errorf("it was being copied at %s: its process was killed, or the host failed", at), nil
+	case h.migration != uuid.Nil: // one that has not come to its end; what is in doubt an operator settles
+	case h.status == Running:
+		return fmt.Errorf("it ran at %s, and was not suspended since: its process was killed, or the host failed", at), nil
+	case h.status == PoweredOff:
+		return fmt.Errorf("its guest powered itself off at %s", at), nil
+	}
+	return nil, h.resumable()
+}
+
 func (h *stateHeader) resumable() error {
 	at := h.changed.Format(time.RFC3339)
 	switch h.status {
 	case Suspended:
 		return nil
-	case Running:
+	case Running, PoweredOff, Copying:
+		if h.migration != uuid.Nil && h.status != Copying {
+			return fmt.Errorf("the VM was taken over from another host at %s, and this side ended before its source was known to have given it up; look there, and go on at one side with 'drafter peer settle --here'", at)
+		}
+		if h.status == PoweredOff {
+			return fmt.Errorf("the guest powered itself off at %s, so there is nothing to resume; boot its disk with drafter snapshotter", at)
+		}
 		return fmt.Errorf("the VM was resumed, at %s or before, and never suspended, so its memory no longer fits its saved state; extract the package again, or make a new one from its disks ('drafter device export' takes them out of an instance, 'drafter snapshotter' boots them)", at)
-	case PoweredOff:
-		return fmt.Errorf("the guest powered itself off at %s, so there is nothing to resume; boot its disk with drafter snapshotter", at)
 	case Arriving:
 		return fmt.Errorf("a migration to here began at %s and did not get to its end, so this is a part of a VM; the VM is still at its source, migrate it again", at)
 	case Leaving:
@@ -171,7 +196,7 @@ func ReadMigratedState(dev StateDevice, id string, migration uuid.UUID) ([]byte,
 	if err != nil {
 		return nil, err
 	}
-	if h.status != Leaving || h.migration != migration {
+	if h.status != Leaving && h.status != Copying || h.migration != migration {
 		return nil, fmt.Errorf("it does not hold the state of migration %s", migration)
 	}
 	return h.read(dev, id)
@@ -218,13 +243,14 @@ func WriteState(dev StateDevice, id string, state []byte) error {
 	return syncStateHeader(dev, h)
 }
 
-// WriteLeavingState stores a VMM state for the target of a migration: it can be resumed there only. Nothing is made durable.
-func WriteLeavingState(dev StateDevice, id string, state []byte, migration uuid.UUID) error {
+// WriteMigratedState stores a VMM state for the target of a migration, whose status is Leaving, or Copying if the VM stays. It can be resumed there only. Nothing is
+// made durable.
+func WriteMigratedState(dev StateDevice, id string, state []byte, migration uuid.UUID, status Status) error {
 	h, err := putState(dev, id, state)
 	if err != nil {
 		return err
 	}
-	h.status, h.migration = Leaving, migration
+	h.status, h.migration = status, migration
 	return writeStateHeader(dev, h)
 }
 
@@ -265,14 +291,12 @@ func MarkLeaving(dev StateDevice, migration uuid.UUID) error {
 }
 
 // MarkState changes the status of a state device, durably. It is called with Running before a vCPU runs and with PoweredOff once none
-// ever will. What the marks of a migration are about stays noted.
+// ever will. What the marks of a migration are about stays noted, unless the VM runs here.
 func MarkState(dev StateDevice, status Status) error {
-	h, err := readStateHeader(dev)
-	if err != nil {
+	if err := NoteState(dev, status); err != nil {
 		return err
 	}
-	h.status, h.changed = status, time.Now()
-	return syncStateHeader(dev, h)
+	return syncState(dev)
 }
 
 // NoteState is [MarkState] that does not wait until the status is durable. Before it is, the device may say what it said before.
@@ -282,6 +306,30 @@ func NoteState(dev StateDevice, status Status) error {
 		return err
 	}
 	h.status, h.changed = status, time.Now()
+	if status == Running {
+		h.migration = uuid.Nil
+	}
+	return writeStateHeader(dev, h)
+}
+
+// NoteTakenOver notes at the target of a migration that the VM runs there. Until [NoteArrived] that is so only if its source has given it up. It is durable once dev is
+// synced.
+func NoteTakenOver(dev StateDevice) error {
+	h, err := readStateHeader(dev)
+	if err != nil {
+		return err
+	}
+	h.status, h.changed = Running, time.Now()
+	return writeStateHeader(dev, h)
+}
+
+// NoteArrived notes that the VM is here and nowhere else, whatever else the device says. It is durable once dev is synced.
+func NoteArrived(dev StateDevice) error {
+	h, err := readStateHeader(dev)
+	if err != nil {
+		return err
+	}
+	h.migration = uuid.Nil
 	return writeStateHeader(dev, h)
 }
 
@@ -289,12 +337,17 @@ func NoteState(dev StateDevice, status Status) error {
 // has ended since: it goes on from dev's devices, or it is elsewhere. incomplete says that a part
 // of it never arrived here. It fails if there is nothing to decide, or the VM cannot go on here.
 func SettleState(dev StateDevice, here, incomplete bool) error {
-	status, _, _, err := StateStatus(dev)
+	status, migration, _, err := StateStatus(dev)
 	if err != nil {
 		return err
 	}
 	arrived := status == Arriving || status == TakingOver || status == Running && incomplete
 	switch {
+	case !incomplete && migration != uuid.Nil && (status == Running || status == PoweredOff): // taken over, and all of it is here
+		if here {
+			return MarkState(dev, Running)
+		}
+		return MarkState(dev, Moved)
 	case !arrived && status != InDoubt && status != HandedOver && status != Leaving:
 		return errors.New("nothing is in doubt: it was not left by a migration without an answer")
 	case !here:
@@ -311,6 +364,10 @@ func syncStateHeader(dev StateDevice, h *stateHeader) error {
 	if err := writeStateHeader(dev, h); err != nil {
 		return err
 	}
+	return syncState(dev)
+}
+
+func syncState(dev StateDevice) error {
 	if err := dev.Sync(); err != nil {
 		return fmt.Errorf("sync state header: %w", err)
 	}

@@ -98,7 +98,7 @@ func TestStateOfMigrations(t *testing.T) {
 		t.Error("a suspended VM was settled")
 	}
 	want := []byte("state at the handoff")
-	if err := WriteLeavingState(source, testID, want, migration); err != nil {
+	if err := WriteMigratedState(source, testID, want, migration, Leaving); err != nil {
 		t.Fatal(err)
 	}
 	refused(source, "may run at its target")
@@ -139,6 +139,81 @@ func TestStateOfMigrations(t *testing.T) {
 			t.Error("a VM that has moved away was settled to be here")
 		}
 	}
+}
+
+// A VM that was killed or is off boots, unless it may be on another host.
+func TestCheckStart(t *testing.T) {
+	migration := uuid.New()
+	check := func(what string, dev StateDevice, boots, refused string) {
+		t.Helper()
+		why, err := CheckStart(dev)
+		if (why != nil) != (boots != "") || why != nil && !strings.Contains(why.Error(), boots) {
+			t.Errorf("%s: it boots because: %v; want %q", what, why, boots)
+		}
+		if (err != nil) != (refused != "") || err != nil && !strings.Contains(err.Error(), refused) {
+			t.Errorf("%s: it is refused because: %v; want %q", what, err, refused)
+		}
+	}
+	do := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	source := newStateFile(t)
+	do(WriteState(source, testID, []byte("state")))
+	check("suspended", source, "", "")
+	do(MarkState(source, Running))
+	check("killed", source, "its process was killed, or the host failed", "")
+	do(MarkState(source, PoweredOff))
+	check("off", source, "powered itself off", "")
+	do(MarkState(source, Running))
+	do(MarkLeaving(source, migration))
+	check("about to leave", source, "", "may run at its target")
+	if err := SettleState(source, true, false); err != nil {
+		t.Error(err)
+	}
+	check("about to leave, settled", source, "was not suspended since", "")
+	do(MarkLeaving(source, migration))
+	do(NoteState(source, Running))
+	check("rescued", source, "was not suspended since", "")
+	do(WriteMigratedState(source, testID, []byte("state"), migration, Leaving))
+	check("leaving", source, "", "may run at its target")
+	do(WriteMigratedState(source, testID, []byte("state"), migration, Copying))
+	if got, err := ReadMigratedState(source, testID, migration); err != nil || string(got) != "state" {
+		t.Errorf("a copy: %q, %v", got, err)
+	}
+	check("copied", source, "it was being copied", "")
+	if err := SettleState(source, true, false); err == nil {
+		t.Error("a VM that was copied was settled")
+	}
+	for _, status := range []Status{InDoubt, HandedOver, Moved} {
+		do(MarkState(source, status))
+		if why, err := CheckStart(source); why != nil || err == nil {
+			t.Errorf("status %d: %v, %v", status, why, err)
+		}
+	}
+
+	target := newStateFile(t)
+	do(MarkArriving(target, migration))
+	check("arriving", target, "", "did not get to its end")
+	do(MarkTakingOver(target, migration))
+	check("taking over", target, "", "before it was certain")
+	do(WriteMigratedState(target, testID, []byte("state"), migration, Leaving))
+	do(NoteTakenOver(target))
+	check("taken over", target, "", "taken over from another host")
+	do(NoteArrived(target))
+	check("arrived", target, "was not suspended since", "")
+	do(NoteTakenOver(target))
+	do(MarkState(target, PoweredOff))
+	do(NoteArrived(target))
+	check("arrived, and off", target, "powered itself off", "")
+	do(WriteMigratedState(target, testID, []byte("state"), migration, Leaving))
+	do(NoteTakenOver(target))
+	if err := SettleState(target, false, false); err != nil {
+		t.Error(err)
+	}
+	check("taken over, settled to be away", target, "", "moved away")
 }
 
 // TestStateDamage flips every bit of the header, and some of the state: nothing damaged is ever returned.

@@ -17,8 +17,8 @@ import (
 	"drafter/internal/process"
 )
 
-// Reserved device names. Every other name is an extra disk, attached in list order after "disk". [Initrd] is read at boot only: a package
-// does not hold it.
+// Reserved device names. Every other name is an extra disk, attached in list order after "disk". [Initrd] is none of a package's devices: its content is kept behind
+// that of the kernel; see [PackageConfig].
 const (
 	Kernel = "kernel"
 	Disk   = "disk"
@@ -83,10 +83,14 @@ type Launch struct {
 	CgroupVersion int // 1 or 2
 	Limits        Limits
 
-	Output io.Writer // serial console of the guest; nil discards. Written to from one goroutine.
+	Output io.Writer // serial console of the guest, which waits for it; nil discards. Written to from one goroutine.
 	Input  io.Reader // nil: no input
 
-	Boot *Boot // nil: the machine waits for Restore
+	Boot   *Boot // nil: the machine waits for Restore
+	Reboot *Boot // what a guest that reboots boots from, as a machine does by itself; nil: the machine ends then
+
+	// OnReboot, if not nil, is called when the guest boots again, with the last lines of its console. It must not wait for the machine.
+	OnReboot func(console string)
 
 	// Generation is the VM's generation ID (Microsoft's "Virtual Machine Generation ID"): another one tells the guest that it has gone on from the same state
 	// elsewhere, too, so that it makes new secrets. Zero: any new one. Firecracker makes a new one at each restore, whatever this is.

@@ -24,7 +24,8 @@ import (
 const stopTimeout = 10 * time.Second
 
 // RunInit is process 1 of Drafter's OS: it configures the system, starts agent, OCI bundle and liveness, reaps children, and powers off when
-// the container ends or when it is told to (busybox poweroff: SIGUSR2; SIGTERM; the power button: SIGPWR). It returns only on failure.
+// the container ends or when it is told to (busybox halt and poweroff: SIGUSR1, SIGUSR2; the power button: SIGPWR). It reboots when it is told to (busybox reboot:
+// SIGTERM; Ctrl-Alt-Del: SIGINT). It returns only on failure.
 func RunInit() error {
 	for _, mounts := range [][]mount{earlyMounts, osMounts} {
 		if err := mountAll(mounts); err != nil {
@@ -63,18 +64,22 @@ func RunInit() error {
 	go consoleShell(children)
 	go announce(children, cmd, bundle)
 
+	end := unix.LINUX_REBOOT_CMD_POWER_OFF
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGTERM, syscall.SIGINT, syscall.SIGPWR)
 	select {
 	case status := <-container:
 		slog.Info("The container has ended", "status", describe(status))
 	case s := <-stop:
-		slog.Info("Powering off", "signal", s)
+		if s == syscall.SIGTERM || s == syscall.SIGINT {
+			end = unix.LINUX_REBOOT_CMD_RESTART
+		}
+		slog.Info("Ending the system", "signal", s)
 		if bundle != nil {
 			bundle.stop(children, container)
 		}
 	}
-	return powerOff()
+	return halt(end)
 }
 
 func describe(ws syscall.WaitStatus) string {
@@ -84,8 +89,8 @@ func describe(ws syscall.WaitStatus) string {
 	return fmt.Sprintf("exit status %d", ws.ExitStatus())
 }
 
-// powerOff writes everything to the disks and turns the machine off.
-func powerOff() error {
+// halt writes everything to the disks and turns the machine off, or restarts it (reboot(2)).
+func halt(command int) error {
 	if err := unix.Kill(-1, unix.SIGTERM); err != nil && !errors.Is(err, unix.ESRCH) {
 		slog.Warn("Not all processes were told to end", "error", err)
 	}
@@ -99,8 +104,8 @@ func powerOff() error {
 			slog.Warn("A file system stays writable", "mount", target, "error", err)
 		}
 	}
-	if err := unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF); err != nil {
-		return fmt.Errorf("power off: %w", err)
+	if err := unix.Reboot(command); err != nil {
+		return fmt.Errorf("halt: %w", err)
 	}
 	select {} // the kernel stops us
 }

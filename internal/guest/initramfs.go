@@ -53,7 +53,7 @@ func RunInitramfs() error {
 func Halt(err error) {
 	slog.Error("The guest cannot start", "error", err)
 	unix.Sync()
-	// A restart, not a power-off: the host tells the two apart and reports the former as a failure.
+	// A restart, not a power-off: the host tells the two apart and reports the former as a failure, at once or when it has happened again and again.
 	if err := unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART); err != nil {
 		slog.Error("Restart failed", "error", err)
 	}

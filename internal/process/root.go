@@ -8,8 +8,6 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
-
-	"drafter/internal/private"
 )
 
 // Root is a root directory for one child: a tmpfs with what is put into it, read-only.
@@ -18,7 +16,6 @@ type Root struct {
 	Mounts  []Mount  // of what the host has; targets are paths in the new root
 	Links   []Link   // symbolic links
 	Devices []string // character devices of the host, which the child's user may read and write
-	Copies  []Mount  // files that the child's user may read, whoever may read the originals
 }
 
 // Link is a symbolic link.
@@ -53,11 +50,6 @@ func (r *Root) change(uid, gid int) (err error) {
 	}
 	for _, d := range r.Devices {
 		if err := r.device(d, uid, gid); err != nil {
-			return err
-		}
-	}
-	for _, c := range r.Copies {
-		if err := r.copy(c, uid, gid); err != nil {
 			return err
 		}
 	}
@@ -130,21 +122,6 @@ func (r *Root) device(path string, uid, gid int) error {
 		return &os.PathError{Op: "make device", Path: target, Err: err}
 	}
 	return os.Chown(target, uid, gid)
-}
-
-// maxCopy bounds a file that is copied, in bytes. An initramfs with all of a distribution's modules has some 100 MiB.
-const maxCopy = 1 << 30
-
-// copy makes a file that only the child's user may read.
-func (r *Root) copy(m Mount, uid, gid int) error {
-	b, err := private.ReadFile(m.Source, maxCopy)
-	if err != nil {
-		return err
-	}
-	if err := r.makeParent(m.Target); err != nil {
-		return err
-	}
-	return errors.Join(os.WriteFile(r.path(m.Target), b, 0o400), os.Chown(r.path(m.Target), uid, gid))
 }
 
 // renounce makes the calling thread's children unable to get privileges from what they execute.

@@ -147,8 +147,8 @@ func (s *Service) follow(stderr io.Reader) {
 	s.err = err
 }
 
-// Await returns the next line of the log with message.
-func (s *Service) Await(ctx context.Context, message string) (Line, error) {
+// Await returns the next line of the log with message, or with one of others.
+func (s *Service) Await(ctx context.Context, message string, others ...string) (Line, error) {
 	timeout := time.NewTimer(StepTimeout)
 	defer timeout.Stop()
 	for {
@@ -157,7 +157,7 @@ func (s *Service) Await(ctx context.Context, message string) (Line, error) {
 			if !ok {
 				return line, errors.Join(fmt.Errorf("drafter %s ended before %q", s.name, message), s.Wait())
 			}
-			if line.Message == message {
+			if line.Message == message || slices.Contains(others, line.Message) {
 				return line, nil
 			}
 		case <-ctx.Done():

@@ -10,7 +10,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"drafter/internal/private"
 	"drafter/internal/process"
 	"drafter/vmm"
 )
@@ -58,8 +57,7 @@ func newJail(l *vmm.Launch, program string) (*jail, error) {
 			return nil, err
 		}
 		if l.Boot.Initrd != "" {
-			// Several VMs may boot from it at once, each as another user.
-			if err := j.copy(l, l.Boot.Initrd, jailInitrd); err != nil {
+			if err := j.lend(l, l.Boot.Initrd, jailInitrd, false); err != nil {
 				return nil, err
 			}
 		}
@@ -100,22 +98,6 @@ func (j *jail) place(path, target string, write bool) error {
 // lend places a file that Firecracker's user may use meanwhile.
 func (j *jail) lend(l *vmm.Launch, path, name string, write bool) error {
 	return errors.Join(l.Dir.Lend(path, l.UID, l.GID, write), j.place(path, filepath.Join(j.root, name), write))
-}
-
-// maxInitrd bounds an initramfs, in bytes.
-const maxInitrd = 1 << 30
-
-// copy makes a file that Firecracker's user may read.
-func (j *jail) copy(l *vmm.Launch, path, name string) error {
-	b, err := private.ReadFile(path, maxInitrd)
-	if err != nil {
-		return fmt.Errorf("prepare jail: %w", err)
-	}
-	target := filepath.Join(j.root, name)
-	if err := errors.Join(os.WriteFile(target, b, 0o400), os.Chown(target, l.UID, l.GID)); err != nil {
-		return fmt.Errorf("prepare jail: %w", err)
-	}
-	return nil
 }
 
 // arguments are the jailer's, and behind -- Firecracker's. See docs/jailer.md of Firecracker.

@@ -1,6 +1,7 @@
 package qemu
 
 import (
+	"cmp"
 	"fmt"
 	"strconv"
 	"strings"
@@ -70,7 +71,9 @@ func arguments(l *vmm.Launch, hw vmm.Hardware) ([]string, error) {
 	a.add("-name", "drafter:"+strings.ReplaceAll(l.Dir.Path(), ",", ",,"))
 	a.add("-nodefaults")
 	a.add("-no-user-config")
-	a.add("-no-reboot") // a package resumes, it never boots again by itself
+	if l.Reboot == nil {
+		a.add("-no-reboot")
+	}
 	a.add("-display", "none")
 	a.add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
 	a.add("-machine", machine+",suppress-vmdesc=on") // a description of the state in JSON, which is for debugging only
@@ -96,12 +99,13 @@ func arguments(l *vmm.Launch, hw vmm.Hardware) ([]string, error) {
 	a.add("-chardev", fmt.Sprintf("socket,id=console,fd=%d", fdConsole))
 	a.add("-serial", "chardev:console")
 	a.add("-kernel", jailKernel)
-	if l.Boot != nil {
-		if l.Boot.Initrd != "" {
+	if boot := cmp.Or(l.Boot, l.Reboot); boot != nil { // the firmware finds these at a reset
+		if boot.Initrd != "" {
 			a.add("-initrd", jailInitrd)
 		}
-		a.add("-append", bootArgs(l.Boot.Args, micro))
-	} else {
+		a.add("-append", bootArgs(boot.Args, micro))
+	}
+	if l.Boot == nil {
 		a.add("-incoming", "defer")
 		a.add("-S")
 	}

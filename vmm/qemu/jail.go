@@ -1,6 +1,7 @@
 package qemu
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net"
@@ -41,9 +42,8 @@ func (d Driver) jail(l *vmm.Launch, program, accel string) (*process.Root, error
 	for _, disk := range l.Disks {
 		err = errors.Join(err, lend(disk.Path, jailDisk(disk.Name), true))
 	}
-	if l.Boot != nil && l.Boot.Initrd != "" {
-		// Several VMs may boot from it at once, each as another user.
-		r.Copies = append(r.Copies, process.Mount{Source: l.Boot.Initrd, Target: jailInitrd})
+	if boot := cmp.Or(l.Boot, l.Reboot); boot != nil && boot.Initrd != "" {
+		err = errors.Join(err, lend(boot.Initrd, jailInitrd, false))
 	}
 	if d.Dir != "" {
 		r.Mounts = append(r.Mounts, process.Mount{Source: d.Dir, Target: d.Dir})

@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
 
 	"drafter/agent"
 	"drafter/internal/console"
@@ -142,7 +143,7 @@ func (d Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
 	if d.Own != (l.Memory == "") {
 		return nil, errors.New("a machine has either memory of its own or a memory device")
 	}
-	m := &Machine{launch: l, hardware: hw, ended: make(chan struct{}), migration: make(chan string, 16)}
+	m := &Machine{launch: l, hardware: hw, ended: make(chan struct{}), migration: make(chan string, 16), reboots: rate.NewLimiter(rate.Every(time.Minute), rebootsAtOnce)}
 	root, err := d.jail(&l, path, hw.Accel)
 	if err == nil {
 		err = m.start(ctx, path, args, root)
@@ -241,6 +242,8 @@ type Machine struct {
 	workers   sync.WaitGroup // console, stderr and event readers
 	migration chan string    // status values of MIGRATION events
 	ended     chan struct{}  // closed when the process and all workers have ended
+
+	reboots *rate.Limiter // of a guest that boots again
 
 	mu       sync.Mutex
 	shutdown string // reason of the SHUTDOWN event
@@ -361,6 +364,8 @@ func (m *Machine) supervise() {
 	switch {
 	case m.closing:
 	case err == nil && m.shutdown == "guest-shutdown":
+	case err == nil && m.shutdown == "guest-reset" && m.launch.Reboot != nil:
+		m.exit = fmt.Errorf("the guest rebooted again and again%s", m.console.Tail())
 	case err == nil && m.shutdown == "guest-reset":
 		m.exit = fmt.Errorf("the guest rebooted, or its kernel panicked%s", m.console.Tail())
 	case err == nil:
@@ -385,6 +390,8 @@ func (m *Machine) watch() {
 				m.shutdown = data.Reason
 				m.mu.Unlock()
 			}
+		case "RESET":
+			m.rebooted()
 		case "MIGRATION":
 			var data struct {
 				Status string `json:"status"`
@@ -396,6 +403,22 @@ func (m *Machine) watch() {
 				}
 			}
 		}
+	}
+}
+
+// rebootsAtOnce is how often a guest may boot again at once, and then once a minute. One that does it more often gets nowhere, and ends at the next time.
+const rebootsAtOnce = 5
+
+// rebooted tells that the guest boots again.
+func (m *Machine) rebooted() {
+	if m.launch.OnReboot != nil {
+		m.launch.OnReboot(strings.TrimPrefix(m.console.Tail(), "; "))
+	}
+	if !m.reboots.Allow() {
+		m.workers.Go(func() { // the answer comes behind the event that is being handled
+			// It fails if QEMU has ended.
+			_ = m.qmp.execute(context.Background(), "set-action", map[string]any{"reboot": "shutdown"}, nil)
+		})
 	}
 }
 

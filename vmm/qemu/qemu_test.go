@@ -106,7 +106,18 @@ func TestArguments(t *testing.T) {
 			t.Errorf("%q is not in: %s", want, line)
 		}
 	}
-	l.Boot = &vmm.Boot{Kernel: "/k", Initrd: "/i", Args: "console=ttyS0 pci=off quiet"}
+	if !strings.Contains(line, "-no-reboot") {
+		t.Errorf("a guest that has nothing to boot from may reboot: %s", line)
+	}
+	boot := &vmm.Boot{Kernel: "/k", Initrd: "/i", Args: "console=ttyS0 pci=off quiet"}
+	l.Reboot = boot
+	if args, err = arguments(l, q35); err != nil {
+		t.Fatal(err)
+	}
+	if line = strings.Join(args, " "); !strings.Contains(line, "-initrd /initrd -append console=ttyS0 quiet -incoming defer -S") || strings.Contains(line, "-no-reboot") {
+		t.Errorf("restored, and may reboot: %s", line)
+	}
+	l.Boot, l.Reboot = boot, nil
 	if args, err = arguments(l, q35); err != nil {
 		t.Fatal(err)
 	}
