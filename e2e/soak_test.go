@@ -47,15 +47,22 @@ func (w *wanderer) begin(t *testing.T) {
 	}
 }
 
-// try starts an instance, and returns why that is refused.
+// errBooted is how an instance starts whose process was killed.
+var errBooted = errors.New("it booted from its disks")
+
+// try starts an instance, and returns why that is refused. One that boots instead is ended again.
 func (w *wanderer) try(t *testing.T, at int, instance string) error {
 	t.Helper()
 	vm, err := w.Start(w.args(at, instance)...)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := vm.Await(t.Context(), "Resumed VM"); err != nil {
+	line, err := vm.Await(t.Context(), "Resumed VM", boots)
+	if err != nil {
 		return vm.Wait()
+	}
+	if line.Message == boots {
+		return errors.Join(errBooted, vm.End())
 	}
 	t.Cleanup(func() { _ = vm.End() }) // of a test that has failed
 	w.at, w.instance, w.vm = at, instance, vm
@@ -158,13 +165,16 @@ func (w *wanderer) find(t *testing.T, fault string, to int, instance string) str
 		return w.try(t, to, instance)
 	}
 	atSource := w.try(t, from, left)
-	if atSource == nil {
-		if arrived() == nil {
+	if atSource == nil || errors.Is(atSource, errBooted) {
+		if atTarget = arrived(); atTarget == nil || errors.Is(atTarget, errBooted) {
 			t.Fatalf("%s: the VM runs twice", fault)
 		}
-		return "stayed"
+		if atSource == nil {
+			return "stayed"
+		}
+	} else {
+		atTarget = arrived()
 	}
-	atTarget = arrived()
 	switch {
 	case atTarget == nil:
 		return "moved"
@@ -177,6 +187,9 @@ func (w *wanderer) find(t *testing.T, fault string, to int, instance string) str
 			t.Fatalf("after it was settled: %v", err)
 		}
 		return "settled"
+	case strings.HasPrefix(fault, "kill") && (errors.Is(atSource, errBooted) || errors.Is(atTarget, errBooted)):
+		w.begin(t)
+		return "killed"
 	}
 	t.Fatalf("the VM is nowhere; source: %v; target: %v", atSource, atTarget)
 	return ""

@@ -62,7 +62,7 @@ func (s *site) copyPackage(t *testing.T, from, to string) {
 // run starts the package with further flags and waits until it runs. Unless the test ended it, it is ended with the test, without error.
 func (s *site) run(t *testing.T, flags ...string) *tour.Service {
 	t.Helper()
-	return s.start(t, append([]string{"runner", "--chroot-base-dir", "vms", "--devices", tour.PackageDevices(s.pkg)}, flags...)...)
+	return s.start(t, s.runnerArgs(flags...)...)
 }
 
 // start starts a command that runs a VM.
@@ -85,10 +85,35 @@ func (s *site) start(t *testing.T, args ...string) *tour.Service {
 	return vm
 }
 
+// boots says that an instance, or package, cannot be resumed.
+const boots = "Booting VM from its disks: it cannot be resumed"
+
+// boots starts what cannot be resumed for a reason, and ends it while it boots.
+func (s *site) boots(t *testing.T, reason string, args ...string) {
+	t.Helper()
+	vm, err := s.Start(args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	line, err := vm.Await(t.Context(), boots)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(line.Text, reason) {
+		t.Errorf("%s; want %q", line.Text, reason)
+	}
+	end(t, vm)
+}
+
+// runnerArgs start the package.
+func (s *site) runnerArgs(flags ...string) []string {
+	return append([]string{"runner", "--chroot-base-dir", "vms", "--devices", tour.PackageDevices(s.pkg)}, flags...)
+}
+
 // refused runs the package and returns the error line it fails with.
 func (s *site) refused(t *testing.T, flags ...string) string {
 	t.Helper()
-	return s.fails(t, append([]string{"runner", "--chroot-base-dir", "vms", "--devices", tour.PackageDevices(s.pkg)}, flags...)...)
+	return s.fails(t, s.runnerArgs(flags...)...)
 }
 
 // fails runs a command and returns the error line it fails with.
@@ -335,7 +360,7 @@ func TestClonesDifferAndConsole(t *testing.T) {
 	}
 }
 
-// What a killed runner leaves is removed by the next, which refuses the package for its reason.
+// What a killed runner leaves is removed by the next, which boots the VM from its disks.
 func TestKilledRunner(t *testing.T) {
 	s := newSite(t)
 	clean := inventory()
@@ -347,9 +372,7 @@ func TestKilledRunner(t *testing.T) {
 	if err := vm.Wait(); err == nil {
 		t.Fatal("killed without an error")
 	}
-	if line := s.refused(t); !strings.Contains(line, "never suspended") {
-		t.Errorf("the package of a killed run: %s", line)
-	}
+	s.boots(t, "its process was killed", s.runnerArgs()...)
 	if cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil && len(cmdline) > 0 {
 		t.Errorf("the VMM still runs: %s", cmdline)
 	}
@@ -385,7 +408,7 @@ func TestKilledVMM(t *testing.T) {
 	}
 }
 
-// A guest that powers itself off ends its runner well, and its package says why it cannot be resumed.
+// A guest that powers itself off ends its runner well, and boots at the next start.
 func TestPowerOff(t *testing.T) {
 	s := newSite(t)
 	vm := s.run(t, "--enable-input")
@@ -398,14 +421,32 @@ func TestPowerOff(t *testing.T) {
 	if err := vm.Wait(); err != nil {
 		t.Fatal(err)
 	}
-	if line := s.refused(t); !strings.Contains(line, "powered") {
-		t.Errorf("the package of a guest that is off: %s", line)
-	}
 	for _, disk := range []string{"rootfs.ext4", "oci.ext4"} {
 		if out, err := exec.Command("e2fsck", "-fn", filepath.Join(s.pkg, disk)).CombinedOutput(); err != nil {
 			t.Errorf("%s after a clean end: %v: %s", disk, err, out)
 		}
 	}
+	// A package that is older than that can only be resumed.
+	file := filepath.Join(s.pkg, "config.json")
+	config, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var old map[string]any
+	if err := json.Unmarshal(config, &old); err != nil {
+		t.Fatal(err)
+	}
+	delete(old, "initrd")
+	b, err := json.Marshal(old)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, file, string(b))
+	if line := s.refused(t); !strings.Contains(line, "holds no initramfs") || !strings.Contains(line, "drafter snapshotter") {
+		t.Errorf("a package without an initramfs: %s", line)
+	}
+	write(t, file, string(config))
+	s.boots(t, "powered itself off", s.runnerArgs()...)
 }
 
 // The VMM runs as the user it is told to, who owns the package meanwhile.
