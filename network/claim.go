@@ -33,7 +33,7 @@ func ClaimNamespace(name string) (*Claim, error) {
 	if _, err := os.Stat(filepath.Join(netnsDir, name)); err != nil {
 		return nil, fmt.Errorf("network namespace %q does not exist; start drafter nat, or create it with 'ip netns add %s'", name, name)
 	}
-	lock, err := rundir.Lock("netns/" + name)
+	lock, err := claimNamespace(name)
 	var held *lockfile.HeldError
 	if errors.As(err, &held) {
 		return nil, fmt.Errorf("network namespace %q is in use by %s; choose another --netns, or end that process", name, held.Holder)
@@ -44,12 +44,16 @@ func ClaimNamespace(name string) (*Claim, error) {
 	return &Claim{name, lock}, nil
 }
 
+func claimNamespace(name string) (*lockfile.Lock, error) { return rundir.Lock("netns/" + name) }
+
 // Close gives the namespace back, without the connections of its VM, which must have ended.
 func (c *Claim) Close() error {
 	if c.lock == nil {
 		return nil
 	}
-	return errors.Join(forgetTenant(c.namespace), c.lock.Release(), rundir.Remove())
+	err := c.Vacate()
+	err = errors.Join(err, c.atTap("renew the tap", func(config *NATConfig, l *layout) error { return config.renewTap(l) }))
+	return errors.Join(err, forgetTenant(c.namespace), c.lock.Release(), rundir.Remove())
 }
 
 // checkNamespaceName keeps names inside netnsDir.

@@ -162,6 +162,15 @@ func (n *NAT) hostRules(connections int) error {
 	if err != nil {
 		return err
 	}
+	outgoing, err := r.interfaces("outgoing", n.outgoing)
+	if err != nil {
+		return err
+	}
+	// From a link to itself: a guest at a port of its own that the forwarder publishes.
+	back, err := r.interfacePairs("back", names)
+	if err != nil {
+		return err
+	}
 	counted, err := r.counters("connections", len(names))
 	if err != nil {
 		return err
@@ -176,7 +185,10 @@ func (n *NAT) hostRules(connections int) error {
 	r.rule(r.chain(hookRaw), fromInterfaces(links), toAddress(loopback), drop())
 	// A guest goes out as the host. The rule is added below; until then nothing goes out.
 	asHost := r.subchain("as-host")
-	r.rule(r.chain(hookOutgoing), fromAddress(l.namespaceVeth), notToInterfaces(links), continueAt(asHost))
+	leaving := r.chain(hookOutgoing)
+	r.rule(leaving, fromAddress(l.namespaceVeth), notToInterfaces(links), continueAt(asHost))
+	// The namespace takes nothing from its own address.
+	r.rule(leaving, fromAddress(l.namespaceVeth), betweenInterfaces(back), masquerade())
 	r.rule(r.chain(hookLeaving), fromAddress(l.namespaceVeth), fromInterfaces(links), notToInterfaces(links), drop())
 
 	limited := r.subchain("limited")
@@ -215,12 +227,11 @@ func (n *NAT) hostRules(connections int) error {
 		r.rule(fromGuest, append(o.match(), continueAt(limited))...)
 	}
 	r.rule(toHost, drop())
+	r.rule(fromGuest, forwardedByRule(), betweenInterfaces(back), continueAt(limited))
 	for _, closed := range append([]*net.IPNet{l.hostVeth, l.namespaceVeth, l.blocked}, guarded...) {
 		r.rule(fromGuest, toAddress(closed), drop())
 	}
-	if n.config.HostInterface != "" {
-		r.rule(fromGuest, toInterface(n.config.HostInterface), continueAt(limited))
-	}
+	r.rule(fromGuest, toInterfaces(outgoing), continueAt(limited))
 	r.rule(fromGuest, drop())
 
 	r.answers(toGuest)
@@ -260,11 +271,14 @@ func (r *ruleset) answers(c *nftables.Chain) {
 	r.rule(c, connectionState(expr.CtStateBitRELATED), icmp(), accept())
 }
 
+// namespaceTable is the name of a namespace's table.
+const namespaceTable = "drafter"
+
 // namespaceRules are the rules of a namespace's table. They let pass what is between its link and
 // the guest, and nothing else.
 func (n *NAT) namespaceRules(i, connections int) error {
 	c, l := n.config, n.layout
-	r, err := newRuleset(nftables.TableFamilyIPv4, "drafter")
+	r, err := newRuleset(nftables.TableFamilyIPv4, namespaceTable)
 	if err != nil {
 		return err
 	}
@@ -277,6 +291,9 @@ func (n *NAT) namespaceRules(i, connections int) error {
 	}
 
 	forwarded := r.chain(hookForwarded)
+	// While nobody is behind the tap, packets for the guest take the route of vacantMetric.
+	r.rule(forwarded, fromInterface(namespaceVeth), toInterface("lo"), transport(unix.IPPROTO_TCP), reset())
+	r.rule(forwarded, fromInterface(namespaceVeth), toInterface("lo"), unreachable())
 	r.answers(forwarded)
 	r.rule(forwarded, notNewConnection(), drop())
 	fromGuest := [][]expr.Any{fromInterface(c.NamespaceInterface), toInterface(namespaceVeth), fromAddress(host(l.guest))}
@@ -317,6 +334,9 @@ func GuardGuest(ns, mac string) error {
 		}
 	}
 	err = inNamespace(ns, func() error {
+		if err := c.resetConnections(l); err != nil {
+			return err
+		}
 		if err := c.renewTap(l); err != nil {
 			return err
 		}

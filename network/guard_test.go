@@ -565,6 +565,7 @@ func TestConnectionLimit(t *testing.T) {
 	if err := errors.Join(shorten(), inNamespace("ark1", shorten)); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { setSysctl(timeout, "30") }) // the kernel's own
 	// The host counts by itself: what comes from within the namespace does not pass the namespace's
 	// own rules.
 	hostBefore = tracked(t, "")
@@ -1067,7 +1068,7 @@ func TestStale(t *testing.T) {
 	}
 	restart := func() {
 		t.Helper()
-		if err := n.lock.Abandon(); err != nil {
+		if err := errors.Join(n.watch.Close(), n.lock.Abandon()); err != nil {
 			t.Fatal(err)
 		}
 		if n, err = StartNAT(context.Background(), c); err != nil {

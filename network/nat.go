@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
@@ -34,7 +35,7 @@ import (
 // A guest reaches what is behind the outgoing interface. It reaches neither the host nor other guests, nor link-local addresses and the
 // metadata services of clouds, unless they are opened.
 type NATConfig struct {
-	HostInterface     string // outgoing interface; "" for the one of the default route
+	HostInterface     string // outgoing interfaces, as eth0 or eth0,eth1; "" for those of the default route, whichever they are at the moment
 	HostVethCIDR      string // one /30 for each namespace's link with the host
 	NamespaceVethCIDR string // one address for each namespace
 	BlockedSubnetCIDR string // guests cannot reach it either
@@ -64,6 +65,14 @@ type NAT struct {
 
 	connections int  // that a guest may have opened at a time
 	changed     bool // whether namespaces that are kept were permitted something else
+
+	outgoing []string // interfaces
+	follows  bool     // whether they are those of the default route
+
+	watch      *watch
+	hostState  []string   // of the host's table
+	guestState [][]string // of the namespaces' tables
+	news       news
 }
 
 // natRecord is kept on disk while a NAT runs, so that the next one can clean up after a crash.
@@ -177,7 +186,7 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &NAT{config: c, layout: l}
+	n := &NAT{config: c, layout: l, guestState: make([][]string, l.count), news: news{}}
 	lock, err := rundir.Lock("nat-" + c.NamespacePrefix)
 	var held *lockfile.HeldError
 	if errors.As(err, &held) {
@@ -192,9 +201,13 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 			err = errors.Join(err, n.Close())
 		}
 	}()
-	if n.config.HostInterface, err = outgoingInterface(c.HostInterface); err != nil {
+	if n.outgoing, err = outgoingInterfaces(c.HostInterface); err != nil {
 		return nil, err
 	}
+	if len(n.outgoing) == 0 {
+		slog.Warn("This host has no default route: until it has, guests reach only what --allow-host and --allow-cidr open. Name a --host-interface to change that")
+	}
+	n.follows, n.config.HostInterface = c.HostInterface == "", strings.Join(n.outgoing, ",")
 	kept, err := n.reclaim()
 	if err != nil {
 		return nil, fmt.Errorf("clean up after an earlier NAT: %w", err)
@@ -220,6 +233,8 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 			if err := n.createNamespace(i); err != nil {
 				return nil, err
 			}
+		} else if err := n.connect(i); err != nil {
+			return nil, err
 		}
 		// A namespace that was kept may be an older version's, or have been made with other flags.
 		if err := n.guard(i); err != nil {
@@ -232,33 +247,55 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 			}
 		}
 	}
-	return n, nil
+	n.sayFirewalls()
+	n.sayNameServers()
+	n.watch, err = startWatch(n.look)
+	return n, err
 }
 
-// outgoingInterface checks a given interface, or finds the one of the default route. A host without one has no way out: "" says so.
-func outgoingInterface(name string) (string, error) {
-	if name != "" {
-		if _, err := netlink.LinkByName(name); err != nil {
-			return "", fmt.Errorf("--host-interface %q does not exist; see 'ip link' for those there are", name)
+// publicAddresses are one of each quarter of the address space: a VPN may route halves or quarters.
+var publicAddresses = []net.IP{net.IPv4(8, 8, 8, 8), net.IPv4(65, 0, 0, 1), net.IPv4(130, 0, 0, 1), net.IPv4(193, 0, 0, 1)}
+
+// outgoingInterfaces checks given interfaces, as eth0 or eth0,eth1, or finds those through which the host
+// reaches the Internet at the moment: more than one if a route has several next hops. A host that has no
+// such route has no way out.
+func outgoingInterfaces(names string) (found []string, err error) {
+	if names != "" {
+		found = strings.Split(names, ",")
+		for _, name := range found {
+			if _, err := netlink.LinkByName(name); err != nil {
+				return nil, fmt.Errorf("--host-interface %q does not exist; see 'ip link' for those there are", name)
+			}
 		}
-		return name, nil
+		return found, nil
 	}
-	routes, err := netlink.RouteList(nil, netlink.FAMILY_V4)
-	if err != nil {
-		return "", fmt.Errorf("find default route: %w", err)
-	}
-	for _, r := range routes {
-		if r.Dst != nil && r.Dst.IP != nil && !r.Dst.IP.IsUnspecified() {
-			continue
-		}
-		link, err := netlink.LinkByIndex(r.LinkIndex)
+	for _, ip := range publicAddresses {
+		// The kernel decides, by metrics, rules and tables.
+		routes, err := netlink.RouteGetWithOptions(ip, &netlink.RouteGetOptions{FIBMatch: true})
 		if err != nil {
-			return "", fmt.Errorf("find default route: %w", err)
+			continue // no route, or one that says unreachable
 		}
-		return link.Attrs().Name, nil
+		for _, r := range routes {
+			hops := []int{r.LinkIndex}
+			for _, h := range r.MultiPath {
+				hops = append(hops, h.LinkIndex)
+			}
+			for _, index := range hops {
+				if index == 0 {
+					continue
+				}
+				link, err := netlink.LinkByIndex(index)
+				if err != nil {
+					return nil, fmt.Errorf("find default route: %w", err)
+				}
+				if name := link.Attrs().Name; link.Attrs().Flags&net.FlagLoopback == 0 && !slices.Contains(found, name) {
+					found = append(found, name)
+				}
+			}
+		}
 	}
-	slog.Warn("This host has no default route: guests reach only what --allow-host and --allow-cidr open. Name a --host-interface to change that")
-	return "", nil
+	slices.Sort(found)
+	return found, nil
 }
 
 // reclaim removes what the last NAT of this prefix left, and returns the namespaces that are still in use.
@@ -284,7 +321,7 @@ func (n *NAT) reclaim() (kept []string, err error) {
 		if slices.ContainsFunc(others, func(o natRecord) bool { return slices.Contains(o.Namespaces, name) }) {
 			continue
 		}
-		lock, err := rundir.Lock("netns/" + name)
+		lock, err := claimNamespace(name)
 		var held *lockfile.HeldError
 		switch {
 		case errors.As(err, &held):
@@ -424,7 +461,7 @@ func (n *NAT) prepareHost(kept []string) error {
 	if n.connections, err = n.connectionLimit(); err != nil {
 		return err
 	}
-	return n.hostRules(n.connections)
+	return n.applyHostRules()
 }
 
 // noteForwarding notes what Close restores, given the present value of ip_forward. If another NAT
@@ -507,43 +544,74 @@ func (n *NAT) writeRecord() error {
 	return nil
 }
 
-func (n *NAT) createNamespace(i int) (err error) {
-	name, l := n.name(i), n.layout
-	defer func() {
-		if err != nil {
-			err = fmt.Errorf("set up network namespace %q: %w", name, err)
-		}
-	}()
+func (n *NAT) createNamespace(i int) error {
+	name := n.name(i)
 	if err := createNamespace(name); err != nil {
 		return err
 	}
+	if err := inNamespace(name, func() error { return n.config.createTap(n.layout) }); err != nil {
+		return fmt.Errorf("set up network namespace %q: %w", name, err)
+	}
+	return n.connect(i)
+}
+
+// connect makes a namespace's link with the host, or what is missing of it.
+func (n *NAT) connect(i int) (err error) {
+	name, l := n.name(i), n.layout
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("connect network namespace %q: %w", name, err)
+		}
+	}()
 	ns, err := netns.GetFromName(name)
 	if err != nil {
 		return err
 	}
 	defer ns.Close()
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name = hostVethName(name)
-	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: namespaceVeth, PeerNamespace: netlink.NsFd(ns)}
-	if err := netlink.LinkAdd(veth); err != nil {
-		return fmt.Errorf("create %s: %w", attrs.Name, err)
+	veth, err := netlink.LinkByName(hostVethName(name))
+	if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = hostVethName(name)
+		veth = &netlink.Veth{LinkAttrs: attrs, PeerName: namespaceVeth, PeerNamespace: netlink.NsFd(ns)}
+		if err = netlink.LinkAdd(veth); err != nil {
+			return fmt.Errorf("create %s: %w", attrs.Name, err)
+		}
+	}
+	if err != nil {
+		return err
 	}
 	if err := configureLink(veth, &net.IPNet{IP: l.hostSide(i), Mask: net.CIDRMask(30, 32)}); err != nil {
 		return err
 	}
-	// For forwards from loopback addresses. It is the link's own parameter, so it goes with the link; the host's raw rule guards it.
-	if err := setSysctl("net/ipv4/conf/"+attrs.Name+"/route_localnet", "1"); err != nil {
-		return err
+	for parameter, value := range n.linkParameters(i) {
+		if _, err := keepSysctl(parameter, value); err != nil {
+			return err
+		}
 	}
 	if err := inNamespace(name, func() error { return n.configureNamespace(i) }); err != nil {
 		return err
 	}
-	return netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Dst: host(l.namespaceIP(i)), Gw: l.namespaceSide(i)})
+	if err := netlink.RouteReplace(&netlink.Route{LinkIndex: veth.Attrs().Index, Dst: host(l.namespaceIP(i)), Gw: l.namespaceSide(i)}); err != nil {
+		return fmt.Errorf("set route to %s: %w", l.namespaceIP(i), err)
+	}
+	return nil
+}
+
+// linkParameters are the kernel parameters of the host's end of a link. They go with the link.
+func (n *NAT) linkParameters(i int) map[string]string {
+	name := hostVethName(n.name(i))
+	return map[string]string{
+		"net/ipv4/conf/" + name + "/forwarding": "1",
+		// For forwards from loopback addresses. The host's raw rule guards it.
+		"net/ipv4/conf/" + name + "/route_localnet": "1",
+		// Nothing is routed by IPv6. Without this, link-local addresses would reach whatever listens on the host's [::].
+		"net/ipv6/conf/" + name + "/disable_ipv6": "1",
+	}
 }
 
 func configureLink(link netlink.Link, addrs ...*net.IPNet) error {
 	for _, a := range addrs {
-		if err := netlink.AddrAdd(link, &netlink.Addr{IPNet: a}); err != nil {
+		if err := netlink.AddrReplace(link, &netlink.Addr{IPNet: a}); err != nil {
 			return fmt.Errorf("set address of %s to %s: %w", link.Attrs().Name, a, err)
 		}
 	}
@@ -553,9 +621,12 @@ func configureLink(link netlink.Link, addrs ...*net.IPNet) error {
 	return nil
 }
 
+// vacantMetric is that of the route which packets for the guest take while nobody is behind the tap.
+const vacantMetric = 1000
+
 // configureNamespace runs inside the namespace.
 func (n *NAT) configureNamespace(i int) error {
-	c, l := n.config, n.layout
+	l := n.layout
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
 		return err
@@ -567,13 +638,16 @@ func (n *NAT) configureNamespace(i int) error {
 	err = errors.Join(
 		configureLink(lo),
 		configureLink(veth, &net.IPNet{IP: l.namespaceSide(i), Mask: net.CIDRMask(30, 32)}, host(l.namespaceIP(i))),
-		c.createTap(l),
 	)
 	if err != nil {
 		return err
 	}
-	if err := netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: l.hostSide(i)}); err != nil {
+	if err := netlink.RouteReplace(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: l.hostSide(i)}); err != nil {
 		return fmt.Errorf("set default route: %w", err)
+	}
+	vacant := &net.IPNet{IP: l.gateway.Mask(l.mask), Mask: l.mask}
+	if err := netlink.RouteReplace(&netlink.Route{LinkIndex: lo.Attrs().Index, Dst: vacant, Priority: vacantMetric, Scope: netlink.SCOPE_LINK}); err != nil {
+		return fmt.Errorf("set route for a guest that is not there: %w", err)
 	}
 	return setSysctl("net/ipv4/ip_forward", "1")
 }
@@ -588,6 +662,10 @@ func (c NATConfig) createTap(l *layout) error {
 	}
 	if err := netlink.LinkSetHardwareAddr(tap, l.mac); err != nil {
 		return fmt.Errorf("set MAC address of %s: %w", c.NamespaceInterface, err)
+	}
+	// Without a VMM behind the tap, its route does not count: who connects hears at once that nobody is there.
+	if err := setSysctl("net/ipv4/conf/"+c.NamespaceInterface+"/ignore_routes_with_linkdown", "1"); err != nil {
+		return err
 	}
 	return configureLink(tap, &net.IPNet{IP: l.gateway, Mask: l.mask})
 }
@@ -613,16 +691,15 @@ func (c NATConfig) renewTap(l *layout) error {
 
 // guard puts what guests may do in force for a namespace and its link.
 func (n *NAT) guard(i int) error {
-	name := n.name(i)
-	// Nothing is routed by IPv6. Without this, link-local addresses would reach whatever listens on the host's [::].
-	if err := disableIPv6(hostVethName(name)); err != nil {
-		return err
-	}
-	return inNamespace(name, func() error {
+	return inNamespace(n.name(i), func() error {
 		err := errors.Join(markNamespace(), disableIPv6("all"), n.namespaceRules(i, n.connections))
 		for _, state := range []string{"time_wait", "close"} {
 			err = errors.Join(err, setSysctl("net/netfilter/nf_conntrack_tcp_timeout_"+state, strconv.Itoa(closedTimeout)))
 		}
+		if err != nil {
+			return err
+		}
+		n.guestState[i], err = tableState(nftables.TableFamilyIPv4, namespaceTable)
 		return err
 	})
 }
@@ -645,7 +722,7 @@ func (n *NAT) ConnectionLimit() int { return n.connections }
 // Claim claims any free namespace of the pool and returns its name.
 func (n *NAT) Claim() (string, *Claim, error) {
 	for _, name := range n.created {
-		claim, err := rundir.Lock("netns/" + name)
+		claim, err := claimNamespace(name)
 		var held *lockfile.HeldError
 		if errors.As(err, &held) {
 			continue
@@ -686,7 +763,8 @@ func (n *NAT) Close() error {
 	if n.lock == nil {
 		return nil
 	}
-	var errs []error
+	errs := []error{n.watch.Close()}
+	n.watch = nil
 	for _, name := range slices.Backward(n.created) {
 		errs = append(errs, removeNamespace(name))
 	}

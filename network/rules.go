@@ -102,6 +102,28 @@ func (r *ruleset) interfaces(name string, names []string) (*nftables.Set, error)
 	return set, nil
 }
 
+// interfacePairs adds a set of pairs of an incoming and an outgoing interface that are the same.
+func (r *ruleset) interfacePairs(name string, names []string) (*nftables.Set, error) {
+	kind, err := nftables.ConcatSetType(nftables.TypeIFName, nftables.TypeIFName)
+	if err != nil {
+		return nil, fmt.Errorf("add set %s: %w", name, err)
+	}
+	set := &nftables.Set{Table: r.table, Name: name, KeyType: kind, KeyByteOrder: binaryutil.NativeEndian, Concatenation: true}
+	if err := r.conn.AddSet(set, nil); err != nil {
+		return nil, fmt.Errorf("add set %s: %w", name, err)
+	}
+	for chunk := range slices.Chunk(names, 500) {
+		var elements []nftables.SetElement
+		for _, n := range chunk {
+			elements = append(elements, nftables.SetElement{Key: append(interfaceName(n), interfaceName(n)...)})
+		}
+		if err := r.conn.SetAddElements(set, elements); err != nil {
+			return nil, fmt.Errorf("fill set %s: %w", name, err)
+		}
+	}
+	return set, nil
+}
+
 // counters adds a set that counts connections for each of up to size interfaces. See overConnections.
 func (r *ruleset) counters(name string, size int) (*nftables.Set, error) {
 	set := &nftables.Set{Table: r.table, Name: name, KeyType: nftables.TypeIFName, KeyByteOrder: binaryutil.NativeEndian, Dynamic: true, Size: uint32(size)}
@@ -211,6 +233,15 @@ func fromInterfaces(set *nftables.Set) []expr.Any {
 func toInterfaces(set *nftables.Set) []expr.Any { return interfaceIn(expr.MetaKeyOIFNAME, set, false) }
 func notToInterfaces(set *nftables.Set) []expr.Any {
 	return interfaceIn(expr.MetaKeyOIFNAME, set, true)
+}
+
+// betweenInterfaces matches the incoming and outgoing interface. A register has 16 bytes, as an interface name.
+func betweenInterfaces(pairs *nftables.Set) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1},
+		&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: 2},
+		&expr.Lookup{SourceRegister: 1, SetName: pairs.Name, SetID: pairs.ID},
+	}
 }
 
 func address(load expr.Any, op expr.CmpOp, n *net.IPNet) []expr.Any {
@@ -372,6 +403,12 @@ func (r *ruleset) forgetClosed(c *nftables.Chain) {
 
 func drop() []expr.Any   { return []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}} }
 func accept() []expr.Any { return []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}} }
+
+// reset answers a TCP segment with RST, unreachable anything else with ICMP's port unreachable (RFC 792, code 3).
+func reset() []expr.Any { return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}} }
+func unreachable() []expr.Any {
+	return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: 3}}
+}
 
 // continueAt goes on in another chain and does not come back.
 func continueAt(c *nftables.Chain) []expr.Any {

@@ -58,6 +58,10 @@ func SetUp() error {
 			return err
 		}
 	}
+	// A new network namespace takes this from the real host.
+	if err := os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("0"), 0); err != nil {
+		return err
+	}
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
 		return err

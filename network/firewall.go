@@ -1,0 +1,390 @@
+package network
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/xt"
+	"golang.org/x/sys/unix"
+)
+
+// Each base chain at a hook decides by itself: what the NAT's rules accept, those of Docker, ufw or
+// firewalld may drop. They are others' and stay as they are. But a packet of each kind that the NAT lets
+// pass is tried with their rules, on paper, and who would drop it is named.
+
+// passage is a kind of packets that the NAT lets pass.
+type passage struct {
+	what     string
+	hook     nftables.ChainHook
+	iif, oif string
+	src, dst net.IP
+	state    uint32 // of its connection: a bit of ct state
+	status   uint32 // of its connection: ipsDstNAT or nothing
+}
+
+// passages returns what a guest needs.
+func (n *NAT) passages() (list []passage) {
+	l := n.layout
+	link, guest, outside := hostVethName(n.name(0)), l.namespaceIP(0), publicAddresses[0]
+	const opened, established = expr.CtStateBitNEW, expr.CtStateBitESTABLISHED
+	for _, out := range n.outgoing {
+		list = append(list,
+			passage{"connections of guests", *nftables.ChainHookForward, link, out, guest, outside, opened, 0},
+			passage{"answers to guests", *nftables.ChainHookForward, out, link, outside, guest, established, 0},
+			passage{"what drafter forwarder publishes", *nftables.ChainHookForward, out, link, outside, l.namespaceSide(0), opened, ipsDstNAT})
+	}
+	list = append(list, passage{"connections of the host to guests", *nftables.ChainHookOutput, "", link, l.hostSide(0), guest, opened, 0})
+	if slices.ContainsFunc(l.openings, opening.host) {
+		list = append(list, passage{"what --allow-host opens", *nftables.ChainHookInput, link, "", guest, l.hostSide(0), opened, 0})
+	}
+	return list
+}
+
+// sayFirewalls names the chains of others that cut guests off, and what opens them.
+func (n *NAT) sayFirewalls() {
+	f, err := readFirewall()
+	if err != nil {
+		n.news.say("firewalls", "The rules of other firewalls cannot be read; they may cut guests off", "error", err)
+		return
+	}
+	dropped := map[*nftables.Chain][]string{}
+	for _, p := range n.passages() {
+		for _, c := range f.chains {
+			if c.Hooknum != nil && *c.Hooknum == p.hook && c.Type == nftables.ChainTypeFilter && f.verdict(c, p) == drops && !slices.Contains(dropped[c], p.what) {
+				dropped[c] = append(dropped[c], p.what)
+			}
+		}
+	}
+	subjects := map[string]bool{}
+	for c, what := range dropped {
+		table := familyName(c.Table.Family) + " " + c.Table.Name
+		subject := "firewall " + table + " " + c.Name
+		subjects[subject] = true
+		n.news.say(subject, "Another firewall of this host drops what guests need", "table", table, "chain", c.Name,
+			"drops", strings.Join(what, ", "), "open", n.openFirewall(f, c))
+	}
+	for subject := range n.news {
+		if strings.HasPrefix(subject, "firewall ") && !subjects[subject] {
+			n.news.say(subject, "")
+		}
+	}
+}
+
+// openFirewall returns commands that let guests through another firewall's chain.
+func (n *NAT) openFirewall(f *firewall, c *nftables.Chain) string {
+	l, links := n.layout, n.config.NamespacePrefix
+	has := func(match func(string) bool) bool {
+		return slices.ContainsFunc(f.chains, func(o *nftables.Chain) bool { return o.Table.Name == c.Table.Name && match(o.Name) })
+	}
+	iptables := func(chain string) string {
+		in, out := fmt.Sprintf("iptables -I %s -i '%s+' -j ACCEPT", chain, links), fmt.Sprintf("iptables -I %s -o '%s+' -j ACCEPT", chain, links)
+		switch *c.Hooknum {
+		case *nftables.ChainHookInput:
+			return in
+		case *nftables.ChainHookOutput:
+			return out
+		}
+		return in + "; " + out
+	}
+	forward := *c.Hooknum == *nftables.ChainHookForward
+	switch {
+	case c.Table.Name == "firewalld":
+		return fmt.Sprintf("firewall-cmd --zone=trusted --add-source=%s --add-source=%s", l.namespaceVeth, l.hostVeth)
+	case has(func(name string) bool { return strings.HasPrefix(name, "ufw-") }) && forward:
+		return fmt.Sprintf("ufw route allow from %s; ufw route allow to %s", l.namespaceVeth, l.hostVeth)
+	case has(func(name string) bool { return strings.HasPrefix(name, "ufw-") }):
+		return fmt.Sprintf("ufw allow from %s; ufw allow out to %s", l.namespaceVeth, l.namespaceVeth)
+	case forward && has(func(name string) bool { return name == "DOCKER-USER" }):
+		return iptables("DOCKER-USER")
+	case c.Table.Name == "filter" && strings.ToUpper(c.Name) == c.Name:
+		return iptables(c.Name)
+	}
+	insert := fmt.Sprintf("nft insert rule %s %s %s ", familyName(c.Table.Family), c.Table.Name, c.Name)
+	in, out := fmt.Sprintf(`%siifname "%s*" accept`, insert, links), fmt.Sprintf(`%soifname "%s*" accept`, insert, links)
+	switch *c.Hooknum {
+	case *nftables.ChainHookInput:
+		return in
+	case *nftables.ChainHookOutput:
+		return out
+	}
+	return in + "; " + out
+}
+
+func familyName(f nftables.TableFamily) string {
+	if f == nftables.TableFamilyINet {
+		return "inet"
+	}
+	return "ip"
+}
+
+// firewall is the rules of others for IPv4.
+type firewall struct {
+	conn   *nftables.Conn
+	chains []*nftables.Chain
+	rules  map[*nftables.Chain][]*nftables.Rule
+	sets   map[string][]nftables.SetElement // by table and name
+}
+
+// readFirewall reads the chains of others in the calling thread's network namespace.
+func readFirewall() (*firewall, error) {
+	conn, err := nftables.New()
+	if err != nil {
+		return nil, fmt.Errorf("open nftables: %w", err)
+	}
+	f := &firewall{conn: conn, rules: map[*nftables.Chain][]*nftables.Rule{}, sets: map[string][]nftables.SetElement{}}
+	for _, family := range []nftables.TableFamily{nftables.TableFamilyIPv4, nftables.TableFamilyINet} {
+		chains, err := conn.ListChainsOfTableFamily(family)
+		if err != nil && !errors.Is(err, unix.ENOENT) {
+			return nil, fmt.Errorf("read nftables chains: %w", err)
+		}
+		for _, c := range chains {
+			if !strings.HasPrefix(c.Table.Name, "drafter-") {
+				f.chains = append(f.chains, c)
+			}
+		}
+	}
+	return f, nil
+}
+
+// What becomes of a packet in a chain.
+const (
+	goesOn = iota
+	accepts
+	drops
+	returns
+)
+
+// verdict tells what a base chain does with a passage. A rule of which it cannot be told whether it matches
+// counts as one that does not.
+func (f *firewall) verdict(base *nftables.Chain, p passage) int {
+	switch v := f.chain(base, p, 0); {
+	case v == drops || v == accepts:
+		return v
+	case base.Policy != nil && *base.Policy == nftables.ChainPolicyDrop:
+		return drops
+	}
+	return accepts
+}
+
+// maxJumps is NFT_JUMP_STACK_SIZE of the kernel.
+const maxJumps = 16
+
+func (f *firewall) chain(c *nftables.Chain, p passage, depth int) int {
+	rules, ok := f.rules[c]
+	if !ok {
+		var err error
+		if rules, err = f.conn.GetRules(c.Table, c); err != nil {
+			return goesOn // it is gone since
+		}
+		f.rules[c] = rules
+	}
+	for _, r := range rules {
+		v, to := f.rule(c.Table, r, p)
+		if to == "" {
+			if v != goesOn {
+				return v
+			}
+			continue
+		}
+		i := slices.IndexFunc(f.chains, func(o *nftables.Chain) bool {
+			return o.Table.Name == c.Table.Name && o.Table.Family == c.Table.Family && o.Name == to
+		})
+		if i < 0 || depth == maxJumps {
+			continue
+		}
+		switch inner := f.chain(f.chains[i], p, depth+1); {
+		case inner == accepts || inner == drops:
+			return inner
+		case v == returns: // a goto
+			return returns
+		}
+	}
+	return goesOn
+}
+
+// rule tells what a rule does with a passage. If it jumps to a chain, that is to; it is a goto if v is
+// returns.
+func (f *firewall) rule(t *nftables.Table, r *nftables.Rule, p passage) (v int, to string) {
+	registers := map[uint32][]byte{} // those whose content is known
+	for _, e := range r.Exprs {
+		matches := true
+		switch e := e.(type) {
+		case *expr.Meta:
+			registers[e.Register] = p.meta(e.Key)
+		case *expr.Ct:
+			registers[e.Register] = p.connection(e.Key)
+		case *expr.Payload:
+			registers[e.DestRegister] = p.field(e)
+		case *expr.Bitwise:
+			registers[e.DestRegister] = bitwise(registers[e.SourceRegister], e)
+		case *expr.Cmp:
+			matches = compare(registers[e.Register], e)
+		case *expr.Lookup:
+			matches = f.lookup(t, registers[e.SourceRegister], e)
+		case *expr.Match:
+			matches = p.match(e)
+		case *expr.Counter, *expr.Log:
+		case *expr.Verdict:
+			switch e.Kind {
+			case expr.VerdictAccept:
+				return accepts, ""
+			case expr.VerdictDrop:
+				return drops, ""
+			case expr.VerdictReturn:
+				return returns, ""
+			case expr.VerdictJump:
+				return goesOn, e.Chain
+			case expr.VerdictGoto:
+				return returns, e.Chain
+			}
+		case *expr.Reject:
+			return drops, ""
+		case *expr.Target:
+			if e.Name == "REJECT" {
+				return drops, ""
+			}
+		default: // what is not known here
+			return goesOn, ""
+		}
+		if !matches {
+			return goesOn, ""
+		}
+	}
+	return goesOn, ""
+}
+
+func (p passage) meta(key expr.MetaKey) []byte {
+	switch key {
+	case expr.MetaKeyIIFNAME:
+		return interfaceName(p.iif)
+	case expr.MetaKeyOIFNAME:
+		return interfaceName(p.oif)
+	case expr.MetaKeyNFPROTO:
+		return []byte{unix.NFPROTO_IPV4}
+	case expr.MetaKeyPROTOCOL:
+		return binaryutil.BigEndian.PutUint16(unix.ETH_P_IP)
+	case expr.MetaKeyMARK:
+		return make([]byte, 4)
+	}
+	return nil
+}
+
+func (p passage) connection(key expr.CtKey) []byte {
+	switch key {
+	case expr.CtKeySTATE:
+		return binaryutil.NativeEndian.PutUint32(p.state)
+	case expr.CtKeySTATUS:
+		return binaryutil.NativeEndian.PutUint32(p.status)
+	case expr.CtKeyMARK:
+		return make([]byte, 4)
+	}
+	return nil
+}
+
+// field is a source or destination address, or the first bytes of one: prefixes of whole bytes are matched so.
+func (p passage) field(e *expr.Payload) []byte {
+	if e.Base != expr.PayloadBaseNetworkHeader || e.Len > 4 || e.OperationType != expr.PayloadLoad {
+		return nil
+	}
+	switch e.Offset {
+	case 12:
+		return p.src.To4()[:e.Len]
+	case 16:
+		return p.dst.To4()[:e.Len]
+	}
+	return nil
+}
+
+func bitwise(value []byte, e *expr.Bitwise) []byte {
+	if len(value) == 0 || len(e.Mask) != len(value) || len(e.Xor) != len(value) {
+		return nil
+	}
+	result := make([]byte, len(value))
+	for i := range value {
+		result[i] = value[i]&e.Mask[i] ^ e.Xor[i]
+	}
+	return result
+}
+
+// compare compares as many bytes as there are to compare with: an interface name with a wildcard is short.
+func compare(value []byte, e *expr.Cmp) bool {
+	if len(value) < len(e.Data) || len(value) == 0 {
+		return false
+	}
+	order := bytes.Compare(value[:len(e.Data)], e.Data)
+	switch e.Op {
+	case expr.CmpOpEq:
+		return order == 0
+	case expr.CmpOpNeq:
+		return order != 0
+	case expr.CmpOpLt:
+		return order < 0
+	case expr.CmpOpLte:
+		return order <= 0
+	case expr.CmpOpGt:
+		return order > 0
+	case expr.CmpOpGte:
+		return order >= 0
+	}
+	return false
+}
+
+// lookup looks for a value in a set. The elements of intervals are their starts and the ends after them.
+func (f *firewall) lookup(t *nftables.Table, value []byte, e *expr.Lookup) bool {
+	if value == nil || e.IsDestRegSet {
+		return false
+	}
+	key := fmt.Sprintf("%d %s %s", t.Family, t.Name, e.SetName)
+	elements, ok := f.sets[key]
+	if !ok {
+		set, err := f.conn.GetSetByName(t, e.SetName)
+		if err != nil {
+			return false
+		}
+		if elements, err = f.conn.GetSetElements(set); err != nil {
+			return false
+		}
+		slices.SortFunc(elements, func(a, b nftables.SetElement) int { return bytes.Compare(a.Key, b.Key) })
+		f.sets[key] = elements
+	}
+	in, intervals := false, false
+	for _, s := range elements {
+		intervals = intervals || s.IntervalEnd
+	}
+	for _, s := range elements {
+		switch order := bytes.Compare(s.Key, value); {
+		case order == 0:
+			in = !s.IntervalEnd
+		case order < 0 && intervals:
+			in = !s.IntervalEnd
+		}
+	}
+	return in != e.Invert
+}
+
+// match tells whether an extension of iptables matches.
+func (p passage) match(e *expr.Match) bool {
+	switch info := e.Info.(type) {
+	case *xt.Comment:
+		return true
+	case *xt.ConntrackMtinfo3:
+		if xt.ConntrackFlags(info.MatchFlags)&^xt.ConntrackStateAlias != xt.ConntrackState {
+			return false
+		}
+		// Its bits are those of ct state (XT_CONNTRACK_STATE_BIT), and one for translated destinations.
+		const translated = 1 << 7
+		state := uint16(p.state)
+		if p.status&ipsDstNAT != 0 {
+			state |= translated
+		}
+		return (info.StateMask&state != 0) != (info.InvertFlags&uint16(xt.ConntrackState) != 0)
+	}
+	return false
+}

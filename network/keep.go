@@ -1,0 +1,163 @@
+package network
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// look puts back what somebody has removed or changed since the last look, and says so. It follows the
+// host's default route.
+func (n *NAT) look() {
+	done, err := n.keepForwarding()
+	n.news.mended("net.ipv4.ip_forward", done, err)
+	err = n.followRoute()
+	n.news.mended("the way out", false, err)
+	done, err = n.keepHostRules()
+	n.news.mended("nftables table ip "+n.natTable(), done, err)
+	for i := range n.layout.count {
+		done, err := n.keepNamespace(i)
+		n.news.mended("network namespace "+n.name(i), done, err)
+	}
+	n.sayFirewalls()
+	n.sayNameServers()
+}
+
+// keepForwarding turns forwarding on again. Who has turned it off gets it so when the last NAT ends.
+func (n *NAT) keepForwarding() (done bool, err error) {
+	done, err = keepSysctl("net/ipv4/ip_forward", "1")
+	if done && n.record.IPForward != "0" {
+		n.record.IPForward = "0"
+		err = errors.Join(err, n.writeRecord())
+	}
+	return done, err
+}
+
+// followRoute lets guests go out where the host does, when that has changed. A host that has lost its way
+// out gets it back, mostly.
+func (n *NAT) followRoute() error {
+	if !n.follows {
+		return nil
+	}
+	now, err := outgoingInterfaces("")
+	if err != nil || len(now) == 0 || slices.Equal(now, n.outgoing) {
+		return err
+	}
+	slog.Info("The host's way out has changed; guests follow it", "from", strings.Join(n.outgoing, ","), "to", strings.Join(now, ","))
+	n.outgoing, n.config.HostInterface = now, strings.Join(now, ",")
+	n.record.Config = n.config
+	return errors.Join(n.writeRecord(), n.applyHostRules())
+}
+
+// applyHostRules puts the host's rules in force and notes how they are there.
+func (n *NAT) applyHostRules() (err error) {
+	if err := n.hostRules(n.connections); err != nil {
+		return err
+	}
+	n.hostState, err = tableState(nftables.TableFamilyIPv4, n.natTable())
+	return err
+}
+
+func (n *NAT) keepHostRules() (done bool, err error) {
+	now, err := tableState(nftables.TableFamilyIPv4, n.natTable())
+	if err != nil || slices.Equal(now, n.hostState) {
+		return false, err
+	}
+	if err := n.applyHostRules(); err != nil {
+		return false, err
+	}
+	// What was opened meanwhile is not as the rules would have had it, and would stay so.
+	l := n.layout
+	return true, forgetConnections(func(f *netlink.ConntrackFlow) bool {
+		ofGuest := l.namespaceVeth.Contains(f.Forward.SrcIP)
+		toGuest := l.namespaceVeth.Contains(f.Forward.DstIP) || l.hostVeth.Contains(f.Forward.DstIP)
+		return ofGuest && f.Reverse.DstIP.Equal(f.Forward.SrcIP) || toGuest && f.Reverse.SrcIP.Equal(f.Forward.DstIP)
+	})
+}
+
+// keepNamespace keeps a namespace, its link with the host and its rules.
+func (n *NAT) keepNamespace(i int) (done bool, err error) {
+	name := n.name(i)
+	if _, err := os.Stat(filepath.Join(netnsDir, name)); errors.Is(err, os.ErrNotExist) {
+		claim, err := claimNamespace(name)
+		if err != nil {
+			return false, fmt.Errorf("somebody removed it under its VM, which is cut off until it is resumed: %w", err)
+		}
+		err = errors.Join(removeNamespace(name), n.createNamespace(i), claim.Release())
+		return true, errors.Join(err, n.guard(i))
+	} else if err != nil {
+		return false, err
+	}
+	connected, err := n.connected(i)
+	if err != nil {
+		return false, err
+	}
+	if !connected {
+		if err := n.connect(i); err != nil {
+			return false, err
+		}
+		if connected, err = n.connected(i); err == nil && !connected {
+			err = fmt.Errorf("packets for it take another way: see 'ip route get %s'", n.layout.namespaceIP(i))
+		}
+		if err != nil {
+			return false, err
+		}
+		done = true
+	}
+	var now []string
+	err = inNamespace(name, func() (err error) {
+		now, err = tableState(nftables.TableFamilyIPv4, namespaceTable)
+		return err
+	})
+	if err != nil || slices.Equal(now, n.guestState[i]) {
+		return done, err
+	}
+	if err := n.guard(i); err != nil {
+		return done, err
+	}
+	return true, inNamespace(name, func() error {
+		return forgetConnections(func(f *netlink.ConntrackFlow) bool { // nothing translated them
+			return f.Reverse.DstIP.Equal(f.Forward.SrcIP) && f.Reverse.SrcIP.Equal(f.Forward.DstIP)
+		})
+	})
+}
+
+// connected tells whether packets go from the host to a namespace and from there to the host, and
+// corrects the kernel parameters of that way.
+func (n *NAT) connected(i int) (bool, error) {
+	l := n.layout
+	link := hostVethName(n.name(i))
+	for _, ip := range []net.IP{l.namespaceSide(i), l.namespaceIP(i)} {
+		if to, err := linkTowards(ip); err != nil || to != link {
+			return false, nil
+		}
+	}
+	whole := true
+	keep := func(name, value string) error {
+		changed, err := keepSysctl(name, value)
+		whole = whole && !changed
+		return err
+	}
+	for name, value := range n.linkParameters(i) {
+		if err := keep(name, value); err != nil {
+			return false, err
+		}
+	}
+	err := inNamespace(n.name(i), func() error {
+		out, err := netlink.RouteGet(publicAddresses[0])
+		whole = whole && err == nil && len(out) > 0 && out[0].Gw.Equal(l.hostSide(i))
+		own, err := netlink.RouteGet(l.namespaceIP(i))
+		whole = whole && err == nil && len(own) > 0 && own[0].Type == unix.RTN_LOCAL
+		return keep("net/ipv4/ip_forward", "1")
+	})
+	return whole, err
+}

@@ -1,0 +1,135 @@
+package network
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Who has a connection with a guest that is gone, because it was suspended or has moved, must not wait for
+// it for ever. While no VMM is behind the tap, the namespace answers what is sent to the guest with RST
+// (namespaceRules). A client that waits for the guest sends nothing, though. It is asked to: a SYN in a
+// connection that exists is answered with an ACK, whatever its numbers (RFC 9293, 3.10.7.4; RFC 5961, 4.2),
+// and connection tracking lets it pass (nf_conntrack_proto_tcp.c, TCP_CONNTRACK_IGNORE). The ACK is then
+// answered with an RST that has the right number. To a connection whose guest is there, that does nothing.
+
+const (
+	tcpSYN    = 0x02
+	tcpSYNACK = 0x12
+
+	tcpEstablished = 3 // nf_conntrack_tcp.h
+	tcpCloseWait   = 5
+
+	resetPatience = 300 * time.Millisecond // for answers
+)
+
+// Vacate says to all who have a connection with the namespace's guest that it is gone, and to those who
+// connect. Call it when the VM does not run here any more, even if its VMM is still there: it loses its
+// network. It does nothing for a namespace that no NAT made.
+func (c *Claim) Vacate() error {
+	return c.atTap("reset connections", func(config *NATConfig, l *layout) error {
+		link, err := netlink.LinkByName(config.NamespaceInterface)
+		if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
+			return config.resetConnections(l) // a VMM may have removed it
+		}
+		if err == nil {
+			err = netlink.LinkSetDown(link)
+		}
+		if err != nil {
+			return fmt.Errorf("take down %s: %w", config.NamespaceInterface, err)
+		}
+		return config.resetConnections(l)
+	})
+}
+
+// atTap runs f in the namespace, if a NAT made it.
+func (c *Claim) atTap(what string, f func(*NATConfig, *layout) error) error {
+	if c.lock == nil {
+		return nil
+	}
+	config, err := natOf(c.namespace)
+	if config == nil || err != nil {
+		return err
+	}
+	if _, err := os.Stat(filepath.Join(netnsDir, c.namespace)); errors.Is(err, os.ErrNotExist) {
+		return nil // the NAT has just ended
+	}
+	l, err := config.parse()
+	if err != nil {
+		return err
+	}
+	if err := inNamespace(c.namespace, func() error { return f(config, l) }); err != nil {
+		return fmt.Errorf("%s of network namespace %q: %w", what, c.namespace, err)
+	}
+	return nil
+}
+
+// resetConnections resets the TCP connections of the namespace that it runs in, unless a VMM has the tap.
+func (c NATConfig) resetConnections(l *layout) error {
+	if link, err := netlink.LinkByName(c.NamespaceInterface); err == nil && link.Attrs().RawFlags&unix.IFF_LOWER_UP != 0 {
+		return nil
+	}
+	socket, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(socket)
+	for deadline := time.Now().Add(resetPatience); ; time.Sleep(10 * time.Millisecond) {
+		flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return fmt.Errorf("list connections: %w", err)
+		}
+		open := false
+		for _, f := range flows {
+			state, ok := f.ProtoInfo.(*netlink.ProtoInfoTCP)
+			if !ok || state.State < tcpEstablished || state.State > tcpCloseWait {
+				continue
+			}
+			var ask []byte
+			switch guest := l.guest; { // a SYN from who opened the connection, a SYN+ACK from the other
+			case f.Forward.SrcIP.Equal(guest):
+				ask = segment(f.Forward.SrcIP, f.Forward.DstIP, f.Forward.SrcPort, f.Forward.DstPort, tcpSYN)
+			case f.Reverse.SrcIP.Equal(guest):
+				ask = segment(f.Reverse.SrcIP, f.Reverse.DstIP, f.Reverse.SrcPort, f.Reverse.DstPort, tcpSYNACK)
+			default:
+				continue
+			}
+			open = true
+			var to [4]byte
+			copy(to[:], ask[16:20])
+			if err := unix.Sendto(socket, ask, 0, &unix.SockaddrInet4{Addr: to}); err != nil {
+				return fmt.Errorf("send to %s: %w", net.IP(to[:]), err)
+			}
+		}
+		if !open || time.Now().After(deadline) {
+			return nil
+		}
+	}
+}
+
+// segment is an IPv4 packet (RFC 791) with a TCP segment (RFC 9293) without data.
+func segment(from, to net.IP, fromPort, toPort uint16, flags byte) []byte {
+	const header = 20 // bytes, of either
+	p := make([]byte, 2*header)
+	p[0], p[8], p[9] = 4<<4|header/4, 64, unix.IPPROTO_TCP // the kernel fills in length and checksum (raw(7))
+	copy(p[12:], from.To4())
+	copy(p[16:], to.To4())
+	tcp := p[header:]
+	binary.BigEndian.PutUint16(tcp, fromPort)
+	binary.BigEndian.PutUint16(tcp[2:], toPort)
+	tcp[12], tcp[13] = header/4<<4, flags
+	sum := uint32(unix.IPPROTO_TCP + header) // the pseudo header's, with the addresses that are before
+	for at := 12; at < len(p); at += 2 {
+		sum += uint32(binary.BigEndian.Uint16(p[at:]))
+	}
+	sum = sum&0xffff + sum>>16
+	binary.BigEndian.PutUint16(tcp[16:], ^uint16(sum+sum>>16))
+	return p
+}

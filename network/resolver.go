@@ -1,0 +1,162 @@
+package network
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// resolverFiles are the host's name servers (resolv.conf(5)), and where those behind a stub on a loopback
+// address are: systemd-resolved's, NetworkManager's. Variables for the tests.
+var resolverFiles = []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.conf", "/run/NetworkManager/no-stub-resolv.conf"}
+
+// maxNameServers is MAXNS of resolv.h: a resolver asks no more.
+const maxNameServers = 3
+
+// Resolver is whom a guest asks for names.
+type Resolver struct {
+	NameServers []net.IP // IPv4, at most three, no loopback address
+	Search      []string // domains
+}
+
+// ResolverFor returns the resolver for guests: with the given name servers, or else with the host's own at
+// the moment, which are not its stubs on loopback addresses.
+func ResolverFor(nameServers []string) (Resolver, error) {
+	if len(nameServers) > 0 {
+		var r Resolver
+		for _, s := range nameServers {
+			ip := net.ParseIP(s).To4()
+			if !usable(ip) {
+				return r, fmt.Errorf("--dns %q is no IPv4 address of a name server that a guest can ask", s)
+			}
+			r.NameServers = append(r.NameServers, ip)
+		}
+		if len(r.NameServers) > maxNameServers {
+			return r, fmt.Errorf("--dns has %d name servers; at most %d are asked", len(r.NameServers), maxNameServers)
+		}
+		return r, nil
+	}
+	var found Resolver
+	var errs []error
+	for _, path := range resolverFiles {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			if path == resolverFiles[0] || !errors.Is(err, os.ErrNotExist) {
+				errs = append(errs, err)
+			}
+			continue
+		}
+		r := parseResolver(string(b))
+		if len(found.Search) == 0 {
+			found.Search = r.Search
+		}
+		if len(r.NameServers) > 0 {
+			found.NameServers = r.NameServers
+			return found, nil
+		}
+		errs = append(errs, fmt.Errorf("%s names none", path))
+	}
+	return Resolver{}, fmt.Errorf("this host has no name server that a guest could ask (IPv4, not on a loopback address): %w; name one with --dns", joined(errs))
+}
+
+// joined is errors.Join in one line.
+func joined(errs []error) error {
+	var lines []string
+	for _, err := range errs {
+		lines = append(lines, err.Error())
+	}
+	return errors.New(strings.Join(lines, ", "))
+}
+
+func usable(ip net.IP) bool { return ip != nil && !ip.IsLoopback() && !ip.IsUnspecified() }
+
+// parseResolver reads a resolv.conf(5): the last of search and domain counts.
+func parseResolver(text string) (r Resolver) {
+	for line := range strings.Lines(text) {
+		fields := strings.Fields(line)
+		if len(fields) < 2 {
+			continue
+		}
+		switch fields[0] {
+		case "nameserver":
+			if ip := net.ParseIP(fields[1]).To4(); usable(ip) && len(r.NameServers) < maxNameServers {
+				r.NameServers = append(r.NameServers, ip)
+			}
+		case "search", "domain":
+			r.Search = slices.DeleteFunc(slices.Clone(fields[1:]), func(s string) bool { return s == "." })
+		}
+	}
+	return r
+}
+
+// String is a resolv.conf(5).
+func (r Resolver) String() string {
+	var b strings.Builder
+	for _, ip := range r.NameServers {
+		fmt.Fprintf(&b, "nameserver %s\n", ip)
+	}
+	if len(r.Search) > 0 {
+		fmt.Fprintf(&b, "search %s\n", strings.Join(r.Search, " "))
+	}
+	return b.String()
+}
+
+// sayNameServers names the host's name servers that guests do not reach, and what opens them.
+func (n *NAT) sayNameServers() {
+	r, err := ResolverFor(nil)
+	if err != nil {
+		n.news.say("name servers", "Guests have no name server unless --dns names one", "error", err)
+		return
+	}
+	for _, ip := range r.NameServers {
+		flags := n.opens(ip)
+		line := ""
+		if flags != "" {
+			line = "Guests do not reach a name server of this host; open it, or name another one to guests with --dns"
+		}
+		n.news.say("name server "+ip.String(), line, "nameServer", ip.String(), "open", flags)
+	}
+}
+
+// opens returns the flags that let guests reach a name server; "" if they do.
+func (n *NAT) opens(ip net.IP) string {
+	l := n.layout
+	to, err := hostAddress(ip)
+	closed := err == nil && to
+	opened := slices.ContainsFunc(l.openings, func(o opening) bool {
+		return (o.port == 0 || o.port == 53 && o.protocol == "udp") && (o.to == nil && closed || o.to != nil && o.to.Contains(ip) && (!closed || o.host()))
+	})
+	switch tap := (&net.IPNet{IP: l.gateway, Mask: l.mask}); {
+	case tap.Contains(ip):
+		return "other --namespace-interface-gateway and --namespace-interface-ip: these hide it"
+	case opened:
+		return ""
+	case closed:
+		return "--allow-host 53/udp,53/tcp"
+	}
+	for _, c := range append([]*net.IPNet{l.hostVeth, l.namespaceVeth, l.blocked}, guarded...) {
+		closed = closed || c.Contains(ip)
+	}
+	if link, err := linkTowards(ip); err == nil && !slices.Contains(n.outgoing, link) {
+		closed = true
+	}
+	if closed {
+		return fmt.Sprintf("--allow-cidr %[1]s/32:53/udp,%[1]s/32:53/tcp", ip)
+	}
+	return ""
+}
+
+// hostAddress tells whether an address is the host's own.
+func hostAddress(ip net.IP) (bool, error) {
+	routes, err := netlink.RouteGet(ip)
+	if err != nil {
+		return false, err
+	}
+	return len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL, nil
+}

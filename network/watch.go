@@ -1,0 +1,224 @@
+package network
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Others change a host's network, too: a firewall is loaded anew and flushes all tables, a network
+// service removes routes that it does not know, an administrator turns forwarding off. NAT and
+// forwarder look after what they have made, and put it back.
+
+const (
+	lookInterval = 2 * time.Second        // for changes that no notification tells
+	lookPause    = 100 * time.Millisecond // between two looks, however many changes there are
+)
+
+// watch calls a function after each change of the host's nftables rules, and every lookInterval.
+type watch struct {
+	cancel context.CancelFunc
+	conn   *netlink.Conn
+	wait   sync.WaitGroup
+}
+
+// startWatch starts a watch of the calling thread's network namespace. The calls of look come one
+// after the other.
+func startWatch(look func()) (*watch, error) {
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return nil, fmt.Errorf("watch nftables rules: %w", err)
+	}
+	if err := conn.JoinGroup(unix.NFNLGRP_NFTABLES); err != nil {
+		return nil, errors.Join(fmt.Errorf("watch nftables rules: %w", err), conn.Close())
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	w := &watch{cancel: cancel, conn: conn}
+	changed := make(chan struct{}, 1)
+	w.wait.Go(func() {
+		for {
+			// ENOBUFS: so many changes that some notifications were lost.
+			if _, err := conn.Receive(); err != nil && !errors.Is(err, unix.ENOBUFS) {
+				return // closed; if it failed, there are the looks in intervals
+			}
+			select {
+			case changed <- struct{}{}:
+			default:
+			}
+		}
+	})
+	w.wait.Go(func() {
+		for {
+			select {
+			case <-changed:
+			case <-time.After(lookInterval):
+			case <-ctx.Done():
+				return
+			}
+			look()
+			select {
+			case <-time.After(lookPause):
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
+	return w, nil
+}
+
+// Close waits until the last look has ended. A nil watch is closed.
+func (w *watch) Close() error {
+	if w == nil {
+		return nil
+	}
+	w.cancel()
+	err := w.conn.Close()
+	w.wait.Wait()
+	return err
+}
+
+// news logs what a look finds, once until it changes.
+type news map[string]string
+
+// say logs a line about a subject, unless that was the last one about it. "" says that there is nothing
+// to say any more.
+func (n news) say(subject, line string, args ...any) {
+	text := line
+	if line != "" {
+		text = fmt.Sprint(append([]any{line}, args...)...)
+	}
+	if n[subject] == text {
+		return
+	}
+	n[subject] = text
+	if line != "" {
+		slog.Warn(line, args...)
+	}
+}
+
+// mended logs what was put back, or why it cannot be.
+func (n news) mended(what string, done bool, err error) {
+	if err != nil {
+		n.say(what, "Somebody has removed or changed what is ours, and it cannot be put back", "what", what, "error", err)
+		return
+	}
+	n.say(what, "")
+	if done {
+		slog.Warn("Put back what somebody has removed or changed", "what", what)
+	}
+}
+
+// keepSysctl sets a kernel parameter of the calling thread's network namespace if it has another value.
+// One that this kernel has not is as good.
+func keepSysctl(name, value string) (changed bool, err error) {
+	b, err := os.ReadFile("/proc/sys/" + name)
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("read kernel parameter: %w", err)
+	}
+	if strings.TrimSpace(string(b)) == value {
+		return false, nil
+	}
+	return true, setSysctl(name, value)
+}
+
+// tableState is all that the kernel holds of a table of the calling thread's network namespace, in an
+// order of its own, but for what packets change: the elements of dynamic sets. It is empty if there is
+// no such table.
+func tableState(family nftables.TableFamily, table string) (state []string, err error) {
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return nil, fmt.Errorf("read nftables rules: %w", err)
+	}
+	defer conn.Close()
+	// The first attribute of all of these is the table's name, the second of a set its own (nf_tables.h).
+	const name, setName, setFlags, elements = unix.NFTA_SET_TABLE, unix.NFTA_SET_NAME, unix.NFTA_SET_FLAGS, unix.NFTA_SET_ELEM_LIST_ELEMENTS
+	dump := func(message uint16, filter ...netlink.Attribute) ([]netlink.Message, error) {
+		attributes, err := netlink.MarshalAttributes(filter)
+		if err != nil {
+			return nil, err
+		}
+		messages, err := conn.Execute(netlink.Message{
+			Header: netlink.Header{Type: netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | message), Flags: netlink.Request | netlink.Dump},
+			Data:   append([]byte{byte(family), unix.NFNETLINK_V0, 0, 0}, attributes...),
+		})
+		if errors.Is(err, unix.ENOENT) {
+			return nil, nil // gone since
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read nftables rules: %w", err)
+		}
+		return messages, nil
+	}
+	ours := netlink.Attribute{Type: name, Data: append([]byte(table), 0)}
+	for _, message := range []uint16{unix.NFT_MSG_GETTABLE, unix.NFT_MSG_GETCHAIN, unix.NFT_MSG_GETRULE, unix.NFT_MSG_GETOBJ, unix.NFT_MSG_GETSET} {
+		var filter []netlink.Attribute
+		if message != unix.NFT_MSG_GETTABLE {
+			filter = append(filter, ours) // an older kernel does not look at it
+		}
+		messages, err := dump(message, filter...)
+		if err != nil {
+			return nil, err
+		}
+		for _, m := range messages {
+			d, err := netlink.NewAttributeDecoder(m.Data[4:]) // before it is the number of the last change of any table
+			if err != nil {
+				return nil, fmt.Errorf("read nftables rules: %w", err)
+			}
+			in, set, dynamic := "", []byte(nil), false
+			for d.Next() {
+				switch d.Type() {
+				case name:
+					in = d.String()
+				case setName:
+					set = d.Bytes()
+				case setFlags:
+					dynamic = message == unix.NFT_MSG_GETSET && len(d.Bytes()) == 4 && d.Bytes()[3]&unix.NFT_SET_EVAL != 0
+				}
+			}
+			switch {
+			case in != table:
+			case message != unix.NFT_MSG_GETSET:
+				state = append(state, string(m.Data[4:]))
+			case !dynamic:
+				members, err := dump(unix.NFT_MSG_GETSETELEM, ours, netlink.Attribute{Type: unix.NFTA_SET_ELEM_LIST_SET, Data: set})
+				if err != nil {
+					return nil, err
+				}
+				for _, m := range members {
+					d, err := netlink.NewAttributeDecoder(m.Data[4:])
+					if err != nil {
+						return nil, fmt.Errorf("read nftables rules: %w", err)
+					}
+					for d.Next() {
+						if d.Type() == elements {
+							d.Nested(func(d *netlink.AttributeDecoder) error {
+								for d.Next() {
+									state = append(state, string(set)+string(d.Bytes()))
+								}
+								return d.Err()
+							})
+						}
+					}
+					if err := d.Err(); err != nil {
+						return nil, fmt.Errorf("read nftables rules: %w", err)
+					}
+				}
+			}
+		}
+	}
+	slices.Sort(state)
+	return state, nil
+}
