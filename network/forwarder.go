@@ -41,6 +41,11 @@ type Forwarder struct {
 	name     string // of the table and the lock file
 	lock     *lockfile.Lock
 	reserved []io.Closer
+
+	forwards []forward
+	state    []string // of the table
+	watch    *watch
+	news     news
 }
 
 const forwarderPrefix = "drafter-forwarder-"
@@ -74,7 +79,7 @@ func StartForwarder(c ForwarderConfig) (_ *Forwarder, err error) {
 	if err := reclaimForwarders(); err != nil {
 		return nil, fmt.Errorf("clean up after an earlier forwarder: %w", err)
 	}
-	f := &Forwarder{name: forwarderPrefix + strconv.Itoa(os.Getpid())}
+	f := &Forwarder{name: forwarderPrefix + strconv.Itoa(os.Getpid()), forwards: forwards, news: news{}}
 	for suffix := 0; f.lock == nil; suffix++ {
 		if suffix > 0 {
 			f.name = fmt.Sprintf("%s%d-%d", forwarderPrefix, os.Getpid(), suffix)
@@ -101,7 +106,52 @@ func StartForwarder(c ForwarderConfig) (_ *Forwarder, err error) {
 			return nil, err
 		}
 	}
-	return f, f.applyRules(forwards)
+	if err := f.apply(); err != nil {
+		return nil, err
+	}
+	f.watch, err = startWatch(f.look)
+	return f, err
+}
+
+// apply puts the forwards in force and notes how they are there. A client that sent to an address before
+// has a connection that leads elsewhere; it ends, so that the next packet takes the forward.
+func (f *Forwarder) apply() (err error) {
+	if err := f.applyRules(f.forwards); err != nil {
+		return err
+	}
+	if f.state, err = tableState(nftables.TableFamilyIPv4, f.name); err != nil {
+		return err
+	}
+	return forgetConnections(func(c *netlink.ConntrackFlow) bool {
+		return slices.ContainsFunc(f.forwards, func(p forward) bool {
+			return p.takes(c) && !(c.Reverse.SrcIP.Equal(p.target) && c.Reverse.SrcPort == p.internal)
+		})
+	})
+}
+
+// takes tells whether a connection was opened to the external address.
+func (p PortForward) takes(c *netlink.ConntrackFlow) bool {
+	to, _ := netip.AddrFromSlice(c.Forward.DstIP)
+	external, err := netip.ParseAddrPort(p.ExternalAddr)
+	protocol := map[uint8]string{unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp"}[c.Forward.Protocol]
+	return err == nil && external == netip.AddrPortFrom(to.Unmap(), c.Forward.DstPort) && p.Protocol == protocol
+}
+
+// look puts the forwards back in force if somebody has removed or changed them.
+func (f *Forwarder) look() {
+	now, err := tableState(nftables.TableFamilyIPv4, f.name)
+	gone := err == nil && !slices.Equal(now, f.state)
+	if gone {
+		err = f.apply()
+	}
+	f.news.mended("nftables table ip "+f.name, gone, err)
+	for _, p := range f.forwards {
+		line := ""
+		if own, err := hostAddress(p.external.Addr().AsSlice()); err == nil && !own {
+			line = "A forward's address is none of this host any more"
+		}
+		f.news.say(p.ExternalAddr, line, "address", p.external.Addr().String())
+	}
 }
 
 // forwarderLocks is where below [rundir.Path] each forwarder has a lock and a list of its
@@ -288,13 +338,7 @@ func (f *Forwarder) forgetForwards() error {
 		return fmt.Errorf("read forwards: %s: %w", f.listPath(), err)
 	}
 	err = forgetConnections(func(c *netlink.ConntrackFlow) bool {
-		to, _ := netip.AddrFromSlice(c.Forward.DstIP)
-		external := netip.AddrPortFrom(to.Unmap(), c.Forward.DstPort)
-		protocol := map[uint8]string{unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp"}[c.Forward.Protocol]
-		return slices.ContainsFunc(list, func(p PortForward) bool {
-			a, err := netip.ParseAddrPort(p.ExternalAddr)
-			return err == nil && a == external && p.Protocol == protocol
-		})
+		return slices.ContainsFunc(list, func(p PortForward) bool { return p.takes(c) })
 	})
 	return errors.Join(err, os.Remove(f.listPath()))
 }
@@ -304,7 +348,7 @@ func (f *Forwarder) Close() error {
 	if f.lock == nil {
 		return nil
 	}
-	errs := []error{deleteTable(f.name), f.forgetForwards()}
+	errs := []error{f.watch.Close(), deleteTable(f.name), f.forgetForwards()}
 	for _, r := range f.reserved {
 		errs = append(errs, r.Close())
 	}

@@ -1044,6 +1044,7 @@ func TestStale(t *testing.T) {
 	for _, socket := range killed.reserved {
 		socket.Close()
 	}
+	endWatch(t, &killed.watch)
 	// As after kill -9: the lock's file stays.
 	if err := killed.lock.Abandon(); err != nil {
 		t.Fatal(err)
@@ -1068,7 +1069,8 @@ func TestStale(t *testing.T) {
 	}
 	restart := func() {
 		t.Helper()
-		if err := errors.Join(n.watch.Close(), n.lock.Abandon()); err != nil {
+		endWatch(t, &n.watch)
+		if err := n.lock.Abandon(); err != nil {
 			t.Fatal(err)
 		}
 		if n, err = StartNAT(context.Background(), c); err != nil {

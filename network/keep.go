@@ -25,8 +25,13 @@ func (n *NAT) look() {
 	done, err = n.keepHostRules()
 	n.news.mended("nftables table ip "+n.natTable(), done, err)
 	for i := range n.layout.count {
-		done, err := n.keepNamespace(i)
-		n.news.mended("network namespace "+n.name(i), done, err)
+		name := n.name(i)
+		done, err := n.keepLink(i)
+		n.news.mended("link "+hostVethName(name), done, err)
+		if err == nil {
+			done, err = n.keepNamespaceRules(i)
+			n.news.mended("nftables table ip "+namespaceTable+" in "+name, done, err)
+		}
 	}
 	n.sayFirewalls()
 	n.sayNameServers()
@@ -84,48 +89,52 @@ func (n *NAT) keepHostRules() (done bool, err error) {
 	})
 }
 
-// keepNamespace keeps a namespace, its link with the host and its rules.
-func (n *NAT) keepNamespace(i int) (done bool, err error) {
+// keepLink keeps a namespace and its link with the host.
+func (n *NAT) keepLink(i int) (done bool, err error) {
 	name := n.name(i)
 	if _, err := os.Stat(filepath.Join(netnsDir, name)); errors.Is(err, os.ErrNotExist) {
 		claim, err := claimNamespace(name)
 		if err != nil {
-			return false, fmt.Errorf("somebody removed it under its VM, which is cut off until it is resumed: %w", err)
+			return false, fmt.Errorf("somebody has removed network namespace %s under its VM, which is cut off until it is resumed: %w", name, err)
 		}
 		err = errors.Join(removeNamespace(name), n.createNamespace(i), claim.Release())
 		return true, errors.Join(err, n.guard(i))
-	} else if err != nil {
+	}
+	if connected, err := n.connected(i); err != nil || connected {
+		return false, err
+	}
+	if err := n.connect(i); err != nil {
 		return false, err
 	}
 	connected, err := n.connected(i)
-	if err != nil {
-		return false, err
+	if err == nil && !connected {
+		err = fmt.Errorf("packets for it take another way: see 'ip route get %s'", n.layout.namespaceIP(i))
 	}
-	if !connected {
-		if err := n.connect(i); err != nil {
-			return false, err
+	return true, err
+}
+
+// keepNamespaceRules keeps a namespace's rules, and resets connections of a VM whose VMM was killed and has told nobody.
+func (n *NAT) keepNamespaceRules(i int) (done bool, err error) {
+	err = inNamespace(n.name(i), func() error {
+		vacant := !occupied(n.config.NamespaceInterface)
+		if vacant && !n.vacant[i] {
+			if err := n.config.resetConnections(n.layout); err != nil {
+				return err
+			}
 		}
-		if connected, err = n.connected(i); err == nil && !connected {
-			err = fmt.Errorf("packets for it take another way: see 'ip route get %s'", n.layout.namespaceIP(i))
-		}
-		if err != nil {
-			return false, err
-		}
-		done = true
-	}
-	var now []string
-	err = inNamespace(name, func() (err error) {
-		now, err = tableState(nftables.TableFamilyIPv4, namespaceTable)
+		n.vacant[i] = vacant
+		now, err := tableState(nftables.TableFamilyIPv4, namespaceTable)
+		done = err == nil && !slices.Equal(now, n.guestState[i])
 		return err
 	})
-	if err != nil || slices.Equal(now, n.guestState[i]) {
-		return done, err
+	if err != nil || !done {
+		return false, err
 	}
 	if err := n.guard(i); err != nil {
-		return done, err
+		return false, err
 	}
-	return true, inNamespace(name, func() error {
-		return forgetConnections(func(f *netlink.ConntrackFlow) bool { // nothing translated them
+	return true, inNamespace(n.name(i), func() error {
+		return forgetConnections(func(f *netlink.ConntrackFlow) bool { // those that nothing has translated
 			return f.Reverse.DstIP.Equal(f.Forward.SrcIP) && f.Reverse.SrcIP.Equal(f.Forward.DstIP)
 		})
 	})

@@ -72,6 +72,7 @@ type NAT struct {
 	watch      *watch
 	hostState  []string   // of the host's table
 	guestState [][]string // of the namespaces' tables
+	vacant     []bool     // namespaces behind whose tap was no VMM at the last look
 	news       news
 }
 
@@ -186,7 +187,7 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &NAT{config: c, layout: l, guestState: make([][]string, l.count), news: news{}}
+	n := &NAT{config: c, layout: l, guestState: make([][]string, l.count), vacant: make([]bool, l.count), news: news{}}
 	lock, err := rundir.Lock("nat-" + c.NamespacePrefix)
 	var held *lockfile.HeldError
 	if errors.As(err, &held) {
@@ -392,19 +393,31 @@ func (n *NAT) check(kept []string) error {
 		if !ours && (n.layout.hostVeth.Contains(a.IP) || n.layout.namespaceVeth.Contains(a.IP)) {
 			return fmt.Errorf("address %s of interface %s is inside the NAT's subnets; choose other --host-veth-cidr and --namespace-veth-cidr", a.IP, link.Attrs().Name)
 		}
+		network := &net.IPNet{IP: a.IP.Mask(a.Mask), Mask: a.Mask}
+		for flag, subnet := range n.subnets() {
+			// The host would not reach any more who has such an address there. A pool that VMs use stays.
+			if !ours && len(kept) == 0 && network.Contains(subnet.IP) {
+				return fmt.Errorf("--%s %s is a part of the network %s of interface %s, of which it would take those addresses; choose another, as 172.31.252.0/22 or 192.168.252.0/22", flag, subnet, network, link.Attrs().Name)
+			}
+		}
 	}
 	return n.checkSubnets(kept)
 }
 
+// subnets are the addresses that the NAT takes, by flag.
+func (n *NAT) subnets() map[string]*net.IPNet {
+	return map[string]*net.IPNet{"host-veth-cidr": n.layout.hostVeth, "namespace-veth-cidr": n.layout.namespaceVeth}
+}
+
 // checkSubnets refuses subnets of another NAT, and those where the host already routes a part
 // elsewhere. A route that is wider than a subnet is none of these: the NAT's own are more
-// specific.
+// specific. What they hide is said.
 func (n *NAT) checkSubnets(kept []string) error {
 	others, err := n.others()
 	if err != nil {
 		return err
 	}
-	for flag, subnet := range map[string]*net.IPNet{"host-veth-cidr": n.layout.hostVeth, "namespace-veth-cidr": n.layout.namespaceVeth} {
+	for flag, subnet := range n.subnets() {
 		for _, o := range others {
 			l, err := o.Config.parse()
 			if err != nil {
@@ -422,20 +435,27 @@ func (n *NAT) checkSubnets(kept []string) error {
 		}
 		wide, _ := subnet.Mask.Size()
 		for _, r := range routes {
-			if r.Dst == nil || !subnet.Contains(r.Dst.IP) {
+			if r.Dst == nil || !subnet.Contains(r.Dst.IP) && !r.Dst.Contains(subnet.IP) {
 				continue
 			}
 			link, err := netlink.LinkByIndex(r.LinkIndex)
 			if err == nil && slices.ContainsFunc(kept, func(name string) bool { return hostVethName(name) == link.Attrs().Name }) {
 				continue
 			}
-			if bits, _ := r.Dst.Mask.Size(); bits >= wide {
+			switch bits, _ := r.Dst.Mask.Size(); {
+			case bits >= wide:
 				return fmt.Errorf("--%s %s is routed elsewhere: to %s; choose another, or remove that route", flag, subnet, r.Dst)
+			case bits > halves && len(kept) == 0 && r.Type == unix.RTN_UNICAST:
+				slog.Warn("This host has a route to a network that the NAT's addresses are a part of; it does not reach those there any more. Choose others if somebody has them",
+					"flag", "--"+flag, "subnet", subnet.String(), "route", r.Dst.String())
 			}
 		}
 	}
 	return nil
 }
+
+// halves are the bits of the routes by which a VPN takes the place of the default route.
+const halves = 1
 
 // prepareHost notes what is there, then sets up forwarding on the host.
 func (n *NAT) prepareHost(kept []string) error {
@@ -750,7 +770,8 @@ func removeNamespace(name string) error {
 	}
 	// The link first: a VMM that still runs keeps the namespace alive, and with it the link and its addresses.
 	if link, err := netlink.LinkByName(hostVethName(name)); err == nil {
-		if err := netlink.LinkDel(link); err != nil {
+		// The kernel removes it, too, behind a namespace that is gone.
+		if err := netlink.LinkDel(link); err != nil && !errors.Is(err, unix.ENODEV) {
 			errs = append(errs, fmt.Errorf("remove %s: %w", hostVethName(name), err))
 		}
 	}

@@ -100,6 +100,9 @@ func startNAT(t *testing.T, c NATConfig) *NAT {
 	return n
 }
 
+// unplug takes the guest of a namespace away from its tap, as the end of a VMM does.
+var unplug = map[string]func(){}
+
 // attachGuest puts a host "guest-NS" behind a namespace's tap, as a VM would be.
 func attachGuest(t *testing.T, ns string) string {
 	t.Helper()
@@ -168,6 +171,11 @@ func attachGuest(t *testing.T, ns string) string {
 			}
 			done <- struct{}{}
 		}()
+	}
+	unplug[ns] = func() {
+		for _, e := range ends {
+			e.Close()
+		}
 	}
 	t.Cleanup(func() {
 		for _, e := range ends {

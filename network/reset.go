@@ -71,9 +71,15 @@ func (c *Claim) atTap(what string, f func(*NATConfig, *layout) error) error {
 	return nil
 }
 
+// occupied tells whether a VMM has a tap of the namespace that it runs in.
+func occupied(tap string) bool {
+	link, err := netlink.LinkByName(tap)
+	return err == nil && link.Attrs().RawFlags&unix.IFF_LOWER_UP != 0
+}
+
 // resetConnections resets the TCP connections of the namespace that it runs in, unless a VMM has the tap.
 func (c NATConfig) resetConnections(l *layout) error {
-	if link, err := netlink.LinkByName(c.NamespaceInterface); err == nil && link.Attrs().RawFlags&unix.IFF_LOWER_UP != 0 {
+	if occupied(c.NamespaceInterface) {
 		return nil
 	}
 	socket, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)

@@ -20,10 +20,11 @@ import (
 // service removes routes that it does not know, an administrator turns forwarding off. NAT and
 // forwarder look after what they have made, and put it back.
 
-const (
-	lookInterval = 2 * time.Second        // for changes that no notification tells
-	lookPause    = 100 * time.Millisecond // between two looks, however many changes there are
-)
+// lookInterval is between looks for changes that no notification tells. A variable for the tests.
+var lookInterval = 2 * time.Second
+
+// lookPause is between two looks, however many changes there are.
+const lookPause = 100 * time.Millisecond
 
 // watch calls a function after each change of the host's nftables rules, and every lookInterval.
 type watch struct {

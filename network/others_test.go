@@ -1,0 +1,757 @@
+package network
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"drafter/internal/testhost"
+)
+
+// journal is what was logged.
+type journal struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (j *journal) Write(p []byte) (int, error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.text.Write(p)
+}
+
+// read returns what was logged since the last call.
+func (j *journal) read() string {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	defer j.text.Reset()
+	return strings.ReplaceAll(j.text.String(), `\"`, `"`)
+}
+
+// readLog keeps what is logged until the test ends.
+func readLog(t *testing.T) *journal {
+	j := &journal{}
+	old := slog.Default()
+	slog.SetDefault(slog.New(slog.NewTextHandler(j, nil)))
+	t.Cleanup(func() { slog.SetDefault(old) })
+	return j
+}
+
+// shell runs a command on the host.
+func shell(t *testing.T, command string) {
+	t.Helper()
+	if out, err := exec.Command("sh", "-c", command).CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v: %s", command, err, out)
+	}
+}
+
+// eventually waits until check returns "", for a minute: looks come every two seconds, on a busy machine
+// later.
+func eventually(t *testing.T, what string, check func() string) {
+	t.Helper()
+	deadline := time.Now().Add(time.Minute)
+	for {
+		why := check()
+		if why == "" {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: %s", what, why)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// endWatch ends a watch: from then on the test looks itself.
+func endWatch(t *testing.T, w **watch) {
+	t.Helper()
+	if err := (*w).Close(); err != nil {
+		t.Fatal(err)
+	}
+	*w = nil
+}
+
+// startForwarder forwards until the test ends.
+func startForwarder(t *testing.T, forwards ...PortForward) *Forwarder {
+	t.Helper()
+	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: forwards})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := f.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return f
+}
+
+// TestPutBack does to a NAT and a forwarder what others on a host do: a firewall that is loaded anew, a
+// network service that removes what it does not know, an administrator.
+func TestPutBack(t *testing.T) {
+	needRoot(t)
+	log := readLog(t)
+	interval := lookInterval
+	lookInterval = 200 * time.Millisecond
+	t.Cleanup(func() { lookInterval = interval }) // when all watches have ended
+	startNAT(t, testConfig())
+	guest := attachGuest(t, "ark0")
+	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
+	listen(t, guest, "172.16.0.2:80", "guest")
+	startForwarder(t, forwardTo("ark0", "tcp", "127.0.0.1:3333"), forwardTo("ark0", "udp", "192.0.2.1:3333"))
+	whole := func() string {
+		for _, d := range []struct{ ns, network, addr, want string }{
+			{guest, "udp4", "192.0.2.254:80", "outside to 192.0.2.1"},
+			{"", "tcp4", "10.0.15.1:80", "guest to 10.0.8.1"},
+			{"", "tcp4", "127.0.0.1:3333", "guest to 10.0.8.1"},
+			{testhost.Outside, "udp4", "192.0.2.1:3333", "guest to 192.0.2.254"},
+		} {
+			if got := ask(t, d.ns, d.network, d.addr); got != d.want {
+				return fmt.Sprintf("%s from %q to %s: %q; want %q", d.network, d.ns, d.addr, got, d.want)
+			}
+		}
+		return ""
+	}
+	if why := whole(); why != "" {
+		t.Fatal(why)
+	}
+	before := log.read()
+	if strings.Contains(before, "Put back") {
+		t.Fatalf("nobody has changed anything:\n%s", before)
+	}
+	for _, tt := range []struct{ name, command, said string }{
+		{"all rules", "nft flush ruleset", "nftables table ip drafter-nat-ark"},
+		{"one table", "nft delete table ip drafter-nat-ark", "nftables table ip drafter-nat-ark"},
+		{"a chain's rules", "nft flush chain ip drafter-nat-ark outgoing", "nftables table ip drafter-nat-ark"},
+		{"a policy", "nft chain ip drafter-nat-ark forwarded '{ policy drop; }'", "nftables table ip drafter-nat-ark"},
+		{"an element", "nft delete element ip drafter-nat-ark links '{ ark0-veth }'", "nftables table ip drafter-nat-ark"},
+		{"a further rule", "nft insert rule ip drafter-nat-ark forwarded drop", "nftables table ip drafter-nat-ark"},
+		{"a dormant table", "nft add table ip drafter-nat-ark '{ flags dormant; }'", "nftables table ip drafter-nat-ark"},
+		{"the forwarder's", "nft delete table ip $(nft list tables | sed -n 's/.*\\(drafter-forwarder-.*\\)/\\1/p')", "nftables table ip drafter-forwarder-"},
+		{"forwarding", "sysctl -qw net.ipv4.ip_forward=0", "net.ipv4.ip_forward"},
+		{"forwarding of a link", "sysctl -qw net.ipv4.conf.ark0-veth.forwarding=0", "link ark0-veth"},
+		{"loopback forwards", "sysctl -qw net.ipv4.conf.ark0-veth.route_localnet=0", "link ark0-veth"},
+		{"a link", "ip link del ark0-veth", "link ark0-veth"},
+		{"a link that is down", "ip link set ark0-veth down", "link ark0-veth"},
+		{"addresses", "ip addr flush dev ark0-veth", "link ark0-veth"},
+		{"a route", "ip route del 10.0.15.1", "link ark0-veth"},
+		{"a route elsewhere", "ip route replace 10.0.15.1 via 192.0.2.254", "link ark0-veth"},
+		{"the namespace's rules", "ip netns exec ark0 nft flush ruleset", "nftables table ip drafter in ark0"},
+		{"the namespace's routes", "ip -n ark0 route del default", "link ark0-veth"},
+		{"the namespace's addresses", "ip -n ark0 addr flush dev veth0", "link ark0-veth"},
+		{"the namespace's forwarding", "ip netns exec ark0 sysctl -qw net.ipv4.ip_forward=0", "link ark0-veth"},
+		{"a namespace that nobody uses", "ip netns del ark1", "link ark1-veth"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			shell(t, tt.command)
+			said := ""
+			eventually(t, "a line in the log", func() string {
+				said += log.read()
+				if !strings.Contains(said, "Put back what somebody has removed or changed") || !strings.Contains(said, tt.said) {
+					return fmt.Sprintf("it says %q", said)
+				}
+				return ""
+			})
+			eventually(t, "all that was there before", whole)
+			if said += log.read(); strings.Contains(said, "cannot be put back") {
+				t.Errorf("the log says:\n%s", said)
+			}
+		})
+	}
+	log.read()
+	if whole() != "" {
+		t.Error("it does not stay")
+	}
+	time.Sleep(4 * lookInterval)
+	if said := log.read(); said != "" {
+		t.Errorf("nobody has changed anything any more:\n%s", said)
+	}
+}
+
+// TestOpenedMeanwhile lets connections come to be while the rules are gone: they would stay as they are,
+// without translation and without a guard.
+func TestOpenedMeanwhile(t *testing.T) {
+	needRoot(t)
+	n := startNAT(t, testConfig())
+	guest := attachGuest(t, "ark0")
+	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
+	listen(t, guest, "172.16.0.2:80", "guest")
+	echoServer(t, "", "192.0.2.1:26022")
+	f := startForwarder(t, forwardTo("ark0", "udp", "192.0.2.1:3333"))
+	endWatch(t, &n.watch)
+	endWatch(t, &f.watch)
+	shell(t, "nft flush ruleset")
+	from := &net.UDPAddr{Port: 40000}
+	if got := askFrom(t, guest, "udp4", "192.0.2.254:80", from); got != "" {
+		t.Fatalf("without rules a guest reaches outside: %q", got)
+	}
+	if got := askFrom(t, testhost.Outside, "udp4", "192.0.2.1:3333", from); got != "" {
+		t.Fatalf("without rules a forward answers: %q", got)
+	}
+	var toHost net.Conn
+	if err := inNamespace(guest, func() (err error) { toHost, err = net.Dial("tcp4", "192.0.2.1:26022"); return err }); err != nil {
+		t.Fatal(err)
+	}
+	defer toHost.Close()
+	n.look()
+	f.look()
+	if got := askFrom(t, guest, "udp4", "192.0.2.254:80", from); got != "outside to 192.0.2.1" {
+		t.Errorf("the guest reaches outside from the same port: %q", got)
+	}
+	if got := askFrom(t, testhost.Outside, "udp4", "192.0.2.1:3333", from); got != "guest to 192.0.2.254" {
+		t.Errorf("the forward answers the same port: %q", got)
+	}
+	toHost.SetDeadline(time.Now().Add(time.Second))
+	fmt.Fprint(toHost, "x")
+	if _, err := toHost.Read(make([]byte, 1)); err == nil {
+		t.Error("the guest still talks with the host")
+	}
+}
+
+// TestUDPFollows sends from one port all the time: before there is a forward, through it, and after it leads
+// elsewhere.
+func TestUDPFollows(t *testing.T) {
+	needRoot(t)
+	startNAT(t, testConfig())
+	for _, ns := range []string{"ark0", "ark1"} {
+		listen(t, attachGuest(t, ns), "172.16.0.2:80", ns)
+	}
+	const external = "192.0.2.1:3333"
+	client, onHost := &net.UDPAddr{Port: 40001}, &net.UDPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 40002}
+	check := func(want string) {
+		t.Helper()
+		if got, host := askFrom(t, testhost.Outside, "udp4", external, client), askFrom(t, "", "udp4", external, onHost); !strings.HasPrefix(got, want) || !strings.HasPrefix(host, want) || want == "" && got+host != "" {
+			t.Errorf("from outside %q, from the host %q; want %q", got, host, want)
+		}
+	}
+	check("")
+	for _, ns := range []string{"ark0", "ark1", "ark0"} {
+		f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: []PortForward{forwardTo(ns, "udp", external)}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		check(ns + " to ")
+		if err := f.Close(); err != nil {
+			t.Fatal(err)
+		}
+		check("") // and so that nobody is behind the forward again
+	}
+	// Killed, and another one leads elsewhere.
+	killed := startForwarder(t, forwardTo("ark0", "udp", external))
+	check("ark0 to ")
+	for _, socket := range killed.reserved {
+		socket.Close()
+	}
+	endWatch(t, &killed.watch)
+	if err := killed.lock.Abandon(); err != nil {
+		t.Fatal(err)
+	}
+	killed.lock = nil
+	startForwarder(t, forwardTo("ark1", "udp", external))
+	check("ark1 to ")
+}
+
+// TestOwnPort lets a guest connect to a port of its own that is published, as other guests may not.
+func TestOwnPort(t *testing.T) {
+	needRoot(t)
+	startNAT(t, testConfig())
+	guests := map[string]string{}
+	for _, ns := range []string{"ark0", "ark1"} {
+		guests[ns] = attachGuest(t, ns)
+		listen(t, guests[ns], "172.16.0.2:80", ns)
+	}
+	startForwarder(t, forwardTo("ark0", "tcp", "192.0.2.1:3333"), forwardTo("ark0", "udp", "192.0.2.1:3333"), forwardTo("ark1", "tcp", "192.0.2.1:4444"))
+	for _, tt := range []struct{ ns, network, addr, want string }{
+		{"ark0", "tcp4", "192.0.2.1:3333", "ark0 to 10.0.8.1"},
+		{"ark0", "udp4", "192.0.2.1:3333", "ark0 to 10.0.8.1"},
+		{"ark1", "tcp4", "192.0.2.1:4444", "ark1 to 10.0.8.5"},
+		{"ark1", "tcp4", "192.0.2.1:3333", ""},
+		{"ark0", "tcp4", "192.0.2.1:4444", ""},
+	} {
+		if got := ask(t, guests[tt.ns], tt.network, tt.addr); got != tt.want {
+			t.Errorf("%s from the guest of %s to %s: %q; want %q", tt.network, tt.ns, tt.addr, got, tt.want)
+		}
+	}
+}
+
+// TestReset ends a VM that others are connected with: those who wait for it, those for whom it waits, and
+// those who connect hear at once that it is gone.
+func TestReset(t *testing.T) {
+	needRoot(t)
+	startNAT(t, testConfig())
+	startForwarder(t, forwardTo("ark0", "tcp", "127.0.0.1:3333"), forwardTo("ark0", "tcp", "192.0.2.1:3333"), forwardTo("ark0", "udp", "192.0.2.1:3333"))
+	var server net.Listener
+	err := inNamespace(testhost.Outside, func() (err error) { server, err = net.Listen("tcp4", "192.0.2.254:7"); return err })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	for how, end := range map[string]func(*Claim) error{
+		// The VMM of a VM that has moved is still there for a while.
+		"vacated":   func(c *Claim) error { return c.Vacate() },
+		"suspended": func(c *Claim) error { unplug["ark0"](); return c.Close() },
+		"killed":    func(c *Claim) error { unplug["ark0"](); return c.lock.Release() },
+		"killed, and another VM follows": func(c *Claim) error {
+			unplug["ark0"]()
+			return errors.Join(c.lock.Release(), GuardGuest("ark0", testConfig().NamespaceInterfaceMAC))
+		},
+	} {
+		t.Run(how, func(t *testing.T) {
+			claim, err := ClaimNamespace("ark0")
+			if err == nil {
+				err = GuardGuest("ark0", testConfig().NamespaceInterfaceMAC)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			guest := attachGuest(t, "ark0")
+			echoServer(t, guest, "172.16.0.2:80")
+			dial := func(ns, network, addr string) (c net.Conn, err error) {
+				f := func() (err error) { c, err = net.DialTimeout(network, addr, 10*time.Second); return err }
+				if ns == "" {
+					return c, f()
+				}
+				return c, inNamespace(ns, f)
+			}
+			waiting := map[string]net.Conn{}
+			for who, to := range map[string][2]string{
+				"the host's client":   {"", "127.0.0.1:3333"},
+				"one without forward": {"", "10.0.15.1:80"},
+				"one from outside":    {testhost.Outside, "192.0.2.1:3333"},
+				"the guest":           {guest, "192.0.2.254:7"},
+			} {
+				c, err := dial(to[0], "tcp4", to[1])
+				if err == nil && who == "the guest" {
+					who = "the guest's server"
+					defer c.Close()
+					c, err = server.Accept()
+				}
+				if err != nil {
+					t.Fatalf("%s: %v", who, err)
+				}
+				defer c.Close()
+				waiting[who] = c
+			}
+			if err := end(claim); err != nil {
+				t.Fatal(err)
+			}
+			for who, c := range waiting {
+				c.SetDeadline(time.Now().Add(30 * time.Second))
+				if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+					t.Errorf("%s waits, and hears %v", who, err)
+				}
+			}
+			for _, to := range [][2]string{{"", "127.0.0.1:3333"}, {"", "10.0.15.1:80"}, {testhost.Outside, "192.0.2.1:3333"}} {
+				eventually(t, "a new connection to "+to[1], func() string {
+					start := time.Now()
+					c, err := dial(to[0], "tcp4", to[1])
+					if err == nil {
+						c.Close()
+					}
+					if !errors.Is(err, syscall.ECONNREFUSED) {
+						return fmt.Sprintf("%v after %s", err, time.Since(start))
+					}
+					return ""
+				})
+			}
+			c, err := dial(testhost.Outside, "udp4", "192.0.2.1:3333")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(10 * time.Second))
+			fmt.Fprint(c, "x")
+			if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNREFUSED) {
+				t.Errorf("who sends UDP hears %v", err)
+			}
+			if how == "vacated" {
+				unplug["ark0"]()
+				if err := claim.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+}
+
+// TestResetSparesOthers makes sure that a guest which is there loses nothing.
+func TestResetSparesOthers(t *testing.T) {
+	needRoot(t)
+	startNAT(t, testConfig())
+	guest := attachGuest(t, "ark0")
+	echoServer(t, guest, "172.16.0.2:80")
+	c, err := net.Dial("tcp4", "10.0.15.1:80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	config := testConfig()
+	l, err := config.parse()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := inNamespace("ark0", func() error { return config.resetConnections(l) }); err != nil {
+		t.Fatal(err)
+	}
+	c.SetDeadline(time.Now().Add(10 * time.Second))
+	fmt.Fprint(c, "x")
+	if _, err := c.Read(make([]byte, 1)); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestRoutes starts a NAT on hosts with routes of many shapes.
+func TestRoutes(t *testing.T) {
+	needRoot(t)
+	log := readLog(t)
+	lan := attachLAN(t)
+	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
+	listen(t, lan, "198.51.100.2:80", "lan")
+	restore := "ip route replace default via 192.0.2.254 dev eth0"
+	for _, tt := range []struct{ name, set, undo, want string }{
+		{"one", "true", "true", "eth0"},
+		{"several next hops", "ip route replace default nexthop via 192.0.2.254 dev eth0 nexthop via 198.51.100.2 dev lan0", "true", "eth0,lan0"},
+		{"metrics", "ip route del default; ip route add default via 192.0.2.254 metric 200; ip route add default via 198.51.100.2 metric 100", "ip route del default metric 200; ip route del default metric 100", "lan0"},
+		{"a VPN's halves", "ip route add 0.0.0.0/1 via 198.51.100.2; ip route add 128.0.0.0/1 via 198.51.100.2", "ip route del 0.0.0.0/1; ip route del 128.0.0.0/1", "lan0"},
+		{"a VPN's table", "ip route add default dev lan0 table 51820; ip rule add not fwmark 0xca6c table 51820; ip rule add table main suppress_prefixlength 0",
+			"ip rule del table main suppress_prefixlength 0; ip rule del table 51820; ip route flush table 51820", "lan0"},
+		{"a table of one source", "ip route add default via 198.51.100.2 table 77; ip rule add from 198.51.100.1 table 77", "ip rule del table 77; ip route flush table 77", "eth0"},
+		{"on link", "ip route replace default via 203.0.113.1 dev eth0 onlink", "true", "eth0"},
+		{"no gateway", "ip route replace default dev lan0", "true", "lan0"},
+		{"none", "ip route del default", "true", ""},
+		{"unreachable", "ip route del default; ip route add unreachable default", "ip route del unreachable default", ""},
+		{"a next hop object", "ip nexthop add id 1 via 198.51.100.2 dev lan0; ip route replace default nhid 1", "ip route del default; ip nexthop del id 1", "lan0"},
+		{"a next hop of IPv6", "ip -4 route replace 0.0.0.0/0 via inet6 fe80::1 dev lan0", "true", "lan0"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			shell(t, tt.set)
+			defer shell(t, tt.undo+"; "+restore)
+			log.read()
+			n, err := StartNAT(context.Background(), testConfig())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer n.Close()
+			if got := strings.Join(n.outgoing, ","); got != tt.want {
+				t.Errorf("guests go out through %q; want %q", got, tt.want)
+			}
+			if said := log.read(); (tt.want == "") != strings.Contains(said, "no default route") {
+				t.Errorf("the log says:\n%s", said)
+			}
+		})
+	}
+	t.Run("it changes", func(t *testing.T) {
+		n := startNAT(t, testConfig())
+		guest := attachGuest(t, "ark0")
+		if got := ask(t, guest, "udp4", "198.51.100.2:80"); got != "" {
+			t.Fatalf("a network behind another interface: %q", got)
+		}
+		shell(t, "ip route replace default via 198.51.100.2 dev lan0")
+		defer shell(t, restore)
+		eventually(t, "guests go out as the host does", func() string {
+			if got := ask(t, guest, "udp4", "198.51.100.2:80"); got != "lan to 198.51.100.1" {
+				return got + "?"
+			}
+			return ""
+		})
+		endWatch(t, &n.watch)
+		if got := ask(t, guest, "udp4", "192.0.2.254:80"); got != "" {
+			t.Errorf("the network of before is open still: %q", got)
+		}
+		if said := log.read(); !strings.Contains(said, "way out has changed") {
+			t.Errorf("the log says:\n%s", said)
+		}
+	})
+}
+
+// TestWideNetwork starts a NAT where its addresses are a part of a network that the host is in.
+func TestWideNetwork(t *testing.T) {
+	needRoot(t)
+	log := readLog(t)
+	for _, addr := range []string{"10.0.0.5/8", "10.0.8.1/20", "10.0.14.5/23"} {
+		shell(t, "ip addr add "+addr+" dev eth0")
+		n, err := StartNAT(context.Background(), testConfig())
+		if err == nil {
+			n.Close()
+		}
+		if err == nil || !strings.Contains(err.Error(), "eth0") || !strings.Contains(err.Error(), "choose") {
+			t.Errorf("%s: %v", addr, err)
+		}
+		shell(t, "ip addr del "+addr+" dev eth0")
+	}
+	shell(t, "ip route add 10.0.0.0/8 via 192.0.2.254")
+	t.Cleanup(func() { shell(t, "ip route del 10.0.0.0/8") })
+	startNAT(t, testConfig())
+	if said := log.read(); !strings.Contains(said, "route=10.0.0.0/8") {
+		t.Errorf("of a route to a wider network the log says:\n%s", said)
+	}
+}
+
+// TestForwardingRestored ends NATs in every order, one of them killed, while somebody turns forwarding off
+// and on.
+func TestForwardingRestored(t *testing.T) {
+	needRoot(t)
+	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
+	forwarding := func(want string) {
+		t.Helper()
+		if b, err := os.ReadFile("/proc/sys/net/ipv4/ip_forward"); err != nil || strings.TrimSpace(string(b)) != want {
+			t.Errorf("ip_forward is %s, %v; want %s", b, err, want)
+		}
+	}
+	killed := exec.Command("/proc/self/exe")
+	killed.Env = append(os.Environ(), "NETWORK_TEST=nat")
+	out, err := killed.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := killed.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || line != "started: <nil>\n" {
+		t.Fatalf("%q, %v", line, err)
+	}
+	other, err := StartNAT(context.Background(), otherConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	guest := attachGuest(t, "bee0")
+	reaches := func() {
+		t.Helper()
+		eventually(t, "the other NAT's guest reaches outside", func() string {
+			if got := ask(t, guest, "udp4", "192.0.2.254:80"); got != "outside to 192.0.2.1" {
+				return got + "?"
+			}
+			return ""
+		})
+	}
+	reaches()
+	if err := killed.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	killed.Wait()
+	reaches()
+	shell(t, "sysctl -qw net.ipv4.ip_forward=0")
+	reaches()
+	// The killed one's end, at its next start.
+	again, err := StartNAT(context.Background(), testConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := again.Close(); err != nil {
+		t.Fatal(err)
+	}
+	reaches()
+	forwarding("1")
+	if err := other.Close(); err != nil {
+		t.Fatal(err)
+	}
+	forwarding("0")
+	// Somebody else forwards, and turns it off while a NAT runs: then it is off afterwards.
+	shell(t, "sysctl -qw net.ipv4.ip_forward=1")
+	n, err := StartNAT(context.Background(), testConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	shell(t, "sysctl -qw net.ipv4.ip_forward=0")
+	n.look()
+	forwarding("1")
+	if err := n.Close(); err != nil {
+		t.Fatal(err)
+	}
+	forwarding("0")
+}
+
+// TestResolver reads what hosts have as their name servers.
+func TestResolver(t *testing.T) {
+	files := resolverFiles
+	t.Cleanup(func() { resolverFiles = files })
+	const real = "nameserver 192.0.2.53\nnameserver 2001:db8::1\nsearch a.test b.test\n"
+	const stub = "nameserver 127.0.0.53\noptions edns0 trust-ad\nsearch a.test\n"
+	for name, tt := range map[string]struct{ etc, resolved, manager, want, err string }{
+		"a real one":                     {real, "", "", "nameserver 192.0.2.53\nsearch a.test b.test\n", ""},
+		"systemd-resolved":               {stub, "nameserver 198.51.100.53\nsearch c.test\n", "", "nameserver 198.51.100.53\nsearch a.test\n", ""},
+		"NetworkManager with dnsmasq":    {"nameserver 127.0.1.1\n", "", real, "nameserver 192.0.2.53\nsearch a.test b.test\n", ""},
+		"a stub of the host's, and more": {"nameserver 127.0.0.1\nnameserver 192.0.2.53\n", "nameserver 9.9.9.9\n", "", "nameserver 192.0.2.53\n", ""},
+		"more than are asked":            {"nameserver 1.1.1.1\nnameserver 1.1.1.2\nnameserver 1.1.1.3\nnameserver 1.1.1.4\n", "", "", "nameserver 1.1.1.1\nnameserver 1.1.1.2\nnameserver 1.1.1.3\n", ""},
+		"comments and the last search":   {"# x\n; nameserver 1.1.1.1\nnameserver\tx\ndomain a.test\nsearch b.test\n\tnameserver 1.1.1.2 # y", "", "", "nameserver 1.1.1.2\nsearch b.test\n", ""},
+		"no search at all":               {"nameserver 1.1.1.1\nsearch .\n", "", "", "nameserver 1.1.1.1\n", ""},
+		"the host itself":                {"nameserver 0.0.0.0\n", "", "", "", "names none"},
+		"only a stub":                    {stub, stub, "", "", "--dns"},
+		"only IPv6":                      {"nameserver 2001:db8::1\nnameserver fe80::1%eth0\n", "", "", "", "--dns"},
+		"empty":                          {"\n", "", "", "", "names none"},
+		"missing":                        {"", "", "", "", "no such file"},
+	} {
+		dir := t.TempDir()
+		resolverFiles = nil
+		for i, text := range []string{tt.etc, tt.resolved, tt.manager} {
+			path := filepath.Join(dir, fmt.Sprint(i))
+			resolverFiles = append(resolverFiles, path)
+			if text != "" {
+				if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		r, err := ResolverFor(nil)
+		if got := r.String(); got != tt.want || (err == nil) != (tt.err == "") || err != nil && (!strings.Contains(err.Error(), tt.err) || strings.Contains(err.Error(), "\n")) {
+			t.Errorf("%s: %q, %v; want %q, %q", name, got, err, tt.want, tt.err)
+		}
+	}
+	if r, err := ResolverFor([]string{"9.9.9.9", "1.1.1.1"}); err != nil || r.String() != "nameserver 9.9.9.9\nnameserver 1.1.1.1\n" {
+		t.Errorf("given ones: %q, %v", r, err)
+	}
+	for _, bad := range [][]string{{"127.0.0.53"}, {"0.0.0.0"}, {"::1"}, {"dns.test"}, {""}, {"1.1.1.1", "1.1.1.2", "1.1.1.3", "1.1.1.4"}} {
+		if r, err := ResolverFor(bad); err == nil || !strings.Contains(err.Error(), "--dns") {
+			t.Errorf("%q: %q, %v", bad, r, err)
+		}
+	}
+}
+
+// TestClosedNameServer names the host's name servers that guests do not reach.
+func TestClosedNameServer(t *testing.T) {
+	needRoot(t)
+	lan := attachLAN(t)
+	_ = lan
+	log := readLog(t)
+	files := resolverFiles
+	t.Cleanup(func() { resolverFiles = files })
+	resolverFiles = []string{filepath.Join(t.TempDir(), "resolv.conf")}
+	for _, tt := range []struct{ server, open string }{
+		{"192.0.2.254", ""},
+		{"203.0.113.1", ""}, // beyond the default route
+		{"169.254.169.254", "--allow-cidr 169.254.169.254/32:53/udp,169.254.169.254/32:53/tcp"}, // Google's cloud
+		{"168.63.129.16", "--allow-cidr 168.63.129.16/32"},                                      // Azure
+		{"192.0.2.1", "--allow-host 53/udp,53/tcp"},
+		{"198.51.100.2", "--allow-cidr 198.51.100.2/32"},
+		{"172.16.0.2", "--namespace-interface-ip"}, // Amazon's in 172.16.0.0/16
+	} {
+		if err := os.WriteFile(resolverFiles[0], []byte("nameserver "+tt.server+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c := testConfig()
+		for range 2 {
+			log.read()
+			n, err := StartNAT(context.Background(), c)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := n.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if said := log.read(); strings.Contains(said, "do not reach a name server") != (tt.open != "") || !strings.Contains(said, tt.open) {
+				t.Errorf("%s: the log says\n%s", tt.server, said)
+			}
+			// With what it says, all is well.
+			flag, value, _ := strings.Cut(tt.open, " ")
+			if flag == "--allow-cidr" && !strings.Contains(value, ":") {
+				value += ":53/udp"
+			}
+			switch flag {
+			case "--allow-cidr":
+				c.AllowCIDRs = strings.Split(value, ",")
+			case "--allow-host":
+				c.AllowHost = strings.Split(value, ",")
+			case "--namespace-interface-ip":
+				c.NamespaceInterfaceGateway, c.NamespaceInterfaceIP = "172.20.0.1", "172.20.0.2"
+			}
+			tt.open = ""
+		}
+	}
+}
+
+// TestFirewalls starts a NAT on hosts with other firewalls. What is proposed for each lets guests through.
+func TestFirewalls(t *testing.T) {
+	needRoot(t)
+	log := readLog(t)
+	n := startNAT(t, testConfig())
+	endWatch(t, &n.watch)
+	guest := attachGuest(t, "ark0")
+	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
+	listen(t, guest, "172.16.0.2:80", "guest")
+	startForwarder(t, forwardTo("ark0", "tcp", "192.0.2.1:3333"))
+	through := func() bool {
+		return ask(t, guest, "tcp4", "192.0.2.254:80") != "" && ask(t, testhost.Outside, "tcp4", "192.0.2.1:3333") != "" && ask(t, "", "tcp4", "10.0.15.1:80") != ""
+	}
+	for _, tt := range []struct {
+		name, rules  string
+		cut          bool
+		chain, opens string   // in the log
+		open         []string // what these commands do
+	}{
+		{"Docker", `table ip filter {
+			chain DOCKER-USER { }
+			chain DOCKER-FORWARD { oifname "docker0" ct state related,established accept; iifname "docker0" accept; }
+			chain FORWARD { type filter hook forward priority 0; policy drop; jump DOCKER-USER; jump DOCKER-FORWARD; }
+		}`, true, "chain=FORWARD", "iptables -I DOCKER-USER -i 'ark+' -j ACCEPT; iptables -I DOCKER-USER -o 'ark+' -j ACCEPT",
+			[]string{`ip filter DOCKER-USER iifname "ark*" accept`, `ip filter DOCKER-USER oifname "ark*" accept`}},
+		{"ufw", `table ip filter {
+			chain ufw-user-forward { }
+			chain ufw-before-forward { ct state related,established accept; jump ufw-user-forward; }
+			chain FORWARD { type filter hook forward priority 0; policy drop; jump ufw-before-forward; }
+		}`, true, "chain=FORWARD", "ufw route allow from 10.0.15.0/24; ufw route allow to 10.0.8.0/22",
+			[]string{"ip filter ufw-user-forward ip saddr 10.0.15.0/24 accept", "ip filter ufw-user-forward ip daddr 10.0.8.0/22 accept"}},
+		{"firewalld", `table inet firewalld {
+			set trusted { type ipv4_addr; flags interval; elements = { 172.30.0.0/16 }; }
+			chain filter_FORWARD { type filter hook forward priority 10; policy accept;
+				ct state established,related accept; ct status dnat accept; iifname "lo" accept; ip saddr @trusted accept; reject with icmpx admin-prohibited; }
+		}`, true, "chain=filter_FORWARD", "firewall-cmd --zone=trusted --add-source=10.0.15.0/24 --add-source=10.0.8.0/22",
+			[]string{"inet firewalld filter_FORWARD ip saddr 10.0.15.0/24 accept"}},
+		{"an administrator's own", `table inet mine {
+			chain forward { type filter hook forward priority -5; policy drop; ct state vmap { established : accept, related : accept, invalid : drop }; }
+		}`, true, "chain=forward", `nft insert rule inet mine forward iifname "ark*" accept; nft insert rule inet mine forward oifname "ark*" accept`,
+			[]string{`inet mine forward iifname "ark*" accept`, `inet mine forward oifname "ark*" accept`}},
+		{"no packets of the host's own", `table ip filter { chain OUTPUT { type filter hook output priority 0; policy drop; oifname "lo" accept; ct state established accept; }
+		}`,
+			true, "chain=OUTPUT", "iptables -I OUTPUT -o 'ark+' -j ACCEPT", []string{`ip filter OUTPUT oifname "ark*" accept`}},
+		{"one that lets pass", `table inet open {
+			set mine { type ifname; elements = { "ark0-veth", "ark1-veth" }; }
+			chain forward { type filter hook forward priority 0; policy drop; iifname @mine accept; ct state established accept; ct status dnat oifname "ark0-veth" accept; }
+			chain input { type filter hook input priority 0; policy accept; tcp dport 80 drop; }
+		}`, false, "", "", nil},
+		{"one that closes others", `table inet open {
+			chain forward { type filter hook forward priority 0; policy accept; iifname "docker0" drop; ip saddr 10.0.0.0/21 drop; oifname != { "eth0", "ark0-veth", "ark1-veth" } drop; }
+		}`,
+			false, "", "", nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			log.read()
+			rules := exec.Command("nft", "-f", "-")
+			rules.Stdin = strings.NewReader(tt.rules)
+			if out, err := rules.CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			table := strings.Join(strings.Fields(tt.rules)[1:3], " ")
+			defer shell(t, "nft delete table "+table)
+			if through() == tt.cut {
+				t.Fatalf("guests are cut off: %v", !tt.cut)
+			}
+			n.look()
+			if said := log.read(); tt.cut != strings.Contains(said, "drops what guests need") || !strings.Contains(said, tt.chain) || !strings.Contains(said, tt.opens) {
+				t.Errorf("the log says:\n%s", said)
+			}
+			for _, rule := range tt.open {
+				shell(t, "nft insert rule "+strings.ReplaceAll(rule, `"ark*"`, `'"ark*"'`))
+			}
+			if !through() {
+				t.Error("guests are cut off still")
+			}
+			n.look()
+			n.look()
+			if said := log.read(); said != "" {
+				t.Errorf("after that the log says:\n%s", said)
+			}
+		})
+	}
+}
