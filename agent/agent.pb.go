@@ -103,7 +103,9 @@ type AfterResumeRequest struct {
 	Entropy []byte `protobuf:"bytes,2,opt,name=entropy,proto3" json:"entropy,omitempty"`
 	// The VM was not away, but paused, as for a copy of it: the clock is set only if it is behind, by at most so many nanoseconds. One that is further off keeps
 	// another time than the host's. 0: the VM was away, and the clock is set. Below 0: it is never set. An agent that does not know this field sets the clock.
-	MostStepNano  int64 `protobuf:"varint,3,opt,name=most_step_nano,json=mostStepNano,proto3" json:"most_step_nano,omitempty"`
+	MostStepNano int64 `protobuf:"varint,3,opt,name=most_step_nano,json=mostStepNano,proto3" json:"most_step_nano,omitempty"`
+	// What the guest's resolv.conf(5) is to hold; empty to leave it as it is.
+	ResolvConf    string `protobuf:"bytes,4,opt,name=resolv_conf,json=resolvConf,proto3" json:"resolv_conf,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -159,12 +161,21 @@ func (x *AfterResumeRequest) GetMostStepNano() int64 {
 	return 0
 }
 
+func (x *AfterResumeRequest) GetResolvConf() string {
+	if x != nil {
+		return x.ResolvConf
+	}
+	return ""
+}
+
 type AfterResumeResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// How far the guest's clock was moved, in nanoseconds. Positive: it was behind. 0: it was not set.
 	ClockStepNano int64 `protobuf:"varint,1,opt,name=clock_step_nano,json=clockStepNano,proto3" json:"clock_step_nano,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// Why resolv.conf stayed as it was, if it could not be written.
+	ResolvConfError string `protobuf:"bytes,4,opt,name=resolv_conf_error,json=resolvConfError,proto3" json:"resolv_conf_error,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *AfterResumeResponse) Reset() {
@@ -202,6 +213,13 @@ func (x *AfterResumeResponse) GetClockStepNano() int64 {
 		return x.ClockStepNano
 	}
 	return 0
+}
+
+func (x *AfterResumeResponse) GetResolvConfError() string {
+	if x != nil {
+		return x.ResolvConfError
+	}
+	return ""
 }
 
 type ExecRequest struct {
@@ -325,13 +343,16 @@ const file_agent_agent_proto_rawDesc = "" +
 	"\n" +
 	"\x11agent/agent.proto\x12\x10drafter.agent.v1\"\x16\n" +
 	"\x14BeforeSuspendRequest\"\x17\n" +
-	"\x15BeforeSuspendResponse\"x\n" +
+	"\x15BeforeSuspendResponse\"\x99\x01\n" +
 	"\x12AfterResumeRequest\x12\"\n" +
 	"\rnow_unix_nano\x18\x01 \x01(\x03R\vnowUnixNano\x12\x18\n" +
 	"\aentropy\x18\x02 \x01(\fR\aentropy\x12$\n" +
-	"\x0emost_step_nano\x18\x03 \x01(\x03R\fmostStepNano\"=\n" +
+	"\x0emost_step_nano\x18\x03 \x01(\x03R\fmostStepNano\x12\x1f\n" +
+	"\vresolv_conf\x18\x04 \x01(\tR\n" +
+	"resolvConf\"i\n" +
 	"\x13AfterResumeResponse\x12&\n" +
-	"\x0fclock_step_nano\x18\x01 \x01(\x03R\rclockStepNano\"7\n" +
+	"\x0fclock_step_nano\x18\x01 \x01(\x03R\rclockStepNano\x12*\n" +
+	"\x11resolv_conf_error\x18\x04 \x01(\tR\x0fresolvConfError\"7\n" +
 	"\vExecRequest\x12\x12\n" +
 	"\x04args\x18\x01 \x03(\tR\x04args\x12\x14\n" +
 	"\x05stdin\x18\x02 \x01(\fR\x05stdin\"_\n" +

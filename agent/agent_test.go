@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -341,5 +342,32 @@ func TestClock(t *testing.T) {
 		if err != nil || (set == 1) != tt.set || (r.GetClockStepNano() != 0) != tt.set {
 			t.Errorf("%+v: set %d times, step %s, %v", tt, set, time.Duration(r.GetClockStepNano()), err)
 		}
+	}
+}
+
+// TestResolvConf writes the name servers as a container sees them: into the file that it has mounted.
+func TestResolvConf(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "resolv.conf")
+	if err := os.WriteFile(path, []byte("nameserver 192.0.2.53\nsearch a.long.domain.test\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	mounted, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mounted.Close()
+	s := &Server{ResolvConf: path}
+	const now = "nameserver 198.51.100.53\n"
+	if err := errors.Join(s.writeResolvConf(now), s.writeResolvConf("")); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := io.ReadAll(mounted); err != nil || string(got) != now {
+		t.Errorf("the container reads %q, %v", got, err)
+	}
+	if err := (&Server{ResolvConf: filepath.Join(path, "x")}).writeResolvConf("nameserver 192.0.2.53\n"); err == nil {
+		t.Error("a file that cannot be written is no error")
+	}
+	if err := (&Server{}).writeResolvConf("nameserver 192.0.2.53\n"); err != nil {
+		t.Errorf("an agent of another distribution: %v", err)
 	}
 }

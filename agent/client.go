@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"time"
 
@@ -34,18 +35,23 @@ func (c *Client) BeforeSuspend(ctx context.Context) error {
 	return c.explain("before-suspend", err)
 }
 
-// AfterResume tells the guest that it runs again, what time it is, and gives it fresh entropy. It returns by how much the clock was moved. With a mostStep of 0 the
-// clock is set; above, only if it is behind by at most that, as it is after a pause, unless it keeps another time than the host's; below, never. The agents of
-// releases that do not know this set it.
-func (c *Client) AfterResume(ctx context.Context, mostStep time.Duration) (time.Duration, error) {
+// AfterResume tells the guest that it runs again, what time it is, and what its resolv.conf(5) is to hold ("" to leave that), and gives it fresh entropy. It
+// returns by how much the clock was moved. With a mostStep of 0 the clock is set; above, only if it is behind by at most that, as it is after a pause, unless it
+// keeps another time than the host's; below, never. The agents of releases that do not know this set it.
+func (c *Client) AfterResume(ctx context.Context, mostStep time.Duration, resolvConf string) (time.Duration, error) {
 	// 64 bytes: twice the key of the kernel's generator (random(4)).
 	entropy := make([]byte, 64)
 	if _, err := rand.Read(entropy); err != nil {
 		return 0, fmt.Errorf("agent after-resume: %w", err)
 	}
-	r, err := c.calls.AfterResume(ctx, &AfterResumeRequest{NowUnixNano: time.Now().UnixNano(), Entropy: entropy, MostStepNano: int64(mostStep)})
+	r, err := c.calls.AfterResume(ctx, &AfterResumeRequest{
+		NowUnixNano: time.Now().UnixNano(), Entropy: entropy, MostStepNano: int64(mostStep), ResolvConf: resolvConf,
+	})
 	if err != nil {
 		return 0, c.explain("after-resume", err)
+	}
+	if why := r.GetResolvConfError(); why != "" {
+		slog.Warn("The guest keeps the name servers that it had", "error", c.explain("after-resume", errors.New(why)))
 	}
 	return time.Duration(r.GetClockStepNano()), nil
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"os/exec"
 	"syscall"
 	"time"
@@ -22,6 +23,7 @@ type Server struct {
 	BeforeSuspendCmd string // "" for none
 	AfterResumeCmd   string // "" for none
 	KeepClock        bool   // whether the guest keeps its own time: its clock is never set
+	ResolvConf       string // file that has the name servers of the host that the guest is on; "" for none
 }
 
 var _ AgentService = (*Server)(nil)
@@ -65,10 +67,22 @@ func (s *Server) AfterResume(ctx context.Context, r *AfterResumeRequest) (*After
 	} else if err := setClock(now); err != nil {
 		return nil, fmt.Errorf("set clock to %s: %w", now, err)
 	}
+	response := &AfterResumeResponse{ClockStepNano: int64(step)}
+	if err := s.writeResolvConf(r.GetResolvConf()); err != nil {
+		response.ResolvConfError = err.Error() // the guest runs on without
+	}
 	if err := s.command(ctx, s.AfterResumeCmd); err != nil {
 		return nil, fmt.Errorf("after-resume command: %w", err)
 	}
-	return &AfterResumeResponse{ClockStepNano: int64(step)}, nil
+	return response, nil
+}
+
+// writeResolvConf writes the file in its place: containers have it mounted.
+func (s *Server) writeResolvConf(text string) error {
+	if s.ResolvConf == "" || text == "" {
+		return nil
+	}
+	return os.WriteFile(s.ResolvConf, []byte(text), 0o644)
 }
 
 // setClock sets the system's clock.

@@ -2,10 +2,14 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -228,8 +232,16 @@ func TestChain(t *testing.T) {
 				t.Fatalf("move %d: %v", move, err)
 			}
 		}
+		waiting := clientThatWaits(t, addrs[from])
 		next := start(to, "--raddr", ports[from])
 		line := moved(t, vm)
+		// Who is connected with the place that the VM has left hears of it at once, and who connects as well.
+		if _, err := waiting.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("move %d: a client that waits hears %v", move, err)
+		}
+		if c, err := net.DialTimeout("tcp", addrs[from], 10*time.Second); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("move %d: a client that connects to where the VM was: %v, %v", move, c, err)
+		}
 		t.Logf("move %d: took %s, downtime %s, %d bytes", move, line.Took, line.Downtime, line.Bytes)
 		quiet(t, vm)
 		quiet(t, next)
@@ -267,4 +279,25 @@ func TestChain(t *testing.T) {
 			t.Errorf("an instance that has moved away: %s", line)
 		}
 	}
+}
+
+// clientThatWaits blocks in a Redis for what never comes. It gives up after a minute.
+func clientThatWaits(t *testing.T, addr string) net.Conn {
+	t.Helper()
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(time.Minute))
+	if _, err := c.Write([]byte("PING\r\n")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(c, make([]byte, len("+PONG\r\n"))); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Write([]byte("BLPOP nothing 0\r\n")); err != nil {
+		t.Fatal(err)
+	}
+	return c
 }

@@ -128,7 +128,7 @@ func (i *Instance) boot() (*vmm.Boot, error) {
 	if s == nil {
 		return nil, nil
 	}
-	b := &vmm.Boot{Kernel: i.storage.Path(vmm.Kernel), Args: i.config.BootArgs}
+	b := &vmm.Boot{Kernel: i.storage.Path(vmm.Kernel), Args: i.withNameServers(i.config.BootArgs)}
 	if s.Size == 0 {
 		return b, nil
 	}

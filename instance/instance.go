@@ -12,6 +12,7 @@ import (
 	"os"
 	"runtime"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -44,6 +45,8 @@ type Host struct {
 	HugePages     bool       // whether a VM's memory consists of pages of 2 MiB
 	MaxMemory     int64      // bytes that a VM's memory may have; 0: as much as the host has
 	KeepClock     bool       // whether the guest keeps its own time, so that its clock is not set after a resume
+
+	NameServers []string // IPv4 addresses that guests ask; none for the host's own
 
 	Output io.Writer // guest console; nil discards. One that blocks or fails misses some of it, and holds nobody up.
 	Input  io.Reader // nil for none
@@ -143,6 +146,8 @@ type Instance struct {
 	keepClock  bool          // its clock is never to be set
 	left       bool          // the state device holds a state for the target of a migration, or says that it may
 	leaves     bool          // the VM may be that target's
+
+	resolver func() (network.Resolver, error) // nil without network
 }
 
 // Hardware is what a VM to boot shall consist of.
@@ -246,8 +251,9 @@ func (i *Instance) launch(h Host, driver vmm.Driver) (vmm.Launch, error) {
 			l.Ports = append(l.Ports, port)
 		}
 	}
-	if h.Netns != "" {
+	if h.Netns != "" && i.config.Interface != "" {
 		l.Interface = i.config.Interface
+		i.resolver = func() (network.Resolver, error) { return network.ResolverFor(h.NameServers) }
 	}
 	for _, name := range i.config.Disks() {
 		l.Disks = append(l.Disks, vmm.Block{Name: name, Path: i.storage.Path(name)})
@@ -470,7 +476,7 @@ func (i *Instance) tellAgent(ctx context.Context, timeout, mostStep time.Duratio
 	if err := i.connectAgent(ctx); err != nil || i.agent == nil {
 		return err
 	}
-	step, err := i.agent.AfterResume(ctx, mostStep)
+	step, err := i.agent.AfterResume(ctx, mostStep, i.nameServers().String())
 	if err != nil {
 		return err
 	}
@@ -480,6 +486,35 @@ func (i *Instance) tellAgent(ctx context.Context, timeout, mostStep time.Duratio
 	}
 	slog.Log(ctx, level, "Set the guest's clock", "step", step.Round(time.Microsecond))
 	return nil
+}
+
+// nameServers returns whom the guest is to ask for names on this host: nobody without network. If nobody is known, it keeps whom it has.
+func (i *Instance) nameServers() network.Resolver {
+	if i.resolver == nil {
+		return network.Resolver{}
+	}
+	r, err := i.resolver()
+	if err != nil {
+		slog.Warn("The guest gets no name server", "error", err)
+	}
+	return r
+}
+
+// withNameServers adds name servers to the address among kernel arguments (ip=, see nfsroot.rst of Linux), which has room for two, unless the user gave some.
+// A package does not keep them: they are this host's, of today.
+func (i *Instance) withNameServers(args string) string {
+	words := strings.Fields(args)
+	for at, w := range words {
+		const fields = 7 // before the name servers
+		if !strings.HasPrefix(w, "ip=") || strings.Count(w, ":") != fields-1 {
+			continue
+		}
+		servers := i.nameServers().NameServers
+		for _, ip := range servers[:min(2, len(servers))] {
+			words[at] += ":" + ip.String()
+		}
+	}
+	return strings.Join(words, " ")
 }
 
 // Suspend stops the VM for good and leaves it in its devices, so that it can be resumed. The guest's agent gets agentTimeout to prepare; when it

@@ -64,6 +64,8 @@ type Hooks struct {
 type Peer struct {
 	config   Config
 	claim    *network.Claim
+	vacated  sync.Once      // once the VM runs elsewhere
+	vacating sync.WaitGroup // until its clients here were told
 	user     *vmm.User
 	dir      *vmm.Dir // where the devices are exposed
 	exposure expose.Exposure
@@ -405,6 +407,7 @@ func (p *Peer) Close() error {
 	}
 	errs = append(errs, p.closeStore(), p.closeDevices(!moved), p.endPull(), p.user.Close())
 	p.user = nil
+	p.vacating.Wait()
 	if p.claim != nil {
 		errs = append(errs, p.claim.Close())
 		p.claim = nil

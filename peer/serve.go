@@ -113,6 +113,9 @@ func (p *Peer) newSource() (*migrate.Source, error) {
 	var settling settling
 	c.OnState = func(s migrate.State) {
 		settling.follow(p, s)
+		if s == migrate.Serving || s == migrate.Moved {
+			p.vacate()
+		}
 		if p.config.Hooks.OnState != nil {
 			p.config.Hooks.OnState(s)
 		}
@@ -146,6 +149,17 @@ func (p *Peer) newSource() (*migrate.Source, error) {
 		c.Devices = append(c.Devices, sd)
 	}
 	return migrate.NewSource(c)
+}
+
+// vacate tells the VM's clients here that it runs elsewhere, beside what its target still needs.
+func (p *Peer) vacate() {
+	p.vacated.Do(func() {
+		p.vacating.Go(func() {
+			if err := p.claim.Vacate(); err != nil {
+				slog.Warn("Clients of the VM that has left may wait for it here", "error", err)
+			}
+		})
+	})
 }
 
 // departure is a VM that may leave. It implements [migrate.SourceVM].

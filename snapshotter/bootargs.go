@@ -1,10 +1,8 @@
 package snapshotter
 
 import (
-	"bufio"
 	"fmt"
 	"net"
-	"os"
 	"slices"
 	"strings"
 
@@ -30,11 +28,7 @@ func guestArgs(args, netns, iface string, agentPort, livenessPort uint32, keepCl
 		if err != nil {
 			return "", err
 		}
-		arg := fmt.Sprintf("ip=%s::%s:%s::eth0:off", address.IP, gateway, net.IP(address.Mask))
-		for _, s := range nameServers("/etc/resolv.conf") {
-			arg += ":" + s
-		}
-		words = append(words, arg)
+		words = append(words, fmt.Sprintf("ip=%s::%s:%s::eth0:off", address.IP, gateway, net.IP(address.Mask)))
 	}
 	if agentPort != 0 && agentPort != vmm.DefaultAgentPort && !has(guest.AgentPortArgument) {
 		words = append(words, fmt.Sprintf("%s=%d", guest.AgentPortArgument, agentPort))
@@ -46,25 +40,4 @@ func guestArgs(args, netns, iface string, agentPort, livenessPort uint32, keepCl
 		words = append(words, guest.KeepClockArgument)
 	}
 	return strings.Join(words, " "), nil
-}
-
-// nameServers returns up to two of the host's name servers that a guest can reach: a stub on a loopback address is the host's own.
-func nameServers(path string) []string {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil
-	}
-	defer f.Close()
-	var servers []string
-	lines := bufio.NewScanner(f)
-	for lines.Scan() && len(servers) < 2 {
-		fields := strings.Fields(lines.Text())
-		if len(fields) < 2 || fields[0] != "nameserver" {
-			continue
-		}
-		if ip := net.ParseIP(fields[1]).To4(); ip != nil && !ip.IsLoopback() {
-			servers = append(servers, ip.String())
-		}
-	}
-	return servers
 }

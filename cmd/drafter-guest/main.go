@@ -84,6 +84,7 @@ func runAgent(ctx context.Context, args []string) error {
 	f.StringVar(&s.BeforeSuspendCmd, "before-suspend-cmd", "", "Command to run before the VM is suspended (leave empty to disable)")
 	f.StringVar(&s.AfterResumeCmd, "after-resume-cmd", "", "Command to run after the VM has been resumed (leave empty to disable)")
 	f.BoolVar(&s.KeepClock, "no-set-clock", false, "Leave the clock as it is after a resume or a move, for a guest that keeps its own time")
+	f.StringVar(&s.ResolvConf, "resolv-conf", "", "File to write the name servers of the VM's host to after each resume, as resolv.conf(5) (leave empty to disable)")
 	f.StringVar(&s.Shell, "shell-cmd", "sh", "Shell to use to run the before suspend and after resume commands")
 	port, timeout := portFlags(f, vmm.DefaultAgentPort)
 	if err := parse(f, args); err != nil {

@@ -13,6 +13,7 @@ import (
 
 	"drafter/instance"
 	"drafter/internal/process"
+	"drafter/network"
 	"drafter/vmm"
 	"drafter/vmm/firecracker"
 	"drafter/vmm/qemu"
@@ -42,6 +43,7 @@ func (h *hostFlags) add(cmd *cobra.Command) {
 	f.StringVar(&h.jailerBin, "jailer-bin", "jailer", "Jailer binary (from Firecracker)")
 	f.StringVar(&h.host.BaseDir, "chroot-base-dir", "out/vms", "Directory below which each VM gets its own")
 	f.StringVar(&h.host.Netns, "netns", "ark0", "Network namespace to run the VMM in (leave empty for a VM without network)")
+	f.StringSliceVar(&h.host.NameServers, "dns", nil, "Name servers that the guest asks, at most three IPv4 addresses (default: the host's own at each start, also those behind a stub such as systemd-resolved's)")
 	f.IntVar(&h.host.UID, "uid", 0, "User ID for the VMM process (0, with --gid 0: one of --uid-range for each VM)")
 	f.IntVar(&h.host.GID, "gid", 0, "Group ID for the VMM process")
 	h.host.Users = vmm.DefaultUsers
@@ -76,6 +78,11 @@ func (h *hostFlags) resolve(stdout io.Writer) (host instance.Host, restore func(
 	}
 	if err := vmm.CheckBaseDir(host.BaseDir); err != nil {
 		return host, nil, &usageError{err}
+	}
+	if len(host.NameServers) > 0 {
+		if _, err := network.ResolverFor(host.NameServers); err != nil {
+			return host, nil, &usageError{err}
+		}
 	}
 	if host.UID < 0 || host.GID < 0 {
 		return host, nil, &usageError{errors.New("--uid and --gid must not be negative")}

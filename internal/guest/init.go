@@ -119,7 +119,7 @@ func self(name string, args ...string) *exec.Cmd {
 }
 
 func startAgent(children *reaper, cmd cmdline, b *bundle) error {
-	args := []string{"--vsock-port", cmd.get(AgentPortArgument, "26")}
+	args := []string{"--vsock-port", cmd.get(AgentPortArgument, "26"), "--resolv-conf", ResolvConf}
 	if cmd.has(KeepClockArgument) {
 		args = append(args, "--no-set-clock")
 	}

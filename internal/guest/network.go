@@ -96,7 +96,7 @@ func writeResolvConf(servers []net.IP) error {
 	return nil
 }
 
-// ResolvConf is where the guest's name servers are written; the OCI bundle binds it to /etc/resolv.conf.
+// ResolvConf is where the guest's name servers are written, by the agent after each resume; the OCI bundle binds it to /etc/resolv.conf.
 const ResolvConf = "/run/resolv.conf"
 
 // awaitLink waits for a network interface, whose driver may still be probing.
