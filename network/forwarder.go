@@ -119,12 +119,12 @@ func (f *Forwarder) apply() (err error) {
 	if err := f.applyRules(f.forwards); err != nil {
 		return err
 	}
-	if f.state, err = tableState(nftables.TableFamilyIPv4, f.name); err != nil {
+	if f.state, err = tableState(f.name); err != nil {
 		return err
 	}
 	return forgetConnections(func(c *netlink.ConntrackFlow) bool {
 		return slices.ContainsFunc(f.forwards, func(p forward) bool {
-			return p.takes(c) && !(c.Reverse.SrcIP.Equal(p.target) && c.Reverse.SrcPort == p.internal)
+			return p.takes(c) && (!c.Reverse.SrcIP.Equal(p.target) || c.Reverse.SrcPort != p.internal)
 		})
 	})
 }
@@ -139,7 +139,7 @@ func (p PortForward) takes(c *netlink.ConntrackFlow) bool {
 
 // look puts the forwards back in force if somebody has removed or changed them.
 func (f *Forwarder) look() {
-	now, err := tableState(nftables.TableFamilyIPv4, f.name)
+	now, err := tableState(f.name)
 	gone := err == nil && !slices.Equal(now, f.state)
 	if gone {
 		err = f.apply()

@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -68,12 +67,12 @@ func (n *NAT) applyHostRules() (err error) {
 	if err := n.hostRules(n.connections); err != nil {
 		return err
 	}
-	n.hostState, err = tableState(nftables.TableFamilyIPv4, n.natTable())
+	n.hostState, err = tableState(n.natTable())
 	return err
 }
 
 func (n *NAT) keepHostRules() (done bool, err error) {
-	now, err := tableState(nftables.TableFamilyIPv4, n.natTable())
+	now, err := tableState(n.natTable())
 	if err != nil || slices.Equal(now, n.hostState) {
 		return false, err
 	}
@@ -123,7 +122,7 @@ func (n *NAT) keepNamespaceRules(i int) (done bool, err error) {
 			}
 		}
 		n.vacant[i] = vacant
-		now, err := tableState(nftables.TableFamilyIPv4, namespaceTable)
+		now, err := tableState(namespaceTable)
 		done = err == nil && !slices.Equal(now, n.guestState[i])
 		return err
 	})
@@ -145,12 +144,11 @@ func (n *NAT) keepNamespaceRules(i int) (done bool, err error) {
 func (n *NAT) connected(i int) (bool, error) {
 	l := n.layout
 	link := hostVethName(n.name(i))
-	for _, ip := range []net.IP{l.namespaceSide(i), l.namespaceIP(i)} {
-		if to, err := linkTowards(ip); err != nil || to != link {
-			return false, nil
-		}
-	}
 	whole := true
+	for _, ip := range []net.IP{l.namespaceSide(i), l.namespaceIP(i)} {
+		to, err := linkTowards(ip)
+		whole = whole && err == nil && to == link
+	}
 	keep := func(name, value string) error {
 		changed, err := keepSysctl(name, value)
 		whole = whole && !changed

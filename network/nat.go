@@ -14,7 +14,6 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
@@ -719,7 +718,7 @@ func (n *NAT) guard(i int) error {
 		if err != nil {
 			return err
 		}
-		n.guestState[i], err = tableState(nftables.TableFamilyIPv4, namespaceTable)
+		n.guestState[i], err = tableState(namespaceTable)
 		return err
 	})
 }

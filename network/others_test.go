@@ -232,7 +232,12 @@ func TestUDPFollows(t *testing.T) {
 	client, onHost := &net.UDPAddr{Port: 40001}, &net.UDPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 40002}
 	check := func(want string) {
 		t.Helper()
-		if got, host := askFrom(t, testhost.Outside, "udp4", external, client), askFrom(t, "", "udp4", external, onHost); !strings.HasPrefix(got, want) || !strings.HasPrefix(host, want) || want == "" && got+host != "" {
+		var got, host string
+		var wait sync.WaitGroup
+		wait.Go(func() { got = askFrom(t, testhost.Outside, "udp4", external, client) })
+		wait.Go(func() { host = askFrom(t, "", "udp4", external, onHost) })
+		wait.Wait()
+		if !strings.HasPrefix(got, want) || !strings.HasPrefix(host, want) || want == "" && got+host != "" {
 			t.Errorf("from outside %q, from the host %q; want %q", got, host, want)
 		}
 	}

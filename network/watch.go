@@ -11,7 +11,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -135,10 +134,10 @@ func keepSysctl(name, value string) (changed bool, err error) {
 	return true, setSysctl(name, value)
 }
 
-// tableState is all that the kernel holds of a table of the calling thread's network namespace, in an
+// tableState is all that the kernel holds of an IPv4 table of the calling thread's network namespace, in an
 // order of its own, but for what packets change: the elements of dynamic sets. It is empty if there is
 // no such table.
-func tableState(family nftables.TableFamily, table string) (state []string, err error) {
+func tableState(table string) (state []string, err error) {
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
 		return nil, fmt.Errorf("read nftables rules: %w", err)
@@ -153,7 +152,7 @@ func tableState(family nftables.TableFamily, table string) (state []string, err 
 		}
 		messages, err := conn.Execute(netlink.Message{
 			Header: netlink.Header{Type: netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | message), Flags: netlink.Request | netlink.Dump},
-			Data:   append([]byte{byte(family), unix.NFNETLINK_V0, 0, 0}, attributes...),
+			Data:   append([]byte{unix.NFPROTO_IPV4, unix.NFNETLINK_V0, 0, 0}, attributes...),
 		})
 		if errors.Is(err, unix.ENOENT) {
 			return nil, nil // gone since
