@@ -54,21 +54,39 @@ func (n *NAT) sayFirewalls() {
 		n.news.say("firewalls", "The rules of other firewalls cannot be read; they may cut guests off", "error", err)
 		return
 	}
-	dropped := map[*nftables.Chain][]string{}
+	legacy, err := readLegacy()
+	if err != nil {
+		n.news.say("firewalls", "The rules of other firewalls cannot be read; they may cut guests off", "error", err)
+		return
+	}
+	n.news.say("firewalls", "")
+	type culprit struct{ table, chain, open string }
+	dropped := map[culprit][]string{}
 	for _, p := range n.passages() {
-		for _, c := range f.chains {
-			if c.Hooknum != nil && *c.Hooknum == p.hook && c.Type == nftables.ChainTypeFilter && f.verdict(c, p) == drops && !slices.Contains(dropped[c], p.what) {
+		note := func(c culprit) {
+			if !slices.Contains(dropped[c], p.what) {
 				dropped[c] = append(dropped[c], p.what)
 			}
+		}
+		for _, c := range f.chains {
+			if c.Hooknum != nil && *c.Hooknum == p.hook && c.Type == nftables.ChainTypeFilter && f.verdict(c, p) == drops {
+				note(culprit{familyName(c.Table.Family) + " " + c.Table.Name, c.Name, n.openFirewall(f, c)})
+			}
+		}
+		if legacy != nil && legacy.verdict(p) == drops {
+			chain := chainNames[p.hook]
+			into := chain
+			if chain == "FORWARD" && legacy.has(dockerUser) {
+				into = dockerUser
+			}
+			note(culprit{"filter (iptables-legacy)", chain, n.openIptables("iptables-legacy", into, p.hook)})
 		}
 	}
 	subjects := map[string]bool{}
 	for c, what := range dropped {
-		table := familyName(c.Table.Family) + " " + c.Table.Name
-		subject := "firewall " + table + " " + c.Name
+		subject := "firewall " + c.table + " " + c.chain
 		subjects[subject] = true
-		n.news.say(subject, "Another firewall of this host drops what guests need", "table", table, "chain", c.Name,
-			"drops", strings.Join(what, ", "), "open", n.openFirewall(f, c))
+		n.news.say(subject, "Another firewall of this host drops what guests need", "table", c.table, "chain", c.chain, "drops", strings.Join(what, ", "), "open", c.open)
 	}
 	for subject := range n.news {
 		if strings.HasPrefix(subject, "firewall ") && !subjects[subject] {
@@ -77,44 +95,48 @@ func (n *NAT) sayFirewalls() {
 	}
 }
 
-// openFirewall returns commands that let guests through another firewall's chain.
-func (n *NAT) openFirewall(f *firewall, c *nftables.Chain) string {
-	l, links := n.layout, n.config.NamespacePrefix
-	has := func(match func(string) bool) bool {
-		return slices.ContainsFunc(f.chains, func(o *nftables.Chain) bool { return o.Table.Name == c.Table.Name && match(o.Name) })
-	}
-	iptables := func(chain string) string {
-		in, out := fmt.Sprintf("iptables -I %s -i '%s+' -j ACCEPT", chain, links), fmt.Sprintf("iptables -I %s -o '%s+' -j ACCEPT", chain, links)
-		switch *c.Hooknum {
-		case *nftables.ChainHookInput:
-			return in
-		case *nftables.ChainHookOutput:
-			return out
-		}
-		return in + "; " + out
-	}
-	forward := *c.Hooknum == *nftables.ChainHookForward
-	switch {
-	case c.Table.Name == "firewalld":
-		return fmt.Sprintf("firewall-cmd --zone=trusted --add-source=%s --add-source=%s", l.namespaceVeth, l.hostVeth)
-	case has(func(name string) bool { return strings.HasPrefix(name, "ufw-") }) && forward:
-		return fmt.Sprintf("ufw route allow from %s; ufw route allow to %s", l.namespaceVeth, l.hostVeth)
-	case has(func(name string) bool { return strings.HasPrefix(name, "ufw-") }):
-		return fmt.Sprintf("ufw allow from %s; ufw allow out to %s", l.namespaceVeth, l.namespaceVeth)
-	case forward && has(func(name string) bool { return name == "DOCKER-USER" }):
-		return iptables("DOCKER-USER")
-	case c.Table.Name == "filter" && strings.ToUpper(c.Name) == c.Name:
-		return iptables(c.Name)
-	}
-	insert := fmt.Sprintf("nft insert rule %s %s %s ", familyName(c.Table.Family), c.Table.Name, c.Name)
-	in, out := fmt.Sprintf(`%siifname "%s*" accept`, insert, links), fmt.Sprintf(`%soifname "%s*" accept`, insert, links)
-	switch *c.Hooknum {
+// dockerUser is the chain that Docker leaves to users.
+const dockerUser = "DOCKER-USER"
+
+// eachWay returns the commands for what comes from guests and what goes to them that a hook sees.
+func eachWay(hook nftables.ChainHook, in, out string) string {
+	switch hook {
 	case *nftables.ChainHookInput:
 		return in
 	case *nftables.ChainHookOutput:
 		return out
 	}
 	return in + "; " + out
+}
+
+// openIptables returns commands that let guests through a chain of iptables.
+func (n *NAT) openIptables(program, chain string, hook nftables.ChainHook) string {
+	return eachWay(hook, fmt.Sprintf("%s -I %s -i '%s+' -j ACCEPT", program, chain, n.config.NamespacePrefix),
+		fmt.Sprintf("%s -I %s -o '%s+' -j ACCEPT", program, chain, n.config.NamespacePrefix))
+}
+
+// openFirewall returns commands that let guests through another firewall's chain.
+func (n *NAT) openFirewall(f *firewall, c *nftables.Chain) string {
+	l, hook := n.layout, *c.Hooknum
+	has := func(match func(string) bool) bool {
+		return slices.ContainsFunc(f.chains, func(o *nftables.Chain) bool { return o.Table.Name == c.Table.Name && match(o.Name) })
+	}
+	ufw := has(func(name string) bool { return strings.HasPrefix(name, "ufw-") })
+	forward := hook == *nftables.ChainHookForward
+	switch {
+	case c.Table.Name == "firewalld":
+		return fmt.Sprintf("firewall-cmd --zone=trusted --add-source=%s --add-source=%s", l.namespaceVeth, l.hostVeth)
+	case ufw && forward:
+		return fmt.Sprintf("ufw route allow from %s; ufw route allow to %s", l.namespaceVeth, l.hostVeth)
+	case ufw:
+		return eachWay(hook, fmt.Sprintf("ufw allow from %s", l.namespaceVeth), fmt.Sprintf("ufw allow out to %s; ufw allow out to %s", l.namespaceVeth, l.hostVeth))
+	case forward && has(func(name string) bool { return name == dockerUser }):
+		return n.openIptables("iptables", dockerUser, hook)
+	case c.Table.Name == "filter" && chainNames[hook] == c.Name:
+		return n.openIptables("iptables", c.Name, hook)
+	}
+	insert := fmt.Sprintf("nft insert rule %s %s %s", familyName(c.Table.Family), c.Table.Name, c.Name)
+	return eachWay(hook, fmt.Sprintf(`%s iifname "%s*" accept`, insert, n.config.NamespacePrefix), fmt.Sprintf(`%s oifname "%s*" accept`, insert, n.config.NamespacePrefix))
 }
 
 func familyName(f nftables.TableFamily) string {
@@ -375,16 +397,23 @@ func (p passage) match(e *expr.Match) bool {
 	case *xt.Comment:
 		return true
 	case *xt.ConntrackMtinfo3:
-		if xt.ConntrackFlags(info.MatchFlags)&^xt.ConntrackStateAlias != xt.ConntrackState {
-			return false
-		}
-		// Its bits are those of ct state (XT_CONNTRACK_STATE_BIT), and one for translated destinations.
-		const translated = 1 << 7
-		state := uint16(p.state)
-		if p.status&ipsDstNAT != 0 {
-			state |= translated
-		}
-		return (info.StateMask&state != 0) != (info.InvertFlags&uint16(xt.ConntrackState) != 0)
+		return onlyState(info.MatchFlags) && p.inState(info.StateMask, info.InvertFlags&uint16(xt.ConntrackState) != 0)
 	}
 	return false
+}
+
+// onlyState tells whether iptables' conntrack extension looks at nothing but the state.
+func onlyState(flags uint16) bool {
+	return xt.ConntrackFlags(flags)&^xt.ConntrackStateAlias == xt.ConntrackState
+}
+
+// inState tells whether iptables' conntrack extension matches. Its bits are those of ct state
+// (XT_CONNTRACK_STATE_BIT), and one for translated destinations.
+func (p passage) inState(mask uint16, invert bool) bool {
+	const translated = 1 << 7
+	state := uint16(p.state)
+	if p.status&ipsDstNAT != 0 {
+		state |= translated
+	}
+	return (mask&state != 0) != invert
 }

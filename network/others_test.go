@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -11,11 +12,16 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
 
 	"drafter/internal/testhost"
 )
@@ -758,5 +764,108 @@ func TestFirewalls(t *testing.T) {
 				t.Errorf("after that the log says:\n%s", said)
 			}
 		})
+	}
+}
+
+// legacyRule is an entry of iptables-legacy's for packets from and to interfaces whose names begin so, "" for
+// any: with a verdict, or the end of the table without.
+func legacyRule(in, out string, verdict *int32) []byte {
+	target := binary.NativeEndian.AppendUint16(nil, 40)
+	if verdict == nil {
+		target = append(binary.NativeEndian.AppendUint16(nil, 64), "ERROR"...)
+	}
+	size := binary.NativeEndian.Uint16(target)
+	target = append(target, make([]byte, int(size)-len(target))...)
+	if verdict != nil {
+		binary.NativeEndian.PutUint32(target[iptHeader:], uint32(*verdict))
+	} else {
+		copy(target[iptHeader:], "ERROR")
+	}
+	e := make([]byte, iptEntry)
+	copy(e[16:], in)
+	copy(e[32:], out)
+	for i := range in {
+		e[48+i] = 0xff
+	}
+	for i := range out {
+		e[64+i] = 0xff
+	}
+	binary.NativeEndian.PutUint16(e[88:], iptEntry)
+	binary.NativeEndian.PutUint16(e[90:], iptEntry+size)
+	return append(e, target...)
+}
+
+// setLegacy replaces the filter table of iptables-legacy (struct ipt_replace): FORWARD has rules before its
+// policy, the others let pass.
+func setLegacy(t *testing.T, policy int32, rules ...[]byte) {
+	t.Helper()
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	info := make([]byte, 84)
+	copy(info, "filter")
+	if err := getOption(fd, iptGetInfo, info); err != nil { // this makes it
+		t.Skipf("SKIPPED: this kernel has no iptables-legacy: %v", err)
+	}
+	accept := int32(iptAccept)
+	pass := legacyRule("", "", &accept)
+	entries := slices.Concat(append([][]byte{pass}, append(rules, legacyRule("", "", &policy), pass, legacyRule("", "", nil))...)...)
+	counters := make([]byte, 16*binary.NativeEndian.Uint32(info[76:]))
+	r := make([]byte, 96, 96+len(entries))
+	copy(r, "filter")
+	put := func(at int, v int) { binary.NativeEndian.PutUint32(r[at:], uint32(v)) }
+	put(32, 1<<1|1<<2|1<<3) // hooks
+	put(36, len(rules)+4)
+	put(40, len(entries))
+	forward := len(pass)
+	last := forward + len(slices.Concat(rules...))
+	for hook, at := range map[int][2]int{1: {0, 0}, 2: {forward, last}, 3: {last + len(pass), last + len(pass)}} {
+		put(44+4*hook, at[0])
+		put(64+4*hook, at[1])
+	}
+	put(84, len(counters)/16)
+	binary.NativeEndian.PutUint64(r[88:], uint64(uintptr(unsafe.Pointer(&counters[0]))))
+	r = append(r, entries...)
+	const replace = 64 // IPT_SO_SET_REPLACE
+	_, _, errno := unix.Syscall6(unix.SYS_SETSOCKOPT, uintptr(fd), unix.IPPROTO_IP, replace, uintptr(unsafe.Pointer(&r[0])), uintptr(len(r)), 0)
+	runtime.KeepAlive(counters)
+	if errno != 0 {
+		t.Fatalf("replace the table of iptables-legacy: %v", errno)
+	}
+}
+
+// TestLegacyFirewall is TestFirewalls for iptables-legacy.
+func TestLegacyFirewall(t *testing.T) {
+	needRoot(t)
+	log := readLog(t)
+	n := startNAT(t, testConfig())
+	endWatch(t, &n.watch)
+	guest := attachGuest(t, "ark0")
+	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
+	drop, accept := int32(iptDrop), int32(iptAccept)
+	setLegacy(t, drop, legacyRule("docker0", "", &accept), legacyRule("ark0-veth", "docker0", &accept))
+	t.Cleanup(func() { setLegacy(t, accept) })
+	n.look()
+	const commands = `open="iptables-legacy -I FORWARD -i 'ark+' -j ACCEPT; iptables-legacy -I FORWARD -o 'ark+' -j ACCEPT"`
+	if said := log.read(); !strings.Contains(said, `table="filter (iptables-legacy)" chain=FORWARD drops="connections of guests, answers to guests, what drafter forwarder publishes"`) || !strings.Contains(said, commands) {
+		t.Errorf("the log says:\n%s", said)
+	}
+	if got := ask(t, guest, "udp4", "192.0.2.254:80"); got != "" {
+		t.Fatalf("a guest reaches outside: %q", got)
+	}
+	setLegacy(t, drop, legacyRule("ark", "", &accept), legacyRule("", "ark", &accept))
+	if got := ask(t, guest, "udp4", "192.0.2.254:80"); got != "outside to 192.0.2.1" {
+		t.Errorf("a guest reaches outside: %q", got)
+	}
+	n.look()
+	if said := log.read(); said != "" {
+		t.Errorf("after that the log says:\n%s", said)
+	}
+	setLegacy(t, accept, legacyRule("ark0", "", &drop))
+	n.look()
+	if said := log.read(); !strings.Contains(said, `drops="connections of guests"`) {
+		t.Errorf("of a rule that drops the log says:\n%s", said)
 	}
 }
