@@ -334,8 +334,10 @@ func GuardGuest(ns, mac string) error {
 		}
 	}
 	err = inNamespace(ns, func() error {
-		if err := c.resetConnections(l); err != nil {
-			return err
+		if !occupied(c.NamespaceInterface) {
+			if err := c.vacate(l); err != nil {
+				return err
+			}
 		}
 		if err := c.renewTap(l); err != nil {
 			return err

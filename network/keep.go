@@ -115,9 +115,9 @@ func (n *NAT) keepLink(i int) (done bool, err error) {
 // keepNamespaceRules keeps a namespace's rules, and resets connections of a VM whose VMM was killed and has told nobody.
 func (n *NAT) keepNamespaceRules(i int) (done bool, err error) {
 	err = inNamespace(n.name(i), func() error {
-		vacant := !occupied(n.config.NamespaceInterface)
+		vacant := n.layout.vacant()
 		if vacant && !n.vacant[i] {
-			if err := n.config.resetConnections(n.layout); err != nil {
+			if err := n.layout.resetConnections(); err != nil {
 				return err
 			}
 		}

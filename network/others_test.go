@@ -301,7 +301,8 @@ func TestOwnPort(t *testing.T) {
 // those who connect hear at once that it is gone.
 func TestReset(t *testing.T) {
 	needRoot(t)
-	startNAT(t, testConfig())
+	n := startNAT(t, testConfig())
+	endWatch(t, &n.watch)
 	startForwarder(t, forwardTo("ark0", "tcp", "127.0.0.1:3333"), forwardTo("ark0", "tcp", "192.0.2.1:3333"), forwardTo("ark0", "udp", "192.0.2.1:3333"))
 	var server net.Listener
 	err := inNamespace(testhost.Outside, func() (err error) { server, err = net.Listen("tcp4", "192.0.2.254:7"); return err })
@@ -313,7 +314,19 @@ func TestReset(t *testing.T) {
 		// The VMM of a VM that has moved is still there for a while.
 		"vacated":   func(c *Claim) error { return c.Vacate() },
 		"suspended": func(c *Claim) error { unplug["ark0"](); return c.Close() },
-		"killed":    func(c *Claim) error { unplug["ark0"](); return c.lock.Release() },
+		"killed": func(c *Claim) error {
+			n.look()
+			unplug["ark0"]()
+			eventually(t, "the kernel notices that nobody is behind the tap", func() string {
+				vacant := false
+				if err := inNamespace("ark0", func() error { vacant = n.layout.vacant(); return nil }); err != nil || !vacant {
+					return fmt.Sprint(err)
+				}
+				return ""
+			})
+			n.look()
+			return c.lock.Release()
+		},
 		"killed, and another VM follows": func(c *Claim) error {
 			unplug["ark0"]()
 			return errors.Join(c.lock.Release(), GuardGuest("ark0", testConfig().NamespaceInterfaceMAC))
@@ -413,7 +426,7 @@ func TestResetSparesOthers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := inNamespace("ark0", func() error { return config.resetConnections(l) }); err != nil {
+	if err := inNamespace("ark0", l.resetConnections); err != nil {
 		t.Fatal(err)
 	}
 	c.SetDeadline(time.Now().Add(10 * time.Second))

@@ -27,26 +27,30 @@ const (
 	tcpEstablished = 3 // nf_conntrack_tcp.h
 	tcpCloseWait   = 5
 
-	resetPatience = 300 * time.Millisecond // for answers
+	resetPatience = time.Second           // for answers: a client that has just given one waits for 500 ms (tcp_invalid_ratelimit)
+	resetTransit  = 50 * time.Millisecond // of an RST through the host, whose connection tracking must know it
 )
 
 // Vacate says to all who have a connection with the namespace's guest that it is gone, and to those who
 // connect. Call it when the VM does not run here any more, even if its VMM is still there: it loses its
 // network. It does nothing for a namespace that no NAT made.
 func (c *Claim) Vacate() error {
-	return c.atTap("reset connections", func(config *NATConfig, l *layout) error {
-		link, err := netlink.LinkByName(config.NamespaceInterface)
-		if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
-			return config.resetConnections(l) // a VMM may have removed it
-		}
-		if err == nil {
-			err = netlink.LinkSetDown(link)
-		}
-		if err != nil {
-			return fmt.Errorf("take down %s: %w", config.NamespaceInterface, err)
-		}
-		return config.resetConnections(l)
-	})
+	return c.atTap("reset connections", func(config *NATConfig, l *layout) error { return config.vacate(l) })
+}
+
+// vacate is [Claim.Vacate] within the namespace.
+func (c NATConfig) vacate(l *layout) error {
+	link, err := netlink.LinkByName(c.NamespaceInterface)
+	if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
+		return l.resetConnections() // a VMM may have removed it
+	}
+	if err == nil {
+		err = netlink.LinkSetDown(link)
+	}
+	if err != nil {
+		return fmt.Errorf("take down %s: %w", c.NamespaceInterface, err)
+	}
+	return l.resetConnections()
 }
 
 // atTap runs f in the namespace, if a NAT made it.
@@ -77,16 +81,21 @@ func occupied(tap string) bool {
 	return err == nil && link.Attrs().RawFlags&unix.IFF_LOWER_UP != 0
 }
 
-// resetConnections resets the TCP connections of the namespace that it runs in, unless a VMM has the tap.
-func (c NATConfig) resetConnections(l *layout) error {
-	if occupied(c.NamespaceInterface) {
-		return nil
-	}
+// vacant tells whether packets for the guest take the route of vacantMetric, in the namespace that it runs in.
+// The kernel takes up to a second to notice that a VMM was killed.
+func (l *layout) vacant() bool {
+	link, err := linkTowards(l.guest)
+	return err == nil && link == "lo"
+}
+
+// resetConnections resets the TCP connections of the namespace that it runs in, for which nobody is behind the tap.
+func (l *layout) resetConnections() error {
 	socket, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
 	if err != nil {
 		return err
 	}
 	defer unix.Close(socket)
+	asked := false
 	for deadline := time.Now().Add(resetPatience); ; time.Sleep(10 * time.Millisecond) {
 		flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
 		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
@@ -114,10 +123,15 @@ func (c NATConfig) resetConnections(l *layout) error {
 				return fmt.Errorf("send to %s: %w", net.IP(to[:]), err)
 			}
 		}
+		asked = asked || open
 		if !open || time.Now().After(deadline) {
-			return nil
+			break
 		}
 	}
+	if asked {
+		time.Sleep(resetTransit)
+	}
+	return nil
 }
 
 // segment is an IPv4 packet (RFC 791) with a TCP segment (RFC 9293) without data.
