@@ -6,9 +6,42 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/redis/go-redis/v9"
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/tour"
 )
+
+// flushRules is what a firewall does that is loaded anew. A guest is reached afterwards as before.
+func (s *site) flushRules(t *testing.T) {
+	t.Helper()
+	f, err := s.Start("forwarder", "--port-forwards", tour.Forward("ark0", "6379", redisAddr))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer end(t, f)
+	if _, err := f.Await(t.Context(), "Forwarding"); err != nil {
+		t.Fatal(err)
+	}
+	command(t, s.dir, "nft", "flush", "ruleset")
+	if _, err := f.Await(t.Context(), "Put back what somebody has removed or changed"); err != nil {
+		t.Fatal(err)
+	}
+	c := redis.NewClient(&redis.Options{Addr: redisAddr, MaxRetries: 5})
+	defer c.Close()
+	if err := c.Ping(t.Context()).Err(); err != nil {
+		t.Errorf("after the rules were put back: %v", err)
+	}
+	deadline := time.Now().Add(tour.StepTimeout)
+	for !strings.Contains(command(t, s.dir, "nft", "list", "tables"), "drafter-nat-ark") {
+		if time.Now().After(deadline) {
+			t.Fatal("the NAT's table is not back")
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
 
 // A guest asks the name servers of the host that it is on, as they are at each start: behind a stub those
 // that the stub asks.
@@ -39,6 +72,9 @@ func TestNameServers(t *testing.T) {
 	} {
 		write(t, behind, tt.behind)
 		vm := s.run(t, append([]string{"--enable-input"}, tt.flags...)...)
+		if tt.flags == nil {
+			s.flushRules(t)
+		}
 		io.WriteString(vm.Input, "\n")
 		s.waitOutput(t, vm, "drafter# ")
 		// What the container has, too.

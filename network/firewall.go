@@ -49,7 +49,12 @@ func (n *NAT) passages() (list []passage) {
 
 // sayFirewalls names the chains of others that cut guests off, and what opens them.
 func (n *NAT) sayFirewalls() {
-	f, err := readFirewall()
+	now, err := generation()
+	if err == nil && (n.firewall == nil || n.firewall.generation != now) {
+		if n.firewall, err = readFirewall(); err == nil {
+			n.firewall.generation = now
+		}
+	}
 	if err != nil {
 		n.news.say("firewalls", "The rules of other firewalls cannot be read; they may cut guests off", "error", err)
 		return
@@ -68,9 +73,9 @@ func (n *NAT) sayFirewalls() {
 				dropped[c] = append(dropped[c], p.what)
 			}
 		}
-		for _, c := range f.chains {
-			if c.Hooknum != nil && *c.Hooknum == p.hook && c.Type == nftables.ChainTypeFilter && f.verdict(c, p) == drops {
-				note(culprit{familyName(c.Table.Family) + " " + c.Table.Name, c.Name, n.openFirewall(f, c)})
+		for _, c := range n.firewall.chains {
+			if c.Hooknum != nil && *c.Hooknum == p.hook && c.Type == nftables.ChainTypeFilter && n.firewall.verdict(c, p) == drops {
+				note(culprit{familyName(c.Table.Family) + " " + c.Table.Name, c.Name, n.openFirewall(n.firewall, c)})
 			}
 		}
 		if legacy != nil && legacy.verdict(p) == drops {
@@ -152,6 +157,8 @@ type firewall struct {
 	chains []*nftables.Chain
 	rules  map[*nftables.Chain][]*nftables.Rule
 	sets   map[string][]nftables.SetElement // by table and name
+
+	generation uint32 // of what was read
 }
 
 // readFirewall reads the chains of others in the calling thread's network namespace.

@@ -43,7 +43,7 @@ type Forwarder struct {
 	reserved []io.Closer
 
 	forwards []forward
-	state    []string // of the table
+	table    applied
 	watch    *watch
 	news     news
 }
@@ -115,11 +115,12 @@ func StartForwarder(c ForwarderConfig) (_ *Forwarder, err error) {
 
 // apply puts the forwards in force and notes how they are there. A client that sent to an address before
 // has a connection that leads elsewhere; it ends, so that the next packet takes the forward.
-func (f *Forwarder) apply() (err error) {
+func (f *Forwarder) apply() error {
 	if err := f.applyRules(f.forwards); err != nil {
 		return err
 	}
-	if f.state, err = tableState(f.name); err != nil {
+	f.table.table = f.name
+	if err := f.table.note(); err != nil {
 		return err
 	}
 	return forgetConnections(func(c *netlink.ConntrackFlow) bool {
@@ -139,12 +140,11 @@ func (p PortForward) takes(c *netlink.ConntrackFlow) bool {
 
 // look puts the forwards back in force if somebody has removed or changed them.
 func (f *Forwarder) look() {
-	now, err := tableState(f.name)
-	gone := err == nil && !slices.Equal(now, f.state)
-	if gone {
+	intact, err := f.table.intact()
+	if err == nil && !intact {
 		err = f.apply()
 	}
-	f.news.mended("nftables table ip "+f.name, gone, err)
+	f.news.mended("nftables table ip "+f.name, !intact, err)
 	for _, p := range f.forwards {
 		line := ""
 		if own, err := hostAddress(p.external.Addr().AsSlice()); err == nil && !own {

@@ -68,11 +68,13 @@ type NAT struct {
 	outgoing []string // interfaces
 	follows  bool     // whether they are those of the default route
 
-	watch      *watch
-	hostState  []string   // of the host's table
-	guestState [][]string // of the namespaces' tables
-	vacant     []bool     // namespaces behind whose tap was no VMM at the last look
-	news       news
+	watch       *watch
+	hostTable   applied
+	guestTables []applied // of the namespaces
+	vacant      []bool    // namespaces behind whose tap was no VMM at the last look
+	firewall    *firewall // of others
+	next        int       // namespace that the next look visits first
+	news        news
 }
 
 // natRecord is kept on disk while a NAT runs, so that the next one can clean up after a crash.
@@ -186,7 +188,7 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &NAT{config: c, layout: l, guestState: make([][]string, l.count), vacant: make([]bool, l.count), news: news{}}
+	n := &NAT{config: c, layout: l, guestTables: make([]applied, l.count), vacant: make([]bool, l.count), news: news{}}
 	lock, err := rundir.Lock("nat-" + c.NamespacePrefix)
 	var held *lockfile.HeldError
 	if errors.As(err, &held) {
@@ -718,8 +720,8 @@ func (n *NAT) guard(i int) error {
 		if err != nil {
 			return err
 		}
-		n.guestState[i], err = tableState(namespaceTable)
-		return err
+		n.guestTables[i].table = namespaceTable
+		return n.guestTables[i].note()
 	})
 }
 

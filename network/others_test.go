@@ -63,7 +63,7 @@ func shell(t *testing.T, command string) {
 	}
 }
 
-// eventually waits until check returns "", for a minute: looks come every two seconds, on a busy machine
+// eventually waits until check returns "", for a minute: looks come every few seconds, on a busy machine
 // later.
 func eventually(t *testing.T, what string, check func() string) {
 	t.Helper()

@@ -2,6 +2,7 @@ package network
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -20,7 +21,7 @@ import (
 // forwarder look after what they have made, and put it back.
 
 // lookInterval is between looks for changes that no notification tells. A variable for the tests.
-var lookInterval = 2 * time.Second
+var lookInterval = 3 * time.Second
 
 // lookPause is between two looks, however many changes there are.
 const lookPause = 100 * time.Millisecond
@@ -132,6 +133,65 @@ func keepSysctl(name, value string) (changed bool, err error) {
 		return false, nil
 	}
 	return true, setSysctl(name, value)
+}
+
+// applied is a table of ours as the kernel had it when it was applied.
+type applied struct {
+	table      string
+	state      []string
+	generation uint32 // when it was last like that
+}
+
+// note notes how the table is, just after it was applied.
+func (a *applied) note() (err error) {
+	if a.generation, err = generation(); err != nil {
+		return err
+	}
+	a.state, err = tableState(a.table)
+	return err
+}
+
+// intact tells whether nobody has removed or changed the table since.
+func (a *applied) intact() (bool, error) {
+	now, err := generation()
+	if err != nil || now == a.generation {
+		return true, err
+	}
+	state, err := tableState(a.table)
+	if err != nil || !slices.Equal(state, a.state) {
+		return false, err
+	}
+	a.generation = now
+	return true, nil
+}
+
+// generation is a number that differs after each change of nftables' rules, in the calling thread's network
+// namespace.
+func generation() (uint32, error) {
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return 0, fmt.Errorf("read nftables rules: %w", err)
+	}
+	defer conn.Close()
+	messages, err := conn.Execute(netlink.Message{
+		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETGEN, Flags: netlink.Request},
+		Data:   []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, 0},
+	})
+	if err != nil || len(messages) == 0 {
+		return 0, fmt.Errorf("read the generation of nftables' rules: %w", err)
+	}
+	d, err := netlink.NewAttributeDecoder(messages[0].Data[4:])
+	if err != nil {
+		return 0, fmt.Errorf("read the generation of nftables' rules: %w", err)
+	}
+	d.ByteOrder = binary.BigEndian
+	number := uint32(0)
+	for d.Next() {
+		if d.Type() == unix.NFTA_GEN_ID {
+			number = d.Uint32()
+		}
+	}
+	return number, d.Err()
 }
 
 // tableState is all that the kernel holds of an IPv4 table of the calling thread's network namespace, in an
