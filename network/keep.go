@@ -106,6 +106,9 @@ func (n *NAT) keepLink(i int) (done bool, err error) {
 	if connected, err := n.connected(i); err != nil || connected {
 		return false, err
 	}
+	if ours, err := madeHere(name); err != nil || !ours {
+		return false, errors.Join(err, fmt.Errorf("somebody has made network namespace %s anew; it stays", name))
+	}
 	if err := n.connect(i); err != nil {
 		return false, err
 	}
