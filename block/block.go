@@ -14,7 +14,8 @@ type Device interface {
 	io.ReaderAt
 	io.WriterAt
 	Size() int64
-	// Sync returns once every completed WriteAt and Trim survives a power cut. Once it has failed it fails for ever: what was lost is unknown.
+	// Sync returns once every completed WriteAt and Trim survives a power cut. Once it has failed it fails for ever: what was lost is unknown. If it failed
+	// for want of room (see [NoRoom]), nothing was lost, and it may succeed later.
 	Sync() error
 	// Close frees the device without syncing it.
 	Close() error

@@ -50,6 +50,7 @@ func OpenOverlay(base Device, baseID ID, paths OverlayPaths, blockSize int64) (_
 	if err := o.discardUncommitted(); err != nil {
 		return nil, errors.Join(fmt.Errorf("overlay %s: %w", paths.Overlay, err), data.Close(), state.close())
 	}
+	o.data = NewBacklog(data, paths.Overlay)
 	return o, nil
 }
 

@@ -295,10 +295,18 @@ func (o *Overlay) Sync() error {
 	if err == nil {
 		err = o.state.commit(pages)
 	}
-	if err != nil {
+	if NoRoom(err) {
+		o.state.giveBack(pages) // what cannot be tried again fails again
+	} else if err != nil {
 		o.failed.Store(&err)
 	}
 	return err
+}
+
+// Backlog is what of the overlay waits for room.
+func (o *Overlay) Backlog() *Backlog {
+	b, _ := o.data.(*Backlog)
+	return b
 }
 
 // Close implements [Device].

@@ -261,8 +261,9 @@ func (d *Pulled) fetch(f *flight, first, end int64, urgent bool) {
 	var err error
 	for attempt := 1; ; attempt++ {
 		if err = d.remote.Fetcher.Fetch(d.ctx, first, p, urgent); err == nil {
-			err = d.store(first, p)
-			break
+			if err = d.store(first, p); !NoRoom(err) {
+				break
+			}
 		}
 		if errors.Is(err, ErrReplaced) || d.ctx.Err() != nil {
 			break

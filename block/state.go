@@ -251,6 +251,13 @@ func (s *stateFile) take() []uncommitted {
 	return pages
 }
 
+// giveBack leaves pages that were taken, and not committed, to the next commit.
+func (s *stateFile) giveBack(pages []uncommitted) {
+	for _, p := range pages {
+		s.dirty.Set(p.index)
+	}
+}
+
 // commit makes pages durable.
 func (s *stateFile) commit(pages []uncommitted) error {
 	if len(pages) == 0 {

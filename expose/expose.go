@@ -40,7 +40,7 @@ type Device struct {
 type Exposure interface {
 	// Path is where a device is exposed.
 	Path(name string) string
-	// Failed returns the first error that a device gave to those who use its path: they only see an I/O error.
+	// Failed returns the first error that a device gave to those who use its path: they only see an I/O error. Want of room is none: see [block.Backlog].
 	Failed() error
 	// Close takes the paths away; nobody may use them any more. It neither syncs nor closes the devices.
 	Close() error

@@ -518,7 +518,8 @@ func (i *Instance) withNameServers(args string) string {
 }
 
 // Suspend stops the VM for good and leaves it in its devices, so that it can be resumed. The guest's agent gets agentTimeout to prepare; when it
-// fails to, the VM is suspended all the same and the failure is part of the error. Saved says whether the devices hold the VM.
+// fails to, the VM is suspended all the same and the failure is part of the error. Saved says whether the devices hold the VM; if they do not, it runs on, and
+// Suspend can be tried again.
 func (i *Instance) Suspend(ctx context.Context, agentTimeout time.Duration) (saved bool, err error) {
 	if i.frozen {
 		return true, nil
@@ -530,15 +531,33 @@ func (i *Instance) Suspend(ctx context.Context, agentTimeout time.Duration) (sav
 		cancel()
 	}
 	if err := i.save(ctx); err != nil {
-		return false, errors.Join(err, agentErr)
+		return false, errors.Join(err, agentErr, i.goOn(context.WithoutCancel(ctx), agentTimeout))
 	}
 	i.frozen = true
 	return true, agentErr
 }
 
+// goOn lets a VM run on that could not be saved, unless it has ended.
+func (i *Instance) goOn(ctx context.Context, agentTimeout time.Duration) error {
+	select {
+	case <-i.machine.Done():
+		return nil
+	default:
+	}
+	ctx, cancel := context.WithTimeout(ctx, agentTimeout)
+	defer cancel()
+	if err := i.Rescue(ctx); err != nil {
+		return fmt.Errorf("let the VM run on: %w", err)
+	}
+	if err := i.AfterResume(ctx, agentTimeout); err != nil { // the VM runs
+		slog.Warn("The VM runs on, but its agent does not answer", "error", err)
+	}
+	return nil
+}
+
 func (i *Instance) save(ctx context.Context) error {
-	if err := i.machine.Pause(ctx); err != nil {
-		return fmt.Errorf("suspend: %w", i.prefer(err))
+	if err := i.Pause(ctx); err != nil {
+		return fmt.Errorf("suspend: %w", err)
 	}
 	var state vmm.StateBuffer
 	if err := i.machine.Save(ctx, &state); err != nil {
@@ -553,6 +572,7 @@ func (i *Instance) save(ctx context.Context) error {
 			return fmt.Errorf("suspend: device %s: %w", name, err)
 		}
 	}
+	i.left, i.frozen = true, true // even if it fails: a Rescue takes back what the device says
 	return i.withState(func(dev StateDevice) error { return vmm.WriteState(dev, i.config.ID, state.Bytes()) })
 }
 

@@ -160,10 +160,14 @@ func (o *outgoing) mark(state State) <-chan struct{} {
 	o.wg.Go(func() {
 		defer close(done)
 		<-previous
-		if err := o.config.VM.Mark(context.Background(), state, o.id); err != nil {
-			o.mu.Lock()
+		err := o.config.VM.Mark(context.Background(), state, o.id)
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		switch {
+		case err != nil:
 			o.markErr = errors.Join(o.markErr, fmt.Errorf("note that the VM is %q: %w", state, err))
-			o.mu.Unlock()
+		case state == Moved:
+			o.markErr = nil // what it could not keep here is of no use any more
 		}
 	})
 	return done

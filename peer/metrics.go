@@ -11,6 +11,9 @@ var (
 	describeDirty = prometheus.NewDesc("drafter_device_dirty_bytes", "Bytes written to a device that no migration has taken yet.", []string{"device"}, nil)
 	describeSize  = prometheus.NewDesc("drafter_device_size_bytes", "Size of a device.", []string{"device"}, nil)
 
+	describeUnstored = prometheus.NewDesc("drafter_device_unstored_bytes", "Bytes written to a device that wait for room on the file system of its file.", []string{"device", "path"}, nil)
+	describeFree     = prometheus.NewDesc("drafter_device_free_bytes", "Bytes that are free on the file system of a device's file.", []string{"device", "path"}, nil)
+
 	describeState    = prometheus.NewDesc("drafter_migration_state", "1 for the state that the last migration is in.", []string{"state"}, nil)
 	describeCycle    = prometheus.NewDesc("drafter_migration_cycles", "Cycles of pre-copy in the last migration.", nil, nil)
 	describeDuration = prometheus.NewDesc("drafter_migration_duration_seconds", "How long the last migration has taken so far.", nil, nil)
@@ -31,7 +34,7 @@ type metrics struct{ p *Peer }
 // Describe implements [prometheus.Collector].
 func (m metrics) Describe(descriptions chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		describeDirty, describeSize, describeState, describeCycle, describeDuration, describeDowntime, describeWire, describeSent, describeSaved, describePending, describeBackup, describeVMM,
+		describeDirty, describeSize, describeUnstored, describeFree, describeState, describeCycle, describeDuration, describeDowntime, describeWire, describeSent, describeSaved, describePending, describeBackup, describeVMM,
 	} {
 		descriptions <- d
 	}
@@ -46,6 +49,10 @@ func (m metrics) Collect(out chan<- prometheus.Metric) {
 	for name, d := range m.p.devices {
 		gauge(describeDirty, float64(d.Dirty()*block.PageSize), name)
 		gauge(describeSize, float64(d.Size()), name)
+		gauge(describeUnstored, float64(d.Backlog.Missing()), name, d.Backlog.Path())
+		if r, err := block.RoomAt(d.Backlog.Path()); err == nil {
+			gauge(describeFree, float64(r.Free), name, d.Backlog.Path())
+		}
 	}
 	syncer, vm := m.p.syncer, m.p.instance
 	m.p.mu.Unlock()

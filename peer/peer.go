@@ -71,6 +71,7 @@ type Peer struct {
 	exposure expose.Exposure
 	instance *instance.Instance
 	syncer   *syncer // nil unless the instance is backed up
+	endRoom  func()  // ends what watchRoom does; nil before
 
 	refusals, failures limitedlog.Log       // of connections, and of migrations
 	settled            sync.WaitGroup       // who waits for an operator to settle an arrival
@@ -226,10 +227,10 @@ func (p *Peer) openDevices(ctx context.Context) error {
 		d := &p.config.Devices[i]
 		g.Go(func() error {
 			var err error
-			if opened[i], err = p.open(ctx, d); err != nil {
-				return fmt.Errorf("device %s: %w", d.Name, err)
+			if opened[i], err = p.open(ctx, d); err == nil {
+				err = d.provide(opened[i], true)
 			}
-			return nil
+			return named(d.Name, err)
 		})
 	}
 	err := g.Wait()
@@ -278,6 +279,7 @@ func (p *Peer) expose(config *vmm.PackageConfig) error {
 	if p.dir, err = vmm.CreateDir(host.BaseDir, "peer"); err != nil {
 		return err
 	}
+	p.endRoom = p.watchRoom()
 	var devices []expose.Device
 	for _, d := range p.config.Devices {
 		kind := expose.Disk
@@ -360,7 +362,8 @@ func (p *Peer) Wait() error { return errors.Join(p.instance.Wait(), p.exposure.F
 func (p *Peer) Agent() *agent.Client { return p.instance.Agent() }
 
 // Suspend stops the VM and leaves it in its devices. It uses a context of its own: a suspend is how a run ends well, whatever the caller's context has
-// come to. Of a VM that is still arriving, it waits for the rest first. An instance that is backed up is backed up once more, as it is then. After it, Close.
+// come to. Of a VM that is still arriving, it waits for the rest first. An instance that is backed up is backed up once more, as it is then. A VM that cannot be
+// stored runs on, and Suspend can be tried again, as when there is no room (see [block.NoRoom]). After it, Close.
 func (p *Peer) Suspend(ctx context.Context) error {
 	start := time.Now()
 	if err := p.awaitArrival(ctx); err != nil {
@@ -374,7 +377,7 @@ func (p *Peer) Suspend(ctx context.Context) error {
 	}
 	saved, err := p.instance.Suspend(ctx, p.config.RescueTimeout)
 	if err = errors.Join(err, p.exposure.Failed()); !saved {
-		return err
+		return err // and the VM runs on, unless it has ended
 	}
 	// What arrived last may have been made durable by the suspend only.
 	err = errors.Join(err, p.forgetMissing(), p.instance.Close())
@@ -421,6 +424,10 @@ func (p *Peer) closeDevices(sync bool) error {
 	if p.exposure != nil {
 		errs = append(errs, p.exposure.Close())
 		p.exposure = nil
+	}
+	if p.endRoom != nil {
+		p.endRoom()
+		p.endRoom = nil
 	}
 	if p.dir != nil {
 		errs = append(errs, p.dir.Close())

@@ -308,6 +308,9 @@ func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID
 		a.p.devices[offered.Name] = s
 		a.p.mu.Unlock()
 		held[offered.Name] = h
+		if err := d.provide(s, false); err != nil {
+			return nil, fmt.Errorf("device %s: %w", offered.Name, err)
+		}
 		if offered.Name == vmm.State { // beneath what is sealed
 			a.header, _ = s.Incoming.Device.(*heldHeader)
 			if err := vmm.MarkArriving(s.Incoming.Device, migration); err != nil {
@@ -410,6 +413,9 @@ func (a *arrival) endWatch() {
 func (a *arrival) Expect(_ context.Context, migration uuid.UUID) error {
 	if a.header == nil {
 		return fmt.Errorf("device %s does not come with the VM; set makeMigratable on for it, here and on the source", vmm.State)
+	}
+	if memory := a.p.devices[vmm.Memory]; memory.Incoming != nil {
+		memory.Backlog.Keep() // until here, a VM that there is no room for is better off at its source
 	}
 	return named(vmm.State, a.header.expect(migration))
 }

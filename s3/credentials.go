@@ -3,8 +3,14 @@ package s3
 import (
 	"errors"
 	"fmt"
+	"net"
+	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
+	"time"
 
 	"github.com/minio/minio-go/v7/pkg/credentials"
 	"golang.org/x/sys/unix"
@@ -41,9 +47,49 @@ func (p Place) credentials() (*credentials.Credentials, error) {
 	}
 	creds = credentials.NewChainCredentials(append(environment, &credentials.FileAWSCredentials{}, &credentials.FileMinioClient{}))
 	if v, err := creds.GetWithContext(nil); err != nil || v.AccessKeyID == "" {
+		if provider, err := container(); provider != nil || err != nil {
+			return credentials.New(provider), err
+		}
 		return nil, errors.New("there are no credentials; name a file of them with --s3-credentials, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment")
 	}
 	return creds, nil
+}
+
+// Where containers get credentials from over plain HTTP, besides loopback addresses: Amazon's ECS and EKS (see "Container credential provider" in its reference
+// of SDKs and tools).
+const ecsAddress = "169.254.170.2"
+
+var containerAddresses = []string{ecsAddress, "169.254.170.23", "fd00:ec2::23"}
+
+// container finds the provider of credentials that this process was given as a container; nil if it was given none. What it provides is asked for when it is
+// needed, and again before it expires.
+func container() (credentials.Provider, error) {
+	client := &http.Client{Timeout: 10 * time.Second, CheckRedirect: func(*http.Request, []*http.Request) error {
+		return errors.New("the provider of credentials redirects elsewhere")
+	}}
+	if os.Getenv("AWS_WEB_IDENTITY_TOKEN_FILE") != "" {
+		return &credentials.IAM{Client: client}, nil // over TLS
+	}
+	if uri := os.Getenv("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"); uri != "" {
+		if !strings.HasPrefix(uri, "/") {
+			return nil, fmt.Errorf("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI %q does not begin with a slash", uri)
+		}
+		return &credentials.IAM{Client: client, Endpoint: "http://" + ecsAddress + uri}, nil
+	}
+	uri := os.Getenv("AWS_CONTAINER_CREDENTIALS_FULL_URI")
+	if uri == "" {
+		return nil, nil
+	}
+	u, err := url.Parse(uri)
+	if err != nil {
+		return nil, errors.New("AWS_CONTAINER_CREDENTIALS_FULL_URI is no URI") // which may hold a secret
+	}
+	ip := net.ParseIP(u.Hostname())
+	near := u.Hostname() == "localhost" || ip.IsLoopback() || slices.ContainsFunc(containerAddresses, func(a string) bool { return net.ParseIP(a).Equal(ip) })
+	if u.Hostname() == "" || u.Scheme != "https" && (u.Scheme != "http" || !near) {
+		return nil, fmt.Errorf("AWS_CONTAINER_CREDENTIALS_FULL_URI names %s://%s, which credentials are not asked of: it must be https, or a loopback address, or that of ECS or EKS (%s)", u.Scheme, u.Host, strings.Join(containerAddresses, ", "))
+	}
+	return &credentials.IAM{Client: client, Endpoint: uri}, nil
 }
 
 // defaultFiles are those that the AWS and MinIO command lines use.

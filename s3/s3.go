@@ -20,6 +20,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/minio/minio-go/v7"
@@ -66,10 +67,14 @@ func (p Place) Check() error {
 	return nil
 }
 
+// ErrAway says that a storage does not answer, or answers that it cannot now. It may come back.
+var ErrAway = errors.New("the storage is away")
+
 // Store is a place that has answered. Its methods are safe for concurrent use.
 type Store struct {
-	place  Place
-	client *minio.Client
+	place     Place
+	client    *minio.Client
+	transport *boundedTransport
 }
 
 // How long things may take before they are tried again, and how often.
@@ -81,7 +86,7 @@ const (
 	headerTimeout  = 20 * time.Second
 )
 
-// Open connects with a place, and fails if it does not exist or refuses the credentials.
+// Open connects with a place, and fails if it does not exist or refuses the credentials. The error of one that may be there later is an [ErrAway].
 func Open(ctx context.Context, p Place) (*Store, error) {
 	if err := p.Check(); err != nil {
 		return nil, err
@@ -93,20 +98,18 @@ func Open(ctx context.Context, p Place) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", p, err)
 	}
-	client, err := minio.New(p.Endpoint, &minio.Options{
-		Creds: creds, Secure: p.Secure, Region: os.Getenv("AWS_REGION"), MaxRetries: 1,
-		Transport: &boundedTransport{&http.Transport{
-			Proxy:           http.ProxyFromEnvironment,
-			DialContext:     (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 15 * time.Second}).DialContext,
-			TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12}, TLSHandshakeTimeout: 10 * time.Second,
-			ResponseHeaderTimeout: headerTimeout, ExpectContinueTimeout: 5 * time.Second,
-			MaxIdleConnsPerHost: 2 * p.Concurrency, IdleConnTimeout: time.Minute, DisableCompression: true,
-		}},
-	})
+	transport := &boundedTransport{Transport: &http.Transport{
+		Proxy:           http.ProxyFromEnvironment,
+		DialContext:     (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 15 * time.Second}).DialContext,
+		TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12}, TLSHandshakeTimeout: 10 * time.Second,
+		ResponseHeaderTimeout: headerTimeout, ExpectContinueTimeout: 5 * time.Second,
+		MaxIdleConnsPerHost: 2 * p.Concurrency, IdleConnTimeout: time.Minute, DisableCompression: true,
+	}}
+	client, err := minio.New(p.Endpoint, &minio.Options{Creds: creds, Secure: p.Secure, Region: os.Getenv("AWS_REGION"), MaxRetries: 1, Transport: transport})
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", p, err)
 	}
-	s := &Store{p, client}
+	s := &Store{p, client, transport}
 	err = s.try(ctx, 3, func(ctx context.Context) error {
 		for object := range client.ListObjects(ctx, p.Bucket, minio.ListObjectsOptions{Prefix: s.key("manifest.json"), MaxKeys: 1}) {
 			return object.Err
@@ -123,11 +126,22 @@ func Open(ctx context.Context, p Place) (*Store, error) {
 // maxAnswer bounds what a storage answers besides objects, in bytes: a page of a list has 1000 names of at most 1 KiB.
 const maxAnswer = 4 << 20
 
-// boundedTransport cuts off answers that are no objects, of which the library reads all.
-type boundedTransport struct{ *http.Transport }
+// boundedTransport cuts off answers that are no objects, of which the library reads all, and compares the storage's clock with this host's.
+type boundedTransport struct {
+	*http.Transport
+	ahead atomic.Int64 // how much the storage's clock is, in nanoseconds
+}
+
+// maxAhead is how far apart clocks may be for a signature to count; see "RequestTimeTooSkewed" in Amazon's list of error codes.
+const maxAhead = 15 * time.Minute
 
 func (t *boundedTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	resp, err := t.Transport.RoundTrip(req)
+	if err == nil {
+		if date, derr := http.ParseTime(resp.Header.Get("Date")); derr == nil {
+			t.ahead.Store(int64(time.Until(date)))
+		}
+	}
 	if err == nil && (req.Method != http.MethodGet || req.URL.RawQuery != "" || resp.StatusCode >= http.StatusMultipleChoices) {
 		resp.Body = struct {
 			io.Reader
@@ -154,27 +168,33 @@ func (s *Store) key(name string) string {
 func (s *Store) explain(err error) error {
 	var response minio.ErrorResponse
 	if errors.As(err, &response) {
+		ahead := time.Duration(s.transport.ahead.Load())
 		switch {
+		case response.Code == minio.RequestTimeTooSkewed, response.StatusCode == http.StatusForbidden && ahead.Abs() > maxAhead:
+			return fmt.Errorf("%s: the clocks of this host and of %s differ by %s, so that it refuses what is signed here (%s); set this host's clock, which is now at %s", s.place, s.place.Endpoint, ahead.Abs().Round(time.Second), response.Code, time.Now().UTC().Format(time.RFC3339))
 		case response.Code == minio.NoSuchBucket:
 			return fmt.Errorf("%s: bucket %s does not exist at %s; make it, or name another in s3bucket", s.place, s.place.Bucket, s.place.Endpoint)
 		case response.Code == "InvalidAccessKeyId", response.Code == "XAdminUserNotFound", response.StatusCode == http.StatusForbidden, response.StatusCode == http.StatusUnauthorized:
 			return fmt.Errorf("%s: %s refuses the credentials (%s); see to the file of --s3-credentials, or to those of the environment, and to what they may do in that bucket", s.place, s.place.Endpoint, response.Code)
 		}
 	}
-	return fmt.Errorf("%s at %s: %w", s.place, s.place.Endpoint, err)
+	if permanent(err) || errors.Is(err, context.Canceled) {
+		return fmt.Errorf("%s at %s: %w", s.place, s.place.Endpoint, err)
+	}
+	return fmt.Errorf("%s at %s: %w: %w", s.place, s.place.Endpoint, ErrAway, err)
 }
 
 // permanent tells whether another attempt would fail as well.
 func permanent(err error) bool {
 	var response minio.ErrorResponse
 	if !errors.As(err, &response) {
-		return errors.Is(err, ErrSuperseded)
+		return errors.Is(err, ErrSuperseded) || errors.Is(err, ErrUnfit)
 	}
 	switch response.Code {
 	case "SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "ConditionalRequestConflict", "OperationAborted", "XMinioServerNotInitialized":
 		return false
 	}
-	return response.StatusCode >= 400 && response.StatusCode < 500 && response.StatusCode != http.StatusTooManyRequests && response.StatusCode != http.StatusRequestTimeout
+	return response.StatusCode == http.StatusNotImplemented || response.StatusCode >= 400 && response.StatusCode < 500 && response.StatusCode != http.StatusTooManyRequests && response.StatusCode != http.StatusRequestTimeout
 }
 
 // try calls f until it succeeds, but only so often, with pauses that grow.
@@ -214,12 +234,15 @@ func (s *Store) get(ctx context.Context, name string, off, n, limit int64) (data
 		}
 	}
 	core := minio.Core{Client: s.client}
-	body, info, _, err := core.GetObject(ctx, s.place.Bucket, s.key(name), options)
+	body, info, header, err := core.GetObject(ctx, s.place.Bucket, s.key(name), options)
 	if err != nil {
 		return nil, "", err
 	}
 	defer body.Close()
 	if n > 0 {
+		if header.Get("Content-Range") == "" {
+			return nil, "", fmt.Errorf("%w: it returns whole objects where a part is asked for (Range); use one that has ranges", ErrUnfit)
+		}
 		data = make([]byte, n)
 		if _, err := io.ReadFull(body, data); err != nil {
 			return nil, "", fmt.Errorf("read %s: %w", name, err)

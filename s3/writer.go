@@ -42,8 +42,11 @@ type Writer struct {
 	swept   bool                  // garbage of earlier writers has been looked for
 }
 
-// NewWriter returns a writer that builds on what the place holds. Close it.
+// NewWriter returns a writer that builds on what the place holds. What the storage cannot do is found before anything is written, see [ErrUnfit]. Close it.
 func (s *Store) NewWriter(ctx context.Context) (*Writer, error) {
+	if err := s.probe(ctx); err != nil {
+		return nil, s.explain(err)
+	}
 	latest, err := s.Latest(ctx)
 	if err != nil && !errors.Is(err, ErrNone) {
 		return nil, err
@@ -261,6 +264,9 @@ func (w *Writer) publish(ctx context.Context, next *Backup) error {
 	if errors.Is(err, ErrSuperseded) {
 		return fmt.Errorf("%s: %w", w.store.place, err)
 	}
+	if permanent(err) {
+		return w.store.explain(err)
+	}
 	if err != nil {
 		return fmt.Errorf("%w; it is not known whether the manifest was written", w.store.explain(err))
 	}
@@ -300,7 +306,7 @@ const maxGarbage = 1 << 20
 
 // sweep finds what earlier writers have left: the place is this one's since it wrote its first manifest.
 func (w *Writer) sweep(ctx context.Context) bool {
-	for _, kind := range []string{"packs/", "index/"} {
+	for _, kind := range []string{"packs/", "index/", probes} {
 		for object := range w.store.client.ListObjects(ctx, w.store.place.Bucket, minio.ListObjectsOptions{Prefix: w.store.key(kind), Recursive: true}) {
 			if object.Err != nil {
 				slog.Debug("List objects", "error", object.Err)

@@ -38,6 +38,7 @@ type Stack struct {
 	Incoming *block.Incoming // nil unless a migration brought the device
 	Pulled   *block.Pulled   // nil unless the base is being pulled
 	Contents *block.Contents // of the base, if a migration came whose source lacks it; else nil
+	Backlog  *block.Backlog  // what of the device waits for room on its file system
 
 	created []func() error // remove the files that were made for it
 }
@@ -57,7 +58,8 @@ func (f *Files) Open(ctx context.Context) (*Stack, error) {
 				return nil, errors.Join(err, base.Close())
 			}
 		}
-		return &Stack{Tracker: block.NewTracker(base, f.trackedBlockSize())}, nil
+		backlog := block.NewBacklog(base, f.Base)
+		return &Stack{Tracker: block.NewTracker(backlog, f.trackedBlockSize()), Backlog: backlog}, nil
 	}
 	base, under, id, err := f.beneath(ctx)
 	if err != nil {
@@ -205,7 +207,7 @@ func (f *Files) overlayOver(base block.Device, under, id, origin block.ID, recei
 	if err != nil {
 		return nil, err
 	}
-	s := &Stack{Overlay: overlay, Base: id, Origin: overlay.Origin()}
+	s := &Stack{Overlay: overlay, Base: id, Origin: overlay.Origin(), Backlog: overlay.Backlog()}
 	if receive == nil {
 		s.Tracker = block.NewTracker(overlay, f.trackedBlockSize())
 		return s, nil
@@ -229,7 +231,8 @@ func (f *Files) Receive(ctx context.Context, offered wire.Device, receive func(u
 		if err := base.Lock(true); err != nil {
 			return nil, 0, errors.Join(err, base.Close())
 		}
-		s := &Stack{Incoming: receive(base), created: []func() error{func() error { return os.Remove(f.Base) }}}
+		backlog := block.NewBacklog(base, f.Base)
+		s := &Stack{Incoming: receive(backlog), Backlog: backlog, created: []func() error{func() error { return os.Remove(f.Base) }}}
 		s.Tracker = block.NewTracker(s.Incoming, f.trackedBlockSize())
 		return s, wire.HoldsNothing, nil
 	}

@@ -235,6 +235,7 @@ type file struct {
 	mount  *Mount
 	config Config
 	device expose.Device
+	lost   atomic.Bool // a write-back of memory has failed
 }
 
 var (
@@ -287,12 +288,12 @@ func (f *file) fail(operation string, err error) syscall.Errno {
 	if errors.Is(err, block.ErrReadOnly) {
 		return syscall.EROFS
 	}
+	if block.NoRoom(err) {
+		return syscall.ENOSPC // who writes tries again, and the device's owner says where there is no room
+	}
 	err = fmt.Errorf("%s device %s: %w", operation, f.device.Name, err)
 	if f.mount.failed.CompareAndSwap(nil, &err) {
 		slog.Error("Device failed", "error", err)
-	}
-	if errors.Is(err, syscall.ENOSPC) {
-		return syscall.ENOSPC
 	}
 	return syscall.EIO
 }
@@ -319,13 +320,18 @@ func (f *file) Write(_ context.Context, _ fs.FileHandle, data []byte, off int64)
 	// Write-back of the last page goes beyond the end of a device that is not a multiple of it.
 	n := min(int64(len(data)), size-off)
 	if _, err := f.device.Device.WriteAt(data[:n], off); err != nil {
+		f.lost.Store(f.device.Kind == expose.Memory)
 		return 0, f.fail("write", err)
 	}
 	return uint32(n), 0
 }
 
-// Fsync implements [fs.NodeFsyncer]. When it is called, the kernel has sent all that was dirty.
+// Fsync implements [fs.NodeFsyncer]. When it is called, the kernel has sent all that was dirty. A
+// failed write-back it reports once, and takes the page for clean; so the failure is remembered here.
 func (f *file) Fsync(context.Context, fs.FileHandle, uint32) syscall.Errno {
+	if f.lost.Load() {
+		return syscall.EIO
+	}
 	if f.device.Kind == expose.Memory {
 		return 0
 	}

@@ -3,11 +3,13 @@ package cli
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"drafter/block"
 	"drafter/runner"
 	"drafter/vmm"
 )
@@ -38,8 +40,24 @@ func suspend(ctx context.Context, vm interface{ Suspend(context.Context) error }
 	slog.Info("Suspending VM")
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), suspendTimeout)
 	defer cancel()
-	return vm.Suspend(ctx)
+	for began := time.Now(); ; time.Sleep(roomRetry) {
+		err := vm.Suspend(ctx)
+		if !block.NoRoom(err) {
+			return err
+		}
+		if time.Since(began) > roomPatience {
+			return fmt.Errorf("the VM ends without being suspended, and what it had in memory is lost; its disks are as after a power cut: %w", err)
+		}
+		slog.Error("The VM cannot be suspended for want of room, and runs on; make room", "givingUpIn", (roomPatience - time.Since(began)).Round(time.Second), "error", err)
+	}
 }
+
+// A suspend that there is no room for is tried again so often, and for so long: less than the 90 s
+// that systemd gives a service to end.
+const (
+	roomRetry    = 2 * time.Second
+	roomPatience = time.Minute
+)
 
 // suspendTimeout bounds a suspend as a whole: a large memory on a slow disk takes its time, a hang must end.
 const suspendTimeout = 10 * time.Minute

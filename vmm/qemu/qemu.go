@@ -143,7 +143,7 @@ func (d Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
 	if d.Own != (l.Memory == "") {
 		return nil, errors.New("a machine has either memory of its own or a memory device")
 	}
-	m := &Machine{launch: l, hardware: hw, ended: make(chan struct{}), migration: make(chan string, 16), reboots: rate.NewLimiter(rate.Every(time.Minute), rebootsAtOnce)}
+	m := &Machine{launch: l, hardware: hw, ended: make(chan struct{}), migration: make(chan string, 16), stalls: make(chan diskError, 1), reboots: rate.NewLimiter(rate.Every(time.Minute), rebootsAtOnce)}
 	root, err := d.jail(&l, path, hw.Accel)
 	if err == nil {
 		err = m.start(ctx, path, args, root)
@@ -232,6 +232,7 @@ type Machine struct {
 	incoming *os.File // where Restore writes the state; nil before await, and after Restore
 
 	paused   atomic.Bool
+	running  sync.Mutex // held while the vCPUs are let go or stopped
 	saving   sync.Mutex // guards outgoing
 	outgoing *os.File   // where Save reads the state; nil before prepareSave, and after Save
 	process  *process.Process
@@ -241,7 +242,11 @@ type Machine struct {
 
 	workers   sync.WaitGroup // console, stderr and event readers
 	migration chan string    // status values of MIGRATION events
-	ended     chan struct{}  // closed when the process and all workers have ended
+
+	stalls     chan diskError // that stopped the VM
+	stalled    atomic.Bool    // the VM stands still for a disk
+	diskErrors atomic.Int64
+	ended      chan struct{} // closed when the process and all workers have ended
 
 	reboots *rate.Limiter // of a guest that boots again
 
@@ -319,6 +324,7 @@ func (m *Machine) start(ctx context.Context, path string, args []string, root *p
 	}
 	m.qmp = q
 	m.workers.Go(m.watch)
+	m.workers.Go(m.standStill)
 	if err := l.Dir.Record(m.process.Identity()); err != nil { // it was this program before it was QEMU
 		return err
 	}
@@ -392,6 +398,8 @@ func (m *Machine) watch() {
 			}
 		case "RESET":
 			m.rebooted()
+		case "BLOCK_IO_ERROR":
+			m.noteDiskError(e.Data)
 		case "MIGRATION":
 			var data struct {
 				Status string `json:"status"`
@@ -453,12 +461,16 @@ func (m *Machine) Hardware() vmm.Hardware { return m.hardware }
 
 // Resume implements [vmm.Machine].
 func (m *Machine) Resume(ctx context.Context) error {
+	m.running.Lock()
+	defer m.running.Unlock()
 	m.paused.Store(false)
 	return m.command(ctx, "cont", nil)
 }
 
 // Pause implements [vmm.Machine].
 func (m *Machine) Pause(ctx context.Context) error {
+	m.running.Lock()
+	defer m.running.Unlock()
 	if err := m.command(ctx, "stop", nil); err != nil {
 		return err
 	}

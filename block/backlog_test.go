@@ -1,0 +1,220 @@
+package block
+
+import (
+	"bytes"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// smallFileSystem mounts a file system of so many bytes in a mount namespace of the test's own
+// thread, in which all of the test has to open its files. resize gives it another size.
+func smallFileSystem(t *testing.T, size int) (dir string, resize func(size int)) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED: mounting needs root")
+	}
+	dir = t.TempDir()
+	runtime.LockOSThread() // for ever: the thread, and the namespace with it, ends with the test
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		t.Fatal(err)
+	}
+	mount := func(flags uintptr, size int) {
+		t.Helper()
+		if err := unix.Mount("tmpfs", dir, "tmpfs", flags, fmt.Sprintf("size=%d,mode=700", size)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mount(0, size)
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir, func(size int) { mount(unix.MS_REMOUNT, size) }
+}
+
+// An overlay on a file system of every size from too small to just enough: whatever does not fit is
+// kept, read as it was written, and refused by Sync, until there is room; then nothing is missing.
+func TestBacklogOfEverySize(t *testing.T) {
+	const size = 64*PageSize + 700 // the last page is short
+	base, content := fixture(t, size)
+	dir, resize := smallFileSystem(t, 1<<20)
+	for room := PageSize; room <= 80*PageSize; room += 4 * PageSize {
+		for _, keep := range []bool{true, false} {
+			resize(room)
+			paths := OverlayPaths{Base: base.Base, Overlay: filepath.Join(dir, "overlay"), State: filepath.Join(dir, "state")}
+			o, err := tryOpen(t, paths, PageSize)
+			if err != nil {
+				if !NoRoom(err) {
+					t.Fatalf("%d bytes: %v", room, err)
+				}
+				if err := removeFiles(paths.Overlay, paths.State); err != nil {
+					t.Fatal(err)
+				}
+				continue
+			}
+			want := bytes.Clone(content)
+			if keep {
+				o.Backlog().Keep()
+			}
+			refused := int64(0)
+			for page := range int64(65) {
+				p := bytes.Repeat([]byte{byte(page + 1)}, int(min(PageSize, size-page*PageSize)))
+				switch _, err := o.WriteAt(p, page*PageSize); {
+				case err == nil:
+					copy(want[page*PageSize:], p)
+				case keep || !NoRoom(err):
+					t.Fatalf("%d bytes: write page %d: %v", room, page, err)
+				default:
+					refused++
+				}
+			}
+			same(t, o, want)
+			missing := o.Backlog().Missing()
+			if err := o.Sync(); keep && NoRoom(err) != (missing > 0) || !keep && err != nil {
+				t.Fatalf("%d bytes, %d missing: %v", room, missing, err)
+			}
+			if !keep && missing != refused*PageSize {
+				t.Errorf("%d bytes: %d pages were refused, %d bytes are missing", room, refused, missing)
+			}
+			resize(1 << 20)
+			if err := o.Sync(); err != nil {
+				t.Fatalf("%d bytes: with room: %v", room, err)
+			}
+			if missing := o.Backlog().Missing(); keep && missing > 0 {
+				t.Errorf("%d bytes: %d are missing although there is room", room, missing)
+			}
+			shut(t, o)
+			again := open(t, paths, PageSize)
+			same(t, again, want)
+			shut(t, again)
+			if err := removeFiles(paths.Overlay, paths.State); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+// While a file system is full now and then, many writers write, trim and read parts of the same
+// pages, and somebody stores what is kept.
+func TestBacklogModel(t *testing.T) {
+	const (
+		size    = 200*PageSize + 700
+		workers = 4
+		piece   = 512 // the unit of ownership: workers share pages, never bytes
+	)
+	dir, _ := smallFileSystem(t, 256*PageSize)
+	f, err := CreateFile(filepath.Join(dir, "device"), size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ballast, err := CreateFile(filepath.Join(dir, "ballast"), 256*PageSize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := NewBacklog(f, filepath.Join(dir, "device"))
+	b.Keep()
+	model := make([]byte, size)
+	var wg, fullness sync.WaitGroup
+	stop := make(chan struct{})
+	fullness.Go(func() {
+		for {
+			for page := range int64(256) { // as far as it goes
+				_, _ = ballast.WriteAt([]byte{1}, page*PageSize)
+			}
+			_ = b.Store() // as far as it goes
+			if err := ballast.Trim(0, 256*PageSize); err != nil {
+				t.Error(err)
+			}
+			_ = b.Store()
+			select {
+			case <-stop:
+				return
+			default:
+			}
+		}
+	})
+	for w := range workers {
+		wg.Go(func() {
+			rng := rand.New(rand.NewPCG(7, uint64(w)))
+			for range 4000 {
+				at := (rng.Int64N(size/piece/workers)*workers + int64(w)) * piece
+				p := make([]byte, piece)
+				switch rng.IntN(4) {
+				case 0:
+					if err := b.Trim(at, piece); err != nil {
+						t.Error(err)
+					}
+					clear(model[at : at+piece])
+				case 1:
+					if _, err := b.ReadAt(p, at); err != nil || !bytes.Equal(p, model[at:at+piece]) {
+						t.Errorf("piece at %d is not as it was written: %v", at, err)
+						return
+					}
+				default:
+					for i := range p {
+						p[i] = byte(rng.Uint32())
+					}
+					if _, err := b.WriteAt(p, at); err != nil {
+						t.Error(err)
+					}
+					copy(model[at:], p)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	close(stop)
+	fullness.Wait()
+	same(t, b, model)
+	if err := ballast.Trim(0, 256*PageSize); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Sync(); err != nil || b.Missing() != 0 {
+		t.Errorf("with room: %v, %d bytes are missing", err, b.Missing())
+	}
+	same(t, f, model)
+	shut(t, b)
+	shut(t, ballast)
+}
+
+// What was set aside can be written on a full file system.
+func TestReserve(t *testing.T) {
+	dir, _ := smallFileSystem(t, 64*PageSize)
+	path := filepath.Join(dir, "state")
+	f, err := CreateFile(path, 32*PageSize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := Reserve(path, 16*PageSize); err != nil {
+		t.Fatal(err)
+	}
+	if start, _, err := f.NextData(0); err != nil || start != f.Size() {
+		t.Errorf("what is set aside is data at %d: %v", start, err)
+	}
+	ballast, err := CreateFile(filepath.Join(dir, "ballast"), 64*PageSize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ballast.Close()
+	if _, err := ballast.WriteAt(make([]byte, 64*PageSize), 0); !NoRoom(err) {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt(make([]byte, 16*PageSize), 0); err != nil {
+		t.Error(err)
+	}
+	if err := Reserve(path, 32*PageSize); !NoRoom(err) {
+		t.Errorf("%v", err)
+	}
+}

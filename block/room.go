@@ -1,0 +1,84 @@
+package block
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"syscall"
+
+	"github.com/dustin/go-humanize"
+	"golang.org/x/sys/unix"
+)
+
+// NoRoom tells whether an error is that a file system, or a quota, is full. What such an error was
+// about can be done once there is room: nothing is lost.
+func NoRoom(err error) bool { return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) }
+
+// Room is what a file system has to offer.
+type Room struct {
+	FileSystem string // where it is mounted
+	Free       int64  // bytes that this process may write, but for quotas
+}
+
+// RoomAt returns the room of the file system that path, which exists, is on.
+func RoomAt(path string) (Room, error) {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return Room{}, err
+	}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(path, &fs); err != nil {
+		return Room{}, fmt.Errorf("look for room at %s: %w", path, err)
+	}
+	r := Room{FileSystem: path, Free: int64(fs.Bavail) * fs.Bsize}
+	if unix.Geteuid() == 0 {
+		r.Free = int64(fs.Bfree) * fs.Bsize
+	}
+	var here, above unix.Stat_t
+	if err := unix.Stat(path, &here); err != nil {
+		return Room{}, fmt.Errorf("look for room at %s: %w", path, err)
+	}
+	for r.FileSystem != "/" {
+		parent := filepath.Dir(r.FileSystem)
+		if unix.Stat(parent, &above) != nil || above.Dev != here.Dev {
+			break
+		}
+		r.FileSystem = parent
+	}
+	return r, nil
+}
+
+// RoomError says how much room is missing where.
+type RoomError struct {
+	Path    string // file that there is no room for
+	Missing int64  // bytes
+	Err     error  // a [NoRoom] one
+}
+
+// Error implements error.
+func (e *RoomError) Error() string {
+	where := e.Path
+	if r, err := RoomAt(e.Path); err == nil {
+		where += fmt.Sprintf(" on %s (%s free)", r.FileSystem, humanize.IBytes(uint64(max(r.Free, 0))))
+	}
+	return fmt.Sprintf("%s of %s are not stored: %v; make room there", humanize.IBytes(uint64(e.Missing)), where, e.Err)
+}
+
+// Unwrap returns the cause.
+func (e *RoomError) Unwrap() error { return e.Err }
+
+// Reserve sets so many bytes at the start of a file aside, so that writing there needs no room
+// later. What the file holds stays. A file system that cannot do so is taken as it is.
+func Reserve(path string, length int64) error {
+	f, err := OpenFile(path, false)
+	if err != nil {
+		return err
+	}
+	err = unix.Fallocate(int(f.f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, min(length, f.size))
+	if NoRoom(err) {
+		err = &RoomError{Path: path, Missing: length, Err: err}
+	} else if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENODEV) {
+		err = nil
+	}
+	return errors.Join(err, f.Close())
+}

@@ -1,0 +1,98 @@
+package peer
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/dustin/go-humanize"
+
+	"drafter/block"
+	"drafter/stack"
+	"drafter/vmm"
+)
+
+// stateRoom is how many bytes of the state device are set aside while its VM runs here, so that the
+// VM can be handed over or suspended when the file system is full. The largest state seen is 680 KB.
+const stateRoom = 2 << 20
+
+// provide prepares an open device for a file system that is full some day. What memory has no room
+// for is kept if keep is set.
+func (d *Device) provide(s *stack.Stack, keep bool) error {
+	switch d.Name {
+	case vmm.Memory:
+		if keep {
+			s.Backlog.Keep()
+		}
+	case vmm.State:
+		if err := block.Reserve(s.Backlog.Path(), stateRoom); err != nil {
+			return fmt.Errorf("set room aside for the VM's state: %w", err)
+		}
+	}
+	return nil
+}
+
+// How often it is looked whether there is room again, and how often it is said that there is none.
+const (
+	roomInterval = 2 * time.Second
+	roomReminder = time.Minute
+)
+
+// watchRoom says when devices have no room for what the VM writes, and stores what is kept of it
+// once they have, until stop is called.
+func (p *Peer) watchRoom() (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		said := map[string]time.Time{}
+		tick := time.NewTicker(roomInterval)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+			case <-ctx.Done():
+				return
+			}
+			for name, b := range p.backlogs() {
+				lookForRoom(name, b, said)
+			}
+		}
+	})
+	return func() {
+		cancel()
+		wg.Wait()
+	}
+}
+
+// lookForRoom does so for one device. said is when it was said of which that it has none.
+func lookForRoom(name string, b *block.Backlog, said map[string]time.Time) {
+	err := b.Store()
+	missing := b.Missing()
+	last, waits := said[name]
+	switch {
+	case missing == 0 && waits:
+		delete(said, name)
+		slog.Info("There is room again: all that was written is stored", "device", name, "path", b.Path())
+	case missing > 0 && time.Since(last) > roomReminder:
+		said[name] = time.Now()
+		free, where := "unknown", ""
+		if r, rerr := block.RoomAt(b.Path()); rerr == nil {
+			free, where = humanize.IBytes(uint64(max(r.Free, 0))), r.FileSystem
+		}
+		slog.Error("There is no room for what the VM writes; it waits until there is", "device", name, "path", b.Path(), "fileSystem", where,
+			"free", free, "missing", humanize.IBytes(uint64(missing)), "error", err)
+	}
+}
+
+// backlogs are those of the open devices.
+func (p *Peer) backlogs() map[string]*block.Backlog {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	backlogs := map[string]*block.Backlog{}
+	for name, s := range p.devices {
+		backlogs[name] = s.Backlog
+	}
+	return backlogs
+}
