@@ -37,7 +37,8 @@ type Server struct {
 }
 
 // Fault decides about a request before it reaches the server. What it returns is done: "" to pass it on, "cut" to close the connection, "lost" to close it
-// after the server has answered, "slow" to answer after a while, or a status code that the storage would answer with.
+// after the server has answered, "slow" to answer after a while, "accepted" to say that a write was done, "whole" to answer as if no part had been asked for,
+// "skewed" as a storage whose clock is an hour ahead, or a status code that the storage would answer with.
 type Fault func(r *http.Request) string
 
 // Program finds versitygw, or skips the test loudly.
@@ -133,6 +134,15 @@ func (s *Server) proxy(t testing.TB, backend string) {
 		case "slow":
 			time.Sleep(500 * time.Millisecond)
 			forward.ServeHTTP(w, r)
+		case "accepted":
+			w.Header().Set("ETag", `"0123456789abcdef0123456789abcdef"`)
+		case "whole":
+			forward.ServeHTTP(whole{w}, r)
+		case "skewed":
+			w.Header().Set("Date", time.Now().Add(time.Hour).UTC().Format(http.TimeFormat))
+			http.Error(w, "<Error><Code>RequestTimeTooSkewed</Code></Error>", http.StatusForbidden)
+		case "501":
+			http.Error(w, "<Error><Code>NotImplemented</Code></Error>", http.StatusNotImplemented)
 		case "429":
 			http.Error(w, "<Error><Code>SlowDown</Code></Error>", http.StatusTooManyRequests)
 		case "503":
@@ -158,6 +168,17 @@ type discard struct{ header http.Header }
 func (d discard) Header() http.Header         { return d.header }
 func (d discard) Write(p []byte) (int, error) { return len(p), nil }
 func (d discard) WriteHeader(int)             {}
+
+// whole is an answer that hides that it is a part.
+type whole struct{ http.ResponseWriter }
+
+func (w whole) WriteHeader(status int) {
+	if status == http.StatusPartialContent {
+		w.Header().Del("Content-Range")
+		status = http.StatusOK
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
 
 // Fail sets what becomes of requests from now on; nil for none.
 func (s *Server) Fail(f Fault) {

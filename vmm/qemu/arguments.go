@@ -127,7 +127,7 @@ func arguments(l *vmm.Launch, hw vmm.Hardware) ([]string, error) {
 		a.add("-blockdev", options("driver=file,discard=unmap", "node-name", node+"-file", "filename", jailDisk(d.Name)))
 		a.add("-blockdev", fmt.Sprintf("driver=raw,discard=unmap,node-name=%s,file=%s-file", node, node))
 		// The serial is what /dev/disk/by-id shows; virtio carries 20 bytes of it.
-		a.virtio("blk", slotFirstDisk+i, "werror=stop,rerror=stop,drive="+node, "serial", d.Name[:min(20, len(d.Name))])
+		a.virtio("blk", slotFirstDisk+i, "drive="+node+",werror=stop,rerror=stop", "serial", d.Name[:min(20, len(d.Name))])
 	}
 	return a.list, nil
 }

@@ -100,7 +100,7 @@ func TestArguments(t *testing.T) {
 	line := strings.Join(args, " ")
 	for _, want := range []string{
 		"-machine pc-q35-7.2,", "-cpu Nehalem-v1,vmx=off,svm=off ", "-incoming defer -S", "filename=/disk-disk-with-a-long-name-1", "serial=disk-with-a-long-nam ", "-sandbox on,",
-		"virtio-blk-pci,bus=pcie.0,addr=0x8,drive=disk0", "virtio-blk-pci,bus=pcie.0,addr=0x9,drive=disk1", "share=on,size=67108864,mem-path=/memory",
+		"virtio-blk-pci,bus=pcie.0,addr=0x8,drive=disk0,werror=stop,rerror=stop,", "virtio-blk-pci,bus=pcie.0,addr=0x9,drive=disk1,werror=stop,rerror=stop,", "share=on,size=67108864,mem-path=/memory",
 	} {
 		if !strings.Contains(line+" ", want) {
 			t.Errorf("%q is not in: %s", want, line)
