@@ -47,32 +47,54 @@ func (p *Peer) place() (place s3.Place, ok bool, err error) {
 // syncer backs an instance up.
 type syncer struct {
 	mu       sync.Mutex // held by Sync while it works, and by the last sync
-	writer   *s3.Writer
+	place    s3.Place
+	writer   *s3.Writer // nil while the storage has not answered
 	baseline migrate.Baseline
 	staged   *staged                   // a copy that has not been written yet
 	failed   error                     // for good
 	moment   atomic.Pointer[time.Time] // of the last backup; nil when there is none
 }
 
-// openStore connects with where the instance is backed up, if it is: what is wrong with that is said before anything happens.
+// storePatience is how long an instance waits at its start for where it is backed up.
+const storePatience = 10 * time.Second
+
+// openStore connects with where the instance is backed up, if it is: what is wrong with that is said before anything happens. A storage that is away keeps no
+// VM from starting; it is connected with later.
 func (p *Peer) openStore(ctx context.Context) error {
 	place, ok, err := p.place()
 	if err != nil || !ok || p.syncer != nil {
 		return err
 	}
-	store, err := s3.Open(ctx, place)
-	if err != nil {
-		return err
-	}
-	writer, err := store.NewWriter(ctx)
-	if err != nil {
-		store.Close()
-		return err
+	s := &syncer{place: place}
+	cctx, cancel := context.WithTimeoutCause(ctx, storePatience, fmt.Errorf("no answer after %s", storePatience))
+	defer cancel()
+	if err := s.connect(cctx); err != nil {
+		if ctx.Err() != nil || !errors.Is(err, s3.ErrAway) {
+			return err
+		}
+		slog.Warn("Backups begin when the storage is there", "error", err)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.syncer = &syncer{writer: writer}
-	p.syncer.noteMoment()
+	p.syncer = s
+	return nil
+}
+
+// connect connects with the storage, unless that was done before.
+func (s *syncer) connect(ctx context.Context) error {
+	if s.writer != nil {
+		return nil
+	}
+	store, err := s3.Open(ctx, s.place)
+	if err != nil {
+		return err
+	}
+	if s.writer, err = store.NewWriter(ctx); err != nil {
+		s.writer = nil
+		store.Close()
+		return err
+	}
+	s.noteMoment()
 	return nil
 }
 
@@ -95,7 +117,11 @@ func (p *Peer) closeStore() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.baseline.Forget()
-	return errors.Join(s.drop(), s.writer.Close())
+	err := s.drop()
+	if s.writer != nil {
+		err = errors.Join(err, s.writer.Close())
+	}
+	return err
 }
 
 // Sync backs the devices that say s3sync up to their object storage, over and over, until ctx ends or the VM has moved away: each time the VM is paused as for a
@@ -123,7 +149,7 @@ func (p *Peer) Sync(ctx context.Context) error {
 	for {
 		err := p.syncer.sync(ctx, p, source)
 		ended := ctx.Err() != nil || source.State() == migrate.Moved
-		if errors.Is(err, s3.ErrSuperseded) && !ended {
+		if (errors.Is(err, s3.ErrSuperseded) || errors.Is(err, s3.ErrUnfit)) && !ended {
 			return err
 		}
 		if err != nil && !ended {
@@ -141,10 +167,13 @@ func (p *Peer) Sync(ctx context.Context) error {
 
 // last is the moment of the latest backup, for people.
 func (s *syncer) last() string {
-	if m := s.writer.Moment(); !m.IsZero() {
-		return m.Format(time.RFC3339Nano)
+	switch {
+	case s.writer == nil:
+		return "unknown"
+	case s.writer.Moment().IsZero():
+		return "never"
 	}
-	return "never"
+	return s.writer.Moment().Format(time.RFC3339Nano)
 }
 
 // sync makes one backup. A copy that could not be written is written first, before a new one is made.
@@ -153,6 +182,9 @@ func (s *syncer) sync(ctx context.Context, p *Peer, source *migrate.Source) erro
 	defer s.mu.Unlock()
 	if s.failed != nil {
 		return s.failed
+	}
+	if err := s.connect(ctx); err != nil {
+		return err
 	}
 	start := time.Now()
 	var paused time.Duration
@@ -188,7 +220,7 @@ func (s *syncer) sync(ctx context.Context, p *Peer, source *migrate.Source) erro
 
 // backup returns where to get an arriving device if what is stored of it is what its source offers; nil otherwise. Beneath it is the device's base, if that is here.
 func (p *Peer) backup(ctx context.Context, d *Device, offered wire.Device, held wire.Held) (*migrate.Backup, error) {
-	if p.syncer == nil || !d.S3Sync || offered.Backup == (block.ID{}) {
+	if p.syncer == nil || p.syncer.writer == nil || !d.S3Sync || offered.Backup == (block.ID{}) {
 		return nil, nil
 	}
 	remote, ok := p.syncer.writer.Remote(d.Name)
@@ -234,6 +266,9 @@ func (s *syncer) finish(ctx context.Context, p *Peer) error {
 	defer s.mu.Unlock()
 	if s.failed != nil {
 		return s.failed
+	}
+	if err := s.connect(ctx); err != nil {
+		return fmt.Errorf("the VM is suspended here, but not synced to S3: %w", err)
 	}
 	start := time.Now()
 	known := s.baseline.Held() && s.staged == nil

@@ -41,6 +41,19 @@ type Server struct {
 // "skewed" as a storage whose clock is an hour ahead, or a status code that the storage would answer with.
 type Fault func(r *http.Request) string
 
+// All is a fault of every request.
+func All(what string) Fault { return func(*http.Request) string { return what } }
+
+// Refuse is a fault of writes that depend on what is there.
+func Refuse(what string) Fault {
+	return func(r *http.Request) string {
+		if r.Method == http.MethodPut && (r.Header.Get("If-Match") != "" || r.Header.Get("If-None-Match") != "") {
+			return what
+		}
+		return ""
+	}
+}
+
 // Program finds versitygw, or skips the test loudly.
 func Program(t testing.TB) string {
 	t.Helper()
