@@ -360,7 +360,7 @@ func (x *extraction) entry(ctx context.Context, h *tar.Header, r io.Reader) erro
 		err = copyBlocks(w, r)
 	}
 	if err == nil {
-		err = f.Sync()
+		err = block.SyncAndVerify(ctx, f.File)
 	}
 	if x.verifier != nil {
 		x.contents[name] = block.NewContents(h.Size, content.blocks)

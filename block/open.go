@@ -291,7 +291,7 @@ func Export(ctx context.Context, path string, d Device, progress func(done, tota
 				progress(off, d.Size())
 			}
 		}
-		return nil
+		return SyncAndVerify(ctx, f)
 	})
 	if err != nil {
 		return fmt.Errorf("export to %s: %w", path, err)

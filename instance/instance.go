@@ -530,6 +530,7 @@ func (i *Instance) Suspend(ctx context.Context, agentTimeout time.Duration) (sav
 		agentErr = i.Prepare(actx)
 		cancel()
 	}
+	agentErr = errors.Join(agentErr, i.dropAgent())
 	if err := i.save(ctx); err != nil {
 		return false, errors.Join(err, agentErr, i.goOn(context.WithoutCancel(ctx), agentTimeout))
 	}
@@ -548,6 +549,9 @@ func (i *Instance) goOn(ctx context.Context, agentTimeout time.Duration) error {
 	defer cancel()
 	if err := i.Rescue(ctx); err != nil {
 		return fmt.Errorf("let the VM run on: %w", err)
+	}
+	if i.stalled() {
+		return nil
 	}
 	if err := i.AfterResume(ctx, agentTimeout); err != nil { // the VM runs
 		slog.Warn("The VM runs on, but its agent does not answer", "error", err)

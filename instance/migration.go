@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"time"
 
 	"github.com/google/uuid"
@@ -24,9 +25,20 @@ func Preflight(ctx context.Context, h Host, config *vmm.PackageConfig) error {
 	return nil
 }
 
-// Prepare tells the guest's agent that the VM is about to be paused. The guest runs on; [Instance.Rescue] tells it that nothing came of it.
+// stalled tells whether the guest stands still for a disk that it cannot use: it hears nothing, and does nothing that it would have to be told of.
+func (i *Instance) stalled() bool {
+	s, ok := i.machine.(vmm.Staller)
+	return ok && s.Stalled()
+}
+
+// Prepare tells the guest's agent that the VM is about to be paused. The guest runs on; [Instance.Rescue] tells it that nothing came of it. One that stands
+// still is not told.
 func (i *Instance) Prepare(ctx context.Context) error {
 	i.forgetAgent()
+	if i.stalled() {
+		slog.Warn("The guest is not told that it will be paused, as it stands still")
+		return i.dropAgent()
+	}
 	if i.agent == nil { // it did not answer when the VM was resumed
 		if err := i.connectAgent(ctx); err != nil {
 			return err
@@ -39,8 +51,15 @@ func (i *Instance) Prepare(ctx context.Context) error {
 	if err != nil {
 		err = fmt.Errorf("the guest's agent: %w", err)
 	}
-	// The agent's connection ends before every snapshot; whoever resumes makes a new one.
-	err = errors.Join(err, i.agent.Close())
+	return errors.Join(err, i.dropAgent())
+}
+
+// dropAgent ends the agent's connection, as before every snapshot; whoever resumes makes a new one.
+func (i *Instance) dropAgent() error {
+	if i.agent == nil {
+		return nil
+	}
+	err := i.agent.Close()
 	i.agent = nil
 	return err
 }

@@ -206,6 +206,14 @@ func (s *Snapshotter) Run(ctx context.Context) (_ Result, err error) {
 	if err := i.Close(); err != nil {
 		return Result{}, err
 	}
+	for name, path := range s.paths {
+		if name == vmm.Config {
+			continue // it is written last
+		}
+		if err := block.VerifyFile(ctx, path); err != nil {
+			return Result{}, fmt.Errorf("device %s: %w", name, err)
+		}
+	}
 	if err := s.publish(i.Config()); err != nil {
 		return Result{}, err
 	}

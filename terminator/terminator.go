@@ -208,7 +208,7 @@ func (s *store) Complete(ctx context.Context) error {
 		return s.upload(ctx)
 	}
 	for name, d := range s.devices {
-		if err := errors.Join(d.Sync(), d.Close()); err != nil {
+		if err := errors.Join(d.SyncAndVerify(ctx), d.Close()); err != nil {
 			return fmt.Errorf("device %s: %w", name, err)
 		}
 		delete(s.devices, name)

@@ -165,6 +165,12 @@ type FlushPauser interface {
 	FlushPauses() bool
 }
 
+// Staller is a [Machine] whose VMM stops a guest that cannot use a disk, until it can.
+type Staller interface {
+	// Stalled tells whether the guest stands still for that. It is safe for concurrent use.
+	Stalled() bool
+}
+
 // Meter is a [Machine] whose VMM counts what it does.
 type Meter interface {
 	// Metrics returns the last known values by name. It is safe for concurrent use.

@@ -111,6 +111,9 @@ func (m *Machine) tryAgain() bool {
 	return m.qmp.execute(ctx, "cont", nil, nil) == nil
 }
 
+// Stalled implements [vmm.Staller].
+func (m *Machine) Stalled() bool { return m.stalled.Load() }
+
 // Metrics implements [vmm.Meter].
 func (m *Machine) Metrics() map[string]float64 {
 	stalled := 0.0

@@ -1,0 +1,139 @@
+package e2e
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/redis/go-redis/v9"
+)
+
+// smallDisk is a file system of the test's.
+type smallDisk struct{ dir string }
+
+func newSmallDisk(t *testing.T, dir, size string) *smallDisk {
+	t.Helper()
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	command(t, ".", "mount", "-t", "tmpfs", "-o", "mode=700,size="+size, "tmpfs", dir)
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	return &smallDisk{dir}
+}
+
+func (d *smallDisk) resize(t *testing.T, size string) {
+	t.Helper()
+	command(t, ".", "mount", "-o", "remount,size="+size, d.dir)
+}
+
+// fill leaves no room: the file system gets the size that is in use, and some pages.
+func (d *smallDisk) fill(t *testing.T) {
+	t.Helper()
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(d.dir, &st); err != nil {
+		t.Fatal(err)
+	}
+	d.resize(t, fmt.Sprint((int64(st.Blocks-st.Bfree)+4)*st.Bsize))
+}
+
+// numbered are random values that a guest is made to keep, by their numbers.
+type numbered struct{ sums [][32]byte }
+
+// add writes so many MiB.
+func (n *numbered) add(t *testing.T, c *redis.Client, mebibytes int) {
+	t.Helper()
+	rng := rand.NewChaCha8([32]byte{byte(len(n.sums))})
+	for range mebibytes {
+		p := make([]byte, 1<<20)
+		_, _ = rng.Read(p)
+		if err := c.Set(t.Context(), fmt.Sprint("value ", len(n.sums)), p, 0).Err(); err != nil {
+			t.Fatal(err)
+		}
+		n.sums = append(n.sums, sha256.Sum256(p))
+	}
+}
+
+func (n *numbered) check(t *testing.T, c *redis.Client, where string) {
+	t.Helper()
+	for i, want := range n.sums {
+		got, err := c.Get(t.Context(), fmt.Sprint("value ", i)).Bytes()
+		if err != nil || sha256.Sum256(got) != want {
+			t.Fatalf("%s: value %d is not what was written: %v", where, i, err)
+		}
+	}
+}
+
+// A host's file systems are full, first that of the memory, then that of a disk. Nothing is lost: a copy that is made meanwhile is whole; the VM waits for its
+// disk, and moves off the host all the same. At its target it goes on by itself once there is room for the disk, and is suspended once there is some for memory.
+func TestFullHost(t *testing.T) {
+	s := emptySite(t)
+	place := func(instance, memory, disk string) (m, d *smallDisk, flags []string) {
+		m = newSmallDisk(t, filepath.Join(s.dir, instance, "memory"), memory)
+		d = newSmallDisk(t, filepath.Join(s.dir, instance, "disk"), disk)
+		return m, d, []string{
+			"--device", fmt.Sprintf("name=memory,overlay=%s/o,state=%s/s", m.dir, m.dir),
+			"--device", fmt.Sprintf("name=oci,overlay=%s/o,state=%s/s", d.dir, d.dir),
+		}
+	}
+	_, disk, flags := place("instance-0", "40m", "100m")
+	memory1, disk1, flags1 := place("instance-1", "900m", "100m")
+	zero, one := s.redisIn(t, "ark0", "127.0.0.1:3333"), s.redisIn(t, "ark1", "127.0.0.1:4444")
+	source := s.peer(t, "instance-0", append(flags, "--netns", "ark0", "--laddr", "localhost:1337")...)
+	var values numbered
+	values.add(t, zero, 60)
+	await(t, source, "There is no room for what the VM writes; it waits until there is")
+	copied := filepath.Join(s.dir, "copied")
+	for range 2 { // the second says what was lost in the first
+		if err := s.Run(t.Context(), os.Stderr, "checkpoint", "--raddr", "localhost:1337", "--output", copied); err != nil {
+			t.Fatal(err)
+		}
+	}
+	values.check(t, zero, "source")
+	vm := s.resumes(t, copied, "ark1")
+	values.check(t, one, "copy")
+	end(t, vm)
+
+	disk.fill(t)
+	if err := zero.BgSave(t.Context()).Err(); err != nil {
+		t.Fatal(err)
+	}
+	await(t, source, "The VM stands still, as a disk cannot be used; it goes on by itself when it can")
+	target := s.peer(t, "instance-1", append(flags1, "--netns", "ark1", "--raddr", "localhost:1337")...)
+	if err := source.Wait(); err != nil {
+		t.Errorf("the source, whose VM has moved: %v", err)
+	}
+	values.check(t, one, "target")
+
+	disk1.fill(t)
+	if err := one.BgSave(t.Context()).Err(); err != nil && !strings.Contains(err.Error(), "already in progress") {
+		t.Fatal(err)
+	}
+	await(t, target, "The VM stands still, as a disk cannot be used; it goes on by itself when it can")
+	disk1.resize(t, "300m")
+	await(t, target, "The VM goes on")
+	values.check(t, one, "target, after its disk was full")
+
+	memory1.fill(t)
+	values.add(t, one, 20)
+	if err := target.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	await(t, target, "The VM cannot be suspended for want of room, and runs on; make room")
+	memory1.resize(t, "900m")
+	await(t, target, "Suspended VM")
+	if err := target.Wait(); err != nil {
+		t.Error(err)
+	}
+	again := s.peer(t, "instance-1", append(flags1, "--netns", "ark1")...)
+	values.check(t, one, "suspended")
+	end(t, again)
+}
