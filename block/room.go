@@ -40,7 +40,10 @@ func RoomAt(path string) (Room, error) {
 	}
 	for r.FileSystem != "/" {
 		parent := filepath.Dir(r.FileSystem)
-		if unix.Stat(parent, &above) != nil || above.Dev != here.Dev {
+		if err := unix.Stat(parent, &above); err != nil {
+			return Room{}, fmt.Errorf("look for room at %s: %w", path, err)
+		}
+		if above.Dev != here.Dev {
 			break
 		}
 		r.FileSystem = parent

@@ -85,18 +85,18 @@ func TestFullHost(t *testing.T) {
 		}
 	}
 	_, disk, flags := place("instance-0", "40m", "100m")
-	memory1, disk1, flags1 := place("instance-1", "900m", "100m")
+	memory1, disk1, flags1 := place("instance-1", "900m", "400m")
 	zero, one := s.redisIn(t, "ark0", "127.0.0.1:3333"), s.redisIn(t, "ark1", "127.0.0.1:4444")
 	source := s.peer(t, "instance-0", append(flags, "--netns", "ark0", "--laddr", "localhost:1337")...)
 	var values numbered
 	values.add(t, zero, 60)
-	await(t, source, "There is no room for what the VM writes; it waits until there is")
 	copied := filepath.Join(s.dir, "copied")
-	for range 2 { // the second says what was lost in the first
+	for range 2 { // what the first could not store is not forgotten by the second
 		if err := s.Run(t.Context(), os.Stderr, "checkpoint", "--raddr", "localhost:1337", "--output", copied); err != nil {
 			t.Fatal(err)
 		}
 	}
+	await(t, source, "There is no room for what the VM writes; it waits until there is")
 	values.check(t, zero, "source")
 	vm := s.resumes(t, copied, "ark1")
 	values.check(t, one, "copy")
@@ -118,7 +118,7 @@ func TestFullHost(t *testing.T) {
 		t.Fatal(err)
 	}
 	await(t, target, "The VM stands still, as a disk cannot be used; it goes on by itself when it can")
-	disk1.resize(t, "300m")
+	disk1.resize(t, "900m")
 	await(t, target, "The VM goes on")
 	values.check(t, one, "target, after its disk was full")
 
@@ -135,5 +135,10 @@ func TestFullHost(t *testing.T) {
 	}
 	again := s.peer(t, "instance-1", append(flags1, "--netns", "ark1")...)
 	values.check(t, one, "suspended")
-	end(t, again)
+	disk1.fill(t)
+	if err := one.BgSave(t.Context()).Err(); err != nil {
+		t.Fatal(err)
+	}
+	await(t, again, "The VM stands still, as a disk cannot be used; it goes on by itself when it can")
+	end(t, again) // it is suspended as it stands
 }
