@@ -12,7 +12,7 @@ var (
 	describeSize  = prometheus.NewDesc("drafter_device_size_bytes", "Size of a device.", []string{"device"}, nil)
 
 	describeUnstored = prometheus.NewDesc("drafter_device_unstored_bytes", "Bytes written to a device that wait for room on the file system of its file.", []string{"device", "path"}, nil)
-	describeFree     = prometheus.NewDesc("drafter_device_free_bytes", "Bytes that are free on the file system of a device's file.", []string{"device", "path"}, nil)
+	describeFree     = prometheus.NewDesc("drafter_device_free_bytes", "Bytes that are free on the file system of a device's file.", []string{"device", "path", "filesystem"}, nil)
 
 	describeState    = prometheus.NewDesc("drafter_migration_state", "1 for the state that the last migration is in.", []string{"state"}, nil)
 	describeCycle    = prometheus.NewDesc("drafter_migration_cycles", "Cycles of pre-copy in the last migration.", nil, nil)
@@ -51,7 +51,7 @@ func (m metrics) Collect(out chan<- prometheus.Metric) {
 		gauge(describeSize, float64(d.Size()), name)
 		gauge(describeUnstored, float64(d.Backlog.Missing()), name, d.Backlog.Path())
 		if r, err := block.RoomAt(d.Backlog.Path()); err == nil {
-			gauge(describeFree, float64(r.Free), name, d.Backlog.Path())
+			gauge(describeFree, float64(r.Free), name, d.Backlog.Path(), r.FileSystem)
 		}
 	}
 	syncer, vm := m.p.syncer, m.p.instance

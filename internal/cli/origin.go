@@ -42,7 +42,7 @@ func (o *originFlags) add(cmd *cobra.Command) {
 func (s *storageFlags) add(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&s.endpoint, "s3-endpoint", "", "URL of the object storage (default: $AWS_ENDPOINT_URL_S3, $AWS_ENDPOINT_URL, or https://s3.amazonaws.com)")
-	f.StringVar(&s.credentials, "s3-credentials", "", "File with the credentials of the object storage, like that of the AWS command line: aws_access_key_id and aws_secret_access_key, or a credential_process (default: the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the files of the AWS and MinIO command lines)")
+	f.StringVar(&s.credentials, "s3-credentials", "", "File with the credentials of the object storage, like that of the AWS command line: aws_access_key_id and aws_secret_access_key, or a credential_process (default: the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the files of the AWS and MinIO command lines, or what a container is given, as AWS_CONTAINER_CREDENTIALS_FULL_URI)")
 	f.IntVar(&s.concurrency, "s3-concurrency", 0, "Number of concurrent uploads to the object storage (default 4)")
 }
 

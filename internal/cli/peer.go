@@ -190,7 +190,7 @@ out, and a line says how much. Under nohup, SIGHUP is ignored.
 	f.StringVar(&c.Expose, "expose", expose.Auto, "How the VMM gets at the devices: auto, fuse or nbd")
 	f.StringVar(&raddr, "raddr", "localhost:1337", "Remote address to connect to: HOST:PORT or unix:PATH (leave empty to disable)")
 	f.StringVar(&laddr, "laddr", "localhost:1337", "Local address to listen on: HOST:PORT or unix:PATH (leave empty to disable)")
-	f.StringVar(&metrics, "metrics", "", "Address to serve metrics from, without authentication: sizes, numbers and times, nothing of a VM's content (leave empty to disable)")
+	f.StringVar(&metrics, "metrics", "", "Address to serve metrics from, without authentication: sizes, numbers, times and paths, nothing of a VM's content (leave empty to disable)")
 	f.IntVar(&concurrency, "concurrency", 1024, "Number of concurrent workers to use in migrations (kept for compatibility: a migration here needs no workers)")
 	f.BoolVar(&c.Force, "force", false, forceHelp)
 	f.DurationVar(&c.RescueTimeout, "rescue-timeout", 10*time.Second, "Maximum amount of time to wait for the guest's agent before a suspend or a handoff")
