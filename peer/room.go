@@ -68,7 +68,7 @@ func (p *Peer) watchRoom() (stop func()) {
 
 // lookForRoom does so for one device. said is when it was said of which that it has none.
 func lookForRoom(name string, b *block.Backlog, said map[string]time.Time) {
-	err := b.Store()
+	err := b.Store() // of what is kept; that there is no room is said below
 	missing := b.Missing()
 	last, waits := said[name]
 	switch {
@@ -82,7 +82,11 @@ func lookForRoom(name string, b *block.Backlog, said map[string]time.Time) {
 			free, where = humanize.IBytes(uint64(max(r.Free, 0))), r.FileSystem
 		}
 		slog.Error("There is no room for what the VM writes; it waits until there is", "device", name, "path", b.Path(), "fileSystem", where,
-			"free", free, "missing", humanize.IBytes(uint64(missing)), "error", err)
+			"free", free, "missing", humanize.IBytes(uint64(missing)))
+	}
+	if err != nil && !block.NoRoom(err) && time.Since(last) > roomReminder {
+		said[name] = time.Now()
+		slog.Error("What is kept in memory cannot be stored", "device", name, "error", err)
 	}
 }
 
