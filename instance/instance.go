@@ -553,7 +553,7 @@ func (i *Instance) goOn(ctx context.Context, agentTimeout time.Duration) error {
 	if i.stalled() {
 		return nil
 	}
-	if err := i.AfterResume(ctx, agentTimeout); err != nil { // the VM runs
+	if err := i.RescueAgent(ctx, agentTimeout); err != nil { // the VM runs
 		slog.Warn("The VM runs on, but its agent does not answer", "error", err)
 	}
 	return nil
