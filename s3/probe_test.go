@@ -145,6 +145,8 @@ func TestContainerCredentials(t *testing.T) {
 		"AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": {".example.com/", "@192.0.2.1/"},
 	} {
 		for _, uri := range uris {
+			t.Setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", "")
+			t.Setenv("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "")
 			t.Setenv(variable, uri)
 			if _, err := s3.Open(t.Context(), place); err == nil || !strings.Contains(err.Error(), variable) {
 				t.Errorf("%s=%s: %v", variable, uri, err)
