@@ -142,7 +142,7 @@ func (f *instanceFiles) life(t *testing.T, room int, makeRoom func()) (outcome s
 	}
 	// A move needs no room here: the state leaves, and then the note that it has.
 	saved := bytes.Repeat([]byte("state"), 100<<10)
-	if err := vmm.WriteLeavingState(f.stacks[vmm.State], f.id, saved, uuid.New()); err != nil {
+	if err := vmm.WriteMigratedState(f.stacks[vmm.State], f.id, saved, uuid.New(), vmm.Leaving); err != nil {
 		t.Errorf("%d bytes: leave: %v", room, err)
 	}
 	for _, status := range []vmm.Status{vmm.Moved, vmm.Running} {
