@@ -222,6 +222,95 @@ func (x *AfterResumeResponse) GetResolvConfError() string {
 	return ""
 }
 
+type ReadyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadyRequest) Reset() {
+	*x = ReadyRequest{}
+	mi := &file_agent_agent_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadyRequest) ProtoMessage() {}
+
+func (x *ReadyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agent_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadyRequest.ProtoReflect.Descriptor instead.
+func (*ReadyRequest) Descriptor() ([]byte, []int) {
+	return file_agent_agent_proto_rawDescGZIP(), []int{4}
+}
+
+type ReadyResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Ready bool                   `protobuf:"varint,1,opt,name=ready,proto3" json:"ready,omitempty"`
+	// The TCP ports that the service is to open and has not opened yet.
+	ClosedPorts   []uint32 `protobuf:"varint,2,rep,packed,name=closed_ports,json=closedPorts,proto3" json:"closed_ports,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadyResponse) Reset() {
+	*x = ReadyResponse{}
+	mi := &file_agent_agent_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadyResponse) ProtoMessage() {}
+
+func (x *ReadyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agent_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadyResponse.ProtoReflect.Descriptor instead.
+func (*ReadyResponse) Descriptor() ([]byte, []int) {
+	return file_agent_agent_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *ReadyResponse) GetReady() bool {
+	if x != nil {
+		return x.Ready
+	}
+	return false
+}
+
+func (x *ReadyResponse) GetClosedPorts() []uint32 {
+	if x != nil {
+		return x.ClosedPorts
+	}
+	return nil
+}
+
 type ExecRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Program and arguments; the program is looked up on the guest's PATH.
@@ -233,7 +322,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_agent_agent_proto_msgTypes[4]
+	mi := &file_agent_agent_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -245,7 +334,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[4]
+	mi := &file_agent_agent_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -258,7 +347,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{4}
+	return file_agent_agent_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ExecRequest) GetArgs() []string {
@@ -288,7 +377,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_agent_agent_proto_msgTypes[5]
+	mi := &file_agent_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -300,7 +389,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[5]
+	mi := &file_agent_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -313,7 +402,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{5}
+	return file_agent_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ExecResponse) GetExitStatus() int32 {
@@ -352,7 +441,11 @@ const file_agent_agent_proto_rawDesc = "" +
 	"resolvConf\"i\n" +
 	"\x13AfterResumeResponse\x12&\n" +
 	"\x0fclock_step_nano\x18\x01 \x01(\x03R\rclockStepNano\x12*\n" +
-	"\x11resolv_conf_error\x18\x04 \x01(\tR\x0fresolvConfError\"7\n" +
+	"\x11resolv_conf_error\x18\x04 \x01(\tR\x0fresolvConfError\"\x0e\n" +
+	"\fReadyRequest\"H\n" +
+	"\rReadyResponse\x12\x14\n" +
+	"\x05ready\x18\x01 \x01(\bR\x05ready\x12!\n" +
+	"\fclosed_ports\x18\x02 \x03(\rR\vclosedPorts\"7\n" +
 	"\vExecRequest\x12\x12\n" +
 	"\x04args\x18\x01 \x03(\tR\x04args\x12\x14\n" +
 	"\x05stdin\x18\x02 \x01(\fR\x05stdin\"_\n" +
@@ -360,10 +453,11 @@ const file_agent_agent_proto_rawDesc = "" +
 	"\vexit_status\x18\x01 \x01(\x05R\n" +
 	"exitStatus\x12\x16\n" +
 	"\x06stdout\x18\x02 \x01(\fR\x06stdout\x12\x16\n" +
-	"\x06stderr\x18\x03 \x01(\fR\x06stderr2\x8c\x02\n" +
+	"\x06stderr\x18\x03 \x01(\fR\x06stderr2\xd6\x02\n" +
 	"\x05Agent\x12`\n" +
 	"\rBeforeSuspend\x12&.drafter.agent.v1.BeforeSuspendRequest\x1a'.drafter.agent.v1.BeforeSuspendResponse\x12Z\n" +
-	"\vAfterResume\x12$.drafter.agent.v1.AfterResumeRequest\x1a%.drafter.agent.v1.AfterResumeResponse\x12E\n" +
+	"\vAfterResume\x12$.drafter.agent.v1.AfterResumeRequest\x1a%.drafter.agent.v1.AfterResumeResponse\x12H\n" +
+	"\x05Ready\x12\x1e.drafter.agent.v1.ReadyRequest\x1a\x1f.drafter.agent.v1.ReadyResponse\x12E\n" +
 	"\x04Exec\x12\x1d.drafter.agent.v1.ExecRequest\x1a\x1e.drafter.agent.v1.ExecResponseB\x15Z\x13drafter/agent;agentb\x06proto3"
 
 var (
@@ -378,24 +472,28 @@ func file_agent_agent_proto_rawDescGZIP() []byte {
 	return file_agent_agent_proto_rawDescData
 }
 
-var file_agent_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_agent_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_agent_agent_proto_goTypes = []any{
 	(*BeforeSuspendRequest)(nil),  // 0: drafter.agent.v1.BeforeSuspendRequest
 	(*BeforeSuspendResponse)(nil), // 1: drafter.agent.v1.BeforeSuspendResponse
 	(*AfterResumeRequest)(nil),    // 2: drafter.agent.v1.AfterResumeRequest
 	(*AfterResumeResponse)(nil),   // 3: drafter.agent.v1.AfterResumeResponse
-	(*ExecRequest)(nil),           // 4: drafter.agent.v1.ExecRequest
-	(*ExecResponse)(nil),          // 5: drafter.agent.v1.ExecResponse
+	(*ReadyRequest)(nil),          // 4: drafter.agent.v1.ReadyRequest
+	(*ReadyResponse)(nil),         // 5: drafter.agent.v1.ReadyResponse
+	(*ExecRequest)(nil),           // 6: drafter.agent.v1.ExecRequest
+	(*ExecResponse)(nil),          // 7: drafter.agent.v1.ExecResponse
 }
 var file_agent_agent_proto_depIdxs = []int32{
 	0, // 0: drafter.agent.v1.Agent.BeforeSuspend:input_type -> drafter.agent.v1.BeforeSuspendRequest
 	2, // 1: drafter.agent.v1.Agent.AfterResume:input_type -> drafter.agent.v1.AfterResumeRequest
-	4, // 2: drafter.agent.v1.Agent.Exec:input_type -> drafter.agent.v1.ExecRequest
-	1, // 3: drafter.agent.v1.Agent.BeforeSuspend:output_type -> drafter.agent.v1.BeforeSuspendResponse
-	3, // 4: drafter.agent.v1.Agent.AfterResume:output_type -> drafter.agent.v1.AfterResumeResponse
-	5, // 5: drafter.agent.v1.Agent.Exec:output_type -> drafter.agent.v1.ExecResponse
-	3, // [3:6] is the sub-list for method output_type
-	0, // [0:3] is the sub-list for method input_type
+	4, // 2: drafter.agent.v1.Agent.Ready:input_type -> drafter.agent.v1.ReadyRequest
+	6, // 3: drafter.agent.v1.Agent.Exec:input_type -> drafter.agent.v1.ExecRequest
+	1, // 4: drafter.agent.v1.Agent.BeforeSuspend:output_type -> drafter.agent.v1.BeforeSuspendResponse
+	3, // 5: drafter.agent.v1.Agent.AfterResume:output_type -> drafter.agent.v1.AfterResumeResponse
+	5, // 6: drafter.agent.v1.Agent.Ready:output_type -> drafter.agent.v1.ReadyResponse
+	7, // 7: drafter.agent.v1.Agent.Exec:output_type -> drafter.agent.v1.ExecResponse
+	4, // [4:8] is the sub-list for method output_type
+	0, // [0:4] is the sub-list for method input_type
 	0, // [0:0] is the sub-list for extension type_name
 	0, // [0:0] is the sub-list for extension extendee
 	0, // [0:0] is the sub-list for field type_name
@@ -412,7 +510,7 @@ func file_agent_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_agent_proto_rawDesc), len(file_agent_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   6,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

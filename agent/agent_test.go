@@ -9,11 +9,14 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/containerd/ttrpc"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 )
@@ -369,5 +372,77 @@ func TestResolvConf(t *testing.T) {
 	}
 	if err := (&Server{}).writeResolvConf("nameserver 192.0.2.53\n"); err != nil {
 		t.Errorf("an agent of another distribution: %v", err)
+	}
+}
+
+// TestReady asks a guest until its service is ready. An agent that serves none is, and so is one that does not know the question.
+func TestReady(t *testing.T) {
+	port, host := serialPair(t)
+	var asked atomic.Int32
+	serve(t, &Server{Service: func() (bool, []uint32, error) {
+		if asked.Add(1) == 1 {
+			return false, []uint32{9999}, nil
+		}
+		return true, nil, nil
+	}}, port)
+	greet(t, host)
+	c := NewClient(noClose{host})
+	defer c.Close()
+	if ready, closed, err := c.Ready(t.Context()); err != nil || !ready || len(closed) > 0 || asked.Load() != 2 {
+		t.Errorf("ready %v, %v, %v after %d", ready, closed, err, asked.Load())
+	}
+}
+
+func TestNotReady(t *testing.T) {
+	port, host := serialPair(t)
+	serve(t, &Server{Service: func() (bool, []uint32, error) { return false, []uint32{80, 9999}, nil }}, port)
+	greet(t, host)
+	c := NewClient(noClose{host})
+	defer c.Close()
+	if ready, closed, err := c.Ready(t.Context()); err != nil || ready || !slices.Equal(closed, []uint32{80, 9999}) {
+		t.Errorf("ready %v, %v, %v", ready, closed, err)
+	}
+}
+
+func TestNothingToBeReady(t *testing.T) {
+	port, host := serialPair(t)
+	serve(t, &Server{}, port)
+	greet(t, host)
+	c := NewClient(noClose{host})
+	defer c.Close()
+	if ready, _, err := c.Ready(t.Context()); err != nil || !ready {
+		t.Errorf("ready %v, %v", ready, err)
+	}
+}
+
+// TestOldAgent asks an agent of before there was the question.
+func TestOldAgent(t *testing.T) {
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "agent"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	host, err := net.Dial("unix", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	server, err := ttrpc.NewServer()
+	if err != nil {
+		t.Fatal(err)
+	}
+	server.RegisterService("drafter.agent.v1.Agent", &ttrpc.ServiceDesc{Methods: map[string]ttrpc.Method{}})
+	done := make(chan error)
+	go func() { done <- server.Serve(context.Background(), l) }()
+	c := NewClient(host)
+	if ready, _, err := c.Ready(t.Context()); err != nil || !ready {
+		t.Errorf("ready %v, %v", ready, err)
+	}
+	if err := c.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := server.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := <-done; err != nil && !errors.Is(err, ttrpc.ErrServerClosed) {
+		t.Error(err)
 	}
 }

@@ -10,6 +10,7 @@ import (
 type AgentService interface {
 	BeforeSuspend(context.Context, *BeforeSuspendRequest) (*BeforeSuspendResponse, error)
 	AfterResume(context.Context, *AfterResumeRequest) (*AfterResumeResponse, error)
+	Ready(context.Context, *ReadyRequest) (*ReadyResponse, error)
 	Exec(context.Context, *ExecRequest) (*ExecResponse, error)
 }
 
@@ -29,6 +30,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 					return nil, err
 				}
 				return svc.AfterResume(ctx, &req)
+			},
+			"Ready": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req ReadyRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Ready(ctx, &req)
 			},
 			"Exec": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req ExecRequest
@@ -62,6 +70,14 @@ func (c *agentClient) BeforeSuspend(ctx context.Context, req *BeforeSuspendReque
 func (c *agentClient) AfterResume(ctx context.Context, req *AfterResumeRequest) (*AfterResumeResponse, error) {
 	var resp AfterResumeResponse
 	if err := c.client.Call(ctx, "drafter.agent.v1.Agent", "AfterResume", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) Ready(ctx context.Context, req *ReadyRequest) (*ReadyResponse, error) {
+	var resp ReadyResponse
+	if err := c.client.Call(ctx, "drafter.agent.v1.Agent", "Ready", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/containerd/ttrpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"drafter/internal/console"
 )
@@ -54,6 +56,17 @@ func (c *Client) AfterResume(ctx context.Context, mostStep time.Duration, resolv
 		slog.Warn("The guest keeps the name servers that it had", "error", c.explain("after-resume", errors.New(why)))
 	}
 	return time.Duration(r.GetClockStepNano()), nil
+}
+
+// Ready tells whether the guest's service is ready to be packaged, and which TCP ports it has not
+// opened yet. The guest answers once it is, or after a second. An agent that does not know the
+// question is ready.
+func (c *Client) Ready(ctx context.Context) (ready bool, closed []uint32, err error) {
+	r, err := c.calls.Ready(ctx, &ReadyRequest{})
+	if status.Code(err) == codes.Unimplemented {
+		return true, nil, nil
+	}
+	return r.GetReady(), r.GetClosedPorts(), c.explain("ready", err)
 }
 
 // Exec runs a program in the guest. A program that ran and failed is no error: see the response's exit status.

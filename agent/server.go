@@ -24,6 +24,10 @@ type Server struct {
 	AfterResumeCmd   string // "" for none
 	KeepClock        bool   // whether the guest keeps its own time: its clock is never set
 	ResolvConf       string // file that has the name servers of the host that the guest is on; "" for none
+
+	// Service tells whether the guest's service is ready, and which of its TCP ports it has not
+	// opened yet. It is asked often, by any goroutine. nil: there is none to wait for.
+	Service func() (ready bool, closed []uint32, err error)
 }
 
 var _ AgentService = (*Server)(nil)
@@ -53,6 +57,32 @@ func (s *Server) BeforeSuspend(ctx context.Context, _ *BeforeSuspendRequest) (*B
 	}
 	unix.Sync()
 	return &BeforeSuspendResponse{}, nil
+}
+
+// A host that asks whether the service is ready is answered after readyWait; meanwhile that is
+// looked at every readyPause.
+const (
+	readyWait  = time.Second
+	readyPause = 20 * time.Millisecond
+)
+
+// Ready implements [AgentService].
+func (s *Server) Ready(ctx context.Context, _ *ReadyRequest) (*ReadyResponse, error) {
+	if s.Service == nil {
+		return &ReadyResponse{Ready: true}, nil
+	}
+	deadline := time.Now().Add(readyWait)
+	for {
+		ready, closed, err := s.Service()
+		if err != nil || ready || time.Now().After(deadline) {
+			return &ReadyResponse{Ready: ready, ClosedPorts: closed}, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(readyPause):
+		}
+	}
 }
 
 // AfterResume implements [AgentService].

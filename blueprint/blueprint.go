@@ -10,6 +10,9 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+
+	"github.com/dustin/go-humanize"
+	"golang.org/x/sys/unix"
 )
 
 // Progress is told how far a long step is. total is 0 while unknown, and done equals total at the end of a step. It is called from one
@@ -53,4 +56,25 @@ func runTool(ctx context.Context, dir, name string, args ...string) ([]byte, err
 func lastLines(s string) string {
 	lines := strings.Split(strings.TrimSpace(s), "\n")
 	return strings.Join(lines[max(0, len(lines)-3):], " | ")
+}
+
+// What mends a directory that is full.
+const (
+	tempRemedy   = "set TMPDIR to a directory with more room"
+	outputRemedy = "name another --output"
+)
+
+// noRoom adds to an error that says that a file system is full which one that is, how large it is,
+// and how to mend it. Programs that we run say it in words.
+func noRoom(err error, dir, remedy string) error {
+	if err == nil || !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) && !strings.Contains(err.Error(), unix.ENOSPC.Error()) &&
+		!strings.Contains(err.Error(), "No space left on device") {
+		return err
+	}
+	var st unix.Statfs_t
+	if serr := unix.Statfs(dir, &st); serr != nil {
+		return errors.Join(err, serr)
+	}
+	size := func(blocks uint64) string { return humanize.IBytes(blocks * uint64(st.Bsize)) }
+	return fmt.Errorf("%w; there is no more room in %s (%s, %s of it free): %s", err, dir, size(st.Blocks), size(st.Bavail), remedy)
 }

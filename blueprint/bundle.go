@@ -5,6 +5,7 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
+	"compress/bzip2"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -12,18 +13,22 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/klauspost/compress/gzip"
 	archive "github.com/moby/go-archive"
 	"github.com/moby/go-archive/chrootarchive"
 	"github.com/moby/sys/user"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"github.com/ulikunitz/xz"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
@@ -39,15 +44,20 @@ type Limits struct {
 	Files int64 // with the directories that their names need; 0 for 4 million
 }
 
+const defaultMaxBytes = 64 << 30
+
 // BuildOCI makes an ext4 image that holds the OCI runtime bundle of an image. See [UnpackOCI] and [PackOCI] for its halves.
 func BuildOCI(ctx context.Context, image v1.Image, limits Limits, c Ext4Config) (err error) {
+	if err := checkCommand(image); err != nil {
+		return err
+	}
 	work, err := scratch.New(os.TempDir(), "drafter-bundle-")
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, work.Close()) }()
 	if err := makeBundle(ctx, image, work.Path("bundle"), limits, c.Progress); err != nil {
-		return err
+		return noRoom(err, os.TempDir(), tempRemedy)
 	}
 	c.Source = work.Path("bundle")
 	return PackOCI(ctx, c)
@@ -123,6 +133,9 @@ func UnpackOCI(ctx context.Context, image v1.Image, dir string, limits Limits, p
 	if entries, err := os.ReadDir(dir); err == nil && len(entries) > 0 {
 		return fmt.Errorf("unpack image: directory %s is not empty; remove it or name another", dir)
 	}
+	if err := checkCommand(image); err != nil {
+		return err
+	}
 	if err := private.MkdirAll(filepath.Dir(dir)); err != nil {
 		return fmt.Errorf("unpack image: %w", err)
 	}
@@ -132,7 +145,7 @@ func UnpackOCI(ctx context.Context, image v1.Image, dir string, limits Limits, p
 	}
 	defer func() { err = errors.Join(err, work.Close()) }()
 	if err := makeBundle(ctx, image, work.Path("bundle"), limits, progress); err != nil {
-		return err
+		return noRoom(err, filepath.Dir(dir), outputRemedy)
 	}
 	if err := work.Move("bundle", filepath.Base(dir)); err != nil {
 		return fmt.Errorf("unpack image: %w", err)
@@ -168,7 +181,7 @@ func makeBundle(ctx context.Context, image v1.Image, dir string, limits Limits, 
 	if len(config.RootFS.DiffIDs) != len(layers) {
 		return fmt.Errorf("the image is damaged: it has %d layers, its config names %d", len(layers), len(config.RootFS.DiffIDs))
 	}
-	left := Limits{cmp.Or(limits.Bytes, 64<<30), cmp.Or(limits.Files, 4_000_000)}
+	left := Limits{cmp.Or(limits.Bytes, defaultMaxBytes), cmp.Or(limits.Files, 4_000_000)}
 	for i, l := range layers {
 		count := func(n int) { done += int64(n); progress.report("Pulling image", min(done, total-1), total) }
 		if err := unpackLayer(ctx, l, config.RootFS.DiffIDs[i], rootfs, &left, count); err != nil {
@@ -239,6 +252,7 @@ const maxPath = 4096
 // size, however short the archive: so what unpacks sees no header but those written here.
 func (l *Limits) check(ctx context.Context, w io.Writer, r *tar.Reader) error {
 	out := tar.NewWriter(w)
+	made := map[string]bool{} // names in this layer, with a slash in front; whether they are directories
 	for {
 		h, err := r.Next()
 		if errors.Is(err, io.EOF) {
@@ -247,8 +261,13 @@ func (l *Limits) check(ctx context.Context, w io.Writer, r *tar.Reader) error {
 		if err != nil {
 			return err
 		}
-		if h.Typeflag == tar.TypeXGlobalHeader {
-			continue // a comment
+		switch h.Typeflag {
+		case tar.TypeXGlobalHeader, 'V':
+			continue // a comment; a volume's name (GNU)
+		case tar.TypeGNUSparse, tar.TypeCont:
+			h.Typeflag = tar.TypeReg // it is read as a whole
+		case 'D': // a directory, and the names in it (GNU, incremental)
+			h.Typeflag, h.Size = tar.TypeDir, 0
 		}
 		if len(h.Name) > maxPath || len(h.Linkname) > maxPath {
 			return fmt.Errorf("a name in it has more than %d bytes", maxPath)
@@ -261,17 +280,38 @@ func (l *Limits) check(ctx context.Context, w io.Writer, r *tar.Reader) error {
 			return errors.New("the image unpacks to more bytes than are allowed; see --max-unpacked")
 		}
 		l.Bytes -= h.Size
-		if h.Typeflag == tar.TypeGNUSparse {
-			h.Typeflag = tar.TypeReg // it is read as a whole
+		if !whiteoutBelow(h, made) {
+			continue
 		}
 		h.Format = tar.FormatPAX
 		if err := out.WriteHeader(h); err != nil {
 			return fmt.Errorf("%.64q: %w", h.Name, err)
 		}
+		if h.Typeflag != tar.TypeReg {
+			continue // what else has content means nothing by it
+		}
 		if _, err := io.Copy(out, decompress.Interruptible(ctx, r)); err != nil {
 			return err
 		}
 	}
+}
+
+// whiteoutBelow makes a whiteout one of what is in the layers below, and of nothing that its own
+// layer has brought before it (layer.md of the OCI image specification); who unpacks it would
+// remove both. It tells whether the entry is needed.
+func whiteoutBelow(h *tar.Header, made map[string]bool) bool {
+	name := path.Clean("/" + h.Name)
+	dir, base := path.Split(name)
+	removed, isWhiteout := strings.CutPrefix(base, archive.WhiteoutPrefix)
+	if !isWhiteout || strings.HasPrefix(base, archive.WhiteoutMetaPrefix) {
+		made[name] = h.Typeflag == tar.TypeDir
+		return true
+	}
+	isDir, again := made[dir+removed]
+	if again && isDir {
+		h.Name = strings.TrimPrefix(path.Join(dir, removed, archive.WhiteoutOpaqueDir), "/")
+	}
+	return !again || isDir
 }
 
 // boundedReader fails behind so many bytes.
@@ -299,22 +339,46 @@ func (c *countingReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// decompressLayer picks by magic number: media types are not always told.
+// compressions are told by their first bytes: media types are not always told.
+var compressions = map[string]string{"gzip": "\x1f\x8b", "zstd": "\x28\xb5\x2f\xfd", "xz": "\xfd7zXZ\x00", "bzip2": "BZh"}
+
+const magicLen = 6
+
+// compression tells how what begins with magic is compressed, or "".
+func compression(magic []byte) string {
+	// A frame to be skipped, with which pzstd and others begin (RFC 8878, 3.1.2).
+	if len(magic) >= 4 && magic[0]&0xf0 == 0x50 && bytes.Equal(magic[1:4], []byte("\x2a\x4d\x18")) {
+		return "zstd"
+	}
+	for name, m := range compressions {
+		if bytes.HasPrefix(magic, []byte(m)) {
+			return name
+		}
+	}
+	return ""
+}
+
+// decompressLayer decompresses what is compressed.
 func decompressLayer(r io.Reader) (io.ReadCloser, error) {
 	b := bufio.NewReaderSize(r, 1<<20)
-	magic, err := b.Peek(4)
+	magic, err := b.Peek(magicLen)
 	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, err
 	}
-	switch {
-	case bytes.HasPrefix(magic, []byte("\x1f\x8b")):
+	switch compression(magic) {
+	case "gzip":
 		return gzip.NewReader(b)
-	case bytes.Equal(magic, []byte("\x28\xb5\x2f\xfd")):
+	case "zstd":
 		d, err := decompress.Stream(b)
 		if err != nil {
 			return nil, err
 		}
 		return d.IOReadCloser(), nil
+	case "xz":
+		d, err := xz.NewReader(b)
+		return io.NopCloser(d), err
+	case "bzip2":
+		return io.NopCloser(bzip2.NewReader(b)), nil
 	}
 	return io.NopCloser(b), nil
 }
@@ -325,6 +389,11 @@ var defaultCapabilities = []string{
 	"CAP_NET_RAW", "CAP_SETFCAP", "CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_CHROOT",
 }
 
+// pingCapabilities let any user ping with any program. Those that know of
+// net.ipv4.ping_group_range, which our OS sets as Docker does, need none; busybox opens a raw
+// socket all the same. What its user sends is guarded outside the VM.
+var pingCapabilities = []string{"CAP_NET_RAW"}
+
 // bundleVersion is the version of the runtime specification our bundles keep to. It is an old one on purpose: runtimes refuse newer ones than
 // they know, and nothing of those is needed.
 const bundleVersion = "1.0.2"
@@ -333,9 +402,9 @@ const bundleVersion = "1.0.2"
 // is the boundary.
 func runtimeSpec(config *v1.ConfigFile, rootfs string) (*specs.Spec, error) {
 	c := config.Config
-	args := append(slices.Clone(c.Entrypoint), c.Cmd...)
-	if len(args) == 0 {
-		return nil, errors.New("the image has neither an entrypoint nor a command; add one with 'blueprint oci unpack', edit config.json and 'pack'")
+	args, err := command(c)
+	if err != nil {
+		return nil, err
 	}
 	root, err := openRootDir(rootfs)
 	if err != nil {
@@ -346,41 +415,60 @@ func runtimeSpec(config *v1.ConfigFile, rootfs string) (*specs.Spec, error) {
 	if err != nil {
 		return nil, err
 	}
+	if systemd, err := root.leadsTo(args[0], "/systemd"); err != nil {
+		return nil, err
+	} else if systemd {
+		return nil, fmt.Errorf("the image starts systemd (%s), which is for a machine of its own and does not run in a container; name the service to run with --command", args[0])
+	}
 	for volume := range c.Volumes {
-		if err := root.mkdirAll(volume); err != nil {
+		err := root.mkdirAll(volume)
+		if errors.Is(err, unix.ENOTDIR) {
+			slog.Warn("A volume of the image is a file, and stays one", "volume", volume)
+		} else if err != nil {
 			return nil, fmt.Errorf("create volume %s: %w", volume, err)
 		}
 	}
-	env := slices.Clone(c.Env)
-	env = withDefault(env, "PATH", guest.Path)
-	env = withDefault(env, "HOME", home)
+	dir := path.Join("/", c.WorkingDir)
+	if err := root.mkdirAll(dir); err != nil {
+		return nil, fmt.Errorf("create working directory %s: %w", dir, err)
+	}
 	annotations := map[string]string{}
 	for k, v := range c.Labels {
-		annotations[k] = v
+		if !strings.HasPrefix(k, runtimeAnnotations) {
+			annotations[k] = v
+		}
 	}
-	if c.StopSignal != "" {
+	if _, err := guest.ParseSignal(c.StopSignal); err != nil {
+		slog.Warn("The image's stop signal is not known; it is stopped with SIGTERM", "error", err)
+	} else if c.StopSignal != "" {
 		annotations[guest.StopSignalAnnotation] = c.StopSignal
 	}
-	ports := make([]string, 0, len(c.ExposedPorts))
+	var ports []string
 	for p := range c.ExposedPorts {
+		if _, err := guest.NewReadiness(p); err != nil {
+			slog.Warn("The image exposes a port that is none", "error", err)
+			continue
+		}
 		ports = append(ports, p)
 	}
 	if len(ports) > 0 {
 		slices.Sort(ports)
 		annotations[guest.ExposedPortsAnnotation] = strings.Join(ports, ",")
 	}
+	capabilities := &specs.LinuxCapabilities{Bounding: defaultCapabilities, Effective: defaultCapabilities, Permitted: defaultCapabilities}
+	if who.UID != 0 {
+		capabilities.Inheritable, capabilities.Ambient = pingCapabilities, pingCapabilities
+	}
 	return &specs.Spec{
 		Version:  bundleVersion,
-		Hostname: "drafter",
+		Hostname: hostname,
 		Root:     &specs.Root{Path: "rootfs"},
 		Process: &specs.Process{
-			User: who,
-			Args: args,
-			Env:  env,
-			Cwd:  cmp.Or(c.WorkingDir, "/"),
-			Capabilities: &specs.LinuxCapabilities{
-				Bounding: defaultCapabilities, Effective: defaultCapabilities, Permitted: defaultCapabilities,
-			},
+			User:            who,
+			Args:            args,
+			Env:             environment(c.Env, home),
+			Cwd:             dir,
+			Capabilities:    capabilities,
 			Rlimits:         []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Hard: 1 << 20, Soft: 1 << 16}},
 			NoNewPrivileges: false,
 		},
@@ -404,13 +492,76 @@ var containerMounts = []specs.Mount{
 	{Destination: "/dev/mqueue", Type: "mqueue", Source: "mqueue", Options: []string{"nosuid", "noexec", "nodev"}},
 	{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"nosuid", "noexec", "nodev", "ro"}},
 	{Destination: "/etc/resolv.conf", Type: "bind", Source: guest.ResolvConf, Options: []string{"rbind", "ro"}},
+	{Destination: "/etc/hosts", Type: "bind", Source: "/etc/hosts", Options: []string{"rbind", "rw"}},
+	{Destination: "/etc/hostname", Type: "bind", Source: "/etc/hostname", Options: []string{"rbind", "rw"}},
 }
 
-func withDefault(env []string, key, value string) []string {
-	if slices.ContainsFunc(env, func(e string) bool { return strings.HasPrefix(e, key+"=") }) {
-		return env
+// hostname is the name of our OS (see buildRoot) and of the container in it.
+const hostname = "drafter"
+
+// runtimeAnnotations begin what crun takes orders from. The labels of an image give none.
+const runtimeAnnotations = "run.oci."
+
+// command is what a container runs: the entrypoint, and behind it the command.
+func command(c v1.Config) ([]string, error) {
+	args := append(slices.Clone(c.Entrypoint), c.Cmd...)
+	if len(args) == 0 || args[0] == "" {
+		return nil, errors.New("the image has neither an entrypoint nor a command; name one with --command, such as --command '[\"/bin/server\",\"--port\",\"80\"]'")
 	}
-	return append(env, key+"="+value)
+	return args, nil
+}
+
+// checkCommand refuses an image that cannot be started, before anything is fetched or made.
+func checkCommand(image v1.Image) error {
+	config, err := image.ConfigFile()
+	if err != nil {
+		return fmt.Errorf("read image config: %w", err)
+	}
+	_, err = command(config.Config)
+	return err
+}
+
+// WithCommand returns the image with another command, as in a Dockerfile: a JSON array of program
+// and arguments, or a line for the image's shell. It takes the place of entrypoint and command.
+func WithCommand(image v1.Image, command string) (v1.Image, error) {
+	config, err := image.ConfigFile()
+	if err != nil {
+		return nil, fmt.Errorf("read image config: %w", err)
+	}
+	config = config.DeepCopy()
+	shell := config.Config.Shell
+	if len(shell) == 0 {
+		shell = []string{"/bin/sh", "-c"}
+	}
+	args := append(slices.Clone(shell), command)
+	if strings.HasPrefix(strings.TrimSpace(command), "[") {
+		args = nil
+		if err := json.Unmarshal([]byte(command), &args); err != nil {
+			return nil, fmt.Errorf("%s is no JSON array of strings: %w", command, err)
+		}
+	}
+	config.Config.Entrypoint, config.Config.Cmd = args, nil
+	return mutate.ConfigFile(image, config)
+}
+
+// environment is what Docker makes of an image's: the last of several values counts, and a name
+// without "=" takes the variable away, even one that containers have by default.
+func environment(image []string, home string) []string {
+	var env []string
+	for _, e := range append([]string{"PATH=" + guest.Path, "HOSTNAME=" + hostname, "HOME=" + home}, image...) {
+		name, _, isSet := strings.Cut(e, "=")
+		i := slices.IndexFunc(env, func(have string) bool { return strings.HasPrefix(have, name+"=") })
+		switch {
+		case name == "":
+		case isSet && i < 0:
+			env = append(env, e)
+		case isSet:
+			env[i] = e
+		case i >= 0:
+			env = slices.Delete(env, i, i+1)
+		}
+	}
+	return env
 }
 
 // maxUsers bounds what is read of an image's passwd and group files, in bytes.

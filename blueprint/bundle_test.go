@@ -229,7 +229,7 @@ func TestRuntimeSpec(t *testing.T) {
 		Entrypoint: []string{"/entry"}, Cmd: []string{"a", "b"}, Env: []string{"PATH=/bin", "K=v"}, WorkingDir: "/work", User: "app",
 		StopSignal: "SIGINT", ExposedPorts: map[string]struct{}{"80/tcp": {}, "53/udp": {}}, Volumes: map[string]struct{}{"/var/data": {}},
 	})
-	if want := "/entry a b|/work|PATH=/bin K=v HOME=/home/app|SIGINT|53/udp,80/tcp"; err != nil || got != want {
+	if want := "/entry a b|/work|PATH=/bin HOSTNAME=drafter HOME=/home/app K=v|SIGINT|53/udp,80/tcp"; err != nil || got != want {
 		t.Errorf("got %q, %v; want %q", got, err, want)
 	}
 	if info, err := os.Stat(filepath.Join(root, "var/data")); err != nil || !info.IsDir() {

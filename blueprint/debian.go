@@ -2,13 +2,17 @@ package blueprint
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 
+	"drafter/internal/lockfile"
 	"drafter/internal/private"
 )
 
@@ -34,16 +38,18 @@ func UnpackDebian(ctx context.Context, dir, cache string, progress Progress, nam
 }
 
 // fetchPackages downloads the named packages with all they depend on, as if nothing were installed, and returns the .deb files.
-func fetchPackages(ctx context.Context, cache string, names ...string) ([]string, error) {
-	cache, err := filepath.Abs(cache) // apt takes relative paths to be its own
+func fetchPackages(ctx context.Context, cache string, names ...string) (_ []string, err error) {
+	cache, err = filepath.Abs(cache) // apt takes relative paths to be its own
 	if err != nil {
 		return nil, err
 	}
 	archives := filepath.Join(cache, "archives")
 	status := filepath.Join(cache, "status")
-	if err := makeCache(cache); err != nil {
+	lock, err := lockCache(ctx, cache)
+	if err != nil {
 		return nil, err
 	}
+	defer func() { err = noRoom(errors.Join(err, lock.Release()), cache, cacheRemedy) }()
 	if err := os.MkdirAll(filepath.Join(archives, "partial"), 0o755); err != nil {
 		return nil, err
 	}
@@ -85,6 +91,36 @@ func fetchPackages(ctx context.Context, cache string, names ...string) ([]string
 	return debs, nil
 }
 
+// lockCache makes the directory of a cache and waits until no other process uses it: apt fails
+// where another apt is at work. Packages that are there are only added to, so what they are
+// unpacked from needs no lock.
+func lockCache(ctx context.Context, dir string) (*lockfile.Lock, error) {
+	if err := makeCache(dir); err != nil {
+		return nil, err
+	}
+	for told := false; ; told = true {
+		lock, err := lockfile.Try(filepath.Join(dir, "drafter.lock"))
+		var held *lockfile.HeldError
+		if !errors.As(err, &held) {
+			return lock, err
+		}
+		if !told {
+			slog.Info("Waiting for another process to be done with the cache of packages", "cache", dir, "held", held.Holder)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("wait for cache %s, %w: %w", dir, held, context.Cause(ctx))
+		case <-time.After(lockPause):
+		}
+	}
+}
+
+// lockPause is how long a lock is waited for until it is tried again.
+const lockPause = 100 * time.Millisecond
+
+// cacheRemedy mends a cache whose file system is full.
+const cacheRemedy = "name another --cache"
+
 // makeCache makes the directory of a cache. One that another user may write to is refused: what is in it is not downloaded, nor verified, again.
 func makeCache(dir string) error {
 	if err := private.MkdirAll(dir); err != nil {
@@ -100,14 +136,15 @@ func makeCache(dir string) error {
 var uriLine = regexp.MustCompile(`(?m)^'[^']+' (\S+\.deb) \d+`)
 
 // fetchKernel downloads the kernel image that a kernel package stands for, without its dependencies, and returns the .deb file.
-func fetchKernel(ctx context.Context, cache, name string) (string, error) {
-	cache, err := filepath.Abs(cache)
+func fetchKernel(ctx context.Context, cache, name string) (_ string, err error) {
+	if cache, err = filepath.Abs(cache); err != nil {
+		return "", err
+	}
+	lock, err := lockCache(ctx, cache)
 	if err != nil {
 		return "", err
 	}
-	if err := makeCache(cache); err != nil {
-		return "", err
-	}
+	defer func() { err = noRoom(errors.Join(err, lock.Release()), cache, cacheRemedy) }()
 	dir := filepath.Join(cache, "kernel")
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err
@@ -158,7 +195,7 @@ func unpackPackages(ctx context.Context, dir string, debs []string, progress fun
 	}
 	for i, deb := range debs {
 		if _, err := runTool(ctx, "", "dpkg-deb", "--extract", deb, dir); err != nil {
-			return fmt.Errorf("unpack %s: %w", filepath.Base(deb), err)
+			return noRoom(fmt.Errorf("unpack %s: %w", filepath.Base(deb), err), dir, tempRemedy)
 		}
 		if progress != nil {
 			progress(int64(i+1), int64(len(debs)))

@@ -56,10 +56,10 @@ func MakeExt4(ctx context.Context, c Ext4Config) error {
 		stop()
 	}
 	if err != nil {
-		return errors.Join(fmt.Errorf("make %s: %w", c.Output, err), f.Discard())
+		return errors.Join(noRoom(fmt.Errorf("make %s: %w", c.Output, err), filepath.Dir(c.Output), outputRemedy), f.Discard())
 	}
 	if err := f.Publish(); err != nil {
-		return fmt.Errorf("make %s: %w", c.Output, err)
+		return noRoom(fmt.Errorf("make %s: %w", c.Output, err), filepath.Dir(c.Output), outputRemedy)
 	}
 	return nil
 }

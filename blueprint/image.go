@@ -1,45 +1,43 @@
 package blueprint
 
 import (
-	"archive/tar"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"io"
+	"io/fs"
 	"os"
-	"path"
-	"path/filepath"
 	"runtime"
+	"slices"
+	"strconv"
 	"strings"
 
+	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
-	"github.com/google/go-containerregistry/pkg/v1/tarball"
 
-	"drafter/internal/decompress"
 	"drafter/internal/ociclient"
 )
 
 // ImageConfig names an OCI image.
 type ImageConfig struct {
-	// Ref is docker://NAME[:TAG|@DIGEST], oci:LAYOUT[:TAG] or docker-archive:FILE.
+	// Ref is docker://NAME[:TAG|@DIGEST], oci:LAYOUT[:TAG], oci-archive:FILE[:TAG],
+	// docker-archive:FILE[:TAG] or dir:DIRECTORY. A tag may be a whole name, or @N: the N-th image,
+	// from 0. Archives may be compressed.
 	Ref string
 	// Platform is OS/ARCH[/VARIANT]; "" for linux and this host's architecture.
 	Platform string
 	// PlainHTTP talks to the registry without TLS. Registries on loopback addresses are always spoken to so.
 	PlainHTTP bool
+	// MaxArchive bounds what a compressed archive may unpack to, in bytes; 0 for 64 GiB.
+	MaxArchive int64
 }
 
 // OpenImage finds an image. Its layers are fetched when they are read. Registry credentials come from docker's configuration file.
 func OpenImage(ctx context.Context, c ImageConfig) (v1.Image, error) {
-	platform := v1.Platform{OS: "linux", Architecture: runtime.GOARCH}
-	if c.Platform != "" {
-		p, err := v1.ParsePlatform(c.Platform)
-		if err != nil {
-			return nil, fmt.Errorf("platform %q: %w; write it as linux/amd64", c.Platform, err)
-		}
-		platform = *p
+	platform, err := parsePlatform(c.Platform)
+	if err != nil {
+		return nil, err
 	}
 	image, err := openImage(ctx, c, platform)
 	if err != nil {
@@ -49,7 +47,7 @@ func OpenImage(ctx context.Context, c ImageConfig) (v1.Image, error) {
 	if err != nil {
 		return nil, fmt.Errorf("image %s: read config: %w", c.Ref, err)
 	}
-	if have := config.Platform(); have != nil && have.Architecture != "" && !have.Satisfies(platform) {
+	if have := config.Platform(); have != nil && have.Architecture != "" && suits(*have, platform) == 0 {
 		return nil, fmt.Errorf("image %s is for %s, not for %s; name another image, or choose with --platform", c.Ref, have, platform)
 	}
 	return image, nil
@@ -72,19 +70,36 @@ func checkConfig(image v1.Image) (*v1.ConfigFile, error) {
 
 func openImage(ctx context.Context, c ImageConfig, platform v1.Platform) (v1.Image, error) {
 	scheme, rest, _ := strings.Cut(c.Ref, ":")
+	file, name := cutName(rest)
+	most := cmp.Or(c.MaxArchive, defaultMaxBytes)
+	var list []found
+	var err error
 	switch scheme {
 	case "docker":
 		return openRegistry(ctx, strings.TrimPrefix(rest, "//"), c.PlainHTTP, platform)
-	case "oci":
-		return openLayout(rest, platform)
+	case "oci", "oci-archive":
+		list, err = listStored(ctx, file, layoutIndex, most)
 	case "docker-archive":
-		image, err := openArchive(ctx, rest)
-		if err != nil {
-			return nil, fmt.Errorf("read docker archive (what 'docker save' writes): %w", err)
-		}
-		return image, nil
+		list, err = listStored(ctx, file, dockerManifest, most)
+	case "dir":
+		list, err = listDir(file)
+	default:
+		return nil, errors.New("unknown kind of reference; write docker://NAME:TAG, oci:DIRECTORY:TAG, oci-archive:FILE, docker-archive:FILE or dir:DIRECTORY")
 	}
-	return nil, errors.New("unknown kind of reference; write docker://NAME:TAG, oci:DIRECTORY:TAG or docker-archive:FILE")
+	if err != nil {
+		return nil, err
+	}
+	return choose(list, name, platform)
+}
+
+// cutName splits PATH[:NAME], each of which may hold colons: the path is the longest that there is.
+func cutName(ref string) (file, name string) {
+	for i := len(ref); i > 0; i = strings.LastIndexByte(ref[:i], ':') {
+		if _, err := os.Stat(ref[:i]); err == nil {
+			return ref[:i], strings.TrimPrefix(ref[i:], ":")
+		}
+	}
+	return ref, ""
 }
 
 func openRegistry(ctx context.Context, ref string, plainHTTP bool, platform v1.Platform) (v1.Image, error) {
@@ -96,197 +111,212 @@ func openRegistry(ctx context.Context, ref string, plainHTTP bool, platform v1.P
 	if err != nil {
 		return nil, fmt.Errorf("reach registry %s: %w", r.Context().RegistryStr(), err)
 	}
+	var image v1.Image
 	if desc.MediaType.IsIndex() {
 		index, err := desc.ImageIndex()
 		if err != nil {
 			return nil, err
 		}
-		return pickPlatform(index, platform, v1.ImageIndex.Image)
-	}
-	return desc.Image()
-}
-
-// maxEntries bounds the files in a docker archive. An image has one for each layer, and few others.
-const maxEntries = 1 << 16
-
-// openArchive opens an archive of one image. The library reads what describes the image as a whole,
-// and the layers to know their digests.
-func openArchive(ctx context.Context, path string) (v1.Image, error) {
-	open := func() (io.ReadCloser, error) {
-		f, err := os.Open(path)
-		return struct {
-			io.Reader
-			io.Seeker
-			io.Closer
-		}{decompress.Interruptible(ctx, f), f, f}, err
-	}
-	f, err := open()
-	if err != nil {
-		return nil, err
-	}
-	size, err := sizesIn(f)
-	if err = errors.Join(err, f.Close()); err != nil {
-		return nil, err
-	}
-	if err := size("manifest.json"); err != nil {
-		return nil, err
-	}
-	manifest, err := tarball.LoadManifest(open)
-	if err != nil {
-		return nil, err
-	}
-	for _, d := range manifest {
-		if err := size(d.Config); err != nil {
-			return nil, err
-		}
-	}
-	return tarball.Image(open, nil)
-}
-
-// sizesIn reads which files are in an archive, and returns what refuses those that are longer than
-// an image's config. A sparse file is refused: some KB of archive are of any size then.
-func sizesIn(archive io.Reader) (check func(name string) error, err error) {
-	sizes, links := map[string]int64{}, map[string]string{}
-	for r := tar.NewReader(archive); ; {
-		h, err := r.Next()
-		if errors.Is(err, io.EOF) {
-			break
-		}
+		list, err := listIndex(index, false)
 		if err != nil {
 			return nil, err
 		}
-		for key := range h.PAXRecords {
-			if strings.HasPrefix(key, "GNU.sparse.") {
-				h.Typeflag = tar.TypeGNUSparse
-			}
+		if image, err = choose(list, "", platform); err != nil {
+			return nil, err
 		}
-		name := path.Clean(h.Name)
-		if h.Typeflag == tar.TypeGNUSparse {
-			return nil, fmt.Errorf("%.64q is sparse, which no part of an image is", name)
-		}
-		if _, seen := sizes[name]; seen { // the first counts
-			continue
-		}
-		if sizes[name] = h.Size; len(sizes) > maxEntries {
-			return nil, fmt.Errorf("it holds more than %d files", maxEntries)
-		}
-		if h.Typeflag == tar.TypeSymlink || h.Typeflag == tar.TypeLink {
-			links[name] = path.Join(path.Dir(name), path.Clean(h.Linkname))
+	} else if image, err = desc.Image(); err != nil {
+		return nil, err
+	}
+	m, err := image.Manifest()
+	if err != nil {
+		return nil, err
+	}
+	for n, l := range m.Layers {
+		if !l.MediaType.IsDistributable() || len(l.URLs) > 0 {
+			return nil, fmt.Errorf("its layer %d of %d is not in the registry, but elsewhere (%s); pull it with its own tools and use 'docker save'", n+1, len(m.Layers), l.MediaType)
 		}
 	}
-	return func(name string) error {
-		at := path.Clean(name)
-		for range len(links) + 1 { // the library refuses those that lead in a circle
-			if to, ok := links[at]; ok {
-				at = to
-			}
+	return image, nil
+}
+
+// found is an image that a reference may mean.
+type found struct {
+	names    []string     // it can be asked for by each; lists call it by the first
+	platform *v1.Platform // nil: its config says
+	open     func() (v1.Image, error)
+}
+
+// Annotations that name an image: of the OCI image specification, and of containerd (and so of
+// docker buildx), which puts just the tag into the former.
+var nameAnnotations = []string{"io.containerd.image.name", "org.opencontainers.image.ref.name"}
+
+// maxImages bounds what an index may lead to.
+const maxImages = 1000
+
+// listIndex lists the images of an index and of those within it. each says that what it holds are
+// images of their own, as in an OCI layout, and not one image for several platforms.
+func listIndex(index v1.ImageIndex, each bool) ([]found, error) {
+	var list []found
+	visited := 0
+	var visit func(index v1.ImageIndex, names []string, each bool) error
+	visit = func(index v1.ImageIndex, names []string, each bool) error {
+		m, err := index.IndexManifest()
+		if err != nil {
+			return fmt.Errorf("read index: %w", err)
 		}
-		if sizes[at] > maxImageConfig {
-			return fmt.Errorf("%.64q has %d bytes, more than %d", name, sizes[at], maxImageConfig)
+		for n, d := range m.Manifests {
+			if visited++; visited > maxImages {
+				return fmt.Errorf("its index leads to more than %d images", maxImages)
+			}
+			if d.Platform != nil && d.Platform.OS == "unknown" || d.Annotations["vnd.docker.reference.type"] != "" {
+				continue // an attestation, not an image
+			}
+			names := slices.Clone(names)
+			for _, a := range nameAnnotations {
+				if name := d.Annotations[a]; name != "" {
+					names = append(names, name)
+				}
+			}
+			if each {
+				names = append(names, fmt.Sprint("@", n))
+			}
+			switch {
+			case d.MediaType.IsIndex():
+				nested, err := index.ImageIndex(d.Digest)
+				if errors.Is(err, fs.ErrNotExist) {
+					continue // of a platform that was not stored
+				}
+				if err == nil {
+					err = visit(nested, names, false)
+				}
+				if err != nil {
+					return err
+				}
+			case d.MediaType.IsImage() || d.MediaType == "":
+				list = append(list, found{names, d.Platform, func() (v1.Image, error) { return index.Image(d.Digest) }})
+			}
 		}
 		return nil
-	}, nil
+	}
+	return list, visit(index, nil, each)
 }
 
-// openLayout opens DIRECTORY or DIRECTORY:TAG. A directory whose name holds a colon is taken as it is if it exists.
-func openLayout(ref string, platform v1.Platform) (v1.Image, error) {
-	dir, tag := ref, ""
-	if _, err := os.Stat(dir); err != nil {
-		if i := strings.LastIndexByte(ref, ':'); i > 0 {
-			dir, tag = ref[:i], ref[i+1:]
+// choose returns the image that is meant by a tag, or by "" if there is but one, and suits a
+// platform best.
+func choose(list []found, tag string, want v1.Platform) (v1.Image, error) {
+	var known, have []string
+	var best []found
+	level := 0
+	for _, f := range list {
+		known = append(known, f.known())
+		if tag != "" && !f.named(tag) {
+			continue
 		}
-	}
-	if err := checkDocument(filepath.Join(dir, "index.json")); err != nil {
-		return nil, fmt.Errorf("open OCI layout: %w", err)
-	}
-	index, err := layout.ImageIndexFromPath(dir)
-	if err != nil {
-		return nil, fmt.Errorf("open OCI layout: %w", err)
-	}
-	// What describes an image is read as a whole.
-	blob := func(h v1.Hash) string { return filepath.Join(dir, "blobs", h.Algorithm, h.Hex) }
-	open := func(index v1.ImageIndex, h v1.Hash) (v1.Image, error) {
-		if err := checkDocument(blob(h)); err != nil {
-			return nil, err
+		p := f.platform
+		if p == nil {
+			image, err := f.open()
+			if errors.Is(err, fs.ErrNotExist) {
+				continue // of a platform that was not stored
+			}
+			if err != nil {
+				return nil, err
+			}
+			config, err := checkConfig(image)
+			if err != nil {
+				return nil, fmt.Errorf("read config: %w", err)
+			}
+			p = &v1.Platform{OS: config.OS, Architecture: config.Architecture, Variant: config.Variant}
 		}
-		image, err := index.Image(h)
-		if err != nil {
-			return nil, err
-		}
-		m, err := image.Manifest()
-		if err != nil {
-			return nil, err
-		}
-		return image, checkDocument(blob(m.Config.Digest))
-	}
-	manifest, err := index.IndexManifest()
-	if err != nil {
-		return nil, fmt.Errorf("open OCI layout: %w", err)
-	}
-	var found []v1.Descriptor
-	var tags []string
-	for _, d := range manifest.Manifests {
-		have := d.Annotations["org.opencontainers.image.ref.name"]
-		tags = append(tags, have)
-		if tag == "" || have == tag {
-			found = append(found, d)
+		have = append(have, p.String())
+		if l := suits(*p, want); l > level {
+			level, best = l, []found{f}
+		} else if l == level && l > 0 && f.known() != best[0].known() {
+			best = append(best, f)
 		}
 	}
 	switch {
-	case len(found) == 0:
-		return nil, fmt.Errorf("the OCI layout has no tag %q; it has: %s", tag, strings.Join(tags, ", "))
-	case len(found) == 1 && found[0].MediaType.IsIndex():
-		if err := checkDocument(blob(found[0].Digest)); err != nil {
-			return nil, err
-		}
-		nested, err := index.ImageIndex(found[0].Digest)
-		if err != nil {
-			return nil, err
-		}
-		return pickPlatform(nested, platform, open)
-	case len(found) == 1:
-		return open(index, found[0].Digest)
-	case tag == "" && !samePlatforms(found):
-		return pickPlatform(index, platform, open)
+	case len(best) == 1:
+		return best[0].open()
+	case len(best) > 1:
+		return nil, fmt.Errorf("it holds several images; name one behind a colon: %s", strings.Join(known, ", "))
+	case len(have) > 0:
+		return nil, fmt.Errorf("it is not there for %s, only for %s; choose with --platform", want, strings.Join(have, ", "))
+	case tag != "":
+		return nil, fmt.Errorf("it has no tag %q; it has: %s", tag, strings.Join(known, ", "))
 	}
-	return nil, fmt.Errorf("the OCI layout holds several images; name one: %s", strings.Join(tags, ", "))
+	return nil, errors.New("it holds no image")
 }
 
-// checkDocument refuses what is no regular file, or is longer than what describes an image.
-func checkDocument(path string) error {
-	info, err := os.Stat(path)
-	if err == nil && (!info.Mode().IsRegular() || info.Size() > maxImageConfig) {
-		err = fmt.Errorf("%s is no regular file of at most %d bytes", path, maxImageConfig)
+// known is what an image is called in a list.
+func (f *found) known() string {
+	if len(f.names) == 0 {
+		return ""
 	}
-	return err
+	return f.names[0]
 }
 
-// samePlatforms tells whether descriptors leave a platform choice open.
-func samePlatforms(ds []v1.Descriptor) bool {
-	seen := map[string]bool{}
-	for _, d := range ds {
-		if d.Platform == nil || seen[d.Platform.String()] {
+// named tells whether a user may mean an image by a name. Docker's short names stand for long ones.
+func (f *found) named(want string) bool {
+	return slices.ContainsFunc(f.names, func(have string) bool {
+		if have == want {
 			return true
 		}
-		seen[d.Platform.String()] = true
-	}
-	return false
+		a, err := name.ParseReference(have)
+		b, err2 := name.ParseReference(want)
+		return err == nil && err2 == nil && a.Name() == b.Name()
+	})
 }
 
-func pickPlatform(index v1.ImageIndex, want v1.Platform, open func(v1.ImageIndex, v1.Hash) (v1.Image, error)) (v1.Image, error) {
-	manifest, err := index.IndexManifest()
+// parsePlatform parses OS/ARCH[/VARIANT], OS or ARCH. What is left out is linux, and this host's
+// architecture.
+func parsePlatform(s string) (v1.Platform, error) {
+	platform := v1.Platform{OS: "linux", Architecture: runtime.GOARCH}
+	if s == "" {
+		return platform, nil
+	}
+	p, err := v1.ParsePlatform(s)
 	if err != nil {
-		return nil, err
+		return platform, fmt.Errorf("platform %q: %w; write it as linux/amd64", s, err)
 	}
-	var have []string
-	for _, d := range manifest.Manifests {
-		if d.Platform == nil || d.Platform.OS == "unknown" {
-			continue // an attestation, not an image
-		}
-		if d.Platform.Satisfies(want) {
-			return open(index, d.Digest)
-		}
-		have = append(have, d.Platform.String())
+	if p.Architecture == "" && p.OS != platform.OS {
+		p.OS, p.Architecture = platform.OS, p.OS
 	}
-	return nil, fmt.Errorf("it is not there for %s, only for %s; choose with --platform", want, strings.Join(have, ", "))
+	p.Architecture = architecture(cmp.Or(p.Architecture, platform.Architecture))
+	return *p, nil
+}
+
+// architecture is Go's name of an architecture, which others call otherwise.
+func architecture(s string) string {
+	switch s {
+	case "x86_64", "x86-64":
+		return "amd64"
+	case "aarch64":
+		return "arm64"
+	}
+	return s
+}
+
+// suits tells how well what is built for one platform suits another: 0 for not at all. A processor
+// runs what is for the lesser variants of its architecture. Who names no variant wants the one that
+// all of its processors have, and may get more only where there is nothing else.
+func suits(have, want v1.Platform) int {
+	if have.OS != "" && have.OS != want.OS || have.Architecture != "" && architecture(have.Architecture) != want.Architecture {
+		return 0
+	}
+	const exact = 100
+	base := map[string]int{"amd64": 1, "arm64": 8, "arm": 7}[want.Architecture]
+	number := func(variant string) int {
+		n, err := strconv.Atoi(strings.TrimPrefix(variant, "v"))
+		if err != nil {
+			return base
+		}
+		return n
+	}
+	switch above := number(have.Variant) - number(want.Variant); {
+	case above <= 0:
+		return exact + above
+	case want.Variant == "":
+		return exact/2 - above
+	}
+	return 0
 }

@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -53,9 +54,14 @@ func (r *rootDir) readFile(path string, limit int64) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, limit))
 }
 
-// mkdirAll makes a directory and its parents.
-func (r *rootDir) mkdirAll(path string) error {
-	path = filepath.Clean("/" + path)
+// mkdirAll makes a directory and its parents. A symbolic link that leads nowhere gets what it leads
+// to. Where a file is in the way, the error is ENOTDIR.
+func (r *rootDir) mkdirAll(path string) error { return r.mkdir(filepath.Clean("/"+path), maxLinks) }
+
+// maxLinks bounds how many symbolic links lead from one to the next, as in the kernel.
+const maxLinks = 40
+
+func (r *rootDir) mkdir(path string, links int) error {
 	dir, err := r.open(path, unix.O_PATH|unix.O_DIRECTORY)
 	if err == nil {
 		return dir.Close()
@@ -63,7 +69,7 @@ func (r *rootDir) mkdirAll(path string) error {
 	if path == "/" || !errors.Is(err, unix.ENOENT) {
 		return err
 	}
-	if err := r.mkdirAll(filepath.Dir(path)); err != nil {
+	if err := r.mkdir(filepath.Dir(path), links); err != nil {
 		return err
 	}
 	parent, err := r.open(filepath.Dir(path), unix.O_PATH|unix.O_DIRECTORY)
@@ -71,8 +77,49 @@ func (r *rootDir) mkdirAll(path string) error {
 		return err
 	}
 	defer parent.Close()
-	if err := unix.Mkdirat(int(parent.Fd()), filepath.Base(path), 0o755); err != nil {
+	err = unix.Mkdirat(int(parent.Fd()), filepath.Base(path), 0o755)
+	if errors.Is(err, unix.EEXIST) && links > 0 {
+		target, err := r.follow(parent, filepath.Base(path))
+		if err != nil {
+			return fmt.Errorf("create %s: %w", path, err)
+		}
+		return r.mkdir(target, links-1)
+	}
+	if err != nil {
 		return fmt.Errorf("create %s: %w", path, err)
 	}
 	return nil
+}
+
+// follow returns where a symbolic link in a directory leads, from the root.
+func (r *rootDir) follow(dir *os.File, name string) (string, error) {
+	b := make([]byte, unix.PathMax)
+	n, err := unix.Readlinkat(int(dir.Fd()), name, b)
+	if err != nil {
+		return "", fmt.Errorf("read link: %w", err)
+	}
+	target := string(b[:n])
+	if filepath.IsAbs(target) {
+		return filepath.Clean(target), nil
+	}
+	real, err := r.real(dir)
+	return filepath.Join(real, target), err
+}
+
+// real is the path of an open file of the root's, from the root, without symbolic links.
+func (r *rootDir) real(f *os.File) (string, error) {
+	path, err := os.Readlink(fmt.Sprint("/proc/self/fd/", f.Fd()))
+	root, err2 := os.Readlink(fmt.Sprint("/proc/self/fd/", r.Fd()))
+	return filepath.Clean("/" + strings.TrimPrefix(path, root)), errors.Join(err, err2)
+}
+
+// leadsTo tells whether a path is a file's whose real name ends so.
+func (r *rootDir) leadsTo(path, suffix string) (bool, error) {
+	f, err := r.open(path, unix.O_PATH)
+	if err != nil {
+		return false, nil // it may be there only when it runs, or be on PATH
+	}
+	defer f.Close()
+	real, err := r.real(f)
+	return strings.HasSuffix(real, suffix), err
 }

@@ -113,7 +113,6 @@ func buildRoot(ctx context.Context, root string, c OSConfig) error {
 	}
 	for name, text := range map[string]string{
 		"etc/hostname":   "drafter\n",
-		"etc/hosts":      "127.0.0.1 localhost\n127.0.1.1 drafter\n::1 localhost ip6-localhost\n",
 		"etc/passwd":     "root:x:0:0:root:/root:/bin/sh\n",
 		"etc/group":      "root:x:0:\ntty:x:5:\n",
 		"etc/os-release": "NAME=\"Drafter OS\"\nID=drafter\nID_LIKE=debian\nPRETTY_NAME=\"Drafter OS\"\n",
@@ -122,7 +121,9 @@ func buildRoot(ctx context.Context, root string, c OSConfig) error {
 			return err
 		}
 	}
-	return os.Symlink("../run/resolv.conf", filepath.Join(root, "etc/resolv.conf"))
+	return errors.Join(
+		os.Symlink("../run/resolv.conf", filepath.Join(root, "etc/resolv.conf")),
+		os.Symlink("../run/hosts", filepath.Join(root, "etc/hosts")))
 }
 
 // installGuest makes drafter-guest the init, and reachable under its other names.
@@ -171,10 +172,10 @@ func writeFile(path string, write func(io.Writer) error) error {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
 	if err := write(f); err != nil {
-		return errors.Join(fmt.Errorf("write %s: %w", path, err), f.Discard())
+		return errors.Join(noRoom(fmt.Errorf("write %s: %w", path, err), filepath.Dir(path), outputRemedy), f.Discard())
 	}
 	if err := f.Publish(); err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
+		return noRoom(fmt.Errorf("write %s: %w", path, err), filepath.Dir(path), outputRemedy)
 	}
 	return nil
 }

@@ -39,7 +39,8 @@ func (i *Instance) bootUnlessResumable(driver vmm.Driver, l *vmm.Launch) error {
 // boots waits for the guest of a VM that boots. One that takes longer goes on: it may have a journal, or a database, to recover.
 func (l *Launched) boots(ctx context.Context, began time.Time, timeout time.Duration) (*Instance, error) {
 	i := l.i
-	err := i.awaitGuest(ctx, timeout, newReady("", nil))
+	i.booting = newReady("", nil)
+	err := i.awaitGuest(ctx, timeout)
 	switch {
 	case err == nil:
 		slog.Info("Booted VM", "took", time.Since(began).Round(time.Millisecond))

@@ -148,6 +148,7 @@ type Instance struct {
 	leaves     bool          // the VM may be that target's
 
 	resolver func() (network.Resolver, error) // nil without network
+	booting  *ready                           // of a VM that was booted: its console
 }
 
 // Hardware is what a VM to boot shall consist of.
@@ -205,7 +206,7 @@ func Boot(ctx context.Context, h Host, hw Hardware, id string, names []string, p
 	}
 	l.CPU, l.Memory = hw.CPU, paths[vmm.Memory]
 	ready := newReady(hw.ReadyOutput, l.Output)
-	l.Output = ready
+	l.Output, i.booting = ready, ready
 	if l.Boot, err = i.boot(); err != nil {
 		return nil, errors.Join(err, i.Close())
 	}
@@ -213,7 +214,7 @@ func Boot(ctx context.Context, h Host, hw Hardware, id string, names []string, p
 		return nil, errors.Join(err, i.Close())
 	}
 	i.config.Hardware = i.machine.Hardware()
-	if err := i.awaitGuest(ctx, timeout, ready); err != nil {
+	if err := i.awaitGuest(ctx, timeout); err != nil {
 		return nil, errors.Join(err, i.Close())
 	}
 	return i, nil
@@ -262,15 +263,15 @@ func (i *Instance) launch(h Host, driver vmm.Driver) (vmm.Launch, error) {
 }
 
 // awaitGuest waits for a booting guest.
-func (i *Instance) awaitGuest(ctx context.Context, timeout time.Duration, ready *ready) error {
+func (i *Instance) awaitGuest(ctx context.Context, timeout time.Duration) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("not there after %s; look at the guest's console, or pass a longer --resume-timeout", timeout))
 	defer cancel()
 	select {
-	case <-ready.seen:
+	case <-i.booting.seen:
 	case <-i.machine.Done():
-		return i.prefer(nil)
+		return i.ended()
 	case <-ctx.Done():
-		return fmt.Errorf("wait for %q on the guest's console: %w", ready.text, context.Cause(ctx))
+		return fmt.Errorf("wait for %q on the guest's console: %w", i.booting.text, context.Cause(ctx))
 	}
 	if i.config.LivenessPort != 0 {
 		liveness, err := i.machine.GuestConn(ctx, i.config.LivenessPort)
@@ -282,6 +283,49 @@ func (i *Instance) awaitGuest(ctx context.Context, timeout time.Duration, ready 
 		}
 	}
 	return i.connectAgent(ctx)
+}
+
+// endPatience is how long a VM whose agent has gone may take to end.
+const endPatience = 5 * time.Second
+
+// AwaitReady waits until the service of a guest that was booted is ready, for at most timeout. A
+// guest without an agent cannot be asked.
+func (i *Instance) AwaitReady(ctx context.Context, timeout time.Duration) error {
+	if i.agent == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	const maxPorts = 16 // to tell of: a guest may name any number
+	var closed []uint32
+	for ; ; time.Sleep(10 * time.Millisecond) { // whatever it answers, it is not asked without end
+		ready, now, err := i.agent.Ready(ctx)
+		switch {
+		case err == nil && ready:
+			return nil
+		case err == nil && !slices.Equal(now[:min(len(now), maxPorts)], closed):
+			closed = now[:min(len(now), maxPorts)]
+			slog.Info("Waiting for the guest's service", "closedPorts", closed)
+		case errors.Is(ctx.Err(), context.DeadlineExceeded):
+			return fmt.Errorf("the guest is up, but after %s nothing listens on its ports %s; pass a longer --resume-timeout, or name the ports that its service opens with --ready-ports",
+				timeout.Round(time.Second), strings.Trim(fmt.Sprint(closed), "[]"))
+		case err != nil:
+			select { // a guest that powers off ends its agent first, and the VM's end says why
+			case <-i.machine.Done():
+				return i.ended()
+			case <-time.After(endPatience):
+				return err
+			}
+		}
+	}
+}
+
+// ended says how a booting guest has ended.
+func (i *Instance) ended() error {
+	if err := i.machine.Wait(); err != nil {
+		return err
+	}
+	return fmt.Errorf("%w before it was ready%s", vmm.ErrPoweredOff, i.booting.lines.Quote("the console's last lines"))
 }
 
 // connectAgent connects with the guest's agent, if it has one.

@@ -3,6 +3,8 @@ package instance
 import (
 	"bytes"
 	"io"
+
+	"drafter/internal/console"
 )
 
 // ready is a console's output that is passed on, and watched for a text.
@@ -11,6 +13,7 @@ type ready struct {
 	text   string
 	last   []byte        // the end of what was written, as long as the text may begin in it
 	seen   chan struct{} // closed once the text was written
+	lines  console.LastLines
 }
 
 func newReady(text string, output io.Writer) *ready {
@@ -23,6 +26,7 @@ func newReady(text string, output io.Writer) *ready {
 
 // Write implements io.Writer.
 func (r *ready) Write(p []byte) (int, error) {
+	_, _ = r.lines.Write(p) // which never fails
 	select {
 	case <-r.seen:
 	default:

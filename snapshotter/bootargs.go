@@ -11,9 +11,10 @@ import (
 	"drafter/vmm"
 )
 
-// guestArgs appends to args the guest's network configuration (ip=, see nfsroot.rst of Linux), unless the user gave one, its ports, and whether it keeps its own time. The
+// guestArgs appends to args the guest's network configuration (ip=, see nfsroot.rst of Linux),
+// unless the user gave one, its ports, those of its service, and whether it keeps its own time. The
 // guest's address is the one that the interface in the namespace leaves it.
-func guestArgs(args, netns, iface string, agentPort, livenessPort uint32, keepClock bool) (string, error) {
+func guestArgs(args, netns, iface string, agentPort, livenessPort uint32, readyPorts string, keepClock bool) (string, error) {
 	words := strings.Fields(args)
 	has := func(key string) bool {
 		for _, w := range words {
@@ -35,6 +36,9 @@ func guestArgs(args, netns, iface string, agentPort, livenessPort uint32, keepCl
 	}
 	if livenessPort != 0 && livenessPort != vmm.DefaultLivenessPort && !has(guest.LivenessPortArgument) {
 		words = append(words, fmt.Sprintf("%s=%d", guest.LivenessPortArgument, livenessPort))
+	}
+	if readyPorts != "" && !has(guest.ReadyPortsArgument) {
+		words = append(words, guest.ReadyPortsArgument+"="+strings.ReplaceAll(readyPorts, " ", ""))
 	}
 	if keepClock && !slices.Contains(words, guest.KeepClockArgument) {
 		words = append(words, guest.KeepClockArgument)

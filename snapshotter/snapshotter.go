@@ -16,6 +16,7 @@ import (
 
 	"drafter/block"
 	"drafter/instance"
+	"drafter/internal/guest"
 	"drafter/internal/lockfile"
 	"drafter/internal/private"
 	"drafter/internal/sparse"
@@ -36,8 +37,12 @@ type Config struct {
 	Hardware instance.Hardware
 	Devices  []Device
 
-	// Timeout bounds how long the guest may take to boot.
+	// Timeout bounds how long the guest may take to boot and to be ready.
 	Timeout time.Duration
+
+	// ReadyPorts are the TCP ports that the guest's service opens before it is ready; "" for those
+	// that its image exposes. See [guest.NewReadiness].
+	ReadyPorts string
 
 	// Progress is called while devices are copied; see [sparse.CopyFile]. May be nil.
 	Progress func(step string, done, total int64)
@@ -45,7 +50,7 @@ type Config struct {
 
 // Result tells how long the parts took.
 type Result struct {
-	Boot    time.Duration // from the VMM's start to the answer of the agent
+	Boot    time.Duration // from the VMM's start to the agent's answer that the service is ready
 	Suspend time.Duration // from before-suspend to the package being durable
 }
 
@@ -79,6 +84,11 @@ func New(c Config) (*Snapshotter, error) {
 	}
 	if c.Hardware.AgentPort == c.Hardware.LivenessPort && c.Hardware.AgentPort != 0 {
 		return nil, fmt.Errorf("agent and liveness share port %d; give them different ones", c.Hardware.AgentPort)
+	}
+	if c.ReadyPorts != "" {
+		if _, err := guest.NewReadiness(c.ReadyPorts); err != nil {
+			return nil, fmt.Errorf("ready ports: %w", err)
+		}
 	}
 	outputs := map[string]string{}
 	for _, d := range c.Devices {
@@ -197,6 +207,9 @@ func (s *Snapshotter) Run(ctx context.Context) (_ Result, err error) {
 		return Result{}, fmt.Errorf("boot: %w", err)
 	}
 	defer func() { err = errors.Join(err, i.Close()) }()
+	if err := i.AwaitReady(ctx, max(s.config.Timeout-time.Since(start), time.Second)); err != nil {
+		return Result{}, fmt.Errorf("boot: %w", err)
+	}
 	booted := time.Now()
 	slog.Info("Booted VM", "took", booted.Sub(start).Round(time.Millisecond), "vmm", i.Config().Hardware.VMM,
 		"machine", i.Config().Hardware.Machine, "accel", i.Config().Hardware.Accel)
@@ -314,7 +327,7 @@ func (s *Snapshotter) appendInitrd(kernel *os.File) (err error) {
 // bootArgs adds to the user's kernel arguments what the guest cannot know: its address, and ports that are not the default.
 func (s *Snapshotter) bootArgs() (string, error) {
 	hw := s.config.Hardware
-	return guestArgs(hw.BootArgs, s.config.Host.Netns, hw.Interface, hw.AgentPort, hw.LivenessPort, s.config.Host.KeepClock)
+	return guestArgs(hw.BootArgs, s.config.Host.Netns, hw.Interface, hw.AgentPort, hw.LivenessPort, s.config.ReadyPorts, s.config.Host.KeepClock)
 }
 
 // publish writes the config and gives every file its name. The state comes last: before it is there, or when it is another package's, nothing

@@ -86,9 +86,17 @@ func runAgent(ctx context.Context, args []string) error {
 	f.BoolVar(&s.KeepClock, "no-set-clock", false, "Leave the clock as it is after a resume or a move, for a guest that keeps its own time")
 	f.StringVar(&s.ResolvConf, "resolv-conf", "", "File to write the name servers of the VM's host to after each resume, as resolv.conf(5) (leave empty to disable)")
 	f.StringVar(&s.Shell, "shell-cmd", "sh", "Shell to use to run the before suspend and after resume commands")
+	ports := f.String("ready-ports", "", "TCP ports that must have a listener before the VM is packaged, such as 80,443 (none: what was started has to last for a moment; leave empty to disable)")
 	port, timeout := portFlags(f, vmm.DefaultAgentPort)
 	if err := parse(f, args); err != nil {
 		return err
+	}
+	if *ports != "" {
+		ready, err := guest.NewReadiness(*ports)
+		if err != nil {
+			return fmt.Errorf("--ready-ports: %w", err)
+		}
+		s.Service = ready.Check
 	}
 	return s.Serve(ctx, agent.Listen(uint32(*port), *timeout))
 }

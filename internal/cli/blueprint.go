@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/dustin/go-humanize"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/spf13/cobra"
 
 	"drafter/blueprint"
@@ -129,16 +130,32 @@ func (b *byteSize) String() string { return strings.ReplaceAll(humanize.IBytes(u
 func (b *byteSize) Type() string { return "size" }
 
 // imageFlags choose an OCI image, and bound what it may become.
-func imageFlags(cmd *cobra.Command, c *blueprint.ImageConfig, limits *blueprint.Limits) {
+func imageFlags(cmd *cobra.Command, c *blueprint.ImageConfig, limits *blueprint.Limits, command *string) {
 	limits.Bytes = 64 << 30
 	cmd.Flags().Var((*byteSize)(&limits.Bytes), "max-unpacked", "Most that the files of all the image's layers may add up to")
 	cmd.Flags().Int64Var(&limits.Files, "max-files", 4_000_000, "Most files that the image's layers may hold, each counted with the directories of its name")
 	cmd.Flags().StringVar(&c.Platform, "platform", "", "Platform of the image, such as linux/arm64 (default: this host's)")
 	cmd.Flags().BoolVar(&c.PlainHTTP, "plain-http", false, "Talk to the registry without TLS")
+	cmd.Flags().StringVar(command, "command", "", "Command to run in place of the image's entrypoint and command: a JSON array of strings, or a line for its shell")
+}
+
+// openImage opens the image that the flags of imageFlags choose.
+func openImage(cmd *cobra.Command, c blueprint.ImageConfig, limits blueprint.Limits, command string) (v1.Image, error) {
+	c.MaxArchive = limits.Bytes
+	image, err := blueprint.OpenImage(cmd.Context(), c)
+	if err != nil || command == "" {
+		return image, err
+	}
+	if image, err = blueprint.WithCommand(image, command); err != nil {
+		return nil, &usageError{fmt.Errorf("--command: %w", err)}
+	}
+	return image, nil
 }
 
 const referenceHelp = `
-REF is docker://NAME[:TAG|@DIGEST] for any registry, oci:DIRECTORY[:TAG] or docker-archive:FILE. Credentials come from docker's config.json.
+REF is docker://NAME[:TAG|@DIGEST] for any registry, with credentials from docker's config.json, or what 'docker save', 'podman save', skopeo, buildah and others
+write: oci:DIRECTORY[:NAME], oci-archive:FILE[:NAME], docker-archive:FILE[:NAME] or dir:DIRECTORY. NAME chooses one of several images: a tag, a whole name such as
+docker.io/library/redis:7, or @N for the N-th one, from 0. Archives, and their layers, may be compressed (gzip, zstd, xz, bzip2).
 `
 
 // oneArg wants exactly one argument.
@@ -153,16 +170,17 @@ func oneArg(what string) cobra.PositionalArgs {
 
 func newBlueprintOCI() *cobra.Command {
 	var (
-		image  blueprint.ImageConfig
-		limits blueprint.Limits
-		disk   blueprint.Ext4Config
-		size   string
+		image   blueprint.ImageConfig
+		limits  blueprint.Limits
+		command string
+		disk    blueprint.Ext4Config
+		size    string
 	)
 	cmd := &cobra.Command{
 		Use:   "oci REF",
 		Short: "Make a disk from an OCI image",
-		Long: `Makes an ext4 disk that holds an OCI image as a runtime bundle. To change its command, environment or mounts, use 'oci unpack', edit the bundle's
-config.json, and 'oci pack'.
+		Long: `Makes an ext4 disk that holds an OCI image as a runtime bundle. The image's config means what it means to Docker; --command changes the command. To change its
+environment or mounts, use 'oci unpack', edit the bundle's config.json, and 'oci pack'. The image is unpacked in TMPDIR, which needs room for all of it.
 ` + referenceHelp + exitCodeHelp,
 		Example: `  drafter blueprint oci docker://valkey/valkey:latest --output out/blueprint/oci.ext4`,
 		Args:    oneArg("image reference"),
@@ -175,7 +193,7 @@ config.json, and 'oci pack'.
 				return err
 			}
 			image.Ref = args[0]
-			img, err := blueprint.OpenImage(cmd.Context(), image)
+			img, err := openImage(cmd, image, limits, command)
 			if err != nil {
 				return err
 			}
@@ -189,7 +207,7 @@ config.json, and 'oci pack'.
 			return nil
 		},
 	}
-	imageFlags(cmd, &image, &limits)
+	imageFlags(cmd, &image, &limits, &command)
 	cmd.Flags().StringVar(&disk.Output, "output", "out/blueprint/oci.ext4", "File to write")
 	cmd.Flags().StringVar(&size, "size", "", "Size of the disk, such as 4GiB (default: the image and 512 MiB)")
 	cmd.AddCommand(newBlueprintOCIUnpack(), newBlueprintOCIPack())
@@ -198,9 +216,10 @@ config.json, and 'oci pack'.
 
 func newBlueprintOCIUnpack() *cobra.Command {
 	var (
-		image  blueprint.ImageConfig
-		limits blueprint.Limits
-		output string
+		image   blueprint.ImageConfig
+		limits  blueprint.Limits
+		command string
+		output  string
 	)
 	cmd := &cobra.Command{
 		Use:     "unpack REF",
@@ -213,7 +232,7 @@ func newBlueprintOCIUnpack() *cobra.Command {
 				return err
 			}
 			image.Ref = args[0]
-			img, err := blueprint.OpenImage(cmd.Context(), image)
+			img, err := openImage(cmd, image, limits, command)
 			if err != nil {
 				return err
 			}
@@ -226,7 +245,7 @@ func newBlueprintOCIUnpack() *cobra.Command {
 			return nil
 		},
 	}
-	imageFlags(cmd, &image, &limits)
+	imageFlags(cmd, &image, &limits, &command)
 	cmd.Flags().StringVar(&output, "output", "out/oci-runtime-bundle", "Directory to make; it must be empty or not exist")
 	return cmd
 }

@@ -22,8 +22,11 @@ func newSnapshotter() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "snapshotter",
 		Short: "Make a VM package from a blueprint",
-		Long: `Boots a blueprint, waits until the guest reports that it is up, suspends it, and stores kernel, disks, memory, state and config as a package that
-'drafter runner' and 'drafter peer' resume in a fraction of a boot's time.
+		Long: `Boots a blueprint, waits until the guest reports that it is up and its service is ready, suspends it, and stores kernel, disks, memory, state and config as
+a package that 'drafter runner' and 'drafter peer' resume in a fraction of a boot's time.
+
+The service of an OCI image is ready when something listens on each TCP port that the image exposes; --ready-ports names others. One that is not ready within
+--resume-timeout, or has ended by then, is no package.
 
 Devices: kernel, disk, state, memory and config are needed; every other name is a further disk, in list order (/dev/vdb, /dev/vdc, …). The
 initramfs is the device initrd, or a file initrd beside the kernel; the package keeps it in the device kernel, behind the kernel, to boot a VM that cannot be resumed.
@@ -79,6 +82,7 @@ On failure no file of the package is left behind, and an older package stays as 
 	f.StringVar(&c.Hardware.BootArgs, "boot-args", defaultBootArgs, "Boot/kernel arguments; the guest's address (ip=) is added unless it is there")
 	f.Uint32Var(&c.Hardware.AgentPort, "agent-vsock-port", vmm.DefaultAgentPort, "Agent VSock port")
 	f.Uint32Var(&c.Hardware.LivenessPort, "liveness-vsock-port", vmm.DefaultLivenessPort, "Liveness VSock port")
+	f.StringVar(&c.ReadyPorts, "ready-ports", "", "TCP ports that the guest's service opens before it is ready, such as 80,443 (none: wait for none; default: those that its image exposes)")
 	f.StringVar(&c.Hardware.ReadyOutput, "ready-output", "", "Text on the console that says that the guest is up, for guests without liveness and agent (their ports are 0 then)")
 	f.BoolVar(&report, "report", false, "Whether to print how long boot and suspend took, as JSON on stdout")
 	return cmd

@@ -29,15 +29,11 @@ const (
 const (
 	bundleDir     = "/run/bundle"
 	containerName = "oci"
-	// readyTimeout is how long the container may take to listen on its exposed ports. A service that never does is announced all the same.
-	readyTimeout = 60 * time.Second
+	containerPID  = "/run/oci.pid" // made by the runtime once the container is there
 )
 
 // bundle is the OCI runtime bundle on one of the VM's extra disks, mounted.
-type bundle struct {
-	spec  specs.Spec
-	ended chan struct{} // closed when the container has ended
-}
+type bundle struct{ spec specs.Spec }
 
 // findBundle mounts the first extra disk that holds a bundle. Other disks are left to the guest's user. No bundle is no error.
 func findBundle() (*bundle, error) {
@@ -77,7 +73,7 @@ func readBundle() (*bundle, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &bundle{ended: make(chan struct{})}
+	b := &bundle{}
 	if err := json.Unmarshal(raw, &b.spec); err != nil {
 		return nil, fmt.Errorf("config.json: %w", err)
 	}
@@ -86,22 +82,28 @@ func readBundle() (*bundle, error) {
 
 func (b *bundle) annotation(key string) string { return b.spec.Annotations[key] }
 
-// start runs the container with the console as its output.
+// start runs the container with the console as its output. It returns once the container is there,
+// or has failed to be.
 func (b *bundle) start(children *reaper) (<-chan syscall.WaitStatus, error) {
 	// After a crash the runtime's record of the dead container is gone with /run, so the name is always free.
-	cmd := crun("run", "--bundle", bundleDir, containerName)
+	cmd := crun("run", "--pid-file", containerPID, "--bundle", bundleDir, containerName)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	done, err := children.start(cmd)
 	if err != nil {
 		return nil, fmt.Errorf("start container: %w", err)
 	}
-	ended := make(chan syscall.WaitStatus, 1)
-	go func() {
-		status := <-done
-		close(b.ended)
-		ended <- status
-	}()
-	return ended, nil
+	for {
+		if _, err := os.Stat(containerPID); err == nil {
+			return done, nil
+		}
+		select {
+		case status := <-done: // RunInit takes it
+			ended := make(chan syscall.WaitStatus, 1)
+			ended <- status
+			return ended, nil
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
 }
 
 func crun(args ...string) *exec.Cmd {
@@ -112,12 +114,13 @@ func crun(args ...string) *exec.Cmd {
 
 // stop asks the container to end with its stop signal, and kills it when it does not in time.
 func (b *bundle) stop(children *reaper, container <-chan syscall.WaitStatus) {
-	signal := b.annotation(StopSignalAnnotation)
-	if signal == "" {
-		signal = "SIGTERM"
+	signal, err := ParseSignal(b.annotation(StopSignalAnnotation))
+	if err != nil {
+		slog.Warn("The stop signal is not known; it is SIGTERM", "error", err)
+		signal = unix.SIGTERM
 	}
-	for _, s := range []string{signal, "SIGKILL"} {
-		if _, err := children.start(crun("kill", containerName, s)); err != nil {
+	for _, s := range []syscall.Signal{signal, unix.SIGKILL} {
+		if _, err := children.start(crun("kill", containerName, strconv.Itoa(int(s)))); err != nil {
 			slog.Error("Container not stopped", "signal", s, "error", err)
 		}
 		select {
@@ -128,31 +131,29 @@ func (b *bundle) stop(children *reaper, container <-chan syscall.WaitStatus) {
 	}
 }
 
-// awaitReady waits until something listens on every TCP port the image exposes, so that a snapshot holds a service that is ready.
-func (b *bundle) awaitReady() {
-	var want []uint16
-	for _, p := range strings.Split(b.annotation(ExposedPortsAnnotation), ",") {
-		number, protocol, _ := strings.Cut(p, "/")
-		n, err := strconv.ParseUint(number, 10, 16)
-		if err == nil && (protocol == "" || protocol == "tcp") {
-			want = append(want, uint16(n))
+// Real-time signals as glibc counts them: it keeps the first two of the kernel's for itself.
+const minRealTime, maxRealTime = 34, 64
+
+// ParseSignal understands a signal as images name it: SIGQUIT, QUIT, 3, SIGRTMIN+3, RTMAX-1, in any
+// case. "" is SIGTERM.
+func ParseSignal(s string) (syscall.Signal, error) {
+	name := strings.TrimPrefix(strings.ToUpper(strings.TrimSpace(s)), "SIG")
+	if name == "" {
+		return unix.SIGTERM, nil
+	}
+	n, err := strconv.Atoi(name)
+	if err != nil {
+		n = int(unix.SignalNum("SIG" + name))
+	}
+	for prefix, base := range map[string]int{"RTMIN": minRealTime, "RTMAX": maxRealTime} {
+		if rest, ok := strings.CutPrefix(name, prefix); ok && rest == "" {
+			n = base
+		} else if offset, err := strconv.Atoi(rest); ok && err == nil {
+			n = base + offset
 		}
 	}
-	deadline := time.Now().Add(readyTimeout)
-	for time.Now().Before(deadline) {
-		ports, err := listeningPorts()
-		if err != nil {
-			slog.Error("Readiness not known", "error", err)
-			return
-		}
-		if !slices.ContainsFunc(want, func(p uint16) bool { return !ports[p] }) {
-			return
-		}
-		select {
-		case <-b.ended:
-			return
-		case <-time.After(20 * time.Millisecond):
-		}
+	if n < 1 || n > maxRealTime {
+		return 0, fmt.Errorf("signal %q is not known", s)
 	}
-	slog.Warn("The container does not listen on all ports its image exposes", "ports", want, "waited", readyTimeout)
+	return syscall.Signal(n), nil
 }

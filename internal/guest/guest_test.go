@@ -1,6 +1,8 @@
 package guest
 
 import (
+	"fmt"
+	"net"
 	"strings"
 	"testing"
 
@@ -51,5 +53,56 @@ func TestCmdline(t *testing.T) {
 	}
 	if !c.has("rw") || c.has("ro") {
 		t.Error("flags")
+	}
+}
+
+func TestParseSignal(t *testing.T) {
+	for name, want := range map[string]int{
+		"": 15, "SIGTERM": 15, "TERM": 15, "quit": 3, "SigInt": 2, "9": 9, "SIGRTMIN": 34, "RTMIN+3": 37, "sigrtmin+3": 37, "SIGRTMAX-1": 63, "SIGUSR1": 10, "64": 64,
+		"SIGRTMIN+99": 0, "0": 0, "-1": 0, "65": 0, "SIGNONE": 0, "RTMIN+": 0, "RTMINX": 0,
+	} {
+		got, err := ParseSignal(name)
+		if int(got) != want || (err == nil) != (want != 0) {
+			t.Errorf("%q is %d, %v; want %d", name, got, err, want)
+		}
+	}
+}
+
+func TestReadiness(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	open := l.Addr().(*net.TCPAddr).Port
+	for list, closed := range map[string]string{
+		fmt.Sprint(open): "[]", fmt.Sprintf("%d/tcp, %d", open, open): "[]", fmt.Sprintf("1-3/TCP,53/udp,%d/tcp", open): "[1 2 3]",
+	} {
+		r, err := NewReadiness(list)
+		if err != nil {
+			t.Errorf("%q: %v", list, err)
+			continue
+		}
+		if ready, got, err := r.Check(); err != nil || fmt.Sprint(got) != closed || ready != (closed == "[]") {
+			t.Errorf("%q: ready %v, closed %v, %v", list, ready, got, err)
+		}
+	}
+	for _, list := range []string{NoPorts, "53/udp"} {
+		r, err := NewReadiness(list)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ready, _, err := r.Check(); ready || err != nil {
+			t.Errorf("%s: ready at once, or %v", list, err)
+		}
+		r.began = r.began.Add(-settleTime)
+		if ready, _, err := r.Check(); !ready || err != nil {
+			t.Errorf("%s: not ready, or %v", list, err)
+		}
+	}
+	for _, list := range []string{"", "x", "0", "65536", "9-3", "80;90", "-"} {
+		if r, err := NewReadiness(list); err == nil {
+			t.Errorf("%q is %v", list, r)
+		}
 	}
 }

@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -9,8 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
-	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -47,12 +46,12 @@ func RunInit() error {
 	if err := configureNetwork(cmd); err != nil {
 		return err
 	}
+	if err := prepareContainer(cmd); err != nil {
+		return err
+	}
 	children := newReaper()
 	bundle, err := findBundle()
 	if err != nil {
-		return err
-	}
-	if err := startAgent(children, cmd, bundle); err != nil {
 		return err
 	}
 	var container <-chan syscall.WaitStatus // nil without a bundle: never ready
@@ -61,8 +60,13 @@ func RunInit() error {
 			return err
 		}
 	}
+	if err := startAgent(children, cmd, bundle); err != nil {
+		return err
+	}
+	if err := startLiveness(children, cmd); err != nil {
+		return err
+	}
 	go consoleShell(children)
-	go announce(children, cmd, bundle)
 
 	end := unix.LINUX_REBOOT_CMD_POWER_OFF
 	stop := make(chan os.Signal, 1)
@@ -124,7 +128,12 @@ func startAgent(children *reaper, cmd cmdline, b *bundle) error {
 		args = append(args, "--no-set-clock")
 	}
 	if b != nil {
-		args = append(args, "--before-suspend-cmd", b.annotation(BeforeSuspendAnnotation), "--after-resume-cmd", b.annotation(AfterResumeAnnotation))
+		ports := cmp.Or(cmd.get(ReadyPortsArgument, b.annotation(ExposedPortsAnnotation)), NoPorts)
+		if _, err := NewReadiness(ports); err != nil {
+			slog.Warn("No port is waited for", "error", err)
+			ports = NoPorts
+		}
+		args = append(args, "--before-suspend-cmd", b.annotation(BeforeSuspendAnnotation), "--after-resume-cmd", b.annotation(AfterResumeAnnotation), "--ready-ports", ports)
 	}
 	if _, err := children.start(self("drafter-agent", args...)); err != nil {
 		return fmt.Errorf("start agent: %w", err)
@@ -132,23 +141,23 @@ func startAgent(children *reaper, cmd cmdline, b *bundle) error {
 	return nil
 }
 
-// Arguments on the kernel command line that name the guest ports, where they are not the default.
+// Arguments on the kernel command line that name the guest ports, where they are not the default,
+// and those that a service opens before it is ready, where they are not those that its image
+// exposes.
 const (
 	AgentPortArgument    = "drafter.agent_port"
 	LivenessPortArgument = "drafter.liveness_port"
+	ReadyPortsArgument   = "drafter.ready_ports"
 )
 
 // KeepClockArgument is the word on the kernel command line that says that the guest keeps its own time.
 const KeepClockArgument = "drafter.no_set_clock"
 
-// announce starts liveness once the container serves.
-func announce(children *reaper, cmd cmdline, b *bundle) {
-	if b != nil {
-		b.awaitReady()
-	}
+func startLiveness(children *reaper, cmd cmdline) error {
 	if _, err := children.start(self("drafter-liveness", "--vsock-port", cmd.get(LivenessPortArgument, "25"))); err != nil {
-		slog.Error("Liveness not started", "error", err)
+		return fmt.Errorf("start liveness: %w", err)
 	}
+	return nil
 }
 
 // Liveness tells the host on port that the guest is up.
@@ -199,28 +208,3 @@ func consoleShell(children *reaper) {
 
 // Path is the search path for programs in Drafter's OS.
 const Path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-// listeningPorts returns the TCP ports with a listener, from /proc/net/tcp and tcp6 (proc(5); state 0A is TCP_LISTEN).
-func listeningPorts() (map[uint16]bool, error) {
-	ports := map[uint16]bool{}
-	for _, name := range []string{"tcp", "tcp6"} {
-		b, err := os.ReadFile(filepath.Join("/proc/net", name))
-		if errors.Is(err, os.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		for _, line := range strings.Split(string(b), "\n") {
-			f := strings.Fields(line)
-			if len(f) < 4 || f[3] != "0A" {
-				continue
-			}
-			_, port, _ := strings.Cut(f[1], ":")
-			if n, err := strconv.ParseUint(port, 16, 16); err == nil {
-				ports[uint16(n)] = true
-			}
-		}
-	}
-	return ports, nil
-}

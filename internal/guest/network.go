@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -98,6 +99,34 @@ func writeResolvConf(servers []net.IP) error {
 
 // ResolvConf is where the guest's name servers are written, by the agent after each resume; the OCI bundle binds it to /etc/resolv.conf.
 const ResolvConf = "/run/resolv.conf"
+
+// hostsFile is what /etc/hosts of our OS leads to; the OCI bundle binds that.
+const hostsFile = "/run/hosts"
+
+// prepareContainer makes what a container finds around it under other engines: its own name in
+// /etc/hosts, ports below 1024 and ping for any user (Docker's default sysctls; the container
+// shares the VM's network).
+func prepareContainer(cmd cmdline) error {
+	name, err := os.Hostname()
+	if err != nil {
+		return fmt.Errorf("write hosts: %w", err)
+	}
+	address := "127.0.1.1"
+	if c, err := parseIPArgument(cmd.get("ip", "")); err == nil {
+		address = c.address.IP.String()
+	}
+	text := "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n" + address + "\t" + name + "\n"
+	if err := os.WriteFile(hostsFile, []byte(text), 0o644); err != nil {
+		return fmt.Errorf("write hosts: %w", err)
+	}
+	for name, value := range map[string]string{"ip_unprivileged_port_start": "0", "ping_group_range": "0 2147483647"} {
+		// A kernel of the user's may be without.
+		if err := os.WriteFile("/proc/sys/net/ipv4/"+name, []byte(value), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("set net.ipv4.%s: %w", name, err)
+		}
+	}
+	return nil
+}
 
 // awaitLink waits for a network interface, whose driver may still be probing.
 func awaitLink(name string) (netlink.Link, error) {
