@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -30,8 +31,8 @@ func mounts(t *testing.T, by ...string) *exec.Cmd {
 	if err != nil {
 		t.Fatal(err)
 	}
-	args := append(by, exe, "mounter", "--raddr", "", "--laddr", "", "--links", "", "--chroot-base-dir", "vms", "--log-format", "json",
-		"--devices", `[{"name":"data","base":"data","blockSize":65536}]`)
+	args := slices.Concat(by, []string{exe, "mounter", "--raddr", "", "--laddr", "", "--links", "", "--chroot-base-dir", "vms", "--log-format", "json",
+		"--devices", `[{"name":"data","base":"data","blockSize":65536}]`})
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Dir, cmd.Env = dir, append(os.Environ(), "DRAFTER_AS=program")
 	return cmd
