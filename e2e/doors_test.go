@@ -106,7 +106,7 @@ func TestConfinedVMM(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, e := range entries {
-			if !slices.Contains([]string{"bin", "dev", "disk-disk", "disk-oci", "etc", "kernel", "lib", "lib32", "lib64", "libx32", "memory", "sbin", "sys", "usr"}, e.Name()) {
+			if !slices.Contains([]string{"bin", "dev", "disk-disk", "disk-oci", "etc", "initrd", "kernel", "lib", "lib32", "lib64", "libx32", "memory", "sbin", "sys", "usr"}, e.Name()) {
 				t.Errorf("it sees /%s", e.Name())
 			}
 		}
