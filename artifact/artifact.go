@@ -59,7 +59,7 @@ type configDevice struct {
 	Index   v1.Hash `json:"index"`
 }
 
-func decodeConfig(b []byte) (*config, error) {
+func decodeConfig(b []byte, maxBytes int64) (*config, error) {
 	var c config
 	if err := json.Unmarshal(b, &c); err != nil {
 		return nil, fmt.Errorf("config: %w", err)
@@ -79,7 +79,7 @@ func decodeConfig(b []byte) (*config, error) {
 		seen[d.Name] = true
 		sizes = append(sizes, d.Size)
 	}
-	if err := block.CheckSizes(0, sizes...); err != nil {
+	if err := block.CheckSizes(maxBytes, sizes...); err != nil {
 		return nil, fmt.Errorf("its config: %w", err)
 	}
 	return &c, nil

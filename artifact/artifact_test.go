@@ -101,7 +101,7 @@ func TestPushAndOpen(t *testing.T) {
 		if err != nil || again != digest {
 			t.Errorf("the same package has another digest: %s, %s, %v", digest, again, err)
 		}
-		p, err := artifact.Open(t.Context(), ref, false)
+		p, err := artifact.Open(t.Context(), ref, false, 0)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -117,7 +117,7 @@ func TestPushAndOpen(t *testing.T) {
 		if now, err := artifact.Resolve(t.Context(), ref, false); err != nil || strings.HasSuffix(now, digest.String()) {
 			t.Errorf("resolve: %s, %v", now, err)
 		}
-		byDigest, err := artifact.Open(t.Context(), "docker://"+host+"/vms/redis@"+digest.String(), false)
+		byDigest, err := artifact.Open(t.Context(), "docker://"+host+"/vms/redis@"+digest.String(), false, 0)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -192,7 +192,7 @@ func TestFaults(t *testing.T) {
 	if _, err := artifact.Push(t.Context(), ref, false, devices, nil); err != nil {
 		t.Fatal(err)
 	}
-	p, err := artifact.Open(t.Context(), ref, false)
+	p, err := artifact.Open(t.Context(), ref, false, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -225,7 +225,7 @@ func TestRefused(t *testing.T) {
 		"localhost:1/vm:1": "connection refused",
 		"docker://A B":     "is no reference like",
 	} {
-		if _, err := artifact.Open(t.Context(), ref, false); err == nil || !strings.Contains(err.Error(), want) && !strings.Contains(err.Error(), "NAME_UNKNOWN") || strings.Contains(err.Error(), "\n") {
+		if _, err := artifact.Open(t.Context(), ref, false, 0); err == nil || !strings.Contains(err.Error(), want) && !strings.Contains(err.Error(), "NAME_UNKNOWN") || strings.Contains(err.Error(), "\n") {
 			t.Errorf("%s: %v", ref, err)
 		}
 	}
@@ -262,7 +262,7 @@ func TestRefused(t *testing.T) {
 	if _, err := artifact.Push(t.Context(), host+"/vm:1", false, devices, nil); err != nil {
 		t.Fatal(err)
 	}
-	p, err := artifact.Open(t.Context(), host+"/vm:1", false)
+	p, err := artifact.Open(t.Context(), host+"/vm:1", false, 0)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -55,20 +55,21 @@ func Resolve(ctx context.Context, ref string, plainHTTP bool) (string, error) {
 	return r.Context().Digest(d.Digest.String()).String(), nil
 }
 
-// Open finds out what the artifact ref holds. Credentials are those of docker. Close it.
-func Open(ctx context.Context, ref string, plainHTTP bool) (*Package, error) {
+// Open finds out what the artifact ref holds, if its devices have at most maxSize bytes in all; see
+// [block.CheckSizes] for 0. Credentials are those of docker. Close it.
+func Open(ctx context.Context, ref string, plainHTTP bool, maxSize int64) (*Package, error) {
 	r, err := ociclient.Parse(ref, plainHTTP)
 	if err != nil {
 		return nil, err
 	}
-	p, err := open(ctx, r, plainHTTP)
+	p, err := open(ctx, r, plainHTTP, maxSize)
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", r, oneLine(err))
 	}
 	return p, nil
 }
 
-func open(ctx context.Context, r name.Reference, plainHTTP bool) (*Package, error) {
+func open(ctx context.Context, r name.Reference, plainHTTP bool, maxSize int64) (*Package, error) {
 	options := ociclient.Options(ctx, r.Context().Registry, plainHTTP)
 	d, err := remote.Get(r, options...)
 	if err != nil {
@@ -109,7 +110,7 @@ func open(ctx context.Context, r name.Reference, plainHTTP bool) (*Package, erro
 	if err != nil {
 		return nil, err
 	}
-	c, err := decodeConfig(b)
+	c, err := decodeConfig(b, maxSize)
 	if err != nil {
 		return nil, err
 	}

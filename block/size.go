@@ -35,7 +35,7 @@ func CheckSizes(most int64, sizes ...int64) error {
 	for _, size := range sizes {
 		if size < 0 || size > left {
 			const text = "the devices have more than %s in all, which is too large for this host " +
-				"(a peer's --max-size allows more of a source)"
+				"(--max-size allows more)"
 			return fmt.Errorf(text, humanize.IBytes(uint64(most)))
 		}
 		left -= size

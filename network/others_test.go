@@ -401,6 +401,17 @@ func TestReset(t *testing.T) {
 				t.Errorf("who sends UDP hears %v", err)
 			}
 			if how == "vacated" {
+				if err := claim.Occupy(); err != nil {
+					t.Error(err)
+				}
+				eventually(t, "the guest is there again", func() string {
+					c, err := dial(testhost.Outside, "tcp4", "192.0.2.1:3333")
+					if err != nil {
+						return err.Error()
+					}
+					c.Close()
+					return ""
+				})
 				unplug["ark0"]()
 				if err := claim.Close(); err != nil {
 					t.Error(err)

@@ -38,6 +38,17 @@ func (c *Claim) Vacate() error {
 	return c.atTap("reset connections", func(config *NATConfig, l *layout) error { return config.vacate(l) })
 }
 
+// Occupy takes Vacate back, for a VM that goes on here after all. Connections that were reset stay so.
+func (c *Claim) Occupy() error {
+	return c.atTap("connect the guest", func(config *NATConfig, _ *layout) error {
+		link, err := netlink.LinkByName(config.NamespaceInterface)
+		if err != nil {
+			return err
+		}
+		return netlink.LinkSetUp(link)
+	})
+}
+
 // vacate is [Claim.Vacate] within the namespace.
 func (c NATConfig) vacate(l *layout) error {
 	link, err := netlink.LinkByName(c.NamespaceInterface)

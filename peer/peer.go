@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -64,7 +65,7 @@ type Hooks struct {
 type Peer struct {
 	config   Config
 	claim    *network.Claim
-	vacated  sync.Once      // once the VM runs elsewhere
+	vacated  atomic.Bool    // the VM runs elsewhere
 	vacating sync.WaitGroup // until its clients here were told
 	user     *vmm.User
 	dir      *vmm.Dir // where the devices are exposed

@@ -153,13 +153,23 @@ func (p *Peer) newSource() (*migrate.Source, error) {
 
 // vacate tells the VM's clients here that it runs elsewhere, beside what its target still needs.
 func (p *Peer) vacate() {
-	p.vacated.Do(func() {
-		p.vacating.Go(func() {
-			if err := p.claim.Vacate(); err != nil {
-				slog.Warn("Clients of the VM that has left may wait for it here", "error", err)
-			}
-		})
+	if p.vacated.Swap(true) {
+		return
+	}
+	p.vacating.Go(func() {
+		if err := p.claim.Vacate(); err != nil {
+			slog.Warn("Clients of the VM that has left may wait for it here", "error", err)
+		}
 	})
+}
+
+// reoccupy takes vacate back.
+func (p *Peer) reoccupy() error {
+	if !p.vacated.Swap(false) {
+		return nil
+	}
+	p.vacating.Wait()
+	return p.claim.Occupy()
 }
 
 // departure is a VM that may leave. It implements [migrate.SourceVM].
@@ -199,6 +209,9 @@ func (d *departure) Save(ctx context.Context, migration uuid.UUID) error {
 
 // Rescue implements [migrate.SourceVM].
 func (d *departure) Rescue(ctx context.Context) error {
+	if err := d.p.reoccupy(); err != nil {
+		slog.Warn("The VM goes on here, but without its network", "error", err)
+	}
 	return d.p.instance.Rescue(ctx)
 }
 

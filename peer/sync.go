@@ -31,7 +31,7 @@ func (p *Peer) place() (place s3.Place, ok bool, err error) {
 			continue
 		}
 		next := d.place()
-		next.Credentials = p.config.S3Credentials
+		next.Credentials, next.MaxSize = p.config.S3Credentials, p.config.Limits.MaxSize
 		next.Concurrency = max(next.Concurrency, place.Concurrency)
 		if ok {
 			place.Concurrency = next.Concurrency

@@ -41,7 +41,7 @@ func (s *Store) Latest(ctx context.Context) (*Backup, error) {
 	if err != nil {
 		return nil, s.explain(err)
 	}
-	m, err := decodeManifest(data)
+	m, err := decodeManifest(data, s.place.MaxSize)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", s.place, err)
 	}

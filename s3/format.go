@@ -45,7 +45,7 @@ type manifestDevice struct {
 	Sum     string    `json:"sum"` // BLAKE3 of the index, in hex
 }
 
-func decodeManifest(b []byte) (*manifest, error) {
+func decodeManifest(b []byte, maxSize int64) (*manifest, error) {
 	var m manifest
 	if err := json.Unmarshal(b, &m); err != nil {
 		return nil, fmt.Errorf("%s: %w", manifestName, err)
@@ -68,7 +68,7 @@ func decodeManifest(b []byte) (*manifest, error) {
 		seen[d.Name] = true
 		sizes = append(sizes, d.Size)
 	}
-	if err := block.CheckSizes(0, sizes...); err != nil {
+	if err := block.CheckSizes(maxSize, sizes...); err != nil {
 		return nil, fmt.Errorf("%s: %w", manifestName, err)
 	}
 	return &m, nil

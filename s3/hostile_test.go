@@ -70,7 +70,7 @@ func TestHostileManifests(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := decodeManifest(b); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := decodeManifest(b, 0); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", want, err)
 		}
 	}
@@ -225,7 +225,7 @@ func FuzzIndex(f *testing.F) {
 func FuzzManifest(f *testing.F) {
 	f.Add([]byte(`{"format":"drafter-devices","version":1,"devices":[{"name":"memory","size":65536}]}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		m, err := decodeManifest(b)
+		m, err := decodeManifest(b, 0)
 		if err != nil {
 			return
 		}

@@ -37,6 +37,7 @@ type Place struct {
 	SecretKey   string
 	Credentials string // file like that of the AWS command line, with keys or a credential_process, which runs as this user; see credentials.go
 	Concurrency int    // uploads at once; 0: 4. Each takes some 8 MiB
+	MaxSize     int64  // bytes that the devices of a backup may have in all; see [block.CheckSizes] for 0
 }
 
 // String names the place without its keys.

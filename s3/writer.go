@@ -255,7 +255,7 @@ func (w *Writer) publish(ctx context.Context, next *Backup) error {
 			next.etag = etag
 			return nil
 		}
-		if other, err := decodeManifest(found); err == nil && other.Writer == w.id { // a Write that failed has come through in the end
+		if other, err := decodeManifest(found, w.store.place.MaxSize); err == nil && other.Writer == w.id { // a Write that failed has come through in the end
 			options.SetMatchETag(etag)
 			return errors.New("an earlier manifest has arrived late")
 		}

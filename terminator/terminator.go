@@ -82,7 +82,9 @@ func New(c Config) (*Terminator, error) {
 func (t *Terminator) Run(ctx context.Context, dial migrate.Dial) (stats migrate.Stats, err error) {
 	s := &store{t: t, begun: time.Now()}
 	if t.config.Place != (s3.Place{}) {
-		if s.writer, err = openWriter(ctx, t.config.Place); err != nil {
+		place := t.config.Place
+		place.MaxSize = t.config.Limits.MaxSize
+		if s.writer, err = openWriter(ctx, place); err != nil {
 			return stats, err
 		}
 		defer func() { err = errors.Join(err, s.writer.Close()) }()

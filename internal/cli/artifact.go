@@ -63,6 +63,7 @@ func newPush() *cobra.Command {
 func newPull() *cobra.Command {
 	var output string
 	var verify verifyFlags
+	var size sizeFlag
 	var plainHTTP bool
 	cmd := &cobra.Command{
 		Use:   "pull REF",
@@ -78,7 +79,11 @@ kept if they are the package's, and an error if not. With --verify-key, nothing 
 			if err != nil {
 				return err
 			}
-			p, err := artifact.Open(cmd.Context(), args[0], plainHTTP)
+			maxSize, err := size.resolve()
+			if err != nil {
+				return err
+			}
+			p, err := artifact.Open(cmd.Context(), args[0], plainHTTP, maxSize)
 			if err != nil {
 				return err
 			}
@@ -110,6 +115,7 @@ kept if they are the package's, and an error if not. With --verify-key, nothing 
 		},
 	}
 	verify.add(cmd)
+	size.add(cmd)
 	f := cmd.Flags()
 	f.StringVar(&output, "output", "out/package", "Directory to write the package to")
 	f.BoolVar(&plainHTTP, "plain-http", false, "Talk to the registry without TLS")

@@ -81,24 +81,25 @@ const registryScheme = "docker://"
 type openOrigin func(context.Context) (peer.Origin, error)
 
 // resolveOrigin returns where the files of a package that --package names by where it comes from are, or will be, and what opens it there; nil if they are here.
-func resolveOrigin(ctx context.Context, pkg, instance string, storage *storageFlags, flags *originFlags) (dir string, open openOrigin, err error) {
+func resolveOrigin(ctx context.Context, pkg, instance string, maxSize int64, storage *storageFlags, flags *originFlags) (dir string, open openOrigin, err error) {
 	switch {
 	case instance == "":
 		return "", nil, &usageError{fmt.Errorf("--package %s needs --instance, for what the instance changes", pkg)}
 	case strings.HasPrefix(pkg, storageScheme):
-		return resolveBackup(pkg, instance, storage)
+		return resolveBackup(pkg, instance, maxSize, storage)
 	case strings.HasPrefix(pkg, registryScheme):
-		return resolveArtifact(ctx, pkg, flags)
+		return resolveArtifact(ctx, pkg, maxSize, flags)
 	}
 	return "", nil, &usageError{fmt.Errorf("--package %s is no directory, nor docker://NAME:TAG, nor s3://BUCKET/PREFIX", pkg)}
 }
 
 // resolveBackup keeps what comes from a backup with the instance: the backup changes, the instance has the version that it was started from.
-func resolveBackup(ref, instance string, storage *storageFlags) (dir string, open openOrigin, err error) {
+func resolveBackup(ref, instance string, maxSize int64, storage *storageFlags) (dir string, open openOrigin, err error) {
 	place, err := storage.place("package", ref)
 	if err != nil {
 		return "", nil, err
 	}
+	place.MaxSize = maxSize
 	dir = filepath.Join(instance, "base")
 	if _, err := os.Stat(filepath.Join(instance, "state", vmm.PackageFile(vmm.State))); err == nil {
 		return dir, nil, nil
@@ -108,7 +109,7 @@ func resolveBackup(ref, instance string, storage *storageFlags) (dir string, ope
 
 // resolveArtifact keeps each package that comes from an OCI registry in a directory of its own, by its digest. What is there is used when the registry cannot be
 // reached.
-func resolveArtifact(ctx context.Context, ref string, flags *originFlags) (dir string, open openOrigin, err error) {
+func resolveArtifact(ctx context.Context, ref string, maxSize int64, flags *originFlags) (dir string, open openOrigin, err error) {
 	noted := filepath.Join(flags.cache, "references", url.PathEscape(strings.TrimPrefix(ref, registryScheme)))
 	pinned, err := artifact.Resolve(ctx, ref, flags.plainHTTP)
 	if err != nil {
@@ -128,7 +129,7 @@ func resolveArtifact(ctx context.Context, ref string, flags *originFlags) (dir s
 	if isWhole(dir) {
 		return dir, nil, nil
 	}
-	return dir, func(ctx context.Context) (peer.Origin, error) { return artifact.Open(ctx, pinned, flags.plainHTTP) }, nil
+	return dir, func(ctx context.Context) (peer.Origin, error) { return artifact.Open(ctx, pinned, flags.plainHTTP, maxSize) }, nil
 }
 
 // isWhole tells whether all of a package is in dir.

@@ -94,6 +94,9 @@ out, and a line says how much. Under nohup, SIGHUP is ignored.
 			if c.Verifier, err = verify.resolve(); err != nil {
 				return err
 			}
+			if c.Limits, err = limits.resolve(); err != nil {
+				return err
+			}
 			var open openOrigin
 			if isReference(devices.pkg) {
 				if !cmd.Flags().Changed("raddr") {
@@ -102,7 +105,7 @@ out, and a line says how much. Under nohup, SIGHUP is ignored.
 				if raddr != "" {
 					return &usageError{errors.New("--package says where the VM comes from, and so does --raddr; pass --raddr ''")}
 				}
-				if devices.pkg, open, err = resolveOrigin(ctx, devices.pkg, devices.instance, &storage, &origin); err != nil {
+				if devices.pkg, open, err = resolveOrigin(ctx, devices.pkg, devices.instance, c.Limits.MaxSize, &storage, &origin); err != nil {
 					return err
 				}
 			}
@@ -128,9 +131,6 @@ out, and a line says how much. Under nohup, SIGHUP is ignored.
 			c.SyncInterval, c.S3Credentials = backup.interval, storage.credentials
 			if raddr != "" && raddr == laddr {
 				return &usageError{fmt.Errorf("--raddr and --laddr are both %s; pass --raddr '' to start the VM here, or --laddr '' (or another address) to receive it from there", raddr)}
-			}
-			if c.Limits, err = limits.resolve(); err != nil {
-				return err
 			}
 			var restore func()
 			if c.Host, restore, err = host.resolve(cmd.OutOrStdout()); err != nil {

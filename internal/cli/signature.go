@@ -139,6 +139,7 @@ func verifyArtifact(p *artifact.Package, verifier *signature.Verifier) error {
 
 func newVerify() *cobra.Command {
 	var verify verifyFlags
+	var size sizeFlag
 	var pkg string
 	var plainHTTP bool
 	cmd := &cobra.Command{
@@ -161,7 +162,11 @@ What was verified here may have changed when it is used: the same flags make tho
 				return &usageError{errors.New("--verify-key is missing")}
 			}
 			if strings.HasPrefix(pkg, registryScheme) {
-				p, err := artifact.Open(ctx, pkg, plainHTTP)
+				maxSize, err := size.resolve()
+				if err != nil {
+					return err
+				}
+				p, err := artifact.Open(ctx, pkg, plainHTTP, maxSize)
 				if err != nil {
 					return err
 				}
@@ -192,6 +197,7 @@ What was verified here may have changed when it is used: the same flags make tho
 		},
 	}
 	verify.add(cmd)
+	size.add(cmd)
 	f := cmd.Flags()
 	f.StringVar(&pkg, "package", "out/package", "Directory of the package, or docker://REF")
 	f.BoolVar(&plainHTTP, "plain-http", false, "Talk to the registry without TLS")
