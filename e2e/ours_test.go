@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"testing"
@@ -38,7 +39,7 @@ func TestOursAndTheirs(t *testing.T) {
 	}
 	flags := []string{"--chroot-base-dir", "base", "--netns", "ark0", "--enable-input", "--laddr", "localhost:1337", "--cgroup-version", "1", "--memory-max", "2GiB", "--pids-max", "200", "--cpus-max", "2"}
 	vm := s.peer(t, "instance", flags...)
-	checkLimits(t)
+	checkLimits(t, s.vmmPIDIn(t, "base"))
 	const day = 24 * 60 * 60
 	tell(t, vm, "date -s @"+strconv.FormatInt(time.Now().Unix()+day, 10))
 	if off := ahead(t, vm); off < day-600 || off > day+600 {
@@ -105,19 +106,23 @@ func ahead(t *testing.T, vm *tour.Service) int64 {
 	return 0
 }
 
-// checkLimits looks at the only VMM's cgroups.
-func checkLimits(t *testing.T) {
+// checkLimits looks at the cgroups of a VMM (cgroups(7), /proc/[pid]/cgroup).
+func checkLimits(t *testing.T, pid int) {
 	t.Helper()
-	for file, want := range map[string]string{"memory/drafter/*/memory.limit_in_bytes": "2147483648", "pids/drafter/*/pids.max": "200", "cpu/drafter/*/cpu.cfs_quota_us": "200000"} {
-		paths, err := filepath.Glob("/sys/fs/cgroup/" + file)
-		if err != nil || len(paths) != 1 {
-			t.Errorf("%s: %v, %v", file, paths, err)
+	groups, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for file, want := range map[string]string{"memory.limit_in_bytes": "2147483648", "pids.max": "200", "cpu.cfs_quota_us": "200000"} {
+		controller, _, _ := strings.Cut(file, ".")
+		found := regexp.MustCompile(`(?m)^\d+:(?:\S+,)?` + controller + `(?:,\S+)?:(/drafter/\S+)$`).FindSubmatch(groups)
+		if found == nil {
+			t.Errorf("the VMM has no %s cgroup of ours:\n%s", controller, groups)
 			continue
 		}
-		b, err := os.ReadFile(paths[0])
-		procs, perr := os.ReadFile(filepath.Join(filepath.Dir(paths[0]), "cgroup.procs"))
-		if got := strings.TrimSpace(string(b)); err != nil || perr != nil || got != want || len(procs) == 0 {
-			t.Errorf("%s is %s, with processes %q; want %s: %v, %v", paths[0], got, procs, want, err, perr)
+		b, err := os.ReadFile(filepath.Join("/sys/fs/cgroup", controller, string(found[1]), file))
+		if got := strings.TrimSpace(string(b)); err != nil || got != want {
+			t.Errorf("%s is %s; want %s: %v", file, got, want, err)
 		}
 	}
 }
