@@ -81,7 +81,7 @@ func TestCheckpoints(t *testing.T) {
 	vm := s.peer(t, "instance-0", "--netns", "ark0", "--laddr", "localhost:1337")
 	l := startLoad(t.Context(), "127.0.0.1:3333")
 	backup := filepath.Join(s.dir, "backup")
-	for i := range 5 {
+	for i := range soak(3, 10) {
 		time.Sleep(300 * time.Millisecond)
 		before := l.acknowledged()
 		if err := s.Run(t.Context(), os.Stderr, "checkpoint", "--raddr", "localhost:1337", "--output", backup); err != nil {

@@ -113,7 +113,7 @@ func TestPeerWithoutOverlay(t *testing.T) {
 // A busy instance whose process is killed at a random moment leaves a host that the next start cleans, disks whose file systems recover, and every
 // write that Redis had synced.
 func TestKilledPeer(t *testing.T) {
-	rounds := soak(10, 50)
+	rounds := soak(5, 50)
 	s := emptySite(t)
 	clean := inventory()
 	seed := uint64(time.Now().UnixNano())
