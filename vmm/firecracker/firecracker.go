@@ -125,6 +125,9 @@ func (d Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
 	var config *cpuConfig
 	if l.Recorded != nil {
 		m.hardware.Machine, m.hardware.CPU = l.Recorded.Machine, l.Recorded.CPU
+		if config, err = recordedCPU(l.Recorded.CPU); err != nil && l.Boot != nil {
+			return nil, err
+		}
 	} else {
 		if l.HugePages {
 			m.hardware.Machine = machineHuge
@@ -169,8 +172,19 @@ func readCPU(cpu string) (*cpuConfig, error) {
 	if !json.Valid(b) {
 		return nil, fmt.Errorf("CPU template %s is not JSON; see docs/cpu_templates of Firecracker", cpu)
 	}
-	return &cpuConfig{name: fmt.Sprintf("custom-%x", sha256.Sum256(b))[:23], custom: b}, nil
+	return &cpuConfig{name: fmt.Sprintf(customCPU+"%x", sha256.Sum256(b))[:23], custom: b}, nil
 }
+
+// recordedCPU is readCPU for what a package records. It has no custom template.
+func recordedCPU(name string) (*cpuConfig, error) {
+	if strings.HasPrefix(name, customCPU) {
+		return nil, fmt.Errorf("the VM cannot boot again: its CPU template %s is not part of its package; take its disks with 'drafter device export' and make a package of them", name)
+	}
+	return readCPU(name)
+}
+
+// customCPU begins the name of a custom template, which goes on with the start of its SHA-256.
+const customCPU = "custom-"
 
 // Machine is one Firecracker process.
 type Machine struct {
