@@ -145,43 +145,54 @@ func makeRoom(devices []Device) error {
 // from being started, and needs nothing but the state device's overlay.
 func (p *Peer) checkHere() error {
 	i := slices.IndexFunc(p.config.Devices, func(d Device) bool { return d.Name == vmm.State })
-	if d := &p.config.Devices[i]; d.Overlay != "" {
-		if status, refusal, err := d.standing(); err != nil {
-			return fmt.Errorf("device %s: %w", vmm.State, err)
-		} else if status.OfMigration() {
-			return fmt.Errorf("state device %s: %w", p.statePath(), refusal)
-		} else if refusal != nil {
-			return p.forgetMemory()
-		}
+	d := &p.config.Devices[i]
+	if d.Overlay == "" {
+		return nil
+	}
+	status, refusal, boots, err := d.standing()
+	switch {
+	case err != nil:
+		return fmt.Errorf("device %s: %w", vmm.State, err)
+	case status.OfMigration():
+		return fmt.Errorf("state device %s: %w", p.statePath(), refusal)
+	case refusal == nil:
+		return nil
+	}
+	if err := missing(p.config.Devices); err != nil {
+		return err
+	}
+	if boots {
+		return p.forgetMemory()
 	}
 	return nil
 }
 
-// standing is what the overlay of a state device that is not in use says, and why its VM cannot be
-// resumed. One that was never used has no status.
-func (d *Device) standing() (status vmm.Status, refusal, err error) {
+// standing is what the overlay of a state device that is not in use says, why its VM cannot be
+// resumed, and whether it boots instead. One that was never used has no status.
+func (d *Device) standing() (status vmm.Status, refusal error, boots bool, err error) {
 	_, _, found, err := block.OverlayBase(d.files().OverlayPaths())
 	if err != nil || !found {
-		return 0, nil, err
+		return 0, nil, false, err
 	}
 	s, err := d.files().OpenOverlay()
 	if err != nil {
-		return 0, nil, err
+		return 0, nil, false, err
 	}
 	defer s.Close() // nothing was written
 	if !s.Overlay.Present().Has(0) {
-		return 0, nil, nil
+		return 0, nil, false, nil
 	}
 	if status, _, _, err = vmm.StateStatus(s); err != nil {
-		return 0, nil, err
+		return 0, nil, false, err
 	}
-	return status, vmm.CheckResumable(s), nil
+	why, refused := vmm.CheckStart(s)
+	return status, vmm.CheckResumable(s), why != nil && refused == nil, nil
 }
 
 // replaceable refuses an instance that must not be overwritten: any that has neither moved away nor
 // begun to arrive, and one that it takes an operator to decide about.
 func replaceable(state *Device, devices []Device) error {
-	status, refusal, err := state.standing()
+	status, refusal, _, err := state.standing()
 	switch {
 	case err != nil:
 		return fmt.Errorf("device %s: %w", vmm.State, err)
