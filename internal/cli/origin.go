@@ -129,7 +129,9 @@ func resolveArtifact(ctx context.Context, ref string, maxSize int64, flags *orig
 	if isWhole(dir) {
 		return dir, nil, nil
 	}
-	return dir, func(ctx context.Context) (peer.Origin, error) { return artifact.Open(ctx, pinned, flags.plainHTTP, maxSize) }, nil
+	return dir, func(ctx context.Context) (peer.Origin, error) {
+		return artifact.Open(ctx, pinned, flags.plainHTTP, maxSize)
+	}, nil
 }
 
 // isWhole tells whether all of a package is in dir.
