@@ -28,6 +28,7 @@ import (
 //	out/package/    the package made of it
 //	redis-image/    the OCI layout of Redis
 //	debian/         a foreign root file system
+//	databases-image/  the OCI layout of Redis and PostgreSQL, for 'make soak'
 var work = os.Getenv("DRAFTER_E2E")
 
 func TestMain(m *testing.M) {
@@ -120,6 +121,11 @@ func build() error {
 	}
 	if err := redisimage.WriteLayout(image, filepath.Join(work, "redis-image")); err != nil {
 		return err
+	}
+	if os.Getenv("DRAFTER_SOAK") != "" {
+		if err := databases(ctx, cache, filepath.Join(work, "databases-image")); err != nil {
+			return fmt.Errorf("image of databases: %w", err)
+		}
 	}
 	d := tour.Drafter{Bin: filepath.Join(bin, "drafter"), Dir: work}
 	if err := d.Run(ctx, os.Stderr, "blueprint", "os", "--output", "out/blueprint", "--cache", cache); err != nil {

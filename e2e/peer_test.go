@@ -167,7 +167,10 @@ func (s *site) killWhileWriting(t *testing.T, vm *tour.Service, c *redis.Client,
 }
 
 // awaitKilled waits for a killed process. One that waited for its own devices ends with the next start on the host, which takes them away.
-func (s *site) awaitKilled(t *testing.T, vm *tour.Service) {
+func (s *site) awaitKilled(t *testing.T, vm interface {
+	PID() int
+	Done() <-chan struct{}
+}) {
 	t.Helper()
 	for deadline := time.Now().Add(time.Minute); ; {
 		select {

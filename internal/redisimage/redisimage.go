@@ -60,7 +60,18 @@ func Build(ctx context.Context, cache, dir string) (_ v1.Image, err error) {
 	if err := errors.Join(os.MkdirAll(filepath.Join(root, "data"), 0o755), os.Chown(filepath.Join(root, "data"), redisUID, redisUID)); err != nil {
 		return nil, err
 	}
-	file := filepath.Join(dir, "redis-layer.tar")
+	return Pack(root, filepath.Join(dir, "redis-layer.tar"), v1.Config{
+		User:         "redis",
+		Entrypoint:   []string{"/usr/bin/redis-server"},
+		Cmd:          []string{"--bind", "0.0.0.0", "--protected-mode", "no", "--dir", "/data", "--appendonly", "yes"},
+		WorkingDir:   "/data",
+		ExposedPorts: map[string]struct{}{"6379/tcp": {}},
+		StopSignal:   "SIGTERM",
+	})
+}
+
+// Pack makes an image of a root file system, for this architecture. Its one layer is read from file, a new one, for as long as the image is used.
+func Pack(root, file string, c v1.Config) (v1.Image, error) {
 	if err := writeTar(root, file); err != nil {
 		return nil, err
 	}
@@ -77,15 +88,7 @@ func Build(ctx context.Context, cache, dir string) (_ v1.Image, err error) {
 		return nil, err
 	}
 	config = config.DeepCopy()
-	config.OS, config.Architecture = "linux", runtime.GOARCH
-	config.Config = v1.Config{
-		User:         "redis",
-		Entrypoint:   []string{"/usr/bin/redis-server"},
-		Cmd:          []string{"--bind", "0.0.0.0", "--protected-mode", "no", "--dir", "/data", "--appendonly", "yes"},
-		WorkingDir:   "/data",
-		ExposedPorts: map[string]struct{}{"6379/tcp": {}},
-		StopSignal:   "SIGTERM",
-	}
+	config.OS, config.Architecture, config.Config = "linux", runtime.GOARCH, c
 	return mutate.ConfigFile(image, config)
 }
 
