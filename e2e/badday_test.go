@@ -821,11 +821,15 @@ func (d *badDay) act(kind string) (finish func() string) {
 	return d.disturbed(kind)
 }
 
+// createTable makes what the audit of PostgreSQL writes to, once the server, which listens before, is ready.
 func (d *badDay) createTable() {
 	d.t.Helper()
 	p, err := dialPostgres(d.audits[1].addrs[0])
-	if err != nil {
-		d.fatal("%v", err)
+	for deadline := time.Now().Add(bound); err != nil; p, err = dialPostgres(d.audits[1].addrs[0]) {
+		if time.Now().After(deadline) {
+			d.fatal("%v", err)
+		}
+		time.Sleep(100 * time.Millisecond)
 	}
 	defer p.Close()
 	if _, err := p.(postgresDatabase).query("CREATE TABLE numbers (n int PRIMARY KEY, text text)", time.Minute); err != nil {
