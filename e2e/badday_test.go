@@ -87,6 +87,11 @@ const patience = 2 * time.Second // with one statement of the load
 type redisDatabase struct{ *redis.Client }
 
 func dialRedis(addr string) (database, error) {
+	c, err := net.DialTimeout("tcp", addr, patience/4) // the client's own attempts are logged
+	if err != nil {
+		return nil, err
+	}
+	c.Close()
 	return redisDatabase{redis.NewClient(&redis.Options{
 		Addr: addr, MaxRetries: -1, DialerRetries: 1, DialTimeout: patience / 4, ReadTimeout: patience, WriteTimeout: patience,
 	})}, nil
@@ -486,16 +491,14 @@ func (d *badDay) kill(p *attached) {
 	d.awaitKilled(d.t, p)
 }
 
-// client is one of Redis, where the VM is.
-func (d *badDay) client() *redis.Client {
-	c, _ := dialRedis(d.audits[0].addrs[d.at]) // it has not dialled yet
-	return c.(redisDatabase).Client
-}
-
+// runID is that of Redis, "" while it does not answer.
 func (d *badDay) runID() string {
-	c := d.client()
+	c, err := dialRedis(d.audits[0].addrs[d.at])
+	if err != nil {
+		return ""
+	}
 	defer c.Close()
-	info, _ := c.Info(d.t.Context(), "server").Result() // "" while nobody answers
+	info, _ := c.(redisDatabase).Info(d.t.Context(), "server").Result()
 	_, after, _ := strings.Cut(info, "run_id:")
 	id, _, _ := strings.Cut(after, "\r\n")
 	return id
