@@ -771,6 +771,7 @@ func TestSoakBadDays(t *testing.T) {
 	counts := map[string]int{}
 	for round, end := 0, time.Now().Add(lasts); time.Now().Before(end); round++ {
 		d.serves()
+		d.rng = rand.New(rand.NewPCG(seed, uint64(round+1))) // whatever the rounds before came to
 		d.all = []*attached{d.vm}
 		weather, act := weathers[d.rng.IntN(len(weathers))], acts[d.rng.IntN(len(acts))]
 		before, during := time.Duration(d.rng.IntN(4000))*time.Millisecond, time.Duration(d.rng.IntN(4000))*time.Millisecond
