@@ -97,7 +97,7 @@ func TestImageAsItIs(t *testing.T) {
 	// A port that nobody opens is named, and no package made; a program that ends is told with its last words.
 	s.busyboxImage(t, "image.tar", v1.Config{Entrypoint: []string{"/bin/httpd", "-f", "-p", "80"}, ExposedPorts: map[string]struct{}{"80/tcp": {}, "9999/tcp": {}}})
 	command(t, s.dir, "drafter", "blueprint", "oci", "docker-archive:image.tar", "--output", "oci.ext4")
-	if got := s.fails(t, append(args, "--enable-output=false", "--resume-timeout", "10s")...); !strings.Contains(got, "nothing listens on its ports 9999;") || !strings.Contains(got, "--ready-ports") {
+	if got := s.fails(t, append(args, "--enable-output=false", "--resume-timeout", "40s")...); !strings.Contains(got, "nothing listens on its ports 9999;") || !strings.Contains(got, "--ready-ports") {
 		t.Errorf("a closed port: %s", got)
 	}
 	command(t, s.dir, "drafter", "blueprint", "oci", "docker-archive:image.tar", "--output", "oci.ext4", "--command", "echo last words; exit 3")
