@@ -847,15 +847,7 @@ func newBadDay(t *testing.T, seed uint64) *badDay {
 	s := emptySite(t)
 	d := &badDay{site: s, t: t, rng: rand.New(rand.NewPCG(seed, 0)), pkg: filepath.Join(s.dir, "out/package"), server: storage(t, s)}
 	command(t, s.dir, d.Bin, "blueprint", "oci", "oci:"+filepath.Join(work, "databases-image"), "--output", "out/oci.ext4")
-	in := filepath.Join(work, "out/blueprint")
-	s.snapshot(t, []map[string]string{
-		{"name": "state", "output": "out/package/state.bin"},
-		{"name": "memory", "output": "out/package/memory.bin"},
-		{"name": "kernel", "input": in + "/vmlinux", "output": "out/package/vmlinux"},
-		{"name": "disk", "input": in + "/rootfs.ext4", "output": "out/package/rootfs.ext4"},
-		{"name": "config", "output": "out/package/config.json"},
-		{"name": "oci", "input": "out/oci.ext4", "output": "out/package/oci.ext4"},
-	}, "--memory-size", "512", "--netns", "ark0", "--resume-timeout", "5m")
+	s.snapshot(t, devicesWith("out/oci.ext4"), "--memory-size", "512", "--netns", "ark0", "--resume-timeout", "5m")
 	d.audits = []*audit{{name: "Redis", dial: dialRedis}, {name: "PostgreSQL", dial: dialPostgres}}
 	var forwards []map[string]string
 	for at := range d.places {

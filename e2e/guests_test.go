@@ -132,6 +132,19 @@ echo "the scratch disk is clean"
 	}
 }
 
+// devicesWith are those of a package of Drafter's OS with a bundle.
+func devicesWith(oci string) []map[string]string {
+	in := filepath.Join(work, "out/blueprint")
+	return []map[string]string{
+		{"name": "state", "output": "out/package/state.bin"},
+		{"name": "memory", "output": "out/package/memory.bin"},
+		{"name": "kernel", "input": in + "/vmlinux", "output": "out/package/vmlinux"},
+		{"name": "disk", "input": in + "/rootfs.ext4", "output": "out/package/rootfs.ext4"},
+		{"name": "config", "output": "out/package/config.json"},
+		{"name": "oci", "input": oci, "output": "out/package/oci.ext4"},
+	}
+}
+
 // snapshot makes the site's package.
 func (s *site) snapshot(t *testing.T, devices []map[string]string, flags ...string) {
 	t.Helper()
@@ -182,16 +195,8 @@ func TestEditedBundle(t *testing.T) {
 	write(t, filepath.Join(mine, "hello"), "from my disk\n")
 	diskFrom(t, mine, filepath.Join(blueprint, "mydisk.ext4"), 16)
 
-	in := filepath.Join(work, "out/blueprint")
-	s.snapshot(t, []map[string]string{
-		{"name": "state", "output": "out/package/state.bin"},
-		{"name": "memory", "output": "out/package/memory.bin"},
-		{"name": "kernel", "input": in + "/vmlinux", "output": "out/package/vmlinux"},
-		{"name": "disk", "input": in + "/rootfs.ext4", "output": "out/package/rootfs.ext4"},
-		{"name": "config", "output": "out/package/config.json"},
-		{"name": "oci", "input": "out/blueprint/oci.ext4", "output": "out/package/oci.ext4"},
-		{"name": "mydisk", "input": "out/blueprint/mydisk.ext4", "output": "out/package/mydisk.ext4"},
-	}, "--memory-size", "384", "--cpu-count", "2", "--agent-vsock-port", "30", "--liveness-vsock-port", "31", "--netns", "ark3")
+	mydisk := map[string]string{"name": "mydisk", "input": "out/blueprint/mydisk.ext4", "output": "out/package/mydisk.ext4"}
+	s.snapshot(t, append(devicesWith("out/blueprint/oci.ext4"), mydisk), "--memory-size", "384", "--cpu-count", "2", "--agent-vsock-port", "30", "--liveness-vsock-port", "31", "--netns", "ark3")
 
 	devices := `[{"name":"state","path":"out/package/state.bin"},{"name":"memory","path":"out/package/memory.bin"},{"name":"kernel","path":"out/package/vmlinux"},` +
 		`{"name":"disk","path":"out/package/rootfs.ext4"},{"name":"config","path":"out/package/config.json"},{"name":"oci","path":"out/package/oci.ext4"},{"name":"mydisk","path":"out/package/mydisk.ext4"}]`

@@ -64,18 +64,12 @@ func withConfig(t *testing.T, image v1.Image, config v1.Config) *v1.ConfigFile {
 // packaged once its port is open, which is checked from inside before it is.
 func TestImageAsItIs(t *testing.T) {
 	s := emptySite(t)
-	in := filepath.Join(work, "out/blueprint")
-	devices := []map[string]string{
-		{"name": "state", "output": "out/package/state.bin"}, {"name": "memory", "output": "out/package/memory.bin"}, {"name": "config", "output": "out/package/config.json"},
-		{"name": "kernel", "input": in + "/vmlinux", "output": "out/package/vmlinux"}, {"name": "disk", "input": in + "/rootfs.ext4", "output": "out/package/rootfs.ext4"},
-		{"name": "oci", "input": "oci.ext4", "output": "out/package/oci.ext4"},
-	}
 	script := `id; pwd; echo env=$A,${B-unset}; ping -c 1 -w 5 localhost && ping -c 1 -w 5 $(hostname) && echo pinged; sleep 1; echo opening; httpd -p 80 -h / && sleep 1000`
-	s.busyboxImage(t, "image.tar", v1.Config{Cmd: []string{"/bin/sh", "-c", script}, User: "1000:1000", WorkingDir: "/work/dir", Env: []string{"A=1", "A=2", "B"},
+	s.busyboxImage(t, "image.tar", v1.Config{Cmd: []string{"/bin/sh", "-c", script}, User: "1000:1000", WorkingDir: "/srv/app/dir", Env: []string{"A=1", "A=2", "B"},
 		ExposedPorts: map[string]struct{}{"80/tcp": {}}, Volumes: map[string]struct{}{"/data": {}}})
 	command(t, s.dir, "gzip", "-f", "image.tar")
 	command(t, s.dir, "drafter", "blueprint", "oci", "docker-archive:image.tar.gz:as-it-is:1", "--output", "oci.ext4")
-	b, err := json.Marshal(devices)
+	b, err := json.Marshal(devicesWith("oci.ext4"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -88,7 +82,7 @@ func TestImageAsItIs(t *testing.T) {
 		t.Fatalf("%v\nconsole:\n%s", err, s.output(t, vm))
 	}
 	out := s.output(t, vm)
-	for _, want := range []string{"uid=1000 gid=1000", "\n/work/dir\n", "env=2,unset", "\npinged\n", "\nopening\n"} {
+	for _, want := range []string{"uid=1000 gid=1000", "\n/srv/app/dir\n", "env=2,unset", "\npinged\n", "\nopening\n"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("the console never showed %q:\n%s", want, out)
 		}

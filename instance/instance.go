@@ -22,6 +22,7 @@ import (
 	"drafter/agent"
 	"drafter/block"
 	"drafter/internal/console"
+	"drafter/internal/limitedlog"
 	"drafter/internal/output"
 	"drafter/internal/private"
 	"drafter/network"
@@ -298,6 +299,7 @@ func (i *Instance) AwaitReady(ctx context.Context, timeout time.Duration) error 
 	defer cancel()
 	const maxPorts = 16 // to tell of: a guest may name any number
 	var closed []uint32
+	var news limitedlog.Log
 	for ; ; time.Sleep(10 * time.Millisecond) { // whatever it answers, it is not asked without end
 		ready, now, err := i.agent.Ready(ctx)
 		switch {
@@ -305,7 +307,7 @@ func (i *Instance) AwaitReady(ctx context.Context, timeout time.Duration) error 
 			return nil
 		case err == nil && !slices.Equal(now[:min(len(now), maxPorts)], closed):
 			closed = now[:min(len(now), maxPorts)]
-			slog.Info("Waiting for the guest's service", "closedPorts", closed)
+			news.Log(slog.LevelInfo, "Waiting for the guest's service", "closedPorts", closed)
 		case errors.Is(ctx.Err(), context.DeadlineExceeded):
 			return fmt.Errorf("the guest is up, but after %s nothing listens on its ports %s; pass a longer --resume-timeout, or name the ports that its service opens with --ready-ports",
 				timeout.Round(time.Second), strings.Trim(fmt.Sprint(closed), "[]"))
