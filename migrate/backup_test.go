@@ -144,3 +144,60 @@ func TestBackupOverBase(t *testing.T) {
 	}
 	p.conclude(t, p.source.State(), arrived)
 }
+
+// A backup that is replaced between its offer and the answer is still what it was.
+func TestBackupReplaced(t *testing.T) {
+	p := newPair(t, 6, quick(), nil)
+	p.backUp(t, "whole")
+	remote := p.target.backup
+	p.target.backup = func(d wire.Device) *Backup {
+		b := remote(d)
+		p.backup.Stored(nil)
+		return b
+	}
+	arrived, err := Receive(t.Context(), p.config(quick(), nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := arrived.Wait(); err != nil {
+		t.Error(err)
+	}
+	p.conclude(t, p.source.State(), arrived)
+}
+
+// What a copy has taken is not known as changed. So nothing is offered until the copy has ended, and
+// all that changed is once it failed.
+func TestNoBackupBesideACopy(t *testing.T) {
+	size := int64(4 * block.ContentBlockSize)
+	tracker := block.NewTracker(newMemory(size), block.PageSize)
+	d := &outgoingDevice{SourceDevice: SourceDevice{Device: tracker}}
+	var b Baseline
+	b.begin(d)
+	b.advance()
+	b.end(true)
+	id := block.ID{1}
+	b.Stored(map[*block.Tracker]block.ID{tracker: id})
+	write := func(page int64) {
+		if _, err := tracker.WriteAt([]byte("changed"), page*block.PageSize); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(1)
+	for _, step := range []func(){func() { b.begin(d) }, func() { write(2) }, b.advance, func() { write(3) }} {
+		step()
+		if got, _ := b.backup(tracker); got != (block.ID{}) {
+			t.Fatalf("%x is offered beside a copy", got)
+		}
+	}
+	b.end(false)
+	got, pages := b.backup(tracker)
+	if got != id || pages.Count() != 3 {
+		t.Errorf("%x is offered, with %d pages that changed", got, pages.Count())
+	}
+	b.begin(d)
+	b.advance()
+	b.end(true)
+	if got, _ := b.backup(tracker); got != (block.ID{}) {
+		t.Errorf("%x is offered, which was replaced", got)
+	}
+}

@@ -24,7 +24,8 @@ type Baseline struct {
 	watches map[*block.Tracker]*block.Watch
 	taken   map[*block.Tracker]*block.Bitmap // of the copy under way
 	held    bool                             // the last copy has been delivered
-	stored  map[*block.Tracker]block.ID      // and is where targets can get at it
+	stored  map[*block.Tracker]block.ID      // and is where targets can get at it; nil from a copy's begin to its end
+	before  map[*block.Tracker]block.ID      // what was stored when the copy under way began
 }
 
 // Held tells whether there is a copy that the next one can build on.
@@ -45,7 +46,7 @@ func (b *Baseline) forget() {
 	for _, w := range b.watches {
 		w.Close()
 	}
-	b.watches, b.taken, b.held, b.stored = nil, nil, false, nil
+	b.watches, b.taken, b.held, b.stored, b.before = nil, nil, false, nil, nil
 }
 
 // Stored notes under which content ids devices of the last copy are kept where targets of migrations may get at them; see [SourceConfig].
@@ -55,27 +56,21 @@ func (b *Baseline) Stored(ids map[*block.Tracker]block.ID) {
 	b.stored = ids
 }
 
-// backup is the content id of a device where it is stored; zero when it is not.
-func (b *Baseline) backup(d *block.Tracker) block.ID {
+// backup is the content id of a device where it is stored, and the pages that have changed since. They stay changed. The id is zero when
+// the device is not stored, or a copy is under way or has not ended yet: pages that the copy took are not known as changed then.
+func (b *Baseline) backup(d *block.Tracker) (block.ID, *block.Bitmap) {
 	if b == nil {
-		return block.ID{}
+		return block.ID{}, nil
 	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.stored[d]
-}
-
-// since returns the pages of a device that have changed since what is stored of it, or nil if that is not the content id any more. They stay changed.
-func (b *Baseline) since(d *block.Tracker, id block.ID) *block.Bitmap {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	w := b.watches[d]
-	if w == nil || b.stored[d] != id {
-		return nil
+	if w == nil || b.stored[d] == (block.ID{}) {
+		return block.ID{}, nil
 	}
 	pages := w.Take()
 	w.Return(pages)
-	return pages
+	return b.stored[d], pages
 }
 
 // Changed returns the pages of a device of the source that have changed since the last copy, or nil if that is not known. The next copy does not bring them.
@@ -96,6 +91,9 @@ func (b *Baseline) begin(d *outgoingDevice) *block.Bitmap {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if b.stored != nil {
+		b.stored, b.before = nil, b.stored
+	}
 	w := b.watches[d.Device]
 	if w == nil {
 		if b.watches == nil {
@@ -133,7 +131,7 @@ func (b *Baseline) end(delivered bool) {
 	defer b.mu.Unlock()
 	switch {
 	case delivered:
-		b.held, b.stored = true, nil
+		b.held, b.stored, b.before = true, nil, nil
 		clear(b.taken)
 	case !b.held:
 		b.forget()
@@ -142,6 +140,9 @@ func (b *Baseline) end(delivered bool) {
 			b.watches[t].Return(pages)
 		}
 		clear(b.taken)
+		if b.before != nil {
+			b.stored, b.before = b.before, nil
+		}
 	}
 }
 

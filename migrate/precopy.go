@@ -64,19 +64,17 @@ func (o *outgoing) pendAll(ctx context.Context) error {
 			continue
 		}
 		// In this order: what is written from here on is dirty.
-		d.Device.Take()
+		written := d.Device.Take()
 		if pages := o.baseline.begin(d); pages != nil {
 			d.unknown, d.whole = true, true
 			d.pending.Add(wholeBlocks(d, pages))
 			continue
 		}
 		if d.stored {
-			pages := o.config.Backup.since(d.Device, d.backup)
-			if pages == nil {
-				return fmt.Errorf("device %s: the backup is being replaced; try again", d.Name)
-			}
+			// What was written since the offer is dirty; what was before it, changed.
 			d.unknown = true
-			d.pending.Add(pages)
+			d.pending.Add(d.changed)
+			d.pending.Add(written)
 			continue
 		}
 		if len(d.contents) > 0 {

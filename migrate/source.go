@@ -533,6 +533,7 @@ type outgoingDevice struct {
 	absent   bool          // it has one that this side lacks
 	contents []block.ID    // of that, of its blocks
 	backup   block.ID      // of what is stored of it; zero when nothing is
+	changed  *block.Bitmap // pages that had changed since, at the offer
 	stored   bool          // the target has that
 	unknown  bool          // the target has an older copy
 	whole    bool          // and gets whole blocks
@@ -714,7 +715,7 @@ func (o *outgoing) preflight(ctx context.Context) (State, error) {
 	}
 	for _, d := range o.devices {
 		if !o.copy {
-			d.backup = o.config.Backup.backup(d.Device)
+			d.backup, d.changed = o.config.Backup.backup(d.Device)
 		}
 		offer := wire.Device{Name: d.Name, Size: d.Device.Size(), BlockSize: d.Device.BlockSize(), NeedsBase: d.NeedsBase, Base: d.Base, Backup: d.backup}
 		if d.Base == (block.ID{}) && d.Origin != (block.ID{}) && o.tellsContents && !o.copy {
