@@ -207,7 +207,6 @@ func TestReserve(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer ballast.Close()
 	if _, err := ballast.WriteAt(make([]byte, 64*PageSize), 0); !NoRoom(err) {
 		t.Fatal(err)
 	}
@@ -217,4 +216,28 @@ func TestReserve(t *testing.T) {
 	if err := Reserve(path, 32*PageSize); !NoRoom(err) {
 		t.Errorf("%v", err)
 	}
+	shut(t, ballast)
+	if err := os.Remove(ballast.f.Name()); err != nil {
+		t.Fatal(err)
+	}
+	before := stored(t, path)
+	if err := Reserve(path, 32*PageSize); err != nil {
+		t.Error(err)
+	}
+	if stored(t, path) == before {
+		t.Error("nothing was set aside")
+	}
+	if err := Release(path); err != nil || stored(t, path) != before {
+		t.Errorf("%d bytes are stored, %d were before: %v", stored(t, path), before, err)
+	}
+}
+
+// stored is how many bytes of its file system a file takes.
+func stored(t *testing.T, path string) int64 {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		t.Fatal(err)
+	}
+	return st.Blocks * 512
 }

@@ -3,6 +3,7 @@ package block
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"syscall"
 
@@ -71,17 +72,46 @@ func (e *RoomError) Error() string {
 func (e *RoomError) Unwrap() error { return e.Err }
 
 // Reserve sets so many bytes at the start of a file aside, so that writing there needs no room
-// later. What the file holds stays. A file system that cannot do so is taken as it is.
+// later, by a process that maps the file neither (which a full file system would end by SIGBUS,
+// mmap(2)). What the file holds stays; what was set aside reads as zeros and counts as a hole.
+// Without room nothing is set aside. A file system that cannot do so is taken as it is.
 func Reserve(path string, length int64) error {
 	f, err := OpenFile(path, false)
 	if err != nil {
 		return err
 	}
-	err = unix.Fallocate(int(f.f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, min(length, f.size))
-	if NoRoom(err) {
-		err = &RoomError{Path: path, Missing: length, Err: err}
-	} else if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENODEV) {
+	length = min(length, f.size)
+	err = unix.Fallocate(int(f.f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, length)
+	switch {
+	case NoRoom(err):
+		err = errors.Join(&RoomError{Path: path, Missing: length, Err: err}, f.release())
+	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.ENODEV):
 		err = nil
+	case err != nil:
+		err = &os.PathError{Op: "set room aside in", Path: path, Err: err}
 	}
 	return errors.Join(err, f.Close())
+}
+
+// Release gives back what [Reserve] set aside in a file and nobody wrote.
+func Release(path string) error {
+	f, err := OpenFile(path, false)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.release(), f.Close())
+}
+
+func (d *File) release() error {
+	for at := int64(0); at < d.size; {
+		start, end, err := d.NextData(at)
+		if err != nil {
+			return err
+		}
+		if err := d.Trim(at, start-at); err != nil {
+			return err
+		}
+		at = end
+	}
+	return nil
 }

@@ -1,7 +1,9 @@
 package e2e
 
 import (
+	"bytes"
 	"crypto/sha256"
+	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -153,4 +155,49 @@ func TestFullHost(t *testing.T) {
 	save(t, one)
 	await(t, again, "The VM stands still, as a disk cannot be used; it goes on by itself when it can")
 	end(t, again) // it is suspended as it stands
+}
+
+// A package that is run or made on a file system that cannot hold its memory is refused before its
+// VM starts: a VMM that maps a file ends when there is no room for a page of it.
+func TestNoRoomForMemory(t *testing.T) {
+	s := emptySite(t)
+	small := newSmallDisk(t, filepath.Join(s.dir, "small"), "900m")
+	s.pkg = filepath.Join(small.dir, "package")
+	s.copyPackage(t, filepath.Join(work, "out/package"), s.pkg)
+	small.fill(t)
+	before := stored(t, s.pkg)
+	devices, err := json.Marshal(devicesWith("small/package/oci.ext4"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	devices = bytes.ReplaceAll(devices, []byte("out/package"), []byte("small"))
+	for name, line := range map[string]string{
+		"runner":      s.refused(t),
+		"snapshotter": s.fails(t, "snapshotter", "--chroot-base-dir", "vms", "--memory-size", "900", "--devices", string(devices)),
+	} {
+		if !strings.Contains(line, "set room aside for device memory: ") || !strings.Contains(line, small.dir) || !strings.Contains(line, "make room there") {
+			t.Errorf("%s: %s", name, line)
+		}
+		small.fill(t)
+	}
+	if after := stored(t, s.pkg); after != before {
+		t.Errorf("the package takes %d bytes, %d before", after, before)
+	}
+}
+
+// stored is how many bytes of their file system the files of a directory take.
+func stored(t *testing.T, dir string) (bytes int64) {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(dir, "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		var st syscall.Stat_t
+		if err := syscall.Stat(file, &st); err != nil {
+			t.Fatal(err)
+		}
+		bytes += st.Blocks * 512
+	}
+	return bytes
 }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"os"
 	"runtime"
 	"slices"
@@ -91,6 +92,35 @@ func (p Paths) Sync(name string) error {
 		return err
 	}
 	return errors.Join(f.Sync(), f.Close())
+}
+
+// StateRoom is how many bytes of the state device are set aside while its VM runs, so that the VM
+// can be handed over or suspended when the file system is full. The largest state seen is 680 KB.
+const StateRoom = 2 << 20
+
+// Reserve sets room aside for all of the memory and the state, so that neither can be in want of it
+// while the VM runs: a VMM that maps its memory ends when a file system is full.
+func (p Paths) Reserve() error {
+	for name, length := range map[string]int64{vmm.Memory: math.MaxInt64, vmm.State: StateRoom} {
+		if p[name] == "" {
+			continue
+		}
+		if err := block.Reserve(p[name], length); err != nil {
+			return fmt.Errorf("set room aside for device %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// Release gives back what Reserve set aside and nobody wrote.
+func (p Paths) Release() error {
+	var errs []error
+	for _, name := range []string{vmm.Memory, vmm.State} {
+		if p[name] != "" {
+			errs = append(errs, block.Release(p[name]))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // Path implements [Storage].
@@ -299,15 +329,22 @@ func (i *Instance) AwaitReady(ctx context.Context, timeout time.Duration) error 
 	defer cancel()
 	const maxPorts = 16 // to tell of: a guest may name any number
 	var closed []uint32
+	var failure string
 	var news limitedlog.Log
 	for ; ; time.Sleep(10 * time.Millisecond) { // whatever it answers, it is not asked without end
-		ready, now, err := i.agent.Ready(ctx)
+		r, err := i.agent.Ready(ctx)
 		switch {
-		case err == nil && ready:
+		case err == nil && r.GetReady():
 			return nil
-		case err == nil && !slices.Equal(now[:min(len(now), maxPorts)], closed):
-			closed = now[:min(len(now), maxPorts)]
-			news.Log(slog.LevelInfo, "Waiting for the guest's service", "closedPorts", closed)
+		case err == nil:
+			now, said := r.GetClosedPorts(), agent.Words(r.GetFailure())
+			if now = now[:min(len(now), maxPorts)]; !slices.Equal(now, closed) || said != failure {
+				closed, failure = now, said
+				news.Log(slog.LevelInfo, "Waiting for the guest's service", "closedPorts", closed, "check", failure)
+			}
+		case errors.Is(ctx.Err(), context.DeadlineExceeded) && failure != "" && len(closed) == 0:
+			return fmt.Errorf("the guest is up, but after %s the check of its service fails: %s; pass a longer --resume-timeout, or --ready-ports to wait for ports only",
+				timeout.Round(time.Second), failure)
 		case errors.Is(ctx.Err(), context.DeadlineExceeded):
 			return fmt.Errorf("the guest is up, but after %s nothing listens on its ports %s; pass a longer --resume-timeout, or name the ports that its service opens with --ready-ports",
 				timeout.Round(time.Second), strings.Trim(fmt.Sprint(closed), "[]"))

@@ -10,13 +10,10 @@ import (
 	"github.com/dustin/go-humanize"
 
 	"drafter/block"
+	"drafter/instance"
 	"drafter/stack"
 	"drafter/vmm"
 )
-
-// stateRoom is how many bytes of the state device are set aside while its VM runs here, so that the
-// VM can be handed over or suspended when the file system is full. The largest state seen is 680 KB.
-const stateRoom = 2 << 20
 
 // provide prepares an open device for a file system that is full some day. What memory has no room
 // for is kept if keep is set.
@@ -27,7 +24,7 @@ func (d *Device) provide(s *stack.Stack, keep bool) error {
 			s.Backlog.Keep()
 		}
 	case vmm.State:
-		if err := block.Reserve(s.Backlog.Path(), stateRoom); err != nil {
+		if err := block.Reserve(s.Backlog.Path(), instance.StateRoom); err != nil {
 			return fmt.Errorf("set room aside for the VM's state: %w", err)
 		}
 	}

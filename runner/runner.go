@@ -56,6 +56,7 @@ type Runner struct {
 	locks    []*os.File
 	private  *scratch.Dir // of the private copies; nil if there are none
 	instance *instance.Instance
+	reserved bool // room is set aside for the VM
 }
 
 // New checks a config and, unless it is to be verified first, the package. Nothing is touched yet.
@@ -121,6 +122,10 @@ func (r *Runner) Resume(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := r.paths.Reserve(); err != nil {
+		return fmt.Errorf("resume: %w", err)
+	}
+	r.reserved = true
 	launched, err := instance.Launch(ctx, r.config.Host, r.pkg, r.paths)
 	if err != nil {
 		return fmt.Errorf("resume: %w", err)
@@ -217,7 +222,7 @@ func (r *Runner) Suspend(ctx context.Context) error {
 	if !saved {
 		return err
 	}
-	err = errors.Join(err, r.instance.Close())
+	err = errors.Join(err, r.instance.Close(), r.release())
 	if r.private != nil {
 		if kerr := r.keepPrivate(); kerr != nil {
 			return errors.Join(err, fmt.Errorf("store outputs: %w", kerr))
@@ -225,6 +230,15 @@ func (r *Runner) Suspend(ctx context.Context) error {
 	}
 	slog.Info("Suspended VM", "took", time.Since(start).Round(time.Millisecond))
 	return err
+}
+
+// release gives back what was set aside for the VM, which has ended.
+func (r *Runner) release() error {
+	if !r.reserved {
+		return nil
+	}
+	r.reserved = false
+	return r.paths.Release()
 }
 
 // outputs maps devices to the files that a private run leaves.
@@ -281,6 +295,7 @@ func (r *Runner) Close() error {
 	if r.instance != nil {
 		errs = append(errs, r.instance.Close())
 	}
+	errs = append(errs, r.release())
 	if r.private != nil {
 		errs = append(errs, r.private.Close())
 		r.private = nil

@@ -201,6 +201,9 @@ func (s *Snapshotter) Run(ctx context.Context) (_ Result, err error) {
 	if s.config.Host.Netns == "" {
 		hw.Interface = ""
 	}
+	if err := s.paths.Reserve(); err != nil {
+		return Result{}, err
+	}
 	start := time.Now()
 	i, err := instance.Boot(ctx, s.config.Host, hw, uuid.NewString(), s.names, s.paths, s.config.Timeout)
 	if err != nil {
@@ -217,6 +220,9 @@ func (s *Snapshotter) Run(ctx context.Context) (_ Result, err error) {
 		return Result{}, err
 	}
 	if err := i.Close(); err != nil {
+		return Result{}, err
+	}
+	if err := s.paths.Release(); err != nil {
 		return Result{}, err
 	}
 	for name, path := range s.paths {
