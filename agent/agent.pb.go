@@ -262,7 +262,9 @@ type ReadyResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Ready bool                   `protobuf:"varint,1,opt,name=ready,proto3" json:"ready,omitempty"`
 	// The TCP ports that the service is to open and has not opened yet.
-	ClosedPorts   []uint32 `protobuf:"varint,2,rep,packed,name=closed_ports,json=closedPorts,proto3" json:"closed_ports,omitempty"`
+	ClosedPorts []uint32 `protobuf:"varint,2,rep,packed,name=closed_ports,json=closedPorts,proto3" json:"closed_ports,omitempty"`
+	// How the check of the service failed when it was last tried; "" if it did not, or was not tried yet.
+	Failure       string `protobuf:"bytes,3,opt,name=failure,proto3" json:"failure,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -309,6 +311,13 @@ func (x *ReadyResponse) GetClosedPorts() []uint32 {
 		return x.ClosedPorts
 	}
 	return nil
+}
+
+func (x *ReadyResponse) GetFailure() string {
+	if x != nil {
+		return x.Failure
+	}
+	return ""
 }
 
 type ExecRequest struct {
@@ -442,10 +451,11 @@ const file_agent_agent_proto_rawDesc = "" +
 	"\x13AfterResumeResponse\x12&\n" +
 	"\x0fclock_step_nano\x18\x01 \x01(\x03R\rclockStepNano\x12*\n" +
 	"\x11resolv_conf_error\x18\x04 \x01(\tR\x0fresolvConfError\"\x0e\n" +
-	"\fReadyRequest\"H\n" +
+	"\fReadyRequest\"b\n" +
 	"\rReadyResponse\x12\x14\n" +
 	"\x05ready\x18\x01 \x01(\bR\x05ready\x12!\n" +
-	"\fclosed_ports\x18\x02 \x03(\rR\vclosedPorts\"7\n" +
+	"\fclosed_ports\x18\x02 \x03(\rR\vclosedPorts\x12\x18\n" +
+	"\afailure\x18\x03 \x01(\tR\afailure\"7\n" +
 	"\vExecRequest\x12\x12\n" +
 	"\x04args\x18\x01 \x03(\tR\x04args\x12\x14\n" +
 	"\x05stdin\x18\x02 \x01(\fR\x05stdin\"_\n" +

@@ -388,8 +388,8 @@ func TestReady(t *testing.T) {
 	greet(t, host)
 	c := NewClient(noClose{host})
 	defer c.Close()
-	if ready, closed, err := c.Ready(t.Context()); err != nil || !ready || len(closed) > 0 || asked.Load() != 2 {
-		t.Errorf("ready %v, %v, %v after %d", ready, closed, err, asked.Load())
+	if r, err := c.Ready(t.Context()); err != nil || !r.GetReady() || len(r.GetClosedPorts()) > 0 || asked.Load() != 2 {
+		t.Errorf("%v, %v after %d", r, err, asked.Load())
 	}
 }
 
@@ -399,8 +399,58 @@ func TestNotReady(t *testing.T) {
 	greet(t, host)
 	c := NewClient(noClose{host})
 	defer c.Close()
-	if ready, closed, err := c.Ready(t.Context()); err != nil || ready || !slices.Equal(closed, []uint32{80, 9999}) {
-		t.Errorf("ready %v, %v, %v", ready, closed, err)
+	if r, err := c.Ready(t.Context()); err != nil || r.GetReady() || !slices.Equal(r.GetClosedPorts(), []uint32{80, 9999}) {
+		t.Errorf("%v, %v", r, err)
+	}
+}
+
+// TestReadyCmd checks a service until the check succeeds, and tells how it failed until then.
+func TestReadyCmd(t *testing.T) {
+	port, host := serialPair(t)
+	file := filepath.Join(t.TempDir(), "healthy")
+	s := &Server{ReadyCmd: "cat " + file, ReadyCmdTimeout: time.Minute}
+	serve(t, s, port)
+	greet(t, host)
+	c := NewClient(noClose{host})
+	defer c.Close()
+	for {
+		r, err := c.Ready(t.Context())
+		if err != nil || r.GetReady() {
+			t.Fatalf("%v, %v", r, err)
+		}
+		if strings.Contains(r.GetFailure(), "No such file") {
+			break
+		}
+	}
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		r, err := c.Ready(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r.GetReady() {
+			break
+		}
+	}
+}
+
+// TestReadyCmdHangs ends a check that takes too long, and one that runs when the agent ends.
+func TestReadyCmdHangs(t *testing.T) {
+	port, host := serialPair(t)
+	serve(t, &Server{ReadyCmd: "sleep 1000", ReadyCmdTimeout: 50 * time.Millisecond}, port)
+	greet(t, host)
+	c := NewClient(noClose{host})
+	defer c.Close()
+	for {
+		r, err := c.Ready(t.Context())
+		if err != nil || r.GetReady() {
+			t.Fatalf("%v, %v", r, err)
+		}
+		if r.GetFailure() == "not done after 50ms" {
+			break
+		}
 	}
 }
 
@@ -410,8 +460,8 @@ func TestNothingToBeReady(t *testing.T) {
 	greet(t, host)
 	c := NewClient(noClose{host})
 	defer c.Close()
-	if ready, _, err := c.Ready(t.Context()); err != nil || !ready {
-		t.Errorf("ready %v, %v", ready, err)
+	if r, err := c.Ready(t.Context()); err != nil || !r.GetReady() {
+		t.Errorf("%v, %v", r, err)
 	}
 }
 
@@ -433,8 +483,8 @@ func TestOldAgent(t *testing.T) {
 	done := make(chan error)
 	go func() { done <- server.Serve(context.Background(), l) }()
 	c := NewClient(host)
-	if ready, _, err := c.Ready(t.Context()); err != nil || !ready {
-		t.Errorf("ready %v, %v", ready, err)
+	if r, err := c.Ready(t.Context()); err != nil || !r.GetReady() {
+		t.Errorf("%v, %v", r, err)
 	}
 	if err := c.Close(); err != nil {
 		t.Error(err)

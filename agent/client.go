@@ -58,15 +58,14 @@ func (c *Client) AfterResume(ctx context.Context, mostStep time.Duration, resolv
 	return time.Duration(r.GetClockStepNano()), nil
 }
 
-// Ready tells whether the guest's service is ready to be packaged, and which TCP ports it has not
-// opened yet. The guest answers once it is, or after a second. An agent that does not know the
+// Ready tells whether the guest's service is ready to be packaged, and what it is waited for. The guest answers once it is, or after a second. An agent that does not know the
 // question is ready.
-func (c *Client) Ready(ctx context.Context) (ready bool, closed []uint32, err error) {
+func (c *Client) Ready(ctx context.Context) (*ReadyResponse, error) {
 	r, err := c.calls.Ready(ctx, &ReadyRequest{})
 	if status.Code(err) == codes.Unimplemented {
-		return true, nil, nil
+		return &ReadyResponse{Ready: true}, nil
 	}
-	return r.GetReady(), r.GetClosedPorts(), c.explain("ready", err)
+	return r, c.explain("ready", err)
 }
 
 // Exec runs a program in the guest. A program that ran and failed is no error: see the response's exit status.
@@ -100,8 +99,10 @@ type guestError struct{ error }
 // maxWords bounds them, in bytes.
 const maxWords = 1 << 10
 
-func (e *guestError) Error() string {
-	words := e.error.Error()
+func (e *guestError) Error() string { return Words(e.error.Error()) }
+
+// Words are what a guest says, fit for a log: bounded, and printable.
+func Words(words string) string {
 	if len(words) > maxWords {
 		words = words[:maxWords] + "…"
 	}

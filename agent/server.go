@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"sync"
 	"syscall"
 	"time"
 	"unsafe"
@@ -28,6 +29,12 @@ type Server struct {
 	// Service tells whether the guest's service is ready, and which of its TCP ports it has not
 	// opened yet. It is asked often, by any goroutine. nil: there is none to wait for.
 	Service func() (ready bool, closed []uint32, err error)
+
+	// ReadyCmd succeeds once the service is ready, which is tried when its ports are open; "" for none.
+	ReadyCmd        string
+	ReadyCmdTimeout time.Duration // of one run
+
+	check check
 }
 
 var _ AgentService = (*Server)(nil)
@@ -44,6 +51,10 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	RegisterAgentService(server, s)
 	stop := context.AfterFunc(ctx, func() { server.Close() })
 	defer stop()
+	checks, cancel := context.WithCancel(ctx)
+	s.check.ctx, s.check.failure = checks, "not done yet"
+	defer s.check.wg.Wait()
+	defer cancel()
 	if err := server.Serve(ctx, l); ctx.Err() == nil {
 		return fmt.Errorf("serve agent: %w", err)
 	}
@@ -68,14 +79,11 @@ const (
 
 // Ready implements [AgentService].
 func (s *Server) Ready(ctx context.Context, _ *ReadyRequest) (*ReadyResponse, error) {
-	if s.Service == nil {
-		return &ReadyResponse{Ready: true}, nil
-	}
 	deadline := time.Now().Add(readyWait)
 	for {
-		ready, closed, err := s.Service()
-		if err != nil || ready || time.Now().After(deadline) {
-			return &ReadyResponse{Ready: ready, ClosedPorts: closed}, err
+		r, err := s.ready()
+		if err != nil || r.Ready || time.Now().After(deadline) {
+			return r, err
 		}
 		select {
 		case <-ctx.Done():
@@ -83,6 +91,58 @@ func (s *Server) Ready(ctx context.Context, _ *ReadyRequest) (*ReadyResponse, er
 		case <-time.After(readyPause):
 		}
 	}
+}
+
+func (s *Server) ready() (*ReadyResponse, error) {
+	r := &ReadyResponse{Ready: true}
+	var err error
+	if s.Service != nil {
+		if r.Ready, r.ClosedPorts, err = s.Service(); err != nil || !r.Ready {
+			return r, err
+		}
+	}
+	if s.ReadyCmd != "" {
+		r.Ready, r.Failure = s.check.look(s.ReadyCmdTimeout, func(ctx context.Context) error { return s.command(ctx, s.ReadyCmd) })
+	}
+	return r, nil
+}
+
+// checkPause lies between the end of a check and the next one.
+const checkPause = time.Second
+
+// check is a command that runs beside the calls that ask for its outcome.
+type check struct {
+	ctx     context.Context // ends with the server
+	mu      sync.Mutex
+	wg      sync.WaitGroup
+	running bool
+	ended   time.Time
+	passed  bool
+	failure string
+}
+
+// look tells whether the check has passed, or how it failed. It has it run again if it did.
+func (c *check) look(timeout time.Duration, run func(context.Context) error) (passed bool, failure string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.running && !c.passed && time.Since(c.ended) >= checkPause {
+		c.running = true
+		c.wg.Go(func() {
+			ctx, cancel := context.WithTimeoutCause(c.ctx, timeout, fmt.Errorf("not done after %s", timeout))
+			defer cancel()
+			err := run(ctx)
+			if ctx.Err() != nil {
+				err = context.Cause(ctx)
+			}
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			c.running, c.ended = false, time.Now()
+			if c.passed = err == nil; !c.passed {
+				c.failure = err.Error()
+			}
+		})
+	}
+	return c.passed, c.failure
 }
 
 // AfterResume implements [AgentService].

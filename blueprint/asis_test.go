@@ -446,7 +446,7 @@ func TestFields(t *testing.T) {
 		Volumes:      map[string]struct{}{"/hop": {}, "/plain": {}, "/relative": {}, "": {}},
 		ExposedPorts: map[string]struct{}{"80": {}, "53/udp": {}, "8000-8002/tcp": {}, "junk": {}},
 		Labels:       map[string]string{"run.oci.handler": "wasm", "maintainer": "me"},
-		Healthcheck:  &v1.HealthConfig{Test: []string{"NONE"}}, OnBuild: []string{"RUN x"}, ArgsEscaped: true,
+		Healthcheck:  &v1.HealthConfig{Test: []string{"CMD-SHELL", "x | y"}, Timeout: time.Second}, Shell: []string{"/bin/ash", "-c"}, OnBuild: []string{"RUN x"}, ArgsEscaped: true,
 	}}, root)
 	if err != nil {
 		t.Fatal(err)
@@ -465,7 +465,7 @@ func TestFields(t *testing.T) {
 	if b, err := os.ReadFile(filepath.Join(root, "plain")); err != nil || string(b) != "x" {
 		t.Errorf("a file that is a volume is %q, %v", b, err)
 	}
-	want := map[string]string{"maintainer": "me", "org.opencontainers.image.exposedPorts": "53/udp,80,8000-8002/tcp", "org.opencontainers.image.stopSignal": "sigrtmin+3"}
+	want := map[string]string{"maintainer": "me", "drafter.healthcheck": `{"args":["/bin/ash","-c","x | y"],"timeout":1000000000}`, "org.opencontainers.image.exposedPorts": "53/udp,80,8000-8002/tcp", "org.opencontainers.image.stopSignal": "sigrtmin+3"}
 	if fmt.Sprint(spec.Annotations) != fmt.Sprint(want) {
 		t.Errorf("annotations are %v; want %v", spec.Annotations, want)
 	}

@@ -455,6 +455,18 @@ func runtimeSpec(config *v1.ConfigFile, rootfs string) (*specs.Spec, error) {
 		slices.Sort(ports)
 		annotations[guest.ExposedPortsAnnotation] = strings.Join(ports, ",")
 	}
+	if h := c.Healthcheck; h != nil {
+		check, err := guest.NewHealthCheck(h.Test, c.Shell, h.Timeout)
+		if err != nil {
+			slog.Warn("The image's service is not checked before it is packaged", "error", err)
+		} else if check != nil {
+			text, err := json.Marshal(check)
+			if err != nil {
+				return nil, fmt.Errorf("health check: %w", err)
+			}
+			annotations[guest.HealthCheckAnnotation] = string(text)
+		}
+	}
 	capabilities := &specs.LinuxCapabilities{Bounding: defaultCapabilities, Effective: defaultCapabilities, Permitted: defaultCapabilities}
 	if who.UID != 0 {
 		capabilities.Inheritable, capabilities.Ambient = pingCapabilities, pingCapabilities

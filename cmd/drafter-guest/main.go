@@ -87,6 +87,8 @@ func runAgent(ctx context.Context, args []string) error {
 	f.StringVar(&s.ResolvConf, "resolv-conf", "", "File to write the name servers of the VM's host to after each resume, as resolv.conf(5) (leave empty to disable)")
 	f.StringVar(&s.Shell, "shell-cmd", "sh", "Shell to use to run the before suspend and after resume commands")
 	ports := f.String("ready-ports", "", "TCP ports that must have a listener before the VM is packaged, such as 80,443 (none: what was started has to last for a moment; leave empty to disable)")
+	f.StringVar(&s.ReadyCmd, "ready-cmd", "", "Command that succeeds once the service is ready, tried again until it does (leave empty to disable)")
+	f.DurationVar(&s.ReadyCmdTimeout, "ready-cmd-timeout", 30*time.Second, "How long one run of the command may take")
 	port, timeout := portFlags(f, vmm.DefaultAgentPort)
 	if err := parse(f, args); err != nil {
 		return err

@@ -5,6 +5,7 @@ import (
 	"net"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -103,6 +104,40 @@ func TestReadiness(t *testing.T) {
 	for _, list := range []string{"", "x", "0", "65536", "9-3", "80;90", "-"} {
 		if r, err := NewReadiness(list); err == nil {
 			t.Errorf("%q is %v", list, r)
+		}
+	}
+}
+
+// TestHealthChecks converts health checks in every form that images have them in.
+func TestHealthChecks(t *testing.T) {
+	for _, c := range []struct {
+		test, shell []string
+		want        string // "" for none, "refused" for an error
+	}{
+		{nil, nil, ""},
+		{[]string{}, nil, ""},
+		{[]string{"NONE"}, nil, ""},
+		{[]string{"CMD", "curl", "-f", "http://localhost"}, []string{"/bin/bash", "-c"}, "curl|-f|http://localhost"},
+		{[]string{"CMD-SHELL", "a && b"}, nil, "/bin/sh|-c|a && b"},
+		{[]string{"CMD-SHELL", "a && b"}, []string{"/bin/bash", "-ec"}, "/bin/bash|-ec|a && b"},
+		{[]string{"CMD"}, nil, "refused"},
+		{[]string{"CMD-SHELL"}, nil, "refused"},
+		{[]string{"true"}, nil, "refused"},
+		{[]string{""}, nil, "refused"},
+	} {
+		check, err := NewHealthCheck(c.test, c.shell, 0)
+		got := ""
+		switch {
+		case err != nil:
+			got = "refused"
+		case check != nil:
+			got = strings.Join(check.Args, "|")
+			if check.Timeout != 30*time.Second {
+				t.Errorf("%q has %s", c.test, check.Timeout)
+			}
+		}
+		if got != c.want {
+			t.Errorf("%q: %q, %v; want %q", c.test, got, err, c.want)
 		}
 	}
 }

@@ -134,6 +134,12 @@ func startAgent(children *reaper, cmd cmdline, b *bundle) error {
 			ports = NoPorts
 		}
 		args = append(args, "--before-suspend-cmd", b.annotation(BeforeSuspendAnnotation), "--after-resume-cmd", b.annotation(AfterResumeAnnotation), "--ready-ports", ports)
+		check, timeout, err := b.healthCheck()
+		if err != nil {
+			slog.Warn("The service's health is not waited for", "error", err)
+		} else if check != "" && !cmd.has(ReadyPortsArgument) {
+			args = append(args, "--ready-cmd", check, "--ready-cmd-timeout", timeout.String())
+		}
 	}
 	if _, err := children.start(self("drafter-agent", args...)); err != nil {
 		return fmt.Errorf("start agent: %w", err)

@@ -1,0 +1,69 @@
+package guest
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+)
+
+// HealthCheckAnnotation of a bundle's config.json is a [HealthCheck] in JSON.
+const HealthCheckAnnotation = "drafter.healthcheck"
+
+// HealthCheck is a program of an image that succeeds once its service is healthy, run in its
+// container as its service is.
+type HealthCheck struct {
+	Args    []string      `json:"args"`
+	Timeout time.Duration `json:"timeout"` // nanoseconds, of one attempt
+}
+
+// defaultCheckTimeout is what Docker gives a health check whose image names no time.
+const defaultCheckTimeout = 30 * time.Second
+
+// NewHealthCheck converts a health check as images have it: none, NONE, CMD with arguments, or
+// CMD-SHELL with a command for the image's shell ("" for /bin/sh -c; Dockerfile reference, HEALTHCHECK
+// and SHELL). Without one it is nil.
+func NewHealthCheck(test, shell []string, timeout time.Duration) (*HealthCheck, error) {
+	if len(test) == 0 || test[0] == "NONE" {
+		return nil, nil
+	}
+	if timeout <= 0 {
+		timeout = defaultCheckTimeout
+	}
+	if len(shell) == 0 {
+		shell = []string{"/bin/sh", "-c"}
+	}
+	switch {
+	case test[0] == "CMD" && len(test) > 1:
+		return &HealthCheck{test[1:], timeout}, nil
+	case test[0] == "CMD-SHELL" && len(test) == 2:
+		return &HealthCheck{append(shell[:len(shell):len(shell)], test[1]), timeout}, nil
+	}
+	return nil, fmt.Errorf("health check %q is neither NONE nor CMD with arguments nor CMD-SHELL with a command", test)
+}
+
+const healthProcess = "/run/healthcheck.json"
+
+// healthCheck returns the command that checks the container's service, and how long it may take;
+// "" for none.
+func (b *bundle) healthCheck() (command string, timeout time.Duration, err error) {
+	text := b.annotation(HealthCheckAnnotation)
+	if text == "" {
+		return "", 0, nil
+	}
+	var check HealthCheck
+	if err := json.Unmarshal([]byte(text), &check); err != nil || len(check.Args) == 0 || check.Timeout <= 0 {
+		return "", 0, fmt.Errorf("%s %q is none: %w", HealthCheckAnnotation, text, err)
+	}
+	process := *b.spec.Process
+	process.Args, process.Terminal = check.Args, false
+	raw, err := json.Marshal(process)
+	if err != nil {
+		return "", 0, err
+	}
+	if err := os.WriteFile(healthProcess, raw, 0o600); err != nil {
+		return "", 0, err
+	}
+	return strings.Join(crun("exec", "--process", healthProcess, containerName).Args, " "), check.Timeout, nil
+}
