@@ -161,24 +161,24 @@ func TestFullHost(t *testing.T) {
 // VM starts: a VMM that maps a file ends when there is no room for a page of it.
 func TestNoRoomForMemory(t *testing.T) {
 	s := emptySite(t)
-	small := newSmallDisk(t, filepath.Join(s.dir, "small"), "900m")
+	small := newSmallDisk(t, filepath.Join(s.dir, "small"), "1g")
 	s.pkg = filepath.Join(small.dir, "package")
 	s.copyPackage(t, filepath.Join(work, "out/package"), s.pkg)
 	small.fill(t)
 	before := stored(t, s.pkg)
-	devices, err := json.Marshal(devicesWith("small/package/oci.ext4"))
+	devices, err := json.Marshal(devicesWith("out/package/oci.ext4"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	devices = bytes.ReplaceAll(devices, []byte("out/package"), []byte("small"))
-	for name, line := range map[string]string{
-		"runner":      s.refused(t),
-		"snapshotter": s.fails(t, "snapshotter", "--chroot-base-dir", "vms", "--memory-size", "900", "--devices", string(devices)),
-	} {
+	devices = bytes.ReplaceAll(devices, []byte(`"input":"out/package`), []byte(`"input":"small/package`))
+	devices = bytes.ReplaceAll(devices, []byte(`"output":"out/package`), []byte(`"output":"small`))
+	run := s.refused(t)
+	small.resize(t, "1g")
+	snapshot := s.fails(t, "snapshotter", "--chroot-base-dir", "vms", "--memory-size", "4096", "--devices", string(devices))
+	for name, line := range map[string]string{"runner": run, "snapshotter": snapshot} {
 		if !strings.Contains(line, "set room aside for device memory: ") || !strings.Contains(line, small.dir) || !strings.Contains(line, "make room there") {
 			t.Errorf("%s: %s", name, line)
 		}
-		small.fill(t)
 	}
 	if after := stored(t, s.pkg); after != before {
 		t.Errorf("the package takes %d bytes, %d before", after, before)

@@ -13,9 +13,6 @@ import (
 	"drafter/internal/rundir"
 )
 
-// netnsDir is where named network namespaces are (ip-netns(8)).
-const netnsDir = "/run/netns"
-
 // Claim is the exclusive use of a network namespace by one VM. It ends with Close, or with the process.
 type Claim struct {
 	namespace string

@@ -40,6 +40,9 @@ func inNamespace(name string, f func() error) error {
 
 // createNamespace makes a named namespace.
 func createNamespace(name string) error {
+	if err := shareNamespaces(); err != nil {
+		return fmt.Errorf("create network namespace %q: %w", name, err)
+	}
 	done := make(chan error)
 	go func() {
 		runtime.LockOSThread() // never unlocked: the thread is in the new namespace now
@@ -83,7 +86,7 @@ func deleteNamespace(name string) error {
 	if err := netns.DeleteNamed(name); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("remove network namespace %q: %w", name, err)
 	}
-	return nil
+	return unshareNamespaces()
 }
 
 // GuestAddress returns what an interface in a namespace leaves for a guest behind it: the interface's own address as the gateway, and the
