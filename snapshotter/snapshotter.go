@@ -19,6 +19,7 @@ import (
 	"drafter/internal/guest"
 	"drafter/internal/lockfile"
 	"drafter/internal/private"
+	"drafter/internal/scratch"
 	"drafter/internal/sparse"
 	"drafter/network"
 	"drafter/vmm"
@@ -54,22 +55,19 @@ type Result struct {
 	Suspend time.Duration // from before-suspend to the package being durable
 }
 
-// partialSuffix marks files of a package that is not complete.
-const partialSuffix = ".partial"
-
 // Snapshotter makes one package.
 type Snapshotter struct {
 	config  Config
 	names   []string
-	initrd  string      // path; "" for none
-	section vmm.Section // of the kernel device that it is
-	locks   []io.Closer
-	paths   instance.Paths // of the outputs while they are partial
+	initrd  string             // path; "" for none
+	section vmm.Section        // of the kernel device that it is
+	making  map[string]*making // by the directory of outputs
+	paths   instance.Paths     // of the outputs while they are partial
 }
 
 // New checks a config. Nothing is touched yet.
 func New(c Config) (*Snapshotter, error) {
-	s := &Snapshotter{config: c, paths: instance.Paths{}}
+	s := &Snapshotter{config: c, making: map[string]*making{}, paths: instance.Paths{}}
 	for _, d := range c.Devices {
 		s.names = append(s.names, d.Name)
 	}
@@ -260,30 +258,51 @@ func (s *Snapshotter) prepare(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("device %s: %w", d.Name, err)
 		}
-		partial := output + partialSuffix
-		lock, err := lockPartial(partial)
+		place, err := s.makeIn(filepath.Dir(output))
 		if err != nil {
 			return fmt.Errorf("device %s: %w", d.Name, err)
 		}
-		s.locks = append(s.locks, lock)
-		s.paths[d.Name] = partial
-		if err := s.fill(ctx, d, lock); err != nil {
+		s.paths[d.Name] = filepath.Join(place, filepath.Base(output))
+		partial, err := private.Create(s.paths[d.Name])
+		if err != nil {
+			return fmt.Errorf("device %s: %w", d.Name, err)
+		}
+		if err := errors.Join(s.fill(ctx, d, partial), partial.Close()); err != nil {
 			return fmt.Errorf("device %s: %w", d.Name, err)
 		}
 	}
 	return nil
 }
 
-// lockPartial makes the file and keeps a second snapshotter from it.
-func lockPartial(path string) (*os.File, error) {
-	f, err := private.CreateOrOpen(path)
+// making is where the files of a directory are until they are complete: in a directory in it.
+type making struct {
+	lock *os.File // keeps other snapshotters from the directory
+	dir  *scratch.Dir
+}
+
+const scratchPrefix = ".drafter-snapshot-"
+
+// makeIn returns where files are made that are to be in a directory.
+func (s *Snapshotter) makeIn(dir string) (string, error) {
+	if m := s.making[dir]; m != nil {
+		return m.dir.Name(), nil
+	}
+	if err := private.MkdirAll(dir); err != nil {
+		return "", err
+	}
+	lock, err := os.Open(dir)
 	if err != nil {
-		return nil, err
+		return "", err
 	}
-	if err := lockfile.Exclusive(f); err != nil {
-		return nil, errors.Join(fmt.Errorf("%s is being made: %w", path, err), f.Close())
+	if err := lockfile.Exclusive(lock); err != nil {
+		return "", errors.Join(fmt.Errorf("a package is being made in %s: %w", dir, err), lock.Close())
 	}
-	return f, nil
+	m := &making{lock: lock}
+	if m.dir, err = scratch.New(dir, scratchPrefix); err != nil {
+		return "", errors.Join(err, lock.Close())
+	}
+	s.making[dir] = m
+	return m.dir.Name(), nil
 }
 
 func (s *Snapshotter) fill(ctx context.Context, d Device, partial *os.File) error {
@@ -293,10 +312,9 @@ func (s *Snapshotter) fill(ctx context.Context, d Device, partial *os.File) erro
 		if d.Name == vmm.Memory {
 			size = s.config.Hardware.MemorySize
 		}
-		// Emptied first: a hole reads as zeros, which an older attempt's bytes do not.
-		return errors.Join(partial.Truncate(0), partial.Truncate(size))
+		return partial.Truncate(size)
 	case vmm.Config:
-		return partial.Truncate(0)
+		return nil
 	default:
 		var progress func(done, total int64)
 		if s.config.Progress != nil {
@@ -400,13 +418,8 @@ func syncDirs(dirs map[string]bool) error {
 // discard removes what was not published.
 func (s *Snapshotter) discard() error {
 	var errs []error
-	for _, partial := range s.paths {
-		if err := os.Remove(partial); err != nil && !errors.Is(err, os.ErrNotExist) {
-			errs = append(errs, err)
-		}
-	}
-	for _, l := range s.locks {
-		errs = append(errs, l.Close())
+	for _, m := range s.making {
+		errs = append(errs, m.dir.Close(), m.lock.Close())
 	}
 	return errors.Join(errs...)
 }

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"drafter/instance"
+	"drafter/internal/scratch"
 	"drafter/vmm"
 )
 
@@ -58,6 +59,14 @@ func TestKilledSnapshotter(t *testing.T) {
 	if err = errors.Join(err, os.Mkdir(filepath.Join(dir, "out"), 0o700)); err != nil {
 		t.Fatal(err)
 	}
+	left, err := scratch.New(filepath.Join(dir, "out"), scratchPrefix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	users := filepath.Join(dir, "out", vmm.Disk+".partial") // somebody's file
+	if err := os.WriteFile(users, []byte("mine"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	var args []string // files that are lent
 	for _, name := range []string{vmm.Kernel, vmm.Disk, vmm.State, vmm.Memory, vmm.Config} {
 		d := Device{Name: name, Output: out(name)}
@@ -66,8 +75,8 @@ func TestKilledSnapshotter(t *testing.T) {
 		}
 		c.Devices = append(c.Devices, d)
 		if name == vmm.Disk || name == vmm.Memory {
-			args = append(args, out(name)+partialSuffix)
-			if err := os.WriteFile(out(name)+partialSuffix, nil, 0o600); err != nil {
+			args = append(args, filepath.Join(left.Name(), name))
+			if err := os.WriteFile(filepath.Join(left.Name(), name), nil, 0o600); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -81,6 +90,9 @@ func TestKilledSnapshotter(t *testing.T) {
 	if err := unix.Stat(args[0], &st); err != nil || st.Uid != vmm.DefaultUsers.First {
 		t.Fatalf("the file was not lent: %d, %v", st.Uid, err)
 	}
+	if err := left.Abandon(); err != nil {
+		t.Fatal(err)
+	}
 	s, err := New(c)
 	if err != nil {
 		t.Fatal(err)
@@ -88,7 +100,10 @@ func TestKilledSnapshotter(t *testing.T) {
 	if _, err := s.Run(t.Context()); !errors.Is(err, errBroken) {
 		t.Errorf("the next one ends with %v; want it to come to its VMM", err)
 	}
-	if left, err := filepath.Glob(filepath.Join(dir, "*", "[^.]*")); err != nil || len(left) != 1 {
-		t.Errorf("left: %v, %v", left, err)
+	if b, err := os.ReadFile(users); err != nil || string(b) != "mine" {
+		t.Errorf("somebody's file is %q, %v", b, err)
+	}
+	if entries, err := os.ReadDir(filepath.Join(dir, "out")); err != nil || len(entries) != 1 {
+		t.Errorf("left: %v, %v", entries, err)
 	}
 }
