@@ -129,7 +129,7 @@ func New(c Config) (*Mounter, error) {
 func (m *Mounter) Open(ctx context.Context) error {
 	for i := range m.config.Devices {
 		d := &m.config.Devices[i]
-		if err := d.checkHere(); err != nil {
+		if err := d.CheckHere(); err != nil {
 			return fmt.Errorf("device %s: %w", d.Name, err)
 		}
 	}

@@ -60,8 +60,8 @@ func (d *Device) status() (status, error) {
 	return status(s), err
 }
 
-// checkHere refuses a device whose files are not the device.
-func (d *Device) checkHere() error {
+// CheckHere refuses a device that a mounter had and whose files are not the device any more, or not yet.
+func (d *Device) CheckHere() error {
 	s, err := d.status()
 	switch {
 	case err != nil || s == "":

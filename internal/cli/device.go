@@ -9,6 +9,7 @@ import (
 
 	"drafter/block"
 	"drafter/internal/progress"
+	"drafter/mounter"
 	"drafter/peer"
 )
 
@@ -46,6 +47,10 @@ base of a device that came by a migration without it need not be there. For a de
 			if err != nil {
 				return err
 			}
+			mounted := mounter.Device{Base: paths.Base, State: paths.State}
+			if err := mounted.CheckHere(); err != nil {
+				problems = append(problems, fmt.Sprintf("as a mounter left it: %v", err))
+			}
 			if len(problems) == 0 {
 				fmt.Fprintln(cmd.OutOrStdout(), "The device is sound.")
 				return nil
@@ -73,6 +78,10 @@ process was killed, and a new package be made from it with 'drafter snapshotter'
 ` + exitCodeHelp,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			mounted := mounter.Device{Base: paths.Base, State: paths.State}
+			if err := mounted.CheckHere(); err != nil {
+				return fmt.Errorf("as a mounter left the device: %w", err)
+			}
 			d, err := peer.Device{Base: paths.Base, Overlay: paths.Overlay, State: paths.State}.Open(cmd.Context())
 			if err != nil {
 				return err
