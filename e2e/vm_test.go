@@ -3,6 +3,7 @@ package e2e
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -85,8 +86,8 @@ func (s *site) start(t *testing.T, args ...string) *tour.Service {
 	return vm
 }
 
-// boots says that an instance, or package, cannot be resumed.
-const boots = "Booting VM from its disks: it cannot be resumed"
+// boots says that an instance, or package, is not resumed.
+const boots = "Booting VM from its disks: it is not resumed"
 
 // boots starts what cannot be resumed for a reason, and ends it while it boots.
 func (s *site) boots(t *testing.T, reason string, args ...string) {
@@ -447,6 +448,20 @@ func TestPowerOff(t *testing.T) {
 	}
 	write(t, file, string(config))
 	s.boots(t, "powered itself off", s.runnerArgs()...)
+
+	// A state that cannot be loaded is no dead end.
+	state, err := os.OpenFile(filepath.Join(s.pkg, "state.bin"), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = state.WriteAt([]byte("damage"), 12<<10)
+	if err := errors.Join(err, state.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if line := s.refused(t); !strings.Contains(line, "--boot") {
+		t.Errorf("a damaged state: %s", line)
+	}
+	s.boots(t, "--boot", s.runnerArgs("--boot")...)
 }
 
 // The VMM runs as the user it is told to, who owns the package meanwhile.

@@ -15,10 +15,14 @@ import (
 	"drafter/vmm"
 )
 
-// bootUnlessResumable lets a VM boot whose state device holds no state to resume.
-func (i *Instance) bootUnlessResumable(driver vmm.Driver, l *vmm.Launch) error {
+// bootUnlessResumable lets a VM boot whose state device holds no state to resume, or that is to boot in any case.
+func (i *Instance) bootUnlessResumable(driver vmm.Driver, l *vmm.Launch, inAnyCase bool) error {
 	return i.withState(func(dev StateDevice) (err error) {
-		if i.why, err = vmm.CheckStart(dev); err != nil || i.why == nil {
+		i.why, err = vmm.CheckStart(dev)
+		if err == nil && inAnyCase {
+			i.why = errors.New("--boot says so")
+		}
+		if err != nil || i.why == nil {
 			return err
 		}
 		if l.Reboot == nil {

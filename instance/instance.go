@@ -47,6 +47,7 @@ type Host struct {
 	HugePages     bool       // whether a VM's memory consists of pages of 2 MiB
 	MaxMemory     int64      // bytes that a VM's memory may have; 0: as much as the host has
 	KeepClock     bool       // whether the guest keeps its own time, so that its clock is not set after a resume
+	Boot          bool       // whether a VM that is started here boots from its disks, also if it could be resumed
 
 	NameServers []string // IPv4 addresses that guests ask; none for the host's own
 
@@ -475,7 +476,7 @@ func launch(ctx context.Context, h Host, config *vmm.PackageConfig, storage Stor
 		return nil, errors.Join(err, i.Close())
 	}
 	if here {
-		if err := i.bootUnlessResumable(driver, &l); err != nil {
+		if err := i.bootUnlessResumable(driver, &l, h.Boot); err != nil {
 			return nil, errors.Join(err, i.Close())
 		}
 	}
@@ -483,7 +484,7 @@ func launch(ctx context.Context, h Host, config *vmm.PackageConfig, storage Stor
 		return nil, errors.Join(err, i.Close())
 	}
 	if i.why != nil {
-		slog.Warn("Booting VM from its disks: it cannot be resumed", "because", i.why)
+		slog.Warn("Booting VM from its disks: it is not resumed", "because", i.why)
 	}
 	return &Launched{i, h}, nil
 }
@@ -506,10 +507,14 @@ func (l *Launched) Resume(ctx context.Context) (_ *Instance, err error) {
 	}
 	defer func() { err = errors.Join(err, dev.Close()) }()
 	state, err := vmm.ReadState(dev, i.config.ID)
-	if err != nil {
-		return nil, fmt.Errorf("state device %s: %w", dev.Name(), err)
+	if err == nil {
+		err = i.machine.Restore(ctx, bytes.NewReader(state))
 	}
-	if err := i.machine.Restore(ctx, bytes.NewReader(state)); err != nil {
+	if err != nil {
+		err = fmt.Errorf("state device %s: %w", dev.Name(), err)
+		if ctx.Err() == nil {
+			err = fmt.Errorf("%w; if it can never be loaded here, --boot starts the VM from its disks, as after a power cut", err)
+		}
 		return nil, err
 	}
 	// From here on memory and disks move away from the saved state.

@@ -63,6 +63,7 @@ func (h *hostFlags) add(cmd *cobra.Command) {
 
 // addMaxMemory is for those who start a VM that others have made.
 func (h *hostFlags) addMaxMemory(cmd *cobra.Command) {
+	cmd.Flags().BoolVar(&h.host.Boot, "boot", false, "Boot the VM from its disks, as after a power cut, also if it could be resumed: what its memory held is given up")
 	cmd.Flags().StringVar(&h.maxMemory, "max-memory", "", "Most bytes of memory that the VM may have, such as 64GB (default what this host has)")
 }
 
