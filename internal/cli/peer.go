@@ -75,9 +75,9 @@ another peer, its config, its kernel and the bases that are here must be those o
 its source stands. See docs/signing.md.
 
 An instance always starts. If its process was killed (SIGKILL), the host failed, or the guest powered itself off, it cannot be resumed: it boots from its own
-disks, which are as after a power cut, and the log says so and why. Packages that were made before they kept an initramfs can only be resumed; 'drafter
-device export' gets their disks out, to make a new one. With --boot an instance whose suspended state cannot be loaded, as by another QEMU, boots as well. An instance whose VM may be on another host is refused, until that is settled. A guest that reboots
-boots again; the VM stays migratable.
+disks, which are as after a power cut, and the log says so and why. With --boot one whose suspended state cannot be loaded, as by another QEMU, boots as well.
+Packages that were made before they kept an initramfs can only be resumed; 'drafter device export' gets their disks out, to make a new one. An instance whose
+VM may be on another host is refused, until that is settled. A guest that reboots boots again; the VM stays migratable.
 
 Nothing that happens to stdout and stderr (a closed or full pipe, a stopped terminal, a full disk) ends or delays the VM. What could not be written is left
 out, and a line says how much. Under nohup, SIGHUP is ignored.
