@@ -349,7 +349,7 @@ func SettleState(dev StateDevice, here, incomplete bool) error {
 		}
 		return MarkState(dev, Moved)
 	case !arrived && status != InDoubt && status != HandedOver && status != Leaving:
-		return errors.New("nothing is in doubt: it was not left by a migration without an answer")
+		return fmt.Errorf("nothing is in doubt: %s", settled(status))
 	case !here:
 		return MarkState(dev, Moved)
 	case arrived:
@@ -358,6 +358,17 @@ func SettleState(dev StateDevice, here, incomplete bool) error {
 		return MarkState(dev, Running) // the state, or the memory that fits it, may not have reached the disk
 	}
 	return MarkState(dev, Suspended)
+}
+
+// settled says where a VM is that no migration has left in the middle.
+func settled(status Status) string {
+	switch status {
+	case Moved:
+		return "the VM has moved away; go on where it went"
+	case Suspended:
+		return "the VM is here, and suspended; start it"
+	}
+	return "the VM is here, and boots from its disks when it is started"
 }
 
 func syncStateHeader(dev StateDevice, h *stateHeader) error {
