@@ -226,6 +226,9 @@ func (a *arrival) Accept(ctx context.Context, m wire.Manifest, migration uuid.UU
 	if err := a.p.openStore(ctx); err != nil {
 		return nil, err
 	}
+	if a.p.syncer != nil {
+		a.p.syncer.inherits = true
+	}
 	if err := makeRoom(a.p.config.Devices); err != nil {
 		return nil, err
 	}

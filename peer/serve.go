@@ -199,6 +199,9 @@ func (d *departure) Pause(ctx context.Context) error { return d.p.instance.Pause
 
 // Leave implements [migrate.SourceVM].
 func (d *departure) Leave(_ context.Context, migration uuid.UUID) error {
+	if d.p.syncer != nil {
+		d.p.syncer.hold.set(true)
+	}
 	return d.p.instance.NoteLeaving(migration)
 }
 
@@ -211,6 +214,9 @@ func (d *departure) Save(ctx context.Context, migration uuid.UUID) error {
 func (d *departure) Rescue(ctx context.Context) error {
 	if err := d.p.reoccupy(); err != nil {
 		slog.Warn("The VM goes on here, but without its network", "error", err)
+	}
+	if d.p.syncer != nil {
+		d.p.syncer.hold.set(false)
 	}
 	return d.p.instance.Rescue(ctx)
 }

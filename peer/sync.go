@@ -50,8 +50,10 @@ type syncer struct {
 	place    s3.Place
 	writer   *s3.Writer // nil while the storage has not answered
 	baseline migrate.Baseline
-	staged   *staged                   // a copy that has not been written yet
-	failed   error                     // for good
+	staged   *staged // a copy that has not been written yet
+	failed   error   // for good
+	inherits bool    // the VM has come from another host, which may have backed it up meanwhile
+	hold     hold
 	moment   atomic.Pointer[time.Time] // of the last backup; nil when there is none
 }
 
@@ -96,6 +98,46 @@ func (s *syncer) connect(ctx context.Context) error {
 	}
 	s.noteMoment()
 	return nil
+}
+
+// prepare connects with the storage, and takes over what the host has written there from which the VM has come.
+func (s *syncer) prepare(ctx context.Context) error {
+	if err := s.connect(ctx); err != nil || !s.inherits {
+		return err
+	}
+	if err := s.writer.Inherit(ctx); err != nil {
+		return err
+	}
+	s.inherits = false
+	s.noteMoment()
+	return nil
+}
+
+// hold keeps a host from writing backups of a VM that it hands over: the target writes them from then on.
+type hold struct {
+	mu      sync.Mutex
+	leaving bool
+	cancel  context.CancelFunc // of the sync under way
+}
+
+// begin is for a sync. It returns false while the VM is being handed over, which also ends the sync.
+func (h *hold) begin(ctx context.Context) (context.Context, context.CancelFunc, bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.leaving {
+		return nil, nil, false
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	h.cancel = cancel
+	return ctx, cancel, true
+}
+
+func (h *hold) set(leaving bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.leaving = leaving; leaving && h.cancel != nil {
+		h.cancel()
+	}
 }
 
 // noteMoment notes of when the last backup is.
@@ -147,7 +189,15 @@ func (p *Peer) Sync(ctx context.Context) error {
 		interval = defaultSyncInterval
 	}
 	for {
-		err := p.syncer.sync(ctx, p, source)
+		var err error
+		sctx, cancel, may := p.syncer.hold.begin(ctx)
+		if may {
+			err = p.syncer.sync(sctx, p, source)
+			if sctx.Err() != nil && ctx.Err() == nil { // the VM is being handed over
+				err = nil
+			}
+			cancel()
+		}
 		ended := ctx.Err() != nil || source.State() == migrate.Moved
 		if (errors.Is(err, s3.ErrSuperseded) || errors.Is(err, s3.ErrUnfit)) && !ended {
 			return err
@@ -183,7 +233,7 @@ func (s *syncer) sync(ctx context.Context, p *Peer, source *migrate.Source) erro
 	if s.failed != nil {
 		return s.failed
 	}
-	if err := s.connect(ctx); err != nil {
+	if err := s.prepare(ctx); err != nil {
 		return err
 	}
 	start := time.Now()
@@ -267,7 +317,7 @@ func (s *syncer) finish(ctx context.Context, p *Peer) error {
 	if s.failed != nil {
 		return s.failed
 	}
-	if err := s.connect(ctx); err != nil {
+	if err := s.prepare(ctx); err != nil {
 		return fmt.Errorf("the VM is suspended here, but not synced to S3: %w", err)
 	}
 	start := time.Now()

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/klauspost/compress/zstd"
 
 	"drafter/block"
@@ -22,6 +23,7 @@ type Backup struct {
 	Generation int64
 
 	store   *Store
+	writer  uuid.UUID
 	etag    string
 	devices []*device
 	decoder *zstd.Decoder
@@ -49,7 +51,7 @@ func (s *Store) Latest(ctx context.Context) (*Backup, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &Backup{Moment: m.Moment, Generation: m.Generation, store: s, etag: etag, decoder: decoder}
+	b := &Backup{Moment: m.Moment, Generation: m.Generation, store: s, writer: m.Writer, etag: etag, decoder: decoder}
 	for _, md := range m.Devices {
 		limit := decompress.Bound(maxIndex(md.Size))
 		err := s.try(ctx, attempts, func(ctx context.Context) (err error) {

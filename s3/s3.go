@@ -189,7 +189,7 @@ func (s *Store) explain(err error) error {
 func permanent(err error) bool {
 	var response minio.ErrorResponse
 	if !errors.As(err, &response) {
-		return errors.Is(err, ErrSuperseded) || errors.Is(err, ErrUnfit)
+		return errors.Is(err, ErrSuperseded) || errors.Is(err, errInherited) || errors.Is(err, ErrUnfit)
 	}
 	switch response.Code {
 	case "SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "ConditionalRequestConflict", "OperationAborted", "XMinioServerNotInitialized":

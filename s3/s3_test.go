@@ -291,6 +291,54 @@ func TestOutage(t *testing.T) {
 	compare(t, place, map[string][]byte{"disk": disk.data})
 }
 
+// A VM that comes from another host is backed up on, whatever that host still writes and collects until
+// the first backup here. From then on that host is the one that is overtaken.
+func TestInherited(t *testing.T) {
+	server := s3test.Start(t)
+	place := server.Place("vm")
+	disk := newImage(1, 20)
+	write := func(w *s3.Writer, changed *block.Bitmap) error {
+		_, err := w.Write(t.Context(), time.Now(), []s3.Device{{Name: "disk", Device: disk, Changed: changed}})
+		return err
+	}
+	source, target := newWriter(t, place), newWriter(t, place)
+	if err := write(source, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := target.Inherit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for i := range disk.data { // the packs of before are garbage
+		disk.data[i]++
+	}
+	if err := write(source, nil); err != nil {
+		t.Fatal(err)
+	}
+	source.Collect(t.Context())
+	disk.data[0]++
+	only := block.NewBitmap(20)
+	only.Set(0)
+	if err := write(target, only); err != nil { // what it knows as changed is since a backup that is none any more
+		t.Fatalf("after the source has written once more: %v", err)
+	}
+	target.Collect(t.Context())
+	compare(t, place, map[string][]byte{"disk": disk.data})
+	if err := write(source, nil); !errors.Is(err, s3.ErrSuperseded) {
+		t.Errorf("the source: %v", err)
+	}
+
+	third := newWriter(t, place)
+	if err := third.Inherit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := write(newWriter(t, place), nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := write(third, nil); !errors.Is(err, s3.ErrSuperseded) {
+		t.Errorf("over a stranger's: %v", err)
+	}
+}
+
 // A writer that another one has overtaken stops, and leaves what that one wrote.
 func TestSuperseded(t *testing.T) {
 	server := s3test.Start(t)

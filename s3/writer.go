@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -34,7 +35,8 @@ const (
 type Writer struct {
 	store   *Store
 	id      uuid.UUID
-	latest  *Backup // nil: none
+	latest  *Backup   // nil: none
+	before  uuid.UUID // the writer of the VM's owner before, until this one has written; nil: none
 	encoder *zstd.Encoder
 	decoder *zstd.Decoder         // of latest, and of those that follow it
 	spare   map[block.ID]location // uploaded, but in no manifest yet
@@ -62,6 +64,23 @@ func (s *Store) NewWriter(ctx context.Context) (*Writer, error) {
 		return nil, errors.Join(err, encoder.Close())
 	}
 	return w, nil
+}
+
+// Inherit reads the latest backup anew, as that of the owner that the VM has come from: it may have
+// written since this writer was made. What it has still under way does not supersede this writer.
+// Call it before the first Write.
+func (w *Writer) Inherit(ctx context.Context) error {
+	latest, err := w.store.Latest(ctx)
+	if errors.Is(err, ErrNone) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	w.decoder.Close()
+	w.latest, w.decoder, w.before = latest, latest.decoder, latest.writer
+	clear(w.spare) // that owner may have taken it for garbage
+	return nil
 }
 
 // Moment is that of the latest backup; zero when there is none.
@@ -118,6 +137,24 @@ type Written struct {
 // Write makes devices the latest backup, as of moment. It is complete once Write returns nil; on an error the backup before is the latest, unless the error says
 // that it is not known. What is there already, at whatever offset, is not uploaded again, nor what a Write that failed has uploaded.
 func (w *Writer) Write(ctx context.Context, moment time.Time, devices []Device) (Written, error) {
+	done, err := w.write(ctx, moment, devices)
+	if !errors.Is(err, errInherited) {
+		return done, err
+	}
+	if err := w.Inherit(ctx); err != nil {
+		return done, err
+	}
+	whole := slices.Clone(devices) // what has changed is not known any more
+	for i := range whole {
+		whole[i].Changed = nil
+	}
+	return w.write(ctx, moment, whole)
+}
+
+// errInherited says that the owner before has written once more.
+var errInherited = errors.New("the last backup of the VM's source has come in just now")
+
+func (w *Writer) write(ctx context.Context, moment time.Time, devices []Device) (Written, error) {
 	var done Written
 	known := maps.Clone(w.spare)
 	if w.latest != nil {
@@ -255,12 +292,20 @@ func (w *Writer) publish(ctx context.Context, next *Backup) error {
 			next.etag = etag
 			return nil
 		}
-		if other, err := decodeManifest(found, w.store.place.MaxSize); err == nil && other.Writer == w.id { // a Write that failed has come through in the end
+		other, err := decodeManifest(found, w.store.place.MaxSize)
+		switch {
+		case err != nil:
+		case other.Writer == w.id: // a Write that failed has come through in the end
 			options.SetMatchETag(etag)
 			return errors.New("an earlier manifest has arrived late")
+		case other.Writer == w.before && w.before != uuid.Nil:
+			return errInherited
 		}
 		return ErrSuperseded
 	})
+	if errors.Is(err, errInherited) {
+		return err
+	}
 	if errors.Is(err, ErrSuperseded) {
 		return fmt.Errorf("%s: %w", w.store.place, err)
 	}
@@ -297,7 +342,7 @@ func (w *Writer) advance(ctx context.Context, next *Backup) {
 		}
 	}
 	delete(w.garbage, "packs/"+uuid.Nil.String())
-	w.latest = next
+	w.latest, w.before = next, uuid.Nil
 	clear(w.spare)
 }
 
