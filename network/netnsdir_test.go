@@ -2,6 +2,7 @@ package network
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -46,7 +47,7 @@ func runFirst() error {
 		return fmt.Errorf("%d mounts are left behind", after-before)
 	}
 	if _, err := os.Stat(rundir.Path); !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("the directory of records: %v", err)
+		return fmt.Errorf("the directory of records is left: %w", cmp.Or(err, os.ErrExist))
 	}
 	return nil
 }
