@@ -58,8 +58,9 @@ func (c *Client) AfterResume(ctx context.Context, mostStep time.Duration, resolv
 	return time.Duration(r.GetClockStepNano()), nil
 }
 
-// Ready tells whether the guest's service is ready to be packaged, and what it is waited for. The guest answers once it is, or after a second. An agent that does not know the
-// question is ready.
+// Ready tells whether the guest's service is ready to be packaged, and what is waited for if it is
+// not. The guest answers once it is, or after a second. An agent that does not know the question is
+// ready.
 func (c *Client) Ready(ctx context.Context) (*ReadyResponse, error) {
 	r, err := c.calls.Ready(ctx, &ReadyRequest{})
 	if status.Code(err) == codes.Unimplemented {

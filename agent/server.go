@@ -51,10 +51,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	RegisterAgentService(server, s)
 	stop := context.AfterFunc(ctx, func() { server.Close() })
 	defer stop()
-	checks, cancel := context.WithCancel(ctx)
-	s.check.ctx, s.check.failure = checks, "not done yet"
-	defer s.check.wg.Wait()
-	defer cancel()
+	defer s.check.open(ctx)()
 	if err := server.Serve(ctx, l); ctx.Err() == nil {
 		return fmt.Errorf("serve agent: %w", err)
 	}
@@ -121,11 +118,25 @@ type check struct {
 	failure string
 }
 
+// open lets the check run until end is called, which waits for it. Calls may outlive their server.
+func (c *check) open(ctx context.Context) (end func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	ctx, cancel := context.WithCancel(ctx)
+	c.ctx, c.failure = ctx, "not done yet"
+	return func() {
+		c.mu.Lock()
+		cancel()
+		c.mu.Unlock()
+		c.wg.Wait()
+	}
+}
+
 // look tells whether the check has passed, or how it failed. It has it run again if it did.
 func (c *check) look(timeout time.Duration, run func(context.Context) error) (passed bool, failure string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.running && !c.passed && time.Since(c.ended) >= checkPause {
+	if !c.running && !c.passed && c.ctx.Err() == nil && time.Since(c.ended) >= checkPause {
 		c.running = true
 		c.wg.Go(func() {
 			ctx, cancel := context.WithTimeoutCause(c.ctx, timeout, fmt.Errorf("not done after %s", timeout))
