@@ -56,8 +56,9 @@ func (b *Baseline) Stored(ids map[*block.Tracker]block.ID) {
 	b.stored = ids
 }
 
-// backup is the content id of a device where it is stored, and the pages that have changed since. They stay changed. The id is zero when
-// the device is not stored, or a copy is under way or has not ended yet: pages that the copy took are not known as changed then.
+// backup is the content id of a device where it is stored, and the pages that have changed since.
+// They stay changed. The id is zero when the device is not stored, or a copy is under way or has not
+// ended yet: pages that the copy took are not known as changed then.
 func (b *Baseline) backup(d *block.Tracker) (block.ID, *block.Bitmap) {
 	if b == nil {
 		return block.ID{}, nil
