@@ -310,6 +310,10 @@ func (s *syncer) drop() error {
 	return c.close()
 }
 
+// lastPatience is how long a VM that is suspended waits for an answer of where it is backed up: its
+// process shall end. What is stored here is complete without.
+const lastPatience = time.Minute
+
 // finish makes the backup of a suspended VM, straight from its devices.
 func (s *syncer) finish(ctx context.Context, p *Peer) error {
 	s.mu.Lock()
@@ -317,9 +321,12 @@ func (s *syncer) finish(ctx context.Context, p *Peer) error {
 	if s.failed != nil {
 		return s.failed
 	}
-	if err := s.prepare(ctx); err != nil {
+	cctx, cancel := context.WithTimeoutCause(ctx, lastPatience, fmt.Errorf("no answer after %s", lastPatience))
+	defer cancel()
+	if err := s.prepare(cctx); err != nil {
 		return fmt.Errorf("the VM is suspended here, but not synced to S3: %w", err)
 	}
+	s.writer.Hurry(lastPatience)
 	start := time.Now()
 	known := s.baseline.Held() && s.staged == nil
 	var list []s3.Device

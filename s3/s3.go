@@ -76,6 +76,7 @@ type Store struct {
 	place     Place
 	client    *minio.Client
 	transport *boundedTransport
+	patience  time.Duration // with one request, in all its attempts; 0: as long as they take
 }
 
 // How long things may take before they are tried again, and how often.
@@ -110,7 +111,7 @@ func Open(ctx context.Context, p Place) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", p, err)
 	}
-	s := &Store{p, client, transport}
+	s := &Store{place: p, client: client, transport: transport}
 	err = s.try(ctx, 3, func(ctx context.Context) error {
 		for object := range client.ListObjects(ctx, p.Bucket, minio.ListObjectsOptions{Prefix: s.key("manifest.json"), MaxKeys: 1}) {
 			return object.Err
@@ -200,6 +201,11 @@ func permanent(err error) bool {
 
 // try calls f until it succeeds, but only so often, with pauses that grow.
 func (s *Store) try(ctx context.Context, times int, f func(context.Context) error) error {
+	if s.patience > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, s.patience, fmt.Errorf("it has not answered for %s", s.patience))
+		defer cancel()
+	}
 	wait := firstWait
 	for i := 1; ; i++ {
 		err := func() error {
@@ -207,6 +213,9 @@ func (s *Store) try(ctx context.Context, times int, f func(context.Context) erro
 			defer cancel()
 			return f(ctx)
 		}()
+		if err != nil && ctx.Err() != nil && s.patience > 0 {
+			return context.Cause(ctx)
+		}
 		if err == nil || ctx.Err() != nil || permanent(err) || i == times {
 			return err
 		}

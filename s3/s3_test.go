@@ -291,6 +291,19 @@ func TestOutage(t *testing.T) {
 	compare(t, place, map[string][]byte{"disk": disk.data})
 }
 
+// A storage that accepts all and answers nothing does not hold up who is in a hurry.
+func TestHurry(t *testing.T) {
+	server := s3test.Start(t)
+	w := newWriter(t, server.Place("vm"))
+	server.Fail(func(*http.Request) string { return "hanging" })
+	w.Hurry(100 * time.Millisecond)
+	_, err := w.Write(t.Context(), time.Now(), []s3.Device{{Name: "disk", Device: newImage(1, 600)}})
+	if err == nil || !strings.Contains(err.Error(), "it has not answered for 100ms") {
+		t.Errorf("%v", err)
+	}
+	server.Fail(nil)
+}
+
 // A VM that comes from another host is backed up on, whatever that host still writes and collects until
 // the first backup here. From then on that host is the one that is overtaken.
 func TestInherited(t *testing.T) {

@@ -83,6 +83,9 @@ func (w *Writer) Inherit(ctx context.Context) error {
 	return nil
 }
 
+// Hurry bounds how long each request may take from now on, in all its attempts.
+func (w *Writer) Hurry(patience time.Duration) { w.store.patience = patience }
+
 // Moment is that of the latest backup; zero when there is none.
 func (w *Writer) Moment() time.Time {
 	if w.latest == nil {

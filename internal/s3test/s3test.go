@@ -37,7 +37,7 @@ type Server struct {
 }
 
 // Fault decides about a request before it reaches the server. What it returns is done: "" to pass it on, "cut" to close the connection, "lost" to close it
-// after the server has answered, "slow" to answer after a while, "accepted" to say that a write was done, "whole" to answer as if no part had been asked for,
+// after the server has answered, "slow" to answer after a while, "hanging" never to, "accepted" to say that a write was done, "whole" to answer as if no part had been asked for,
 // "skewed" as a storage whose clock is an hour ahead, or a status code that the storage would answer with.
 type Fault func(r *http.Request) string
 
@@ -147,6 +147,9 @@ func (s *Server) proxy(t testing.TB, backend string) {
 		case "slow":
 			time.Sleep(500 * time.Millisecond)
 			forward.ServeHTTP(w, r)
+		case "hanging":
+			<-r.Context().Done()
+			panic(http.ErrAbortHandler)
 		case "accepted":
 			w.Header().Set("ETag", `"0123456789abcdef0123456789abcdef"`)
 		case "whole":
