@@ -65,6 +65,7 @@ func (l *Launched) boots(ctx context.Context, began time.Time, timeout time.Dura
 	if err := i.Close(); err != nil {
 		return nil, err
 	}
+	l.host.Boot = false // it has booted
 	again, err := Launch(ctx, l.host, i.config, s.Storage)
 	if err != nil {
 		return nil, err
