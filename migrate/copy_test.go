@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -94,9 +95,11 @@ func (p *pair) end(t *testing.T) {
 
 // A guest that does not get ready keeps its VM from being copied and moved, unless the target takes it as it is.
 func TestForce(t *testing.T) {
+	limits := quick()
+	limits.Silence = time.Minute // nothing is lost here
 	for _, isCopy := range []bool{true, false} {
 		for _, force := range []bool{false, true} {
-			p := newPair(t, 1, quick(), nil)
+			p := newPair(t, 1, limits, nil)
 			c := newCopier(p)
 			note := *p.guest.failing.Load()
 			silent := func(call string) error {
@@ -106,7 +109,7 @@ func TestForce(t *testing.T) {
 				return note(call)
 			}
 			p.guest.failing.Store(&silent)
-			config := p.config(quick(), nil)
+			config := p.config(limits, nil)
 			config.Force = force
 			if isCopy {
 				config.VM, config.Copy = c, true
@@ -135,7 +138,7 @@ func TestForce(t *testing.T) {
 		}
 	}
 	// Other reasons not to pause are not the guest's, and are not overruled.
-	p := newPair(t, 1, quick(), nil)
+	p := newPair(t, 1, limits, nil)
 	c := newCopier(p)
 	refuse := func(call string) error {
 		if call == "prepare" {
@@ -144,7 +147,7 @@ func TestForce(t *testing.T) {
 		return nil
 	}
 	p.guest.failing.Store(&refuse)
-	if _, err := Receive(t.Context(), TargetConfig{VM: c, Dial: p.network.dial, Limits: quick(), Copy: true, Force: true}); err == nil || !strings.Contains(err.Error(), "not now") {
+	if _, err := Receive(t.Context(), TargetConfig{VM: c, Dial: p.network.dial, Limits: limits, Copy: true, Force: true}); err == nil || !strings.Contains(err.Error(), "not now") {
 		t.Errorf("a source that does not want to: %v", err)
 	}
 	p.end(t)

@@ -40,7 +40,7 @@ func (l *link) watch(silence time.Duration) {
 	wg.Go(func() {
 		for range pings {
 			if err := l.Send(wire.TypePing); err != nil {
-				l.cancel(err)
+				l.sendFailed(err)
 			}
 		}
 	})
@@ -77,6 +77,19 @@ func (l *link) linger(d time.Duration) {
 	case <-time.After(d):
 	}
 	l.close(errors.New("the connection is not needed any more"))
+}
+
+// reasonWait is how long the reader of a link may take to find out why nothing can be sent.
+const reasonWait = 200 * time.Millisecond
+
+// sendFailed ends a link on which a send has failed beside its reader. What the other side said before
+// it closed the connection is the better reason, and the reader may be about to read it.
+func (l *link) sendFailed(err error) {
+	select {
+	case <-l.ctx.Done():
+	case <-time.After(reasonWait):
+		l.cancel(err)
+	}
 }
 
 // lost prefers why the link has ended over err, its consequence.

@@ -637,12 +637,12 @@ func (t *Target) ask(ctx context.Context) {
 		t.mu.Unlock()
 		if stored > 0 {
 			if err := l.Send(wire.Progress{Cycle: stored}); err != nil {
-				l.cancel(err)
+				l.sendFailed(err)
 			}
 		}
 		for _, w := range queue {
 			if err := l.Send(w); err != nil {
-				l.cancel(err)
+				l.sendFailed(err)
 				break
 			}
 		}
