@@ -154,3 +154,13 @@ func TestContainerCredentials(t *testing.T) {
 		}
 	}
 }
+
+// A name that no bucket can have is refused: it is no storage that may come back.
+func TestBucketName(t *testing.T) {
+	for _, bucket := range []string{"b", "a..b", "under/bucket", strings.Repeat("b", 64)} {
+		_, err := s3.Open(t.Context(), s3.Place{Endpoint: "localhost:1", Bucket: bucket})
+		if err == nil || errors.Is(err, s3.ErrAway) || !strings.Contains(err.Error(), "s3bucket") {
+			t.Errorf("bucket %.20q: %v", bucket, err)
+		}
+	}
+}

@@ -24,6 +24,7 @@ import (
 	"time"
 
 	"github.com/minio/minio-go/v7"
+	"github.com/minio/minio-go/v7/pkg/s3utils"
 )
 
 // Place is where an instance is kept. Without keys and a file, the credentials are those of the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
@@ -54,6 +55,8 @@ func (p Place) Check() error {
 	switch {
 	case p.Bucket == "":
 		return errors.New("s3bucket is missing; name a bucket that exists")
+	case s3utils.CheckValidBucketName(p.Bucket) != nil: // else the storage would be waited for
+		return fmt.Errorf("s3bucket %q cannot be the name of a bucket: %w", p.Bucket, s3utils.CheckValidBucketName(p.Bucket))
 	case p.Endpoint == "":
 		return errors.New("s3endpoint is missing; name the storage's HOST:PORT, such as s3.amazonaws.com")
 	case strings.Contains(p.Endpoint, "/"):
