@@ -53,7 +53,7 @@ func Check(ctx context.Context, base Device, baseID ID, paths OverlayPaths) (pro
 		off = max(end, off+1)
 	}
 	if uncommitted > 0 {
-		problems = append(problems, fmt.Sprintf("overlay %s holds %d bytes that were never synced: its writer was killed; they are discarded when the device is used", paths.Overlay, uncommitted))
+		problems = append(problems, fmt.Sprintf("overlay %s holds %d bytes that were never synced: its writer was killed, or its VM has moved away; they are discarded when the device is used", paths.Overlay, uncommitted))
 	}
 	// Every block can be read.
 	buf := make([]byte, 1<<20)
