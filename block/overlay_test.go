@@ -126,7 +126,10 @@ func TestModel(t *testing.T) {
 		piece     = 512 // the unit of ownership: workers share blocks, never bytes
 		rounds    = 6
 	)
-	operations := 1 << 21 / (workers * rounds)
+	operations := 1 << 19 / (workers * rounds)
+	if os.Getenv("DRAFTER_SOAK") != "" {
+		operations *= 16
+	}
 	if testing.Short() {
 		operations /= 16
 	}

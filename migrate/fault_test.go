@@ -364,7 +364,10 @@ func TestFrozenFromTheStart(t *testing.T) {
 
 // Migrations with random faults at random moments: whatever happens, the VM runs once and has all its data.
 func TestSoak(t *testing.T) {
-	rounds := 1000
+	rounds := 300
+	if os.Getenv("DRAFTER_SOAK") != "" {
+		rounds = 3000
+	}
 	if n, err := strconv.Atoi(os.Getenv("DRAFTER_SOAK_ROUNDS")); err == nil {
 		rounds = n
 	}
