@@ -793,7 +793,7 @@ func (t *Target) tellRefused(ctx context.Context) error {
 		if err == nil {
 			return nil
 		}
-		if !errors.Is(err, syscall.ECONNREFUSED) {
+		if !nobodyListens(err) {
 			deserted = time.Time{}
 		} else if deserted.IsZero() {
 			deserted = time.Now()
@@ -808,6 +808,12 @@ func (t *Target) tellRefused(ctx context.Context) error {
 			return fmt.Errorf("the source could not be told that the VM did not run here (%w); if it waits, settle it there: drafter peer settle --here", err)
 		}
 	}
+}
+
+// nobodyListens tells whether a connection failed as there is no process at its address. The path of
+// a UNIX socket is gone once its listener has ended well.
+func nobodyListens(err error) bool {
+	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENOENT)
 }
 
 // resume makes a connection after one was lost, says where this side stands, and lets use go on with it. The link is closed afterwards.
