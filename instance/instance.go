@@ -295,9 +295,10 @@ func (i *Instance) launch(h Host, driver vmm.Driver) (vmm.Launch, error) {
 }
 
 // awaitGuest waits for a booting guest.
-func (i *Instance) awaitGuest(ctx context.Context, timeout time.Duration) error {
+func (i *Instance) awaitGuest(ctx context.Context, timeout time.Duration) (err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("not there after %s; look at the guest's console, or pass a longer --resume-timeout", timeout))
 	defer cancel()
+	defer func() { err = i.late(err) }()
 	select {
 	case <-i.booting.seen:
 	case <-i.machine.Done():
@@ -317,17 +318,26 @@ func (i *Instance) awaitGuest(ctx context.Context, timeout time.Duration) error 
 	return i.connectAgent(ctx)
 }
 
+// late prefers that a guest stands still over that it is not there in time.
+func (i *Instance) late(err error) error {
+	if err != nil && i.stalled() {
+		return errors.New("the guest stands still, as what it writes cannot be stored; make room for its disks, which the log names")
+	}
+	return err
+}
+
 // endPatience is how long a VM whose agent has gone may take to end.
 const endPatience = 5 * time.Second
 
 // AwaitReady waits until the service of a guest that was booted is ready, for at most timeout. A
 // guest without an agent cannot be asked.
-func (i *Instance) AwaitReady(ctx context.Context, timeout time.Duration) error {
+func (i *Instance) AwaitReady(ctx context.Context, timeout time.Duration) (err error) {
 	if i.agent == nil {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
+	defer func() { err = i.late(err) }()
 	const maxPorts = 16 // to tell of: a guest may name any number
 	var closed []uint32
 	var failure string
@@ -476,6 +486,10 @@ func launch(ctx context.Context, h Host, config *vmm.PackageConfig, storage Stor
 		return nil, errors.Join(err, i.Close())
 	}
 	if here {
+		// What is suspended is given up only where a VMM can start.
+		if err := bootable(ctx, h, config); err != nil {
+			return nil, errors.Join(err, i.Close())
+		}
 		if err := i.bootUnlessResumable(driver, &l, h.Boot); err != nil {
 			return nil, errors.Join(err, i.Close())
 		}

@@ -25,6 +25,14 @@ func Preflight(ctx context.Context, h Host, config *vmm.PackageConfig) error {
 	return nil
 }
 
+// bootable checks a host that is told to boot a VM that may be suspended.
+func bootable(ctx context.Context, h Host, config *vmm.PackageConfig) error {
+	if !h.Boot {
+		return nil
+	}
+	return Preflight(ctx, h, config)
+}
+
 // stalled tells whether the guest stands still for a disk that it cannot use: it hears nothing, and does nothing that it would have to be told of.
 func (i *Instance) stalled() bool {
 	s, ok := i.machine.(vmm.Staller)

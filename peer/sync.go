@@ -326,6 +326,7 @@ func (s *syncer) finish(ctx context.Context, p *Peer) error {
 	if err := s.prepare(cctx); err != nil {
 		return fmt.Errorf("the VM is suspended here, but not synced to S3: %w", err)
 	}
+	slog.Info("Syncing the suspended VM to S3", "patience", lastPatience)
 	s.writer.Hurry(lastPatience)
 	start := time.Now()
 	known := s.baseline.Held() && s.staged == nil

@@ -122,10 +122,10 @@ func (r *Runner) Resume(ctx context.Context) error {
 			return err
 		}
 	}
+	r.reserved = true // also if only a part is
 	if err := r.paths.Reserve(); err != nil {
 		return fmt.Errorf("resume: %w", err)
 	}
-	r.reserved = true
 	launched, err := instance.Launch(ctx, r.config.Host, r.pkg, r.paths)
 	if err != nil {
 		return fmt.Errorf("resume: %w", err)

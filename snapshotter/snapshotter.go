@@ -284,11 +284,15 @@ const scratchPrefix = ".drafter-snapshot-"
 
 // makeIn returns where files are made that are to be in a directory.
 func (s *Snapshotter) makeIn(dir string) (string, error) {
-	if m := s.making[dir]; m != nil {
-		return m.dir.Name(), nil
-	}
 	if err := private.MkdirAll(dir); err != nil {
 		return "", err
+	}
+	dir, err := filepath.EvalSymlinks(dir) // one directory may have two names
+	if err != nil {
+		return "", err
+	}
+	if m := s.making[dir]; m != nil {
+		return m.dir.Name(), nil
 	}
 	lock, err := os.Open(dir)
 	if err != nil {

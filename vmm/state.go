@@ -352,6 +352,8 @@ func SettleState(dev StateDevice, here, incomplete bool) error {
 		return fmt.Errorf("nothing is in doubt: %s", settled(status))
 	case !here:
 		return MarkState(dev, Moved)
+	case status == Arriving:
+		return errors.New("not all of the VM came here, and it never left its source; go on there, and note it here with --away")
 	case arrived:
 		return errors.New("not all of the VM came here, so it cannot go on here; settle it at its source with 'drafter peer settle --here', and here with --away")
 	case status == Leaving:
