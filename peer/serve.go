@@ -233,6 +233,9 @@ func (d *departure) Mark(_ context.Context, state migrate.State, _ uuid.UUID) er
 	if state == migrate.Moved {
 		return d.p.instance.Mark(vmm.Moved)
 	}
+	if d.p.syncer != nil {
+		d.p.syncer.hold.hand()
+	}
 	// An operator may decide to go on from what is here.
 	for name, s := range d.p.devices {
 		if err := s.Sync(); err != nil {

@@ -52,7 +52,7 @@ type syncer struct {
 	baseline migrate.Baseline
 	staged   *staged // a copy that has not been written yet
 	failed   error   // for good
-	inherits bool    // the VM has come from another host, which may have backed it up meanwhile
+	inherits bool    // the VM has come, or come back, from another host, which may have backed it up meanwhile
 	hold     hold
 	moment   atomic.Pointer[time.Time] // of the last backup; nil when there is none
 }
@@ -102,6 +102,13 @@ func (s *syncer) connect(ctx context.Context) error {
 
 // prepare connects with the storage, and takes over what the host has written there from which the VM has come.
 func (s *syncer) prepare(ctx context.Context) error {
+	if s.hold.tookBack() {
+		s.baseline.Forget()
+		if err := s.drop(); err != nil {
+			return err
+		}
+		s.inherits = true
+	}
 	if err := s.connect(ctx); err != nil || !s.inherits {
 		return err
 	}
@@ -117,6 +124,7 @@ func (s *syncer) prepare(ctx context.Context) error {
 type hold struct {
 	mu      sync.Mutex
 	leaving bool
+	handed  bool               // the VM was handed over, and may have been backed up by its target since
 	cancel  context.CancelFunc // of the sync under way
 }
 
@@ -132,6 +140,23 @@ func (h *hold) begin(ctx context.Context) (context.Context, context.CancelFunc, 
 	return ctx, cancel, true
 }
 
+// hand is for a handoff.
+func (h *hold) hand() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.handed = true
+}
+
+// tookBack tells, once, whether a VM that was handed over is here again.
+func (h *hold) tookBack() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	back := h.handed && !h.leaving
+	h.handed = h.handed && !back
+	return back
+}
+
+// set says whether the VM is being handed over. It ends a sync that is under way.
 func (h *hold) set(leaving bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

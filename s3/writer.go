@@ -68,7 +68,7 @@ func (s *Store) NewWriter(ctx context.Context) (*Writer, error) {
 
 // Inherit reads the latest backup anew, as that of the owner that the VM has come from: it may have
 // written since this writer was made. What it has still under way does not supersede this writer.
-// Call it before the first Write.
+// The next Write is of whole devices: what has changed since an older backup says nothing any more.
 func (w *Writer) Inherit(ctx context.Context) error {
 	latest, err := w.store.Latest(ctx)
 	if errors.Is(err, ErrNone) {
