@@ -529,11 +529,13 @@ func (t *Target) read(ctx context.Context, l *link) error {
 				t.wg.Go(func() { t.joinDemand(ctx) })
 				continue
 			}
-			if m == wire.TypePrepare && t.State() == Receiving && t.started() {
+			// The source may be quick: this side has not noticed yet that it is receiving.
+			receiving := slices.Contains([]State{Preflight, Receiving}, t.State())
+			if m == wire.TypePrepare && receiving && t.started() {
 				t.beginExpect(ctx, l)
 				continue
 			}
-			if m == wire.TypeReady && t.State() == Receiving {
+			if m == wire.TypeReady && receiving {
 				t.restoring.hurried.Do(func() { close(t.restoring.hurry) })
 				continue
 			}

@@ -3,6 +3,7 @@ package s3test
 
 import (
 	"context"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -148,6 +149,7 @@ func (s *Server) proxy(t testing.TB, backend string) {
 			time.Sleep(500 * time.Millisecond)
 			forward.ServeHTTP(w, r)
 		case "hanging":
+			_, _ = io.Copy(io.Discard, r.Body) // the end of a connection is seen only behind it
 			<-r.Context().Done()
 			panic(http.ErrAbortHandler)
 		case "accepted":
