@@ -122,6 +122,15 @@ func (l *load) end(t *testing.T, c *redis.Client) {
 type otherHost struct {
 	tour.Drafter
 	addr string // of the host
+	host *testhost.Host
+}
+
+// limit lets rate bits per second come to the host.
+func (o *otherHost) limit(t *testing.T, rate uint64) {
+	t.Helper()
+	if err := o.host.Limit(rate); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func newHost(t *testing.T, s *site, number int) *otherHost {
@@ -135,7 +144,7 @@ func newHost(t *testing.T, s *site, number int) *otherHost {
 			t.Error(err)
 		}
 	})
-	o := &otherHost{Drafter: s.Drafter, addr: h.Addr}
+	o := &otherHost{Drafter: s.Drafter, addr: h.Addr, host: h}
 	o.Via = h.Via(s.dir)
 	nat, err := o.Start("nat", "--namespace-count", "1", "--host-interface", "eth0")
 	if err != nil {

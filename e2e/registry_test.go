@@ -71,6 +71,7 @@ func TestRegistry(t *testing.T) {
 	defer c.Close()
 	flags := []string{"--package", "pulled", "--raddr", server.addr + ":1600", "--insecure"}
 
+	host.limit(t, 100_000_000)
 	start := time.Now()
 	vm := host.peer(t, "instance-0", flags...)
 	if err := c.Set(t.Context(), "pulled", "yes", 0).Err(); err != nil {
@@ -80,6 +81,7 @@ func TestRegistry(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(s.dir, "pulled/memory.bin")); err == nil {
 		t.Error("all of the memory was there before the first reply")
 	}
+	host.limit(t, 1_000_000_000)
 	await(t, vm, "The whole package is here and verified")
 	t.Logf("first reply after %s, all after %s", reply.Round(time.Millisecond), time.Since(start).Round(time.Millisecond))
 	end(t, vm)

@@ -97,16 +97,34 @@ func plug(n *netlink.Handle, name, cidr string, rate uint64, gateway net.IP) err
 		return err
 	}
 	if rate > 0 {
-		tbf := &netlink.Tbf{
-			QdiscAttrs: netlink.QdiscAttrs{LinkIndex: link.Attrs().Index, Parent: netlink.HANDLE_ROOT, Handle: netlink.MakeHandle(1, 0)},
-			Rate:       rate / 8, Buffer: 256 << 10, Limit: 4 << 20,
-		}
-		if err := n.QdiscAdd(tbf); err != nil {
+		if err := n.QdiscAdd(shape(link, rate)); err != nil {
 			return fmt.Errorf("shape %s: %w", name, err)
 		}
 	}
 	if gateway != nil {
 		return n.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: gateway})
+	}
+	return nil
+}
+
+// shape lets rate bits per second out of a link.
+func shape(link netlink.Link, rate uint64) *netlink.Tbf {
+	return &netlink.Tbf{
+		QdiscAttrs: netlink.QdiscAttrs{
+			LinkIndex: link.Attrs().Index, Parent: netlink.HANDLE_ROOT, Handle: netlink.MakeHandle(1, 0),
+		},
+		Rate: rate / 8, Buffer: 256 << 10, Limit: 4 << 20,
+	}
+}
+
+// Limit changes how many bits per second reach a host whose link is limited.
+func (h *Host) Limit(rate uint64) error {
+	link, err := netlink.LinkByName(h.link)
+	if err != nil {
+		return err
+	}
+	if err := netlink.QdiscChange(shape(link, rate)); err != nil {
+		return fmt.Errorf("shape %s: %w", h.link, err)
 	}
 	return nil
 }
