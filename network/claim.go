@@ -30,6 +30,9 @@ func ClaimNamespace(name string) (*Claim, error) {
 	if _, err := os.Stat(filepath.Join(netnsDir, name)); err != nil {
 		return nil, fmt.Errorf("network namespace %q does not exist; start drafter nat, or create it with 'ip netns add %s'", name, name)
 	}
+	if err := rundir.Sweep("netns"); err != nil {
+		return nil, fmt.Errorf("claim network namespace %q: %w", name, err)
+	}
 	lock, err := claimNamespace(name)
 	var held *lockfile.HeldError
 	if errors.As(err, &held) {

@@ -32,22 +32,49 @@ func Lock(name string) (*lockfile.Lock, error) {
 		if err := os.Chmod(Path, 0o700); err != nil && !errors.Is(err, os.ErrNotExist) { // an older release made it
 			return nil, err
 		}
-		lock, err := lockfile.Try(path)
+		lock, err := tryBesideSweeps(path)
 		if !errors.Is(err, os.ErrNotExist) {
 			return lock, err
 		}
 	}
 }
 
-// Sweep removes the locks in a directory whose holders were killed.
+// tryBesideSweeps takes a lock while nobody sweeps its directory: a sweep holds what it removes.
+func tryBesideSweeps(path string) (*lockfile.Lock, error) {
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_SH); err != nil {
+		return nil, fmt.Errorf("lock %s: %w", dir.Name(), err)
+	}
+	return lockfile.Try(path)
+}
+
+// Sweep removes the locks in a directory whose holders were killed, unless somebody takes one there
+// this moment.
 func Sweep(dir string) error {
+	d, err := os.Open(filepath.Join(Path, dir))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	var held *lockfile.HeldError
+	if err := lockfile.Exclusive(d); errors.As(err, &held) {
+		return nil
+	} else if err != nil {
+		return err
+	}
 	paths, err := filepath.Glob(filepath.Join(Path, dir, "*.lock"))
 	if err != nil {
 		return err
 	}
 	for _, path := range paths {
 		lock, err := lockfile.Try(path)
-		var held *lockfile.HeldError
 		if errors.As(err, &held) || errors.Is(err, os.ErrNotExist) {
 			continue
 		}
