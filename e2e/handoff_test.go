@@ -6,6 +6,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -230,8 +231,8 @@ func TestAgentHangs(t *testing.T) {
 	}
 }
 
-// A target whose source is killed in post-copy goes on with what it has, until an operator gives it up.
-// The source still has what there was at the handoff.
+// A target whose source is killed in post-copy goes on with what it has, until an operator gives it up:
+// the source still has what there was at the handoff. Or the target boots, if its disks came.
 func TestSourceDiesInPostCopy(t *testing.T) {
 	s := emptySite(t)
 	c := s.redisIn(t, "ark0", "127.0.0.1:3333")
@@ -276,11 +277,56 @@ func TestSourceDiesInPostCopy(t *testing.T) {
 		}
 	}
 	command(t, s.dir, "drafter", settle("--here", "instance-0")...)
-	source = s.peer(t, "instance-0", "--netns", "ark0")
+	source = s.peer(t, "instance-0", "--netns", "ark0", "--laddr", "localhost:1337", "--bandwidth", "8MB", "--migration-timeout", "500ms")
 	if got, err := c.Get(t.Context(), "before").Result(); err != nil || got != "the handoff" {
 		t.Errorf("at the source again: %q, %v", got, err)
 	}
-	end(t, source)
+
+	// Where all of the disks came, what was acknowledged after the handoff is kept: the VM boots there.
+	if err := c.ConfigSet(t.Context(), "appendfsync", "always").Err(); err != nil {
+		t.Fatal(err)
+	}
+	c = s.redisIn(t, "ark1", "127.0.0.1:4444")
+	target := s.peerArgs("instance-2", "--netns", "ark1", "--device", "name=memory,base="+filepath.Join(s.dir, "none/memory.bin"))
+	vm = s.start(t, append(target, "--raddr", "localhost:1337")...)
+	if err := c.Set(t.Context(), "after", "the handoff", 0).Err(); err != nil {
+		t.Fatal(err)
+	}
+	note := func(file string) bool {
+		_, err := os.Stat(filepath.Join(s.dir, "instance-2/state", file+".missing"))
+		return err == nil
+	}
+	for deadline := time.Now().Add(time.Minute); note("rootfs.ext4") || note("oci.ext4"); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the disks never came")
+		}
+	}
+	if err := source.Signal(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	s.awaitKilled(t, source)
+	if !note("memory.bin") {
+		t.Fatal("all of the memory came")
+	}
+	if line := s.fails(t, settle("--here", "instance-2")...); !strings.Contains(line, "boot from them after 'drafter peer settle --here'") {
+		t.Errorf("settled while it runs: %s", line)
+	}
+	if err := vm.Signal(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	s.awaitKilled(t, vm)
+	if line := s.fails(t, target...); !strings.Contains(line, "drafter peer settle --here") {
+		t.Errorf("start of what has its disks only: %s", line)
+	}
+	command(t, s.dir, "drafter", settle("--here", "instance-2")...)
+	if vm, err = s.Start(target...); err != nil {
+		t.Fatal(err)
+	}
+	await(t, vm, "Booted VM")
+	if got, err := c.Get(t.Context(), "after").Result(); err != nil || got != "the handoff" {
+		t.Errorf("booted from what came: %q, %v", got, err)
+	}
+	end(t, vm)
 }
 
 // A good move is one without a complaint. A target without the package gets all of the VM, starts

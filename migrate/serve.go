@@ -1,8 +1,11 @@
 package migrate
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"drafter/block"
@@ -80,10 +83,18 @@ func (o *outgoing) release() (State, error) {
 	return Moved, nil
 }
 
-// push sends all that is pending, in the order of addresses, in pieces that do not keep those who wait from the connection. It returns early when the link
-// has ended.
+// push sends all that is pending, in pieces that do not keep those who wait from the connection. The
+// device that lacks least comes first: a target that has its disks can boot from them, whatever
+// becomes of the rest. It returns early when the link has ended.
 func (o *outgoing) push(ctx context.Context, l *link) error {
+	left := map[*outgoingDevice]int64{}
 	for _, d := range o.devices {
+		left[d] = d.pending.Count()
+	}
+	devices := slices.SortedFunc(maps.Keys(left), func(a, b *outgoingDevice) int {
+		return cmp.Or(cmp.Compare(left[a], left[b]), cmp.Compare(a.index, b.index))
+	})
+	for _, d := range devices {
 		for first := d.pending.Next(0); first < d.pending.Len(); first = d.pending.Next(first) {
 			_, end := d.pending.Run(first, min(d.pending.Len(), first+postCopyRun))
 			if ctx.Err() != nil {

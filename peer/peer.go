@@ -75,7 +75,7 @@ type Peer struct {
 	endRoom  func()  // ends what watchRoom does; nil before
 
 	refusals, failures limitedlog.Log       // of connections, and of migrations
-	settled            sync.WaitGroup       // who waits for an operator to settle an arrival
+	settled            sync.WaitGroup       // who waits for an operator to settle an arrival, and for devices to be whole
 	configDevice       []byte               // content of the config device
 	statement          *signature.Statement // of the package; nil unless only signed ones are accepted
 	signature          []byte               // that came with the package; nil if none did
@@ -154,7 +154,7 @@ func (p *Peer) Resume(ctx context.Context) error {
 
 // resume starts the instance on a host that is occupied.
 func (p *Peer) resume(ctx context.Context, start time.Time) error {
-	if err := p.checkHere(); err != nil {
+	if err := p.checkHere(ctx); err != nil {
 		return err
 	}
 	if err := p.openDevices(ctx); err != nil {
@@ -185,11 +185,11 @@ func (p *Peer) resume(ctx context.Context, start time.Time) error {
 }
 
 // forgetMemory removes what an instance that will boot has left of its memory, which nothing fits any more.
-func (p *Peer) forgetMemory() error {
+func (p *Peer) forgetMemory(ctx context.Context) error {
 	for i := range p.config.Devices {
-		if d := &p.config.Devices[i]; d.Name == vmm.Memory && d.Overlay != "" {
-			if err := block.RemoveOverlay(d.files().OverlayPaths()); err != nil {
-				return fmt.Errorf("device %s: %w", d.Name, err)
+		if d := &p.config.Devices[i]; d.Name == vmm.Memory {
+			if err := errors.Join(d.files().Forget(ctx), d.files().ForgetMissing()); err != nil {
+				return named(d.Name, err)
 			}
 		}
 	}

@@ -54,6 +54,7 @@ func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	stats := target.Stats()
 	running := time.Since(start)
 	firstMoments(ctx)
+	p.keepWhole(target)
 	// The VM runs and serves its clients: an agent that does not answer is no reason to end it.
 	if err := p.instance.AfterResume(ctx, p.config.ResumeTimeout); err != nil {
 		slog.Error("The VM runs, but its agent does not answer; its clock may be behind", "error", err)
@@ -110,7 +111,7 @@ func (p *Peer) settleArrival(target *migrate.Target) {
 	s.begin(p, func(o migrate.Outcome) error {
 		if o == migrate.Here {
 			_, _, left := arrivalBytes(p)
-			return fmt.Errorf("%d bytes of the VM are still at its source, so it cannot go on without that; it can only be given up here, with --away", left)
+			return fmt.Errorf("%d bytes of the VM are still at its source, so it cannot go on without that; %s", left, p.withoutSource())
 		}
 		target.GiveUp()
 		return nil
@@ -154,11 +155,45 @@ func (p *Peer) awaitArrival(ctx context.Context) error {
 				stalled.Reset(arrivalPatience)
 			}
 		case <-stalled.C:
-			return fmt.Errorf("%d bytes of the VM are still at its source, and none came for %s; if it is gone for good, go on there from the handoff, with 'drafter peer settle --here'", left, arrivalPatience)
+			return fmt.Errorf("%d bytes of the VM are still at its source, and none came for %s; if it is gone for good, %s", left, arrivalPatience, p.withoutSource())
 		case <-ctx.Done():
 			return fmt.Errorf("%d bytes of the VM are still at its source: %w", left, context.Cause(ctx))
 		}
 	}
+}
+
+// keepWhole makes each device but memory durable, and one that can be opened again, as soon as
+// nothing of it is missing: a VM whose source is lost before all of its memory came boots from them.
+func (p *Peer) keepWhole(target *migrate.Target) {
+	for i := range p.config.Devices {
+		d := &p.config.Devices[i]
+		s := p.devices[d.Name]
+		if d.Name == vmm.Memory || s.Incoming == nil {
+			continue
+		}
+		p.settled.Go(func() {
+			select {
+			case <-s.Incoming.Complete():
+			case <-target.Done():
+				return
+			}
+			if err := s.Sync(); err != nil {
+				slog.Warn("A device is here, but it cannot be made durable yet", "device", d.Name, "error", err)
+				return // it is tried again when all is here
+			}
+			if err := d.files().ForgetMissing(); err != nil {
+				slog.Warn("A device is here, but that cannot be noted yet", "device", d.Name, "error", err)
+			}
+		})
+	}
+}
+
+// withoutSource says what can become of a VM that is still arriving if its source is gone.
+func (p *Peer) withoutSource() string {
+	if missing(p.config.Devices) != nil {
+		return "give it up here with 'drafter peer settle --away', and go on at its source from the handoff with --here"
+	}
+	return "end this peer, which keeps the disks but loses the memory, and boot from them after 'drafter peer settle --here', or go on at its source from the handoff with --here there and --away here"
 }
 
 // arrivalPatience is how long a suspend waits for a source from which nothing comes.

@@ -52,9 +52,13 @@ func (d *Device) openState(ctx context.Context) (*stack.Stack, error) {
 	return d.files().OpenOverlay()
 }
 
-// missing tells which part of an instance never arrived; nil if none.
+// missing tells which part of an instance never arrived that it needs to boot, which is all but
+// memory; nil if none.
 func missing(devices []Device) error {
 	for i := range devices {
+		if devices[i].Name == vmm.Memory {
+			continue
+		}
 		if err := devices[i].files().CheckMissing(); err != nil {
 			return fmt.Errorf("device %s: %w", devices[i].Name, err)
 		}

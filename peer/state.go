@@ -1,6 +1,7 @@
 package peer
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -143,7 +144,7 @@ func makeRoom(devices []Device) error {
 
 // checkHere refuses an instance that may be elsewhere. That comes before all else that may keep it
 // from being started, and needs nothing but the state device's overlay.
-func (p *Peer) checkHere() error {
+func (p *Peer) checkHere(ctx context.Context) error {
 	i := slices.IndexFunc(p.config.Devices, func(d Device) bool { return d.Name == vmm.State })
 	d := &p.config.Devices[i]
 	if d.Overlay == "" {
@@ -161,10 +162,10 @@ func (p *Peer) checkHere() error {
 	if err := missing(p.config.Devices); err != nil {
 		return err
 	}
-	if boots {
-		return p.forgetMemory()
+	if !boots {
+		return fmt.Errorf("state device %s: %w", p.statePath(), refusal)
 	}
-	return nil
+	return p.forgetMemory(ctx)
 }
 
 // standing is what the overlay of a state device that is not in use says, why its VM cannot be
@@ -192,14 +193,16 @@ func (d *Device) standing() (status vmm.Status, refusal error, boots bool, err e
 // replaceable refuses an instance that must not be overwritten: any that has neither moved away nor
 // begun to arrive, and one that it takes an operator to decide about.
 func replaceable(state *Device, devices []Device) error {
-	status, refusal, _, err := state.standing()
+	status, refusal, boots, err := state.standing()
 	switch {
 	case err != nil:
 		return fmt.Errorf("device %s: %w", vmm.State, err)
 	case status == 0 || status == vmm.Arriving || status == vmm.Moved:
 		return nil
-	case status == vmm.Running:
-		refusal = missing(devices)
+	case status == vmm.Running || status == vmm.PoweredOff:
+		if err := missing(devices); err != nil || boots {
+			refusal = err
+		}
 	case !status.OfMigration():
 		refusal = nil
 	}

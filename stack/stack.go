@@ -71,16 +71,9 @@ func (f *Files) Open(ctx context.Context) (*Stack, error) {
 // beneath opens what is beneath an overlay, which need not exist yet. under is the content id that
 // the overlay is bound to, id is that of the base; zero without one.
 func (f *Files) beneath(ctx context.Context) (base block.Device, under, id block.ID, err error) {
-	under, size, found, err := block.OverlayBase(f.OverlayPaths())
+	under, size, baseless, err := f.baseless(ctx)
 	if err != nil {
 		return nil, under, id, err
-	}
-	// An overlay over zeros came by a migration, without its base.
-	baseless := false
-	if found {
-		if baseless, err = isZeros(ctx, under, size); err != nil {
-			return nil, under, id, err
-		}
 	}
 	if _, err := os.Stat(f.Base); baseless && errors.Is(err, os.ErrNotExist) {
 		return block.NewZeros(size), under, id, nil
@@ -99,6 +92,17 @@ func (f *Files) beneath(ctx context.Context) (base block.Device, under, id block
 	return file, contents.Device, contents.Device, nil
 }
 
+// baseless tells whether there is an overlay over zeros, as of a device that came by a migration
+// without its base. under and size are those of the overlay, if there is one.
+func (f *Files) baseless(ctx context.Context) (under block.ID, size int64, baseless bool, err error) {
+	under, size, found, err := block.OverlayBase(f.OverlayPaths())
+	if err != nil || !found {
+		return under, size, false, err
+	}
+	baseless, err = isZeros(ctx, under, size)
+	return under, size, baseless, err
+}
+
 // OpenOverlay opens what a device's overlay holds by itself, over zeros in the place of its base,
 // which need not be here.
 func (f *Files) OpenOverlay() (*Stack, error) {
@@ -110,6 +114,26 @@ func (f *Files) OpenOverlay() (*Stack, error) {
 		return nil, fmt.Errorf("overlay %s does not exist", f.Overlay)
 	}
 	return f.overlayOver(block.NewZeros(size), under, block.ID{}, block.ID{}, nil)
+}
+
+// Forget gives up what an overlay that is not in use holds: its base shows again, or zeros where the
+// device came without one. There need not be an overlay.
+func (f *Files) Forget(ctx context.Context) error {
+	if f.Overlay == "" {
+		return nil
+	}
+	_, size, baseless, err := f.baseless(ctx)
+	if err != nil {
+		return err
+	}
+	if !baseless {
+		return block.RemoveOverlay(f.OverlayPaths())
+	}
+	s, err := f.OpenOverlay()
+	if err != nil {
+		return err
+	}
+	return errors.Join(block.Trim(s, 0, size), s.Close())
 }
 
 // Problems verifies a device that is not in use, by the same rules as Open. It returns what is

@@ -161,3 +161,38 @@ func TestOriginIsKept(t *testing.T) {
 	}
 	write(t, s, nil)
 }
+
+// What is forgotten shows the base again, or zeros where the base is not. The device opens again.
+func TestForget(t *testing.T) {
+	for what, want := range map[string]string{"with its base": "base", "without its base": "\x00\x00\x00\x00"} {
+		t.Run(what, func(t *testing.T) {
+			f := files(t)
+			if err := f.Forget(t.Context()); err != nil {
+				t.Errorf("of a device that was never opened: %v", err)
+			}
+			if what == "with its base" {
+				s, err := f.Open(t.Context())
+				write(t, s, err)
+			} else {
+				if err := os.Remove(f.Base); err != nil {
+					t.Fatal(err)
+				}
+				arrive(t, f, block.ID{1})
+			}
+			if err := f.Forget(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			s, err := f.Open(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer s.Close()
+			for at, want := range map[int64]string{0: want, block.ContentBlockSize: "\x00\x00\x00\x00"} {
+				got := make([]byte, 4)
+				if _, err := s.ReadAt(got, at); err != nil || string(got) != want {
+					t.Errorf("at %d: %q, %v", at, got, err)
+				}
+			}
+		})
+	}
+}
