@@ -6,14 +6,19 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"sort"
 	"strings"
+	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"drafter/internal/redisimage"
 	"drafter/internal/testhost"
@@ -36,6 +41,10 @@ func TestMain(m *testing.M) {
 }
 
 func run(m *testing.M) int {
+	flag.Parse()
+	if flag.Lookup("test.list").Value.String() != "" {
+		return m.Run()
+	}
 	if why := missing(); why != "" {
 		fmt.Println("SKIPPED: all end-to-end tests:", why)
 		return 0
@@ -80,8 +89,35 @@ func runOutside() (code int, err error) {
 		return 0, fmt.Errorf("build: %w", err)
 	}
 	fmt.Printf("built binaries and blueprints in %s\n", time.Since(start).Round(time.Second))
-	return testhost.Enter("DRAFTER_E2E="+work, "PATH="+filepath.Join(work, "bin")+":"+os.Getenv("PATH"),
-		"GORACE=atexit_sleep_ms=0") // a second per command otherwise
+	return enter()
+}
+
+// enter starts the tests: on two hosts that share them, unless some have been chosen.
+func enter() (code int, err error) {
+	host := func(output io.Writer, number int, args ...string) (int, error) {
+		return testhost.Enter(output, args, "DRAFTER_E2E="+work, fmt.Sprint("DRAFTER_E2E_HOST=", number),
+			"PATH="+filepath.Join(work, "bin")+":"+os.Getenv("PATH"), "GORACE=atexit_sleep_ms=0") // a second per command otherwise
+	}
+	if flag.Lookup("test.run").Value.String() != "" {
+		return host(os.Stdout, 0)
+	}
+	names, err := exec.Command("/proc/self/exe", "-test.list", ".").Output()
+	if err != nil {
+		return 0, fmt.Errorf("list the tests: %w", err)
+	}
+	var halves [2][]string
+	for i, name := range strings.Fields(string(names)) {
+		halves[i%2] = append(halves[i%2], name)
+	}
+	var other bytes.Buffer // is printed once the first half is
+	var otherCode int
+	var otherErr error
+	var wg sync.WaitGroup
+	wg.Go(func() { otherCode, otherErr = host(&other, 1, "-test.run=^("+strings.Join(halves[1], "|")+")$") })
+	code, err = host(os.Stdout, 0, "-test.run=^("+strings.Join(halves[0], "|")+")$")
+	wg.Wait()
+	_, werr := os.Stdout.Write(other.Bytes())
+	return max(code, otherCode), errors.Join(err, otherErr, werr)
 }
 
 func build() error {
@@ -155,8 +191,11 @@ tar -C "$1" --xattrs -xpf "$2"`
 
 // runInside runs the tests behind one NAT and with one package, both made by the commands that are under test.
 func runInside(m *testing.M) (code int, err error) {
-	if err := testhost.SetUp(); err != nil {
+	if err := testhost.SetUp(work); err != nil {
 		return 0, fmt.Errorf("set up test host: %w", err)
+	}
+	if err := ownWork(); err != nil {
+		return 0, err
 	}
 	ctx := context.Background()
 	d := tour.Drafter{Bin: "drafter", Dir: work, Logs: work}
@@ -180,6 +219,25 @@ func runInside(m *testing.M) (code int, err error) {
 		return 0, err
 	}
 	return m.Run(), nil
+}
+
+// ownWork gives this host a directory of its own, with what both share in it.
+func ownWork() error {
+	shared := work
+	work = filepath.Join(shared, "host-"+os.Getenv("DRAFTER_E2E_HOST"))
+	for _, name := range []string{"bin", "out/blueprint", "redis-image", "debian", "databases-image"} {
+		from, to := filepath.Join(shared, name), filepath.Join(work, name)
+		if _, err := os.Stat(from); errors.Is(err, os.ErrNotExist) {
+			continue // without 'make soak'
+		}
+		if err := os.MkdirAll(to, 0o755); err != nil {
+			return err
+		}
+		if err := unix.Mount(from, to, "", unix.MS_BIND, ""); err != nil {
+			return fmt.Errorf("share %s: %w", name, err)
+		}
+	}
+	return nil
 }
 
 // soak is how many rounds a test has that finds more the longer it runs: normal ones, or long ones with 'make soak', or few with -short.

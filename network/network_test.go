@@ -31,13 +31,13 @@ func TestMain(m *testing.M) {
 	if os.Geteuid() != 0 {
 		fmt.Println("SKIPPED: most network tests need root")
 	} else if !testhost.Inside() {
-		code, err := testhost.Enter()
+		code, err := testhost.Enter(os.Stdout, nil)
 		if err != nil {
 			fmt.Println(err)
 			code = 1
 		}
 		os.Exit(code)
-	} else if err := testhost.SetUp(); err != nil {
+	} else if err := testhost.SetUp(""); err != nil {
 		fmt.Println("set up test host:", err)
 		os.Exit(1)
 	}

@@ -90,7 +90,7 @@ func runOutside() (code int, err error) {
 	if err := stockKernel(); err != nil {
 		return 0, err
 	}
-	return testhost.Enter("DRAFTER_E2E="+work, "PATH="+filepath.Join(work, "bin")+":"+os.Getenv("PATH"), "GORACE=atexit_sleep_ms=0")
+	return testhost.Enter(os.Stdout, nil, "DRAFTER_E2E="+work, "PATH="+filepath.Join(work, "bin")+":"+os.Getenv("PATH"), "GORACE=atexit_sleep_ms=0")
 }
 
 // stockKernel makes a blueprint with Debian's kernel, or takes the one in the directory that DRAFTER_BLUEPRINT names.
@@ -113,7 +113,7 @@ func stockKernel() error {
 }
 
 func runInside(m *testing.M) (code int, err error) {
-	if err := testhost.SetUp(); err != nil {
+	if err := testhost.SetUp(work); err != nil {
 		return 0, fmt.Errorf("set up test host: %w", err)
 	}
 	d := tour.Drafter{Bin: "drafter", Dir: work, Logs: work}

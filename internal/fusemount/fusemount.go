@@ -3,14 +3,15 @@
 package fusemount
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -22,64 +23,29 @@ type Mount struct {
 
 // Below returns the FUSE mounts at dir and below it, the ones mounted last first.
 func Below(dir string) ([]Mount, error) {
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
+	if err != nil {
+		return nil, fmt.Errorf("find mounts: %w", err)
+	}
 	var found []Mount
-	err := below(dir, func(path, device, kind string) error {
-		if kind != "fuse" && !strings.HasPrefix(kind, "fuse.") {
-			return nil
+	for _, m := range slices.Backward(mounts) {
+		if m.FSType == "fuse" || strings.HasPrefix(m.FSType, "fuse.") {
+			found = append(found, Mount{m.Mountpoint, uint32(m.Minor)}) // 20 bits
 		}
-		_, minor, _ := strings.Cut(device, ":")
-		n, err := strconv.ParseUint(minor, 10, 32)
-		if err != nil {
-			return fmt.Errorf("find mounts: device number %q", device)
-		}
-		found = append([]Mount{{path, uint32(n)}}, found...)
-		return nil
-	})
-	return found, err
+	}
+	return found, nil
 }
 
 // AllBelow returns where anything is mounted at dir and below it.
 func AllBelow(dir string) (paths []string, err error) {
-	err = below(dir, func(path, _, _ string) error {
-		paths = append(paths, path)
-		return nil
-	})
-	return paths, err
-}
-
-// below calls use with mount point, device number and file system of each mount at dir and below it.
-func below(dir string, use func(path, device, kind string) error) error {
-	f, err := os.Open("/proc/self/mountinfo")
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
 	if err != nil {
-		return fmt.Errorf("find mounts: %w", err)
+		return nil, fmt.Errorf("find mounts: %w", err)
 	}
-	defer f.Close()
-	lines := bufio.NewScanner(f)
-	for lines.Scan() {
-		// proc_pid_mountinfo(5): id parent major:minor root mountpoint options … - type source options
-		left, right, _ := strings.Cut(lines.Text(), " - ")
-		fields := strings.Fields(left)
-		if len(fields) < 5 {
-			continue
-		}
-		path := unescape(fields[4])
-		if path != dir && !strings.HasPrefix(path, dir+"/") {
-			continue
-		}
-		kind, _, _ := strings.Cut(right, " ")
-		if err := use(path, fields[2], kind); err != nil {
-			return err
-		}
+	for _, m := range mounts {
+		paths = append(paths, m.Mountpoint)
 	}
-	return lines.Err()
-}
-
-// unescape undoes the octal escapes of mountinfo.
-func unescape(s string) string {
-	for _, e := range []struct{ code, char string }{{`\040`, " "}, {`\011`, "\t"}, {`\012`, "\n"}, {`\134`, `\`}} {
-		s = strings.ReplaceAll(s, e.code, e.char)
-	}
-	return s
+	return paths, nil
 }
 
 // Abort ends the connection: every request that waits and every later one fails.

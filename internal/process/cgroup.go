@@ -1,7 +1,6 @@
 package process
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -13,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -261,33 +261,23 @@ func lists(path, word string) bool {
 	return err == nil && slices.Contains(strings.Fields(string(b)), word)
 }
 
-// findHierarchies finds the trees from proc_pid_mountinfo(5).
+// findHierarchies finds the trees of a version that are mounted.
 func findHierarchies(version int) ([]hierarchy, error) {
-	f, err := os.Open("/proc/self/mountinfo")
+	mounts, err := mountinfo.GetMounts(nil)
 	if err != nil {
 		return nil, fmt.Errorf("find cgroups: %w", err)
 	}
-	defer f.Close()
 	var found []hierarchy
-	scanner := bufio.NewScanner(f)
-	for scanner.Scan() {
-		before, after, _ := strings.Cut(scanner.Text(), " - ")
-		left, right := strings.Fields(before), strings.Fields(after)
-		if len(left) < 5 || len(right) < 3 {
-			continue
+	for _, m := range mounts {
+		if version == 2 && m.FSType == "cgroup2" {
+			return []hierarchy{{mount: m.Mountpoint}}, nil
 		}
-		mount, kind, options := left[4], right[0], strings.Split(right[2], ",")
-		if version == 2 && kind == "cgroup2" {
-			return []hierarchy{{mount: mount}}, nil
-		}
+		options := strings.Split(m.VFSOptions, ",")
 		wanted := slices.ContainsFunc(options, func(o string) bool { return slices.Contains(v1Controllers, o) })
-		known := slices.ContainsFunc(found, func(h hierarchy) bool { return h.mount == mount })
-		if version == 1 && kind == "cgroup" && wanted && !known {
-			found = append(found, hierarchy{mount, options})
+		known := slices.ContainsFunc(found, func(h hierarchy) bool { return h.mount == m.Mountpoint })
+		if version == 1 && m.FSType == "cgroup" && wanted && !known {
+			found = append(found, hierarchy{m.Mountpoint, options})
 		}
-	}
-	if err := scanner.Err(); err != nil {
-		return nil, fmt.Errorf("find cgroups: %w", err)
 	}
 	if len(found) == 0 {
 		return nil, fmt.Errorf("cgroup version %d is not mounted on this host; pass --cgroup-version %d", version, 3-version)
