@@ -486,6 +486,24 @@ func TestFields(t *testing.T) {
 	}
 }
 
+// An entrypoint that was taken away leaves the command.
+func TestEmptyEntrypoint(t *testing.T) {
+	for name, c := range map[string]struct {
+		config v1.Config
+		want   string
+	}{
+		"taken away":    {v1.Config{Entrypoint: []string{""}, Cmd: []string{"a", ""}}, `["a" ""]`},
+		"none":          {v1.Config{Entrypoint: []string{}, Cmd: []string{"a"}}, `["a"]`},
+		"nothing":       {v1.Config{Entrypoint: []string{""}}, "[]"},
+		"empty command": {v1.Config{Cmd: []string{""}}, "[]"},
+		"an argument":   {v1.Config{Entrypoint: []string{"a", ""}, Cmd: []string{"b"}}, `["a" "" "b"]`},
+	} {
+		if args, err := command(c.config); fmt.Sprintf("%q", args) != c.want || (err == nil) != (c.want != "[]") {
+			t.Errorf("%s: %q, %v", name, args, err)
+		}
+	}
+}
+
 // An image without a command is refused before anything is made, and the remedy works.
 func TestCommand(t *testing.T) {
 	needRoot(t)

@@ -514,9 +514,14 @@ const hostname = "drafter"
 // runtimeAnnotations begin what crun takes orders from. The labels of an image give none.
 const runtimeAnnotations = "run.oci."
 
-// command is what a container runs: the entrypoint, and behind it the command.
+// command is what a container runs: the entrypoint, and behind it the command. An entrypoint of one
+// empty string is none, as in Docker (ENTRYPOINT [""] takes that of the image below away).
 func command(c v1.Config) ([]string, error) {
-	args := append(slices.Clone(c.Entrypoint), c.Cmd...)
+	args := slices.Clone(c.Entrypoint)
+	if len(args) == 1 && args[0] == "" {
+		args = nil
+	}
+	args = append(args, c.Cmd...)
 	if len(args) == 0 || args[0] == "" {
 		return nil, errors.New("the image has neither an entrypoint nor a command; name one with --command, such as --command '[\"/bin/server\",\"--port\",\"80\"]'")
 	}
