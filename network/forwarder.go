@@ -96,7 +96,7 @@ func StartForwarder(c ForwarderConfig) (_ *Forwarder, err error) {
 	}()
 	list, err := json.Marshal(c.PortForwards)
 	if err == nil {
-		err = os.WriteFile(f.listPath(), list, 0o600)
+		err = replaceFile(f.listPath(), list)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("note forwards: %w", err)

@@ -5,11 +5,13 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 )
 
 // inNamespace runs f on a thread of its own inside a namespace. The thread ends afterwards, so nothing of it leaks to other goroutines.
@@ -46,9 +48,13 @@ func createNamespace(name string) error {
 	done := make(chan error)
 	go func() {
 		runtime.LockOSThread() // never unlocked: the thread is in the new namespace now
-		ns, err := netns.NewNamed(name)
+		ns, err := netns.New()
 		if err == nil {
-			err = errors.Join(markNamespace(), ns.Close())
+			// Marked first: what has a name and no mark is somebody's.
+			if err = markNamespace(); err == nil {
+				err = nameNamespace(name)
+			}
+			err = errors.Join(err, ns.Close())
 		}
 		done <- err
 	}()
@@ -58,8 +64,25 @@ func createNamespace(name string) error {
 	return nil
 }
 
-// namespaceMark is what the loopback interface of a namespace is called besides (an alias of ip-link(8)) that was made here. A record of its name proves nothing
-// once somebody has made another one of that name.
+// nameNamespace names the calling thread's namespace, as 'ip netns add' does.
+func nameNamespace(name string) error {
+	path := filepath.Join(netnsDir, name)
+	f, err := os.OpenFile(path, os.O_RDONLY|os.O_CREATE|os.O_EXCL, 0o444)
+	if err != nil {
+		return err
+	}
+	if err := f.Close(); err != nil {
+		return err
+	}
+	if err := unix.Mount(fmt.Sprintf("/proc/self/task/%d/ns/net", unix.Gettid()), path, "none", unix.MS_BIND, ""); err != nil {
+		return errors.Join(fmt.Errorf("mount %s: %w", path, err), os.Remove(path))
+	}
+	return nil
+}
+
+// namespaceMark is what the loopback interface of a namespace that was made here, and the host's
+// end of its link, are called besides (an alias of ip-link(8)). A record of a name proves nothing
+// once somebody has made something else of that name.
 const namespaceMark = "drafter-nat"
 
 // markNamespace marks the calling thread's namespace.
@@ -71,14 +94,36 @@ func markNamespace() error {
 	return netlink.LinkSetAlias(lo, namespaceMark)
 }
 
-// madeHere tells whether a namespace was made here, or has nothing in it yet.
+// madeHere tells whether a namespace was made here.
 func madeHere(name string) (ours bool, err error) {
 	err = inNamespace(name, func() error {
 		links, err := netlink.LinkList()
-		ours = len(links) <= 1 || slices.ContainsFunc(links, func(l netlink.Link) bool { return l.Attrs().Alias == namespaceMark })
+		ours = slices.ContainsFunc(links, func(l netlink.Link) bool { return l.Attrs().Alias == namespaceMark })
 		return err
 	})
 	return ours, err
+}
+
+// hostVeth returns the host's end of a namespace's link, or nil if there is none, and whether it was
+// made here: it is marked, or, of an older release, leads into the namespace.
+func hostVeth(name string) (link netlink.Link, ours bool, err error) {
+	link, err = netlink.LinkByName(hostVethName(name))
+	if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
+		return nil, false, nil
+	}
+	if err != nil || link.Attrs().Alias == namespaceMark {
+		return link, err == nil, err
+	}
+	if _, isVeth := link.(*netlink.Veth); !isVeth {
+		return link, false, nil
+	}
+	ns, err := netns.GetFromName(name)
+	if err != nil {
+		return link, false, nil
+	}
+	defer ns.Close()
+	id, err := netlink.GetNetNsIdByFd(int(ns))
+	return link, err == nil && id >= 0 && id == link.Attrs().NetNsID, err
 }
 
 // deleteNamespace removes a named namespace; one that does not exist is no error.

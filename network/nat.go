@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"drafter/internal/lockfile"
+	"drafter/internal/newfile"
 	"drafter/internal/rundir"
 )
 
@@ -177,6 +178,10 @@ func (n *NAT) recordPath() string {
 	return filepath.Join(rundir.Path, "nat-"+n.config.NamespacePrefix+".json")
 }
 func hostVethName(name string) string { return name + "-veth" }
+
+func errSomebodysLink(name string) error {
+	return fmt.Errorf("interface %s exists and is not ours; remove it, or choose another --namespace-prefix", hostVethName(name))
+}
 
 // namespaceVeth is the name of a namespace's end of its link with the host.
 const namespaceVeth = "veth0"
@@ -370,6 +375,18 @@ func (n *NAT) check(kept []string) error {
 			if _, err := os.Stat(filepath.Join(netnsDir, name)); err == nil {
 				return fmt.Errorf("network namespace %q exists and is not ours; remove it, or choose another --namespace-prefix", name)
 			}
+			if link, _, err := hostVeth(name); err != nil {
+				return err
+			} else if link != nil {
+				return errSomebodysLink(name)
+			}
+		}
+	}
+	if _, err := os.Stat(n.recordPath()); errors.Is(err, os.ErrNotExist) {
+		if table, err := tableState(n.natTable()); err != nil {
+			return err
+		} else if len(table) > 0 {
+			return fmt.Errorf("nftables table ip %[1]s exists and is not ours; remove it ('nft delete table ip %[1]s'), or choose another --namespace-prefix", n.natTable())
 		}
 	}
 	for _, k := range kept {
@@ -554,15 +571,24 @@ func (n *NAT) connectionLimit() (int, error) {
 func (n *NAT) writeRecord() error {
 	b, err := json.Marshal(n.record)
 	if err == nil {
-		err = os.WriteFile(n.recordPath()+".new", b, 0o600)
-	}
-	if err == nil {
-		err = os.Rename(n.recordPath()+".new", n.recordPath())
+		err = replaceFile(n.recordPath(), b)
 	}
 	if err != nil {
 		return fmt.Errorf("record NAT: %w", err)
 	}
 	return nil
+}
+
+// replaceFile replaces a file in one step. What a link at its name leads to stays as it is.
+func replaceFile(path string, b []byte) error {
+	f, err := newfile.Create(path)
+	if err != nil {
+		return err
+	}
+	if _, err := f.Write(b); err != nil {
+		return errors.Join(err, f.Discard())
+	}
+	return f.Publish()
 }
 
 func (n *NAT) createNamespace(i int) error {
@@ -589,17 +615,19 @@ func (n *NAT) connect(i int) (err error) {
 		return err
 	}
 	defer ns.Close()
-	veth, err := netlink.LinkByName(hostVethName(name))
-	if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
+	veth, ours, err := hostVeth(name)
+	switch {
+	case err != nil:
+		return err
+	case veth == nil:
 		attrs := netlink.NewLinkAttrs()
-		attrs.Name = hostVethName(name)
+		attrs.Name, attrs.Alias = hostVethName(name), namespaceMark
 		veth = &netlink.Veth{LinkAttrs: attrs, PeerName: namespaceVeth, PeerNamespace: netlink.NsFd(ns)}
 		if err = netlink.LinkAdd(veth); err != nil {
 			return fmt.Errorf("create %s: %w", attrs.Name, err)
 		}
-	}
-	if err != nil {
-		return err
+	case !ours:
+		return errSomebodysLink(name)
 	}
 	if err := configureLink(veth, &net.IPNet{IP: l.hostSide(i), Mask: net.CIDRMask(30, 32)}); err != nil {
 		return err
@@ -770,7 +798,9 @@ func removeNamespace(name string) error {
 		}
 	}
 	// The link first: a VMM that still runs keeps the namespace alive, and with it the link and its addresses.
-	if link, err := netlink.LinkByName(hostVethName(name)); err == nil {
+	link, ours, err := hostVeth(name)
+	errs = append(errs, err)
+	if link != nil && ours {
 		// The kernel removes it, too, behind a namespace that is gone.
 		if err := netlink.LinkDel(link); err != nil && !errors.Is(err, unix.ENODEV) {
 			errs = append(errs, fmt.Errorf("remove %s: %w", hostVethName(name), err))

@@ -614,6 +614,58 @@ func TestSomebodysNamespace(t *testing.T) {
 	}
 }
 
+// What has a name of ours without being ours stays as it is: before a start, which says so, at the end
+// of a NAT, and after a kill.
+func TestSomebodysThings(t *testing.T) {
+	needRoot(t)
+	before := inventory(t)
+	const record = "/run/drafter/nat-ark.json"
+	run := func() {
+		t.Helper()
+		n, err := StartNAT(context.Background(), testConfig())
+		if err == nil {
+			err = n.Close()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, tt := range map[string]struct{ make, check, remove, want string }{
+		"namespace without anything": {"ip netns add ark1", "ip netns exec ark1 true", "ip netns del ark1", `"ark1" exists and is not ours`},
+		"bridge":                     {"ip link add ark1-veth type bridge", "ip -d link show ark1-veth | grep 'bridge forward'", "ip link del ark1-veth", "interface ark1-veth exists and is not ours"},
+		"link":                       {"ip link add ark1-veth type veth peer name theirs", "ip link show theirs", "ip link del theirs", "interface ark1-veth exists and is not ours"},
+		"table":                      {"nft 'add table ip drafter-nat-ark; add chain ip drafter-nat-ark theirs'", "nft list chain ip drafter-nat-ark theirs", "nft delete table ip drafter-nat-ark", "drafter-nat-ark exists and is not ours"},
+	} {
+		shell(t, tt.make)
+		if n, err := StartNAT(context.Background(), testConfig()); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: %v", name, err)
+			if err == nil {
+				n.Close()
+			}
+		}
+		shell(t, tt.check+"; "+tt.remove)
+		if name == "table" {
+			continue // its record says whose it is
+		}
+		killNAT(t)
+		if err := removeNamespace("ark1"); err != nil {
+			t.Fatal(err)
+		}
+		shell(t, tt.make)
+		if _, err := StartNAT(context.Background(), testConfig()); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s, after a kill: %v", name, err)
+		}
+		shell(t, tt.check+"; "+tt.remove)
+		run()
+	}
+	shell(t, "mkdir -p -m 700 /run/drafter; echo theirs > /run/precious; ln -s /run/precious "+record+".new")
+	run()
+	shell(t, "rm "+record+".new; grep -x theirs /run/precious; rm /run/precious; rmdir /run/drafter")
+	if after := inventory(t); after != before {
+		t.Errorf("left behind:\n%s\nbefore:\n%s", after, before)
+	}
+}
+
 func TestClaims(t *testing.T) {
 	needRoot(t)
 	n := startNAT(t, testConfig())
