@@ -667,6 +667,16 @@ func configureLink(link netlink.Link, addrs ...*net.IPNet) error {
 	if err := netlink.LinkSetUp(link); err != nil {
 		return fmt.Errorf("bring up %s: %w", link.Attrs().Name, err)
 	}
+	for _, a := range addrs {
+		// The kernel makes it with the address, but not again for one that is there.
+		network := &net.IPNet{IP: a.IP.Mask(a.Mask), Mask: a.Mask}
+		if bits, _ := a.Mask.Size(); bits == 32 {
+			continue
+		}
+		if err := netlink.RouteReplace(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: network, Src: a.IP, Scope: netlink.SCOPE_LINK, Protocol: unix.RTPROT_KERNEL}); err != nil {
+			return fmt.Errorf("set route to %s: %w", network, err)
+		}
+	}
 	return nil
 }
 
