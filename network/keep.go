@@ -6,7 +6,6 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 
@@ -95,7 +94,8 @@ func (n *NAT) keepHostRules() (done bool, err error) {
 // keepLink keeps a namespace and its link with the host.
 func (n *NAT) keepLink(i int) (done bool, err error) {
 	name := n.name(i)
-	if _, err := os.Stat(filepath.Join(netnsDir, name)); errors.Is(err, os.ErrNotExist) {
+	nameOnly, err := isNameOnly(name)
+	if nameOnly || errors.Is(err, os.ErrNotExist) {
 		claim, err := claimNamespace(name)
 		if err != nil {
 			return false, fmt.Errorf("somebody has removed network namespace %s under its VM, which is cut off until it is resumed: %w", name, err)
@@ -103,16 +103,20 @@ func (n *NAT) keepLink(i int) (done bool, err error) {
 		err = errors.Join(removeNamespace(name), n.createNamespace(i), claim.Release())
 		return true, errors.Join(err, n.guard(i))
 	}
-	if connected, err := n.connected(i); err != nil || connected {
-		return false, err
+	connected, err := n.connected(i)
+	if connected {
+		return false, nil
 	}
-	if ours, err := madeHere(name); err != nil || !ours {
-		return false, errors.Join(err, fmt.Errorf("somebody has made network namespace %s anew; it stays", name))
+	if ours, merr := madeHere(name); merr != nil || !ours {
+		return false, errors.Join(merr, fmt.Errorf("somebody has made network namespace %s anew; it stays", name))
+	}
+	if err != nil {
+		return false, err
 	}
 	if err := n.connect(i); err != nil {
 		return false, err
 	}
-	connected, err := n.connected(i)
+	connected, err = n.connected(i)
 	if err == nil && !connected {
 		err = fmt.Errorf("packets for it take another way: see 'ip route get %s'", n.layout.namespaceIP(i))
 	}
@@ -146,6 +150,20 @@ func (n *NAT) keepNamespaceRules(i int) (done bool, err error) {
 	})
 }
 
+// tapKept tells whether the tap, if there is one, is as it was made. Who removes it from under a VM
+// leaves nothing to put back; the next VM gets another.
+func (c NATConfig) tapKept(l *layout) (bool, error) {
+	tap, err := netlink.LinkByName(c.NamespaceInterface)
+	if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
+		return true, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	routes, err := netlink.RouteList(tap, netlink.FAMILY_V4)
+	return tap.Attrs().Flags&net.FlagUp != 0 && len(routes) > 0, err
+}
+
 // connected tells whether packets go from the host to a namespace and from there to the host, and
 // corrects the kernel parameters of that way.
 func (n *NAT) connected(i int) (bool, error) {
@@ -167,6 +185,11 @@ func (n *NAT) connected(i int) (bool, error) {
 		}
 	}
 	err := inNamespace(n.name(i), func() error {
+		kept, err := n.config.tapKept(l)
+		if err != nil {
+			return err
+		}
+		whole = whole && kept
 		out, err := netlink.RouteGet(publicAddresses[0])
 		whole = whole && err == nil && len(out) > 0 && out[0].Gw.Equal(l.hostSide(i))
 		own, err := netlink.RouteGet(l.namespaceIP(i))

@@ -94,14 +94,34 @@ func markNamespace() error {
 	return netlink.LinkSetAlias(lo, namespaceMark)
 }
 
-// madeHere tells whether a namespace was made here.
+// madeHere tells whether a namespace was made here, or is a name without one.
 func madeHere(name string) (ours bool, err error) {
+	if nameOnly, err := isNameOnly(name); err != nil || nameOnly {
+		return nameOnly, err
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(filepath.Join(netnsDir, name), &st); err != nil || st.Type != unix.NSFS_MAGIC {
+		return false, err
+	}
 	err = inNamespace(name, func() error {
 		links, err := netlink.LinkList()
 		ours = slices.ContainsFunc(links, func(l netlink.Link) bool { return l.Attrs().Alias == namespaceMark })
 		return err
 	})
 	return ours, err
+}
+
+// isNameOnly tells whether nothing but the empty file is there on which a namespace was mounted: it
+// was unmounted by somebody, or not yet mounted by somebody who was killed.
+func isNameOnly(name string) (bool, error) {
+	path := filepath.Join(netnsDir, name)
+	info, err := os.Lstat(path)
+	if err != nil || !info.Mode().IsRegular() || info.Size() > 0 {
+		return false, err
+	}
+	var st unix.Statfs_t
+	err = unix.Statfs(path, &st)
+	return err == nil && st.Type != unix.NSFS_MAGIC, err
 }
 
 // hostVeth returns the host's end of a namespace's link, or nil if there is none, and whether it was
@@ -128,7 +148,13 @@ func hostVeth(name string) (link netlink.Link, ours bool, err error) {
 
 // deleteNamespace removes a named namespace; one that does not exist is no error.
 func deleteNamespace(name string) error {
-	if err := netns.DeleteNamed(name); err != nil && !errors.Is(err, os.ErrNotExist) {
+	nameOnly, err := isNameOnly(name)
+	if err == nil && nameOnly {
+		err = os.Remove(filepath.Join(netnsDir, name))
+	} else if err == nil {
+		err = netns.DeleteNamed(name)
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("remove network namespace %q: %w", name, err)
 	}
 	return unshareNamespaces()

@@ -371,15 +371,20 @@ func (c NATConfig) permissions() string {
 // check refuses to start where the names or addresses belong to somebody else.
 func (n *NAT) check(kept []string) error {
 	for i := range n.layout.count {
-		if name := n.name(i); !slices.Contains(kept, name) {
-			if _, err := os.Stat(filepath.Join(netnsDir, name)); err == nil {
-				return fmt.Errorf("network namespace %q exists and is not ours; remove it, or choose another --namespace-prefix", name)
+		name := n.name(i)
+		if slices.Contains(kept, name) {
+			if ours, err := madeHere(name); err == nil && !ours {
+				return fmt.Errorf("network namespace %q was made anew by somebody, and is not ours; remove it, or choose another --namespace-prefix", name)
 			}
-			if link, _, err := hostVeth(name); err != nil {
-				return err
-			} else if link != nil {
-				return errSomebodysLink(name)
-			}
+			continue
+		}
+		if _, err := os.Lstat(filepath.Join(netnsDir, name)); err == nil {
+			return fmt.Errorf("network namespace %q exists and is not ours; remove it, or choose another --namespace-prefix", name)
+		}
+		if link, _, err := hostVeth(name); err != nil {
+			return err
+		} else if link != nil {
+			return errSomebodysLink(name)
 		}
 	}
 	if _, err := os.Stat(n.recordPath()); errors.Is(err, os.ErrNotExist) {
@@ -698,6 +703,9 @@ func (n *NAT) configureNamespace(i int) error {
 		configureLink(lo),
 		configureLink(veth, &net.IPNet{IP: l.namespaceSide(i), Mask: net.CIDRMask(30, 32)}, host(l.namespaceIP(i))),
 	)
+	if tap, missing := netlink.LinkByName(n.config.NamespaceInterface); missing == nil {
+		err = errors.Join(err, configureLink(tap, &net.IPNet{IP: l.gateway, Mask: l.mask}))
+	}
 	if err != nil {
 		return err
 	}

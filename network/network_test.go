@@ -632,6 +632,10 @@ func TestSomebodysThings(t *testing.T) {
 	}
 	for name, tt := range map[string]struct{ make, check, remove, want string }{
 		"namespace without anything": {"ip netns add ark1", "ip netns exec ark1 true", "ip netns del ark1", `"ark1" exists and is not ours`},
+		"file":                       {"mkdir -p /run/netns; echo theirs > /run/netns/ark1", "grep -q theirs /run/netns/ark1", "rm /run/netns/ark1; rmdir /run/netns 2>/dev/null || true", `"ark1" exists and is not ours`},
+		"directory":                  {"mkdir -p /run/netns/ark1", "test -d /run/netns/ark1", "rmdir /run/netns/ark1; rmdir /run/netns 2>/dev/null || true", `"ark1" exists and is not ours`},
+		"link to nothing":            {"mkdir -p /run/netns; ln -s /nowhere /run/netns/ark1", "test -L /run/netns/ark1", "rm /run/netns/ark1; rmdir /run/netns 2>/dev/null || true", `"ark1" exists and is not ours`},
+		"FIFO":                       {"mkdir -p /run/netns; mkfifo /run/netns/ark1", "test -p /run/netns/ark1", "rm /run/netns/ark1; rmdir /run/netns 2>/dev/null || true", `"ark1" exists and is not ours`},
 		"bridge":                     {"ip link add ark1-veth type bridge", "ip -d link show ark1-veth | grep 'bridge forward'", "ip link del ark1-veth", "interface ark1-veth exists and is not ours"},
 		"link":                       {"ip link add ark1-veth type veth peer name theirs", "ip link show theirs", "ip link del theirs", "interface ark1-veth exists and is not ours"},
 		"table":                      {"nft 'add table ip drafter-nat-ark; add chain ip drafter-nat-ark theirs'", "nft list chain ip drafter-nat-ark theirs", "nft delete table ip drafter-nat-ark", "drafter-nat-ark exists and is not ours"},

@@ -158,9 +158,12 @@ func TestPutBack(t *testing.T) {
 		{"the namespace's rules", "ip netns exec ark0 nft flush ruleset", "nftables table ip drafter in ark0"},
 		{"the namespace's routes", "ip -n ark0 route del default", "link ark0-veth"},
 		{"the namespace's routes", "ip -n ark0 route flush dev veth0", "link ark0-veth"},
+		{"all routes of the namespace", "ip -n ark0 route flush table main", "link ark0-veth"},
+		{"a tap that is down", "ip -n ark0 link set tap0 down", "link ark0-veth"},
 		{"the namespace's addresses", "ip -n ark0 addr flush dev veth0", "link ark0-veth"},
 		{"the namespace's forwarding", "ip netns exec ark0 sysctl -qw net.ipv4.ip_forward=0", "link ark0-veth"},
 		{"a namespace that nobody uses", "ip netns del ark1", "link ark1-veth"},
+		{"a name without its namespace", "umount /run/netns/ark1", "link ark1-veth"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			shell(t, tt.command)
