@@ -414,6 +414,9 @@ func TestWhiteouts(t *testing.T) {
 		"file, before":    {[]entry{file(".wh.file", ""), file("file", "new")}, map[string]string{"file": "new"}, nil},
 		"file, behind":    {[]entry{file("file", "new"), file(".wh.file", "")}, map[string]string{"file": "new"}, nil},
 		"opaque, behind":  {[]entry{directory("dir"), file("dir/new", "new"), file("dir/.wh..wh..opq", "")}, map[string]string{"dir/new": "new"}, []string{"dir/old", "dir/sub"}},
+		"implied, behind": {[]entry{file("dir/new", "new"), file("dir/sub/new", "new"), file(".wh.dir", "")}, map[string]string{"dir/new": "new", "dir/sub/new": "new"}, []string{"dir/old", "dir/sub/old"}},
+		"implied, opaque": {[]entry{file("dir/sub/new", "new"), file("dir/.wh..wh..opq", "")}, map[string]string{"dir/sub/new": "new"}, []string{"dir/old", "dir/sub/old"}},
+		"implied, all":    {[]entry{file("dir/sub/new", "new"), file(".wh..wh..opq", "")}, map[string]string{"dir/sub/new": "new"}, []string{"dir/old", "dir/sub/old", "file"}},
 		"of nothing":      {[]entry{file("dir/.wh.absent", ""), file("absent/.wh.absent", "")}, map[string]string{"dir/old": "old"}, nil},
 		"link downwards":  {[]entry{{tar.Header{Typeflag: tar.TypeLink, Name: "again", Linkname: "linked"}, ""}, {tar.Header{Typeflag: tar.TypeLink, Name: "dir/too", Linkname: "/linked"}, ""}}, map[string]string{"again": "content", "dir/too": "content", "linked": "content"}, nil},
 		"dir for symlink": {[]entry{file(".wh.dir", ""), symlink("dir", "elsewhere")}, nil, []string{"dir/old"}},
@@ -431,6 +434,18 @@ func TestWhiteouts(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A whiteout that names nothing would remove the directory that it is in.
+func TestWhiteoutOfNoFile(t *testing.T) {
+	needRoot(t)
+	for _, name := range []string{"dir/.wh.", "dir/.wh..", "dir/.wh...", ".wh."} {
+		image := imageOf(t, runTrue, layerOf(t, directory("dir"), file("dir/old", "old")), layerOf(t, file(name, "")))
+		err := UnpackOCI(t.Context(), image, filepath.Join(t.TempDir(), "bundle"), Limits{}, nil)
+		if err == nil || !strings.Contains(err.Error(), "removes no file") {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
 

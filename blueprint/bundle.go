@@ -252,7 +252,7 @@ const maxPath = 4096
 // size, however short the archive: so what unpacks sees no header but those written here.
 func (l *Limits) check(ctx context.Context, w io.Writer, r *tar.Reader) error {
 	out := tar.NewWriter(w)
-	made := map[string]bool{} // names in this layer, with a slash in front; whether they are directories
+	made := layerNames{dirs: map[string]bool{}, implied: map[string]bool{}}
 	for {
 		h, err := r.Next()
 		if errors.Is(err, io.EOF) {
@@ -280,7 +280,17 @@ func (l *Limits) check(ctx context.Context, w io.Writer, r *tar.Reader) error {
 			return errors.New("the image unpacks to more bytes than are allowed; see --max-unpacked")
 		}
 		l.Bytes -= h.Size
-		if !whiteoutBelow(h, made) {
+		dirs, needed, err := made.whiteoutBelow(h)
+		if err != nil {
+			return err
+		}
+		for _, dir := range dirs {
+			h := &tar.Header{Typeflag: tar.TypeDir, Name: dir, Mode: 0o755, Format: tar.FormatPAX}
+			if err := out.WriteHeader(h); err != nil {
+				return fmt.Errorf("%.64q: %w", dir, err)
+			}
+		}
+		if !needed {
 			continue
 		}
 		h.Format = tar.FormatPAX
@@ -296,22 +306,56 @@ func (l *Limits) check(ctx context.Context, w io.Writer, r *tar.Reader) error {
 	}
 }
 
+// layerNames are the names that a layer has brought so far, with a slash in front.
+type layerNames struct {
+	dirs    map[string]bool // whether each is a directory
+	implied map[string]bool // directories that names need, but that have no entry of their own
+}
+
+func (l *layerNames) add(name string, isDir bool) {
+	l.dirs[name] = isDir
+	delete(l.implied, name)
+	for dir := path.Dir(name); dir != "/"; dir = path.Dir(dir) {
+		if _, again := l.dirs[dir]; again {
+			return
+		}
+		l.dirs[dir], l.implied[dir] = true, true
+	}
+}
+
 // whiteoutBelow makes a whiteout one of what is in the layers below, and of nothing that its own
 // layer has brought before it (layer.md of the OCI image specification); who unpacks it would
-// remove both. It tells whether the entry is needed.
-func whiteoutBelow(h *tar.Header, made map[string]bool) bool {
+// remove both. It tells whether the entry is needed, and which directories need one before it, so
+// that they count as the layer's own.
+func (l *layerNames) whiteoutBelow(h *tar.Header) (dirs []string, needed bool, err error) {
 	name := path.Clean("/" + h.Name)
 	dir, base := path.Split(name)
 	removed, isWhiteout := strings.CutPrefix(base, archive.WhiteoutPrefix)
-	if !isWhiteout || strings.HasPrefix(base, archive.WhiteoutMetaPrefix) {
-		made[name] = h.Typeflag == tar.TypeDir
-		return true
+	isOpaque := base == archive.WhiteoutOpaqueDir
+	if !isOpaque && (!isWhiteout || strings.HasPrefix(base, archive.WhiteoutMetaPrefix)) {
+		l.add(name, h.Typeflag == tar.TypeDir)
+		return nil, true, nil
 	}
-	isDir, again := made[dir+removed]
-	if again && isDir {
-		h.Name = strings.TrimPrefix(path.Join(dir, removed, archive.WhiteoutOpaqueDir), "/")
+	gone := path.Clean(dir)
+	if !isOpaque {
+		if removed == "" || removed == "." || removed == ".." {
+			return nil, false, fmt.Errorf("%.64q removes no file", h.Name)
+		}
+		gone = path.Join(dir, removed)
+		isDir, again := l.dirs[gone]
+		if !again || !isDir {
+			return nil, !again, nil
+		}
+		h.Name = path.Join(gone, archive.WhiteoutOpaqueDir)[1:]
 	}
-	return !again || isDir
+	for dir := range l.implied {
+		if dir == gone && !isOpaque || strings.HasPrefix(dir, strings.TrimSuffix(gone, "/")+"/") {
+			dirs = append(dirs, dir[1:])
+			delete(l.implied, dir)
+		}
+	}
+	slices.Sort(dirs)
+	return dirs, true, nil
 }
 
 // boundedReader fails behind so many bytes.
