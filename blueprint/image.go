@@ -50,6 +50,13 @@ func OpenImage(ctx context.Context, c ImageConfig) (v1.Image, error) {
 	if have := config.Platform(); have != nil && have.Architecture != "" && suits(*have, platform) == 0 {
 		return nil, fmt.Errorf("image %s is for %s, not for %s; name another image, or choose with --platform", c.Ref, have, platform)
 	}
+	m, err := image.Manifest()
+	if err != nil {
+		return nil, fmt.Errorf("image %s: read manifest: %w", c.Ref, err)
+	}
+	if err := checkLayers(m); err != nil {
+		return nil, fmt.Errorf("image %s: %w", c.Ref, err)
+	}
 	return image, nil
 }
 
@@ -207,6 +214,7 @@ func choose(list []found, tag string, want v1.Platform) (v1.Image, error) {
 	var known, have []string
 	var best []found
 	level := 0
+	var unusable error // why what was meant is none of them
 	for _, f := range list {
 		known = append(known, f.known())
 		if tag != "" && !f.named(tag) {
@@ -216,10 +224,20 @@ func choose(list []found, tag string, want v1.Platform) (v1.Image, error) {
 		if p == nil {
 			image, err := f.open()
 			if errors.Is(err, fs.ErrNotExist) {
-				continue // of a platform that was not stored
+				unusable = err // of a platform that was not stored
+				continue
 			}
 			if err != nil {
 				return nil, err
+			}
+			m, err := image.Manifest()
+			if err != nil {
+				return nil, fmt.Errorf("read manifest: %w", err)
+			}
+			if kind := artifactType(m); kind != "" {
+				unusable = fmt.Errorf("it holds no image, but an artifact (%s)", kind)
+				known = known[:len(known)-1]
+				continue
 			}
 			config, err := checkConfig(image)
 			if err != nil {
@@ -241,10 +259,41 @@ func choose(list []found, tag string, want v1.Platform) (v1.Image, error) {
 		return nil, fmt.Errorf("it holds several images; name one behind a colon: %s", strings.Join(known, ", "))
 	case len(have) > 0:
 		return nil, fmt.Errorf("it is not there for %s, only for %s; choose with --platform", want, strings.Join(have, ", "))
+	case unusable != nil:
+		return nil, unusable
 	case tag != "":
 		return nil, fmt.Errorf("it has no tag %q; it has: %s", tag, strings.Join(known, ", "))
 	}
 	return nil, errors.New("it holds no image")
+}
+
+// artifactType is of what kind an artifact is that has an image's manifest: a signature, a bill of
+// materials, a chart. It is "" for an image.
+func artifactType(m *v1.Manifest) string {
+	config := string(m.Config.MediaType)
+	if m.ArtifactType != "" && !m.Config.MediaType.IsConfig() {
+		return m.ArtifactType
+	}
+	// Docker's first images have configs of no kind.
+	if config != "" && config != "application/octet-stream" && !strings.Contains(config, "image") {
+		return config
+	}
+	for _, l := range m.Layers {
+		if !strings.Contains(string(l.MediaType), "tar") && l.MediaType != "" {
+			return string(l.MediaType)
+		}
+	}
+	return ""
+}
+
+// checkLayers refuses layers that cannot be unpacked.
+func checkLayers(m *v1.Manifest) error {
+	for n, l := range m.Layers {
+		if strings.HasSuffix(string(l.MediaType), "+encrypted") {
+			return fmt.Errorf("its layer %d of %d is encrypted; decrypt it with 'skopeo copy --decryption-key'", n+1, len(m.Layers))
+		}
+	}
+	return nil
 }
 
 // known is what an image is called in a list.
