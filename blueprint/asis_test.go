@@ -497,7 +497,8 @@ func TestFields(t *testing.T) {
 	needRoot(t)
 	root := unpack(t, imageOf(t, runTrue, layerOf(t,
 		symlink("data", "/nowhere/deep"), symlink("hop", "data"), symlink("relative", "../up/made"), file("plain", "x"), symlink("loop", "loop"),
-		directory("sbin"), directory("lib"), directory("lib/systemd"), file("lib/systemd/systemd", ""), symlink("sbin/init", "/lib/systemd/systemd"))))
+		directory("sbin"), directory("lib"), directory("lib/systemd"), file("lib/systemd/systemd", ""), symlink("sbin/init", "/lib/systemd/systemd"),
+		directory("other"), file("other/init", "x"))))
 	spec, err := runtimeSpec(&v1.ConfigFile{Config: v1.Config{
 		Cmd: []string{"x"}, WorkingDir: "relative/is/made", StopSignal: "sigrtmin+3",
 		Env:          []string{"A=1", "NOVALUE", "A=2", "HOME", "=odd", "EMPTY=", "PATH=/p=q"},
@@ -530,6 +531,23 @@ func TestFields(t *testing.T) {
 	for _, file := range []string{"/etc/hosts", "/etc/hostname", "/etc/resolv.conf"} {
 		if !strings.Contains(fmt.Sprint(spec.Mounts), file) {
 			t.Errorf("%s is not mounted", file)
+		}
+	}
+	for _, config := range []v1.Config{
+		{Cmd: []string{"init"}},
+		{Cmd: []string{"init"}, Env: []string{"PATH=/bin:/sbin"}},
+		{Entrypoint: []string{"/entrypoint", "-x"}, Cmd: []string{"/sbin/init"}},
+	} {
+		if _, err := runtimeSpec(&v1.ConfigFile{Config: config}, root); err == nil || !strings.Contains(err.Error(), "starts systemd") {
+			t.Errorf("%v: %v", config, err)
+		}
+	}
+	for _, config := range []v1.Config{
+		{Cmd: []string{"init"}, Env: []string{"PATH=/other:/sbin"}},
+		{Cmd: []string{"/bin/ls", "/lib/systemd", "lib/systemd/systemd"}},
+	} {
+		if _, err := runtimeSpec(&v1.ConfigFile{Config: config}, root); err != nil {
+			t.Errorf("%v: %v", config, err)
 		}
 	}
 	for text, config := range map[string]v1.Config{

@@ -459,10 +459,11 @@ func runtimeSpec(config *v1.ConfigFile, rootfs string) (*specs.Spec, error) {
 	if err != nil {
 		return nil, err
 	}
-	if systemd, err := root.leadsTo(args[0], "/systemd"); err != nil {
+	env := environment(c.Env, home)
+	if systemd, err := startsSystemd(root, args, env); err != nil {
 		return nil, err
-	} else if systemd {
-		return nil, fmt.Errorf("the image starts systemd (%s), which is for a machine of its own and does not run in a container; name the service to run with --command", args[0])
+	} else if systemd != "" {
+		return nil, fmt.Errorf("the image starts systemd (%s), which is for a machine of its own and does not run in a container; name the service to run with --command", systemd)
 	}
 	for volume := range c.Volumes {
 		err := root.mkdirAll(volume)
@@ -522,7 +523,7 @@ func runtimeSpec(config *v1.ConfigFile, rootfs string) (*specs.Spec, error) {
 		Process: &specs.Process{
 			User:            who,
 			Args:            args,
-			Env:             environment(c.Env, home),
+			Env:             env,
 			Cwd:             dir,
 			Capabilities:    capabilities,
 			Rlimits:         []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Hard: 1 << 20, Soft: 1 << 16}},
@@ -570,6 +571,40 @@ func command(c v1.Config) ([]string, error) {
 		return nil, errors.New("the image has neither an entrypoint nor a command; name one with --command, such as --command '[\"/bin/server\",\"--port\",\"80\"]'")
 	}
 	return args, nil
+}
+
+// startsSystemd returns the argument that is systemd: the program, wherever it is found, or what an
+// entrypoint of the image's runs.
+func startsSystemd(root *rootDir, args, env []string) (string, error) {
+	for n, arg := range args {
+		paths := []string{arg}
+		if n == 0 && !strings.Contains(arg, "/") {
+			paths = nil
+			for _, e := range env {
+				if dirs, ok := strings.CutPrefix(e, "PATH="); ok {
+					for _, dir := range strings.Split(dirs, ":") {
+						paths = append(paths, path.Join("/", dir, arg))
+					}
+				}
+			}
+		}
+		for _, p := range paths {
+			if !path.IsAbs(p) {
+				continue // an option, or of the working directory
+			}
+			systemd, there, err := root.leadsTo(p, "/systemd")
+			if err != nil {
+				return "", err
+			}
+			if systemd {
+				return arg, nil
+			}
+			if there {
+				break // the first one on PATH counts
+			}
+		}
+	}
+	return "", nil
 }
 
 // checkCommand refuses an image that cannot be started, before anything is fetched or made.

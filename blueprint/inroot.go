@@ -113,13 +113,17 @@ func (r *rootDir) real(f *os.File) (string, error) {
 	return filepath.Clean("/" + strings.TrimPrefix(path, root)), errors.Join(err, err2)
 }
 
-// leadsTo tells whether a path is a file's whose real name ends so.
-func (r *rootDir) leadsTo(path, suffix string) (bool, error) {
+// leadsTo tells whether a path is a regular file's, and whether its real name ends so.
+func (r *rootDir) leadsTo(path, suffix string) (yes, isFile bool, err error) {
 	f, err := r.open(path, unix.O_PATH)
 	if err != nil {
-		return false, nil // it may be there only when it runs, or be on PATH
+		return false, false, nil // it may be there only when it runs
 	}
 	defer f.Close()
+	info, err := f.Stat()
+	if err != nil || !info.Mode().IsRegular() {
+		return false, false, err
+	}
 	real, err := r.real(f)
-	return strings.HasSuffix(real, suffix), err
+	return strings.HasSuffix(real, suffix), true, err
 }
