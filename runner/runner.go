@@ -13,6 +13,7 @@ import (
 	"drafter/agent"
 	"drafter/instance"
 	"drafter/internal/lockfile"
+	"drafter/internal/newfile"
 	"drafter/internal/private"
 	"drafter/internal/scratch"
 	"drafter/internal/sparse"
@@ -266,6 +267,9 @@ func (r *Runner) checkOutputs() error {
 			return fmt.Errorf("output %s of device %s would overwrite %s; name one in another directory", target, name, other)
 		}
 		taken[abs] = "the output of " + name
+		if err := newfile.CheckReplaced(abs); err != nil {
+			return fmt.Errorf("device %s: %w", name, err)
+		}
 	}
 	return nil
 }

@@ -18,6 +18,7 @@ import (
 	"drafter/instance"
 	"drafter/internal/guest"
 	"drafter/internal/lockfile"
+	"drafter/internal/newfile"
 	"drafter/internal/private"
 	"drafter/internal/scratch"
 	"drafter/internal/sparse"
@@ -139,6 +140,9 @@ func (s *Snapshotter) checkDevice(d Device, outputs map[string]string) error {
 		return fmt.Errorf("device %s: input and output are the same file %s; name another output", d.Name, d.Output)
 	}
 	outputs[abs] = d.Name
+	if err := newfile.CheckReplaced(abs); err != nil {
+		return fmt.Errorf("device %s: %w", d.Name, err)
+	}
 	return nil
 }
 

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -105,5 +106,28 @@ func TestKilledSnapshotter(t *testing.T) {
 	}
 	if entries, err := os.ReadDir(filepath.Join(dir, "out")); err != nil || len(entries) != 1 {
 		t.Errorf("left: %v, %v", entries, err)
+	}
+}
+
+// Who names /dev/null as an output does not lose it.
+func TestOutputIsAFile(t *testing.T) {
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	fifo := filepath.Join(dir, "fifo")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c := Config{Hardware: instance.Hardware{CPUs: 1, MemorySize: 64 << 20}, Devices: []Device{
+		{Name: vmm.Kernel, Input: exe, Output: filepath.Join(dir, "kernel")},
+		{Name: vmm.Disk, Input: exe, Output: filepath.Join(dir, "disk")},
+		{Name: vmm.State, Output: fifo},
+		{Name: vmm.Memory, Output: filepath.Join(dir, "memory")},
+		{Name: vmm.Config, Output: filepath.Join(dir, "config")},
+	}}
+	if _, err := New(c); err == nil || !strings.Contains(err.Error(), "device state: "+fifo) {
+		t.Error(err)
 	}
 }

@@ -3,7 +3,7 @@
 //
 // A file has no name while it is written, so a killed writer leaves nothing, and whoever else may
 // write to the directory finds nothing to replace. What its name stood for before, a symbolic link
-// included, is replaced and never written to.
+// included, is replaced and never written to. A device, a FIFO, a socket or a directory is refused.
 package newfile
 
 import (
@@ -31,6 +31,9 @@ type File struct {
 
 // Create begins the file at path, in a directory that is made if need be.
 func Create(path string) (_ *File, err error) {
+	if err := CheckReplaced(path); err != nil {
+		return nil, err
+	}
 	parent := filepath.Dir(path)
 	if err := private.MkdirAll(parent); err != nil {
 		return nil, err
@@ -55,6 +58,22 @@ func Create(path string) (_ *File, err error) {
 	return f, nil
 }
 
+// CheckReplaced refuses a path at which there is something that no new file is to take the place of:
+// who names /dev/null does not mean that there be a file.
+func CheckReplaced(path string) error {
+	info, err := os.Lstat(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if kind := info.Mode().Type(); kind != 0 && kind != os.ModeSymlink {
+		return fmt.Errorf("%s is there and no regular file; name another output", path)
+	}
+	return nil
+}
+
 // hidden is a name that nobody can foresee.
 func (f *File) hidden() string { return "." + filepath.Base(f.path) + "." + rand.Text() }
 
@@ -76,7 +95,7 @@ func (f *File) Link() string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(),
 
 // Publish gives the file its name, durably, and closes it.
 func (f *File) Publish() error {
-	if err := f.Sync(); err != nil {
+	if err := errors.Join(CheckReplaced(f.path), f.Sync()); err != nil {
 		return errors.Join(err, f.Discard())
 	}
 	if f.temp == "" { // linkat(2) replaces nothing, so the file comes by a name of its own

@@ -130,3 +130,24 @@ func TestWithoutUnnamedFiles(t *testing.T) {
 		t.Errorf("left behind: %v, %v", entries, err)
 	}
 }
+
+// What is no file, such as /dev/null, stays what it is.
+func TestReplacesFilesOnly(t *testing.T) {
+	fifo := filepath.Join(t.TempDir(), "fifo")
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{fifo, t.TempDir()} {
+		if f, err := Create(path); err == nil {
+			t.Errorf("%s would be replaced: %v", path, f.Discard())
+		}
+	}
+	path := filepath.Join(t.TempDir(), "late")
+	f := write(t, path, "new")
+	if err := syscall.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Publish(); err == nil || mode(t, path).Type() != fs.ModeNamedPipe {
+		t.Errorf("it is %s now, %v", mode(t, path), err)
+	}
+}
