@@ -1,9 +1,15 @@
 package guest
 
 import (
+	"bufio"
+	"errors"
 	"fmt"
+	"io"
 	"net"
+	"os/exec"
+	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -139,5 +145,41 @@ func TestHealthChecks(t *testing.T) {
 		if got != c.want {
 			t.Errorf("%q: %q, %v; want %q", c.test, got, err, c.want)
 		}
+	}
+}
+
+// What a check left when its time was over is ended by the next one, and nothing else is.
+func TestCheckIsAlone(t *testing.T) {
+	pids := filepath.Join(t.TempDir(), "pid")
+	hangs := alone("setsid sh -c 'printf %s $$ >"+pids+"; sleep 1000 & echo started; wait'", pids)
+	first := exec.Command("sh", "-c", hangs)
+	first.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	out, err := first.StdoutPipe()
+	if err == nil {
+		err = first.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := bufio.NewReader(out)
+	if line, err := r.ReadString('\n'); err != nil || line != "started\n" {
+		t.Fatalf("%q, %v", line, err)
+	}
+	if err := syscall.Kill(-first.Process.Pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := first.Process.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	b, err := exec.Command("sh", "-c", alone("exit 3", pids)).CombinedOutput()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != 3 || len(b) > 0 {
+		t.Errorf("the next one ends with %v: %s", err, b)
+	}
+	if _, err := r.ReadByte(); !errors.Is(err, io.EOF) { // as long as one of them lives, it has the pipe
+		t.Errorf("the first one still runs: %v", err)
+	}
+	if b, err := exec.Command("sh", "-c", alone("echo well", pids)).CombinedOutput(); err != nil || string(b) != "well\n" {
+		t.Errorf("%q, %v", b, err)
 	}
 }

@@ -43,7 +43,11 @@ func NewHealthCheck(test, shell []string, timeout time.Duration) (*HealthCheck, 
 	return nil, fmt.Errorf("health check %q is neither NONE nor CMD with arguments nor CMD-SHELL with a command", test)
 }
 
-const healthProcess = "/run/healthcheck.json"
+const (
+	healthProcess = "/run/healthcheck.json"
+	healthPID     = "/run/healthcheck.pid"
+	healthScript  = "/run/healthcheck"
+)
 
 // healthCheck returns the command that checks the container's service, and how long it may take;
 // "" for none.
@@ -65,5 +69,18 @@ func (b *bundle) healthCheck() (command string, timeout time.Duration, err error
 	if err := os.WriteFile(healthProcess, raw, 0o600); err != nil {
 		return "", 0, err
 	}
-	return strings.Join(crun("exec", "--process", healthProcess, containerName).Args, " "), check.Timeout, nil
+	run := crun("exec", "--process", healthProcess, "--pid-file", healthPID, containerName)
+	script := alone(strings.Join(run.Args, " "), healthPID) + "\n"
+	if err := os.WriteFile(healthScript, []byte(script), 0o600); err != nil {
+		return "", 0, err
+	}
+	return "sh " + healthScript, check.Timeout, nil
+}
+
+// alone makes a command end what its last run has left, if that was killed for its time: a container
+// keeps what a runtime ran in it, in a session of its own, when the runtime ends. The runtime writes
+// the process's number to a file.
+func alone(command, pidFile string) string {
+	kill := "p=$(cat %[1]s 2>/dev/null) && { kill -9 -$p || kill -9 $p; } 2>/dev/null"
+	return fmt.Sprintf(kill+"; rm -f %[1]s; %[2]s; s=$?; rm -f %[1]s; exit $s", pidFile, command)
 }
