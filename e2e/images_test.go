@@ -64,7 +64,7 @@ func withConfig(t *testing.T, image v1.Image, config v1.Config) *v1.ConfigFile {
 // packaged once its port is open and its health check, in its container, succeeds.
 func TestImageAsItIs(t *testing.T) {
 	s := emptySite(t)
-	script := `id; pwd; echo env=$A,${B-unset}; ping -c 1 -w 5 localhost && ping -c 1 -w 5 $(hostname) && echo pinged; sleep 1; echo opening; httpd -p 80 -h / && sleep 2 && echo healthy && touch /dev/shm/ok && sleep 1000`
+	script := `id; pwd; echo env=$A,${B-unset}; echo logged >/dev/stdout; ping -c 1 -w 5 localhost && ping -c 1 -w 5 $(hostname) && echo pinged; sleep 1; echo opening; httpd -p 80 -h / && sleep 2 && echo healthy && touch /dev/shm/ok && sleep 1000`
 	s.busyboxImage(t, "image.tar", v1.Config{Cmd: []string{"/bin/sh", "-c", script}, User: "1000:1000", WorkingDir: "/srv/app/dir", Env: []string{"A=1", "A=2", "B"},
 		ExposedPorts: map[string]struct{}{"80/tcp": {}}, Volumes: map[string]struct{}{"/data": {}},
 		Healthcheck: &v1.HealthConfig{Test: []string{"CMD-SHELL", "test -O /dev/shm/ok && test $A = 2 && test $(pwd) = /srv/app/dir"}}})
@@ -83,7 +83,7 @@ func TestImageAsItIs(t *testing.T) {
 		t.Fatalf("%v\nconsole:\n%s", err, s.output(t, vm))
 	}
 	out := s.output(t, vm)
-	for _, want := range []string{"uid=1000 gid=1000", "\n/srv/app/dir\n", "env=2,unset", "\npinged\n", "\nopening\n", "\nhealthy\n"} {
+	for _, want := range []string{"uid=1000 gid=1000", "\n/srv/app/dir\n", "env=2,unset", "\nlogged\n", "\npinged\n", "\nopening\n", "\nhealthy\n"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("the console never showed %q:\n%s", want, out)
 		}
