@@ -222,6 +222,104 @@ func (x *AfterResumeResponse) GetResolvConfError() string {
 	return ""
 }
 
+type CatchUpRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in AfterResumeRequest; most_step_nano is above 0.
+	NowUnixNano   int64 `protobuf:"varint,1,opt,name=now_unix_nano,json=nowUnixNano,proto3" json:"now_unix_nano,omitempty"`
+	MostStepNano  int64 `protobuf:"varint,2,opt,name=most_step_nano,json=mostStepNano,proto3" json:"most_step_nano,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CatchUpRequest) Reset() {
+	*x = CatchUpRequest{}
+	mi := &file_agent_agent_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CatchUpRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CatchUpRequest) ProtoMessage() {}
+
+func (x *CatchUpRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agent_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CatchUpRequest.ProtoReflect.Descriptor instead.
+func (*CatchUpRequest) Descriptor() ([]byte, []int) {
+	return file_agent_agent_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *CatchUpRequest) GetNowUnixNano() int64 {
+	if x != nil {
+		return x.NowUnixNano
+	}
+	return 0
+}
+
+func (x *CatchUpRequest) GetMostStepNano() int64 {
+	if x != nil {
+		return x.MostStepNano
+	}
+	return 0
+}
+
+type CatchUpResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in AfterResumeResponse.
+	ClockStepNano int64 `protobuf:"varint,1,opt,name=clock_step_nano,json=clockStepNano,proto3" json:"clock_step_nano,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CatchUpResponse) Reset() {
+	*x = CatchUpResponse{}
+	mi := &file_agent_agent_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CatchUpResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CatchUpResponse) ProtoMessage() {}
+
+func (x *CatchUpResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agent_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CatchUpResponse.ProtoReflect.Descriptor instead.
+func (*CatchUpResponse) Descriptor() ([]byte, []int) {
+	return file_agent_agent_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *CatchUpResponse) GetClockStepNano() int64 {
+	if x != nil {
+		return x.ClockStepNano
+	}
+	return 0
+}
+
 type ReadyRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -230,7 +328,7 @@ type ReadyRequest struct {
 
 func (x *ReadyRequest) Reset() {
 	*x = ReadyRequest{}
-	mi := &file_agent_agent_proto_msgTypes[4]
+	mi := &file_agent_agent_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -242,7 +340,7 @@ func (x *ReadyRequest) String() string {
 func (*ReadyRequest) ProtoMessage() {}
 
 func (x *ReadyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[4]
+	mi := &file_agent_agent_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -255,7 +353,7 @@ func (x *ReadyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadyRequest.ProtoReflect.Descriptor instead.
 func (*ReadyRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{4}
+	return file_agent_agent_proto_rawDescGZIP(), []int{6}
 }
 
 type ReadyResponse struct {
@@ -271,7 +369,7 @@ type ReadyResponse struct {
 
 func (x *ReadyResponse) Reset() {
 	*x = ReadyResponse{}
-	mi := &file_agent_agent_proto_msgTypes[5]
+	mi := &file_agent_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -283,7 +381,7 @@ func (x *ReadyResponse) String() string {
 func (*ReadyResponse) ProtoMessage() {}
 
 func (x *ReadyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[5]
+	mi := &file_agent_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -296,7 +394,7 @@ func (x *ReadyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadyResponse.ProtoReflect.Descriptor instead.
 func (*ReadyResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{5}
+	return file_agent_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ReadyResponse) GetReady() bool {
@@ -331,7 +429,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_agent_agent_proto_msgTypes[6]
+	mi := &file_agent_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -343,7 +441,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[6]
+	mi := &file_agent_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -356,7 +454,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{6}
+	return file_agent_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ExecRequest) GetArgs() []string {
@@ -386,7 +484,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_agent_agent_proto_msgTypes[7]
+	mi := &file_agent_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -398,7 +496,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[7]
+	mi := &file_agent_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -411,7 +509,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{7}
+	return file_agent_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ExecResponse) GetExitStatus() int32 {
@@ -450,7 +548,12 @@ const file_agent_agent_proto_rawDesc = "" +
 	"resolvConf\"i\n" +
 	"\x13AfterResumeResponse\x12&\n" +
 	"\x0fclock_step_nano\x18\x01 \x01(\x03R\rclockStepNano\x12*\n" +
-	"\x11resolv_conf_error\x18\x04 \x01(\tR\x0fresolvConfError\"\x0e\n" +
+	"\x11resolv_conf_error\x18\x04 \x01(\tR\x0fresolvConfError\"Z\n" +
+	"\x0eCatchUpRequest\x12\"\n" +
+	"\rnow_unix_nano\x18\x01 \x01(\x03R\vnowUnixNano\x12$\n" +
+	"\x0emost_step_nano\x18\x02 \x01(\x03R\fmostStepNano\"9\n" +
+	"\x0fCatchUpResponse\x12&\n" +
+	"\x0fclock_step_nano\x18\x01 \x01(\x03R\rclockStepNano\"\x0e\n" +
 	"\fReadyRequest\"b\n" +
 	"\rReadyResponse\x12\x14\n" +
 	"\x05ready\x18\x01 \x01(\bR\x05ready\x12!\n" +
@@ -463,10 +566,11 @@ const file_agent_agent_proto_rawDesc = "" +
 	"\vexit_status\x18\x01 \x01(\x05R\n" +
 	"exitStatus\x12\x16\n" +
 	"\x06stdout\x18\x02 \x01(\fR\x06stdout\x12\x16\n" +
-	"\x06stderr\x18\x03 \x01(\fR\x06stderr2\xd6\x02\n" +
+	"\x06stderr\x18\x03 \x01(\fR\x06stderr2\xa6\x03\n" +
 	"\x05Agent\x12`\n" +
 	"\rBeforeSuspend\x12&.drafter.agent.v1.BeforeSuspendRequest\x1a'.drafter.agent.v1.BeforeSuspendResponse\x12Z\n" +
-	"\vAfterResume\x12$.drafter.agent.v1.AfterResumeRequest\x1a%.drafter.agent.v1.AfterResumeResponse\x12H\n" +
+	"\vAfterResume\x12$.drafter.agent.v1.AfterResumeRequest\x1a%.drafter.agent.v1.AfterResumeResponse\x12N\n" +
+	"\aCatchUp\x12 .drafter.agent.v1.CatchUpRequest\x1a!.drafter.agent.v1.CatchUpResponse\x12H\n" +
 	"\x05Ready\x12\x1e.drafter.agent.v1.ReadyRequest\x1a\x1f.drafter.agent.v1.ReadyResponse\x12E\n" +
 	"\x04Exec\x12\x1d.drafter.agent.v1.ExecRequest\x1a\x1e.drafter.agent.v1.ExecResponseB\x15Z\x13drafter/agent;agentb\x06proto3"
 
@@ -482,28 +586,32 @@ func file_agent_agent_proto_rawDescGZIP() []byte {
 	return file_agent_agent_proto_rawDescData
 }
 
-var file_agent_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_agent_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_agent_agent_proto_goTypes = []any{
 	(*BeforeSuspendRequest)(nil),  // 0: drafter.agent.v1.BeforeSuspendRequest
 	(*BeforeSuspendResponse)(nil), // 1: drafter.agent.v1.BeforeSuspendResponse
 	(*AfterResumeRequest)(nil),    // 2: drafter.agent.v1.AfterResumeRequest
 	(*AfterResumeResponse)(nil),   // 3: drafter.agent.v1.AfterResumeResponse
-	(*ReadyRequest)(nil),          // 4: drafter.agent.v1.ReadyRequest
-	(*ReadyResponse)(nil),         // 5: drafter.agent.v1.ReadyResponse
-	(*ExecRequest)(nil),           // 6: drafter.agent.v1.ExecRequest
-	(*ExecResponse)(nil),          // 7: drafter.agent.v1.ExecResponse
+	(*CatchUpRequest)(nil),        // 4: drafter.agent.v1.CatchUpRequest
+	(*CatchUpResponse)(nil),       // 5: drafter.agent.v1.CatchUpResponse
+	(*ReadyRequest)(nil),          // 6: drafter.agent.v1.ReadyRequest
+	(*ReadyResponse)(nil),         // 7: drafter.agent.v1.ReadyResponse
+	(*ExecRequest)(nil),           // 8: drafter.agent.v1.ExecRequest
+	(*ExecResponse)(nil),          // 9: drafter.agent.v1.ExecResponse
 }
 var file_agent_agent_proto_depIdxs = []int32{
 	0, // 0: drafter.agent.v1.Agent.BeforeSuspend:input_type -> drafter.agent.v1.BeforeSuspendRequest
 	2, // 1: drafter.agent.v1.Agent.AfterResume:input_type -> drafter.agent.v1.AfterResumeRequest
-	4, // 2: drafter.agent.v1.Agent.Ready:input_type -> drafter.agent.v1.ReadyRequest
-	6, // 3: drafter.agent.v1.Agent.Exec:input_type -> drafter.agent.v1.ExecRequest
-	1, // 4: drafter.agent.v1.Agent.BeforeSuspend:output_type -> drafter.agent.v1.BeforeSuspendResponse
-	3, // 5: drafter.agent.v1.Agent.AfterResume:output_type -> drafter.agent.v1.AfterResumeResponse
-	5, // 6: drafter.agent.v1.Agent.Ready:output_type -> drafter.agent.v1.ReadyResponse
-	7, // 7: drafter.agent.v1.Agent.Exec:output_type -> drafter.agent.v1.ExecResponse
-	4, // [4:8] is the sub-list for method output_type
-	0, // [0:4] is the sub-list for method input_type
+	4, // 2: drafter.agent.v1.Agent.CatchUp:input_type -> drafter.agent.v1.CatchUpRequest
+	6, // 3: drafter.agent.v1.Agent.Ready:input_type -> drafter.agent.v1.ReadyRequest
+	8, // 4: drafter.agent.v1.Agent.Exec:input_type -> drafter.agent.v1.ExecRequest
+	1, // 5: drafter.agent.v1.Agent.BeforeSuspend:output_type -> drafter.agent.v1.BeforeSuspendResponse
+	3, // 6: drafter.agent.v1.Agent.AfterResume:output_type -> drafter.agent.v1.AfterResumeResponse
+	5, // 7: drafter.agent.v1.Agent.CatchUp:output_type -> drafter.agent.v1.CatchUpResponse
+	7, // 8: drafter.agent.v1.Agent.Ready:output_type -> drafter.agent.v1.ReadyResponse
+	9, // 9: drafter.agent.v1.Agent.Exec:output_type -> drafter.agent.v1.ExecResponse
+	5, // [5:10] is the sub-list for method output_type
+	0, // [0:5] is the sub-list for method input_type
 	0, // [0:0] is the sub-list for extension type_name
 	0, // [0:0] is the sub-list for extension extendee
 	0, // [0:0] is the sub-list for field type_name
@@ -520,7 +628,7 @@ func file_agent_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_agent_proto_rawDesc), len(file_agent_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   8,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

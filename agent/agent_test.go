@@ -340,6 +340,13 @@ func TestClock(t *testing.T) {
 		{false, -time.Minute, 2 * time.Minute, false}, // it is never set back
 		{false, time.Hour, -1, false}, {true, time.Hour, 0, false}, {true, time.Minute, 2 * time.Minute, false},
 	} {
+		if tt.most > 0 {
+			s.KeepClock, set, want = tt.keeps, 0, time.Now().Add(tt.behind)
+			r, err := c.calls.CatchUp(ctx, &CatchUpRequest{NowUnixNano: want.UnixNano(), MostStepNano: int64(tt.most)})
+			if err != nil || (set == 1) != tt.set || (r.GetClockStepNano() != 0) != tt.set {
+				t.Errorf("%+v: caught up %d times by %s, %v", tt, set, time.Duration(r.GetClockStepNano()), err)
+			}
+		}
 		s.KeepClock, set, want = tt.keeps, 0, time.Now().Add(tt.behind)
 		r, err := c.calls.AfterResume(ctx, &AfterResumeRequest{NowUnixNano: want.UnixNano(), MostStepNano: int64(tt.most)})
 		if err != nil || (set == 1) != tt.set || (r.GetClockStepNano() != 0) != tt.set {

@@ -10,6 +10,7 @@ import (
 type AgentService interface {
 	BeforeSuspend(context.Context, *BeforeSuspendRequest) (*BeforeSuspendResponse, error)
 	AfterResume(context.Context, *AfterResumeRequest) (*AfterResumeResponse, error)
+	CatchUp(context.Context, *CatchUpRequest) (*CatchUpResponse, error)
 	Ready(context.Context, *ReadyRequest) (*ReadyResponse, error)
 	Exec(context.Context, *ExecRequest) (*ExecResponse, error)
 }
@@ -30,6 +31,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 					return nil, err
 				}
 				return svc.AfterResume(ctx, &req)
+			},
+			"CatchUp": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req CatchUpRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.CatchUp(ctx, &req)
 			},
 			"Ready": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req ReadyRequest
@@ -70,6 +78,14 @@ func (c *agentClient) BeforeSuspend(ctx context.Context, req *BeforeSuspendReque
 func (c *agentClient) AfterResume(ctx context.Context, req *AfterResumeRequest) (*AfterResumeResponse, error) {
 	var resp AfterResumeResponse
 	if err := c.client.Call(ctx, "drafter.agent.v1.Agent", "AfterResume", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) CatchUp(ctx context.Context, req *CatchUpRequest) (*CatchUpResponse, error) {
+	var resp CatchUpResponse
+	if err := c.client.Call(ctx, "drafter.agent.v1.Agent", "CatchUp", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

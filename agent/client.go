@@ -58,6 +58,15 @@ func (c *Client) AfterResume(ctx context.Context, mostStep time.Duration, resolv
 	return time.Duration(r.GetClockStepNano()), nil
 }
 
+// CatchUp sets the clock of a guest that stood still, if it is behind by at most mostStep, and
+// returns by how much it was moved. No command is run. An agent that does not know it keeps its clock.
+func (c *Client) CatchUp(ctx context.Context, mostStep time.Duration) (time.Duration, error) {
+	r, err := c.calls.CatchUp(ctx, &CatchUpRequest{
+		NowUnixNano: time.Now().UnixNano(), MostStepNano: int64(mostStep),
+	})
+	return time.Duration(r.GetClockStepNano()), c.explain("catch-up", err)
+}
+
 // Ready tells whether the guest's service is ready to be packaged, and what is waited for if it is
 // not. The guest answers once it is, or after a second. An agent that does not know the question is
 // ready.

@@ -161,12 +161,9 @@ func (s *Server) AfterResume(ctx context.Context, r *AfterResumeRequest) (*After
 	if err := reseed(r.GetEntropy()); err != nil {
 		return nil, err
 	}
-	now, most := time.Unix(0, r.GetNowUnixNano()), time.Duration(r.GetMostStepNano())
-	step := time.Until(now)
-	if s.KeepClock || most < 0 || most > 0 && (step <= 0 || step > most) {
-		step = 0
-	} else if err := setClock(now); err != nil {
-		return nil, fmt.Errorf("set clock to %s: %w", now, err)
+	step, err := s.stepClock(r.GetNowUnixNano(), r.GetMostStepNano())
+	if err != nil {
+		return nil, err
 	}
 	response := &AfterResumeResponse{ClockStepNano: int64(step)}
 	if err := s.writeResolvConf(r.GetResolvConf()); err != nil {
@@ -176,6 +173,25 @@ func (s *Server) AfterResume(ctx context.Context, r *AfterResumeRequest) (*After
 		return nil, fmt.Errorf("after-resume command: %w", err)
 	}
 	return response, nil
+}
+
+// CatchUp implements [AgentService].
+func (s *Server) CatchUp(_ context.Context, r *CatchUpRequest) (*CatchUpResponse, error) {
+	step, err := s.stepClock(r.GetNowUnixNano(), r.GetMostStepNano())
+	return &CatchUpResponse{ClockStepNano: int64(step)}, err
+}
+
+// stepClock sets the clock as [Client.AfterResume] says, and returns by how much.
+func (s *Server) stepClock(nowUnixNano, mostStepNano int64) (time.Duration, error) {
+	now, most := time.Unix(0, nowUnixNano), time.Duration(mostStepNano)
+	step := time.Until(now)
+	if s.KeepClock || most < 0 || most > 0 && (step <= 0 || step > most) {
+		return 0, nil
+	}
+	if err := setClock(now); err != nil {
+		return 0, fmt.Errorf("set clock to %s: %w", now, err)
+	}
+	return step, nil
 }
 
 // writeResolvConf writes the file in its place: containers have it mounted.

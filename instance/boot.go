@@ -176,9 +176,9 @@ func (i *Instance) forgetAgent() bool {
 		return false
 	}
 	i.agentOf = i.reboots.Load()
-	if i.agent != nil {
-		_ = i.agent.Close() // nobody is at its other end
-		i.agent = nil
+	if i.agent.Load() != nil {
+		_ = i.agent.Load().Close() // nobody is at its other end
+		i.agent.Store(nil)
 	}
 	return true
 }

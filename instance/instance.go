@@ -167,17 +167,18 @@ type Instance struct {
 	// Of the VM, not of its package: it is kept as long as the VM goes on in one place. Zero while it is booted for a package.
 	generation uuid.UUID
 	storage    Storage
-	memory     block.Device  // what a VMM that is served its memory has it from; nil for the others
-	agent      *agent.Client // nil while the guest is not to be talked to
-	reboots    atomic.Int64  // how often the guest has booted again
-	agentOf    int64         // the boot of the guest that agent is of
-	why        error         // why the VM booted from its disks here; nil if it was resumed
-	frozen     bool          // suspended or handed over: the state device says so
-	paused     time.Time     // since when, for a migration; zero while it runs
-	stood      time.Duration // how long it was paused last
-	keepClock  bool          // its clock is never to be set
-	left       bool          // the state device holds a state for the target of a migration, or says that it may
-	leaves     bool          // the VM may be that target's
+	memory     block.Device                 // what a VMM that is served its memory has it from; nil for the others
+	agent      atomic.Pointer[agent.Client] // nil while the guest is not to be talked to
+	reboots    atomic.Int64                 // how often the guest has booted again
+	agentOf    int64                        // the boot of the guest that agent is of
+	why        error                        // why the VM booted from its disks here; nil if it was resumed
+	frozen     bool                         // suspended or handed over: the state device says so
+	paused     time.Time                    // since when, for a migration; zero while it runs
+	stood      time.Duration                // how long it was paused last
+	missed     atomic.Int64                 // how long it stood still for disks, in nanoseconds, without that its clock was set since
+	keepClock  bool                         // its clock is never to be set
+	left       bool                         // the state device holds a state for the target of a migration, or says that it may
+	leaves     bool                         // the VM may be that target's
 
 	resolver func() (network.Resolver, error) // nil without network
 	booting  *ready                           // of a VM that was booted: its console
@@ -332,7 +333,7 @@ const endPatience = 5 * time.Second
 // AwaitReady waits until the service of a guest that was booted is ready, for at most timeout. A
 // guest without an agent cannot be asked.
 func (i *Instance) AwaitReady(ctx context.Context, timeout time.Duration) (err error) {
-	if i.agent == nil {
+	if i.agent.Load() == nil {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
@@ -343,7 +344,7 @@ func (i *Instance) AwaitReady(ctx context.Context, timeout time.Duration) (err e
 	var failure string
 	var news limitedlog.Log
 	for ; ; time.Sleep(10 * time.Millisecond) { // whatever it answers, it is not asked without end
-		r, err := i.agent.Ready(ctx)
+		r, err := i.agent.Load().Ready(ctx)
 		switch {
 		case err == nil && r.GetReady():
 			return nil
@@ -387,7 +388,7 @@ func (i *Instance) connectAgent(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("wait for the guest's agent: %w", err)
 	}
-	i.agent = agent.NewClient(conn)
+	i.agent.Store(agent.NewClient(conn))
 	return nil
 }
 
@@ -481,7 +482,7 @@ func launch(ctx context.Context, h Host, config *vmm.PackageConfig, storage Stor
 		return nil, errors.Join(fmt.Errorf("open memory device: %w", err), i.Close())
 	}
 	l.MemoryDevice = i.memory
-	l.OnReboot = i.rebooted
+	l.OnReboot, l.OnGoOn = i.rebooted, i.wentOn
 	if l.Reboot, err = i.boot(); err != nil {
 		return nil, errors.Join(err, i.Close())
 	}
@@ -575,19 +576,55 @@ func (i *Instance) tellAgent(ctx context.Context, timeout, mostStep time.Duratio
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no answer after %s", timeout))
 	defer cancel()
-	if err := i.connectAgent(ctx); err != nil || i.agent == nil {
+	if err := i.connectAgent(ctx); err != nil || i.agent.Load() == nil {
 		return err
 	}
-	step, err := i.agent.AfterResume(ctx, mostStep, i.nameServers().String())
+	missed := i.missed.Load()
+	if mostStep > 0 {
+		mostStep += time.Duration(missed)
+	}
+	step, err := i.agent.Load().AfterResume(ctx, mostStep, i.nameServers().String())
 	if err != nil {
 		return err
 	}
+	i.missed.Add(-missed)
+	logStep(ctx, step)
+	return nil
+}
+
+func logStep(ctx context.Context, step time.Duration) {
 	level := slog.LevelDebug
 	if step.Abs() > time.Second {
 		level = slog.LevelInfo
 	}
 	slog.Log(ctx, level, "Set the guest's clock", "step", step.Round(time.Microsecond))
-	return nil
+}
+
+// catchUpTimeout bounds the agent's answer when the guest's clock is made up for.
+const catchUpTimeout = time.Minute
+
+// wentOn makes up for the time that the guest stood still for a disk: its clock stood, too.
+func (i *Instance) wentOn(stood time.Duration) {
+	if i.keepClock {
+		return
+	}
+	i.missed.Add(int64(stood))
+	c := i.agent.Load()
+	if c == nil {
+		return // who tells the agent next says it
+	}
+	go func() {
+		ctx, cancel := context.WithTimeout(context.Background(), catchUpTimeout)
+		defer cancel()
+		missed := i.missed.Load()
+		step, err := c.CatchUp(ctx, time.Duration(missed)+sameTime)
+		if err != nil {
+			slog.Warn("The guest's clock is behind, as it stood still", "by", stood.Round(time.Second), "error", err)
+			return
+		}
+		i.missed.Add(-missed)
+		logStep(ctx, step)
+	}()
 }
 
 // nameServers returns whom the guest is to ask for names on this host: nobody without network. If nobody is known, it keeps whom it has.
@@ -627,7 +664,7 @@ func (i *Instance) Suspend(ctx context.Context, agentTimeout time.Duration) (sav
 		return true, nil
 	}
 	var agentErr error
-	if i.forgetAgent() || i.agent != nil {
+	if i.forgetAgent() || i.agent.Load() != nil {
 		actx, cancel := context.WithTimeout(ctx, agentTimeout)
 		agentErr = i.Prepare(actx)
 		cancel()
@@ -722,7 +759,7 @@ func (i *Instance) Generation() uuid.UUID { return i.generation }
 func (i *Instance) Config() *vmm.PackageConfig { return i.config }
 
 // Agent is the connection with the guest's agent, nil before AfterResume and after Suspend. It ends when the guest reboots.
-func (i *Instance) Agent() *agent.Client { return i.agent }
+func (i *Instance) Agent() *agent.Client { return i.agent.Load() }
 
 // Done is closed when the VMM has ended by itself.
 func (i *Instance) Done() <-chan struct{} { return i.machine.Done() }
@@ -741,9 +778,9 @@ func (i *Instance) Wait() error {
 // Close ends the VM, if it still runs, without saving it, and removes what it needed on the host.
 func (i *Instance) Close() error {
 	var errs []error
-	if i.agent != nil {
-		errs = append(errs, i.agent.Close())
-		i.agent = nil
+	if i.agent.Load() != nil {
+		errs = append(errs, i.agent.Load().Close())
+		i.agent.Store(nil)
 	}
 	if i.machine != nil {
 		errs = append(errs, i.machine.Close())

@@ -47,15 +47,15 @@ func (i *Instance) Prepare(ctx context.Context) error {
 		slog.Warn("The guest is not told that it will be paused, as it stands still")
 		return i.dropAgent()
 	}
-	if i.agent == nil { // it did not answer when the VM was resumed
+	if i.agent.Load() == nil { // it did not answer when the VM was resumed
 		if err := i.connectAgent(ctx); err != nil {
 			return err
 		}
 	}
-	if i.agent == nil {
+	if i.agent.Load() == nil {
 		return nil // there is none
 	}
-	err := i.agent.BeforeSuspend(ctx)
+	err := i.agent.Load().BeforeSuspend(ctx)
 	if err != nil {
 		err = fmt.Errorf("the guest's agent: %w", err)
 	}
@@ -64,11 +64,11 @@ func (i *Instance) Prepare(ctx context.Context) error {
 
 // dropAgent ends the agent's connection, as before every snapshot; whoever resumes makes a new one.
 func (i *Instance) dropAgent() error {
-	if i.agent == nil {
+	if i.agent.Load() == nil {
 		return nil
 	}
-	err := i.agent.Close()
-	i.agent = nil
+	err := i.agent.Load().Close()
+	i.agent.Store(nil)
 	return err
 }
 
@@ -154,7 +154,7 @@ const sameTime = time.Second
 // RescueAgent tells the guest's agent after a Rescue that the guest runs on, for at most timeout. What the pause has cost the guest's clock is made up for; a clock
 // that keeps another time than this host's stays as it is.
 func (i *Instance) RescueAgent(ctx context.Context, timeout time.Duration) error {
-	if i.agent != nil {
+	if i.agent.Load() != nil {
 		return nil
 	}
 	return i.tellAgent(ctx, timeout, i.stood+sameTime)

@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/ttrpc"
 
 	"drafter/agent"
+	"drafter/vmm"
 )
 
 // fickle is an agent that names another closed port at each question, and answers at once.
@@ -27,13 +28,10 @@ func (f *fickle) Ready(context.Context, *agent.ReadyRequest) (*agent.ReadyRespon
 	return &agent.ReadyResponse{ClosedPorts: []uint32{f.asked.Add(1)}}, nil
 }
 
-// However often a guest changes its mind, the log stays short.
-func TestFickleGuest(t *testing.T) {
+// serveAgent serves an agent until the test ends. It returns what connects with it.
+func serveAgent(t *testing.T, guest agent.AgentService) (dial func() net.Conn) {
+	t.Helper()
 	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "agent"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	conn, err := net.Dial("unix", l.Addr().String())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -41,25 +39,109 @@ func TestFickleGuest(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	guest := &fickle{}
 	agent.RegisterAgentService(server, guest)
 	served := make(chan error)
 	go func() { served <- server.Serve(context.Background(), l) }()
+	t.Cleanup(func() {
+		err := server.Close()
+		if serr := <-served; !errors.Is(serr, ttrpc.ErrServerClosed) {
+			err = errors.Join(err, serr)
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	})
+	return func() net.Conn {
+		conn, err := net.Dial("unix", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return conn
+	}
+}
+
+// late is the agent of a guest that is told the time.
+type late struct {
+	agent.Server
+	most chan time.Duration // by how much its clock may be set at most
+}
+
+func (l *late) CatchUp(_ context.Context, r *agent.CatchUpRequest) (*agent.CatchUpResponse, error) {
+	l.most <- time.Duration(r.GetMostStepNano())
+	return &agent.CatchUpResponse{}, nil
+}
+
+func (l *late) AfterResume(_ context.Context, r *agent.AfterResumeRequest) (*agent.AfterResumeResponse, error) {
+	l.most <- time.Duration(r.GetMostStepNano())
+	return &agent.AfterResumeResponse{}, nil
+}
+
+// connected is a machine whose guest has an agent.
+type connected struct {
+	served
+	dial func() net.Conn
+}
+
+func (c connected) GuestConn(context.Context, uint32) (net.Conn, error) { return c.dial(), nil }
+
+// A guest that stood still for a disk is told the time when it goes on, or when its agent is next
+// spoken to: as much as it missed, and once.
+func TestWentOn(t *testing.T) {
+	guest := &late{most: make(chan time.Duration, 1)}
+	i := &Instance{machine: connected{dial: serveAgent(t, guest)}, config: &vmm.PackageConfig{}}
+	i.config.AgentPort = 1
+	told := func(want time.Duration) {
+		t.Helper()
+		select {
+		case got := <-guest.most:
+			if got != want {
+				t.Errorf("the clock may be set by %s; want %s", got, want)
+			}
+		case <-time.After(10 * time.Second):
+			t.Error("the guest was not told")
+		}
+	}
+	i.wentOn(time.Hour) // while the VM is about to be paused, say
+	i.stood = time.Second
+	if err := i.RescueAgent(t.Context(), 10*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	told(time.Hour + 2*time.Second)
+	i.wentOn(time.Minute)
+	told(time.Minute + sameTime)
+	for i.missed.Load() != 0 { // it is noted behind the answer
+		time.Sleep(time.Millisecond)
+	}
+	if err := i.dropAgent(); err != nil {
+		t.Error(err)
+	}
+	if err := i.RescueAgent(t.Context(), 10*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	told(2 * time.Second)
+	i.keepClock = true
+	i.wentOn(time.Minute)
+	if err := i.dropAgent(); err != nil || i.missed.Load() != 0 {
+		t.Error(err, i.missed.Load())
+	}
+}
+
+// However often a guest changes its mind, the log stays short.
+func TestFickleGuest(t *testing.T) {
+	guest := &fickle{}
+	client := agent.NewClient(serveAgent(t, guest)())
 	var log bytes.Buffer
 	old := slog.Default()
 	slog.SetDefault(slog.New(slog.NewTextHandler(&log, nil)))
 	defer slog.SetDefault(old)
 
-	client := agent.NewClient(conn)
-	i := &Instance{agent: client}
-	err = i.AwaitReady(t.Context(), 2*time.Second)
+	i := &Instance{}
+	i.agent.Store(client)
+	err := i.AwaitReady(t.Context(), 2*time.Second)
 	if err == nil || !strings.Contains(err.Error(), "nothing listens on its ports") {
 		t.Errorf("never ready: %v", err)
 	}
-	if err := errors.Join(client.Close(), server.Close()); err != nil {
-		t.Error(err)
-	}
-	if err := <-served; err != nil && !errors.Is(err, ttrpc.ErrServerClosed) {
+	if err := client.Close(); err != nil {
 		t.Error(err)
 	}
 	const most = 20 // ten at once, and one a second

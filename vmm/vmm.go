@@ -10,6 +10,7 @@ import (
 	"net"
 	"sort"
 	"strings"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -91,6 +92,9 @@ type Launch struct {
 
 	// OnReboot, if not nil, is called when the guest boots again, with the last lines of its console. It must not wait for the machine.
 	OnReboot func(console string)
+
+	// OnGoOn, if not nil, is called when a guest goes on that stood still for a disk, with how long it did. It must not wait for the machine.
+	OnGoOn func(stood time.Duration)
 
 	// Generation is the VM's generation ID (Microsoft's "Virtual Machine Generation ID"): another one tells the guest that it has gone on from the same state
 	// elsewhere, too, so that it makes new secrets. Zero: any new one. Firecracker makes a new one at each restore, whatever this is.

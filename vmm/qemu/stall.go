@@ -79,7 +79,12 @@ func (m *Machine) awaitDisk(e diskError) bool {
 		default:
 		}
 		if tried {
-			slog.Info("The VM goes on", "device", m.disk(e.Node).Name, "stoodStill", time.Since(began).Round(time.Second))
+			stood := time.Since(began)
+			slog.Info("The VM goes on", "device", m.disk(e.Node).Name, "stoodStill", stood.Round(time.Second))
+			m.stalled.Store(false)
+			if m.launch.OnGoOn != nil {
+				m.launch.OnGoOn(stood)
+			}
 			return true
 		}
 		tried = m.tryAgain()
