@@ -176,9 +176,6 @@ func (i *Instance) forgetAgent() bool {
 		return false
 	}
 	i.agentOf = i.reboots.Load()
-	if i.agent.Load() != nil {
-		_ = i.agent.Load().Close() // nobody is at its other end
-		i.agent.Store(nil)
-	}
+	_ = i.dropAgent() // nobody is at its other end
 	return true
 }

@@ -14,6 +14,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -176,6 +177,7 @@ type Instance struct {
 	paused     time.Time                    // since when, for a migration; zero while it runs
 	stood      time.Duration                // how long it was paused last
 	missed     atomic.Int64                 // how long it stood still for disks, in nanoseconds, without that its clock was set since
+	catchUp    sync.WaitGroup               // who sets its clock after that; ended by the end of the agent's connection
 	keepClock  bool                         // its clock is never to be set
 	left       bool                         // the state device holds a state for the target of a migration, or says that it may
 	leaves     bool                         // the VM may be that target's
@@ -613,18 +615,21 @@ func (i *Instance) wentOn(stood time.Duration) {
 	if c == nil {
 		return // who tells the agent next says it
 	}
-	go func() {
+	i.catchUp.Go(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), catchUpTimeout)
 		defer cancel()
 		missed := i.missed.Load()
 		step, err := c.CatchUp(ctx, time.Duration(missed)+sameTime)
+		if err != nil && i.agent.Load() != c {
+			return // likewise
+		}
 		if err != nil {
 			slog.Warn("The guest's clock is behind, as it stood still", "by", stood.Round(time.Second), "error", err)
 			return
 		}
 		i.missed.Add(-missed)
 		logStep(ctx, step)
-	}()
+	})
 }
 
 // nameServers returns whom the guest is to ask for names on this host: nobody without network. If nobody is known, it keeps whom it has.
@@ -777,14 +782,11 @@ func (i *Instance) Wait() error {
 
 // Close ends the VM, if it still runs, without saving it, and removes what it needed on the host.
 func (i *Instance) Close() error {
-	var errs []error
-	if i.agent.Load() != nil {
-		errs = append(errs, i.agent.Load().Close())
-		i.agent.Store(nil)
-	}
+	errs := []error{i.dropAgent()}
 	if i.machine != nil {
 		errs = append(errs, i.machine.Close())
 	}
+	i.catchUp.Wait()
 	if i.output != nil {
 		i.output.Close()
 	}

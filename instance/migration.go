@@ -64,12 +64,11 @@ func (i *Instance) Prepare(ctx context.Context) error {
 
 // dropAgent ends the agent's connection, as before every snapshot; whoever resumes makes a new one.
 func (i *Instance) dropAgent() error {
-	if i.agent.Load() == nil {
+	c := i.agent.Swap(nil)
+	if c == nil {
 		return nil
 	}
-	err := i.agent.Load().Close()
-	i.agent.Store(nil)
-	return err
+	return c.Close()
 }
 
 // WriteBack is Flush, if the guest does not notice that; else nothing.
