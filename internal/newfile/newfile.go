@@ -3,7 +3,8 @@
 //
 // A file has no name while it is written, so a killed writer leaves nothing, and whoever else may
 // write to the directory finds nothing to replace. What its name stood for before, a symbolic link
-// included, is replaced and never written to. A device, a FIFO, a socket or a directory is refused.
+// included, is replaced and never written to. A device, a FIFO, a socket, a directory and a link to
+// one of them are refused.
 package newfile
 
 import (
@@ -12,6 +13,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -61,14 +63,16 @@ func Create(path string) (_ *File, err error) {
 // CheckReplaced refuses a path at which there is something that no new file is to take the place of:
 // who names /dev/null does not mean that there be a file.
 func CheckReplaced(path string) error {
-	info, err := os.Lstat(path)
+	info, err := os.Stat(path)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	if kind := info.Mode().Type(); kind != 0 && kind != os.ModeSymlink {
+	// A link such as /dev/stdout is the host's, whatever it leads to now.
+	link, _ := os.Readlink(path)
+	if !info.Mode().IsRegular() || strings.HasPrefix(link, "/proc/") {
 		return fmt.Errorf("%s is there and no regular file; name another output", path)
 	}
 	return nil

@@ -137,7 +137,12 @@ func TestReplacesFilesOnly(t *testing.T) {
 	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, path := range []string{fifo, t.TempDir()} {
+	for link, to := range map[string]string{"stdout": "/proc/self/exe", "null": "/dev/null"} {
+		if err := os.Symlink(to, filepath.Join(filepath.Dir(fifo), link)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, path := range []string{fifo, t.TempDir(), filepath.Join(filepath.Dir(fifo), "stdout"), filepath.Join(filepath.Dir(fifo), "null")} {
 		if f, err := Create(path); err == nil {
 			t.Errorf("%s would be replaced: %v", path, f.Discard())
 		}
