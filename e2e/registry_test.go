@@ -102,7 +102,8 @@ func TestInterruptedPull(t *testing.T) {
 	pkg := filepath.Join(work, "out/package")
 	c := s.redisIn(t, "ark0", redisAddr)
 	const addr = "localhost:1600"
-	proxy := newProxy(t, addr, 20_000_000)
+	const slow, fast = 500_000, 10_000_000 // slow, the package does not get here before it is to
+	proxy := newProxy(t, addr, fast)
 	registered := serveRegistry(t, s.Drafter, addr, pkg)
 	args := func(instance string, flags ...string) []string {
 		return s.peerArgs(instance, append([]string{"--netns", "ark0", "--package", "pulled"}, flags...)...)
@@ -113,14 +114,17 @@ func TestInterruptedPull(t *testing.T) {
 	if err := c.Set(t.Context(), "round", "1", 0).Err(); err != nil {
 		t.Fatal(err)
 	}
+	proxy.rate(slow)
 	end(t, vm)
 	if line := s.fails(t, args("instance-0")...); !strings.Contains(line, "was not wholly pulled yet") {
 		t.Error(line)
 	}
+	proxy.rate(fast)
 	vm = s.start(t, args("instance-0", pull...)...)
 	if v, err := c.Get(t.Context(), "round").Result(); err != nil || v != "1" {
 		t.Errorf("after a suspend: %q, %v", v, err)
 	}
+	proxy.rate(slow)
 	if err := vm.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
@@ -130,7 +134,9 @@ func TestInterruptedPull(t *testing.T) {
 		t.Error("nothing of the memory is kept")
 	}
 
+	proxy.rate(fast)
 	vm = s.start(t, args("instance-1", pull...)...)
+	proxy.rate(slow)
 	end(t, registered)
 	await(t, vm, "Pulling is held up; trying again until it goes on")
 	registered = serveRegistry(t, s.Drafter, addr, pkg)
@@ -161,6 +167,7 @@ func TestReplacedPackage(t *testing.T) {
 		t.Fatal(err)
 	}
 	await(t, vm, "Resumed VM")
+	proxy.rate(500_000) // the rest does not come before the package is another
 	end(t, registered)
 	registered = serveRegistry(t, s.Drafter, addr, s.pkg)
 	if _, err := vm.Await(t.Context(), "The rest of the package cannot be pulled; the VM goes on with what it has, and fails where it lacks something"); err != nil {

@@ -43,8 +43,8 @@ func makeCgroups() (dirs []string, err error) {
 				parent = filepath.Join(parent, path)
 			}
 		}
-		dir := filepath.Join(parent, "testhost-"+strconv.Itoa(os.Getpid())+"-"+strconv.Itoa(len(dirs)))
-		if err := os.Mkdir(dir, 0o755); err != nil {
+		dir, err := os.MkdirTemp(parent, "testhost-")
+		if err != nil {
 			return dirs, err
 		}
 		dirs = append(dirs, dir)
