@@ -224,7 +224,7 @@ func runInside(m *testing.M) (code int, err error) {
 // ownWork gives this host a directory of its own, with what both share in it.
 func ownWork() error {
 	shared := work
-	work = filepath.Join(shared, "host-"+os.Getenv("DRAFTER_E2E_HOST"))
+	work = filepath.Join(shared, os.Getenv("DRAFTER_E2E_HOST")) // short: names of sockets are
 	for _, name := range []string{"bin", "out/blueprint", "redis-image", "debian", "databases-image"} {
 		from, to := filepath.Join(shared, name), filepath.Join(work, name)
 		if _, err := os.Stat(from); errors.Is(err, os.ErrNotExist) {
