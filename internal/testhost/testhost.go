@@ -11,7 +11,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -120,8 +119,8 @@ func mountTemporary(work string) error {
 		return nil
 	}
 	const kept = "/run/work"
-	own := filepath.Join(work, "temporary")
-	if err := errors.Join(os.Mkdir(kept, 0o700), os.Mkdir(own, 0o777), os.Chmod(own, 0o777|os.ModeSticky)); err != nil {
+	own, err := os.MkdirTemp(work, "temporary-")
+	if err := errors.Join(err, os.Mkdir(kept, 0o700), os.Chmod(own, 0o777|os.ModeSticky)); err != nil {
 		return err
 	}
 	if err := unix.Mount(work, kept, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
