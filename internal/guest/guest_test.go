@@ -2,6 +2,7 @@ package guest
 
 import (
 	"bufio"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -13,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
@@ -181,5 +183,36 @@ func TestCheckIsAlone(t *testing.T) {
 	}
 	if b, err := exec.Command("sh", "-c", alone("echo well", pids)).CombinedOutput(); err != nil || string(b) != "well\n" {
 		t.Errorf("%q, %v", b, err)
+	}
+}
+
+// Whoever names ports wants these to be waited for, and nothing else.
+func TestAgentArgs(t *testing.T) {
+	healthDir = t.TempDir()
+	defer func() { healthDir = "/run" }()
+	check, err := NewHealthCheck([]string{"CMD", "/check"}, nil, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := json.Marshal(check)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &bundle{specs.Spec{Process: &specs.Process{}, Annotations: map[string]string{
+		ExposedPortsAnnotation: "80/tcp", HealthCheckAnnotation: string(text),
+	}}}
+	for _, c := range []struct {
+		cmd     cmdline
+		ports   string
+		checked bool
+	}{
+		{nil, "80/tcp", true},
+		{cmdline{ReadyPortsArgument + "=81"}, "81", false},
+		{cmdline{ReadyPortsArgument + "=" + NoPorts}, NoPorts, false},
+	} {
+		args := " " + strings.Join(agentArgs(c.cmd, b), " ") + " "
+		if !strings.Contains(args, " --ready-ports "+c.ports+" ") || strings.Contains(args, " --ready-cmd ") != c.checked {
+			t.Errorf("%v: %s", c.cmd, args)
+		}
 	}
 }

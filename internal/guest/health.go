@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 )
@@ -43,11 +44,7 @@ func NewHealthCheck(test, shell []string, timeout time.Duration) (*HealthCheck, 
 	return nil, fmt.Errorf("health check %q is neither NONE nor CMD with arguments nor CMD-SHELL with a command", test)
 }
 
-const (
-	healthProcess = "/run/healthcheck.json"
-	healthPID     = "/run/healthcheck.pid"
-	healthScript  = "/run/healthcheck"
-)
+var healthDir = "/run" // but in tests
 
 // healthCheck returns the command that checks the container's service, and how long it may take;
 // "" for none.
@@ -60,21 +57,23 @@ func (b *bundle) healthCheck() (command string, timeout time.Duration, err error
 	if err := json.Unmarshal([]byte(text), &check); err != nil || len(check.Args) == 0 || check.Timeout <= 0 {
 		return "", 0, fmt.Errorf("%s %q is none: %w", HealthCheckAnnotation, text, err)
 	}
-	process := *b.spec.Process
-	process.Args, process.Terminal = check.Args, false
-	raw, err := json.Marshal(process)
+	spec := *b.spec.Process
+	spec.Args, spec.Terminal = check.Args, false
+	raw, err := json.Marshal(spec)
 	if err != nil {
 		return "", 0, err
 	}
-	if err := os.WriteFile(healthProcess, raw, 0o600); err != nil {
+	file := func(kind string) string { return filepath.Join(healthDir, "healthcheck"+kind) }
+	process, pid, script := file(".json"), file(".pid"), file("")
+	if err := os.WriteFile(process, raw, 0o600); err != nil {
 		return "", 0, err
 	}
-	run := crun("exec", "--process", healthProcess, "--pid-file", healthPID, containerName)
-	script := alone(strings.Join(run.Args, " "), healthPID) + "\n"
-	if err := os.WriteFile(healthScript, []byte(script), 0o600); err != nil {
+	run := crun("exec", "--process", process, "--pid-file", pid, containerName)
+	text = alone(strings.Join(run.Args, " "), pid) + "\n"
+	if err := os.WriteFile(script, []byte(text), 0o600); err != nil {
 		return "", 0, err
 	}
-	return "sh " + healthScript, check.Timeout, nil
+	return "sh " + script, check.Timeout, nil
 }
 
 // alone makes a command end what its last run has left, if that was killed for its time: a container

@@ -123,12 +123,21 @@ func self(name string, args ...string) *exec.Cmd {
 }
 
 func startAgent(children *reaper, cmd cmdline, b *bundle) error {
+	if _, err := children.start(self("drafter-agent", agentArgs(cmd, b)...)); err != nil {
+		return fmt.Errorf("start agent: %w", err)
+	}
+	return nil
+}
+
+// agentArgs are what the agent is started with. b is nil without a bundle.
+func agentArgs(cmd cmdline, b *bundle) []string {
 	args := []string{"--vsock-port", cmd.get(AgentPortArgument, "26"), "--resolv-conf", ResolvConf}
 	if cmd.has(KeepClockArgument) {
 		args = append(args, "--no-set-clock")
 	}
 	if b != nil {
-		ports := cmp.Or(cmd.get(ReadyPortsArgument, b.annotation(ExposedPortsAnnotation)), NoPorts)
+		named := cmd.get(ReadyPortsArgument, "")
+		ports := cmp.Or(named, b.annotation(ExposedPortsAnnotation), NoPorts)
 		if _, err := NewReadiness(ports); err != nil {
 			slog.Warn("No port is waited for", "error", err)
 			ports = NoPorts
@@ -137,14 +146,11 @@ func startAgent(children *reaper, cmd cmdline, b *bundle) error {
 		check, timeout, err := b.healthCheck()
 		if err != nil {
 			slog.Warn("The service's health is not waited for", "error", err)
-		} else if check != "" && !cmd.has(ReadyPortsArgument) {
+		} else if check != "" && named == "" {
 			args = append(args, "--ready-cmd", check, "--ready-cmd-timeout", timeout.String())
 		}
 	}
-	if _, err := children.start(self("drafter-agent", args...)); err != nil {
-		return fmt.Errorf("start agent: %w", err)
-	}
-	return nil
+	return args
 }
 
 // Arguments on the kernel command line that name the guest ports, where they are not the default,
