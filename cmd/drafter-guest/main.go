@@ -87,6 +87,7 @@ func runAgent(ctx context.Context, args []string) error {
 	f.StringVar(&s.ResolvConf, "resolv-conf", "", "File to write the name servers of the VM's host to after each resume, as resolv.conf(5) (leave empty to disable)")
 	f.StringVar(&s.Shell, "shell-cmd", "sh", "Shell to use to run the before suspend and after resume commands")
 	ports := f.String("ready-ports", "", "TCP ports that must have a listener before the VM is packaged, such as 80,443 (none: what was started has to last for a moment; leave empty to disable)")
+	outside := f.Bool("ready-from-outside", false, "Count no listener on loopback")
 	f.StringVar(&s.ReadyCmd, "ready-cmd", "", "Command that succeeds once the service is ready, tried again until it does (leave empty to disable)")
 	f.DurationVar(&s.ReadyCmdTimeout, "ready-cmd-timeout", 30*time.Second, "How long one run of the command may take")
 	port, timeout := portFlags(f, vmm.DefaultAgentPort)
@@ -98,6 +99,7 @@ func runAgent(ctx context.Context, args []string) error {
 		if err != nil {
 			return fmt.Errorf("--ready-ports: %w", err)
 		}
+		ready.Outside = *outside
 		s.Service = ready.Check
 	}
 	return s.Serve(ctx, agent.Listen(uint32(*port), *timeout))

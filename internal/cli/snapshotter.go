@@ -25,8 +25,8 @@ func newSnapshotter() *cobra.Command {
 		Long: `Boots a blueprint, waits until the guest reports that it is up and its service is ready, suspends it, and stores kernel, disks, memory, state and config as
 a package that 'drafter runner' and 'drafter peer' resume in a fraction of a boot's time.
 
-The service of an OCI image is ready when something listens on each TCP port that the image exposes and its health check,
-if it has one, succeeds; --ready-ports names other ports, and leaves the health check out. One that is not ready within --resume-timeout, or has ended by then,
+The service of an OCI image is ready when something listens on each TCP port that the image exposes, not only on loopback, and its health check,
+if it has one, succeeds; --ready-ports names other ports, which may be open on loopback only, and leaves the health check out. One that is not ready within --resume-timeout, or has ended by then,
 is no package.
 
 Devices: kernel, disk, state, memory and config are needed; every other name is a further disk, in list order (/dev/vdb, /dev/vdc, …). The

@@ -96,6 +96,25 @@ func TestReadiness(t *testing.T) {
 			t.Errorf("%q: ready %v, closed %v, %v", list, ready, got, err)
 		}
 	}
+	// What is on loopback is not open to others.
+	for address, ready := range map[string]bool{"127.0.0.1:0": false, "127.1.2.3:0": false, "[::1]:0": false, "0.0.0.0:0": true, "[::]:0": true} {
+		l, err := net.Listen("tcp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		r, err := NewReadiness(fmt.Sprint(l.Addr().(*net.TCPAddr).Port))
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Outside = true
+		if got, _, err := r.Check(); got != ready || err != nil {
+			t.Errorf("%s: ready %v, %v", address, got, err)
+		}
+	}
+	if !isLoopback("0000000000000000FFFF00000100007F") || isLoopback("0000000000000000FFFF00000100000A") {
+		t.Error("addresses that are mapped into IPv6")
+	}
 	for _, list := range []string{NoPorts, "53/udp"} {
 		r, err := NewReadiness(list)
 		if err != nil {
@@ -211,7 +230,7 @@ func TestAgentArgs(t *testing.T) {
 		{cmdline{ReadyPortsArgument + "=" + NoPorts}, NoPorts, false},
 	} {
 		args := " " + strings.Join(agentArgs(c.cmd, b), " ") + " "
-		if !strings.Contains(args, " --ready-ports "+c.ports+" ") || strings.Contains(args, " --ready-cmd ") != c.checked {
+		if !strings.Contains(args, " --ready-ports "+c.ports+" ") || strings.Contains(args, " --ready-cmd ") != c.checked || strings.Contains(args, " --ready-from-outside ") != c.checked {
 			t.Errorf("%v: %s", c.cmd, args)
 		}
 	}

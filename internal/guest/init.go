@@ -143,6 +143,9 @@ func agentArgs(cmd cmdline, b *bundle) []string {
 			ports = NoPorts
 		}
 		args = append(args, "--before-suspend-cmd", b.annotation(BeforeSuspendAnnotation), "--after-resume-cmd", b.annotation(AfterResumeAnnotation), "--ready-ports", ports)
+		if named == "" {
+			args = append(args, "--ready-from-outside")
+		}
 		check, timeout, err := b.healthCheck()
 		if err != nil {
 			slog.Warn("The service's health is not waited for", "error", err)

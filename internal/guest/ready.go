@@ -19,6 +19,10 @@ const settleTime = 2 * time.Second
 
 // Readiness says when a service is ready to be packaged: when each of its TCP ports has a listener.
 type Readiness struct {
+	// Outside leaves out listeners on loopback, which nobody reaches from outside: images such as
+	// MongoDB's have one while they fill their database, and open the port when that is done.
+	Outside bool
+
 	ports []uint16
 	began time.Time
 }
@@ -56,7 +60,7 @@ func (r *Readiness) Check() (ready bool, closed []uint32, err error) {
 	if len(r.ports) == 0 {
 		return time.Since(r.began) >= settleTime, nil, nil
 	}
-	open, err := listeningPorts()
+	open, err := listeningPorts(r.Outside)
 	if err != nil {
 		return false, nil, fmt.Errorf("find listening ports: %w", err)
 	}
@@ -68,9 +72,9 @@ func (r *Readiness) Check() (ready bool, closed []uint32, err error) {
 	return len(closed) == 0, closed, nil
 }
 
-// listeningPorts returns the TCP ports with a listener, from /proc/net/tcp and tcp6 (proc(5); state
-// 0A is TCP_LISTEN).
-func listeningPorts() (map[uint16]bool, error) {
+// listeningPorts returns the TCP ports with a listener, or only those with one that is not on
+// loopback, from /proc/net/tcp and tcp6 (proc(5); state 0A is TCP_LISTEN).
+func listeningPorts(outside bool) (map[uint16]bool, error) {
 	ports := map[uint16]bool{}
 	for _, name := range []string{"tcp", "tcp6"} {
 		b, err := os.ReadFile(filepath.Join("/proc/net", name))
@@ -85,11 +89,22 @@ func listeningPorts() (map[uint16]bool, error) {
 			if len(f) < 4 || f[3] != "0A" {
 				continue
 			}
-			_, port, _ := strings.Cut(f[1], ":")
+			address, port, _ := strings.Cut(f[1], ":")
+			if outside && isLoopback(address) {
+				continue
+			}
 			if n, err := strconv.ParseUint(port, 16, 16); err == nil {
 				ports[uint16(n)] = true
 			}
 		}
 	}
 	return ports, nil
+}
+
+// isLoopback tells whether an address in /proc/net, whose words are in the host's order (that is,
+// little-endian), is of 127.0.0.0/8, also mapped into IPv6, or ::1.
+func isLoopback(address string) bool {
+	const mapped, six = "0000000000000000FFFF0000", "00000000000000000000000001000000"
+	v4 := strings.TrimPrefix(address, mapped)
+	return len(v4) == 8 && strings.HasSuffix(v4, "7F") || address == six
 }
