@@ -152,7 +152,7 @@ func (n *NAT) keepNamespaceRules(i int) (done bool, err error) {
 
 // tapKept tells whether the tap, if there is one, is as it was made. Who removes it from under a VM
 // leaves nothing to put back; the next VM gets another.
-func (c NATConfig) tapKept(l *layout) (bool, error) {
+func (c NATConfig) tapKept() (bool, error) {
 	tap, err := netlink.LinkByName(c.NamespaceInterface)
 	if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
 		return true, nil
@@ -185,7 +185,7 @@ func (n *NAT) connected(i int) (bool, error) {
 		}
 	}
 	err := inNamespace(n.name(i), func() error {
-		kept, err := n.config.tapKept(l)
+		kept, err := n.config.tapKept()
 		if err != nil {
 			return err
 		}
