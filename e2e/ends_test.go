@@ -104,7 +104,12 @@ func TestEnds(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { f.Close() })
+		t.Cleanup(func() {
+			if b, err := os.ReadFile(f.Name()); t.Failed() {
+				t.Logf("the log: %v\n%s", err, b)
+			}
+			f.Close()
+		})
 		return f
 	}
 	kept := 0
