@@ -14,6 +14,7 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"drafter/internal/rundir"
@@ -342,23 +343,69 @@ func GuardGuest(ns, mac string) error {
 		if err := c.renewTap(l); err != nil {
 			return err
 		}
-		r, err := newRuleset(nftables.TableFamilyNetdev, "drafter-guest")
-		if err != nil {
-			return err
-		}
-		frames := r.chainOn(hookReceived, c.NamespaceInterface)
-		if hardware != nil {
-			r.rule(frames, notFromMAC(hardware), drop())
-		}
-		r.rule(frames, protocolIPv4(), fromAddress(host(l.guest)), accept())
-		r.rule(frames, protocolARP(), arpFrom(hardware, l.guest), accept())
-		r.rule(frames, drop())
-		return r.apply()
+		return c.guardTap(l, hardware)
 	})
 	if err != nil {
 		return err
 	}
 	return forgetTenant(ns)
+}
+
+// guardTable is the name of the table with the rules at the tap, and what the tap is called besides (an
+// alias of ip-link(8)) while they are there, followed by the MAC address that they let pass. It goes with
+// the tap.
+const guardTable = "drafter-guest"
+
+// guardTap puts the rules at the tap of the calling thread's namespace in force.
+func (c NATConfig) guardTap(l *layout, hardware net.HardwareAddr) error {
+	tap, err := netlink.LinkByName(c.NamespaceInterface)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", c.NamespaceInterface, err)
+	}
+	// The alias first: a NAT that looks meanwhile puts the same rules in force.
+	if err := netlink.LinkSetAlias(tap, guardTable+" "+hardware.String()); err != nil {
+		return fmt.Errorf("mark %s: %w", c.NamespaceInterface, err)
+	}
+	r, err := newRuleset(nftables.TableFamilyNetdev, guardTable)
+	if err != nil {
+		return err
+	}
+	frames := r.chainOn(hookReceived, c.NamespaceInterface)
+	if hardware != nil {
+		r.rule(frames, notFromMAC(hardware), drop())
+	}
+	r.rule(frames, protocolIPv4(), fromAddress(host(l.guest)), accept())
+	r.rule(frames, protocolARP(), arpFrom(hardware, l.guest), accept())
+	r.rule(frames, drop())
+	return r.apply()
+}
+
+// keepTapGuard puts the rules at the tap of the calling thread's namespace back if some of them are gone.
+func (c NATConfig) keepTapGuard(l *layout) (done bool, err error) {
+	tap, err := netlink.LinkByName(c.NamespaceInterface)
+	if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("find %s: %w", c.NamespaceInterface, err)
+	}
+	mac, guarded := strings.CutPrefix(tap.Attrs().Alias, guardTable+" ")
+	if !guarded {
+		return false, nil
+	}
+	whole := 5 // the table, its chain and three rules
+	var hardware net.HardwareAddr
+	if mac != "" {
+		if hardware, err = net.ParseMAC(mac); err != nil {
+			return false, fmt.Errorf("read alias of %s: %w", c.NamespaceInterface, err)
+		}
+		whole++
+	}
+	state, err := tableState(unix.NFPROTO_NETDEV, guardTable)
+	if err != nil || len(state) == whole {
+		return false, err
+	}
+	return true, c.guardTap(l, hardware)
 }
 
 // natOf returns the configuration of the NAT that made a namespace, or nil if none did.

@@ -34,6 +34,11 @@ func (n *NAT) look() {
 		if err == nil {
 			done, err = n.keepNamespaceRules(i)
 			n.news.mended("nftables table ip "+namespaceTable+" in "+name, done, err)
+			err = inNamespace(name, func() (err error) {
+				done, err = n.config.keepTapGuard(n.layout)
+				return err
+			})
+			n.news.mended("nftables table netdev "+guardTable+" in "+name, done, err)
 		}
 	}
 	n.sayFirewalls()

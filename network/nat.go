@@ -388,7 +388,7 @@ func (n *NAT) check(kept []string) error {
 		}
 	}
 	if _, err := os.Stat(n.recordPath()); errors.Is(err, os.ErrNotExist) {
-		if table, err := tableState(n.natTable()); err != nil {
+		if table, err := tableState(unix.NFPROTO_IPV4, n.natTable()); err != nil {
 			return err
 		} else if len(table) > 0 {
 			return fmt.Errorf("nftables table ip %[1]s exists and is not ours; remove it ('nft delete table ip %[1]s'), or choose another --namespace-prefix", n.natTable())

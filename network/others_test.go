@@ -231,6 +231,39 @@ func TestOpenedMeanwhile(t *testing.T) {
 	}
 }
 
+// TestTapGuardPutBack flushes the rules inside a namespace: its guest stays confined to its own address.
+func TestTapGuardPutBack(t *testing.T) {
+	needRoot(t)
+	interval := lookInterval
+	lookInterval = 50 * time.Millisecond
+	t.Cleanup(func() { lookInterval = interval }) // when all watches have ended
+	startNAT(t, testConfig())
+	rules := func() string {
+		out, err := exec.Command("ip", "netns", "exec", "ark0", "nft", "list", "ruleset").CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		return string(out)
+	}
+	for _, mac := range []string{testConfig().NamespaceInterfaceMAC, ""} {
+		if err := GuardGuest("ark0", mac); err != nil {
+			t.Fatal(err)
+		}
+		before := rules()
+		for _, change := range []string{"flush ruleset", "delete table netdev drafter-guest", "flush table netdev drafter-guest"} {
+			shell(t, "ip netns exec ark0 nft "+change)
+			eventually(t, change, func() string {
+				for line := range strings.Lines(before) {
+					if now := rules(); !strings.Contains(now, line) {
+						return "missing: " + line
+					}
+				}
+				return ""
+			})
+		}
+	}
+}
+
 // TestUDPFollows sends from one port all the time: before there is a forward, through it, and after it leads
 // elsewhere.
 func TestUDPFollows(t *testing.T) {

@@ -147,7 +147,7 @@ func (a *applied) note() (err error) {
 	if a.generation, err = generation(); err != nil {
 		return err
 	}
-	a.state, err = tableState(a.table)
+	a.state, err = tableState(unix.NFPROTO_IPV4, a.table)
 	return err
 }
 
@@ -157,7 +157,7 @@ func (a *applied) intact() (bool, error) {
 	if err != nil || now == a.generation {
 		return true, err
 	}
-	state, err := tableState(a.table)
+	state, err := tableState(unix.NFPROTO_IPV4, a.table)
 	if err != nil || !slices.Equal(state, a.state) {
 		return false, err
 	}
@@ -194,10 +194,10 @@ func generation() (uint32, error) {
 	return number, d.Err()
 }
 
-// tableState is all that the kernel holds of an IPv4 table of the calling thread's network namespace, in an
+// tableState is all that the kernel holds of a family's table of the calling thread's network namespace, in an
 // order of its own, but for what packets change: the elements of dynamic sets. It is empty if there is
 // no such table.
-func tableState(table string) (state []string, err error) {
+func tableState(family byte, table string) (state []string, err error) {
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
 		return nil, fmt.Errorf("read nftables rules: %w", err)
@@ -212,7 +212,7 @@ func tableState(table string) (state []string, err error) {
 		}
 		messages, err := conn.Execute(netlink.Message{
 			Header: netlink.Header{Type: netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | message), Flags: netlink.Request | netlink.Dump},
-			Data:   append([]byte{unix.NFPROTO_IPV4, unix.NFNETLINK_V0, 0, 0}, attributes...),
+			Data:   append([]byte{family, unix.NFNETLINK_V0, 0, 0}, attributes...),
 		})
 		if errors.Is(err, unix.ENOENT) {
 			return nil, nil // gone since
