@@ -41,8 +41,49 @@ func (n *NAT) look() {
 			n.news.mended("nftables table netdev "+guardTable+" in "+name, done, err)
 		}
 	}
+	n.news.mended("the host's addresses", false, n.sayNetworks())
 	n.sayFirewalls()
 	n.sayNameServers()
+}
+
+// sayNetworks names networks that the host has joined since the start and that overlap with the NAT's
+// addresses, which it would have refused then.
+func (n *NAT) sayNetworks() error {
+	addrs, err := netlink.AddrList(nil, netlink.FAMILY_V4)
+	if err != nil {
+		return fmt.Errorf("list addresses: %w", err)
+	}
+	found := map[string][]string{}
+	for _, a := range addrs {
+		link, err := netlink.LinkByIndex(a.LinkIndex)
+		if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
+			continue // gone since
+		}
+		if err != nil {
+			return fmt.Errorf("list addresses: %w", err)
+		}
+		name := link.Attrs().Name
+		if link.Attrs().Alias == namespaceMark || slices.ContainsFunc(n.created, func(ns string) bool { return hostVethName(ns) == name }) {
+			continue
+		}
+		network := &net.IPNet{IP: a.IP.Mask(a.Mask), Mask: a.Mask}
+		for flag, subnet := range n.subnets() {
+			if network.Contains(subnet.IP) || subnet.Contains(a.IP) {
+				found[flag] = append(found[flag], a.IPNet.String()+" of "+name)
+			}
+		}
+	}
+	for flag, subnet := range n.subnets() {
+		line := ""
+		if len(found[flag]) > 0 {
+			line = "This host has joined a network that the NAT's addresses are a part of; " +
+				"it does not reach those there. Choose others at the next start"
+		}
+		slices.Sort(found[flag])
+		n.news.say("networks of --"+flag, line, "flag", "--"+flag, "subnet", subnet.String(),
+			"network", strings.Join(found[flag], ", "))
+	}
+	return nil
 }
 
 // keepForwarding turns forwarding on again. Who has turned it off gets it so when the last NAT ends.

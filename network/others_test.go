@@ -572,6 +572,32 @@ func TestWideNetwork(t *testing.T) {
 	}
 }
 
+// TestWideNetworkLater joins networks that the NAT's addresses are a part of while it runs: each is named once.
+func TestWideNetworkLater(t *testing.T) {
+	needRoot(t)
+	log := readLog(t)
+	n := startNAT(t, testConfig())
+	endWatch(t, &n.watch)
+	for _, address := range []string{"10.0.0.5/8", "10.0.9.1/32"} {
+		log.read()
+		n.look()
+		if said := log.read(); strings.Contains(said, "joined") {
+			t.Fatalf("before: %s", said)
+		}
+		shell(t, "ip address add "+address+" dev lo")
+		n.look()
+		if said := log.read(); !strings.Contains(said, address+" of lo") {
+			t.Errorf("%s: the log says: %s", address, said)
+		}
+		n.look()
+		if said := log.read(); said != "" {
+			t.Errorf("%s: the log says again: %s", address, said)
+		}
+		shell(t, "ip address del "+address+" dev lo")
+		n.look()
+	}
+}
+
 // TestForwardingRestored ends NATs in every order, one of them killed, while somebody turns forwarding off
 // and on.
 func TestForwardingRestored(t *testing.T) {
