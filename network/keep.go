@@ -240,7 +240,11 @@ func (n *NAT) connected(i int) (bool, error) {
 		whole = whole && err == nil && len(out) > 0 && out[0].Gw.Equal(l.hostSide(i))
 		own, err := netlink.RouteGet(l.namespaceIP(i))
 		whole = whole && err == nil && len(own) > 0 && own[0].Type == unix.RTN_LOCAL
-		return keep("net/ipv4/ip_forward", "1")
+		err = keep("net/ipv4/ip_forward", "1")
+		for _, link := range []string{n.config.NamespaceInterface, namespaceVeth} {
+			err = errors.Join(err, keep("net/ipv4/conf/"+link+"/forwarding", "1"))
+		}
+		return err
 	})
 	return whole, err
 }

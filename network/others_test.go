@@ -598,6 +598,22 @@ func TestWideNetworkLater(t *testing.T) {
 	}
 }
 
+// TestLinkForwarding turns forwarding off for the interfaces of a namespace only.
+func TestLinkForwarding(t *testing.T) {
+	needRoot(t)
+	n := startNAT(t, testConfig())
+	endWatch(t, &n.watch)
+	guest := attachGuest(t, "ark0")
+	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
+	for _, link := range []string{"tap0", "veth0"} {
+		shell(t, "echo 0 | ip netns exec ark0 tee /proc/sys/net/ipv4/conf/"+link+"/forwarding")
+		n.look()
+		if got := ask(t, guest, "udp4", "192.0.2.254:80"); got != "outside to 192.0.2.1" {
+			t.Errorf("without forwarding of %s: %q", link, got)
+		}
+	}
+}
+
 // TestForwardingRestored ends NATs in every order, one of them killed, while somebody turns forwarding off
 // and on.
 func TestForwardingRestored(t *testing.T) {
