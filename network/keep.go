@@ -215,7 +215,8 @@ func (c NATConfig) tapKept() (bool, error) {
 func (n *NAT) connected(i int) (bool, error) {
 	l := n.layout
 	link := hostVethName(n.name(i))
-	whole := true
+	veth, _, err := hostVeth(n.name(i))
+	whole := err == nil && veth != nil && veth.Attrs().MasterIndex == 0 // a bridge would take what comes in
 	for _, ip := range []net.IP{l.namespaceSide(i), l.namespaceIP(i)} {
 		to, err := linkTowards(ip)
 		whole = whole && err == nil && to == link
@@ -230,7 +231,7 @@ func (n *NAT) connected(i int) (bool, error) {
 			return false, err
 		}
 	}
-	err := inNamespace(n.name(i), func() error {
+	err = inNamespace(n.name(i), func() error {
 		kept, err := n.config.tapKept()
 		if err != nil {
 			return err

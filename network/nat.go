@@ -634,6 +634,11 @@ func (n *NAT) connect(i int) (err error) {
 	case !ours:
 		return errSomebodysLink(name)
 	}
+	if veth.Attrs().MasterIndex != 0 {
+		if err := netlink.LinkSetNoMaster(veth); err != nil {
+			return fmt.Errorf("take %s out of a bridge: %w", hostVethName(name), err)
+		}
+	}
 	if err := configureLink(veth, &net.IPNet{IP: l.hostSide(i), Mask: net.CIDRMask(30, 32)}); err != nil {
 		return err
 	}

@@ -614,6 +614,21 @@ func TestLinkForwarding(t *testing.T) {
 	}
 }
 
+// TestLinkInBridge puts the host's end of a link into a bridge.
+func TestLinkInBridge(t *testing.T) {
+	needRoot(t)
+	n := startNAT(t, testConfig())
+	endWatch(t, &n.watch)
+	guest := attachGuest(t, "ark0")
+	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
+	shell(t, "ip link add foreign0 type bridge && ip link set foreign0 up && ip link set ark0-veth master foreign0")
+	defer shell(t, "ip link del foreign0")
+	n.look()
+	if got := ask(t, guest, "udp4", "192.0.2.254:80"); got != "outside to 192.0.2.1" {
+		t.Errorf("out of the bridge: %q", got)
+	}
+}
+
 // TestForwardingRestored ends NATs in every order, one of them killed, while somebody turns forwarding off
 // and on.
 func TestForwardingRestored(t *testing.T) {
