@@ -809,6 +809,9 @@ func (n *NAT) Claim() (string, *Claim, error) {
 
 // removeNamespace removes a namespace and its link with the host. One that somebody has made in the place of ours stays.
 func removeNamespace(name string) error {
+	if err := checkNamespaceName(name); err != nil {
+		return err
+	}
 	var errs []error
 	if _, err := os.Stat(filepath.Join(netnsDir, name)); err == nil {
 		ours, err := madeHere(name)

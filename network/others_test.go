@@ -629,6 +629,23 @@ func TestLinkInBridge(t *testing.T) {
 	}
 }
 
+// TestRemovesNamespacesOnly has a name in a record that leads elsewhere: what is there stays.
+func TestRemovesNamespacesOnly(t *testing.T) {
+	needRoot(t)
+	file := filepath.Join(t.TempDir(), "empty")
+	shell(t, "touch "+file)
+	path, err := filepath.Rel(netnsDir, file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := removeNamespace(path); err == nil {
+		t.Errorf("%s is taken for a namespace", path)
+	}
+	if _, err := os.Stat(file); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestForwardingRestored ends NATs in every order, one of them killed, while somebody turns forwarding off
 // and on.
 func TestForwardingRestored(t *testing.T) {
