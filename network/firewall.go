@@ -37,6 +37,7 @@ func (n *NAT) passages() (list []passage) {
 	for _, out := range n.outgoing {
 		list = append(list,
 			passage{"connections of guests", *nftables.ChainHookForward, link, out, guest, outside, opened, 0},
+			passage{"connections of guests", *nftables.ChainHookPostrouting, link, out, guest, outside, opened, 0},
 			passage{"answers to guests", *nftables.ChainHookForward, out, link, outside, guest, established, 0},
 			passage{"what drafter forwarder publishes", *nftables.ChainHookForward, out, link, outside, l.namespaceSide(0), opened, ipsDstNAT})
 	}

@@ -859,6 +859,10 @@ func TestFirewalls(t *testing.T) {
 			chain forward { type filter hook forward priority -5; policy drop; ct state vmap { established : accept, related : accept, invalid : drop }; }
 		}`, true, "chain=forward", `nft insert rule inet mine forward iifname "ark*" accept; nft insert rule inet mine forward oifname "ark*" accept`,
 			[]string{`inet mine forward iifname "ark*" accept`, `inet mine forward oifname "ark*" accept`}},
+		{"on the way out", `table ip mine {
+			chain out { type filter hook postrouting priority 0; policy drop; oifname "lo" accept; }
+		}`, true, "chain=out", `nft insert rule ip mine out iifname "ark*" accept; nft insert rule ip mine out oifname "ark*" accept`,
+			[]string{`ip mine out iifname "ark*" accept`, `ip mine out oifname "ark*" accept`}},
 		{"no packets of the host's own", `table ip filter { chain OUTPUT { type filter hook output priority 0; policy drop; oifname "lo" accept; ct state established accept; }
 		}`,
 			true, "chain=OUTPUT", "iptables -I OUTPUT -o 'ark+' -j ACCEPT", []string{`ip filter OUTPUT oifname "ark*" accept`}},
