@@ -42,6 +42,7 @@ func (n *NAT) look() {
 		}
 	}
 	n.news.mended("the host's addresses", false, n.sayNetworks())
+	n.news.mended("the host's interfaces", false, n.sayForwarding())
 	n.sayFirewalls()
 	n.sayNameServers()
 }
@@ -94,6 +95,23 @@ func (n *NAT) keepForwarding() (done bool, err error) {
 		err = errors.Join(err, n.writeRecord())
 	}
 	return done, err
+}
+
+// sayForwarding names interfaces from which the host forwards nothing, which is its own to decide.
+func (n *NAT) sayForwarding() error {
+	for _, out := range n.outgoing {
+		parameter := "net/ipv4/conf/" + out + "/forwarding"
+		b, err := os.ReadFile("/proc/sys/" + parameter)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("read kernel parameter: %w", err)
+		}
+		line := ""
+		if strings.TrimSpace(string(b)) == "0" {
+			line = "This host forwards nothing that comes in at an interface, so guests get no answers from there; turn it on with 'sysctl -w'"
+		}
+		n.news.say("forwarding of "+out, line, "interface", out, "parameter", parameter+"=1")
+	}
+	return nil
 }
 
 // followRoute lets guests go out where the host does, when that has changed. A host that has lost its way

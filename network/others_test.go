@@ -598,6 +598,25 @@ func TestWideNetworkLater(t *testing.T) {
 	}
 }
 
+// TestHostForwarding turns forwarding off for the host's way out, which is named once.
+func TestHostForwarding(t *testing.T) {
+	needRoot(t)
+	log := readLog(t)
+	n := startNAT(t, testConfig())
+	endWatch(t, &n.watch)
+	log.read()
+	shell(t, "echo 0 > /proc/sys/net/ipv4/conf/eth0/forwarding")
+	t.Cleanup(func() { shell(t, "echo 1 > /proc/sys/net/ipv4/conf/eth0/forwarding") })
+	n.look()
+	if said := log.read(); !strings.Contains(said, "net/ipv4/conf/eth0/forwarding=1") {
+		t.Errorf("the log says: %s", said)
+	}
+	n.look()
+	if said := log.read(); said != "" {
+		t.Errorf("the log says again: %s", said)
+	}
+}
+
 // TestLinkForwarding turns forwarding off for the interfaces of a namespace only.
 func TestLinkForwarding(t *testing.T) {
 	needRoot(t)
