@@ -10,7 +10,7 @@ TESTTIMEOUT ?= 40m
 FUZZTIME ?= 30s
 GENERATED := agent docs/cli docs/man docs/licenses.md
 
-.PHONY: help demo test build setup tools servers lint vulnerabilities licenses generate check-generated unit soak fuzz bench bench-quick bench-report profile benchmarks redis-image install clean
+.PHONY: help demo test build setup tools servers lint vulnerabilities licenses generate check-generated unit e2e soak fuzz bench bench-quick bench-report profile benchmarks redis-image install clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,7 +18,7 @@ help: ## show this list
 demo: setup build ## build, snapshot, resume, reach and move a VM with Redis; VMM=firecracker chooses that
 	$(GO) run ./demo --vmm $(or $(VMM),auto)
 
-test: setup build check-generated lint unit ## all tests with the race detector, and lint
+test: setup build check-generated lint unit e2e ## all tests with the race detector, and lint
 
 setup: ## install the Debian packages that are needed
 	./.ci/setup
@@ -27,8 +27,11 @@ build: ## build bin/drafter and bin/drafter-guest
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/drafter
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o bin/ ./cmd/drafter-guest
 
-unit: servers ## all tests with the race detector
-	$(GO) test -race -timeout $(TESTTIMEOUT) ./...
+unit: servers ## the tests of packages
+	$(GO) test -race -timeout $(TESTTIMEOUT) $$($(GO) list ./... | grep -v '/e2e')
+
+e2e: servers ## the tests of the whole, with VMs
+	$(GO) test -race -timeout $(TESTTIMEOUT) ./e2e/...
 
 servers: $(SERVERS) ## the S3 server and the OCI registry that tests talk to, in .cache/tools
 

@@ -34,7 +34,7 @@ func NewClient(conn net.Conn) *Client {
 // BeforeSuspend tells the guest that it is about to be suspended and waits until it is ready.
 func (c *Client) BeforeSuspend(ctx context.Context) error {
 	_, err := c.calls.BeforeSuspend(ctx, &BeforeSuspendRequest{})
-	return c.explain("before-suspend", err)
+	return c.explain(ctx, "before-suspend", err)
 }
 
 // AfterResume tells the guest that it runs again, what time it is, and what its resolv.conf(5) is to hold ("" to leave that), and gives it fresh entropy. It
@@ -50,10 +50,10 @@ func (c *Client) AfterResume(ctx context.Context, mostStep time.Duration, resolv
 		NowUnixNano: time.Now().UnixNano(), Entropy: entropy, MostStepNano: int64(mostStep), ResolvConf: resolvConf,
 	})
 	if err != nil {
-		return 0, c.explain("after-resume", err)
+		return 0, c.explain(ctx, "after-resume", err)
 	}
 	if why := r.GetResolvConfError(); why != "" {
-		slog.Warn("The guest keeps the name servers that it had", "error", c.explain("after-resume", errors.New(why)))
+		slog.Warn("The guest keeps the name servers that it had", "error", c.explain(ctx, "after-resume", errors.New(why)))
 	}
 	return time.Duration(r.GetClockStepNano()), nil
 }
@@ -64,7 +64,7 @@ func (c *Client) CatchUp(ctx context.Context, mostStep time.Duration) (time.Dura
 	r, err := c.calls.CatchUp(ctx, &CatchUpRequest{
 		NowUnixNano: time.Now().UnixNano(), MostStepNano: int64(mostStep),
 	})
-	return time.Duration(r.GetClockStepNano()), c.explain("catch-up", err)
+	return time.Duration(r.GetClockStepNano()), c.explain(ctx, "catch-up", err)
 }
 
 // Ready tells whether the guest's service is ready to be packaged, and what is waited for if it is
@@ -75,13 +75,13 @@ func (c *Client) Ready(ctx context.Context) (*ReadyResponse, error) {
 	if status.Code(err) == codes.Unimplemented {
 		return &ReadyResponse{Ready: true}, nil
 	}
-	return r, c.explain("ready", err)
+	return r, c.explain(ctx, "ready", err)
 }
 
 // Exec runs a program in the guest. A program that ran and failed is no error: see the response's exit status.
 func (c *Client) Exec(ctx context.Context, stdin []byte, args ...string) (*ExecResponse, error) {
 	r, err := c.calls.Exec(ctx, &ExecRequest{Args: args, Stdin: stdin})
-	return r, c.explain("exec", err)
+	return r, c.explain(ctx, "exec", err)
 }
 
 // Close ends the connection; the agent waits for the next one.
@@ -93,11 +93,12 @@ func (c *Client) Close() error {
 	return err
 }
 
-func (c *Client) explain(call string, err error) error {
+func (c *Client) explain(ctx context.Context, call string, err error) error {
 	if err = c.conn.reason(err); err == nil {
 		return nil
 	}
-	if errors.Is(err, context.DeadlineExceeded) {
+	// The guest may have ended what it ran for that, and have said so, just before.
+	if errors.Is(err, context.DeadlineExceeded) || errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return fmt.Errorf("agent %s: the guest did not answer in time: %w", call, err)
 	}
 	return fmt.Errorf("agent %s: %w", call, &guestError{err})
