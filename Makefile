@@ -23,9 +23,10 @@ test: setup build check-generated lint unit e2e ## all tests with the race detec
 setup: ## install the Debian packages that are needed
 	./.ci/setup
 
-build: ## build bin/drafter and bin/drafter-guest
+build: ## build bin/drafter, bin/drafter-guest and bin/drafter-bench
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/drafter
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o bin/ ./cmd/drafter-guest
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o bin/ ./cmd/drafter-bench
 
 unit: servers ## the tests of packages
 	$(GO) test -race -timeout $(TESTTIMEOUT) $$($(GO) list ./... | grep -v '/e2e')
@@ -68,15 +69,15 @@ fuzz: ## every fuzz target for FUZZTIME (30s): the decoders of what comes from s
 	GO='$(GO)' ./.ci/fuzz $(FUZZTIME)
 
 soak: setup build servers fuzz ## the tests that find more the longer they run: fuzz targets, and real VMs with random faults for an hour and a half at most
-	DRAFTER_SOAK=1 $(GO) test -race -timeout 60m -run 'TestSoak|TestModel' ./migrate ./block
+	DRAFTER_SOAK=1 $(GO) test -race -timeout 60m -run 'TestSoak|TestModel' ./migrate ./internal/block
 	DRAFTER_SOAK=1 $(GO) test -timeout 90m -v -run 'TestSoakMigrations|TestSoakBadDays|TestKilledPeer' ./e2e
 
 bench: setup build ## measure everything, beside QEMU's own live migration: far longer than bench-quick
-	bin/drafter bench
+	bin/drafter-bench
 	$(MAKE) bench-report
 
 bench-quick: setup build ## measure what the ratios need: some three minutes
-	bin/drafter bench --quick
+	bin/drafter-bench --quick
 	$(MAKE) bench-report
 
 bench-report: ## make docs/benchmarks.md and its charts of bench/results/latest.json
@@ -89,14 +90,14 @@ profile: setup build ## CPU and allocation profiles of live migrations, in out/p
 	@echo "Look at them with: go tool pprof -http localhost:8080 out/profile/bench.test out/profile/cpu.pprof"
 
 benchmarks: ## Go benchmarks of the hot functions, for benchstat: run it before and after a change
-	$(GO) test -run xxx -bench . -count 6 ./block ./wire ./vmm/firecracker/uffd
+	$(GO) test -run xxx -bench . -count 6 ./internal/block ./internal/wire ./vmm/firecracker/uffd
 	$(GO) test -run xxx -bench 'Engine|RawTCP' -benchtime 3x -count 6 ./bench
 
 redis-image: ## an OCI image of Redis without any registry, in out/redis-image
 	$(GO) run ./internal/redisimage/cmd --output out/redis-image
 
 install: build ## install drafter and its links below /usr/local/bin
-	install -m 755 bin/drafter bin/drafter-guest /usr/local/bin/
+	install -m 755 bin/drafter bin/drafter-guest bin/drafter-bench /usr/local/bin/
 	for c in nat forwarder snapshotter packager runner peer registry mounter terminator checkpoint; do ln -sf drafter /usr/local/bin/drafter-$$c; done
 
 clean: ## remove what was built

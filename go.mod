@@ -1,6 +1,6 @@
 module drafter
 
-go 1.26.8
+go 1.26.0
 
 require (
 	github.com/containerd/ttrpc v1.2.10

@@ -61,23 +61,43 @@ func TestNoCgo(t *testing.T) {
 	})
 }
 
-// The table of rooms lists every package, and no other.
+// The table of rooms lists every package, and no other; imports point to the same floor or downwards.
 func TestArchitectureIsTrue(t *testing.T) {
 	text, err := os.ReadFile("docs/architecture.md")
 	if err != nil {
 		t.Fatal(err)
 	}
 	table, _, _ := strings.Cut(string(text), "\n## How")
-	listed := map[string]bool{}
-	for _, m := range regexp.MustCompile("`([a-z0-9/-]+)`").FindAllStringSubmatch(table, -1) {
-		if info, err := os.Stat(m[1]); err == nil && info.IsDir() {
-			listed[m[1]] = true
+	floors := map[string]string{} // of packages, which are told by their directories
+	for _, row := range regexp.MustCompile(`(?m)^\| ([0-9–]) \| ([^|]+) \|`).FindAllStringSubmatch(table, -1) {
+		for _, m := range regexp.MustCompile("`([a-z0-9/-]+)`").FindAllStringSubmatch(row[2], -1) {
+			if info, err := os.Stat(m[1]); err != nil || !info.IsDir() {
+				t.Errorf("docs/architecture.md lists %s, which is no directory", m[1])
+			}
+			floors[m[1]] = row[1]
 		}
 	}
-	sources(t, func(path string, _ *ast.File) {
-		if dir := filepath.Dir(path); dir != "." && !listed[dir] {
+	sources(t, func(path string, file *ast.File) {
+		dir := filepath.Dir(path)
+		floor, listed := floors[dir]
+		if dir != "." && !listed {
 			t.Errorf("docs/architecture.md does not list %s", dir)
-			listed[dir] = true
+			floors[dir] = "–"
+		}
+		if dir == "." || floor == "–" || strings.HasSuffix(path, "_test.go") {
+			return
+		}
+		for _, i := range file.Imports {
+			to, ours := strings.CutPrefix(strings.Trim(i.Path.Value, `"`), "drafter/")
+			if !ours {
+				continue
+			}
+			if floors[to] == "–" || floors[to] > floor {
+				t.Errorf("%s, on floor %s, imports %s, on floor %s", path, floor, to, floors[to])
+			}
+			if (to == "vmm/qemu" || to == "vmm/firecracker") && dir != "internal/cli" {
+				t.Errorf("%s imports %s; all but internal/cli see vmm.Driver", path, to)
+			}
 		}
 	})
 }

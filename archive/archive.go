@@ -21,7 +21,7 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/decompress"
 	"drafter/internal/newfile"
 	"drafter/internal/private"

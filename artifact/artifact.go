@@ -23,7 +23,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/klauspost/compress/zstd"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/decompress"
 )
 

@@ -21,7 +21,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"drafter/artifact"
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/ocitest"
 )
 

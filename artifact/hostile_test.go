@@ -21,7 +21,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/klauspost/compress/zstd"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/bombtest"
 	"drafter/internal/ociclient"
 )

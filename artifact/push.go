@@ -21,7 +21,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sync/errgroup"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/ociclient"
 	"drafter/internal/scratch"
 	"drafter/signature"

@@ -21,6 +21,7 @@ import (
 // Options say what is measured, and where.
 type Options struct {
 	Drafter  string    // the drafter binary
+	Self     string    // the drafter-bench binary, which measures mappings in a process of its own
 	Dir      string    // where packages and instances are made; what an earlier run left in it is removed first
 	Quick    bool      // whether to measure only what the ratios need
 	Parts    []string  // of [Parts]; none: all
@@ -59,6 +60,7 @@ func Parts() (names, texts []string) {
 // bench collects measurements by name.
 type bench struct {
 	drafter  tour.Drafter
+	self     string // measures mappings
 	dir      string
 	quick    bool
 	progress io.Writer
@@ -86,7 +88,7 @@ func Run(ctx context.Context, o Options) error {
 	if err := mark.Renew(dir, ".drafter-bench", "drafter-bench"); err != nil {
 		return fmt.Errorf("--dir: %w", err)
 	}
-	b := &bench{drafter: tour.Drafter{Bin: o.Drafter, Logs: dir}, dir: dir, quick: o.Quick, progress: o.Progress, values: map[string][]float64{}}
+	b := &bench{drafter: tour.Drafter{Bin: o.Drafter, Logs: dir}, self: o.Self, dir: dir, quick: o.Quick, progress: o.Progress, values: map[string][]float64{}}
 	for _, p := range parts {
 		if len(o.Parts) > 0 && !slices.Contains(o.Parts, p.name) || len(o.Parts) == 0 && o.Quick && !p.quick {
 			continue

@@ -16,9 +16,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"drafter/block"
-	"drafter/expose"
-	"drafter/expose/fuse"
+	"drafter/internal/block"
+	"drafter/internal/expose"
+	"drafter/internal/expose/fuse"
 )
 
 const (
@@ -36,7 +36,7 @@ type mapped struct {
 	Sum        byte    `json:"sum"`                  // of what was read, so that it is read
 }
 
-// Mapping measures a file that it maps, and one whose pages are cold, and writes what it finds to w. It is to run in a process of its own, as a VMM does: 'drafter bench
+// Mapping measures a file that it maps, and one whose pages are cold, and writes what it finds to w. It is to run in a process of its own, as a VMM does: 'drafter-bench
 // mapping' is that.
 func Mapping(w io.Writer, path, cold string) error {
 	m, err := measureMapping(path, cold)
@@ -103,7 +103,7 @@ func mapFile(path string) (*os.File, []byte, error) {
 
 // mapping runs [Mapping] in another process.
 func (b *bench) mapping(path, cold string) (m mapped, err error) {
-	cmd := exec.Command(b.drafter.Bin, "bench", "mapping", path, cold)
+	cmd := exec.Command(b.self, "mapping", path, cold)
 	cmd.Stderr = b.progress
 	out, err := cmd.Output()
 	if err != nil {

@@ -12,9 +12,9 @@ import (
 
 	"github.com/google/uuid"
 
-	"drafter/block"
+	"drafter/internal/block"
+	"drafter/internal/wire"
 	"drafter/migrate"
-	"drafter/wire"
 )
 
 // aloneSize is how much the engine moves without a VM, in bytes.

@@ -14,7 +14,7 @@ import (
 	"slices"
 	"time"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/vmm/firecracker/uffd"
 )
 

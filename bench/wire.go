@@ -8,7 +8,7 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 
-	"drafter/wire"
+	"drafter/internal/wire"
 )
 
 // wireSize is how much is encoded and decoded at a time, in bytes.

@@ -19,7 +19,7 @@ import (
 	"github.com/redis/go-redis/v9"
 	"golang.org/x/sync/errgroup"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/tour"
 	"drafter/migrate"
 	"drafter/vmm"

@@ -16,7 +16,7 @@ import (
 
 	"github.com/redis/go-redis/v9"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/tour"
 )
 

@@ -10,7 +10,7 @@ import (
 	"path/filepath"
 	"time"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/private"
 	"drafter/vmm"
 )

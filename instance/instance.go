@@ -22,7 +22,7 @@ import (
 	"github.com/google/uuid"
 
 	"drafter/agent"
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/console"
 	"drafter/internal/limitedlog"
 	"drafter/internal/output"

@@ -11,8 +11,8 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"drafter/block"
-	"drafter/wire"
+	"drafter/internal/block"
+	"drafter/internal/wire"
 )
 
 // A target that reaches a backup of the VM gets from there what has not changed since, while the source sends the rest. It says that it is ready once it has both:

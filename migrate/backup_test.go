@@ -9,8 +9,8 @@ import (
 
 	"github.com/google/uuid"
 
-	"drafter/block"
-	"drafter/wire"
+	"drafter/internal/block"
+	"drafter/internal/wire"
 )
 
 // backupKinds are what can be wrong with a backup.

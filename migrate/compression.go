@@ -6,8 +6,8 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 
-	"drafter/block"
-	"drafter/wire"
+	"drafter/internal/block"
+	"drafter/internal/wire"
 )
 
 // compression decides whether an extent is worth compressing: it is when compressing it, or sending what is left, whichever is slower, takes less time than sending it. A sample of

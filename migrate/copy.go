@@ -10,8 +10,8 @@ import (
 	"sync"
 	"time"
 
-	"drafter/block"
-	"drafter/wire"
+	"drafter/internal/block"
+	"drafter/internal/wire"
 )
 
 // A copy is a migration whose VM stays where it is: pre-copy as usual, a pause in which the rest is kept aside, and then, while the VM goes on, its delivery.

@@ -14,8 +14,8 @@ import (
 
 	"github.com/google/uuid"
 
-	"drafter/block"
-	"drafter/wire"
+	"drafter/internal/block"
+	"drafter/internal/wire"
 )
 
 // copier takes copies of a scripted machine, one over the other.

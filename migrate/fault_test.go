@@ -14,7 +14,7 @@ import (
 	"testing"
 	"time"
 
-	"drafter/block"
+	"drafter/internal/block"
 )
 
 // fault is one thing that goes wrong in a migration.

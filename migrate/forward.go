@@ -10,8 +10,8 @@ import (
 	"sync"
 	"time"
 
-	"drafter/block"
-	"drafter/wire"
+	"drafter/internal/block"
+	"drafter/internal/wire"
 )
 
 // Devices that move without a VM leave users behind, at the paths that they had at the source. What those do is forwarded to where the devices are now: the target

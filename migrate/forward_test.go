@@ -12,7 +12,7 @@ import (
 	"testing"
 	"time"
 
-	"drafter/block"
+	"drafter/internal/block"
 )
 
 // users write and read a device's pages, each its own, and check what they read.

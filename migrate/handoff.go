@@ -7,8 +7,8 @@ import (
 	"log/slog"
 	"time"
 
-	"drafter/block"
-	"drafter/wire"
+	"drafter/internal/block"
+	"drafter/internal/wire"
 )
 
 // prepare lets the guest get ready and sends what that changed.

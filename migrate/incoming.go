@@ -7,8 +7,8 @@ import (
 	"sync/atomic"
 	"time"
 
-	"drafter/block"
-	"drafter/wire"
+	"drafter/internal/block"
+	"drafter/internal/wire"
 )
 
 // incomingDevice is a device that arrives.

@@ -8,7 +8,7 @@ import (
 	"sync"
 	"time"
 
-	"drafter/wire"
+	"drafter/internal/wire"
 )
 
 // link is a connection that is watched: it ends when its context does, when it is silent for too long, or when it breaks.

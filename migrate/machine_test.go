@@ -17,8 +17,8 @@ import (
 
 	"github.com/google/uuid"
 
-	"drafter/block"
-	"drafter/wire"
+	"drafter/internal/block"
+	"drafter/internal/wire"
 )
 
 // memory is a device in memory that can be full.

@@ -12,7 +12,7 @@ import (
 	"io"
 	"time"
 
-	"drafter/block"
+	"drafter/internal/block"
 )
 
 // Strategy is what happens when the time for pre-copy is over.

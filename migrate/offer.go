@@ -10,9 +10,9 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 
-	"drafter/block"
+	"drafter/internal/block"
+	"drafter/internal/wire"
 	"drafter/transport"
-	"drafter/wire"
 )
 
 // OfferedDevice is a device of a package that is offered. Nobody writes to it.

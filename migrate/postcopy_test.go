@@ -6,7 +6,7 @@ import (
 	"testing"
 	"time"
 
-	"drafter/block"
+	"drafter/internal/block"
 )
 
 // handedOver begins a migration over a slow link that leaves nearly everything to post-copy. It returns when the guest runs at the target, which does nothing

@@ -7,8 +7,8 @@ import (
 	"slices"
 	"time"
 
-	"drafter/block"
-	"drafter/wire"
+	"drafter/internal/block"
+	"drafter/internal/wire"
 )
 
 // preCopy sends all, and then again and again what has changed meanwhile, until the rest is small enough.

@@ -9,8 +9,8 @@ import (
 	"sync/atomic"
 	"time"
 
-	"drafter/block"
-	"drafter/wire"
+	"drafter/internal/block"
+	"drafter/internal/wire"
 )
 
 // ErrPackage says that there is no VM to receive, but a package to pull; see [OpenPackage].

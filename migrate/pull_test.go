@@ -15,8 +15,8 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"drafter/block"
-	"drafter/wire"
+	"drafter/internal/block"
+	"drafter/internal/wire"
 )
 
 // shop is a server of an offer that can be cut off and replaced.

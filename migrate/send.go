@@ -9,8 +9,8 @@ import (
 
 	"github.com/zeebo/xxh3"
 
-	"drafter/block"
-	"drafter/wire"
+	"drafter/internal/block"
+	"drafter/internal/wire"
 )
 
 // sender holds what sending pages needs. Use it from one goroutine.

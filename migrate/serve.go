@@ -8,8 +8,8 @@ import (
 	"slices"
 	"time"
 
-	"drafter/block"
-	"drafter/wire"
+	"drafter/internal/block"
+	"drafter/internal/wire"
 )
 
 // serve sends the target what it lacks, over whatever connections it makes, until it has all, or an

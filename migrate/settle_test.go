@@ -12,8 +12,8 @@ import (
 
 	"github.com/google/uuid"
 
-	"drafter/block"
-	"drafter/wire"
+	"drafter/internal/block"
+	"drafter/internal/wire"
 )
 
 // bury lets a killed side be forgotten, so that the guest may go on elsewhere.

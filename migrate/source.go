@@ -12,9 +12,9 @@ import (
 	"github.com/google/uuid"
 	xrate "golang.org/x/time/rate"
 
-	"drafter/block"
+	"drafter/internal/block"
+	"drafter/internal/wire"
 	"drafter/transport"
-	"drafter/wire"
 )
 
 // SourceVM is what a source asks of its VM. There is one call at a time.

@@ -13,9 +13,9 @@ import (
 
 	"github.com/google/uuid"
 
-	"drafter/block"
+	"drafter/internal/block"
+	"drafter/internal/wire"
 	"drafter/transport"
-	"drafter/wire"
 )
 
 // strangers connect all the time, and say nothing, or ask for a migration that there is not, until

@@ -13,8 +13,8 @@ import (
 
 	"github.com/google/uuid"
 
-	"drafter/block"
-	"drafter/wire"
+	"drafter/internal/block"
+	"drafter/internal/wire"
 )
 
 // TargetVM is what a target asks of the VM it is about to have. There is one call at a time, but pages arrive beside Start and Expect.

@@ -18,17 +18,17 @@ import (
 	"github.com/google/uuid"
 	"golang.org/x/sync/errgroup"
 
-	"drafter/block"
-	"drafter/expose"
-	"drafter/expose/fuse"
-	"drafter/expose/nbd"
+	"drafter/internal/block"
+	"drafter/internal/expose"
+	"drafter/internal/expose/fuse"
+	"drafter/internal/expose/nbd"
 	"drafter/internal/limitedlog"
 	"drafter/internal/private"
+	"drafter/internal/stack"
+	"drafter/internal/wire"
 	"drafter/migrate"
-	"drafter/stack"
 	"drafter/transport"
 	"drafter/vmm"
-	"drafter/wire"
 )
 
 // Device is one device to mount.

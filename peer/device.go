@@ -7,9 +7,9 @@ import (
 	"path/filepath"
 	"time"
 
-	"drafter/block"
+	"drafter/internal/block"
+	"drafter/internal/stack"
 	"drafter/s3"
-	"drafter/stack"
 	"drafter/vmm"
 )
 

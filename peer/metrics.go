@@ -3,7 +3,7 @@ package peer
 import (
 	"github.com/prometheus/client_golang/prometheus"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/migrate"
 )
 

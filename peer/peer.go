@@ -16,17 +16,17 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"drafter/agent"
-	"drafter/block"
-	"drafter/expose"
-	"drafter/expose/fuse"
-	"drafter/expose/nbd"
 	"drafter/instance"
+	"drafter/internal/block"
+	"drafter/internal/expose"
+	"drafter/internal/expose/fuse"
+	"drafter/internal/expose/nbd"
 	"drafter/internal/limitedlog"
 	"drafter/internal/process"
+	"drafter/internal/stack"
 	"drafter/migrate"
 	"drafter/network"
 	"drafter/signature"
-	"drafter/stack"
 	"drafter/vmm"
 )
 

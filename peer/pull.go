@@ -9,9 +9,9 @@ import (
 	"slices"
 	"time"
 
-	"drafter/block"
+	"drafter/internal/block"
+	"drafter/internal/stack"
 	"drafter/signature"
-	"drafter/stack"
 	"drafter/vmm"
 )
 

@@ -4,7 +4,7 @@ import (
 	"strings"
 	"testing"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/vmm"
 )
 

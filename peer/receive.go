@@ -14,12 +14,12 @@ import (
 	"github.com/google/uuid"
 	"golang.org/x/sync/errgroup"
 
-	"drafter/expose/fuse"
 	"drafter/instance"
+	"drafter/internal/expose/fuse"
+	"drafter/internal/stack"
+	"drafter/internal/wire"
 	"drafter/migrate"
-	"drafter/stack"
 	"drafter/vmm"
-	"drafter/wire"
 )
 
 // Receive asks a peer, which dial connects with, for its VM. The VM runs here when Receive returns nil; what is missing of it is fetched from then on, see

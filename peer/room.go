@@ -9,9 +9,9 @@ import (
 
 	"github.com/dustin/go-humanize"
 
-	"drafter/block"
 	"drafter/instance"
-	"drafter/stack"
+	"drafter/internal/block"
+	"drafter/internal/stack"
 	"drafter/vmm"
 )
 

@@ -12,10 +12,10 @@ import (
 	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/s3test"
+	"drafter/internal/stack"
 	"drafter/s3"
-	"drafter/stack"
 	"drafter/vmm"
 )
 

@@ -14,7 +14,7 @@ import (
 
 	"github.com/google/uuid"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/private"
 	"drafter/migrate"
 	"drafter/transport"

@@ -9,11 +9,11 @@ import (
 	"strings"
 	"time"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/lockfile"
 	"drafter/internal/private"
+	"drafter/internal/stack"
 	"drafter/migrate"
-	"drafter/stack"
 	"drafter/vmm"
 )
 

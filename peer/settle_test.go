@@ -10,11 +10,11 @@ import (
 
 	"github.com/google/uuid"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/signaturetest"
+	"drafter/internal/wire"
 	"drafter/migrate"
 	"drafter/vmm"
-	"drafter/wire"
 )
 
 // left is an instance as a process that ended, or was killed, has left it.

@@ -9,7 +9,7 @@ import (
 
 	"github.com/google/uuid"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/vmm"
 )
 

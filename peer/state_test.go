@@ -5,7 +5,7 @@ import (
 	"errors"
 	"testing"
 
-	"drafter/block"
+	"drafter/internal/block"
 )
 
 // lateDevice calls read after each read, before the reader gets to look at what it has.

@@ -13,11 +13,11 @@ import (
 	"github.com/dustin/go-humanize"
 	"github.com/google/uuid"
 
-	"drafter/block"
+	"drafter/internal/block"
+	"drafter/internal/wire"
 	"drafter/migrate"
 	"drafter/s3"
 	"drafter/vmm"
-	"drafter/wire"
 )
 
 // defaultSyncInterval is the pause between two syncs to S3.

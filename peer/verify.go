@@ -8,12 +8,12 @@ import (
 	"slices"
 	"sync"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/private"
+	"drafter/internal/stack"
+	"drafter/internal/wire"
 	"drafter/signature"
-	"drafter/stack"
 	"drafter/vmm"
-	"drafter/wire"
 )
 
 // verify finds out what was signed of the package, which may have come with a signature, if only

@@ -13,14 +13,14 @@ import (
 
 	"github.com/google/uuid"
 
-	"drafter/block"
 	"drafter/instance"
+	"drafter/internal/block"
 	"drafter/internal/signaturetest"
+	"drafter/internal/wire"
 	"drafter/migrate"
 	"drafter/registry"
 	"drafter/signature"
 	"drafter/vmm"
-	"drafter/wire"
 )
 
 // accepted is in the error of a package that was accepted: its state device is none, which is found

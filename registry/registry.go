@@ -12,7 +12,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/limitedlog"
 	"drafter/migrate"
 	"drafter/signature"

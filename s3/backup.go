@@ -9,7 +9,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/klauspost/compress/zstd"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/decompress"
 )
 

@@ -19,7 +19,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 	"github.com/zeebo/blake3"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/bombtest"
 )
 

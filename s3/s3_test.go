@@ -17,7 +17,7 @@ import (
 
 	"go.uber.org/goleak"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/s3test"
 	"drafter/s3"
 )

@@ -19,7 +19,7 @@ import (
 	"github.com/zeebo/blake3"
 	"golang.org/x/sync/errgroup"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/decompress"
 )
 

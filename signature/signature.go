@@ -30,7 +30,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"drafter/block"
+	"drafter/internal/block"
 )
 
 const (

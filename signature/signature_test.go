@@ -17,7 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/signature"
 )
 

@@ -6,7 +6,7 @@ import (
 	"errors"
 	"fmt"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/private"
 )
 

@@ -14,8 +14,8 @@ import (
 
 	"github.com/google/uuid"
 
-	"drafter/block"
 	"drafter/instance"
+	"drafter/internal/block"
 	"drafter/internal/guest"
 	"drafter/internal/lockfile"
 	"drafter/internal/newfile"

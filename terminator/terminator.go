@@ -14,12 +14,12 @@ import (
 
 	"github.com/google/uuid"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/fileset"
+	"drafter/internal/wire"
 	"drafter/migrate"
 	"drafter/s3"
 	"drafter/vmm"
-	"drafter/wire"
 )
 
 // Device is one device to write.

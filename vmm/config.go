@@ -11,7 +11,7 @@ import (
 	"runtime"
 	"time"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/private"
 )
 

@@ -3,7 +3,7 @@ package vmm
 import (
 	"fmt"
 
-	"drafter/block"
+	"drafter/internal/block"
 )
 
 // ReadConfigDevice reads the config device d, for [DecodePackageConfig]. Of a device that is too

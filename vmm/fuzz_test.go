@@ -5,7 +5,7 @@ import (
 	"strings"
 	"testing"
 
-	"drafter/block"
+	"drafter/internal/block"
 )
 
 // A config device of a size that no memory holds is refused, and not read.

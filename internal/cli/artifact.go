@@ -12,7 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"drafter/artifact"
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/progress"
 	"drafter/signature"
 	"drafter/vmm"

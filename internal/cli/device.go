@@ -7,7 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/progress"
 	"drafter/mounter"
 	"drafter/peer"

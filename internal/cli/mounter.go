@@ -8,7 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"drafter/expose"
+	"drafter/internal/expose"
 	"drafter/migrate"
 	"drafter/mounter"
 	"drafter/peer"

@@ -13,7 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"drafter/artifact"
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/private"
 	"drafter/peer"
 	"drafter/s3"

@@ -23,7 +23,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/spf13/cobra"
 
-	"drafter/expose"
+	"drafter/internal/expose"
 	"drafter/migrate"
 	"drafter/peer"
 	"drafter/transport"

@@ -8,7 +8,7 @@ import (
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/registry"
 	"drafter/vmm"
 )

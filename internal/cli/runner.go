@@ -9,7 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/runner"
 	"drafter/vmm"
 )

@@ -18,7 +18,7 @@ import (
 	"github.com/zeebo/blake3"
 	"golang.org/x/sys/unix"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/signature"
 	"drafter/vmm"
 )

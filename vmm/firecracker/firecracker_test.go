@@ -17,7 +17,7 @@ import (
 
 	"go.uber.org/goleak"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/vmm"
 )
 

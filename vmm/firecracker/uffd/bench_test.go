@@ -9,7 +9,7 @@ import (
 	"time"
 	"unsafe"
 
-	"drafter/block"
+	"drafter/internal/block"
 )
 
 // latencies are what a process measures of its own faults, in nanoseconds.

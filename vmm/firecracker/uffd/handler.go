@@ -19,7 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"drafter/block"
+	"drafter/internal/block"
 )
 
 // Config says what to serve.

@@ -25,7 +25,7 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
-	"drafter/block"
+	"drafter/internal/block"
 )
 
 // The tests serve the memory of a real process: this program again, which gives its userfaultfd away as Firecracker does, and then uses the memory.

@@ -10,9 +10,9 @@ import (
 	"strconv"
 	"strings"
 
-	"drafter/block"
+	"drafter/internal/block"
 	"drafter/internal/private"
-	"drafter/wire"
+	"drafter/internal/wire"
 )
 
 // Files are the files of one device.

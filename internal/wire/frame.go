@@ -14,7 +14,7 @@ import (
 
 	"github.com/zeebo/xxh3"
 
-	"drafter/block"
+	"drafter/internal/block"
 )
 
 // Version is the version of the protocol. Both sides must speak the same.

@@ -17,8 +17,8 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
-	"drafter/block"
-	"drafter/expose"
+	"drafter/internal/block"
+	"drafter/internal/expose"
 	"drafter/internal/fusemount"
 )
 

@@ -17,7 +17,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 	"go.uber.org/goleak"
 
-	"drafter/block"
+	"drafter/internal/block"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }

@@ -10,8 +10,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"drafter/block"
-	"drafter/expose"
+	"drafter/internal/block"
+	"drafter/internal/expose"
 )
 
 // full is a device on a file system that is full now and then.

@@ -17,7 +17,7 @@ import (
 
 	"golang.org/x/sync/semaphore"
 
-	"drafter/block"
+	"drafter/internal/block"
 )
 
 // Export is a device under a name. The first export of a server is also the one with the empty name.

@@ -9,7 +9,7 @@ import (
 
 	"github.com/google/uuid"
 
-	"drafter/block"
+	"drafter/internal/block"
 )
 
 // Lane says what a connection is for.

@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"os"
 
-	"drafter/block"
+	"drafter/internal/block"
 )
 
 // Ways to expose a device, for --expose.

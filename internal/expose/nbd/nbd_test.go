@@ -18,8 +18,8 @@ import (
 
 	"go.uber.org/goleak"
 
-	"drafter/block"
-	"drafter/expose"
+	"drafter/internal/block"
+	"drafter/internal/expose"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }

@@ -22,8 +22,8 @@ import (
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 
-	"drafter/block"
-	"drafter/expose"
+	"drafter/internal/block"
+	"drafter/internal/expose"
 	"drafter/internal/fusemount"
 	"drafter/internal/private"
 )

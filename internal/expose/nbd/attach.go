@@ -15,8 +15,8 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
-	"drafter/block"
-	"drafter/expose"
+	"drafter/internal/block"
+	"drafter/internal/expose"
 	"drafter/internal/private"
 )
 

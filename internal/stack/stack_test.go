@@ -8,8 +8,8 @@ import (
 	"strings"
 	"testing"
 
-	"drafter/block"
-	"drafter/wire"
+	"drafter/internal/block"
+	"drafter/internal/wire"
 )
 
 const size = 4*block.ContentBlockSize - 100

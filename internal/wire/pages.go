@@ -3,7 +3,7 @@ package wire
 import (
 	"encoding/binary"
 
-	"drafter/block"
+	"drafter/internal/block"
 )
 
 // AppendPages appends a set of pages in at most limit bytes: for each run, the number of pages between the last run and this one and the number of pages in it,

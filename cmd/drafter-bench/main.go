@@ -1,0 +1,82 @@
+// drafter-bench measures Drafter on this host, beside QEMU's own live migration.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"drafter/bench"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	err := command().ExecuteContext(ctx)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "Error:", err)
+		os.Exit(1)
+	}
+}
+
+func command() *cobra.Command {
+	var o bench.Options
+	names, texts := bench.Parts()
+	var list strings.Builder
+	for i := range names {
+		fmt.Fprintf(&list, "  %-12s %s\n", names[i], texts[i])
+	}
+	cmd := &cobra.Command{
+		Use:   "drafter-bench",
+		Short: "Measure Drafter on this host, beside QEMU's own live migration",
+		Long: `Measures Drafter, as root, and leaves a file with every round, medians, least and most, and ratios.
+'make bench-report' makes a page with tables and charts of it.
+
+The parts are:
+` + list.String() + `
+A guest holds 300 MiB that cannot be compressed, writes to 20 MiB of pages a second, and ticks every
+10 ms. It is moved by Drafter and by QEMU itself, in turn, several times. Other guests write to a
+small set of pages, or to one after the other, or are a Redis with clients. The guest's load is built
+with gcc.
+
+Nothing else should run on the host. --quick takes some three minutes on two CPUs with emulation, and
+does not count a first round of moves; all of it takes far longer.
+
+Exit codes: 0 success, 1 failure.`,
+		Example: `  drafter-bench --quick
+  drafter-bench --parts engine,resume --rounds 20`,
+		Args:          cobra.NoArgs,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			if o.Self, err = os.Executable(); err != nil {
+				return err
+			}
+			if o.Drafter == "" {
+				o.Drafter = filepath.Join(filepath.Dir(o.Self), "drafter")
+			}
+			o.Progress = cmd.ErrOrStderr()
+			return bench.Run(cmd.Context(), o)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.Drafter, "drafter", "", "The drafter to measure (default: the one beside this program)")
+	f.BoolVar(&o.Quick, "quick", false, "Whether to measure only what the ratios need")
+	f.StringSliceVar(&o.Parts, "parts", nil, "Parts to measure; none for all, or for those that --quick needs")
+	f.IntVar(&o.Rounds, "rounds", 0, "How often each part measures; 0 for as often as it says")
+	f.StringVar(&o.Dir, "dir", "out/bench", "Directory for packages and instances; what an earlier run left in it is removed first, and one with other files is refused")
+	f.StringVar(&o.Output, "output", "bench/results/latest.json", "File for the result")
+	cmd.AddCommand(&cobra.Command{
+		Use: "mapping FILE COLD", Hidden: true, Args: cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return bench.Mapping(cmd.OutOrStdout(), args[0], args[1])
+		},
+	})
+	return cmd
+}
