@@ -23,6 +23,7 @@ import (
 
 	"drafter/agent"
 	"drafter/internal/console"
+	"drafter/internal/fusemount"
 	"drafter/internal/private"
 	"drafter/internal/process"
 	"drafter/vmm"
@@ -488,19 +489,23 @@ func (m *Machine) Flush(ctx context.Context) error {
 			return err
 		}
 	}
-	for off := int64(0); off < m.launch.MemorySize && ctx.Err() == nil && !m.paused.Load(); off += flushWindow {
-		err := unix.SyncFileRange(int(m.memory.Fd()), off, flushWindow, unix.SYNC_FILE_RANGE_WAIT_BEFORE|unix.SYNC_FILE_RANGE_WRITE|unix.SYNC_FILE_RANGE_WAIT_AFTER)
-		if err != nil {
-			return fmt.Errorf("flush memory device %s: %w", m.launch.Memory, err)
+	// The device's server may be this process.
+	err := fusemount.Apart(m.memory, func(fd int) error {
+		for off := int64(0); off < m.launch.MemorySize && ctx.Err() == nil && !m.paused.Load(); off += flushWindow {
+			const how = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
+			if err := unix.SyncFileRange(fd, off, flushWindow, how); err != nil {
+				return err
+			}
 		}
-	}
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-	if err := m.memory.Sync(); err != nil {
+		if ctx.Err() != nil {
+			return nil
+		}
+		return unix.Fsync(fd)
+	})
+	if err != nil {
 		return fmt.Errorf("flush memory device %s: %w", m.launch.Memory, err)
 	}
-	return nil
+	return context.Cause(ctx)
 }
 
 // outgoingName is a file's name within QEMU, of which each is used once.

@@ -32,6 +32,11 @@ func TestMain(m *testing.M) {
 		}
 		fmt.Println("serving:", err)
 		select {}
+	case "flush":
+		if err := flush(os.Args[1], os.Args[2]); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
 	case "edit":
 		if err := edit(os.Args[1]); err != nil {
 			fmt.Println(err)
@@ -381,6 +386,68 @@ func TestKilledServer(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := m.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// flush serves a file with a memory that nothing can be written to, and flushes it.
+func flush(dir, device string) error {
+	d, err := block.OpenFile(device, false)
+	if err != nil {
+		return err
+	}
+	m, err := New(Config{Dir: dir}, []expose.Device{{Name: "memory", Kind: expose.Memory, Device: unwritable{d}}})
+	if err != nil {
+		return err
+	}
+	memory, err := mapFile(m.Path("memory"))
+	if err != nil {
+		return err
+	}
+	memory[0]++
+	f, err := os.OpenFile(m.Path("memory"), os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return fusemount.Apart(f, unix.Fsync)
+}
+
+// unwritable is a device of which a write never ends.
+type unwritable struct{ block.Device }
+
+func (unwritable) WriteAt([]byte, int64) (int, error) {
+	fmt.Println("writing")
+	select {}
+}
+
+// A server that is killed while it flushes a file of its own ends.
+func TestKilledWhileItFlushes(t *testing.T) {
+	needFUSE(t)
+	dir := filepath.Join(t.TempDir(), "devices")
+	cmd := exec.Command("/proc/self/exe", dir, newDevice(t, 1<<20).Name())
+	cmd.Env = append(os.Environ(), "FUSE_TEST=flush")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	said := make([]byte, 100)
+	if n, err := out.Read(said); err != nil || !strings.HasPrefix(string(said[:n]), "writing") {
+		t.Fatalf("%q, %v", said[:n], err)
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	select {
+	case <-ended:
+	case <-time.After(30 * time.Second):
+		t.Error("the process hangs in the kernel")
+	}
+	if err := fusemount.AbortBelow(filepath.Dir(dir)); err != nil {
 		t.Error(err)
 	}
 }
