@@ -59,9 +59,9 @@ func apart(fd int, f func(fd int) error) error {
 		if err != nil || n == fd {
 			continue
 		}
-		link, err := os.Readlink(filepath.Join(dir, e.Name()))
-		if err != nil || strings.HasPrefix(link, "anon_inode:") {
-			continue // err: it was that of dir
+		link, _ := os.Readlink(filepath.Join(dir, e.Name()))
+		if link == "" || strings.HasPrefix(link, "anon_inode:") { // "": it was that of dir
+			continue
 		}
 		if err := unix.Close(n); err != nil {
 			return fmt.Errorf("close descriptor %d: %w", n, err)

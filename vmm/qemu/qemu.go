@@ -498,14 +498,14 @@ func (m *Machine) Flush(ctx context.Context) error {
 			}
 		}
 		if ctx.Err() != nil {
-			return nil
+			return context.Cause(ctx)
 		}
 		return unix.Fsync(fd)
 	})
 	if err != nil {
 		return fmt.Errorf("flush memory device %s: %w", m.launch.Memory, err)
 	}
-	return context.Cause(ctx)
+	return nil
 }
 
 // outgoingName is a file's name within QEMU, of which each is used once.
