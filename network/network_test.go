@@ -162,6 +162,18 @@ func attachGuest(t *testing.T, ns string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
+	config := testConfig()
+	l, err := config.parse()
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the kernel notices that somebody is behind the tap", func() string {
+		vacant := true
+		if err := inNamespace(ns, func() error { vacant = l.vacant(); return nil }); err != nil || vacant {
+			return fmt.Sprint("vacant: ", vacant, ", ", err)
+		}
+		return ""
+	})
 	done := make(chan struct{}, 2)
 	for i := range ends {
 		go func() {

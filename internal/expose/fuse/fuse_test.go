@@ -1,6 +1,7 @@
 package fuse
 
 import (
+	"bufio"
 	"bytes"
 	"errors"
 	"fmt"
@@ -33,10 +34,8 @@ func TestMain(m *testing.M) {
 		fmt.Println("serving:", err)
 		select {}
 	case "flush":
-		if err := flush(os.Args[1], os.Args[2]); err != nil {
-			fmt.Println(err)
-			os.Exit(1)
-		}
+		fmt.Println(flush(os.Args[1], os.Args[2]))
+		os.Exit(1)
 	case "edit":
 		if err := edit(os.Args[1]); err != nil {
 			fmt.Println(err)
@@ -390,7 +389,7 @@ func TestKilledServer(t *testing.T) {
 	}
 }
 
-// flush serves a file with a memory that nothing can be written to, and flushes it.
+// flush serves a file that nothing can be stored of, and flushes it again and again.
 func flush(dir, device string) error {
 	d, err := block.OpenFile(device, false)
 	if err != nil {
@@ -400,16 +399,15 @@ func flush(dir, device string) error {
 	if err != nil {
 		return err
 	}
-	memory, err := mapFile(m.Path("memory"))
-	if err != nil {
-		return err
-	}
-	memory[0]++
 	f, err := os.OpenFile(m.Path("memory"), os.O_RDWR, 0)
 	if err != nil {
 		return err
 	}
-	return fusemount.Apart(f, unix.Fsync)
+	fmt.Println("serving")
+	for err == nil {
+		err = fusemount.Apart(f, unix.Fsync)
+	}
+	return err
 }
 
 // unwritable is a device of which a write never ends.
@@ -424,28 +422,45 @@ func (unwritable) WriteAt([]byte, int64) (int, error) {
 func TestKilledWhileItFlushes(t *testing.T) {
 	needFUSE(t)
 	dir := filepath.Join(t.TempDir(), "devices")
-	cmd := exec.Command("/proc/self/exe", dir, newDevice(t, 1<<20).Name())
-	cmd.Env = append(os.Environ(), "FUSE_TEST=flush")
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
+	ended := make(chan error, 2)
+	var helpers []*exec.Cmd
+	helper := func(mode string, args ...string) (says func(string)) {
+		t.Helper()
+		cmd := exec.Command("/proc/self/exe", args...)
+		cmd.Env = append(os.Environ(), "FUSE_TEST="+mode)
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		helpers = append(helpers, cmd)
+		lines := bufio.NewScanner(out)
+		return func(want string) {
+			t.Helper()
+			if !lines.Scan() || lines.Text() != want {
+				t.Fatalf("%s: %q; want %q", mode, lines.Text(), want)
+			}
+		}
 	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
+	server := helper("flush", dir, newDevice(t, 1<<20).Name())
+	server("serving")
+	user := helper("map", filepath.Join(dir, "memory"))
+	user("mapped")
+	server("writing")
+	for _, h := range helpers {
+		if err := h.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		go func() { ended <- h.Wait() }()
 	}
-	said := make([]byte, 100)
-	if n, err := out.Read(said); err != nil || !strings.HasPrefix(string(said[:n]), "writing") {
-		t.Fatalf("%q, %v", said[:n], err)
-	}
-	if err := cmd.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.Wait() }()
-	select {
-	case <-ended:
-	case <-time.After(30 * time.Second):
-		t.Error("the process hangs in the kernel")
+	for range helpers {
+		select {
+		case <-ended:
+		case <-time.After(30 * time.Second):
+			t.Error("a process hangs in the kernel")
+		}
 	}
 	if err := fusemount.AbortBelow(filepath.Dir(dir)); err != nil {
 		t.Error(err)
