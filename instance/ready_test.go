@@ -109,9 +109,7 @@ func TestWentOn(t *testing.T) {
 	told(time.Hour + 2*time.Second)
 	i.wentOn(time.Minute)
 	told(time.Minute + sameTime)
-	for i.missed.Load() != 0 { // it is noted behind the answer
-		time.Sleep(time.Millisecond)
-	}
+	i.catchUp.Wait() // it is noted behind the answer
 	if err := i.dropAgent(); err != nil {
 		t.Error(err)
 	}

@@ -107,7 +107,8 @@ func (n *NAT) sayForwarding() error {
 		}
 		line := ""
 		if strings.TrimSpace(string(b)) == "0" {
-			line = "This host forwards nothing that comes in at an interface, so guests get no answers from there; turn it on with 'sysctl -w'"
+			line = "This host forwards nothing that comes in at an interface, " +
+				"so guests get no answers from there; turn it on with 'sysctl -w'"
 		}
 		n.news.say("forwarding of "+out, line, "interface", out, "parameter", parameter+"=1")
 	}

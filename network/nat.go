@@ -683,7 +683,10 @@ func configureLink(link netlink.Link, addrs ...*net.IPNet) error {
 		if bits, _ := a.Mask.Size(); bits == 32 {
 			continue
 		}
-		if err := netlink.RouteReplace(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: network, Src: a.IP, Scope: netlink.SCOPE_LINK, Protocol: unix.RTPROT_KERNEL}); err != nil {
+		route := &netlink.Route{
+			LinkIndex: link.Attrs().Index, Dst: network, Src: a.IP, Scope: netlink.SCOPE_LINK, Protocol: unix.RTPROT_KERNEL,
+		}
+		if err := netlink.RouteReplace(route); err != nil {
 			return fmt.Errorf("set route to %s: %w", network, err)
 		}
 	}

@@ -193,7 +193,8 @@ func (p *Peer) withoutSource() string {
 	if missing(p.config.Devices) != nil {
 		return "give it up here with 'drafter peer settle --away', and go on at its source from the handoff with --here"
 	}
-	return "end this peer, which keeps the disks but loses the memory, and boot from them after 'drafter peer settle --here', or go on at its source from the handoff with --here there and --away here"
+	return "end this peer, which keeps the disks but loses the memory, and boot from them after " +
+		"'drafter peer settle --here', or go on at its source from the handoff with --here there and --away here"
 }
 
 // arrivalPatience is how long a suspend waits for a source from which nothing comes.

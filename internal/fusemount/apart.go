@@ -8,22 +8,69 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
 
-// Apart calls f on a thread that has no open files but this one, and returns what f returns. f calls
-// what waits for the server of a FUSE mount that this process serves itself, such as fsync(2).
+// Apart is a thread that has no open file but one, for calls that wait for the server of a FUSE mount
+// which this process serves itself, such as fsync(2).
 //
 // A process that is killed in such a call would otherwise never end: the thread waits for the server,
 // where no signal reaches it, and the mount stays connected as long as the thread shares the
 // descriptor of /dev/fuse.
-func Apart(file *os.File, f func(fd int) error) error {
-	done := make(chan error, 1)
-	begin(func() { done <- apart(int(file.Fd()), f) })
-	err := <-done
+type Apart struct {
+	mu      sync.Mutex              // held for a call
+	calls   chan func(fd int) error // nil once it is closed
+	results chan error
+}
+
+// NewApart starts the thread. It has a descriptor of its own for the file. Close it.
+func NewApart(file *os.File) (*Apart, error) {
+	calls := make(chan func(fd int) error)
+	a := &Apart{calls: calls, results: make(chan error)}
+	fd := int(file.Fd())
+	begin(func() {
+		err := closeOthers(fd)
+		a.results <- err
+		if err != nil {
+			return
+		}
+		for f := range calls {
+			a.results <- f(fd)
+		}
+		a.results <- unix.Close(fd)
+	})
+	err := <-a.results
 	runtime.KeepAlive(file)
-	return err
+	if err != nil {
+		return nil, err
+	}
+	return a, nil
+}
+
+// Do calls f on the thread, one call after the other, and returns what it returns. After Close, it is
+// [os.ErrClosed].
+func (a *Apart) Do(f func(fd int) error) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.calls == nil {
+		return os.ErrClosed
+	}
+	a.calls <- f
+	return <-a.results
+}
+
+// Close waits for a call that is under way, and ends the thread, which has no open file any more then.
+func (a *Apart) Close() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.calls == nil {
+		return nil
+	}
+	close(a.calls)
+	a.calls = nil
+	return <-a.results
 }
 
 // begin calls f on a thread of its own, which ends with it. The first thread of a process cannot end.
@@ -43,9 +90,9 @@ func begin(f func()) {
 	<-begun
 }
 
-// apart calls f without the thread's other descriptors. Those of the runtime stay: it may poll on any
-// thread.
-func apart(fd int, f func(fd int) error) error {
+// closeOthers gives the calling thread descriptors of its own, of which it keeps one file. Those of
+// the runtime stay: it may poll on any thread.
+func closeOthers(fd int) error {
 	if err := unix.Unshare(unix.CLONE_FILES); err != nil {
 		return fmt.Errorf("unshare descriptors: %w", err)
 	}
@@ -54,6 +101,7 @@ func apart(fd int, f func(fd int) error) error {
 	if err != nil {
 		return err
 	}
+	var errs []error
 	for _, e := range entries {
 		n, err := strconv.Atoi(e.Name())
 		if err != nil || n == fd {
@@ -64,9 +112,8 @@ func apart(fd int, f func(fd int) error) error {
 			continue
 		}
 		if err := unix.Close(n); err != nil {
-			return fmt.Errorf("close descriptor %d: %w", n, err)
+			errs = append(errs, fmt.Errorf("close descriptor %d: %w", n, err))
 		}
 	}
-	// The file can be closed for good once f has returned.
-	return errors.Join(f(fd), unix.Close(fd))
+	return errors.Join(errs...)
 }

@@ -85,13 +85,13 @@ func (b *bundle) annotation(key string) string { return b.spec.Annotations[key] 
 // start runs the container with the console as its output. It returns once the container is there,
 // or has failed to be.
 func (b *bundle) start(children *reaper) (<-chan syscall.WaitStatus, error) {
-	// After a crash the runtime's record of the dead container is gone with /run, so the name is always free.
-	// Its user may open /dev/stdout and /dev/stderr; the runtime sees to that for pipes, not for a console.
+	// The user may open /dev/stdout and /dev/stderr; the runtime sees to that for pipes, not for a console.
 	if u := b.spec.Process.User; u.UID != 0 {
 		if err := os.Stdout.Chown(int(u.UID), int(u.GID)); err != nil {
 			slog.Warn("The container's user cannot open its output", "error", err)
 		}
 	}
+	// After a crash the runtime's record of the dead container is gone with /run, so the name is always free.
 	cmd := crun("run", "--pid-file", containerPID, "--bundle", bundleDir, containerName)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	done, err := children.start(cmd)

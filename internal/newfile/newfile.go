@@ -60,8 +60,8 @@ func Create(path string) (_ *File, err error) {
 	return f, nil
 }
 
-// CheckReplaced refuses a path at which there is something that no new file is to take the place of:
-// who names /dev/null does not mean that there be a file.
+// CheckReplaced refuses a path that is taken by something else than a regular file, such as /dev/null:
+// a new file does not take its place.
 func CheckReplaced(path string) error {
 	info, err := os.Stat(path)
 	if errors.Is(err, os.ErrNotExist) {

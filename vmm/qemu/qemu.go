@@ -229,8 +229,9 @@ type Machine struct {
 	launch   vmm.Launch
 	hardware vmm.Hardware
 
-	memory   *os.File // the memory device, for Flush; nil when there is none
-	incoming *os.File // where Restore writes the state; nil before await, and after Restore
+	memory   *os.File         // the memory device; nil when there is none
+	flusher  *fusemount.Apart // of it, for Flush
+	incoming *os.File         // where Restore writes the state; nil before await, and after Restore
 
 	paused   atomic.Bool
 	running  sync.Mutex // held while the vCPUs are let go or stopped
@@ -263,6 +264,10 @@ func (m *Machine) start(ctx context.Context, path string, args []string, root *p
 	l := &m.launch
 	if l.Memory != "" {
 		if m.memory, err = private.Open(l.Memory, os.O_RDWR); err != nil {
+			return fmt.Errorf("open memory device: %w", err)
+		}
+		// The device's server may be this process.
+		if m.flusher, err = fusemount.NewApart(m.memory); err != nil {
 			return fmt.Errorf("open memory device: %w", err)
 		}
 	}
@@ -489,8 +494,7 @@ func (m *Machine) Flush(ctx context.Context) error {
 			return err
 		}
 	}
-	// The device's server may be this process.
-	err := fusemount.Apart(m.memory, func(fd int) error {
+	err := m.flusher.Do(func(fd int) error {
 		for off := int64(0); off < m.launch.MemorySize && ctx.Err() == nil && !m.paused.Load(); off += flushWindow {
 			const how = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
 			if err := unix.SyncFileRange(fd, off, flushWindow, how); err != nil {
@@ -706,6 +710,9 @@ func (m *Machine) Close() error {
 			m.qmp.close() // its error is that the connection ended
 		}
 		<-m.ended
+	}
+	if m.flusher != nil {
+		errs = append(errs, m.flusher.Close())
 	}
 	for _, f := range []*os.File{m.memory, m.incoming, m.outgoing} {
 		if f != nil {

@@ -326,31 +326,32 @@ func TestExt4(t *testing.T) {
 	}
 }
 
+// helper runs this program as another process, until its first line, which is says.
+func helper(t *testing.T, mode, says string, args ...string) (*exec.Cmd, *bufio.Scanner) {
+	t.Helper()
+	cmd := exec.Command("/proc/self/exe", args...)
+	cmd.Env = append(os.Environ(), "FUSE_TEST="+mode)
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewScanner(out)
+	if !lines.Scan() || lines.Text() != says {
+		t.Fatalf("%s: %q, %v; want %q", mode, lines.Text(), lines.Err(), says)
+	}
+	return cmd, lines
+}
+
 // A server is killed while another process has its file mapped. That process can be killed once the connection is aborted.
 func TestKilledServer(t *testing.T) {
 	needFUSE(t)
 	d := newDevice(t, 256<<20)
 	dir := filepath.Join(t.TempDir(), "devices")
-	helper := func(mode, says string, args ...string) *exec.Cmd {
-		t.Helper()
-		cmd := exec.Command("/proc/self/exe", args...)
-		cmd.Env = append(os.Environ(), "FUSE_TEST="+mode)
-		out, err := cmd.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		buf := make([]byte, 100)
-		n, err := out.Read(buf)
-		if err != nil || !strings.Contains(string(buf[:n]), says) {
-			t.Fatalf("%s: %q, %v", mode, buf[:n], err)
-		}
-		return cmd
-	}
-	server := helper("serve", "serving: <nil>", dir, d.Name())
-	user := helper("map", "mapped", filepath.Join(dir, "memory"))
+	server, _ := helper(t, "serve", "serving: <nil>", dir, d.Name())
+	user, _ := helper(t, "map", "mapped", filepath.Join(dir, "memory"))
 	time.Sleep(100 * time.Millisecond) // let it be in the midst of its faults
 	if err := server.Process.Kill(); err != nil {
 		t.Fatal(err)
@@ -375,7 +376,7 @@ func TestKilledServer(t *testing.T) {
 		t.Errorf("left mounted: %v, %v", left, err)
 	}
 	// The place can be used again, also when it is not cleaned up before.
-	server = helper("serve", "serving: <nil>", dir, d.Name())
+	server, _ = helper(t, "serve", "serving: <nil>", dir, d.Name())
 	if err := server.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
@@ -403,9 +404,10 @@ func flush(dir, device string) error {
 	if err != nil {
 		return err
 	}
-	fmt.Println("serving")
+	a, err := fusemount.NewApart(f)
+	fmt.Println("serving:", err)
 	for err == nil {
-		err = fusemount.Apart(f, unix.Fsync)
+		err = a.Do(unix.Fsync)
 	}
 	return err
 }
@@ -422,40 +424,19 @@ func (unwritable) WriteAt([]byte, int64) (int, error) {
 func TestKilledWhileItFlushes(t *testing.T) {
 	needFUSE(t)
 	dir := filepath.Join(t.TempDir(), "devices")
-	ended := make(chan error, 2)
-	var helpers []*exec.Cmd
-	helper := func(mode string, args ...string) (says func(string)) {
-		t.Helper()
-		cmd := exec.Command("/proc/self/exe", args...)
-		cmd.Env = append(os.Environ(), "FUSE_TEST="+mode)
-		out, err := cmd.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		helpers = append(helpers, cmd)
-		lines := bufio.NewScanner(out)
-		return func(want string) {
-			t.Helper()
-			if !lines.Scan() || lines.Text() != want {
-				t.Fatalf("%s: %q; want %q", mode, lines.Text(), want)
-			}
-		}
+	server, says := helper(t, "flush", "serving: <nil>", dir, newDevice(t, 1<<20).Name())
+	user, _ := helper(t, "map", "mapped", filepath.Join(dir, "memory"))
+	if !says.Scan() || says.Text() != "writing" {
+		t.Fatalf("%q, %v", says.Text(), says.Err())
 	}
-	server := helper("flush", dir, newDevice(t, 1<<20).Name())
-	server("serving")
-	user := helper("map", filepath.Join(dir, "memory"))
-	user("mapped")
-	server("writing")
-	for _, h := range helpers {
+	ended := make(chan error, 2)
+	for _, h := range []*exec.Cmd{server, user} {
 		if err := h.Process.Kill(); err != nil {
 			t.Fatal(err)
 		}
 		go func() { ended <- h.Wait() }()
 	}
-	for range helpers {
+	for range 2 {
 		select {
 		case <-ended:
 		case <-time.After(30 * time.Second):
