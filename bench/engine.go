@@ -13,6 +13,7 @@ import (
 	"github.com/google/uuid"
 
 	"drafter/internal/block"
+	"drafter/internal/migration"
 	"drafter/internal/wire"
 	"drafter/migrate"
 )
@@ -40,7 +41,7 @@ func (nobody) Save(context.Context, uuid.UUID) error                { return nil
 func (nobody) Rescue(context.Context) error                         { return nil }
 func (nobody) Rescued(context.Context)                              {}
 func (nobody) Leave(context.Context, uuid.UUID) error               { return nil }
-func (nobody) Mark(context.Context, migrate.State, uuid.UUID) error { return nil }
+func (nobody) Mark(context.Context, migrate.Phase, uuid.UUID) error { return nil }
 func (nobody) Start(context.Context) error                          { return nil }
 func (nobody) Expect(context.Context, uuid.UUID) error              { return nil }
 func (nobody) Restore(context.Context, uuid.UUID) error             { return nil }
@@ -48,8 +49,8 @@ func (nobody) Resume(context.Context) error                         { return nil
 func (nobody) Complete(context.Context) error                       { return nil }
 func (nobody) Discard(context.Context) error                        { return nil }
 
-func (n nobody) Accept(context.Context, wire.Manifest, uuid.UUID) ([]migrate.TargetDevice, error) {
-	return []migrate.TargetDevice{{Device: n.device}}, nil
+func (n nobody) Accept(context.Context, wire.Manifest, uuid.UUID) ([]migration.TargetDevice, error) {
+	return []migration.TargetDevice{{Device: n.device}}, nil
 }
 
 // engine measures the device engine without a VM, over TCP on loopback, from memory to memory; beside it the same connection without the engine.
@@ -96,8 +97,8 @@ func moveAlone(ctx context.Context, from, to ram) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, l.Close()) }()
-	device := migrate.SourceDevice{Name: "memory", Device: block.NewTracker(from, 64<<10), MaxDirtyBlocks: 200, MinCycles: 1, MaxCycles: 1}
-	source, err := migrate.NewSource(migrate.SourceConfig{VM: nobody{}, Devices: []migrate.SourceDevice{device}})
+	device := migration.SourceDevice{Name: "memory", Device: block.NewTracker(from, 64<<10), MaxDirtyBlocks: 200, MinCycles: 1, MaxCycles: 1}
+	source, err := migration.NewSource(migration.SourceConfig{VM: nobody{}, Devices: []migration.SourceDevice{device}})
 	if err != nil {
 		return err
 	}
@@ -116,7 +117,7 @@ func moveAlone(ctx context.Context, from, to ram) (err error) {
 	dial := func(ctx context.Context) (io.ReadWriteCloser, error) {
 		return (&net.Dialer{}).DialContext(ctx, "tcp", l.Addr().String())
 	}
-	target, err := migrate.Receive(ctx, migrate.TargetConfig{VM: nobody{block.NewIncoming(to, true)}, Dial: dial})
+	target, err := migration.Receive(ctx, migration.TargetConfig{VM: nobody{block.NewIncoming(to, true)}, Dial: dial})
 	if err != nil {
 		return err
 	}

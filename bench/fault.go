@@ -15,7 +15,7 @@ import (
 	"time"
 
 	"drafter/internal/block"
-	"drafter/vmm/firecracker/uffd"
+	"drafter/internal/uffd"
 )
 
 //go:embed load/fault.c

@@ -17,7 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"drafter/instance"
+	"drafter/internal/instance"
 	"drafter/internal/testguest"
 	"drafter/migrate"
 	"drafter/peer"
@@ -75,9 +75,9 @@ func newFC(ctx context.Context, dir string) (*fc, error) {
 		return nil, err
 	}
 	c := snapshotter.Config{
-		Host:     f.host(nil),
-		Hardware: instance.Hardware{CPUs: 1, MemorySize: fcMemory, BootArgs: args, ReadyOutput: testguest.Ready},
-		Timeout:  time.Minute,
+		Host:    f.host(nil),
+		Spec:    vmm.Spec{CPUs: 1, MemorySize: fcMemory, BootArgs: args, ReadyOutput: testguest.Ready},
+		Timeout: time.Minute,
 	}
 	for _, name := range []string{vmm.Kernel, vmm.Disk, vmm.State, vmm.Memory, vmm.Config} {
 		c.Devices = append(c.Devices, snapshotter.Device{Name: name, Output: filepath.Join(f.pkg, vmm.PackageFile(name))})
@@ -91,8 +91,8 @@ func newFC(ctx context.Context, dir string) (*fc, error) {
 	return f, err
 }
 
-func (f *fc) host(output io.Writer) instance.Host {
-	return instance.Host{
+func (f *fc) host(output io.Writer) vmm.Host {
+	return vmm.Host{
 		Drivers: vmm.Drivers{firecracker.Driver{}}, VMM: vmm.VMMFirecracker, BaseDir: filepath.Join(f.dir, "vms"), CgroupVersion: 2, Output: output,
 	}
 }
@@ -195,7 +195,7 @@ func (f *fc) moveLive(ctx context.Context, b *bench, prefix string, limits migra
 		return err
 	}
 	var paused, resumed atomic.Pointer[time.Time]
-	note := func(state migrate.State) {
+	note := func(state migrate.Phase) {
 		now := time.Now()
 		switch state {
 		case migrate.HandingOff:
@@ -210,7 +210,7 @@ func (f *fc) moveLive(ctx context.Context, b *bench, prefix string, limits migra
 			return nil, err
 		}
 		return peer.New(peer.Config{
-			Host: f.host(console), Devices: devices, Limits: limits, ResumeTimeout: time.Minute, RescueTimeout: time.Minute, Hooks: peer.Hooks{OnState: note},
+			Host: f.host(console), Devices: devices, Limits: limits, ResumeTimeout: time.Minute, RescueTimeout: time.Minute, Hooks: peer.Hooks{OnPhase: note},
 		})
 	}
 	source, err := newPeer("source")

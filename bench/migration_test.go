@@ -9,7 +9,6 @@ import (
 	"testing"
 	"time"
 
-	"drafter/instance"
 	"drafter/internal/tour"
 	"drafter/peer"
 	"drafter/vmm"
@@ -86,7 +85,7 @@ func benchPeer(b *testing.B, dir, netns, pkg, instances string, options ...func(
 		}
 	}
 	p, err := peer.New(peer.Config{
-		Host:    instance.Host{Drivers: vmm.Drivers{qemu.Driver{}}, VMM: vmm.VMMAuto, Accel: vmm.AccelAuto, BaseDir: filepath.Join(dir, "vms"), Netns: netns, CgroupVersion: 2},
+		Host:    vmm.Host{Drivers: vmm.Drivers{qemu.Driver{}}, VMM: vmm.VMMAuto, Accel: vmm.AccelAuto, BaseDir: filepath.Join(dir, "vms"), Netns: netns, CgroupVersion: 2},
 		Devices: devices, ResumeTimeout: time.Minute, RescueTimeout: 5 * time.Second,
 	})
 	if err != nil {

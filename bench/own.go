@@ -13,7 +13,7 @@ import (
 
 	"github.com/google/uuid"
 
-	"drafter/instance"
+	"drafter/internal/instance"
 	"drafter/internal/sparse"
 	"drafter/network"
 	"drafter/vmm"

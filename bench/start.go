@@ -14,7 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"drafter/instance"
+	"drafter/internal/instance"
 	"drafter/internal/tour"
 	"drafter/vmm"
 	"drafter/vmm/qemu"
@@ -214,7 +214,7 @@ func (b *bench) resumeOnce(ctx context.Context, pkg string) error {
 	for _, d := range config.Devices {
 		paths[d.Name] = filepath.Join(copied, vmm.PackageFile(d.Name))
 	}
-	launched, err := instance.Launch(ctx, instance.Host{Drivers: vmm.Drivers{qemu.Driver{}}, BaseDir: b.vms(), Netns: "ark0", CgroupVersion: 2}, config, paths)
+	launched, err := instance.Launch(ctx, vmm.Host{Drivers: vmm.Drivers{qemu.Driver{}}, BaseDir: b.vms(), Netns: "ark0", CgroupVersion: 2}, config, paths)
 	if err != nil {
 		return err
 	}

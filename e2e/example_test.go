@@ -10,7 +10,6 @@ import (
 
 	"github.com/redis/go-redis/v9"
 
-	"drafter/instance"
 	"drafter/peer"
 	"drafter/vmm"
 	"drafter/vmm/qemu"
@@ -101,7 +100,7 @@ func newPeer(netns, dir string, options ...func(*peer.Config)) (*peer.Peer, erro
 		return nil, err
 	}
 	config := peer.Config{
-		Host:          instance.Host{Drivers: vmm.Drivers{qemu.Driver{}}, VMM: vmm.VMMAuto, Accel: vmm.AccelAuto, BaseDir: filepath.Join(work, "vms"), Netns: netns, CgroupVersion: 2},
+		Host:          vmm.Host{Drivers: vmm.Drivers{qemu.Driver{}}, VMM: vmm.VMMAuto, Accel: vmm.AccelAuto, BaseDir: filepath.Join(work, "vms"), Netns: netns, CgroupVersion: 2},
 		Devices:       devices,
 		ResumeTimeout: time.Minute,
 		RescueTimeout: 5 * time.Second,

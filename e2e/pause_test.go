@@ -9,7 +9,7 @@ import (
 
 	"github.com/google/uuid"
 
-	"drafter/instance"
+	"drafter/internal/instance"
 	"drafter/internal/tour"
 	"drafter/vmm"
 	"drafter/vmm/qemu"
@@ -27,7 +27,7 @@ func TestPauseGivenUp(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	host := instance.Host{
+	host := vmm.Host{
 		Drivers: vmm.Drivers{qemu.Driver{}}, VMM: vmm.VMMAuto, Accel: vmm.AccelAuto, BaseDir: filepath.Join(s.dir, "vms"), Netns: "ark0", CgroupVersion: 2, Output: io.Discard,
 	}
 	launched, err := instance.Launch(t.Context(), host, config, paths)

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"drafter/internal/block"
+	"drafter/internal/migration"
 	"drafter/internal/tour"
 	"drafter/migrate"
 	"drafter/vmm"
@@ -216,7 +217,7 @@ func TestTenTargets(t *testing.T) {
 	g, ctx := errgroup.WithContext(t.Context())
 	for i := range 10 {
 		g.Go(func() error {
-			p, err := migrate.OpenPackage(ctx, dial, migrate.Limits{})
+			p, err := migration.OpenPackage(ctx, dial, migrate.Limits{})
 			if err != nil {
 				return err
 			}

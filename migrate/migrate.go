@@ -1,8 +1,4 @@
-// Package migrate moves a running VM, or devices without one, from a [Source] to a [Target] over any byte stream: first while it runs at the source
-// (pre-copy), then by handing it over (handoff), then by fetching what had to be left behind (post-copy). Both sides are state machines; their tables are
-// sourceTable and targetTable. docs/migration.md tells what becomes of the VM at every failure.
-//
-// The package knows devices and what it must ask of a VM, not what a VM is.
+// Package migrate is the face of a migration: what bounds it, where it stands, what it did, and how it may fail.
 package migrate
 
 import (
@@ -11,8 +7,6 @@ import (
 	"fmt"
 	"io"
 	"time"
-
-	"drafter/internal/block"
 )
 
 // Strategy is what happens when the time for pre-copy is over.
@@ -37,36 +31,24 @@ type Limits struct {
 	Reconnect  time.Duration // pause between attempts to reconnect; default 200 ms
 	Warm       time.Duration // how long a target may keep the VM waiting for what it has to be in the page cache; default 3 s
 	HeadStart  time.Duration // how long a target that has the bases may keep the source waiting for its VMM to start, and for Warm; default 1 s
-	MaxSize    int64         // bytes that the devices of a source may have in all; see [block.CheckSizes] for the default
+	MaxSize    int64         // bytes that the devices of a source may have in all; see --max-size; default: see docs/migration.md
 	Settle     time.Duration // how long a target that refused tries to tell the source, or Silence if nobody listens there; default 1 min
-
-	// How long a source waits after a handoff before it makes durable what it still has, and notes how things stand: at that moment the target needs the
-	// disks and CPUs, if it shares them, and a moment later most of it is not needed any more. Default 250 ms.
-	note time.Duration
-
-	// A source waits before it pauses the VM until the target has stored what it was sent, for at most patience, default 250 ms, if the target is near: it has
-	// answered within nearby, default 10 ms, when it had nothing to do.
-	nearby, patience time.Duration
-
-	// How many pages of a device have to be pending for the next ones to be read while some are sent. It pays where there are many in a row. Default 4,096.
-	readAhead int64
 }
 
 // Check refuses limits that contradict each other.
 func (l Limits) Check() error {
-	_, err := l.complete()
+	_, err := l.WithDefaults()
 	return err
 }
 
-// complete fills in the defaults.
-func (l Limits) complete() (Limits, error) {
+// WithDefaults fills in the defaults, and refuses limits that contradict each other.
+func (l Limits) WithDefaults() (Limits, error) {
 	for _, d := range []struct {
 		value    *time.Duration
 		fallback time.Duration
 	}{
 		{&l.Downtime, 300 * time.Millisecond}, {&l.Prepare, 5 * time.Second}, {&l.Handoff, time.Minute}, {&l.Silence, 10 * time.Second},
-		{&l.Reconnect, 200 * time.Millisecond}, {&l.Settle, time.Minute}, {&l.Warm, 3 * time.Second}, {&l.HeadStart, time.Second}, {&l.note, 250 * time.Millisecond},
-		{&l.nearby, 10 * time.Millisecond}, {&l.patience, 250 * time.Millisecond},
+		{&l.Reconnect, 200 * time.Millisecond}, {&l.Settle, time.Minute}, {&l.Warm, 3 * time.Second}, {&l.HeadStart, time.Second},
 	} {
 		if *d.value == 0 {
 			*d.value = d.fallback
@@ -74,9 +56,6 @@ func (l Limits) complete() (Limits, error) {
 		if *d.value < 0 {
 			return l, fmt.Errorf("a limit of %s is not valid", *d.value)
 		}
-	}
-	if l.readAhead == 0 {
-		l.readAhead = 16 * maxRun
 	}
 	if l.Bandwidth < 0 || l.Timeout < 0 || l.MaxSize < 0 {
 		return l, errors.New("bandwidth, timeout and size must not be negative")
@@ -94,43 +73,43 @@ func (l Limits) complete() (Limits, error) {
 	return l, nil
 }
 
-// State is where a source or a target stands.
-type State string
+// Phase is where a source or a target stands.
+type Phase string
 
-// The states of a source and a target.
+// The phases of a source and a target.
 const (
 	// Source: the other side is being checked; nothing has happened to the VM. Target: the same, from the other end.
-	Preflight State = "preflight"
+	Preflight Phase = "preflight"
 
-	PreCopying State = "pre-copy"    // source: pages are sent while the VM runs
-	Preparing  State = "preparing"   // source: the guest gets ready to be paused
-	HandingOff State = "handing off" // source: the VM is paused, the rest is sent
-	InDoubt    State = "in doubt"    // source: the authority was sent, the answer is not there
-	Serving    State = "post-copy"   // source: the VM runs at the target, which fetches what it lacks
-	Rescuing   State = "rescuing"    // source: the VM goes on here
+	PreCopying Phase = "pre-copy"    // source: pages are sent while the VM runs
+	Preparing  Phase = "preparing"   // source: the guest gets ready to be paused
+	HandingOff Phase = "handing off" // source: the VM is paused, the rest is sent
+	InDoubt    Phase = "in doubt"    // source: the authority was sent, the answer is not there
+	Serving    Phase = "post-copy"   // source: the VM runs at the target, which fetches what it lacks
+	Rescuing   Phase = "rescuing"    // source: the VM goes on here
 
-	Snapshotting State = "snapshotting" // source of a copy: the VM is paused, the rest of the copy is kept
-	Delivering   State = "delivering"   // source of a copy: the VM goes on, the rest of the copy is sent
+	Snapshotting Phase = "snapshotting" // source of a copy: the VM is paused, the rest of the copy is kept
+	Delivering   Phase = "delivering"   // source of a copy: the VM goes on, the rest of the copy is sent
 
-	Receiving   State = "receiving"    // target: pages arrive, the VMM is started
-	TakingOver  State = "taking over"  // target: the authority is here, the VM is restored
-	HandingBack State = "handing back" // target: the VM will not run here, which the source must know
-	Fetching    State = "fetching"     // target: the VM runs, missing pages are fetched
-	Confirming  State = "confirming"   // target: all is here; the source must know
-	Storing     State = "storing"      // target of a copy: all is here, and is made durable
+	Receiving   Phase = "receiving"    // target: pages arrive, the VMM is started
+	TakingOver  Phase = "taking over"  // target: the authority is here, the VM is restored
+	HandingBack Phase = "handing back" // target: the VM will not run here, which the source must know
+	Fetching    Phase = "fetching"     // target: the VM runs, missing pages are fetched
+	Confirming  Phase = "confirming"   // target: all is here; the source must know
+	Storing     Phase = "storing"      // target of a copy: all is here, and is made durable
 
-	Kept         State = "kept"              // source: the VM runs here, as before
-	Moved        State = "moved"             // source: the VM is the target's. Target: it is ours, and complete
-	Lost         State = "lost"              // source: the VM could not go on
-	LeftInDoubt  State = "left in doubt"     // source: it ended before it knew who owns the VM
-	LeftServing  State = "left in post-copy" // source: it ended before the target had all
-	Copied       State = "copied"            // target: the copy is complete; the VM goes on at its source
-	NotTaken     State = "not taken"         // target: nothing was taken over
-	LeftFetching State = "left fetching"     // target: it ended while pages were missing
+	Kept         Phase = "kept"              // source: the VM runs here, as before
+	Moved        Phase = "moved"             // source: the VM is the target's. Target: it is ours, and complete
+	Lost         Phase = "lost"              // source: the VM could not go on
+	LeftInDoubt  Phase = "left in doubt"     // source: it ended before it knew who owns the VM
+	LeftServing  Phase = "left in post-copy" // source: it ended before the target had all
+	Copied       Phase = "copied"            // target: the copy is complete; the VM goes on at its source
+	NotTaken     Phase = "not taken"         // target: nothing was taken over
+	LeftFetching Phase = "left fetching"     // target: it ended while pages were missing
 )
 
-// States are all of them.
-var States = []State{
+// Phases are all of them.
+var Phases = []Phase{
 	Preflight, PreCopying, Preparing, HandingOff, InDoubt, Serving, Rescuing, Snapshotting, Delivering, Receiving, TakingOver, HandingBack, Fetching, Confirming, Storing,
 	Kept, Moved, Lost, LeftInDoubt, LeftServing, Copied, NotTaken, LeftFetching,
 }
@@ -142,13 +121,11 @@ type Outcome string
 const (
 	Here Outcome = "here" // the VM did not run at the target and never will: it goes on at the source
 	Away Outcome = "away" // the VM runs, or ran, at the target
-
-	undecided Outcome = "" // the source ends without knowing
 )
 
 // Stats says what a migration did so far.
 type Stats struct {
-	State     State
+	Phase     Phase
 	Cycle     int
 	Preflight time.Duration // of Total: before anything was done to the VM; 0 until then
 	Total     time.Duration // since its beginning
@@ -192,64 +169,10 @@ var (
 	ErrTakenBack = errors.New("the VM was taken back by its source")
 	// ErrConnected says that an operator need not decide who owns a VM: its target is there.
 	ErrConnected = errors.New("the VM's target is connected; let it have what it lacks, or end it first")
+	// ErrMayHaveRun says that a VM could not be resumed, but that it may have run.
+	ErrMayHaveRun = errors.New("the VM may have run")
+	// ErrPackage says that there is no VM to receive, but a package to pull.
+	ErrPackage = errors.New("a package is offered here, not a VM that runs")
 	// ErrRefused says that a connection was not one of a migration.
 	ErrRefused = errors.New("connection refused")
-	errNoDoubt = errors.New("nothing is in doubt")
-	errBusy    = errors.New("the VM is being migrated already")
-	errCrowded = errors.New("too many connections wait, and this one has waited longest")
 )
-
-// row is one state in the table of a machine T: what is done in it, and what follows.
-type row[T any] struct {
-	does    func(T, context.Context) (State, error) // nil in a final state
-	then    []State                                 // what it may lead to
-	failing State                                   // what an error leads to
-	within  func(*Limits) time.Duration             // bounds it, if not nil and not 0; what it does must then end with an error
-}
-
-// advance runs a machine from state to one of its final states. It returns the errors of all steps.
-func advance[T any](ctx context.Context, machine T, table map[State]row[T], state State, limits *Limits, observe func(State)) (State, error) {
-	var errs []error
-	for {
-		observe(state)
-		r := table[state]
-		if r.does == nil {
-			return state, errors.Join(errs...)
-		}
-		next, err := step(ctx, machine, r, limits)
-		if err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", state, err))
-			if next = r.failing; next == "" {
-				return state, errors.Join(append(errs, fmt.Errorf("there is no way out of %q", state))...)
-			}
-		} else if !contains(r.then, next) {
-			return state, errors.Join(append(errs, fmt.Errorf("there is no way from %q to %q", state, next))...)
-		}
-		state = next
-	}
-}
-
-func step[T any](ctx context.Context, machine T, r row[T], limits *Limits) (State, error) {
-	if r.within != nil {
-		if d := r.within(limits); d > 0 {
-			var cancel context.CancelFunc
-			ctx, cancel = context.WithTimeoutCause(ctx, d, fmt.Errorf("not done after %s", d))
-			defer cancel()
-		}
-	}
-	return r.does(machine, ctx)
-}
-
-func contains(states []State, s State) bool {
-	for _, t := range states {
-		if t == s {
-			return true
-		}
-	}
-	return false
-}
-
-// bytesOf is the size of pages first up to end of a device.
-func bytesOf(d block.Device, first, end int64) int64 {
-	return min(end*block.PageSize, d.Size()) - first*block.PageSize
-}

@@ -23,6 +23,7 @@ import (
 	"drafter/internal/expose/fuse"
 	"drafter/internal/expose/nbd"
 	"drafter/internal/limitedlog"
+	"drafter/internal/migration"
 	"drafter/internal/private"
 	"drafter/internal/stack"
 	"drafter/internal/wire"
@@ -76,7 +77,7 @@ type Config struct {
 	Limits  migrate.Limits
 
 	// Called by a migration, which waits for them; may be nil.
-	OnState    func(migrate.State)
+	OnPhase    func(migrate.Phase)
 	OnProgress func(migrate.Stats)
 }
 
@@ -92,8 +93,8 @@ type Mounter struct {
 
 	mu      sync.Mutex // guards the following
 	devices map[string]*stack.Stack
-	arrival *migrate.Target
-	source  *migrate.Source
+	arrival *migration.Target
+	source  *migration.Source
 
 	forwarding     sync.WaitGroup // what users at the source of the devices do
 	stopForwarding context.CancelFunc
@@ -260,7 +261,7 @@ func (m *Mounter) Path(name string) string { return m.exposure.Path(name) }
 // then on. On an error they are where they were, unless the error says otherwise. A peer's VM ends with that.
 func (m *Mounter) Receive(ctx context.Context, dial migrate.Dial) error {
 	a := &arrival{m: m}
-	target, err := migrate.Receive(ctx, migrate.TargetConfig{VM: a, Dial: dial, Limits: m.config.Limits, OnState: m.config.OnState, OnProgress: m.config.OnProgress})
+	target, err := migration.Receive(ctx, migration.TargetConfig{VM: a, Dial: dial, Limits: m.config.Limits, OnPhase: m.config.OnPhase, OnProgress: m.config.OnProgress})
 	if err != nil {
 		return fmt.Errorf("receive devices: %w", err)
 	}
@@ -324,7 +325,7 @@ func (m *Mounter) Serve(ctx context.Context, accept migrate.Accept, moved func()
 	wg.Go(func() {
 		migrate.AcceptAll(actx, accept, func(ctx context.Context, stream io.ReadWriteCloser) {
 			err := source.Handle(ctx, stream)
-			if state := source.State(); err != nil && ctx.Err() == nil && state != migrate.Moved {
+			if state := source.Phase(); err != nil && ctx.Err() == nil && state != migrate.Moved {
 				complaints := &m.failures
 				if errors.Is(err, migrate.ErrRefused) {
 					complaints = &m.refusals
@@ -348,7 +349,7 @@ func (m *Mounter) Serve(ctx context.Context, accept migrate.Accept, moved func()
 			return err
 		}
 	}
-	if source.State() != migrate.Moved {
+	if source.Phase() != migrate.Moved {
 		return source.GoneError()
 	}
 	if moved != nil {
@@ -377,16 +378,16 @@ func (m *Mounter) Stats() (stats migrate.Stats, ok bool) {
 	return stats, false
 }
 
-func (m *Mounter) newSource() (*migrate.Source, error) {
+func (m *Mounter) newSource() (*migration.Source, error) {
 	d := &departure{m: m}
-	c := migrate.SourceConfig{VM: d, Limits: m.config.Limits, Forward: true, OnProgress: m.config.OnProgress}
+	c := migration.SourceConfig{VM: d, Limits: m.config.Limits, Forward: true, OnProgress: m.config.OnProgress}
 	for i := range m.config.Devices {
 		cd := &m.config.Devices[i]
 		if !cd.MakeMigratable {
 			continue
 		}
 		s := m.devices[cd.Name]
-		sd := migrate.SourceDevice{
+		sd := migration.SourceDevice{
 			Name: cd.Name, Device: s.Tracker, Base: s.Base, Origin: s.Origin, Expiry: cd.Expiry, MaxDirtyBlocks: cd.MaxDirtyBlocks, MinCycles: cd.MinCycles, MaxCycles: cd.MaxCycles,
 			CycleThrottle: cd.CycleThrottle,
 		}
@@ -399,16 +400,16 @@ func (m *Mounter) newSource() (*migrate.Source, error) {
 	if len(c.Devices) == 0 {
 		return nil, errors.New("no device is migratable; set makeMigratable for one, or listen nowhere")
 	}
-	c.OnState = func(s migrate.State) {
+	c.OnPhase = func(s migrate.Phase) {
 		if s == migrate.Serving || s == migrate.Moved {
 			d.forward()
 		}
-		if m.config.OnState != nil {
-			m.config.OnState(s)
+		if m.config.OnPhase != nil {
+			m.config.OnPhase(s)
 		}
 	}
 	var err error
-	d.source, err = migrate.NewSource(c)
+	d.source, err = migration.NewSource(c)
 	return d.source, err
 }
 
@@ -469,23 +470,23 @@ func (closed) WriteAt([]byte, int64) (int, error) { return 0, os.ErrClosed }
 func (closed) Sync() error                        { return os.ErrClosed }
 func (closed) Close() error                       { return nil }
 
-// departure is devices that may leave. It implements [migrate.SourceVM]: what is paused are their users, at the gates.
+// departure is devices that may leave. It implements [migration.SourceVM]: what is paused are their users, at the gates.
 type departure struct {
 	m      *Mounter
 	names  []string // in the order of the source's devices
-	source *migrate.Source
+	source *migration.Source
 }
 
-// WriteBack implements [migrate.SourceVM].
+// WriteBack implements [migration.SourceVM].
 func (d *departure) WriteBack(context.Context) error { return nil }
 
-// Flush implements [migrate.SourceVM]. Users' writes are in the device when they are done.
+// Flush implements [migration.SourceVM]. Users' writes are in the device when they are done.
 func (d *departure) Flush(context.Context) error { return nil }
 
-// Prepare implements [migrate.SourceVM].
+// Prepare implements [migration.SourceVM].
 func (d *departure) Prepare(context.Context) error { return nil }
 
-// Pause implements [migrate.SourceVM].
+// Pause implements [migration.SourceVM].
 func (d *departure) Pause(context.Context) error {
 	for _, name := range d.names {
 		d.m.gates[name].Shut()
@@ -493,7 +494,7 @@ func (d *departure) Pause(context.Context) error {
 	return nil
 }
 
-// Leave implements [migrate.SourceVM]. From here on the files say that the devices may have moved.
+// Leave implements [migration.SourceVM]. From here on the files say that the devices may have moved.
 func (d *departure) Leave(_ context.Context, migration uuid.UUID) error {
 	for _, name := range d.names {
 		if err := d.m.device(name).setStatus(leaving, migration); err != nil {
@@ -503,10 +504,10 @@ func (d *departure) Leave(_ context.Context, migration uuid.UUID) error {
 	return nil
 }
 
-// Save implements [migrate.SourceVM].
+// Save implements [migration.SourceVM].
 func (d *departure) Save(context.Context, uuid.UUID) error { return nil }
 
-// Rescue implements [migrate.SourceVM].
+// Rescue implements [migration.SourceVM].
 func (d *departure) Rescue(context.Context) error {
 	for _, name := range d.names {
 		if err := d.m.device(name).clearStatus(); err != nil {
@@ -517,11 +518,11 @@ func (d *departure) Rescue(context.Context) error {
 	return nil
 }
 
-// Rescued implements [migrate.SourceVM].
+// Rescued implements [migration.SourceVM].
 func (d *departure) Rescued(context.Context) {}
 
-// Mark implements [migrate.SourceVM].
-func (d *departure) Mark(_ context.Context, state migrate.State, migration uuid.UUID) error {
+// Mark implements [migration.SourceVM].
+func (d *departure) Mark(_ context.Context, state migrate.Phase, migration uuid.UUID) error {
 	for _, name := range d.names {
 		status := leaving
 		if state == migrate.Moved {
@@ -551,7 +552,7 @@ func (m *Mounter) device(name string) *Device {
 	return &m.config.Devices[i]
 }
 
-// arrival is devices that are arriving. It implements [migrate.TargetVM].
+// arrival is devices that are arriving. It implements [migration.TargetVM].
 type arrival struct {
 	m         *Mounter
 	order     []string // of the manifest
@@ -559,9 +560,9 @@ type arrival struct {
 	packageID string // of a peer's VM, or empty
 }
 
-// Accept implements [migrate.TargetVM].
-func (a *arrival) Accept(ctx context.Context, manifest wire.Manifest, migration uuid.UUID) ([]migrate.TargetDevice, error) {
-	a.migration = migration
+// Accept implements [migration.TargetVM].
+func (a *arrival) Accept(ctx context.Context, manifest wire.Manifest, id uuid.UUID) ([]migration.TargetDevice, error) {
+	a.migration = id
 	if len(manifest.Config) > 0 {
 		config, err := vmm.DecodePackageConfig(manifest.Config)
 		if err != nil {
@@ -585,11 +586,11 @@ func (a *arrival) Accept(ctx context.Context, manifest wire.Manifest, migration 
 			return nil, fmt.Errorf("device %s: %w", d.Name, err)
 		}
 	}
-	var devices []migrate.TargetDevice
+	var devices []migration.TargetDevice
 	for _, offer := range manifest.Devices {
 		d := a.m.device(offer.Name)
 		// The second note stays until all is here and durable.
-		if err := errors.Join(d.setStatus(arriving, migration), d.files().NoteMissing(offer.Size)); err != nil {
+		if err := errors.Join(d.setStatus(arriving, id), d.files().NoteMissing(offer.Size)); err != nil {
 			return nil, fmt.Errorf("device %s: %w", d.Name, err)
 		}
 		s, held, err := d.files().Receive(ctx, offer, func(under block.Device) *block.Incoming { return block.NewIncoming(under, true) })
@@ -598,21 +599,21 @@ func (a *arrival) Accept(ctx context.Context, manifest wire.Manifest, migration 
 		}
 		a.m.devices[d.Name] = s
 		a.order = append(a.order, d.Name)
-		devices = append(devices, migrate.TargetDevice{Held: held, Device: s.Incoming, Base: s.Contents})
+		devices = append(devices, migration.TargetDevice{Held: held, Device: s.Incoming, Base: s.Contents})
 	}
 	return devices, a.m.expose()
 }
 
-// Start implements [migrate.TargetVM].
+// Start implements [migration.TargetVM].
 func (a *arrival) Start(context.Context) error { return nil }
 
-// Expect implements [migrate.TargetVM].
+// Expect implements [migration.TargetVM].
 func (a *arrival) Expect(context.Context, uuid.UUID) error { return nil }
 
-// Restore implements [migrate.TargetVM].
+// Restore implements [migration.TargetVM].
 func (a *arrival) Restore(context.Context, uuid.UUID) error { return nil }
 
-// Resume implements [migrate.TargetVM].
+// Resume implements [migration.TargetVM].
 func (a *arrival) Resume(context.Context) error {
 	for _, name := range a.order {
 		if err := a.m.device(name).clearStatus(); err != nil {
@@ -623,7 +624,7 @@ func (a *arrival) Resume(context.Context) error {
 	return nil
 }
 
-// Complete implements [migrate.TargetVM]. The state of a peer's VM is that of one that was suspended.
+// Complete implements [migration.TargetVM]. The state of a peer's VM is that of one that was suspended.
 func (a *arrival) Complete(context.Context) error {
 	if s := a.m.devices[vmm.State]; s != nil && a.packageID != "" {
 		if _, err := vmm.ReadMigratedState(s, a.packageID, a.migration); err != nil {
@@ -641,7 +642,7 @@ func (a *arrival) Complete(context.Context) error {
 	return nil
 }
 
-// Discard implements [migrate.TargetVM].
+// Discard implements [migration.TargetVM].
 func (a *arrival) Discard(context.Context) error {
 	stacks := map[string]*stack.Stack{}
 	for name, s := range a.m.devices {

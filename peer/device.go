@@ -125,10 +125,19 @@ func (d *Device) files() *stack.Files {
 	return f
 }
 
-// Open opens a device that no VM uses, to read it. Close it.
-func (d Device) Open(ctx context.Context) (block.Device, error) { return d.files().Open(ctx) }
+// Export writes a device that no VM uses, base and overlay together, to a new file at path. Progress, which
+// may be nil, is told how many of its bytes are done.
+func (d Device) Export(ctx context.Context, path string, progress func(done, total int64)) (err error) {
+	device, err := d.files().Open(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, device.Close()) }()
+	return block.Export(ctx, path, device, progress)
+}
 
-// Problems verifies a device that no VM uses; see [stack.Files.Problems].
+// Problems verifies a device that no VM uses. It returns what is wrong, in words for the user, and an error only
+// if it could not look. Nothing is changed.
 func (d Device) Problems(ctx context.Context) ([]string, error) { return d.files().Problems(ctx) }
 
 // moves tells whether the device moves with the VM.

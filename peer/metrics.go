@@ -72,9 +72,9 @@ func (m metrics) Collect(out chan<- prometheus.Metric) {
 	if !ok {
 		return
 	}
-	for _, state := range migrate.States {
+	for _, state := range migrate.Phases {
 		v := 0.0
-		if state == s.State {
+		if state == s.Phase {
 			v = 1
 		}
 		gauge(describeState, v, string(state))

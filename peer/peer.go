@@ -16,12 +16,13 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"drafter/agent"
-	"drafter/instance"
 	"drafter/internal/block"
 	"drafter/internal/expose"
 	"drafter/internal/expose/fuse"
 	"drafter/internal/expose/nbd"
+	"drafter/internal/instance"
 	"drafter/internal/limitedlog"
+	"drafter/internal/migration"
 	"drafter/internal/process"
 	"drafter/internal/stack"
 	"drafter/migrate"
@@ -32,7 +33,7 @@ import (
 
 // Config says which instance to run and how.
 type Config struct {
-	Host    instance.Host
+	Host    vmm.Host
 	Devices []Device
 	Derive  func(names []string) ([]Device, error) // makes Devices, if there are none, once it is known what they are called: see Receive
 	Expose  string                                 // expose.Auto, FUSE or NBD
@@ -45,7 +46,7 @@ type Config struct {
 	S3Credentials string
 
 	ResumeTimeout time.Duration // bounds the answer of the agent after a resume
-	Force         bool          // a VM is received even if its guest does not get ready at its source; see [migrate.TargetConfig]
+	Force         bool          // a VM is received even if its guest does not get ready: what it has not flushed is as after a power cut
 	RescueTimeout time.Duration // bounds the answer of the agent before a suspend; the VM is suspended without it afterwards
 
 	Hooks Hooks
@@ -53,7 +54,7 @@ type Config struct {
 
 // Hooks are called by a migration, which waits for them. Any of them may be nil.
 type Hooks struct {
-	OnState         func(migrate.State)         // the migration has come to a state
+	OnPhase         func(migrate.Phase)         // the migration has come to a state
 	OnProgress      func(migrate.Stats)         // at most ten times a second, and at the end
 	OnBeforeSuspend func(context.Context) error // before the guest is told that it will be paused; an error cancels the migration
 	OnAfterResume   func(context.Context) error // after the guest was told that it runs here; an error is logged, for the VM runs
@@ -82,10 +83,10 @@ type Peer struct {
 
 	mu      sync.Mutex // guards the following
 	devices map[string]*stack.Stack
-	origin  Origin          // nil unless the package is pulled
-	fill    *fill           // nil until the rest of it is pulled
-	source  *migrate.Source // nil until the VM is migratable
-	arrival *migrate.Target // nil unless the VM has come by a migration
+	origin  origin            // nil unless the package is pulled
+	fill    *fill             // nil until the rest of it is pulled
+	source  *migration.Source // nil until the VM is migratable
+	arrival *migration.Target // nil unless the VM has come by a migration
 }
 
 // New checks a config. Nothing is touched yet.
@@ -399,7 +400,7 @@ func (p *Peer) Close() error {
 	moved := false
 	if source != nil {
 		errs = append(errs, source.Close())
-		moved = source.State() == migrate.Moved
+		moved = source.Phase() == migrate.Moved
 	}
 	if arrival != nil {
 		errs = append(errs, arrival.Close())

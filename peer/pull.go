@@ -9,47 +9,82 @@ import (
 	"slices"
 	"time"
 
+	"drafter/internal/artifact"
+	"drafter/internal/backup"
 	"drafter/internal/block"
 	"drafter/internal/stack"
+	"drafter/s3"
 	"drafter/signature"
 	"drafter/vmm"
 )
 
-// Origin is a package that is elsewhere, and stays as it is. Its methods are safe for concurrent use.
-type Origin interface {
+// Origin is a package that is elsewhere, and stays as it is. Pull owns it; otherwise close it.
+type Origin struct {
+	origin origin
+}
+
+// OpenArtifact opens the package that an OCI registry has under ref. PlainHTTP allows a connection without TLS.
+// Its devices may have maxSize bytes in all; see [migrate.Limits] for 0. Credentials are those of docker.
+func OpenArtifact(ctx context.Context, ref string, plainHTTP bool, maxSize int64) (*Origin, error) {
+	p, err := artifact.Open(ctx, ref, plainHTTP, maxSize)
+	if err != nil {
+		return nil, err
+	}
+	return &Origin{p}, nil
+}
+
+// OpenBackup opens the latest backup at a place.
+func OpenBackup(ctx context.Context, place s3.Place) (*Origin, error) {
+	store, err := backup.Open(ctx, place)
+	if err != nil {
+		return nil, err
+	}
+	latest, err := store.Latest(ctx)
+	if err != nil {
+		store.Close()
+		return nil, err
+	}
+	return &Origin{latest}, nil
+}
+
+// Close frees an origin that was not pulled.
+func (o *Origin) Close() error { return o.origin.Close() }
+
+// origin is what a package is pulled from. Its methods are safe for concurrent use.
+type origin interface {
 	Names() []string
 	Remote(name string) (block.Remote, bool)
 	io.Closer
 }
 
-// Signed is an [Origin] that carries the package's signature, nil if there is none.
-type Signed interface {
+// signed is an origin that carries the package's signature, nil if there is none.
+type signed interface {
 	Signature() []byte
 }
 
 // Pull starts the instance over a package that is elsewhere, and pulls that behind the running VM: each device's base is filled with what the VM reads and, from
 // when it runs, with all the rest; see Pulled. Bases that are here already are used, if they are the package's. Pull owns the origin.
-func (p *Peer) Pull(ctx context.Context, origin Origin) error {
+func (p *Peer) Pull(ctx context.Context, o *Origin) error {
 	start := time.Now()
 	if err := p.occupy(); err != nil {
-		return errors.Join(err, origin.Close())
+		return errors.Join(err, o.Close())
 	}
-	return p.pull(ctx, start, origin)
+	return p.pull(ctx, start, o.origin)
 }
 
 // pull does so on a host that is occupied.
-func (p *Peer) pull(ctx context.Context, start time.Time, origin Origin) error {
+func (p *Peer) pull(ctx context.Context, start time.Time, from origin) error {
 	p.mu.Lock()
-	p.origin = origin
+	p.origin = from
 	p.mu.Unlock()
-	if err := p.checkOrigin(origin); err != nil {
+	if err := p.checkOrigin(from); err != nil {
 		return err
 	}
-	if err := p.derive(origin.Names()); err != nil {
+	if err := p.derive(from.Names()); err != nil {
 		return err
 	}
-	if signed, ok := origin.(Signed); ok {
-		p.signature = signed.Signature()
+	if carrier, ok := from.(signed); ok {
+		p.signature = carrier.Signature()
 	}
 	if err := p.verify(p.signature); err != nil {
 		return err
@@ -68,10 +103,10 @@ func (p *Peer) pull(ctx context.Context, start time.Time, origin Origin) error {
 }
 
 // checkOrigin refuses what is too large for this host, before anything is made.
-func (p *Peer) checkOrigin(origin Origin) error {
+func (p *Peer) checkOrigin(from origin) error {
 	var sizes []int64
-	for _, name := range origin.Names() {
-		remote, ok := origin.Remote(name)
+	for _, name := range from.Names() {
+		remote, ok := from.Remote(name)
 		if !ok {
 			continue
 		}

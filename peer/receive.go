@@ -14,8 +14,9 @@ import (
 	"github.com/google/uuid"
 	"golang.org/x/sync/errgroup"
 
-	"drafter/instance"
 	"drafter/internal/expose/fuse"
+	"drafter/internal/instance"
+	"drafter/internal/migration"
 	"drafter/internal/stack"
 	"drafter/internal/wire"
 	"drafter/migrate"
@@ -36,9 +37,9 @@ func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	rctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	a := &arrival{p: p, giveUp: cancel, restoring: make(chan struct{})}
-	target, err := migrate.Receive(rctx, migrate.TargetConfig{VM: a, Dial: dial, Limits: p.config.Limits, Force: p.config.Force, OnState: p.config.Hooks.OnState, OnProgress: p.config.Hooks.OnProgress})
+	target, err := migration.Receive(rctx, migration.TargetConfig{VM: a, Dial: dial, Limits: p.config.Limits, Force: p.config.Force, OnPhase: p.config.Hooks.OnPhase, OnProgress: p.config.Hooks.OnProgress})
 	if errors.Is(err, migrate.ErrPackage) {
-		pkg, err := migrate.OpenPackage(ctx, dial, p.config.Limits)
+		pkg, err := migration.OpenPackage(ctx, dial, p.config.Limits)
 		if err != nil {
 			return fmt.Errorf("open the registry's package: %w", err)
 		}
@@ -106,7 +107,7 @@ func (p *Peer) ArrivalError() error {
 
 // settleArrival lets an operator settle, until all of the VM is here, that it is given up: its
 // source goes on with it.
-func (p *Peer) settleArrival(target *migrate.Target) {
+func (p *Peer) settleArrival(target *migration.Target) {
 	var s settling
 	s.begin(p, func(o migrate.Outcome) error {
 		if o == migrate.Here {
@@ -164,7 +165,7 @@ func (p *Peer) awaitArrival(ctx context.Context) error {
 
 // keepWhole makes each device but memory durable, and one that can be opened again, as soon as
 // nothing of it is missing: a VM whose source is lost before all of its memory came boots from them.
-func (p *Peer) keepWhole(target *migrate.Target) {
+func (p *Peer) keepWhole(target *migration.Target) {
 	for i := range p.config.Devices {
 		d := &p.config.Devices[i]
 		s := p.devices[d.Name]
@@ -221,7 +222,7 @@ func (p *Peer) Stats() (stats migrate.Stats, ok bool) {
 	return stats, false
 }
 
-// arrival is a VM that is arriving. It implements [migrate.TargetVM].
+// arrival is a VM that is arriving. It implements [migration.TargetVM].
 type arrival struct {
 	p          *Peer
 	config     *vmm.PackageConfig
@@ -238,8 +239,8 @@ type arrival struct {
 	watch     sync.WaitGroup
 }
 
-// Accept implements [migrate.TargetVM].
-func (a *arrival) Accept(ctx context.Context, m wire.Manifest, migration uuid.UUID) ([]migrate.TargetDevice, error) {
+// Accept implements [migration.TargetVM].
+func (a *arrival) Accept(ctx context.Context, m wire.Manifest, id uuid.UUID) ([]migration.TargetDevice, error) {
 	if err := a.verify(m); err != nil {
 		return nil, fmt.Errorf("the source's config device: %w", err)
 	}
@@ -268,7 +269,7 @@ func (a *arrival) Accept(ctx context.Context, m wire.Manifest, migration uuid.UU
 	if err := makeRoom(a.p.config.Devices); err != nil {
 		return nil, err
 	}
-	held, err := a.open(ctx, m, migration)
+	held, err := a.open(ctx, m, id)
 	if err != nil {
 		return nil, err
 	}
@@ -398,13 +399,13 @@ func (a *arrival) device(name string) *Device {
 }
 
 // devices tells where the devices of the manifest arrive.
-func (a *arrival) devices(ctx context.Context, m wire.Manifest, held map[string]wire.Held) ([]migrate.TargetDevice, error) {
+func (a *arrival) devices(ctx context.Context, m wire.Manifest, held map[string]wire.Held) ([]migration.TargetDevice, error) {
 	mount, cached := a.p.exposure.(*fuse.Mount)
 	cached = cached && mount.Exposes(vmm.Memory) // else the VMM has no cache that arriving pages could be put into
-	var devices []migrate.TargetDevice
+	var devices []migration.TargetDevice
 	for _, offered := range m.Devices {
 		s := a.p.devices[offered.Name]
-		d := migrate.TargetDevice{Held: held[offered.Name], Device: s.Incoming, First: offered.Name == vmm.Kernel, Base: s.Contents}
+		d := migration.TargetDevice{Held: held[offered.Name], Device: s.Incoming, First: offered.Name == vmm.Kernel, Base: s.Contents}
 		backup, err := a.p.backup(ctx, a.device(offered.Name), offered, d.Held)
 		if err != nil {
 			return nil, fmt.Errorf("device %s: %w", offered.Name, err)
@@ -424,7 +425,7 @@ func (a *arrival) devices(ctx context.Context, m wire.Manifest, held map[string]
 	return devices, nil
 }
 
-// Start implements [migrate.TargetVM].
+// Start implements [migration.TargetVM].
 func (a *arrival) Start(ctx context.Context) error {
 	if err := a.verifyKernel(ctx); err != nil {
 		return err
@@ -448,7 +449,7 @@ func (a *arrival) endWatch() {
 	a.watch.Wait()
 }
 
-// Expect implements [migrate.TargetVM]. What it notes, Restore corrects without having to wait for a disk.
+// Expect implements [migration.TargetVM]. What it notes, Restore corrects without having to wait for a disk.
 func (a *arrival) Expect(_ context.Context, migration uuid.UUID) error {
 	if a.header == nil {
 		return fmt.Errorf("device %s does not come with the VM; set makeMigratable on for it, here and on the source", vmm.State)
@@ -467,7 +468,7 @@ func named(device string, err error) error {
 	return nil
 }
 
-// Restore implements [migrate.TargetVM].
+// Restore implements [migration.TargetVM].
 func (a *arrival) Restore(ctx context.Context, migration uuid.UUID) error {
 	a.endWatch()
 	if err := a.launched.Restore(ctx, migration); err != nil {
@@ -476,7 +477,7 @@ func (a *arrival) Restore(ctx context.Context, migration uuid.UUID) error {
 	return named(vmm.State, a.header.releaseForGood())
 }
 
-// Resume implements [migrate.TargetVM].
+// Resume implements [migration.TargetVM].
 func (a *arrival) Resume(ctx context.Context) error {
 	i, err := a.launched.Go(ctx)
 	if err != nil && a.launched.Ended() {
@@ -489,7 +490,7 @@ func (a *arrival) Resume(ctx context.Context) error {
 	return err
 }
 
-// Complete implements [migrate.TargetVM].
+// Complete implements [migration.TargetVM].
 func (a *arrival) Complete(context.Context) error {
 	for name, d := range a.p.devices {
 		if name == vmm.Memory || d.Incoming == nil {
@@ -520,7 +521,7 @@ func (p *Peer) forgetMissing() error {
 	return nil
 }
 
-// Discard implements [migrate.TargetVM].
+// Discard implements [migration.TargetVM].
 func (a *arrival) Discard(context.Context) error {
 	a.endWatch()
 	var errs []error

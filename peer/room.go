@@ -9,8 +9,8 @@ import (
 
 	"github.com/dustin/go-humanize"
 
-	"drafter/instance"
 	"drafter/internal/block"
+	"drafter/internal/instance"
 	"drafter/internal/stack"
 	"drafter/vmm"
 )

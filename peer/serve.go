@@ -15,6 +15,7 @@ import (
 	"github.com/google/uuid"
 
 	"drafter/internal/block"
+	"drafter/internal/migration"
 	"drafter/internal/private"
 	"drafter/migrate"
 	"drafter/transport"
@@ -38,7 +39,7 @@ func (p *Peer) Serve(ctx context.Context, accept migrate.Accept) (moved bool, er
 	})
 	select {
 	case <-source.Gone():
-		return source.State() == migrate.Moved, source.GoneError()
+		return source.Phase() == migrate.Moved, source.GoneError()
 	case <-ctx.Done():
 	}
 	switch err := source.Revoke(errors.New("the source was ended")); {
@@ -51,14 +52,14 @@ func (p *Peer) Serve(ctx context.Context, accept migrate.Accept) (moved bool, er
 		if err = source.Relinquish(arrivalPatience); errors.Is(err, migrate.ErrHandedOver) {
 			err = fmt.Errorf("%w; what was here at the handoff is kept: if the VM is lost there, go on from it with 'drafter peer settle --here', else note it with 'drafter peer settle --away'", err)
 		}
-		return source.State() == migrate.Moved, err
+		return source.Phase() == migrate.Moved, err
 	default:
 		return false, err
 	}
 }
 
 // migratable returns the source of the VM, once all of it is here; nil if ctx ends first.
-func (p *Peer) migratable(ctx context.Context) (*migrate.Source, error) {
+func (p *Peer) migratable(ctx context.Context) (*migration.Source, error) {
 	if err := p.awaitArrival(ctx); ctx.Err() != nil {
 		return nil, nil
 	} else if err != nil {
@@ -79,9 +80,9 @@ func leaveInDoubt() error {
 	return fmt.Errorf("%w: it was handed over and the target has not answered; look whether it runs there, and then settle it here: drafter peer settle --here, or --away", migrate.ErrInDoubt)
 }
 
-func (p *Peer) handle(ctx context.Context, source *migrate.Source, stream io.ReadWriteCloser) {
+func (p *Peer) handle(ctx context.Context, source *migration.Source, stream io.ReadWriteCloser) {
 	err := source.Handle(ctx, stream)
-	if state := source.State(); err != nil && state != migrate.Moved && ctx.Err() == nil {
+	if state := source.Phase(); err != nil && state != migrate.Moved && ctx.Err() == nil {
 		complaints := &p.failures
 		if errors.Is(err, migrate.ErrRefused) {
 			complaints = &p.refusals
@@ -91,7 +92,7 @@ func (p *Peer) handle(ctx context.Context, source *migrate.Source, stream io.Rea
 }
 
 // whereabouts says where a VM is in a sentence.
-func whereabouts(s migrate.State) string {
+func whereabouts(s migrate.Phase) string {
 	switch s {
 	case migrate.InDoubt, migrate.LeftInDoubt:
 		return "is in doubt"
@@ -104,20 +105,20 @@ func whereabouts(s migrate.State) string {
 }
 
 // newSource makes the source of this VM.
-func (p *Peer) newSource() (*migrate.Source, error) {
+func (p *Peer) newSource() (*migration.Source, error) {
 	config := p.instance.Config()
-	c := migrate.SourceConfig{VM: &departure{p: p}, Config: p.configDevice, Signature: p.carriedSignature(), Generation: p.instance.Generation(), Limits: p.config.Limits, OnProgress: p.config.Hooks.OnProgress}
+	c := migration.SourceConfig{VM: &departure{p: p}, Config: p.configDevice, Signature: p.carriedSignature(), Generation: p.instance.Generation(), Limits: p.config.Limits, OnProgress: p.config.Hooks.OnProgress}
 	if p.syncer != nil {
 		c.Backup = &p.syncer.baseline
 	}
 	var settling settling
-	c.OnState = func(s migrate.State) {
+	c.OnPhase = func(s migrate.Phase) {
 		settling.follow(p, s)
 		if s == migrate.Serving || s == migrate.Moved {
 			p.vacate()
 		}
-		if p.config.Hooks.OnState != nil {
-			p.config.Hooks.OnState(s)
+		if p.config.Hooks.OnPhase != nil {
+			p.config.Hooks.OnPhase(s)
 		}
 	}
 	if config.Hardware.Accel != vmm.AccelTCG {
@@ -139,7 +140,7 @@ func (p *Peer) newSource() (*migrate.Source, error) {
 			continue
 		}
 		s := p.devices[d.Name]
-		sd := migrate.SourceDevice{
+		sd := migration.SourceDevice{
 			Name: d.Name, Device: s.Tracker, Base: s.Base, Origin: s.Origin, NeedsBase: d.SharedBase, First: d.Name == vmm.Kernel || d.Name == vmm.State,
 			Expiry: d.Expiry, MaxDirtyBlocks: d.MaxDirtyBlocks, MinCycles: d.MinCycles, MaxCycles: d.MaxCycles, CycleThrottle: d.CycleThrottle,
 		}
@@ -148,7 +149,7 @@ func (p *Peer) newSource() (*migrate.Source, error) {
 		}
 		c.Devices = append(c.Devices, sd)
 	}
-	return migrate.NewSource(c)
+	return migration.NewSource(c)
 }
 
 // vacate tells the VM's clients here that it runs elsewhere, beside what its target still needs.
@@ -172,16 +173,16 @@ func (p *Peer) reoccupy() error {
 	return p.claim.Occupy()
 }
 
-// departure is a VM that may leave. It implements [migrate.SourceVM].
+// departure is a VM that may leave. It implements [migration.SourceVM].
 type departure struct{ p *Peer }
 
-// WriteBack implements [migrate.SourceVM].
+// WriteBack implements [migration.SourceVM].
 func (d *departure) WriteBack(ctx context.Context) error { return d.p.instance.WriteBack(ctx) }
 
-// Flush implements [migrate.SourceVM].
+// Flush implements [migration.SourceVM].
 func (d *departure) Flush(ctx context.Context) error { return d.p.instance.Flush(ctx) }
 
-// Prepare implements [migrate.SourceVM].
+// Prepare implements [migration.SourceVM].
 func (d *departure) Prepare(ctx context.Context) error {
 	if hook := d.p.config.Hooks.OnBeforeSuspend; hook != nil {
 		if err := hook(ctx); err != nil {
@@ -194,10 +195,10 @@ func (d *departure) Prepare(ctx context.Context) error {
 	return nil
 }
 
-// Pause implements [migrate.SourceVM].
+// Pause implements [migration.SourceVM].
 func (d *departure) Pause(ctx context.Context) error { return d.p.instance.Pause(ctx) }
 
-// Leave implements [migrate.SourceVM].
+// Leave implements [migration.SourceVM].
 func (d *departure) Leave(_ context.Context, migration uuid.UUID) error {
 	if d.p.syncer != nil {
 		d.p.syncer.hold.set(true)
@@ -205,12 +206,12 @@ func (d *departure) Leave(_ context.Context, migration uuid.UUID) error {
 	return d.p.instance.NoteLeaving(migration)
 }
 
-// Save implements [migrate.SourceVM].
+// Save implements [migration.SourceVM].
 func (d *departure) Save(ctx context.Context, migration uuid.UUID) error {
 	return d.p.instance.SaveLeaving(ctx, migration)
 }
 
-// Rescue implements [migrate.SourceVM].
+// Rescue implements [migration.SourceVM].
 func (d *departure) Rescue(ctx context.Context) error {
 	if err := d.p.reoccupy(); err != nil {
 		slog.Warn("The VM goes on here, but without its network", "error", err)
@@ -221,15 +222,15 @@ func (d *departure) Rescue(ctx context.Context) error {
 	return d.p.instance.Rescue(ctx)
 }
 
-// Rescued implements [migrate.SourceVM].
+// Rescued implements [migration.SourceVM].
 func (d *departure) Rescued(ctx context.Context) {
 	if err := d.p.instance.RescueAgent(ctx, d.p.config.RescueTimeout); err != nil {
 		slog.Warn("The VM goes on, but its agent does not answer", "error", err)
 	}
 }
 
-// Mark implements [migrate.SourceVM].
-func (d *departure) Mark(_ context.Context, state migrate.State, _ uuid.UUID) error {
+// Mark implements [migration.SourceVM].
+func (d *departure) Mark(_ context.Context, state migrate.Phase, _ uuid.UUID) error {
 	if state == migrate.Moved {
 		return d.p.instance.Mark(vmm.Moved)
 	}
@@ -242,7 +243,7 @@ func (d *departure) Mark(_ context.Context, state migrate.State, _ uuid.UUID) er
 			return fmt.Errorf("device %s: %w", name, err)
 		}
 	}
-	return d.p.instance.Mark(map[migrate.State]vmm.Status{migrate.InDoubt: vmm.InDoubt, migrate.Serving: vmm.HandedOver}[state])
+	return d.p.instance.Mark(map[migrate.Phase]vmm.Status{migrate.InDoubt: vmm.InDoubt, migrate.Serving: vmm.HandedOver}[state])
 }
 
 // settling waits for an operator's decision while one can be taken. The command that brings it
@@ -286,7 +287,7 @@ func (s *settling) end() {
 const targetPatience = 2 * time.Second
 
 // follow waits for decisions while the VM is in doubt, or runs at a target that may be lost.
-func (s *settling) follow(p *Peer, state migrate.State) {
+func (s *settling) follow(p *Peer, state migrate.Phase) {
 	s.end()
 	missed := "The target does not answer: it is in doubt who owns the VM, which stays paused here; waiting for the target, or for 'drafter peer settle'"
 	switch state {

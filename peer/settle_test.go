@@ -11,6 +11,7 @@ import (
 	"github.com/google/uuid"
 
 	"drafter/internal/block"
+	"drafter/internal/migration"
 	"drafter/internal/signaturetest"
 	"drafter/internal/wire"
 	"drafter/migrate"
@@ -137,11 +138,7 @@ func (l *left) export(t *testing.T) error {
 		if d.Name != vmm.Disk {
 			continue
 		}
-		s, err := d.Open(t.Context())
-		if err != nil {
-			return err
-		}
-		return s.Close()
+		return d.Export(t.Context(), filepath.Join(t.TempDir(), "exported"), nil)
 	}
 	return errors.New("it has no disk")
 }
@@ -340,7 +337,7 @@ func TestHeaderIsReleased(t *testing.T) {
 // reason.
 func TestSettleRefused(t *testing.T) {
 	l := leave(t, vmm.Running, false, true)
-	source, err := migrate.NewSource(migrate.SourceConfig{VM: &departure{}, Devices: []migrate.SourceDevice{{Name: vmm.Disk, Device: block.NewTracker(block.NewZeros(1<<20), block.PageSize)}}})
+	source, err := migration.NewSource(migration.SourceConfig{VM: &departure{}, Devices: []migration.SourceDevice{{Name: vmm.Disk, Device: block.NewTracker(block.NewZeros(1<<20), block.PageSize)}}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -13,7 +13,9 @@ import (
 	"github.com/dustin/go-humanize"
 	"github.com/google/uuid"
 
+	"drafter/internal/backup"
 	"drafter/internal/block"
+	"drafter/internal/migration"
 	"drafter/internal/wire"
 	"drafter/migrate"
 	"drafter/s3"
@@ -48,8 +50,8 @@ func (p *Peer) place() (place s3.Place, ok bool, err error) {
 type syncer struct {
 	mu       sync.Mutex // held by Sync while it works, and by the last sync
 	place    s3.Place
-	writer   *s3.Writer // nil while the storage has not answered
-	baseline migrate.Baseline
+	writer   *backup.Writer // nil while the storage has not answered
+	baseline migration.Baseline
 	staged   *staged // a copy that has not been written yet
 	failed   error   // for good
 	inherits bool    // the VM has come, or come back, from another host, which may have backed it up meanwhile
@@ -87,7 +89,7 @@ func (s *syncer) connect(ctx context.Context) error {
 	if s.writer != nil {
 		return nil
 	}
-	store, err := s3.Open(ctx, s.place)
+	store, err := backup.Open(ctx, s.place)
 	if err != nil {
 		return err
 	}
@@ -223,7 +225,7 @@ func (p *Peer) Sync(ctx context.Context) error {
 			}
 			cancel()
 		}
-		ended := ctx.Err() != nil || source.State() == migrate.Moved
+		ended := ctx.Err() != nil || source.Phase() == migrate.Moved
 		if (errors.Is(err, s3.ErrSuperseded) || errors.Is(err, s3.ErrUnfit)) && !ended {
 			return err
 		}
@@ -252,7 +254,7 @@ func (s *syncer) last() string {
 }
 
 // sync makes one backup. A copy that could not be written is written first, before a new one is made.
-func (s *syncer) sync(ctx context.Context, p *Peer, source *migrate.Source) error {
+func (s *syncer) sync(ctx context.Context, p *Peer, source *migration.Source) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.failed != nil {
@@ -294,7 +296,7 @@ func (s *syncer) sync(ctx context.Context, p *Peer, source *migrate.Source) erro
 }
 
 // backup returns where to get an arriving device if what is stored of it is what its source offers; nil otherwise. Beneath it is the device's base, if that is here.
-func (p *Peer) backup(ctx context.Context, d *Device, offered wire.Device, held wire.Held) (*migrate.Backup, error) {
+func (p *Peer) backup(ctx context.Context, d *Device, offered wire.Device, held wire.Held) (*migration.Backup, error) {
 	if p.syncer == nil || p.syncer.writer == nil || !d.S3Sync || offered.Backup == (block.ID{}) {
 		return nil, nil
 	}
@@ -303,7 +305,7 @@ func (p *Peer) backup(ctx context.Context, d *Device, offered wire.Device, held 
 		slog.Info("The backup in S3 is not the one that the source knows; all comes from there", "device", d.Name)
 		return nil, nil
 	}
-	b := &migrate.Backup{Remote: remote}
+	b := &migration.Backup{Remote: remote}
 	if held == wire.HoldsBase {
 		var err error
 		if b.Beneath, err = block.FileContents(ctx, d.Base); err != nil {
@@ -355,14 +357,14 @@ func (s *syncer) finish(ctx context.Context, p *Peer) error {
 	s.writer.Hurry(lastPatience)
 	start := time.Now()
 	known := s.baseline.Held() && s.staged == nil
-	var list []s3.Device
+	var list []backup.Device
 	for i := range p.config.Devices {
 		d := &p.config.Devices[i]
 		st := p.devices[d.Name]
 		if !d.S3Sync || st == nil {
 			continue
 		}
-		sd := s3.Device{Name: d.Name, Device: st}
+		sd := backup.Device{Name: d.Name, Device: st}
 		content, _ := s.writer.Content(d.Name)
 		switch {
 		case known:
@@ -415,7 +417,7 @@ func contentBlocks(units *block.Bitmap, unit, size int64) *block.Bitmap {
 	return blocks
 }
 
-// staged is a copy of the VM that waits to be uploaded: all of it, or what has changed since the one before. It implements [migrate.TargetVM].
+// staged is a copy of the VM that waits to be uploaded: all of it, or what has changed since the one before. It implements [migration.TargetVM].
 type staged struct {
 	p         *Peer
 	whole     bool
@@ -448,18 +450,18 @@ func (r *recorder) Trim(off, length int64) error {
 	return r.File.Trim(off, length)
 }
 
-// Accept implements [migrate.TargetVM].
-func (c *staged) Accept(_ context.Context, m wire.Manifest, migration uuid.UUID) ([]migrate.TargetDevice, error) {
+// Accept implements [migration.TargetVM].
+func (c *staged) Accept(_ context.Context, m wire.Manifest, id uuid.UUID) ([]migration.TargetDevice, error) {
 	config, err := vmm.DecodePackageConfig(m.Config)
 	if err != nil {
 		return nil, err
 	}
-	c.id, c.migration, c.files = config.ID, migration, map[string]*recorder{}
-	var devices []migrate.TargetDevice
+	c.id, c.migration, c.files = config.ID, id, map[string]*recorder{}
+	var devices []migration.TargetDevice
 	for _, offered := range m.Devices {
 		d := c.device(offered.Name)
 		if d == nil || !d.S3Sync {
-			devices = append(devices, migrate.TargetDevice{Held: wire.Unwanted})
+			devices = append(devices, migration.TargetDevice{Held: wire.Unwanted})
 			continue
 		}
 		f, err := block.CreateUnnamed(d.stagingDir(), offered.Size)
@@ -468,7 +470,7 @@ func (c *staged) Accept(_ context.Context, m wire.Manifest, migration uuid.UUID)
 		}
 		c.names = append(c.names, d.Name)
 		c.files[d.Name] = &recorder{f, block.NewBitmap((offered.Size + block.ContentBlockSize - 1) / block.ContentBlockSize)}
-		devices = append(devices, migrate.TargetDevice{Held: wire.HoldsNothing, Device: block.NewIncoming(c.files[d.Name], false)})
+		devices = append(devices, migration.TargetDevice{Held: wire.HoldsNothing, Device: block.NewIncoming(c.files[d.Name], false)})
 	}
 	return devices, nil
 }
@@ -482,19 +484,19 @@ func (c *staged) device(name string) *Device {
 	return nil
 }
 
-// Start implements [migrate.TargetVM]. A copy is never started.
+// Start implements [migration.TargetVM]. A copy is never started.
 func (c *staged) Start(context.Context) error { return nil }
 
-// Expect implements [migrate.TargetVM].
+// Expect implements [migration.TargetVM].
 func (c *staged) Expect(context.Context, uuid.UUID) error { return nil }
 
-// Restore implements [migrate.TargetVM].
+// Restore implements [migration.TargetVM].
 func (c *staged) Restore(context.Context, uuid.UUID) error { return nil }
 
-// Resume implements [migrate.TargetVM].
+// Resume implements [migration.TargetVM].
 func (c *staged) Resume(context.Context) error { return nil }
 
-// Complete implements [migrate.TargetVM]. The copy is that of a VM that was suspended.
+// Complete implements [migration.TargetVM]. The copy is that of a VM that was suspended.
 func (c *staged) Complete(context.Context) error {
 	d := c.files[vmm.State]
 	if d == nil {
@@ -506,14 +508,14 @@ func (c *staged) Complete(context.Context) error {
 	return vmm.MarkState(d, vmm.Suspended)
 }
 
-// Discard implements [migrate.TargetVM].
+// Discard implements [migration.TargetVM].
 func (c *staged) Discard(context.Context) error { return nil }
 
 // list is what is to be written.
-func (c *staged) list() []s3.Device {
-	var list []s3.Device
+func (c *staged) list() []backup.Device {
+	var list []backup.Device
 	for _, name := range c.names {
-		d := s3.Device{Name: name, Device: c.files[name], Changed: c.files[name].written}
+		d := backup.Device{Name: name, Device: c.files[name], Changed: c.files[name].written}
 		if c.whole {
 			d.Changed = nil
 		}

@@ -61,7 +61,9 @@ func (p *Peer) configBase() string {
 func (p *Peer) files(d *Device) *stack.Files {
 	f := d.files()
 	if p.statement != nil {
-		f.Check = func(c *block.Contents) error { return p.statement.Check(d.Name, c) }
+		f.Check = func(c *block.Contents) error {
+			return p.statement.Check(signature.Device{Name: d.Name, Size: c.Size, Content: c.Device.String()})
+		}
 	}
 	return f
 }
@@ -70,7 +72,8 @@ func (p *Peer) files(d *Device) *stack.Files {
 // of it also holds where an overlay or a source has it from.
 func (p *Peer) decodeConfig(b []byte) (*vmm.PackageConfig, error) {
 	if p.statement != nil {
-		if err := p.statement.Check(vmm.Config, block.HashBytes(b)); err != nil {
+		c := block.HashBytes(b)
+		if err := p.statement.Check(signature.Device{Name: vmm.Config, Size: c.Size, Content: c.Device.String()}); err != nil {
 			return nil, err
 		}
 	}
@@ -131,7 +134,7 @@ func (a *arrival) verifyKernel(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("device %s: %w", vmm.Kernel, err)
 	}
-	return a.p.statement.Check(vmm.Kernel, c)
+	return a.p.statement.Check(signature.Device{Name: vmm.Kernel, Size: c.Size, Content: c.Device.String()})
 }
 
 // sealable is a device that nobody can write to once it is sealed: a source could send other

@@ -13,8 +13,8 @@ import (
 
 	"github.com/google/uuid"
 
-	"drafter/instance"
 	"drafter/internal/block"
+	"drafter/internal/migration"
 	"drafter/internal/signaturetest"
 	"drafter/internal/wire"
 	"drafter/migrate"
@@ -39,7 +39,7 @@ func verifierOf(t *testing.T, p *signaturetest.Package) *signature.Verifier {
 // newPeer makes a peer whose start fails at the latest at the state device, before any VMM.
 func newPeer(t *testing.T, c Config) *Peer {
 	t.Helper()
-	c.Host = instance.Host{BaseDir: filepath.Join(t.TempDir(), "vms")}
+	c.Host = vmm.Host{BaseDir: filepath.Join(t.TempDir(), "vms")}
 	p, err := New(c)
 	if err != nil {
 		t.Fatal(err)
@@ -230,12 +230,12 @@ func TestVerifiedPull(t *testing.T) {
 			p := signaturetest.New(t)
 			tt.attack(t, p)
 			pkg, dir := filepath.Join(t.TempDir(), "pulled"), filepath.Join(t.TempDir(), "instance")
-			origin, err := migrate.OpenPackage(t.Context(), serve(t, p), migrate.Limits{})
+			origin, err := migration.OpenPackage(t.Context(), serve(t, p), migrate.Limits{})
 			if err != nil {
 				t.Fatal(err)
 			}
 			pulling := newPeer(t, Config{Derive: func(names []string) ([]Device, error) { return NewPackageDevices(names, pkg, dir), nil }, Verifier: verifierOf(t, p)})
-			err = pulling.Pull(t.Context(), origin)
+			err = pulling.Pull(t.Context(), &Origin{origin})
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("%v, want %q", err, tt.want)
 			}

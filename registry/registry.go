@@ -14,6 +14,7 @@ import (
 
 	"drafter/internal/block"
 	"drafter/internal/limitedlog"
+	"drafter/internal/migration"
 	"drafter/migrate"
 	"drafter/signature"
 	"drafter/transport"
@@ -51,8 +52,8 @@ type Config struct {
 type Registry struct {
 	config  Config
 	files   []*block.File
-	offered []migrate.OfferedDevice
-	offer   *migrate.Offer
+	offered []migration.OfferedDevice
+	offer   *migration.Offer
 }
 
 // Open opens the devices and reads all of each whose content is not known yet. Close the registry.
@@ -76,7 +77,7 @@ func Open(ctx context.Context, c Config) (_ *Registry, err error) {
 			return nil, fmt.Errorf("device %s: %w", d.Name, err)
 		}
 	}
-	r := &Registry{config: c, files: make([]*block.File, len(c.Devices)), offered: make([]migrate.OfferedDevice, len(c.Devices))}
+	r := &Registry{config: c, files: make([]*block.File, len(c.Devices)), offered: make([]migration.OfferedDevice, len(c.Devices))}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, r.Close())
@@ -95,7 +96,7 @@ func Open(ctx context.Context, c Config) (_ *Registry, err error) {
 			if err != nil {
 				return fmt.Errorf("device %s: %w", d.Name, err)
 			}
-			r.offered[i] = migrate.OfferedDevice{Name: d.Name, Device: r.files[i], BlockSize: d.BlockSize, Contents: contents}
+			r.offered[i] = migration.OfferedDevice{Name: d.Name, Device: r.files[i], BlockSize: d.BlockSize, Contents: contents}
 			return nil
 		})
 	}
@@ -111,12 +112,12 @@ func Open(ctx context.Context, c Config) (_ *Registry, err error) {
 			return nil, err
 		}
 	}
-	r.offer, err = migrate.NewOffer(r.offered, signed, c.Connections, c.Limits)
+	r.offer, err = migration.NewOffer(r.offered, signed, c.Connections, c.Limits)
 	return r, err
 }
 
 // checkSizes compares the devices with the config device, if that is one of them.
-func checkSizes(offered []migrate.OfferedDevice) error {
+func checkSizes(offered []migration.OfferedDevice) error {
 	sizes := map[string]int64{}
 	var config block.Device
 	for _, d := range offered {
@@ -143,15 +144,15 @@ func checkSizes(offered []migrate.OfferedDevice) error {
 // ServedDevice describes a device that is served.
 type ServedDevice struct {
 	Name    string
-	Size    int64 // bytes
-	Content block.ID
+	Size    int64  // bytes
+	Content string // content id, in hex
 }
 
 // Devices are the devices that are served.
 func (r *Registry) Devices() []ServedDevice {
 	var devices []ServedDevice
 	for _, d := range r.offered {
-		devices = append(devices, ServedDevice{d.Name, d.Device.Size(), d.Contents.Device})
+		devices = append(devices, ServedDevice{d.Name, d.Device.Size(), d.Contents.Device.String()})
 	}
 	return devices
 }

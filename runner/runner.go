@@ -11,7 +11,7 @@ import (
 	"time"
 
 	"drafter/agent"
-	"drafter/instance"
+	"drafter/internal/instance"
 	"drafter/internal/lockfile"
 	"drafter/internal/newfile"
 	"drafter/internal/private"
@@ -31,7 +31,7 @@ type Device struct {
 
 // Config says which package to run and how.
 type Config struct {
-	Host    instance.Host
+	Host    vmm.Host
 	Devices []Device
 
 	ResumeTimeout time.Duration // bounds the answer of the agent after a resume

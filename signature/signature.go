@@ -2,7 +2,7 @@
 // signed.
 //
 // A statement lists the devices of a package with their sizes and content ids (see
-// [block.Contents]), so it fits the package wherever it is: in a directory, an archive, a registry.
+// docs/devices.md), so it fits the package wherever it is: in a directory, an archive, a registry.
 // It is JSON:
 //
 //	{"version":1,"devices":[{"name":"config","size":1234,"content":"<64 hex digits>"}, …]}
@@ -60,12 +60,9 @@ type Device struct {
 	Content string `json:"content"` // id of the whole, in hex
 }
 
-// NewStatement returns the statement of a package with these contents, by the names of its devices.
-func NewStatement(contents map[string]*block.Contents) *Statement {
-	s := &Statement{Version: 1}
-	for name, c := range contents {
-		s.Devices = append(s.Devices, Device{name, c.Size, c.Device.String()})
-	}
+// NewStatement returns the statement of a package of these devices, which it keeps and sorts.
+func NewStatement(devices []Device) *Statement {
+	s := &Statement{Version: 1, Devices: devices}
 	slices.SortFunc(s.Devices, func(a, b Device) int { return cmp.Compare(a.Name, b.Name) })
 	return s
 }
@@ -94,18 +91,16 @@ func (s *Statement) CheckNames(names []string) error {
 	return nil
 }
 
-// Check refuses a device whose content was not signed.
-func (s *Statement) Check(name string, c *block.Contents) error {
-	for _, d := range s.Devices {
-		if d.Name != name {
-			continue
-		}
-		if d.Size != c.Size || d.Content != c.Device.String() {
-			return fmt.Errorf("device %s is not what was signed: it has changed since (as a package does that is run without an instance), or is another package's", name)
-		}
-		return nil
+// Check refuses a device that is not what was signed under its name.
+func (s *Statement) Check(d Device) error {
+	i := slices.IndexFunc(s.Devices, func(signed Device) bool { return signed.Name == d.Name })
+	if i < 0 {
+		return fmt.Errorf("device %s is not part of the package that was signed", d.Name)
 	}
-	return fmt.Errorf("device %s is not part of the package that was signed", name)
+	if s.Devices[i] != d {
+		return fmt.Errorf("device %s is not what was signed: it has changed since (as a package does that is run without an instance), or is another package's", d.Name)
+	}
+	return nil
 }
 
 // envelope is DSSE's. Key ids are hints, and not looked at.

@@ -9,9 +9,11 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -49,19 +51,26 @@ var (
 	ecdsa   = []string{"EC", "-pkeyopt", "ec_paramgen_curve:P-256"}
 )
 
-func contents() map[string]*block.Contents {
-	return map[string]*block.Contents{
-		"config": block.HashBytes([]byte(`{"version":1}`)), "memory": block.HashBytes(bytes.Repeat([]byte("memory"), 100_000)), "disk": block.HashBytes(make([]byte, 1<<20)),
+func contents() map[string]signature.Device {
+	devices := map[string]signature.Device{}
+	for name, b := range map[string][]byte{"config": []byte(`{"version":1}`), "memory": bytes.Repeat([]byte("memory"), 100_000), "disk": make([]byte, 1<<20)} {
+		devices[name] = device(name, b)
 	}
+	return devices
 }
 
-func sign(t *testing.T, private string, contents map[string]*block.Contents) []byte {
+func device(name string, b []byte) signature.Device {
+	c := block.HashBytes(b)
+	return signature.Device{Name: name, Size: c.Size, Content: c.Device.String()}
+}
+
+func sign(t *testing.T, private string, contents map[string]signature.Device) []byte {
 	t.Helper()
 	key, err := signature.ReadPrivateKey(private)
 	if err != nil {
 		t.Fatal(err)
 	}
-	envelope, err := signature.Sign(signature.NewStatement(contents), key)
+	envelope, err := signature.Sign(signature.NewStatement(slices.Collect(maps.Values(contents))), key)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -112,8 +121,8 @@ func TestSignAndVerify(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				for name, c := range contents() {
-					if err := s.Check(name, c); err != nil {
+				for _, d := range contents() {
+					if err := s.Check(d); err != nil {
 						t.Error(err)
 					}
 				}
@@ -161,13 +170,13 @@ func TestOtherPackage(t *testing.T) {
 	}
 	changed := bytes.Repeat([]byte("memory"), 100_000)
 	changed[70_000] ^= 1
-	for what, c := range map[string]*block.Contents{
-		"a changed byte": block.HashBytes(changed), "a cut device": block.HashBytes(changed[:70_000]), "a longer device": block.HashBytes(append(bytes.Repeat([]byte("memory"), 100_000), 0)),
-		"another device": contents()["disk"], "nothing": block.HashBytes(nil),
+	for what, b := range map[string][]byte{
+		"a changed byte": changed, "a cut device": changed[:70_000], "a longer device": append(bytes.Repeat([]byte("memory"), 100_000), 0),
+		"another device": make([]byte, 1<<20), "nothing": nil,
 	} {
-		refusedWith(t, what, s.Check("memory", c), "device memory is not what was signed")
+		refusedWith(t, what, s.Check(device("memory", b)), "device memory is not what was signed")
 	}
-	refusedWith(t, "a device more", s.Check("extra", contents()["disk"]), "device extra is not part")
+	refusedWith(t, "a device more", s.Check(device("extra", make([]byte, 1<<20))), "device extra is not part")
 	refusedWith(t, "a device more", s.CheckNames([]string{"config", "memory", "disk", "extra"}), "device extra is not part")
 	refusedWith(t, "a device less", s.CheckNames([]string{"config", "memory"}), "device disk of the package that was signed is missing")
 }
@@ -196,7 +205,7 @@ func TestForgedEnvelopes(t *testing.T) {
 		return string(b)
 	}
 	other := contents()
-	other["disk"] = block.HashBytes([]byte("another disk"))
+	other["disk"] = device("disk", []byte("another disk"))
 	stranger, _ := newKey(t, ed25519...)
 	var foreign map[string]any
 	if err := json.Unmarshal(sign(t, stranger, other), &foreign); err != nil {

@@ -61,7 +61,7 @@ func (v *Verifier) Statement(carried []byte, config string) (_ *Statement, err e
 }
 
 // CheckFiles refuses a package in files, by the names of its devices, that is not the one of the
-// statement, and files that others can change: see [private.CheckPlace].
+// statement, and files that others can change.
 func (s *Statement) CheckFiles(ctx context.Context, files map[string]string, owner int) error {
 	var names []string
 	for name := range files {
@@ -74,24 +74,13 @@ func (s *Statement) CheckFiles(ctx context.Context, files map[string]string, own
 		if err := private.CheckPlace(path, owner); err != nil {
 			return fmt.Errorf("device %s: %w", name, err)
 		}
-		c, err := HashFile(ctx, path)
+		c, err := block.HashFile(ctx, path)
 		if err != nil {
 			return fmt.Errorf("device %s: %w", name, err)
 		}
-		if err := s.Check(name, c); err != nil {
+		if err := s.Check(Device{name, c.Size, c.Device.String()}); err != nil {
 			return err
 		}
 	}
 	return nil
-}
-
-// HashFile reads all of a file and returns its content ids. Those that are kept beside it are not
-// trusted: see [block.FileContents].
-func HashFile(ctx context.Context, path string) (_ *block.Contents, err error) {
-	d, err := block.OpenFile(path, true)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, d.Close()) }()
-	return block.Hash(ctx, d)
 }

@@ -14,9 +14,9 @@ import (
 
 	"github.com/google/uuid"
 
-	"drafter/instance"
 	"drafter/internal/block"
 	"drafter/internal/guest"
+	"drafter/internal/instance"
 	"drafter/internal/lockfile"
 	"drafter/internal/newfile"
 	"drafter/internal/private"
@@ -35,18 +35,18 @@ type Device struct {
 
 // Config says what to snapshot and how.
 type Config struct {
-	Host     instance.Host
-	Hardware instance.Hardware
-	Devices  []Device
+	Host    vmm.Host
+	Spec    vmm.Spec
+	Devices []Device
 
 	// Timeout bounds how long the guest may take to boot and to be ready.
 	Timeout time.Duration
 
 	// ReadyPorts are the TCP ports that the guest's service opens before it is ready; "" for those
-	// that its image exposes. See [guest.NewReadiness].
+	// that its image exposes. Ports are separated by commas.
 	ReadyPorts string
 
-	// Progress is called while devices are copied; see [sparse.CopyFile]. May be nil.
+	// Progress is called while devices are copied, with bytes. May be nil.
 	Progress func(step string, done, total int64)
 }
 
@@ -75,14 +75,14 @@ func New(c Config) (*Snapshotter, error) {
 	if err := instance.CheckNames(s.names, vmm.Kernel, vmm.Disk, vmm.State, vmm.Memory, vmm.Config); err != nil {
 		return nil, err
 	}
-	if c.Hardware.CPUs < 1 {
-		return nil, fmt.Errorf("cpu count is %d; it must be at least 1", c.Hardware.CPUs)
+	if c.Spec.CPUs < 1 {
+		return nil, fmt.Errorf("cpu count is %d; it must be at least 1", c.Spec.CPUs)
 	}
-	if c.Hardware.MemorySize < 64<<20 {
-		return nil, fmt.Errorf("memory size is %d MB; it must be at least 64", c.Hardware.MemorySize>>20)
+	if c.Spec.MemorySize < 64<<20 {
+		return nil, fmt.Errorf("memory size is %d MB; it must be at least 64", c.Spec.MemorySize>>20)
 	}
-	if c.Hardware.AgentPort == c.Hardware.LivenessPort && c.Hardware.AgentPort != 0 {
-		return nil, fmt.Errorf("agent and liveness share port %d; give them different ones", c.Hardware.AgentPort)
+	if c.Spec.AgentPort == c.Spec.LivenessPort && c.Spec.AgentPort != 0 {
+		return nil, fmt.Errorf("agent and liveness share port %d; give them different ones", c.Spec.AgentPort)
 	}
 	if c.ReadyPorts != "" {
 		if _, err := guest.NewReadiness(c.ReadyPorts); err != nil {
@@ -195,19 +195,19 @@ func (s *Snapshotter) Run(ctx context.Context) (_ Result, err error) {
 	if err := s.prepare(ctx); err != nil {
 		return Result{}, err
 	}
-	hw := s.config.Hardware
-	hw.Initrd = s.section
-	if hw.BootArgs, err = s.bootArgs(); err != nil {
+	spec := s.config.Spec
+	spec.Initrd = s.section
+	if spec.BootArgs, err = s.bootArgs(); err != nil {
 		return Result{}, err
 	}
 	if s.config.Host.Netns == "" {
-		hw.Interface = ""
+		spec.Interface = ""
 	}
 	if err := s.paths.Reserve(); err != nil {
 		return Result{}, err
 	}
 	start := time.Now()
-	i, err := instance.Boot(ctx, s.config.Host, hw, uuid.NewString(), s.names, s.paths, s.config.Timeout)
+	i, err := instance.Boot(ctx, s.config.Host, spec, uuid.NewString(), s.names, s.paths, s.config.Timeout)
 	if err != nil {
 		return Result{}, fmt.Errorf("boot: %w", err)
 	}
@@ -318,7 +318,7 @@ func (s *Snapshotter) fill(ctx context.Context, d Device, partial *os.File) erro
 	case vmm.Memory, vmm.State:
 		size := int64(vmm.StateSize)
 		if d.Name == vmm.Memory {
-			size = s.config.Hardware.MemorySize
+			size = s.config.Spec.MemorySize
 		}
 		return partial.Truncate(size)
 	case vmm.Config:
@@ -358,8 +358,8 @@ func (s *Snapshotter) appendInitrd(kernel *os.File) (err error) {
 
 // bootArgs adds to the user's kernel arguments what the guest cannot know: its address, and ports that are not the default.
 func (s *Snapshotter) bootArgs() (string, error) {
-	hw := s.config.Hardware
-	return guestArgs(hw.BootArgs, s.config.Host.Netns, hw.Interface, hw.AgentPort, hw.LivenessPort, s.config.ReadyPorts, s.config.Host.KeepClock)
+	spec := s.config.Spec
+	return guestArgs(spec.BootArgs, s.config.Host.Netns, spec.Interface, spec.AgentPort, spec.LivenessPort, s.config.ReadyPorts, s.config.Host.KeepClock)
 }
 
 // publish writes the config and gives every file its name. The state comes last: before it is there, or when it is another package's, nothing

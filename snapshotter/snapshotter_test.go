@@ -13,7 +13,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"drafter/instance"
 	"drafter/internal/scratch"
 	"drafter/vmm"
 )
@@ -53,8 +52,8 @@ func TestKilledSnapshotter(t *testing.T) {
 	dir := t.TempDir()
 	out := func(name string) string { return filepath.Join(dir, "out", name) }
 	c := Config{
-		Host:     instance.Host{Drivers: vmm.Drivers{broken{}}, BaseDir: filepath.Join(dir, "vms")},
-		Hardware: instance.Hardware{CPUs: 1, MemorySize: 64 << 20}, Timeout: time.Minute,
+		Host: vmm.Host{Drivers: vmm.Drivers{broken{}}, BaseDir: filepath.Join(dir, "vms")},
+		Spec: vmm.Spec{CPUs: 1, MemorySize: 64 << 20}, Timeout: time.Minute,
 	}
 	exe, err := os.Executable()
 	if err = errors.Join(err, os.Mkdir(filepath.Join(dir, "out"), 0o700)); err != nil {
@@ -120,7 +119,7 @@ func TestOutputIsAFile(t *testing.T) {
 	if err := unix.Mkfifo(fifo, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	c := Config{Hardware: instance.Hardware{CPUs: 1, MemorySize: 64 << 20}, Devices: []Device{
+	c := Config{Spec: vmm.Spec{CPUs: 1, MemorySize: 64 << 20}, Devices: []Device{
 		{Name: vmm.Kernel, Input: exe, Output: filepath.Join(dir, "kernel")},
 		{Name: vmm.Disk, Input: exe, Output: filepath.Join(dir, "disk")},
 		{Name: vmm.State, Output: fifo},

@@ -14,8 +14,10 @@ import (
 
 	"github.com/google/uuid"
 
+	"drafter/internal/backup"
 	"drafter/internal/block"
 	"drafter/internal/fileset"
+	"drafter/internal/migration"
 	"drafter/internal/wire"
 	"drafter/migrate"
 	"drafter/s3"
@@ -32,13 +34,14 @@ type Device struct {
 type Config struct {
 	Devices []Device // of the VM's; others are not transferred
 	Dir     string   // instead of Devices: all that come, under the names that a package's files have
-	Place   s3.Place // instead of both: all that come, to an object storage, over what is there; see [s3.Writer]
+	Place   s3.Place // instead of both: all that come, to an object storage, over what is there; see [backup.Writer]
 	Copy    bool     // the VM goes on at its peer
-	Force   bool     // the VM is taken even if its guest does not get ready; see [migrate.TargetConfig]
+	Force   bool     // the VM is taken even if its guest does not get ready: what it has not flushed is as after a power cut
 	Limits  migrate.Limits
 
-	// As in [migrate.TargetConfig].
-	OnState    func(migrate.State)
+	// Called by the migration, which waits for them; may be nil. OnPhase is called at every change of phase,
+	// OnProgress at most ten times a second and at the end.
+	OnPhase    func(migrate.Phase)
 	OnProgress func(migrate.Stats)
 }
 
@@ -89,7 +92,7 @@ func (t *Terminator) Run(ctx context.Context, dial migrate.Dial) (stats migrate.
 		}
 		defer func() { err = errors.Join(err, s.writer.Close()) }()
 	}
-	target, err := migrate.Receive(ctx, migrate.TargetConfig{VM: s, Dial: dial, Limits: t.config.Limits, Copy: t.config.Copy, Force: t.config.Force, OnState: t.config.OnState, OnProgress: t.config.OnProgress})
+	target, err := migration.Receive(ctx, migration.TargetConfig{VM: s, Dial: dial, Limits: t.config.Limits, Copy: t.config.Copy, Force: t.config.Force, OnPhase: t.config.OnPhase, OnProgress: t.config.OnProgress})
 	if err != nil {
 		return migrate.Stats{}, fmt.Errorf("receive VM: %w", err)
 	}
@@ -105,8 +108,8 @@ func (t *Terminator) Run(ctx context.Context, dial migrate.Dial) (stats migrate.
 	return stats, err
 }
 
-func openWriter(ctx context.Context, place s3.Place) (*s3.Writer, error) {
-	store, err := s3.Open(ctx, place)
+func openWriter(ctx context.Context, place s3.Place) (*backup.Writer, error) {
+	store, err := backup.Open(ctx, place)
 	if err != nil {
 		return nil, err
 	}
@@ -117,20 +120,20 @@ func openWriter(ctx context.Context, place s3.Place) (*s3.Writer, error) {
 	return w, err
 }
 
-// store writes a VM to files. It implements [migrate.TargetVM].
+// store writes a VM to files. It implements [migration.TargetVM].
 type store struct {
 	t         *Terminator
 	begun     time.Time
-	writer    *s3.Writer   // nil unless it goes to an object storage, from files without names
-	files     *fileset.Set // nil unless it goes to files
+	writer    *backup.Writer // nil unless it goes to an object storage, from files without names
+	files     *fileset.Set   // nil unless it goes to files
 	devices   map[string]*block.File
 	id        string
 	migration uuid.UUID
 	published bool
 }
 
-// Accept implements [migrate.TargetVM].
-func (s *store) Accept(_ context.Context, m wire.Manifest, migration uuid.UUID) ([]migrate.TargetDevice, error) {
+// Accept implements [migration.TargetVM].
+func (s *store) Accept(_ context.Context, m wire.Manifest, id uuid.UUID) ([]migration.TargetDevice, error) {
 	paths := s.t.paths
 	if dir := s.t.config.Dir; dir != "" {
 		paths = map[string]string{}
@@ -150,17 +153,17 @@ func (s *store) Accept(_ context.Context, m wire.Manifest, migration uuid.UUID) 
 	if err != nil {
 		return nil, fmt.Errorf("the peer's config device: %w", err)
 	}
-	s.id, s.migration = config.ID, migration
+	s.id, s.migration = config.ID, id
 	if s.writer == nil {
 		if s.files, err = fileset.New(paths, vmm.State); err != nil {
 			return nil, err
 		}
 	}
 	s.devices = map[string]*block.File{}
-	var devices []migrate.TargetDevice
+	var devices []migration.TargetDevice
 	for _, d := range m.Devices {
 		if s.writer == nil && paths[d.Name] == "" {
-			devices = append(devices, migrate.TargetDevice{Held: wire.Unwanted})
+			devices = append(devices, migration.TargetDevice{Held: wire.Unwanted})
 			continue
 		}
 		f, err := s.create(d)
@@ -168,7 +171,7 @@ func (s *store) Accept(_ context.Context, m wire.Manifest, migration uuid.UUID) 
 			return nil, fmt.Errorf("device %s: %w", d.Name, err)
 		}
 		s.devices[d.Name] = f
-		devices = append(devices, migrate.TargetDevice{Held: wire.HoldsNothing, Device: block.NewIncoming(f, false)})
+		devices = append(devices, migration.TargetDevice{Held: wire.HoldsNothing, Device: block.NewIncoming(f, false)})
 	}
 	return devices, nil
 }
@@ -180,13 +183,13 @@ func (s *store) create(d wire.Device) (*block.File, error) {
 	return block.CreateFile(s.files.Path(d.Name), d.Size)
 }
 
-// Start implements [migrate.TargetVM].
+// Start implements [migration.TargetVM].
 func (s *store) Start(context.Context) error { return nil }
 
-// Expect implements [migrate.TargetVM]. Until the copy has its name, nothing says that the VM is here.
+// Expect implements [migration.TargetVM]. Until the copy has its name, nothing says that the VM is here.
 func (s *store) Expect(context.Context, uuid.UUID) error { return nil }
 
-// Restore implements [migrate.TargetVM]. A state that is damaged is refused while the VM can still go on at its peer.
+// Restore implements [migration.TargetVM]. A state that is damaged is refused while the VM can still go on at its peer.
 func (s *store) Restore(_ context.Context, migration uuid.UUID) error {
 	if d := s.devices[vmm.State]; d != nil {
 		if _, err := vmm.ReadMigratedState(d, s.id, migration); err != nil {
@@ -196,10 +199,10 @@ func (s *store) Restore(_ context.Context, migration uuid.UUID) error {
 	return nil
 }
 
-// Resume implements [migrate.TargetVM]. The VM is the terminator's, and does not run.
+// Resume implements [migration.TargetVM]. The VM is the terminator's, and does not run.
 func (s *store) Resume(context.Context) error { return nil }
 
-// Complete implements [migrate.TargetVM].
+// Complete implements [migration.TargetVM].
 func (s *store) Complete(ctx context.Context) error {
 	if d := s.devices[vmm.State]; d != nil {
 		if err := errors.Join(s.Restore(ctx, s.migration), vmm.MarkState(d, vmm.Suspended)); err != nil {
@@ -224,9 +227,9 @@ func (s *store) Complete(ctx context.Context) error {
 
 // upload makes the VM the latest backup.
 func (s *store) upload(ctx context.Context) error {
-	var list []s3.Device
+	var list []backup.Device
 	for _, name := range slices.Sorted(maps.Keys(s.devices)) {
-		list = append(list, s3.Device{Name: name, Device: s.devices[name]})
+		list = append(list, backup.Device{Name: name, Device: s.devices[name]})
 	}
 	if _, err := s.writer.Write(ctx, s.begun, list); err != nil {
 		return err
@@ -236,7 +239,7 @@ func (s *store) upload(ctx context.Context) error {
 	return s.Discard(ctx) // the files have no names
 }
 
-// Discard implements [migrate.TargetVM].
+// Discard implements [migration.TargetVM].
 func (s *store) Discard(context.Context) error {
 	var errs []error
 	for name, d := range s.devices {

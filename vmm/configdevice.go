@@ -2,13 +2,18 @@ package vmm
 
 import (
 	"fmt"
-
-	"drafter/internal/block"
+	"io"
 )
+
+// ConfigDevice is an open config device.
+type ConfigDevice interface {
+	io.ReaderAt
+	Size() int64 // bytes
+}
 
 // ReadConfigDevice reads the config device d, for [DecodePackageConfig]. Of a device that is too
 // large for a config no more is read than shows that.
-func ReadConfigDevice(d block.Device) ([]byte, error) {
+func ReadConfigDevice(d ConfigDevice) ([]byte, error) {
 	b := make([]byte, min(d.Size(), maxConfig+1))
 	if _, err := d.ReadAt(b, 0); err != nil {
 		return nil, fmt.Errorf("read config device: %w", err)
@@ -17,7 +22,7 @@ func ReadConfigDevice(d block.Device) ([]byte, error) {
 }
 
 // DecodeConfigDevice reads and checks the config device d; see [ReadPackageConfig].
-func DecodeConfigDevice(d block.Device) (*PackageConfig, error) {
+func DecodeConfigDevice(d ConfigDevice) (*PackageConfig, error) {
 	b, err := ReadConfigDevice(d)
 	if err != nil {
 		return nil, err

@@ -140,9 +140,17 @@ func (d *Dir) Devices() string { return filepath.Join(d.path, "devices") }
 // Socket is the path of the socket called name.
 func (d *Dir) Socket(name string) string { return filepath.Join(d.Root(), name) }
 
+// Process names a VMM's process beyond the reuse of its id.
+type Process struct {
+	PID        int
+	StartTime  string   // in clock ticks since boot, from /proc/PID/stat
+	Executable string   // DEVICE:INODE of /proc/PID/exe
+	Cgroups    []string // directories of its own
+}
+
 // Record notes the VMM's process, so that a later run can end it should this process be killed.
-func (d *Dir) Record(id process.Identity) error {
-	b, err := json.Marshal(id)
+func (d *Dir) Record(p Process) error {
+	b, err := json.Marshal(process.Identity(p))
 	if err != nil {
 		return fmt.Errorf("encode process identity: %w", err)
 	}

@@ -32,7 +32,7 @@ func TestOrphanReclaimed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := d.Record(id); err != nil {
+	if err := d.Record(Process(id)); err != nil {
 		t.Fatal(err)
 	}
 	parent := filepath.Join(base, "test")
@@ -259,7 +259,7 @@ func TestCopyOfBase(t *testing.T) {
 	defer cmd.Wait()
 	defer cmd.Process.Kill()
 	id, err := process.Identify(cmd.Process.Pid)
-	if err := errors.Join(err, d.Record(id)); err != nil {
+	if err := errors.Join(err, d.Record(Process(id))); err != nil {
 		t.Fatal(err)
 	}
 	if out, err := exec.Command("cp", "-a", base, copied).CombinedOutput(); err != nil {

@@ -13,9 +13,6 @@ import (
 	"time"
 
 	"github.com/google/uuid"
-
-	"drafter/internal/block"
-	"drafter/internal/process"
 )
 
 // Reserved device names. Every other name is an extra disk, attached in list order after "disk". [Initrd] is none of a package's devices: its content is kept behind
@@ -73,7 +70,7 @@ type Launch struct {
 	Interface string // tap interface inside Netns; "" for no network
 	MAC       string
 
-	MemoryDevice block.Device // the memory device itself, for a [MemoryServer] that restores; it stays the caller's
+	MemoryDevice MemoryDevice // the memory device itself, for a [MemoryServer] that restores; it stays the caller's
 	FillMemory   bool         // whether a MemoryServer brings all of memory into the guest behind it, not only what the guest touches
 	HugePages    bool         // whether memory consists of pages of 2 MiB; the host must have set them aside
 
@@ -101,8 +98,21 @@ type Launch struct {
 	Generation uuid.UUID
 }
 
-// Limits bound what a VMM uses of its host.
-type Limits = process.Limits
+// MemoryDevice is the memory device of a VM. It is safe for concurrent use.
+type MemoryDevice interface {
+	io.ReaderAt
+	io.WriterAt
+	Size() int64 // bytes
+	Sync() error
+	Close() error
+}
+
+// Limits bound what a VMM uses of its host. Zero values mean that there is no such limit.
+type Limits struct {
+	Memory int64   // bytes; 0 for no limit
+	CPUs   float64 // of time, in CPUs; 0 for no limit
+	PIDs   int     // processes and threads; below 0 for no limit, 0 for 1024 where the host can limit them
+}
 
 // Hardware identifies what a VM was built on, to the degree that its saved state depends on it. It is recorded in the package.
 type Hardware struct {

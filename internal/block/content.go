@@ -164,6 +164,17 @@ func contentsPath(base string) string {
 // change time int64 in nanoseconds and inode uint64; the blocks' ids; a BLAKE3 hash of all that. It holds for just that file at just that time.
 const contentsMagic = "DrafterC"
 
+// HashFile reads all of a file and returns its content ids. Those that are kept beside it are not
+// trusted: see [FileContents].
+func HashFile(ctx context.Context, path string) (_ *Contents, err error) {
+	d, err := OpenFile(path, true)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	return Hash(ctx, d)
+}
+
 // FileContents returns the content ids of a file that nobody writes to. They are kept in a file beside it, if that can be made.
 func FileContents(ctx context.Context, path string) (_ *Contents, err error) {
 	d, err := OpenFile(path, true)

@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"errors"
 	"fmt"
 	"log/slog"
 
@@ -77,19 +76,15 @@ func newDeviceExport() *cobra.Command {
 process was killed, and a new package be made from it with 'drafter snapshotter'; its file system recovers as after a power cut.
 ` + exitCodeHelp,
 		Args: noArgs,
-		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+		RunE: func(cmd *cobra.Command, _ []string) error {
 			mounted := mounter.Device{Base: paths.Base, State: paths.State}
 			if err := mounted.CheckHere(); err != nil {
 				return fmt.Errorf("as a mounter left the device: %w", err)
 			}
-			d, err := peer.Device{Base: paths.Base, Overlay: paths.Overlay, State: paths.State}.Open(cmd.Context())
-			if err != nil {
-				return err
-			}
-			defer func() { err = errors.Join(err, d.Close()) }()
+			d := peer.Device{Base: paths.Base, Overlay: paths.Overlay, State: paths.State}
 			bars := progress.New(cmd.ErrOrStderr())
 			defer bars.Close()
-			if err := block.Export(cmd.Context(), output, d, func(done, total int64) { bars.Report("Exporting", done, total) }); err != nil {
+			if err := d.Export(cmd.Context(), output, func(done, total int64) { bars.Report("Exporting", done, total) }); err != nil {
 				return err
 			}
 			slog.Info("Exported device", "output", output)

@@ -11,7 +11,6 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	"drafter/instance"
 	"drafter/internal/process"
 	"drafter/network"
 	"drafter/vmm"
@@ -21,7 +20,7 @@ import (
 
 // hostFlags are what snapshotter and runner have in common: where and as whom a VM runs.
 type hostFlags struct {
-	host          instance.Host
+	host          vmm.Host
 	enableInput   bool
 	enableOutput  bool
 	resumeTimeout time.Duration
@@ -68,7 +67,7 @@ func (h *hostFlags) addMaxMemory(cmd *cobra.Command) {
 }
 
 // resolve completes the host; restore ends what it changed on the terminal.
-func (h *hostFlags) resolve(stdout io.Writer) (host instance.Host, restore func(), err error) {
+func (h *hostFlags) resolve(stdout io.Writer) (host vmm.Host, restore func(), err error) {
 	if err := requireRoot(); err != nil {
 		return h.host, nil, err
 	}

@@ -26,7 +26,7 @@ type migrationLog struct {
 func newMigrationLog(out io.Writer) *migrationLog { return &migrationLog{out: out} }
 
 // messages are what is said at a change of state. All states are told of at debug level.
-var messages = map[migrate.State]string{
+var messages = map[migrate.Phase]string{
 	migrate.PreCopying:   "A target asks for the VM: copying its devices while it runs",
 	migrate.HandingOff:   "Pausing the VM to hand it over",
 	migrate.Snapshotting: "Pausing the VM to copy what is left",
@@ -40,7 +40,7 @@ var messages = map[migrate.State]string{
 	migrate.Moved:        "Completed all device migrations",
 }
 
-func (l *migrationLog) state(s migrate.State) {
+func (l *migrationLog) state(s migrate.Phase) {
 	slog.Debug("Migration", "state", s)
 	l.begun = l.begun || s == migrate.Receiving
 	if text, ok := messages[s]; ok && (s != migrate.HandingBack || l.begun) { // else the error says it
@@ -49,7 +49,7 @@ func (l *migrationLog) state(s migrate.State) {
 }
 
 // deviceMessages are messages for devices that move without a VM.
-var deviceMessages = map[migrate.State]string{
+var deviceMessages = map[migrate.Phase]string{
 	migrate.PreCopying:  "A target asks for the devices: copying them while they are used",
 	migrate.HandingOff:  "Holding up who uses the devices, to hand them over",
 	migrate.Serving:     "The devices are at their target; sending what is left",
@@ -60,7 +60,7 @@ var deviceMessages = map[migrate.State]string{
 	migrate.Moved:       "Completed all device migrations",
 }
 
-func (l *migrationLog) deviceState(s migrate.State) {
+func (l *migrationLog) deviceState(s migrate.Phase) {
 	slog.Debug("Migration", "state", s)
 	if text, ok := deviceMessages[s]; ok {
 		slog.Info(text)
@@ -77,7 +77,7 @@ func (l *migrationLog) progress(s migrate.Stats) {
 	if bars == nil {
 		return
 	}
-	over := s.State == migrate.Moved
+	over := s.Phase == migrate.Moved
 	for _, d := range s.Devices {
 		done := d.Size - min(d.Pending, d.Size)
 		if !over {

@@ -57,7 +57,7 @@ Base, overlay and state file of a device are as for 'drafter peer'. If this proc
 			}
 			show := newMigrationLog(cmd.ErrOrStderr())
 			defer show.close()
-			c.OnState, c.OnProgress = show.deviceState, show.progress
+			c.OnPhase, c.OnProgress = show.deviceState, show.progress
 			if err := vmm.CheckBaseDir(c.BaseDir); err != nil {
 				return &usageError{err}
 			}

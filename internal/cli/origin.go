@@ -12,7 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"drafter/artifact"
+	"drafter/internal/artifact"
 	"drafter/internal/block"
 	"drafter/internal/private"
 	"drafter/peer"
@@ -78,7 +78,7 @@ func isReference(pkg string) bool { return strings.Contains(pkg, "://") }
 const registryScheme = "docker://"
 
 // openOrigin opens a package that is elsewhere.
-type openOrigin func(context.Context) (peer.Origin, error)
+type openOrigin func(context.Context) (*peer.Origin, error)
 
 // resolveOrigin returns where the files of a package that --package names by where it comes from are, or will be, and what opens it there; nil if they are here.
 func resolveOrigin(ctx context.Context, pkg, instance string, maxSize int64, storage *storageFlags, flags *originFlags) (dir string, open openOrigin, err error) {
@@ -104,7 +104,7 @@ func resolveBackup(ref, instance string, maxSize int64, storage *storageFlags) (
 	if _, err := os.Stat(filepath.Join(instance, "state", vmm.PackageFile(vmm.State))); err == nil {
 		return dir, nil, nil
 	}
-	return dir, func(ctx context.Context) (peer.Origin, error) { return openBackup(ctx, place) }, nil
+	return dir, func(ctx context.Context) (*peer.Origin, error) { return peer.OpenBackup(ctx, place) }, nil
 }
 
 // resolveArtifact keeps each package that comes from an OCI registry in a directory of its own, by its digest. What is there is used when the registry cannot be
@@ -129,8 +129,8 @@ func resolveArtifact(ctx context.Context, ref string, maxSize int64, flags *orig
 	if isWhole(dir) {
 		return dir, nil, nil
 	}
-	return dir, func(ctx context.Context) (peer.Origin, error) {
-		return artifact.Open(ctx, pinned, flags.plainHTTP, maxSize)
+	return dir, func(ctx context.Context) (*peer.Origin, error) {
+		return peer.OpenArtifact(ctx, pinned, flags.plainHTTP, maxSize)
 	}, nil
 }
 
@@ -143,19 +143,6 @@ func isWhole(dir string) bool {
 		}
 	}
 	return err == nil
-}
-
-func openBackup(ctx context.Context, place s3.Place) (peer.Origin, error) {
-	store, err := s3.Open(ctx, place)
-	if err != nil {
-		return nil, err
-	}
-	backup, err := store.Latest(ctx)
-	if err != nil {
-		store.Close()
-		return nil, err
-	}
-	return backup, nil
 }
 
 // syncFlags back an instance up to an object storage.

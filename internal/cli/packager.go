@@ -6,8 +6,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"drafter/archive"
 	"drafter/internal/progress"
+	"drafter/packager"
 	"drafter/vmm"
 )
 
@@ -27,7 +27,7 @@ The signature of a package (see 'drafter sign'), package.sig beside its config d
 ` + exitCodeHelp,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			list, err := parseJSON[archive.Device]("devices", devices)
+			list, err := parseJSON[packager.Device]("devices", devices)
 			if err != nil {
 				return err
 			}
@@ -41,9 +41,9 @@ The signature of a package (see 'drafter sign'), package.sig beside its config d
 			bars := progress.New(cmd.ErrOrStderr())
 			defer bars.Close()
 			if extract {
-				err = archive.ExtractSigned(cmd.Context(), path, list, verifier, bars.Report)
+				err = packager.Extract(cmd.Context(), path, list, verifier, bars.Report)
 			} else {
-				err = archive.Create(cmd.Context(), path, list, bars.Report)
+				err = packager.Create(cmd.Context(), path, list, bars.Report)
 			}
 			if err != nil {
 				return err
@@ -54,7 +54,7 @@ The signature of a package (see 'drafter sign'), package.sig beside its config d
 	}
 	verify.add(cmd)
 	f := cmd.Flags()
-	f.StringVar(&devices, "devices", defaultJSON([]archive.Device{
+	f.StringVar(&devices, "devices", defaultJSON([]packager.Device{
 		{Name: vmm.Kernel, Path: "out/package/vmlinux"},
 		{Name: vmm.Disk, Path: "out/package/rootfs.ext4"},
 		{Name: vmm.State, Path: "out/package/state.bin"},

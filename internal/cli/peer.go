@@ -140,7 +140,7 @@ out, and a line says how much. Under nohup, SIGHUP is ignored.
 			c.ResumeTimeout = host.resumeTimeout
 			show := newMigrationLog(cmd.ErrOrStderr())
 			defer show.close()
-			c.Hooks.OnState, c.Hooks.OnProgress, c.Hooks.OnPull = show.state, show.progress, show.pull
+			c.Hooks.OnPhase, c.Hooks.OnProgress, c.Hooks.OnPull = show.state, show.progress, show.pull
 			p, err := peer.New(c)
 			if err != nil {
 				return err
@@ -159,7 +159,7 @@ out, and a line says how much. Under nohup, SIGHUP is ignored.
 			}
 			defer func() { err = errors.Join(err, stopMetrics()) }()
 			if open != nil {
-				var o peer.Origin
+				var o *peer.Origin
 				if o, err = open(ctx); err == nil {
 					err = p.Pull(ctx, o)
 				}

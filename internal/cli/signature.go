@@ -1,21 +1,17 @@
 package cli
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
-	"drafter/artifact"
-	"drafter/internal/block"
+	"drafter/packager"
 	"drafter/signature"
-	"drafter/vmm"
 )
 
 // verifyFlags say which packages are accepted.
@@ -70,25 +66,13 @@ Keys are Ed25519 or ECDSA on P-256, in PEM, as openssl makes them. See docs/sign
 			if err != nil {
 				return err
 			}
-			names, files, err := vmm.PackageFiles(pkg)
-			if err != nil {
-				return err
-			}
-			contents, err := hashFiles(cmd.Context(), pkg, files)
-			if err != nil {
-				return err
-			}
-			envelope, err := signature.Sign(signature.NewStatement(contents), k)
-			if err != nil {
+			if err := packager.Sign(cmd.Context(), pkg, k, output); err != nil {
 				return err
 			}
 			if output == "" {
 				output = filepath.Join(pkg, signature.File)
 			}
-			if err := block.Publish(output, func(f *os.File) error { _, err := f.Write(envelope); return err }); err != nil {
-				return fmt.Errorf("write signature: %w", err)
-			}
-			slog.Info("Signed package", "package", pkg, "devices", len(names), "signature", output)
+			slog.Info("Signed package", "package", pkg, "signature", output)
 			return nil
 		},
 	}
@@ -97,44 +81,6 @@ Keys are Ed25519 or ECDSA on P-256, in PEM, as openssl makes them. See docs/sign
 	f.StringVar(&pkg, "package", "out/package", "Directory of the package")
 	f.StringVar(&output, "signature", "", "File to write the signature to (leave empty for package.sig in the directory of the package)")
 	return cmd
-}
-
-// hashFiles returns the contents of a package's devices, which nobody writes to.
-func hashFiles(ctx context.Context, dir string, files map[string]string) (map[string]*block.Contents, error) {
-	contents := map[string]*block.Contents{}
-	for name, file := range files {
-		err := func() error {
-			f, err := block.OpenFile(filepath.Join(dir, file), true)
-			if err != nil {
-				return err
-			}
-			defer f.Close()
-			if err := f.Lock(false); err != nil {
-				return fmt.Errorf("%s is %w; sign a package that no VM runs from", f.Name(), err)
-			}
-			contents[name], err = block.Hash(ctx, f)
-			return err
-		}()
-		if err != nil {
-			return nil, fmt.Errorf("device %s: %w", name, err)
-		}
-	}
-	return contents, nil
-}
-
-// verifyArtifact checks what a package in a registry says that it contains.
-func verifyArtifact(p *artifact.Package, verifier *signature.Verifier) error {
-	statement, err := verifier.Statement(p.Signature(), "")
-	if err != nil {
-		return err
-	}
-	for _, name := range p.Names() {
-		remote, _ := p.Remote(name)
-		if err := statement.Check(name, remote.Contents); err != nil {
-			return err
-		}
-	}
-	return statement.CheckNames(p.Names())
 }
 
 func newVerify() *cobra.Command {
@@ -152,7 +98,7 @@ What was verified here may have changed when it is used: the same flags make tho
 ` + exitCodeHelp,
 		Example: `  drafter verify --verify-key key.pub --package out/package`,
 		Args:    noArgs,
-		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, start := cmd.Context(), time.Now()
 			verifier, err := verify.resolve()
 			if err != nil {
@@ -166,30 +112,14 @@ What was verified here may have changed when it is used: the same flags make tho
 				if err != nil {
 					return err
 				}
-				p, err := artifact.Open(ctx, pkg, plainHTTP, maxSize)
+				digest, err := packager.Artifact{Reference: pkg, PlainHTTP: plainHTTP, MaxSize: maxSize}.Verify(ctx, verifier)
 				if err != nil {
 					return err
 				}
-				defer func() { err = errors.Join(err, p.Close()) }()
-				if err := verifyArtifact(p, verifier); err != nil {
-					return err
-				}
-				slog.Info("The signature fits", "package", pkg, "digest", p.Digest)
+				slog.Info("The signature fits", "package", pkg, "digest", digest)
 				return nil
 			}
-			names, files, err := vmm.PackageFiles(pkg)
-			if err != nil {
-				return err
-			}
-			paths := map[string]string{}
-			for _, name := range names {
-				paths[name] = filepath.Join(pkg, files[name])
-			}
-			statement, err := verifier.Statement(nil, paths[vmm.Config])
-			if err != nil {
-				return err
-			}
-			if err := statement.CheckFiles(ctx, paths, 0); err != nil {
+			if err := packager.Verify(ctx, pkg, verifier); err != nil {
 				return err
 			}
 			slog.Info("The signature fits", "package", pkg, "took", time.Since(start).Round(time.Millisecond))

@@ -18,9 +18,9 @@ import (
 
 	ggcr "github.com/google/go-containerregistry/pkg/registry"
 
-	"drafter/archive"
 	"drafter/internal/cli"
 	"drafter/internal/signaturetest"
+	"drafter/packager"
 	"drafter/signature"
 	"drafter/vmm"
 )
@@ -52,9 +52,9 @@ func fails(t *testing.T, dir, want string, args ...string) {
 // devices is --devices of the package in dir.
 func devices(t *testing.T, dir string) string {
 	t.Helper()
-	var list []archive.Device
+	var list []packager.Device
 	for _, name := range []string{vmm.Kernel, vmm.Disk, vmm.State, vmm.Memory, vmm.Config} {
-		list = append(list, archive.Device{Name: name, Path: filepath.Join(dir, vmm.PackageFile(name))})
+		list = append(list, packager.Device{Name: name, Path: filepath.Join(dir, vmm.PackageFile(name))})
 	}
 	b, err := json.Marshal(list)
 	if err != nil {

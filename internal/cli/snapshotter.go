@@ -40,9 +40,9 @@ On failure no file of the package is left behind, and an older package stays as 
 			if c.Devices, err = parseJSON[snapshotter.Device]("devices", devices); err != nil {
 				return err
 			}
-			c.Hardware.MemorySize = memoryMB << 20
+			c.Spec.MemorySize = memoryMB << 20
 			if template != "None" {
-				c.Hardware.CPU = template
+				c.Spec.CPU = template
 			}
 			var restore func()
 			if c.Host, restore, err = host.resolve(cmd.OutOrStdout()); err != nil {
@@ -76,15 +76,15 @@ On failure no file of the package is left behind, and an older package stays as 
 		{Name: vmm.Config, Output: "out/package/config.json"},
 	}), "Devices configuration")
 	f.Int64Var(&memoryMB, "memory-size", 1024, "Memory size (in MB)")
-	f.IntVar(&c.Hardware.CPUs, "cpu-count", 1, "CPU count")
+	f.IntVar(&c.Spec.CPUs, "cpu-count", 1, "CPU count")
 	f.StringVar(&template, "cpu-template", "None", "CPU template of Firecracker, or CPU model of QEMU")
-	f.StringVar(&c.Hardware.Interface, "interface", "tap0", "Name of the interface in the network namespace to use")
-	f.StringVar(&c.Hardware.MAC, "mac", "02:0e:d9:fd:68:3d", "MAC of the interface in the guest")
-	f.StringVar(&c.Hardware.BootArgs, "boot-args", defaultBootArgs, "Boot/kernel arguments; the guest's address (ip=) is added unless it is there")
-	f.Uint32Var(&c.Hardware.AgentPort, "agent-vsock-port", vmm.DefaultAgentPort, "Agent VSock port")
-	f.Uint32Var(&c.Hardware.LivenessPort, "liveness-vsock-port", vmm.DefaultLivenessPort, "Liveness VSock port")
+	f.StringVar(&c.Spec.Interface, "interface", "tap0", "Name of the interface in the network namespace to use")
+	f.StringVar(&c.Spec.MAC, "mac", "02:0e:d9:fd:68:3d", "MAC of the interface in the guest")
+	f.StringVar(&c.Spec.BootArgs, "boot-args", defaultBootArgs, "Boot/kernel arguments; the guest's address (ip=) is added unless it is there")
+	f.Uint32Var(&c.Spec.AgentPort, "agent-vsock-port", vmm.DefaultAgentPort, "Agent VSock port")
+	f.Uint32Var(&c.Spec.LivenessPort, "liveness-vsock-port", vmm.DefaultLivenessPort, "Liveness VSock port")
 	f.StringVar(&c.ReadyPorts, "ready-ports", "", "TCP ports that the guest's service opens before it is ready, such as 80,443 (none: wait for none; default: those that its image exposes)")
-	f.StringVar(&c.Hardware.ReadyOutput, "ready-output", "", "Text on the console that says that the guest is up, for guests without liveness and agent (their ports are 0 then)")
+	f.StringVar(&c.Spec.ReadyOutput, "ready-output", "", "Text on the console that says that the guest is up, for guests without liveness and agent (their ports are 0 then)")
 	f.BoolVar(&report, "report", false, "Whether to print how long boot and suspend took, as JSON on stdout")
 	return cmd
 }

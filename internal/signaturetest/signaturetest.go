@@ -108,7 +108,7 @@ func (p *Package) Contents(t *testing.T) map[string]*block.Contents {
 	contents := map[string]*block.Contents{}
 	for _, name := range []string{vmm.Kernel, vmm.Disk, vmm.State, vmm.Memory, vmm.Config} {
 		var err error
-		if contents[name], err = signature.HashFile(t.Context(), p.Path(name)); err != nil {
+		if contents[name], err = block.HashFile(t.Context(), p.Path(name)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -122,7 +122,11 @@ func (p *Package) Sign(t *testing.T, keyFile string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	envelope, err := signature.Sign(signature.NewStatement(p.Contents(t)), key)
+	var devices []signature.Device
+	for name, c := range p.Contents(t) {
+		devices = append(devices, signature.Device{Name: name, Size: c.Size, Content: c.Device.String()})
+	}
+	envelope, err := signature.Sign(signature.NewStatement(devices), key)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -22,8 +22,8 @@ import (
 
 	"drafter/internal/console"
 	"drafter/internal/process"
+	"drafter/internal/uffd"
 	"drafter/vmm"
-	"drafter/vmm/firecracker/uffd"
 )
 
 // Driver is the Firecracker driver. The zero value looks both programs up on PATH.
@@ -245,7 +245,7 @@ func (m *Machine) start(ctx context.Context, bin, jailer string) (err error) {
 	if err := m.spawn(j, jailer); err != nil {
 		return err
 	}
-	if err := l.Dir.Record(m.process.Identity()); err != nil {
+	if err := l.Dir.Record(vmm.Process(m.process.Identity())); err != nil {
 		return err
 	}
 	m.api = newAPI(l.Dir.Socket(apiSocket), l.UID)
@@ -271,7 +271,7 @@ func (m *Machine) start(ctx context.Context, bin, jailer string) (err error) {
 		}
 		return fmt.Errorf("start Firecracker: %w", err)
 	}
-	if err := l.Dir.Record(m.process.Identity()); err != nil { // it was the jailer before
+	if err := l.Dir.Record(vmm.Process(m.process.Identity())); err != nil { // it was the jailer before
 		return err
 	}
 	return m.command(m.api.put(ctx, "/metrics", metrics{"/" + jailMetrics}))
@@ -296,7 +296,7 @@ func (m *Machine) spawn(j *jail, jailer string) error {
 	if err == nil {
 		m.process, err = process.Start(process.Config{
 			Path: jailer, Args: j.arguments(l, level()), Dir: "/",
-			Netns: l.Netns, UID: 0, GID: 0, NUMANode: l.NUMANode, CgroupVersion: l.CgroupVersion, CgroupName: l.Dir.ID, Limits: l.Limits,
+			Netns: l.Netns, UID: 0, GID: 0, NUMANode: l.NUMANode, CgroupVersion: l.CgroupVersion, CgroupName: l.Dir.ID, Limits: process.Limits(l.Limits),
 			FilesIn: func() ([]*os.File, error) { return nil, offerTap(l.Interface, l.UID, l.GID) },
 			Stdin:   inRead, Stdout: outWrite, Stderr: errWrite,
 			Mounts: j.mounts, Outlives: l.UID != 0 || l.GID != 0,

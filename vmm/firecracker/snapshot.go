@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"drafter/internal/sparse"
+	"drafter/internal/uffd"
 	"drafter/vmm"
-	"drafter/vmm/firecracker/uffd"
 )
 
 // Restore implements [vmm.Machine]. Memory comes from the memory device, page by page, from here on.

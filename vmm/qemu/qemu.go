@@ -296,7 +296,7 @@ func (m *Machine) start(ctx context.Context, path string, args []string, root *p
 		m.process, err = process.Start(process.Config{
 			Path: path, Args: args, Dir: "/", Env: []string{"GLIBC_TUNABLES=" + tunables()}, Root: root,
 			Netns: l.Netns, UID: l.UID, GID: l.GID, NUMANode: l.NUMANode,
-			CgroupVersion: l.CgroupVersion, CgroupName: l.Dir.ID, Limits: l.Limits,
+			CgroupVersion: l.CgroupVersion, CgroupName: l.Dir.ID, Limits: process.Limits(l.Limits),
 			Files:   theirs,
 			FilesIn: func() ([]*os.File, error) { return openTap(l.Interface, l.Netns) },
 			Stderr:  stderrWrite,
@@ -318,7 +318,7 @@ func (m *Machine) start(ctx context.Context, path string, args []string, root *p
 	})
 	m.workers.Go(m.console.Run)
 	go m.supervise()
-	if err = errors.Join(err, l.Dir.Record(m.process.Identity())); err != nil {
+	if err = errors.Join(err, l.Dir.Record(vmm.Process(m.process.Identity()))); err != nil {
 		return errors.Join(err, qmpConn.Close())
 	}
 
@@ -331,7 +331,7 @@ func (m *Machine) start(ctx context.Context, path string, args []string, root *p
 	m.qmp = q
 	m.workers.Go(m.watch)
 	m.workers.Go(m.standStill)
-	if err := l.Dir.Record(m.process.Identity()); err != nil { // it was this program before it was QEMU
+	if err := l.Dir.Record(vmm.Process(m.process.Identity())); err != nil { // it was this program before it was QEMU
 		return err
 	}
 	if l.Recorded != nil {

@@ -1,0 +1,197 @@
+package instance
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/google/uuid"
+
+	"drafter/vmm"
+)
+
+// Preflight checks that a VM that runs elsewhere could run here, without starting anything.
+func Preflight(ctx context.Context, h vmm.Host, config *vmm.PackageConfig) error {
+	driver, err := h.Drivers.Select(h.VMM, config.Hardware.VMM)
+	if err != nil {
+		return err
+	}
+	if c, ok := driver.(vmm.Checker); ok {
+		return c.Check(ctx, vmm.Launch{Accel: h.Accel, Recorded: &config.Hardware})
+	}
+	return nil
+}
+
+// bootable checks a host that is told to boot a VM that may be suspended.
+func bootable(ctx context.Context, h vmm.Host, config *vmm.PackageConfig) error {
+	if !h.Boot {
+		return nil
+	}
+	return Preflight(ctx, h, config)
+}
+
+// stalled tells whether the guest stands still for a disk that it cannot use: it hears nothing, and does nothing that it would have to be told of.
+func (i *Instance) stalled() bool {
+	s, ok := i.machine.(vmm.Staller)
+	return ok && s.Stalled()
+}
+
+// Prepare tells the guest's agent that the VM is about to be paused. The guest runs on; [Instance.Rescue] tells it that nothing came of it. One that stands
+// still is not told.
+func (i *Instance) Prepare(ctx context.Context) error {
+	i.forgetAgent()
+	if i.stalled() {
+		slog.Warn("The guest is not told that it will be paused, as it stands still")
+		return i.dropAgent()
+	}
+	if i.agent.Load() == nil { // it did not answer when the VM was resumed
+		if err := i.connectAgent(ctx); err != nil {
+			return err
+		}
+	}
+	if i.agent.Load() == nil {
+		return nil // there is none
+	}
+	err := i.agent.Load().BeforeSuspend(ctx)
+	if err != nil {
+		err = fmt.Errorf("the guest's agent: %w", err)
+	}
+	return errors.Join(err, i.dropAgent())
+}
+
+// dropAgent ends the agent's connection, as before every snapshot; whoever resumes makes a new one.
+func (i *Instance) dropAgent() error {
+	c := i.agent.Swap(nil)
+	if c == nil {
+		return nil
+	}
+	return c.Close()
+}
+
+// WriteBack is Flush, if the guest does not notice that; else nothing.
+func (i *Instance) WriteBack(ctx context.Context) error {
+	if p, ok := i.machine.(vmm.FlushPauser); ok && p.FlushPauses() {
+		return nil
+	}
+	return i.Flush(ctx)
+}
+
+// Flush makes every guest memory write up to now visible in the memory device.
+func (i *Instance) Flush(ctx context.Context) error { return i.prefer(i.machine.Flush(ctx)) }
+
+// Pause stops the vCPUs.
+func (i *Instance) Pause(ctx context.Context) error {
+	i.paused = time.Now() // even if it fails
+	return i.prefer(i.machine.Pause(ctx))
+}
+
+// NoteLeaving notes durably that the VM, which runs on, may soon run at the target of a migration.
+// [Instance.Rescue] takes the note back.
+func (i *Instance) NoteLeaving(migration uuid.UUID) error {
+	i.left, i.leaves = true, true
+	return i.withState(func(dev StateDevice) error { return vmm.MarkLeaving(dev, migration) })
+}
+
+// SaveLeaving writes the paused VM's state to its device, for the target of a migration: of a copy, unless
+// NoteLeaving was called before. Nothing is durable yet. Flush memory afterwards.
+func (i *Instance) SaveLeaving(ctx context.Context, migration uuid.UUID) error {
+	var state vmm.StateBuffer
+	if err := i.machine.Save(ctx, &state); err != nil {
+		return i.prefer(err)
+	}
+	i.left = true
+	status := vmm.Copying
+	if i.leaves {
+		status = vmm.Leaving
+	}
+	return i.withState(func(dev StateDevice) error {
+		return vmm.WriteMigratedState(dev, i.config.ID, state.Bytes(), migration, status)
+	})
+}
+
+// Mark notes durably what has become of a VM that was handed over.
+func (i *Instance) Mark(status vmm.Status) error {
+	i.frozen = true
+	return i.withState(func(dev StateDevice) error { return vmm.MarkState(dev, status) })
+}
+
+// Rescue lets the VM go on after Prepare, Pause and SaveLeaving, whichever of them were done. The guest runs when it returns nil.
+func (i *Instance) Rescue(ctx context.Context) error {
+	settleable := i.frozen
+	if err := i.prefer(nil); err != nil && settleable {
+		return err // the VMM is gone, but the devices hold what an operator can settle on
+	}
+	i.frozen, i.stood = false, 0
+	if i.left {
+		err := i.withState(func(dev StateDevice) error {
+			if settleable {
+				// What an operator could settle on must be gone before the guest changes what it fits.
+				return vmm.MarkState(dev, vmm.Running)
+			}
+			return vmm.NoteState(dev, vmm.Running)
+		})
+		if err != nil {
+			return err
+		}
+		i.left, i.leaves = false, false
+	}
+	if !i.paused.IsZero() {
+		if err := i.machine.Resume(ctx); err != nil {
+			return i.prefer(err)
+		}
+		i.stood, i.paused = time.Since(i.paused), time.Time{}
+	}
+	return i.prefer(nil)
+}
+
+// sameTime is how far a guest's clock may be from this host's, its pause apart, to keep the same time.
+const sameTime = time.Second
+
+// RescueAgent tells the guest's agent after a Rescue that the guest runs on, for at most timeout. What the pause has cost the guest's clock is made up for; a clock
+// that keeps another time than this host's stays as it is.
+func (i *Instance) RescueAgent(ctx context.Context, timeout time.Duration) error {
+	if i.agent.Load() != nil {
+		return nil
+	}
+	return i.tellAgent(ctx, timeout, i.stood+sameTime)
+}
+
+// Restore loads the state that a migration has brought, and notes that the VM runs here, which is durable once the device is synced. It does not run yet; see
+// [Launched.Go].
+func (l *Launched) Restore(ctx context.Context, migration uuid.UUID) error {
+	i := l.i
+	return i.withState(func(dev StateDevice) error {
+		state, err := vmm.ReadMigratedState(dev, i.config.ID, migration)
+		if err != nil {
+			return err
+		}
+		if err := i.machine.Restore(ctx, bytes.NewReader(state)); err != nil {
+			return err
+		}
+		return vmm.NoteTakenOver(dev)
+	})
+}
+
+// Go lets the guest run after Restore. After an error, Ended tells whether it may have run.
+func (l *Launched) Go(ctx context.Context) (*Instance, error) {
+	return l.i, l.i.machine.Resume(ctx)
+}
+
+// Done is closed when the VMM is gone; Wait then tells how.
+func (l *Launched) Done() <-chan struct{} { return l.i.machine.Done() }
+
+// Wait blocks until the VMM is gone, and returns how it ended.
+func (l *Launched) Wait() error { return l.i.machine.Wait() }
+
+// Ended tells whether the VMM is gone.
+func (l *Launched) Ended() bool {
+	select {
+	case <-l.Done():
+		return true
+	default:
+		return false
+	}
+}

@@ -1,0 +1,231 @@
+package migration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"drafter/internal/block"
+	"drafter/internal/wire"
+	"drafter/migrate"
+)
+
+// prepare lets the guest get ready and sends what that changed.
+func (o *outgoing) prepare(ctx context.Context) (migrate.Phase, error) {
+	ctx, cancel := o.revocable(ctx, o.first)
+	defer cancel()
+	if !o.copy {
+		if err := o.first.Send(wire.TypePrepare); err != nil {
+			return "", o.first.lost(err)
+		}
+	}
+	pctx, pcancel := context.WithTimeoutCause(ctx, o.config.Limits.Prepare, fmt.Errorf("the guest did not get ready within %s", o.config.Limits.Prepare))
+	err := o.config.VM.Prepare(pctx)
+	pcancel()
+	switch {
+	case err == nil:
+	case !errors.Is(err, migrate.ErrNotReady) || ctx.Err() != nil:
+		return "", err
+	case !o.force:
+		return "", fmt.Errorf("%w; look at the guest, or take the VM as it is, with --force", err)
+	default:
+		slog.Warn("The VM is taken as it is, because the target says so", "error", err)
+	}
+	if _, err := o.nextCycle(ctx, o.cycle+1); err != nil { // only this goroutine changes cycle
+		return "", err
+	}
+	// What does not fit is left to post-copy; without it all is sent, before the pause as far as possible.
+	var until time.Time
+	if !o.config.Limits.NoPostCopy && !o.copy {
+		until = time.Now().Add(o.config.Limits.Downtime)
+	}
+	if err := o.drain(ctx, o.first, until); err != nil {
+		return "", o.first.lost(err)
+	}
+	if o.copy {
+		return migrate.Snapshotting, nil
+	}
+	if err := o.config.VM.Leave(ctx, o.id); err != nil {
+		return "", err
+	}
+	if err := o.awaitPrepared(ctx); err != nil {
+		return "", err
+	}
+	if err := o.catchUp(ctx); err != nil {
+		return "", err
+	}
+	// What was written meanwhile goes now, while the VM runs.
+	if err := o.config.VM.Flush(ctx); err != nil {
+		return "", err
+	}
+	o.take()
+	if err := o.drain(ctx, o.first, until); err != nil {
+		return "", o.first.lost(err)
+	}
+	return migrate.HandingOff, nil
+}
+
+// awaitPrepared waits until the target has noted durably that it may take the VM over, which it would do while the VM is paused otherwise.
+func (o *outgoing) awaitPrepared(ctx context.Context) error {
+	timeout := time.NewTimer(o.config.Limits.Prepare)
+	defer timeout.Stop()
+	select {
+	case <-o.prepared:
+	case <-timeout.C:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	return nil
+}
+
+// handOff pauses the VM, sends what is left, and gives it away.
+func (o *outgoing) handOff(ctx context.Context) (migrate.Phase, error) {
+	l := o.first
+	ctx, cancel := o.revocable(ctx, l)
+	defer cancel()
+	// A write that hangs ends with its link.
+	stop := context.AfterFunc(ctx, func() { l.cancel(context.Cause(ctx)) })
+	defer stop()
+	paused, err := o.freeze(ctx)
+	if err != nil {
+		return "", err
+	}
+	var until time.Time
+	if !o.config.Limits.NoPostCopy {
+		until = paused.Add(o.config.Limits.Downtime / 2)
+	}
+	if err := o.drain(ctx, l, until); err != nil {
+		return "", l.lost(err)
+	}
+	missing := make([]*block.Bitmap, len(o.devices))
+	for i, d := range o.devices {
+		missing[i] = d.pending.Clone()
+	}
+	if ctx.Err() != nil {
+		return "", context.Cause(ctx)
+	}
+	select {
+	case a := <-o.acks: // of a target that has reconnected meanwhile
+		return "", errors.New(a.Reason)
+	default:
+	}
+	// From the first byte of it on, the VM may be the target's, whatever this end is told.
+	stop()
+	if err := l.Send(wire.Authority{Paused: time.Since(paused), Missing: missing}); err != nil {
+		l.cancel(err)
+	}
+	return migrate.InDoubt, nil
+}
+
+// freeze pauses the VM and makes all that the target lacks pending.
+func (o *outgoing) freeze(ctx context.Context) (paused time.Time, err error) {
+	paused = time.Now()
+	o.mu.Lock()
+	o.paused = paused
+	o.mu.Unlock()
+	vm := o.config.VM
+	if err := vm.Pause(ctx); err != nil {
+		return paused, err
+	}
+	if err := vm.Save(ctx, o.id); err != nil {
+		return paused, err
+	}
+	if err := vm.Flush(ctx); err != nil {
+		return paused, err
+	}
+	o.take()
+	return paused, nil
+}
+
+// settle waits until it is known who owns the VM.
+func (o *outgoing) settle(ctx context.Context) (migrate.Phase, error) {
+	o.startServing(ctx)
+	next, err := o.awaitAnswer(ctx)
+	if err != nil {
+		o.mark(migrate.InDoubt)
+		return "", errors.Join(migrate.ErrInDoubt, err)
+	}
+	return next, nil
+}
+
+// mark notes where the VM stands, after the marks before, and returns a channel that is closed when that is done. A mark that cannot be made does not keep
+// the target from what it needs; the migration ends with its error.
+func (o *outgoing) mark(state migrate.Phase) <-chan struct{} {
+	done := make(chan struct{})
+	o.mu.Lock()
+	previous := o.marked
+	o.marked = done
+	o.mu.Unlock()
+	o.wg.Go(func() {
+		defer close(done)
+		<-previous
+		err := o.config.VM.Mark(context.Background(), state, o.id)
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		switch {
+		case err != nil:
+			o.markErr = errors.Join(o.markErr, fmt.Errorf("note that the VM is %q: %w", state, err))
+		case state == migrate.Moved:
+			o.markErr = nil // what it could not keep here is of no use any more
+		}
+	})
+	return done
+}
+
+// awaitAnswer waits for the target to take the VM or to refuse it, or for an operator. Most answers come sooner than what is in doubt could be noted.
+func (o *outgoing) awaitAnswer(ctx context.Context) (migrate.Phase, error) {
+	note := time.NewTimer(o.config.tuning.note)
+	defer note.Stop()
+	for {
+		select {
+		case a := <-o.acks:
+			if !a.Accepted {
+				o.refused(a.Reason)
+				return migrate.Rescuing, nil
+			}
+			o.mu.Lock()
+			o.downtime = time.Since(o.paused)
+			o.mu.Unlock()
+			return migrate.Serving, nil
+		case d := <-o.settled:
+			switch {
+			case d.in != migrate.InDoubt:
+			case d.outcome == undecided:
+				return "", errors.New("the source was ended")
+			case d.outcome == migrate.Here:
+				o.refused("an operator decided so")
+				return migrate.Rescuing, nil
+			default:
+				return migrate.Serving, nil
+			}
+		case <-note.C:
+			o.mark(migrate.InDoubt)
+		case <-ctx.Done():
+			return "", context.Cause(ctx)
+		}
+	}
+}
+
+func (o *outgoing) refused(reason string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.main != nil {
+		o.main.cancel(errors.New("the target refused the VM: " + reason))
+	}
+}
+
+// rescue lets the VM go on.
+func (o *outgoing) rescue(ctx context.Context) (migrate.Phase, error) {
+	o.mu.Lock()
+	marked := o.marked
+	o.mu.Unlock()
+	<-marked
+	ctx = context.WithoutCancel(ctx)
+	if err := o.config.VM.Rescue(ctx); err != nil {
+		return "", err
+	}
+	o.config.VM.Rescued(ctx)
+	return migrate.Kept, nil
+}

@@ -1,0 +1,312 @@
+package migration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"drafter/internal/block"
+	"drafter/internal/wire"
+	"drafter/migrate"
+)
+
+// preCopy sends all, and then again and again what has changed meanwhile, until the rest is small enough.
+func (o *outgoing) preCopy(ctx context.Context) (migrate.Phase, error) {
+	ctx, cancel := o.revocable(ctx, o.first)
+	defer cancel()
+	var deadline time.Time
+	if t := o.config.Limits.Timeout; t > 0 {
+		deadline = time.Now().Add(t)
+	}
+	if err := o.pendAll(ctx); err != nil {
+		return "", err
+	}
+	cycles, err := o.sendFirst(ctx)
+	if err != nil {
+		return "", err
+	}
+	previous := int64(-1)
+	for pass := 1; ; pass++ {
+		left, err := o.nextCycle(ctx, cycles+pass)
+		if err != nil {
+			return "", err
+		}
+		late := !deadline.IsZero() && time.Now().After(deadline)
+		if late && o.config.Limits.AtTimeout == migrate.Cancel {
+			return "", fmt.Errorf("the VM writes faster than the connection takes it: %d bytes are left after %s; allow more time, or post-copy", left, o.config.Limits.Timeout)
+		}
+		if pass > 1 && (late || o.converged(pass, left, previous)) {
+			if o.isReady() {
+				return migrate.Preparing, nil
+			}
+			if late {
+				return o.awaitReady(ctx)
+			}
+		}
+		if err := o.drain(ctx, o.first, deadline); err != nil {
+			return "", o.first.lost(err)
+		}
+		shrinks := previous < 0 || left < previous*3/4
+		if pass > 1 && (!shrinks || !o.isReady()) {
+			if err := o.pause(ctx); err != nil {
+				return "", err
+			}
+		}
+		previous = left
+	}
+}
+
+// pendAll makes all that the target cannot have pending.
+func (o *outgoing) pendAll(ctx context.Context) error {
+	for _, d := range o.devices {
+		if d.skip {
+			continue
+		}
+		// In this order: what is written from here on is dirty.
+		written := d.Device.Take()
+		if pages := o.baseline.begin(d); pages != nil {
+			d.unknown, d.whole = true, true
+			d.pending.Add(wholeBlocks(d, pages))
+			continue
+		}
+		if d.stored {
+			// What was written since the offer is dirty; what was before it, changed.
+			d.unknown = true
+			d.pending.Add(d.changed)
+			d.pending.Add(written)
+			continue
+		}
+		if len(d.contents) > 0 {
+			c, err := block.Hash(ctx, d.Device)
+			if err != nil {
+				return fmt.Errorf("device %s: %w", d.Name, err)
+			}
+			d.unknown = true
+			for b, id := range c.Blocks {
+				if id != d.contents[b] {
+					d.pending.SetRange(pagesOfBlock(d.Device, int64(b)))
+				}
+			}
+			continue
+		}
+		if d.holds {
+			pages := d.Overlay.BlockSize() / block.PageSize
+			for b := range d.Overlay.Present().All() {
+				d.pending.SetRange(b*pages, min((b+1)*pages, d.pending.Len()))
+			}
+			continue
+		}
+		for off := int64(0); off < d.Device.Size(); {
+			start, end, err := d.Device.NextData(off)
+			if err != nil {
+				return fmt.Errorf("device %s: %w", d.Name, err)
+			}
+			if start < end {
+				d.pending.SetRange(start/block.PageSize, (end+block.PageSize-1)/block.PageSize)
+			}
+			off = max(end, off+1)
+		}
+	}
+	return nil
+}
+
+// sendFirst sends what the target needs before its VMM can start in a cycle of its own, so that it starts beside all the rest. It returns the number of cycles.
+func (o *outgoing) sendFirst(ctx context.Context) (cycles int, err error) {
+	var first []*outgoingDevice
+	var left int64
+	for _, d := range o.devices {
+		if d.First && !d.holds && !d.stored {
+			first = append(first, d)
+			left += d.pending.Count() * block.PageSize
+		}
+	}
+	if left == 0 {
+		return 0, nil
+	}
+	if err := o.beginCycle(1, left); err != nil {
+		return 0, err
+	}
+	for _, d := range first {
+		if err := o.drainDevice(ctx, o.first, d, true, time.Time{}); err != nil {
+			return 0, o.first.lost(err)
+		}
+	}
+	return 1, nil
+}
+
+// nextCycle makes pending what was written since the last one, and returns how much is pending.
+func (o *outgoing) nextCycle(ctx context.Context, cycle int) (left int64, err error) {
+	if err := o.config.VM.Flush(ctx); err != nil {
+		return 0, err
+	}
+	o.take()
+	for _, d := range o.devices {
+		left += d.pending.Count() * block.PageSize
+	}
+	return left, o.beginCycle(cycle, left)
+}
+
+func (o *outgoing) beginCycle(cycle int, left int64) error {
+	o.mu.Lock()
+	o.cycle = cycle
+	o.mu.Unlock()
+	return o.announce(cycle, left)
+}
+
+// announce tells the target of a cycle. It answers when it has stored all from before.
+func (o *outgoing) announce(cycle int, left int64) error {
+	o.mu.Lock()
+	o.announced.cycle, o.announced.at = cycle, time.Now()
+	o.mu.Unlock()
+	if err := o.first.Send(wire.Cycle{Number: cycle, Bytes: left}); err != nil {
+		return o.first.lost(err)
+	}
+	return nil
+}
+
+// answered takes note of the target's answer to a cycle.
+func (o *outgoing) answered(cycle int) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	a := &o.announced
+	if cycle != a.cycle || a.answered == cycle {
+		return
+	}
+	a.answered = cycle
+	if took := time.Since(a.at); a.quickest == 0 || took < a.quickest {
+		a.quickest = took
+	}
+	select {
+	case o.stored <- struct{}{}:
+	default:
+	}
+}
+
+// catchUp waits until the target has stored what it was sent, if it is near: it would do it while the VM is paused otherwise.
+func (o *outgoing) catchUp(ctx context.Context) error {
+	o.mu.Lock()
+	quickest := o.announced.quickest
+	o.mu.Unlock()
+	if quickest == 0 || quickest > o.config.tuning.nearby {
+		return nil
+	}
+	cycle := o.cycle + 1 // only this goroutine changes cycle
+	if err := o.announce(cycle, 0); err != nil {
+		return err
+	}
+	timeout := time.NewTimer(o.config.tuning.patience)
+	defer timeout.Stop()
+	for {
+		select {
+		case <-o.stored:
+			o.mu.Lock()
+			done := o.announced.answered == cycle
+			o.mu.Unlock()
+			if done {
+				return nil
+			}
+		case <-timeout.C:
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// take makes pending what was written.
+func (o *outgoing) take() {
+	for _, d := range o.devices {
+		pages := d.Device.Take()
+		if d.whole {
+			pages = wholeBlocks(d, pages)
+		}
+		if !d.skip {
+			d.pending.Add(pages)
+		}
+	}
+}
+
+// negligible is a rest in bytes that is not worth another cycle.
+const negligible = 64 * block.PageSize
+
+// converged tells whether another cycle would bring nothing, or should not be.
+func (o *outgoing) converged(cycle int, left, previous int64) bool {
+	if left <= negligible {
+		return true
+	}
+	// Half of the limit is for what comes besides: saving and restoring the state.
+	fits := float64(left) <= o.sender.compression.link.perSecond()*o.config.Limits.Downtime.Seconds()/2
+	if fits && previous >= 0 && left >= previous*3/4 {
+		return true
+	}
+	all := true
+	for _, d := range o.devices {
+		if d.dirtyBlocks() <= d.MaxDirtyBlocks {
+			d.quiet++
+		}
+		all = all && (d.skip || d.quiet >= d.MinCycles || cycle > d.MaxCycles)
+	}
+	return all
+}
+
+// dirtyBlocks is the number of blocks that have pending pages.
+func (d *outgoingDevice) dirtyBlocks() (n int) {
+	pages := d.Device.BlockSize() / block.PageSize
+	for p := d.pending.Next(0); p < d.pending.Len(); p = d.pending.Next((p/pages + 1) * pages) {
+		n++
+	}
+	return n
+}
+
+func (o *outgoing) isReady() bool {
+	select {
+	case <-o.ready:
+		return true
+	default:
+		return false
+	}
+}
+
+func (o *outgoing) awaitReady(ctx context.Context) (migrate.Phase, error) {
+	timeout := time.NewTimer(o.config.Limits.Handoff)
+	defer timeout.Stop()
+	if err := o.first.Send(wire.TypeReady); err != nil {
+		return "", o.first.lost(err)
+	}
+	select {
+	case <-o.ready:
+		return migrate.Preparing, nil
+	case <-timeout.C:
+		return "", errors.New("the target's VMM does not get ready")
+	case <-ctx.Done():
+		return "", context.Cause(ctx)
+	}
+}
+
+// pause waits between cycles for the shortest of the devices' throttles, or until the target's VMM is ready.
+func (o *outgoing) pause(ctx context.Context) error {
+	var throttles []time.Duration
+	for _, d := range o.devices {
+		if !d.skip {
+			throttles = append(throttles, d.CycleThrottle)
+		}
+	}
+	if len(throttles) == 0 {
+		throttles = []time.Duration{0}
+	}
+	timer := time.NewTimer(slices.Min(throttles))
+	defer timer.Stop()
+	ready := o.ready
+	if o.isReady() {
+		ready = nil
+	}
+	select {
+	case <-timer.C:
+	case <-ready:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	return nil
+}

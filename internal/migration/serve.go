@@ -1,0 +1,185 @@
+package migration
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"drafter/internal/block"
+	"drafter/internal/wire"
+	"drafter/migrate"
+)
+
+// serve sends the target what it lacks, over whatever connections it makes, until it has all, or an
+// operator has settled that it never will.
+func (o *outgoing) serve(ctx context.Context) (migrate.Phase, error) {
+	settled := make(chan struct{})
+	noted := o.noteServing(ctx, settled)
+	for {
+		o.mu.Lock()
+		l, attached := o.main, o.attached
+		o.mu.Unlock()
+		if err := o.push(ctx, l); err != nil {
+			l.cancel(err)
+		}
+		select {
+		case <-o.complete:
+			<-noted
+			return o.release()
+		case <-attached:
+		case d := <-o.settled:
+			switch {
+			case d.in != migrate.Serving:
+			case d.outcome == undecided:
+				stats := o.Stats()
+				_, _, left := stats.Bytes()
+				return "", fmt.Errorf("%w, and its target, which may lack %d bytes, takes nothing more from here", migrate.ErrHandedOver, left)
+			case o.connected(): // it is back
+			case d.outcome == migrate.Here:
+				close(settled)
+				<-noted
+				return migrate.Rescuing, nil
+			default:
+				close(settled)
+				<-noted
+				return o.release()
+			}
+		case <-ctx.Done():
+			return "", context.Cause(ctx)
+		}
+	}
+}
+
+// noteServing notes that the VM runs at its target, unless that has everything soon, or it is
+// settled. The channel is closed when it has been begun or will not be any more.
+func (o *outgoing) noteServing(ctx context.Context, settled <-chan struct{}) <-chan struct{} {
+	noted := make(chan struct{})
+	o.wg.Go(func() {
+		defer close(noted)
+		note := time.NewTimer(o.config.tuning.note)
+		defer note.Stop()
+		select {
+		case <-o.complete:
+			return
+		case <-settled:
+			return
+		case <-note.C:
+		case <-ctx.Done():
+		}
+		o.mark(migrate.Serving)
+	})
+	return noted
+}
+
+// release notes that the target has all, and tells it so.
+func (o *outgoing) release() (migrate.Phase, error) {
+	<-o.mark(migrate.Moved)
+	o.mu.Lock()
+	l := o.main
+	o.mu.Unlock()
+	_ = l.Send(wire.TypeReleased) // a target that does not get it asks again, and then goes on
+	return migrate.Moved, nil
+}
+
+// push sends all that is pending, in pieces that do not keep those who wait from the connection. The
+// device that lacks least comes first: a target that has its disks can boot from them, whatever
+// becomes of the rest. It returns early when the link has ended.
+func (o *outgoing) push(ctx context.Context, l *link) error {
+	left := map[*outgoingDevice]int64{}
+	for _, d := range o.devices {
+		left[d] = d.pending.Count()
+	}
+	devices := slices.SortedFunc(maps.Keys(left), func(a, b *outgoingDevice) int {
+		return cmp.Or(cmp.Compare(left[a], left[b]), cmp.Compare(a.index, b.index))
+	})
+	for _, d := range devices {
+		for first := d.pending.Next(0); first < d.pending.Len(); first = d.pending.Next(first) {
+			_, end := d.pending.Run(first, min(d.pending.Len(), first+postCopyRun))
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			if alive, err := o.sendPending(l, o.sender, d, first, end, purposePostCopy); err != nil || !alive {
+				return err
+			}
+			first = end
+		}
+	}
+	return nil
+}
+
+// sendPending sends pages after the handoff, unless the link has ended. Then they stay pending: the target says what it lacks when it comes back.
+func (o *outgoing) sendPending(l *link, s *sender, d *outgoingDevice, first, end int64, why purpose) (alive bool, err error) {
+	o.sending.RLock()
+	defer o.sending.RUnlock()
+	if l.ctx.Err() != nil {
+		return false, nil
+	}
+	d.pending.ClearRange(first, end)
+	if err := o.sendPages(l.ctx, l, s, d, first, end, why); err != nil {
+		return false, fmt.Errorf("device %s: %w", d.Name, err)
+	}
+	return true, nil
+}
+
+// startServing answers wants from here on, until ctx ends.
+func (o *outgoing) startServing(ctx context.Context) {
+	o.once.serving.Do(func() {
+		o.wg.Go(func() {
+			s, err := newSender()
+			if err != nil {
+				o.lane().cancel(err)
+				return
+			}
+			defer s.close()
+			for {
+				select {
+				case w := <-o.wants:
+					l := o.lane()
+					if err := o.answer(l, s, w); err != nil {
+						l.cancel(err)
+					}
+				case <-ctx.Done():
+					return
+				}
+			}
+		})
+	})
+}
+
+// lane is the connection for what somebody waits for.
+func (o *outgoing) lane() *link {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.demand != nil && o.demand.ctx.Err() == nil {
+		return o.demand
+	}
+	return o.main
+}
+
+// answer sends the pages of a want, and then what is pending of the blocks around them.
+func (o *outgoing) answer(l *link, s *sender, w wire.Want) error {
+	d := o.devices[w.Device]
+	if d.skip {
+		return fmt.Errorf("%w: pages wanted of device %s, which is not sent", wire.ErrProtocol, d.Name)
+	}
+	for first := w.First; first < w.Ends; {
+		end := min(w.Ends, first+postCopyRun)
+		if alive, err := o.sendPending(l, s, d, first, end, purposeWanted); err != nil || !alive {
+			return err
+		}
+		first = end
+	}
+	pages := d.Device.BlockSize() / block.PageSize
+	around, aroundEnd := w.First/pages*pages, min((w.Ends+pages-1)/pages*pages, d.pending.Len())
+	for first := d.pending.Next(around); first < aroundEnd; first = d.pending.Next(first) {
+		_, end := d.pending.Run(first, min(aroundEnd, first+postCopyRun))
+		if alive, err := o.sendPending(l, s, d, first, end, purposePostCopy); err != nil || !alive {
+			return err
+		}
+		first = end
+	}
+	return nil
+}

@@ -1,0 +1,969 @@
+package migration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/uuid"
+	xrate "golang.org/x/time/rate"
+
+	"drafter/internal/block"
+	"drafter/internal/wire"
+	"drafter/migrate"
+	"drafter/transport"
+)
+
+// SourceVM is what a source asks of its VM. There is one call at a time.
+type SourceVM interface {
+	// WriteBack makes guest memory writes visible in the memory device as far as the guest does not notice, so that little is left to Flush. The target is getting
+	// ready meanwhile, and nothing may come of the migration.
+	WriteBack(ctx context.Context) error
+	// Flush makes every guest memory write up to now visible in the memory device.
+	Flush(ctx context.Context) error
+	// Prepare lets the guest get ready to be paused; it runs on. If it fails with [ErrNotReady], a target may take the VM all the same.
+	Prepare(ctx context.Context) error
+	// Leave notes durably that the VM may soon run elsewhere. It comes before Pause; Rescue takes
+	// the note back. A copy does without.
+	Leave(ctx context.Context, migration uuid.UUID) error
+	// Pause returns when the guest does not run any more.
+	Pause(ctx context.Context) error
+	// Save writes the paused VM's state to its device, as that of a migration whose outcome is open. It may itself write guest memory.
+	Save(ctx context.Context, migration uuid.UUID) error
+	// Rescue lets the guest go on after any of the above, done or failed.
+	Rescue(ctx context.Context) error
+	// Rescued tells the guest, after a Rescue, that it goes on. It fails no migration.
+	Rescued(ctx context.Context)
+	// Mark notes durably in the devices where the VM stands: InDoubt, Serving (it runs at the target) or Moved (the target has all of it). With the
+	// first two, all that was written is made durable before.
+	Mark(ctx context.Context, state migrate.Phase, migration uuid.UUID) error
+}
+
+// SourceDevice is a device to migrate.
+type SourceDevice struct {
+	Name      string
+	Device    *block.Tracker // through which all writes go
+	Overlay   *block.Overlay // what Device keeps changes in; nil when it has no base
+	Base      block.ID       // content id of the overlay's base; zero when there is none
+	Origin    block.ID       // of a device without: content id of the base that it was made from; zero when that is not known
+	NeedsBase bool           // the target must have the base: only changes are sent
+	First     bool           // the target needs it before its VMM can start
+
+	// See the reference of the device's settings. The handoff begins when the rest fits the downtime limit, or when each device has had MinCycles quiet
+	// cycles (at most MaxDirtyBlocks dirty blocks) or MaxCycles of any kind.
+	Expiry         time.Duration
+	MaxDirtyBlocks int
+	MinCycles      int
+	MaxCycles      int
+	CycleThrottle  time.Duration
+}
+
+// SourceConfig says what to migrate.
+type SourceConfig struct {
+	VM        SourceVM
+	Devices   []SourceDevice
+	Config    []byte // of the VM, for the target's preflight
+	Signature []byte // of the package, for targets that verify it; nil if there is none
+	Processor []byte
+	// Generation is the generation ID that the VM keeps when it moves. A copy does not get it.
+	Generation uuid.UUID
+	Limits     migrate.Limits
+	Forward    bool // the devices have users here, who go on after the handoff: see Forwarded
+
+	// Backup, if not nil, is of copies that are stored where targets may get at them.
+	Backup *Baseline
+
+	tuning tuning
+
+	// OnPhase, if not nil, is called at every change of phase, OnProgress at most ten times a second and at the end. Both are called by the migration itself
+	// and hold it up.
+	OnPhase    func(migrate.Phase)
+	OnProgress func(migrate.Stats)
+}
+
+// Source gives its VM to a target that asks for it.
+type Source struct {
+	config SourceConfig
+	ctx    context.Context // of the current migration
+	cancel context.CancelCauseFunc
+
+	mu      sync.Mutex
+	current *outgoing     // the last migration; nil before the first
+	revoked bool          // no migration begins any more
+	closed  bool          // nor is one found that goes on
+	gone    chan struct{} // closed when the VM is the source's no more
+	goneErr error
+	wg      sync.WaitGroup    // Handle
+	waiting transport.Waiting // connections that belong to no migration yet
+
+	forwarder *forwarder // nil unless the devices have users here
+}
+
+// helloTimeout bounds how long a connection may take to say what it wants.
+const helloTimeout = 5 * time.Second
+
+// NewSource returns a source for a running VM. Nothing happens until Handle is called.
+func NewSource(c SourceConfig) (*Source, error) {
+	var err error
+	c.tuning = c.tuning.withDefaults()
+	if c.Limits, err = c.Limits.WithDefaults(); err != nil {
+		return nil, err
+	}
+	if len(c.Devices) == 0 || len(c.Devices) > block.MaxDevices {
+		return nil, fmt.Errorf("%d devices to migrate; there must be 1 to %d", len(c.Devices), block.MaxDevices)
+	}
+	if c.OnPhase == nil {
+		c.OnPhase = func(migrate.Phase) {}
+	}
+	if c.OnProgress == nil {
+		c.OnProgress = func(migrate.Stats) {}
+	}
+	s := &Source{config: c, gone: make(chan struct{})}
+	s.ctx, s.cancel = context.WithCancelCause(context.Background())
+	if c.Forward {
+		s.forwarder = newForwarder()
+	}
+	return s, nil
+}
+
+// Handle serves one connection of a target, which it owns, until it ends. Any number of connections can be served at once; what does not belong to the one
+// migration that may be under way is refused with [ErrRefused]. Those who wait to be told whether they belong to it are bounded, see [transport.Waiting]; those
+// who do keep their places. The first connection of a migration returns when the migration has ended: with a nil error when the VM has moved.
+func (s *Source) Handle(ctx context.Context, stream io.ReadWriteCloser) error {
+	return s.handle(ctx, stream, s.config.Limits.Silence, nil)
+}
+
+// handle is Handle, for a copy that may begin where another one ended.
+func (s *Source) handle(ctx context.Context, stream io.ReadWriteCloser, silence time.Duration, baseline *Baseline) error {
+	l := newLink(ctx, stream, silence)
+	defer l.close(errors.New("the connection is not needed any more"))
+	place := s.waiting.Enter(transport.Host(stream), func() { l.cancel(errCrowded) })
+	defer place.Leave()
+	hello, err := greet(l)
+	if err != nil {
+		l.refuse(codeOf(err), err)
+		return fmt.Errorf("%w: %w", migrate.ErrRefused, err)
+	}
+	if hello.Resume || hello.Lane != wire.Main {
+		o, err := s.find(hello.Migration)
+		if err != nil {
+			l.refuse(wire.CodeUnknown, err)
+			return fmt.Errorf("%w: %w", migrate.ErrRefused, err)
+		}
+		defer s.wg.Done()
+		place.Leave()
+		if hello.Lane == wire.Forward {
+			return s.attachForward(o, l)
+		}
+		return o.attach(l, hello)
+	}
+	o, err := s.begin(hello, l, baseline)
+	if err != nil {
+		l.refuse(wire.CodeBusy, err)
+		return fmt.Errorf("%w: %w", migrate.ErrRefused, err)
+	}
+	defer s.wg.Done()
+	place.Leave()
+	err = o.run()
+	if o.Phase() != migrate.Kept {
+		s.goneErr = err
+		close(s.gone) // once: no migration begins after this one
+	}
+	return err
+}
+
+// Gone is closed when a migration has ended after which the VM does not run here any more; GoneError then tells how.
+func (s *Source) Gone() <-chan struct{} { return s.gone }
+
+// GoneError waits for Gone and returns nil when the VM has moved and the target has all of it.
+func (s *Source) GoneError() error {
+	<-s.gone
+	return s.goneErr
+}
+
+// greet reads what a connection is for.
+func greet(l *link) (h wire.Hello, err error) {
+	timeout := time.AfterFunc(helloTimeout, func() { l.cancel(fmt.Errorf("no hello within %s", helloTimeout)) })
+	defer timeout.Stop()
+	l.Bound(wire.MaxHello)
+	f, err := l.Read()
+	if err != nil {
+		return h, l.lost(err)
+	}
+	if f.Type != wire.TypeHello {
+		return h, fmt.Errorf("%w: %s instead of a hello", wire.ErrProtocol, f.Type)
+	}
+	l.Bound(wire.MaxPayload)
+	m, err := wire.Decode(f, nil)
+	if err != nil {
+		return h, err
+	}
+	h = m.(wire.Hello)
+	if h.Version != wire.Version {
+		return h, &RemoteError{Code: wire.CodeIncompatible, Text: fmt.Sprintf("the target speaks version %d of the protocol, this source version %d; use the same release on both hosts", h.Version, wire.Version)}
+	}
+	return h, nil
+}
+
+// copyPatience is how long a target waits for a copy that is being made: one to an object store or a local disk takes about a second.
+const copyPatience = 10 * time.Second
+
+// begin makes a migration, or a copy. Each begun or found one must be told to wg when it is done with.
+func (s *Source) begin(h wire.Hello, l *link, baseline *Baseline) (*outgoing, error) {
+	patience := time.NewTimer(copyPatience)
+	defer patience.Stop()
+	for {
+		o, busy, err := s.tryBegin(h, l, baseline)
+		if busy == nil {
+			return o, err
+		}
+		select {
+		case <-busy:
+		case <-patience.C:
+			return nil, errors.New("a copy of the VM is being made; try again when it is complete")
+		case <-l.ctx.Done():
+			return nil, context.Cause(l.ctx)
+		}
+	}
+}
+
+// tryBegin is begin, unless a copy is being made: then busy is closed when that has ended.
+func (s *Source) tryBegin(h wire.Hello, l *link, baseline *Baseline) (o *outgoing, busy <-chan struct{}, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.revoked || s.closed {
+		return nil, nil, errors.New("the VM cannot be migrated any more")
+	}
+	if s.current != nil {
+		if s.current.copy {
+			select {
+			case <-s.current.ended: // its guest has been told that it goes on, too
+			default:
+				return nil, s.current.ended, nil
+			}
+		}
+		switch s.current.Phase() {
+		case migrate.Kept:
+		case migrate.Moved:
+			return nil, nil, errors.New("the VM has moved away")
+		default:
+			return nil, nil, errBusy
+		}
+	}
+	if o, err = newOutgoing(s, h, l); err != nil {
+		return nil, nil, err
+	}
+	o.baseline = baseline
+	s.current = o
+	s.wg.Add(1)
+	return o, nil, nil
+}
+
+func (s *Source) find(id uuid.UUID) (*outgoing, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed || s.current == nil || s.current.id != id {
+		return nil, errors.New("there is no such migration here")
+	}
+	s.wg.Add(1)
+	return s.current, nil
+}
+
+// Phase is where the last migration stands; [migrate.Kept] when there was none.
+func (s *Source) Phase() migrate.Phase {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.current == nil {
+		return migrate.Kept
+	}
+	return s.current.Phase()
+}
+
+// Stats are those of the last migration.
+func (s *Source) Stats() migrate.Stats {
+	s.mu.Lock()
+	o := s.current
+	s.mu.Unlock()
+	if o == nil {
+		return migrate.Stats{Phase: migrate.Kept}
+	}
+	return o.Stats()
+}
+
+// Settle decides who owns a VM that was handed over and whose target is away: it is in doubt, or
+// the target has not got all of it. The decision is the operator's, who must know.
+func (s *Source) Settle(outcome migrate.Outcome) error {
+	s.mu.Lock()
+	o := s.current
+	s.mu.Unlock()
+	if o == nil {
+		return errNoDoubt
+	}
+	state := o.Phase()
+	switch {
+	case state != migrate.InDoubt && state != migrate.Serving:
+		return errNoDoubt
+	case o.connected():
+		return migrate.ErrConnected
+	}
+	o.decideBy(outcome, state)
+	return nil
+}
+
+// decision is how a state is to end.
+type decision struct {
+	outcome migrate.Outcome
+	in      migrate.Phase // in any other one it is void: the target has answered meanwhile
+}
+
+func (o *outgoing) decideBy(outcome migrate.Outcome, in migrate.Phase) {
+	select {
+	case o.settled <- decision{outcome, in}:
+	default: // another decision came first
+	}
+}
+
+// Away tells for how long nothing has been heard of a target that the VM was handed over to; 0
+// while it is connected.
+func (s *Source) Away() time.Duration {
+	s.mu.Lock()
+	o := s.current
+	s.mu.Unlock()
+	if o == nil || o.connected() {
+		return 0
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return time.Since(o.parted)
+}
+
+// connected tells whether a connection with the target is there.
+func (o *outgoing) connected() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for _, l := range []*link{o.main, o.demand} {
+		if l != nil && l.ctx.Err() == nil {
+			return true
+		}
+	}
+	return false
+}
+
+// Relinquish waits, once Revoke has failed with [ErrHandedOver], until the target has all that it
+// needs of this source, or an operator has settled that the VM goes on here; then State tells
+// which. When the target has taken nothing for patience, it gives up with an error.
+func (s *Source) Relinquish(patience time.Duration) error {
+	s.mu.Lock()
+	o := s.current
+	s.mu.Unlock()
+	tick := time.NewTicker(patience / 100)
+	defer tick.Stop()
+	stats := o.Stats()
+	sent, _, left := stats.Bytes()
+	for since := time.Now(); ; {
+		select {
+		case <-o.ended:
+			if o.Phase() == migrate.Kept {
+				return nil
+			}
+			return s.GoneError()
+		case <-tick.C:
+		}
+		stats := o.Stats()
+		if nowSent, _, nowLeft := stats.Bytes(); nowSent != sent || nowLeft != left {
+			sent, left, since = nowSent, nowLeft, time.Now()
+		}
+		if time.Since(since) > patience {
+			o.decideBy(undecided, migrate.Serving)
+		}
+	}
+}
+
+// revokeGrace is how long a write may keep a migration that is revoked from telling the target so.
+const revokeGrace = 2 * time.Second
+
+// Revoke ends the VM's being migratable. A migration that has not been handed over is cancelled, and Revoke waits until the VM runs here as before. Else it
+// fails with [ErrHandedOver] and changes nothing, or, when no answer comes for as long as a connection may be silent, with [ErrInDoubt].
+func (s *Source) Revoke(cause error) error {
+	s.mu.Lock()
+	s.revoked = true
+	o := s.current
+	s.mu.Unlock()
+	if o == nil {
+		return nil
+	}
+	o.revoke(cause)
+	select {
+	case <-o.decided:
+	case <-time.After(revokeGrace):
+		o.first.cancel(cause) // it does not take what is being written to it
+		<-o.decided
+	}
+	for {
+		state, changed := o.follow()
+		switch state {
+		case migrate.Rescuing:
+		case migrate.InDoubt:
+			o.awaitDoubt(changed)
+		case migrate.Kept:
+			<-o.ended
+			return nil
+		case migrate.LeftInDoubt:
+			<-o.ended
+			return migrate.ErrInDoubt
+		case migrate.Lost:
+			<-o.ended
+			return errors.New("the VM was lost")
+		default:
+			return migrate.ErrHandedOver
+		}
+		<-changed
+	}
+}
+
+// awaitDoubt waits for the answer of a target that was just handed the VM, and then ends the migration without it.
+func (o *outgoing) awaitDoubt(changed <-chan struct{}) {
+	o.mu.Lock()
+	answer := time.Until(o.paused.Add(o.config.Limits.Silence))
+	o.mu.Unlock()
+	select {
+	case <-changed:
+		return
+	case <-time.After(answer):
+	}
+	o.decideBy(undecided, migrate.InDoubt)
+	<-changed
+}
+
+// Close ends what goes on, whatever that means for the VM, and waits for it. State tells where that left it.
+func (s *Source) Close() error {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	s.cancel(errors.New("the source is closing"))
+	if s.forwarder != nil {
+		s.forwarder.fail(block.ErrAbandoned)
+	}
+	s.wg.Wait()
+	return nil
+}
+
+// sourceTable is the source's machine.
+var sourceTable = map[migrate.Phase]row[*outgoing]{
+	migrate.Preflight:  {does: (*outgoing).preflight, then: []migrate.Phase{migrate.PreCopying}, failing: migrate.Kept},
+	migrate.PreCopying: {does: (*outgoing).preCopy, then: []migrate.Phase{migrate.Preparing}, failing: migrate.Kept},
+	migrate.Preparing:  {does: (*outgoing).prepare, then: []migrate.Phase{migrate.HandingOff, migrate.Snapshotting}, failing: migrate.Rescuing},
+	migrate.HandingOff: {does: (*outgoing).handOff, then: []migrate.Phase{migrate.InDoubt}, failing: migrate.Rescuing, within: func(l *migrate.Limits) time.Duration { return l.Handoff }},
+	migrate.InDoubt:    {does: (*outgoing).settle, then: []migrate.Phase{migrate.Serving, migrate.Rescuing}, failing: migrate.LeftInDoubt},
+	migrate.Serving:    {does: (*outgoing).serve, then: []migrate.Phase{migrate.Moved, migrate.Rescuing}, failing: migrate.LeftServing},
+	migrate.Rescuing:   {does: (*outgoing).rescue, then: []migrate.Phase{migrate.Kept}, failing: migrate.Lost},
+
+	migrate.Snapshotting: {does: (*outgoing).snapshot, then: []migrate.Phase{migrate.Delivering}, failing: migrate.Rescuing, within: func(l *migrate.Limits) time.Duration { return l.Handoff }},
+	migrate.Delivering:   {does: (*outgoing).deliver, then: []migrate.Phase{migrate.Kept}, failing: migrate.Kept},
+
+	migrate.Kept: {}, migrate.Moved: {}, migrate.Lost: {}, migrate.LeftInDoubt: {}, migrate.LeftServing: {},
+}
+
+// outgoing is one migration at its source.
+type outgoing struct {
+	*Source
+	id      uuid.UUID
+	first   *link // the connection it began with
+	devices []*outgoingDevice
+	sizes   []int64
+	limiter *xrate.Limiter // nil for none
+	sender  *sender        // of all but what is wanted
+
+	copy      bool // the VM stays here
+	force     bool // the target takes it even if the guest does not get ready
+	baseline  *Baseline
+	stash     []stashed
+	delivered bool // the target has the whole copy
+
+	wantsSignature bool // the target takes the signature of the package
+	tellsContents  bool // and tells the contents of bases that it holds
+
+	ctx      context.Context // until the authority is being sent, revoke ends it
+	revoke   context.CancelCauseFunc
+	state    atomic.Value  // State
+	decided  chan struct{} // closed when revoke has no effect any more
+	decide   sync.Once
+	ended    chan struct{} // closed when run has ended
+	ready    chan struct{} // closed when the target's VMM waits
+	prepared chan struct{} // closed when the target is prepared for the handoff
+	acks     chan wire.Ack
+	settled  chan decision
+	complete chan struct{} // closed when the target has all
+	wants    chan wire.Want
+	stored   chan struct{} // the target has answered a cycle
+	once     struct{ ready, prepared, complete, serving sync.Once }
+	wg       sync.WaitGroup // readers of links, the one who serves wants, and marks
+	sending  sync.RWMutex   // held for writing while pending is replaced after the handoff
+
+	mu       sync.Mutex // guards the following
+	main     *link
+	demand   *link
+	attached chan struct{} // closed and replaced when a link was attached
+	changed  chan struct{} // closed and replaced when the state has changed
+	began    time.Time
+	preflown time.Duration // set at the end of preflight
+	paused   time.Time
+	parted   time.Time // since when no connection is there
+	downtime time.Duration
+	took     time.Duration // set at the end
+	cycle    int
+	closed   int64         // bytes of links that are gone
+	marked   chan struct{} // closed when the last mark has been made
+	markErr  error
+
+	announced struct {
+		cycle    int
+		at       time.Time
+		answered int           // the last cycle that the target has answered
+		quickest time.Duration // answer so far; 0: there was none
+	}
+}
+
+// outgoingDevice is a device on its way.
+type outgoingDevice struct {
+	SourceDevice
+	index    int
+	skip     bool          // the target does not want it
+	holds    bool          // the target has the base
+	absent   bool          // it has one that this side lacks
+	contents []block.ID    // of that, of its blocks
+	backup   block.ID      // of what is stored of it; zero when nothing is
+	changed  *block.Bitmap // pages that had changed since, at the offer
+	stored   bool          // the target has that
+	unknown  bool          // the target has an older copy
+	whole    bool          // and gets whole blocks
+	pending  *block.Bitmap // pages to send
+	held     []uint64      // hash of each page as it was sent; 0: it was not
+	quiet    int           // cycles
+	sent     atomic.Int64
+	saved    atomic.Int64
+	postCopy atomic.Int64
+	wanted   atomic.Int64
+}
+
+func newOutgoing(s *Source, h wire.Hello, l *link) (*outgoing, error) {
+	sender, err := newSender()
+	if err != nil {
+		return nil, err
+	}
+	o := &outgoing{
+		Source: s, id: h.Migration, first: l, sender: sender, copy: h.Copy, wantsSignature: h.Features&wire.FeatureSignature != 0, tellsContents: h.Features&wire.FeatureContents != 0, force: h.Features&wire.FeatureForce != 0,
+		decided: make(chan struct{}), ended: make(chan struct{}), ready: make(chan struct{}), prepared: make(chan struct{}), acks: make(chan wire.Ack, 1), settled: make(chan decision, 1),
+		complete: make(chan struct{}), marked: make(chan struct{}), wants: make(chan wire.Want, 64), stored: make(chan struct{}, 1), attached: make(chan struct{}), changed: make(chan struct{}), began: time.Now(),
+	}
+	o.state.Store(migrate.Preflight)
+	close(o.marked)
+	if o.copy { // nothing is started there
+		o.once.ready.Do(func() { close(o.ready) })
+	}
+	o.ctx, o.revoke = context.WithCancelCause(s.ctx)
+	if b := s.config.Limits.Bandwidth; b > 0 {
+		o.limiter = xrate.NewLimiter(xrate.Limit(b), 2*wire.MaxExtent)
+	}
+	for i, d := range s.config.Devices {
+		o.devices = append(o.devices, &outgoingDevice{SourceDevice: d, index: i, pending: block.NewBitmap(block.Pages(d.Device))})
+		o.sizes = append(o.sizes, d.Device.Size())
+	}
+	return o, nil
+}
+
+// State is where the migration stands.
+func (o *outgoing) Phase() migrate.Phase { return o.state.Load().(migrate.Phase) }
+
+func (o *outgoing) enter(s migrate.Phase) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.state.Store(s)
+	close(o.changed)
+	o.changed = make(chan struct{})
+}
+
+// follow returns the state, and a channel that is closed when it is another one.
+func (o *outgoing) follow() (migrate.Phase, <-chan struct{}) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.Phase(), o.changed
+}
+
+// run runs the migration to its end.
+func (o *outgoing) run() error {
+	defer close(o.ended)
+	defer o.revoke(nil)
+	stopProgress := o.reportProgress()
+	// The context of the whole; what can still be revoked derives its own from o.ctx.
+	ctx, cancel := context.WithCancelCause(o.Source.ctx)
+	defer cancel(nil)
+	state, err := advance(ctx, o, sourceTable, migrate.Preflight, &o.config.Limits, func(state migrate.Phase) {
+		o.enter(state)
+		switch state {
+		case migrate.InDoubt, migrate.Serving, migrate.Kept, migrate.Moved, migrate.Lost, migrate.LeftInDoubt, migrate.LeftServing:
+			o.decide.Do(func() { close(o.decided) })
+		}
+		o.config.OnPhase(state)
+	})
+	if err != nil {
+		o.mu.Lock()
+		l := o.main
+		o.mu.Unlock()
+		if l == nil {
+			l = o.first
+		}
+		l.refuse(codeOf(err), err)
+	}
+	o.mu.Lock()
+	o.took = time.Since(o.began)
+	links := []*link{o.main, o.demand}
+	o.mu.Unlock()
+	for _, l := range links {
+		if l != nil {
+			l.cancel(errEnded)
+		}
+	}
+	cancel(errEnded)
+	o.wg.Wait()
+	o.sender.close()
+	stopProgress()
+	o.mu.Lock()
+	err = errors.Join(err, o.markErr)
+	o.mu.Unlock()
+	if err == nil && (state == migrate.Moved || o.delivered) {
+		return nil
+	}
+	if err == nil {
+		err = errors.New("the target did not take the VM")
+	}
+	return err
+}
+
+func (o *outgoing) reportProgress() (stop func()) {
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		tick := time.NewTicker(100 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-done:
+				o.config.OnProgress(o.Stats())
+				return
+			case <-tick.C:
+				o.config.OnProgress(o.Stats())
+			}
+		}
+	})
+	return func() {
+		close(done)
+		wg.Wait()
+	}
+}
+
+// Stats says what was done so far.
+func (o *outgoing) Stats() migrate.Stats {
+	o.mu.Lock()
+	s := migrate.Stats{Phase: o.Phase(), Cycle: o.cycle, Preflight: o.preflown, Total: o.took, Paused: o.downtime, Wire: o.closed}
+	if s.Total == 0 {
+		s.Total = time.Since(o.began)
+	}
+	for _, l := range []*link{o.main, o.demand} {
+		if l != nil {
+			s.Wire += l.Sent() + l.Received()
+		}
+	}
+	o.mu.Unlock()
+	for _, d := range o.devices {
+		s.Devices = append(s.Devices, migrate.DeviceStats{
+			Name: d.Name, Size: d.Device.Size(), Sent: d.sent.Load(), Saved: d.saved.Load(), Pending: d.pending.Count() * block.PageSize,
+			PostCopy: d.postCopy.Load(), Wanted: d.wanted.Load(),
+		})
+	}
+	return s
+}
+
+// revocable returns a context that ends with ctx, when the migration is revoked, or with its connection.
+func (o *outgoing) revocable(ctx context.Context, l *link) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	stopRevoked := context.AfterFunc(o.ctx, func() { cancel(context.Cause(o.ctx)) })
+	stopLost := context.AfterFunc(l.ctx, func() { cancel(fmt.Errorf("connection lost: %w", context.Cause(l.ctx))) })
+	return ctx, func() {
+		stopRevoked()
+		stopLost()
+		cancel(nil)
+	}
+}
+
+// preflight tells the target what there is, and waits for its answer. The VM is not touched.
+func (o *outgoing) preflight(ctx context.Context) (migrate.Phase, error) {
+	l := o.first
+	ctx, cancel := o.revocable(ctx, l)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { l.cancel(context.Cause(ctx)) })
+	defer stop()
+	m := wire.Manifest{Config: o.config.Config, Processor: o.config.Processor}
+	if o.config.Forward {
+		m.Features |= wire.FeatureForward
+	}
+	if o.wantsSignature && o.config.Signature != nil {
+		m.Features, m.Signature = m.Features|wire.FeatureSignature, o.config.Signature
+	}
+	if !o.copy {
+		m.Generation = o.config.Generation
+	}
+	for _, d := range o.devices {
+		if !o.copy {
+			d.backup, d.changed = o.config.Backup.backup(d.Device)
+		}
+		offer := wire.Device{Name: d.Name, Size: d.Device.Size(), BlockSize: d.Device.BlockSize(), NeedsBase: d.NeedsBase, Base: d.Base, Backup: d.backup}
+		if d.Base == (block.ID{}) && d.Origin != (block.ID{}) && o.tellsContents && !o.copy {
+			d.absent, offer.Base, offer.Absent = true, d.Origin, true
+		}
+		m.Devices = append(m.Devices, offer)
+	}
+	if err := l.Send(m); err != nil {
+		return "", l.lost(err)
+	}
+	reply, err := o.reply(ctx, l)
+	if err != nil {
+		return "", err
+	}
+	accept, ok := reply.(wire.Accept)
+	if !ok || len(accept.Held) != len(o.devices) {
+		return "", fmt.Errorf("%w: no answer to the manifest", wire.ErrProtocol)
+	}
+	for i, d := range o.devices {
+		switch accept.Held[i] {
+		case wire.HoldsNothing:
+			if d.NeedsBase {
+				return "", fmt.Errorf("%w: device %s needs its base at the target", wire.ErrProtocol, d.Name)
+			}
+		case wire.HoldsBase:
+			if d.absent {
+				if c := block.NewContents(d.Device.Size(), d.contents); c.Check() != nil || c.Device != d.Origin {
+					return "", fmt.Errorf("%w: device %s: the contents are not those of its base", wire.ErrProtocol, d.Name)
+				}
+				break
+			}
+			if d.Base == (block.ID{}) || d.Overlay == nil {
+				return "", fmt.Errorf("%w: device %s has no base", wire.ErrProtocol, d.Name)
+			}
+			d.holds = true
+		case wire.HoldsBackup:
+			if d.backup == (block.ID{}) {
+				return "", fmt.Errorf("%w: device %s has no backup", wire.ErrProtocol, d.Name)
+			}
+			d.stored = true
+		case wire.Unwanted:
+			d.skip = true
+		default:
+			return "", fmt.Errorf("%w: device %s is held in an unknown way", wire.ErrProtocol, d.Name)
+		}
+		d.held = make([]uint64, block.Pages(d.Device))
+	}
+	o.attachMain(l)
+	o.mu.Lock()
+	o.preflown = time.Since(o.began)
+	o.mu.Unlock()
+	return migrate.PreCopying, nil
+}
+
+// reply waits for the target's answer to the manifest, and lets the VM's memory be written back for as long.
+func (o *outgoing) reply(ctx context.Context, l *link) (any, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	written := make(chan error, 1)
+	go func() { written <- o.config.VM.WriteBack(ctx) }()
+	reply, err := o.receiveAnswer(l)
+	cancel()
+	if werr := <-written; err == nil && !errors.Is(werr, context.Canceled) {
+		err = werr
+	}
+	return reply, err
+}
+
+// receiveAnswer receives the answer to the manifest, and the contents before it of bases that the
+// target holds and this side lacks.
+func (o *outgoing) receiveAnswer(l *link) (any, error) {
+	for {
+		m, err := l.receive(o.sizes)
+		c, ok := m.(wire.Contents)
+		if err != nil || !ok {
+			return m, err
+		}
+		d := o.devices[c.Device]
+		if !d.absent || c.First != int64(len(d.contents)) || len(c.Blocks) == 0 {
+			return nil, fmt.Errorf("%w: contents of device %s that were not asked for", wire.ErrProtocol, d.Name)
+		}
+		d.contents = append(d.contents, c.Blocks...)
+	}
+}
+
+// attachMain makes l the main connection and reads from it.
+func (o *outgoing) attachMain(l *link) {
+	o.mu.Lock()
+	o.retire(o.main)
+	o.main = l
+	close(o.attached)
+	o.attached = make(chan struct{})
+	o.mu.Unlock()
+	o.wg.Go(func() {
+		l.cancel(o.read(l))
+		o.mu.Lock()
+		o.parted = time.Now()
+		o.mu.Unlock()
+	})
+}
+
+// retire ends a link that is replaced, with mu held.
+func (o *outgoing) retire(l *link) {
+	if l == nil {
+		return
+	}
+	l.cancel(errors.New("the target has reconnected"))
+	o.closed += l.Sent() + l.Received()
+}
+
+// attach serves a connection that joins the migration, until it ends.
+func (o *outgoing) attach(l *link, hello wire.Hello) error {
+	if hello.Lane == wire.Demand {
+		o.mu.Lock()
+		o.retire(o.demand)
+		o.demand = l
+		o.mu.Unlock()
+		err := o.read(l)
+		select {
+		case <-o.complete:
+			return nil // nothing is wanted any more
+		default:
+			return err
+		}
+	}
+	m, err := l.receive(o.sizes)
+	if err != nil {
+		return err
+	}
+	resume, ok := m.(wire.Resume)
+	if !ok {
+		err := fmt.Errorf("%w: no resume after a hello that announces one", wire.ErrProtocol)
+		l.refuse(wire.CodeProtocol, err)
+		return err
+	}
+	if code, err := o.reconcile(resume.Outcome == wire.Accepted); err != nil {
+		l.refuse(code, err)
+		return err
+	}
+	if resume.Outcome != wire.Accepted || o.Phase() == migrate.Moved {
+		return l.Send(wire.TypeReleased)
+	}
+	o.replacePending(resume.Missing)
+	o.attachMain(l)
+	if err := l.Send(wire.TypeReady); err != nil {
+		l.cancel(err)
+	}
+	<-l.ctx.Done()
+	return nil
+}
+
+// reconcile takes note of where a target stands that has reconnected. A contradiction to where this side stands is an operator's mistake.
+func (o *outgoing) reconcile(accepted bool) (wire.Code, error) {
+	switch state := o.Phase(); state {
+	case migrate.HandingOff, migrate.InDoubt:
+		// While handing off: a target that has accepted has got the authority, whose sending is just about to end here. One that refuses has given up
+		// before it came, and whatever is still sent goes nowhere.
+		o.ack(wire.Ack{Accepted: accepted, Reason: "the target did not take over before it lost the connection"})
+	case migrate.Serving, migrate.LeftServing, migrate.Moved:
+		if !accepted {
+			return wire.CodeCancelled, errors.New("the VM was taken over before")
+		}
+	case migrate.Rescuing, migrate.Kept:
+		if accepted {
+			return wire.CodeTakenBack, errors.New("an operator has settled that the VM goes on at its source")
+		}
+	default:
+		if accepted {
+			return wire.CodeCancelled, fmt.Errorf("the source has ended (%s)", state)
+		}
+	}
+	return 0, nil
+}
+
+// replacePending makes exactly those pages pending which the target lacks. What was sent on the connections it had may have been lost.
+func (o *outgoing) replacePending(missing []*block.Bitmap) {
+	o.mu.Lock()
+	for _, l := range []*link{o.main, o.demand} {
+		if l != nil {
+			l.cancel(errors.New("the target has reconnected"))
+		}
+	}
+	o.mu.Unlock()
+	o.sending.Lock()
+	defer o.sending.Unlock()
+	for i, d := range o.devices {
+		d.pending.Take()
+		if !d.skip {
+			d.pending.Add(missing[i])
+		}
+	}
+}
+
+func (o *outgoing) ack(a wire.Ack) {
+	select {
+	case o.acks <- a:
+	default: // there is an answer already
+	}
+}
+
+// completing are the states in which a target may have all. It may be quick: the authority has been
+// sent, and this side has not noticed yet that it is in doubt.
+var completing = []migrate.Phase{migrate.HandingOff, migrate.InDoubt, migrate.Serving, migrate.Delivering}
+
+// read takes what the target sends until the link ends.
+func (o *outgoing) read(l *link) error {
+	for {
+		m, err := l.receive(o.sizes)
+		if err != nil {
+			return err
+		}
+		switch m := m.(type) {
+		case wire.Ack:
+			o.ack(m)
+		case wire.Want:
+			if state := o.Phase(); state == migrate.PreCopying || state == migrate.Preparing {
+				// It is not ready yet, so that this is sent, or missing, before the VM is there.
+				if d := o.devices[m.Device]; !d.skip {
+					d.pending.SetRange(m.First, m.Ends)
+				}
+				continue
+			}
+			select {
+			case o.wants <- m:
+			case <-l.ctx.Done():
+				return context.Cause(l.ctx)
+			}
+		case wire.Progress:
+			o.answered(m.Cycle)
+		case wire.Type:
+			switch {
+			case m == wire.TypeReady:
+				o.once.ready.Do(func() { close(o.ready) })
+				continue
+			case m == wire.TypePrepare:
+				o.once.prepared.Do(func() { close(o.prepared) })
+				continue
+			case m == wire.TypeComplete && contains(completing, o.Phase()):
+				o.once.complete.Do(func() { close(o.complete) })
+				continue
+			}
+			return fmt.Errorf("%w: %s while %s", wire.ErrProtocol, m, o.Phase())
+		default:
+			return fmt.Errorf("%w: %T while %s", wire.ErrProtocol, m, o.Phase())
+		}
+	}
+}

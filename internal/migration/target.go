@@ -1,0 +1,1016 @@
+package migration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/google/uuid"
+
+	"drafter/internal/block"
+	"drafter/internal/wire"
+	"drafter/migrate"
+)
+
+// TargetVM is what a target asks of the VM it is about to have. There is one call at a time, but pages arrive beside Start and Expect.
+type TargetVM interface {
+	// Accept checks what is offered and opens devices for it, in the manifest's order. An error refuses the VM; it is told to the source. What Accept
+	// made is undone by Discard.
+	Accept(ctx context.Context, m wire.Manifest, migration uuid.UUID) ([]TargetDevice, error)
+	// Start starts the VMM, which waits for Restore. The devices that it needs have arrived.
+	Start(ctx context.Context) error
+	// Expect notes durably that the VM may be taken over from now on. It comes before Restore, and may take as long as a busy disk does.
+	Expect(ctx context.Context, migration uuid.UUID) error
+	// Restore loads the VM's state and notes that the VM runs here, so that it is known even if this process is killed. It does not run yet.
+	Restore(ctx context.Context, migration uuid.UUID) error
+	// Resume lets the VM run. An error means that it did not, unless it is an [ErrMayHaveRun].
+	Resume(ctx context.Context) error
+	// Complete makes durable what has arrived; nothing is missing any more.
+	Complete(ctx context.Context) error
+	// Discard gives up what Accept, Start, Expect and Restore made, and notes that the VM never ran here.
+	Discard(ctx context.Context) error
+}
+
+// TargetDevice is where a device of the manifest arrives.
+type TargetDevice struct {
+	Held   wire.Held
+	Device *block.Incoming // nil when it is [wire.Unwanted]
+	First  bool            // the VMM needs it to start
+	Backup *Backup         // where to get what is held; of [wire.HoldsBackup] only
+	Base   *block.Contents // of a base that is held and that the source lacks; else nil
+
+	// Cache, if not nil, puts pages that have arrived where the VM will find them without asking; Uncache takes them away again. Both are called before
+	// the handoff only.
+	Cache   func(p []byte, off int64) error
+	Uncache func(off, length int64) error
+
+	// Persist, if not nil, notes durably which pages are missing; see [block.Incoming.Open].
+	Persist func(missing *block.Bitmap) error
+}
+
+// TargetConfig says how to receive a VM.
+type TargetConfig struct {
+	VM     TargetVM
+	Dial   migrate.Dial
+	Limits migrate.Limits
+	Copy   bool // a copy is wanted: the VM goes on at its source, and only Accept, Complete and Discard of VM are called
+	Force  bool // the VM is wanted even if its guest does not get ready to be paused: what it has not flushed is as after a power cut
+
+	// As in [SourceConfig].
+	OnPhase    func(migrate.Phase)
+	OnProgress func(migrate.Stats)
+}
+
+// Target is a VM that has arrived, or the rest of which is arriving.
+type Target struct {
+	forwards bool // the source has users of the devices
+	config   TargetConfig
+	id       uuid.UUID
+	cancel   context.CancelCauseFunc
+	state    atomic.Value  // State
+	running  chan struct{} // closed when the VM runs here
+	whole    chan struct{} // closed when nothing is missing here
+	ended    chan struct{} // closed when all is over; err is set
+	err      error
+	wg       sync.WaitGroup
+
+	devices   []*incomingDevice
+	sizes     []int64
+	authority chan wire.Authority // from the reader; its devices are open
+	snapshot  chan wire.Snapshot  // from the reader: all of a copy is there
+	released  chan struct{}       // closed when the source has taken note
+	release   sync.Once
+	start     task // of the VMM
+	expect    task // that the VM comes
+	restoring *restoring
+	offered   bool        // Ready was sent, so that an authority may be on its way
+	refusal   error       // why the VM was not taken over
+	taken     atomic.Bool // an authority has been received
+
+	mu       sync.Mutex // guards the following
+	main     *link
+	demand   *link
+	closed   int64 // bytes of links that are gone
+	queue    []wire.Want
+	began    time.Time
+	preflown time.Duration // set at the end of preflight
+	took     time.Duration
+	downtime time.Duration
+	cycle    int
+	stored   int           // the last cycle that is to be answered; 0: none
+	wanted   chan struct{} // holds a token when queue is not empty
+}
+
+// task is something that is done once.
+type task struct {
+	once  sync.Once
+	begun atomic.Bool
+	done  chan struct{} // closed at its end
+	err   error
+}
+
+// begin does it in a goroutine of wg, if that was not begun before.
+func (k *task) begin(wg *sync.WaitGroup, do func() error) {
+	k.once.Do(func() {
+		k.begun.Store(true)
+		wg.Go(func() {
+			defer close(k.done)
+			k.err = do()
+		})
+	})
+}
+
+// Receive asks a source for its VM. It returns when the VM runs here; what is missing is fetched from then on, see [Target.Wait]. On an error the VM does not
+// run here.
+func Receive(ctx context.Context, c TargetConfig) (*Target, error) {
+	var err error
+	if c.Limits, err = c.Limits.WithDefaults(); err != nil {
+		return nil, err
+	}
+	if c.OnPhase == nil {
+		c.OnPhase = func(migrate.Phase) {}
+	}
+	if c.OnProgress == nil {
+		c.OnProgress = func(migrate.Stats) {}
+	}
+	id, err := uuid.NewRandom()
+	if err != nil {
+		return nil, fmt.Errorf("make migration id: %w", err)
+	}
+	t := &Target{
+		config: c, id: id, running: make(chan struct{}), whole: make(chan struct{}), ended: make(chan struct{}), authority: make(chan wire.Authority, 1), snapshot: make(chan wire.Snapshot, 1),
+		released: make(chan struct{}), began: time.Now(), wanted: make(chan struct{}, 1),
+		restoring: newRestoring(),
+	}
+	t.start.done, t.expect.done = make(chan struct{}), make(chan struct{})
+	t.state.Store(migrate.Preflight)
+	// What arrives after the VM runs does not end with the caller's context.
+	lifetime, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	t.cancel = cancel
+	stop := context.AfterFunc(ctx, func() { cancel(context.Cause(ctx)) })
+	go t.run(lifetime)
+	select {
+	case <-t.running:
+		if stop() {
+			return t, nil
+		}
+	case <-t.ended:
+	}
+	stop()
+	<-t.ended
+	if t.Phase() == migrate.Copied {
+		return t, nil
+	}
+	select {
+	case <-t.running: // it runs, and the context has ended since
+		return t, nil
+	default:
+		return nil, t.err
+	}
+}
+
+// targetTable is the target's machine.
+var targetTable = map[migrate.Phase]row[*Target]{
+	migrate.Preflight:   {does: (*Target).preflight, then: []migrate.Phase{migrate.Receiving}, failing: migrate.HandingBack},
+	migrate.Receiving:   {does: (*Target).receive, then: []migrate.Phase{migrate.TakingOver, migrate.Storing}, failing: migrate.HandingBack},
+	migrate.TakingOver:  {does: (*Target).takeOver, then: []migrate.Phase{migrate.Fetching}, failing: migrate.HandingBack, within: func(l *migrate.Limits) time.Duration { return l.Handoff }},
+	migrate.HandingBack: {does: (*Target).handBack, then: []migrate.Phase{migrate.NotTaken}, failing: migrate.NotTaken},
+	migrate.Fetching:    {does: (*Target).fetch, then: []migrate.Phase{migrate.Confirming}, failing: migrate.LeftFetching},
+	migrate.Confirming:  {does: (*Target).confirm, then: []migrate.Phase{migrate.Moved}, failing: migrate.LeftFetching},
+
+	migrate.Storing: {does: (*Target).storeCopy, then: []migrate.Phase{migrate.Copied}, failing: migrate.HandingBack},
+
+	migrate.NotTaken: {}, migrate.Moved: {}, migrate.LeftFetching: {}, migrate.Copied: {},
+}
+
+func (t *Target) run(ctx context.Context) {
+	defer close(t.ended)
+	stopProgress := t.reportProgress()
+	_, err := advance(ctx, t, targetTable, migrate.Preflight, &t.config.Limits, func(s migrate.Phase) {
+		t.state.Store(s)
+		if s == migrate.Fetching {
+			close(t.running)
+		}
+		t.config.OnPhase(s)
+	})
+	t.mu.Lock()
+	t.took = time.Since(t.began)
+	links := []*link{t.main, t.demand}
+	t.mu.Unlock()
+	t.cancel(errEnded)
+	for _, l := range links {
+		if l != nil {
+			l.close(errEnded)
+		}
+	}
+	t.wg.Wait()
+	stopProgress()
+	t.err = err
+}
+
+func (t *Target) reportProgress() (stop func()) {
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		tick := time.NewTicker(100 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-done:
+				t.config.OnProgress(t.Stats())
+				return
+			case <-tick.C:
+				t.config.OnProgress(t.Stats())
+			}
+		}
+	})
+	return func() {
+		close(done)
+		wg.Wait()
+	}
+}
+
+// Phase is where the migration stands.
+func (t *Target) Phase() migrate.Phase { return t.state.Load().(migrate.Phase) }
+
+// Stats says what was done so far.
+func (t *Target) Stats() migrate.Stats {
+	t.mu.Lock()
+	s := migrate.Stats{Phase: t.Phase(), Cycle: t.cycle, Preflight: t.preflown, Total: t.took, Paused: t.downtime, Wire: t.closed}
+	if s.Total == 0 {
+		s.Total = time.Since(t.began)
+	}
+	for _, l := range []*link{t.main, t.demand} {
+		if l != nil {
+			s.Wire += l.Sent() + l.Received()
+		}
+	}
+	devices := t.devices
+	t.mu.Unlock()
+	for _, d := range devices {
+		if d.Device == nil {
+			continue
+		}
+		s.Devices = append(s.Devices, migrate.DeviceStats{
+			Name: d.name, Size: d.Device.Size(), Sent: d.received.Load(), Saved: d.saved.Load(), Pending: d.Device.Missing() * block.PageSize,
+			PostCopy: d.postCopy.Load(), Wanted: d.wanted.Load(), Backup: d.fetched.Load(),
+		})
+	}
+	return s
+}
+
+// Done is closed when nothing is missing any more and the source knows, or when that will not be.
+func (t *Target) Done() <-chan struct{} { return t.ended }
+
+// Whole is closed when nothing is missing here. From then on the source is needed for nothing,
+// whether it knows or not.
+func (t *Target) Whole() <-chan struct{} { return t.whole }
+
+// Lost returns why the VM cannot go on here: its source has taken it back, or has ended before all
+// of it was here. It is nil as long as that is not so, or not known.
+func (t *Target) Lost() error {
+	select {
+	case <-t.ended:
+	default:
+		return nil
+	}
+	select {
+	case <-t.whole:
+		if !errors.Is(t.err, migrate.ErrTakenBack) {
+			return nil
+		}
+	default:
+	}
+	return t.err
+}
+
+// Wait waits until Done and returns what kept the VM from being complete.
+func (t *Target) Wait() error {
+	<-t.ended
+	return t.err
+}
+
+// GiveUp ends the migration of a VM of which something is missing, because an operator has settled
+// that its source goes on with it: Wait returns [ErrTakenBack].
+func (t *Target) GiveUp() {
+	t.cancel(fmt.Errorf("%w, as an operator has settled here", migrate.ErrTakenBack))
+}
+
+// Close gives up what is still missing, and waits for the end of what goes on. A source that is
+// connected is told first if nothing is.
+func (t *Target) Close() error {
+	t.mu.Lock()
+	l := t.main
+	t.mu.Unlock()
+	select {
+	case <-t.whole:
+		select {
+		case <-t.ended:
+		case <-l.ctx.Done():
+		case <-time.After(t.config.Limits.Silence):
+		}
+	default:
+	}
+	t.cancel(errors.New("the target is closing"))
+	<-t.ended
+	for _, d := range t.devices {
+		if d.Device != nil {
+			d.Device.Abandon()
+		}
+	}
+	return nil
+}
+
+// connect dials and says hello.
+func (t *Target) connect(ctx context.Context, lane wire.Lane, resume bool) (*link, error) {
+	dctx, cancel := context.WithTimeoutCause(ctx, t.config.Limits.Silence, errors.New("no answer"))
+	defer cancel()
+	stream, err := t.config.Dial(dctx)
+	if err != nil {
+		return nil, fmt.Errorf("connect: %w", err)
+	}
+	l := newLink(ctx, stream, t.config.Limits.Silence)
+	hello := wire.Hello{Version: wire.Version, Lane: lane, Resume: resume, Copy: t.config.Copy, Migration: t.id, Features: wire.FeatureSignature | wire.FeatureContents}
+	if t.config.Force {
+		hello.Features |= wire.FeatureForce
+	}
+	if err := l.Send(hello); err != nil {
+		err = l.lost(err)
+		l.close(err)
+		return nil, err
+	}
+	return l, nil
+}
+
+// preflight learns what there is and whether it can run here.
+func (t *Target) preflight(ctx context.Context) (migrate.Phase, error) {
+	l, err := t.connect(ctx, wire.Main, false)
+	if err != nil {
+		return "", err
+	}
+	t.mu.Lock()
+	t.main = l
+	t.mu.Unlock()
+	reply, err := l.receive(nil)
+	if errors.Is(err, io.EOF) {
+		return "", fmt.Errorf("the source closed the connection without a word, as one does that wants TLS, or has too many connections; its log says why: %w", err)
+	}
+	if err != nil {
+		return "", fmt.Errorf("the source refuses: %w", err)
+	}
+	m, ok := reply.(wire.Manifest)
+	if !ok || len(m.Devices) == 0 {
+		return "", fmt.Errorf("%w: no manifest after a hello", wire.ErrProtocol)
+	}
+	if m.Features&wire.FeaturePackage != 0 {
+		return "", migrate.ErrPackage
+	}
+	if err := block.CheckSizes(t.config.Limits.MaxSize, m.Sizes()...); err != nil {
+		l.refuse(wire.CodeIncompatible, err)
+		return "", err
+	}
+	t.forwards = m.Features&wire.FeatureForward != 0
+	devices, err := t.config.VM.Accept(ctx, m, t.id)
+	if err != nil {
+		l.refuse(wire.CodeIncompatible, err)
+		return "", err
+	}
+	accept := wire.Accept{}
+	var incoming []*incomingDevice
+	for i, d := range devices {
+		accept.Held = append(accept.Held, d.Held)
+		in := &incomingDevice{TargetDevice: d, name: m.Devices[i].Name, index: i}
+		if d.Device != nil {
+			in.asked = block.NewBitmap(block.Pages(d.Device))
+			if d.Cache != nil {
+				in.cached = block.NewBitmap(block.Pages(d.Device))
+			}
+		}
+		incoming = append(incoming, in)
+		t.sizes = append(t.sizes, m.Devices[i].Size)
+	}
+	t.mu.Lock()
+	t.devices = incoming
+	t.mu.Unlock()
+	if err := t.beginBackups(); err != nil {
+		l.refuse(wire.CodeInternal, err)
+		return "", err
+	}
+	if !t.config.Copy {
+		t.joinDemand(ctx)
+	}
+	t.restoring.ctx, t.restoring.cancel = context.WithCancelCause(ctx)
+	t.startWhenPossible(ctx, 1)
+	t.wg.Go(func() { l.cancel(t.read(ctx, l)) })
+	t.wg.Go(func() { t.ask(ctx) })
+	t.wg.Go(func() {
+		if err := t.fetchBackups(ctx, l); err != nil {
+			l.refuse(wire.CodeInternal, err)
+			l.cancel(err)
+		}
+	})
+	if err := t.headStart(ctx, l); err != nil {
+		return "", err
+	}
+	for i, d := range devices {
+		if d.Held == wire.HoldsBase && d.Base != nil {
+			if err := sendContents(l, i, d.Base); err != nil {
+				return "", l.lost(err)
+			}
+		}
+	}
+	if err := l.Send(accept); err != nil {
+		return "", l.lost(err)
+	}
+	t.mu.Lock()
+	t.preflown = time.Since(t.began)
+	t.mu.Unlock()
+	return migrate.Receiving, nil
+}
+
+// headStart waits, for as long as the limits allow, until the VMM is there, if it has begun to start. What the VM writes meanwhile need not be sent again and again,
+// and a VMM that cannot start is no trouble for a VM that has not been touched.
+func (t *Target) headStart(ctx context.Context, l *link) error {
+	if !t.start.begun.Load() || slices.ContainsFunc(t.devices, func(d *incomingDevice) bool { return d.left != nil }) {
+		return nil
+	}
+	timeout := time.NewTimer(t.config.Limits.HeadStart)
+	defer timeout.Stop()
+	select {
+	case <-t.start.done:
+		if err := t.start.err; err != nil {
+			l.refuse(codeOf(err), fmt.Errorf("the target cannot start its VMM: %w", err))
+			return err
+		}
+	case <-timeout.C:
+	case <-l.ctx.Done():
+		return fmt.Errorf("the VM stays at its source: %w", context.Cause(l.ctx))
+	case <-ctx.Done():
+		l.refuse(wire.CodeCancelled, errors.New("the target was ended"))
+		return context.Cause(ctx)
+	}
+	return nil
+}
+
+// joinDemand opens the connection for what somebody waits for, if the transport gives a second one.
+func (t *Target) joinDemand(ctx context.Context) {
+	l, err := t.connect(ctx, wire.Demand, false)
+	if err != nil {
+		return // then the main connection serves for it
+	}
+	t.mu.Lock()
+	t.demand = l
+	t.mu.Unlock()
+	t.wg.Go(func() { l.cancel(t.read(ctx, l)) })
+}
+
+// read takes what the source sends until the link ends.
+func (t *Target) read(ctx context.Context, l *link) error {
+	decoder, err := wire.NewDecoder()
+	if err != nil {
+		return err
+	}
+	defer decoder.Close()
+	for {
+		f, err := l.Read()
+		if err != nil {
+			return l.lost(err)
+		}
+		switch f.Type {
+		case wire.TypePing:
+			continue
+		case wire.TypeExtent:
+			e, err := decoder.Extent(f, t.sizes)
+			if err != nil {
+				return err
+			}
+			if err := t.store(l, e); err != nil {
+				err = fmt.Errorf("device %s: %w", t.devices[e.Device].name, err)
+				l.refuse(wire.CodeInternal, err)
+				return err
+			}
+			continue
+		}
+		m, err := wire.Decode(f, t.sizes)
+		if err != nil {
+			return err
+		}
+		switch m := m.(type) {
+		case wire.Cycle:
+			t.mu.Lock()
+			t.cycle, t.stored = m.Number, m.Number
+			t.mu.Unlock()
+			t.signalWanted()
+			t.startWhenPossible(ctx, m.Number)
+		case wire.Authority:
+			if t.Phase() != migrate.Receiving || !t.started() || !t.taken.CompareAndSwap(false, true) {
+				return fmt.Errorf("%w: an authority while %s", wire.ErrProtocol, t.Phase())
+			}
+			if err := t.open(m); err != nil {
+				return err
+			}
+			t.authority <- m // there is but one
+		case wire.Snapshot:
+			// A small copy may be here before this side has noticed that it is being received.
+			if state := t.Phase(); !t.config.Copy || state != migrate.Receiving && state != migrate.Preflight || !t.taken.CompareAndSwap(false, true) {
+				return fmt.Errorf("%w: a snapshot while %s", wire.ErrProtocol, state)
+			}
+			t.snapshot <- m // there is but one
+		case wire.Error:
+			return &RemoteError{Code: m.Code, Text: m.Text}
+		case wire.Type:
+			if m == wire.TypeReady && t.taken.Load() {
+				t.wg.Go(func() { t.joinDemand(ctx) })
+				continue
+			}
+			// The source may be quick: this side has not noticed yet that it is receiving.
+			receiving := slices.Contains([]migrate.Phase{migrate.Preflight, migrate.Receiving}, t.Phase())
+			if m == wire.TypePrepare && receiving && t.started() {
+				t.beginExpect(ctx, l)
+				continue
+			}
+			if m == wire.TypeReady && receiving {
+				t.restoring.hurried.Do(func() { close(t.restoring.hurry) })
+				continue
+			}
+			if m != wire.TypeReleased || t.Phase() != migrate.Confirming && t.Phase() != migrate.Storing {
+				return fmt.Errorf("%w: %s while %s", wire.ErrProtocol, m, t.Phase())
+			}
+			t.release.Do(func() { close(t.released) })
+		default:
+			return fmt.Errorf("%w: %s while %s", wire.ErrProtocol, f.Type, t.Phase())
+		}
+	}
+}
+
+// started tells whether the VMM waits.
+func (t *Target) started() bool {
+	select {
+	case <-t.start.done:
+		return t.start.err == nil
+	default:
+		return false
+	}
+}
+
+// startWhenPossible starts the VMM once the devices it needs are there: at once if they are the base's, else when the first cycle is over and their backups are here.
+func (t *Target) startWhenPossible(ctx context.Context, cycle int) {
+	if t.config.Copy {
+		return
+	}
+	for _, d := range t.devices {
+		if d.First && (cycle < 2 && d.Held != wire.HoldsBase || d.left != nil && d.left.Count() > 0) {
+			return
+		}
+	}
+	t.start.begin(&t.wg, func() error {
+		if err := t.config.VM.Start(ctx); err != nil {
+			return err
+		}
+		if err := t.awaitBackups(ctx); err != nil {
+			return err
+		}
+		return t.warm(ctx)
+	})
+}
+
+// beginExpect notes that the VM may be taken over, beside what still arrives, and tells the source when that is done.
+func (t *Target) beginExpect(ctx context.Context, l *link) {
+	t.expect.begin(&t.wg, func() error {
+		if err := t.config.VM.Expect(ctx, t.id); err != nil {
+			return err
+		}
+		if err := l.Send(wire.TypePrepare); err != nil {
+			l.cancel(err)
+		}
+		return nil
+	})
+}
+
+// want asks for pages once, without waiting.
+func (t *Target) want(device int, first, end int64) {
+	asked := t.devices[device].asked
+	var queue []wire.Want
+	for page := first; page < end; page++ {
+		if !asked.Set(page) {
+			continue
+		}
+		if n := len(queue); n > 0 && queue[n-1].Ends == page {
+			queue[n-1].Ends++
+			continue
+		}
+		queue = append(queue, wire.Want{Device: device, First: page, Ends: page + 1})
+	}
+	t.mu.Lock()
+	t.queue = append(t.queue, queue...)
+	t.mu.Unlock()
+	t.signalWanted()
+}
+
+func (t *Target) signalWanted() {
+	select {
+	case t.wanted <- struct{}{}:
+	default:
+	}
+}
+
+// ask sends what is wanted, and answers to cycles: the one who reads must not wait for what is sent. What cannot be sent is asked for again after the next connection
+// is there.
+func (t *Target) ask(ctx context.Context) {
+	for {
+		select {
+		case <-t.wanted:
+		case <-ctx.Done():
+			return
+		}
+		t.mu.Lock()
+		queue, stored := t.queue, t.stored
+		t.queue, t.stored = nil, 0
+		l := t.demand
+		if l == nil || l.ctx.Err() != nil {
+			l = t.main
+		}
+		t.mu.Unlock()
+		if stored > 0 {
+			if err := l.Send(wire.Progress{Cycle: stored}); err != nil {
+				l.sendFailed(err)
+			}
+		}
+		for _, w := range queue {
+			if err := l.Send(w); err != nil {
+				l.sendFailed(err)
+				break
+			}
+		}
+	}
+}
+
+// receive waits until the VM is handed over.
+func (t *Target) receive(ctx context.Context) (migrate.Phase, error) {
+	l := t.main
+	started, expected := t.start.done, t.expect.done
+	for {
+		select {
+		case <-started:
+			if err := t.start.err; err != nil {
+				l.refuse(codeOf(err), fmt.Errorf("the target cannot start its VMM: %w", err))
+				return "", err
+			}
+			started = nil
+			t.offered = true
+			if err := l.Send(wire.TypeReady); err != nil {
+				return "", l.lost(err)
+			}
+		case <-expected:
+			if err := t.expect.err; err != nil {
+				l.refuse(codeOf(err), fmt.Errorf("the target cannot take the VM over: %w", err))
+				return "", err
+			}
+			expected = nil
+		case a := <-t.authority:
+			t.mu.Lock()
+			t.downtime = a.Paused
+			t.mu.Unlock()
+			return migrate.TakingOver, nil
+		case s := <-t.snapshot:
+			t.mu.Lock()
+			t.downtime = s.Paused
+			t.mu.Unlock()
+			return migrate.Storing, nil
+		case <-l.ctx.Done():
+			if len(t.snapshot) > 0 {
+				continue // it came just before
+			}
+			return "", fmt.Errorf("the VM stays at its source: %w", context.Cause(l.ctx))
+		case <-ctx.Done():
+			l.refuse(wire.CodeCancelled, errors.New("the target was ended"))
+			return "", context.Cause(ctx)
+		}
+	}
+}
+
+// storeCopy completes a copy and tells the source, which does not need to hear it: the copy is what it is.
+func (t *Target) storeCopy(ctx context.Context) (migrate.Phase, error) {
+	if err := t.config.VM.Complete(ctx); err != nil {
+		t.main.refuse(codeOf(err), fmt.Errorf("the copy cannot be stored: %w", err))
+		return "", err
+	}
+	if err := t.main.Send(wire.TypeComplete); err == nil {
+		select {
+		case <-t.released:
+		case <-t.main.ctx.Done():
+		case <-ctx.Done():
+		}
+	}
+	return migrate.Copied, nil
+}
+
+// takeOver lets the VM run here. Until it does, the VM can be handed back.
+func (t *Target) takeOver(ctx context.Context) (migrate.Phase, error) {
+	began := time.Now()
+	t.beginExpect(ctx, t.main) // if the source has not asked for it
+	select {
+	case <-t.expect.done:
+		t.refusal = t.expect.err
+	case <-ctx.Done():
+		t.refusal = context.Cause(ctx)
+	}
+	if t.refusal != nil {
+		return "", t.refusal
+	}
+	if t.refusal = t.config.VM.Restore(ctx, t.id); t.refusal != nil {
+		return "", t.refusal
+	}
+	if err := t.config.VM.Resume(ctx); err != nil && !errors.Is(err, migrate.ErrMayHaveRun) {
+		t.refusal = err
+		return "", err
+	}
+	t.mu.Lock()
+	t.downtime += time.Since(began)
+	l := t.main
+	t.mu.Unlock()
+	if serr := l.Send(wire.Ack{Accepted: true}); serr != nil {
+		l.cancel(serr) // the source learns it on the next connection
+	}
+	return migrate.Fetching, nil // a VM that has died has an owner all the same, who will notice
+}
+
+// handBack gives up what there is, and tells the source that the VM will never run here.
+func (t *Target) handBack(ctx context.Context) (migrate.Phase, error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), t.config.Limits.Settle)
+	defer cancel()
+	t.restoring.end()
+	for _, d := range t.devices {
+		if d.Device != nil {
+			d.Device.Abandon()
+		}
+	}
+	for _, k := range []*task{&t.start, &t.expect} {
+		if k.begun.Load() {
+			<-k.done // its context has ended, or it is quick
+		}
+	}
+	err := t.config.VM.Discard(ctx)
+	t.mu.Lock()
+	l := t.main
+	t.mu.Unlock()
+	if l == nil {
+		return migrate.NotTaken, err
+	}
+	if t.offered && l.ctx.Err() == nil {
+		reason := "the target gave up before the handoff"
+		if t.refusal != nil {
+			reason = t.refusal.Error()
+		}
+		_ = l.Send(wire.Ack{Reason: reason}) // whether it is read is not known, so it is told again
+	}
+	l.linger(t.config.Limits.Reconnect)
+	if t.offered {
+		err = errors.Join(err, t.tellRefused(ctx))
+	}
+	return migrate.NotTaken, err
+}
+
+// tellRefused tells the source on a new connection that the VM did not run here, until it has taken note.
+func (t *Target) tellRefused(ctx context.Context) error {
+	var deserted time.Time // since when nobody listens there
+	for {
+		err := t.resume(ctx, wire.Refused, func(l *link) error {
+			m, err := l.receive(t.sizes)
+			var remote *RemoteError
+			if errors.As(err, &remote) && remote.Code == wire.CodeUnknown {
+				return nil // it runs at its source already, or the source is another process
+			}
+			if err == nil && m != wire.TypeReleased {
+				err = fmt.Errorf("%w: %v after a resume", wire.ErrProtocol, m)
+			}
+			return err
+		})
+		if err == nil {
+			return nil
+		}
+		if !nobodyListens(err) {
+			deserted = time.Time{}
+		} else if deserted.IsZero() {
+			deserted = time.Now()
+		}
+		ended := !deserted.IsZero() && time.Since(deserted) > t.config.Limits.Silence
+		select {
+		case <-time.After(t.config.Limits.Reconnect):
+		case <-ctx.Done():
+			ended = true
+		}
+		if ended {
+			return fmt.Errorf("the source could not be told that the VM did not run here (%w); if it waits, settle it there: drafter peer settle --here", err)
+		}
+	}
+}
+
+// nobodyListens tells whether a connection failed as there is no process at its address. The path of
+// a UNIX socket is gone once its listener has ended well.
+func nobodyListens(err error) bool {
+	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENOENT)
+}
+
+// resume makes a connection after one was lost, says where this side stands, and lets use go on with it. The link is closed afterwards.
+func (t *Target) resume(ctx context.Context, outcome wire.Outcome, use func(*link) error) error {
+	l, err := t.connect(ctx, wire.Main, true)
+	if err != nil {
+		return err
+	}
+	var sending sync.WaitGroup
+	defer sending.Wait()
+	defer l.close(errors.New("the connection is not needed any more"))
+	stop := context.AfterFunc(ctx, func() { l.cancel(context.Cause(ctx)) })
+	defer stop()
+	r := wire.Resume{Outcome: outcome}
+	for i, d := range t.devices {
+		missing := block.NewBitmap((t.sizes[i] + block.PageSize - 1) / block.PageSize)
+		if d.Device != nil && outcome == wire.Accepted {
+			missing = d.Device.MissingPages()
+		}
+		r.Missing = append(r.Missing, missing)
+	}
+	// A source that refuses does not read this, but says why: nobody waits here until it is sent.
+	sending.Go(func() { _ = l.Send(r) }) // of a connection that breaks, nothing can be read either
+	return use(l)
+}
+
+// fetch gets what is missing, over as many connections as it takes.
+func (t *Target) fetch(ctx context.Context) (migrate.Phase, error) {
+	for _, d := range t.devices {
+		if d.Device == nil {
+			continue
+		}
+		if err := t.whileConnected(ctx, d.Device.Complete()); err != nil {
+			return "", fmt.Errorf("device %s: %d bytes are missing: %w", d.name, d.Device.Missing()*block.PageSize, err)
+		}
+	}
+	close(t.whole)
+	return migrate.Confirming, nil
+}
+
+// whileConnected keeps a connection with the source until done is closed.
+func (t *Target) whileConnected(ctx context.Context, done <-chan struct{}) error {
+	for {
+		t.mu.Lock()
+		l := t.main
+		var demandLost <-chan struct{}
+		if t.demand != nil {
+			demandLost = t.demand.ctx.Done()
+		}
+		t.mu.Unlock()
+		select {
+		case <-done:
+			return nil
+		case <-demandLost:
+			// What was on its way there is lost, and only a new main connection tells the source so.
+			l.cancel(errors.New("the connection for wanted pages was lost"))
+		case <-l.ctx.Done():
+			if err := t.comeBack(ctx, l, done); err != nil {
+				return err
+			}
+		case <-ctx.Done():
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// comeBack makes an attempt to replace a link that has ended, and waits a moment if it fails. An
+// error says that no attempt will succeed.
+func (t *Target) comeBack(ctx context.Context, lost *link, done <-chan struct{}) error {
+	if err := disowned(context.Cause(lost.ctx)); err != nil {
+		return err
+	}
+	err := t.reconnect(ctx)
+	if err == nil {
+		return nil
+	}
+	select {
+	case <-time.After(t.config.Limits.Reconnect):
+	case <-done:
+	case <-ctx.Done():
+	}
+	return disowned(err)
+}
+
+// disowned returns why a source that has answered so will never send the rest; nil if it may.
+func disowned(answer error) error {
+	var remote *RemoteError
+	if !errors.As(answer, &remote) {
+		return nil
+	}
+	switch remote.Code {
+	case wire.CodeUnknown:
+		return fmt.Errorf("the source has ended, and another process answers at its address: %w", remote)
+	case wire.CodeTakenBack:
+		return fmt.Errorf("%w: %w", migrate.ErrTakenBack, remote)
+	}
+	return nil
+}
+
+// reconnect makes a new main connection, and asks again for what somebody waits for.
+func (t *Target) reconnect(ctx context.Context) error {
+	l, err := t.connect(ctx, wire.Main, true)
+	if err != nil {
+		return err
+	}
+	r := wire.Resume{Outcome: wire.Accepted}
+	for i, d := range t.devices {
+		missing := block.NewBitmap((t.sizes[i] + block.PageSize - 1) / block.PageSize)
+		if d.Device != nil {
+			missing = d.Device.MissingPages()
+		}
+		r.Missing = append(r.Missing, missing)
+	}
+	t.mu.Lock()
+	old := []*link{t.main, t.demand}
+	t.mu.Unlock()
+	read := make(chan struct{})
+	t.wg.Go(func() {
+		defer close(read)
+		l.cancel(t.read(ctx, l))
+	})
+	if err := l.Send(r); err != nil {
+		<-read // a source that refuses does not read this, but says why
+		err = l.lost(err)
+		l.close(err)
+		return err
+	}
+	t.mu.Lock()
+	t.main = l
+	if t.demand == old[1] { // else it has come on this connection
+		t.demand = nil
+	}
+	for _, o := range old {
+		if o != nil {
+			t.closed += o.Sent() + o.Received()
+		}
+	}
+	t.queue = nil
+	for i, d := range t.devices {
+		if d.Device == nil {
+			continue
+		}
+		for page := range d.asked.All() {
+			if r.Missing[i].Has(page) {
+				t.queue = append(t.queue, wire.Want{Device: i, First: page, Ends: page + 1})
+			}
+		}
+	}
+	t.mu.Unlock()
+	for _, o := range old {
+		if o != nil {
+			o.close(errors.New("replaced"))
+		}
+	}
+	t.signalWanted()
+	return nil
+}
+
+// confirm makes the VM durable and tells the source that it is not needed any more.
+func (t *Target) confirm(ctx context.Context) (migrate.Phase, error) {
+	if err := t.config.VM.Complete(ctx); err != nil {
+		return "", err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, t.config.Limits.Settle, errors.New("no answer"))
+	defer cancel()
+	for {
+		t.mu.Lock()
+		l := t.main
+		t.mu.Unlock()
+		if err := l.Send(wire.TypeComplete); err != nil {
+			l.cancel(err)
+		}
+		select {
+		case <-t.released:
+			return migrate.Moved, nil
+		default:
+		}
+		select {
+		case <-t.released:
+			return migrate.Moved, nil
+		case <-l.ctx.Done():
+			if err := t.comeBack(ctx, l, nil); errors.Is(err, migrate.ErrTakenBack) {
+				return "", err
+			} else if err != nil {
+				return migrate.Moved, nil // the source is gone, and nothing of it is needed
+			}
+		case <-ctx.Done():
+		}
+		if ctx.Err() != nil {
+			// Nothing is missing, so nothing is wrong here. The source keeps what it has.
+			return migrate.Moved, nil
+		}
+	}
+}
+
+var _ io.Closer = (*Target)(nil)

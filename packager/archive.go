@@ -1,0 +1,448 @@
+// Package packager stores packages: in a .tar.zst file ([Create], [Extract]) and in an OCI registry
+// ([Artifact]), with a signature if they have one ([Sign], [Verify]).
+//
+// The format of the file is a tar archive with one regular file per device, named like it, compressed as a sequence of zstd frames with checksums. Holes are
+// stored as zeros, which compress to almost nothing, so that any tar reads the archive; extraction makes them holes again. The signature of a package, if it has
+// one, is the first file, [signature.File].
+package packager
+
+import (
+	"archive/tar"
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+
+	"drafter/internal/block"
+	"drafter/internal/decompress"
+	"drafter/internal/newfile"
+	"drafter/internal/private"
+	"drafter/internal/sparse"
+	"drafter/signature"
+	"drafter/vmm"
+)
+
+// Device is one device to store, or to extract.
+type Device struct {
+	Name string `json:"name"`
+	Path string `json:"path"`
+}
+
+// Progress is told how many bytes of a device, holes included, are done. It may be nil.
+type Progress func(step string, done, total int64)
+
+func (p Progress) report(step string, done, total int64) {
+	if p != nil {
+		p(step, done, total)
+	}
+}
+
+// check refuses device lists that cannot work.
+func check(devices []Device) error {
+	if len(devices) == 0 {
+		return errors.New("no devices are given; add them to --devices")
+	}
+	names, paths := map[string]bool{}, map[string]bool{}
+	for _, d := range devices {
+		if err := vmm.CheckDeviceName(d.Name); err != nil {
+			return err
+		}
+		if d.Name == signature.File {
+			return fmt.Errorf("device %s has the name of a package's signature; choose another", d.Name)
+		}
+		if d.Path == "" {
+			return fmt.Errorf("device %s has no path", d.Name)
+		}
+		if names[d.Name] || paths[filepath.Clean(d.Path)] {
+			return fmt.Errorf("device %q or its path %q is listed twice", d.Name, d.Path)
+		}
+		names[d.Name], paths[filepath.Clean(d.Path)] = true, true
+	}
+	return nil
+}
+
+// bufferSize is the unit of copying, in bytes.
+const bufferSize = 1 << 20
+
+// Create writes devices, and the signature beside the config device if there is one, into the archive at path, which only its owner can read, and which has its
+// name only once it is complete and durable.
+func Create(ctx context.Context, path string, devices []Device, progress Progress) (err error) {
+	if err := check(devices); err != nil {
+		return err
+	}
+	var signed []byte
+	if i := slices.IndexFunc(devices, func(d Device) bool { return d.Name == vmm.Config }); i >= 0 {
+		if signed, err = signature.Beside(devices[i].Path); err != nil {
+			return fmt.Errorf("create package: %w", err)
+		}
+	}
+	f, err := newfile.Create(path)
+	if err != nil {
+		return fmt.Errorf("create package: %w", err)
+	}
+	err = func() error {
+		z, err := newFrameWriter(bufio.NewWriterSize(f, 4<<20))
+		if err != nil {
+			return err
+		}
+		t := tar.NewWriter(z)
+		if signed != nil {
+			err := t.WriteHeader(header(signature.File, int64(len(signed))))
+			if err == nil {
+				_, err = t.Write(signed)
+			}
+			if err != nil {
+				return errors.Join(fmt.Errorf("signature: %w", err), z.Close())
+			}
+		}
+		for _, d := range devices {
+			if err := add(ctx, t, d, progress); err != nil {
+				return errors.Join(fmt.Errorf("device %s: %w", d.Name, err), z.Close())
+			}
+		}
+		return errors.Join(t.Close(), z.Close())
+	}()
+	if err != nil {
+		return errors.Join(fmt.Errorf("create package %s: %w", path, err), f.Discard())
+	}
+	if err := f.Publish(); err != nil {
+		return fmt.Errorf("create package %s: %w", path, err)
+	}
+	return nil
+}
+
+func header(name string, size int64) *tar.Header {
+	return &tar.Header{Typeflag: tar.TypeReg, Name: name, Size: size, Mode: 0o644, ModTime: time.Unix(0, 0), Format: tar.FormatPAX}
+}
+
+func add(ctx context.Context, t *tar.Writer, d Device, progress Progress) error {
+	f, err := private.Open(d.Path, os.O_RDONLY)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if info.IsDir() {
+		return fmt.Errorf("%s is a directory", d.Path)
+	}
+	size, err := f.Seek(0, io.SeekEnd) // also for block devices
+	if err != nil {
+		return err
+	}
+	if err := t.WriteHeader(header(d.Name, size)); err != nil {
+		return err
+	}
+	extents, err := sparse.Extents(f, size)
+	if err != nil {
+		return err
+	}
+	w := &counter{ctx: ctx, w: t, step: "Packing " + d.Name, total: size, progress: progress}
+	buf, zeros := make([]byte, bufferSize), make([]byte, bufferSize)
+	for _, e := range append(extents, sparse.Extent{Offset: size}) {
+		if err := fill(w, e.Offset, zeros, func([]byte) error { return nil }); err != nil {
+			return err
+		}
+		read := func(p []byte) error {
+			n, err := f.ReadAt(p, w.done)
+			if n == len(p) {
+				return nil
+			}
+			return fmt.Errorf("read at %d: %w", w.done, errors.Join(err, io.ErrUnexpectedEOF))
+		}
+		if err := fill(w, e.Offset+e.Length, buf, read); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// fill writes to w up to offset end, in pieces of buf that prepare has filled.
+func fill(w *counter, end int64, buf []byte, prepare func([]byte) error) error {
+	for w.done < end {
+		p := buf[:min(int64(len(buf)), end-w.done)]
+		if err := prepare(p); err != nil {
+			return err
+		}
+		if _, err := w.Write(p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+type counter struct {
+	ctx         context.Context
+	w           io.Writer
+	step        string
+	done, total int64
+	progress    Progress
+}
+
+func (c *counter) Write(p []byte) (int, error) {
+	if c.ctx.Err() != nil {
+		return 0, context.Cause(c.ctx)
+	}
+	n, err := c.w.Write(p)
+	c.done += int64(n)
+	c.progress.report(c.step, c.done, c.total)
+	return n, err
+}
+
+// maxDevice bounds what an entry may say of its size, in bytes.
+const maxDevice = 1 << 46
+
+// Extract takes devices out of the archive at path; entries that are not asked for are left alone. The files, which only their owner can read, have their
+// names only once the whole archive has proved intact; what was there before is then replaced, and untouched otherwise. The archive's signature, if it has
+// one, is put beside the config device. A verifier, which may be nil, has to accept the devices.
+func Extract(ctx context.Context, path string, devices []Device, verifier *signature.Verifier, progress Progress) (err error) {
+	if err := check(devices); err != nil {
+		return err
+	}
+	f, err := os.Open(path) // perhaps a pipe
+	if err != nil {
+		return fmt.Errorf("open package: %w", err)
+	}
+	defer f.Close()
+	x := &extraction{wanted: map[string]string{}, seen: map[string]bool{}, progress: progress, verifier: verifier, contents: map[string]*block.Contents{}}
+	for _, d := range devices {
+		x.wanted[d.Name] = d.Path
+	}
+	err = x.read(ctx, f)
+	if err == nil {
+		err = x.verify()
+	}
+	if err == nil {
+		err = x.publish()
+	}
+	for _, f := range x.files {
+		err = errors.Join(err, f.Discard())
+	}
+	if err != nil {
+		return fmt.Errorf("extract package %s: %w", path, err)
+	}
+	return nil
+}
+
+type extraction struct {
+	wanted   map[string]string // device name to path
+	seen     map[string]bool
+	files    []*newfile.File // complete, but for their names
+	progress Progress
+
+	verifier  *signature.Verifier
+	contents  map[string]*block.Contents // of what was extracted, if there is a verifier
+	signature []byte                     // nil if there is none
+}
+
+// verify refuses what was not signed.
+func (x *extraction) verify() error {
+	if x.verifier == nil {
+		return nil
+	}
+	statement, err := x.verifier.Statement(x.signature, "")
+	if err != nil {
+		return err
+	}
+	for name, c := range x.contents {
+		if err := statement.Check(signed(name, c)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (x *extraction) read(ctx context.Context, f io.Reader) error {
+	z, err := newFrameReader(decompress.Interruptible(ctx, f))
+	if err != nil {
+		return err
+	}
+	defer z.Close()
+	content := decompress.Interruptible(ctx, z)
+	t := tar.NewReader(content)
+	for {
+		h, err := t.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return broken(ctx, err)
+		}
+		if err := x.entry(ctx, h, t); err != nil {
+			return fmt.Errorf("device %.64q: %w", h.Name, err)
+		}
+	}
+	// What follows the tar archive's end is padding; reading it makes zstd check the frame.
+	if _, err := io.Copy(io.Discard, content); err != nil {
+		return broken(ctx, err)
+	}
+	for name := range x.wanted {
+		if !x.seen[name] {
+			return fmt.Errorf("it holds no device %q; take it out of --devices", name)
+		}
+	}
+	return nil
+}
+
+// broken says what a reader's error means for the user.
+func broken(ctx context.Context, err error) error {
+	switch {
+	case ctx.Err() != nil:
+		return err
+	case errors.Is(err, zstd.ErrMagicMismatch):
+		return fmt.Errorf("it is no .tar.zst file: %w", err)
+	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, io.EOF):
+		return fmt.Errorf("it is truncated; copy it again: %w", err)
+	}
+	return fmt.Errorf("it is damaged; copy it again: %w", err)
+}
+
+func (x *extraction) entry(ctx context.Context, h *tar.Header, r io.Reader) error {
+	// A name is never used as a path, but one that is no device's means that this is no package.
+	name := strings.TrimPrefix(h.Name, "./")
+	if err := vmm.CheckDeviceName(name); err != nil {
+		return err
+	}
+	if h.Typeflag != tar.TypeReg {
+		return errors.New("it is no regular file")
+	}
+	if h.Size > maxDevice {
+		return fmt.Errorf("it has %d bytes, more than any device", h.Size)
+	}
+	if x.verifier != nil { // content ids are kept of each block
+		if err := block.CheckSizes(0, h.Size); err != nil {
+			return err
+		}
+	}
+	if x.seen[name] {
+		return errors.New("it is there twice")
+	}
+	x.seen[name] = true
+	if name == signature.File {
+		if h.Size > signature.MaxSize {
+			return fmt.Errorf("it is longer than %d bytes", signature.MaxSize)
+		}
+		b, err := io.ReadAll(r)
+		x.signature = b
+		return err
+	}
+	target, ok := x.wanted[name]
+	if !ok {
+		return nil // the tar reader skips it
+	}
+	f, err := newfile.Create(target)
+	if err != nil {
+		return err
+	}
+	content := &contentWriter{}
+	x.files = append(x.files, f)
+	var out io.Writer = &holeWriter{f: f.File}
+	if x.verifier != nil {
+		out = io.MultiWriter(content, out)
+	}
+	w := &counter{ctx: ctx, w: out, step: "Extracting " + name, total: h.Size, progress: x.progress}
+	if err = f.Truncate(h.Size); err == nil { // which refuses what the file system cannot hold
+		err = copyBlocks(w, r)
+	}
+	if err == nil {
+		err = block.SyncAndVerify(ctx, f.File)
+	}
+	if x.verifier != nil {
+		x.contents[name] = block.NewContents(h.Size, content.blocks)
+	}
+	var pathErr *os.PathError
+	if err != nil && !errors.As(err, &pathErr) {
+		err = broken(ctx, err)
+	}
+	return err
+}
+
+// contentWriter takes the content ids of what is written to it, in pieces of whole blocks.
+type contentWriter struct{ blocks []block.ID }
+
+func (w *contentWriter) Write(p []byte) (int, error) {
+	w.blocks = append(w.blocks, block.HashBytes(p).Blocks...)
+	return len(p), nil
+}
+
+// copyBlocks copies in whole buffers, so that zeros are seen in whole blocks however r hands them out.
+func copyBlocks(w io.Writer, r io.Reader) error {
+	buf := make([]byte, bufferSize)
+	for {
+		n, err := 0, error(nil)
+		for n < len(buf) && err == nil {
+			var more int
+			more, err = r.Read(buf[n:])
+			n += more
+		}
+		if _, werr := w.Write(buf[:n]); werr != nil {
+			return werr
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// publish gives the extracted files their names, and puts the signature beside them.
+func (x *extraction) publish() error {
+	if config, ok := x.wanted[vmm.Config]; ok {
+		if err := signature.Keep(x.signature, config, true); err != nil {
+			return err
+		}
+	}
+	for len(x.files) > 0 {
+		f := x.files[0]
+		x.files = x.files[1:]
+		if err := f.Publish(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// holeSize is the granularity in which zeros become holes, in bytes: the block size of common file systems.
+const holeSize = 4096
+
+var zeroBlock [holeSize]byte
+
+// holeWriter writes sequentially to a new file, leaving holes for zeros. Each Write starts on a multiple of holeSize.
+type holeWriter struct {
+	f  *os.File
+	at int64
+}
+
+func (w *holeWriter) Write(p []byte) (int, error) {
+	for from := 0; from < len(p); {
+		zero := isZeroBlock(p[from:])
+		to := from
+		for to < len(p) && isZeroBlock(p[to:]) == zero {
+			to += min(holeSize, len(p)-to)
+		}
+		if !zero {
+			if n, err := w.f.WriteAt(p[from:to], w.at); err != nil {
+				return from + n, err
+			}
+		}
+		w.at += int64(to - from)
+		from = to
+	}
+	return len(p), nil
+}
+
+// isZeroBlock tells whether p starts with a block of zeros. A shorter rest is stored as it is.
+func isZeroBlock(p []byte) bool { return len(p) >= holeSize && bytes.Equal(p[:holeSize], zeroBlock[:]) }

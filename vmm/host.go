@@ -1,0 +1,79 @@
+package vmm
+
+import (
+	"fmt"
+	"io"
+
+	"github.com/dustin/go-humanize"
+
+	"drafter/internal/block"
+)
+
+// Host says where and as whom a VM runs, whichever VM it is.
+type Host struct {
+	Drivers Drivers
+	VMM     string // VMMAuto or a driver's name
+	Accel   string // AccelAuto, AccelKVM or AccelTCG
+
+	BaseDir       string    // parent of the VM's own directory (--chroot-base-dir)
+	Netns         string    // "" for no network namespace of its own
+	UID, GID      int       // both 0: a user of the VM's own, see ClaimUser
+	Users         UserRange // the ones that VMs get
+	NUMANode      int
+	CgroupVersion int
+	Limits        Limits // of the VMM
+	FillMemory    bool   // whether to bring all of a resumed VM's memory into it behind it, where the driver serves memory
+	HugePages     bool   // whether a VM's memory consists of pages of 2 MiB
+	MaxMemory     int64  // bytes that a VM's memory may have; 0: as much as the host has
+	KeepClock     bool   // whether the guest keeps its own time, so that its clock is not set after a resume
+	Boot          bool   // whether a VM that is started here boots from its disks, also if it could be resumed
+
+	NameServers []string // IPv4 addresses that guests ask; none for the host's own
+
+	Output io.Writer // guest console; nil discards. One that blocks or fails misses some of it, and holds nobody up.
+	Input  io.Reader // nil for none
+}
+
+// ClaimUser gives the VM a user of its own, unless the host names one. Close the user, which may be nil,
+// when the VM's directory has been closed.
+func (h *Host) ClaimUser() (*User, error) {
+	if h.UID != 0 || h.GID != 0 {
+		return nil, nil
+	}
+	u, err := ClaimUser(h.Users)
+	if u != nil {
+		h.UID, h.GID = u.ID, u.ID
+	}
+	return u, err
+}
+
+// CheckMemory refuses a VM with more bytes of memory than this host is meant for.
+func (h *Host) CheckMemory(size int64) error {
+	most := h.MaxMemory
+	if most == 0 {
+		var err error
+		if most, err = block.HostMemory(); err != nil {
+			return err
+		}
+	}
+	if size > most {
+		return fmt.Errorf("the VM has %s of memory, this host %s; allow it with --max-memory", humanize.IBytes(uint64(size)), humanize.IBytes(uint64(most)))
+	}
+	return nil
+}
+
+// Spec is what a VM to boot shall consist of.
+type Spec struct {
+	CPUs       int
+	MemorySize int64 // bytes
+	CPU        string
+	BootArgs   string
+	Initrd     Section // of the kernel device; see [PackageConfig]
+
+	Interface string // "" for no network
+	MAC       string
+
+	AgentPort, LivenessPort uint32 // 0: the guest has none
+
+	ReadyOutput string // the guest is up once its console has shown this, too; "" for nothing
+}
