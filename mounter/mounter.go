@@ -16,12 +16,10 @@ import (
 	"time"
 
 	"github.com/google/uuid"
-	"golang.org/x/sync/errgroup"
 
 	"drafter/internal/block"
+	"drafter/internal/deviceset"
 	"drafter/internal/expose"
-	"drafter/internal/expose/fuse"
-	"drafter/internal/expose/nbd"
 	"drafter/internal/limitedlog"
 	"drafter/internal/migration"
 	"drafter/internal/private"
@@ -59,11 +57,8 @@ func (d *Device) check() error {
 	if err := vmm.CheckDeviceName(d.Name); err != nil {
 		return err
 	}
-	if d.Base == "" {
-		return errors.New("it has no base; name its file")
-	}
-	if (d.Overlay == "") != (d.State == "") {
-		return errors.New("it has an overlay without a state file, or the other way round; name both, or none to write to the base")
+	if err := d.files().CheckPaths(); err != nil {
+		return err
 	}
 	return block.CheckBlockSize(d.BlockSize)
 }
@@ -83,18 +78,13 @@ type Config struct {
 
 // Mounter owns devices. Open or Receive is called once, then Serve; Close at the end. Path, Stats and Done may be called by any goroutine after Open or Receive.
 type Mounter struct {
-	config   Config
-	dir      *vmm.Dir
-	exposure expose.Exposure
-	links    []link
-	gates    map[string]*block.Gate
+	config  Config
+	devices deviceset.Set
+	moves   migration.Moves
+	links   []link
+	gates   map[string]*block.Gate
 
 	refusals, failures limitedlog.Log // of connections, and of migrations
-
-	mu      sync.Mutex // guards the following
-	devices map[string]*stack.Stack
-	arrival *migration.Target
-	source  *migration.Source
 
 	forwarding     sync.WaitGroup // what users at the source of the devices do
 	stopForwarding context.CancelFunc
@@ -105,17 +95,14 @@ func New(c Config) (*Mounter, error) {
 	if len(c.Devices) == 0 {
 		return nil, errors.New("there are no devices to mount")
 	}
-	seen := map[string]bool{}
+	var distinct stack.Distinct
 	for i := range c.Devices {
 		d := &c.Devices[i]
 		if err := d.check(); err != nil {
 			return nil, fmt.Errorf("device %s: %w", d.Name, err)
 		}
-		for _, unique := range []string{"name " + d.Name, d.Base, d.Overlay, d.State} {
-			if seen[unique] && unique != "" {
-				return nil, fmt.Errorf("device %s: %s is listed twice", d.Name, unique)
-			}
-			seen[unique] = true
+		if err := distinct.Add(d.Name, d.files()); err != nil {
+			return nil, err
 		}
 	}
 	way, err := expose.Choose(c.Expose)
@@ -123,33 +110,22 @@ func New(c Config) (*Mounter, error) {
 		return nil, err
 	}
 	c.Expose = way
-	return &Mounter{config: c, gates: map[string]*block.Gate{}, devices: map[string]*stack.Stack{}, stopForwarding: func() {}}, nil
+	return &Mounter{config: c, gates: map[string]*block.Gate{}, stopForwarding: func() {}}, nil
 }
 
 // Open mounts devices of this host.
 func (m *Mounter) Open(ctx context.Context) error {
+	var names []string
 	for i := range m.config.Devices {
 		d := &m.config.Devices[i]
 		if err := d.CheckHere(); err != nil {
 			return fmt.Errorf("device %s: %w", d.Name, err)
 		}
+		names = append(names, d.Name)
 	}
-	opened := make([]*stack.Stack, len(m.config.Devices))
-	g, ctx := errgroup.WithContext(ctx)
-	for i := range m.config.Devices {
-		g.Go(func() (err error) {
-			if opened[i], err = m.config.Devices[i].files().Open(ctx); err != nil {
-				return fmt.Errorf("device %s: %w", m.config.Devices[i].Name, err)
-			}
-			return nil
-		})
-	}
-	err := g.Wait()
-	for i, s := range opened {
-		if s != nil {
-			m.devices[m.config.Devices[i].Name] = s
-		}
-	}
+	err := m.devices.Open(ctx, names, func(ctx context.Context, name string) (*stack.Stack, error) {
+		return m.device(name).files().Open(ctx)
+	})
 	if err != nil {
 		return err
 	}
@@ -162,36 +138,23 @@ func (m *Mounter) Open(ctx context.Context) error {
 
 // open lets users in.
 func (m *Mounter) open() {
-	for name, s := range m.devices {
+	for name, s := range m.devices.All() {
 		m.gates[name].Open(s)
 	}
 }
 
 // expose gives all devices paths. Who uses them waits until they are open.
-func (m *Mounter) expose() (err error) {
+func (m *Mounter) expose() error {
 	if err := vmm.ReclaimAll(m.config.BaseDir); err != nil {
-		return err
-	}
-	if m.dir, err = vmm.CreateDir(m.config.BaseDir, "mounter"); err != nil {
 		return err
 	}
 	var devices []expose.Device
 	for _, d := range m.config.Devices {
-		m.gates[d.Name] = block.NewGate(m.devices[d.Name].Size())
+		m.gates[d.Name] = block.NewGate(m.devices.Get(d.Name).Size())
 		devices = append(devices, expose.Device{Name: d.Name, Kind: expose.Disk, Device: m.gates[d.Name]})
 	}
-	if m.config.Expose == expose.NBD {
-		attached, err := nbd.Attach(m.dir.Devices(), devices)
-		if err != nil {
-			return err
-		}
-		m.exposure = attached
-	} else {
-		mount, err := fuse.New(fuse.Config{Dir: m.dir.Devices()}, devices)
-		if err != nil {
-			return err // not assigned: a nil *Mount in an interface is not nil
-		}
-		m.exposure = mount
+	if err := m.devices.Expose(deviceset.Place{Base: m.config.BaseDir, Owner: "mounter", Way: m.config.Expose}, devices); err != nil {
+		return err
 	}
 	return m.link()
 }
@@ -255,7 +218,7 @@ func removeDeadLink(path, device string) error {
 }
 
 // Path is where a device is exposed, until Close.
-func (m *Mounter) Path(name string) string { return m.exposure.Path(name) }
+func (m *Mounter) Path(name string) string { return m.devices.Path(name) }
 
 // Receive takes the devices from the mounter or peer that dial connects with. They are open here when Receive returns nil; what is missing of them is fetched from
 // then on. On an error they are where they were, unless the error says otherwise. A peer's VM ends with that.
@@ -265,9 +228,7 @@ func (m *Mounter) Receive(ctx context.Context, dial migrate.Dial) error {
 	if err != nil {
 		return fmt.Errorf("receive devices: %w", err)
 	}
-	m.mu.Lock()
-	m.arrival = target
-	m.mu.Unlock()
+	m.moves.Arrive(target)
 	if target.Forwards() {
 		var devices []block.Device
 		for _, name := range a.order {
@@ -281,22 +242,10 @@ func (m *Mounter) Receive(ctx context.Context, dial migrate.Dial) error {
 }
 
 // Arrived is closed when devices that were received are complete, or never will be; ArrivalError then tells which. It is nil when they were opened here.
-func (m *Mounter) Arrived() <-chan struct{} {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.arrival == nil {
-		return nil
-	}
-	return m.arrival.Done()
-}
+func (m *Mounter) Arrived() <-chan struct{} { return m.moves.Arrived() }
 
 // ArrivalError waits until Arrived.
-func (m *Mounter) ArrivalError() error {
-	if m.Arrived() == nil {
-		return nil
-	}
-	return m.arrival.Wait()
-}
+func (m *Mounter) ArrivalError() error { return m.moves.ArrivalError() }
 
 // Serve hands the devices that are migratable on to the mounter that asks for them. It returns when ctx has ended; until then, what their users do here is forwarded
 // to where they have gone. moved, if not nil, is called once they have. An error means that they are here or, if it says so, that it is in doubt where they are.
@@ -311,41 +260,18 @@ func (m *Mounter) Serve(ctx context.Context, accept migrate.Accept, moved func()
 			return nil
 		}
 	}
-	source, err := m.newSource()
+	source, err := m.moves.Offer(m.newSource)
 	if err != nil {
 		return err
 	}
-	m.mu.Lock()
-	m.source = source
-	m.mu.Unlock()
-	actx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	defer cancel()
-	wg.Go(func() {
-		migrate.AcceptAll(actx, accept, func(ctx context.Context, stream io.ReadWriteCloser) {
-			err := source.Handle(ctx, stream)
-			if state := source.Phase(); err != nil && ctx.Err() == nil && state != migrate.Moved {
-				complaints := &m.failures
-				if errors.Is(err, migrate.ErrRefused) {
-					complaints = &m.refusals
-				}
-				complaints.Warn("A connection or a migration of the devices failed", "state", state, "from", transport.Peer(stream), "error", err)
-			}
-		})
-	})
+	defer source.Accept(ctx, accept, m.complain)()
 	select {
 	case <-source.Gone():
 	case <-ctx.Done():
-		switch err := source.Revoke(errors.New("the source was ended")); {
-		case err == nil:
-			return nil
-		case errors.Is(err, migrate.ErrHandedOver):
+		err := source.Withdraw(targetPatience, func() {
 			slog.Info("The devices have moved to their target, which still needs what is here; waiting until it has all")
-			if err := source.Relinquish(targetPatience); err != nil {
-				return err
-			}
-		default:
+		})
+		if err != nil || source.Phase() != migrate.Moved {
 			return err
 		}
 	}
@@ -364,18 +290,15 @@ func (m *Mounter) Serve(ctx context.Context, accept migrate.Accept, moved func()
 const targetPatience = 20 * time.Second
 
 // Stats says how the last migration goes, from here or to here. ok is false when there is none.
-func (m *Mounter) Stats() (stats migrate.Stats, ok bool) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.source != nil {
-		if s := m.source.Stats(); len(s.Devices) > 0 {
-			return s, true
-		}
+func (m *Mounter) Stats() (stats migrate.Stats, ok bool) { return m.moves.Stats() }
+
+// complain logs what a connection, or a migration, failed with.
+func (m *Mounter) complain(stream io.ReadWriteCloser, err error) {
+	complaints := &m.failures
+	if errors.Is(err, migrate.ErrRefused) {
+		complaints = &m.refusals
 	}
-	if m.arrival != nil {
-		return m.arrival.Stats(), true
-	}
-	return stats, false
+	complaints.Warn("A connection or a migration of the devices failed", "state", m.moves.Source().Phase(), "from", transport.Peer(stream), "error", err)
 }
 
 func (m *Mounter) newSource() (*migration.Source, error) {
@@ -386,14 +309,8 @@ func (m *Mounter) newSource() (*migration.Source, error) {
 		if !cd.MakeMigratable {
 			continue
 		}
-		s := m.devices[cd.Name]
-		sd := migration.SourceDevice{
-			Name: cd.Name, Device: s.Tracker, Base: s.Base, Origin: s.Origin, Expiry: cd.Expiry, MaxDirtyBlocks: cd.MaxDirtyBlocks, MinCycles: cd.MinCycles, MaxCycles: cd.MaxCycles,
-			CycleThrottle: cd.CycleThrottle,
-		}
-		if s.Base != (block.ID{}) {
-			sd.Overlay = s.Overlay
-		}
+		sd := m.devices.Source(cd.Name)
+		sd.Expiry, sd.MaxDirtyBlocks, sd.MinCycles, sd.MaxCycles, sd.CycleThrottle = cd.Expiry, cd.MaxDirtyBlocks, cd.MinCycles, cd.MaxCycles, cd.CycleThrottle
 		c.Devices = append(c.Devices, sd)
 		d.names = append(d.names, cd.Name)
 	}
@@ -417,18 +334,8 @@ func (m *Mounter) newSource() (*migration.Source, error) {
 func (m *Mounter) Close() error {
 	m.stopForwarding()
 	m.forwarding.Wait()
-	var errs []error
-	m.mu.Lock()
-	source, arrival := m.source, m.arrival
-	m.mu.Unlock()
-	if source != nil {
-		errs = append(errs, source.Close())
-	}
-	if arrival != nil {
-		errs = append(errs, arrival.Close())
-	}
-	errs = append(errs, m.closeDevices(true))
-	return errors.Join(errs...)
+	_, err := m.moves.Close()
+	return errors.Join(err, m.closeDevices(true))
 }
 
 func (m *Mounter) closeDevices(sync bool) error {
@@ -440,24 +347,7 @@ func (m *Mounter) closeDevices(sync bool) error {
 	for _, g := range m.gates {
 		g.Open(closed{size: g.Size()}) // nobody waits any more
 	}
-	if m.exposure != nil {
-		errs = append(errs, m.exposure.Close())
-		m.exposure = nil
-	}
-	if m.dir != nil {
-		errs = append(errs, m.dir.Close())
-		m.dir = nil
-	}
-	for name, s := range m.devices {
-		var err error
-		if sync {
-			err = s.Sync()
-		}
-		if err = errors.Join(err, s.Close()); err != nil {
-			errs = append(errs, fmt.Errorf("device %s: %w", name, err))
-		}
-		delete(m.devices, name)
-	}
+	errs = append(errs, m.devices.Close(sync))
 	return errors.Join(errs...)
 }
 
@@ -513,7 +403,7 @@ func (d *departure) Rescue(context.Context) error {
 		if err := d.m.device(name).clearStatus(); err != nil {
 			return fmt.Errorf("device %s: %w", name, err)
 		}
-		d.m.gates[name].Open(d.m.devices[name])
+		d.m.gates[name].Open(d.m.devices.Get(name))
 	}
 	return nil
 }
@@ -527,7 +417,7 @@ func (d *departure) Mark(_ context.Context, state migrate.Phase, migration uuid.
 		status := leaving
 		if state == migrate.Moved {
 			status = gone
-		} else if err := d.m.devices[name].Sync(); err != nil {
+		} else if err := d.m.devices.Get(name).Sync(); err != nil {
 			return fmt.Errorf("device %s: %w", name, err)
 		}
 		if err := d.m.device(name).setStatus(status, migration); err != nil {
@@ -597,7 +487,7 @@ func (a *arrival) Accept(ctx context.Context, manifest wire.Manifest, id uuid.UU
 		if err != nil {
 			return nil, fmt.Errorf("device %s: %w", d.Name, errors.Join(err, d.files().ForgetMissing(), d.clearStatus()))
 		}
-		a.m.devices[d.Name] = s
+		a.m.devices.Put(d.Name, s)
 		a.order = append(a.order, d.Name)
 		devices = append(devices, migration.TargetDevice{Held: held, Device: s.Incoming, Base: s.Contents})
 	}
@@ -626,7 +516,7 @@ func (a *arrival) Resume(context.Context) error {
 
 // Complete implements [migration.TargetVM]. The state of a peer's VM is that of one that was suspended.
 func (a *arrival) Complete(context.Context) error {
-	if s := a.m.devices[vmm.State]; s != nil && a.packageID != "" {
+	if s := a.m.devices.Get(vmm.State); s != nil && a.packageID != "" {
 		if _, err := vmm.ReadMigratedState(s, a.packageID, a.migration); err != nil {
 			return fmt.Errorf("device %s: %w", vmm.State, err)
 		}
@@ -635,7 +525,7 @@ func (a *arrival) Complete(context.Context) error {
 		}
 	}
 	for _, name := range a.order {
-		if err := errors.Join(a.m.devices[name].Sync(), a.m.device(name).files().ForgetMissing()); err != nil {
+		if err := errors.Join(a.m.devices.Get(name).Sync(), a.m.device(name).files().ForgetMissing()); err != nil {
 			return fmt.Errorf("device %s: %w", name, err)
 		}
 	}
@@ -644,10 +534,7 @@ func (a *arrival) Complete(context.Context) error {
 
 // Discard implements [migration.TargetVM].
 func (a *arrival) Discard(context.Context) error {
-	stacks := map[string]*stack.Stack{}
-	for name, s := range a.m.devices {
-		stacks[name] = s
-	}
+	stacks := a.m.devices.All()
 	errs := []error{a.m.closeDevices(false)}
 	for name, s := range stacks {
 		d := a.m.device(name)

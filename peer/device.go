@@ -153,11 +153,8 @@ func (d *Device) receive(under block.Device) *block.Incoming {
 
 // check refuses settings that cannot work.
 func (d *Device) check() error {
-	if d.Base == "" {
-		return errors.New("it has no base; name the package's file")
-	}
-	if (d.Overlay == "") != (d.State == "") {
-		return errors.New("it has an overlay without a state file, or the other way round; name both, or none to write to the base")
+	if err := d.files().CheckPaths(); err != nil {
+		return err
 	}
 	if d.BlockSize != 0 || d.Overlay != "" {
 		if err := block.CheckBlockSize(d.BlockSize); err != nil {

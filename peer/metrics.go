@@ -45,8 +45,7 @@ func (m metrics) Collect(out chan<- prometheus.Metric) {
 	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
 		out <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
 	}
-	m.p.mu.Lock()
-	for name, d := range m.p.devices {
+	for name, d := range m.p.devices.All() {
 		gauge(describeDirty, float64(d.Dirty()*block.PageSize), name)
 		gauge(describeSize, float64(d.Size()), name)
 		gauge(describeUnstored, float64(d.Backlog.Missing()), name, d.Backlog.Path())
@@ -54,6 +53,7 @@ func (m metrics) Collect(out chan<- prometheus.Metric) {
 			gauge(describeFree, float64(r.Free), name, d.Backlog.Path(), r.FileSystem)
 		}
 	}
+	m.p.mu.Lock()
 	syncer, vm := m.p.syncer, m.p.instance
 	m.p.mu.Unlock()
 	if vm != nil {

@@ -13,13 +13,10 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-
 	"drafter/agent"
 	"drafter/internal/block"
+	"drafter/internal/deviceset"
 	"drafter/internal/expose"
-	"drafter/internal/expose/fuse"
-	"drafter/internal/expose/nbd"
 	"drafter/internal/instance"
 	"drafter/internal/limitedlog"
 	"drafter/internal/migration"
@@ -69,8 +66,8 @@ type Peer struct {
 	vacated  atomic.Bool    // the VM runs elsewhere
 	vacating sync.WaitGroup // until its clients here were told
 	user     *vmm.User
-	dir      *vmm.Dir // where the devices are exposed
-	exposure expose.Exposure
+	devices  deviceset.Set
+	moves    migration.Moves
 	instance *instance.Instance
 	syncer   *syncer // nil unless the instance is backed up
 	endRoom  func()  // ends what watchRoom does; nil before
@@ -81,17 +78,14 @@ type Peer struct {
 	statement          *signature.Statement // of the package; nil unless only signed ones are accepted
 	signature          []byte               // that came with the package; nil if none did
 
-	mu      sync.Mutex // guards the following
-	devices map[string]*stack.Stack
-	origin  origin            // nil unless the package is pulled
-	fill    *fill             // nil until the rest of it is pulled
-	source  *migration.Source // nil until the VM is migratable
-	arrival *migration.Target // nil unless the VM has come by a migration
+	mu     sync.Mutex // guards the following
+	origin origin     // nil unless the package is pulled
+	fill   *fill      // nil until the rest of it is pulled
 }
 
 // New checks a config. Nothing is touched yet.
 func New(c Config) (*Peer, error) {
-	p := &Peer{config: c, devices: map[string]*stack.Stack{}}
+	p := &Peer{config: c}
 	if len(c.Devices) > 0 || c.Derive == nil {
 		if err := p.checkDevices(); err != nil {
 			return nil, err
@@ -118,18 +112,15 @@ func (p *Peer) derive(names []string) (err error) {
 
 func (p *Peer) checkDevices() error {
 	var names []string
-	files := map[string]string{}
+	var distinct stack.Distinct
 	for i := range p.config.Devices {
 		d := &p.config.Devices[i]
 		names = append(names, d.Name)
 		if err := d.check(); err != nil {
 			return fmt.Errorf("device %s: %w", d.Name, err)
 		}
-		for _, f := range []string{d.Base, d.Overlay, d.State} {
-			if other, ok := files[f]; ok && f != "" {
-				return fmt.Errorf("devices %s and %s both use %s; each needs its own", other, d.Name, f)
-			}
-			files[f] = d.Name
+		if err := distinct.Add(d.Name, d.files()); err != nil {
+			return err
 		}
 	}
 	if _, _, err := p.place(); err != nil {
@@ -161,7 +152,7 @@ func (p *Peer) resume(ctx context.Context, start time.Time) error {
 	if err := p.openDevices(ctx); err != nil {
 		return err
 	}
-	if _, err := vmm.CheckStart(p.devices[vmm.State]); err != nil {
+	if _, err := vmm.CheckStart(p.devices.Get(vmm.State)); err != nil {
 		return fmt.Errorf("state device %s: %w", p.statePath(), err)
 	}
 	config, err := p.packageConfig()
@@ -190,7 +181,7 @@ func (p *Peer) forgetMemory(ctx context.Context) error {
 	for i := range p.config.Devices {
 		if d := &p.config.Devices[i]; d.Name == vmm.Memory {
 			if err := errors.Join(d.files().Forget(ctx), d.files().ForgetMissing()); err != nil {
-				return named(d.Name, err)
+				return deviceset.Named(d.Name, err)
 			}
 		}
 	}
@@ -221,34 +212,31 @@ func (p *Peer) occupy() (err error) {
 	return nil
 }
 
-// openDevices opens devices at once: the content of a base that nobody used yet has to be read.
+// openDevices opens all devices.
 func (p *Peer) openDevices(ctx context.Context) error {
-	opened := make([]*stack.Stack, len(p.config.Devices))
-	g, ctx := errgroup.WithContext(ctx)
-	for i := range p.config.Devices {
-		d := &p.config.Devices[i]
-		g.Go(func() error {
-			var err error
-			if opened[i], err = p.open(ctx, d); err == nil {
-				err = d.provide(opened[i], true)
-			}
-			return named(d.Name, err)
-		})
+	var names []string
+	for _, d := range p.config.Devices {
+		names = append(names, d.Name)
 	}
-	err := g.Wait()
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for i, d := range p.config.Devices {
-		if opened[i] != nil {
-			p.devices[d.Name] = opened[i]
+	return p.devices.Open(ctx, names, func(ctx context.Context, name string) (*stack.Stack, error) {
+		d := p.device(name)
+		opened, err := p.open(ctx, d)
+		if err == nil {
+			err = d.provide(opened, true)
 		}
-	}
-	return err
+		return opened, err
+	})
+}
+
+// device is the settings of a device that there is.
+func (p *Peer) device(name string) *Device {
+	i := slices.IndexFunc(p.config.Devices, func(d Device) bool { return d.Name == name })
+	return &p.config.Devices[i]
 }
 
 // packageConfig reads the config device and checks that the others are those it lists.
 func (p *Peer) packageConfig() (*vmm.PackageConfig, error) {
-	b, err := vmm.ReadConfigDevice(p.devices[vmm.Config])
+	b, err := vmm.ReadConfigDevice(p.devices.Get(vmm.Config))
 	if err != nil {
 		return nil, err
 	}
@@ -257,7 +245,7 @@ func (p *Peer) packageConfig() (*vmm.PackageConfig, error) {
 		return nil, fmt.Errorf("config device: %w", err)
 	}
 	sizes := map[string]int64{}
-	for name, d := range p.devices {
+	for name, d := range p.devices.All() {
 		sizes[name] = d.Size()
 	}
 	return config, instance.CheckSizes(config, sizes, p.bases())
@@ -278,9 +266,6 @@ func (p *Peer) expose(config *vmm.PackageConfig) error {
 	if err != nil {
 		return err
 	}
-	if p.dir, err = vmm.CreateDir(host.BaseDir, "peer"); err != nil {
-		return err
-	}
 	p.endRoom = p.watchRoom()
 	var devices []expose.Device
 	for _, d := range p.config.Devices {
@@ -296,25 +281,12 @@ func (p *Peer) expose(config *vmm.PackageConfig) error {
 		case vmm.Kernel:
 			kind = expose.File
 			if s := config.Initrd; s != nil && s.Size > 0 && p.config.Expose == expose.FUSE {
-				devices = append(devices, expose.Device{Name: vmm.Initrd, Kind: kind, Device: block.Section(p.devices[d.Name], s.Offset, s.Size)})
+				devices = append(devices, expose.Device{Name: vmm.Initrd, Kind: kind, Device: block.Section(p.devices.Get(d.Name), s.Offset, s.Size)})
 			}
 		}
-		devices = append(devices, expose.Device{Name: d.Name, Kind: kind, Device: p.devices[d.Name]})
+		devices = append(devices, expose.Device{Name: d.Name, Kind: kind, Device: p.devices.Get(d.Name)})
 	}
-	if p.config.Expose == expose.NBD {
-		attached, err := nbd.Attach(p.dir.Devices(), devices)
-		if err != nil {
-			return err
-		}
-		p.exposure = attached
-		return nil
-	}
-	mount, err := fuse.New(fuse.Config{Dir: p.dir.Devices(), UID: host.UID, GID: host.GID}, devices)
-	if err != nil {
-		return err // not assigned: a nil *Mount in an interface is not nil
-	}
-	p.exposure = mount
-	return nil
+	return p.devices.Expose(deviceset.Place{Base: host.BaseDir, Owner: "peer", Way: p.config.Expose, UID: host.UID, GID: host.GID}, devices)
 }
 
 // storage is where the instance finds its devices.
@@ -324,19 +296,19 @@ func (s storage) Path(name string) string {
 	if name == vmm.Initrd && s.p.config.Expose != expose.FUSE {
 		return "" // the size of a block device is a multiple of its sectors
 	}
-	return s.p.exposure.Path(name)
+	return s.p.devices.Path(name)
 }
 
-func (s storage) Sync(name string) error { return s.p.devices[name].Sync() }
+func (s storage) Sync(name string) error { return s.p.devices.Get(name).Sync() }
 
 // Memory gives the memory device itself, like State.
 func (s storage) Memory() (block.Device, error) {
-	return borrowed{s.p.devices[vmm.Memory].Tracker, vmm.Memory}, nil
+	return borrowed{s.p.devices.Get(vmm.Memory).Tracker, vmm.Memory}, nil
 }
 
 // State gives the state device itself, not a path to it: what a migration brings and takes goes by no other way.
 func (s storage) State() (instance.StateDevice, error) {
-	return borrowed{s.p.devices[vmm.State].Tracker, s.p.statePath()}, nil
+	return borrowed{s.p.devices.Get(vmm.State).Tracker, s.p.statePath()}, nil
 }
 
 // borrowed is a device for a user that does not close it.
@@ -358,7 +330,7 @@ func (p *Peer) statePath() string {
 func (p *Peer) Done() <-chan struct{} { return p.instance.Done() }
 
 // Wait blocks until the VM ends by itself. It returns nil when the guest powered itself off. What a device failed with is part of the error.
-func (p *Peer) Wait() error { return errors.Join(p.instance.Wait(), p.exposure.Failed()) }
+func (p *Peer) Wait() error { return errors.Join(p.instance.Wait(), p.devices.Failed()) }
 
 // Agent is the connection with the guest's agent.
 func (p *Peer) Agent() *agent.Client { return p.instance.Agent() }
@@ -378,7 +350,7 @@ func (p *Peer) Suspend(ctx context.Context) error {
 		return fmt.Errorf("suspend: %w", err)
 	}
 	saved, err := p.instance.Suspend(ctx, p.config.RescueTimeout)
-	if err = errors.Join(err, p.exposure.Failed()); !saved {
+	if err = errors.Join(err, p.devices.Failed()); !saved {
 		return err // and the VM runs on, unless it has ended
 	}
 	// What arrived last may have been made durable by the suspend only.
@@ -393,18 +365,8 @@ func (p *Peer) Suspend(ctx context.Context) error {
 // Close ends the VM, if it still runs, without saving it, and removes what the run needed on the host. What was written to the disks until then is made
 // durable, unless the VM has moved away, and its disks with it.
 func (p *Peer) Close() error {
-	var errs []error
-	p.mu.Lock()
-	source, arrival := p.source, p.arrival
-	p.mu.Unlock()
-	moved := false
-	if source != nil {
-		errs = append(errs, source.Close())
-		moved = source.Phase() == migrate.Moved
-	}
-	if arrival != nil {
-		errs = append(errs, arrival.Close())
-	}
+	moved, err := p.moves.Close()
+	errs := []error{err}
 	p.settled.Wait()
 	p.stopPull() // a VMM that waits for a page cannot be ended
 	if p.instance != nil {
@@ -422,30 +384,10 @@ func (p *Peer) Close() error {
 
 // closeDevices takes the devices' paths away and closes them.
 func (p *Peer) closeDevices(sync bool) error {
-	var errs []error
-	if p.exposure != nil {
-		errs = append(errs, p.exposure.Close())
-		p.exposure = nil
-	}
+	err := p.devices.Hide()
 	if p.endRoom != nil {
 		p.endRoom()
 		p.endRoom = nil
 	}
-	if p.dir != nil {
-		errs = append(errs, p.dir.Close())
-		p.dir = nil
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for name, d := range p.devices {
-		var err error
-		if sync {
-			err = d.Sync()
-		}
-		if err = errors.Join(err, d.Close()); err != nil {
-			errs = append(errs, fmt.Errorf("device %s: %w", name, err))
-		}
-		delete(p.devices, name)
-	}
-	return errors.Join(errs...)
+	return errors.Join(err, p.devices.Close(sync))
 }

@@ -140,13 +140,13 @@ type fill struct {
 
 // stopPull ends the pull, and fails whoever waits for what has not been pulled.
 func (p *Peer) stopPull() {
-	p.mu.Lock()
-	f := p.fill
-	for _, s := range p.devices {
+	for _, s := range p.devices.All() {
 		if s.Pulled != nil {
 			s.Pulled.Abort()
 		}
 	}
+	p.mu.Lock()
+	f := p.fill
 	p.mu.Unlock()
 	if f != nil {
 		f.cancel()
@@ -160,15 +160,15 @@ func (p *Peer) startFill() {
 	f := &fill{cancel: cancel, done: make(chan struct{})}
 	p.mu.Lock()
 	p.fill = f
+	p.mu.Unlock()
 	pulled := map[string]*block.Pulled{}
 	var names []string
-	for name, s := range p.devices {
+	for name, s := range p.devices.All() {
 		if s.Pulled != nil {
 			pulled[name] = s.Pulled
 			names = append(names, name)
 		}
 	}
-	p.mu.Unlock()
 	order := []string{vmm.Config, vmm.Memory, vmm.State, vmm.Disk}
 	slices.SortFunc(names, func(a, b string) int { return rank(order, a) - rank(order, b) })
 	go func() {

@@ -14,10 +14,9 @@ import (
 	"github.com/google/uuid"
 	"golang.org/x/sync/errgroup"
 
-	"drafter/internal/expose/fuse"
+	"drafter/internal/deviceset"
 	"drafter/internal/instance"
 	"drafter/internal/migration"
-	"drafter/internal/stack"
 	"drafter/internal/wire"
 	"drafter/migrate"
 	"drafter/vmm"
@@ -48,9 +47,7 @@ func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	if err != nil {
 		return fmt.Errorf("receive VM: %w", err)
 	}
-	p.mu.Lock()
-	p.arrival = target
-	p.mu.Unlock()
+	p.moves.Arrive(target)
 	p.settleArrival(target)
 	stats := target.Stats()
 	running := time.Since(start)
@@ -85,25 +82,10 @@ func firstMoments(ctx context.Context) {
 }
 
 // Arrived is closed when a VM that came by a migration is complete, or never will be; ArrivalError then tells which. It is nil for a VM that was started here.
-func (p *Peer) Arrived() <-chan struct{} {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.arrival == nil {
-		return nil
-	}
-	return p.arrival.Done()
-}
+func (p *Peer) Arrived() <-chan struct{} { return p.moves.Arrived() }
 
 // ArrivalError waits until Arrived and returns why the VM is not complete.
-func (p *Peer) ArrivalError() error {
-	p.mu.Lock()
-	a := p.arrival
-	p.mu.Unlock()
-	if a == nil {
-		return nil
-	}
-	return a.Wait()
-}
+func (p *Peer) ArrivalError() error { return p.moves.ArrivalError() }
 
 // settleArrival lets an operator settle, until all of the VM is here, that it is given up: its
 // source goes on with it.
@@ -133,9 +115,7 @@ func (p *Peer) GiveUp() error { return p.instance.Mark(vmm.Moved) }
 // awaitArrival waits until nothing of a VM that came by a migration is missing here. Whether its
 // source knows does not matter.
 func (p *Peer) awaitArrival(ctx context.Context) error {
-	p.mu.Lock()
-	a := p.arrival
-	p.mu.Unlock()
+	a := p.moves.Arrival()
 	if a == nil {
 		return nil
 	}
@@ -168,7 +148,7 @@ func (p *Peer) awaitArrival(ctx context.Context) error {
 func (p *Peer) keepWhole(target *migration.Target) {
 	for i := range p.config.Devices {
 		d := &p.config.Devices[i]
-		s := p.devices[d.Name]
+		s := p.devices.Get(d.Name)
 		if d.Name == vmm.Memory || s.Incoming == nil {
 			continue
 		}
@@ -202,25 +182,12 @@ func (p *Peer) withoutSource() string {
 const arrivalPatience = 20 * time.Second
 
 func arrivalBytes(p *Peer) (sent, saved, pending int64) {
-	stats := p.arrival.Stats()
+	stats := p.moves.Arrival().Stats()
 	return stats.Bytes()
 }
 
 // Stats says how the last migration goes, from here or to here. ok is false when there is none.
-func (p *Peer) Stats() (stats migrate.Stats, ok bool) {
-	p.mu.Lock()
-	source, arrival := p.source, p.arrival
-	p.mu.Unlock()
-	if source != nil {
-		if s := source.Stats(); len(s.Devices) > 0 {
-			return s, true
-		}
-	}
-	if arrival != nil {
-		return arrival.Stats(), true
-	}
-	return stats, false
-}
+func (p *Peer) Stats() (stats migrate.Stats, ok bool) { return p.moves.Stats() }
 
 // arrival is a VM that is arriving. It implements [migration.TargetVM].
 type arrival struct {
@@ -339,14 +306,12 @@ func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID
 		return boolInt(y.Name == vmm.State) - boolInt(x.Name == vmm.State)
 	})
 	for _, offered := range offers {
-		d := a.device(offered.Name)
+		d := a.p.device(offered.Name)
 		s, h, err := a.p.files(d).Receive(ctx, offered, a.receiver(d))
 		if err != nil {
 			return nil, fmt.Errorf("device %s: %w", offered.Name, err)
 		}
-		a.p.mu.Lock()
-		a.p.devices[offered.Name] = s
-		a.p.mu.Unlock()
+		a.p.devices.Put(offered.Name, s)
 		held[offered.Name] = h
 		if err := d.provide(s, false); err != nil {
 			return nil, fmt.Errorf("device %s: %w", offered.Name, err)
@@ -360,8 +325,8 @@ func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID
 	}
 	var notes errgroup.Group // a disk that is busy makes them durable together
 	for _, offered := range m.Devices {
-		if d := a.device(offered.Name); d.Name != vmm.State {
-			notes.Go(func() error { return named(d.Name, d.files().NoteMissing(offered.Size)) })
+		if d := a.p.device(offered.Name); d.Name != vmm.State {
+			notes.Go(func() error { return deviceset.Named(d.Name, d.files().NoteMissing(offered.Size)) })
 		}
 	}
 	if err := notes.Wait(); err != nil {
@@ -376,9 +341,7 @@ func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID
 		if err != nil {
 			return nil, fmt.Errorf("device %s: %w", d.Name, err)
 		}
-		a.p.mu.Lock()
-		a.p.devices[d.Name] = s
-		a.p.mu.Unlock()
+		a.p.devices.Put(d.Name, s)
 		if listed, _ := a.config.Device(d.Name); s.Size() < listed.Size {
 			return nil, fmt.Errorf("device %s has %d bytes here, the VM needs %d", d.Name, s.Size(), listed.Size)
 		}
@@ -393,20 +356,15 @@ func boolInt(b bool) int {
 	return 0
 }
 
-func (a *arrival) device(name string) *Device {
-	i := slices.IndexFunc(a.p.config.Devices, func(d Device) bool { return d.Name == name })
-	return &a.p.config.Devices[i]
-}
-
 // devices tells where the devices of the manifest arrive.
 func (a *arrival) devices(ctx context.Context, m wire.Manifest, held map[string]wire.Held) ([]migration.TargetDevice, error) {
-	mount, cached := a.p.exposure.(*fuse.Mount)
-	cached = cached && mount.Exposes(vmm.Memory) // else the VMM has no cache that arriving pages could be put into
+	mount := a.p.devices.Mount()
+	cached := mount != nil && mount.Exposes(vmm.Memory) // else the VMM has no cache that arriving pages could be put into
 	var devices []migration.TargetDevice
 	for _, offered := range m.Devices {
-		s := a.p.devices[offered.Name]
+		s := a.p.devices.Get(offered.Name)
 		d := migration.TargetDevice{Held: held[offered.Name], Device: s.Incoming, First: offered.Name == vmm.Kernel, Base: s.Contents}
-		backup, err := a.p.backup(ctx, a.device(offered.Name), offered, d.Held)
+		backup, err := a.p.backup(ctx, a.p.device(offered.Name), offered, d.Held)
 		if err != nil {
 			return nil, fmt.Errorf("device %s: %w", offered.Name, err)
 		}
@@ -454,18 +412,10 @@ func (a *arrival) Expect(_ context.Context, migration uuid.UUID) error {
 	if a.header == nil {
 		return fmt.Errorf("device %s does not come with the VM; set makeMigratable on for it, here and on the source", vmm.State)
 	}
-	if memory := a.p.devices[vmm.Memory]; memory.Incoming != nil {
+	if memory := a.p.devices.Get(vmm.Memory); memory.Incoming != nil {
 		memory.Backlog.Keep() // until here, a VM that there is no room for is better off at its source
 	}
-	return named(vmm.State, a.header.expect(migration))
-}
-
-// named says which device an error is about.
-func named(device string, err error) error {
-	if err != nil {
-		return fmt.Errorf("device %s: %w", device, err)
-	}
-	return nil
+	return deviceset.Named(vmm.State, a.header.expect(migration))
 }
 
 // Restore implements [migration.TargetVM].
@@ -474,7 +424,7 @@ func (a *arrival) Restore(ctx context.Context, migration uuid.UUID) error {
 	if err := a.launched.Restore(ctx, migration); err != nil {
 		return err
 	}
-	return named(vmm.State, a.header.releaseForGood())
+	return deviceset.Named(vmm.State, a.header.releaseForGood())
 }
 
 // Resume implements [migration.TargetVM].
@@ -492,7 +442,7 @@ func (a *arrival) Resume(ctx context.Context) error {
 
 // Complete implements [migration.TargetVM].
 func (a *arrival) Complete(context.Context) error {
-	for name, d := range a.p.devices {
+	for name, d := range a.p.devices.All() {
 		if name == vmm.Memory || d.Incoming == nil {
 			continue // memory does not outlive this process without a suspend anyway
 		}
@@ -528,17 +478,12 @@ func (a *arrival) Discard(context.Context) error {
 	if a.launched != nil {
 		errs = append(errs, a.launched.Close())
 	}
-	stacks := map[string]*stack.Stack{}
-	a.p.mu.Lock()
-	for name, d := range a.p.devices {
-		stacks[name] = d
-	}
-	a.p.mu.Unlock()
+	stacks := a.p.devices.All()
 	errs = append(errs, a.p.closeDevices(false))
 	// The state device goes last: as long as it is there, it says that the rest is of no use.
 	for name, d := range stacks {
 		if name != vmm.State {
-			errs = append(errs, d.Remove(), a.device(name).files().ForgetMissing())
+			errs = append(errs, d.Remove(), a.p.device(name).files().ForgetMissing())
 		}
 	}
 	if s := stacks[vmm.State]; s != nil {

@@ -89,10 +89,8 @@ func lookForRoom(name string, b *block.Backlog, said map[string]time.Time) {
 
 // backlogs are those of the open devices.
 func (p *Peer) backlogs() map[string]*block.Backlog {
-	p.mu.Lock()
-	defer p.mu.Unlock()
 	backlogs := map[string]*block.Backlog{}
-	for name, s := range p.devices {
+	for name, s := range p.devices.All() {
 		backlogs[name] = s.Backlog
 	}
 	return backlogs

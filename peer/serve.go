@@ -9,12 +9,10 @@ import (
 	"log/slog"
 	"os"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/google/uuid"
 
-	"drafter/internal/block"
 	"drafter/internal/migration"
 	"drafter/internal/private"
 	"drafter/migrate"
@@ -30,32 +28,22 @@ func (p *Peer) Serve(ctx context.Context, accept migrate.Accept) (moved bool, er
 	if err != nil || source == nil {
 		return false, err
 	}
-	actx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	defer cancel()
-	wg.Go(func() {
-		migrate.AcceptAll(actx, accept, func(ctx context.Context, stream io.ReadWriteCloser) { p.handle(ctx, source, stream) })
-	})
+	defer source.Accept(ctx, accept, p.complain)()
 	select {
 	case <-source.Gone():
 		return source.Phase() == migrate.Moved, source.GoneError()
 	case <-ctx.Done():
 	}
-	switch err := source.Revoke(errors.New("the source was ended")); {
-	case err == nil:
-		return false, nil
-	case errors.Is(err, migrate.ErrInDoubt):
-		return false, leaveInDoubt()
-	case errors.Is(err, migrate.ErrHandedOver):
+	err = source.Withdraw(arrivalPatience, func() {
 		slog.Info("The VM runs at its target, which still needs what is here; waiting until it has all")
-		if err = source.Relinquish(arrivalPatience); errors.Is(err, migrate.ErrHandedOver) {
-			err = fmt.Errorf("%w; what was here at the handoff is kept: if the VM is lost there, go on from it with 'drafter peer settle --here', else note it with 'drafter peer settle --away'", err)
-		}
-		return source.Phase() == migrate.Moved, err
-	default:
-		return false, err
+	})
+	switch {
+	case errors.Is(err, migrate.ErrInDoubt):
+		err = leaveInDoubt()
+	case errors.Is(err, migrate.ErrHandedOver):
+		err = fmt.Errorf("%w; what was here at the handoff is kept: if the VM is lost there, go on from it with 'drafter peer settle --here', else note it with 'drafter peer settle --away'", err)
 	}
+	return source.Phase() == migrate.Moved, err
 }
 
 // migratable returns the source of the VM, once all of it is here; nil if ctx ends first.
@@ -65,30 +53,20 @@ func (p *Peer) migratable(ctx context.Context) (*migration.Source, error) {
 	} else if err != nil {
 		return nil, err
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.source == nil {
-		var err error
-		if p.source, err = p.newSource(); err != nil {
-			return nil, err
-		}
-	}
-	return p.source, nil
+	return p.moves.Offer(p.newSource)
 }
 
 func leaveInDoubt() error {
 	return fmt.Errorf("%w: it was handed over and the target has not answered; look whether it runs there, and then settle it here: drafter peer settle --here, or --away", migrate.ErrInDoubt)
 }
 
-func (p *Peer) handle(ctx context.Context, source *migration.Source, stream io.ReadWriteCloser) {
-	err := source.Handle(ctx, stream)
-	if state := source.Phase(); err != nil && state != migrate.Moved && ctx.Err() == nil {
-		complaints := &p.failures
-		if errors.Is(err, migrate.ErrRefused) {
-			complaints = &p.refusals
-		}
-		complaints.Warn("A connection or a migration failed; the VM "+whereabouts(state), "from", transport.Peer(stream), "error", err)
+// complain logs what a connection, or a migration, failed with.
+func (p *Peer) complain(stream io.ReadWriteCloser, err error) {
+	complaints := &p.failures
+	if errors.Is(err, migrate.ErrRefused) {
+		complaints = &p.refusals
 	}
+	complaints.Warn("A connection or a migration failed; the VM "+whereabouts(p.moves.Source().Phase()), "from", transport.Peer(stream), "error", err)
 }
 
 // whereabouts says where a VM is in a sentence.
@@ -139,14 +117,9 @@ func (p *Peer) newSource() (*migration.Source, error) {
 		if !d.moves() {
 			continue
 		}
-		s := p.devices[d.Name]
-		sd := migration.SourceDevice{
-			Name: d.Name, Device: s.Tracker, Base: s.Base, Origin: s.Origin, NeedsBase: d.SharedBase, First: d.Name == vmm.Kernel || d.Name == vmm.State,
-			Expiry: d.Expiry, MaxDirtyBlocks: d.MaxDirtyBlocks, MinCycles: d.MinCycles, MaxCycles: d.MaxCycles, CycleThrottle: d.CycleThrottle,
-		}
-		if s.Base != (block.ID{}) {
-			sd.Overlay = s.Overlay
-		}
+		sd := p.devices.Source(d.Name)
+		sd.NeedsBase, sd.First = d.SharedBase, d.Name == vmm.Kernel || d.Name == vmm.State
+		sd.Expiry, sd.MaxDirtyBlocks, sd.MinCycles, sd.MaxCycles, sd.CycleThrottle = d.Expiry, d.MaxDirtyBlocks, d.MinCycles, d.MaxCycles, d.CycleThrottle
 		c.Devices = append(c.Devices, sd)
 	}
 	return migration.NewSource(c)
@@ -238,7 +211,7 @@ func (d *departure) Mark(_ context.Context, state migrate.Phase, _ uuid.UUID) er
 		d.p.syncer.hold.hand()
 	}
 	// An operator may decide to go on from what is here.
-	for name, s := range d.p.devices {
+	for name, s := range d.p.devices.All() {
 		if err := s.Sync(); err != nil {
 			return fmt.Errorf("device %s: %w", name, err)
 		}
@@ -297,9 +270,10 @@ func (s *settling) follow(p *Peer, state migrate.Phase) {
 	default:
 		return
 	}
+	source := p.moves.Source()
 	began, said := time.Now(), false
-	s.begin(p, p.source.Settle, func() {
-		silent := time.Since(began) > targetPatience && (state == migrate.InDoubt || p.source.Away() > targetPatience)
+	s.begin(p, source.Settle, func() {
+		silent := time.Since(began) > targetPatience && (state == migrate.InDoubt || source.Away() > targetPatience)
 		if silent && !said {
 			slog.Warn(missed)
 		}

@@ -70,7 +70,7 @@ func (l *left) begin(t *testing.T) (a *arrival, m wire.Manifest, migration uuid.
 func (l *left) arrive(t *testing.T, status vmm.Status) {
 	t.Helper()
 	a, m, migration := l.begin(t)
-	config := a.p.devices[vmm.Config].Incoming // which comes first
+	config := a.p.devices.Get(vmm.Config).Incoming // which comes first
 	config.Open(block.NewBitmap(block.Pages(config)), func(int64, int64) {}, nil)
 	if _, err := config.Device.WriteAt(m.Config, 0); err != nil {
 		t.Fatal(err)
@@ -84,7 +84,7 @@ func (l *left) arrive(t *testing.T, status vmm.Status) {
 		}
 	}
 	if status == vmm.Running {
-		state := a.p.devices[vmm.State].Incoming.Device
+		state := a.p.devices.Get(vmm.State).Incoming.Device
 		if err := errors.Join(vmm.NoteTakenOver(state), state.Sync()); err != nil {
 			t.Fatal(err)
 		}
@@ -284,11 +284,11 @@ func TestMissingUntilDurable(t *testing.T) {
 		t.Errorf("of what was removed: %v", err)
 	}
 	a, _, _ := l.begin(t)
-	for _, s := range a.p.devices {
+	for _, s := range a.p.devices.All() {
 		s.Incoming.Open(block.NewBitmap(block.Pages(s.Incoming)), func(int64, int64) {}, nil) // nothing is missing
 	}
 	for _, name := range []string{vmm.Config, vmm.Kernel, vmm.Disk, vmm.Memory} {
-		if err := a.device(name).files().CheckMissing(); err == nil {
+		if err := a.p.device(name).files().CheckMissing(); err == nil {
 			t.Errorf("device %s is taken for whole before it is durable", name)
 		}
 	}
@@ -342,7 +342,9 @@ func TestSettleRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := newPeer(t, Config{Devices: l.devices})
-	p.source = source
+	if _, err := p.moves.Offer(func() (*migration.Source, error) { return source, nil }); err != nil {
+		t.Fatal(err)
+	}
 	if err := p.openDevices(t.Context()); err != nil {
 		t.Fatal(err)
 	}

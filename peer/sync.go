@@ -287,7 +287,7 @@ func (s *syncer) sync(ctx context.Context, p *Peer, source *migration.Source) er
 	stored := map[*block.Tracker]block.ID{}
 	for _, name := range s.staged.names {
 		if name != vmm.State { // which is new in each copy
-			stored[p.devices[name].Tracker], _ = s.writer.Content(name)
+			stored[p.devices.Get(name).Tracker], _ = s.writer.Content(name)
 		}
 	}
 	s.baseline.Stored(stored)
@@ -360,7 +360,7 @@ func (s *syncer) finish(ctx context.Context, p *Peer) error {
 	var list []backup.Device
 	for i := range p.config.Devices {
 		d := &p.config.Devices[i]
-		st := p.devices[d.Name]
+		st := p.devices.Get(d.Name)
 		if !d.S3Sync || st == nil {
 			continue
 		}

@@ -130,7 +130,7 @@ func (a *arrival) verifyKernel(ctx context.Context) error {
 	if a.kernel != nil {
 		a.kernel.seal()
 	}
-	c, err := block.Hash(ctx, a.p.devices[vmm.Kernel])
+	c, err := block.Hash(ctx, a.p.devices.Get(vmm.Kernel))
 	if err != nil {
 		return fmt.Errorf("device %s: %w", vmm.Kernel, err)
 	}

@@ -317,7 +317,7 @@ func TestVerifiedArrival(t *testing.T) {
 				if _, err := a.open(t.Context(), m, uuid.New()); err != nil {
 					return err
 				}
-				if in := a.p.devices[vmm.Kernel].Incoming; !tt.base {
+				if in := a.p.devices.Get(vmm.Kernel).Incoming; !tt.base {
 					missing := block.NewBitmap(int64(len(kernel)) / block.PageSize)
 					missing.SetRange(0, missing.Len())
 					in.Open(missing, func(int64, int64) {}, nil)
@@ -328,7 +328,7 @@ func TestVerifiedArrival(t *testing.T) {
 				return a.verifyKernel(t.Context())
 			}()
 			if tt.want == "" {
-				in := a.p.devices[vmm.Kernel].Incoming
+				in := a.p.devices.Get(vmm.Kernel).Incoming
 				if _, err := in.Device.WriteAt([]byte("another kernel"), 0); err == nil {
 					t.Error("the source could change the kernel after it was verified")
 				}

@@ -29,6 +29,41 @@ type Files struct {
 	Check func(*block.Contents) error
 }
 
+// CheckPaths refuses files that make up no device.
+func (f *Files) CheckPaths() error {
+	if f.Base == "" {
+		return errors.New("it has no base; name its file")
+	}
+	if (f.Overlay == "") != (f.State == "") {
+		return errors.New("it has an overlay without a state file, or the other way round; name both, or none to write to the base")
+	}
+	return nil
+}
+
+// Distinct are devices of which no two may have a name or a file in common.
+type Distinct struct {
+	names map[string]bool
+	files map[string]string // to the device that has it
+}
+
+// Add refuses a device that has its name or a file in common with one before.
+func (d *Distinct) Add(name string, f *Files) error {
+	if d.names == nil {
+		d.names, d.files = map[string]bool{}, map[string]string{}
+	}
+	if d.names[name] {
+		return fmt.Errorf("device %s is listed twice", name)
+	}
+	d.names[name] = true
+	for _, file := range []string{f.Base, f.Overlay, f.State} {
+		if other, ok := d.files[file]; ok && file != "" {
+			return fmt.Errorf("devices %s and %s both use %s; each needs its own", other, name, file)
+		}
+		d.files[file] = name
+	}
+	return nil
+}
+
 // Stack is an open device: what its writes go through, down to its files.
 type Stack struct {
 	*block.Tracker
