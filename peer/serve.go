@@ -49,7 +49,7 @@ func (p *Peer) Serve(ctx context.Context, accept migrate.Accept) (moved bool, er
 // migratable returns the source of the VM, once all of it is here; nil if ctx ends first.
 func (p *Peer) migratable(ctx context.Context) (*migration.Source, error) {
 	if err := p.awaitArrival(ctx); ctx.Err() != nil {
-		return nil, nil
+		return nil, nil //nolint:nilerr // there is nothing to serve, and the end is no failure
 	} else if err != nil {
 		return nil, err
 	}
