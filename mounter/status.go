@@ -4,12 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strings"
 
 	"github.com/google/uuid"
 
 	"drafter/internal/block"
+	"drafter/internal/newfile"
 	"drafter/internal/private"
 )
 
@@ -31,7 +31,7 @@ func (d *Device) statusFile() string {
 
 // setStatus notes a status durably.
 func (d *Device) setStatus(s status, migration uuid.UUID) error {
-	return block.Publish(d.statusFile(), func(f *os.File) error {
+	return newfile.Write(d.statusFile(), func(f *os.File) error {
 		_, err := fmt.Fprintf(f, "%s %s\n", s, migration)
 		return err
 	})
@@ -39,16 +39,7 @@ func (d *Device) setStatus(s status, migration uuid.UUID) error {
 
 // clearStatus takes the note back, durably.
 func (d *Device) clearStatus() error {
-	if err := os.Remove(d.statusFile()); errors.Is(err, os.ErrNotExist) {
-		return nil
-	} else if err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(d.statusFile()))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
+	return newfile.Remove(d.statusFile())
 }
 
 func (d *Device) status() (status, error) {

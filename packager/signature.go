@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 
 	"drafter/internal/block"
+	"drafter/internal/newfile"
 	"drafter/signature"
 	"drafter/vmm"
 )
@@ -33,7 +34,7 @@ func Sign(ctx context.Context, dir string, key *signature.PrivateKey, file strin
 	if file == "" {
 		file = filepath.Join(dir, signature.File)
 	}
-	if err := block.Publish(file, func(f *os.File) error { _, err := f.Write(envelope); return err }); err != nil {
+	if err := newfile.Write(file, func(f *os.File) error { _, err := f.Write(envelope); return err }); err != nil {
 		return fmt.Errorf("write signature: %w", err)
 	}
 	return nil

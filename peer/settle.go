@@ -11,6 +11,7 @@ import (
 
 	"drafter/internal/block"
 	"drafter/internal/lockfile"
+	"drafter/internal/newfile"
 	"drafter/internal/private"
 	"drafter/internal/stack"
 	"drafter/migrate"
@@ -72,7 +73,7 @@ const (
 )
 
 func writeDecision(path, text string) error {
-	return block.Publish(path, func(f *os.File) error {
+	return newfile.Write(path, func(f *os.File) error {
 		_, err := f.WriteString(text)
 		return err
 	})

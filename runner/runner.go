@@ -280,17 +280,17 @@ func (r *Runner) keepPrivate() error {
 		return nil
 	}
 	targets := r.outputs()
-	if err := os.Remove(r.config.StateOutput); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := newfile.Remove(r.config.StateOutput); err != nil {
 		return err
 	}
 	for name, target := range targets {
 		if name != vmm.State {
-			if err := os.Rename(r.paths[name], target); err != nil {
+			if err := newfile.Rename(r.paths[name], target); err != nil {
 				return err
 			}
 		}
 	}
-	return os.Rename(r.paths[vmm.State], r.config.StateOutput)
+	return newfile.Rename(r.paths[vmm.State], r.config.StateOutput)
 }
 
 // Close ends the VM, if it still runs, without saving it, and removes what the run needed on the host.

@@ -28,9 +28,9 @@ import (
 	"path/filepath"
 	"slices"
 
-	"golang.org/x/sys/unix"
+	"drafter/internal/newfile"
 
-	"drafter/internal/block"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -232,7 +232,7 @@ func Keep(envelope []byte, config string, replace bool) error {
 	if _, err := decodeEnvelope(envelope); err != nil {
 		return nil //nolint:nilerr // see above
 	}
-	if err := block.Publish(path, func(f *os.File) error { _, err := f.Write(envelope); return err }); err != nil {
+	if err := newfile.Write(path, func(f *os.File) error { _, err := f.Write(envelope); return err }); err != nil {
 		return fmt.Errorf("keep the package's signature: %w", err)
 	}
 	return nil

@@ -377,7 +377,7 @@ func (s *Snapshotter) publish(config *vmm.PackageConfig) error {
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return fmt.Errorf("write config device: %w", err)
 	}
-	if err := os.Remove(s.output(vmm.State)); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := newfile.Remove(s.output(vmm.State)); err != nil {
 		return fmt.Errorf("replace package: %w", err)
 	}
 	order := slices.Clone(s.names)
@@ -390,35 +390,15 @@ func (s *Snapshotter) publish(config *vmm.PackageConfig) error {
 		}
 		return 0
 	})
-	dirs := map[string]bool{}
 	for _, name := range order {
 		partial, ok := s.paths[name]
 		if !ok {
 			continue
 		}
-		if name == vmm.State {
-			if err := syncDirs(dirs); err != nil {
-				return err
-			}
-		}
-		if err := os.Rename(partial, s.output(name)); err != nil {
+		if err := newfile.Rename(partial, s.output(name)); err != nil {
 			return fmt.Errorf("publish device %s: %w", name, err)
 		}
 		delete(s.paths, name)
-		dirs[filepath.Dir(s.output(name))] = true
-	}
-	return syncDirs(dirs)
-}
-
-func syncDirs(dirs map[string]bool) error {
-	for dir := range dirs {
-		f, err := os.Open(dir)
-		if err != nil {
-			return fmt.Errorf("sync directory: %w", err)
-		}
-		if err := errors.Join(f.Sync(), f.Close()); err != nil {
-			return fmt.Errorf("sync directory %s: %w", dir, err)
-		}
 	}
 	return nil
 }

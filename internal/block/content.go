@@ -13,6 +13,8 @@ import (
 	"runtime"
 	"sync/atomic"
 
+	"drafter/internal/newfile"
+
 	"github.com/zeebo/blake3"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -211,7 +213,7 @@ func (c *Contents) keep(path string, stamp []byte) error {
 		b = append(b, c.Blocks[i][:]...)
 	}
 	sum := blake3.Sum256(b)
-	err := Publish(path, func(f *os.File) error {
+	err := newfile.Write(path, func(f *os.File) error {
 		_, err := f.Write(append(b, sum[:]...))
 		return err
 	})

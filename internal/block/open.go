@@ -136,7 +136,7 @@ func createOverlay(paths OverlayPaths, h *stateHeader) (err error) {
 		return err
 	}
 	at := trailerOffset(h.size)
-	err = Publish(paths.Overlay, func(f *os.File) error {
+	err = newfile.Write(paths.Overlay, func(f *os.File) error {
 		if err := f.Truncate(at + pageSize); err != nil {
 			return err
 		}
@@ -146,7 +146,7 @@ func createOverlay(paths OverlayPaths, h *stateHeader) (err error) {
 	if err != nil {
 		return err
 	}
-	return Publish(paths.State, func(f *os.File) error {
+	return newfile.Write(paths.State, func(f *os.File) error {
 		_, err := f.Write(initialState(h))
 		return err
 	})
@@ -165,18 +165,6 @@ func lockDirectory(dir string) (*lockfile.Lock, error) {
 			return lock, err
 		}
 	}
-}
-
-// Publish makes a durable file, for its owner alone, that has its name only once it is complete.
-func Publish(path string, write func(*os.File) error) error {
-	f, err := newfile.Create(path)
-	if err != nil {
-		return err
-	}
-	if err := write(f.File); err != nil {
-		return errors.Join(err, f.Discard())
-	}
-	return f.Publish()
 }
 
 func openOverlayFiles(paths OverlayPaths) (*stateFile, *overlayFile, error) {
@@ -265,7 +253,7 @@ func (o *Overlay) discardUncommitted() error {
 // Export writes the content of d to a new file, with holes for zeros, and syncs it. progress, which may be nil, is called with the bytes done and in
 // all. The file has its name only once it is complete.
 func Export(ctx context.Context, path string, d Device, progress func(done, total int64)) error {
-	err := Publish(path, func(f *os.File) error {
+	err := newfile.Write(path, func(f *os.File) error {
 		if err := f.Truncate(d.Size()); err != nil {
 			return err
 		}

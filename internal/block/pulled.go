@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"drafter/internal/newfile"
 	"drafter/internal/private"
 )
 
@@ -391,14 +392,7 @@ func (d *Pulled) publish() error {
 	if err := d.file.Sync(); err != nil {
 		return err
 	}
-	if err := os.Rename(partialPath(d.path), d.path); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(d.path))
-	if err != nil {
-		return err
-	}
-	if err := errors.Join(dir.Sync(), dir.Close()); err != nil {
+	if err := newfile.Rename(partialPath(d.path), d.path); err != nil {
 		return err
 	}
 	stamp, err := d.file.stamp()

@@ -14,6 +14,7 @@ import (
 
 	"drafter/internal/artifact"
 	"drafter/internal/block"
+	"drafter/internal/newfile"
 	"drafter/internal/private"
 	"drafter/peer"
 	"drafter/s3"
@@ -122,7 +123,7 @@ func resolveArtifact(ctx context.Context, ref string, maxSize int64, flags *orig
 		return dir, nil, nil
 	}
 	_, digest, _ := strings.Cut(pinned, "@sha256:")
-	if err := block.Publish(noted, func(f *os.File) error { _, err := f.WriteString(digest); return err }); err != nil {
+	if err := newfile.Write(noted, func(f *os.File) error { _, err := f.WriteString(digest); return err }); err != nil {
 		return "", nil, err
 	}
 	dir = filepath.Join(flags.cache, digest)

@@ -7,11 +7,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
 	"drafter/internal/lockfile"
+	"drafter/internal/newfile"
 	"drafter/internal/private"
 	"drafter/internal/scratch"
 )
@@ -190,7 +190,7 @@ func (s *Set) publishDir() error {
 			return err
 		}
 	}
-	if err := syncDir(s.staging()); err != nil {
+	if err := newfile.SyncDir(s.staging()); err != nil {
 		return err
 	}
 	flags := uint(unix.RENAME_NOREPLACE)
@@ -200,7 +200,7 @@ func (s *Set) publishDir() error {
 	if err := unix.Renameat2(unix.AT_FDCWD, s.staging(), unix.AT_FDCWD, s.dir, flags); err != nil {
 		return &os.LinkError{Op: "rename", Old: s.staging(), New: s.dir, Err: err}
 	}
-	if err := syncDir(filepath.Dir(s.dir)); err != nil {
+	if err := newfile.SyncDir(filepath.Dir(s.dir)); err != nil {
 		return fmt.Errorf("the files are there, but it is not known whether they survive a power cut: %w", err)
 	}
 	return nil
@@ -230,7 +230,7 @@ func (s *Set) publishScattered() (err error) {
 			}
 			if err = unix.Renameat2(unix.AT_FDCWD, s.Path(name), unix.AT_FDCWD, path, unix.RENAME_NOREPLACE); err == nil {
 				done = append(done, path)
-				err = syncDir(filepath.Dir(path))
+				err = newfile.SyncDir(filepath.Dir(path))
 			} else {
 				err = &os.LinkError{Op: "rename", Old: s.Path(name), New: path, Err: err}
 			}
@@ -251,15 +251,4 @@ func (s *Set) Discard() error {
 		err = errors.Join(err, s.lock.Release())
 	}
 	return err
-}
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	if err := errors.Join(d.Sync(), d.Close()); err != nil {
-		return fmt.Errorf("sync directory %s: %w", strings.TrimSuffix(path, "/"), err)
-	}
-	return nil
 }

@@ -23,6 +23,48 @@ import (
 // Mode is that of a new file whatever the umask: packages hold the memory of running systems.
 const Mode = 0o600
 
+// Write makes a file of what write writes.
+func Write(path string, write func(*os.File) error) error {
+	f, err := Create(path)
+	if err != nil {
+		return err
+	}
+	if err := write(f.File); err != nil {
+		return errors.Join(err, f.Discard())
+	}
+	return f.Publish()
+}
+
+// Rename gives a file that has been synced another name, durably, in the place of what has that now.
+func Rename(from, to string) error {
+	if err := os.Rename(from, to); err != nil {
+		return err
+	}
+	return SyncDir(filepath.Dir(to))
+}
+
+// Remove removes a file, durably. It need not be there.
+func Remove(path string) error {
+	if err := os.Remove(path); errors.Is(err, os.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	return SyncDir(filepath.Dir(path))
+}
+
+// SyncDir makes the names in a directory durable.
+func SyncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(d.Sync(), d.Close()); err != nil {
+		return fmt.Errorf("sync directory %s: %w", path, err)
+	}
+	return nil
+}
+
 // File is a file in the making. It is used by one goroutine, and ended by Publish or Discard.
 type File struct {
 	*os.File

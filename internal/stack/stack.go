@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"drafter/internal/block"
+	"drafter/internal/newfile"
 	"drafter/internal/private"
 	"drafter/internal/wire"
 )
@@ -336,7 +337,7 @@ func (f *Files) missingFile() string { return f.own() + ".missing" }
 
 // NoteMissing notes durably, before the VM runs, that a part of the device has not arrived.
 func (f *Files) NoteMissing(bytes int64) error {
-	return block.Publish(f.missingFile(), func(f *os.File) error {
+	return newfile.Write(f.missingFile(), func(f *os.File) error {
 		_, err := fmt.Fprintf(f, "%d bytes\n", bytes)
 		return err
 	})
