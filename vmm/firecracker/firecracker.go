@@ -91,7 +91,7 @@ func (d Driver) Check(ctx context.Context, l vmm.Launch) error {
 	return err
 }
 
-func (d Driver) check(ctx context.Context, l *vmm.Launch) (bin, jailer string, v version, err error) {
+func (d Driver) check(ctx context.Context, l *vmm.Launch) (bin, jailer string, v vmm.Version, err error) {
 	if bin, jailer, err = d.programs(); err != nil {
 		return
 	}

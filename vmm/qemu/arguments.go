@@ -45,11 +45,11 @@ const (
 )
 
 // chooseMachine returns the machine type for a new VM.
-func chooseMachine(accel string, version qemuVersion, disks int) string {
+func chooseMachine(accel string, version vmm.Version, disks int) string {
 	if accel == vmm.AccelKVM && disks <= maxMicroVMDisks {
 		return machineMicroVM
 	}
-	return fmt.Sprintf("%s%d.%d", machineQ35, version.major, version.minor)
+	return fmt.Sprintf("%s%d.%d", machineQ35, version.Major, version.Minor)
 }
 
 // arguments builds QEMU's command line.

@@ -68,57 +68,35 @@ func binary(bin string) (string, error) {
 	return path, nil
 }
 
-type qemuVersion struct{ major, minor, micro int }
-
-func (v qemuVersion) String() string { return fmt.Sprintf("%d.%d.%d", v.major, v.minor, v.micro) }
-
-func (v qemuVersion) before(w qemuVersion) bool {
-	if v.major != w.major {
-		return v.major < w.major
-	}
-	if v.minor != w.minor {
-		return v.minor < w.minor
-	}
-	return v.micro < w.micro
-}
-
-func parseVersion(s string) (qemuVersion, error) {
-	var v qemuVersion
-	if _, err := fmt.Sscanf(s, "%d.%d.%d", &v.major, &v.minor, &v.micro); err != nil {
-		return v, fmt.Errorf("QEMU version %q is malformed", s)
-	}
-	return v, nil
-}
-
 // installedVersion asks a binary for its version.
-func installedVersion(ctx context.Context, path string) (qemuVersion, error) {
+func installedVersion(ctx context.Context, path string) (vmm.Version, error) {
 	out, err := exec.CommandContext(ctx, path, "--version").Output()
 	if err != nil {
-		return qemuVersion{}, fmt.Errorf("ask %s for its version: %w", path, err)
+		return vmm.Version{}, fmt.Errorf("ask %s for its version: %w", path, err)
 	}
 	_, after, found := strings.Cut(string(out), "version ")
 	if !found {
-		return qemuVersion{}, fmt.Errorf("ask %s for its version: it does not look like QEMU", path)
+		return vmm.Version{}, fmt.Errorf("ask %s for its version: it does not look like QEMU", path)
 	}
-	return parseVersion(after)
+	return vmm.ParseVersion(after)
 }
 
 // compatible refuses state that this QEMU could misread. Versioned machine types load on the same and on newer releases, but not on older ones;
 // a microvm has no versions, so it loads only where it was saved. 8.0.0 reads a 7.2 machine's PCI state wrongly (fixed in 8.0.1).
-func compatible(recorded vmm.Hardware, have qemuVersion) error {
+func compatible(recorded vmm.Hardware, have vmm.Version) error {
 	if recorded.VMM != vmm.VMMQEMU {
 		return fmt.Errorf("the package was made with %s, it cannot be resumed with QEMU", recorded.VMM)
 	}
-	want, err := parseVersion(recorded.Version)
+	want, err := vmm.ParseVersion(recorded.Version)
 	if err != nil {
 		return err
 	}
 	switch {
 	case recorded.Machine == machineMicroVM && have != want:
 		return fmt.Errorf("a microvm package made with QEMU %s resumes only there, this host has %s; make the package again here", want, have)
-	case have.major < want.major || have.major == want.major && have.minor < want.minor:
+	case have.ReleasedBefore(want):
 		return fmt.Errorf("the package was made with QEMU %s, this host has the older %s; upgrade QEMU here, or make the package with the older one", want, have)
-	case have == qemuVersion{8, 0, 0} && want.before(have):
+	case have == vmm.Version{Major: 8} && want.Before(have):
 		return errors.New("QEMU 8.0.0 misreads machines of older releases; upgrade it to 8.0.1 or later")
 	}
 	return nil
@@ -335,7 +313,7 @@ func (m *Machine) start(ctx context.Context, path string, args []string, root *p
 		return err
 	}
 	if l.Recorded != nil {
-		if err := compatible(*l.Recorded, qemuVersion{version.Major, version.Minor, version.Micro}); err != nil {
+		if err := compatible(*l.Recorded, version); err != nil {
 			return err
 		}
 	}

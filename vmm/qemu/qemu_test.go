@@ -27,26 +27,26 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 func TestCompatible(t *testing.T) {
 	for _, tt := range []struct {
 		machine, made string
-		here          qemuVersion
+		here          vmm.Version
 		refusal       string
 	}{
-		{"pc-q35-7.2", "7.2.22", qemuVersion{7, 2, 22}, ""},
-		{"pc-q35-7.2", "7.2.22", qemuVersion{7, 2, 1}, ""},
-		{"pc-q35-7.2", "7.2.22", qemuVersion{8, 0, 1}, ""},
-		{"pc-q35-7.2", "7.2.22", qemuVersion{10, 1, 0}, ""},
-		{"pc-q35-7.2", "7.2.22", qemuVersion{8, 0, 0}, "8.0.1"},
-		{"pc-q35-8.2", "8.2.0", qemuVersion{7, 2, 22}, "older"},
-		{"pc-q35-8.2", "8.2.0", qemuVersion{8, 1, 9}, "older"},
-		{"microvm", "7.2.22", qemuVersion{7, 2, 22}, ""},
-		{"microvm", "7.2.22", qemuVersion{7, 2, 23}, "only there"},
-		{"microvm", "seven", qemuVersion{7, 2, 23}, "malformed"},
+		{"pc-q35-7.2", "7.2.22", vmm.Version{Major: 7, Minor: 2, Micro: 22}, ""},
+		{"pc-q35-7.2", "7.2.22", vmm.Version{Major: 7, Minor: 2, Micro: 1}, ""},
+		{"pc-q35-7.2", "7.2.22", vmm.Version{Major: 8, Minor: 0, Micro: 1}, ""},
+		{"pc-q35-7.2", "7.2.22", vmm.Version{Major: 10, Minor: 1, Micro: 0}, ""},
+		{"pc-q35-7.2", "7.2.22", vmm.Version{Major: 8, Minor: 0, Micro: 0}, "8.0.1"},
+		{"pc-q35-8.2", "8.2.0", vmm.Version{Major: 7, Minor: 2, Micro: 22}, "older"},
+		{"pc-q35-8.2", "8.2.0", vmm.Version{Major: 8, Minor: 1, Micro: 9}, "older"},
+		{"microvm", "7.2.22", vmm.Version{Major: 7, Minor: 2, Micro: 22}, ""},
+		{"microvm", "7.2.22", vmm.Version{Major: 7, Minor: 2, Micro: 23}, "only there"},
+		{"microvm", "seven", vmm.Version{Major: 7, Minor: 2, Micro: 23}, "malformed"},
 	} {
 		err := compatible(vmm.Hardware{VMM: vmm.VMMQEMU, Machine: tt.machine, Version: tt.made}, tt.here)
 		if (err == nil) != (tt.refusal == "") || err != nil && !strings.Contains(err.Error(), tt.refusal) {
 			t.Errorf("%s of %s on %s: %v; want %q", tt.machine, tt.made, tt.here, err, tt.refusal)
 		}
 	}
-	if err := compatible(vmm.Hardware{VMM: vmm.VMMFirecracker}, qemuVersion{7, 2, 0}); err == nil {
+	if err := compatible(vmm.Hardware{VMM: vmm.VMMFirecracker}, vmm.Version{Major: 7, Minor: 2, Micro: 0}); err == nil {
 		t.Error("a package of Firecracker was accepted")
 	}
 }
@@ -147,7 +147,7 @@ func TestArguments(t *testing.T) {
 			t.Errorf("%s with %d disks: %v", tt.hw.Machine, tt.disks, err)
 		}
 	}
-	if got := chooseMachine(vmm.AccelKVM, qemuVersion{7, 2, 0}, 6); got != "pc-q35-7.2" {
+	if got := chooseMachine(vmm.AccelKVM, vmm.Version{Major: 7, Minor: 2, Micro: 0}, 6); got != "pc-q35-7.2" {
 		t.Errorf("six disks with KVM go on a %s", got)
 	}
 }

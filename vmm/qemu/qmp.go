@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"drafter/internal/console"
+	"drafter/vmm"
 )
 
 // qmp is a client of the QEMU Machine Protocol (docs/interop/qmp-spec.rst of QEMU): JSON objects over a UNIX socket, one reply per command in
@@ -56,20 +57,12 @@ const maxWords = 1 << 10
 // words is a text of QEMU's for an error. A guest may have broken out of it.
 func words(s string) string { return console.Printable(s[:min(len(s), maxWords)]) }
 
-type qmpVersion struct {
-	Major int `json:"major"`
-	Minor int `json:"minor"`
-	Micro int `json:"micro"`
-}
-
-func (v qmpVersion) String() string { return fmt.Sprintf("%d.%d.%d", v.Major, v.Minor, v.Micro) }
-
 // newQMP reads the greeting from conn and negotiates. The caller must drain events.
-func newQMP(ctx context.Context, conn *net.UnixConn) (*qmp, qmpVersion, error) {
+func newQMP(ctx context.Context, conn *net.UnixConn) (*qmp, vmm.Version, error) {
 	q := &qmp{conn: conn, waiting: map[uint64]chan qmpReply{}, events: make(chan qmpEvent), done: make(chan struct{}), stop: make(chan struct{})}
-	greeting := make(chan qmpVersion, 1)
+	greeting := make(chan vmm.Version, 1)
 	go q.read(greeting)
-	var version qmpVersion
+	var version vmm.Version
 	select {
 	case version = <-greeting:
 	case <-q.done:
@@ -86,7 +79,7 @@ func newQMP(ctx context.Context, conn *net.UnixConn) (*qmp, qmpVersion, error) {
 // maxMessage bounds a message of QEMU's, in bytes. Each is a line. The largest that is asked for has some hundreds.
 const maxMessage = 1 << 20
 
-func (q *qmp) read(greeting chan<- qmpVersion) {
+func (q *qmp) read(greeting chan<- vmm.Version) {
 	defer close(q.done)
 	defer close(q.events)
 	lines := bufio.NewScanner(q.conn)
@@ -95,7 +88,7 @@ func (q *qmp) read(greeting chan<- qmpVersion) {
 		var m struct {
 			QMP *struct {
 				Version struct {
-					QEMU qmpVersion `json:"qemu"`
+					QEMU vmm.Version `json:"qemu"`
 				} `json:"version"`
 			} `json:"QMP"`
 			ID *uint64 `json:"id"`
