@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"time"
+
+	"drafter/internal/kind"
 )
 
 // Strategy is what happens when the time for pre-copy is over.
@@ -173,6 +175,10 @@ var (
 	ErrMayHaveRun = errors.New("the VM may have run")
 	// ErrPackage says that there is no VM to receive, but a package to pull.
 	ErrPackage = errors.New("a package is offered here, not a VM that runs")
+	// ErrBusy says that the source migrates its VM already, or is not ready to.
+	ErrBusy = errors.New("the source is busy")
+	// ErrIncompatible says that the migration cannot work, whatever is tried.
+	ErrIncompatible = kind.Incompatible
 	// ErrRefused says that a connection was not one of a migration.
 	ErrRefused = errors.New("connection refused")
 )

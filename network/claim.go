@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"drafter/internal/kind"
 	"drafter/internal/lockfile"
 	"drafter/internal/rundir"
 )
@@ -18,6 +19,9 @@ type Claim struct {
 	namespace string
 	lock      *lockfile.Lock
 }
+
+// ErrInUse says that another process has a network namespace.
+var ErrInUse = kind.InUse
 
 // ClaimNamespace claims the namespace called name for this process. The name "" stands for no namespace and is always free.
 func ClaimNamespace(name string) (*Claim, error) {
@@ -36,7 +40,7 @@ func ClaimNamespace(name string) (*Claim, error) {
 	lock, err := claimNamespace(name)
 	var held *lockfile.HeldError
 	if errors.As(err, &held) {
-		return nil, fmt.Errorf("network namespace %q is in use by %s; choose another --netns, or end that process", name, held.Holder)
+		return nil, kind.Of(ErrInUse, fmt.Errorf("network namespace %q is in use by %s; choose another --netns, or end that process", name, held.Holder))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("claim network namespace %q: %w", name, err)

@@ -9,6 +9,8 @@ import (
 	"os"
 	"syscall"
 
+	"drafter/internal/kind"
+
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
@@ -101,7 +103,7 @@ func checkPeer(conn net.Conn) error {
 	}
 	if user != 0 && (int(user) != os.Geteuid() || user == overflowUser) {
 		const text = "user %d is at the other end; only root and user %d may be"
-		return fmt.Errorf(text, user, os.Geteuid())
+		return kind.Of(ErrUnauthorized, fmt.Errorf(text, user, os.Geteuid()))
 	}
 	return nil
 }

@@ -17,6 +17,8 @@ import (
 	"syscall"
 	"time"
 
+	"drafter/internal/kind"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -26,6 +28,10 @@ type Trust struct {
 	TLS     *tls.Config // if not nil, certificates decide, and only they; see [LoadTLS]
 	Anybody bool        // without TLS: whoever connects, or answers, on this host or another
 }
+
+// ErrUnauthorized says that somebody is at the other end of a connection who may not be: another user of this host,
+// or one without a certificate of the authorities.
+var ErrUnauthorized = kind.Unauthorized
 
 // ErrBeyond says that an address needs TLS, or trust in everybody.
 var ErrBeyond = errors.New("other hosts can reach it, or answer there; " +
@@ -173,7 +179,8 @@ func (t *Trust) Dialer(addr string) (func(context.Context) (io.ReadWriteCloser, 
 		config := t.TLS.Clone()
 		config.ServerName = host
 		return func(ctx context.Context) (io.ReadWriteCloser, error) {
-			return (&tls.Dialer{Config: config}).DialContext(ctx, network, address)
+			conn, err := (&tls.Dialer{Config: config}).DialContext(ctx, network, address)
+			return conn, unauthorized(err)
 		}, nil
 	case t.Anybody:
 		return func(ctx context.Context) (io.ReadWriteCloser, error) {
@@ -202,6 +209,16 @@ func (t *Trust) Dialer(addr string) (func(context.Context) (io.ReadWriteCloser, 
 		}
 		return nil, failed
 	}, nil
+}
+
+// unauthorized gives the error of a handshake its kind, if a certificate is the reason. A nil error stays nil.
+func unauthorized(err error) error {
+	var verification *tls.CertificateVerificationError
+	var alert *net.OpError
+	if errors.As(err, &verification) || errors.As(err, &alert) && alert.Op == "remote error" {
+		return kind.Of(ErrUnauthorized, err)
+	}
+	return err
 }
 
 // dialOwn connects with a process of root's or of our own user's.

@@ -5,6 +5,8 @@ import (
 	"os"
 	"slices"
 	"strings"
+
+	"drafter/internal/kind"
 )
 
 // Processor is what guests see of a host's CPU when they are not emulated.
@@ -42,10 +44,10 @@ func parseProcessor(cpuinfo string) *Processor {
 	return p
 }
 
-// Check refuses to take a VM from a host whose CPU has features that this one lacks, and names them: a guest that has found a feature uses it.
+// Check refuses, with [ErrIncompatible], to take a VM from a host whose CPU has features that this one lacks, and names them: a guest that has found a feature uses it.
 func (p *Processor) Check(source *Processor) error {
 	if source.Vendor != p.Vendor {
-		return fmt.Errorf("the VM comes from a CPU of %s, this host's is of %s; guests do not move between the two", source.Vendor, p.Vendor)
+		return kind.Of(ErrIncompatible, fmt.Errorf("the VM comes from a CPU of %s, this host's is of %s; guests do not move between the two", source.Vendor, p.Vendor))
 	}
 	var missing []string
 	for _, f := range source.Flags {
@@ -54,8 +56,8 @@ func (p *Processor) Check(source *Processor) error {
 		}
 	}
 	if len(missing) > 0 {
-		return fmt.Errorf("this host's CPU (%s) lacks features of the source's (%s): %s; migrate to a CPU that has them, or make the package with a CPU model that does without",
-			p.Model, source.Model, strings.Join(missing, " "))
+		return kind.Of(ErrIncompatible, fmt.Errorf("this host's CPU (%s) lacks features of the source's (%s): %s; migrate to a CPU that has them, or make the package with a CPU model that does without",
+			p.Model, source.Model, strings.Join(missing, " ")))
 	}
 	return nil
 }

@@ -161,33 +161,42 @@ func CheckStart(dev StateDevice) (why, err error) {
 	return nil, h.resumable()
 }
 
+// resumable returns a [StatusError] unless the VM can be resumed.
 func (h *stateHeader) resumable() error {
+	if text := h.obstacle(); text != "" {
+		return &StatusError{h.status, text}
+	}
+	return nil
+}
+
+// obstacle says why the VM cannot be resumed; "" if it can.
+func (h *stateHeader) obstacle() string {
 	at := h.changed.Format(time.RFC3339)
 	switch h.status {
 	case Suspended:
-		return nil
+		return ""
 	case Running, PoweredOff, Copying:
 		if h.migration != uuid.Nil && h.status != Copying {
-			return fmt.Errorf("the VM was taken over from another host at %s, and this side ended before its source was known to have given it up; look there, and go on at one side with 'drafter peer settle --here'", at)
+			return fmt.Sprintf("the VM was taken over from another host at %s, and this side ended before its source was known to have given it up; look there, and go on at one side with 'drafter peer settle --here'", at)
 		}
 		if h.status == PoweredOff {
-			return fmt.Errorf("the guest powered itself off at %s, so there is nothing to resume; boot its disk with drafter snapshotter", at)
+			return fmt.Sprintf("the guest powered itself off at %s, so there is nothing to resume; boot its disk with drafter snapshotter", at)
 		}
-		return fmt.Errorf("the VM was resumed, at %s or before, and never suspended, so its memory no longer fits its saved state; extract the package again, or make a new one from its disks ('drafter device export' takes them out of an instance, 'drafter snapshotter' boots them)", at)
+		return fmt.Sprintf("the VM was resumed, at %s or before, and never suspended, so its memory no longer fits its saved state; extract the package again, or make a new one from its disks ('drafter device export' takes them out of an instance, 'drafter snapshotter' boots them)", at)
 	case Arriving:
-		return fmt.Errorf("a migration to here began at %s and did not get to its end, so this is a part of a VM; the VM is still at its source, migrate it again", at)
+		return fmt.Sprintf("a migration to here began at %s and did not get to its end, so this is a part of a VM; the VM is still at its source, migrate it again", at)
 	case Leaving:
-		return fmt.Errorf("the VM was being handed over at %s when its peer was killed, so it may run at its target; look there, and note it with 'drafter peer settle --away'; only if it does not run there and never will, 'drafter peer settle --here': then its memory is lost, and its disks are as after a power cut", at)
+		return fmt.Sprintf("the VM was being handed over at %s when its peer was killed, so it may run at its target; look there, and note it with 'drafter peer settle --away'; only if it does not run there and never will, 'drafter peer settle --here': then its memory is lost, and its disks are as after a power cut", at)
 	case TakingOver:
-		return fmt.Errorf("a migration to here was at its end at %s, and this side ended before it was certain that the VM ran here; go on at its source (if it does not by itself, with 'drafter peer settle --here' there), and give up what is here with 'drafter peer settle --away'", at)
+		return fmt.Sprintf("a migration to here was at its end at %s, and this side ended before it was certain that the VM ran here; go on at its source (if it does not by itself, with 'drafter peer settle --here' there), and give up what is here with 'drafter peer settle --away'", at)
 	case InDoubt:
-		return fmt.Errorf("the VM was handed over at %s and the target has not answered, so it is in doubt where it runs; look there, and then settle it with 'drafter peer settle --here', or --away", at)
+		return fmt.Sprintf("the VM was handed over at %s and the target has not answered, so it is in doubt where it runs; look there, and then settle it with 'drafter peer settle --here', or --away", at)
 	case HandedOver:
-		return fmt.Errorf("the VM was handed over at %s, and it is not known whether its target has all of it; look there, and if it is lost, go on from that moment with 'drafter peer settle --here'; if it runs there, note it with 'drafter peer settle --away'", at)
+		return fmt.Sprintf("the VM was handed over at %s, and it is not known whether its target has all of it; look there, and if it is lost, go on from that moment with 'drafter peer settle --here'; if it runs there, note it with 'drafter peer settle --away'", at)
 	case Moved:
-		return fmt.Errorf("the VM moved away at %s; migrate it back, or remove this instance's files", at)
+		return fmt.Sprintf("the VM moved away at %s; migrate it back, or remove this instance's files", at)
 	}
-	return fmt.Errorf("status %d is unknown", h.status)
+	return fmt.Sprintf("status %d is unknown", h.status)
 }
 
 // ReadMigratedState is [ReadState] at the target of a migration.

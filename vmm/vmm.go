@@ -4,7 +4,6 @@ package vmm
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -190,9 +189,6 @@ type Meter interface {
 	// Metrics returns the last known values by name. It is safe for concurrent use.
 	Metrics() map[string]float64
 }
-
-// ErrPoweredOff says that the guest has shut itself down.
-var ErrPoweredOff = errors.New("the guest powered itself off")
 
 // Driver names for --vmm; VMMAuto takes the driver a package was made with, or QEMU for a new one.
 const (

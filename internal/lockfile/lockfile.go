@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"drafter/internal/kind"
 	"drafter/internal/private"
 )
 
@@ -26,6 +27,9 @@ type HeldError struct {
 }
 
 func (e *HeldError) Error() string { return "in use by " + e.Holder }
+
+// Is tells that it is of the kind [kind.InUse].
+func (e *HeldError) Is(target error) bool { return target == kind.InUse }
 
 // Try takes the lock at path, which need not exist; the directory must. Nobody else may open the file,
 // and so lock it. It returns a *HeldError when another process has it. The file tells others who holds it. A

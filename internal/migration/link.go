@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"drafter/internal/wire"
+	"drafter/migrate"
 )
 
 // link is a connection that is watched: it ends when its context does, when it is silent for too long, or when it breaks.
@@ -131,6 +132,17 @@ type RemoteError struct {
 }
 
 func (e *RemoteError) Error() string { return e.Text }
+
+// Is tells of which kind the error is.
+func (e *RemoteError) Is(target error) bool {
+	switch e.Code {
+	case wire.CodeIncompatible:
+		return target == migrate.ErrIncompatible
+	case wire.CodeBusy:
+		return target == migrate.ErrBusy
+	}
+	return false
+}
 
 // refuse tells the other side why the connection ends, if it still listens.
 func (l *link) refuse(code wire.Code, err error) {

@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"regexp"
 
+	"drafter/internal/kind"
 	"drafter/vmm"
 )
 
@@ -41,20 +42,20 @@ func supported(v vmm.Version) error {
 // compatible refuses state that this Firecracker would refuse, or misread: a state is read by the release that wrote it and by newer ones.
 func compatible(recorded vmm.Hardware, have vmm.Version) error {
 	if recorded.VMM != vmm.VMMFirecracker {
-		return fmt.Errorf("the package was made with %s, it cannot be resumed with Firecracker", recorded.VMM)
+		return kind.Of(vmm.ErrIncompatible, fmt.Errorf("the package was made with %s, it cannot be resumed with Firecracker", recorded.VMM))
 	}
 	if recorded.Machine != machine && recorded.Machine != machineHuge {
-		return fmt.Errorf("machine %.80q is not one that this program makes", recorded.Machine)
+		return kind.Of(vmm.ErrIncompatible, fmt.Errorf("machine %.80q is not one that this program makes", recorded.Machine))
 	}
 	if !templateForm.MatchString(recorded.CPU) {
-		return fmt.Errorf("CPU template %.80q is not a name", recorded.CPU)
+		return kind.Of(vmm.ErrIncompatible, fmt.Errorf("CPU template %.80q is not a name", recorded.CPU))
 	}
 	want, err := vmm.ParseVersion(recorded.Version)
 	if err != nil {
 		return err
 	}
 	if have.ReleasedBefore(want) {
-		return fmt.Errorf("the package was made with Firecracker %s, this host has the older %s; upgrade it here, or make the package with the older one", want, have)
+		return kind.Of(vmm.ErrIncompatible, fmt.Errorf("the package was made with Firecracker %s, this host has the older %s; upgrade it here, or make the package with the older one", want, have))
 	}
 	return nil
 }

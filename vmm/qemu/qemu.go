@@ -24,6 +24,7 @@ import (
 	"drafter/agent"
 	"drafter/internal/console"
 	"drafter/internal/fusemount"
+	"drafter/internal/kind"
 	"drafter/internal/private"
 	"drafter/internal/process"
 	"drafter/vmm"
@@ -85,7 +86,7 @@ func installedVersion(ctx context.Context, path string) (vmm.Version, error) {
 // a microvm has no versions, so it loads only where it was saved. 8.0.0 reads a 7.2 machine's PCI state wrongly (fixed in 8.0.1).
 func compatible(recorded vmm.Hardware, have vmm.Version) error {
 	if recorded.VMM != vmm.VMMQEMU {
-		return fmt.Errorf("the package was made with %s, it cannot be resumed with QEMU", recorded.VMM)
+		return kind.Of(vmm.ErrIncompatible, fmt.Errorf("the package was made with %s, it cannot be resumed with QEMU", recorded.VMM))
 	}
 	want, err := vmm.ParseVersion(recorded.Version)
 	if err != nil {
@@ -93,11 +94,11 @@ func compatible(recorded vmm.Hardware, have vmm.Version) error {
 	}
 	switch {
 	case recorded.Machine == machineMicroVM && have != want:
-		return fmt.Errorf("a microvm package made with QEMU %s resumes only there, this host has %s; make the package again here", want, have)
+		return kind.Of(vmm.ErrIncompatible, fmt.Errorf("a microvm package made with QEMU %s resumes only there, this host has %s; make the package again here", want, have))
 	case have.ReleasedBefore(want):
-		return fmt.Errorf("the package was made with QEMU %s, this host has the older %s; upgrade QEMU here, or make the package with the older one", want, have)
+		return kind.Of(vmm.ErrIncompatible, fmt.Errorf("the package was made with QEMU %s, this host has the older %s; upgrade QEMU here, or make the package with the older one", want, have))
 	case have == vmm.Version{Major: 8} && want.Before(have):
-		return errors.New("QEMU 8.0.0 misreads machines of older releases; upgrade it to 8.0.1 or later")
+		return kind.Of(vmm.ErrIncompatible, errors.New("QEMU 8.0.0 misreads machines of older releases; upgrade it to 8.0.1 or later"))
 	}
 	return nil
 }

@@ -1,0 +1,27 @@
+// Package kind lets callers tell errors apart by their kinds. Public packages export the kinds as theirs.
+package kind
+
+import "errors"
+
+// The kinds.
+var (
+	InUse        = errors.New("in use")
+	Incompatible = errors.New("incompatible")
+	Unauthorized = errors.New("not authorized")
+)
+
+// Of gives an error a kind, for [errors.Is], and leaves its text as it is. A nil error stays nil.
+func Of(kind, err error) error {
+	if err == nil {
+		return nil
+	}
+	return &kinded{err, kind}
+}
+
+type kinded struct {
+	error
+	kind error
+}
+
+// Unwrap returns the error and its kind.
+func (k *kinded) Unwrap() []error { return []error{k.error, k.kind} }

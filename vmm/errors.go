@@ -1,0 +1,31 @@
+package vmm
+
+import (
+	"errors"
+
+	"drafter/internal/block"
+	"drafter/internal/kind"
+)
+
+var (
+	// ErrPoweredOff says that the guest has shut itself down.
+	ErrPoweredOff = errors.New("the guest powered itself off")
+	// ErrInUse says that another process has what is needed: a device, a network namespace, an output.
+	ErrInUse = kind.InUse
+	// ErrIncompatible says that a VM cannot run on this host, whatever is tried: its VMM or its CPU is another one.
+	ErrIncompatible = kind.Incompatible
+)
+
+// StatusError says why the VM of a state device cannot be resumed. It runs elsewhere, may do so, or has not
+// wholly come here, if its status is [Status.OfMigration].
+type StatusError struct {
+	Status Status
+	text   string
+}
+
+// Error says what can be done about it.
+func (e *StatusError) Error() string { return e.text }
+
+// NoRoom tells whether an error is want of room in a file system. Nothing is lost then: what failed can be tried
+// again once there is room.
+func NoRoom(err error) bool { return block.NoRoom(err) }
