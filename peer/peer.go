@@ -42,9 +42,11 @@ type Config struct {
 	// S3Credentials is a file with the credentials of devices that name none; see [s3.Place].
 	S3Credentials string
 
-	ResumeTimeout time.Duration // bounds the answer of the agent after a resume
+	ResumeTimeout time.Duration // bounds the answer of the agent after a resume; 0: 1 min
 	Force         bool          // a VM is received even if its guest does not get ready: what it has not flushed is as after a power cut
-	RescueTimeout time.Duration // bounds the answer of the agent before a suspend; the VM is suspended without it afterwards
+	// RescueTimeout bounds the answer of the agent before a suspend; the VM is suspended without it afterwards. 0: 10 s;
+	// below 0: it is not waited for.
+	RescueTimeout time.Duration
 
 	Hooks Hooks
 }
@@ -85,6 +87,10 @@ type Peer struct {
 
 // New checks a config. Nothing is touched yet.
 func New(c Config) (*Peer, error) {
+	if err := c.Host.Complete(); err != nil {
+		return nil, err
+	}
+	c.ResumeTimeout, c.RescueTimeout = cmp.Or(c.ResumeTimeout, time.Minute), cmp.Or(c.RescueTimeout, 10*time.Second)
 	p := &Peer{config: c}
 	if len(c.Devices) > 0 || c.Derive == nil {
 		if err := p.checkDevices(); err != nil {
@@ -326,13 +332,13 @@ func (p *Peer) statePath() string {
 	return cmp.Or(p.config.Devices[i].Overlay, p.config.Devices[i].Base)
 }
 
-// Done is closed when the VM has ended by itself; Wait then tells how.
+// Done is closed when the VM has ended by itself; Wait then tells how. It is nil before the VM runs.
 func (p *Peer) Done() <-chan struct{} { return p.instance.Done() }
 
 // Wait blocks until the VM ends by itself. It returns nil when the guest powered itself off. What a device failed with is part of the error.
 func (p *Peer) Wait() error { return errors.Join(p.instance.Wait(), p.devices.Failed()) }
 
-// Agent is the connection with the guest's agent.
+// Agent is the connection with the guest's agent; nil before the VM runs, and after it was suspended.
 func (p *Peer) Agent() *agent.Client { return p.instance.Agent() }
 
 // Suspend stops the VM and leaves it in its devices. It uses a context of its own: a suspend is how a run ends well, whatever the caller's context has

@@ -13,6 +13,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"drafter/internal/instance"
 	"drafter/internal/migration"
 	"drafter/internal/private"
 	"drafter/migrate"
@@ -84,6 +85,9 @@ func whereabouts(s migrate.Phase) string {
 
 // newSource makes the source of this VM.
 func (p *Peer) newSource() (*migration.Source, error) {
+	if p.instance == nil {
+		return nil, instance.ErrNotStarted
+	}
 	config := p.instance.Config()
 	c := migration.SourceConfig{VM: &departure{p: p}, Config: p.configDevice, Signature: p.carriedSignature(), Generation: p.instance.Generation(), Limits: p.config.Limits, OnProgress: p.config.Hooks.OnProgress}
 	if p.syncer != nil {
@@ -110,7 +114,7 @@ func (p *Peer) newSource() (*migration.Source, error) {
 		}
 	}
 	if c.Limits.Prepare == 0 {
-		c.Limits.Prepare = p.config.RescueTimeout
+		c.Limits.Prepare = max(p.config.RescueTimeout, 1)
 	}
 	for i := range p.config.Devices {
 		d := &p.config.Devices[i]

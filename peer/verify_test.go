@@ -36,10 +36,19 @@ func verifierOf(t *testing.T, p *signaturetest.Package) *signature.Verifier {
 	return v
 }
 
+// noVMM is the driver of a host without a VMM.
+type noVMM struct{}
+
+func (noVMM) Name() string { return "none" }
+
+func (noVMM) Launch(context.Context, vmm.Launch) (vmm.Machine, error) {
+	return nil, errors.New("this host has no VMM")
+}
+
 // newPeer makes a peer whose start fails at the latest at the state device, before any VMM.
 func newPeer(t *testing.T, c Config) *Peer {
 	t.Helper()
-	c.Host = vmm.Host{BaseDir: filepath.Join(t.TempDir(), "vms")}
+	c.Host = vmm.Host{Drivers: vmm.Drivers{noVMM{}}, BaseDir: filepath.Join(t.TempDir(), "vms")}
 	p, err := New(c)
 	if err != nil {
 		t.Fatal(err)

@@ -2,6 +2,7 @@
 package runner
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -34,8 +35,10 @@ type Config struct {
 	Host    vmm.Host
 	Devices []Device
 
-	ResumeTimeout time.Duration // bounds the answer of the agent after a resume
-	RescueTimeout time.Duration // bounds the answer of the agent before a suspend; the VM is suspended without it afterwards
+	ResumeTimeout time.Duration // bounds the answer of the agent after a resume; 0: 1 min
+	// RescueTimeout bounds the answer of the agent before a suspend; the VM is suspended without it afterwards. 0: 5 s;
+	// below 0: it is not waited for.
+	RescueTimeout time.Duration
 
 	Verifier *signature.Verifier // accepts packages; nil accepts all
 
@@ -62,6 +65,10 @@ type Runner struct {
 
 // New checks a config and, unless it is to be verified first, the package. Nothing is touched yet.
 func New(c Config) (*Runner, error) {
+	if err := c.Host.Complete(); err != nil {
+		return nil, err
+	}
+	c.ResumeTimeout, c.RescueTimeout = cmp.Or(c.ResumeTimeout, time.Minute), cmp.Or(c.RescueTimeout, 5*time.Second)
 	r := &Runner{config: c, paths: instance.Paths{}, origin: instance.Paths{}}
 	var names []string
 	for _, d := range c.Devices {
@@ -206,13 +213,13 @@ func (r *Runner) copyPrivate(ctx context.Context) error {
 	return nil
 }
 
-// Done is closed when the VM has ended by itself; Wait then tells how.
+// Done is closed when the VM has ended by itself; Wait then tells how. It is nil before the VM runs.
 func (r *Runner) Done() <-chan struct{} { return r.instance.Done() }
 
 // Wait blocks until the VM ends by itself. It returns nil when the guest powered itself off.
 func (r *Runner) Wait() error { return r.instance.Wait() }
 
-// Agent is the connection with the guest's agent.
+// Agent is the connection with the guest's agent; nil before the VM runs, and after it was suspended.
 func (r *Runner) Agent() *agent.Client { return r.instance.Agent() }
 
 // Suspend stops the VM and writes it to the package, or to the outputs of a private run. It uses a context of its own: a suspend is how a run

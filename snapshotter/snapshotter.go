@@ -2,6 +2,7 @@
 package snapshotter
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -39,7 +40,7 @@ type Config struct {
 	Spec    vmm.Spec
 	Devices []Device
 
-	// Timeout bounds how long the guest may take to boot and to be ready.
+	// Timeout bounds how long the guest may take to boot and to be ready; 0: 1 min.
 	Timeout time.Duration
 
 	// ReadyPorts are the TCP ports that the guest's service opens before it is ready; "" for those
@@ -68,6 +69,10 @@ type Snapshotter struct {
 
 // New checks a config. Nothing is touched yet.
 func New(c Config) (*Snapshotter, error) {
+	if err := c.Host.Complete(); err != nil {
+		return nil, err
+	}
+	c.Timeout = cmp.Or(c.Timeout, time.Minute)
 	s := &Snapshotter{config: c, making: map[string]*making{}, paths: instance.Paths{}}
 	for _, d := range c.Devices {
 		s.names = append(s.names, d.Name)

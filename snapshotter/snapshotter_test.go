@@ -119,7 +119,8 @@ func TestOutputIsAFile(t *testing.T) {
 	if err := unix.Mkfifo(fifo, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	c := Config{Spec: vmm.Spec{CPUs: 1, MemorySize: 64 << 20}, Devices: []Device{
+	host := vmm.Host{Drivers: vmm.Drivers{broken{}}, BaseDir: filepath.Join(dir, "vms")}
+	c := Config{Host: host, Spec: vmm.Spec{CPUs: 1, MemorySize: 64 << 20}, Devices: []Device{
 		{Name: vmm.Kernel, Input: exe, Output: filepath.Join(dir, "kernel")},
 		{Name: vmm.Disk, Input: exe, Output: filepath.Join(dir, "disk")},
 		{Name: vmm.State, Output: fifo},

@@ -1,6 +1,7 @@
 package vmm
 
 import (
+	"errors"
 	"fmt"
 	"io"
 
@@ -11,16 +12,16 @@ import (
 
 // Host says where and as whom a VM runs, whichever VM it is.
 type Host struct {
-	Drivers Drivers
-	VMM     string // VMMAuto or a driver's name
-	Accel   string // AccelAuto, AccelKVM or AccelTCG
+	Drivers Drivers // at least one
+	VMM     string  // VMMAuto, "" for the same, or a driver's name
+	Accel   string  // AccelAuto, "" for the same, AccelKVM or AccelTCG
 
-	BaseDir       string    // parent of the VM's own directory (--chroot-base-dir)
+	BaseDir       string    // parent of the VM's own directory (--chroot-base-dir); must be named
 	Netns         string    // "" for no network namespace of its own
 	UID, GID      int       // both 0: a user of the VM's own, see ClaimUser
-	Users         UserRange // the ones that VMs get
+	Users         UserRange // the ones that VMs get; zero: DefaultUsers
 	NUMANode      int
-	CgroupVersion int
+	CgroupVersion int    // 1 or 2; 0: 2
 	Limits        Limits // of the VMM
 	FillMemory    bool   // whether to bring all of a resumed VM's memory into it behind it, where the driver serves memory
 	HugePages     bool   // whether a VM's memory consists of pages of 2 MiB
@@ -32,6 +33,30 @@ type Host struct {
 
 	Output io.Writer // guest console; nil discards. One that blocks or fails misses some of it, and holds nobody up.
 	Input  io.Reader // nil for none
+}
+
+// Complete fills in the defaults, and refuses what cannot work by the name of its field.
+func (h *Host) Complete() error {
+	if len(h.Drivers) == 0 {
+		return errors.New("Host.Drivers is empty; name the drivers of VMMs, such as qemu.Driver{}")
+	}
+	if _, err := h.Drivers.Select(h.VMM, ""); err != nil {
+		return fmt.Errorf("Host.VMM: %w", err)
+	}
+	if h.BaseDir == "" {
+		return errors.New("Host.BaseDir is empty; name a directory for VMs")
+	}
+	if h.UID < 0 || h.GID < 0 {
+		return errors.New("Host.UID and Host.GID must not be negative")
+	}
+	switch h.CgroupVersion {
+	case 0:
+		h.CgroupVersion = 2
+	case 1, 2:
+	default:
+		return fmt.Errorf("Host.CgroupVersion is %d; choose 1 or 2", h.CgroupVersion)
+	}
+	return nil
 }
 
 // ClaimUser gives the VM a user of its own, unless the host names one. Close the user, which may be nil,

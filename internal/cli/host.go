@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -59,6 +60,9 @@ func (h *hostFlags) add(cmd *cobra.Command) {
 	f.BoolVar(&h.enableInput, "enable-input", false, "Whether to pass stdin to the VM's console (a line there starts a shell in Drafter's OS)")
 	f.DurationVar(&h.resumeTimeout, "resume-timeout", time.Minute, "Maximum amount of time to wait for agent and liveness")
 }
+
+// orAtOnce keeps a timeout of 0 from standing for the default.
+func orAtOnce(d time.Duration) time.Duration { return cmp.Or(d, -1) }
 
 // addMaxMemory is for those who start a VM that others have made.
 func (h *hostFlags) addMaxMemory(cmd *cobra.Command) {

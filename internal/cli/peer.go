@@ -137,7 +137,7 @@ out, and a line says how much. Under nohup, SIGHUP is ignored.
 				return err
 			}
 			defer restore()
-			c.ResumeTimeout = host.resumeTimeout
+			c.ResumeTimeout, c.RescueTimeout = orAtOnce(host.resumeTimeout), orAtOnce(c.RescueTimeout)
 			show := newMigrationLog(cmd.ErrOrStderr())
 			defer show.close()
 			c.Hooks.OnPhase, c.Hooks.OnProgress, c.Hooks.OnPull = show.state, show.progress, show.pull

@@ -91,7 +91,7 @@ With --verify-key, the package is read and checked first. A run changes the pack
 				return err
 			}
 			defer restore()
-			c.ResumeTimeout = host.resumeTimeout
+			c.ResumeTimeout, c.RescueTimeout = orAtOnce(host.resumeTimeout), orAtOnce(c.RescueTimeout)
 			r, err := runner.New(c)
 			if err != nil {
 				return err

@@ -111,7 +111,12 @@ func (s *Set) Expose(p Place, devices []expose.Device) (err error) {
 func (s *Set) Path(name string) string { return s.exposure.Path(name) }
 
 // Failed returns the first error that a device gave to those who use its path.
-func (s *Set) Failed() error { return s.exposure.Failed() }
+func (s *Set) Failed() error {
+	if s.exposure == nil {
+		return nil
+	}
+	return s.exposure.Failed()
+}
 
 // Mount is the FUSE file system that exposes the devices; nil where there is none.
 func (s *Set) Mount() *fuse.Mount {

@@ -106,7 +106,11 @@ type StateDevice interface {
 	Name() string // path, for messages
 }
 
-// Instance is one running VM. Resume and Suspend are called by one goroutine; Wait and Close by any.
+// ErrNotStarted says that there is no VM yet.
+var ErrNotStarted = errors.New("the VM was not started; resume or receive it first")
+
+// Instance is one running VM. Resume and Suspend are called by one goroutine; Wait and Close by any. A nil Instance
+// stands for a VM that was not started: Done, Wait, Agent, Suspend and Mark say so.
 type Instance struct {
 	machine vmm.Machine
 	dir     *vmm.Dir
@@ -596,6 +600,9 @@ func (i *Instance) withNameServers(args string) string {
 // fails to, the VM is suspended all the same and the failure is part of the error. Saved says whether the devices hold the VM; if they do not, it runs on, and
 // Suspend can be tried again.
 func (i *Instance) Suspend(ctx context.Context, agentTimeout time.Duration) (saved bool, err error) {
+	if i == nil {
+		return false, ErrNotStarted
+	}
 	if i.frozen {
 		return true, nil
 	}
@@ -695,13 +702,26 @@ func (i *Instance) Generation() uuid.UUID { return i.generation }
 func (i *Instance) Config() *vmm.PackageConfig { return i.config }
 
 // Agent is the connection with the guest's agent, nil before AfterResume and after Suspend. It ends when the guest reboots.
-func (i *Instance) Agent() *agent.Client { return i.agent.Load() }
+func (i *Instance) Agent() *agent.Client {
+	if i == nil {
+		return nil
+	}
+	return i.agent.Load()
+}
 
 // Done is closed when the VMM has ended by itself.
-func (i *Instance) Done() <-chan struct{} { return i.machine.Done() }
+func (i *Instance) Done() <-chan struct{} {
+	if i == nil {
+		return nil
+	}
+	return i.machine.Done()
+}
 
 // Wait blocks until the VMM ends. It returns nil when the guest powered itself off, which it notes in the state device, and after Close.
 func (i *Instance) Wait() error {
+	if i == nil {
+		return ErrNotStarted
+	}
 	if err := i.machine.Wait(); err != nil {
 		return err
 	}

@@ -114,6 +114,9 @@ func (i *Instance) SaveLeaving(ctx context.Context, migration uuid.UUID) error {
 
 // Mark notes durably what has become of a VM that was handed over.
 func (i *Instance) Mark(status vmm.Status) error {
+	if i == nil {
+		return ErrNotStarted
+	}
 	i.frozen = true
 	return i.withState(func(dev StateDevice) error { return vmm.MarkState(dev, status) })
 }

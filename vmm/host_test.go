@@ -1,0 +1,42 @@
+package vmm
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+)
+
+type named string
+
+func (n named) Name() string { return string(n) }
+
+func (named) Launch(context.Context, Launch) (Machine, error) { return nil, errors.New("nothing") }
+
+// What is zero works, or is refused by the name of its field.
+func TestHostComplete(t *testing.T) {
+	good := Host{Drivers: Drivers{named("one")}, BaseDir: "vms"}
+	for name, tt := range map[string]struct {
+		change func(*Host)
+		want   string
+	}{
+		"zero values":    {func(*Host) {}, ""},
+		"no driver":      {func(h *Host) { h.Drivers = nil }, "Host.Drivers"},
+		"another driver": {func(h *Host) { h.VMM = "two" }, "Host.VMM"},
+		"no directory":   {func(h *Host) { h.BaseDir = "" }, "Host.BaseDir"},
+		"no user":        {func(h *Host) { h.UID = -1 }, "Host.UID"},
+		"no group":       {func(h *Host) { h.GID = -1 }, "Host.GID"},
+		"no cgroup":      {func(h *Host) { h.CgroupVersion = 3 }, "Host.CgroupVersion"},
+		"version 1":      {func(h *Host) { h.CgroupVersion = 1 }, ""},
+	} {
+		h := good
+		tt.change(&h)
+		err := h.Complete()
+		if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
+			t.Errorf("%s: %v, want %q", name, err, tt.want)
+		}
+	}
+	if err := good.Complete(); err != nil || good.CgroupVersion != 2 {
+		t.Errorf("cgroup version %d, %v", good.CgroupVersion, err)
+	}
+}
