@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 )
@@ -112,5 +113,18 @@ func nameable(t *testing.T, where string, o *types.TypeName) {
 	t.Helper()
 	if o.Pkg() != nil && strings.HasPrefix(o.Pkg().Path(), "drafter/") && strings.Contains(o.Pkg().Path(), "internal/") {
 		t.Errorf("%s shows %s.%s, which its users can neither make nor name", where, o.Pkg().Path(), o.Name())
+	}
+}
+
+func TestEveryPublicPackageHasAnExample(t *testing.T) {
+	list, err := exec.CommandContext(t.Context(), "go", "list", "./...").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path := range strings.FieldsSeq(string(list)) {
+		dir, _ := strings.CutPrefix(path, "drafter/")
+		if _, err := os.Stat(filepath.Join(dir, "example_test.go")); public(path) && err != nil {
+			t.Errorf("package %s has no example: %v", dir, err)
+		}
 	}
 }

@@ -343,7 +343,7 @@ func (f *Forwarder) forgetForwards() error {
 	return errors.Join(err, os.Remove(f.listPath()))
 }
 
-// Close ends the forwards. Connections that exist break.
+// Close ends the forwards. Connections that exist go on; new ones are refused.
 func (f *Forwarder) Close() error {
 	if f.lock == nil {
 		return nil

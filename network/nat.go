@@ -55,6 +55,16 @@ type NATConfig struct {
 	AllowIncomingTraffic bool // whether the host reaches guests without a port forward
 }
 
+// DefaultNAT is a layout that works on most hosts, with 16 namespaces.
+func DefaultNAT() NATConfig {
+	return NATConfig{
+		HostVethCIDR: "10.0.8.0/22", NamespaceVethCIDR: "10.0.15.0/24", BlockedSubnetCIDR: "10.0.15.0/24",
+		NamespaceInterface: "tap0", NamespaceInterfaceGateway: "172.16.0.1", NamespaceInterfaceNetmask: 30,
+		NamespaceInterfaceIP: "172.16.0.2", NamespaceInterfaceMAC: "02:0e:d9:fd:68:3d",
+		NamespacePrefix: "ark", NamespaceCount: 16, AllowIncomingTraffic: true,
+	}
+}
+
 // NAT is a running pool. Its namespaces exist until Close.
 type NAT struct {
 	config  NATConfig

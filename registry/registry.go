@@ -3,6 +3,7 @@
 package registry
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -44,7 +45,7 @@ func PackageDevices(dir string) ([]Device, error) {
 // Config says what to serve.
 type Config struct {
 	Devices     []Device
-	Connections int // how many are served at once, at least 1; a target has two, and each takes some 2 MiB. A host gets no more of them than are left for others
+	Connections int // how many are served at once; 0: 1024. A target has two, and each takes some 2 MiB. A host gets no more of them than are left for others
 	Limits      migrate.Limits
 }
 
@@ -58,7 +59,8 @@ type Registry struct {
 
 // Open opens the devices and reads all of each whose content is not known yet. Close the registry.
 func Open(ctx context.Context, c Config) (_ *Registry, err error) {
-	if c.Connections < 1 {
+	c.Connections = cmp.Or(c.Connections, 1024)
+	if c.Connections < 0 {
 		return nil, fmt.Errorf("%d connections at once are not enough to serve anybody", c.Connections)
 	}
 	if len(c.Devices) == 0 {

@@ -51,6 +51,33 @@ type Config struct {
 	Progress func(step string, done, total int64)
 }
 
+// BlueprintDevices derives the devices of a package to make, in directory pkg, from the directory of a blueprint.
+func BlueprintDevices(blueprint, pkg string) ([]Device, error) {
+	var devices []Device
+	for _, name := range []string{vmm.Kernel, vmm.Initrd, vmm.Disk, "oci", vmm.State, vmm.Memory, vmm.Config} {
+		d := Device{Name: name, Output: filepath.Join(pkg, vmm.PackageFile(name))}
+		switch name {
+		case vmm.State, vmm.Memory, vmm.Config:
+			devices = append(devices, d)
+			continue
+		case vmm.Initrd:
+			d.Output = "" // a package keeps it behind its kernel
+		}
+		d.Input = filepath.Join(blueprint, vmm.PackageFile(name))
+		if name == vmm.Initrd {
+			d.Input = filepath.Join(blueprint, "initrd")
+		}
+		_, err := os.Stat(d.Input)
+		switch {
+		case err == nil:
+			devices = append(devices, d)
+		case !errors.Is(err, os.ErrNotExist) || name == vmm.Kernel || name == vmm.Disk:
+			return nil, fmt.Errorf("device %s: input: %w", name, err)
+		}
+	}
+	return devices, nil
+}
+
 // Result tells how long the parts took.
 type Result struct {
 	Boot    time.Duration // from the VMM's start to the agent's answer that the service is ready
@@ -73,6 +100,8 @@ func New(c Config) (*Snapshotter, error) {
 		return nil, err
 	}
 	c.Timeout = cmp.Or(c.Timeout, time.Minute)
+	spec := &c.Spec
+	spec.CPUs, spec.MemorySize, spec.BootArgs = cmp.Or(spec.CPUs, 1), cmp.Or(spec.MemorySize, 1<<30), cmp.Or(spec.BootArgs, vmm.DefaultBootArgs)
 	s := &Snapshotter{config: c, making: map[string]*making{}, paths: instance.Paths{}}
 	for _, d := range c.Devices {
 		s.names = append(s.names, d.Name)

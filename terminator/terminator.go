@@ -34,7 +34,7 @@ type Device struct {
 type Config struct {
 	Devices []Device // of the VM's; others are not transferred
 	Dir     string   // instead of Devices: all that come, under the names that a package's files have
-	Place   s3.Place // instead of both: all that come, to an object storage, over what is there; see [backup.Writer]
+	Place   s3.Place // instead of both: all that come, to an object storage, over what is there
 	Copy    bool     // the VM goes on at its peer
 	Force   bool     // the VM is taken even if its guest does not get ready: what it has not flushed is as after a power cut
 	Limits  migrate.Limits

@@ -87,12 +87,18 @@ func (h *Host) CheckMemory(size int64) error {
 	return nil
 }
 
+// DefaultBootArgs are arguments with which the kernels of Drafter's blueprints boot.
+const DefaultBootArgs = "console=ttyS0 panic=1 pci=off modules=ext4 rootfstype=ext4 root=/dev/vda " +
+	"i8042.noaux i8042.nomux i8042.nopnp i8042.dumbkbd rootflags=rw printk.devkmsg=on " +
+	"printk_ratelimit=0 printk_ratelimit_burst=0 clocksource=tsc nokaslr " +
+	"lapic=notscdeadline tsc=unstable"
+
 // Spec is what a VM to boot shall consist of.
 type Spec struct {
-	CPUs       int
-	MemorySize int64 // bytes
-	CPU        string
-	BootArgs   string
+	CPUs       int     // 0: 1
+	MemorySize int64   // bytes; 0: 1 GiB
+	CPU        string  // model of QEMU or template of Firecracker; "" for the driver's default
+	BootArgs   string  // of the kernel; "": DefaultBootArgs
 	Initrd     Section // of the kernel device; see [PackageConfig]
 
 	Interface string // "" for no network

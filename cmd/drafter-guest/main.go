@@ -111,7 +111,7 @@ func runLiveness(ctx context.Context, args []string) error {
 	if err := parse(f, args); err != nil {
 		return err
 	}
-	return guest.Liveness(ctx, uint32(*port), *timeout)
+	return agent.Liveness(ctx, uint32(*port), *timeout)
 }
 
 func portFlags(f *flag.FlagSet, port uint32) (*uint, *time.Duration) {

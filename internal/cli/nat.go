@@ -9,7 +9,7 @@ import (
 )
 
 func newNAT() *cobra.Command {
-	var c network.NATConfig
+	c := network.DefaultNAT()
 	cmd := &cobra.Command{
 		Use:   "nat",
 		Short: "Give VMs network namespaces with a way to the outside",
@@ -59,19 +59,19 @@ a name server of the host that guests do not reach.
 	}
 	f := cmd.Flags()
 	f.StringVar(&c.HostInterface, "host-interface", "", "Host gateway interface, or several (eth0,eth1) (default: those of the default route, whichever they are at the moment)")
-	f.StringVar(&c.HostVethCIDR, "host-veth-cidr", "10.0.8.0/22", "CIDR for the veths outside the namespace")
-	f.StringVar(&c.NamespaceVethCIDR, "namespace-veth-cidr", "10.0.15.0/24", "CIDR for the veths inside the namespace")
-	f.StringVar(&c.BlockedSubnetCIDR, "blocked-subnet-cidr", "10.0.15.0/24", "Further CIDR to block for the namespace")
+	f.StringVar(&c.HostVethCIDR, "host-veth-cidr", c.HostVethCIDR, "CIDR for the veths outside the namespace")
+	f.StringVar(&c.NamespaceVethCIDR, "namespace-veth-cidr", c.NamespaceVethCIDR, "CIDR for the veths inside the namespace")
+	f.StringVar(&c.BlockedSubnetCIDR, "blocked-subnet-cidr", c.BlockedSubnetCIDR, "Further CIDR to block for the namespace")
 	f.StringSliceVar(&c.AllowHost, "allow-host", nil, "Ports of the host that guests may reach, at any of its addresses (53/udp,53/tcp)")
 	f.StringSliceVar(&c.AllowCIDRs, "allow-cidr", nil, "CIDRs that guests may reach although they are closed, or one port there (192.168.1.0/24,169.254.169.254/32:53/udp)")
 	f.IntVar(&c.MaxConnections, "max-connections", 0, "Connections that a guest may have opened at a time, of all protocols; it may open a quarter as many a second (0: an equal share of a third of what the host can track, up to 8192)")
-	f.StringVar(&c.NamespaceInterface, "namespace-interface", "tap0", "Name for the interface inside the namespace")
-	f.StringVar(&c.NamespaceInterfaceGateway, "namespace-interface-gateway", "172.16.0.1", "Gateway for the interface inside the namespace")
-	f.IntVar(&c.NamespaceInterfaceNetmask, "namespace-interface-netmask", 30, "Netmask for the interface inside the namespace, in bits")
-	f.StringVar(&c.NamespaceInterfaceIP, "namespace-interface-ip", "172.16.0.2", "IP for the guest behind the interface inside the namespace")
-	f.StringVar(&c.NamespaceInterfaceMAC, "namespace-interface-mac", "02:0e:d9:fd:68:3d", "MAC address for the interface inside the namespace")
-	f.StringVar(&c.NamespacePrefix, "namespace-prefix", "ark", "Prefix for the namespace IDs")
-	f.IntVar(&c.NamespaceCount, "namespace-count", 16, "Number of namespaces to make (0: as many as the CIDRs hold)")
-	f.BoolVar(&c.AllowIncomingTraffic, "allow-incoming-traffic", true, "Whether to allow incoming traffic from the host to the namespaces (at host-veth-internal-ip:port)")
+	f.StringVar(&c.NamespaceInterface, "namespace-interface", c.NamespaceInterface, "Name for the interface inside the namespace")
+	f.StringVar(&c.NamespaceInterfaceGateway, "namespace-interface-gateway", c.NamespaceInterfaceGateway, "Gateway for the interface inside the namespace")
+	f.IntVar(&c.NamespaceInterfaceNetmask, "namespace-interface-netmask", c.NamespaceInterfaceNetmask, "Netmask for the interface inside the namespace, in bits")
+	f.StringVar(&c.NamespaceInterfaceIP, "namespace-interface-ip", c.NamespaceInterfaceIP, "IP for the guest behind the interface inside the namespace")
+	f.StringVar(&c.NamespaceInterfaceMAC, "namespace-interface-mac", c.NamespaceInterfaceMAC, "MAC address for the interface inside the namespace")
+	f.StringVar(&c.NamespacePrefix, "namespace-prefix", c.NamespacePrefix, "Prefix for the namespace IDs")
+	f.IntVar(&c.NamespaceCount, "namespace-count", c.NamespaceCount, "Number of namespaces to make (0: as many as the CIDRs hold)")
+	f.BoolVar(&c.AllowIncomingTraffic, "allow-incoming-traffic", c.AllowIncomingTraffic, "Whether to allow incoming traffic from the host to the namespaces (at host-veth-internal-ip:port)")
 	return cmd
 }

@@ -80,7 +80,7 @@ On failure no file of the package is left behind, and an older package stays as 
 	f.StringVar(&template, "cpu-template", "None", "CPU template of Firecracker, or CPU model of QEMU")
 	f.StringVar(&c.Spec.Interface, "interface", "tap0", "Name of the interface in the network namespace to use")
 	f.StringVar(&c.Spec.MAC, "mac", "02:0e:d9:fd:68:3d", "MAC of the interface in the guest")
-	f.StringVar(&c.Spec.BootArgs, "boot-args", defaultBootArgs, "Boot/kernel arguments; the guest's address (ip=) is added unless it is there")
+	f.StringVar(&c.Spec.BootArgs, "boot-args", vmm.DefaultBootArgs, "Boot/kernel arguments; the guest's address (ip=) is added unless it is there")
 	f.Uint32Var(&c.Spec.AgentPort, "agent-vsock-port", vmm.DefaultAgentPort, "Agent VSock port")
 	f.Uint32Var(&c.Spec.LivenessPort, "liveness-vsock-port", vmm.DefaultLivenessPort, "Liveness VSock port")
 	f.StringVar(&c.ReadyPorts, "ready-ports", "", "TCP ports that the guest's service opens before it is ready, such as 80,443 (none: wait for none; default: those that its image exposes)")
@@ -88,5 +88,3 @@ On failure no file of the package is left behind, and an older package stays as 
 	f.BoolVar(&report, "report", false, "Whether to print how long boot and suspend took, as JSON on stdout")
 	return cmd
 }
-
-const defaultBootArgs = "console=ttyS0 panic=1 pci=off modules=ext4 rootfstype=ext4 root=/dev/vda i8042.noaux i8042.nomux i8042.nopnp i8042.dumbkbd rootflags=rw printk.devkmsg=on printk_ratelimit=0 printk_ratelimit_burst=0 clocksource=tsc nokaslr lapic=notscdeadline tsc=unstable"

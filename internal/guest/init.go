@@ -2,10 +2,8 @@ package guest
 
 import (
 	"cmp"
-	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -15,8 +13,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"drafter/agent"
 )
 
 // stopTimeout is how long a container may take to stop before it is killed.
@@ -173,22 +169,6 @@ func startLiveness(children *reaper, cmd cmdline) error {
 		return fmt.Errorf("start liveness: %w", err)
 	}
 	return nil
-}
-
-// Liveness tells the host on port that the guest is up.
-func Liveness(ctx context.Context, port uint32, timeout time.Duration) error {
-	l := agent.Listen(port, timeout)
-	stop := context.AfterFunc(ctx, func() { l.Close() })
-	defer stop()
-	conn, err := l.Accept()
-	if err != nil {
-		return err
-	}
-	// A bare connection is the signal; it ends when the host has seen it.
-	if _, err := conn.Read(make([]byte, 1)); err != nil && !errors.Is(err, io.EOF) {
-		return err
-	}
-	return conn.Close()
 }
 
 // consoleShell offers a root shell on the serial console after the first line of input. Until then it costs nothing.

@@ -1,0 +1,30 @@
+package registry_test
+
+import (
+	"context"
+	"log"
+
+	"drafter/registry"
+	"drafter/transport"
+)
+
+// Peers of this host start instances of a package from a registry.
+func Example() {
+	ctx := context.Background()
+	devices, err := registry.PackageDevices("out/package")
+	if err != nil {
+		log.Fatal(err)
+	}
+	r, err := registry.Open(ctx, registry.Config{Devices: devices})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer r.Close()
+	var trust transport.Trust
+	l, err := trust.Listen(ctx, "localhost:1600")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer l.Close()
+	r.Serve(ctx, l.Accept) // until ctx ends
+}
