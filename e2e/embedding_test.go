@@ -60,7 +60,7 @@ func buildEmbedding(t *testing.T, run func(name string, args ...string) string, 
 		t.Fatal(err)
 	}
 	// What the library requires, its users do: go mod tidy would ask a proxy for it.
-	mod = []byte(strings.Replace(string(mod), "module drafter\n", "module embed\n\nrequire drafter v0.0.0\n\nreplace drafter => "+module+"\n", 1))
+	mod = []byte(strings.Replace(string(mod), "module drafter\n", "module example.com/embedding\n\nrequire drafter v0.0.0\n\nreplace drafter => "+module+"\n", 1))
 	for name, content := range map[string][]byte{"main.go": program[1], "go.mod": mod, "go.sum": sum} {
 		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
 			t.Fatal(err)
