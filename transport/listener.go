@@ -134,7 +134,7 @@ func (p *placed) Close() error {
 func (l *Listener) admit(ctx context.Context, conn net.Conn) error {
 	switch {
 	case l.trust.TLS != nil:
-		secured := tls.Server(conn, l.trust.TLS)
+		secured := tls.Server(conn, l.trust.TLS.config())
 		tctx, cancel := context.WithTimeoutCause(ctx, handshakeTimeout, errSlow)
 		defer cancel()
 		if err := secured.HandshakeContext(tctx); err != nil {

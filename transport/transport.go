@@ -6,7 +6,6 @@ package transport
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -25,8 +24,8 @@ import (
 // Trust says whom to connect with. The zero value trusts root and our own user on this host, over
 // loopback and UNIX sockets. It is safe for concurrent use.
 type Trust struct {
-	TLS     *tls.Config // if not nil, certificates decide, and only they; see [LoadTLS]
-	Anybody bool        // without TLS: whoever connects, or answers, on this host or another
+	TLS     *Certificates // if not nil, certificates decide, and only they; see [LoadTLS]
+	Anybody bool          // without TLS: whoever connects, or answers, on this host or another
 }
 
 // ErrUnauthorized says that somebody is at the other end of a connection who may not be: another user of this host,
@@ -36,27 +35,6 @@ var ErrUnauthorized = kind.Unauthorized
 // ErrBeyond says that an address needs TLS, or trust in everybody.
 var ErrBeyond = errors.New("other hosts can reach it, or answer there; " +
 	"use TLS on both sides, or trust everybody who can")
-
-// LoadTLS reads PEM files for TLS 1.3 with both sides authenticated: the certificate of this host
-// with its key, and those of the authorities that the other side's certificate must come from.
-func LoadTLS(cert, key, ca string) (*tls.Config, error) {
-	pair, err := tls.LoadX509KeyPair(cert, key)
-	if err != nil {
-		return nil, fmt.Errorf("load certificate %s and key %s: %w", cert, key, err)
-	}
-	pem, err := os.ReadFile(ca)
-	if err != nil {
-		return nil, fmt.Errorf("load authorities: %w", err)
-	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("load authorities: %s holds no certificate", ca)
-	}
-	return &tls.Config{
-		MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{pair},
-		RootCAs: pool, ClientCAs: pool, ClientAuth: tls.RequireAndVerifyClientCert,
-	}, nil
-}
 
 // split tells TCP addresses from paths of UNIX sockets (unix:PATH).
 func split(addr string) (network, address string) {
@@ -176,9 +154,9 @@ func (t *Trust) Dialer(addr string) (func(context.Context) (io.ReadWriteCloser, 
 	}
 	switch {
 	case t.TLS != nil:
-		config := t.TLS.Clone()
-		config.ServerName = host
 		return func(ctx context.Context) (io.ReadWriteCloser, error) {
+			config := t.TLS.config().Clone()
+			config.ServerName = host
 			conn, err := (&tls.Dialer{Config: config}).DialContext(ctx, network, address)
 			return conn, unauthorized(err)
 		}, nil
@@ -209,16 +187,6 @@ func (t *Trust) Dialer(addr string) (func(context.Context) (io.ReadWriteCloser, 
 		}
 		return nil, failed
 	}, nil
-}
-
-// unauthorized gives the error of a handshake its kind, if a certificate is the reason. A nil error stays nil.
-func unauthorized(err error) error {
-	var verification *tls.CertificateVerificationError
-	var alert *net.OpError
-	if errors.As(err, &verification) || errors.As(err, &alert) && alert.Op == "remote error" {
-		return kind.Of(ErrUnauthorized, err)
-	}
-	return err
 }
 
 // dialOwn connects with a process of root's or of our own user's.

@@ -6,7 +6,6 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
@@ -363,7 +362,7 @@ func TestBeyondThisHost(t *testing.T) {
 }
 
 // certificates makes a configuration with an authority of its own.
-func certificates(t *testing.T) *tls.Config {
+func certificates(t *testing.T) *Certificates {
 	t.Helper()
 	dir := t.TempDir()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -390,11 +389,55 @@ func certificates(t *testing.T) *tls.Config {
 	); err != nil {
 		t.Fatal(err)
 	}
-	config, err := LoadTLS(cert, private, cert)
+	loaded, err := LoadTLS(cert, private, cert)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return config
+	return loaded
+}
+
+// What is renewed counts for the next connection, on both sides, and what is half written does not.
+func TestRenewedCertificates(t *testing.T) {
+	ours := certificates(t)
+	g := serve(t, &Trust{TLS: ours}, "127.0.0.1:0")
+	try := func(with *Certificates, want string) {
+		t.Helper()
+		dial, err := (&Trust{TLS: with}).Dialer(g.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := dial(t.Context())
+		if err != nil {
+			if want != "" || !errors.Is(err, ErrUnauthorized) {
+				t.Errorf("dial: %v", err)
+			}
+			return
+		}
+		defer c.Close()
+		if _, err := c.Write([]byte("hello")); err != nil {
+			t.Fatal(err)
+		}
+		if got, _ := greeting(c); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+	try(ours, "let in")
+	renewed := certificates(t)
+	for from, to := range map[string]string{renewed.cert: ours.cert, renewed.key: ours.key} {
+		b, err := os.ReadFile(from)
+		if err == nil {
+			err = os.WriteFile(to, b, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	try(renewed, "let in")
+	if err := os.Truncate(ours.key, 10); err != nil {
+		t.Fatal(err)
+	}
+	try(renewed, "let in")
+	try(certificates(t), "")
 }
 
 // A certificate decides, and not who holds the socket.
