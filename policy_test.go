@@ -61,6 +61,23 @@ func TestNoCgo(t *testing.T) {
 	})
 }
 
+// A test that cannot run says what is missing, and fails where that is required: package need does so.
+func TestSkipsAreNeeds(t *testing.T) {
+	sources(t, func(path string, file *ast.File) {
+		if strings.HasPrefix(path, "internal/need/") {
+			return
+		}
+		ast.Inspect(file, func(n ast.Node) bool {
+			if call, ok := n.(*ast.CallExpr); ok {
+				if f, ok := call.Fun.(*ast.SelectorExpr); ok && (f.Sel.Name == "Skip" || f.Sel.Name == "Skipf" || f.Sel.Name == "SkipNow") {
+					t.Errorf("%s skips a test by itself; use package need", path)
+				}
+			}
+			return true
+		})
+	})
+}
+
 // The table of rooms lists every package, and no other; imports point to the same floor or downwards.
 func TestArchitectureIsTrue(t *testing.T) {
 	text, err := os.ReadFile("docs/architecture.md")

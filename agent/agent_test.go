@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"drafter/internal/need"
+
 	"github.com/containerd/ttrpc"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
@@ -226,7 +228,7 @@ func TestSkipTo(t *testing.T) {
 
 func TestNoHost(t *testing.T) {
 	if _, err := os.Stat("/dev/vsock"); err == nil {
-		t.Skip("SKIPPED: this host has vsock")
+		need.Lacks(t, "no-vsock", "this host has vsock; the test is for one without")
 	}
 	l := Listen(4711, 50*time.Millisecond)
 	defer l.Close()
@@ -306,9 +308,7 @@ func TestWordsOfAGuest(t *testing.T) {
 // The clock is set after a resume or a move; after a copy only if it was the host's, less the pause; and never for a guest that keeps its own time. A host of a
 // release that does not say which is one that resumes.
 func TestClock(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: reseeding the random number generator needs root")
-	}
+	need.Root(t)
 	old := setClock
 	defer func() { setClock = old }()
 	port, host := serialPair(t)

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"drafter/internal/need"
 	"drafter/internal/tour"
 	"drafter/peer"
 	"drafter/vmm"
@@ -20,7 +21,7 @@ import (
 func BenchmarkMigration(b *testing.B) {
 	bin := os.Getenv("DRAFTER")
 	if bin == "" {
-		b.Skip("SKIPPED: no program in the environment variable DRAFTER; 'make profile' sets it")
+		need.Lacks(b, "DRAFTER", "no program is in this environment variable; 'make profile' sets it")
 	}
 	bin, err := filepath.Abs(bin)
 	if err != nil {

@@ -26,6 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"drafter/internal/lockfile"
+	"drafter/internal/need"
 )
 
 // tarOf makes a tar archive of files, links ("-> target") and nothing else, in the order of names.
@@ -69,11 +70,9 @@ func compressed(t *testing.T, how string, b []byte) []byte {
 	case "xz":
 		w, err = xz.NewWriter(&out)
 	case "bzip2":
-		cmd := exec.Command("bzip2", "-c")
+		cmd := exec.Command(need.Program(t, "bzip2"), "-c")
 		cmd.Stdin, cmd.Stdout = bytes.NewReader(b), &out
-		if err := cmd.Run(); errors.Is(err, exec.ErrNotFound) {
-			t.Skip("SKIPPED: no bzip2; install the Debian package bzip2")
-		} else if err != nil {
+		if err := cmd.Run(); err != nil {
 			t.Fatal(err)
 		}
 		return out.Bytes()
@@ -395,7 +394,7 @@ func TestDir(t *testing.T) {
 
 // TestTarDialects unpacks what GNU tar writes in each of its formats.
 func TestTarDialects(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	dir := t.TempDir()
 	long := strings.Repeat("long-name/", 15) + "caf\xe9" // 154 bytes, and no UTF-8
 	if err := errors.Join(
@@ -445,7 +444,7 @@ func TestTarDialects(t *testing.T) {
 
 // TestWhiteouts has layers in which removals and what replaces what they remove come in any order.
 func TestWhiteouts(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	lower := layerOf(t, directory("dir"), file("dir/old", "old"), directory("dir/sub"), file("dir/sub/old", "old"), file("file", "old"), file("linked", "content"))
 	for name, c := range map[string]struct {
 		layer []entry
@@ -482,7 +481,7 @@ func TestWhiteouts(t *testing.T) {
 
 // A whiteout that names nothing would remove the directory that it is in.
 func TestWhiteoutOfNoFile(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	for _, name := range []string{"dir/.wh.", "dir/.wh..", "dir/.wh...", ".wh."} {
 		image := imageOf(t, runTrue, layerOf(t, directory("dir"), file("dir/old", "old")), layerOf(t, file(name, "")))
 		err := UnpackOCI(t.Context(), image, filepath.Join(t.TempDir(), "bundle"), Limits{}, nil)
@@ -494,7 +493,7 @@ func TestWhiteoutOfNoFile(t *testing.T) {
 
 // TestFields converts image configs with fields as people write them.
 func TestFields(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	root := unpack(t, imageOf(t, runTrue, layerOf(t,
 		symlink("data", "/nowhere/deep"), symlink("hop", "data"), symlink("relative", "../up/made"), file("plain", "x"), symlink("loop", "loop"),
 		directory("sbin"), directory("lib"), directory("lib/systemd"), file("lib/systemd/systemd", ""), symlink("sbin/init", "/lib/systemd/systemd"),
@@ -582,7 +581,7 @@ func TestEmptyEntrypoint(t *testing.T) {
 
 // An image without a command is refused before anything is made, and the remedy works.
 func TestCommand(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	parent := t.TempDir()
 	image := imageOf(t, v1.Config{Shell: []string{"/bin/bash", "-lc"}}, layerOf(t, file("a", "x")))
 	dir := filepath.Join(parent, "deep", "bundle")
@@ -612,10 +611,10 @@ func TestCommand(t *testing.T) {
 
 // A file system that is full is named, with its size and the remedy, wherever it fills.
 func TestNoRoom(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	small := t.TempDir()
 	if err := unix.Mount("tmpfs", small, "tmpfs", 0, "size=1m"); err != nil {
-		t.Skip("SKIPPED: cannot mount a tmpfs: ", err)
+		need.Lacks(t, "mounts", err)
 	}
 	defer func() {
 		if err := unix.Unmount(small, unix.MNT_DETACH); err != nil {

@@ -16,6 +16,8 @@ import (
 	"syscall"
 	"testing"
 
+	"drafter/internal/need"
+
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -26,13 +28,6 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"golang.org/x/sys/unix"
 )
-
-func needRoot(t *testing.T) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: unpacking owners and device nodes needs root")
-	}
-}
 
 type entry struct {
 	tar.Header
@@ -104,7 +99,7 @@ func unpack(t *testing.T, image v1.Image) string {
 }
 
 func TestLayers(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	root := unpack(t, imageOf(t, runTrue,
 		layerOf(t,
 			directory("etc"), file("etc/removed", "x"), file("etc/kept", "old"),
@@ -177,7 +172,7 @@ func TestLayers(t *testing.T) {
 
 // TestLayersStayInside unpacks layers that try to write elsewhere.
 func TestLayersStayInside(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	outside := t.TempDir()
 	victim := filepath.Join(outside, "victim")
 	if err := os.WriteFile(victim, []byte("untouched"), 0o644); err != nil {
@@ -211,7 +206,7 @@ func TestLayersStayInside(t *testing.T) {
 }
 
 func TestRuntimeSpec(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	root := unpack(t, imageOf(t, runTrue, layerOf(t, directory("etc"),
 		file("etc/passwd", "root:x:0:0::/root:/bin/sh\napp:x:1000:1001::/home/app:/bin/sh\n"),
 		file("etc/group", "root:x:0:\napp:x:1001:\nextra:x:2000:app\n"))))
@@ -260,7 +255,7 @@ func TestRuntimeSpec(t *testing.T) {
 
 // TestAbsoluteSymlinks converts images whose passwd and volume lie behind absolute links, which mean the image's root, not the host's.
 func TestAbsoluteSymlinks(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	outside := t.TempDir()
 	if err := os.WriteFile(filepath.Join(outside, "passwd"), []byte("host:x:7:7::/:/bin/sh\n"), 0o644); err != nil {
 		t.Fatal(err)
@@ -285,7 +280,7 @@ func TestAbsoluteSymlinks(t *testing.T) {
 }
 
 func TestPackOCI(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	image := imageOf(t, runTrue, layerOf(t, file("a", strings.Repeat("data", 1000)),
 		entry{tar.Header{Typeflag: tar.TypeReg, Name: "owned", Mode: 0o640, Uid: 12, Gid: 34, PAXRecords: map[string]string{"SCHILY.xattr.user.k": "v"}}, "x"}))
 	output := filepath.Join(t.TempDir(), "oci.ext4")
@@ -345,7 +340,7 @@ func TestUnpackNotEmpty(t *testing.T) {
 
 // TestDamagedLayer changes a layer behind its digest.
 func TestDamagedLayer(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	dir := t.TempDir()
 	path, err := layout.Write(dir, empty.Index)
 	if err != nil {

@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"drafter/internal/bombtest"
+	"drafter/internal/need"
 )
 
 // open makes a directory that everybody can enter.
@@ -80,7 +81,7 @@ func (i *lateImage) Layers() ([]v1.Layer, error) {
 // Nobody but root gets to the setuid programs and devices of an image: not while it is unpacked,
 // not afterwards, and not after a failure, which leaves nothing.
 func TestUnpackedIsClosed(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	umask := syscall.Umask(0)
 	defer syscall.Umask(umask)
 	parent := open(t)
@@ -165,7 +166,7 @@ func sparse(t *testing.T, size int64) []byte {
 // Layers of some KB that unpack to more than is allowed are refused before they fill the disk,
 // whatever the way: compression, sparse files, names.
 func TestBombs(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	limits := Limits{Bytes: 1 << 20, Files: 100}
 	many := make([]entry, 101)
 	for i := range many {
@@ -209,7 +210,7 @@ func TestLargeConfig(t *testing.T) {
 
 // A bundle that others can change is not packed, and its config is no way to other files.
 func TestPackForeign(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	t.Setenv("SUDO_UID", "1234")
 	good := `{"process":{"args":["true"]}}`
 	for name, c := range map[string]struct {
@@ -247,7 +248,7 @@ func TestPackForeign(t *testing.T) {
 
 // A cache of packages that another user may write to is refused: what is in it is unpacked as root.
 func TestForeignCache(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	for name, lie := range map[string]func(dir string) error{
 		"another's":   func(d string) error { return os.Chown(d, 65534, -1) },
 		"everybody's": func(d string) error { return os.Chmod(d, 0o777) },
@@ -338,7 +339,7 @@ func TestLargeDocuments(t *testing.T) {
 
 // An archive whose layers take for ever to read is given up with the command.
 func TestArchiveInterrupted(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	path := filepath.Join(t.TempDir(), "saved.tar")
 	f, err := os.Create(path)
 	if err != nil {
@@ -386,7 +387,7 @@ func TestArchiveInterrupted(t *testing.T) {
 // What an image has in place of its files of users is not opened: a FIFO would hold the command up
 // for ever, and a device of the host's may act on it, as a watchdog does.
 func TestUsersAreFiles(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	for name, users := range map[string]entry{
 		"fifo":   {tar.Header{Typeflag: tar.TypeFifo, Name: "etc/passwd", Mode: 0o644}, ""},
 		"device": {tar.Header{Typeflag: tar.TypeChar, Name: "etc/group", Mode: 0o644, Devmajor: 1, Devminor: 5}, ""},

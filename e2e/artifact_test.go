@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"drafter/internal/need"
 	"drafter/internal/ocitest"
 )
 
@@ -77,7 +78,7 @@ func TestArtifactOffline(t *testing.T) {
 		end(t, vm)
 	})
 	if ref == "" {
-		t.Skip("there was no registry")
+		need.Lacks(t, "registry", "there was no registry")
 	}
 	vm := s.start(t, args(ref)...)
 	if v, err := c.Get(t.Context(), "pulled").Result(); err != nil || v != "yes" {

@@ -27,6 +27,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"drafter/blueprint"
+	"drafter/internal/need"
 	"drafter/internal/redisimage"
 	"drafter/internal/s3test"
 	"drafter/internal/tour"
@@ -740,9 +741,7 @@ func (d *badDay) weather(kind string) (mend func()) {
 // Ordinary bad days, at random, for DRAFTER_SOAK_TIME (20m): all that a database has acknowledged is there after each of them, what ends does so in time, and the
 // host is clean at the end. DRAFTER_SOAK_SEED makes the same days again.
 func TestSoakBadDays(t *testing.T) {
-	if os.Getenv("DRAFTER_SOAK") == "" {
-		t.Skip("SKIPPED: it takes long; 'make soak' runs it")
-	}
+	need.Soak(t)
 	lasts, seed := 20*time.Minute, uint64(time.Now().UnixNano())
 	var err error
 	if v := os.Getenv("DRAFTER_SOAK_TIME"); v != "" {

@@ -20,6 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"drafter/internal/need"
 	"drafter/internal/redisimage"
 	"drafter/internal/testhost"
 	"drafter/internal/tour"
@@ -45,9 +46,8 @@ func run(m *testing.M) int {
 	if flag.Lookup("test.list").Value.String() != "" {
 		return m.Run()
 	}
-	if why := missing(); why != "" {
-		fmt.Println("SKIPPED: all end-to-end tests:", why)
-		return 0
+	if code, can := need.Suite("all end-to-end tests", "root", "qemu-system-x86_64", "mke2fs", "redis-cli", "redis-server", "debootstrap", "nft", "ip"); !can {
+		return code
 	}
 	var code int
 	var err error
@@ -61,21 +61,6 @@ func run(m *testing.M) int {
 		return 1
 	}
 	return code
-}
-
-// missing says what this machine lacks for the tests.
-func missing() string {
-	if os.Geteuid() != 0 {
-		return "they need root, for network namespaces and VMs"
-	}
-	for program, pkg := range map[string]string{
-		"qemu-system-x86_64": "qemu-system-x86", "mke2fs": "e2fsprogs", "redis-cli": "redis-tools", "redis-server": "redis-server", "debootstrap": "debootstrap", "nft": "nftables", "ip": "iproute2",
-	} {
-		if _, err := exec.LookPath(program); err != nil {
-			return program + " is not on PATH; install the Debian package " + pkg
-		}
-	}
-	return ""
 }
 
 // runOutside makes what needs the Internet and then starts the tests on a host without it.
@@ -158,7 +143,7 @@ func build() error {
 	if err := redisimage.WriteLayout(image, filepath.Join(work, "redis-image")); err != nil {
 		return err
 	}
-	if os.Getenv("DRAFTER_SOAK") != "" {
+	if need.Soaking() {
 		if err := databases(ctx, cache, filepath.Join(work, "databases-image")); err != nil {
 			return fmt.Errorf("image of databases: %w", err)
 		}
@@ -243,7 +228,7 @@ func ownWork() error {
 // soak is how many rounds a test has that finds more the longer it runs: normal ones, or long ones with 'make soak', or few with -short.
 func soak(normal, long int) int {
 	switch {
-	case os.Getenv("DRAFTER_SOAK") != "":
+	case need.Soaking():
 		return long
 	case testing.Short():
 		return 3

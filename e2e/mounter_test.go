@@ -15,6 +15,7 @@ import (
 
 	"github.com/redis/go-redis/v9"
 
+	"drafter/internal/need"
 	"drafter/internal/tour"
 )
 
@@ -107,9 +108,7 @@ func TestMounter(t *testing.T) {
 }
 
 func testMounter(t *testing.T, overlay bool) {
-	if _, err := exec.LookPath("fio"); err != nil {
-		t.Skip("SKIPPED: fio is not on PATH; install the Debian package fio")
-	}
+	need.Program(t, "fio")
 	s := emptySite(t)
 	for _, dir := range []string{"a", "b", "c"} {
 		if err := os.MkdirAll(filepath.Join(s.dir, dir), 0o755); err != nil {

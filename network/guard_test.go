@@ -22,6 +22,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"drafter/internal/need"
 	"drafter/internal/rundir"
 	"drafter/internal/testhost"
 )
@@ -115,7 +116,7 @@ func attachLAN(t *testing.T) string {
 
 // TestGuestConfined tries what a guest must not reach: first as it is, then with some of it opened.
 func TestGuestConfined(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	lan := attachLAN(t)
 	for _, addr := range []string{"169.254.169.254/32", "100.100.100.200/32"} {
 		giveAddress(t, testhost.Outside, addr)
@@ -383,7 +384,7 @@ func arp(operation uint16, senderMAC net.HardwareAddr, sender, target string) []
 
 // TestGuestCannotSpoof lets a guest send with the addresses of others.
 func TestGuestCannotSpoof(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	startNAT(t, testConfig())
 	guest := attachGuest(t, "ark0")
 	own, foreign := mac(testConfig().NamespaceInterfaceMAC), mac("02:00:00:00:00:66")
@@ -499,7 +500,7 @@ func tracked(t *testing.T, ns string) (count int) {
 
 // TestConnectionLimit floods the host's connection tracking with connections of one guest.
 func TestConnectionLimit(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	const limit, flood = 200, 1000
 	c := testConfig()
 	c.MaxConnections = limit
@@ -601,7 +602,7 @@ func TestConnectionLimit(t *testing.T) {
 // TestConnectionShare makes sure that all guests together leave half of the host's connection
 // tracking free.
 func TestConnectionShare(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	if n := startNAT(t, testConfig()); n.ConnectionLimit() != mostConnections {
 		t.Errorf("of 2 guests each may have %d connections", n.ConnectionLimit())
 	}
@@ -624,7 +625,7 @@ func TestConnectionShare(t *testing.T) {
 // TestNeighbour tries what somebody on the host's network reaches: what is forwarded, and nothing
 // else.
 func TestNeighbour(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	startNAT(t, testConfig())
 	lan := attachLAN(t)
 	guest := attachGuest(t, "ark0")
@@ -677,7 +678,7 @@ func TestNeighbour(t *testing.T) {
 // TestICMPErrors makes sure that errors about a guest's packets reach it: path MTU discovery needs
 // them.
 func TestICMPErrors(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	startNAT(t, testConfig())
 	guest := attachGuest(t, "ark0")
 	if err := GuardGuest("ark0", testConfig().NamespaceInterfaceMAC); err != nil {
@@ -706,7 +707,7 @@ func TestICMPErrors(t *testing.T) {
 // TestPortShadow lets a guest send to a client of others from their port: what the client then
 // sends to that port must not be taken for an answer.
 func TestPortShadow(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	startNAT(t, testConfig())
 	guest0, guest1 := attachGuest(t, "ark0"), attachGuest(t, "ark1")
 	listen(t, guest1, "172.16.0.2:80", "guest1")
@@ -748,7 +749,7 @@ func TestPortShadow(t *testing.T) {
 // TestInherit gives a namespace to a second guest, after the first one has given it back, and after
 // it was killed.
 func TestInherit(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	startNAT(t, testConfig())
 	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
 	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: []PortForward{forwardTo("ark0", "tcp", "192.0.2.1:3333")}})
@@ -802,7 +803,7 @@ func TestInherit(t *testing.T) {
 // TestNoRouter makes sure that a host that did not forward becomes no router between its other
 // networks, and that the last NAT restores that.
 func TestNoRouter(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	lan := attachLAN(t)
 	guest := func(ns string) { listen(t, attachGuest(t, ns), "172.16.0.2:80", ns) }
 	listen(t, lan, "198.51.100.2:80", "lan")
@@ -863,7 +864,7 @@ func TestNoRouter(t *testing.T) {
 
 // TestOverlap starts a NAT with subnets of another one, or to which the host has a route already.
 func TestOverlap(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	startNAT(t, testConfig())
 	giveRoute(t, "", "10.3.8.4/30", net.IPv4(192, 0, 2, 254))
 	giveRoute(t, "", "10.4.0.0/16", net.IPv4(192, 0, 2, 254))
@@ -905,7 +906,7 @@ func (c checkedContext) Err() error { c.check(); return c.Context.Err() }
 // TestRecordedNamespaces makes sure that a NAT removes no namespace that it has not made: "ark1"
 // and "ark" both have an ark10.
 func TestRecordedNamespaces(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	// At any time, a killed NAT has noted nothing that it has not made.
 	c := testConfig()
 	c.NamespaceCount = 3
@@ -1001,7 +1002,7 @@ func echoServer(t *testing.T, ns, addr string) {
 
 // TestStale makes sure that connections end with the permission that let them in.
 func TestStale(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	c := testConfig()
 	c.AllowHost = []string{"26022/tcp"}
 	n, err := StartNAT(context.Background(), c)
@@ -1094,7 +1095,7 @@ func TestStale(t *testing.T) {
 // TestClosedConnections lets a guest open and close connections as fast as it can: those that have
 // ended stay tracked, but are not among those that count.
 func TestClosedConnections(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	const limit = 40
 	c := testConfig()
 	c.MaxConnections = limit
@@ -1139,7 +1140,7 @@ func TestClosedConnections(t *testing.T) {
 // TestTapRenewed lets a VMM that was broken into do to its tap what its descriptor allows. The next
 // VM has a tap as from the NAT.
 func TestTapRenewed(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	startNAT(t, testConfig())
 	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
 	for name, attack := range map[string]func(fd int) error{
@@ -1205,7 +1206,7 @@ func TestTapRenewed(t *testing.T) {
 // TestAllowedSubnet opens a subnet that the host has an address in, and another address of the
 // host.
 func TestAllowedSubnet(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	lan := attachLAN(t)
 	c := testConfig()
 	c.AllowCIDRs = []string{"198.51.100.0/24", "192.0.2.1/32:80/tcp"}
@@ -1226,7 +1227,7 @@ func TestAllowedSubnet(t *testing.T) {
 // TestPortless lets a guest send to a host outside by protocols without ports: what that host then
 // sends to this one by the same protocol, a tunnel's packets say, must not be taken for answers.
 func TestPortless(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	startNAT(t, testConfig())
 	guest := attachGuest(t, "ark0")
 	own := mac(testConfig().NamespaceInterfaceMAC)
@@ -1274,7 +1275,7 @@ func TestPortless(t *testing.T) {
 // TestAllowedWider opens subnets that the NAT's own are part of, or the address that a forward is
 // published at: neither opens other guests.
 func TestAllowedWider(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	c := testConfig()
 	c.AllowCIDRs = []string{"10.0.0.0/8", "192.0.2.0/24"}
 	startNAT(t, c)
@@ -1295,7 +1296,7 @@ func TestAllowedWider(t *testing.T) {
 // TestOthersMasquerade lets another program of the host translate all that leaves it, as those for
 // VPNs do: what a guest sends has the ports of guests all the same.
 func TestOthersMasquerade(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	startNAT(t, testConfig())
 	guest := attachGuest(t, "ark0")
 	out, err := exec.Command("nft", "add table ip others; add chain ip others postrouting { type nat hook postrouting priority 100; }; add rule ip others postrouting oifname eth0 masquerade").CombinedOutput()

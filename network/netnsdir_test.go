@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"testing"
 
+	"drafter/internal/need"
 	"drafter/internal/rundir"
 )
 
@@ -59,7 +60,7 @@ func mounts() (int, error) {
 
 // The first 'ip netns add' of a host, while a NAT runs, keeps it from nothing.
 func TestFirstNamespace(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)

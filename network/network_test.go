@@ -16,6 +16,7 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"drafter/internal/need"
 	"drafter/internal/testhost"
 )
 
@@ -28,18 +29,19 @@ func TestMain(m *testing.M) {
 		fmt.Println(runFirst())
 		return
 	}
-	if os.Geteuid() != 0 {
-		fmt.Println("SKIPPED: most network tests need root")
-	} else if !testhost.Inside() {
-		code, err := testhost.Enter(os.Stdout, nil)
-		if err != nil {
-			fmt.Println(err)
-			code = 1
+	if os.Geteuid() == 0 {
+		if !testhost.Inside() {
+			code, err := testhost.Enter(os.Stdout, nil)
+			if err != nil {
+				fmt.Println(err)
+				code = 1
+			}
+			os.Exit(code)
 		}
-		os.Exit(code)
-	} else if err := testhost.SetUp(""); err != nil {
-		fmt.Println("set up test host:", err)
-		os.Exit(1)
+		if err := testhost.SetUp(""); err != nil {
+			fmt.Println("set up test host:", err)
+			os.Exit(1)
+		}
 	}
 	goleak.VerifyTestMain(m)
 }
@@ -67,13 +69,6 @@ func runNAT() {
 	_, err := StartNAT(context.Background(), testConfig())
 	fmt.Println("started:", err)
 	select {}
-}
-
-func needRoot(t *testing.T) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: network namespaces need root")
-	}
 }
 
 // inventory is all that a NAT or forwarder could leave on a host, but for what is only counted.
@@ -291,7 +286,7 @@ func askFrom(t *testing.T, ns, network, addr string, local net.Addr) (answer str
 }
 
 func TestGuestReachesOutside(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	startNAT(t, testConfig())
 	guest0, guest1 := attachGuest(t, "ark0"), attachGuest(t, "ark1")
 	for _, ns := range []string{"ark0", "ark1"} {
@@ -315,7 +310,7 @@ func TestGuestReachesOutside(t *testing.T) {
 }
 
 func TestNoIncomingTraffic(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	c := testConfig()
 	c.AllowIncomingTraffic = false
 	startNAT(t, c)
@@ -335,7 +330,7 @@ func forwardTo(ns, protocol, external string) PortForward {
 }
 
 func TestForwarder(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	startNAT(t, testConfig())
 	guest0, guest1 := attachGuest(t, "ark0"), attachGuest(t, "ark1")
 	listen(t, guest0, "172.16.0.2:80", "guest0")
@@ -410,7 +405,7 @@ func TestForwarder(t *testing.T) {
 
 // TestLoopbackGuarded makes sure that a guest cannot send to the host's loopback addresses through a forward's link.
 func TestLoopbackGuarded(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	startNAT(t, testConfig())
 	guest := attachGuest(t, "ark0")
 	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: []PortForward{forwardTo("ark0", "tcp", "127.0.0.1:3333")}})
@@ -445,7 +440,7 @@ func TestLoopbackGuarded(t *testing.T) {
 }
 
 func TestNATRefused(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	before := inventory(t)
 	for name, tt := range map[string]struct {
 		change func(*NATConfig)
@@ -493,7 +488,7 @@ func TestNATRefused(t *testing.T) {
 }
 
 func TestTwoNATs(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	startNAT(t, testConfig())
 	if _, err := StartNAT(context.Background(), testConfig()); err == nil || !strings.Contains(err.Error(), "runs already as process") {
 		t.Errorf("a second NAT: %v", err)
@@ -539,7 +534,7 @@ func killNAT(t *testing.T) {
 
 // TestKilledNAT kills a NAT process, once with a VM in one of its namespaces.
 func TestKilledNAT(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	before := inventory(t)
 	killNAT(t)
 	n, err := StartNAT(context.Background(), testConfig())
@@ -587,7 +582,7 @@ func TestKilledNAT(t *testing.T) {
 
 // A namespace that somebody has made in the place of ours stays, at the end of a NAT and after a kill.
 func TestSomebodysNamespace(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	before := inventory(t)
 	shell := func(script string) {
 		t.Helper()
@@ -629,7 +624,7 @@ func TestSomebodysNamespace(t *testing.T) {
 // What has a name of ours without being ours stays as it is: before a start, which says so, at the end
 // of a NAT, and after a kill.
 func TestSomebodysThings(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	before := inventory(t)
 	const record = "/run/drafter/nat-ark.json"
 	run := func() {
@@ -683,7 +678,7 @@ func TestSomebodysThings(t *testing.T) {
 }
 
 func TestClaims(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	n := startNAT(t, testConfig())
 	a, err := ClaimNamespace("ark0")
 	if err != nil {
@@ -719,7 +714,7 @@ func TestClaims(t *testing.T) {
 }
 
 func TestGuestAddress(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	startNAT(t, testConfig())
 	gateway, guest, err := GuestAddress("ark0", "tap0")
 	if err != nil || gateway.String() != "172.16.0.1" || guest.String() != "172.16.0.2/30" {

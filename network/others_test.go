@@ -23,6 +23,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"drafter/internal/need"
 	"drafter/internal/testhost"
 )
 
@@ -107,7 +108,7 @@ func startForwarder(t *testing.T, forwards ...PortForward) *Forwarder {
 // TestPutBack does to a NAT and a forwarder what others on a host do: a firewall that is loaded anew, a
 // network service that removes what it does not know, an administrator.
 func TestPutBack(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	log := readLog(t)
 	interval := lookInterval
 	lookInterval = 200 * time.Millisecond
@@ -194,7 +195,7 @@ func TestPutBack(t *testing.T) {
 // TestOpenedMeanwhile lets connections come to be while the rules are gone: they would stay as they are,
 // without translation and without a guard.
 func TestOpenedMeanwhile(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	n := startNAT(t, testConfig())
 	guest := attachGuest(t, "ark0")
 	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
@@ -233,7 +234,7 @@ func TestOpenedMeanwhile(t *testing.T) {
 
 // TestTapGuardPutBack flushes the rules inside a namespace: its guest stays confined to its own address.
 func TestTapGuardPutBack(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	interval := lookInterval
 	lookInterval = 50 * time.Millisecond
 	t.Cleanup(func() { lookInterval = interval }) // when all watches have ended
@@ -267,7 +268,7 @@ func TestTapGuardPutBack(t *testing.T) {
 // TestUDPFollows sends from one port all the time: before there is a forward, through it, and after it leads
 // elsewhere.
 func TestUDPFollows(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	startNAT(t, testConfig())
 	for _, ns := range []string{"ark0", "ark1"} {
 		listen(t, attachGuest(t, ns), "172.16.0.2:80", ns)
@@ -314,7 +315,7 @@ func TestUDPFollows(t *testing.T) {
 
 // TestOwnPort lets a guest connect to a port of its own that is published, as other guests may not.
 func TestOwnPort(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	startNAT(t, testConfig())
 	guests := map[string]string{}
 	for _, ns := range []string{"ark0", "ark1"} {
@@ -338,7 +339,7 @@ func TestOwnPort(t *testing.T) {
 // TestReset ends a VM that others are connected with: those who wait for it, those for whom it waits, and
 // those who connect hear at once that it is gone.
 func TestReset(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	n := startNAT(t, testConfig())
 	endWatch(t, &n.watch)
 	startForwarder(t, forwardTo("ark0", "tcp", "127.0.0.1:3333"), forwardTo("ark0", "tcp", "192.0.2.1:3333"), forwardTo("ark0", "udp", "192.0.2.1:3333"))
@@ -461,7 +462,7 @@ func TestReset(t *testing.T) {
 
 // TestResetSparesOthers makes sure that a guest which is there loses nothing.
 func TestResetSparesOthers(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	startNAT(t, testConfig())
 	guest := attachGuest(t, "ark0")
 	echoServer(t, guest, "172.16.0.2:80")
@@ -487,7 +488,7 @@ func TestResetSparesOthers(t *testing.T) {
 
 // TestRoutes starts a NAT on hosts with routes of many shapes.
 func TestRoutes(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	log := readLog(t)
 	lan := attachLAN(t)
 	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
@@ -551,7 +552,7 @@ func TestRoutes(t *testing.T) {
 
 // TestWideNetwork starts a NAT where its addresses are a part of a network that the host is in.
 func TestWideNetwork(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	log := readLog(t)
 	for _, addr := range []string{"10.0.0.5/8", "10.0.8.1/20", "10.0.14.5/23"} {
 		shell(t, "ip addr add "+addr+" dev eth0")
@@ -574,7 +575,7 @@ func TestWideNetwork(t *testing.T) {
 
 // TestWideNetworkLater joins networks that the NAT's addresses are a part of while it runs: each is named once.
 func TestWideNetworkLater(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	log := readLog(t)
 	n := startNAT(t, testConfig())
 	endWatch(t, &n.watch)
@@ -600,7 +601,7 @@ func TestWideNetworkLater(t *testing.T) {
 
 // TestHostForwarding turns forwarding off for the host's way out, which is named once.
 func TestHostForwarding(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	log := readLog(t)
 	n := startNAT(t, testConfig())
 	endWatch(t, &n.watch)
@@ -619,7 +620,7 @@ func TestHostForwarding(t *testing.T) {
 
 // TestLinkForwarding turns forwarding off for the interfaces of a namespace only.
 func TestLinkForwarding(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	n := startNAT(t, testConfig())
 	endWatch(t, &n.watch)
 	guest := attachGuest(t, "ark0")
@@ -635,7 +636,7 @@ func TestLinkForwarding(t *testing.T) {
 
 // TestLinkInBridge puts the host's end of a link into a bridge.
 func TestLinkInBridge(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	n := startNAT(t, testConfig())
 	endWatch(t, &n.watch)
 	guest := attachGuest(t, "ark0")
@@ -650,7 +651,7 @@ func TestLinkInBridge(t *testing.T) {
 
 // TestRemovesNamespacesOnly has a name in a record that leads elsewhere: what is there stays.
 func TestRemovesNamespacesOnly(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	file := filepath.Join(t.TempDir(), "empty")
 	shell(t, "touch "+file)
 	path, err := filepath.Rel(netnsDir, file)
@@ -668,7 +669,7 @@ func TestRemovesNamespacesOnly(t *testing.T) {
 // TestForwardingRestored ends NATs in every order, one of them killed, while somebody turns forwarding off
 // and on.
 func TestForwardingRestored(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
 	forwarding := func(want string) {
 		t.Helper()
@@ -787,7 +788,7 @@ func TestResolver(t *testing.T) {
 
 // TestClosedNameServer names the host's name servers that guests do not reach.
 func TestClosedNameServer(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	lan := attachLAN(t)
 	_ = lan
 	log := readLog(t)
@@ -839,7 +840,7 @@ func TestClosedNameServer(t *testing.T) {
 
 // TestFirewalls starts a NAT on hosts with other firewalls. What is proposed for each lets guests through.
 func TestFirewalls(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	log := readLog(t)
 	n := startNAT(t, testConfig())
 	endWatch(t, &n.watch)
@@ -966,7 +967,7 @@ func setLegacy(t *testing.T, policy int32, rules ...[]byte) {
 	info := make([]byte, 84)
 	copy(info, "filter")
 	if err := getOption(fd, iptGetInfo, info); err != nil { // this makes it
-		t.Skipf("SKIPPED: this kernel has no iptables-legacy: %v", err)
+		need.Lacks(t, "iptables-legacy", err)
 	}
 	accept := int32(iptAccept)
 	pass := legacyRule("", "", &accept)
@@ -997,7 +998,7 @@ func setLegacy(t *testing.T, policy int32, rules ...[]byte) {
 
 // TestLegacyFirewall is TestFirewalls for iptables-legacy.
 func TestLegacyFirewall(t *testing.T) {
-	needRoot(t)
+	need.Root(t)
 	log := readLog(t)
 	n := startNAT(t, testConfig())
 	endWatch(t, &n.watch)

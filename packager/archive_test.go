@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"drafter/internal/need"
+
 	"github.com/klauspost/compress/zstd"
 )
 
@@ -133,9 +135,7 @@ func TestPipe(t *testing.T) {
 
 // TestIndependentTools reads an archive with tar and zstd, and extracts one that they made.
 func TestIndependentTools(t *testing.T) {
-	if _, err := exec.LookPath("zstd"); err != nil {
-		t.Skip("SKIPPED: zstd is not installed; run 'make setup'")
-	}
+	need.Program(t, "zstd")
 	path, devices := create(t)
 	dir := t.TempDir()
 	run := func(name string, args ...string) {
@@ -267,9 +267,7 @@ func TestCreateFailureLeavesNothing(t *testing.T) {
 // asNobody makes a directory that an unprivileged user owns, with links to a file of root's under every name that might be used there.
 func asNobody(t *testing.T, names ...string) (dir, victim string) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: giving a directory to another user needs root")
-	}
+	need.Root(t)
 	victim = filepath.Join(t.TempDir(), "victim")
 	if err := os.WriteFile(victim, []byte("precious"), 0o600); err != nil {
 		t.Fatal(err)

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"drafter/internal/block"
+	"drafter/internal/need"
 	"drafter/internal/s3test"
 	"drafter/internal/stack"
 	"drafter/s3"
@@ -67,9 +68,7 @@ func (f *instanceFiles) suspend(state []byte) error {
 // runs, loses nothing of memory, can be handed over in any case, and is suspended, or says that it is
 // not and can be suspended once there is room. What says that it is suspended is whole.
 func TestEveryFileSystem(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: mounting needs root")
-	}
+	need.Root(t)
 	const size = 1 << 20
 	dir := t.TempDir()
 	small := filepath.Join(dir, "instance")

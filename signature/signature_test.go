@@ -20,15 +20,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"drafter/internal/block"
+	"drafter/internal/need"
 	"drafter/signature"
 )
 
 // openssl runs it, or skips the test where it is not installed.
 func openssl(t *testing.T, args ...string) []byte {
 	t.Helper()
-	if _, err := exec.LookPath("openssl"); err != nil {
-		t.Skip("SKIPPED: openssl is not installed")
-	}
+	need.Program(t, "openssl")
 	out, err := exec.Command("openssl", args...).CombinedOutput()
 	if err != nil {
 		t.Fatalf("openssl %s: %v\n%s", strings.Join(args, " "), err, out)

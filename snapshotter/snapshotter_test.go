@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"drafter/internal/need"
 	"drafter/internal/scratch"
 	"drafter/vmm"
 )
@@ -46,9 +47,7 @@ func (broken) Launch(context.Context, vmm.Launch) (vmm.Machine, error) { return 
 
 // What a killed snapshotter has lent to the user of its VM does not stop the next one.
 func TestKilledSnapshotter(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: VMs need root")
-	}
+	need.Root(t)
 	dir := t.TempDir()
 	out := func(name string) string { return filepath.Join(dir, "out", name) }
 	c := Config{

@@ -25,6 +25,8 @@ import (
 	"testing"
 	"time"
 
+	"drafter/internal/need"
+
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 )
@@ -133,9 +135,7 @@ func greeting(c io.Reader) (string, error) {
 // asUser returns a process of another user's that plays a role.
 func asUser(t *testing.T, uid uint32, role, at string) *exec.Cmd {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: needs root, to be somebody else")
-	}
+	need.Root(t)
 	dir, err := os.MkdirTemp("", "stranger-")
 	if err != nil {
 		t.Fatal(err)

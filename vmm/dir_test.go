@@ -14,6 +14,7 @@ import (
 
 	"drafter/internal/lockfile"
 	"drafter/internal/mark"
+	"drafter/internal/need"
 	"drafter/internal/process"
 )
 
@@ -135,9 +136,7 @@ func TestReclaimChecksIdentity(t *testing.T) {
 
 // Where others could make a VM's directory, no VM is started and nothing is cleaned up: a note of theirs would name the process to kill.
 func TestForgedDirectory(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: giving files away needs root")
-	}
+	need.Root(t)
 	const stranger = 65534
 	victim := exec.Command("sleep", "1000")
 	if err := victim.Start(); err != nil {

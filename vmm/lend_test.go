@@ -7,15 +7,15 @@ import (
 	"strings"
 	"testing"
 
+	"drafter/internal/need"
+
 	"golang.org/x/sys/unix"
 )
 
 // TestLend lends files of different owners and modes, and takes them back: by Close, and after the
 // owner of the VM's directory was killed.
 func TestLend(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: changing owners needs root")
-	}
+	need.Root(t)
 	base, path := t.TempDir(), filepath.Join(t.TempDir(), "memory")
 	if err := os.WriteFile(path, nil, 0o600); err != nil {
 		t.Fatal(err)

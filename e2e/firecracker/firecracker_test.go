@@ -21,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"drafter/internal/need"
 	"drafter/internal/testguest"
 	"drafter/internal/testhost"
 	"drafter/internal/tour"
@@ -33,9 +34,8 @@ func TestMain(m *testing.M) {
 }
 
 func run(m *testing.M) int {
-	if why := missing(); why != "" {
-		fmt.Println("SKIPPED: all tests with a real Firecracker:", why)
-		return 0
+	if code, can := need.Suite("all tests with a real Firecracker", "root", "firecracker", "gcc", "ip"); !can {
+		return code
 	}
 	var code int
 	var err error
@@ -49,23 +49,6 @@ func run(m *testing.M) int {
 		return 1
 	}
 	return code
-}
-
-func missing() string {
-	if os.Geteuid() != 0 {
-		return "they need root"
-	}
-	for _, program := range []string{"firecracker", "jailer", "gcc", "ip"} {
-		if _, err := exec.LookPath(program); err != nil {
-			return program + " is not on PATH"
-		}
-	}
-	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
-	if err != nil {
-		return err.Error()
-	}
-	f.Close()
-	return ""
 }
 
 func runOutside() (code int, err error) {
@@ -406,10 +389,10 @@ func setHugePages(t *testing.T, count int) {
 	const path = "/proc/sys/vm/nr_hugepages"
 	before, err := os.ReadFile(path)
 	if err != nil {
-		t.Skip("SKIPPED: no huge pages:", err)
+		need.Lacks(t, "huge-pages", err)
 	}
 	if err := os.WriteFile(path, []byte(strconv.Itoa(count)), 0o644); err != nil {
-		t.Skip("SKIPPED: no huge pages:", err)
+		need.Lacks(t, "huge-pages", err)
 	}
 	t.Cleanup(func() {
 		if err := os.WriteFile(path, before, 0o644); err != nil {
@@ -421,7 +404,7 @@ func setHugePages(t *testing.T, count int) {
 		t.Fatal(err)
 	}
 	if n, err := strconv.Atoi(strings.TrimSpace(string(after))); err != nil || n < count {
-		t.Skipf("SKIPPED: the host gives %s huge pages instead of %d", strings.TrimSpace(string(after)), count)
+		need.Lacks(t, "huge-pages", fmt.Sprintf("the host gives %s instead of %d", strings.TrimSpace(string(after)), count))
 	}
 }
 

@@ -21,6 +21,7 @@ import (
 
 	"drafter/internal/block"
 	"drafter/internal/bombtest"
+	"drafter/internal/need"
 	"drafter/s3"
 )
 
@@ -167,9 +168,7 @@ func TestCredentials(t *testing.T) {
 	if _, err := credentialsOf(s3.Place{}); err == nil || !strings.Contains(err.Error(), "there are no credentials") {
 		t.Errorf("none: %v", err)
 	}
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: giving files to another user needs root")
-	}
+	need.Root(t)
 	own := write(filepath.Join(home, ".aws/credentials"), "[default]\ncredential_process = "+script+" now\n")
 	if err := errors.Join(os.Chmod(program, 0o600), os.Chown(program, 65534, -1), os.Chown(own, 65534, -1)); err != nil {
 		t.Fatal(err)

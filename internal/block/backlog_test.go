@@ -10,6 +10,8 @@ import (
 	"sync"
 	"testing"
 
+	"drafter/internal/need"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -17,9 +19,7 @@ import (
 // thread, in which all of the test has to open its files. resize gives it another size.
 func smallFileSystem(t *testing.T, size int) (dir string, resize func(size int)) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: mounting needs root")
-	}
+	need.Root(t)
 	dir = t.TempDir()
 	runtime.LockOSThread() // for ever: the thread, and the namespace with it, ends with the test
 	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {

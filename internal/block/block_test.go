@@ -10,6 +10,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"drafter/internal/need"
 )
 
 func TestBitmap(t *testing.T) {
@@ -249,7 +251,7 @@ func TestReadNow(t *testing.T) {
 	defer file.Close()
 	p := make([]byte, 2*PageSize)
 	if !ReadNow(file, p, PageSize) {
-		t.Skip("SKIPPED: this file system does not tell what is in the page cache")
+		need.Lacks(t, "cached-reads", "this file system does not tell what is in the page cache")
 	}
 	d := NewIncoming(file, false)
 	tracker := NewTracker(d, 64<<10)

@@ -5,13 +5,13 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"drafter/internal/need"
 )
 
 // What is read only may be in a directory of another user, where nothing is kept.
 func TestContentsInAnotherUsersDirectory(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: giving a directory away needs root")
-	}
+	need.Root(t)
 	dir := t.TempDir()
 	path := filepath.Join(dir, "base")
 	if err := errors.Join(os.WriteFile(path, []byte("content"), 0o644), os.Chown(dir, 65534, 65534)); err != nil {

@@ -12,6 +12,8 @@ import (
 	"sync"
 	"testing"
 
+	"drafter/internal/need"
+
 	"go.uber.org/goleak"
 )
 
@@ -127,7 +129,7 @@ func TestModel(t *testing.T) {
 		rounds    = 6
 	)
 	operations := 1 << 19 / (workers * rounds)
-	if os.Getenv("DRAFTER_SOAK") != "" {
+	if need.Soaking() {
 		operations *= 16
 	}
 	if testing.Short() {

@@ -15,14 +15,14 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"drafter/internal/need"
 )
 
 // mounts is a drafter that runs until it is ended: a mounter of a small device. It may be started by a command.
 func mounts(t *testing.T, by ...string) *exec.Cmd {
 	t.Helper()
-	if _, err := os.Stat("/dev/fuse"); err != nil || os.Geteuid() != 0 {
-		t.Skip("SKIPPED: it needs root and /dev/fuse")
-	}
+	need.FUSE(t)
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "data"), make([]byte, 1<<16), 0o600); err != nil {
 		t.Fatal(err)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"log"
 	"net/http"
@@ -19,6 +20,7 @@ import (
 	ggcr "github.com/google/go-containerregistry/pkg/registry"
 
 	"drafter/internal/cli"
+	"drafter/internal/need"
 	"drafter/internal/signaturetest"
 	"drafter/packager"
 	"drafter/signature"
@@ -66,9 +68,7 @@ func devices(t *testing.T, dir string) string {
 // The shell commands of docs/signing.md do what it says.
 func TestSigningAsWritten(t *testing.T) {
 	for _, tool := range []string{"openssl", "jq", "bash"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			t.Skipf("SKIPPED: %s is not installed", tool)
-		}
+		need.Program(t, tool)
 	}
 	text, err := os.ReadFile("../../docs/signing.md")
 	if err != nil {
@@ -154,7 +154,7 @@ func TestSignedArchive(t *testing.T) {
 		write(t, filepath.Join(p.Dir, signature.File), []byte(content))
 		list := []string{"-C", p.Dir, "--zstd", "-cf", filepath.Join(dir, "a.tar.zst"), "--transform", "s/vmlinux/kernel/;s/rootfs.ext4/disk/;s/state.bin/state/;s/memory.bin/memory/;s/config.json/config/", signature.File, "vmlinux", "rootfs.ext4", "state.bin", "memory.bin", "config.json"}
 		if b, err := exec.Command("tar", list...).CombinedOutput(); err != nil {
-			t.Skipf("SKIPPED: tar: %v %s", err, b)
+			need.Lacks(t, "tar", fmt.Sprintf("tar: %v %s", err, b))
 		}
 		if err := os.RemoveAll(out); err != nil {
 			t.Fatal(err)

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"drafter/internal/lockfile"
+	"drafter/internal/need"
 )
 
 func write(t *testing.T, path, text string) {
@@ -176,9 +177,7 @@ func TestFilesInUse(t *testing.T) {
 // What is made is for its owner alone, and nothing is written through what a stranger has put into a
 // directory of theirs.
 func TestStrangersDirectory(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: giving files away needs root")
-	}
+	need.Root(t)
 	const stranger = 65534
 	secret := filepath.Join(t.TempDir(), "secret")
 	write(t, secret, "secret")

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"drafter/internal/need"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -64,9 +66,7 @@ func TestRenew(t *testing.T) {
 
 // Files of another file system are not ours.
 func TestMounted(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: mounting needs root")
-	}
+	need.Root(t)
 	dir, theirs := filepath.Join(t.TempDir(), "dir"), t.TempDir()
 	if err := Renew(dir, name, "test"); err != nil {
 		t.Fatal(err)
@@ -77,7 +77,7 @@ func TestMounted(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := unix.Mount(theirs, at, "", unix.MS_BIND, ""); err != nil {
-		t.Skipf("SKIPPED: %v", err)
+		need.Lacks(t, "mounts", err)
 	}
 	err := Renew(dir, name, "test")
 	if uerr := unix.Unmount(at, 0); uerr != nil {

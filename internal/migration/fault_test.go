@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"drafter/internal/block"
+	"drafter/internal/need"
 	"drafter/migrate"
 )
 
@@ -366,7 +367,7 @@ func TestFrozenFromTheStart(t *testing.T) {
 // Migrations with random faults at random moments: whatever happens, the VM runs once and has all its data.
 func TestSoak(t *testing.T) {
 	rounds := 300
-	if os.Getenv("DRAFTER_SOAK") != "" {
+	if need.Soaking() {
 		rounds = 3000
 	}
 	if n, err := strconv.Atoi(os.Getenv("DRAFTER_SOAK_ROUNDS")); err == nil {

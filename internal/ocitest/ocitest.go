@@ -12,15 +12,14 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"drafter/internal/need"
 )
 
 // Start runs the registry until the test ends, and returns its HOST:PORT.
 func Start(t testing.TB) string {
 	t.Helper()
-	program, err := exec.LookPath("registry")
-	if err != nil {
-		t.Skip("SKIPPED: distribution's registry is not on PATH; 'make servers' builds it in .cache/tools")
-	}
+	program := need.Program(t, "registry")
 	l, err := (&net.ListenConfig{}).Listen(context.Background(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 
+	"drafter/internal/need"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -18,9 +20,7 @@ const stranger = 65534
 // strangers makes a directory that belongs to a stranger, beside a secret of root's.
 func strangers(t *testing.T) (dir, secret string) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: giving files away needs root")
-	}
+	need.Root(t)
 	dir = filepath.Join(t.TempDir(), "strangers")
 	secret = filepath.Join(t.TempDir(), "secret")
 	if err := errors.Join(os.Mkdir(dir, 0o755), os.WriteFile(secret, []byte("secret"), 0o600), os.Chown(dir, stranger, stranger)); err != nil {
@@ -234,9 +234,7 @@ func TestCheckDir(t *testing.T) {
 
 // Where others could put something else, a path is refused.
 func TestPlace(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: only root can give files away")
-	}
+	need.Root(t)
 	t.Setenv("SUDO_UID", "1001")
 	for what, tt := range map[string]struct {
 		prepare func(dir string) error
@@ -308,9 +306,7 @@ func TestPlace(t *testing.T) {
 
 // An access list gives a place to others although its group is the owner's own.
 func TestAccessLists(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: the place has to be root's")
-	}
+	need.Root(t)
 	// Of acl(5), version 2: user:: rwx, user:65534: rwx, group:: r-x, mask:: rwx, other:: ---.
 	list := []byte{2, 0, 0, 0}
 	for _, e := range []struct {
@@ -342,7 +338,7 @@ func TestAccessLists(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := unix.Setxattr(dir, "system.posix_acl_access", list, 0); err != nil {
-		t.Skip("SKIPPED: this file system has no access lists:", err)
+		need.Lacks(t, "access-lists", err)
 	}
 	for name, use := range uses {
 		if err := use(); err == nil || !strings.Contains(err.Error(), "others than its owner can write") {

@@ -10,19 +10,19 @@ import (
 	"testing"
 	"time"
 
+	"drafter/internal/need"
+
 	"golang.org/x/sys/unix"
 )
 
 // cgroupVersions calls use with each version that this host has.
 func cgroupVersions(t *testing.T, use func(t *testing.T, version int)) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: making cgroups needs root")
-	}
+	need.Root(t)
 	for _, version := range []int{1, 2} {
 		t.Run(strconv.Itoa(version), func(t *testing.T) {
 			if _, err := findHierarchies(version); err != nil {
-				t.Skip("SKIPPED:", err)
+				need.Lacks(t, fmt.Sprint("cgroup", version), err)
 			}
 			use(t, version)
 		})
@@ -41,7 +41,7 @@ func run(t *testing.T, version int, limits Limits, script string) (string, error
 	if err != nil {
 		var unavailable *UnavailableError
 		if errors.As(err, &unavailable) {
-			t.Skip("SKIPPED:", err)
+			need.Lacks(t, fmt.Sprint("cgroup", version), err)
 		}
 		t.Fatal(err)
 	}
@@ -101,7 +101,7 @@ func TestLimits(t *testing.T) {
 			p, err := Start(Config{Path: "/bin/sh", Args: []string{"-c", "while :; do :; done"}, CgroupVersion: version, CgroupName: "limits-test", Limits: Limits{CPUs: 0.1}})
 			var unavailable *UnavailableError
 			if errors.As(err, &unavailable) {
-				t.Skip("SKIPPED:", err)
+				need.Lacks(t, fmt.Sprint("cgroup", version), err)
 			}
 			if err != nil {
 				t.Fatal(err)
@@ -133,15 +133,13 @@ func cpuTime(pid int) (time.Duration, error) {
 
 // What is asked for and cannot be had is an error that says why; nothing is left.
 func TestUnavailableLimit(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: making cgroups needs root")
-	}
+	need.Root(t)
 	if _, err := Start(Config{Path: "/bin/true", Limits: Limits{Memory: 1 << 30}}); err == nil || !strings.Contains(err.Error(), "without a cgroup") {
 		t.Errorf("without a cgroup: %v", err)
 	}
 	hierarchies, err := findHierarchies(2)
 	if err != nil || lists(filepath.Join(hierarchies[0].mount, "cgroup.controllers"), "memory") {
-		t.Skip("SKIPPED: cgroup version 2 has the controller memory here, or there is none:", err)
+		need.Lacks(t, "cgroup2-without-memory", fmt.Sprint("cgroup version 2 has the controller memory here, or there is none: ", err))
 	}
 	_, err = Start(Config{Path: "/bin/true", CgroupVersion: 2, CgroupName: "limits-test", Limits: Limits{Memory: 1 << 30}})
 	if err == nil || !strings.Contains(err.Error(), "--memory-max") || !strings.Contains(err.Error(), "--cgroup-version 1") {
@@ -162,7 +160,7 @@ func TestSomebodysCgroup(t *testing.T) {
 		parent := filepath.Join(hierarchies[0].mount, "somebodys-"+strconv.Itoa(os.Getpid()))
 		dir := filepath.Join(parent, "vm")
 		if err := os.Mkdir(parent, 0o755); err != nil {
-			t.Skip("SKIPPED:", err)
+			need.Lacks(t, fmt.Sprint("cgroup", version), err)
 		}
 		defer unix.Rmdir(parent)
 		for range 2 {
@@ -190,21 +188,19 @@ func TestSomebodysCgroup(t *testing.T) {
 
 // A unit to which systemd has delegated its group has its VMs there.
 func TestDelegated(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: making cgroups needs root")
-	}
+	need.Root(t)
 	hierarchies, err := findHierarchies(2)
 	if err != nil {
-		t.Skip("SKIPPED:", err)
+		need.Lacks(t, "cgroup2", err)
 	}
 	mount := hierarchies[0].mount
 	if got := delegated(mount); got != mount {
-		t.Skipf("SKIPPED: this process is in a delegated group, %s", got)
+		need.Lacks(t, "undelegated-cgroup", "this process is in a delegated group, "+got)
 	}
 	unit := filepath.Join(mount, fmt.Sprintf("unit-%d", os.Getpid()))
 	leaf := filepath.Join(unit, "service")
 	if err := errors.Join(os.Mkdir(unit, 0o755), os.Mkdir(leaf, 0o755)); err != nil {
-		t.Skip("SKIPPED:", err)
+		need.Lacks(t, "cgroup2", err)
 	}
 	b, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
@@ -221,7 +217,7 @@ func TestDelegated(t *testing.T) {
 		}
 	}()
 	if err := errors.Join(unix.Setxattr(unit, "user.delegate", []byte("1"), 0), join(leaf)); err != nil {
-		t.Skip("SKIPPED:", err)
+		need.Lacks(t, "cgroup2", err)
 	}
 	if got := delegated(mount); got != unit {
 		t.Errorf("VMs go to %s; want %s", got, unit)

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 )
@@ -86,14 +87,7 @@ func TestStartErrors(t *testing.T) {
 }
 
 func TestUserAndCgroup(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: changing the user and making cgroups needs root")
-	}
-	for _, version := range []int{1, 2} {
-		if _, err := findHierarchies(version); err != nil {
-			t.Logf("SKIPPED for cgroup version %d: %v", version, err)
-			continue
-		}
+	cgroupVersions(t, func(t *testing.T, version int) {
 		p, err := Start(Config{Path: "/bin/sleep", Args: []string{"1000"}, UID: 65534, GID: 65534, CgroupVersion: version, CgroupName: "process-test"})
 		if err != nil {
 			t.Fatal(err)
@@ -118,7 +112,7 @@ func TestUserAndCgroup(t *testing.T) {
 				t.Errorf("cgroup %s stays: %v", dir, err)
 			}
 		}
-	}
+	})
 }
 
 // TestChildDiesWithOwner kills an owner with SIGKILL, which gives it no chance to clean up.

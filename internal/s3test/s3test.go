@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"drafter/internal/need"
 	"drafter/s3"
 )
 
@@ -58,11 +59,7 @@ func Refuse(what string) Fault {
 // Program finds versitygw, or skips the test loudly.
 func Program(t testing.TB) string {
 	t.Helper()
-	path, err := exec.LookPath("versitygw")
-	if err != nil {
-		t.Skip("SKIPPED: versitygw is not on PATH; 'make servers' builds it in .cache/tools")
-	}
-	return path
+	return need.Program(t, "versitygw")
 }
 
 // Start runs a server until the test ends.

@@ -26,6 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"drafter/internal/block"
+	"drafter/internal/need"
 )
 
 // The tests serve the memory of a real process: this program again, which gives its userfaultfd away as Firecracker does, and then uses the memory.
@@ -306,14 +307,14 @@ func start(t testing.TB, u use, c Config) *process {
 	}
 	conn, err := l.AcceptUnix()
 	if err != nil {
-		t.Skipf("SKIPPED: a process cannot give its userfaultfd away here: %v %s", err, p.stderr.String())
+		need.Lacks(t, "userfaultfd", fmt.Sprintf("a process cannot give its own away here: %v %s", err, p.stderr.String()))
 	}
 	defer conn.Close()
 	if p.handler, err = Serve(conn, p.cmd.Process.Pid, c); err != nil {
 		t.Fatal(err)
 	}
 	if c.Track && !p.handler.Tracked() {
-		t.Skip("SKIPPED: this kernel does not write-protect memory by userfaultfd")
+		need.Lacks(t, "userfaultfd", "this kernel does not write-protect memory by it")
 	}
 	return p
 }
@@ -385,7 +386,7 @@ func (p *process) run(d *device, faults int64, pause time.Duration) {
 // faults is how many a test serves: a million with 'make soak'.
 func faults() int64 {
 	switch {
-	case os.Getenv("DRAFTER_SOAK") != "":
+	case need.Soaking():
 		return 1_000_000
 	case testing.Short():
 		return 20_000

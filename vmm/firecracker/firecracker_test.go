@@ -18,6 +18,7 @@ import (
 	"go.uber.org/goleak"
 
 	"drafter/internal/block"
+	"drafter/internal/need"
 	"drafter/vmm"
 )
 
@@ -35,12 +36,8 @@ func TestMain(m *testing.M) {
 // programs writes a Firecracker that knows its version, and a jailer that starts the stand-in, which refuses a call.
 func programs(t *testing.T, version, refuse string) Driver {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: a jail needs root")
-	}
-	if _, _, err := vmm.Accelerator(vmm.AccelKVM); err != nil {
-		t.Skip("SKIPPED:", err)
-	}
+	need.Root(t)
+	need.KVM(t)
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)

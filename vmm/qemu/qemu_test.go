@@ -19,6 +19,7 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"drafter/internal/need"
 	"drafter/vmm"
 )
 
@@ -369,10 +370,7 @@ func TestEndlessMessage(t *testing.T) {
 
 // TestDefaultCPU asks QEMU whether it knows the models that a new VM gets.
 func TestDefaultCPU(t *testing.T) {
-	program, err := exec.LookPath("qemu-system-x86_64")
-	if err != nil {
-		t.Skip("SKIPPED: qemu-system-x86_64 is not on PATH")
-	}
+	program := need.Program(t, "qemu-system-x86_64")
 	out, err := exec.CommandContext(t.Context(), program, "-cpu", "help").Output()
 	if err != nil {
 		t.Fatal(err)

@@ -21,6 +21,7 @@ import (
 	"drafter/internal/block"
 	"drafter/internal/expose"
 	"drafter/internal/fusemount"
+	"drafter/internal/need"
 )
 
 // TestMain runs helpers: a server to be killed, and a process that uses its file.
@@ -54,16 +55,6 @@ func TestMain(m *testing.M) {
 		}
 	}
 	goleak.VerifyTestMain(m)
-}
-
-func needFUSE(t testing.TB) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: mounting needs root")
-	}
-	if _, err := os.Stat("/dev/fuse"); err != nil {
-		t.Skip("SKIPPED: this host has no /dev/fuse")
-	}
 }
 
 func mapFile(path string) ([]byte, error) {
@@ -119,7 +110,7 @@ func newDevice(t testing.TB, size int64) *counting {
 
 func mount(t testing.TB, devices ...expose.Device) *Mount {
 	t.Helper()
-	needFUSE(t)
+	need.FUSE(t)
 	m, err := New(Config{Dir: filepath.Join(t.TempDir(), "devices"), UID: 12, GID: 34}, devices)
 	if err != nil {
 		t.Fatal(err)
@@ -278,9 +269,7 @@ func TestDeviceFails(t *testing.T) {
 }
 
 func TestFio(t *testing.T) {
-	if _, err := exec.LookPath("fio"); err != nil {
-		t.Skip("SKIPPED: fio is not installed; install the Debian package fio")
-	}
+	need.Program(t, "fio")
 	disk, memory := newDevice(t, 64<<20), newDevice(t, 64<<20)
 	m := mount(t, expose.Device{Name: "disk", Kind: expose.Disk, Device: disk}, expose.Device{Name: "memory", Kind: expose.Memory, Device: memory})
 	for _, tt := range []struct{ name, engine, sizes string }{{"disk", "psync", "512-128k"}, {"disk", "libaio", "512-128k"}, {"memory", "mmap", "4k-128k"}} {
@@ -347,7 +336,7 @@ func helper(t *testing.T, mode, says string, args ...string) (*exec.Cmd, *bufio.
 
 // A server is killed while another process has its file mapped. That process can be killed once the connection is aborted.
 func TestKilledServer(t *testing.T) {
-	needFUSE(t)
+	need.FUSE(t)
 	d := newDevice(t, 256<<20)
 	dir := filepath.Join(t.TempDir(), "devices")
 	server, _ := helper(t, "serve", "serving: <nil>", dir, d.Name())
@@ -422,7 +411,7 @@ func (unwritable) WriteAt([]byte, int64) (int, error) {
 
 // A server that is killed while it flushes a file of its own ends.
 func TestKilledWhileItFlushes(t *testing.T) {
-	needFUSE(t)
+	need.FUSE(t)
 	dir := filepath.Join(t.TempDir(), "devices")
 	server, says := helper(t, "flush", "serving: <nil>", dir, newDevice(t, 1<<20).Name())
 	user, _ := helper(t, "map", "mapped", filepath.Join(dir, "memory"))
@@ -459,7 +448,7 @@ const nobody = 65534
 
 // The kernel lets nobody but the owner of the files use them, whatever the directories above allow.
 func TestOtherUsers(t *testing.T) {
-	needFUSE(t)
+	need.FUSE(t)
 	const owner = 4711
 	dir := filepath.Join(t.TempDir(), "devices")
 	for d := filepath.Dir(dir); d != os.TempDir(); d = filepath.Dir(d) {
@@ -508,7 +497,7 @@ func TestOtherUsers(t *testing.T) {
 
 // Whoever makes a mount namespace, which every user can, has a copy of the mount in it. The server ends all the same.
 func TestPinnedMount(t *testing.T) {
-	needFUSE(t)
+	need.FUSE(t)
 	m, err := New(Config{Dir: filepath.Join(t.TempDir(), "devices")}, []expose.Device{{Name: "memory", Kind: expose.Memory, Device: newDevice(t, 1<<20)}})
 	if err != nil {
 		t.Fatal(err)
@@ -527,7 +516,7 @@ func TestPinnedMount(t *testing.T) {
 	}()
 	b := make([]byte, 7)
 	if _, err := out.Read(b); err != nil {
-		t.Skip("SKIPPED: this host lets users make no namespaces")
+		need.Lacks(t, "user-namespaces", "this host lets users make no namespaces")
 	}
 	mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mounts", cmd.Process.Pid))
 	if err != nil || !bytes.Contains(mounts, []byte(filepath.Dir(m.Path("memory")))) {

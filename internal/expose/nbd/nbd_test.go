@@ -20,6 +20,7 @@ import (
 
 	"drafter/internal/block"
 	"drafter/internal/expose"
+	"drafter/internal/need"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -91,9 +92,7 @@ func serve(t *testing.T) (unix, tcp string, d *counting, content []byte) {
 // tool runs a program of Debian's packages libnbd-bin and qemu-utils.
 func tool(t *testing.T, name string, args ...string) string {
 	t.Helper()
-	if _, err := exec.LookPath(name); err != nil {
-		t.Skipf("SKIPPED: %s is not installed; install the Debian packages libnbd-bin and qemu-utils", name)
-	}
+	need.Program(t, name)
 	out, err := exec.Command(name, args...).CombinedOutput()
 	if err != nil {
 		t.Fatalf("%s %s: %v: %s", name, strings.Join(args, " "), err, out)
@@ -297,15 +296,13 @@ func (*zero) Close() error                           { return nil }
 
 // The kernel's client is tried where there is one.
 func TestAttach(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: attaching devices needs root")
-	}
+	need.Root(t)
 	if _, err := os.Stat("/sys/module/nbd"); err != nil {
 		if _, err := Attach(filepath.Join(t.TempDir(), "devices"), nil); err == nil || !strings.Contains(err.Error(), "modprobe nbd") {
 			t.Errorf("without the module: %v", err)
 		}
-		t.Skip("SKIPPED: attaching to /dev/nbdN: this kernel has no NBD client (module nbd)")
 	}
+	need.NBD(t)
 	path := filepath.Join(t.TempDir(), "device")
 	if err := os.WriteFile(path, make([]byte, size), 0o644); err != nil {
 		t.Fatal(err)
