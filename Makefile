@@ -10,6 +10,11 @@ TESTTIMEOUT ?= 40m
 FUZZTIME ?= 30s
 GENERATED := agent docs/cli docs/man docs/licenses.md
 
+# Runs tests, and says afterwards which were skipped.
+TESTS = rm -f .cache/skipped; : >.cache/skipped; code=0; \
+	DRAFTER_SKIPPED=$(CURDIR)/.cache/skipped $(GO) test -race -timeout $(TESTTIMEOUT) $(1) || code=$$?; \
+	sort .cache/skipped; exit $$code
+
 .PHONY: help demo test build setup tools servers lint vulnerabilities licenses generate check-generated unit e2e soak fuzz bench bench-quick bench-report profile benchmarks redis-image install clean
 
 help: ## show this list
@@ -18,7 +23,8 @@ help: ## show this list
 demo: setup build ## build, snapshot, resume, reach and move a VM with Redis; VMM=firecracker chooses that
 	$(GO) run ./demo --vmm $(or $(VMM),auto)
 
-test: setup build check-generated lint unit e2e ## all tests with the race detector, and lint
+test: setup build ## all tests but soak, with the race detector, and lint; it says how long each lane took
+	@MAKE='$(MAKE)' ./.ci/lanes check-generated lint unit e2e
 
 setup: ## install the Debian packages that are needed
 	./.ci/setup
@@ -28,11 +34,11 @@ build: ## build bin/drafter, bin/drafter-guest and bin/drafter-bench
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o bin/ ./cmd/drafter-guest
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o bin/ ./cmd/drafter-bench
 
-unit: servers ## the tests of packages
-	$(GO) test -race -timeout $(TESTTIMEOUT) $$($(GO) list ./... | grep -v '/e2e')
+unit: servers ## the tests of packages: without VMs, and without root, who gets more of them
+	@$(call TESTS,$$($(GO) list ./... | grep -v '/e2e'))
 
-e2e: servers ## the tests of the whole, with VMs
-	$(GO) test -race -timeout $(TESTTIMEOUT) ./e2e/...
+e2e: servers ## the tests of the whole, with VMs, as root
+	@$(call TESTS,./e2e/...)
 
 servers: $(SERVERS) ## the S3 server and the OCI registry that tests talk to, in .cache/tools
 
@@ -69,7 +75,7 @@ fuzz: ## every fuzz target for FUZZTIME (30s): the decoders of what comes from s
 	GO='$(GO)' ./.ci/fuzz $(FUZZTIME)
 
 soak: setup build servers fuzz ## the tests that find more the longer they run: fuzz targets, and real VMs with random faults for an hour and a half at most
-	DRAFTER_SOAK=1 $(GO) test -race -timeout 60m -run 'TestSoak|TestModel' ./migrate ./internal/block
+	DRAFTER_SOAK=1 $(GO) test -race -timeout 60m -run 'TestSoak|TestModel' ./internal/migration ./internal/block
 	DRAFTER_SOAK=1 $(GO) test -timeout 90m -v -run 'TestSoakMigrations|TestSoakBadDays|TestKilledPeer' ./e2e
 
 bench: setup build ## measure everything, beside QEMU's own live migration: far longer than bench-quick

@@ -132,7 +132,7 @@ func (l *lack) settle(t testing.TB) {
 		t.Fatalf("%s requires %s: %s", require, name, l.why)
 	}
 	if err := l.note(t.Name()); err != nil {
-		t.Fatal(err)
+		t.Log(err)
 	}
 	t.Skip(l.text())
 }
@@ -228,8 +228,7 @@ func Suite(tests string, names ...string) (code int, can bool) {
 		}
 		fmt.Printf("%s: %s\n", l.text(), tests)
 		if err := l.note(tests); err != nil {
-			fmt.Println("FAIL:", err)
-			return 1, false
+			fmt.Println(err)
 		}
 		return 0, false
 	}
