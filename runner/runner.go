@@ -58,7 +58,7 @@ type Runner struct {
 	claim    *network.Claim
 	user     *vmm.User
 	locks    []*os.File
-	private  *scratch.Dir // of the private copies; nil if there are none
+	private  map[string]*scratch.Dir // of the private copies, by the directory that each is in
 	instance *instance.Instance
 	reserved bool // room is set aside for the VM
 }
@@ -156,7 +156,7 @@ func (r *Runner) verify(ctx context.Context) error {
 	if err := statement.CheckFiles(ctx, r.paths, r.config.Host.UID); err != nil {
 		return err
 	}
-	if r.private == nil {
+	if len(r.private) == 0 {
 		slog.Warn("This run changes the package, whose signature will not fit any more; an instance of a peer leaves the package as it is")
 	}
 	r.pkg, err = instance.Open(r.paths)
@@ -185,32 +185,56 @@ func (r *Runner) lock() error {
 	return nil
 }
 
-// copyPrivate puts copies in the place of the devices: beside the outputs where these are named, so that they can become them, else below the
+// copyPrivate puts copies in the place of the devices: each beside its output where these are named, so that it can become it, else below the
 // VMs' base directory.
 func (r *Runner) copyPrivate(ctx context.Context) error {
-	parent := r.config.Host.BaseDir
+	targets := map[string]string{}
 	if r.config.MemoryOutput != "" {
-		parent = filepath.Dir(r.config.MemoryOutput)
+		targets = r.outputs()
 	} else {
 		slog.Warn("Changes will be discarded at the end: no outputs are named")
 	}
-	parent, err := filepath.Abs(parent)
-	if err != nil {
-		return err
-	}
-	if err := private.MkdirAll(parent); err != nil {
-		return err
-	}
-	if r.private, err = scratch.New(parent, "drafter-private-"); err != nil {
-		return err
-	}
 	for name, origin := range r.origin {
-		r.paths[name] = filepath.Join(r.private.Name(), name)
+		parent := r.config.Host.BaseDir
+		if target, ok := targets[name]; ok {
+			parent = filepath.Dir(target)
+		}
+		dir, err := r.privateIn(parent)
+		if err != nil {
+			return err
+		}
+		r.paths[name] = filepath.Join(dir, name)
 		if err := sparse.CopyFile(ctx, r.paths[name], origin, nil); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// privateIn returns where in a directory copies are.
+func (r *Runner) privateIn(parent string) (string, error) {
+	parent, err := filepath.Abs(parent)
+	if err != nil {
+		return "", err
+	}
+	if err := private.MkdirAll(parent); err != nil {
+		return "", err
+	}
+	if parent, err = filepath.EvalSymlinks(parent); err != nil { // one directory may have two names
+		return "", err
+	}
+	if d := r.private[parent]; d != nil {
+		return d.Name(), nil
+	}
+	d, err := scratch.New(parent, "drafter-private-")
+	if err != nil {
+		return "", err
+	}
+	if r.private == nil {
+		r.private = map[string]*scratch.Dir{}
+	}
+	r.private[parent] = d
+	return d.Name(), nil
 }
 
 // Done is closed when the VM has ended by itself; Wait then tells how. It is nil before the VM runs.
@@ -231,7 +255,7 @@ func (r *Runner) Suspend(ctx context.Context) error {
 		return err
 	}
 	err = errors.Join(err, r.instance.Close(), r.release())
-	if r.private != nil {
+	if len(r.private) > 0 {
 		if kerr := r.keepPrivate(); kerr != nil {
 			return errors.Join(err, fmt.Errorf("store outputs: %w", kerr))
 		}
@@ -281,23 +305,37 @@ func (r *Runner) checkOutputs() error {
 	return nil
 }
 
-// keepPrivate turns the private copies into the outputs, the state last: without it nothing can be resumed.
+// keepPrivate turns the private copies into the outputs, the state last: without it nothing can be resumed. After an error it can be tried again.
 func (r *Runner) keepPrivate() error {
 	if r.config.MemoryOutput == "" {
 		return nil
 	}
 	targets := r.outputs()
-	if err := newfile.Remove(r.config.StateOutput); err != nil {
+	if r.paths[vmm.State] == targets[vmm.State] { // it was the last
+		return newfile.SyncDir(filepath.Dir(targets[vmm.State]))
+	}
+	if err := newfile.Remove(targets[vmm.State]); err != nil {
 		return err
 	}
 	for name, target := range targets {
 		if name != vmm.State {
-			if err := newfile.Rename(r.paths[name], target); err != nil {
+			if err := r.keep(name, target); err != nil {
 				return err
 			}
 		}
 	}
-	return newfile.Rename(r.paths[vmm.State], r.config.StateOutput)
+	return r.keep(vmm.State, targets[vmm.State])
+}
+
+// keep gives a private copy the name of its output, durably.
+func (r *Runner) keep(name, target string) error {
+	if r.paths[name] != target {
+		if err := os.Rename(r.paths[name], target); err != nil {
+			return err
+		}
+		r.paths[name] = target
+	}
+	return newfile.SyncDir(filepath.Dir(target))
 }
 
 // Close ends the VM, if it still runs, without saving it, and removes what the run needed on the host.
@@ -307,10 +345,10 @@ func (r *Runner) Close() error {
 		errs = append(errs, r.instance.Close())
 	}
 	errs = append(errs, r.release())
-	if r.private != nil {
-		errs = append(errs, r.private.Close())
-		r.private = nil
+	for _, d := range r.private {
+		errs = append(errs, d.Close())
 	}
+	r.private = nil
 	for _, f := range r.locks {
 		errs = append(errs, f.Close())
 	}
