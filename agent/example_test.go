@@ -14,16 +14,24 @@ import (
 
 // A host asks the agent in a guest to run a program. Here, a UNIX socket stands for the VM's port.
 func Example() {
+	if err := run(context.Background()); err != nil {
+		log.Fatal(err)
+	}
+	// Output: hello
+}
+
+func run(ctx context.Context) error {
 	dir, err := os.MkdirTemp("", "agent")
 	if err != nil {
-		log.Fatal(err)
+		return err
 	}
 	defer os.RemoveAll(dir)
 	l, err := net.Listen("unix", filepath.Join(dir, "agent.sock"))
 	if err != nil {
-		log.Fatal(err)
+		return err
 	}
-	ctx, cancel := context.WithCancel(context.Background())
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	served := make(chan error)
 	go func() {
 		guest := agent.Server{BeforeSuspendCmd: "sync"}
@@ -32,23 +40,28 @@ func Example() {
 
 	conn, err := net.Dial("unix", l.Addr().String())
 	if err != nil {
-		log.Fatal(err)
+		return err
 	}
 	client := agent.NewClient(conn)
 	answer, err := client.Exec(ctx, []byte("hello"), "cat")
 	if err != nil {
-		log.Fatal(err)
+		return err
 	}
 	fmt.Printf("%s\n", answer.Stdout)
 	_ = client.Close()
 	cancel()
 	<-served
-	// Output: hello
+	return nil
 }
 
 // A guest with an init of its own says that it is up, and serves an agent of its own.
 func ExampleListen() {
-	ctx := context.Background()
+	if err := serve(context.Background()); err != nil {
+		log.Fatal(err)
+	}
+}
+
+func serve(ctx context.Context) error {
 	l := agent.Listen(26, time.Minute) // vmm.DefaultAgentPort
 	defer l.Close()
 	guest := agent.Server{BeforeSuspendCmd: "redis-cli save", AfterResumeCmd: "systemctl restart chronyd"}
@@ -57,7 +70,5 @@ func ExampleListen() {
 			log.Print(err)
 		}
 	}()
-	if err := guest.Serve(ctx, l); err != nil {
-		log.Fatal(err)
-	}
+	return guest.Serve(ctx, l)
 }

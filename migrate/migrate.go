@@ -178,7 +178,7 @@ var (
 	// ErrBusy says that the source migrates its VM already, or is not ready to.
 	ErrBusy = errors.New("the source is busy")
 	// ErrIncompatible says that the migration cannot work, whatever is tried.
-	ErrIncompatible = kind.Incompatible
+	ErrIncompatible = kind.ErrIncompatible
 	// ErrRefused says that a connection was not one of a migration.
 	ErrRefused = errors.New("connection refused")
 )

@@ -10,7 +10,12 @@ import (
 
 // A disk is exposed as a file, and handed to the mounter that asks for it.
 func Example() {
-	ctx := context.Background()
+	if err := run(context.Background()); err != nil {
+		log.Fatal(err)
+	}
+}
+
+func run(ctx context.Context) error {
 	m, err := mounter.New(mounter.Config{
 		BaseDir: "out/vms",
 		Devices: []mounter.Device{{
@@ -19,20 +24,18 @@ func Example() {
 		}},
 	})
 	if err != nil {
-		log.Fatal(err)
+		return err
 	}
 	defer m.Close()
 	if err := m.Open(ctx); err != nil {
-		log.Fatal(err)
+		return err
 	}
 	log.Print("the disk is at ", m.Path("disk"))
 	var trust transport.Trust
 	l, err := trust.Listen(ctx, "localhost:1337")
 	if err != nil {
-		log.Fatal(err)
+		return err
 	}
 	defer l.Close()
-	if err := m.Serve(ctx, l.Accept, nil); err != nil {
-		log.Fatal(err)
-	}
+	return m.Serve(ctx, l.Accept, nil)
 }

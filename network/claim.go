@@ -21,7 +21,7 @@ type Claim struct {
 }
 
 // ErrInUse says that another process has a network namespace.
-var ErrInUse = kind.InUse
+var ErrInUse = kind.ErrInUse
 
 // ClaimNamespace claims the namespace called name for this process. The name "" stands for no namespace and is always free.
 func ClaimNamespace(name string) (*Claim, error) {

@@ -9,14 +9,20 @@ import (
 
 // A pool of namespaces for VMs, whose first guest's port 6379 is published.
 func ExampleStartNAT() {
-	nat, err := network.StartNAT(context.Background(), network.DefaultNAT())
-	if err != nil {
+	if err := run(context.Background()); err != nil {
 		log.Fatal(err)
+	}
+}
+
+func run(ctx context.Context) error {
+	nat, err := network.StartNAT(ctx, network.DefaultNAT())
+	if err != nil {
+		return err
 	}
 	defer nat.Close()
 	name, claim, err := nat.Claim() // for one VM
 	if err != nil {
-		log.Fatal(err)
+		return err
 	}
 	defer claim.Close()
 	forwarder, err := network.StartForwarder(network.ForwarderConfig{
@@ -24,7 +30,8 @@ func ExampleStartNAT() {
 		PortForwards: []network.PortForward{{Netns: name, InternalPort: "6379", Protocol: "tcp", ExternalAddr: "127.0.0.1:3333"}},
 	})
 	if err != nil {
-		log.Fatal(err)
+		return err
 	}
 	defer forwarder.Close()
+	return nil
 }

@@ -13,6 +13,12 @@ import (
 
 // A package runs until the program is told to end, and is suspended into itself.
 func Example() {
+	if err := run(context.Background()); err != nil {
+		log.Fatal(err)
+	}
+}
+
+func run(ctx context.Context) error {
 	r, err := runner.New(runner.Config{
 		Host: vmm.Host{Drivers: vmm.Drivers{qemu.Driver{}}, BaseDir: "out/vms", Netns: "ark0"},
 		Devices: []runner.Device{
@@ -22,13 +28,13 @@ func Example() {
 		},
 	})
 	if err != nil {
-		log.Fatal(err)
+		return err
 	}
 	defer r.Close()
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	if err := r.Resume(ctx); err != nil {
-		log.Fatal(err)
+		return err
 	}
 	select {
 	case <-r.Done():
@@ -36,7 +42,5 @@ func Example() {
 	case <-ctx.Done():
 		err = r.Suspend(context.Background())
 	}
-	if err != nil {
-		log.Fatal(err)
-	}
+	return err
 }

@@ -30,7 +30,7 @@ type Trust struct {
 
 // ErrUnauthorized says that somebody is at the other end of a connection who may not be: another user of this host,
 // or one without a certificate of the authorities.
-var ErrUnauthorized = kind.Unauthorized
+var ErrUnauthorized = kind.ErrUnauthorized
 
 // ErrBeyond says that an address needs TLS, or trust in everybody.
 var ErrBeyond = errors.New("other hosts can reach it, or answer there; " +

@@ -11,9 +11,9 @@ var (
 	// ErrPoweredOff says that the guest has shut itself down.
 	ErrPoweredOff = errors.New("the guest powered itself off")
 	// ErrInUse says that another process has what is needed: a device, a network namespace, an output.
-	ErrInUse = kind.InUse
+	ErrInUse = kind.ErrInUse
 	// ErrIncompatible says that a VM cannot run on this host, whatever is tried: its VMM or its CPU is another one.
-	ErrIncompatible = kind.Incompatible
+	ErrIncompatible = kind.ErrIncompatible
 )
 
 // StatusError says why the VM of a state device cannot be resumed. It runs elsewhere, may do so, or has not

@@ -5,9 +5,9 @@ import "errors"
 
 // The kinds.
 var (
-	InUse        = errors.New("in use")
-	Incompatible = errors.New("incompatible")
-	Unauthorized = errors.New("not authorized")
+	ErrInUse        = errors.New("in use")
+	ErrIncompatible = errors.New("incompatible")
+	ErrUnauthorized = errors.New("not authorized")
 )
 
 // Of gives an error a kind, for [errors.Is], and leaves its text as it is. A nil error stays nil.

@@ -28,8 +28,8 @@ type HeldError struct {
 
 func (e *HeldError) Error() string { return "in use by " + e.Holder }
 
-// Is tells that it is of the kind [kind.InUse].
-func (e *HeldError) Is(target error) bool { return target == kind.InUse }
+// Is tells that it is of the kind [kind.ErrInUse].
+func (e *HeldError) Is(target error) bool { return target == kind.ErrInUse }
 
 // Try takes the lock at path, which need not exist; the directory must. Nobody else may open the file,
 // and so lock it. It returns a *HeldError when another process has it. The file tells others who holds it. A
