@@ -138,8 +138,14 @@ func (g *ownGuest) start(ctx context.Context, driver qemu.Driver, number int, me
 	}
 	size, _ := g.config.Device(vmm.Memory)
 	launch := vmm.Launch{
-		Dir: d, Recorded: &g.config.Hardware, CPUs: g.config.CPUs, MemorySize: size.Size, Memory: memory, Kernel: g.paths[vmm.Kernel], Netns: fmt.Sprintf("ark%d", number),
-		Interface: g.config.Interface, MAC: g.config.MAC, Ports: []uint32{g.config.AgentPort, g.config.LivenessPort}, CgroupVersion: 2, Output: g.console, Generation: g.generation,
+		Dir: d,
+		Board: vmm.Board{
+			Recorded: &g.config.Hardware, CPUs: g.config.CPUs, MemorySize: size.Size, Interface: g.config.Interface, MAC: g.config.MAC,
+			Ports: []uint32{g.config.AgentPort, g.config.LivenessPort}, Generation: g.generation,
+		},
+		Devices:     vmm.Devices{Memory: memory, Kernel: g.paths[vmm.Kernel]},
+		Confinement: vmm.Confinement{Netns: fmt.Sprintf("ark%d", number), CgroupVersion: 2},
+		Output:      g.console,
 	}
 	for _, name := range g.config.Disks() {
 		launch.Disks = append(launch.Disks, vmm.Block{Name: name, Path: g.paths[name]})

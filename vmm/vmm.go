@@ -55,30 +55,9 @@ type Boot struct {
 type Launch struct {
 	Dir *Dir // the VM's own directory; the driver puts its sockets there
 
-	Accel    string    // AccelAuto, AccelKVM or AccelTCG
-	CPU      string    // CPU model or template to boot with; "" for the driver's default
-	Recorded *Hardware // what the state to restore was saved on; nil when booting. What cannot restore it is refused.
-
-	CPUs       int
-	MemorySize int64  // bytes
-	Memory     string // path of the memory device, already MemorySize bytes long; "" when the driver is a [MemoryServer] and restores, or the machine has memory of its own
-	Kernel     string // path of the kernel device; on a restore it fills the same firmware slots as at boot
-	Disks      []Block
-
-	Netns     string // name of a network namespace, "" for the caller's
-	Interface string // tap interface inside Netns; "" for no network
-	MAC       string
-
-	MemoryDevice MemoryDevice // the memory device itself, for a [MemoryServer] that restores; it stays the caller's
-	FillMemory   bool         // whether a MemoryServer brings all of memory into the guest behind it, not only what the guest touches
-	HugePages    bool         // whether memory consists of pages of 2 MiB; the host must have set them aside
-
-	Ports []uint32 // guest ports reachable by [Machine.GuestConn]
-
-	UID, GID      int // user and group of the VMM process
-	NUMANode      int
-	CgroupVersion int // 1 or 2
-	Limits        Limits
+	Board
+	Devices
+	Confinement
 
 	Output io.Writer // serial console of the guest, which waits for it; nil discards. Written to from one goroutine.
 	Input  io.Reader // nil: no input
@@ -86,15 +65,55 @@ type Launch struct {
 	Boot   *Boot // nil: the machine waits for Restore
 	Reboot *Boot // what a guest that reboots boots from, as a machine does by itself; nil: the machine ends then
 
-	// OnReboot, if not nil, is called when the guest boots again, with the last lines of its console. It must not wait for the machine.
+	// OnReboot, if not nil, is called when the guest boots again, with the last lines of its console. It must not
+	// wait for the machine.
 	OnReboot func(console string)
 
-	// OnGoOn, if not nil, is called when a guest goes on that stood still for a disk, with how long it did. It must not wait for the machine.
+	// OnGoOn, if not nil, is called when a guest goes on that stood still for a disk, with how long it did. It must
+	// not wait for the machine.
 	OnGoOn func(stood time.Duration)
+}
 
-	// Generation is the VM's generation ID (Microsoft's "Virtual Machine Generation ID"): another one tells the guest that it has gone on from the same state
-	// elsewhere, too, so that it makes new secrets. Zero: any new one. Firecracker makes a new one at each restore, whatever this is.
+// Board is the virtual hardware of a machine, disks apart.
+type Board struct {
+	Accel    string    // AccelAuto, AccelKVM or AccelTCG
+	CPU      string    // CPU model or template to boot with; "" for the driver's default
+	Recorded *Hardware // what the state to restore was saved on; nil when booting. What cannot restore it is refused.
+
+	CPUs       int
+	MemorySize int64 // bytes
+	HugePages  bool  // whether memory consists of pages of 2 MiB; the host must have set them aside
+
+	Interface string // tap interface inside Netns; "" for no network
+	MAC       string
+
+	Ports []uint32 // guest ports reachable by [Machine.GuestConn]
+
+	// Generation is the VM's generation ID (Microsoft's "Virtual Machine Generation ID"): another one tells the
+	// guest that it has gone on from the same state elsewhere, too, so that it makes new secrets. Zero: any new one.
+	// Firecracker makes a new one at each restore, whatever this is.
 	Generation uuid.UUID
+}
+
+// Devices are a machine's devices.
+type Devices struct {
+	// Memory is the path of the memory device, already MemorySize bytes long. It is "" when the driver is a
+	// [MemoryServer] and restores, or the machine has memory of its own.
+	Memory       string
+	MemoryDevice MemoryDevice // the memory device itself, for a MemoryServer that restores; it stays the caller's
+	FillMemory   bool         // whether a MemoryServer brings all of memory into the guest behind it, not only what the guest touches
+
+	Kernel string // path of the kernel device; on a restore it fills the same firmware slots as at boot
+	Disks  []Block
+}
+
+// Confinement is where and as whom a VMM runs.
+type Confinement struct {
+	Netns         string // name of a network namespace, "" for the caller's
+	UID, GID      int    // user and group of the VMM process
+	NUMANode      int
+	CgroupVersion int // 1 or 2
+	Limits        Limits
 }
 
 // MemoryDevice is the memory device of a VM. It is safe for concurrent use.

@@ -207,11 +207,15 @@ func (i *Instance) launch(h vmm.Host, driver vmm.Driver) (vmm.Launch, error) {
 	}
 	i.dir, i.keepClock = dir, h.KeepClock
 	l := vmm.Launch{
-		Dir: dir, Accel: h.Accel,
-		CPUs: i.config.CPUs, MemorySize: memory.Size, Kernel: i.storage.Path(vmm.Kernel), FillMemory: h.FillMemory, HugePages: h.HugePages,
-		Netns: h.Netns, MAC: i.config.MAC,
-		UID: h.UID, GID: h.GID, NUMANode: h.NUMANode, CgroupVersion: h.CgroupVersion, Limits: h.Limits,
-		Input: h.Input, Generation: i.generation,
+		Dir: dir,
+		Board: vmm.Board{
+			Accel: h.Accel, CPUs: i.config.CPUs, MemorySize: memory.Size, HugePages: h.HugePages, MAC: i.config.MAC, Generation: i.generation,
+		},
+		Devices: vmm.Devices{Kernel: i.storage.Path(vmm.Kernel), FillMemory: h.FillMemory},
+		Confinement: vmm.Confinement{
+			Netns: h.Netns, UID: h.UID, GID: h.GID, NUMANode: h.NUMANode, CgroupVersion: h.CgroupVersion, Limits: h.Limits,
+		},
+		Input: h.Input,
 	}
 	if h.Output != nil {
 		i.output = console.NewOutput(h.Output)

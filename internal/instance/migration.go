@@ -20,7 +20,7 @@ func Preflight(ctx context.Context, h vmm.Host, config *vmm.PackageConfig) error
 		return err
 	}
 	if c, ok := driver.(vmm.Checker); ok {
-		return c.Check(ctx, vmm.Launch{Accel: h.Accel, Recorded: &config.Hardware})
+		return c.Check(ctx, vmm.Launch{Board: vmm.Board{Accel: h.Accel, Recorded: &config.Hardware}})
 	}
 	return nil
 }

@@ -76,7 +76,9 @@ func launch(t *testing.T, output *output) vmm.Launch {
 			t.Error(err)
 		}
 	})
-	l := vmm.Launch{Dir: dir, CPUs: 1, MemorySize: 8 << 20, Memory: filepath.Join(base, "memory"), Ports: []uint32{26}, Output: output}
+	l := vmm.Launch{
+		Dir: dir, Board: vmm.Board{CPUs: 1, MemorySize: 8 << 20, Ports: []uint32{26}}, Devices: vmm.Devices{Memory: filepath.Join(base, "memory")}, Output: output,
+	}
 	for _, path := range []string{l.Memory, filepath.Join(base, "disk"), filepath.Join(base, "kernel")} {
 		if err := os.WriteFile(path, nil, 0o600); err != nil {
 			t.Fatal(err)
@@ -248,11 +250,11 @@ func TestRefused(t *testing.T) {
 		"another":    {vmm.Hardware{VMM: vmm.VMMQEMU, Version: "7.2.0"}, "made with qemu"},
 		"unreadable": {vmm.Hardware{VMM: vmm.VMMFirecracker, Version: "new", Machine: machine, CPU: "None"}, "malformed"},
 	} {
-		if err := d.Check(t.Context(), vmm.Launch{Recorded: &tt.hw}); err == nil || !strings.Contains(err.Error(), tt.want) {
+		if err := d.Check(t.Context(), vmm.Launch{Board: vmm.Board{Recorded: &tt.hw}}); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%s: %v; want %q", name, err, tt.want)
 		}
 	}
-	if err := d.Check(t.Context(), vmm.Launch{Accel: vmm.AccelTCG}); err == nil || !strings.Contains(err.Error(), "--vmm qemu") {
+	if err := d.Check(t.Context(), vmm.Launch{Board: vmm.Board{Accel: vmm.AccelTCG}}); err == nil || !strings.Contains(err.Error(), "--vmm qemu") {
 		t.Error(err)
 	}
 	if err := (Driver{Bin: "no-such-firecracker"}).Check(t.Context(), vmm.Launch{}); err == nil || !strings.Contains(err.Error(), "--firecracker-bin") {

@@ -63,7 +63,10 @@ func testLaunch(t *testing.T, disks int) *vmm.Launch {
 			t.Error(err)
 		}
 	})
-	l := &vmm.Launch{Dir: dir, CPUs: 2, MemorySize: 64 << 20, Memory: "/m", Kernel: "/k", Interface: "tap0", MAC: "02:00:00:00:00:01", Ports: []uint32{26, 25}}
+	l := &vmm.Launch{
+		Dir: dir, Board: vmm.Board{CPUs: 2, MemorySize: 64 << 20, Interface: "tap0", MAC: "02:00:00:00:00:01", Ports: []uint32{26, 25}},
+		Devices: vmm.Devices{Memory: "/m", Kernel: "/k"},
+	}
 	for i := range disks {
 		l.Disks = append(l.Disks, vmm.Block{Name: fmt.Sprintf("disk-with-a-long-name-%d", i), Path: fmt.Sprintf("/a,b/%d", i)})
 	}
@@ -186,7 +189,7 @@ func TestRecordedHardware(t *testing.T) {
 	} {
 		hw := good
 		hw.Machine, hw.CPU = tt.machine, tt.cpu
-		_, err := hardware(t.Context(), "/does/not/exist", &vmm.Launch{Recorded: &hw})
+		_, err := hardware(t.Context(), "/does/not/exist", &vmm.Launch{Board: vmm.Board{Recorded: &hw}})
 		if (err == nil) != (tt.refusal == "") || err != nil && !strings.Contains(err.Error(), tt.refusal) {
 			t.Errorf("%q, %q: %v; want %q", tt.machine, tt.cpu, err, tt.refusal)
 		}
