@@ -194,16 +194,14 @@ func (o *outgoing) snapshot(ctx context.Context) (migrate.Phase, error) {
 	if err := o.fillStash(); err != nil {
 		return "", err
 	}
-	o.baseline.advance()
+	o.copying.baseline.advance()
 	if ctx.Err() != nil {
 		return "", context.Cause(ctx)
 	}
 	if err := o.config.VM.Rescue(context.WithoutCancel(ctx)); err != nil {
 		return "", err
 	}
-	o.mu.Lock()
-	o.downtime = time.Since(paused)
-	o.mu.Unlock()
+	o.figures.update(func(f *figures) { f.downtime = time.Since(paused) })
 	return migrate.Delivering, nil
 }
 
@@ -215,7 +213,7 @@ func (o *outgoing) fillStash() error {
 			if _, err := d.Device.ReadAt(s.data, first*block.PageSize); err != nil {
 				return fmt.Errorf("device %s: %w", d.Name, err)
 			}
-			o.stash = append(o.stash, s)
+			o.copying.stash = append(o.copying.stash, s)
 			d.pending.ClearRange(first, end)
 			first = end
 		}
@@ -225,7 +223,7 @@ func (o *outgoing) fillStash() error {
 
 // deliver sends what was kept aside and waits until the target has made all durable.
 func (o *outgoing) deliver(ctx context.Context) (_ migrate.Phase, err error) {
-	defer func() { o.stash = nil }()
+	defer func() { o.copying.stash = nil }()
 	lifetime := context.WithoutCancel(ctx)
 	o.wg.Go(func() { o.config.VM.Rescued(lifetime) })
 	l := o.first
@@ -233,22 +231,22 @@ func (o *outgoing) deliver(ctx context.Context) (_ migrate.Phase, err error) {
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { l.cancel(context.Cause(ctx)) })
 	defer stop()
-	for _, s := range o.stash {
+	for _, s := range o.copying.stash {
 		o.sender.hash(s.data)
 		copy(o.sender.buffer.Data(), s.data)
 		if err := o.sendLoaded(ctx, l, o.sender, s.device, s.first, s.end, purposePreCopy); err != nil {
 			return "", l.lost(fmt.Errorf("device %s: %w", s.device.Name, err))
 		}
 	}
-	if err := l.Send(wire.Snapshot{Paused: o.downtime}); err != nil {
+	if err := l.Send(wire.Snapshot{Paused: o.figures.pause()}); err != nil {
 		return "", l.lost(err)
 	}
 	select {
-	case <-o.complete:
+	case <-o.complete.fired():
 	case <-ctx.Done():
 		return "", fmt.Errorf("the target has not said that it has stored the copy: %w", context.Cause(ctx))
 	}
-	o.delivered = true
+	o.copying.delivered = true
 	_ = l.Send(wire.TypeReleased) // the target has what it wanted, and does not need to hear it
 	return migrate.Kept, nil
 }

@@ -16,7 +16,7 @@ import (
 func (o *outgoing) prepare(ctx context.Context) (migrate.Phase, error) {
 	ctx, cancel := o.revocable(ctx, o.first)
 	defer cancel()
-	if !o.copy {
+	if !o.asks.copy {
 		if err := o.first.Send(wire.TypePrepare); err != nil {
 			return "", o.first.lost(err)
 		}
@@ -28,23 +28,23 @@ func (o *outgoing) prepare(ctx context.Context) (migrate.Phase, error) {
 	case err == nil:
 	case !errors.Is(err, migrate.ErrNotReady) || ctx.Err() != nil:
 		return "", err
-	case !o.force:
+	case !o.asks.force:
 		return "", fmt.Errorf("%w; look at the guest, or take the VM as it is, with --force", err)
 	default:
 		slog.Warn("The VM is taken as it is, because the target says so", "error", err)
 	}
-	if _, err := o.nextCycle(ctx, o.cycle+1); err != nil { // only this goroutine changes cycle
+	if _, err := o.nextCycle(ctx, o.figures.cycles()+1); err != nil {
 		return "", err
 	}
 	// What does not fit is left to post-copy; without it all is sent, before the pause as far as possible.
 	var until time.Time
-	if !o.config.Limits.NoPostCopy && !o.copy {
+	if !o.config.Limits.NoPostCopy && !o.asks.copy {
 		until = time.Now().Add(o.config.Limits.Downtime)
 	}
 	if err := o.drain(ctx, o.first, until); err != nil {
 		return "", o.first.lost(err)
 	}
-	if o.copy {
+	if o.asks.copy {
 		return migrate.Snapshotting, nil
 	}
 	if err := o.config.VM.Leave(ctx, o.id); err != nil {
@@ -72,7 +72,7 @@ func (o *outgoing) awaitPrepared(ctx context.Context) error {
 	timeout := time.NewTimer(o.config.Limits.Prepare)
 	defer timeout.Stop()
 	select {
-	case <-o.prepared:
+	case <-o.prepared.fired():
 	case <-timeout.C:
 	case <-ctx.Done():
 		return context.Cause(ctx)
@@ -122,9 +122,7 @@ func (o *outgoing) handOff(ctx context.Context) (migrate.Phase, error) {
 // freeze pauses the VM and makes all that the target lacks pending.
 func (o *outgoing) freeze(ctx context.Context) (paused time.Time, err error) {
 	paused = time.Now()
-	o.mu.Lock()
-	o.paused = paused
-	o.mu.Unlock()
+	o.figures.update(func(f *figures) { f.paused = paused })
 	vm := o.config.VM
 	if err := vm.Pause(ctx); err != nil {
 		return paused, err
@@ -150,28 +148,9 @@ func (o *outgoing) settle(ctx context.Context) (migrate.Phase, error) {
 	return next, nil
 }
 
-// mark notes where the VM stands, after the marks before, and returns a channel that is closed when that is done. A mark that cannot be made does not keep
-// the target from what it needs; the migration ends with its error.
-func (o *outgoing) mark(state migrate.Phase) <-chan struct{} {
-	done := make(chan struct{})
-	o.mu.Lock()
-	previous := o.marked
-	o.marked = done
-	o.mu.Unlock()
-	o.wg.Go(func() {
-		defer close(done)
-		<-previous
-		err := o.config.VM.Mark(context.Background(), state, o.id)
-		o.mu.Lock()
-		defer o.mu.Unlock()
-		switch {
-		case err != nil:
-			o.markErr = errors.Join(o.markErr, fmt.Errorf("note that the VM is %q: %w", state, err))
-		case state == migrate.Moved:
-			o.markErr = nil // what it could not keep here is of no use any more
-		}
-	})
-	return done
+// mark notes where the VM stands, and returns a channel that is closed when that is done.
+func (o *outgoing) mark(phase migrate.Phase) <-chan struct{} {
+	return o.marks.make(&o.wg, o.config.VM, phase, o.id)
 }
 
 // awaitAnswer waits for the target to take the VM or to refuse it, or for an operator. Most answers come sooner than what is in doubt could be noted.
@@ -185,9 +164,7 @@ func (o *outgoing) awaitAnswer(ctx context.Context) (migrate.Phase, error) {
 				o.refused(a.Reason)
 				return migrate.Rescuing, nil
 			}
-			o.mu.Lock()
-			o.downtime = time.Since(o.paused)
-			o.mu.Unlock()
+			o.figures.update(func(f *figures) { f.downtime = time.Since(f.paused) })
 			return migrate.Serving, nil
 		case d := <-o.settled:
 			switch {
@@ -209,19 +186,14 @@ func (o *outgoing) awaitAnswer(ctx context.Context) (migrate.Phase, error) {
 }
 
 func (o *outgoing) refused(reason string) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.main != nil {
-		o.main.cancel(errors.New("the target refused the VM: " + reason))
+	if l, _ := o.lanes.get(); l != nil {
+		l.cancel(errors.New("the target refused the VM: " + reason))
 	}
 }
 
 // rescue lets the VM go on.
 func (o *outgoing) rescue(ctx context.Context) (migrate.Phase, error) {
-	o.mu.Lock()
-	marked := o.marked
-	o.mu.Unlock()
-	<-marked
+	o.marks.made()
 	ctx = context.WithoutCancel(ctx)
 	if err := o.config.VM.Rescue(ctx); err != nil {
 		return "", err

@@ -20,6 +20,9 @@ type link struct {
 	wg     sync.WaitGroup
 }
 
+// alive tells whether the link is there and has not ended. It may be nil.
+func (l *link) alive() bool { return l != nil && l.ctx.Err() == nil }
+
 // newLink watches a connection until close.
 func newLink(ctx context.Context, stream io.ReadWriteCloser, silence time.Duration) *link {
 	l := &link{Conn: wire.NewConn(stream)}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 
 	"drafter/internal/block"
@@ -38,7 +39,7 @@ func (o *outgoing) preCopy(ctx context.Context) (migrate.Phase, error) {
 			return "", fmt.Errorf("the VM writes faster than the connection takes it: %d bytes are left after %s; allow more time, or post-copy", left, o.config.Limits.Timeout)
 		}
 		if pass > 1 && (late || o.converged(pass, left, previous)) {
-			if o.isReady() {
+			if o.ready.has() {
 				return migrate.Preparing, nil
 			}
 			if late {
@@ -49,7 +50,7 @@ func (o *outgoing) preCopy(ctx context.Context) (migrate.Phase, error) {
 			return "", o.first.lost(err)
 		}
 		shrinks := previous < 0 || left < previous*3/4
-		if pass > 1 && (!shrinks || !o.isReady()) {
+		if pass > 1 && (!shrinks || !o.ready.has()) {
 			if err := o.pause(ctx); err != nil {
 				return "", err
 			}
@@ -66,7 +67,7 @@ func (o *outgoing) pendAll(ctx context.Context) error {
 		}
 		// In this order: what is written from here on is dirty.
 		written := d.Device.Take()
-		if pages := o.baseline.begin(d); pages != nil {
+		if pages := o.copying.baseline.begin(d); pages != nil {
 			d.unknown, d.whole = true, true
 			d.pending.Add(wholeBlocks(d, pages))
 			continue
@@ -149,50 +150,70 @@ func (o *outgoing) nextCycle(ctx context.Context, cycle int) (left int64, err er
 }
 
 func (o *outgoing) beginCycle(cycle int, left int64) error {
-	o.mu.Lock()
-	o.cycle = cycle
-	o.mu.Unlock()
+	o.figures.update(func(f *figures) { f.cycle = cycle })
 	return o.announce(cycle, left)
 }
 
 // announce tells the target of a cycle. It answers when it has stored all from before.
 func (o *outgoing) announce(cycle int, left int64) error {
-	o.mu.Lock()
-	o.announced.cycle, o.announced.at = cycle, time.Now()
-	o.mu.Unlock()
+	o.cycles.announce(cycle)
 	if err := o.first.Send(wire.Cycle{Number: cycle, Bytes: left}); err != nil {
 		return o.first.lost(err)
 	}
 	return nil
 }
 
-// answered takes note of the target's answer to a cycle.
-func (o *outgoing) answered(cycle int) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	a := &o.announced
-	if cycle != a.cycle || a.answered == cycle {
+// cycles are what the target was told of, and what it has answered. They are safe for concurrent use.
+type cycles struct {
+	news chan struct{} // holds a token after an answer
+
+	mu        sync.Mutex // guards the following
+	announced int
+	at        time.Time
+	answered  int
+	quickest  time.Duration // answer so far; 0: there was none
+}
+
+func newCycles() *cycles { return &cycles{news: make(chan struct{}, 1)} }
+
+// announce notes that the target is being told of a cycle.
+func (c *cycles) announce(cycle int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.announced, c.at = cycle, time.Now()
+}
+
+// answer notes the target's answer to a cycle.
+func (c *cycles) answer(cycle int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if cycle != c.announced || c.answered == cycle {
 		return
 	}
-	a.answered = cycle
-	if took := time.Since(a.at); a.quickest == 0 || took < a.quickest {
-		a.quickest = took
+	c.answered = cycle
+	if took := time.Since(c.at); c.quickest == 0 || took < c.quickest {
+		c.quickest = took
 	}
 	select {
-	case o.stored <- struct{}{}:
+	case c.news <- struct{}{}:
 	default:
 	}
 }
 
+// last returns the last cycle that was answered, and the quickest answer so far.
+func (c *cycles) last() (answered int, quickest time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.answered, c.quickest
+}
+
 // catchUp waits until the target has stored what it was sent, if it is near: it would do it while the VM is paused otherwise.
 func (o *outgoing) catchUp(ctx context.Context) error {
-	o.mu.Lock()
-	quickest := o.announced.quickest
-	o.mu.Unlock()
+	_, quickest := o.cycles.last()
 	if quickest == 0 || quickest > o.config.tuning.nearby {
 		return nil
 	}
-	cycle := o.cycle + 1 // only this goroutine changes cycle
+	cycle := o.figures.cycles() + 1
 	if err := o.announce(cycle, 0); err != nil {
 		return err
 	}
@@ -200,11 +221,8 @@ func (o *outgoing) catchUp(ctx context.Context) error {
 	defer timeout.Stop()
 	for {
 		select {
-		case <-o.stored:
-			o.mu.Lock()
-			done := o.announced.answered == cycle
-			o.mu.Unlock()
-			if done {
+		case <-o.cycles.news:
+			if answered, _ := o.cycles.last(); answered == cycle {
 				return nil
 			}
 		case <-timeout.C:
@@ -260,15 +278,6 @@ func (d *outgoingDevice) dirtyBlocks() (n int) {
 	return n
 }
 
-func (o *outgoing) isReady() bool {
-	select {
-	case <-o.ready:
-		return true
-	default:
-		return false
-	}
-}
-
 func (o *outgoing) awaitReady(ctx context.Context) (migrate.Phase, error) {
 	timeout := time.NewTimer(o.config.Limits.Handoff)
 	defer timeout.Stop()
@@ -276,7 +285,7 @@ func (o *outgoing) awaitReady(ctx context.Context) (migrate.Phase, error) {
 		return "", o.first.lost(err)
 	}
 	select {
-	case <-o.ready:
+	case <-o.ready.fired():
 		return migrate.Preparing, nil
 	case <-timeout.C:
 		return "", errors.New("the target's VMM does not get ready")
@@ -298,8 +307,8 @@ func (o *outgoing) pause(ctx context.Context) error {
 	}
 	timer := time.NewTimer(slices.Min(throttles))
 	defer timer.Stop()
-	ready := o.ready
-	if o.isReady() {
+	ready := o.ready.fired()
+	if o.ready.has() {
 		ready = nil
 	}
 	select {

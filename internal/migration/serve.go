@@ -19,14 +19,12 @@ func (o *outgoing) serve(ctx context.Context) (migrate.Phase, error) {
 	settled := make(chan struct{})
 	noted := o.noteServing(ctx, settled)
 	for {
-		o.mu.Lock()
-		l, attached := o.main, o.attached
-		o.mu.Unlock()
+		l, attached := o.lanes.follow()
 		if err := o.push(ctx, l); err != nil {
 			l.cancel(err)
 		}
 		select {
-		case <-o.complete:
+		case <-o.complete.fired():
 			<-noted
 			return o.release()
 		case <-attached:
@@ -37,7 +35,7 @@ func (o *outgoing) serve(ctx context.Context) (migrate.Phase, error) {
 				stats := o.Stats()
 				_, _, left := stats.Bytes()
 				return "", fmt.Errorf("%w, and its target, which may lack %d bytes, takes nothing more from here", migrate.ErrHandedOver, left)
-			case o.connected(): // it is back
+			case o.lanes.connected(): // it is back
 			case d.outcome == migrate.Here:
 				close(settled)
 				<-noted
@@ -62,7 +60,7 @@ func (o *outgoing) noteServing(ctx context.Context, settled <-chan struct{}) <-c
 		note := time.NewTimer(o.config.tuning.note)
 		defer note.Stop()
 		select {
-		case <-o.complete:
+		case <-o.complete.fired():
 			return
 		case <-settled:
 			return
@@ -77,9 +75,7 @@ func (o *outgoing) noteServing(ctx context.Context, settled <-chan struct{}) <-c
 // release notes that the target has all, and tells it so.
 func (o *outgoing) release() (migrate.Phase, error) {
 	<-o.mark(migrate.Moved)
-	o.mu.Lock()
-	l := o.main
-	o.mu.Unlock()
+	l, _ := o.lanes.get()
 	_ = l.Send(wire.TypeReleased) // a target that does not get it asks again, and then goes on
 	return migrate.Moved, nil
 }
@@ -126,18 +122,18 @@ func (o *outgoing) sendPending(l *link, s *sender, d *outgoingDevice, first, end
 
 // startServing answers wants from here on, until ctx ends.
 func (o *outgoing) startServing(ctx context.Context) {
-	o.once.serving.Do(func() {
+	o.serving.Do(func() {
 		o.wg.Go(func() {
 			s, err := newSender()
 			if err != nil {
-				o.lane().cancel(err)
+				o.lanes.urgent().cancel(err)
 				return
 			}
 			defer s.close()
 			for {
 				select {
 				case w := <-o.wants:
-					l := o.lane()
+					l := o.lanes.urgent()
 					if err := o.answer(l, s, w); err != nil {
 						l.cancel(err)
 					}
@@ -147,16 +143,6 @@ func (o *outgoing) startServing(ctx context.Context) {
 			}
 		})
 	})
-}
-
-// lane is the connection for what somebody waits for.
-func (o *outgoing) lane() *link {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.demand != nil && o.demand.ctx.Err() == nil {
-		return o.demand
-	}
-	return o.main
 }
 
 // answer sends the pages of a want, and then what is pending of the blocks around them.

@@ -1,6 +1,7 @@
 package migration
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -239,11 +240,11 @@ func (s *Source) tryBegin(h wire.Hello, l *link, baseline *Baseline) (o *outgoin
 		return nil, nil, errors.New("the VM cannot be migrated any more")
 	}
 	if s.current != nil {
-		if s.current.copy {
+		if s.current.asks.copy {
 			select {
-			case <-s.current.ended: // its guest has been told that it goes on, too
+			case <-s.current.ended.fired(): // its guest has been told that it goes on, too
 			default:
-				return nil, s.current.ended, nil
+				return nil, s.current.ended.fired(), nil
 			}
 		}
 		switch s.current.Phase() {
@@ -257,7 +258,7 @@ func (s *Source) tryBegin(h wire.Hello, l *link, baseline *Baseline) (o *outgoin
 	if o, err = newOutgoing(s, h, l); err != nil {
 		return nil, nil, err
 	}
-	o.baseline = baseline
+	o.copying.baseline = baseline
 	s.current = o
 	s.wg.Add(1)
 	return o, nil, nil
@@ -307,7 +308,7 @@ func (s *Source) Settle(outcome migrate.Outcome) error {
 	switch {
 	case state != migrate.InDoubt && state != migrate.Serving:
 		return errNoDoubt
-	case o.connected():
+	case o.lanes.connected():
 		return migrate.ErrConnected
 	}
 	o.decideBy(outcome, state)
@@ -333,24 +334,10 @@ func (s *Source) Away() time.Duration {
 	s.mu.Lock()
 	o := s.current
 	s.mu.Unlock()
-	if o == nil || o.connected() {
+	if o == nil {
 		return 0
 	}
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return time.Since(o.parted)
-}
-
-// connected tells whether a connection with the target is there.
-func (o *outgoing) connected() bool {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	for _, l := range []*link{o.main, o.demand} {
-		if l != nil && l.ctx.Err() == nil {
-			return true
-		}
-	}
-	return false
+	return o.lanes.away()
 }
 
 // Relinquish waits, once Revoke has failed with [ErrHandedOver], until the target has all that it
@@ -366,7 +353,7 @@ func (s *Source) Relinquish(patience time.Duration) error {
 	sent, _, left := stats.Bytes()
 	for since := time.Now(); ; {
 		select {
-		case <-o.ended:
+		case <-o.ended.fired():
 			if o.Phase() == migrate.Kept {
 				return nil
 			}
@@ -398,10 +385,10 @@ func (s *Source) Revoke(cause error) error {
 	}
 	o.revoke(cause)
 	select {
-	case <-o.decided:
+	case <-o.decided.fired():
 	case <-time.After(revokeGrace):
 		o.first.cancel(cause) // it does not take what is being written to it
-		<-o.decided
+		<-o.decided.fired()
 	}
 	for {
 		state, changed := o.follow()
@@ -410,13 +397,13 @@ func (s *Source) Revoke(cause error) error {
 		case migrate.InDoubt:
 			o.awaitDoubt(changed)
 		case migrate.Kept:
-			<-o.ended
+			<-o.ended.fired()
 			return nil
 		case migrate.LeftInDoubt:
-			<-o.ended
+			<-o.ended.fired()
 			return migrate.ErrInDoubt
 		case migrate.Lost:
-			<-o.ended
+			<-o.ended.fired()
 			return errors.New("the VM was lost")
 		default:
 			return migrate.ErrHandedOver
@@ -427,9 +414,7 @@ func (s *Source) Revoke(cause error) error {
 
 // awaitDoubt waits for the answer of a target that was just handed the VM, and then ends the migration without it.
 func (o *outgoing) awaitDoubt(changed <-chan struct{}) {
-	o.mu.Lock()
-	answer := time.Until(o.paused.Add(o.config.Limits.Silence))
-	o.mu.Unlock()
+	answer := time.Until(o.figures.pausedAt().Add(o.config.Limits.Silence))
 	select {
 	case <-changed:
 		return
@@ -471,61 +456,51 @@ var sourceTable = map[migrate.Phase]row[*outgoing]{
 // outgoing is one migration at its source.
 type outgoing struct {
 	*Source
-	id      uuid.UUID
-	first   *link // the connection it began with
+	id    uuid.UUID
+	asks  asks
+	first *link // the connection it began with
+
 	devices []*outgoingDevice
 	sizes   []int64
 	limiter *xrate.Limiter // nil for none
 	sender  *sender        // of all but what is wanted
+	sending sync.RWMutex   // held for writing while pending is replaced after the handoff
+	copying copying
 
-	copy      bool // the VM stays here
-	force     bool // the target takes it even if the guest does not get ready
-	baseline  *Baseline
-	stash     []stashed
-	delivered bool // the target has the whole copy
-
-	wantsSignature bool // the target takes the signature of the package
-	tellsContents  bool // and tells the contents of bases that it holds
+	*standing
+	lanes   *lanes
+	figures figures
+	marks   *marks
+	cycles  *cycles
 
 	ctx      context.Context // until the authority is being sent, revoke ends it
 	revoke   context.CancelCauseFunc
-	state    atomic.Value  // State
-	decided  chan struct{} // closed when revoke has no effect any more
-	decide   sync.Once
-	ended    chan struct{} // closed when run has ended
-	ready    chan struct{} // closed when the target's VMM waits
-	prepared chan struct{} // closed when the target is prepared for the handoff
-	acks     chan wire.Ack
-	settled  chan decision
-	complete chan struct{} // closed when the target has all
-	wants    chan wire.Want
-	stored   chan struct{} // the target has answered a cycle
-	once     struct{ ready, prepared, complete, serving sync.Once }
-	wg       sync.WaitGroup // readers of links, the one who serves wants, and marks
-	sending  sync.RWMutex   // held for writing while pending is replaced after the handoff
+	decided  *signal // revoke has no effect any more
+	ready    *signal // the target's VMM waits
+	prepared *signal // the target is prepared for the handoff
+	complete *signal // the target has all
+	ended    *signal // run has ended
 
-	mu       sync.Mutex // guards the following
-	main     *link
-	demand   *link
-	attached chan struct{} // closed and replaced when a link was attached
-	changed  chan struct{} // closed and replaced when the state has changed
-	began    time.Time
-	preflown time.Duration // set at the end of preflight
-	paused   time.Time
-	parted   time.Time // since when no connection is there
-	downtime time.Duration
-	took     time.Duration // set at the end
-	cycle    int
-	closed   int64         // bytes of links that are gone
-	marked   chan struct{} // closed when the last mark has been made
-	markErr  error
+	acks    chan wire.Ack
+	settled chan decision
+	wants   chan wire.Want
+	serving sync.Once
+	wg      sync.WaitGroup // readers of links, the one who serves wants, and marks
+}
 
-	announced struct {
-		cycle    int
-		at       time.Time
-		answered int           // the last cycle that the target has answered
-		quickest time.Duration // answer so far; 0: there was none
-	}
+// asks are what a target asks for in its hello.
+type asks struct {
+	copy      bool // the VM stays here
+	force     bool // the target takes it even if the guest does not get ready
+	signature bool // the target takes the signature of the package
+	contents  bool // and tells the contents of bases that it holds
+}
+
+// copying is what a copy has beside a migration.
+type copying struct {
+	baseline  *Baseline
+	stash     []stashed
+	delivered bool // the target has the whole copy
 }
 
 // outgoingDevice is a device on its way.
@@ -556,14 +531,17 @@ func newOutgoing(s *Source, h wire.Hello, l *link) (*outgoing, error) {
 		return nil, err
 	}
 	o := &outgoing{
-		Source: s, id: h.Migration, first: l, sender: sender, copy: h.Copy, wantsSignature: h.Features&wire.FeatureSignature != 0, tellsContents: h.Features&wire.FeatureContents != 0, force: h.Features&wire.FeatureForce != 0,
-		decided: make(chan struct{}), ended: make(chan struct{}), ready: make(chan struct{}), prepared: make(chan struct{}), acks: make(chan wire.Ack, 1), settled: make(chan decision, 1),
-		complete: make(chan struct{}), marked: make(chan struct{}), wants: make(chan wire.Want, 64), stored: make(chan struct{}, 1), attached: make(chan struct{}), changed: make(chan struct{}), began: time.Now(),
+		Source: s, id: h.Migration, first: l, sender: sender,
+		asks: asks{
+			copy: h.Copy, force: h.Features&wire.FeatureForce != 0,
+			signature: h.Features&wire.FeatureSignature != 0, contents: h.Features&wire.FeatureContents != 0,
+		},
+		standing: newStanding(), lanes: newLanes(), figures: figures{began: time.Now()}, marks: newMarks(), cycles: newCycles(),
+		decided: newSignal(), ready: newSignal(), prepared: newSignal(), complete: newSignal(), ended: newSignal(),
+		acks: make(chan wire.Ack, 1), settled: make(chan decision, 1), wants: make(chan wire.Want, 64),
 	}
-	o.state.Store(migrate.Preflight)
-	close(o.marked)
-	if o.copy { // nothing is started there
-		o.once.ready.Do(func() { close(o.ready) })
+	if o.asks.copy { // nothing is started there
+		o.ready.fire()
 	}
 	o.ctx, o.revoke = context.WithCancelCause(s.ctx)
 	if b := s.config.Limits.Bandwidth; b > 0 {
@@ -576,29 +554,14 @@ func newOutgoing(s *Source, h wire.Hello, l *link) (*outgoing, error) {
 	return o, nil
 }
 
-// State is where the migration stands.
-func (o *outgoing) Phase() migrate.Phase { return o.state.Load().(migrate.Phase) }
-
-func (o *outgoing) enter(s migrate.Phase) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.state.Store(s)
-	close(o.changed)
-	o.changed = make(chan struct{})
-}
-
-// follow returns the state, and a channel that is closed when it is another one.
-func (o *outgoing) follow() (migrate.Phase, <-chan struct{}) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.Phase(), o.changed
-}
+// Phase is where the migration stands.
+func (o *outgoing) Phase() migrate.Phase { return o.standing.Phase() }
 
 // run runs the migration to its end.
 func (o *outgoing) run() error {
-	defer close(o.ended)
+	defer o.ended.fire()
 	defer o.revoke(nil)
-	stopProgress := o.reportProgress()
+	stopProgress := report(o.Stats, o.config.OnProgress)
 	// The context of the whole; what can still be revoked derives its own from o.ctx.
 	ctx, cancel := context.WithCancelCause(o.Source.ctx)
 	defer cancel(nil)
@@ -606,36 +569,22 @@ func (o *outgoing) run() error {
 		o.enter(state)
 		switch state {
 		case migrate.InDoubt, migrate.Serving, migrate.Kept, migrate.Moved, migrate.Lost, migrate.LeftInDoubt, migrate.LeftServing:
-			o.decide.Do(func() { close(o.decided) })
+			o.decided.fire()
 		}
 		o.config.OnPhase(state)
 	})
 	if err != nil {
-		o.mu.Lock()
-		l := o.main
-		o.mu.Unlock()
-		if l == nil {
-			l = o.first
-		}
-		l.refuse(codeOf(err), err)
+		l, _ := o.lanes.get()
+		cmp.Or(l, o.first).refuse(codeOf(err), err)
 	}
-	o.mu.Lock()
-	o.took = time.Since(o.began)
-	links := []*link{o.main, o.demand}
-	o.mu.Unlock()
-	for _, l := range links {
-		if l != nil {
-			l.cancel(errEnded)
-		}
-	}
+	o.figures.update(func(f *figures) { f.total = time.Since(f.began) })
+	o.lanes.cancel(errEnded)
 	cancel(errEnded)
 	o.wg.Wait()
 	o.sender.close()
 	stopProgress()
-	o.mu.Lock()
-	err = errors.Join(err, o.markErr)
-	o.mu.Unlock()
-	if err == nil && (state == migrate.Moved || o.delivered) {
+	err = errors.Join(err, o.marks.failed())
+	if err == nil && (state == migrate.Moved || o.copying.delivered) {
 		return nil
 	}
 	if err == nil {
@@ -644,41 +593,9 @@ func (o *outgoing) run() error {
 	return err
 }
 
-func (o *outgoing) reportProgress() (stop func()) {
-	done := make(chan struct{})
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		tick := time.NewTicker(100 * time.Millisecond)
-		defer tick.Stop()
-		for {
-			select {
-			case <-done:
-				o.config.OnProgress(o.Stats())
-				return
-			case <-tick.C:
-				o.config.OnProgress(o.Stats())
-			}
-		}
-	})
-	return func() {
-		close(done)
-		wg.Wait()
-	}
-}
-
 // Stats says what was done so far.
 func (o *outgoing) Stats() migrate.Stats {
-	o.mu.Lock()
-	s := migrate.Stats{Phase: o.Phase(), Cycle: o.cycle, Preflight: o.preflown, Total: o.took, Paused: o.downtime, Wire: o.closed}
-	if s.Total == 0 {
-		s.Total = time.Since(o.began)
-	}
-	for _, l := range []*link{o.main, o.demand} {
-		if l != nil {
-			s.Wire += l.Sent() + l.Received()
-		}
-	}
-	o.mu.Unlock()
+	s := o.figures.stats(o.Phase(), o.lanes.bytes())
 	for _, d := range o.devices {
 		s.Devices = append(s.Devices, migrate.DeviceStats{
 			Name: d.Name, Size: d.Device.Size(), Sent: d.sent.Load(), Saved: d.saved.Load(), Pending: d.pending.Count() * block.PageSize,
@@ -711,18 +628,18 @@ func (o *outgoing) preflight(ctx context.Context) (migrate.Phase, error) {
 	if o.config.Forward {
 		m.Features |= wire.FeatureForward
 	}
-	if o.wantsSignature && o.config.Signature != nil {
+	if o.asks.signature && o.config.Signature != nil {
 		m.Features, m.Signature = m.Features|wire.FeatureSignature, o.config.Signature
 	}
-	if !o.copy {
+	if !o.asks.copy {
 		m.Generation = o.config.Generation
 	}
 	for _, d := range o.devices {
-		if !o.copy {
+		if !o.asks.copy {
 			d.backup, d.changed = o.config.Backup.backup(d.Device)
 		}
 		offer := wire.Device{Name: d.Name, Size: d.Device.Size(), BlockSize: d.Device.BlockSize(), NeedsBase: d.NeedsBase, Base: d.Base, Backup: d.backup}
-		if d.Base == (block.ID{}) && d.Origin != (block.ID{}) && o.tellsContents && !o.copy {
+		if d.Base == (block.ID{}) && d.Origin != (block.ID{}) && o.asks.contents && !o.asks.copy {
 			d.absent, offer.Base, offer.Absent = true, d.Origin, true
 		}
 		m.Devices = append(m.Devices, offer)
@@ -768,9 +685,7 @@ func (o *outgoing) preflight(ctx context.Context) (migrate.Phase, error) {
 		d.held = make([]uint64, block.Pages(d.Device))
 	}
 	o.attachMain(l)
-	o.mu.Lock()
-	o.preflown = time.Since(o.began)
-	o.mu.Unlock()
+	o.figures.update(func(f *figures) { f.preflight = time.Since(f.began) })
 	return migrate.PreCopying, nil
 }
 
@@ -807,43 +722,22 @@ func (o *outgoing) receiveAnswer(l *link) (any, error) {
 
 // attachMain makes l the main connection and reads from it.
 func (o *outgoing) attachMain(l *link) {
-	o.mu.Lock()
-	o.retire(o.main)
-	o.main = l
-	close(o.attached)
-	o.attached = make(chan struct{})
-	o.mu.Unlock()
+	o.lanes.setMain(l)
 	o.wg.Go(func() {
 		l.cancel(o.read(l))
-		o.mu.Lock()
-		o.parted = time.Now()
-		o.mu.Unlock()
+		o.lanes.part()
 	})
-}
-
-// retire ends a link that is replaced, with mu held.
-func (o *outgoing) retire(l *link) {
-	if l == nil {
-		return
-	}
-	l.cancel(errors.New("the target has reconnected"))
-	o.closed += l.Sent() + l.Received()
 }
 
 // attach serves a connection that joins the migration, until it ends.
 func (o *outgoing) attach(l *link, hello wire.Hello) error {
 	if hello.Lane == wire.Demand {
-		o.mu.Lock()
-		o.retire(o.demand)
-		o.demand = l
-		o.mu.Unlock()
+		o.lanes.setDemand(l)
 		err := o.read(l)
-		select {
-		case <-o.complete:
+		if o.complete.has() {
 			return nil // nothing is wanted any more
-		default:
-			return err
 		}
+		return err
 	}
 	m, err := l.receive(o.sizes)
 	if err != nil {
@@ -896,13 +790,7 @@ func (o *outgoing) reconcile(accepted bool) (wire.Code, error) {
 
 // replacePending makes exactly those pages pending which the target lacks. What was sent on the connections it had may have been lost.
 func (o *outgoing) replacePending(missing []*block.Bitmap) {
-	o.mu.Lock()
-	for _, l := range []*link{o.main, o.demand} {
-		if l != nil {
-			l.cancel(errors.New("the target has reconnected"))
-		}
-	}
-	o.mu.Unlock()
+	o.lanes.cancel(errReconnected)
 	o.sending.Lock()
 	defer o.sending.Unlock()
 	for i, d := range o.devices {
@@ -948,17 +836,17 @@ func (o *outgoing) read(l *link) error {
 				return context.Cause(l.ctx)
 			}
 		case wire.Progress:
-			o.answered(m.Cycle)
+			o.cycles.answer(m.Cycle)
 		case wire.Type:
 			switch {
 			case m == wire.TypeReady:
-				o.once.ready.Do(func() { close(o.ready) })
+				o.ready.fire()
 				continue
 			case m == wire.TypePrepare:
-				o.once.prepared.Do(func() { close(o.prepared) })
+				o.prepared.fire()
 				continue
 			case m == wire.TypeComplete && contains(completing, o.Phase()):
-				o.once.complete.Do(func() { close(o.complete) })
+				o.complete.fire()
 				continue
 			}
 			return fmt.Errorf("%w: %s while %s", wire.ErrProtocol, m, o.Phase())
