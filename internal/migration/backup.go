@@ -123,9 +123,7 @@ func (t *Target) fetchBackups(ctx context.Context, l *link) error {
 		if err := g.Wait(); err != nil {
 			return err
 		}
-		t.mu.Lock()
-		cycle := t.cycle
-		t.mu.Unlock()
+		cycle := t.figures.cycles()
 		t.startWhenPossible(ctx, cycle)
 	}
 	switch cause := context.Cause(r.ctx); {
@@ -235,9 +233,7 @@ func (d *incomingDevice) storeBackup(r *restoring, e wire.Extent) error {
 
 // awaitBackups waits until all of the backups is here, or the source is to send the rest after the handoff.
 func (t *Target) awaitBackups(ctx context.Context) error {
-	t.mu.Lock()
-	l := t.main // until the handoff there is but one
-	t.mu.Unlock()
+	l, _ := t.lanes.get() // until the handoff there is but one
 	select {
 	case <-t.restoring.here:
 		return nil

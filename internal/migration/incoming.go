@@ -56,9 +56,8 @@ func (t *Target) store(l *link, e wire.Extent) error {
 	}
 	if d.opened.Load() {
 		d.postCopy.Add(used)
-		t.mu.Lock()
-		demanded := l == t.demand
-		t.mu.Unlock()
+		_, demand := t.lanes.get()
+		demanded := l == demand
 		if demanded {
 			d.wanted.Add(used)
 		}

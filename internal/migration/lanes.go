@@ -61,6 +61,13 @@ func (n *lanes) setDemand(l *link) {
 	n.demand = l
 }
 
+// joinDemand sets the other one, whatever was there.
+func (n *lanes) joinDemand(l *link) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.demand = l
+}
+
 // restart replaces both links by a new main one, unless the demand link has come since.
 func (n *lanes) restart(main, demand *link) {
 	n.mu.Lock()
@@ -96,6 +103,16 @@ func (n *lanes) cancel(cause error) {
 	for _, l := range []*link{main, demand} {
 		if l != nil {
 			l.cancel(cause)
+		}
+	}
+}
+
+// close ends the links, and waits for that.
+func (n *lanes) close(cause error) {
+	main, demand := n.get()
+	for _, l := range []*link{main, demand} {
+		if l != nil {
+			l.close(cause)
 		}
 	}
 }

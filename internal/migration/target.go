@@ -69,42 +69,66 @@ type TargetConfig struct {
 
 // Target is a VM that has arrived, or the rest of which is arriving.
 type Target struct {
-	forwards bool // the source has users of the devices
+	*standing
 	config   TargetConfig
 	id       uuid.UUID
+	forwards bool // the source has users of the devices
+	lanes    *lanes
+	figures  figures
+	wanting  *wanting
+
+	devMu   sync.Mutex // guards devices until they are accepted
+	devices []*incomingDevice
+	sizes   []int64
+
 	cancel   context.CancelCauseFunc
-	state    atomic.Value  // State
-	running  chan struct{} // closed when the VM runs here
-	whole    chan struct{} // closed when nothing is missing here
-	ended    chan struct{} // closed when all is over; err is set
+	running  *signal // the VM runs here
+	whole    *signal // nothing is missing here
+	released *signal // the source has taken note
+	ended    *signal // all is over; err is set
 	err      error
 	wg       sync.WaitGroup
 
-	devices   []*incomingDevice
-	sizes     []int64
 	authority chan wire.Authority // from the reader; its devices are open
 	snapshot  chan wire.Snapshot  // from the reader: all of a copy is there
-	released  chan struct{}       // closed when the source has taken note
-	release   sync.Once
-	start     task // of the VMM
-	expect    task // that the VM comes
+	start     task                // of the VMM
+	expect    task                // that the VM comes
 	restoring *restoring
 	offered   bool        // Ready was sent, so that an authority may be on its way
 	refusal   error       // why the VM was not taken over
 	taken     atomic.Bool // an authority has been received
+}
 
-	mu       sync.Mutex // guards the following
-	main     *link
-	demand   *link
-	closed   int64 // bytes of links that are gone
-	queue    []wire.Want
-	began    time.Time
-	preflown time.Duration // set at the end of preflight
-	took     time.Duration
-	downtime time.Duration
-	cycle    int
-	stored   int           // the last cycle that is to be answered; 0: none
-	wanted   chan struct{} // holds a token when queue is not empty
+// wanting is what is to be said to the source: pages that somebody waits for, and the answer to a cycle. It is safe
+// for concurrent use.
+type wanting struct {
+	news chan struct{} // holds a token when there is something to say
+
+	mu     sync.Mutex // guards the following
+	queue  []wire.Want
+	stored int // the last cycle that is to be answered; 0: none
+}
+
+func newWanting() *wanting { return &wanting{news: make(chan struct{}, 1)} }
+
+// say changes what is to be said.
+func (w *wanting) say(change func(w *wanting)) {
+	w.mu.Lock()
+	change(w)
+	w.mu.Unlock()
+	select {
+	case w.news <- struct{}{}:
+	default:
+	}
+}
+
+// take returns what is to be said, once.
+func (w *wanting) take() (queue []wire.Want, stored int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	queue, stored = w.queue, w.stored
+	w.queue, w.stored = nil, 0
+	return queue, stored
 }
 
 // task is something that is done once.
@@ -144,35 +168,32 @@ func Receive(ctx context.Context, c TargetConfig) (*Target, error) {
 		return nil, fmt.Errorf("make migration id: %w", err)
 	}
 	t := &Target{
-		config: c, id: id, running: make(chan struct{}), whole: make(chan struct{}), ended: make(chan struct{}), authority: make(chan wire.Authority, 1), snapshot: make(chan wire.Snapshot, 1),
-		released: make(chan struct{}), began: time.Now(), wanted: make(chan struct{}, 1),
-		restoring: newRestoring(),
+		standing: newStanding(), config: c, id: id, lanes: newLanes(), figures: figures{began: time.Now()}, wanting: newWanting(),
+		running: newSignal(), whole: newSignal(), released: newSignal(), ended: newSignal(),
+		authority: make(chan wire.Authority, 1), snapshot: make(chan wire.Snapshot, 1), restoring: newRestoring(),
 	}
 	t.start.done, t.expect.done = make(chan struct{}), make(chan struct{})
-	t.state.Store(migrate.Preflight)
 	// What arrives after the VM runs does not end with the caller's context.
 	lifetime, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	t.cancel = cancel
 	stop := context.AfterFunc(ctx, func() { cancel(context.Cause(ctx)) })
 	go t.run(lifetime)
 	select {
-	case <-t.running:
+	case <-t.running.fired():
 		if stop() {
 			return t, nil
 		}
-	case <-t.ended:
+	case <-t.ended.fired():
 	}
 	stop()
-	<-t.ended
+	<-t.ended.fired()
 	if t.Phase() == migrate.Copied {
 		return t, nil
 	}
-	select {
-	case <-t.running: // it runs, and the context has ended since
+	if t.running.has() { // and the context has ended since
 		return t, nil
-	default:
-		return nil, t.err
 	}
+	return nil, t.err
 }
 
 // targetTable is the target's machine.
@@ -190,69 +211,29 @@ var targetTable = map[migrate.Phase]row[*Target]{
 }
 
 func (t *Target) run(ctx context.Context) {
-	defer close(t.ended)
-	stopProgress := t.reportProgress()
+	defer t.ended.fire()
+	stopProgress := report(t.Stats, t.config.OnProgress)
 	_, err := advance(ctx, t, targetTable, migrate.Preflight, &t.config.Limits, func(s migrate.Phase) {
-		t.state.Store(s)
+		t.enter(s)
 		if s == migrate.Fetching {
-			close(t.running)
+			t.running.fire()
 		}
 		t.config.OnPhase(s)
 	})
-	t.mu.Lock()
-	t.took = time.Since(t.began)
-	links := []*link{t.main, t.demand}
-	t.mu.Unlock()
+	t.figures.update(func(f *figures) { f.total = time.Since(f.began) })
 	t.cancel(errEnded)
-	for _, l := range links {
-		if l != nil {
-			l.close(errEnded)
-		}
-	}
+	t.lanes.close(errEnded)
 	t.wg.Wait()
 	stopProgress()
 	t.err = err
 }
 
-func (t *Target) reportProgress() (stop func()) {
-	done := make(chan struct{})
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		tick := time.NewTicker(100 * time.Millisecond)
-		defer tick.Stop()
-		for {
-			select {
-			case <-done:
-				t.config.OnProgress(t.Stats())
-				return
-			case <-tick.C:
-				t.config.OnProgress(t.Stats())
-			}
-		}
-	})
-	return func() {
-		close(done)
-		wg.Wait()
-	}
-}
-
-// Phase is where the migration stands.
-func (t *Target) Phase() migrate.Phase { return t.state.Load().(migrate.Phase) }
-
 // Stats says what was done so far.
 func (t *Target) Stats() migrate.Stats {
-	t.mu.Lock()
-	s := migrate.Stats{Phase: t.Phase(), Cycle: t.cycle, Preflight: t.preflown, Total: t.took, Paused: t.downtime, Wire: t.closed}
-	if s.Total == 0 {
-		s.Total = time.Since(t.began)
-	}
-	for _, l := range []*link{t.main, t.demand} {
-		if l != nil {
-			s.Wire += l.Sent() + l.Received()
-		}
-	}
+	s := t.figures.stats(t.Phase(), t.lanes.bytes())
+	t.devMu.Lock()
 	devices := t.devices
-	t.mu.Unlock()
+	t.devMu.Unlock()
 	for _, d := range devices {
 		if d.Device == nil {
 			continue
@@ -266,33 +247,24 @@ func (t *Target) Stats() migrate.Stats {
 }
 
 // Done is closed when nothing is missing any more and the source knows, or when that will not be.
-func (t *Target) Done() <-chan struct{} { return t.ended }
+func (t *Target) Done() <-chan struct{} { return t.ended.fired() }
 
 // Whole is closed when nothing is missing here. From then on the source is needed for nothing,
 // whether it knows or not.
-func (t *Target) Whole() <-chan struct{} { return t.whole }
+func (t *Target) Whole() <-chan struct{} { return t.whole.fired() }
 
 // Lost returns why the VM cannot go on here: its source has taken it back, or has ended before all
 // of it was here. It is nil as long as that is not so, or not known.
 func (t *Target) Lost() error {
-	select {
-	case <-t.ended:
-	default:
+	if !t.ended.has() || t.whole.has() && !errors.Is(t.err, migrate.ErrTakenBack) {
 		return nil
-	}
-	select {
-	case <-t.whole:
-		if !errors.Is(t.err, migrate.ErrTakenBack) {
-			return nil
-		}
-	default:
 	}
 	return t.err
 }
 
 // Wait waits until Done and returns what kept the VM from being complete.
 func (t *Target) Wait() error {
-	<-t.ended
+	<-t.ended.fired()
 	return t.err
 }
 
@@ -305,20 +277,16 @@ func (t *Target) GiveUp() {
 // Close gives up what is still missing, and waits for the end of what goes on. A source that is
 // connected is told first if nothing is.
 func (t *Target) Close() error {
-	t.mu.Lock()
-	l := t.main
-	t.mu.Unlock()
-	select {
-	case <-t.whole:
+	if t.whole.has() {
+		l, _ := t.lanes.get()
 		select {
-		case <-t.ended:
+		case <-t.ended.fired():
 		case <-l.ctx.Done():
 		case <-time.After(t.config.Limits.Silence):
 		}
-	default:
 	}
 	t.cancel(errors.New("the target is closing"))
-	<-t.ended
+	<-t.ended.fired()
 	for _, d := range t.devices {
 		if d.Device != nil {
 			d.Device.Abandon()
@@ -354,9 +322,7 @@ func (t *Target) preflight(ctx context.Context) (migrate.Phase, error) {
 	if err != nil {
 		return "", err
 	}
-	t.mu.Lock()
-	t.main = l
-	t.mu.Unlock()
+	t.lanes.setMain(l)
 	reply, err := l.receive(nil)
 	if errors.Is(err, io.EOF) {
 		return "", fmt.Errorf("the source closed the connection without a word, as one does that wants TLS, or has too many connections; its log says why: %w", err)
@@ -395,9 +361,9 @@ func (t *Target) preflight(ctx context.Context) (migrate.Phase, error) {
 		incoming = append(incoming, in)
 		t.sizes = append(t.sizes, m.Devices[i].Size)
 	}
-	t.mu.Lock()
+	t.devMu.Lock()
 	t.devices = incoming
-	t.mu.Unlock()
+	t.devMu.Unlock()
 	if err := t.beginBackups(); err != nil {
 		l.refuse(wire.CodeInternal, err)
 		return "", err
@@ -428,9 +394,7 @@ func (t *Target) preflight(ctx context.Context) (migrate.Phase, error) {
 	if err := l.Send(accept); err != nil {
 		return "", l.lost(err)
 	}
-	t.mu.Lock()
-	t.preflown = time.Since(t.began)
-	t.mu.Unlock()
+	t.figures.update(func(f *figures) { f.preflight = time.Since(f.began) })
 	return migrate.Receiving, nil
 }
 
@@ -464,9 +428,7 @@ func (t *Target) joinDemand(ctx context.Context) {
 	if err != nil {
 		return // then the main connection serves for it
 	}
-	t.mu.Lock()
-	t.demand = l
-	t.mu.Unlock()
+	t.lanes.joinDemand(l)
 	t.wg.Go(func() { l.cancel(t.read(ctx, l)) })
 }
 
@@ -498,55 +460,68 @@ func (t *Target) read(ctx context.Context, l *link) error {
 			continue
 		}
 		m, err := wire.Decode(f, t.sizes)
+		if err == nil {
+			err = t.heed(ctx, l, f.Type, m)
+		}
 		if err != nil {
 			return err
 		}
-		switch m := m.(type) {
-		case wire.Cycle:
-			t.mu.Lock()
-			t.cycle, t.stored = m.Number, m.Number
-			t.mu.Unlock()
-			t.signalWanted()
-			t.startWhenPossible(ctx, m.Number)
-		case wire.Authority:
-			if t.Phase() != migrate.Receiving || !t.started() || !t.taken.CompareAndSwap(false, true) {
-				return fmt.Errorf("%w: an authority while %s", wire.ErrProtocol, t.Phase())
-			}
-			if err := t.open(m); err != nil {
-				return err
-			}
-			t.authority <- m // there is but one
-		case wire.Snapshot:
-			// A small copy may be here before this side has noticed that it is being received.
-			if state := t.Phase(); !t.config.Copy || state != migrate.Receiving && state != migrate.Preflight || !t.taken.CompareAndSwap(false, true) {
-				return fmt.Errorf("%w: a snapshot while %s", wire.ErrProtocol, state)
-			}
-			t.snapshot <- m // there is but one
-		case wire.Error:
-			return &RemoteError{Code: m.Code, Text: m.Text}
-		case wire.Type:
-			if m == wire.TypeReady && t.taken.Load() {
-				t.wg.Go(func() { t.joinDemand(ctx) })
-				continue
-			}
-			// The source may be quick: this side has not noticed yet that it is receiving.
-			receiving := slices.Contains([]migrate.Phase{migrate.Preflight, migrate.Receiving}, t.Phase())
-			if m == wire.TypePrepare && receiving && t.started() {
-				t.beginExpect(ctx, l)
-				continue
-			}
-			if m == wire.TypeReady && receiving {
-				t.restoring.hurried.Do(func() { close(t.restoring.hurry) })
-				continue
-			}
-			if m != wire.TypeReleased || t.Phase() != migrate.Confirming && t.Phase() != migrate.Storing {
-				return fmt.Errorf("%w: %s while %s", wire.ErrProtocol, m, t.Phase())
-			}
-			t.release.Do(func() { close(t.released) })
-		default:
-			return fmt.Errorf("%w: %s while %s", wire.ErrProtocol, f.Type, t.Phase())
-		}
 	}
+}
+
+// heed does what a message of the source's says. An error ends the link.
+func (t *Target) heed(ctx context.Context, l *link, kind wire.Type, message any) error {
+	switch m := message.(type) {
+	case wire.Cycle:
+		t.figures.update(func(f *figures) { f.cycle = m.Number })
+		t.wanting.say(func(w *wanting) { w.stored = m.Number })
+		t.startWhenPossible(ctx, m.Number)
+	case wire.Authority:
+		if t.Phase() != migrate.Receiving || !t.started() || !t.taken.CompareAndSwap(false, true) {
+			return fmt.Errorf("%w: an authority while %s", wire.ErrProtocol, t.Phase())
+		}
+		if err := t.open(m); err != nil {
+			return err
+		}
+		t.authority <- m // there is but one
+	case wire.Snapshot:
+		if !t.config.Copy || !t.receiving() || !t.taken.CompareAndSwap(false, true) {
+			return fmt.Errorf("%w: a snapshot while %s", wire.ErrProtocol, t.Phase())
+		}
+		t.snapshot <- m // there is but one
+	case wire.Error:
+		return &RemoteError{Code: m.Code, Text: m.Text}
+	case wire.Type:
+		return t.heedWord(ctx, l, m)
+	default:
+		return fmt.Errorf("%w: %s while %s", wire.ErrProtocol, kind, t.Phase())
+	}
+	return nil
+}
+
+// receiving tells whether this side is receiving, or about to: the source may be quick, and this side has not
+// noticed yet.
+func (t *Target) receiving() bool {
+	phase := t.Phase()
+	return phase == migrate.Preflight || phase == migrate.Receiving
+}
+
+// heedWord is heed for a message without content.
+func (t *Target) heedWord(ctx context.Context, l *link, word wire.Type) error {
+	phase := t.Phase()
+	switch {
+	case word == wire.TypeReady && t.taken.Load():
+		t.wg.Go(func() { t.joinDemand(ctx) })
+	case word == wire.TypePrepare && t.receiving() && t.started():
+		t.beginExpect(ctx, l)
+	case word == wire.TypeReady && t.receiving():
+		t.restoring.hurried.Do(func() { close(t.restoring.hurry) })
+	case word == wire.TypeReleased && (phase == migrate.Confirming || phase == migrate.Storing):
+		t.released.fire()
+	default:
+		return fmt.Errorf("%w: %s while %s", wire.ErrProtocol, word, phase)
+	}
+	return nil
 }
 
 // started tells whether the VMM waits.
@@ -607,17 +582,7 @@ func (t *Target) want(device int, first, end int64) {
 		}
 		queue = append(queue, wire.Want{Device: device, First: page, Ends: page + 1})
 	}
-	t.mu.Lock()
-	t.queue = append(t.queue, queue...)
-	t.mu.Unlock()
-	t.signalWanted()
-}
-
-func (t *Target) signalWanted() {
-	select {
-	case t.wanted <- struct{}{}:
-	default:
-	}
+	t.wanting.say(func(w *wanting) { w.queue = append(w.queue, queue...) })
 }
 
 // ask sends what is wanted, and answers to cycles: the one who reads must not wait for what is sent. What cannot be sent is asked for again after the next connection
@@ -625,18 +590,12 @@ func (t *Target) signalWanted() {
 func (t *Target) ask(ctx context.Context) {
 	for {
 		select {
-		case <-t.wanted:
+		case <-t.wanting.news:
 		case <-ctx.Done():
 			return
 		}
-		t.mu.Lock()
-		queue, stored := t.queue, t.stored
-		t.queue, t.stored = nil, 0
-		l := t.demand
-		if l == nil || l.ctx.Err() != nil {
-			l = t.main
-		}
-		t.mu.Unlock()
+		queue, stored := t.wanting.take() // before the link: a new one has a queue of its own
+		l := t.lanes.urgent()
 		if stored > 0 {
 			if err := l.Send(wire.Progress{Cycle: stored}); err != nil {
 				l.sendFailed(err)
@@ -653,7 +612,7 @@ func (t *Target) ask(ctx context.Context) {
 
 // receive waits until the VM is handed over.
 func (t *Target) receive(ctx context.Context) (migrate.Phase, error) {
-	l := t.main
+	l, _ := t.lanes.get()
 	started, expected := t.start.done, t.expect.done
 	for {
 		select {
@@ -674,14 +633,10 @@ func (t *Target) receive(ctx context.Context) (migrate.Phase, error) {
 			}
 			expected = nil
 		case a := <-t.authority:
-			t.mu.Lock()
-			t.downtime = a.Paused
-			t.mu.Unlock()
+			t.figures.update(func(f *figures) { f.downtime = a.Paused })
 			return migrate.TakingOver, nil
 		case s := <-t.snapshot:
-			t.mu.Lock()
-			t.downtime = s.Paused
-			t.mu.Unlock()
+			t.figures.update(func(f *figures) { f.downtime = s.Paused })
 			return migrate.Storing, nil
 		case <-l.ctx.Done():
 			if len(t.snapshot) > 0 {
@@ -697,14 +652,15 @@ func (t *Target) receive(ctx context.Context) (migrate.Phase, error) {
 
 // storeCopy completes a copy and tells the source, which does not need to hear it: the copy is what it is.
 func (t *Target) storeCopy(ctx context.Context) (migrate.Phase, error) {
+	l, _ := t.lanes.get()
 	if err := t.config.VM.Complete(ctx); err != nil {
-		t.main.refuse(codeOf(err), fmt.Errorf("the copy cannot be stored: %w", err))
+		l.refuse(codeOf(err), fmt.Errorf("the copy cannot be stored: %w", err))
 		return "", err
 	}
-	if err := t.main.Send(wire.TypeComplete); err == nil {
+	if err := l.Send(wire.TypeComplete); err == nil {
 		select {
-		case <-t.released:
-		case <-t.main.ctx.Done():
+		case <-t.released.fired():
+		case <-l.ctx.Done():
 		case <-ctx.Done():
 		}
 	}
@@ -714,7 +670,8 @@ func (t *Target) storeCopy(ctx context.Context) (migrate.Phase, error) {
 // takeOver lets the VM run here. Until it does, the VM can be handed back.
 func (t *Target) takeOver(ctx context.Context) (migrate.Phase, error) {
 	began := time.Now()
-	t.beginExpect(ctx, t.main) // if the source has not asked for it
+	l, _ := t.lanes.get()
+	t.beginExpect(ctx, l) // if the source has not asked for it
 	select {
 	case <-t.expect.done:
 		t.refusal = t.expect.err
@@ -731,10 +688,7 @@ func (t *Target) takeOver(ctx context.Context) (migrate.Phase, error) {
 		t.refusal = err
 		return "", err
 	}
-	t.mu.Lock()
-	t.downtime += time.Since(began)
-	l := t.main
-	t.mu.Unlock()
+	t.figures.update(func(f *figures) { f.downtime += time.Since(began) })
 	if serr := l.Send(wire.Ack{Accepted: true}); serr != nil {
 		l.cancel(serr) // the source learns it on the next connection
 	}
@@ -757,9 +711,7 @@ func (t *Target) handBack(ctx context.Context) (migrate.Phase, error) {
 		}
 	}
 	err := t.config.VM.Discard(ctx)
-	t.mu.Lock()
-	l := t.main
-	t.mu.Unlock()
+	l, _ := t.lanes.get()
 	if l == nil {
 		return migrate.NotTaken, err
 	}
@@ -852,20 +804,18 @@ func (t *Target) fetch(ctx context.Context) (migrate.Phase, error) {
 			return "", fmt.Errorf("device %s: %d bytes are missing: %w", d.name, d.Device.Missing()*block.PageSize, err)
 		}
 	}
-	close(t.whole)
+	t.whole.fire()
 	return migrate.Confirming, nil
 }
 
 // whileConnected keeps a connection with the source until done is closed.
 func (t *Target) whileConnected(ctx context.Context, done <-chan struct{}) error {
 	for {
-		t.mu.Lock()
-		l := t.main
+		l, demand := t.lanes.get()
 		var demandLost <-chan struct{}
-		if t.demand != nil {
-			demandLost = t.demand.ctx.Done()
+		if demand != nil {
+			demandLost = demand.ctx.Done()
 		}
-		t.mu.Unlock()
 		select {
 		case <-done:
 			return nil
@@ -931,9 +881,7 @@ func (t *Target) reconnect(ctx context.Context) error {
 		}
 		r.Missing = append(r.Missing, missing)
 	}
-	t.mu.Lock()
-	old := []*link{t.main, t.demand}
-	t.mu.Unlock()
+	main, demand := t.lanes.get()
 	read := make(chan struct{})
 	t.wg.Go(func() {
 		defer close(read)
@@ -945,34 +893,25 @@ func (t *Target) reconnect(ctx context.Context) error {
 		l.close(err)
 		return err
 	}
-	t.mu.Lock()
-	t.main = l
-	if t.demand == old[1] { // else it has come on this connection
-		t.demand = nil
-	}
-	for _, o := range old {
-		if o != nil {
-			t.closed += o.Sent() + o.Received()
-		}
-	}
-	t.queue = nil
-	for i, d := range t.devices {
-		if d.Device == nil {
-			continue
-		}
-		for page := range d.asked.All() {
-			if r.Missing[i].Has(page) {
-				t.queue = append(t.queue, wire.Want{Device: i, First: page, Ends: page + 1})
+	t.lanes.restart(l, demand)
+	t.wanting.say(func(w *wanting) {
+		w.queue = nil
+		for i, d := range t.devices {
+			if d.Device == nil {
+				continue
+			}
+			for page := range d.asked.All() {
+				if r.Missing[i].Has(page) {
+					w.queue = append(w.queue, wire.Want{Device: i, First: page, Ends: page + 1})
+				}
 			}
 		}
-	}
-	t.mu.Unlock()
-	for _, o := range old {
+	})
+	for _, o := range []*link{main, demand} {
 		if o != nil {
 			o.close(errors.New("replaced"))
 		}
 	}
-	t.signalWanted()
 	return nil
 }
 
@@ -984,19 +923,17 @@ func (t *Target) confirm(ctx context.Context) (migrate.Phase, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, t.config.Limits.Settle, errors.New("no answer"))
 	defer cancel()
 	for {
-		t.mu.Lock()
-		l := t.main
-		t.mu.Unlock()
+		l, _ := t.lanes.get()
 		if err := l.Send(wire.TypeComplete); err != nil {
 			l.cancel(err)
 		}
 		select {
-		case <-t.released:
+		case <-t.released.fired():
 			return migrate.Moved, nil
 		default:
 		}
 		select {
-		case <-t.released:
+		case <-t.released.fired():
 			return migrate.Moved, nil
 		case <-l.ctx.Done():
 			if err := t.comeBack(ctx, l, nil); errors.Is(err, migrate.ErrTakenBack) {
