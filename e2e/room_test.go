@@ -124,7 +124,7 @@ func TestFullHost(t *testing.T) {
 
 	disk.fill(t)
 	save(t, zero)
-	await(t, source, "The VM stands still, as a disk cannot be used; it goes on by itself when it can")
+	await(t, source, "The VM stands still, as a disk cannot be used; it is tried again each second")
 	target := s.peer(t, "instance-1", append(flags1, "--netns", "ark1", "--raddr", "localhost:1337")...)
 	if err := source.Wait(); err != nil {
 		t.Errorf("the source, whose VM has moved: %v", err)
@@ -133,7 +133,7 @@ func TestFullHost(t *testing.T) {
 
 	disk1.fill(t)
 	save(t, one)
-	await(t, target, "The VM stands still, as a disk cannot be used; it goes on by itself when it can")
+	await(t, target, "The VM stands still, as a disk cannot be used; it is tried again each second")
 	disk1.resize(t, "900m")
 	await(t, target, "The VM goes on")
 	values.check(t, one, "target, after its disk was full")
@@ -153,7 +153,7 @@ func TestFullHost(t *testing.T) {
 	values.check(t, one, "suspended")
 	disk1.fill(t)
 	save(t, one)
-	await(t, again, "The VM stands still, as a disk cannot be used; it goes on by itself when it can")
+	await(t, again, "The VM stands still, as a disk cannot be used; it is tried again each second")
 	end(t, again) // it is suspended as it stands
 }
 

@@ -343,7 +343,7 @@ func (p *Peer) Agent() *agent.Client { return p.instance.Agent() }
 
 // Suspend stops the VM and leaves it in its devices. It uses a context of its own: a suspend is how a run ends well, whatever the caller's context has
 // come to. Of a VM that is still arriving, it waits for the rest first. An instance that is backed up is backed up once more, as it is then. A VM that cannot be
-// stored runs on, and Suspend can be tried again, as when there is no room (see [block.NoRoom]). After it, Close.
+// stored runs on, and Suspend can be tried again, as when there is no room (see [vmm.Unstored]). After it, Close.
 func (p *Peer) Suspend(ctx context.Context) error {
 	start := time.Now()
 	if err := p.awaitArrival(ctx); err != nil {

@@ -63,16 +63,21 @@ func (p *Peer) watchRoom() (stop func()) {
 	}
 }
 
-// lookForRoom does so for one device. said is when it was said of which that it has none.
+// lookForRoom does so for one device. said is when it was said of which that something is not stored.
 func lookForRoom(name string, b *block.Backlog, said map[string]time.Time) {
-	err := b.Store() // of what is kept; that there is no room is said below
+	err := b.Store() // of what is kept
 	missing := b.Missing()
 	last, waits := said[name]
 	switch {
 	case missing == 0 && waits:
 		delete(said, name)
-		slog.Info("There is room again: all that was written is stored", "device", name, "path", b.Path())
-	case missing > 0 && time.Since(last) > roomReminder:
+		slog.Info("All that was written is stored again", "device", name, "path", b.Path())
+	case missing == 0 || time.Since(last) <= roomReminder:
+	case err != nil && !block.NoRoom(err):
+		said[name] = time.Now()
+		slog.Error("What the VM writes cannot be stored; it is kept in memory until it can", "device", name, "path", b.Path(),
+			"missing", humanize.IBytes(uint64(missing)), "error", err)
+	default:
 		said[name] = time.Now()
 		free, where := "unknown", ""
 		if r, rerr := block.RoomAt(b.Path()); rerr == nil {
@@ -80,10 +85,6 @@ func lookForRoom(name string, b *block.Backlog, said map[string]time.Time) {
 		}
 		slog.Error("There is no room for what the VM writes; it waits until there is", "device", name, "path", b.Path(), "fileSystem", where,
 			"free", free, "missing", humanize.IBytes(uint64(missing)))
-	}
-	if err != nil && !block.NoRoom(err) && time.Since(last) > roomReminder {
-		said[name] = time.Now()
-		slog.Error("What is kept in memory cannot be stored", "device", name, "error", err)
 	}
 }
 

@@ -12,6 +12,8 @@ var (
 	ErrPoweredOff = errors.New("the guest powered itself off")
 	// ErrInUse says that another process has what is needed: a device, a network namespace, an output.
 	ErrInUse = kind.ErrInUse
+	// ErrNotSuspended says that a suspend has left the VM as it was: its devices do not hold it.
+	ErrNotSuspended = kind.ErrNotSuspended
 	// ErrIncompatible says that a VM cannot run on this host, whatever is tried: its VMM or its CPU is another one.
 	ErrIncompatible = kind.ErrIncompatible
 )
@@ -26,6 +28,6 @@ type StatusError struct {
 // Error says what can be done about it.
 func (e *StatusError) Error() string { return e.text }
 
-// NoRoom tells whether an error is want of room in a file system. Nothing is lost then: what failed can be tried
-// again once there is room.
-func NoRoom(err error) bool { return block.NoRoom(err) }
+// Unstored tells whether an error says that something cannot be stored at the moment, as in a full file system.
+// Nothing is lost then: what failed can be tried again.
+func Unstored(err error) bool { return block.Unstored(err) }

@@ -1,6 +1,7 @@
 package block
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"sync"
@@ -10,9 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Backlog is a device in a file whose file system may be full. It notes the pages that there was
-// no room for. Once [Backlog.Keep] was called it keeps them in memory, where they are read from,
-// instead of refusing them: Sync fails until all of them are stored.
+// Backlog is a device in a file whose file system may be full, or fail. It notes the pages that
+// there was no room for. Once [Backlog.Keep] was called it keeps what cannot be written in memory,
+// where it is read from, instead of refusing it: Sync fails until all of it is stored.
 //
 // Guest memory needs that. It is a mapping of a file, and when its write-back fails, the kernel
 // reports that once and forgets that the page was dirty; whoever reads the page later finds an older
@@ -37,7 +38,7 @@ func NewBacklog(d Device, path string) *Backlog {
 	return &Backlog{Device: d, path: path, refused: NewBitmap(Pages(d)), kept: NewBitmap(Pages(d))}
 }
 
-// Keep makes the device keep what there is no room for from now on.
+// Keep makes the device keep what it cannot write from now on.
 func (b *Backlog) Keep() { b.keeps.Store(true) }
 
 // Path is the file that the device is in.
@@ -46,8 +47,8 @@ func (b *Backlog) Path() string { return b.path }
 // refusalAge is how long a write that was refused counts as one that its writer tries again.
 const refusalAge = time.Minute
 
-// Missing is how many bytes wait for room: those that are kept, and those whose writer was told of
-// late.
+// Missing is how many bytes are not stored: those that are kept, and those whose writer was told of
+// late that there is no room.
 func (b *Backlog) Missing() int64 {
 	pages := b.left.Load()
 	if time.Since(time.Unix(0, b.last.Load())) < refusalAge {
@@ -76,7 +77,7 @@ func (b *Backlog) WriteAt(p []byte, off int64) (int, error) {
 	if !b.holds(first, end) {
 		n, err := b.Device.WriteAt(p, off)
 		b.note(first, end, err)
-		if !NoRoom(err) || !b.keeps.Load() {
+		if err == nil || !b.keeps.Load() || errors.Is(err, ErrReadOnly) {
 			b.lock.RUnlock()
 			return n, err
 		}
@@ -141,8 +142,8 @@ func createMemory(name string, size int64) (*File, error) {
 	return f, f.f.Truncate(size)
 }
 
-// Store writes what is kept to the device. It fails with a [RoomError] for what there is still no
-// room for.
+// Store writes what is kept to the device. It fails with an [UnstoredError] while that cannot be
+// done.
 func (b *Backlog) Store() error {
 	var buffer []byte
 	for b.left.Load() > 0 {
@@ -171,10 +172,7 @@ func (b *Backlog) storeRun(buffer []byte) error {
 		return err
 	}
 	if _, err := b.Device.WriteAt(p, off); err != nil {
-		if NoRoom(err) {
-			err = &RoomError{Path: b.path, Missing: b.left.Load() * PageSize, Err: err}
-		}
-		return err
+		return &UnstoredError{Path: b.path, Missing: b.left.Load() * PageSize, Err: err}
 	}
 	return b.drop(off, int64(len(p)))
 }
@@ -274,7 +272,7 @@ func (b *Backlog) NextData(off int64) (start, end int64, err error) {
 	return start, end, nil
 }
 
-// Sync implements [Device]. It fails, and can be tried again, while there is no room.
+// Sync implements [Device]. It fails, and can be tried again, while not all is stored.
 func (b *Backlog) Sync() error {
 	if err := b.Store(); err != nil {
 		return err

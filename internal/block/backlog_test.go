@@ -2,6 +2,7 @@ package block
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -240,4 +241,88 @@ func stored(t *testing.T, path string) int64 {
 		t.Fatal(err)
 	}
 	return st.Blocks * 512
+}
+
+// failing is a device whose writes fail with an error while there is one, and which has no holes.
+type failing struct {
+	*memory
+	err error
+}
+
+func (s *failing) WriteAt(p []byte, off int64) (int, error) {
+	if s.err != nil {
+		return 0, s.err
+	}
+	return s.memory.WriteAt(p, off)
+}
+
+func (s *failing) Trim(off, length int64) error { return Trim(struct{ Device }{s}, off, length) }
+
+// Whatever a storage fails with, nothing that was written to a device that keeps it is lost: it is read as it was
+// written, a sync fails and can be tried again, and once the storage works all is stored.
+func TestBacklogOfFailingStorage(t *testing.T) {
+	for _, failure := range []error{unix.EIO, unix.EROFS, unix.ESTALE, unix.ETIMEDOUT, unix.ENOSPC, unix.EDQUOT} {
+		s := &failing{memory: newMemory(16 * PageSize)}
+		b := NewBacklog(s, "device")
+		b.Keep()
+		want := make([]byte, b.Size())
+		for round := range 3 {
+			for page := range int64(16) {
+				s.err = nil
+				if (page+int64(round))%3 == 0 {
+					s.err = failure
+				}
+				p := bytes.Repeat([]byte{byte(page + 1), byte(round)}, PageSize/2)
+				if _, err := b.WriteAt(p, page*PageSize); err != nil {
+					t.Fatalf("%v: %v", failure, err)
+				}
+				copy(want[page*PageSize:], p)
+			}
+			same(t, b, want)
+		}
+		s.err = failure
+		for range 2 {
+			if err := b.Sync(); !Unstored(err) || !errors.Is(err, failure) {
+				t.Errorf("%v: sync: %v", failure, err)
+			}
+		}
+		if b.Missing() == 0 {
+			t.Errorf("%v: nothing is missing", failure)
+		}
+		s.err = nil
+		if err := b.Sync(); err != nil || b.Missing() != 0 {
+			t.Errorf("%v: %v, %d bytes are missing", failure, err, b.Missing())
+		}
+		same(t, s.memory, want)
+	}
+}
+
+// An overlay whose storage fails, even while a block is made to vanish that was written in part, is as good as before
+// once the storage works.
+func TestOverlayOfFailingStorage(t *testing.T) {
+	const size, blockSize = 1 << 20, 64 << 10
+	base, data := newMemory(size), &failing{memory: newMemory(size)}
+	copy(base.bytes, "the head of the first block; the rest of it is zeros")
+	s, err := readState(&memory{bytes: initialState(&stateHeader{blockSize: blockSize, size: size})})
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := newOverlay(base, NewBacklog(data, "device"), s)
+	want := bytes.Clone(base.bytes)
+	copy(data.bytes, bytes.Repeat([]byte("what a write has left"), 100)) // and the block is still the base's
+	data.err = unix.ENOSPC
+	if _, err := o.WriteAt([]byte("more"), 8<<10); !NoRoom(err) {
+		t.Fatal(err)
+	}
+	same(t, o, want)
+	data.err = nil
+	if _, err := o.WriteAt([]byte("more"), 32<<10); err != nil {
+		t.Fatal(err)
+	}
+	copy(want[32<<10:], "more")
+	same(t, o, want)
+	if err := o.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	same(t, o, want)
 }

@@ -139,7 +139,7 @@ func (d *File) Sync() error {
 		return nil
 	}
 	if err := unix.Fdatasync(int(d.f.Fd())); err != nil {
-		err = &os.PathError{Op: "sync", Path: d.f.Name(), Err: err}
+		err = fmt.Errorf("%w; what was written to it since the last sync may be lost, so nothing more is taken for stored", &os.PathError{Op: "sync", Path: d.f.Name(), Err: err})
 		d.failed.CompareAndSwap(nil, &err)
 		return err
 	}

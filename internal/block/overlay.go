@@ -19,6 +19,7 @@ type Overlay struct {
 	state     *stateFile
 	blockSize int64
 	present   *Bitmap
+	soiled    *Bitmap         // blocks that are not the overlay's and may hold something in its file; see forget
 	regions   [256]sync.Mutex // held while a block of the region is copied up or trimmed
 	buffers   sync.Pool       // of *[]byte, blockSize long
 
@@ -30,7 +31,9 @@ type Overlay struct {
 const regionSize = 1 << 20
 
 func newOverlay(base, data Device, state *stateFile) *Overlay {
-	o := &Overlay{base: base, data: data, state: state, blockSize: state.header.blockSize, present: state.present}
+	o := &Overlay{
+		base: base, data: data, state: state, blockSize: state.header.blockSize, present: state.present, soiled: NewBitmap(state.present.Len()),
+	}
 	o.buffers.New = func() any {
 		b := make([]byte, o.blockSize)
 		return &b
@@ -150,10 +153,7 @@ func (o *Overlay) writeRegion(p []byte, off int64) (int, error) {
 	n, err := o.fill(p, off, first, last)
 	if err != nil {
 		// The blocks are not the overlay's yet, so what was written of them must go. What the overlay held before has changed.
-		if ferr := o.forget(first, last+1); ferr != nil {
-			err = errors.Join(err, ferr)
-			o.failed.Store(&err)
-		}
+		o.forget(first, last+1)
 		return n, err
 	}
 	o.own(first, last+1)
@@ -177,19 +177,22 @@ func (o *Overlay) fill(p []byte, off, first, last int64) (int, error) {
 
 // own makes blocks the overlay's, whose data is in the overlay file.
 func (o *Overlay) own(first, end int64) {
+	o.soiled.ClearRange(first, end)
 	o.present.SetRange(first, end)
 	o.state.changed(first, end)
 }
 
-// forget makes blocks that the overlay does not hold holes again, after a failed write.
-func (o *Overlay) forget(first, end int64) error {
-	var errs []error
+// forget makes blocks that the overlay does not hold holes again, after a failed write. A block of which that fails,
+// as where there are no holes and no room for zeros, is noted as soiled until it is the overlay's.
+func (o *Overlay) forget(first, end int64) {
 	for i := first; i < end; i++ {
-		if !o.present.Has(i) {
-			errs = append(errs, Trim(o.data, i*o.blockSize, min(o.blockSize, o.Size()-i*o.blockSize)))
+		if o.present.Has(i) {
+			continue
+		}
+		if err := Trim(o.data, i*o.blockSize, min(o.blockSize, o.Size()-i*o.blockSize)); err != nil {
+			o.soiled.Set(i)
 		}
 	}
-	return errors.Join(errs...)
 }
 
 // copyUp copies part of one block from the base.
@@ -203,7 +206,7 @@ func (o *Overlay) copyUp(from, end int64) error {
 	if _, err := o.base.ReadAt(p, from); err != nil {
 		return fmt.Errorf("copy block from base: %w", err)
 	}
-	if isZero(p) {
+	if isZero(p) && !o.soiled.Has(from/o.blockSize) {
 		return nil // a hole of the overlay is that as well
 	}
 	if _, err := o.data.WriteAt(p, from); err != nil {
@@ -295,7 +298,7 @@ func (o *Overlay) Sync() error {
 	if err == nil {
 		err = o.state.commit(pages)
 	}
-	if NoRoom(err) {
+	if Unstored(err) {
 		o.state.giveBack(pages) // what cannot be tried again fails again
 	} else if err != nil {
 		o.failed.Store(&err)

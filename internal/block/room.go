@@ -52,15 +52,25 @@ func RoomAt(path string) (Room, error) {
 	return r, nil
 }
 
-// RoomError says how much room is missing where.
-type RoomError struct {
-	Path    string // file that there is no room for
+// Unstored tells whether what an error was about is kept, or can be done again by who has it, once
+// the storage works: nothing is lost.
+func Unstored(err error) bool {
+	var unstored *UnstoredError
+	return NoRoom(err) || errors.As(err, &unstored)
+}
+
+// UnstoredError says how much is kept in memory as it cannot be stored.
+type UnstoredError struct {
+	Path    string // file that it belongs to
 	Missing int64  // bytes
-	Err     error  // a [NoRoom] one
+	Err     error  // why it cannot be stored
 }
 
 // Error implements error.
-func (e *RoomError) Error() string {
+func (e *UnstoredError) Error() string {
+	if !NoRoom(e.Err) {
+		return fmt.Sprintf("%s of %s cannot be stored: %v", humanize.IBytes(uint64(e.Missing)), e.Path, e.Err)
+	}
 	where := e.Path
 	if r, err := RoomAt(e.Path); err == nil {
 		where += fmt.Sprintf(" on %s (%s free)", r.FileSystem, humanize.IBytes(uint64(max(r.Free, 0))))
@@ -69,7 +79,7 @@ func (e *RoomError) Error() string {
 }
 
 // Unwrap returns the cause.
-func (e *RoomError) Unwrap() error { return e.Err }
+func (e *UnstoredError) Unwrap() error { return e.Err }
 
 // Reserve sets so many bytes at the start of a file aside, so that writing there needs no room
 // later, by a process that maps the file neither (which a full file system would end by SIGBUS,
@@ -84,7 +94,7 @@ func Reserve(path string, length int64) error {
 	err = unix.Fallocate(int(f.f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, length)
 	switch {
 	case NoRoom(err):
-		err = errors.Join(&RoomError{Path: path, Missing: length, Err: err}, f.release())
+		err = errors.Join(&UnstoredError{Path: path, Missing: length, Err: err}, f.release())
 	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.ENODEV):
 		err = nil
 	case err != nil:

@@ -42,17 +42,21 @@ func suspend(ctx context.Context, vm interface{ Suspend(context.Context) error }
 	defer cancel()
 	for began := time.Now(); ; time.Sleep(roomRetry) {
 		err := vm.Suspend(ctx)
-		if !block.NoRoom(err) {
+		if !errors.Is(err, vmm.ErrNotSuspended) {
 			return err
 		}
-		if time.Since(began) > roomPatience {
+		if !vmm.Unstored(err) || time.Since(began) > roomPatience {
 			return fmt.Errorf("the VM ends without being suspended, and what it had in memory is lost; its disks are as after a power cut: %w", err)
 		}
-		slog.Error("The VM cannot be suspended for want of room, and runs on; make room", "givingUpIn", (roomPatience - time.Since(began)).Round(time.Second), "error", err)
+		what := "The VM cannot be suspended while its memory cannot be stored, and runs on"
+		if block.NoRoom(err) {
+			what = "The VM cannot be suspended for want of room, and runs on; make room"
+		}
+		slog.Error(what, "givingUpIn", (roomPatience - time.Since(began)).Round(time.Second), "error", err)
 	}
 }
 
-// A suspend that there is no room for is tried again so often, and for so long: less than the 90 s
+// A suspend that cannot be stored is tried again so often, and for so long: less than the 90 s
 // that systemd gives a service to end.
 const (
 	roomRetry    = 2 * time.Second

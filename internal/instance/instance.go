@@ -24,6 +24,7 @@ import (
 	"drafter/agent"
 	"drafter/internal/block"
 	"drafter/internal/console"
+	"drafter/internal/kind"
 	"drafter/internal/limitedlog"
 	"drafter/internal/output"
 	"drafter/internal/private"
@@ -618,6 +619,9 @@ func (i *Instance) Suspend(ctx context.Context, agentTimeout time.Duration) (sav
 	}
 	agentErr = errors.Join(agentErr, i.dropAgent())
 	if err := i.save(ctx); err != nil {
+		if !errors.Is(err, vmm.ErrPoweredOff) {
+			err = kind.Of(vmm.ErrNotSuspended, err)
+		}
 		return false, errors.Join(err, agentErr, i.goOn(context.WithoutCancel(ctx), agentTimeout))
 	}
 	i.frozen = true

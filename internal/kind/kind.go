@@ -6,6 +6,7 @@ import "errors"
 // The kinds.
 var (
 	ErrInUse        = errors.New("in use")
+	ErrNotSuspended = errors.New("not suspended")
 	ErrIncompatible = errors.New("incompatible")
 	ErrUnauthorized = errors.New("not authorized")
 )

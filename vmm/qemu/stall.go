@@ -66,7 +66,7 @@ func (m *Machine) awaitDisk(e diskError) bool {
 		if time.Since(said) > stallReminder {
 			said = time.Now()
 			disk := m.disk(e.Node)
-			slog.Error("The VM stands still, as a disk cannot be used; it goes on by itself when it can", "device", disk.Name, "path", disk.Path, "operation", words(e.Operation), "reason", words(e.Reason))
+			slog.Error("The VM stands still, as a disk cannot be used; it is tried again each second", "device", disk.Name, "path", disk.Path, "operation", words(e.Operation), "reason", words(e.Reason))
 		}
 		select {
 		case <-time.After(stallRetry):
