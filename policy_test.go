@@ -84,7 +84,7 @@ func TestArchitectureIsTrue(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	table, _, _ := strings.Cut(string(text), "\n## How")
+	table, _, _ := strings.Cut(string(text), "\n## Where it happens")
 	floors := map[string]string{} // of packages, which are told by their directories
 	for _, row := range regexp.MustCompile(`(?m)^\| ([0-9–]) \| ([^|]+) \|`).FindAllStringSubmatch(table, -1) {
 		for _, m := range regexp.MustCompile("`([a-z0-9/-]+)`").FindAllStringSubmatch(row[2], -1) {
@@ -117,6 +117,39 @@ func TestArchitectureIsTrue(t *testing.T) {
 			}
 		}
 	})
+}
+
+// What the architecture says where to find is there.
+func TestWhereItHappens(t *testing.T) {
+	text, err := os.ReadFile("docs/architecture.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, table, _ := strings.Cut(string(text), "\n## Where it happens\n")
+	table, _, _ = strings.Cut(table, "\n## ")
+	functions := map[string]map[string]bool{} // of files
+	sources(t, func(path string, file *ast.File) {
+		functions[path] = map[string]bool{}
+		for _, d := range file.Decls {
+			if f, ok := d.(*ast.FuncDecl); ok {
+				functions[path][f.Name.Name] = true
+			}
+		}
+	})
+	path, places := "", 0
+	for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(table, -1) {
+		if strings.HasSuffix(m[1], ".go") {
+			path = m[1]
+			continue
+		}
+		places++
+		if !functions[path][m[1]] {
+			t.Errorf("docs/architecture.md says that %s is in %s", m[1], path)
+		}
+	}
+	if places < 18 {
+		t.Errorf("only %d places are listed", places)
+	}
 }
 
 func TestDependencies(t *testing.T) {
