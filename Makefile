@@ -10,9 +10,9 @@ TESTTIMEOUT ?= 40m
 FUZZTIME ?= 30s
 GENERATED := agent docs/cli docs/man docs/licenses.md
 
-# Runs tests, and says afterwards which were skipped.
+# Runs tests, and says afterwards which were skipped. Those that run in parallel wait, and need no CPU of their own.
 TESTS = rm -f .cache/skipped; : >.cache/skipped; code=0; \
-	DRAFTER_SKIPPED=$(CURDIR)/.cache/skipped $(GO) test -race -timeout $(TESTTIMEOUT) $(1) || code=$$?; \
+	DRAFTER_SKIPPED=$(CURDIR)/.cache/skipped $(GO) test -race -parallel 8 -timeout $(TESTTIMEOUT) $(1) || code=$$?; \
 	sort .cache/skipped; exit $$code
 
 .PHONY: help demo test build setup tools servers lint vulnerabilities licenses generate check-generated unit e2e soak fuzz bench bench-quick bench-report profile benchmarks redis-image install clean

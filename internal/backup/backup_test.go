@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -151,10 +152,11 @@ func objects(t *testing.T, server *s3test.Server, prefix string) (names []string
 
 // What changes is written, and nothing else; what a place holds is always one moment's.
 func TestWrite(t *testing.T) {
+	t.Parallel()
 	server := s3test.Start(t)
 	place := server.Place("one/vm")
 	rng := rand.New(rand.NewPCG(1, 1))
-	devices := map[string]*image{"disk": newImage(1, 300), "memory": newImage(2, 500), "config": newImage(3, 1)}
+	devices := map[string]*image{"disk": newImage(1, 60), "memory": newImage(2, 90), "config": newImage(3, 1)}
 	if _, err := open(t, place).Latest(t.Context()); !errors.Is(err, s3.ErrNone) {
 		t.Errorf("an empty place: %v", err)
 	}
@@ -180,7 +182,7 @@ func TestWrite(t *testing.T) {
 	if err := remote.Fetcher.Fetch(t.Context(), 0, got, true); err != nil || !bytes.Equal(got, devices["disk"].data[:len(got)]) {
 		t.Errorf("fetched from the first backup of a place: %v", err)
 	}
-	none := block.NewBitmap(500)
+	none := block.NewBitmap(90)
 	if done := write(map[string]*block.Bitmap{"disk": none, "memory": none, "config": none}); done.Uploaded != 0 || done.Changed != 0 {
 		t.Errorf("without a change: %+v", done)
 	}
@@ -188,7 +190,7 @@ func TestWrite(t *testing.T) {
 		t.Errorf("all again without a change: %+v", done)
 	}
 	for range 5 {
-		disk, memory := devices["disk"].change(rng, 10), devices["memory"].change(rng, 20)
+		disk, memory := devices["disk"].change(rng, 4), devices["memory"].change(rng, 8)
 		done := write(map[string]*block.Bitmap{"disk": disk, "memory": memory, "config": none})
 		if limit := (disk.Count() + memory.Count()) * block.ContentBlockSize; done.Changed > limit || done.Uploaded > limit || done.Uploaded == 0 {
 			t.Errorf("of %d bytes that changed: %+v", limit, done)
@@ -200,7 +202,7 @@ func TestWrite(t *testing.T) {
 	if done := write(nil); done.Uploaded != 0 {
 		t.Errorf("another writer: %+v", done)
 	}
-	devices["disk"].data = bytes.Clone(newImage(9, 300).data)
+	devices["disk"].data = bytes.Clone(newImage(9, 60).data)
 	write(nil)
 	compare(t, place, contents(devices))
 	names, size := objects(t, server, place.Prefix)
@@ -211,29 +213,39 @@ func TestWrite(t *testing.T) {
 
 // Whatever fails, a place holds what was complete before, or what is new; and the next write is complete.
 func TestFaults(t *testing.T) {
+	t.Parallel()
 	server := s3test.Start(t)
-	rng := rand.New(rand.NewPCG(2, 2))
+	var faults sync.Map // by the prefix of their place
+	server.Fail(func(r *http.Request) string {
+		_, path, _ := strings.Cut(r.URL.Path, "/"+server.Bucket+"/")
+		prefix, _, _ := strings.Cut(path, "/")
+		if fault, ok := faults.Load(prefix); ok {
+			return fault.(s3test.Fault)(r)
+		}
+		return ""
+	})
 	for _, kind := range []string{"cut", "lost", "slow", "429", "503", "500"} {
 		for _, of := range []string{"PUT packs/", "PUT index/", "PUT manifest.json", "GET manifest.json"} {
 			t.Run(kind+" "+of, func(t *testing.T) {
+				t.Parallel()
+				rng := rand.New(rand.NewPCG(2, 2))
 				method, object, _ := strings.Cut(of, " ")
 				place := server.Place(strings.NewReplacer(" ", "-", "/", "", ".", "").Replace(kind + of))
-				disk := newImage(1, 200)
+				disk := newImage(1, 24)
 				devices := []backup.Device{{Name: "disk", Device: disk}}
 				w := newWriter(t, place)
 				if _, err := w.Write(t.Context(), time.Now(), devices); err != nil {
 					t.Fatal(err)
 				}
-				disk.change(rng, 50)
+				disk.change(rng, 8)
 				var left atomic.Int64
 				left.Store(2)
-				server.Fail(func(r *http.Request) string {
+				faults.Store(place.Prefix, s3test.Fault(func(r *http.Request) string {
 					if r.Method == method && strings.Contains(r.URL.Path, place.Prefix+"/"+object) && left.Add(-1) >= 0 {
 						return kind
 					}
 					return ""
-				})
-				defer server.Fail(nil)
+				}))
 				if _, err := w.Write(t.Context(), time.Now(), devices); err != nil {
 					t.Error(err)
 				}
@@ -248,17 +260,18 @@ func TestFaults(t *testing.T) {
 
 // A storage that is gone in the middle of a write leaves the backup before; when it is back, only what is missing is uploaded.
 func TestOutage(t *testing.T) {
+	t.Parallel()
 	server := s3test.Start(t)
 	place := server.Place("vm")
 	rng := rand.New(rand.NewPCG(3, 3))
-	disk := newImage(1, 600)
+	disk := newImage(1, 420) // two packs
 	devices := []backup.Device{{Name: "disk", Device: disk}}
 	w := newWriter(t, place)
 	if _, err := w.Write(t.Context(), time.Now(), devices); err != nil {
 		t.Fatal(err)
 	}
 	before := bytes.Clone(disk.data)
-	disk.change(rng, 3000)
+	disk.change(rng, 2100)
 	for _, gone := range []string{"packs/", "index/", "manifest.json"} {
 		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 		var met atomic.Int64
@@ -294,6 +307,7 @@ func TestOutage(t *testing.T) {
 
 // A storage that accepts all and answers nothing does not hold up who is in a hurry.
 func TestHurry(t *testing.T) {
+	t.Parallel()
 	server := s3test.Start(t)
 	w := newWriter(t, server.Place("vm"))
 	server.Fail(func(*http.Request) string { return "hanging" })
@@ -308,6 +322,7 @@ func TestHurry(t *testing.T) {
 // A VM that comes from another host is backed up on, whatever that host still writes and collects until
 // the first backup here. From then on that host is the one that is overtaken.
 func TestInherited(t *testing.T) {
+	t.Parallel()
 	server := s3test.Start(t)
 	place := server.Place("vm")
 	disk := newImage(1, 20)
@@ -355,6 +370,7 @@ func TestInherited(t *testing.T) {
 
 // A writer that another one has overtaken stops, and leaves what that one wrote.
 func TestSuperseded(t *testing.T) {
+	t.Parallel()
 	server := s3test.Start(t)
 	place := server.Place("vm")
 	disk, other := newImage(1, 20), newImage(2, 20)
@@ -379,6 +395,7 @@ func TestSuperseded(t *testing.T) {
 
 // What is damaged is refused; nobody sees other bytes than those that were written.
 func TestDamaged(t *testing.T) {
+	t.Parallel()
 	server := s3test.Start(t)
 	disk := newImage(1, 20)
 	for _, kind := range []string{"packs", "index", "manifest.json"} {

@@ -23,6 +23,7 @@ func conditional(r *http.Request, header string) bool {
 
 // What a storage cannot do is found before anything is uploaded, and said as what it is.
 func TestUnfitStorages(t *testing.T) {
+	t.Parallel()
 	server := s3test.Start(t)
 	writes := 0
 	for name, c := range map[string]struct {
@@ -89,6 +90,7 @@ func TestUnfitStorages(t *testing.T) {
 
 // A storage that is away is told from one that refuses.
 func TestAway(t *testing.T) {
+	t.Parallel()
 	server := s3test.Start(t)
 	for fault, away := range map[string]bool{"cut": true, "503": true, "skewed": false} {
 		server.Fail(func(*http.Request) string { return fault })

@@ -289,7 +289,7 @@ func TestWatchAfterTake(t *testing.T) {
 	d := NewTracker(NewZeros(pages*PageSize), PageSize)
 	w := d.Watch()
 	defer w.Close()
-	for range 300 {
+	for range need.Rounds(60, 3000) {
 		done := make(chan struct{})
 		go func() {
 			d.mark(0, pages*PageSize)

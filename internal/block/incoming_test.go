@@ -8,13 +8,15 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"drafter/internal/need"
 )
 
 // A device that is being received is as the source's, with what its user has written since; whatever arrives when.
 func TestIncoming(t *testing.T) {
-	const pages, rounds = 700, 20
+	const pages = 700
 	const size = pages*PageSize - 123
-	for round := range uint64(rounds) {
+	for round := range uint64(need.Rounds(6, 200)) {
 		rng := rand.New(rand.NewPCG(round, 1))
 		source := make([]byte, size)
 		for i := 0; i+8 < size; i += 512 {

@@ -7,17 +7,15 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"drafter/internal/need"
 )
 
 // A power cut is tried at every point of a long run: of what was not yet synced, each file keeps any part, sector by sector. What opens then must hold
 // in every sector a value that the sector had at the last completed Sync of the device, or got later.
 func TestPowerCut(t *testing.T) {
 	const cutsPerRun = 400
-	runs := 8
-	if testing.Short() {
-		runs = 2
-	}
-	for seed := range uint64(runs) {
+	for seed := range uint64(need.Rounds(2, 64)) {
 		r := record(t, seed)
 		rng := rand.New(rand.NewPCG(seed, 99))
 		for i := range cutsPerRun {

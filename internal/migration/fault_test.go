@@ -366,10 +366,7 @@ func TestFrozenFromTheStart(t *testing.T) {
 
 // Migrations with random faults at random moments: whatever happens, the VM runs once and has all its data.
 func TestSoak(t *testing.T) {
-	rounds := 300
-	if need.Soaking() {
-		rounds = 3000
-	}
+	rounds := need.Rounds(60, 3000)
 	if n, err := strconv.Atoi(os.Getenv("DRAFTER_SOAK_ROUNDS")); err == nil {
 		rounds = n
 	}

@@ -383,16 +383,8 @@ func (p *process) run(d *device, faults int64, pause time.Duration) {
 	p.close()
 }
 
-// faults is how many a test serves: a million with 'make soak'.
-func faults() int64 {
-	switch {
-	case need.Soaking():
-		return 1_000_000
-	case testing.Short():
-		return 20_000
-	}
-	return 200_000
-}
+// faults is how many a test serves.
+func faults() int64 { return int64(need.Rounds(50_000, 1_000_000)) }
 
 func TestFaults(t *testing.T) {
 	const pages = 4096

@@ -270,11 +270,11 @@ func TestDeviceFails(t *testing.T) {
 
 func TestFio(t *testing.T) {
 	need.Program(t, "fio")
-	disk, memory := newDevice(t, 64<<20), newDevice(t, 64<<20)
+	disk, memory := newDevice(t, 16<<20), newDevice(t, 16<<20)
 	m := mount(t, expose.Device{Name: "disk", Kind: expose.Disk, Device: disk}, expose.Device{Name: "memory", Kind: expose.Memory, Device: memory})
 	for _, tt := range []struct{ name, engine, sizes string }{{"disk", "psync", "512-128k"}, {"disk", "libaio", "512-128k"}, {"memory", "mmap", "4k-128k"}} {
 		fio := exec.Command("fio", "--name=verify", "--filename="+m.Path(tt.name), "--ioengine="+tt.engine, "--iodepth=8", "--rw=randrw", "--bsrange="+tt.sizes,
-			"--size=64M", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--fsync=64", "--time_based=0", "--io_size=64M")
+			"--size=16M", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--fsync=64", "--time_based=0", "--io_size=16M")
 		fio.Dir = t.TempDir() // where it leaves what it verified
 		out, err := fio.CombinedOutput()
 		if err != nil {
@@ -292,10 +292,7 @@ func TestExt4(t *testing.T) {
 	m := mount(t, expose.Device{Name: "disk", Kind: expose.Disk, Device: d})
 	source := t.TempDir()
 	content := make([]byte, 20<<20)
-	rng := rand.New(rand.NewPCG(2, 2))
-	for i := range content {
-		content[i] = byte(rng.Uint32())
-	}
+	_, _ = rand.NewChaCha8([32]byte{2}).Read(content) // which never fails
 	copied := filepath.Join(t.TempDir(), "copied")
 	if err := os.WriteFile(filepath.Join(source, "file"), content, 0o644); err != nil {
 		t.Fatal(err)
