@@ -11,6 +11,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/debug"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -18,7 +20,11 @@ import (
 // What a public package exports names no type that is internal: its user could neither make nor name it.
 func TestPublicFace(t *testing.T) {
 	exports := map[string]string{} // package to its export data
-	list, err := exec.CommandContext(t.Context(), "go", "list", "-export", "-deps", "-json=ImportPath,Export", "./...").Output()
+	args := []string{"list", "-export", "-deps", "-json=ImportPath,Export"}
+	if info, ok := debug.ReadBuildInfo(); ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+		args = append(args, "-race") // for what has been built already
+	}
+	list, err := exec.CommandContext(t.Context(), "go", append(args, "./...")...).Output()
 	if err != nil {
 		t.Fatal(err)
 	}
