@@ -1,7 +1,6 @@
 package snapshotter
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -15,6 +14,7 @@ import (
 
 	"drafter/internal/need"
 	"drafter/internal/scratch"
+	"drafter/internal/vmmtest"
 	"drafter/vmm"
 )
 
@@ -36,22 +36,17 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// broken is a driver whose VMM does not start.
-type broken struct{}
-
 var errBroken = errors.New("broken")
-
-func (broken) Name() string { return "test" }
-
-func (broken) Launch(context.Context, vmm.Launch) (vmm.Machine, error) { return nil, errBroken }
 
 // What a killed snapshotter has lent to the user of its VM does not stop the next one.
 func TestKilledSnapshotter(t *testing.T) {
 	need.Root(t)
 	dir := t.TempDir()
 	out := func(name string) string { return filepath.Join(dir, "out", name) }
+	driver := &vmmtest.Driver{T: t}
+	driver.FailAt(vmmtest.Launch, errBroken)
 	c := Config{
-		Host: vmm.Host{Drivers: vmm.Drivers{broken{}}, BaseDir: filepath.Join(dir, "vms")},
+		Host: vmm.Host{Drivers: vmm.Drivers{driver}, BaseDir: filepath.Join(dir, "vms")},
 		Spec: vmm.Spec{CPUs: 1, MemorySize: 64 << 20}, Timeout: time.Minute,
 	}
 	exe, err := os.Executable()

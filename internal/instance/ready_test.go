@@ -78,8 +78,8 @@ func (l *late) AfterResume(_ context.Context, r *agent.AfterResumeRequest) (*age
 
 // connected is a machine whose guest has an agent.
 type connected struct {
-	served
-	dial func() net.Conn
+	vmm.Machine // nothing else of which is used
+	dial        func() net.Conn
 }
 
 func (c connected) GuestConn(context.Context, uint32) (net.Conn, error) { return c.dial(), nil }
@@ -88,7 +88,7 @@ func (c connected) GuestConn(context.Context, uint32) (net.Conn, error) { return
 // spoken to: as much as it missed, and once.
 func TestWentOn(t *testing.T) {
 	guest := &late{most: make(chan time.Duration, 1)}
-	i := &Instance{machine: connected{dial: serveAgent(t, guest)}, config: &vmm.PackageConfig{}}
+	i := &Instance{machine: connected{nil, serveAgent(t, guest)}, config: &vmm.PackageConfig{}}
 	i.config.AgentPort = 1
 	told := func(want time.Duration) {
 		t.Helper()

@@ -227,7 +227,7 @@ func (m *Machine) step(ctx context.Context, s Step, running bool) error {
 
 // memory opens the guest's memory.
 func (m *Machine) memory() (vmm.MemoryDevice, error) {
-	if m.Launched.MemoryDevice != nil {
+	if m.Launched.MemoryDevice != nil && m.Launched.Boot == nil {
 		return held{m.Launched.MemoryDevice}, nil
 	}
 	f, err := os.OpenFile(m.Launched.Memory, os.O_RDWR, 0)
