@@ -8,6 +8,7 @@ import (
 	"net"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -124,11 +125,29 @@ func TestWentOn(t *testing.T) {
 	}
 }
 
+// logged is a log to which what comes last is written at some time.
+type logged struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (l *logged) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *logged) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
 // However often a guest changes its mind, the log stays short.
 func TestFickleGuest(t *testing.T) {
 	guest := &fickle{}
 	client := agent.NewClient(serveAgent(t, guest)())
-	var log bytes.Buffer
+	var log logged
 	old := slog.Default()
 	slog.SetDefault(slog.New(slog.NewTextHandler(&log, nil)))
 	defer slog.SetDefault(old)
