@@ -234,7 +234,7 @@ func TestRefused(t *testing.T) {
 		change func(t *testing.T, dir string, c *Config)
 		want   string
 	}{
-		{"no connections", func(_ *testing.T, _ string, c *Config) { c.Connections = 0 }, "0 connections at once"},
+		{"no connections", func(_ *testing.T, _ string, c *Config) { c.Connections = -1 }, "-1 connections at once"},
 		{"no devices", func(_ *testing.T, _ string, c *Config) { c.Devices = nil }, "no devices"},
 		{"a device twice", func(_ *testing.T, _ string, c *Config) { c.Devices = append(c.Devices, c.Devices[1]) }, "device kernel is listed twice"},
 		{"a name that is a path", func(_ *testing.T, _ string, c *Config) { c.Devices[0].Name = "../config" }, "not valid"},

@@ -312,7 +312,7 @@ func TestRefused(t *testing.T) {
 		{"no memory", func(_ *testing.T, s *shot) {
 			s.config.Devices = slices.DeleteFunc(s.config.Devices, func(d Device) bool { return d.Name == vmm.Memory })
 		}, `device "memory" is missing`},
-		{"no CPU", func(_ *testing.T, s *shot) { s.config.Spec.CPUs = 0 }, "cpu count is 0"},
+		{"no CPU", func(_ *testing.T, s *shot) { s.config.Spec.CPUs = -1 }, "cpu count is -1"},
 		{"little memory", func(_ *testing.T, s *shot) { s.config.Spec.MemorySize = 63 << 20 }, "memory size is 63 MB"},
 		{"one port for two", func(_ *testing.T, s *shot) { s.config.Spec.LivenessPort = s.config.Spec.AgentPort }, "share port"},
 		{"ports that are none", func(_ *testing.T, s *shot) { s.config.ReadyPorts = "80,http" }, "ready ports: "},

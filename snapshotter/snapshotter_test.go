@@ -113,7 +113,7 @@ func TestOutputIsAFile(t *testing.T) {
 	if err := unix.Mkfifo(fifo, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	host := vmm.Host{Drivers: vmm.Drivers{broken{}}, BaseDir: filepath.Join(dir, "vms")}
+	host := vmmtest.Host(t, &vmmtest.Driver{T: t})
 	c := Config{Host: host, Spec: vmm.Spec{CPUs: 1, MemorySize: 64 << 20}, Devices: []Device{
 		{Name: vmm.Kernel, Input: exe, Output: filepath.Join(dir, "kernel")},
 		{Name: vmm.Disk, Input: exe, Output: filepath.Join(dir, "disk")},
