@@ -24,6 +24,7 @@ import (
 
 	"drafter/internal/block"
 	"drafter/internal/decompress"
+	"drafter/internal/fileset"
 	"drafter/internal/newfile"
 	"drafter/internal/private"
 	"drafter/internal/sparse"
@@ -204,8 +205,9 @@ func (c *counter) Write(p []byte) (int, error) {
 const maxDevice = 1 << 46
 
 // Extract takes devices out of the archive at path; entries that are not asked for are left alone. The files, which only their owner can read, have their
-// names only once the whole archive has proved intact; what was there before is then replaced, and untouched otherwise. The archive's signature, if it has
-// one, is put beside the config device. A verifier, which may be nil, has to accept the devices.
+// names only once the whole archive has proved intact; what was there before is then replaced, and untouched otherwise. Several files of one directory
+// are replaced together, those of several directories replace nothing: see fileset. The archive's signature, if it has one, is put beside the config
+// device. A verifier, which may be nil, has to accept the devices.
 func Extract(ctx context.Context, path string, devices []Device, verifier *signature.Verifier, progress Progress) (err error) {
 	if err := check(devices); err != nil {
 		return err
@@ -219,15 +221,17 @@ func Extract(ctx context.Context, path string, devices []Device, verifier *signa
 	for _, d := range devices {
 		x.wanted[d.Name] = d.Path
 	}
+	if x.outputs, err = newOutputs(x.wanted); err != nil {
+		return fmt.Errorf("extract package %s: %w", path, err)
+	}
 	err = x.read(ctx, f)
 	if err == nil {
 		err = x.verify()
 	}
 	if err == nil {
 		err = x.publish()
-	}
-	for _, f := range x.files {
-		err = errors.Join(err, f.Discard())
+	} else {
+		err = errors.Join(err, x.outputs.discard())
 	}
 	if err != nil {
 		return fmt.Errorf("extract package %s: %w", path, err)
@@ -235,10 +239,66 @@ func Extract(ctx context.Context, path string, devices []Device, verifier *signa
 	return nil
 }
 
+// outputs are the files of an extraction: one by itself, or several that appear together, so that no package is half
+// an older one's.
+type outputs struct {
+	set *fileset.Set // nil for one file
+
+	path string
+	one  *newfile.File // nil until it is created
+}
+
+func newOutputs(paths map[string]string) (*outputs, error) {
+	o := &outputs{}
+	for _, path := range paths {
+		if err := newfile.CheckReplaced(path); err != nil {
+			return nil, err
+		}
+		o.path = path
+	}
+	if len(paths) == 1 {
+		return o, nil
+	}
+	var err error
+	o.set, err = fileset.New(paths, vmm.State)
+	return o, err
+}
+
+// create makes the file of a device. Close it.
+func (o *outputs) create(device string) (f *os.File, closed func() error, err error) {
+	if o.set != nil {
+		if f, err = private.Create(o.set.Path(device)); err != nil {
+			return nil, nil, err
+		}
+		return f, f.Close, nil
+	}
+	if o.one, err = newfile.Create(o.path); err != nil {
+		return nil, nil, err
+	}
+	return o.one.File, func() error { return nil }, nil // once it is published
+}
+
+func (o *outputs) publish() error {
+	if o.set != nil {
+		return o.set.Publish()
+	}
+	return o.one.Publish()
+}
+
+func (o *outputs) discard() error {
+	switch {
+	case o.set != nil:
+		return o.set.Discard()
+	case o.one != nil:
+		return o.one.Discard()
+	}
+	return nil
+}
+
 type extraction struct {
 	wanted   map[string]string // device name to path
 	seen     map[string]bool
-	files    []*newfile.File // complete, but for their names
+	outputs  *outputs
 	progress Progress
 
 	verifier  *signature.Verifier
@@ -337,17 +397,15 @@ func (x *extraction) entry(ctx context.Context, h *tar.Header, r io.Reader) erro
 		x.signature = b
 		return err
 	}
-	target, ok := x.wanted[name]
-	if !ok {
+	if _, ok := x.wanted[name]; !ok {
 		return nil // the tar reader skips it
 	}
-	f, err := newfile.Create(target)
+	f, closed, err := x.outputs.create(name)
 	if err != nil {
 		return err
 	}
 	content := &contentWriter{}
-	x.files = append(x.files, f)
-	var out io.Writer = &holeWriter{f: f.File}
+	var out io.Writer = &holeWriter{f: f}
 	if x.verifier != nil {
 		out = io.MultiWriter(content, out)
 	}
@@ -356,8 +414,9 @@ func (x *extraction) entry(ctx context.Context, h *tar.Header, r io.Reader) erro
 		err = copyBlocks(w, r)
 	}
 	if err == nil {
-		err = block.SyncAndVerify(ctx, f.File)
+		err = block.SyncAndVerify(ctx, f)
 	}
+	err = errors.Join(err, closed())
 	if x.verifier != nil {
 		x.contents[name] = block.NewContents(h.Size, content.blocks)
 	}
@@ -400,17 +459,11 @@ func copyBlocks(w io.Writer, r io.Reader) error {
 
 // publish gives the extracted files their names, and puts the signature beside them.
 func (x *extraction) publish() error {
-	if config, ok := x.wanted[vmm.Config]; ok {
-		if err := signature.Keep(x.signature, config, true); err != nil {
-			return err
-		}
+	if err := x.outputs.publish(); err != nil {
+		return err
 	}
-	for len(x.files) > 0 {
-		f := x.files[0]
-		x.files = x.files[1:]
-		if err := f.Publish(); err != nil {
-			return err
-		}
+	if config, ok := x.wanted[vmm.Config]; ok {
+		return signature.Keep(x.signature, config, true)
 	}
 	return nil
 }

@@ -326,8 +326,10 @@ func TestClosedToOthers(t *testing.T) {
 	if err := os.WriteFile(target, nil, 0o666); err != nil {
 		t.Fatal(err)
 	}
-	if err := Extract(t.Context(), path, []Device{{"config", target}, {"memory", filepath.Join(filepath.Dir(target), "sub", "memory")}}, nil, nil); err != nil {
-		t.Fatal(err)
+	for _, d := range []Device{{"config", target}, {"memory", filepath.Join(filepath.Dir(target), "sub", "memory")}} {
+		if err := Extract(t.Context(), path, []Device{d}, nil, nil); err != nil {
+			t.Fatal(err)
+		}
 	}
 	for p, want := range map[string]os.FileMode{path: 0o600, filepath.Dir(path): os.ModeDir | 0o700, target: 0o600, filepath.Join(filepath.Dir(target), "sub"): os.ModeDir | 0o700} {
 		if info, err := os.Stat(p); err != nil || info.Mode() != want {
@@ -407,5 +409,64 @@ func TestNothingInterrupted(t *testing.T) {
 	err := Extract(ctx, path, []Device{{"memory", filepath.Join(t.TempDir(), "memory")}}, nil, nil)
 	if took := time.Since(start); !errors.Is(err, context.DeadlineExceeded) || took > 10*time.Second {
 		t.Errorf("after %s: %v", took, err)
+	}
+}
+
+// An extraction over an older version of a package that is interrupted leaves the one or the other, and never files of both.
+func TestExtractOverAnother(t *testing.T) {
+	base, out := t.TempDir(), filepath.Join(t.TempDir(), "package")
+	sources, path := sample(t, base), filepath.Join(base, "app.tar.zst")
+	if err := Create(t.Context(), path, sources, nil); err != nil {
+		t.Fatal(err)
+	}
+	var targets []Device
+	for _, d := range sources {
+		targets = append(targets, Device{d.Name, filepath.Join(out, d.Name)})
+	}
+	if err := os.Mkdir(out, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range targets {
+		if err := os.WriteFile(d.Path, []byte("old"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// A VM that runs from the older one keeps it.
+	f, err := os.Open(targets[0].Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_SH); err != nil {
+		t.Fatal(err)
+	}
+	if err := Extract(t.Context(), path, targets, nil, nil); err == nil || !strings.Contains(err.Error(), "in use") {
+		t.Errorf("over a package in use: %v", err)
+	}
+	for _, d := range targets {
+		if b, err := os.ReadFile(d.Path); err != nil || string(b) != "old" {
+			t.Errorf("device %s is not the older one: %v", d.Name, err)
+		}
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	before, err := os.Stat(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Extract(t.Context(), path, targets, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	after, err := os.Stat(out)
+	if err != nil || os.SameFile(before, after) {
+		t.Errorf("the files were not replaced together: %v", err)
+	}
+	for i, d := range targets {
+		want, err := os.ReadFile(sources[i].Path)
+		got, gerr := os.ReadFile(d.Path)
+		if err != nil || gerr != nil || !bytes.Equal(got, want) {
+			t.Errorf("device %s is not the newer one: %v, %v", d.Name, err, gerr)
+		}
 	}
 }
