@@ -49,6 +49,12 @@ func (h *Host) Complete() error {
 	if h.UID < 0 || h.GID < 0 {
 		return errors.New("Host.UID and Host.GID must not be negative")
 	}
+	if c := h.Limits.CPUs; c != 0 && !(c >= 0.01 && c <= MaxCPUs) { // nor what is no number
+		return fmt.Errorf("Host.Limits.CPUs is %v; choose 0.01 to %d, or 0 for no limit", c, MaxCPUs)
+	}
+	if h.Limits.Memory < 0 {
+		return errors.New("Host.Limits.Memory must not be negative")
+	}
 	switch h.CgroupVersion {
 	case 0:
 		h.CgroupVersion = 2

@@ -3,6 +3,7 @@ package vmm
 import (
 	"context"
 	"errors"
+	"math"
 	"strings"
 	"testing"
 )
@@ -20,14 +21,20 @@ func TestHostComplete(t *testing.T) {
 		change func(*Host)
 		want   string
 	}{
-		"zero values":    {func(*Host) {}, ""},
-		"no driver":      {func(h *Host) { h.Drivers = nil }, "Host.Drivers"},
-		"another driver": {func(h *Host) { h.VMM = "two" }, "Host.VMM"},
-		"no directory":   {func(h *Host) { h.BaseDir = "" }, "Host.BaseDir"},
-		"no user":        {func(h *Host) { h.UID = -1 }, "Host.UID"},
-		"no group":       {func(h *Host) { h.GID = -1 }, "Host.GID"},
-		"no cgroup":      {func(h *Host) { h.CgroupVersion = 3 }, "Host.CgroupVersion"},
-		"version 1":      {func(h *Host) { h.CgroupVersion = 1 }, ""},
+		"zero values":             {func(*Host) {}, ""},
+		"no driver":               {func(h *Host) { h.Drivers = nil }, "Host.Drivers"},
+		"another driver":          {func(h *Host) { h.VMM = "two" }, "Host.VMM"},
+		"no directory":            {func(h *Host) { h.BaseDir = "" }, "Host.BaseDir"},
+		"no user":                 {func(h *Host) { h.UID = -1 }, "Host.UID"},
+		"no group":                {func(h *Host) { h.GID = -1 }, "Host.GID"},
+		"no cgroup":               {func(h *Host) { h.CgroupVersion = 3 }, "Host.CgroupVersion"},
+		"CPUs that are no number": {func(h *Host) { h.Limits.CPUs = math.NaN() }, "Host.Limits.CPUs"},
+		"endless CPUs":            {func(h *Host) { h.Limits.CPUs = math.Inf(1) }, "Host.Limits.CPUs"},
+		"too many CPUs":           {func(h *Host) { h.Limits.CPUs = 1e300 }, "Host.Limits.CPUs"},
+		"too few CPUs":            {func(h *Host) { h.Limits.CPUs = 0.001 }, "Host.Limits.CPUs"},
+		"half a CPU":              {func(h *Host) { h.Limits.CPUs = 0.5 }, ""},
+		"less than no memory":     {func(h *Host) { h.Limits.Memory = -1 }, "Host.Limits.Memory"},
+		"version 1":               {func(h *Host) { h.CgroupVersion = 1 }, ""},
 	} {
 		h := good
 		tt.change(&h)

@@ -125,10 +125,13 @@ type MemoryDevice interface {
 	Close() error
 }
 
+// MaxCPUs is more CPUs than any host has.
+const MaxCPUs = 8192
+
 // Limits bound what a VMM uses of its host. Zero values mean that there is no such limit.
 type Limits struct {
 	Memory int64   // bytes; 0 for no limit
-	CPUs   float64 // of time, in CPUs; 0 for no limit
+	CPUs   float64 // of time, in CPUs, from 0.01 to MaxCPUs; 0 for no limit
 	PIDs   int     // processes and threads; below 0 for no limit, 0 for 1024 where the host can limit them
 }
 

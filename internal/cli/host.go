@@ -120,8 +120,8 @@ func (h *hostFlags) limits() (l vmm.Limits, err error) {
 	if l.Memory, err = parseBytes("memory-max", h.memoryMax); err != nil {
 		return l, err
 	}
-	if l.CPUs < 0 || l.CPUs > 0 && l.CPUs < 0.01 {
-		return l, &usageError{errors.New("--cpus-max must be 0.01 or more, or 0 for no limit")}
+	if l.CPUs != 0 && !(l.CPUs >= 0.01 && l.CPUs <= vmm.MaxCPUs) { // nor what is no number
+		return l, &usageError{fmt.Errorf("--cpus-max must be from 0.01 to %d, or 0 for no limit", vmm.MaxCPUs)}
 	}
 	switch {
 	case l.PIDs < 0:

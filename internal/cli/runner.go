@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"time"
 
@@ -56,6 +57,30 @@ func suspend(ctx context.Context, vm interface{ Suspend(context.Context) error }
 	}
 }
 
+// closeTimeout bounds how long the end of a VM may take that does not end by itself: a storage that hangs, or a VMM that
+// was stopped, answers nobody. What was written to the disks is synced within it.
+const closeTimeout = 2 * time.Minute
+
+// closeInTime closes what runs, in bounded time. What it could not end ends with this process, and what it leaves the
+// next start removes.
+func closeInTime(what io.Closer) error {
+	closed := make(chan error, 1)
+	go func() { closed <- what.Close() }()
+	tick := time.NewTicker(10 * time.Second)
+	defer tick.Stop()
+	for began := time.Now(); ; {
+		select {
+		case err := <-closed:
+			return err
+		case <-tick.C:
+			slog.Warn("Waiting for the end of the VM, and for its disks to be stored", "for", time.Since(began).Round(time.Second))
+		}
+		if time.Since(began) > closeTimeout {
+			return fmt.Errorf("not all ended within %s, as its VMM or a storage does not answer; what was written to the disks since their last sync may be lost, and the next start removes what is left", closeTimeout)
+		}
+	}
+}
+
 // A suspend that cannot be stored is tried again so often, and for so long: less than the 90 s
 // that systemd gives a service to end.
 const (
@@ -100,7 +125,7 @@ With --verify-key, the package is read and checked first. A run changes the pack
 			if err != nil {
 				return err
 			}
-			defer func() { err = errors.Join(err, r.Close()) }()
+			defer func() { err = errors.Join(err, closeInTime(r)) }()
 			if err := r.Resume(cmd.Context()); err != nil {
 				return err
 			}

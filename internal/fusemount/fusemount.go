@@ -36,6 +36,21 @@ func Below(dir string) ([]Mount, error) {
 	return found, nil
 }
 
+// Of returns the mounts of the connection with that minor, wherever they are by now.
+func Of(minor uint32) ([]Mount, error) {
+	mounts, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
+		return m.FSType != "fuse" && !strings.HasPrefix(m.FSType, "fuse.") || uint32(m.Minor) != minor, false
+	})
+	if err != nil {
+		return nil, fmt.Errorf("find mounts: %w", err)
+	}
+	var found []Mount
+	for _, m := range mounts {
+		found = append(found, Mount{m.Mountpoint, minor})
+	}
+	return found, nil
+}
+
 // AllBelow returns where anything is mounted at dir and below it.
 func AllBelow(dir string) (paths []string, err error) {
 	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
@@ -85,6 +100,11 @@ func AbortBelow(dir string) error {
 	if err != nil {
 		return err
 	}
+	return AbortAll(mounts)
+}
+
+// AbortAll aborts mounts, and detaches them.
+func AbortAll(mounts []Mount) error {
 	var errs []error
 	for _, m := range mounts {
 		if err := m.Abort(); err != nil {

@@ -303,6 +303,30 @@ func TestAgentFails(t *testing.T) {
 
 // A VM that cannot be saved runs on, and can be suspended later; what its devices say is true all the
 // time. A disk that fails is named, with why.
+// A VMM that does not answer holds a suspend up for a bounded time only, and the VM is as it was.
+func TestSuspendOfSilentVMM(t *testing.T) {
+	old := pauseTimeout
+	pauseTimeout = 50 * time.Millisecond
+	defer func() { pauseTimeout = old }()
+	b := newBed(t)
+	i, _ := b.run(t)
+	b.driver.At = func(ctx context.Context, s vmmtest.Step, _ *vmmtest.Machine) error {
+		if s == vmmtest.Pause {
+			<-ctx.Done()
+			return context.Cause(ctx)
+		}
+		return nil
+	}
+	saved, err := i.Suspend(t.Context(), time.Minute)
+	if saved || !errors.Is(err, vmm.ErrNotSuspended) || !strings.Contains(err.Error(), "does not answer") {
+		t.Errorf("saved: %t, %v", saved, err)
+	}
+	b.driver.At = nil
+	if saved, err := i.Suspend(t.Context(), time.Minute); !saved || err != nil {
+		t.Errorf("once it answers: %t, %v", saved, err)
+	}
+}
+
 func TestSuspendFails(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
@@ -337,7 +361,7 @@ func TestSuspendFails(t *testing.T) {
 			i, m := b.run(t)
 			tt.cause(b)
 			saved, err := i.Suspend(t.Context(), time.Minute)
-			if saved || err == nil || !strings.Contains(err.Error(), tt.want) || tt.is != nil && !errors.Is(err, tt.is) {
+			if saved || !errors.Is(err, vmm.ErrNotSuspended) || !strings.Contains(err.Error(), tt.want) || tt.is != nil && !errors.Is(err, tt.is) {
 				t.Errorf("saved: %t, error %v; want one with %q", saved, err, tt.want)
 			}
 			if !m.Running() || i.Agent() == nil {

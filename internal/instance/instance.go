@@ -470,6 +470,9 @@ func (l *Launched) Resume(ctx context.Context) (_ *Instance, err error) {
 	if err != nil {
 		err = fmt.Errorf("state device %s: %w", dev.Name(), err)
 		if ctx.Err() == nil {
+			if l.host.Netns == "" && l.i.config.Interface != "" {
+				err = fmt.Errorf("%w; if the VM was made with a network, name a network namespace with --netns", err)
+			}
 			err = fmt.Errorf("%w; if it can never be loaded here, --boot starts the VM from its disks, as after a power cut", err)
 		}
 		return nil, err
@@ -649,8 +652,38 @@ func (i *Instance) goOn(ctx context.Context, agentTimeout time.Duration) error {
 	return nil
 }
 
+// A VMM that pauses waits for what its guest has under way. One that does not answer is spoken of so often, and given
+// up after so long.
+var (
+	pauseReminder = 10 * time.Second
+	pauseTimeout  = time.Minute // which a test shortens
+)
+
+// pauseForGood is Pause for a suspend.
+func (i *Instance) pauseForGood(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, pauseTimeout, fmt.Errorf("the VM did not pause within %s: its VMM, or the storage of a disk, does not answer", pauseTimeout))
+	defer cancel()
+	var reminder sync.WaitGroup
+	defer reminder.Wait()
+	rctx, stop := context.WithCancel(ctx)
+	defer stop()
+	reminder.Go(func() {
+		tick := time.NewTicker(pauseReminder)
+		defer tick.Stop()
+		for began := time.Now(); ; {
+			select {
+			case <-tick.C:
+				slog.Warn("The VM does not pause: its VMM, or the storage of a disk, does not answer", "for", time.Since(began).Round(time.Second))
+			case <-rctx.Done():
+				return
+			}
+		}
+	})
+	return i.Pause(ctx)
+}
+
 func (i *Instance) save(ctx context.Context) error {
-	if err := i.Pause(ctx); err != nil {
+	if err := i.pauseForGood(ctx); err != nil {
 		return fmt.Errorf("suspend: %w", err)
 	}
 	var state vmm.StateBuffer

@@ -106,8 +106,23 @@ func compatible(recorded vmm.Hardware, have vmm.Version) error {
 // startTimeout bounds how long QEMU may take until it answers on QMP.
 const startTimeout = 30 * time.Second
 
+// maxWorkers is how many threads QEMU starts at most for the I/O of its disks (thread-pool-max of its main loop).
+const maxWorkers = 64
+
+// checkThreads refuses a limit that QEMU could exceed: it ends when it cannot start a thread.
+func checkThreads(l *vmm.Launch) error {
+	const others = 16 // main loop, RCU, monitor, migration, with some to spare
+	if least := maxWorkers + others + l.CPUs; l.Limits.PIDs > 0 && l.Limits.PIDs < least {
+		return fmt.Errorf("--pids-max is %d, and QEMU has up to %d threads with this VM; raise it", l.Limits.PIDs, least)
+	}
+	return nil
+}
+
 // Launch implements [vmm.Driver].
 func (d Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
+	if err := checkThreads(&l); err != nil {
+		return nil, err
+	}
 	path, err := binary(d.Bin)
 	if err != nil {
 		return nil, err

@@ -387,3 +387,13 @@ func TestDefaultCPU(t *testing.T) {
 		}
 	}
 }
+
+// A limit that QEMU could exceed, which would end it, is refused before it starts.
+func TestTooFewThreads(t *testing.T) {
+	for pids, refused := range map[int]bool{-1: false, 0: false, 8: true, 81: true, 82: false, 1024: false} {
+		err := checkThreads(&vmm.Launch{Board: vmm.Board{CPUs: 2}, Confinement: vmm.Confinement{Limits: vmm.Limits{PIDs: pids}}})
+		if (err != nil) != refused || refused && !strings.Contains(err.Error(), "--pids-max") {
+			t.Errorf("%d: %v", pids, err)
+		}
+	}
+}

@@ -37,6 +37,7 @@ type Config struct {
 // Mount is a mounted set of devices. It implements [expose.Exposure].
 type Mount struct {
 	dir    string
+	device uint64 // that the kernel gave the mount; it stays when the directory gets another name
 	server *fuse.Server
 	files  map[string]*file
 	failed atomic.Pointer[error]
@@ -88,6 +89,11 @@ func New(c Config, devices []expose.Device) (*Mount, error) {
 	if cerr != nil {
 		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, cerr), m.Close())
 	}
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		return nil, errors.Join(fmt.Errorf("stat %s: %w", dir, err), m.Close())
+	}
+	m.device = st.Dev
 	if err := m.liftWritebackLimit(); err != nil {
 		slog.Warn("Guest memory will be slow", "error", err)
 	}
@@ -116,11 +122,7 @@ func closeConnectionsOnExec() error {
 // liftWritebackLimit: by default a FUSE mount may use 1 % of the memory that may be dirty, and writers of mapped pages are held up beyond
 // (Documentation/ABI/testing/sysfs-class-bdi of Linux). This server is trusted.
 func (m *Mount) liftWritebackLimit() error {
-	var st unix.Stat_t
-	if err := unix.Stat(m.dir, &st); err != nil {
-		return fmt.Errorf("stat %s: %w", m.dir, err)
-	}
-	bdi := fmt.Sprintf("/sys/class/bdi/%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev))
+	bdi := fmt.Sprintf("/sys/class/bdi/%d:%d", unix.Major(m.device), unix.Minor(m.device))
 	return errors.Join(
 		os.WriteFile(filepath.Join(bdi, "strict_limit"), []byte("0"), 0),
 		os.WriteFile(filepath.Join(bdi, "max_ratio"), []byte("100"), 0))
@@ -148,7 +150,7 @@ const closePatience = 2 * time.Second
 // which is an error. A copy of the mount in another mount namespace keeps the connection alive, so
 // the connection is aborted when it outlives the mount by [closePatience]; that is no error.
 func (m *Mount) Close() error {
-	mounts, err := fusemount.Below(m.dir)
+	mounts, err := fusemount.Of(unix.Minor(m.device))
 	if err != nil {
 		return err
 	}
@@ -167,11 +169,14 @@ func (m *Mount) Close() error {
 		}
 		err = <-unmounted
 	}
-	if err != nil {
-		errs = append(errs, fmt.Errorf("unmount %s: %w; its users have been cut off", m.dir, err), fusemount.AbortBelow(m.dir))
+	if err != nil { // it is in use, or its directory has another name by now
+		errs = append(errs, fmt.Errorf("unmount %s: %w; its users have been cut off", m.dir, err), fusemount.AbortAll(mounts))
 		m.server.Wait()
 	}
-	return errors.Join(append(errs, os.Remove(m.dir))...)
+	if err := os.Remove(m.dir); !errors.Is(err, os.ErrNotExist) {
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
 }
 
 // Cache puts content of a device into the kernel's cache of its file, as if the file had been read, so that who maps or reads it does not have to ask (NOTIFY_STORE

@@ -126,6 +126,32 @@ func mount(t testing.TB, devices ...expose.Device) *Mount {
 	return m
 }
 
+// A mount whose directory was given another name ends all the same, with its users.
+func TestRenamedMount(t *testing.T) {
+	need.FUSE(t)
+	base := t.TempDir()
+	m, err := New(Config{Dir: filepath.Join(base, "here", "devices")}, []expose.Device{{Name: "disk", Device: newDevice(t, 1<<20)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(filepath.Join(base, "here"), filepath.Join(base, "there")); err != nil {
+		t.Fatal(err)
+	}
+	closed := make(chan error, 1)
+	go func() { closed <- m.Close() }()
+	select {
+	case err := <-closed:
+		if err == nil || !strings.Contains(err.Error(), "unmount") {
+			t.Errorf("nobody says that it was not where it was mounted: %v", err)
+		}
+	case <-time.After(time.Minute):
+		t.Fatal("it does not end")
+	}
+	if left, err := fusemount.Below(base); err != nil || len(left) > 0 {
+		t.Errorf("left mounted: %v, %v", left, err)
+	}
+}
+
 // memoryContent is what a memory device holds, and edits are the bytes that a user of its mapping changes.
 func memoryContent() (content []byte, edits []int) {
 	content = make([]byte, 8<<20)
