@@ -16,11 +16,11 @@ import (
 	"testing"
 	"time"
 
-	"drafter/internal/need"
-
 	"github.com/containerd/ttrpc"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/need"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }

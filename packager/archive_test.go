@@ -15,9 +15,9 @@ import (
 	"testing"
 	"time"
 
-	"drafter/internal/need"
-
 	"github.com/klauspost/compress/zstd"
+
+	"drafter/internal/need"
 )
 
 // sample makes devices with data, holes, odd sizes and nothing in them.

@@ -48,7 +48,7 @@ func (noVMM) Launch(context.Context, vmm.Launch) (vmm.Machine, error) {
 // newPeer makes a peer whose start fails at the latest at the state device, before any VMM.
 func newPeer(t *testing.T, c Config) *Peer {
 	t.Helper()
-	c.Host = vmm.Host{Drivers: vmm.Drivers{noVMM{}}, BaseDir: filepath.Join(t.TempDir(), "vms")}
+	c.Host = vmm.Host{Drivers: vmm.Drivers{noVMM{}}, BaseDir: filepath.Join(t.TempDir(), "vms"), Users: vmm.UserRange{Count: 1}}
 	p, err := New(c)
 	if err != nil {
 		t.Fatal(err)

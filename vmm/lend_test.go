@@ -7,9 +7,9 @@ import (
 	"strings"
 	"testing"
 
-	"drafter/internal/need"
-
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/need"
 )
 
 // TestLend lends files of different owners and modes, and takes them back: by Close, and after the

@@ -11,9 +11,9 @@ import (
 	"sync"
 	"testing"
 
-	"drafter/internal/need"
-
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/need"
 )
 
 // smallFileSystem mounts a file system of so many bytes in a mount namespace of the test's own

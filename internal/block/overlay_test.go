@@ -12,9 +12,9 @@ import (
 	"sync"
 	"testing"
 
-	"drafter/internal/need"
-
 	"go.uber.org/goleak"
+
+	"drafter/internal/need"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }

@@ -237,6 +237,7 @@ func TestSignedArtifact(t *testing.T) {
 
 // A package is verified before a runner starts anything of it.
 func TestSignedRun(t *testing.T) {
+	need.Root(t) // as the runner does
 	p := signaturetest.New(t)
 	dir := t.TempDir()
 	run := []string{"runner", "--netns", "", "--chroot-base-dir", "vms", "--devices", devices(t, p.Dir), "--verify-key", p.Pub}

@@ -8,9 +8,9 @@ import (
 	"strings"
 	"testing"
 
-	"drafter/internal/need"
-
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/need"
 )
 
 const name = ".mark"

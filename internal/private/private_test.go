@@ -9,9 +9,9 @@ import (
 	"strings"
 	"testing"
 
-	"drafter/internal/need"
-
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/need"
 )
 
 // stranger is a user who is not trusted.
@@ -91,7 +91,11 @@ func closed(f *os.File, err error) error {
 }
 
 func TestModes(t *testing.T) {
-	for _, umask := range []int{0, 0o022, 0o777} {
+	umasks := []int{0, 0o022}
+	if os.Geteuid() == 0 {
+		umasks = append(umasks, 0o777) // which closes a directory to its owner, and not to root
+	}
+	for _, umask := range umasks {
 		base := filepath.Join(t.TempDir(), fmt.Sprintf("%03o", umask))
 		old := unix.Umask(umask)
 		err := errors.Join(

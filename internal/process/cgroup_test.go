@@ -10,9 +10,9 @@ import (
 	"testing"
 	"time"
 
-	"drafter/internal/need"
-
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/need"
 )
 
 // cgroupVersions calls use with each version that this host has.

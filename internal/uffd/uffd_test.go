@@ -269,6 +269,11 @@ type process struct {
 
 func start(t testing.TB, u use, c Config) *process {
 	t.Helper()
+	if fd, _, errno := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC|unix.O_NONBLOCK, 0, 0); errno != 0 {
+		need.Lacks(t, "userfaultfd", fmt.Sprintf("a process cannot give its own away here: %v; run the tests as root, or set vm.unprivileged_userfaultfd to 1", errno))
+	} else if err := unix.Close(int(fd)); err != nil {
+		t.Fatal(err)
+	}
 	dir, err := os.MkdirTemp("", "uffd-") // a socket's path is short
 	if err != nil {
 		t.Fatal(err)
@@ -307,7 +312,9 @@ func start(t testing.TB, u use, c Config) *process {
 	}
 	conn, err := l.AcceptUnix()
 	if err != nil {
-		need.Lacks(t, "userfaultfd", fmt.Sprintf("a process cannot give its own away here: %v %s", err, p.stderr.String()))
+		_ = p.cmd.Process.Kill() // so that all that it says is there
+		_ = p.cmd.Wait()
+		t.Fatalf("the process does not give its userfaultfd away: %v %s", err, p.stderr.String())
 	}
 	defer conn.Close()
 	if p.handler, err = Serve(conn, p.cmd.Process.Pid, c); err != nil {
