@@ -12,6 +12,7 @@ import (
 
 	"github.com/redis/go-redis/v9"
 
+	until "drafter/internal/await"
 	"drafter/internal/tour"
 )
 
@@ -20,6 +21,13 @@ func (l *load) acknowledged() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return len(l.acked)
+}
+
+// getsOn waits until a load has got some way.
+func (l *load) getsOn(t *testing.T) {
+	t.Helper()
+	before := l.acknowledged()
+	until.True(t, "the load gets on", func() bool { return l.acknowledged() >= before+100 })
 }
 
 // holds checks that a Redis has at least the first n numbers of a load, in order.
@@ -82,7 +90,7 @@ func TestCheckpoints(t *testing.T) {
 	l := startLoad(t.Context(), "127.0.0.1:3333")
 	backup := filepath.Join(s.dir, "backup")
 	for i := range soak(3, 10) {
-		time.Sleep(300 * time.Millisecond)
+		l.getsOn(t)
 		before := l.acknowledged()
 		if err := s.Run(t.Context(), os.Stderr, "checkpoint", "--raddr", "localhost:1337", "--output", backup); err != nil {
 			t.Fatal(err)

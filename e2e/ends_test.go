@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/redis/go-redis/v9"
+
+	until "drafter/internal/await"
 )
 
 // launched is a peer whose stdout and stderr are files of the test's choice.
@@ -72,18 +74,17 @@ func direct(t *testing.T) *redis.Client {
 // awaitRedis waits until the guest serves.
 func awaitRedis(t *testing.T, c *redis.Client) {
 	t.Helper()
-	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(50 * time.Millisecond) {
+	until.NoneWithin(t, 2*time.Minute, "the guest serves", func() string {
 		conn, err := net.DialTimeout("tcp", c.Options().Addr, time.Second)
 		if err == nil {
 			conn.Close()
-			if c.Ping(t.Context()).Err() == nil {
-				return
-			}
+			err = c.Ping(t.Context()).Err()
 		}
-		if time.Now().After(deadline) {
-			t.Fatalf("the guest does not serve: %v", err)
+		if err != nil {
+			return err.Error()
 		}
-	}
+		return ""
+	})
 }
 
 // Whatever ends an instance, or is done to its terminal, its VM is kept: suspended where that can be, else it boots from its disks, with all that was acknowledged,
@@ -178,11 +179,7 @@ func TestEnds(t *testing.T) {
 	said("its process was killed, or the host failed")
 	id := serverInfo(t, c, "run_id")
 	fmt.Fprint(input, "\nreboot\n")
-	for deadline := time.Now().Add(time.Minute); c.Info(t.Context(), "server").Err() == nil; time.Sleep(50 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("the guest does not reboot")
-		}
-	}
+	until.True(t, "the guest reboots", func() bool { return c.Info(t.Context(), "server").Err() != nil })
 	awaitRedis(t, c)
 	said("The guest reboots")
 	if serverInfo(t, c, "run_id") == id {

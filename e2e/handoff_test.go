@@ -15,6 +15,7 @@ import (
 
 	"github.com/redis/go-redis/v9"
 
+	until "drafter/internal/await"
 	"drafter/internal/tour"
 	"drafter/terminator"
 )
@@ -142,15 +143,12 @@ func TestVMMDies(t *testing.T) {
 		}
 	}
 	vm := target()
-	var pid int
-	for deadline := time.Now().Add(time.Minute); pid == 0; time.Sleep(20 * time.Millisecond) {
-		if files, err := filepath.Glob(filepath.Join(s.dir, "target/vms/*/*/process.json")); err != nil || time.Now().After(deadline) {
-			t.Fatalf("the target has no VMM: %v", err)
-		} else if len(files) == 1 {
-			time.Sleep(2 * time.Second) // it is being started, and then waits for its VM
-			pid = s.vmmPIDIn(t, "target/vms")
-		}
-	}
+	until.True(t, "the target has a VMM", func() bool {
+		files, _ := filepath.Glob(filepath.Join(s.dir, "target/vms/*/*/process.json"))
+		return len(files) == 1
+	})
+	time.Sleep(2 * time.Second) // it is being started, and then waits for its VM
+	pid := s.vmmPIDIn(t, "target/vms")
 	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
@@ -296,11 +294,7 @@ func TestSourceDiesInPostCopy(t *testing.T) {
 		_, err := os.Stat(filepath.Join(s.dir, "instance-2/state", file+".missing"))
 		return err == nil
 	}
-	for deadline := time.Now().Add(time.Minute); note("rootfs.ext4") || note("oci.ext4"); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("the disks never came")
-		}
-	}
+	until.True(t, "the disks come", func() bool { return !note("rootfs.ext4") && !note("oci.ext4") })
 	if err := source.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}

@@ -7,11 +7,11 @@ import (
 	"regexp"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/redis/go-redis/v9"
 	"golang.org/x/sys/unix"
 
+	until "drafter/internal/await"
 	"drafter/internal/tour"
 )
 
@@ -35,13 +35,9 @@ func (s *site) flushRules(t *testing.T) {
 	if err := c.Ping(t.Context()).Err(); err != nil {
 		t.Errorf("after the rules were put back: %v", err)
 	}
-	deadline := time.Now().Add(tour.StepTimeout)
-	for !strings.Contains(command(t, s.dir, "nft", "list", "tables"), "drafter-nat-ark") {
-		if time.Now().After(deadline) {
-			t.Fatal("the NAT's table is not back")
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
+	until.TrueWithin(t, tour.StepTimeout, "the NAT's table is back", func() bool {
+		return strings.Contains(command(t, s.dir, "nft", "list", "tables"), "drafter-nat-ark")
+	})
 }
 
 // A guest asks the name servers of the host that it is on, as they are at each start: behind a stub those

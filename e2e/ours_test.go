@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	until "drafter/internal/await"
 	"drafter/internal/tour"
 )
 
@@ -91,19 +92,18 @@ func ahead(t *testing.T, vm *tour.Service) int64 {
 	t.Helper()
 	mark := fmt.Sprintf("now%d", time.Now().UnixNano())
 	tell(t, vm, "echo "+mark+"=$(date +%s)") // the shell's echo of the line has no number behind the mark
-	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+	var seconds int64
+	until.True(t, "the guest's shell answers in "+vm.Output, func() bool {
 		b, err := os.ReadFile(vm.Output)
 		if err != nil {
 			t.Fatal(err)
 		}
 		_, after, _ := strings.Cut(strings.ReplaceAll(string(b), mark+"=$", ""), mark+"=")
 		line, _, whole := strings.Cut(after, "\n")
-		if seconds, err := strconv.ParseInt(strings.TrimSpace(line), 10, 64); whole && err == nil {
-			return seconds - time.Now().Unix()
-		}
-	}
-	t.Fatalf("the guest's shell does not answer; see %s", vm.Output)
-	return 0
+		seconds, err = strconv.ParseInt(strings.TrimSpace(line), 10, 64)
+		return whole && err == nil
+	})
+	return seconds - time.Now().Unix()
 }
 
 // checkLimits looks at the cgroups of a VMM (cgroups(7), /proc/[pid]/cgroup).

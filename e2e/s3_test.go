@@ -230,7 +230,7 @@ func TestMoveFromStorage(t *testing.T) {
 			t.Fatal(err)
 		}
 		l := startLoad(t.Context(), ports["ark0"], ports["ark1"])
-		time.Sleep(time.Second)
+		l.getsOn(t)
 		if i == 1 {
 			var packs atomic.Int64
 			server.Fail(func(r *http.Request) string {
@@ -266,7 +266,7 @@ func TestMoveFromStorage(t *testing.T) {
 		if i == 0 && fromSource > fromS3 {
 			t.Errorf("%d bytes came from S3, %d from the source", fromS3, fromSource)
 		}
-		time.Sleep(500 * time.Millisecond)
+		l.getsOn(t)
 		l.end(t, clients[netns])
 		acknowledged = l.acknowledged()
 		server.Fail(nil)

@@ -16,6 +16,7 @@ import (
 
 	"github.com/redis/go-redis/v9"
 
+	until "drafter/internal/await"
 	"drafter/internal/block"
 	"drafter/internal/tour"
 )
@@ -176,17 +177,14 @@ func (s *site) output(t *testing.T, vm *tour.Service) string {
 // waitOutput waits until the guest's console shows a text, and returns all of it.
 func (s *site) waitOutput(t *testing.T, vm *tour.Service, text string) string {
 	t.Helper()
-	deadline := time.Now().Add(tour.StepTimeout)
-	for {
-		out := s.output(t, vm)
-		if strings.Contains(out, text) {
-			return out
+	var out string
+	until.NoneWithin(t, tour.StepTimeout, fmt.Sprintf("the console shows %q", text), func() string {
+		if out = s.output(t, vm); strings.Contains(out, text) {
+			return ""
 		}
-		if time.Now().After(deadline) {
-			t.Fatalf("the console never showed %q:\n%s", text, out)
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
+		return "it shows\n" + out
+	})
+	return out
 }
 
 // vmmPID is the process of the one VM that runs at the site.

@@ -16,6 +16,7 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"drafter/internal/await"
 	"drafter/internal/need"
 	"drafter/internal/testhost"
 )
@@ -162,7 +163,7 @@ func attachGuest(t *testing.T, ns string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the kernel notices that somebody is behind the tap", func() string {
+	await.None(t, "the kernel notices that somebody is behind the tap", func() string {
 		vacant := true
 		if err := inNamespace(ns, func() error { vacant = l.vacant(); return nil }); err != nil || vacant {
 			return fmt.Sprint("vacant: ", vacant, ", ", err)

@@ -23,6 +23,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"drafter/internal/await"
 	"drafter/internal/need"
 	"drafter/internal/testhost"
 )
@@ -61,23 +62,6 @@ func shell(t *testing.T, command string) {
 	t.Helper()
 	if out, err := exec.Command("sh", "-c", command).CombinedOutput(); err != nil {
 		t.Fatalf("%s: %v: %s", command, err, out)
-	}
-}
-
-// eventually waits until check returns "", for a minute: looks come every few seconds, on a busy machine
-// later.
-func eventually(t *testing.T, what string, check func() string) {
-	t.Helper()
-	deadline := time.Now().Add(time.Minute)
-	for {
-		why := check()
-		if why == "" {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("%s: %s", what, why)
-		}
-		time.Sleep(20 * time.Millisecond)
 	}
 }
 
@@ -169,14 +153,14 @@ func TestPutBack(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			shell(t, tt.command)
 			said := ""
-			eventually(t, "a line in the log", func() string {
+			await.None(t, "a line in the log", func() string {
 				said += log.read()
 				if !strings.Contains(said, "Put back what somebody has removed or changed") || !strings.Contains(said, tt.said) {
 					return fmt.Sprintf("it says %q", said)
 				}
 				return ""
 			})
-			eventually(t, "all that was there before", whole)
+			await.None(t, "all that was there before", whole)
 			if said += log.read(); strings.Contains(said, "cannot be put back") {
 				t.Errorf("the log says:\n%s", said)
 			}
@@ -253,7 +237,7 @@ func TestTapGuardPutBack(t *testing.T) {
 		before := rules()
 		for _, change := range []string{"flush ruleset", "delete table netdev drafter-guest", "flush table netdev drafter-guest"} {
 			shell(t, "ip netns exec ark0 nft "+change)
-			eventually(t, change, func() string {
+			await.None(t, change, func() string {
 				for line := range strings.Lines(before) {
 					if now := rules(); !strings.Contains(now, line) {
 						return "missing: " + line
@@ -356,7 +340,7 @@ func TestReset(t *testing.T) {
 		"killed": func(c *Claim) error {
 			n.look()
 			unplug["ark0"]()
-			eventually(t, "the kernel notices that nobody is behind the tap", func() string {
+			await.None(t, "the kernel notices that nobody is behind the tap", func() string {
 				vacant := false
 				if err := inNamespace("ark0", func() error { vacant = n.layout.vacant(); return nil }); err != nil || !vacant {
 					return fmt.Sprint(err)
@@ -417,7 +401,7 @@ func TestReset(t *testing.T) {
 				}
 			}
 			for _, to := range [][2]string{{"", "127.0.0.1:3333"}, {"", "10.0.15.1:80"}, {testhost.Outside, "192.0.2.1:3333"}} {
-				eventually(t, "a new connection to "+to[1], func() string {
+				await.None(t, "a new connection to "+to[1], func() string {
 					start := time.Now()
 					c, err := dial(to[0], "tcp4", to[1])
 					if err == nil {
@@ -443,7 +427,7 @@ func TestReset(t *testing.T) {
 				if err := claim.Occupy(); err != nil {
 					t.Error(err)
 				}
-				eventually(t, "the guest is there again", func() string {
+				await.None(t, "the guest is there again", func() string {
 					c, err := dial(testhost.Outside, "tcp4", "192.0.2.1:3333")
 					if err != nil {
 						return err.Error()
@@ -534,7 +518,7 @@ func TestRoutes(t *testing.T) {
 		}
 		shell(t, "ip route replace default via 198.51.100.2 dev lan0")
 		defer shell(t, restore)
-		eventually(t, "guests go out as the host does", func() string {
+		await.None(t, "guests go out as the host does", func() string {
 			if got := ask(t, guest, "udp4", "198.51.100.2:80"); got != "lan to 198.51.100.1" {
 				return got + "?"
 			}
@@ -696,7 +680,7 @@ func TestForwardingRestored(t *testing.T) {
 	guest := attachGuest(t, "bee0")
 	reaches := func() {
 		t.Helper()
-		eventually(t, "the other NAT's guest reaches outside", func() string {
+		await.None(t, "the other NAT's guest reaches outside", func() string {
 			if got := ask(t, guest, "udp4", "192.0.2.254:80"); got != "outside to 192.0.2.1" {
 				return got + "?"
 			}

@@ -21,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	until "drafter/internal/await"
 	"drafter/internal/need"
 	"drafter/internal/testguest"
 	"drafter/internal/testhost"
@@ -223,16 +224,14 @@ func console(t *testing.T, vms ...*tour.Service) []byte {
 func passes(t *testing.T, n int64, vms ...*tour.Service) testguest.Console {
 	t.Helper()
 	last := vms[len(vms)-1]
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+	until.None(t, "the guest gets on", func() string {
 		// What it has printed begins in the middle of a line of the one before.
 		_, own, _ := strings.Cut(string(console(t, last)), "\n")
 		if int64(strings.Count(own, "\np ")) > n {
-			break
+			return ""
 		}
-		if time.Now().After(deadline) {
-			t.Fatalf("the guest does not get on: %q", own[max(0, len(own)-200):])
-		}
-	}
+		return fmt.Sprintf("its last words are %q", own[max(0, len(own)-200):])
+	})
 	return parse(t, vms...)
 }
 
@@ -444,11 +443,12 @@ func TestKilledOwner(t *testing.T) {
 				t.Fatal(err)
 			}
 			_ = next.Wait() // killed
-			for deadline := time.Now().Add(10 * time.Second); strings.Contains(vmms(inventory()), "/proc"); time.Sleep(20 * time.Millisecond) {
-				if time.Now().After(deadline) {
-					t.Fatalf("the VMM outlives its owner:\n%s", inventory())
+			until.NoneWithin(t, 10*time.Second, "the VMM ends with its owner", func() string {
+				if there := inventory(); strings.Contains(vmms(there), "/proc") {
+					return there
 				}
-			}
+				return ""
+			})
 			again := s.runner(t, flags...) // it boots, is suspended and resumed
 			passes(t, 1, again)
 			end(t, again)
@@ -511,7 +511,11 @@ func TestStockKernel(t *testing.T) {
 // lines waits until a VM has printed so many whole lines. Enter, pressed again and again, lets one that has booted already print some.
 func lines(t *testing.T, vm *tour.Service, n int) {
 	t.Helper()
-	for deadline := time.Now().Add(time.Minute); bytes.Count(console(t, vm), []byte{'\n'}) <= n; time.Sleep(50 * time.Millisecond) {
+	until.None(t, "the kernel gets on", func() string {
+		shown := console(t, vm)
+		if bytes.Count(shown, []byte{'\n'}) > n {
+			return ""
+		}
 		if _, err := vm.Input.Write([]byte{'\r'}); err != nil {
 			t.Fatal(err)
 		}
@@ -520,8 +524,6 @@ func lines(t *testing.T, vm *tour.Service, n int) {
 			t.Fatalf("the VM has ended: %v", vm.Wait())
 		default:
 		}
-		if time.Now().After(deadline) {
-			t.Fatalf("the kernel does not get on: %q", console(t, vm))
-		}
-	}
+		return fmt.Sprintf("it shows %q", shown)
+	})
 }

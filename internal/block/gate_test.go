@@ -5,6 +5,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"drafter/internal/await"
 )
 
 // counted counts who is in it.
@@ -49,9 +51,7 @@ func TestGate(t *testing.T) {
 		d := devices[i%2]
 		before := d.uses.Load()
 		g.Open(d)
-		for d.uses.Load() == before {
-			time.Sleep(10 * time.Microsecond)
-		}
+		await.True(t, "a device behind a gate that is open is used", func() bool { return d.uses.Load() > before })
 		if i%3 != 0 {
 			g.Shut()
 			g.Shut()

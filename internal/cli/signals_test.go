@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	until "drafter/internal/await"
 	"drafter/internal/need"
 )
 
@@ -93,13 +94,10 @@ func TestStuckOutput(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
-		if found, _ := filepath.Glob(filepath.Join(cmd.Dir, "vms/*/*/devices/data")); len(found) == 1 {
-			break
-		} else if time.Now().After(deadline) {
-			t.Fatal("no device is exposed")
-		}
-	}
+	until.True(t, "a device is exposed", func() bool {
+		found, _ := filepath.Glob(filepath.Join(cmd.Dir, "vms/*/*/devices/data"))
+		return len(found) == 1
+	})
 	ends(t, cmd, syscall.SIGTERM)
 }
 

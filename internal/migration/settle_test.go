@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"drafter/internal/await"
 	"drafter/internal/block"
 	"drafter/internal/wire"
 	"drafter/migrate"
@@ -39,21 +40,18 @@ func (p *pair) shut(t *testing.T, arrived *Target) {
 // becomes waits until a source has come to a state.
 func becomes(t *testing.T, s *Source, want migrate.Phase) {
 	t.Helper()
-	for deadline := time.Now().Add(time.Minute); s.Phase() != want; time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("the source is %s, want %s", s.Phase(), want)
+	await.None(t, "the source becomes "+string(want), func() string {
+		if is := s.Phase(); is != want {
+			return "it is " + string(is)
 		}
-	}
+		return ""
+	})
 }
 
 // parted waits until a source has noticed that its target is away.
 func parted(t *testing.T, s *Source) {
 	t.Helper()
-	for deadline := time.Now().Add(time.Minute); s.Away() == 0; time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("the source does not notice that its target is away")
-		}
-	}
+	await.True(t, "the source notices that its target is away", func() bool { return s.Away() != 0 })
 }
 
 // A target that dies after the handoff takes nothing with it that its source has: an operator
@@ -187,9 +185,7 @@ func TestDisowned(t *testing.T) {
 			_ = c.Close()
 		}
 		p.bury()
-		for p.source.Settle(migrate.Here) != nil { // until the source notices
-			time.Sleep(time.Millisecond)
-		}
+		await.True(t, "the source notices, and is settled", func() bool { return p.source.Settle(migrate.Here) == nil })
 		becomes(t, p.source, migrate.Kept)
 		p.network.mu.Unlock()
 		select {

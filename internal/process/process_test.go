@@ -15,6 +15,8 @@ import (
 
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/await"
 )
 
 // TestMain doubles as an owner that starts a child and waits to be killed.
@@ -176,12 +178,7 @@ int main(void) { pthread_t t; pthread_create(&t, 0, stay, 0); pthread_exit(0); }
 		t.Fatal(err)
 	}
 	pid := cmd.Process.Pid
-	for deadline := time.Now().Add(10 * time.Second); !Dying(pid); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Error("it is not seen to be dying")
-			break
-		}
-	}
+	await.True(t, "it is seen to be dying", func() bool { return Dying(pid) })
 	if Dying(os.Getpid()) {
 		t.Error("this process is said to be dying")
 	}

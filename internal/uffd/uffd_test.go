@@ -25,6 +25,7 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"drafter/internal/await"
 	"drafter/internal/block"
 	"drafter/internal/need"
 )
@@ -403,11 +404,12 @@ func TestFill(t *testing.T) {
 	const pages = 4096
 	d := newDevice(pages)
 	p := start(t, use{Pages: pages, Seed: 1}, Config{Memory: d, Track: true, Fill: true})
-	for deadline := time.Now().Add(time.Minute); p.handler.present.Count() < pages; time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("%d of %d pages were filled", p.handler.present.Count(), pages)
+	await.None(t, "all pages are filled", func() string {
+		if n := p.handler.present.Count(); n < pages {
+			return fmt.Sprintf("%d of %d are", n, pages)
 		}
-	}
+		return ""
+	})
 	p.run(d, faults()/20, time.Millisecond)
 }
 
@@ -426,18 +428,11 @@ func TestRemoveWhileRead(t *testing.T) {
 	d := newDevice(pages)
 	d.hold = make(chan struct{})
 	p := start(t, use{Pages: pages, RemoveAll: true}, Config{Memory: d, Track: true, Fill: true})
-	await := func(what string, ok func() bool) {
-		for deadline := time.Now().Add(time.Minute); !ok(); time.Sleep(time.Millisecond) {
-			if time.Now().After(deadline) {
-				t.Fatal(what)
-			}
-		}
-	}
-	await("nothing is read", func() bool { return d.reads.Load() > 0 })
+	await.True(t, "something is read", func() bool { return d.reads.Load() > 0 })
 	if _, err := p.stdin.Write([]byte{1}); err != nil {
 		t.Fatal(err)
 	}
-	await("the handler does not learn of the removal", func() bool { return p.handler.removed.Count() == pages })
+	await.True(t, "the handler learns of the removal", func() bool { return p.handler.removed.Count() == pages })
 	if err := p.handler.Collect(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -487,11 +482,7 @@ func TestTouched(t *testing.T) {
 	touch := []uint32{1000, 20, 3000, 4000}
 	d := newDevice(pages)
 	p := start(t, use{Pages: pages, Touch: touch}, Config{Memory: d})
-	for deadline := time.Now().Add(time.Minute); !p.handler.present.Has(21) || !p.handler.present.Has(4005); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("what is near a page is not brought along")
-		}
-	}
+	await.True(t, "what is near a page is brought along", func() bool { return p.handler.present.Has(21) && p.handler.present.Has(4005) })
 	p.finish()
 	if got := p.handler.Touched(); len(got) < 4 || !slices.Equal(got[:4], touch) {
 		t.Errorf("touched %v first, want %v", got[:min(4, len(got))], touch)
@@ -499,11 +490,7 @@ func TestTouched(t *testing.T) {
 	p.close()
 	d = newDevice(pages)
 	p = start(t, use{Pages: pages, Touch: []uint32{}}, Config{Memory: d, First: touch})
-	for deadline := time.Now().Add(time.Minute); d.reads.Load() < 4; time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("what was touched first is not fetched")
-		}
-	}
+	await.True(t, "what was touched first is fetched", func() bool { return d.reads.Load() >= 4 })
 	p.finish()
 	p.close()
 }

@@ -17,6 +17,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"drafter/internal/await"
 	"drafter/internal/block"
 	"drafter/internal/need"
 	"drafter/vmm"
@@ -106,17 +107,15 @@ func (o *output) Write(p []byte) (int, error) {
 
 func (o *output) await(t *testing.T, text string) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+	await.None(t, fmt.Sprintf("%q on the console", text), func() string {
 		o.mu.Lock()
 		seen := o.b.String()
 		o.mu.Unlock()
-		if strings.Contains(seen, text) {
-			return
+		if !strings.Contains(seen, text) {
+			return fmt.Sprintf("it shows %q", seen)
 		}
-		if time.Now().After(deadline) {
-			t.Fatalf("no %q on the console: %q", text, seen)
-		}
-	}
+		return ""
+	})
 }
 
 func check(t *testing.T, errs ...error) {
