@@ -14,7 +14,7 @@ GENERATED := agent docs/cli docs/man docs/licenses.md
 # included, would wait for a second at its end.
 TESTS = rm -f .cache/skipped; : >.cache/skipped; code=0; \
 	GORACE=atexit_sleep_ms=0 DRAFTER_SKIPPED=$(CURDIR)/.cache/skipped \
-	$(GO) test -race -p 4 -parallel 8 -timeout $(TESTTIMEOUT) $(1) || code=$$?; \
+	$(GO) test -race -p 3 -parallel 4 -timeout $(TESTTIMEOUT) $(1) || code=$$?; \
 	sort .cache/skipped; exit $$code
 
 .PHONY: help demo test build setup tools servers lint vulnerabilities licenses generate check-generated unit e2e soak fuzz bench bench-quick bench-report profile benchmarks redis-image install clean

@@ -173,6 +173,9 @@ func TestTruncated(t *testing.T) {
 	cut, target := filepath.Join(dir, "cut.tar.zst"), filepath.Join(dir, "config")
 	for i := range 100 {
 		size := len(whole) * i / 100
+		if i <= 90 && i%need.Rounds(5, 1) != 0 {
+			continue
+		}
 		if i > 90 {
 			size = len(whole) - (100 - i)
 		}
@@ -403,12 +406,11 @@ func TestNothingInterrupted(t *testing.T) {
 	if err := os.WriteFile(path, bytes.Repeat(frame, 8<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
-	start := time.Now()
 	err := Extract(ctx, path, []Device{{"memory", filepath.Join(t.TempDir(), "memory")}}, nil, nil)
-	if took := time.Since(start); !errors.Is(err, context.DeadlineExceeded) || took > 10*time.Second {
-		t.Errorf("after %s: %v", took, err)
+	if !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("error %v", err)
 	}
 }
 

@@ -273,13 +273,23 @@ func TestOutage(t *testing.T) {
 	before := bytes.Clone(disk.data)
 	disk.change(rng, 2100)
 	for _, gone := range []string{"packs/", "index/", "manifest.json"} {
-		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		ctx, cancel := context.WithCancel(t.Context())
+		passes := int64(0)
+		if gone == "packs/" {
+			passes = 1
+		}
 		var met atomic.Int64
 		server.Fail(func(r *http.Request) string {
-			if r.Method == http.MethodPut && (strings.Contains(r.URL.Path, gone) && met.Add(1) > 1 || gone != "packs/" && strings.Contains(r.URL.Path, gone)) {
-				return "cut"
+			if r.Method != http.MethodPut || !strings.Contains(r.URL.Path, gone) {
+				return ""
 			}
-			return ""
+			switch n := met.Add(1); {
+			case n <= passes:
+				return ""
+			case n > passes+2: // it has been tried again
+				cancel()
+			}
+			return "cut"
 		})
 		_, err := w.Write(ctx, time.Now(), devices)
 		cancel()

@@ -128,7 +128,7 @@ func TestModel(t *testing.T) {
 		piece     = 512 // the unit of ownership: workers share blocks, never bytes
 		rounds    = 6
 	)
-	operations := need.Rounds(1<<17, 1<<23) / (workers * rounds)
+	operations := need.Rounds(1<<16, 1<<23) / (workers * rounds)
 	lower, model := fixture(t, size)
 	upper := OverlayPaths{Base: lower.Overlay, Overlay: lower.Overlay + "2", State: lower.State + "2"}
 	for round := range rounds {

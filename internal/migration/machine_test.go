@@ -567,7 +567,7 @@ type bounds struct {
 // quick are limits for tests.
 func quick() bounds {
 	return bounds{
-		migrate.Limits{Silence: 100 * time.Millisecond, Reconnect: time.Millisecond, Settle: 5 * time.Second, Prepare: time.Second, Handoff: 2 * time.Second, Downtime: 50 * time.Millisecond},
+		migrate.Limits{Silence: 250 * time.Millisecond, Reconnect: time.Millisecond, Settle: 5 * time.Second, Prepare: time.Second, Handoff: 2 * time.Second, Downtime: 50 * time.Millisecond},
 		tuning{note: 2 * time.Millisecond, readAhead: memoryPages / 4},
 	}
 }
