@@ -47,23 +47,15 @@ type peer struct {
 	calls []string
 }
 
-// newPeer has a VM with the devices of a package, and others, whose files are named. change, if not nil,
-// changes what it says about them.
-func newPeer(t *testing.T, change func(*migration.SourceConfig), others ...string) *peer {
+// newPeer has a VM with the devices of a package. change, if not nil, changes what it says about them.
+func newPeer(t *testing.T, change func(*migration.SourceConfig)) *peer {
 	t.Helper()
 	p := &peer{t: t, devices: map[string]*block.Tracker{}}
 	paths, config := vmmtest.WritePackage(t, t.TempDir())
 	p.config, p.id = config, config.ID
 	c := migration.SourceConfig{VM: p}
-	for _, name := range slices.Concat([]string{vmm.Kernel, vmm.Disk, vmm.Memory, vmm.State, vmm.Config}, others) {
-		path, ok := paths[name]
-		if !ok {
-			path = filepath.Join(t.TempDir(), "other")
-			if err := os.WriteFile(path, make([]byte, vmmtest.Size), 0o600); err != nil {
-				t.Fatal(err)
-			}
-		}
-		f, err := block.OpenFile(path, false)
+	for _, name := range []string{vmm.Kernel, vmm.Disk, vmm.Memory, vmm.State, vmm.Config} {
+		f, err := block.OpenFile(paths[name], false)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -35,15 +35,15 @@ func (f *faulty) call(name string) error {
 	return f.at(name)
 }
 
-// fail makes calls fail: the first time, or as often as times says.
-func (f *faulty) fail(call string, err error, times int) {
+// fail makes a call fail, once.
+func (f *faulty) fail(call string, err error) {
+	failed := false
 	f.at = func(c string) error {
-		if c == call {
-			if times--; times >= 0 {
-				return err
-			}
+		if c != call || failed {
+			return nil
 		}
-		return nil
+		failed = true
+		return err
 	}
 }
 
@@ -168,10 +168,10 @@ func TestLaunchFails(t *testing.T) {
 		{"more memory than the VMM may have", func(_ *testing.T, b *bed) { b.host.Limits.Memory = 1 }, "--memory-max is 1 B"},
 		{"served memory that does not open", func(_ *testing.T, b *bed) {
 			b.driver.Serves = true
-			b.storage.fail("open memory", syscall.EIO, 1)
+			b.storage.fail("open memory", syscall.EIO)
 		}, "open memory device: input/output error"},
-		{"a state that does not open", func(_ *testing.T, b *bed) { b.storage.fail("open state", syscall.EIO, 1) }, "open state device: input/output error"},
-		{"a state that does not read", func(_ *testing.T, b *bed) { b.storage.fail("read state", syscall.EIO, 1) }, "read header: input/output error"},
+		{"a state that does not open", func(_ *testing.T, b *bed) { b.storage.fail("open state", syscall.EIO) }, "open state device: input/output error"},
+		{"a state that does not read", func(_ *testing.T, b *bed) { b.storage.fail("read state", syscall.EIO) }, "read header: input/output error"},
 		{"a VMM that would not boot it", func(_ *testing.T, b *bed) {
 			b.host.Boot = true
 			b.driver.FailAt(vmmtest.Check, errBroken)
@@ -188,7 +188,7 @@ func TestLaunchFails(t *testing.T) {
 		}, "copy the initramfs: "},
 		{"a boot that cannot be noted", func(_ *testing.T, b *bed) {
 			b.host.Boot = true
-			b.storage.fail("sync state", syscall.ENOSPC, 1)
+			b.storage.fail("sync state", syscall.ENOSPC)
 			b.storage.at = also(b.storage.at, "write state", syscall.ENOSPC)
 		}, "no space left on device"},
 	} {
@@ -226,7 +226,7 @@ func TestResumeFails(t *testing.T) {
 		status vmm.Status
 	}{
 		{"restore", func(b *bed) { b.driver.FailAt(vmmtest.Restore, errBroken) }, "--boot starts the VM from its disks", vmm.Suspended},
-		{"a short read of the state", func(b *bed) { b.storage.fail("read state", errors.New("short"), 1) }, "read header: short", vmm.Suspended},
+		{"a short read of the state", func(b *bed) { b.storage.fail("read state", errors.New("short")) }, "read header: short", vmm.Suspended},
 		{"an I/O error behind the header", func(b *bed) {
 			reads := 0
 			b.storage.at = func(c string) error {
@@ -238,8 +238,8 @@ func TestResumeFails(t *testing.T) {
 				return nil
 			}
 		}, "read state: input/output error", vmm.Suspended},
-		{"a state that does not open", func(b *bed) { b.storage.fail("open state", syscall.EIO, 1) }, "open state device", vmm.Suspended},
-		{"a mark that is not durable", func(b *bed) { b.storage.fail("sync state", syscall.EIO, 1) }, "sync state header", vmm.Running},
+		{"a state that does not open", func(b *bed) { b.storage.fail("open state", syscall.EIO) }, "open state device", vmm.Suspended},
+		{"a mark that is not durable", func(b *bed) { b.storage.fail("sync state", syscall.EIO) }, "sync state header", vmm.Running},
 		{"the vCPUs", func(b *bed) { b.driver.FailAt(vmmtest.Resume, errBroken) }, "broken", vmm.Running},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -337,13 +337,13 @@ func TestSuspendFails(t *testing.T) {
 		{"pause", func(b *bed) { b.driver.FailAt(vmmtest.Pause, errBroken) }, "suspend: broken", nil},
 		{"save", func(b *bed) { b.driver.FailAt(vmmtest.Save, errBroken) }, "suspend: broken", nil},
 		{"flush", func(b *bed) { b.driver.FailAt(vmmtest.Flush, errBroken) }, "suspend: broken", nil},
-		{"a full disk", func(b *bed) { b.storage.fail("sync disk", syscall.ENOSPC, 1) }, "suspend: device disk: ", syscall.ENOSPC},
-		{"a broken disk", func(b *bed) { b.storage.fail("sync disk", syscall.EIO, 1) }, "suspend: device disk: ", syscall.EIO},
-		{"full memory", func(b *bed) { b.storage.fail("sync memory", syscall.ENOSPC, 1) }, "suspend: device memory: ", syscall.ENOSPC},
-		{"a state that does not open", func(b *bed) { b.storage.fail("open state", syscall.EIO, 1) }, "open state device: ", syscall.EIO},
-		{"a state without room", func(b *bed) { b.storage.fail("write state", syscall.ENOSPC, 1) }, "write state: ", syscall.ENOSPC},
-		{"a state that is not durable", func(b *bed) { b.storage.fail("sync state", syscall.EIO, 1) }, "sync state: ", syscall.EIO},
-		{"a state that does not close", func(b *bed) { b.storage.fail("close state", syscall.EIO, 1) }, "state device ", syscall.EIO},
+		{"a full disk", func(b *bed) { b.storage.fail("sync disk", syscall.ENOSPC) }, "suspend: device disk: ", syscall.ENOSPC},
+		{"a broken disk", func(b *bed) { b.storage.fail("sync disk", syscall.EIO) }, "suspend: device disk: ", syscall.EIO},
+		{"full memory", func(b *bed) { b.storage.fail("sync memory", syscall.ENOSPC) }, "suspend: device memory: ", syscall.ENOSPC},
+		{"a state that does not open", func(b *bed) { b.storage.fail("open state", syscall.EIO) }, "open state device: ", syscall.EIO},
+		{"a state without room", func(b *bed) { b.storage.fail("write state", syscall.ENOSPC) }, "write state: ", syscall.ENOSPC},
+		{"a state that is not durable", func(b *bed) { b.storage.fail("sync state", syscall.EIO) }, "sync state: ", syscall.EIO},
+		{"a state that does not close", func(b *bed) { b.storage.fail("close state", syscall.EIO) }, "state device ", syscall.EIO},
 		{"a header that is not durable", func(b *bed) {
 			syncs := 0
 			b.storage.at = func(c string) error {
@@ -455,7 +455,7 @@ func TestHandoffFails(t *testing.T) {
 		after  vmm.Status // the VM was let go on
 	}{
 		{"a note that is not durable", func(t *testing.T, b *bed, i *Instance, _ *vmmtest.Machine) error {
-			b.storage.fail("sync state", syscall.EIO, 1)
+			b.storage.fail("sync state", syscall.EIO)
 			return i.NoteLeaving(id)
 		}, "input/output error", vmm.Leaving, vmm.Running},
 		{"a state that does not save", func(t *testing.T, b *bed, i *Instance, _ *vmmtest.Machine) error {
@@ -466,7 +466,7 @@ func TestHandoffFails(t *testing.T) {
 			if err := errors.Join(i.NoteLeaving(id), i.Pause(t.Context())); err != nil {
 				return err
 			}
-			b.storage.fail("write state", syscall.ENOSPC, 1)
+			b.storage.fail("write state", syscall.ENOSPC)
 			return i.SaveLeaving(t.Context(), id)
 		}, "no space left on device", vmm.Leaving, vmm.Running},
 		{"a copy", func(t *testing.T, _ *bed, i *Instance, _ *vmmtest.Machine) error {
@@ -479,7 +479,7 @@ func TestHandoffFails(t *testing.T) {
 			if err := errors.Join(i.NoteLeaving(id), i.Pause(t.Context()), i.SaveLeaving(t.Context(), id)); err != nil {
 				return err
 			}
-			b.storage.fail("sync state", syscall.EIO, 1)
+			b.storage.fail("sync state", syscall.EIO)
 			return i.Mark(vmm.InDoubt)
 		}, "input/output error", vmm.InDoubt, vmm.Running},
 		{"a VMM that ends when it may be settled", func(t *testing.T, _ *bed, i *Instance, m *vmmtest.Machine) error {
@@ -520,8 +520,8 @@ func TestArrivalFails(t *testing.T) {
 		{"nothing", id, func(*bed) {}, "", vmm.Running},
 		{"of another migration", uuid.New(), func(*bed) {}, "does not hold the state of migration", vmm.Leaving},
 		{"restore", id, func(b *bed) { b.driver.FailAt(vmmtest.Restore, errBroken) }, "broken", vmm.Leaving},
-		{"a state that does not read", id, func(b *bed) { b.storage.fail("read state", syscall.EIO, 1) }, "input/output error", vmm.Leaving},
-		{"a note without room", id, func(b *bed) { b.storage.fail("write state", syscall.ENOSPC, 1) }, "no space left on device", vmm.Leaving},
+		{"a state that does not read", id, func(b *bed) { b.storage.fail("read state", syscall.EIO) }, "input/output error", vmm.Leaving},
+		{"a note without room", id, func(b *bed) { b.storage.fail("write state", syscall.ENOSPC) }, "no space left on device", vmm.Leaving},
 		{"the vCPUs", id, func(b *bed) { b.driver.FailAt(vmmtest.Resume, errBroken) }, "broken", vmm.Running},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
