@@ -10,8 +10,9 @@ TESTTIMEOUT ?= 40m
 FUZZTIME ?= 30s
 GENERATED := agent docs/cli docs/man docs/licenses.md
 
-# Runs tests, and says afterwards which were skipped. Tests that run in parallel wait, and need no CPU of their own. Without GORACE each program, helpers of tests
-# included, would wait for a second at its end.
+# Runs tests, and says afterwards which were skipped. Tests that run in parallel wait, and need no CPU
+# of their own. Without GORACE each program, helpers of tests included, would wait for a second at
+# its end.
 TESTS = rm -f .cache/skipped; : >.cache/skipped; code=0; \
 	GORACE=atexit_sleep_ms=0 DRAFTER_SKIPPED=$(CURDIR)/.cache/skipped \
 	$(GO) test -race -p 3 -parallel 4 -timeout $(TESTTIMEOUT) $(1) || code=$$?; \

@@ -61,7 +61,8 @@ func TestNoCgo(t *testing.T) {
 	})
 }
 
-// A test that cannot run says what is missing, and fails where that is required: package need does so.
+// A test that cannot run says what is missing, and fails where that is required: package need does
+// so.
 func TestSkipsAreNeeds(t *testing.T) {
 	sources(t, func(path string, file *ast.File) {
 		if strings.HasPrefix(path, "internal/need/") {

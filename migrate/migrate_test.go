@@ -71,8 +71,8 @@ func TestBytes(t *testing.T) {
 	}
 }
 
-// Every connection is handled, also after one that could not be accepted. When the context ends, one
-// that comes at that moment is closed, and nothing is left that handles another.
+// Every connection is handled, also after one that could not be accepted. When the context ends,
+// one that comes at that moment is closed, and nothing is left that handles another.
 func TestAcceptAll(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()

@@ -169,7 +169,8 @@ func TestShortRead(t *testing.T) {
 	}
 }
 
-// A target that vanishes, in the middle of its greeting or of an answer, leaves its place to others.
+// A target that vanishes, in the middle of its greeting or of an answer, leaves its place to
+// others.
 func TestTargetVanishes(t *testing.T) {
 	_, c := newPackage(t)
 	c.Connections = 1

@@ -185,8 +185,8 @@ func (r *Runner) lock() error {
 	return nil
 }
 
-// copyPrivate puts copies in the place of the devices: each beside its output where these are named, so that it can become it, else below the
-// VMs' base directory.
+// copyPrivate puts copies in the place of the devices: each beside its output where these are
+// named, so that it can become it, else below the VMs' base directory.
 func (r *Runner) copyPrivate(ctx context.Context) error {
 	targets := map[string]string{}
 	if r.config.MemoryOutput != "" {
@@ -305,7 +305,8 @@ func (r *Runner) checkOutputs() error {
 	return nil
 }
 
-// keepPrivate turns the private copies into the outputs, the state last: without it nothing can be resumed. After an error it can be tried again.
+// keepPrivate turns the private copies into the outputs, the state last: without it nothing can be
+// resumed. After an error it can be tried again.
 func (r *Runner) keepPrivate() error {
 	if r.config.MemoryOutput == "" {
 		return nil

@@ -47,7 +47,8 @@ type peer struct {
 	calls []string
 }
 
-// newPeer has a VM with the devices of a package. change, if not nil, changes what it says about them.
+// newPeer has a VM with the devices of a package. change, if not nil, changes what it says about
+// them.
 func newPeer(t *testing.T, change func(*migration.SourceConfig)) *peer {
 	t.Helper()
 	p := &peer{t: t, devices: map[string]*block.Tracker{}}
@@ -252,7 +253,8 @@ func TestSomeDevices(t *testing.T) {
 	}
 }
 
-// Whatever fails before the VM is handed over, it goes on at its peer, and files are as they were before.
+// Whatever fails before the VM is handed over, it goes on at its peer, and files are as they were
+// before.
 func TestFails(t *testing.T) {
 	at := func(call string, do func(p *peer) error) func(*testing.T, *peer, context.CancelCauseFunc) {
 		return func(_ *testing.T, p *peer, _ context.CancelCauseFunc) {

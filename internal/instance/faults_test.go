@@ -21,8 +21,8 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 var errBroken = errors.New("broken")
 
-// faulty are devices that fail. at, if not nil, is called at the beginning of each call: "sync disk",
-// "open state", "read state", "write state", "sync state", "close state", "open memory".
+// faulty are devices that fail. at, if not nil, is called at the beginning of each call: "sync
+// disk", "open state", "read state", "write state", "sync state", "close state", "open memory".
 type faulty struct {
 	Paths
 	at func(call string) error
@@ -216,8 +216,8 @@ func also(at func(string) error, call string, err error) func(string) error {
 	}
 }
 
-// A resume that fails before a vCPU runs leaves a package that can be resumed; one that fails as a vCPU
-// is let go, or when that cannot be noted, leaves no VM that runs.
+// A resume that fails before a vCPU runs leaves a package that can be resumed; one that fails as a
+// vCPU is let go, or when that cannot be noted, leaves no VM that runs.
 func TestResumeFails(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
@@ -276,7 +276,8 @@ func TestResumeEnds(t *testing.T) {
 	b.status(t, vmm.Suspended)
 }
 
-// A VM that runs although its agent does not answer is there beside the error, and can be suspended.
+// A VM that runs although its agent does not answer is there beside the error, and can be
+// suspended.
 func TestAgentFails(t *testing.T) {
 	for _, step := range []vmmtest.Step{vmmtest.GuestConn, vmmtest.AfterResume} {
 		t.Run(string(step), func(t *testing.T) {
@@ -301,8 +302,6 @@ func TestAgentFails(t *testing.T) {
 	}
 }
 
-// A VM that cannot be saved runs on, and can be suspended later; what its devices say is true all the
-// time. A disk that fails is named, with why.
 // A VMM that does not answer holds a suspend up for a bounded time only, and the VM is as it was.
 func TestSuspendOfSilentVMM(t *testing.T) {
 	old := pauseTimeout
@@ -327,6 +326,8 @@ func TestSuspendOfSilentVMM(t *testing.T) {
 	}
 }
 
+// A VM that cannot be saved runs on, and can be suspended later; what its devices say is true all
+// the time. A disk that fails is named, with why.
 func TestSuspendFails(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
@@ -384,8 +385,8 @@ func TestSuspendFails(t *testing.T) {
 	}
 }
 
-// A VM whose state device fails and fails again stands still rather than run beside what says that it
-// is suspended.
+// A VM whose state device fails and fails again stands still rather than run beside what says that
+// it is suspended.
 func TestStateStaysBroken(t *testing.T) {
 	b := newBed(t)
 	i, m := b.run(t)
@@ -506,8 +507,8 @@ func TestHandoffFails(t *testing.T) {
 	}
 }
 
-// Where the VM arrives, it is restored from the state of its migration and no other, and says that it
-// runs before it does.
+// Where the VM arrives, it is restored from the state of its migration and no other, and says that
+// it runs before it does.
 func TestArrivalFails(t *testing.T) {
 	id := uuid.New()
 	for _, tt := range []struct {

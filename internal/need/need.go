@@ -235,8 +235,8 @@ func Suite(tests string, names ...string) (code int, can bool) {
 	return 0, true
 }
 
-// Rounds is how often a test does what finds more the more often it is done: few times, or many with
-// 'make soak'.
+// Rounds is how often a test does what finds more the more often it is done: few times, or many
+// with 'make soak'.
 func Rounds(few, many int) int {
 	if Soaking() {
 		return many

@@ -48,8 +48,8 @@ const (
 type Driver struct {
 	T testing.TB // is told what its users do wrong
 
-	// At, if not nil, is called at the beginning of each step; m is nil until Launch is over. Its error
-	// is the step's, which is not done then, but for Close.
+	// At, if not nil, is called at the beginning of each step; m is nil until Launch is over. Its
+	// error is the step's, which is not done then, but for Close.
 	At func(ctx context.Context, s Step, m *Machine) error
 
 	Silent bool // whether nobody serves the guest's ports
@@ -207,7 +207,8 @@ func (m *Machine) end(err error) {
 	}
 }
 
-// step begins a step that an ended VMM cannot do, and which needs a guest that runs, or one that does not.
+// step begins a step that an ended VMM cannot do, and which needs a guest that runs, or one that
+// does not.
 func (m *Machine) step(ctx context.Context, s Step, running bool) error {
 	if err := m.driver.begin(ctx, s, m); err != nil {
 		return err
@@ -314,7 +315,8 @@ func (m *Machine) Pause(ctx context.Context) error {
 
 func (m *Machine) saved() []byte { return binary.LittleEndian.AppendUint64(nil, m.Count()) }
 
-// Save implements [vmm.Machine]. It writes guest memory, as QEMU does: what was flushed before is not enough.
+// Save implements [vmm.Machine]. It writes guest memory, as QEMU does: what was flushed before is
+// not enough.
 func (m *Machine) Save(ctx context.Context, w io.Writer) error {
 	if err := m.step(ctx, Save, false); err != nil {
 		return err
