@@ -473,6 +473,9 @@ func TestHandoffFails(t *testing.T) {
 		{"a copy", func(t *testing.T, _ *bed, i *Instance, _ *vmmtest.Machine) error {
 			return errors.Join(i.Pause(t.Context()), i.SaveLeaving(t.Context(), id))
 		}, "", vmm.Copying, vmm.Running},
+		{"a move before it is in doubt", func(t *testing.T, _ *bed, i *Instance, _ *vmmtest.Machine) error {
+			return errors.Join(i.NoteLeaving(id), i.Pause(t.Context()), i.SaveLeaving(t.Context(), id))
+		}, "", vmm.Leaving, vmm.Running},
 		{"a move", func(t *testing.T, _ *bed, i *Instance, _ *vmmtest.Machine) error {
 			return errors.Join(i.NoteLeaving(id), i.Pause(t.Context()), i.SaveLeaving(t.Context(), id), i.Mark(vmm.InDoubt))
 		}, "", vmm.InDoubt, vmm.Running},
