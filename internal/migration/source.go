@@ -341,7 +341,7 @@ func (s *Source) Away() time.Duration {
 }
 
 // Relinquish waits, once Revoke has failed with [ErrHandedOver], until the target has all that it
-// needs of this source, or an operator has settled that the VM goes on here; then State tells
+// needs of this source, or an operator has settled that the VM goes on here; then Phase tells
 // which. When the target has taken nothing for patience, it gives up with an error.
 func (s *Source) Relinquish(patience time.Duration) error {
 	s.mu.Lock()
@@ -424,7 +424,7 @@ func (o *outgoing) awaitDoubt(changed <-chan struct{}) {
 	<-changed
 }
 
-// Close ends what goes on, whatever that means for the VM, and waits for it. State tells where that left it.
+// Close ends what goes on, whatever that means for the VM, and waits for it. Phase tells where that left it.
 func (s *Source) Close() error {
 	s.mu.Lock()
 	s.closed = true
