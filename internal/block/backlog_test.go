@@ -321,8 +321,17 @@ func TestOverlayOfFailingStorage(t *testing.T) {
 	}
 	copy(want[32<<10:], "more")
 	same(t, o, want)
+	data.err = unix.ENOSPC
+	copy(data.bytes[blockSize:], "half of a write") // of a block that nobody writes again
+	if _, err := o.WriteAt([]byte("more"), blockSize+8<<10); !NoRoom(err) {
+		t.Fatal(err)
+	}
+	data.err = nil
 	if err := o.Sync(); err != nil {
 		t.Fatal(err)
 	}
 	same(t, o, want)
+	if !isZero(data.bytes[blockSize : 2*blockSize]) {
+		t.Error("a block that is the base's has something left in the overlay's file")
+	}
 }

@@ -195,6 +195,19 @@ func (o *Overlay) forget(first, end int64) {
 	}
 }
 
+// cleanse makes soiled blocks holes, where that can be done by now.
+func (o *Overlay) cleanse() {
+	for i := o.soiled.Next(0); i < o.soiled.Len(); i = o.soiled.Next(i + 1) {
+		lock := o.region(i * o.blockSize)
+		lock.Lock()
+		if o.soiled.Has(i) && !o.present.Has(i) {
+			o.soiled.ClearRange(i, i+1)
+			o.forget(i, i+1)
+		}
+		lock.Unlock()
+	}
+}
+
 // copyUp copies part of one block from the base.
 func (o *Overlay) copyUp(from, end int64) error {
 	if from == end {
@@ -292,6 +305,7 @@ func (o *Overlay) Sync() error {
 	if err := o.failed.Load(); err != nil {
 		return *err
 	}
+	o.cleanse()
 	// The blocks to commit are those whose data is in the overlay file now, so that the sync of the file covers them.
 	pages := o.state.take()
 	err := o.data.Sync()
