@@ -350,6 +350,27 @@ func TestFails(t *testing.T) {
 	}
 }
 
+// What comes in the way once the VM has been handed over is told, and nothing else is left of it.
+func TestInTheWay(t *testing.T) {
+	p := newPeer(t, nil)
+	dir := filepath.Join(t.TempDir(), "package")
+	p.at = func(call string) error {
+		if call == "save" {
+			return os.WriteFile(dir, []byte("somebody's"), 0o600)
+		}
+		return nil
+	}
+	if err := p.take(t.Context(), t, Config{Dir: dir}); err == nil || !strings.Contains(err.Error(), dir) {
+		t.Errorf("error %v", err)
+	}
+	if names := files(t, filepath.Dir(dir)); !slices.Equal(names, []string{"package"}) {
+		t.Errorf("there are %q", names)
+	}
+	if b, err := os.ReadFile(dir); err != nil || string(b) != "somebody's" {
+		t.Errorf("in the way is %q, %v", b, err)
+	}
+}
+
 // unsaved is a VM whose state is not saved, whatever it says.
 type unsaved struct{ migration.SourceVM }
 
