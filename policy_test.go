@@ -182,11 +182,11 @@ func TestDependencies(t *testing.T) {
 	}
 }
 
-// Every user-visible change is one small file.
+// Every user-visible change is one small file. After a release there is none.
 func TestChangelog(t *testing.T) {
 	files, err := filepath.Glob("changelog/unreleased/*.md")
-	if err != nil || len(files) == 0 {
-		t.Fatalf("no changes: %v", err)
+	if err != nil {
+		t.Fatal(err)
 	}
 	kinds := regexp.MustCompile(`^(Feature|Enhancement|Bugfix|Change|Security): .+\n\n`)
 	for _, f := range files {
