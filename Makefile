@@ -8,6 +8,7 @@ SERVERS := $(TOOLS)/versitygw $(TOOLS)/registry
 LDFLAGS := -s -w -X drafter/internal/cli.Version=$(VERSION)
 TESTTIMEOUT ?= 40m
 FUZZTIME ?= 30s
+COMMANDS := nat forwarder snapshotter packager runner peer registry mounter terminator checkpoint
 GENERATED := agent docs/cli docs/man docs/licenses.md
 
 # Runs tests, and says afterwards which were skipped. Tests that run in parallel wait, and need no CPU
@@ -18,7 +19,7 @@ TESTS = rm -f .cache/skipped; : >.cache/skipped; code=0; \
 	$(GO) test -race -p 3 -parallel 4 -timeout $(TESTTIMEOUT) $(1) || code=$$?; \
 	sort .cache/skipped; exit $$code
 
-.PHONY: help demo test build setup tools servers lint vulnerabilities licenses generate check-generated unit e2e soak fuzz bench bench-quick bench-report profile benchmarks redis-image install clean
+.PHONY: help demo test build setup tools servers lint vulnerabilities licenses generate check-generated unit e2e soak fuzz bench bench-quick bench-report profile benchmarks redis-image install release check-release changelog clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +58,7 @@ $(TOOLS)/%: tools/go.mod tools/go.sum
 
 lint: $(TOOLS)/golangci-lint vulnerabilities ## golangci-lint, known vulnerabilities, and whether the modules are those of go.sum
 	$(TOOLS)/golangci-lint run ./...
+	cd tools && $(TOOLS)/golangci-lint run ./...
 	$(GO) mod verify
 
 vulnerabilities: $(TOOLS)/govulncheck ## known vulnerabilities in what the code calls, where the database can be reached
@@ -107,7 +109,20 @@ redis-image: ## an OCI image of Redis without any registry, in out/redis-image
 
 install: build ## install drafter and its links below /usr/local/bin
 	install -m 755 bin/drafter bin/drafter-guest bin/drafter-bench /usr/local/bin/
-	for c in nat forwarder snapshotter packager runner peer registry mounter terminator checkpoint; do ln -sf drafter /usr/local/bin/drafter-$$c; done
+	for c in $(COMMANDS); do ln -sf drafter /usr/local/bin/drafter-$$c; done
+
+release: setup $(TOOLS)/nfpm $(TOOLS)/go-licenses ## binaries, Debian packages, blueprint and lists in out/release/VERSION; nothing is uploaded
+	VERSION='$(VERSION)' COMMANDS='$(COMMANDS)' GO='$(GO)' ./.ci/release
+
+check-release: release ## install the release's package into a small Debian, and try what is in it
+	./.ci/setup qemu-user-static
+	VERSION='$(VERSION)' ./.ci/check-release
+
+changelog: ## move changelog/unreleased to changelog/VERSION.md: make changelog VERSION=0.1.0
+	@test '$(origin VERSION)' != file || { echo 'Say which: make changelog VERSION=0.1.0' >&2; exit 1; }
+	@test ! -e 'changelog/$(VERSION).md' || { echo 'changelog/$(VERSION).md is there already' >&2; exit 1; }
+	./.ci/changelog '$(VERSION)' >'changelog/$(VERSION).md'
+	rm -f changelog/unreleased/*.md
 
 clean: ## remove what was built
 	rm -rf bin out .cache
