@@ -234,7 +234,7 @@ func (o *outgoing) deliver(ctx context.Context) (_ migrate.Phase, err error) {
 	for _, s := range o.copying.stash {
 		o.sender.hash(s.data)
 		copy(o.sender.buffer.Data(), s.data)
-		if err := o.sendLoaded(ctx, l, o.sender, s.device, s.first, s.end, purposePreCopy); err != nil {
+		if err := o.sendLoaded(ctx, l, o.sender, pages{s.device, s.first, s.end, purposePreCopy}); err != nil {
 			return "", l.lost(fmt.Errorf("device %s: %w", s.device.Name, err))
 		}
 	}

@@ -101,7 +101,7 @@ func (o *outgoing) drainDevice(ctx context.Context, l *link, d *outgoingDevice, 
 		err = o.drainAhead(ctx, l, d, hot)
 	} else {
 		err = o.eachPending(ctx, d, hot, until, func(first, end int64) error {
-			return o.sendPages(ctx, l, o.sender, d, first, end, purposePreCopy)
+			return o.sendPages(ctx, l, o.sender, pages{d, first, end, purposePreCopy})
 		})
 	}
 	if err != nil {
@@ -142,7 +142,7 @@ func (o *outgoing) drainAhead(ctx context.Context, l *link, d *outgoingDevice, h
 	for r := range ready {
 		o.sender.extent = r.extent
 		if err == nil {
-			if err = o.sendLoaded(ctx, l, o.sender, d, r.first, r.end, purposePreCopy); err != nil {
+			if err = o.sendLoaded(ctx, l, o.sender, pages{d, r.first, r.end, purposePreCopy}); err != nil {
 				cancel()
 			}
 		}
@@ -223,29 +223,36 @@ var zeroPageHash = hashPage(make([]byte, block.PageSize))
 // hashPage never returns 0.
 func hashPage(p []byte) uint64 { return max(1, xxh3.Hash(p)) }
 
-// sendPages sends pages of a device, at most maxRun, as what costs least.
-func (o *outgoing) sendPages(ctx context.Context, l *link, s *sender, d *outgoingDevice, first, end int64, why purpose) error {
-	if err := s.load(d, first, end); err != nil {
+// pages are consecutive pages of a device, at most maxRun, and why they are sent.
+type pages struct {
+	*outgoingDevice
+	first, end int64
+	why        purpose
+}
+
+// sendPages sends pages as what costs least.
+func (o *outgoing) sendPages(ctx context.Context, l *link, s *sender, p pages) error {
+	if err := s.load(p.outgoingDevice, p.first, p.end); err != nil {
 		return err
 	}
-	return o.sendLoaded(ctx, l, s, d, first, end, why)
+	return o.sendLoaded(ctx, l, s, p)
 }
 
 // sendLoaded is sendPages for pages that are in the sender's extent.
-func (o *outgoing) sendLoaded(ctx context.Context, l *link, s *sender, d *outgoingDevice, first, end int64, why purpose) error {
-	data := s.buffer.Data()[:bytesOf(d.Device, first, end)]
-	if err := s.readBase(d, first, end); err != nil {
+func (o *outgoing) sendLoaded(ctx context.Context, l *link, s *sender, p pages) error {
+	data := s.buffer.Data()[:bytesOf(p.Device, p.first, p.end)]
+	if err := s.readBase(p); err != nil {
 		return err
 	}
-	for page := first; page < end; page++ {
-		s.kinds[page-first] = s.classify(d, data, first, page, why)
+	for page := p.first; page < p.end; page++ {
+		s.kinds[page-p.first] = s.classify(p, data, page)
 	}
-	for page := first; page < end; {
-		k, next := s.kinds[page-first], page+1
-		for next < end && s.kinds[next-first] == k {
+	for page := p.first; page < p.end; {
+		k, next := s.kinds[page-p.first], page+1
+		for next < p.end && s.kinds[next-p.first] == k {
 			next++
 		}
-		if err := o.sendRun(ctx, l, s, d, first, page, next, k, why); err != nil {
+		if err := o.sendRun(ctx, l, s, p, page, next, k); err != nil {
 			return err
 		}
 		page = next
@@ -254,37 +261,37 @@ func (o *outgoing) sendLoaded(ctx context.Context, l *link, s *sender, d *outgoi
 }
 
 // readBase reads what the target holds of the pages, if some were not sent yet and are not the base's anyway.
-func (s *sender) readBase(d *outgoingDevice, first, end int64) error {
-	if !d.holds {
+func (s *sender) readBase(p pages) error {
+	if !p.holds {
 		return nil
 	}
-	for page := first; page < end; page++ {
-		if d.held[page] != 0 {
+	for page := p.first; page < p.end; page++ {
+		if p.held[page] != 0 {
 			continue
 		}
 		if s.base == nil {
 			s.base = make([]byte, wire.MaxExtent)
 		}
-		_, err := d.Overlay.Base().ReadAt(s.base[:bytesOf(d.Device, first, end)], first*block.PageSize)
+		_, err := p.Overlay.Base().ReadAt(s.base[:bytesOf(p.Device, p.first, p.end)], p.first*block.PageSize)
 		return err
 	}
 	return nil
 }
 
-// classify says how a page is to be sent, once for each time that it is. data begins with page first.
-func (s *sender) classify(d *outgoingDevice, data []byte, first, page int64, why purpose) kind {
-	from := (page - first) * block.PageSize
+// classify says how a page is to be sent, once for each time that it is. data is that of all of the pages.
+func (s *sender) classify(of pages, data []byte, page int64) kind {
+	from := (page - of.first) * block.PageSize
 	p := data[from:min(from+block.PageSize, int64(len(data)))]
-	hash, held := s.hashes[page-first], d.held[page]
-	if why == purposePreCopy {
+	hash, held := s.hashes[page-of.first], of.held[page]
+	if of.why == purposePreCopy {
 		// What is sent after the handoff may be lost with its connection; only what is sent before is known to have arrived.
-		d.held[page] = hash
+		of.held[page] = hash
 	}
 	zero := hash == zeroPageHash && allZero(p)
 	switch {
 	case held != 0 && held == hash,
-		held == 0 && d.holds && bytes.Equal(p, s.base[from:from+int64(len(p))]),
-		held == 0 && !d.holds && !d.unknown && zero:
+		held == 0 && of.holds && bytes.Equal(p, s.base[from:from+int64(len(p))]),
+		held == 0 && !of.holds && !of.unknown && zero:
 		return kindSame
 	case zero:
 		return kindZero
@@ -296,13 +303,14 @@ var zeroPage [block.PageSize]byte
 
 func allZero(p []byte) bool { return bytes.Equal(p, zeroPage[:len(p)]) }
 
-// sendRun sends pages of one kind. The buffer begins with page first.
-func (o *outgoing) sendRun(ctx context.Context, l *link, s *sender, d *outgoingDevice, first, page, end int64, k kind, why purpose) error {
+// sendRun sends those from page to end, which are of one kind. The buffer holds all of them.
+func (o *outgoing) sendRun(ctx context.Context, l *link, s *sender, of pages, page, end int64, k kind) error {
+	d := of.outgoingDevice
 	off, length := page*block.PageSize, bytesOf(d.Device, page, end)
-	at := off - first*block.PageSize
-	urgent := why == purposeWanted
-	when := urgency[why]
-	if k == kindSame && why == purposePreCopy {
+	at := off - of.first*block.PageSize
+	urgent := of.why == purposeWanted
+	when := urgency[of.why]
+	if k == kindSame && of.why == purposePreCopy {
 		d.saved.Add(length)
 		return nil
 	}
@@ -321,7 +329,7 @@ func (o *outgoing) sendRun(ctx context.Context, l *link, s *sender, d *outgoingD
 		}
 	}
 	d.sent.Add(length)
-	if why != purposePreCopy {
+	if of.why != purposePreCopy {
 		d.postCopy.Add(length)
 	}
 	if urgent {

@@ -114,7 +114,7 @@ func (o *outgoing) sendPending(l *link, s *sender, d *outgoingDevice, first, end
 		return false, nil
 	}
 	d.pending.ClearRange(first, end)
-	if err := o.sendPages(l.ctx, l, s, d, first, end, why); err != nil {
+	if err := o.sendPages(l.ctx, l, s, pages{d, first, end, why}); err != nil {
 		return false, fmt.Errorf("device %s: %w", d.Name, err)
 	}
 	return true, nil
