@@ -208,8 +208,9 @@ func (s *Snapshotter) findInitrd() error {
 	return err
 }
 
-// Run makes the package. Its files have their names only once it is complete; on failure or when ctx ends nothing of it is left, and a
-// package that was there before is untouched.
+// Run makes the package. Its files have their names only once it is complete. On failure, or when ctx ends, nothing
+// of it is left, and a package that was there before is untouched; only if a file cannot get its name at the very end,
+// that package has lost its state, so that nobody resumes a mix of both.
 func (s *Snapshotter) Run(ctx context.Context) (_ Result, err error) {
 	// Files that a killed snapshotter has lent to its VM are taken back.
 	if err := vmm.ReclaimAll(s.config.Host.BaseDir); err != nil {
