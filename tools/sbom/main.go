@@ -28,7 +28,7 @@ import (
 func main() {
 	version := flag.String("version", "", "Version of the release")
 	licenses := flag.String("licenses", "docs/licenses.md", "Table of the modules' licences")
-	debian := flag.String("debian", "", "File with a line NAME VERSION ARCHITECTURE SOURCE SOURCE-VERSION for each Debian package in blueprints")
+	debian := flag.String("debian", "", "File that lists the Debian packages in blueprints")
 	flag.Parse()
 	if err := run(*version, *licenses, *debian, flag.Args()); err != nil {
 		fmt.Fprintln(os.Stderr, "Error:", err)
@@ -55,17 +55,19 @@ func run(version, licenses, debian string, files []string) error {
 	}
 	l := &list{version: version}
 	l.Document = spdx.Document{
-		SPDXVersion: spdx.Version, DataLicense: spdx.DataLicense, SPDXIdentifier: "DOCUMENT", DocumentName: "drafter-" + version,
+		SPDXVersion: spdx.Version, DataLicense: spdx.DataLicense, SPDXIdentifier: "DOCUMENT",
+		DocumentName: "drafter-" + version,
 		CreationInfo: &spdx.CreationInfo{
 			Created:  time.Unix(seconds, 0).UTC().Format(time.RFC3339),
-			Creators: []common.Creator{{CreatorType: "Organization", Creator: "Drafter"}, {CreatorType: "Tool", Creator: "make release"}},
+			Creators: []common.Creator{{CreatorType: "Tool", Creator: "make release"}},
 		},
 	}
 	text, err := os.ReadFile(licenses)
 	if err != nil {
 		return err
 	}
-	for _, row := range regexp.MustCompile("(?m)^\\| `([^`]+)` \\| (\\S+) \\| (\\S+)").FindAllSubmatch(text, -1) {
+	rows := regexp.MustCompile("(?m)^\\| `([^`]+)` \\| (\\S+) \\| (\\S+)")
+	for _, row := range rows.FindAllSubmatch(text, -1) {
 		l.licenses = append(l.licenses, [3]string{string(row[1]), string(row[2]), string(row[3])})
 	}
 	sums := sha256.New()
@@ -76,14 +78,16 @@ func run(version, licenses, debian string, files []string) error {
 		}
 		fmt.Fprintln(sums, sum)
 	}
-	l.DocumentNamespace = fmt.Sprintf("https://spdx.org/spdxdocs/drafter-%s-%x", version, sums.Sum(nil)[:16])
+	l.DocumentNamespace = fmt.Sprintf("https://spdx.org/spdxdocs/drafter-%s-%x", version,
+		sums.Sum(nil)[:16])
 	if err := spdxlib.ValidateDocument(&l.Document); err != nil {
 		return err
 	}
 	return json.Write(&l.Document, os.Stdout, json.Indent("  "))
 }
 
-// addFile adds a file of the release, and what it consists of. Its name ends with its architecture, whatever its extensions.
+// addFile adds a file of the release, and what it consists of. Its name ends with its architecture,
+// whatever its extensions.
 func (l *list) addFile(path, debian string) (sum string, err error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -97,8 +101,9 @@ func (l *list) addFile(path, debian string) (sum string, err error) {
 	sum = hex.EncodeToString(h.Sum(nil))
 	name := filepath.Base(path)
 	id := l.add(&spdx.Package{
-		PackageName: name, PackageVersion: l.version, PackageFileName: name, PackageLicenseConcluded: unknown, PackageLicenseDeclared: unknown,
-		PackageChecksums: []common.Checksum{{Algorithm: common.SHA256, Value: sum}},
+		PackageName: name, PackageVersion: l.version, PackageFileName: name,
+		PackageLicenseConcluded: unknown,
+		PackageChecksums:        []common.Checksum{{Algorithm: common.SHA256, Value: sum}},
 	}, "")
 	l.relate("DOCUMENT", "DESCRIBES", id)
 	stem, packed := strings.CutSuffix(name, ".tar.zst")
@@ -109,7 +114,8 @@ func (l *list) addFile(path, debian string) (sum string, err error) {
 	if !packed {
 		return sum, l.addModules(f, id)
 	}
-	for _, program := range []string{"drafter", "drafter-bench", "drafter-guest"} { // a blueprint holds the last alone
+	for _, program := range []string{"drafter", "drafter-bench", "drafter-guest"} {
+		// A blueprint holds the last alone.
 		if strings.HasSuffix(name, ".deb") || program == "drafter-guest" {
 			l.relate(id, "CONTAINS", elementID(program+".linux-"+arch))
 		}
@@ -126,18 +132,18 @@ func (l *list) addModules(f io.ReaderAt, program common.ElementID) error {
 	if err != nil {
 		return err
 	}
-	p := l.Packages[len(l.Packages)-1]
-	p.PackageLicenseConcluded, p.PackageLicenseDeclared = "Apache-2.0", "Apache-2.0"
+	l.Packages[len(l.Packages)-1].PackageLicenseConcluded = "Apache-2.0"
 	goVersion := strings.TrimPrefix(strings.Fields(info.GoVersion)[0], "go")
 	l.relate(program, "STATIC_LINK", l.add(&spdx.Package{
-		PackageName: "stdlib", PackageVersion: goVersion, PackageLicenseConcluded: "BSD-3-Clause", PackageLicenseDeclared: unknown,
+		PackageName: "stdlib", PackageVersion: goVersion, PackageLicenseConcluded: "BSD-3-Clause",
 	}, "pkg:golang/stdlib@"+goVersion))
 	for _, m := range info.Deps {
 		if m.Replace != nil {
 			m = m.Replace
 		}
 		l.relate(program, "STATIC_LINK", l.add(&spdx.Package{
-			PackageName: m.Path, PackageVersion: m.Version, PackageLicenseConcluded: l.license(m.Path, m.Version), PackageLicenseDeclared: unknown,
+			PackageName: m.Path, PackageVersion: m.Version,
+			PackageLicenseConcluded: l.license(m.Path, m.Version),
 		}, "pkg:golang/"+m.Path+"@"+escape.Replace(m.Version)))
 	}
 	return nil
@@ -148,7 +154,8 @@ func (l *list) license(module, version string) string {
 	version = strings.TrimSuffix(version, "+incompatible")
 	var all []string
 	for _, row := range l.licenses {
-		if (row[0] == module || strings.HasPrefix(row[0], module+"/")) && row[1] == version && !slices.Contains(all, row[2]) {
+		ours := row[1] == version && (row[0] == module || strings.HasPrefix(row[0], module+"/"))
+		if ours && !slices.Contains(all, row[2]) {
 			all = append(all, row[2])
 		}
 	}
@@ -158,7 +165,8 @@ func (l *list) license(module, version string) string {
 	return strings.Join(all, " AND ")
 }
 
-// addDebian adds the Debian packages that a blueprint is made of.
+// addDebian adds the Debian packages that a blueprint is made of. The list has one a line: name,
+// version, architecture, source package and its version.
 func (l *list) addDebian(path string, blueprint common.ElementID) (err error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -172,22 +180,29 @@ func (l *list) addDebian(path string, blueprint common.ElementID) (err error) {
 			return fmt.Errorf("%s: line %q has not five words", path, lines.Text())
 		}
 		l.relate(blueprint, "CONTAINS", l.add(&spdx.Package{
-			PackageName: w[0], PackageVersion: w[1], PackageSourceInfo: "built from Debian's source package " + w[3] + " " + w[4],
-			PackageLicenseConcluded: unknown, PackageLicenseDeclared: unknown,
+			PackageName: w[0], PackageVersion: w[1], PackageLicenseConcluded: unknown,
+			PackageSourceInfo: "built from Debian's source package " + w[3] + " " + w[4],
 		}, "pkg:deb/debian/"+w[0]+"@"+escape.Replace(w[1])+"?arch="+w[2]))
 	}
 	return lines.Err()
 }
 
-// add adds a package, unless it is there, and returns its identifier. A package that others make has a purl.
+// add adds a package, unless it is there, and returns its identifier. One that others make has a
+// purl.
 func (l *list) add(p *spdx.Package, purl string) common.ElementID {
 	p.PackageSPDXIdentifier = elementID(p.PackageName)
 	if purl != "" {
 		p.PackageSPDXIdentifier = elementID(purl)
-		p.PackageExternalReferences = []*spdx.PackageExternalReference{{Category: common.CategoryPackageManager, RefType: common.TypePackageManagerPURL, Locator: purl}}
+		p.PackageExternalReferences = []*spdx.PackageExternalReference{{
+			Category: common.CategoryPackageManager,
+			RefType:  common.TypePackageManagerPURL,
+			Locator:  purl,
+		}}
 	}
-	p.PackageDownloadLocation, p.PackageCopyrightText, p.IsFilesAnalyzedTagPresent = unknown, unknown, true
-	if !slices.ContainsFunc(l.Packages, func(q *spdx.Package) bool { return q.PackageSPDXIdentifier == p.PackageSPDXIdentifier }) {
+	p.PackageDownloadLocation, p.PackageCopyrightText = unknown, unknown
+	p.PackageLicenseDeclared, p.IsFilesAnalyzedTagPresent = unknown, true
+	same := func(q *spdx.Package) bool { return q.PackageSPDXIdentifier == p.PackageSPDXIdentifier }
+	if !slices.ContainsFunc(l.Packages, same) {
 		l.Packages = append(l.Packages, p)
 	}
 	return p.PackageSPDXIdentifier
@@ -195,7 +210,9 @@ func (l *list) add(p *spdx.Package, purl string) common.ElementID {
 
 func (l *list) relate(a common.ElementID, how string, b common.ElementID) {
 	l.Relationships = append(l.Relationships, &spdx.Relationship{
-		RefA: common.DocElementID{ElementRefID: a}, Relationship: how, RefB: common.DocElementID{ElementRefID: b},
+		RefA:         common.DocElementID{ElementRefID: a},
+		Relationship: how,
+		RefB:         common.DocElementID{ElementRefID: b},
 	})
 }
 
