@@ -34,7 +34,7 @@ type Limits struct {
 	Warm       time.Duration // how long a target may keep the VM waiting for what it has to be in the page cache; default 3 s
 	HeadStart  time.Duration // how long a target that has the bases may keep the source waiting for its VMM to start, and for Warm; default 1 s
 	MaxSize    int64         // bytes that the devices of a source may have in all; see --max-size; default: see docs/migration.md
-	Settle     time.Duration // how long a target that refused tries to tell the source, or Silence if nobody listens there; default 1 min
+	Settle     time.Duration // how long a target that refused tries to tell the source; shortened to Silence when connections are refused; default 1 min
 }
 
 // Check refuses limits that contradict each other.

@@ -76,7 +76,8 @@ type Config struct {
 	OnProgress func(migrate.Stats)
 }
 
-// Mounter owns devices. Open or Receive is called once, then Serve; Close at the end. Path, Stats and Done may be called by any goroutine after Open or Receive.
+// Mounter owns devices. Open or Receive is called once, then Serve; Close at the end. Path, Stats and Arrived may be
+// called by any goroutine after Open or Receive.
 type Mounter struct {
 	config  Config
 	devices deviceset.Set

@@ -61,7 +61,7 @@ type Hooks struct {
 	OnPull func(device string, done, total int64) // how many bytes of a device that is pulled are here; by any goroutine
 }
 
-// Peer owns one instance. Its methods are called by one goroutine; Done, Stats, Settle and Serve by any.
+// Peer owns one instance. Its methods are called by one goroutine; Done, Stats and Serve by any.
 type Peer struct {
 	config   Config
 	claim    *network.Claim

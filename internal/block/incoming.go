@@ -23,7 +23,7 @@ type Incoming struct {
 
 	opened     atomic.Bool
 	violations atomic.Int64 // uses while sealed
-	missing    *Bitmap      // pages; of meaning once opened
+	missing    *Bitmap      // the pages that have not arrived; valid after Open
 	left       atomic.Int64 // size of missing; 0 ends all waiting and locking for ever
 	want       func(first, end int64)
 	persist    func(missing *Bitmap) error

@@ -73,7 +73,7 @@ func closeInTime(what io.Closer) error {
 		case err := <-closed:
 			return err
 		case <-tick.C:
-			slog.Warn("Waiting for the end of the VM, and for its disks to be stored", "for", time.Since(began).Round(time.Second))
+			slog.Warn("Still waiting for all to end and to be stored", "for", time.Since(began).Round(time.Second))
 		}
 		if time.Since(began) > closeTimeout {
 			return fmt.Errorf("not all ended within %s, as its VMM or a storage does not answer; what was written to the disks since their last sync may be lost, and the next start removes what is left", closeTimeout)

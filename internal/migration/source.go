@@ -21,8 +21,8 @@ import (
 
 // SourceVM is what a source asks of its VM. There is one call at a time.
 type SourceVM interface {
-	// WriteBack makes guest memory writes visible in the memory device as far as the guest does not notice, so that little is left to Flush. The target is getting
-	// ready meanwhile, and nothing may come of the migration.
+	// WriteBack flushes dirty memory to the memory device without pausing the guest, so that little is left to Flush.
+	// Pages that are written meanwhile stay dirty. The target is getting ready, and nothing may come of the migration.
 	WriteBack(ctx context.Context) error
 	// Flush makes every guest memory write up to now visible in the memory device.
 	Flush(ctx context.Context) error

@@ -168,9 +168,10 @@ func (p *Process) launch(c Config) error {
 // room is how many descriptors the child can have open before the kernel enlarges its table of them.
 const room = 512
 
-// withRoom adds to the child's files one with a high number, for the sake of its number. Linux begins with room for 64 descriptors, and a process with threads that
-// needs one more waits for a grace period of RCU (expand_fdtable of fs/file.c): 5 to 15 ms, which a VM with a few devices would spend paused, in its resume.
-// The file is the caller's to close.
+// withRoom opens descriptor 511 for the child, so that the kernel allocates a large descriptor table at its start. Linux
+// begins with a table for 64 descriptors. A process with threads that needs a larger one waits for a grace period of RCU
+// (expand_fdtable of fs/file.c): 5 to 15 ms, during which a VM with a few devices would be paused, in its resume. The
+// caller closes the file.
 func withRoom(files []*os.File) ([]*os.File, error) {
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
