@@ -17,7 +17,8 @@ import (
 	"testing"
 )
 
-// What a public package exports names no type that is internal: its user could neither make nor name it.
+// What a public package exports names no type that is internal: its user could neither make nor
+// name it.
 func TestPublicFace(t *testing.T) {
 	exports := map[string]string{} // package to its export data
 	args := []string{"list", "-export", "-deps", "-json=ImportPath,Export"}

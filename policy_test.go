@@ -79,7 +79,8 @@ func TestSkipsAreNeeds(t *testing.T) {
 	})
 }
 
-// The table of rooms lists every package, and no other; imports point to the same floor or downwards.
+// The table of rooms lists every package, and no other; imports point to the same floor or
+// downwards.
 func TestArchitectureIsTrue(t *testing.T) {
 	text, err := os.ReadFile("docs/architecture.md")
 	if err != nil {

@@ -25,7 +25,8 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// serialPair is a serial port and the host's end of it. Like a virtio-serial port it has no connections: what the host sent stays in it.
+// serialPair is a serial port and the host's end of it. Like a virtio-serial port it has no
+// connections: what the host sent stays in it.
 func serialPair(t *testing.T) (port *serialPort, host net.Conn) {
 	t.Helper()
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
@@ -58,7 +59,8 @@ func serve(t *testing.T, s *Server, port *serialPort) {
 	})
 }
 
-// noClose keeps the host's end open when a client closes its connection, but ends the client's reading.
+// noClose keeps the host's end open when a client closes its connection, but ends the client's
+// reading.
 type noClose struct{ net.Conn }
 
 func (c noClose) Close() error { return c.SetDeadline(time.Unix(1, 0)) }
@@ -142,8 +144,8 @@ func TestBeforeSuspendCommand(t *testing.T) {
 	}
 }
 
-// TestNewHost is what a resume looks like to a guest that was suspended in a conversation: no end of the old one, remains of it in the queue,
-// then another host's greeting. Done again and again.
+// TestNewHost is what a resume looks like to a guest that was suspended in a conversation: no end
+// of the old one, remains of it in the queue, then another host's greeting. Done again and again.
 func TestNewHost(t *testing.T) {
 	port, host := serialPair(t)
 	serve(t, &Server{}, port)
@@ -180,7 +182,8 @@ func TestSilentGuest(t *testing.T) {
 	}
 }
 
-// TestLateGuest starts the guest's program only after several greetings were sent, of which it must take all but one for repetitions.
+// TestLateGuest starts the guest's program only after several greetings were sent, of which it must
+// take all but one for repetitions.
 func TestLateGuest(t *testing.T) {
 	port, host := serialPair(t)
 	greeted := make(chan error)
@@ -305,8 +308,9 @@ func TestWordsOfAGuest(t *testing.T) {
 	}
 }
 
-// The clock is set after a resume or a move; after a copy only if it was the host's, less the pause; and never for a guest that keeps its own time. A host of a
-// release that does not say which is one that resumes.
+// The clock is set after a resume or a move; after a copy only if it was the host's, less the
+// pause; and never for a guest that keeps its own time. A host of a release that does not say which
+// is one that resumes.
 func TestClock(t *testing.T) {
 	need.Root(t)
 	old := setClock
@@ -355,7 +359,8 @@ func TestClock(t *testing.T) {
 	}
 }
 
-// TestResolvConf writes the name servers as a container sees them: into the file that it has mounted.
+// TestResolvConf writes the name servers as a container sees them: into the file that it has
+// mounted.
 func TestResolvConf(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "resolv.conf")
 	if err := os.WriteFile(path, []byte("nameserver 192.0.2.53\nsearch a.long.domain.test\n"), 0o644); err != nil {
@@ -382,7 +387,8 @@ func TestResolvConf(t *testing.T) {
 	}
 }
 
-// TestReady asks a guest until its service is ready. An agent that serves none is, and so is one that does not know the question.
+// TestReady asks a guest until its service is ready. An agent that serves none is, and so is one
+// that does not know the question.
 func TestReady(t *testing.T) {
 	port, host := serialPair(t)
 	var asked atomic.Int32

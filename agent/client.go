@@ -1,4 +1,5 @@
-// Package agent is what a host and the agent in a guest say to each other: the calls (agent.proto), both their ends, and the ports they meet on.
+// Package agent is what a host and the agent in a guest say to each other: the calls (agent.proto),
+// both their ends, and the ports they meet on.
 package agent
 
 import (
@@ -37,9 +38,11 @@ func (c *Client) BeforeSuspend(ctx context.Context) error {
 	return c.explain(ctx, "before-suspend", err)
 }
 
-// AfterResume tells the guest that it runs again, what time it is, and what its resolv.conf(5) is to hold ("" to leave that), and gives it fresh entropy. It
-// returns by how much the clock was moved. With a mostStep of 0 the clock is set; above, only if it is behind by at most that, as it is after a pause, unless it
-// keeps another time than the host's; below, never. The agents of releases that do not know this set it.
+// AfterResume tells the guest that it runs again, what time it is, and what its resolv.conf(5) is
+// to hold ("" to leave that), and gives it fresh entropy. It returns by how much the clock was
+// moved. With a mostStep of 0 the clock is set; above, only if it is behind by at most that, as it
+// is after a pause, unless it keeps another time than the host's; below, never. The agents of
+// releases that do not know this set it.
 func (c *Client) AfterResume(ctx context.Context, mostStep time.Duration, resolvConf string) (time.Duration, error) {
 	// 64 bytes: twice the key of the kernel's generator (random(4)).
 	entropy := make([]byte, 64)
@@ -59,7 +62,8 @@ func (c *Client) AfterResume(ctx context.Context, mostStep time.Duration, resolv
 }
 
 // CatchUp sets the clock of a guest that stood still, if it is behind by at most mostStep, and
-// returns by how much it was moved. No command is run. An agent that does not know it keeps its clock.
+// returns by how much it was moved. No command is run. An agent that does not know it keeps its
+// clock.
 func (c *Client) CatchUp(ctx context.Context, mostStep time.Duration) (time.Duration, error) {
 	r, err := c.calls.CatchUp(ctx, &CatchUpRequest{
 		NowUnixNano: time.Now().UnixNano(), MostStepNano: int64(mostStep),
@@ -78,7 +82,8 @@ func (c *Client) Ready(ctx context.Context) (*ReadyResponse, error) {
 	return r, c.explain(ctx, "ready", err)
 }
 
-// Exec runs a program in the guest. A program that ran and failed is no error: see the response's exit status.
+// Exec runs a program in the guest. A program that ran and failed is no error: see the response's
+// exit status.
 func (c *Client) Exec(ctx context.Context, stdin []byte, args ...string) (*ExecResponse, error) {
 	r, err := c.calls.Exec(ctx, &ExecRequest{Args: args, Stdin: stdin})
 	return r, c.explain(ctx, "exec", err)

@@ -7,7 +7,8 @@ import (
 	"time"
 )
 
-// Liveness tells the host on port that the guest is up. It returns once the host knows, or after timeout.
+// Liveness tells the host on port that the guest is up. It returns once the host knows, or after
+// timeout.
 func Liveness(ctx context.Context, port uint32, timeout time.Duration) error {
 	l := Listen(port, timeout)
 	stop := context.AfterFunc(ctx, func() { l.Close() })

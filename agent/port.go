@@ -21,11 +21,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A program in the guest and its host talk over a numbered port. Where the VMM has vsock, the guest dials the host (CID 2) on that port. Where it
-// has none, the port is a virtio-serial port called "drafter.PORT". A serial port has no connections: bytes of an earlier conversation may
-// still lie in its queues, and a guest that was suspended in a conversation does not learn that its host is another one now. So each
-// conversation starts with a greeting: the host sends portMagic and 16 random bytes, again and again, until the guest has sent the same back.
-// Both drop everything before the greeting. A greeting that arrives in a conversation ends it and starts the next.
+// A program in the guest and its host talk over a numbered port. Where the VMM has vsock, the guest
+// dials the host (CID 2) on that port. Where it has none, the port is a virtio-serial port called
+// "drafter.PORT". A serial port has no connections: bytes of an earlier conversation may still lie
+// in its queues, and a guest that was suspended in a conversation does not learn that its host is
+// another one now. So each conversation starts with a greeting: the host sends portMagic and 16
+// random bytes, again and again, until the guest has sent the same back. Both drop everything
+// before the greeting. A greeting that arrives in a conversation ends it and starts the next.
 const (
 	portMagic     = "\xffDRAFTER\x01\x8d\x1c\x5e\xa3\x9b\x42\xf0\x77" // 8 random bytes at the end: no message holds them by chance
 	nonceSize     = 16
@@ -36,7 +38,8 @@ const (
 // PortName is the virtio-serial name of a port.
 func PortName(port uint32) string { return fmt.Sprintf("drafter.%d", port) }
 
-// Greet performs the host's half of the greeting on conn and returns once a program in the guest serves the port. It waits until ctx ends.
+// Greet performs the host's half of the greeting on conn and returns once a program in the guest
+// serves the port. It waits until ctx ends.
 func Greet(ctx context.Context, conn net.Conn) error {
 	greeting := make([]byte, greetingLen)
 	copy(greeting, portMagic)
@@ -79,7 +82,8 @@ func repeatGreeting(conn net.Conn, greeting []byte, answered <-chan struct{}) er
 	}
 }
 
-// skipTo reads up to and including the first occurrence of mark. It reads byte by byte, so that nothing behind it is lost.
+// skipTo reads up to and including the first occurrence of mark. It reads byte by byte, so that
+// nothing behind it is lost.
 func skipTo(r io.Reader, mark []byte) error {
 	window := make([]byte, 0, len(mark))
 	one := make([]byte, 1)
@@ -97,7 +101,8 @@ func skipTo(r io.Reader, mark []byte) error {
 	}
 }
 
-// Listener yields a guest program's conversations with its host on one port, one at a time: Accept waits until the last one has been closed.
+// Listener yields a guest program's conversations with its host on one port, one at a time: Accept
+// waits until the last one has been closed.
 type Listener struct {
 	port    uint32
 	timeout time.Duration
@@ -108,7 +113,8 @@ type Listener struct {
 	last   chan struct{} // closed when the last conversation is
 }
 
-// Listen returns a listener on port. Its Accept fails when there is neither a serial port nor a host on vsock for timeout.
+// Listen returns a listener on port. Its Accept fails when there is neither a serial port nor a
+// host on vsock for timeout.
 func Listen(port uint32, timeout time.Duration) *Listener {
 	l := &Listener{port: port, timeout: timeout, last: make(chan struct{})}
 	l.ctx, l.cancel = context.WithCancel(context.Background())
@@ -138,7 +144,8 @@ func (l *Listener) Accept() (net.Conn, error) {
 	return &conversation{Conn: conn, ended: sync.OnceFunc(func() { close(last) })}, nil
 }
 
-// accept tries with a back-off of 10 ms to 1 s. A serial port is waited at for ever: that is how a guest spends most of its life.
+// accept tries with a back-off of 10 ms to 1 s. A serial port is waited at for ever: that is how a
+// guest spends most of its life.
 func (l *Listener) accept() (net.Conn, error) {
 	backoff, deadline := 10*time.Millisecond, time.Now().Add(l.timeout)
 	for {
@@ -168,7 +175,8 @@ func (l *Listener) accept() (net.Conn, error) {
 	}
 }
 
-// Close implements [net.Listener]. It ends an Accept that waits, and the conversation on a serial port.
+// Close implements [net.Listener]. It ends an Accept that waits, and the conversation on a serial
+// port.
 func (l *Listener) Close() error {
 	l.cancel()
 	return nil
@@ -193,7 +201,8 @@ func (c *conversation) Close() error {
 	return c.Conn.Close()
 }
 
-// serialPort is a virtio-serial port, opened once for all conversations: closing it would drop what has arrived.
+// serialPort is a virtio-serial port, opened once for all conversations: closing it would drop what
+// has arrived.
 type serialPort struct {
 	name string
 	file *os.File
@@ -242,7 +251,8 @@ func (p *serialPort) accept(ctx context.Context) (net.Conn, error) {
 	return &serialConn{serialPort: p, greeting: greeting}, nil
 }
 
-// patientReader waits where a read returns nothing because no host is connected. The kernel wakes the poller when one connects and sends.
+// patientReader waits where a read returns nothing because no host is connected. The kernel wakes
+// the poller when one connects and sends.
 type patientReader struct{ *serialPort }
 
 func (r patientReader) Read(p []byte) (int, error) {
@@ -257,7 +267,8 @@ func (r patientReader) Read(p []byte) (int, error) {
 	}
 }
 
-// awaitBytes returns when f can be read. poll(2) also reports a port without a host, so only the poller's edge counts.
+// awaitBytes returns when f can be read. poll(2) also reports a port without a host, so only the
+// poller's edge counts.
 func awaitBytes(f *os.File) error {
 	raw, err := f.SyscallConn()
 	if err != nil {
@@ -280,7 +291,8 @@ func awaitBytes(f *os.File) error {
 	return err
 }
 
-// serialConn is one conversation on a serial port. A read returns io.EOF once the host has gone or greets anew.
+// serialConn is one conversation on a serial port. A read returns io.EOF once the host has gone or
+// greets anew.
 type serialConn struct {
 	*serialPort
 	greeting []byte     // of this conversation; the host may have repeated it before it saw our answer

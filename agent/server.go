@@ -30,7 +30,8 @@ type Server struct {
 	// opened yet. It is asked often, by any goroutine. nil: there is none to wait for.
 	Service func() (ready bool, closed []uint32, err error)
 
-	// ReadyCmd succeeds once the service is ready, which is tried when its ports are open; "" for none.
+	// ReadyCmd succeeds once the service is ready, which is tried when its ports are open; "" for
+	// none.
 	ReadyCmd        string
 	ReadyCmdTimeout time.Duration // of one run
 
@@ -288,7 +289,8 @@ func (s *Server) Exec(ctx context.Context, r *ExecRequest) (*ExecResponse, error
 	return &ExecResponse{ExitStatus: int32(status), Stdout: stdout.kept, Stderr: stderr.kept}, nil
 }
 
-// boundedBuffer keeps the first maxOutput bytes written to it. It does not embed a bytes.Buffer, whose ReadFrom knows no bound.
+// boundedBuffer keeps the first maxOutput bytes written to it. It does not embed a bytes.Buffer,
+// whose ReadFrom knows no bound.
 type boundedBuffer struct{ kept []byte }
 
 func (b *boundedBuffer) Write(p []byte) (int, error) {

@@ -1,5 +1,6 @@
-// Package bench measures Drafter beside what its users would use instead: the same guest, the same load, in turn, in one run. The result is a file with all
-// rounds; bench/report makes tables and charts of it.
+// Package bench measures Drafter beside what its users would use instead: the same guest, the same
+// load, in turn, in one run. The result is a file with all rounds; bench/report makes tables and
+// charts of it.
 package bench
 
 import (
@@ -70,7 +71,8 @@ type bench struct {
 	timeline []Moment // of one migration
 }
 
-// Run measures. It needs root, and gcc for the guest's load. The result is written at the end only: a run that fails leaves the last one alone.
+// Run measures. It needs root, and gcc for the guest's load. The result is written at the end only:
+// a run that fails leaves the last one alone.
 func Run(ctx context.Context, o Options) error {
 	if o.Rounds < 0 {
 		return errors.New("the number of rounds must not be negative")

@@ -12,7 +12,8 @@ import (
 // copySize is how much is copied without the engine, in bytes: about what a move sends.
 const copySize = 512 << 20
 
-// plainCopy measures a copy of a file over TCP, as rsync or nc would make it. What is copied cannot be compressed.
+// plainCopy measures a copy of a file over TCP, as rsync or nc would make it. What is copied cannot
+// be compressed.
 func (b *bench) plainCopy() error {
 	from, to := filepath.Join(b.dir, "copy-from"), filepath.Join(b.dir, "copy-to")
 	if _, err := os.Stat(from); errors.Is(err, os.ErrNotExist) {

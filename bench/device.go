@@ -36,8 +36,8 @@ type mapped struct {
 	Sum        byte    `json:"sum"`                  // of what was read, so that it is read
 }
 
-// Mapping measures a file that it maps, and one whose pages are cold, and writes what it finds to w. It is to run in a process of its own, as a VMM does: 'drafter-bench
-// mapping' is that.
+// Mapping measures a file that it maps, and one whose pages are cold, and writes what it finds to
+// w. It is to run in a process of its own, as a VMM does: 'drafter-bench mapping' is that.
 func Mapping(w io.Writer, path, cold string) error {
 	m, err := measureMapping(path, cold)
 	if err != nil {
@@ -112,7 +112,8 @@ func (b *bench) mapping(path, cold string) (m mapped, err error) {
 	return m, json.Unmarshal(out, &m)
 }
 
-// device measures the device stack of an instance beside a plain file: mapped through FUSE as guest memory, and read and written directly.
+// device measures the device stack of an instance beside a plain file: mapped through FUSE as guest
+// memory, and read and written directly.
 func (b *bench) device(ctx context.Context, rounds int) error {
 	base := filepath.Join(b.dir, "engine")
 	if err := randomFile(base); err != nil {
@@ -176,8 +177,9 @@ func ignoreMissing(err error) error {
 	return err
 }
 
-// memory measures, on files in memory, a plain one, one that is exposed by FUSE without anything in between, and the device of an instance; and the latter on
-// disk, where its overlay grows in the page cache that the disk empties.
+// memory measures, on files in memory, a plain one, one that is exposed by FUSE without anything in
+// between, and the device of an instance; and the latter on disk, where its overlay grows in the
+// page cache that the disk empties.
 func (b *bench) memory(ctx context.Context, base string) (err error) {
 	shm, err := os.MkdirTemp("/dev/shm", "drafter-bench-")
 	if err != nil {
@@ -248,7 +250,8 @@ func (b *bench) addMapped(name string, m mapped) {
 	b.add(name+"_random_fault_us", m.Random)
 }
 
-// overlay measures reads and writes, without syncs, of a plain file, of blocks that the overlay holds, and of blocks that it does not.
+// overlay measures reads and writes, without syncs, of a plain file, of blocks that the overlay
+// holds, and of blocks that it does not.
 func (b *bench) overlay(ctx context.Context, base string) (err error) {
 	copied := base + ".copy"
 	if out, err := exec.CommandContext(ctx, "cp", base, copied).CombinedOutput(); err != nil {

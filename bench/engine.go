@@ -53,8 +53,8 @@ func (n nobody) Accept(context.Context, wire.Manifest, uuid.UUID) ([]migration.T
 	return []migration.TargetDevice{{Device: n.device}}, nil
 }
 
-// engine measures the device engine without a VM, over TCP on loopback, from memory to memory; beside it the same connection without the engine.
-// What is moved cannot be compressed.
+// engine measures the device engine without a VM, over TCP on loopback, from memory to memory;
+// beside it the same connection without the engine. What is moved cannot be compressed.
 func (b *bench) engine(ctx context.Context, rounds int) error {
 	from, to := make(ram, aloneSize), make(ram, aloneSize)
 	rng := rand.NewChaCha8([32]byte{})

@@ -21,8 +21,9 @@ import (
 //go:embed load/fault.c
 var faultSource []byte
 
-// faults measures how long a thread of a VMM waits for a page of memory that is in the page cache, and for its first write to one: when we serve that memory, and
-// when it maps the file, as Firecracker does by itself.
+// faults measures how long a thread of a VMM waits for a page of memory that is in the page cache,
+// and for its first write to one: when we serve that memory, and when it maps the file, as
+// Firecracker does by itself.
 func (b *bench) faults(ctx context.Context, rounds int) error {
 	if !uffd.CanTrack() {
 		fmt.Fprintln(b.progress, "SKIPPED: page faults: this kernel does not write-protect memory by userfaultfd")

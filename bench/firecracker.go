@@ -31,8 +31,9 @@ var fcLoad = testguest.Options{ResidentMiB: 64, Rate: 2000, Words: testguest.Aff
 
 const fcMemory = 256 << 20 // bytes
 
-// firecracker measures resumes and moves of a test guest under Firecracker, beside what Firecracker does by itself: loading a snapshot from a file, and moving by a full
-// snapshot. The same machine, guest and snapshot, one after the other.
+// firecracker measures resumes and moves of a test guest under Firecracker, beside what Firecracker
+// does by itself: loading a snapshot from a file, and moving by a full snapshot. The same machine,
+// guest and snapshot, one after the other.
 func (b *bench) firecracker(ctx context.Context, rounds int) error {
 	if err := (firecracker.Driver{}).Check(ctx, vmm.Launch{}); err != nil {
 		fmt.Fprintln(b.progress, "SKIPPED: Firecracker:", err)
@@ -107,7 +108,8 @@ func (b *bench) addSilences(prefix string, s silences) error {
 	return nil
 }
 
-// resume measures from the moment that a waiting Firecracker gets the state until the guest runs, and until it is heard.
+// resume measures from the moment that a waiting Firecracker gets the state until the guest runs,
+// and until it is heard.
 func (f *fc) resume(ctx context.Context, b *bench) (err error) {
 	console := &pulse{}
 	config, err := vmm.ReadPackageConfig(filepath.Join(f.pkg, vmm.PackageFile(vmm.Config)))
@@ -151,7 +153,8 @@ func copyPackage(ctx context.Context, from, to string) error {
 	return nil
 }
 
-// load measures the same of a Firecracker that maps the memory file, which a copy of the package has.
+// load measures the same of a Firecracker that maps the memory file, which a copy of the package
+// has.
 func (f *fc) load(ctx context.Context, b *bench) (err error) {
 	dir := filepath.Join(f.dir, "load")
 	if err := copyPackage(ctx, f.pkg, dir); err != nil {
@@ -182,7 +185,8 @@ func (f *fc) move(ctx context.Context, b *bench) error {
 	return f.moveLive(ctx, b, "fc_move_", migrate.Limits{})
 }
 
-// movePostCopy measures one that hands over at once, so that most of what the target's package lacks follows the VM, slowly but for what somebody waits for.
+// movePostCopy measures one that hands over at once, so that most of what the target's package
+// lacks follows the VM, slowly but for what somebody waits for.
 func (f *fc) movePostCopy(ctx context.Context, b *bench) error {
 	return f.moveLive(ctx, b, "fc_postcopy_", migrate.Limits{Timeout: time.Millisecond, Bandwidth: 4e6})
 }
@@ -270,7 +274,8 @@ func (f *fc) moveLive(ctx context.Context, b *bench, prefix string, limits migra
 	return b.addSilences(prefix, seen)
 }
 
-// moveByFile moves a VM as Firecracker can by itself: pause, full snapshot on a tmpfs, load by another one that waits.
+// moveByFile moves a VM as Firecracker can by itself: pause, full snapshot on a tmpfs, load by
+// another one that waits.
 func (f *fc) moveByFile(ctx context.Context, b *bench) (err error) {
 	dir := filepath.Join(f.dir, "load")
 	if err := copyPackage(ctx, f.pkg, dir); err != nil {
@@ -316,7 +321,8 @@ func (f *fc) moveByFile(ctx context.Context, b *bench) (err error) {
 	return b.addSilences("fc_own_move_", console.between(begin, time.Now()))
 }
 
-// own is a Firecracker without jailer, in a root of its own that has the paths which the snapshot names.
+// own is a Firecracker without jailer, in a root of its own that has the paths which the snapshot
+// names.
 type own struct {
 	root   string
 	cmd    *exec.Cmd

@@ -12,7 +12,8 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// link is a way between two hosts: whatever is sent over a connection through it takes its time. All opponents use it alike.
+// link is a way between two hosts: whatever is sent over a connection through it takes its time.
+// All opponents use it alike.
 type link struct {
 	name  string
 	rate  int64         // bytes per second in each direction, all connections together; 0: no limit

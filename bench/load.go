@@ -25,7 +25,8 @@ import (
 	"drafter/internal/tour"
 )
 
-// The load of a guest: how much it holds and writes, and where it tells that it runs, which is the host's end of the first namespace's link.
+// The load of a guest: how much it holds and writes, and where it tells that it runs, which is the
+// host's end of the first namespace's link.
 const (
 	loadResident = 300 // MiB
 	loadRate     = 20  // MiB of pages per second
@@ -151,7 +152,8 @@ func (b *bench) snapshot(ctx context.Context, load string, gib int) (string, err
 	return pkg, b.snapshotTo(ctx, blueprint, pkg, gib, "ark0")
 }
 
-// snapshots makes the packages of several contests, two at a time: a boot keeps one CPU busy. It needs two network namespaces.
+// snapshots makes the packages of several contests, two at a time: a boot keeps one CPU busy. It
+// needs two network namespaces.
 func (b *bench) snapshots(ctx context.Context, contests []contest) error {
 	netns := make(chan string, 2)
 	netns <- "ark0"

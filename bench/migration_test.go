@@ -16,8 +16,8 @@ import (
 	"drafter/vmm/qemu"
 )
 
-// BenchmarkMigration moves a guest under load between two peers, both in this process, so that a profile shows both ends: 'make profile'. The package is absent at the
-// target.
+// BenchmarkMigration moves a guest under load between two peers, both in this process, so that a
+// profile shows both ends: 'make profile'. The package is absent at the target.
 func BenchmarkMigration(b *testing.B) {
 	bin := os.Getenv("DRAFTER")
 	if bin == "" {

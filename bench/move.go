@@ -113,7 +113,8 @@ func (b *bench) moves(ctx context.Context, contests []contest) (err error) {
 		return err
 	}
 	if b.quick {
-		// With as few rounds, the first one must not pay for what the host has to get ready, such as memory that was given back to its own host.
+		// With as few rounds, the first one must not pay for what the host has to get ready, such
+		// as memory that was given back to its own host.
 		first := contests[0]
 		first.rounds = 1
 		if err := b.uncounted(func() error { return b.contest(ctx, first) }); err != nil {
@@ -161,8 +162,8 @@ func (b *bench) contest(ctx context.Context, c contest) (err error) {
 	return nil
 }
 
-// calm lets be written what the move before has left, and read what the next one starts from, so that none pays for another: the package is on the host as on one
-// that runs its instances.
+// calm lets be written what the move before has left, and read what the next one starts from, so
+// that none pays for another: the package is on the host as on one that runs its instances.
 func (b *bench) calm(ctx context.Context, c contest) error {
 	if err := os.RemoveAll(filepath.Join(b.dir, "instances")); err != nil {
 		return err
@@ -313,7 +314,8 @@ func (b *bench) moveOurs(ctx context.Context, w *watcher, c contest, l link, o o
 	return b.addGaps(c, o, seen, console.between(began, time.Now()))
 }
 
-// addGaps adds what was seen of a guest from outside, over the network and, where it shows something all the time, on its console.
+// addGaps adds what was seen of a guest from outside, over the network and, where it shows
+// something all the time, on its console.
 func (b *bench) addGaps(c contest, o opponent, network, console silences) error {
 	if len(network) < 10 || c.load != loadRedis && len(console) < 10 {
 		return errors.New("the guest does not tick")

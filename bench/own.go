@@ -20,7 +20,8 @@ import (
 	"drafter/vmm/qemu"
 )
 
-// moveOwn moves the guest as QEMU does by itself, as its users have it: memory is QEMU's own, and both sides have the same disks, which they must see to.
+// moveOwn moves the guest as QEMU does by itself, as its users have it: memory is QEMU's own, and
+// both sides have the same disks, which they must see to.
 func (b *bench) moveOwn(ctx context.Context, w *watcher, c contest, l link, o opponent) (err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("the move is not over after %s", patience))
 	defer cancel()
@@ -162,8 +163,9 @@ func (g *ownGuest) start(ctx context.Context, driver qemu.Driver, number int, me
 
 func (m *ownMachine) close() error { return errors.Join(m.Close(), m.dir.Close()) }
 
-// savedOwn makes, once, what QEMU sends of a guest that it moves as it is in its package, and returns the file. Machines with memory of their own start from that;
-// from a package they would share it with a file.
+// savedOwn makes, once, what QEMU sends of a guest that it moves as it is in its package, and
+// returns the file. Machines with memory of their own start from that; from a package they would
+// share it with a file.
 func (b *bench) savedOwn(ctx context.Context, g *ownGuest) (path string, err error) {
 	path = filepath.Join(b.dir, "own-"+g.name)
 	if _, err := os.Stat(path); err == nil {

@@ -53,7 +53,8 @@ func (s silence) length() time.Duration { return s.to.Sub(s.from) }
 // silences are in the order of time.
 type silences []silence
 
-// between returns the silences that a span of time touches. One that still goes on counts up to the span's end.
+// between returns the silences that a span of time touches. One that still goes on counts up to the
+// span's end.
 func (p *pulse) between(from, to time.Time) silences {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -137,7 +138,8 @@ const (
 	redisKeys  = 20_000
 )
 
-// watchRedis writes to a Redis, each time as soon as the last write was acknowledged, wherever the guest is at that time: at one address of several.
+// watchRedis writes to a Redis, each time as soon as the last write was acknowledged, wherever the
+// guest is at that time: at one address of several.
 func watchRedis(ctx context.Context, addrs ...string) *watcher {
 	ctx, cancel := context.WithCancel(ctx)
 	w := &watcher{stop: func() error { cancel(); return nil }}
@@ -164,8 +166,8 @@ func watchRedis(ctx context.Context, addrs ...string) *watcher {
 	return w
 }
 
-// dialEagerly connects to where nobody may be yet. The kernel repeats an attempt that nobody answers only after a second (RFC 6298), so another one begins
-// every 50 ms.
+// dialEagerly connects to where nobody may be yet. The kernel repeats an attempt that nobody
+// answers only after a second (RFC 6298), so another one begins every 50 ms.
 func dialEagerly(ctx context.Context, network, addr string) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	var attempts sync.WaitGroup

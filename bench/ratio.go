@@ -2,13 +2,14 @@ package bench
 
 import "slices"
 
-// ratio is a figure of [Result.Ratios]: the median of what was measured under one name over that under another.
+// ratio is a figure of [Result.Ratios]: the median of what was measured under one name over that
+// under another.
 type ratio struct {
 	key string
 	of  []string // of several, the one with the largest median counts
 	to  string   // "" for none: the figure itself
-	// round says that the figure is the median of the ratios of each round. That is for speeds of what follows one another: how fast the machine is changes from one
-	// minute to the next.
+	// round says that the figure is the median of the ratios of each round. That is for speeds of
+	// what follows one another: how fast the machine is changes from one minute to the next.
 	round bool
 }
 
@@ -56,7 +57,8 @@ func (q ratio) series(r *Result) (of, to []float64) {
 	return of, r.Rounds[q.to]
 }
 
-// perRound is the ratios of each round, the last ones of which are left out if the other side has fewer.
+// perRound is the ratios of each round, the last ones of which are left out if the other side has
+// fewer.
 func perRound(of, to []float64) []float64 {
 	var v []float64
 	for i := range min(len(of), len(to)) {
@@ -77,9 +79,10 @@ func (q ratio) value(r *Result) float64 {
 	return median(of) / median(to)
 }
 
-// RatioSpread returns within what a ratio was in this run: the least and the most of its rounds' ratios, where both sides were measured in as many, else the least
-// of the one side over the most of the other, and the most over the least. Another run's is the same within noise if it is in there. Rounds is how many there were, of
-// the side with fewer; 0: it was not measured.
+// RatioSpread returns within what a ratio was in this run: the least and the most of its rounds'
+// ratios, where both sides were measured in as many, else the least of the one side over the most
+// of the other, and the most over the least. Another run's is the same within noise if it is in
+// there. Rounds is how many there were, of the side with fewer; 0: it was not measured.
 func (r *Result) RatioSpread(key string) (least, most float64, rounds int) {
 	for _, q := range ratios() {
 		if q.key != key || q.value(r) == 0 {

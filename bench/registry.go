@@ -97,8 +97,9 @@ func (p *puller) peer(ctx context.Context, flags ...string) (*tour.Service, erro
 	return nil, errors.Join(context.Cause(ctx), vm.End())
 }
 
-// registry measures how soon Redis replies on a host that has nothing, over a link of 1 Gbit/s: from a registry, and after a copy of the package over the same
-// link by tar, once with the data only and once with all bytes, as most programs copy.
+// registry measures how soon Redis replies on a host that has nothing, over a link of 1 Gbit/s:
+// from a registry, and after a copy of the package over the same link by tar, once with the data
+// only and once with all bytes, as most programs copy.
 func (b *bench) registry(ctx context.Context, rounds int) (err error) {
 	end, err := b.network(ctx, 1) // which also lets this host pass on what its hosts send to one another
 	if err != nil {
@@ -152,7 +153,8 @@ func (b *bench) registry(ctx context.Context, rounds int) (err error) {
 	return err
 }
 
-// pull starts an instance from the registry, waits until all of the package is there, and compares it.
+// pull starts an instance from the registry, waits until all of the package is there, and compares
+// it.
 func (b *bench) pull(ctx context.Context, p *puller, addr, pkg string) error {
 	pulled := filepath.Join(b.dir, "pulled")
 	if err := os.RemoveAll(pulled); err != nil {

@@ -40,7 +40,8 @@ func ReadResult(path string) (r Result, err error) {
 	return r, nil
 }
 
-// Key is the name of a figure of moves: over this link, of a guest of this size with this load, by this opponent.
+// Key is the name of a figure of moves: over this link, of a guest of this size with this load, by
+// this opponent.
 func Key(link string, gib int, load, opponent, figure string) string {
 	return fmt.Sprintf("%s/%dGiB/%s/%s/%s", link, gib, load, opponent, figure)
 }

@@ -44,7 +44,8 @@ func (b *bench) start(ctx context.Context, rounds int) (err error) {
 	return nil
 }
 
-// boot measures a boot of the Redis guest, until its port is open and its agent answers, and the suspend after it.
+// boot measures a boot of the Redis guest, until its port is open and its agent answers, and the
+// suspend after it.
 func (b *bench) boot(ctx context.Context, _ string) error {
 	blueprint, err := b.blueprint(ctx, loadRedis)
 	if err != nil {
@@ -68,7 +69,8 @@ func (b *bench) boot(ctx context.Context, _ string) error {
 	return nil
 }
 
-// runner measures from the start of the command to the guest running, to the agent's answer, and the suspend at the end.
+// runner measures from the start of the command to the guest running, to the agent's answer, and
+// the suspend at the end.
 func (b *bench) runner(ctx context.Context, pkg string) error {
 	copied := filepath.Join(b.dir, "runner")
 	if err := copyPackage(ctx, pkg, copied); err != nil {
@@ -93,7 +95,8 @@ func (b *bench) runner(ctx context.Context, pkg string) error {
 	return err
 }
 
-// running is since when a guest has run, of the line that says so: it is written after the agent's answer.
+// running is since when a guest has run, of the line that says so: it is written after the agent's
+// answer.
 func running(resumed tour.Line) time.Time { return resumed.Time.Add(resumed.Took - resumed.AgentAfter) }
 
 // peer measures what the device engine adds to a resume, beside the runner.
@@ -131,7 +134,8 @@ func (b *bench) startPeer(pkg, instance, netns string) (*tour.Service, error) {
 	return b.drafter.Start("peer", "--raddr", "", "--laddr", "", "--enable-output=false", "--chroot-base-dir", b.vms(), "--netns", netns, "--package", pkg, "--instance", instance)
 }
 
-// clones measures the start of several instances of one package at once, all commands together: until the last guest runs, and what our processes have used.
+// clones measures the start of several instances of one package at once, all commands together:
+// until the last guest runs, and what our processes have used.
 func (b *bench) clones(ctx context.Context, pkg string) (err error) {
 	instances := filepath.Join(b.dir, "clones")
 	var peers []*tour.Service
@@ -227,7 +231,8 @@ func (b *bench) resumeOnce(ctx context.Context, pkg string) error {
 	return i.Close()
 }
 
-// pack measures the packager in MB (10⁶ bytes) per second: of data, holes not counted, and of devices as the guest sees them. Both end durable on disk.
+// pack measures the packager in MB (10⁶ bytes) per second: of data, holes not counted, and of
+// devices as the guest sees them. Both end durable on disk.
 func (b *bench) pack(ctx context.Context, pkg string) error {
 	extracted, archive := filepath.Join(b.dir, "extracted"), filepath.Join(b.dir, "package.tar.zst")
 	var data, devices float64

@@ -42,8 +42,9 @@ func cpuSeconds(pid int) (float64, error) {
 	return (user + system) / ticksPerSecond, errors.Join(err, serr)
 }
 
-// follow looks at a process every few milliseconds until it has ended, and then tells how much CPU time it has used since, in seconds, and its largest
-// resident set in MB. What a parent learns of a child that has ended includes that one's children, which are VMMs here.
+// follow looks at a process every few milliseconds until it has ended, and then tells how much CPU
+// time it has used since, in seconds, and its largest resident set in MB. What a parent learns of a
+// child that has ended includes that one's children, which are VMMs here.
 func follow(s *tour.Service) (used func() (cpu, peak float64)) {
 	done := make(chan struct{})
 	before, _ := cpuSeconds(s.PID()) // a process that has ended has used nothing
@@ -80,7 +81,8 @@ func peakRSS(pid int) (float64, error) {
 	return kb * 1024 / 1e6, err
 }
 
-// privateMemory is what a process takes beside the files that it maps, in MB (proc_pid_status(5): RssAnon).
+// privateMemory is what a process takes beside the files that it maps, in MB (proc_pid_status(5):
+// RssAnon).
 func privateMemory(pid int) (float64, error) {
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {

@@ -14,7 +14,8 @@ import (
 // wireSize is how much is encoded and decoded at a time, in bytes.
 const wireSize = 1 << 30
 
-// wire measures encoding and decoding of extents, of which one end sends and the other reads, over a pipe in memory.
+// wire measures encoding and decoding of extents, of which one end sends and the other reads, over
+// a pipe in memory.
 func (b *bench) wire(ctx context.Context, rounds int) error {
 	random := rand.NewChaCha8([32]byte{2})
 	for range rounds {

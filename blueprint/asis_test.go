@@ -121,7 +121,8 @@ func commandOf(t *testing.T, ref, platform string) (string, error) {
 	return strings.Join(config.Config.Cmd, " "), err
 }
 
-// dockerArchive is what "docker save" writes: of two images that share a layer, the second's being a link.
+// dockerArchive is what "docker save" writes: of two images that share a layer, the second's being
+// a link.
 func dockerArchive(t *testing.T, layers string) []byte {
 	t.Helper()
 	layer := tarOf(t, [2]string{"a", "x"})

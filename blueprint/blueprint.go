@@ -1,5 +1,5 @@
-// Package blueprint makes what a VM boots from: a kernel, an initramfs and a root file system from Debian packages, and disks that hold an OCI
-// runtime bundle made from an OCI image.
+// Package blueprint makes what a VM boots from: a kernel, an initramfs and a root file system from
+// Debian packages, and disks that hold an OCI runtime bundle made from an OCI image.
 package blueprint
 
 import (
@@ -15,8 +15,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Progress is told how far a long step is. total is 0 while unknown, and done equals total at the end of a step. It is called from one
-// goroutine at a time and must not block. A nil Progress is not called.
+// Progress is told how far a long step is. total is 0 while unknown, and done equals total at the
+// end of a step. It is called from one goroutine at a time and must not block. A nil Progress is
+// not called.
 type Progress func(step string, done, total int64)
 
 func (p Progress) report(step string, done, total int64) {
@@ -28,7 +29,8 @@ func (p Progress) report(step string, done, total int64) {
 // toolPackages says which Debian package brings a program we run.
 var toolPackages = map[string]string{"mke2fs": "e2fsprogs", "dpkg-deb": "dpkg", "apt-get": "apt"}
 
-// runTool runs a program of the host's and returns its output. The error ends with what the program said.
+// runTool runs a program of the host's and returns its output. The error ends with what the program
+// said.
 func runTool(ctx context.Context, dir, name string, args ...string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Dir = dir

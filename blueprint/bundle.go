@@ -46,7 +46,8 @@ type Limits struct {
 
 const defaultMaxBytes = 64 << 30
 
-// BuildOCI makes an ext4 image that holds the OCI runtime bundle of an image. See [UnpackOCI] and [PackOCI] for its halves.
+// BuildOCI makes an ext4 image that holds the OCI runtime bundle of an image. See [UnpackOCI] and
+// [PackOCI] for its halves.
 func BuildOCI(ctx context.Context, image v1.Image, limits Limits, c Ext4Config) (err error) {
 	if err := checkCommand(image); err != nil {
 		return err
@@ -66,8 +67,9 @@ func BuildOCI(ctx context.Context, image v1.Image, limits Limits, c Ext4Config) 
 // defaultBundleFree is the room a packed bundle has for the container's own data.
 const defaultBundleFree = 512 << 20
 
-// PackOCI makes an ext4 image of the bundle in c.Source, after checking that it is one, and that nobody can change it meanwhile: a link that takes a file's
-// place would bring any file of the host into the image.
+// PackOCI makes an ext4 image of the bundle in c.Source, after checking that it is one, and that
+// nobody can change it meanwhile: a link that takes a file's place would bring any file of the host
+// into the image.
 func PackOCI(ctx context.Context, c Ext4Config) error {
 	for _, dir := range []string{c.Source, filepath.Join(c.Source, "rootfs")} {
 		if err := checkOwner(dir, os.Getenv("SUDO_UID")); err != nil {
@@ -93,7 +95,8 @@ func PackOCI(ctx context.Context, c Ext4Config) error {
 // maxBundleConfig bounds a bundle's config.json, in bytes.
 const maxBundleConfig = 16 << 20
 
-// checkOwner refuses what is no directory, or one that others than root, this user and the one with the id also may write to.
+// checkOwner refuses what is no directory, or one that others than root, this user and the one with
+// the id also may write to.
 func checkOwner(dir, also string) error {
 	var st unix.Stat_t
 	if err := unix.Stat(dir, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR {
@@ -126,8 +129,9 @@ func readRegular(path string, limit int64) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, limit))
 }
 
-// UnpackOCI makes an OCI runtime bundle of an image: dir/rootfs and dir/config.json. It needs root. dir must be empty or not exist. It is closed to other users:
-// there are setuid programs and devices of a stranger's in it. It is there once it is complete; a failure leaves nothing.
+// UnpackOCI makes an OCI runtime bundle of an image: dir/rootfs and dir/config.json. It needs root.
+// dir must be empty or not exist. It is closed to other users: there are setuid programs and
+// devices of a stranger's in it. It is there once it is complete; a failure leaves nothing.
 func UnpackOCI(ctx context.Context, image v1.Image, dir string, limits Limits, progress Progress) (err error) {
 	dir = filepath.Clean(dir)
 	if entries, err := os.ReadDir(dir); err == nil && len(entries) > 0 {
@@ -203,8 +207,9 @@ func makeBundle(ctx context.Context, image v1.Image, dir string, limits Limits, 
 	return nil
 }
 
-// unpackLayer applies a layer to rootfs: whiteouts, hard links, owners, modes, extended attributes, device nodes. It runs in a chroot, so that
-// no symbolic link leads out of it, and checks the layer's content against its id in the image's config.
+// unpackLayer applies a layer to rootfs: whiteouts, hard links, owners, modes, extended attributes,
+// device nodes. It runs in a chroot, so that no symbolic link leads out of it, and checks the
+// layer's content against its id in the image's config.
 func unpackLayer(ctx context.Context, layer v1.Layer, id v1.Hash, rootfs string, left *Limits, count func(int)) (err error) {
 	compressed, err := layer.Compressed()
 	if err != nil {
@@ -248,8 +253,9 @@ var errUnpacked = errors.New("unpacking has ended")
 // maxPath bounds a name in a layer, in bytes (PATH_MAX of Linux).
 const maxPath = 4096
 
-// check copies a layer's tar archive to w, entry by entry, each only once it is within what is left. A header can promise any size, and a sparse file is of that
-// size, however short the archive: so what unpacks sees no header but those written here.
+// check copies a layer's tar archive to w, entry by entry, each only once it is within what is
+// left. A header can promise any size, and a sparse file is of that size, however short the
+// archive: so what unpacks sees no header but those written here.
 func (l *Limits) check(ctx context.Context, w io.Writer, r *tar.Reader) error {
 	out := tar.NewWriter(w)
 	made := layerNames{dirs: map[string]bool{}, implied: map[string]bool{}}
@@ -438,12 +444,12 @@ var defaultCapabilities = []string{
 // socket all the same. What its user sends is guarded outside the VM.
 var pingCapabilities = []string{"CAP_NET_RAW"}
 
-// bundleVersion is the version of the runtime specification our bundles keep to. It is an old one on purpose: runtimes refuse newer ones than
-// they know, and nothing of those is needed.
+// bundleVersion is the version of the runtime specification our bundles keep to. It is an old one
+// on purpose: runtimes refuse newer ones than they know, and nothing of those is needed.
 const bundleVersion = "1.0.2"
 
-// runtimeSpec converts an image's config as the OCI image specification says (conversion.md). The container shares the VM's network: the VM
-// is the boundary.
+// runtimeSpec converts an image's config as the OCI image specification says (conversion.md). The
+// container shares the VM's network: the VM is the boundary.
 func runtimeSpec(config *v1.ConfigFile, rootfs string) (*specs.Spec, error) {
 	c := config.Config
 	args, err := command(c)
@@ -663,7 +669,8 @@ func environment(image []string, home string) []string {
 // maxUsers bounds what is read of an image's passwd and group files, in bytes.
 const maxUsers = 16 << 20
 
-// lookUpUser resolves an image's user ("name", "uid", "name:group", "uid:gid") with the image's own passwd and group files.
+// lookUpUser resolves an image's user ("name", "uid", "name:group", "uid:gid") with the image's own
+// passwd and group files.
 func lookUpUser(root *rootDir, spec string) (specs.User, string, error) {
 	open := func(name string) (io.Reader, error) {
 		b, err := root.readFile(name, maxUsers)

@@ -253,7 +253,8 @@ func TestRuntimeSpec(t *testing.T) {
 	}
 }
 
-// TestAbsoluteSymlinks converts images whose passwd and volume lie behind absolute links, which mean the image's root, not the host's.
+// TestAbsoluteSymlinks converts images whose passwd and volume lie behind absolute links, which
+// mean the image's root, not the host's.
 func TestAbsoluteSymlinks(t *testing.T) {
 	need.Root(t)
 	outside := t.TempDir()

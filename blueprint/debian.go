@@ -16,8 +16,9 @@ import (
 	"drafter/internal/private"
 )
 
-// UnpackDebian downloads Debian packages with all they depend on, and unpacks them into dir, a new directory. Maintainer scripts are not run.
-// cache keeps the downloads. It needs root, apt and dpkg.
+// UnpackDebian downloads Debian packages with all they depend on, and unpacks them into dir, a new
+// directory. Maintainer scripts are not run. cache keeps the downloads. It needs root, apt and
+// dpkg.
 func UnpackDebian(ctx context.Context, dir, cache string, progress Progress, names ...string) error {
 	progress.report("Downloading packages", 0, 0)
 	debs, err := fetchPackages(ctx, cache, names...)
@@ -37,7 +38,8 @@ func UnpackDebian(ctx context.Context, dir, cache string, progress Progress, nam
 	return unpackPackages(ctx, dir, debs, func(done, total int64) { progress.report("Unpacking packages", done, total) })
 }
 
-// fetchPackages downloads the named packages with all they depend on, as if nothing were installed, and returns the .deb files.
+// fetchPackages downloads the named packages with all they depend on, as if nothing were installed,
+// and returns the .deb files.
 func fetchPackages(ctx context.Context, cache string, names ...string) (_ []string, err error) {
 	cache, err = filepath.Abs(cache) // apt takes relative paths to be its own
 	if err != nil {
@@ -67,8 +69,8 @@ func fetchPackages(ctx context.Context, cache string, names ...string) (_ []stri
 		out, err := runTool(ctx, "", "apt-get", append(args, names...)...)
 		return string(out), aptHint(err)
 	}
-	// Which files the names stand for today; the cache may hold older versions as well. apt does not name what it has, so it is asked with an
-	// empty cache.
+	// Which files the names stand for today; the cache may hold older versions as well. apt does
+	// not name what it has, so it is asked with an empty cache.
 	empty := filepath.Join(cache, "none")
 	if err := os.MkdirAll(filepath.Join(empty, "partial"), 0o755); err != nil {
 		return nil, err
@@ -121,7 +123,8 @@ const lockPause = 100 * time.Millisecond
 // cacheRemedy mends a cache whose file system is full.
 const cacheRemedy = "name another --cache"
 
-// makeCache makes the directory of a cache. One that another user may write to is refused: what is in it is not downloaded, nor verified, again.
+// makeCache makes the directory of a cache. One that another user may write to is refused: what is
+// in it is not downloaded, nor verified, again.
 func makeCache(dir string) error {
 	if err := private.MkdirAll(dir); err != nil {
 		return fmt.Errorf("--cache: %w", err)
@@ -135,7 +138,8 @@ func makeCache(dir string) error {
 // uriLine is a line of apt-get --print-uris: 'URI' FILE SIZE HASH.
 var uriLine = regexp.MustCompile(`(?m)^'[^']+' (\S+\.deb) \d+`)
 
-// fetchKernel downloads the kernel image that a kernel package stands for, without its dependencies, and returns the .deb file.
+// fetchKernel downloads the kernel image that a kernel package stands for, without its
+// dependencies, and returns the .deb file.
 func fetchKernel(ctx context.Context, cache, name string) (_ string, err error) {
 	if cache, err = filepath.Abs(cache); err != nil {
 		return "", err
@@ -156,7 +160,8 @@ func fetchKernel(ctx context.Context, cache, name string) (_ string, err error) 
 	if m := kernelDepends.FindStringSubmatch(string(out)); m != nil {
 		name = m[1] // a package such as linux-image-cloud-amd64 only names the current image
 	}
-	// apt says nothing about a file that is in its directory already, so it is asked in another one.
+	// apt says nothing about a file that is in its directory already, so it is asked in another
+	// one.
 	out, err = runTool(ctx, os.TempDir(), "apt-get", "-q", "--print-uris", "download", name)
 	if err != nil {
 		return "", aptHint(err)

@@ -26,14 +26,16 @@ type Ext4Config struct {
 // minExt4 leaves room for a journal.
 const minExt4 = 64 << 20
 
-// MakeExt4 makes a sparse image of an ext4 file system that holds a directory's content with owners, modes, extended attributes, hard links
-// and device nodes. It needs root to read all of these, and mke2fs. The output has its name only once it is complete.
+// MakeExt4 makes a sparse image of an ext4 file system that holds a directory's content with
+// owners, modes, extended attributes, hard links and device nodes. It needs root to read all of
+// these, and mke2fs. The output has its name only once it is complete.
 func MakeExt4(ctx context.Context, c Ext4Config) error {
 	used, inodes, err := usage(c.Source)
 	if err != nil {
 		return fmt.Errorf("measure %s: %w", c.Source, err)
 	}
-	// Room for the file system itself: inode tables (256 bytes each), block maps, directories and a journal.
+	// Room for the file system itself: inode tables (256 bytes each), block maps, directories and a
+	// journal.
 	need := used + used/32 + inodes*512 + 32<<20
 	size := c.Size
 	if size == 0 {
@@ -50,7 +52,8 @@ func MakeExt4(ctx context.Context, c Ext4Config) error {
 	err = f.Truncate(size)
 	if err == nil {
 		stop := c.watch(f.Link(), used)
-		// With nothing left to initialise, the guest's kernel does not write to a new disk behind the user's back.
+		// With nothing left to initialise, the guest's kernel does not write to a new disk behind
+		// the user's back.
 		_, err = runTool(ctx, "", "mke2fs", "-q", "-F", "-t", "ext4", "-L", c.Label, "-m", "0", "-b", "4096", "-N", fmt.Sprint(max(inodes*5/4+1024, size>>14)),
 			"-E", "lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0", "-d", c.Source, f.Link())
 		stop()
@@ -89,7 +92,8 @@ func usage(root string) (used, inodes int64, err error) {
 	return used, inodes, err
 }
 
-// watch reports how much of a file is written until the function it returns is called. mke2fs itself says nothing.
+// watch reports how much of a file is written until the function it returns is called. mke2fs
+// itself says nothing.
 func (c *Ext4Config) watch(path string, total int64) (stop func()) {
 	if c.Progress == nil {
 		return func() {}

@@ -27,13 +27,15 @@ type ImageConfig struct {
 	Ref string
 	// Platform is OS/ARCH[/VARIANT]; "" for linux and this host's architecture.
 	Platform string
-	// PlainHTTP talks to the registry without TLS. Registries on loopback addresses are always spoken to so.
+	// PlainHTTP talks to the registry without TLS. Registries on loopback addresses are always
+	// spoken to so.
 	PlainHTTP bool
 	// MaxArchive bounds what a compressed archive may unpack to, in bytes; 0 for 64 GiB.
 	MaxArchive int64
 }
 
-// OpenImage finds an image. Its layers are fetched when they are read. Registry credentials come from docker's configuration file.
+// OpenImage finds an image. Its layers are fetched when they are read. Registry credentials come
+// from docker's configuration file.
 func OpenImage(ctx context.Context, c ImageConfig) (v1.Image, error) {
 	platform, err := parsePlatform(c.Platform)
 	if err != nil {

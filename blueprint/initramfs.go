@@ -13,11 +13,13 @@ import (
 	"drafter/internal/guest"
 )
 
-// modules are what a VM of ours needs before its root file system is mounted, and what its agent needs to be reached. ext4 is built in.
+// modules are what a VM of ours needs before its root file system is mounted, and what its agent
+// needs to be reached. ext4 is built in.
 var modules = []string{"virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net", "virtio_console", "virtio_rng", "vmw_vsock_virtio_transport"}
 
-// buildInitramfs writes a cpio archive with drafter-guest as its init and the kernel modules below dir, in the order to load them. It is
-// not compressed: unpacking costs an emulated CPU more than reading.
+// buildInitramfs writes a cpio archive with drafter-guest as its init and the kernel modules below
+// dir, in the order to load them. It is not compressed: unpacking costs an emulated CPU more than
+// reading.
 func buildInitramfs(dir, guestBinary, output string) error {
 	binary, err := readStatic(guestBinary)
 	if err != nil {
@@ -77,7 +79,8 @@ func readStatic(path string) ([]byte, error) {
 	return b, nil
 }
 
-// resolveModules returns the files of the named kernel modules and of all they depend on, dependencies first.
+// resolveModules returns the files of the named kernel modules and of all they depend on,
+// dependencies first.
 func resolveModules(dir string, names []string) ([]string, error) {
 	byName := map[string]string{}
 	err := filepath.WalkDir(filepath.Join(dir, "lib/modules"), func(path string, d os.DirEntry, err error) error {
@@ -128,7 +131,8 @@ func resolveModules(dir string, names []string) ([]string, error) {
 // moduleName folds the two spellings of a module's name.
 func moduleName(s string) string { return strings.ReplaceAll(s, "-", "_") }
 
-// moduleDepends reads the depends= entry of a module's .modinfo section, from which depmod makes modules.dep.
+// moduleDepends reads the depends= entry of a module's .modinfo section, from which depmod makes
+// modules.dep.
 func moduleDepends(path string) ([]string, error) {
 	f, err := elf.Open(path)
 	if err != nil {

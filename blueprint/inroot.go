@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// rootDir is a directory in which paths resolve as if it were the root: neither ".." nor an absolute symbolic link leads out of it
-// (openat2(2), RESOLVE_IN_ROOT).
+// rootDir is a directory in which paths resolve as if it were the root: neither ".." nor an
+// absolute symbolic link leads out of it (openat2(2), RESOLVE_IN_ROOT).
 type rootDir struct{ *os.File }
 
 func openRootDir(path string) (*rootDir, error) {
@@ -31,8 +31,8 @@ func (r *rootDir) open(path string, flags int) (*os.File, error) {
 	return os.NewFile(uintptr(fd), path), nil
 }
 
-// readFile reads at most limit bytes of a regular file. What is something else is not opened: a FIFO
-// would hold up the open, and a device of the host's may act on it.
+// readFile reads at most limit bytes of a regular file. What is something else is not opened: a
+// FIFO would hold up the open, and a device of the host's may act on it.
 func (r *rootDir) readFile(path string, limit int64) ([]byte, error) {
 	at, err := r.open(path, unix.O_PATH)
 	if err != nil {

@@ -15,7 +15,8 @@ import (
 	"github.com/ulikunitz/xz/lzma"
 )
 
-// Fields of a bzImage's setup header (Documentation/arch/x86/boot.rst of Linux), as offsets into the file.
+// Fields of a bzImage's setup header (Documentation/arch/x86/boot.rst of Linux), as offsets into
+// the file.
 const (
 	setupSects    = 0x1f1 // 1 byte: size of the real-mode code in sectors, without the first
 	setupMagic    = 0x202 - 4
@@ -29,8 +30,9 @@ const (
 	maxDictionary = 128 << 20 // bytes that a decompressor keeps of the past: the kernel's build asks for that much at most (scripts/Makefile.lib)
 )
 
-// ExtractKernel writes the ELF kernel inside a bzImage to w. An image that is an ELF file already is copied. VMMs start an ELF kernel at once,
-// without firmware and without unpacking it in the guest.
+// ExtractKernel writes the ELF kernel inside a bzImage to w. An image that is an ELF file already
+// is copied. VMMs start an ELF kernel at once, without firmware and without unpacking it in the
+// guest.
 func ExtractKernel(w io.Writer, image []byte) error {
 	elf := []byte("\x7fELF")
 	if bytes.HasPrefix(image, elf) {

@@ -40,7 +40,8 @@ var rootPackages = []string{"crun", "busybox-static"}
 
 const defaultRootFree = 256 << 20
 
-// BuildOS makes an OS blueprint. It needs root, apt and dpkg. Files appear under their names only once they are complete.
+// BuildOS makes an OS blueprint. It needs root, apt and dpkg. Files appear under their names only
+// once they are complete.
 func BuildOS(ctx context.Context, c OSConfig) (err error) {
 	if c.Kernel == "" {
 		c.Kernel = DefaultKernel
@@ -165,7 +166,8 @@ func linkApplets(ctx context.Context, root string) error {
 	return nil
 }
 
-// writeFile makes a file with what write produces; it has its name only once it is complete and durable.
+// writeFile makes a file with what write produces; it has its name only once it is complete and
+// durable.
 func writeFile(path string, write func(io.Writer) error) error {
 	f, err := newfile.Create(path)
 	if err != nil {

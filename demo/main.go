@@ -1,9 +1,11 @@
-// The demo does what the README's first tour does, with the commands a user would type: it builds blueprints, boots and snapshots a VM with
-// Redis from an OCI image in a registry, resumes it, writes keys through a forwarded port, suspends, resumes again, and reads all keys back.
-// Then it starts an instance of the package and moves it live to another peer, while a client writes to it.
+// The demo does what the README's first tour does, with the commands a user would type: it builds
+// blueprints, boots and snapshots a VM with Redis from an OCI image in a registry, resumes it,
+// writes keys through a forwarded port, suspends, resumes again, and reads all keys back. Then it
+// starts an instance of the package and moves it live to another peer, while a client writes to it.
 // Its last line on stdout is a JSON object with what was measured.
 //
-// With --vmm firecracker all of it runs on Firecracker. With --blueprint it uses one that is there already, and needs no network.
+// With --vmm firecracker all of it runs on Firecracker. With --blueprint it uses one that is there
+// already, and needs no network.
 package main
 
 import (
@@ -196,7 +198,8 @@ func (d *demo) useVM(ctx context.Context, r *result) error {
 
 const secondAddr = "127.0.0.1:4444"
 
-// moveVM runs an instance in one namespace, moves it to another, and reads there what was written before and meanwhile.
+// moveVM runs an instance in one namespace, moves it to another, and reads there what was written
+// before and meanwhile.
 func (d *demo) moveVM(ctx context.Context, r *result) (err error) {
 	forwarder, err := d.drafter.Start("forwarder", "--port-forwards", fmt.Sprintf(`[{"netns":"ark0","internalPort":"6379","protocol":"tcp","externalAddr":%q},{"netns":"ark1","internalPort":"6379","protocol":"tcp","externalAddr":%q}]`, externalAddr, secondAddr))
 	if err != nil {

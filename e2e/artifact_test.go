@@ -12,7 +12,8 @@ import (
 	"drafter/internal/ocitest"
 )
 
-// A package goes to an OCI registry and comes back; an instance starts from there at once, and without it once all is here.
+// A package goes to an OCI registry and comes back; an instance starts from there at once, and
+// without it once all is here.
 func TestArtifact(t *testing.T) {
 	s := emptySite(t)
 	s.Bin = filepath.Join(work, "bin/plain/drafter") // compression is ten times slower with the race detector; the tests of the package artifact have it

@@ -33,7 +33,8 @@ import (
 	"drafter/internal/tour"
 )
 
-// databases makes an OCI layout of Redis and PostgreSQL in one container. Both acknowledge a write once it is on their disk.
+// databases makes an OCI layout of Redis and PostgreSQL in one container. Both acknowledge a write
+// once it is on their disk.
 func databases(ctx context.Context, cache, layout string) (err error) {
 	root, err := os.MkdirTemp("", "drafter-databases-")
 	if err != nil {
@@ -197,7 +198,8 @@ type lostError struct{ text string }
 
 func (l lostError) Error() string { return "an acknowledged write is lost: " + l.text }
 
-// audit writes numbers to a database, one after the other, at whichever of two places it answers, and knows what was acknowledged.
+// audit writes numbers to a database, one after the other, at whichever of two places it answers,
+// and knows what was acknowledged.
 type audit struct {
 	name  string
 	addrs [2]string
@@ -255,7 +257,8 @@ func (a *audit) mark() {
 	a.first = [2]int{-1, -1}
 }
 
-// takeBack forgets what a place has acknowledged since the mark, as an operator has settled, and tells how much that is.
+// takeBack forgets what a place has acknowledged since the mark, as an operator has settled, and
+// tells how much that is.
 func (a *audit) takeBack(at int) (lost int) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -585,7 +588,8 @@ func (d *badDay) disturbed(who string) func() string {
 	return func() string { return d.settle(who, began, source, target, from, to, left, instance) }
 }
 
-// settle does what an operator does after a move that went wrong: looks where the VM is, and follows what the errors say.
+// settle does what an operator does after a move that went wrong: looks where the VM is, and
+// follows what the errors say.
 func (d *badDay) settle(who string, began time.Time, source, target *attached, from, to int, left, instance string) string {
 	switch who { // who was killed has ended
 	case "end source":
@@ -738,8 +742,9 @@ func (d *badDay) weather(kind string) (mend func()) {
 	return func() {}
 }
 
-// Ordinary bad days, at random, for DRAFTER_SOAK_TIME (20m): all that a database has acknowledged is there after each of them, what ends does so in time, and the
-// host is clean at the end. DRAFTER_SOAK_SEED makes the same days again.
+// Ordinary bad days, at random, for DRAFTER_SOAK_TIME (20m): all that a database has acknowledged
+// is there after each of them, what ends does so in time, and the host is clean at the end.
+// DRAFTER_SOAK_SEED makes the same days again.
 func TestSoakBadDays(t *testing.T) {
 	need.Soak(t)
 	lasts, seed := 20*time.Minute, uint64(time.Now().UnixNano())
@@ -824,7 +829,8 @@ func (d *badDay) act(kind string) (finish func() string) {
 	return d.disturbed(kind)
 }
 
-// createTable makes what the audit of PostgreSQL writes to, once the server, which listens before, is ready.
+// createTable makes what the audit of PostgreSQL writes to, once the server, which listens before,
+// is ready.
 func (d *badDay) createTable() {
 	d.t.Helper()
 	p, err := dialPostgres(d.audits[1].addrs[0])

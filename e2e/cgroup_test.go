@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// The limits hold in cgroup version 2, too, whose controllers this host may have in version 1: the tests of package process run in a guest, whose kernel has
-// them all.
+// The limits hold in cgroup version 2, too, whose controllers this host may have in version 1: the
+// tests of package process run in a guest, whose kernel has them all.
 func TestLimitsInVersion2(t *testing.T) {
 	s := emptySite(t)
 	binary := filepath.Join(s.dir, "process.test")

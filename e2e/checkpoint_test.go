@@ -48,7 +48,8 @@ func holds(t *testing.T, c *redis.Client, n int) {
 	}
 }
 
-// cleanDisks checks the file systems of a package's disks as a boot would: a journal may be replayed, nothing else may be wrong.
+// cleanDisks checks the file systems of a package's disks as a boot would: a journal may be
+// replayed, nothing else may be wrong.
 func cleanDisks(t *testing.T, pkg string) {
 	t.Helper()
 	disks, err := filepath.Glob(filepath.Join(pkg, "*.ext4"))
@@ -80,8 +81,9 @@ func (s *site) resumes(t *testing.T, pkg, netns string) *tour.Service {
 	return s.start(t, "runner", "--chroot-base-dir", "vms", "--netns", netns, "--devices", tour.PackageDevices(pkg))
 }
 
-// A VM under load is checkpointed five times, over the same files, and terminated at last. Each result runs again with all that was acknowledged before, and
-// the VM never stops for longer than for a handoff.
+// A VM under load is checkpointed five times, over the same files, and terminated at last. Each
+// result runs again with all that was acknowledged before, and the VM never stops for longer than
+// for a handoff.
 func TestCheckpoints(t *testing.T) {
 	s := emptySite(t)
 	c := s.redisIn(t, "ark1", "127.0.0.1:4444")
@@ -144,7 +146,8 @@ func TestSomeDevices(t *testing.T) {
 	end(t, vm)
 }
 
-// A checkpoint that is killed, or whose disk is full, leaves the checkpoint before it, and the VM as it is.
+// A checkpoint that is killed, or whose disk is full, leaves the checkpoint before it, and the VM
+// as it is.
 func TestFailedCheckpoint(t *testing.T) {
 	s := emptySite(t)
 	c := s.redisIn(t, "ark0", redisAddr)

@@ -49,7 +49,8 @@ func TestClones(t *testing.T) {
 	s := emptySite(t)
 	var console bytes.Buffer
 	original := resume(t, "ark0", filepath.Join(s.dir, "original"), func(c *peer.Config) { c.Host.Output = &console })
-	// It notes what its generator says, all the time, and says on its console when it did: what is there was drawn before there were clones.
+	// It notes what its generator says, all the time, and says on its console when it did: what is
+	// there was drawn before there were clones.
 	guest(t, original, `(while :; do s="$(cut -d' ' -f1 /proc/uptime) $(cat /proc/sys/kernel/random/uuid)"; echo "$s"; echo "drawn at $s" > /dev/console; done > /dev/shm/samples 2>&1 < /dev/null) > /dev/null 2>&1 < /dev/null &`)
 	guest(t, original, "until [ $(wc -l < /dev/shm/samples) -ge 30 ]; do sleep 0.1; done")
 	if err := original.Suspend(t.Context()); err != nil {
@@ -87,7 +88,8 @@ func TestClones(t *testing.T) {
 		t.Errorf("both clones have the boot id %s", bootIDs[0])
 	}
 	draw := func(sample string) string { return strings.Fields(sample)[1] }
-	// What the original drew, and what the clones draw until their kernels have handled the notice that they are clones.
+	// What the original drew, and what the clones draw until their kernels have handled the notice
+	// that they are clones.
 	same := 0
 	for same < min(len(samples[0]), len(samples[1])) && draw(samples[0][same]) == draw(samples[1][same]) {
 		same++

@@ -14,7 +14,8 @@ import (
 	"drafter/vmm/qemu"
 )
 
-// The program of docs/embedding.md, in a module of its own, makes a package and moves its VM with public packages alone.
+// The program of docs/embedding.md, in a module of its own, makes a package and moves its VM with
+// public packages alone.
 func TestEmbedding(t *testing.T) {
 	dir := t.TempDir()
 	run := func(name string, args ...string) string {
@@ -70,7 +71,8 @@ func buildEmbedding(t *testing.T, run func(name string, args ...string) string, 
 	return filepath.Join(dir, "embed")
 }
 
-// newPeer is a peer for an instance of the package, in a network namespace that 'drafter nat' made. The instance is kept in dir.
+// newPeer is a peer for an instance of the package, in a network namespace that 'drafter nat' made.
+// The instance is kept in dir.
 func newPeer(netns, dir string, options ...func(*peer.Config)) (*peer.Peer, error) {
 	devices, err := peer.PackageDevices(filepath.Join(work, "out/package"), dir)
 	if err != nil {

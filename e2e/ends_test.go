@@ -87,8 +87,8 @@ func awaitRedis(t *testing.T, c *redis.Client) {
 	})
 }
 
-// Whatever ends an instance, or is done to its terminal, its VM is kept: suspended where that can be, else it boots from its disks, with all that was acknowledged,
-// and the log says which and why.
+// Whatever ends an instance, or is done to its terminal, its VM is kept: suspended where that can
+// be, else it boots from its disks, with all that was acknowledged, and the log says which and why.
 func TestEnds(t *testing.T) {
 	s := emptySite(t)
 	c := direct(t)
@@ -129,7 +129,8 @@ func TestEnds(t *testing.T) {
 		}
 	}
 
-	// Who reads its output ends; somebody's mount namespace has its devices mounted; the terminal is closed.
+	// Who reads its output ends; somebody's mount namespace has its devices mounted; the terminal
+	// is closed.
 	r, w := pipe(t)
 	vm, _ := s.launched(t, w, w)
 	w.Close()
@@ -151,7 +152,8 @@ func TestEnds(t *testing.T) {
 	}
 	endsWell(t, vm)
 
-	// Nobody reads its output, and the log disk is full. The guest prints more than any pipe holds, and goes on; then it is off.
+	// Nobody reads its output, and the log disk is full. The guest prints more than any pipe holds,
+	// and goes on; then it is off.
 	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
 	if err != nil {
 		t.Fatal(err)

@@ -19,7 +19,8 @@ import (
 	"drafter/internal/tour"
 )
 
-// link is a proxy between a target and its source that can be cut, frozen, and made deaf for what the target says.
+// link is a proxy between a target and its source that can be cut, frozen, and made deaf for what
+// the target says.
 type link struct {
 	addr string
 	l    net.Listener
@@ -70,7 +71,8 @@ func newLink(t *testing.T, to string) *link {
 	return p
 }
 
-// pass passes on what comes from one side to the other, until the connection ends. What comes while it is frozen or deaf is lost.
+// pass passes on what comes from one side to the other, until the connection ends. What comes while
+// it is frozen or deaf is lost.
 func (c *proxied) pass(to, from net.Conn, deaf *atomic.Bool) {
 	defer to.Close()
 	defer from.Close()
@@ -128,7 +130,8 @@ func await(t *testing.T, vm *tour.Service, message string) tour.Line {
 	return line
 }
 
-// Whatever goes wrong before the handoff, the VM runs on where it is, and the target leaves nothing behind.
+// Whatever goes wrong before the handoff, the VM runs on where it is, and the target leaves nothing
+// behind.
 func TestFaultsBeforeHandoff(t *testing.T) {
 	s := emptySite(t)
 	c := s.redisIn(t, "ark0", "127.0.0.1:3333")
@@ -281,7 +284,8 @@ func TestFaultsBeforeHandoff(t *testing.T) {
 	s.boots(t, "its process was killed", s.peerArgs("instance-0")...)
 }
 
-// A VM that is handed over before most of it was sent runs at once, gets the rest behind, and outlives lost connections.
+// A VM that is handed over before most of it was sent runs at once, gets the rest behind, and
+// outlives lost connections.
 func TestPostCopy(t *testing.T) {
 	s := emptySite(t)
 	zero, one := s.redisIn(t, "ark0", "127.0.0.1:3333"), s.redisIn(t, "ark1", "127.0.0.1:4444")

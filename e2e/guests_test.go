@@ -46,7 +46,8 @@ func emptySite(t *testing.T) *site {
 	return s
 }
 
-// A Debian with systemd, made by debootstrap, runs agent and liveness as services, here in an instance of its package.
+// A Debian with systemd, made by debootstrap, runs agent and liveness as services, here in an
+// instance of its package.
 func TestForeignDistribution(t *testing.T) {
 	s := emptySite(t)
 	root := filepath.Join(s.dir, "root")
@@ -161,7 +162,8 @@ func (s *site) snapshot(t *testing.T, devices []map[string]string, flags ...stri
 	}
 }
 
-// A bundle edited before packing runs as edited, beside a disk of the user's, on other hardware than the default.
+// A bundle edited before packing runs as edited, beside a disk of the user's, on other hardware
+// than the default.
 func TestEditedBundle(t *testing.T) {
 	s := emptySite(t)
 	bundle := filepath.Join(s.dir, "bundle")

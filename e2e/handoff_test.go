@@ -20,8 +20,9 @@ import (
 	"drafter/terminator"
 )
 
-// doubt brings an instance's VM into doubt: its target, an instance of that name, gets it and is killed; the source never hears of it. What the target leaves says that
-// the VM runs there, if it came to note that, and nothing comes in its place then.
+// doubt brings an instance's VM into doubt: its target, an instance of that name, gets it and is
+// killed; the source never hears of it. What the target leaves says that the VM runs there, if it
+// came to note that, and nothing comes in its place then.
 func (s *site) doubt(t *testing.T, source *tour.Service, name string) {
 	t.Helper()
 	l := newLink(t, "localhost:1337")
@@ -52,7 +53,8 @@ func (s *site) doubt(t *testing.T, source *tour.Service, name string) {
 	await(t, source, "The target does not answer: it is in doubt who owns the VM, which stays paused here; waiting for the target, or for 'drafter peer settle'")
 }
 
-// A source that does not know whether its VM runs at its target keeps it paused until an operator has decided, whether it waits, was ended, or killed.
+// A source that does not know whether its VM runs at its target keeps it paused until an operator
+// has decided, whether it waits, was ended, or killed.
 func TestSettle(t *testing.T) {
 	s := emptySite(t)
 	c := s.redisIn(t, "ark0", "127.0.0.1:3333")
@@ -229,8 +231,8 @@ func TestAgentHangs(t *testing.T) {
 	}
 }
 
-// A target whose source is killed in post-copy goes on with what it has, until an operator gives it up:
-// the source still has what there was at the handoff. Or the target boots, if its disks came.
+// A target whose source is killed in post-copy goes on with what it has, until an operator gives it
+// up: the source still has what there was at the handoff. Or the target boots, if its disks came.
 func TestSourceDiesInPostCopy(t *testing.T) {
 	s := emptySite(t)
 	c := s.redisIn(t, "ark0", "127.0.0.1:3333")
@@ -280,7 +282,8 @@ func TestSourceDiesInPostCopy(t *testing.T) {
 		t.Errorf("at the source again: %q, %v", got, err)
 	}
 
-	// Where all of the disks came, what was acknowledged after the handoff is kept: the VM boots there.
+	// Where all of the disks came, what was acknowledged after the handoff is kept: the VM boots
+	// there.
 	if err := c.ConfigSet(t.Context(), "appendfsync", "always").Err(); err != nil {
 		t.Fatal(err)
 	}

@@ -60,8 +60,9 @@ func withConfig(t *testing.T, image v1.Image, config v1.Config) *v1.ConfigFile {
 	return c
 }
 
-// What a container finds in its guest is what it finds under Docker: its user may open port 80 and ping, names resolve, the working directory is there. Its service is
-// packaged once its port is open and its health check, in its container, succeeds.
+// What a container finds in its guest is what it finds under Docker: its user may open port 80 and
+// ping, names resolve, the working directory is there. Its service is packaged once its port is
+// open and its health check, in its container, succeeds.
 func TestImageAsItIs(t *testing.T) {
 	s := emptySite(t)
 	script := `id; pwd; echo env=$A,${B-unset}; echo logged >/dev/stdout; ping -c 1 -w 5 localhost && ping -c 1 -w 5 $(hostname) && echo pinged; sleep 1; echo opening; httpd -p 80 -h / && sleep 2 && echo healthy && touch /dev/shm/ok && sleep 1000`
@@ -89,7 +90,8 @@ func TestImageAsItIs(t *testing.T) {
 		}
 	}
 
-	// A port that nobody opens is named, and no package made; a program that ends is told with its last words.
+	// A port that nobody opens is named, and no package made; a program that ends is told with its
+	// last words.
 	s.busyboxImage(t, "image.tar", v1.Config{Entrypoint: []string{"/bin/httpd", "-f", "-p", "80"}, ExposedPorts: map[string]struct{}{"80/tcp": {}, "9999/tcp": {}}})
 	command(t, s.dir, "drafter", "blueprint", "oci", "docker-archive:image.tar", "--output", "oci.ext4")
 	if got := s.fails(t, append(args, "--enable-output=false", "--resume-timeout", "40s")...); !strings.Contains(got, "nothing listens on its ports 9999;") || !strings.Contains(got, "--ready-ports") {

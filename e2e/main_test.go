@@ -1,5 +1,6 @@
-// Package e2e tests drafter from outside: real binaries, real guests under a real VMM, a real Redis and its client. All of it runs on a host of its
-// own (network and mount namespaces), built once and shared by the tests.
+// Package e2e tests drafter from outside: real binaries, real guests under a real VMM, a real Redis
+// and its client. All of it runs on a host of its own (network and mount namespaces), built once
+// and shared by the tests.
 package e2e
 
 import (
@@ -110,7 +111,8 @@ func build() error {
 	bin := filepath.Join(work, "bin")
 	for _, args := range [][]string{
 		{"build", "-race", "-o", filepath.Join(bin, "drafter"), "drafter/cmd/drafter"},
-		// What is all compression and checksums is slowed down tenfold by the race detector; the tests of the packages archive and block have it on.
+		// What is all compression and checksums is slowed down tenfold by the race detector; the
+		// tests of the packages archive and block have it on.
 		{"build", "-o", filepath.Join(bin, "plain", "drafter"), "drafter/cmd/drafter"},
 		{"build", "-o", filepath.Join(bin, "drafter-guest"), "drafter/cmd/drafter-guest"},
 	} {
@@ -174,7 +176,8 @@ tar -C "$1" --xattrs -xpf "$2"`
 	return nil
 }
 
-// runInside runs the tests behind one NAT and with one package, both made by the commands that are under test.
+// runInside runs the tests behind one NAT and with one package, both made by the commands that are
+// under test.
 func runInside(m *testing.M) (code int, err error) {
 	if err := testhost.SetUp(work); err != nil {
 		return 0, fmt.Errorf("set up test host: %w", err)
@@ -225,7 +228,8 @@ func ownWork() error {
 	return nil
 }
 
-// soak is how many rounds a test has that finds more the longer it runs: normal ones, or long ones with 'make soak', or few with -short.
+// soak is how many rounds a test has that finds more the longer it runs: normal ones, or long ones
+// with 'make soak', or few with -short.
 func soak(normal, long int) int {
 	switch {
 	case need.Soaking():

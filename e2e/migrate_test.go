@@ -77,7 +77,8 @@ func startLoad(ctx context.Context, addrs ...string) *load {
 		}
 		last := time.Now()
 		for i, at := 0, 0; ctx.Err() == nil; {
-			// A number may be pushed twice, when the answer was lost; it is acknowledged once it is in the list.
+			// A number may be pushed twice, when the answer was lost; it is acknowledged once it is
+			// in the list.
 			if err := clients[at].RPush(ctx, "load", i, strings.Repeat("x", 1000)).Err(); err != nil {
 				at = (at + 1) % len(clients)
 				continue
@@ -172,7 +173,8 @@ func (o *otherHost) peer(t *testing.T, instance string, flags ...string) *tour.S
 	return s.peer(t, instance, flags...)
 }
 
-// Redis under load moves between three hosts with addresses of their own; the client follows it from forwarder to forwarder.
+// Redis under load moves between three hosts with addresses of their own; the client follows it
+// from forwarder to forwarder.
 func TestThreeHosts(t *testing.T) {
 	s := emptySite(t)
 	hosts := []*otherHost{newHost(t, s, 1), newHost(t, s, 2), newHost(t, s, 3)}
@@ -218,7 +220,8 @@ func (s *site) generation(t *testing.T) string {
 	return id
 }
 
-// A VM moves ten times, is suspended and resumed between, and goes back to where it was; nothing is lost.
+// A VM moves ten times, is suspended and resumed between, and goes back to where it was; nothing is
+// lost.
 func TestChain(t *testing.T) {
 	s := emptySite(t)
 	addrs := []string{"127.0.0.1:3333", "127.0.0.1:4444"}
@@ -244,7 +247,8 @@ func TestChain(t *testing.T) {
 		waiting := clientThatWaits(t, addrs[from])
 		next := start(to, "--raddr", ports[from])
 		line := moved(t, vm)
-		// Who is connected with the place that the VM has left hears of it at once, and who connects as well.
+		// Who is connected with the place that the VM has left hears of it at once, and who
+		// connects as well.
 		if _, err := waiting.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 			t.Errorf("move %d: a client that waits hears %v", move, err)
 		}

@@ -99,8 +99,8 @@ func (f *fio) end(t *testing.T) {
 	t.Logf("fio: %d reads, %d writes, the longest took %s", j.Read.IOs, j.Write.IOs, longest.Round(time.Millisecond))
 }
 
-// A device moves twice, over 1 Gbit/s, while a program reads and writes it at the path where it was at first, and verifies what it reads. Afterwards
-// it is where it went, and nowhere else.
+// A device moves twice, over 1 Gbit/s, while a program reads and writes it at the path where it was
+// at first, and verifies what it reads. Afterwards it is where it went, and nowhere else.
 func TestMounter(t *testing.T) {
 	for _, overlay := range []bool{false, true} {
 		t.Run(fmt.Sprintf("overlay %t", overlay), func(t *testing.T) { testMounter(t, overlay) })
@@ -199,7 +199,8 @@ func TestSharedDevice(t *testing.T) {
 	cleanDisks(t, scratch)
 }
 
-// What a mounter is told that cannot work is refused before anything is touched; a mounter that is killed loses nothing that was synced.
+// What a mounter is told that cannot work is refused before anything is touched; a mounter that is
+// killed loses nothing that was synced.
 func TestMounterRefused(t *testing.T) {
 	s := emptySite(t)
 	if err := os.WriteFile(filepath.Join(s.dir, "data.img"), make([]byte, 1<<20), 0o644); err != nil {

@@ -40,8 +40,8 @@ func (s *site) flushRules(t *testing.T) {
 	})
 }
 
-// A guest asks the name servers of the host that it is on, as they are at each start: behind a stub those
-// that the stub asks.
+// A guest asks the name servers of the host that it is on, as they are at each start: behind a stub
+// those that the stub asks.
 func TestNameServers(t *testing.T) {
 	s := newSite(t)
 	etc := filepath.Join(s.dir, "resolv.conf")

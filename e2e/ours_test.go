@@ -16,8 +16,9 @@ import (
 	"drafter/internal/tour"
 )
 
-// What is the host's and the guest's own stays theirs: directories below --chroot-base-dir that only look like a VM's, and a clock that was set by hand, which a
-// checkpoint leaves alone and only a resume sets. The VMM is in its cgroup from the start, with the limits that were given.
+// What is the host's and the guest's own stays theirs: directories below --chroot-base-dir that
+// only look like a VM's, and a clock that was set by hand, which a checkpoint leaves alone and only
+// a resume sets. The VMM is in its cgroup from the start, with the limits that were given.
 func TestOursAndTheirs(t *testing.T) {
 	s := emptySite(t)
 	old := time.Now().Add(-time.Hour)

@@ -15,7 +15,8 @@ import (
 	"drafter/vmm/qemu"
 )
 
-// A VM that was paused goes on when nothing comes of it: whether its state was saved or not, and whether the pause itself was given up, at whatever moment.
+// A VM that was paused goes on when nothing comes of it: whether its state was saved or not, and
+// whether the pause itself was given up, at whatever moment.
 func TestPauseGivenUp(t *testing.T) {
 	s := newSite(t)
 	c := s.redis(t)

@@ -49,7 +49,8 @@ func fullJSON(t *testing.T, pkg, instance string) string {
 	return string(b)
 }
 
-// Two instances of one package run at the same time, keep their own data over a stop and a start, and leave the package as it is.
+// Two instances of one package run at the same time, keep their own data over a stop and a start,
+// and leave the package as it is.
 func TestTwoInstances(t *testing.T) {
 	s := emptySite(t)
 	pkg := filepath.Join(work, "out/package")
@@ -110,8 +111,8 @@ func TestPeerWithoutOverlay(t *testing.T) {
 	}
 }
 
-// A busy instance whose process is killed at a random moment leaves a host that the next start cleans, disks whose file systems recover, and every
-// write that Redis had synced.
+// A busy instance whose process is killed at a random moment leaves a host that the next start
+// cleans, disks whose file systems recover, and every write that Redis had synced.
 func TestKilledPeer(t *testing.T) {
 	rounds := soak(5, 50)
 	s := emptySite(t)
@@ -166,7 +167,8 @@ func (s *site) killWhileWriting(t *testing.T, vm *tour.Service, c *redis.Client,
 	return <-acknowledged
 }
 
-// awaitKilled waits for a killed process. One that waited for its own devices ends with the next start on the host, which takes them away.
+// awaitKilled waits for a killed process. One that waited for its own devices ends with the next
+// start on the host, which takes them away.
 func (s *site) awaitKilled(t *testing.T, vm interface {
 	PID() int
 	Done() <-chan struct{}
@@ -190,7 +192,8 @@ func (s *site) awaitKilled(t *testing.T, vm interface {
 	}
 }
 
-// recover takes the disk with Redis' data out of a killed instance and looks into it as after a power cut.
+// recover takes the disk with Redis' data out of a killed instance and looks into it as after a
+// power cut.
 func (s *site) recover(t *testing.T, instance string, round, acknowledged int) {
 	t.Helper()
 	disks := []string{"oci.ext4"}

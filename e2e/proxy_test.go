@@ -10,7 +10,8 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// proxy passes connections on to a server, with so many bytes per second for all of what it answers.
+// proxy passes connections on to a server, with so many bytes per second for all of what it
+// answers.
 type proxy struct {
 	addr    string
 	server  string

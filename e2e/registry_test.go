@@ -62,7 +62,8 @@ func same(t *testing.T, got, want string) {
 	}
 }
 
-// A host that has nothing starts Redis from a registry over a network, long before all of the package is there; afterwards it needs no network.
+// A host that has nothing starts Redis from a registry over a network, long before all of the
+// package is there; afterwards it needs no network.
 func TestRegistry(t *testing.T) {
 	s := emptySite(t)
 	pkg := filepath.Join(work, "out/package")
@@ -97,7 +98,8 @@ func TestRegistry(t *testing.T) {
 	samePackage(t, filepath.Join(s.dir, "pulled"), pkg)
 }
 
-// A pull goes on where it was: after a suspend, after its process was killed, and while the server is away. The VM waits for what it lacks.
+// A pull goes on where it was: after a suspend, after its process was killed, and while the server
+// is away. The VM waits for what it lacks.
 func TestInterruptedPull(t *testing.T) {
 	s := emptySite(t)
 	pkg := filepath.Join(work, "out/package")
@@ -152,8 +154,8 @@ func TestInterruptedPull(t *testing.T) {
 	end(t, registered)
 }
 
-// Another package in the place of the one that is being pulled is an error that says so, not a mix; and what has been pulled of the old one is of no harm to who
-// pulls the new one.
+// Another package in the place of the one that is being pulled is an error that says so, not a mix;
+// and what has been pulled of the old one is of no harm to who pulls the new one.
 func TestReplacedPackage(t *testing.T) {
 	s := newSite(t)
 	s.redisIn(t, "ark0", redisAddr)
@@ -188,7 +190,8 @@ func TestReplacedPackage(t *testing.T) {
 	end(t, registered)
 }
 
-// Ten targets pull at once. Each gets the same bytes, and the server's memory does not grow with what it sends.
+// Ten targets pull at once. Each gets the same bytes, and the server's memory does not grow with
+// what it sends.
 func TestTenTargets(t *testing.T) {
 	s := emptySite(t)
 	pkg := filepath.Join(work, "out/package")

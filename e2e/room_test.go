@@ -92,8 +92,10 @@ func save(t *testing.T, c *redis.Client) {
 	}
 }
 
-// A host's file systems are full, first that of the memory, then that of a disk. Nothing is lost: a copy that is made meanwhile is whole; the VM waits for its
-// disk, and moves off the host all the same. At its target it goes on by itself once there is room for the disk, and is suspended once there is some for memory.
+// A host's file systems are full, first that of the memory, then that of a disk. Nothing is lost: a
+// copy that is made meanwhile is whole; the VM waits for its disk, and moves off the host all the
+// same. At its target it goes on by itself once there is room for the disk, and is suspended once
+// there is some for memory.
 func TestFullHost(t *testing.T) {
 	s := emptySite(t)
 	place := func(instance, memory, disk string) (m, d *smallDisk, flags []string) {

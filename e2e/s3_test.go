@@ -46,7 +46,8 @@ func syncPoint(t *testing.T, line tour.Line) time.Time {
 
 // storage runs an object storage that the commands find in their environment.
 //
-// The commands are those without the race detector, which makes compression ten times slower; the tests of the package s3 have it.
+// The commands are those without the race detector, which makes compression ten times slower; the
+// tests of the package s3 have it.
 func storage(t *testing.T, s *site) *s3test.Server {
 	t.Helper()
 	s.Bin = filepath.Join(work, "bin/plain/drafter")
@@ -57,8 +58,9 @@ func storage(t *testing.T, s *site) *s3test.Server {
 	return server
 }
 
-// A host is lost, at any time, with a storage that fails now and then. The VM starts elsewhere from that storage alone, with all that was acknowledged up to the
-// last sync that was reported, goes on being backed up there, and is found there again after it was suspended.
+// A host is lost, at any time, with a storage that fails now and then. The VM starts elsewhere from
+// that storage alone, with all that was acknowledged up to the last sync that was reported, goes on
+// being backed up there, and is found there again after it was suspended.
 func TestLostHost(t *testing.T) {
 	s := emptySite(t)
 	server := storage(t, s)
@@ -136,7 +138,8 @@ func TestLostHost(t *testing.T) {
 	}
 }
 
-// A checkpoint goes to an object storage, and only what has changed the next time; one that fails leaves the one before.
+// A checkpoint goes to an object storage, and only what has changed the next time; one that fails
+// leaves the one before.
 func TestCheckpointToStorage(t *testing.T) {
 	s := emptySite(t)
 	server := storage(t, s)
@@ -180,7 +183,8 @@ func TestCheckpointToStorage(t *testing.T) {
 	end(t, vm)
 }
 
-// While the storage is away the VM runs on, and says how old its backup is; then it is backed up again. A backup moves with the VM.
+// While the storage is away the VM runs on, and says how old its backup is; then it is backed up
+// again. A backup moves with the VM.
 func TestStorageAway(t *testing.T) {
 	s := emptySite(t)
 	server := storage(t, s)
@@ -212,7 +216,8 @@ func TestStorageAway(t *testing.T) {
 	end(t, vm)
 }
 
-// What S3 has of a VM comes from there when it moves, and only the rest from its source; if S3 fails meanwhile, all comes from the source. Nothing is lost in either case.
+// What S3 has of a VM comes from there when it moves, and only the rest from its source; if S3
+// fails meanwhile, all comes from the source. Nothing is lost in either case.
 func TestMoveFromStorage(t *testing.T) {
 	s := emptySite(t)
 	server := storage(t, s)

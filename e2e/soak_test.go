@@ -69,7 +69,8 @@ func (w *wanderer) try(t *testing.T, at int, instance string) error {
 	return nil
 }
 
-// write writes where the VM is now until stop is closed. What it wrote was acknowledged before the VM has left.
+// write writes where the VM is now until stop is closed. What it wrote was acknowledged before the
+// VM has left.
 func (w *wanderer) write(t *testing.T, stop chan struct{}) {
 	c := redis.NewClient(&redis.Options{
 		Addr: w.clients[w.at].Options().Addr, MaxRetries: -1, DialerRetries: 1, DialTimeout: 200 * time.Millisecond, ReadTimeout: 300 * time.Millisecond, WriteTimeout: 300 * time.Millisecond,
@@ -107,7 +108,8 @@ func (w *wanderer) check(t *testing.T) {
 	}
 }
 
-// move migrates the VM, lets something go wrong after a while, and waits until both sides have ended.
+// move migrates the VM, lets something go wrong after a while, and waits until both sides have
+// ended.
 func (w *wanderer) move(t *testing.T, fault string, after time.Duration, to int, instance string) {
 	t.Helper()
 	l := newLink(t, fmt.Sprintf("localhost:%d", 1337+w.at))
@@ -195,8 +197,8 @@ func (w *wanderer) find(t *testing.T, fault string, to int, instance string) str
 	return ""
 }
 
-// Migrations of a real VM in which anything goes wrong at any moment: afterwards there is one VM, with every write that was acknowledged, unless its
-// own process was killed.
+// Migrations of a real VM in which anything goes wrong at any moment: afterwards there is one VM,
+// with every write that was acknowledged, unless its own process was killed.
 func TestSoakMigrations(t *testing.T) {
 	w := &wanderer{site: emptySite(t)}
 	w.clients = []*redis.Client{w.redisIn(t, "ark0", "127.0.0.1:3333"), w.redisIn(t, "ark1", "127.0.0.1:4444")}

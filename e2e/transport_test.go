@@ -25,7 +25,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 )
 
-// certificates makes an authority and a certificate of it for localhost, and returns the flags of a peer that uses them.
+// certificates makes an authority and a certificate of it for localhost, and returns the flags of a
+// peer that uses them.
 func certificates(t *testing.T, dir string) []string {
 	t.Helper()
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -99,8 +100,8 @@ func asNobody(t *testing.T, args ...string) string {
 	return string(out)
 }
 
-// Another user of the host, who connects a thousand times and asks for the VM, gets nothing of it, and keeps its owner from nothing: neither on loopback nor with
-// TLS.
+// Another user of the host, who connects a thousand times and asks for the VM, gets nothing of it,
+// and keeps its owner from nothing: neither on loopback nor with TLS.
 func TestStrangersOfThisHost(t *testing.T) {
 	s := emptySite(t)
 	s.redisIn(t, "ark0", "127.0.0.1:3333")
@@ -124,7 +125,8 @@ func TestStrangersOfThisHost(t *testing.T) {
 	}
 }
 
-// With TLS, only a host with a certificate of the same authority gets the VM. Its metrics say how it moved.
+// With TLS, only a host with a certificate of the same authority gets the VM. Its metrics say how
+// it moved.
 func TestTLSAndMetrics(t *testing.T) {
 	s := emptySite(t)
 	zero, one := s.redisIn(t, "ark0", "127.0.0.1:3333"), s.redisIn(t, "ark1", "127.0.0.1:4444")

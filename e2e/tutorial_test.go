@@ -17,8 +17,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 )
 
-// The tutorial's sections 1 to 4, with their commands: the image from a registry, blueprint and package through an archive each, the VM by the
-// commands' own names, its Redis by redis-cli.
+// The tutorial's sections 1 to 4, with their commands: the image from a registry, blueprint and
+// package through an archive each, the VM by the commands' own names, its Redis by redis-cli.
 func TestTutorial(t *testing.T) {
 	s := emptySite(t)
 	ref := serveRedis(t)

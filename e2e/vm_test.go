@@ -61,7 +61,8 @@ func (s *site) copyPackage(t *testing.T, from, to string) {
 	}
 }
 
-// run starts the package with further flags and waits until it runs. Unless the test ended it, it is ended with the test, without error.
+// run starts the package with further flags and waits until it runs. Unless the test ended it, it
+// is ended with the test, without error.
 func (s *site) run(t *testing.T, flags ...string) *tour.Service {
 	t.Helper()
 	return s.start(t, s.runnerArgs(flags...)...)
@@ -299,7 +300,8 @@ func TestTwentyRounds(t *testing.T) {
 
 func value(round, i int) string { return fmt.Sprintf("value %d of round %d", i*i, round) }
 
-// A package that is run privately stays as it was, bit for bit, and can be run several times at once.
+// A package that is run privately stays as it was, bit for bit, and can be run several times at
+// once.
 func TestMapPrivate(t *testing.T) {
 	s := newSite(t)
 	before := sums(t, s.pkg)
@@ -328,7 +330,8 @@ func TestMapPrivate(t *testing.T) {
 	}
 }
 
-// Two runs of one package go on from the same moment, but not with the same random numbers. Console and shell work on the way.
+// Two runs of one package go on from the same moment, but not with the same random numbers. Console
+// and shell work on the way.
 func TestClonesDifferAndConsole(t *testing.T) {
 	s := newSite(t)
 	var seen []string

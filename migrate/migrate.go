@@ -1,4 +1,5 @@
-// Package migrate is the face of a migration: what bounds it, where it stands, what it did, and how it may fail.
+// Package migrate is the face of a migration: what bounds it, where it stands, what it did, and how
+// it may fail.
 package migrate
 
 import (
@@ -20,7 +21,8 @@ const (
 	Cancel   Strategy = "cancel"   // give up; the VM runs on at the source
 )
 
-// Limits bound a migration. The zero value of each means that there is no such limit, or the default that is named.
+// Limits bound a migration. The zero value of each means that there is no such limit, or the
+// default that is named.
 type Limits struct {
 	Bandwidth  int64         // bytes per second; what somebody waits for is exempt
 	Downtime   time.Duration // the handoff begins when the rest can be sent in this time; default 300 ms
@@ -80,7 +82,8 @@ type Phase string
 
 // The phases of a source and a target.
 const (
-	// Source: the other side is being checked; nothing has happened to the VM. Target: the same, from the other end.
+	// Source: the other side is being checked; nothing has happened to the VM. Target: the same,
+	// from the other end.
 	Preflight Phase = "preflight"
 
 	PreCopying Phase = "pre-copy"    // source: pages are sent while the VM runs
@@ -156,7 +159,8 @@ func (s *Stats) Bytes() (sent, saved, pending int64) {
 	return sent, saved, pending
 }
 
-// Dial opens a connection with a source. Each call opens another one; an error on the second call of a migration means that there is only one.
+// Dial opens a connection with a source. Each call opens another one; an error on the second call
+// of a migration means that there is only one.
 type Dial func(ctx context.Context) (io.ReadWriteCloser, error)
 
 var (

@@ -6,7 +6,8 @@ import (
 	"testing"
 )
 
-// A link is replaced only if a killed mounter made it for the same device, and removed only if it still leads where it did.
+// A link is replaced only if a killed mounter made it for the same device, and removed only if it
+// still leads where it did.
 func TestSomebodysLinks(t *testing.T) {
 	dir := t.TempDir()
 	theirs := filepath.Join(dir, "vms/mounter/0123456789abcdef/devices/other")

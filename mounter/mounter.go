@@ -1,5 +1,6 @@
-// Package mounter exposes devices without a VM, receives them live from another mounter or a peer, and hands them on. Who reads and writes a device at its path
-// goes on doing so when the device moves: what is done at the path it was exposed at first is forwarded to where it is.
+// Package mounter exposes devices without a VM, receives them live from another mounter or a peer,
+// and hands them on. Who reads and writes a device at its path goes on doing so when the device
+// moves: what is done at the path it was exposed at first is forwarded to where it is.
 package mounter
 
 import (
@@ -76,8 +77,8 @@ type Config struct {
 	OnProgress func(migrate.Stats)
 }
 
-// Mounter owns devices. Open or Receive is called once, then Serve; Close at the end. Path, Stats and Arrived may be
-// called by any goroutine after Open or Receive.
+// Mounter owns devices. Open or Receive is called once, then Serve; Close at the end. Path, Stats
+// and Arrived may be called by any goroutine after Open or Receive.
 type Mounter struct {
 	config  Config
 	devices deviceset.Set
@@ -205,7 +206,8 @@ func (l link) remove() error {
 // deadLink is where a link of a mounter's leads: into its directory below --chroot-base-dir.
 var deadLink = regexp.MustCompile("/mounter/[0-9a-f]{16}/devices/([^/]+)$")
 
-// removeDeadLink removes a link to a device that a killed mounter has made. Any other is somebody else's.
+// removeDeadLink removes a link to a device that a killed mounter has made. Any other is somebody
+// else's.
 func removeDeadLink(path, device string) error {
 	target, err := os.Readlink(path)
 	if err != nil {
@@ -221,8 +223,9 @@ func removeDeadLink(path, device string) error {
 // Path is where a device is exposed, until Close.
 func (m *Mounter) Path(name string) string { return m.devices.Path(name) }
 
-// Receive takes the devices from the mounter or peer that dial connects with. They are open here when Receive returns nil; what is missing of them is fetched from
-// then on. On an error they are where they were, unless the error says otherwise. A peer's VM ends with that.
+// Receive takes the devices from the mounter or peer that dial connects with. They are open here
+// when Receive returns nil; what is missing of them is fetched from then on. On an error they are
+// where they were, unless the error says otherwise. A peer's VM ends with that.
 func (m *Mounter) Receive(ctx context.Context, dial migrate.Dial) error {
 	a := &arrival{m: m}
 	target, err := migration.Receive(ctx, migration.TargetConfig{VM: a, Dial: dial, Limits: m.config.Limits, OnPhase: m.config.OnPhase, OnProgress: m.config.OnProgress})
@@ -242,14 +245,17 @@ func (m *Mounter) Receive(ctx context.Context, dial migrate.Dial) error {
 	return nil
 }
 
-// Arrived is closed when devices that were received are complete, or never will be; ArrivalError then tells which. It is nil when they were opened here.
+// Arrived is closed when devices that were received are complete, or never will be; ArrivalError
+// then tells which. It is nil when they were opened here.
 func (m *Mounter) Arrived() <-chan struct{} { return m.moves.Arrived() }
 
 // ArrivalError waits until Arrived.
 func (m *Mounter) ArrivalError() error { return m.moves.ArrivalError() }
 
-// Serve hands the devices that are migratable on to the mounter that asks for them. It returns when ctx has ended; until then, what their users do here is forwarded
-// to where they have gone. moved, if not nil, is called once they have. An error means that they are here or, if it says so, that it is in doubt where they are.
+// Serve hands the devices that are migratable on to the mounter that asks for them. It returns when
+// ctx has ended; until then, what their users do here is forwarded to where they have gone. moved,
+// if not nil, is called once they have. An error means that they are here or, if it says so, that
+// it is in doubt where they are.
 func (m *Mounter) Serve(ctx context.Context, accept migrate.Accept, moved func()) error {
 	if arrived := m.Arrived(); arrived != nil {
 		select {
@@ -361,7 +367,8 @@ func (closed) WriteAt([]byte, int64) (int, error) { return 0, os.ErrClosed }
 func (closed) Sync() error                        { return os.ErrClosed }
 func (closed) Close() error                       { return nil }
 
-// departure is devices that may leave. It implements [migration.SourceVM]: what is paused are their users, at the gates.
+// departure is devices that may leave. It implements [migration.SourceVM]: what is paused are their
+// users, at the gates.
 type departure struct {
 	m      *Mounter
 	names  []string // in the order of the source's devices
@@ -385,7 +392,8 @@ func (d *departure) Pause(context.Context) error {
 	return nil
 }
 
-// Leave implements [migration.SourceVM]. From here on the files say that the devices may have moved.
+// Leave implements [migration.SourceVM]. From here on the files say that the devices may have
+// moved.
 func (d *departure) Leave(_ context.Context, migration uuid.UUID) error {
 	for _, name := range d.names {
 		if err := d.m.device(name).setStatus(leaving, migration); err != nil {
@@ -515,7 +523,8 @@ func (a *arrival) Resume(context.Context) error {
 	return nil
 }
 
-// Complete implements [migration.TargetVM]. The state of a peer's VM is that of one that was suspended.
+// Complete implements [migration.TargetVM]. The state of a peer's VM is that of one that was
+// suspended.
 func (a *arrival) Complete(context.Context) error {
 	if s := a.m.devices.Get(vmm.State); s != nil && a.packageID != "" {
 		if _, err := vmm.ReadMigratedState(s, a.packageID, a.migration); err != nil {

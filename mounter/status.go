@@ -13,7 +13,8 @@ import (
 	"drafter/internal/private"
 )
 
-// status says, in a file beside a device's, that its files are not the device: it is elsewhere, or on its way. Without one they are.
+// status says, in a file beside a device's, that its files are not the device: it is elsewhere, or
+// on its way. Without one they are.
 type status string
 
 const (
@@ -51,7 +52,8 @@ func (d *Device) status() (status, error) {
 	return status(s), err
 }
 
-// CheckHere refuses a device that a mounter had and whose files are not the device any more, or not yet.
+// CheckHere refuses a device that a mounter had and whose files are not the device any more, or not
+// yet.
 func (d *Device) CheckHere() error {
 	s, err := d.status()
 	switch {
@@ -65,7 +67,8 @@ func (d *Device) CheckHere() error {
 	return fmt.Errorf("it has moved away; receive it again, or remove %s to use what was here then", d.statusFile())
 }
 
-// makeRoom removes what a device that has moved away, or never wholly arrived, left. It refuses to touch any other.
+// makeRoom removes what a device that has moved away, or never wholly arrived, left. It refuses to
+// touch any other.
 func (d *Device) makeRoom() error {
 	s, err := d.status()
 	if err != nil {

@@ -1,5 +1,6 @@
-// Package network connects VMs: a NAT with a pool of network namespaces, claims on those, and a port forwarder. It uses tables of its own in
-// nftables and leaves all others alone. IPv4 only, so far.
+// Package network connects VMs: a NAT with a pool of network namespaces, claims on those, and a
+// port forwarder. It uses tables of its own in nftables and leaves all others alone. IPv4 only, so
+// far.
 package network
 
 import (
@@ -14,7 +15,8 @@ import (
 	"drafter/internal/rundir"
 )
 
-// Claim is the exclusive use of a network namespace by one VM. It ends with Close, or with the process.
+// Claim is the exclusive use of a network namespace by one VM. It ends with Close, or with the
+// process.
 type Claim struct {
 	namespace string
 	lock      *lockfile.Lock
@@ -23,7 +25,8 @@ type Claim struct {
 // ErrInUse says that another process has a network namespace.
 var ErrInUse = kind.ErrInUse
 
-// ClaimNamespace claims the namespace called name for this process. The name "" stands for no namespace and is always free.
+// ClaimNamespace claims the namespace called name for this process. The name "" stands for no
+// namespace and is always free.
 func ClaimNamespace(name string) (*Claim, error) {
 	if name == "" {
 		return &Claim{}, nil

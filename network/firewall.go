@@ -16,8 +16,8 @@ import (
 )
 
 // Each base chain at a hook decides by itself: what the NAT's rules accept, those of Docker, ufw or
-// firewalld may drop. They are others' and stay as they are. But a packet of each kind that the NAT lets
-// pass is tried with their rules, on paper, and who would drop it is named.
+// firewalld may drop. They are others' and stay as they are. But a packet of each kind that the NAT
+// lets pass is tried with their rules, on paper, and who would drop it is named.
 
 // passage is a kind of packets that the NAT lets pass.
 type passage struct {
@@ -191,8 +191,8 @@ const (
 	returns
 )
 
-// verdict tells what a base chain does with a passage. A rule of which it cannot be told whether it matches
-// counts as one that does not.
+// verdict tells what a base chain does with a passage. A rule of which it cannot be told whether it
+// matches counts as one that does not.
 func (f *firewall) verdict(base *nftables.Chain, p passage) int {
 	switch v := f.chain(base, p, 0); {
 	case v == drops || v == accepts:
@@ -239,8 +239,8 @@ func (f *firewall) chain(c *nftables.Chain, p passage, depth int) int {
 	return goesOn
 }
 
-// rule tells what a rule does with a passage. If it jumps to a chain, that is to; it is a goto if v is
-// returns.
+// rule tells what a rule does with a passage. If it jumps to a chain, that is to; it is a goto if v
+// is returns.
 func (f *firewall) rule(t *nftables.Table, r *nftables.Rule, p passage) (v int, to string) {
 	registers := map[uint32][]byte{} // those whose content is known
 	for _, e := range r.Exprs {
@@ -318,7 +318,8 @@ func (p passage) connection(key expr.CtKey) []byte {
 	return nil
 }
 
-// field is a source or destination address, or the first bytes of one: prefixes of whole bytes are matched so.
+// field is a source or destination address, or the first bytes of one: prefixes of whole bytes are
+// matched so.
 func (p passage) field(e *expr.Payload) []byte {
 	if e.Base != expr.PayloadBaseNetworkHeader || e.Len > 4 || e.OperationType != expr.PayloadLoad {
 		return nil
@@ -343,7 +344,8 @@ func bitwise(value []byte, e *expr.Bitwise) []byte {
 	return result
 }
 
-// compare compares as many bytes as there are to compare with: an interface name with a wildcard is short.
+// compare compares as many bytes as there are to compare with: an interface name with a wildcard is
+// short.
 func compare(value []byte, e *expr.Cmp) bool {
 	if len(value) < len(e.Data) || len(value) == 0 {
 		return false
@@ -366,7 +368,8 @@ func compare(value []byte, e *expr.Cmp) bool {
 	return false
 }
 
-// lookup looks for a value in a set. The elements of intervals are their starts and the ends after them.
+// lookup looks for a value in a set. The elements of intervals are their starts and the ends after
+// them.
 func (f *firewall) lookup(t *nftables.Table, value []byte, e *expr.Lookup) bool {
 	if value == nil || e.IsDestRegSet {
 		return false

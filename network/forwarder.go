@@ -113,8 +113,8 @@ func StartForwarder(c ForwarderConfig) (_ *Forwarder, err error) {
 	return f, err
 }
 
-// apply puts the forwards in force and notes how they are there. A client that sent to an address before
-// has a connection that leads elsewhere; it ends, so that the next packet takes the forward.
+// apply puts the forwards in force and notes how they are there. A client that sent to an address
+// before has a connection that leads elsewhere; it ends, so that the next packet takes the forward.
 func (f *Forwarder) apply() error {
 	if err := f.applyRules(f.forwards); err != nil {
 		return err
@@ -192,7 +192,8 @@ func (p PortForward) resolve(hostVeth *net.IPNet) (forward, error) {
 	return f, checkLoopback(f)
 }
 
-// errWildcard explains itself: the rules rewrite packets by destination address, and every address of the host also carries other traffic.
+// errWildcard explains itself: the rules rewrite packets by destination address, and every address
+// of the host also carries other traffic.
 var errWildcard = errors.New("wildcard addresses cannot be forwarded: they would take the port on every address, those of other VMs included; name each address")
 
 // namespaceAddress finds a namespace's end of its link with the host.
@@ -225,8 +226,8 @@ func linkTowards(ip net.IP) (string, error) {
 	return link.Attrs().Name, nil
 }
 
-// reserve binds the external address without listening. So a port that is taken is noticed here, and nobody takes it later, whose traffic
-// the rules would divert.
+// reserve binds the external address without listening. So a port that is taken is noticed here,
+// and nobody takes it later, whose traffic the rules would divert.
 func (f *Forwarder) reserve(p forward) error {
 	kind := unix.SOCK_STREAM
 	if p.Protocol == "udp" {
@@ -253,7 +254,8 @@ func (f *Forwarder) reserve(p forward) error {
 	return nil
 }
 
-// checkLoopback refuses a loopback address where packets with a loopback source cannot leave through the link. The NAT allows it on its links.
+// checkLoopback refuses a loopback address where packets with a loopback source cannot leave
+// through the link. The NAT allows it on its links.
 func checkLoopback(p forward) error {
 	if !p.external.Addr().IsLoopback() {
 		return nil
@@ -278,8 +280,9 @@ func (f *Forwarder) applyRules(forwards []forward) error {
 	var links []string
 	for _, p := range forwards {
 		external := host(p.external.Addr().AsSlice())
-		// Others reach the address through prerouting, the host itself through output. Nobody else may reach a loopback address: the
-		// kernel would not stop a neighbour who sends to it, because it only looks at the address after this rule.
+		// Others reach the address through prerouting, the host itself through output. Nobody else
+		// may reach a loopback address: the kernel would not stop a neighbour who sends to it,
+		// because it only looks at the address after this rule.
 		if !p.external.Addr().IsLoopback() {
 			r.rule(incoming, toAddress(external), toPort(p.Protocol, p.external.Port()), destinationNAT(p.target, p.internal))
 		}

@@ -351,9 +351,9 @@ func GuardGuest(ns, mac string) error {
 	return forgetTenant(ns)
 }
 
-// guardTable is the name of the table with the rules at the tap, and what the tap is called besides (an
-// alias of ip-link(8)) while they are there, followed by the MAC address that they let pass. It goes with
-// the tap.
+// guardTable is the name of the table with the rules at the tap, and what the tap is called besides
+// (an alias of ip-link(8)) while they are there, followed by the MAC address that they let pass. It
+// goes with the tap.
 const guardTable = "drafter-guest"
 
 // guardTap puts the rules at the tap of the calling thread's namespace in force.
@@ -380,7 +380,8 @@ func (c NATConfig) guardTap(l *layout, hardware net.HardwareAddr) error {
 	return r.apply()
 }
 
-// keepTapGuard puts the rules at the tap of the calling thread's namespace back if some of them are gone.
+// keepTapGuard puts the rules at the tap of the calling thread's namespace back if some of them are
+// gone.
 func (c NATConfig) keepTapGuard(l *layout) (done bool, err error) {
 	tap, err := netlink.LinkByName(c.NamespaceInterface)
 	if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {

@@ -16,8 +16,8 @@ import (
 // lookAtOnce is how many namespaces a look visits: one costs some 0.5 ms of CPU time.
 const lookAtOnce = 32
 
-// look puts back what somebody has removed or changed since the last look, and says so. It follows the
-// host's default route.
+// look puts back what somebody has removed or changed since the last look, and says so. It follows
+// the host's default route.
 func (n *NAT) look() {
 	done, err := n.keepForwarding()
 	n.news.mended("net.ipv4.ip_forward", done, err)
@@ -47,8 +47,8 @@ func (n *NAT) look() {
 	n.sayNameServers()
 }
 
-// sayNetworks names networks that the host has joined since the start and that overlap with the NAT's
-// addresses, which it would have refused then.
+// sayNetworks names networks that the host has joined since the start and that overlap with the
+// NAT's addresses, which it would have refused then.
 func (n *NAT) sayNetworks() error {
 	addrs, err := netlink.AddrList(nil, netlink.FAMILY_V4)
 	if err != nil {
@@ -87,7 +87,8 @@ func (n *NAT) sayNetworks() error {
 	return nil
 }
 
-// keepForwarding turns forwarding on again. Who has turned it off gets it so when the last NAT ends.
+// keepForwarding turns forwarding on again. Who has turned it off gets it so when the last NAT
+// ends.
 func (n *NAT) keepForwarding() (done bool, err error) {
 	done, err = keepSysctl("net/ipv4/ip_forward", "1")
 	if done && n.record.IPForward != "0" {
@@ -115,8 +116,8 @@ func (n *NAT) sayForwarding() error {
 	return nil
 }
 
-// followRoute lets guests go out where the host does, when that has changed. A host that has lost its way
-// out gets it back, mostly.
+// followRoute lets guests go out where the host does, when that has changed. A host that has lost
+// its way out gets it back, mostly.
 func (n *NAT) followRoute() error {
 	if !n.follows {
 		return nil
@@ -188,7 +189,8 @@ func (n *NAT) keepLink(i int) (done bool, err error) {
 	return true, err
 }
 
-// keepNamespaceRules keeps a namespace's rules, and resets connections of a VM whose VMM was killed and has told nobody.
+// keepNamespaceRules keeps a namespace's rules, and resets connections of a VM whose VMM was killed
+// and has told nobody.
 func (n *NAT) keepNamespaceRules(i int) (done bool, err error) {
 	err = inNamespace(n.name(i), func() error {
 		vacant := n.layout.vacant()

@@ -14,9 +14,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// iptables-legacy keeps its rules apart from nftables'. A table is one blob of entries, which a socket option
-// returns (linux/netfilter_ipv4/ip_tables.h, x_tables.h). Each entry is a struct ipt_entry, its extensions,
-// and its target; the first of a chain and its policy are known by their offsets.
+// iptables-legacy keeps its rules apart from nftables'. A table is one blob of entries, which a
+// socket option returns (linux/netfilter_ipv4/ip_tables.h, x_tables.h). Each entry is a struct
+// ipt_entry, its extensions, and its target; the first of a chain and its policy are known by their
+// offsets.
 
 const (
 	iptGetInfo    = 64 // IPT_SO_GET_INFO
@@ -42,7 +43,8 @@ type legacyTable struct {
 	policy  [5]uint32
 }
 
-// readLegacy returns the filter table of the calling thread's network namespace, nil if there is none.
+// readLegacy returns the filter table of the calling thread's network namespace, nil if there is
+// none.
 func readLegacy() (*legacyTable, error) {
 	const path, filter = "/proc/thread-self/net/ip_tables_names", "filter"
 	names, err := os.ReadFile(path)
@@ -93,8 +95,8 @@ func getOption(fd, option int, value []byte) error {
 	return nil
 }
 
-// verdict tells what a chain does with a passage. As with nftables, a rule of which it cannot be told whether
-// it matches counts as one that does not.
+// verdict tells what a chain does with a passage. As with nftables, a rule of which it cannot be
+// told whether it matches counts as one that does not.
 func (t *legacyTable) verdict(p passage) int {
 	v := t.chain(t.first[p.hook], p, 0)
 	if v == returns {
@@ -140,7 +142,8 @@ func (t *legacyTable) chain(at uint32, p passage, depth int) int {
 	return goesOn
 }
 
-// has tells whether there is a chain of the user's with a name, which is in an ERROR target before it.
+// has tells whether there is a chain of the user's with a name, which is in an ERROR target before
+// it.
 func (t *legacyTable) has(name string) bool {
 	for at := 0; at+iptEntry <= len(t.entries); {
 		e := t.entries[at:]

@@ -14,7 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// inNamespace runs f on a thread of its own inside a namespace. The thread ends afterwards, so nothing of it leaks to other goroutines.
+// inNamespace runs f on a thread of its own inside a namespace. The thread ends afterwards, so
+// nothing of it leaks to other goroutines.
 func inNamespace(name string, f func() error) error {
 	if err := checkNamespaceName(name); err != nil {
 		return err
@@ -124,8 +125,8 @@ func isNameOnly(name string) (bool, error) {
 	return err == nil && st.Type != unix.NSFS_MAGIC, err
 }
 
-// hostVeth returns the host's end of a namespace's link, or nil if there is none, and whether it was
-// made here: it is marked, or, of an older release, leads into the namespace.
+// hostVeth returns the host's end of a namespace's link, or nil if there is none, and whether it
+// was made here: it is marked, or, of an older release, leads into the namespace.
 func hostVeth(name string) (link netlink.Link, ours bool, err error) {
 	link, err = netlink.LinkByName(hostVethName(name))
 	if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
@@ -160,8 +161,8 @@ func deleteNamespace(name string) error {
 	return unshareNamespaces()
 }
 
-// GuestAddress returns what an interface in a namespace leaves for a guest behind it: the interface's own address as the gateway, and the
-// next address of the same subnet.
+// GuestAddress returns what an interface in a namespace leaves for a guest behind it: the
+// interface's own address as the gateway, and the next address of the same subnet.
 func GuestAddress(ns, iface string) (gateway net.IP, guest *net.IPNet, err error) {
 	err = inNamespace(ns, func() error {
 		link, err := netlink.LinkByName(iface)

@@ -23,17 +23,19 @@ import (
 	"drafter/internal/rundir"
 )
 
-// NATConfig lays out a pool of network namespaces. With the defaults, namespace number i (ark0 is the first) looks like this:
+// NATConfig lays out a pool of network namespaces. With the defaults, namespace number i (ark0 is
+// the first) looks like this:
 //
 //	host                       namespace ark<i>                          guest
 //	ark<i>-veth 10.0.8.4i+1 ── veth0 10.0.8.4i+2, 10.0.15.i+1
 //	                           tap0  172.16.0.1 ──────────────────────── 172.16.0.2
 //
-// Guests are alike in every namespace, so that one package runs in any. What a guest sends gets its namespace's address (10.0.15.i+1),
-// then the host's. What the host sends to 10.0.8.4i+2 or 10.0.15.i+1 reaches the guest; others need a port forward.
+// Guests are alike in every namespace, so that one package runs in any. What a guest sends gets its
+// namespace's address (10.0.15.i+1), then the host's. What the host sends to 10.0.8.4i+2 or
+// 10.0.15.i+1 reaches the guest; others need a port forward.
 //
-// A guest reaches what is behind the outgoing interface. It reaches neither the host nor other guests, nor link-local addresses and the
-// metadata services of clouds, unless they are opened.
+// A guest reaches what is behind the outgoing interface. It reaches neither the host nor other
+// guests, nor link-local addresses and the metadata services of clouds, unless they are opened.
 type NATConfig struct {
 	HostInterface     string // outgoing interfaces, as eth0 or eth0,eth1; "" for those of the default route, whichever they are at the moment
 	HostVethCIDR      string // one /30 for each namespace's link with the host
@@ -196,8 +198,8 @@ func errSomebodysLink(name string) error {
 // namespaceVeth is the name of a namespace's end of its link with the host.
 const namespaceVeth = "veth0"
 
-// StartNAT makes the namespaces and the host's rules. What a killed NAT left behind is removed first, except for namespaces that a VM still
-// uses: they are taken over as they are.
+// StartNAT makes the namespaces and the host's rules. What a killed NAT left behind is removed
+// first, except for namespaces that a VM still uses: they are taken over as they are.
 func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 	l, err := c.parse()
 	if err != nil {
@@ -273,9 +275,9 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 // publicAddresses are one of each quarter of the address space: a VPN may route halves or quarters.
 var publicAddresses = []net.IP{net.IPv4(8, 8, 8, 8), net.IPv4(65, 0, 0, 1), net.IPv4(130, 0, 0, 1), net.IPv4(193, 0, 0, 1)}
 
-// outgoingInterfaces checks given interfaces, as eth0 or eth0,eth1, or finds those through which the host
-// reaches the Internet at the moment: more than one if a route has several next hops. A host that has no
-// such route has no way out.
+// outgoingInterfaces checks given interfaces, as eth0 or eth0,eth1, or finds those through which
+// the host reaches the Internet at the moment: more than one if a route has several next hops. A
+// host that has no such route has no way out.
 func outgoingInterfaces(names string) (found []string, err error) {
 	if names != "" {
 		found = strings.Split(names, ",")
@@ -315,7 +317,8 @@ func outgoingInterfaces(names string) (found []string, err error) {
 	return found, nil
 }
 
-// reclaim removes what the last NAT of this prefix left, and returns the namespaces that are still in use.
+// reclaim removes what the last NAT of this prefix left, and returns the namespaces that are still
+// in use.
 func (n *NAT) reclaim() (kept []string, err error) {
 	b, err := os.ReadFile(n.recordPath())
 	if errors.Is(err, os.ErrNotExist) {
@@ -428,7 +431,8 @@ func (n *NAT) check(kept []string) error {
 		}
 		network := &net.IPNet{IP: a.IP.Mask(a.Mask), Mask: a.Mask}
 		for flag, subnet := range n.subnets() {
-			// The host would not reach any more who has such an address there. A pool that VMs use stays.
+			// The host would not reach any more who has such an address there. A pool that VMs use
+			// stays.
 			if !ours && len(kept) == 0 && network.Contains(subnet.IP) {
 				return fmt.Errorf("--%s %s is a part of the network %s of interface %s, of which it would take those addresses; choose another, as 172.31.252.0/22 or 192.168.252.0/22", flag, subnet, network, link.Attrs().Name)
 			}
@@ -553,8 +557,9 @@ func (n *NAT) others() ([]natRecord, error) {
 	return slices.DeleteFunc(records, func(r natRecord) bool { return r.Config.NamespacePrefix == n.config.NamespacePrefix }), err
 }
 
-// mostConnections bounds a share of the connection tracking. The kernel walks through a guest's connections at each new one; more than these
-// would let a guest burn the host's time: one takes about half a millisecond with 8192.
+// mostConnections bounds a share of the connection tracking. The kernel walks through a guest's
+// connections at each new one; more than these would let a guest burn the host's time: one takes
+// about half a millisecond with 8192.
 const mostConnections = 8192
 
 // connectionLimit returns how many connections a guest may have opened at a time.
@@ -673,7 +678,8 @@ func (n *NAT) linkParameters(i int) map[string]string {
 		"net/ipv4/conf/" + name + "/forwarding": "1",
 		// For forwards from loopback addresses. The host's raw rule guards it.
 		"net/ipv4/conf/" + name + "/route_localnet": "1",
-		// Nothing is routed by IPv6. Without this, link-local addresses would reach whatever listens on the host's [::].
+		// Nothing is routed by IPv6. Without this, link-local addresses would reach whatever
+		// listens on the host's [::].
 		"net/ipv6/conf/" + name + "/disable_ipv6": "1",
 	}
 }
@@ -703,7 +709,8 @@ func configureLink(link netlink.Link, addrs ...*net.IPNet) error {
 	return nil
 }
 
-// vacantMetric is that of the route which packets for the guest take while nobody is behind the tap.
+// vacantMetric is that of the route which packets for the guest take while nobody is behind the
+// tap.
 const vacantMetric = 1000
 
 // configureNamespace runs inside the namespace.
@@ -748,7 +755,8 @@ func (c NATConfig) createTap(l *layout) error {
 	if err := netlink.LinkSetHardwareAddr(tap, l.mac); err != nil {
 		return fmt.Errorf("set MAC address of %s: %w", c.NamespaceInterface, err)
 	}
-	// Without a VMM behind the tap, its route does not count: who connects hears at once that nobody is there.
+	// Without a VMM behind the tap, its route does not count: who connects hears at once that
+	// nobody is there.
 	if err := setSysctl("net/ipv4/conf/"+c.NamespaceInterface+"/ignore_routes_with_linkdown", "1"); err != nil {
 		return err
 	}
@@ -789,7 +797,8 @@ func (n *NAT) guard(i int) error {
 	})
 }
 
-// disableIPv6 takes IPv6 off an interface of the calling thread's namespace, or off all that are and will be. A kernel without it is as good.
+// disableIPv6 takes IPv6 off an interface of the calling thread's namespace, or off all that are
+// and will be. A kernel without it is as good.
 func disableIPv6(iface string) error {
 	err := setSysctl("net/ipv6/conf/"+iface+"/disable_ipv6", "1")
 	if errors.Is(err, os.ErrNotExist) {
@@ -820,7 +829,8 @@ func (n *NAT) Claim() (string, *Claim, error) {
 	return "", nil, fmt.Errorf("all %d network namespaces are in use; raise --namespace-count", len(n.created))
 }
 
-// removeNamespace removes a namespace and its link with the host. One that somebody has made in the place of ours stays.
+// removeNamespace removes a namespace and its link with the host. One that somebody has made in the
+// place of ours stays.
 func removeNamespace(name string) error {
 	if err := checkNamespaceName(name); err != nil {
 		return err
@@ -836,7 +846,8 @@ func removeNamespace(name string) error {
 			return nil
 		}
 	}
-	// The link first: a VMM that still runs keeps the namespace alive, and with it the link and its addresses.
+	// The link first: a VMM that still runs keeps the namespace alive, and with it the link and its
+	// addresses.
 	link, ours, err := hostVeth(name)
 	errs = append(errs, err)
 	if link != nil && ours {
@@ -849,7 +860,8 @@ func removeNamespace(name string) error {
 	return errors.Join(errs...)
 }
 
-// Close removes everything the NAT has made and restores what it has changed. VMs in its namespaces lose their network.
+// Close removes everything the NAT has made and restores what it has changed. VMs in its namespaces
+// lose their network.
 func (n *NAT) Close() error {
 	if n.lock == nil {
 		return nil

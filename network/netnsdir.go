@@ -18,9 +18,9 @@ const netnsDir = "/run/netns"
 // sharedRecord says that it was us who made netnsDir a mount.
 const sharedRecord = "netns-shared"
 
-// shareNamespaces makes netnsDir a shared mount, as the first 'ip netns add' of a host does (netns_add
-// of iproute2), and under its lock. Were it left to that, our namespaces would be mounted beneath the
-// new mount a second time, where nobody can remove them.
+// shareNamespaces makes netnsDir a shared mount, as the first 'ip netns add' of a host does
+// (netns_add of iproute2), and under its lock. Were it left to that, our namespaces would be
+// mounted beneath the new mount a second time, where nobody can remove them.
 func shareNamespaces() error {
 	if err := os.MkdirAll(netnsDir, 0o755); err != nil {
 		return err
@@ -51,7 +51,8 @@ func shareNamespaces() error {
 	})
 }
 
-// unshareNamespaces takes the mount back that shareNamespaces made, once no namespace is left in it.
+// unshareNamespaces takes the mount back that shareNamespaces made, once no namespace is left in
+// it.
 func unshareNamespaces() error {
 	record := filepath.Join(rundir.Path, sharedRecord)
 	if _, err := os.Stat(record); errors.Is(err, os.ErrNotExist) {

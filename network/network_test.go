@@ -199,7 +199,8 @@ func attachGuest(t *testing.T, ns string) string {
 	return guest
 }
 
-// listen serves TCP and UDP on addr in a namespace: each connection or packet is answered with name and the peer's address.
+// listen serves TCP and UDP on addr in a namespace: each connection or packet is answered with name
+// and the peer's address.
 func listen(t *testing.T, ns, addr, name string) {
 	t.Helper()
 	var l net.Listener
@@ -404,7 +405,8 @@ func TestForwarder(t *testing.T) {
 	}
 }
 
-// TestLoopbackGuarded makes sure that a guest cannot send to the host's loopback addresses through a forward's link.
+// TestLoopbackGuarded makes sure that a guest cannot send to the host's loopback addresses through
+// a forward's link.
 func TestLoopbackGuarded(t *testing.T) {
 	need.Root(t)
 	startNAT(t, testConfig())
@@ -581,7 +583,8 @@ func TestKilledNAT(t *testing.T) {
 	}
 }
 
-// A namespace that somebody has made in the place of ours stays, at the end of a NAT and after a kill.
+// A namespace that somebody has made in the place of ours stays, at the end of a NAT and after a
+// kill.
 func TestSomebodysNamespace(t *testing.T) {
 	need.Root(t)
 	before := inventory(t)
@@ -622,8 +625,8 @@ func TestSomebodysNamespace(t *testing.T) {
 	}
 }
 
-// What has a name of ours without being ours stays as it is: before a start, which says so, at the end
-// of a NAT, and after a kill.
+// What has a name of ours without being ours stays as it is: before a start, which says so, at the
+// end of a NAT, and after a kill.
 func TestSomebodysThings(t *testing.T) {
 	need.Root(t)
 	before := inventory(t)

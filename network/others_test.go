@@ -89,8 +89,8 @@ func startForwarder(t *testing.T, forwards ...PortForward) *Forwarder {
 	return f
 }
 
-// TestPutBack does to a NAT and a forwarder what others on a host do: a firewall that is loaded anew, a
-// network service that removes what it does not know, an administrator.
+// TestPutBack does to a NAT and a forwarder what others on a host do: a firewall that is loaded
+// anew, a network service that removes what it does not know, an administrator.
 func TestPutBack(t *testing.T) {
 	need.Root(t)
 	log := readLog(t)
@@ -176,8 +176,8 @@ func TestPutBack(t *testing.T) {
 	}
 }
 
-// TestOpenedMeanwhile lets connections come to be while the rules are gone: they would stay as they are,
-// without translation and without a guard.
+// TestOpenedMeanwhile lets connections come to be while the rules are gone: they would stay as they
+// are, without translation and without a guard.
 func TestOpenedMeanwhile(t *testing.T) {
 	need.Root(t)
 	n := startNAT(t, testConfig())
@@ -216,7 +216,8 @@ func TestOpenedMeanwhile(t *testing.T) {
 	}
 }
 
-// TestTapGuardPutBack flushes the rules inside a namespace: its guest stays confined to its own address.
+// TestTapGuardPutBack flushes the rules inside a namespace: its guest stays confined to its own
+// address.
 func TestTapGuardPutBack(t *testing.T) {
 	need.Root(t)
 	interval := lookInterval
@@ -249,8 +250,8 @@ func TestTapGuardPutBack(t *testing.T) {
 	}
 }
 
-// TestUDPFollows sends from one port all the time: before there is a forward, through it, and after it leads
-// elsewhere.
+// TestUDPFollows sends from one port all the time: before there is a forward, through it, and after
+// it leads elsewhere.
 func TestUDPFollows(t *testing.T) {
 	need.Root(t)
 	startNAT(t, testConfig())
@@ -320,8 +321,8 @@ func TestOwnPort(t *testing.T) {
 	}
 }
 
-// TestReset ends a VM that others are connected with: those who wait for it, those for whom it waits, and
-// those who connect hear at once that it is gone.
+// TestReset ends a VM that others are connected with: those who wait for it, those for whom it
+// waits, and those who connect hear at once that it is gone.
 func TestReset(t *testing.T) {
 	need.Root(t)
 	n := startNAT(t, testConfig())
@@ -557,7 +558,8 @@ func TestWideNetwork(t *testing.T) {
 	}
 }
 
-// TestWideNetworkLater joins networks that the NAT's addresses are a part of while it runs: each is named once.
+// TestWideNetworkLater joins networks that the NAT's addresses are a part of while it runs: each is
+// named once.
 func TestWideNetworkLater(t *testing.T) {
 	need.Root(t)
 	log := readLog(t)
@@ -650,8 +652,8 @@ func TestRemovesNamespacesOnly(t *testing.T) {
 	}
 }
 
-// TestForwardingRestored ends NATs in every order, one of them killed, while somebody turns forwarding off
-// and on.
+// TestForwardingRestored ends NATs in every order, one of them killed, while somebody turns
+// forwarding off and on.
 func TestForwardingRestored(t *testing.T) {
 	need.Root(t)
 	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
@@ -822,7 +824,8 @@ func TestClosedNameServer(t *testing.T) {
 	}
 }
 
-// TestFirewalls starts a NAT on hosts with other firewalls. What is proposed for each lets guests through.
+// TestFirewalls starts a NAT on hosts with other firewalls. What is proposed for each lets guests
+// through.
 func TestFirewalls(t *testing.T) {
 	need.Root(t)
 	log := readLog(t)
@@ -911,8 +914,8 @@ func TestFirewalls(t *testing.T) {
 	}
 }
 
-// legacyRule is an entry of iptables-legacy's for packets from and to interfaces whose names begin so, "" for
-// any: with a verdict, or the end of the table without.
+// legacyRule is an entry of iptables-legacy's for packets from and to interfaces whose names begin
+// so, "" for any: with a verdict, or the end of the table without.
 func legacyRule(in, out string, verdict *int32) []byte {
 	target := binary.NativeEndian.AppendUint16(nil, 40)
 	if verdict == nil {
@@ -939,8 +942,8 @@ func legacyRule(in, out string, verdict *int32) []byte {
 	return append(e, target...)
 }
 
-// setLegacy replaces the filter table of iptables-legacy (struct ipt_replace): FORWARD has rules before its
-// policy, the others let pass.
+// setLegacy replaces the filter table of iptables-legacy (struct ipt_replace): FORWARD has rules
+// before its policy, the others let pass.
 func setLegacy(t *testing.T, policy int32, rules ...[]byte) {
 	t.Helper()
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)

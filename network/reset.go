@@ -13,12 +13,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Who has a connection with a guest that is gone, because it was suspended or has moved, must not wait for
-// it for ever. While no VMM is behind the tap, the namespace answers what is sent to the guest with RST
-// (namespaceRules). A client that waits for the guest sends nothing, though. It is asked to: a SYN in a
-// connection that exists is answered with an ACK, whatever its numbers (RFC 9293, 3.10.7.4; RFC 5961, 4.2),
-// and connection tracking lets it pass (nf_conntrack_proto_tcp.c, TCP_CONNTRACK_IGNORE). The ACK is then
-// answered with an RST that has the right number. To a connection whose guest is there, that does nothing.
+// Who has a connection with a guest that is gone, because it was suspended or has moved, must not
+// wait for it for ever. While no VMM is behind the tap, the namespace answers what is sent to the
+// guest with RST (namespaceRules). A client that waits for the guest sends nothing, though. It is
+// asked to: a SYN in a connection that exists is answered with an ACK, whatever its numbers (RFC
+// 9293, 3.10.7.4; RFC 5961, 4.2), and connection tracking lets it pass (nf_conntrack_proto_tcp.c,
+// TCP_CONNTRACK_IGNORE). The ACK is then answered with an RST that has the right number. To a
+// connection whose guest is there, that does nothing.
 
 const (
 	tcpSYN    = 0x02
@@ -31,14 +32,15 @@ const (
 	resetTransit  = 50 * time.Millisecond // of an RST through the host, whose connection tracking must know it
 )
 
-// Vacate says to all who have a connection with the namespace's guest that it is gone, and to those who
-// connect. Call it when the VM does not run here any more, even if its VMM is still there: it loses its
-// network. It does nothing for a namespace that no NAT made.
+// Vacate says to all who have a connection with the namespace's guest that it is gone, and to those
+// who connect. Call it when the VM does not run here any more, even if its VMM is still there: it
+// loses its network. It does nothing for a namespace that no NAT made.
 func (c *Claim) Vacate() error {
 	return c.atTap("reset connections", func(config *NATConfig, l *layout) error { return config.vacate(l) })
 }
 
-// Occupy takes Vacate back, for a VM that goes on here after all. Connections that were reset stay so.
+// Occupy takes Vacate back, for a VM that goes on here after all. Connections that were reset stay
+// so.
 func (c *Claim) Occupy() error {
 	return c.atTap("connect the guest", func(config *NATConfig, _ *layout) error {
 		link, err := netlink.LinkByName(config.NamespaceInterface)
@@ -92,14 +94,15 @@ func occupied(tap string) bool {
 	return err == nil && link.Attrs().RawFlags&unix.IFF_LOWER_UP != 0
 }
 
-// vacant tells whether packets for the guest take the route of vacantMetric, in the namespace that it runs in.
-// The kernel takes up to a second to notice that a VMM was killed.
+// vacant tells whether packets for the guest take the route of vacantMetric, in the namespace that
+// it runs in. The kernel takes up to a second to notice that a VMM was killed.
 func (l *layout) vacant() bool {
 	link, err := linkTowards(l.guest)
 	return err == nil && link == "lo"
 }
 
-// resetConnections resets the TCP connections of the namespace that it runs in, for which nobody is behind the tap.
+// resetConnections resets the TCP connections of the namespace that it runs in, for which nobody is
+// behind the tap.
 func (l *layout) resetConnections() error {
 	socket, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
 	if err != nil {

@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// resolverFiles are the host's name servers (resolv.conf(5)), and where those behind a stub on a loopback
-// address are: systemd-resolved's, NetworkManager's. Variables for the tests.
+// resolverFiles are the host's name servers (resolv.conf(5)), and where those behind a stub on a
+// loopback address are: systemd-resolved's, NetworkManager's. Variables for the tests.
 var resolverFiles = []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.conf", "/run/NetworkManager/no-stub-resolv.conf"}
 
 // maxNameServers is MAXNS of resolv.h: a resolver asks no more.
@@ -25,8 +25,8 @@ type Resolver struct {
 	Search      []string // domains
 }
 
-// ResolverFor returns the resolver for guests: with the given name servers, or else with the host's own at
-// the moment, which are not its stubs on loopback addresses.
+// ResolverFor returns the resolver for guests: with the given name servers, or else with the host's
+// own at the moment, which are not its stubs on loopback addresses.
 func ResolverFor(nameServers []string) (Resolver, error) {
 	if len(nameServers) > 0 {
 		var r Resolver

@@ -19,7 +19,8 @@ type ruleset struct {
 	table *nftables.Table
 }
 
-// newRuleset starts a ruleset for the calling thread's network namespace. A table of the same family and name is replaced.
+// newRuleset starts a ruleset for the calling thread's network namespace. A table of the same
+// family and name is replaced.
 func newRuleset(family nftables.TableFamily, table string) (*ruleset, error) {
 	conn, err := nftables.New()
 	if err != nil {
@@ -65,8 +66,8 @@ var (
 	hookForwarded = hook{"forwarded", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter}
 	hookDelivered = hook{"delivered", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter}
 	hookLeaving   = hook{"leaving", nftables.ChainTypeFilter, nftables.ChainHookPostrouting, nftables.ChainPriorityRef(*nftables.ChainPriorityNATSource + 1)}
-	// Before the chains of others: the first that translates decides, and of those with one priority
-	// it is the last that was made.
+	// Before the chains of others: the first that translates decides, and of those with one
+	// priority it is the last that was made.
 	hookOutgoing = hook{"outgoing", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityRef(*nftables.ChainPriorityNATSource - 1)}
 )
 
@@ -124,7 +125,8 @@ func (r *ruleset) interfacePairs(name string, names []string) (*nftables.Set, er
 	return set, nil
 }
 
-// counters adds a set that counts connections for each of up to size interfaces. See overConnections.
+// counters adds a set that counts connections for each of up to size interfaces. See
+// overConnections.
 func (r *ruleset) counters(name string, size int) (*nftables.Set, error) {
 	set := &nftables.Set{Table: r.table, Name: name, KeyType: nftables.TypeIFName, KeyByteOrder: binaryutil.NativeEndian, Dynamic: true, Size: uint32(size)}
 	if err := r.conn.AddSet(set, nil); err != nil {
@@ -202,7 +204,8 @@ func (r *ruleset) masqueradeAt(c *nftables.Chain, first, last uint16) error {
 	return nil
 }
 
-// Matches and actions. Registers 1 and 2 are scratch. IPv4 header offsets are those of RFC 791: source at 12, destination at 16.
+// Matches and actions. Registers 1 and 2 are scratch. IPv4 header offsets are those of RFC 791:
+// source at 12, destination at 16.
 
 func interfaceName(name string) []byte {
 	b := make([]byte, unix.IFNAMSIZ)
@@ -235,7 +238,8 @@ func notToInterfaces(set *nftables.Set) []expr.Any {
 	return interfaceIn(expr.MetaKeyOIFNAME, set, true)
 }
 
-// betweenInterfaces matches the incoming and outgoing interface. A register has 16 bytes, as an interface name.
+// betweenInterfaces matches the incoming and outgoing interface. A register has 16 bytes, as an
+// interface name.
 func betweenInterfaces(pairs *nftables.Set) []expr.Any {
 	return []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1},
@@ -268,7 +272,8 @@ func toAddress(n *net.IPNet) []expr.Any {
 	return address(headerField(expr.PayloadBaseNetworkHeader, 16, 4), expr.CmpOpEq, n)
 }
 
-// toOriginalAddress matches the destination that a connection's first packet had before anything was translated.
+// toOriginalAddress matches the destination that a connection's first packet had before anything
+// was translated.
 func toOriginalAddress(n *net.IPNet) []expr.Any {
 	return address(&expr.Ct{Key: expr.CtKeyDST, Register: 1, Direction: 0}, expr.CmpOpEq, n)
 }
@@ -291,8 +296,9 @@ func protocol(ethertype uint16) []expr.Any {
 func protocolIPv4() []expr.Any { return protocol(unix.ETH_P_IP) }
 func protocolARP() []expr.Any  { return protocol(unix.ETH_P_ARP) }
 
-// arpFrom matches ARP for IPv4 over Ethernet from a sender: hardware type 1, protocol 0x0800 and their lengths 6 and 4, then after the
-// operation the sender's addresses at 8 and 14 (RFC 826). A nil mac is not matched.
+// arpFrom matches ARP for IPv4 over Ethernet from a sender: hardware type 1, protocol 0x0800 and
+// their lengths 6 and 4, then after the operation the sender's addresses at 8 and 14 (RFC 826). A
+// nil mac is not matched.
 func arpFrom(mac net.HardwareAddr, ip net.IP) []expr.Any {
 	e := []expr.Any{
 		headerField(expr.PayloadBaseNetworkHeader, 0, 6),
@@ -317,7 +323,8 @@ func toPort(protocol string, port uint16) []expr.Any {
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(port)})
 }
 
-// toOriginalPort is toPort for the destination that a connection's first packet had before anything was translated.
+// toOriginalPort is toPort for the destination that a connection's first packet had before anything
+// was translated.
 func toOriginalPort(protocol string, port uint16) []expr.Any {
 	match := toPort(protocol, port)
 	match[2] = &expr.Ct{Key: expr.CtKeyPROTODST, Register: 1, Direction: 0}
@@ -333,7 +340,8 @@ func transport(number byte) []expr.Any {
 
 func icmp() []expr.Any { return transport(unix.IPPROTO_ICMP) }
 
-// connection matches a bit of what the connection tracking knows about a packet's connection: that it is set (CmpOpNeq to 0), or not.
+// connection matches a bit of what the connection tracking knows about a packet's connection: that
+// it is set (CmpOpNeq to 0), or not.
 func connection(key expr.CtKey, bit uint32, op expr.CmpOp) []expr.Any {
 	return []expr.Any{
 		&expr.Ct{Key: key, Register: 1},
@@ -349,7 +357,8 @@ func notNewConnection() []expr.Any {
 	return connection(expr.CtKeySTATE, expr.CtStateBitNEW, expr.CmpOpEq)
 }
 
-// ipsDstNAT is IPS_DST_NAT of linux/netfilter/nf_conntrack_common.h: the destination was translated.
+// ipsDstNAT is IPS_DST_NAT of linux/netfilter/nf_conntrack_common.h: the destination was
+// translated.
 const ipsDstNAT = 1 << 5
 
 // forwardedByRule matches connections whose destination was translated: a port forward's.
@@ -358,7 +367,8 @@ func forwardedByRule() []expr.Any { return connection(expr.CtKeySTATUS, ipsDstNA
 // connlimitOver makes connlimit match above its count: NFT_CONNLIMIT_F_INV.
 const connlimitOver = expr.NFT_CONNLIMIT_F_INV
 
-// overLimit counts the connections that come to it and are still tracked. It matches those beyond limit.
+// overLimit counts the connections that come to it and are still tracked. It matches those beyond
+// limit.
 func overLimit(limit int) []expr.Any {
 	return []expr.Any{&expr.Connlimit{Count: uint32(limit), Flags: connlimitOver}}
 }
@@ -404,7 +414,8 @@ func (r *ruleset) forgetClosed(c *nftables.Chain) {
 func drop() []expr.Any   { return []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}} }
 func accept() []expr.Any { return []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}} }
 
-// reset answers a TCP segment with RST, unreachable anything else with ICMP's port unreachable (RFC 792, code 3).
+// reset answers a TCP segment with RST, unreachable anything else with ICMP's port unreachable (RFC
+// 792, code 3).
 func reset() []expr.Any { return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}} }
 func unreachable() []expr.Any {
 	return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: 3}}

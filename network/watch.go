@@ -91,8 +91,8 @@ func (w *watch) Close() error {
 // news logs what a look finds, once until it changes.
 type news map[string]string
 
-// say logs a line about a subject, unless that was the last one about it. "" says that there is nothing
-// to say any more.
+// say logs a line about a subject, unless that was the last one about it. "" says that there is
+// nothing to say any more.
 func (n news) say(subject, line string, args ...any) {
 	text := line
 	if line != "" {
@@ -119,8 +119,8 @@ func (n news) mended(what string, done bool, err error) {
 	}
 }
 
-// keepSysctl sets a kernel parameter of the calling thread's network namespace if it has another value.
-// One that this kernel has not is as good.
+// keepSysctl sets a kernel parameter of the calling thread's network namespace if it has another
+// value. One that this kernel has not is as good.
 func keepSysctl(name, value string) (changed bool, err error) {
 	b, err := os.ReadFile("/proc/sys/" + name)
 	if errors.Is(err, os.ErrNotExist) {
@@ -165,8 +165,8 @@ func (a *applied) intact() (bool, error) {
 	return true, nil
 }
 
-// generation is a number that differs after each change of nftables' rules, in the calling thread's network
-// namespace.
+// generation is a number that differs after each change of nftables' rules, in the calling thread's
+// network namespace.
 func generation() (uint32, error) {
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
@@ -194,16 +194,17 @@ func generation() (uint32, error) {
 	return number, d.Err()
 }
 
-// tableState is all that the kernel holds of a family's table of the calling thread's network namespace, in an
-// order of its own, but for what packets change: the elements of dynamic sets. It is empty if there is
-// no such table.
+// tableState is all that the kernel holds of a family's table of the calling thread's network
+// namespace, in an order of its own, but for what packets change: the elements of dynamic sets. It
+// is empty if there is no such table.
 func tableState(family byte, table string) (state []string, err error) {
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
 		return nil, fmt.Errorf("read nftables rules: %w", err)
 	}
 	defer conn.Close()
-	// The first attribute of all of these is the table's name, the second of a set its own (nf_tables.h).
+	// The first attribute of all of these is the table's name, the second of a set its own
+	// (nf_tables.h).
 	const name, setName, setFlags, elements = unix.NFTA_SET_TABLE, unix.NFTA_SET_NAME, unix.NFTA_SET_FLAGS, unix.NFTA_SET_ELEM_LIST_ELEMENTS
 	dump := func(message uint16, filter ...netlink.Attribute) ([]netlink.Message, error) {
 		attributes, err := netlink.MarshalAttributes(filter)

@@ -1,9 +1,10 @@
 // Package packager stores packages: in a .tar.zst file ([Create], [Extract]) and in an OCI registry
 // ([Artifact]), with a signature if they have one ([Sign], [Verify]).
 //
-// The format of the file is a tar archive with one regular file per device, named like it, compressed as a sequence of zstd frames with checksums. Holes are
-// stored as zeros, which compress to almost nothing, so that any tar reads the archive; extraction makes them holes again. The signature of a package, if it has
-// one, is the first file, [signature.File].
+// The format of the file is a tar archive with one regular file per device, named like it,
+// compressed as a sequence of zstd frames with checksums. Holes are stored as zeros, which compress
+// to almost nothing, so that any tar reads the archive; extraction makes them holes again. The
+// signature of a package, if it has one, is the first file, [signature.File].
 package packager
 
 import (
@@ -74,8 +75,9 @@ func check(devices []Device) error {
 // bufferSize is the unit of copying, in bytes.
 const bufferSize = 1 << 20
 
-// Create writes devices, and the signature beside the config device if there is one, into the archive at path, which only its owner can read, and which has its
-// name only once it is complete and durable.
+// Create writes devices, and the signature beside the config device if there is one, into the
+// archive at path, which only its owner can read, and which has its name only once it is complete
+// and durable.
 func Create(ctx context.Context, path string, devices []Device, progress Progress) (err error) {
 	if err := check(devices); err != nil {
 		return err
@@ -204,10 +206,12 @@ func (c *counter) Write(p []byte) (int, error) {
 // maxDevice bounds what an entry may say of its size, in bytes.
 const maxDevice = 1 << 46
 
-// Extract takes devices out of the archive at path; entries that are not asked for are left alone. The files, which only their owner can read, have their
-// names only once the whole archive has proved intact; what was there before is then replaced, and untouched otherwise. Several files of one directory
-// are replaced together, those of several directories replace nothing: see fileset. The archive's signature, if it has one, is put beside the config
-// device. A verifier, which may be nil, has to accept the devices.
+// Extract takes devices out of the archive at path; entries that are not asked for are left alone.
+// The files, which only their owner can read, have their names only once the whole archive has
+// proved intact; what was there before is then replaced, and untouched otherwise. Several files of
+// one directory are replaced together, those of several directories replace nothing: see fileset.
+// The archive's signature, if it has one, is put beside the config device. A verifier, which may be
+// nil, has to accept the devices.
 func Extract(ctx context.Context, path string, devices []Device, verifier *signature.Verifier, progress Progress) (err error) {
 	if err := check(devices); err != nil {
 		return err
@@ -239,8 +243,8 @@ func Extract(ctx context.Context, path string, devices []Device, verifier *signa
 	return nil
 }
 
-// outputs are the files of an extraction: one by itself, or several that appear together, so that no package is half
-// an older one's.
+// outputs are the files of an extraction: one by itself, or several that appear together, so that
+// no package is half an older one's.
 type outputs struct {
 	set *fileset.Set // nil for one file
 
@@ -435,7 +439,8 @@ func (w *contentWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// copyBlocks copies in whole buffers, so that zeros are seen in whole blocks however r hands them out.
+// copyBlocks copies in whole buffers, so that zeros are seen in whole blocks however r hands them
+// out.
 func copyBlocks(w io.Writer, r io.Reader) error {
 	buf := make([]byte, bufferSize)
 	for {
@@ -468,12 +473,14 @@ func (x *extraction) publish() error {
 	return nil
 }
 
-// holeSize is the granularity in which zeros become holes, in bytes: the block size of common file systems.
+// holeSize is the granularity in which zeros become holes, in bytes: the block size of common file
+// systems.
 const holeSize = 4096
 
 var zeroBlock [holeSize]byte
 
-// holeWriter writes sequentially to a new file, leaving holes for zeros. Each Write starts on a multiple of holeSize.
+// holeWriter writes sequentially to a new file, leaving holes for zeros. Each Write starts on a
+// multiple of holeSize.
 type holeWriter struct {
 	f  *os.File
 	at int64

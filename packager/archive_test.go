@@ -267,7 +267,8 @@ func TestCreateFailureLeavesNothing(t *testing.T) {
 	}
 }
 
-// asNobody makes a directory that an unprivileged user owns, with links to a file of root's under every name that might be used there.
+// asNobody makes a directory that an unprivileged user owns, with links to a file of root's under
+// every name that might be used there.
 func asNobody(t *testing.T, names ...string) (dir, victim string) {
 	t.Helper()
 	need.Root(t)
@@ -287,8 +288,8 @@ func asNobody(t *testing.T, names ...string) (dir, victim string) {
 	return dir, victim
 }
 
-// Whoever owns the directory cannot have root's files overwritten, nor put something else in the place of
-// what root writes: nothing is written there.
+// Whoever owns the directory cannot have root's files overwritten, nor put something else in the
+// place of what root writes: nothing is written there.
 func TestDirectoryOfAnother(t *testing.T) {
 	dir, victim := asNobody(t, "a.tar.zst.partial", ".a.tar.zst.partial", "config.partial", "config", "a.tar.zst")
 	source, _ := create(t)
@@ -316,7 +317,8 @@ func TestDirectoryOfAnother(t *testing.T) {
 	}
 }
 
-// A file that everybody may read is replaced by one that nobody else may, and directories are made closed.
+// A file that everybody may read is replaced by one that nobody else may, and directories are made
+// closed.
 func TestClosedToOthers(t *testing.T) {
 	base := t.TempDir()
 	target, path := filepath.Join(t.TempDir(), "config"), filepath.Join(base, "out", "app.tar.zst")
@@ -341,7 +343,8 @@ func TestClosedToOthers(t *testing.T) {
 	}
 }
 
-// An archive of some KB that unpacks to more than anybody waits for ends with its context, also where it is only skipped; sizes that no device has are refused.
+// An archive of some KB that unpacks to more than anybody waits for ends with its context, also
+// where it is only skipped; sizes that no device has are refused.
 func TestBomb(t *testing.T) {
 	zeros := func(size int64) string {
 		path := filepath.Join(t.TempDir(), "a.tar.zst")
@@ -399,8 +402,8 @@ func FuzzExtract(f *testing.F) {
 
 // What unpacks to nothing, however long it is, is given up with the command.
 func TestNothingInterrupted(t *testing.T) {
-	// A frame of one segment without content: magic number, descriptor, content size, and a last raw
-	// block of no bytes (RFC 8878, section 3.1.1).
+	// A frame of one segment without content: magic number, descriptor, content size, and a last
+	// raw block of no bytes (RFC 8878, section 3.1.1).
 	frame := []byte{0x28, 0xb5, 0x2f, 0xfd, 0x20, 0x00, 0x01, 0x00, 0x00}
 	path := filepath.Join(t.TempDir(), "package.tar.zst")
 	if err := os.WriteFile(path, bytes.Repeat(frame, 8<<20), 0o600); err != nil {
@@ -414,7 +417,8 @@ func TestNothingInterrupted(t *testing.T) {
 	}
 }
 
-// An extraction over an older version of a package that is interrupted leaves the one or the other, and never files of both.
+// An extraction over an older version of a package that is interrupted leaves the one or the other,
+// and never files of both.
 func TestExtractOverAnother(t *testing.T) {
 	base, out := t.TempDir(), filepath.Join(t.TempDir(), "package")
 	sources, path := sample(t, base), filepath.Join(base, "app.tar.zst")

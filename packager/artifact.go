@@ -20,8 +20,8 @@ type Artifact struct {
 	MaxSize   int64  // bytes that its devices may have in all; 0: see --max-size in docs/devices.md
 }
 
-// Push stores the package in directory dir as the artifact, which it replaces at once when all is there, and
-// returns its digest. Layers that the registry has already are not uploaded again.
+// Push stores the package in directory dir as the artifact, which it replaces at once when all is
+// there, and returns its digest. Layers that the registry has already are not uploaded again.
 func (a Artifact) Push(ctx context.Context, dir string, progress Progress) (digest string, err error) {
 	names, files, err := vmm.PackageFiles(dir)
 	if err != nil {
@@ -38,9 +38,10 @@ func (a Artifact) Push(ctx context.Context, dir string, progress Progress) (dige
 	return hash.String(), nil
 }
 
-// Pull makes directory dir have the package, and returns its digest. Every block is verified. A pull that was
-// interrupted goes on where it was. Files that are there already are kept if they are the package's, and an
-// error if not. With a verifier, which may be nil, nothing is pulled unless it accepts the package.
+// Pull makes directory dir have the package, and returns its digest. Every block is verified. A
+// pull that was interrupted goes on where it was. Files that are there already are kept if they are
+// the package's, and an error if not. With a verifier, which may be nil, nothing is pulled unless
+// it accepts the package.
 func (a Artifact) Pull(ctx context.Context, dir string, verifier *signature.Verifier, progress Progress) (digest string, err error) {
 	p, err := artifact.Open(ctx, a.Reference, a.PlainHTTP, a.MaxSize)
 	if err != nil {
@@ -106,8 +107,8 @@ func pullFile(
 	return errors.Join(d.Fill(ctx, show), d.Close())
 }
 
-// Verify refuses an artifact that the verifier does not accept, and returns the digest of one that it does. The
-// lists of content ids are read, by which every block is verified when it is pulled.
+// Verify refuses an artifact that the verifier does not accept, and returns the digest of one that
+// it does. The lists of content ids are read, by which every block is verified when it is pulled.
 func (a Artifact) Verify(ctx context.Context, verifier *signature.Verifier) (digest string, err error) {
 	p, err := artifact.Open(ctx, a.Reference, a.PlainHTTP, a.MaxSize)
 	if err != nil {

@@ -14,8 +14,9 @@ import (
 	"drafter/internal/decompress"
 )
 
-// frameSize is how much of the tar stream one zstd frame holds, in bytes. Frames are independent, so all cores compress and decompress; one after the
-// other they are an ordinary zstd file (RFC 8878, section 3.1).
+// frameSize is how much of the tar stream one zstd frame holds, in bytes. Frames are independent,
+// so all cores compress and decompress; one after the other they are an ordinary zstd file (RFC
+// 8878, section 3.1).
 const frameSize = 1 << 20
 
 var zeroFrame = make([]byte, frameSize)
@@ -58,7 +59,8 @@ func (f *frameWriter) Write(p []byte) (int, error) {
 	return written, f.err
 }
 
-// emit hands the buffer to a worker, after the oldest frame has been written if all workers are busy.
+// emit hands the buffer to a worker, after the oldest frame has been written if all workers are
+// busy.
 func (f *frameWriter) emit() {
 	if len(f.queue) > runtime.GOMAXPROCS(0) {
 		f.writeOldest()
@@ -97,8 +99,8 @@ func (f *frameWriter) Close() error {
 	return errors.Join(f.err, f.enc.Close())
 }
 
-// frameReader decompresses a zstd file. Frames of up to frameSize go to workers; from the first larger one on (another program made the file) it
-// decompresses as a stream. Close it.
+// frameReader decompresses a zstd file. Frames of up to frameSize go to workers; from the first
+// larger one on (another program made the file) it decompresses as a stream. Close it.
 type frameReader struct {
 	r     *bufio.Reader
 	dec   *zstd.Decoder

@@ -12,8 +12,9 @@ import (
 	"drafter/vmm"
 )
 
-// Sign signs the package in directory dir, from which no VM may be running. The signature is written to file;
-// "" puts it beside the config device, with which it goes into archives and registries.
+// Sign signs the package in directory dir, from which no VM may be running. The signature is
+// written to file; "" puts it beside the config device, with which it goes into archives and
+// registries.
 func Sign(ctx context.Context, dir string, key *signature.PrivateKey, file string) error {
 	names, files, err := vmm.PackageFiles(dir)
 	if err != nil {
@@ -62,7 +63,8 @@ func signed(name string, c *block.Contents) signature.Device {
 	return signature.Device{Name: name, Size: c.Size, Content: c.Device.String()}
 }
 
-// Verify refuses the package in directory dir if the verifier does not accept it. Everything is read.
+// Verify refuses the package in directory dir if the verifier does not accept it. Everything is
+// read.
 func Verify(ctx context.Context, dir string, verifier *signature.Verifier) error {
 	names, files, err := vmm.PackageFiles(dir)
 	if err != nil {

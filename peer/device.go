@@ -49,8 +49,9 @@ func DefaultDevice(name string) Device {
 	}
 }
 
-// PackageDevices derives the devices of an instance from two directories: the package's files, under the names that the README gives them, and the
-// instance's overlays and state files, which are made. Without an instance directory the instance writes to the package.
+// PackageDevices derives the devices of an instance from two directories: the package's files,
+// under the names that the README gives them, and the instance's overlays and state files, which
+// are made. Without an instance directory the instance writes to the package.
 func PackageDevices(pkg, instance string) ([]Device, error) {
 	names, files, err := vmm.PackageFiles(pkg)
 	if errors.Is(err, os.ErrNotExist) && instance != "" {
@@ -97,7 +98,8 @@ func arrivedNames(pkg, instance string) []string {
 	return names
 }
 
-// NewPackageDevices is [PackageDevices] of a package with devices of these names that is not there yet.
+// NewPackageDevices is [PackageDevices] of a package with devices of these names that is not there
+// yet.
 func NewPackageDevices(names []string, pkg, instance string) []Device {
 	var devices []Device
 	for _, name := range names {
@@ -119,14 +121,15 @@ func packageDevice(name, file, pkg, instance string) Device {
 func (d *Device) files() *stack.Files {
 	f := &stack.Files{Base: d.Base, Overlay: d.Overlay, State: d.State, BlockSize: d.BlockSize, Shared: d.Shared}
 	f.Remedy = "settle it there with 'drafter peer settle --here', and give up what is here with 'drafter peer settle --away'"
-	// Memory is written in pages, at random: the first write to a larger block would copy the rest of it from the base. A disk's syncs, of which memory has none, have
-	// to sync the state file, too, when blocks are new.
+	// Memory is written in pages, at random: the first write to a larger block would copy the rest
+	// of it from the base. A disk's syncs, of which memory has none, have to sync the state file,
+	// too, when blocks are new.
 	f.Paged = d.Name == vmm.Memory
 	return f
 }
 
-// Export writes a device that no VM uses, base and overlay together, to a new file at path. Progress, which
-// may be nil, is told how many of its bytes are done.
+// Export writes a device that no VM uses, base and overlay together, to a new file at path.
+// Progress, which may be nil, is told how many of its bytes are done.
 func (d Device) Export(ctx context.Context, path string, progress func(done, total int64)) (err error) {
 	device, err := d.files().Open(ctx)
 	if err != nil {
@@ -136,8 +139,8 @@ func (d Device) Export(ctx context.Context, path string, progress func(done, tot
 	return block.Export(ctx, path, device, progress)
 }
 
-// Problems verifies a device that no VM uses. It returns what is wrong, in words for the user, and an error only
-// if it could not look. Nothing is changed.
+// Problems verifies a device that no VM uses. It returns what is wrong, in words for the user, and
+// an error only if it could not look. Nothing is changed.
 func (d Device) Problems(ctx context.Context) ([]string, error) { return d.files().Problems(ctx) }
 
 // moves tells whether the device moves with the VM.

@@ -1,5 +1,6 @@
-// Package peer owns an instance: a VM with devices of its own, made from a package or received from another peer. It starts the instance, keeps what it
-// changes in overlays, gives it to another peer that asks for it, and suspends it so that it starts again where it was.
+// Package peer owns an instance: a VM with devices of its own, made from a package or received from
+// another peer. It starts the instance, keeps what it changes in overlays, gives it to another peer
+// that asks for it, and suspends it so that it starts again where it was.
 package peer
 
 import (
@@ -44,8 +45,8 @@ type Config struct {
 
 	ResumeTimeout time.Duration // bounds the answer of the agent after a resume; 0: 1 min
 	Force         bool          // a VM is received even if its guest does not get ready: what it has not flushed is as after a power cut
-	// RescueTimeout bounds the answer of the agent before a suspend; the VM is suspended without it afterwards. 0: 10 s;
-	// below 0: it is not waited for.
+	// RescueTimeout bounds the answer of the agent before a suspend; the VM is suspended without it
+	// afterwards. 0: 10 s; below 0: it is not waited for.
 	RescueTimeout time.Duration
 
 	Hooks Hooks
@@ -135,7 +136,8 @@ func (p *Peer) checkDevices() error {
 	return instance.CheckNames(names, vmm.Config, vmm.Memory, vmm.State)
 }
 
-// Resume starts the instance. It runs when Resume returns, and its agent has answered. On failure nothing is left but what Close removes.
+// Resume starts the instance. It runs when Resume returns, and its agent has answered. On failure
+// nothing is left but what Close removes.
 func (p *Peer) Resume(ctx context.Context) error {
 	start := time.Now()
 	if err := p.verify(nil); err != nil {
@@ -182,7 +184,8 @@ func (p *Peer) resume(ctx context.Context, start time.Time) error {
 	return err
 }
 
-// forgetMemory removes what an instance that will boot has left of its memory, which nothing fits any more.
+// forgetMemory removes what an instance that will boot has left of its memory, which nothing fits
+// any more.
 func (p *Peer) forgetMemory(ctx context.Context) error {
 	for i := range p.config.Devices {
 		if d := &p.config.Devices[i]; d.Name == vmm.Memory {
@@ -265,7 +268,8 @@ func (p *Peer) bases() map[string]string {
 	return bases
 }
 
-// expose gives the devices that a VMM opens paths, in a directory that the next start cleans up should this process be killed.
+// expose gives the devices that a VMM opens paths, in a directory that the next start cleans up
+// should this process be killed.
 func (p *Peer) expose(config *vmm.PackageConfig) error {
 	host := p.config.Host
 	driver, err := host.Drivers.Select(host.VMM, config.Hardware.VMM)
@@ -312,7 +316,8 @@ func (s storage) Memory() (block.Device, error) {
 	return borrowed{s.p.devices.Get(vmm.Memory).Tracker, vmm.Memory}, nil
 }
 
-// State gives the state device itself, not a path to it: what a migration brings and takes goes by no other way.
+// State gives the state device itself, not a path to it: what a migration brings and takes goes by
+// no other way.
 func (s storage) State() (instance.StateDevice, error) {
 	return borrowed{s.p.devices.Get(vmm.State).Tracker, s.p.statePath()}, nil
 }
@@ -332,18 +337,23 @@ func (p *Peer) statePath() string {
 	return cmp.Or(p.config.Devices[i].Overlay, p.config.Devices[i].Base)
 }
 
-// Done is closed when the VM has ended by itself; Wait then tells how. It is nil before the VM runs.
+// Done is closed when the VM has ended by itself; Wait then tells how. It is nil before the VM
+// runs.
 func (p *Peer) Done() <-chan struct{} { return p.instance.Done() }
 
-// Wait blocks until the VM ends by itself. It returns nil when the guest powered itself off. What a device failed with is part of the error.
+// Wait blocks until the VM ends by itself. It returns nil when the guest powered itself off. What a
+// device failed with is part of the error.
 func (p *Peer) Wait() error { return errors.Join(p.instance.Wait(), p.devices.Failed()) }
 
-// Agent is the connection with the guest's agent; nil before the VM runs, and after it was suspended.
+// Agent is the connection with the guest's agent; nil before the VM runs, and after it was
+// suspended.
 func (p *Peer) Agent() *agent.Client { return p.instance.Agent() }
 
-// Suspend stops the VM and leaves it in its devices. It uses a context of its own: a suspend is how a run ends well, whatever the caller's context has
-// come to. Of a VM that is still arriving, it waits for the rest first. An instance that is backed up is backed up once more, as it is then. A VM that cannot be
-// stored runs on, and Suspend can be tried again, as when there is no room (see [vmm.Unstored]). After it, Close.
+// Suspend stops the VM and leaves it in its devices. It uses a context of its own: a suspend is how
+// a run ends well, whatever the caller's context has come to. Of a VM that is still arriving, it
+// waits for the rest first. An instance that is backed up is backed up once more, as it is then. A
+// VM that cannot be stored runs on, and Suspend can be tried again, as when there is no room (see
+// [vmm.Unstored]). After it, Close.
 func (p *Peer) Suspend(ctx context.Context) error {
 	start := time.Now()
 	if err := p.awaitArrival(ctx); err != nil {
@@ -368,8 +378,9 @@ func (p *Peer) Suspend(ctx context.Context) error {
 	return err
 }
 
-// Close ends the VM, if it still runs, without saving it, and removes what the run needed on the host. What was written to the disks until then is made
-// durable, unless the VM has moved away, and its disks with it.
+// Close ends the VM, if it still runs, without saving it, and removes what the run needed on the
+// host. What was written to the disks until then is made durable, unless the VM has moved away, and
+// its disks with it.
 func (p *Peer) Close() error {
 	moved, err := p.moves.Close()
 	errs := []error{err}

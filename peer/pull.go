@@ -23,8 +23,9 @@ type Origin struct {
 	origin origin
 }
 
-// OpenArtifact opens the package that an OCI registry has under ref. PlainHTTP allows a connection without TLS.
-// Its devices may have maxSize bytes in all; see [migrate.Limits] for 0. Credentials are those of docker.
+// OpenArtifact opens the package that an OCI registry has under ref. PlainHTTP allows a connection
+// without TLS. Its devices may have maxSize bytes in all; see [migrate.Limits] for 0. Credentials
+// are those of docker.
 func OpenArtifact(ctx context.Context, ref string, plainHTTP bool, maxSize int64) (*Origin, error) {
 	p, err := artifact.Open(ctx, ref, plainHTTP, maxSize)
 	if err != nil {
@@ -62,8 +63,10 @@ type signed interface {
 	Signature() []byte
 }
 
-// Pull starts the instance over a package that is elsewhere, and pulls that behind the running VM: each device's base is filled with what the VM reads and, from
-// when it runs, with all the rest; see Pulled. Bases that are here already are used, if they are the package's. Pull owns the origin.
+// Pull starts the instance over a package that is elsewhere, and pulls that behind the running VM:
+// each device's base is filled with what the VM reads and, from when it runs, with all the rest;
+// see Pulled. Bases that are here already are used, if they are the package's. Pull owns the
+// origin.
 func (p *Peer) Pull(ctx context.Context, o *Origin) error {
 	start := time.Now()
 	if err := p.occupy(); err != nil {
@@ -154,7 +157,8 @@ func (p *Peer) stopPull() {
 	}
 }
 
-// startFill pulls one device after the other: config first, without which nobody knows what belongs to the package, then memory, which the VM waits for most.
+// startFill pulls one device after the other: config first, without which nobody knows what belongs
+// to the package, then memory, which the VM waits for most.
 func (p *Peer) startFill() {
 	ctx, cancel := context.WithCancel(context.Background())
 	f := &fill{cancel: cancel, done: make(chan struct{})}
@@ -198,7 +202,8 @@ func rank(order []string, name string) int {
 	return len(order)
 }
 
-// Pulled is closed when all of a package that is pulled is here, or never will be; PullError then tells which. It is nil when nothing is pulled.
+// Pulled is closed when all of a package that is pulled is here, or never will be; PullError then
+// tells which. It is nil when nothing is pulled.
 func (p *Peer) Pulled() <-chan struct{} {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -22,9 +22,10 @@ import (
 	"drafter/vmm"
 )
 
-// Receive asks a peer, which dial connects with, for its VM. The VM runs here when Receive returns nil; what is missing of it is fetched from then on, see
-// Arrived. On an error it runs at its source, unless the error says otherwise, and nothing is left but what Close removes. If it is no peer but a registry, an
-// instance of its package is started; see [Peer.Pull].
+// Receive asks a peer, which dial connects with, for its VM. The VM runs here when Receive returns
+// nil; what is missing of it is fetched from then on, see Arrived. On an error it runs at its
+// source, unless the error says otherwise, and nothing is left but what Close removes. If it is no
+// peer but a registry, an instance of its package is started; see [Peer.Pull].
 func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	start := time.Now()
 	if err := p.openStore(ctx); err != nil {
@@ -73,7 +74,8 @@ func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	return nil
 }
 
-// firstMoments gives the guest's clients the first moments after a move, in which every step of the guest is a slow one, before its agent gets work to do.
+// firstMoments gives the guest's clients the first moments after a move, in which every step of the
+// guest is a slow one, before its agent gets work to do.
 func firstMoments(ctx context.Context) {
 	select {
 	case <-time.After(150 * time.Millisecond):
@@ -81,7 +83,8 @@ func firstMoments(ctx context.Context) {
 	}
 }
 
-// Arrived is closed when a VM that came by a migration is complete, or never will be; ArrivalError then tells which. It is nil for a VM that was started here.
+// Arrived is closed when a VM that came by a migration is complete, or never will be; ArrivalError
+// then tells which. It is nil for a VM that was started here.
 func (p *Peer) Arrived() <-chan struct{} { return p.moves.Arrived() }
 
 // ArrivalError waits until Arrived and returns why the VM is not complete.
@@ -144,7 +147,8 @@ func (p *Peer) awaitArrival(ctx context.Context) error {
 }
 
 // keepWhole makes each device but memory durable, and one that can be opened again, as soon as
-// nothing of it is missing: a VM whose source is lost before all of its memory came boots from them.
+// nothing of it is missing: a VM whose source is lost before all of its memory came boots from
+// them.
 func (p *Peer) keepWhole(target *migration.Target) {
 	for i := range p.config.Devices {
 		d := &p.config.Devices[i]
@@ -199,7 +203,8 @@ type arrival struct {
 	kernel     *sealable   // the kernel device; nil if that does not come, or need not be signed
 	running    bool
 
-	// While the VMM waits for its VM, it is watched: the source need not pause for one that has died.
+	// While the VMM waits for its VM, it is watched: the source need not pause for one that has
+	// died.
 	giveUp    context.CancelCauseFunc
 	restoring chan struct{} // closed when the watch ends
 	once      sync.Once
@@ -407,7 +412,8 @@ func (a *arrival) endWatch() {
 	a.watch.Wait()
 }
 
-// Expect implements [migration.TargetVM]. What it notes, Restore corrects without having to wait for a disk.
+// Expect implements [migration.TargetVM]. What it notes, Restore corrects without having to wait
+// for a disk.
 func (a *arrival) Expect(_ context.Context, migration uuid.UUID) error {
 	if a.header == nil {
 		return fmt.Errorf("device %s does not come with the VM; set makeMigratable on for it, here and on the source", vmm.State)

@@ -63,7 +63,8 @@ func (p *Peer) watchRoom() (stop func()) {
 	}
 }
 
-// lookForRoom does so for one device. said is when it was said of which that something is not stored.
+// lookForRoom does so for one device. said is when it was said of which that something is not
+// stored.
 func lookForRoom(name string, b *block.Backlog, said map[string]time.Time) {
 	err := b.Store() // of what is kept
 	missing := b.Missing()

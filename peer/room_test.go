@@ -64,9 +64,9 @@ func (f *instanceFiles) suspend(state []byte) error {
 	return vmm.WriteState(f.stacks[vmm.State], f.id, state)
 }
 
-// An instance on a file system of every size from too small to just enough: it does not start, or it
-// runs, loses nothing of memory, can be handed over in any case, and is suspended, or says that it is
-// not and can be suspended once there is room. What says that it is suspended is whole.
+// An instance on a file system of every size from too small to just enough: it does not start, or
+// it runs, loses nothing of memory, can be handed over in any case, and is suspended, or says that
+// it is not and can be suspended once there is room. What says that it is suspended is whole.
 func TestEveryFileSystem(t *testing.T) {
 	need.Root(t)
 	const size = 1 << 20
@@ -177,8 +177,8 @@ func (f *instanceFiles) life(t *testing.T, room int, makeRoom func()) (outcome s
 	return outcome
 }
 
-// A storage that is away keeps no instance from starting, and is found later. One that is not fit is
-// an error at once.
+// A storage that is away keeps no instance from starting, and is found later. One that is not fit
+// is an error at once.
 func TestStoreAway(t *testing.T) {
 	server := s3test.Start(t)
 	d := DefaultDevice(vmm.Disk)

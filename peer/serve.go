@@ -21,9 +21,11 @@ import (
 	"drafter/vmm"
 )
 
-// Serve makes the VM migratable: a peer that connects gets it. accept returns the next connection, or an error once its context has ended. Serve returns when
-// the VM has moved, with true; or when ctx has ended and the VM is not migratable any more, but runs here as before. If by then a target owns the VM, Serve
-// first gives it all that it needs. An error with false means that the VM runs here or, if it says so, that it is in doubt.
+// Serve makes the VM migratable: a peer that connects gets it. accept returns the next connection,
+// or an error once its context has ended. Serve returns when the VM has moved, with true; or when
+// ctx has ended and the VM is not migratable any more, but runs here as before. If by then a target
+// owns the VM, Serve first gives it all that it needs. An error with false means that the VM runs
+// here or, if it says so, that it is in doubt.
 func (p *Peer) Serve(ctx context.Context, accept migrate.Accept) (moved bool, err error) {
 	source, err := p.migratable(ctx)
 	if err != nil || source == nil {

@@ -79,7 +79,8 @@ func writeDecision(path, text string) error {
 	})
 }
 
-// settleRunning leaves the decision for the process that owns the instance, and waits until it has taken it.
+// settleRunning leaves the decision for the process that owns the instance, and waits until it has
+// taken it.
 func settleRunning(ctx context.Context, devices []Device, outcome migrate.Outcome) error {
 	path := decisionFile(devices)
 	if err := writeDecision(path, string(outcome)); err != nil {

@@ -13,8 +13,9 @@ import (
 	"drafter/vmm"
 )
 
-// heldHeader is a state device whose header stays as it is until it is released, or the device is synced: what arrives of it meanwhile, it keeps in memory. So the
-// device says that the VM is arriving, until it says that it runs.
+// heldHeader is a state device whose header stays as it is until it is released, or the device is
+// synced: what arrives of it meanwhile, it keeps in memory. So the device says that the VM is
+// arriving, until it says that it runs.
 type heldHeader struct {
 	block.Device
 
@@ -70,7 +71,8 @@ func (h *heldHeader) Sync() error {
 	return h.Device.Sync()
 }
 
-// release gives the device the header that is held. It outlives this process from then on, and a power failure once the device is synced.
+// release gives the device the header that is held. It outlives this process from then on, and a
+// power failure once the device is synced.
 func (h *heldHeader) release() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -104,7 +106,8 @@ func (h *heldHeader) expect(migration uuid.UUID) error {
 	return h.Device.Sync()
 }
 
-// makeRoom removes what an instance that has moved away, or did not wholly arrive, left in the files of devices. It refuses to touch any other instance.
+// makeRoom removes what an instance that has moved away, or did not wholly arrive, left in the
+// files of devices. It refuses to touch any other instance.
 func makeRoom(devices []Device) error {
 	var state *Device
 	for i := range devices {

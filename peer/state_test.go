@@ -27,7 +27,8 @@ func (d *lateDevice) ReadAt(p []byte, off int64) (int, error) {
 	return n, err
 }
 
-// A header that is released while somebody reads is read, whether from here or from the device: never what the device held before.
+// A header that is released while somebody reads is read, whether from here or from the device:
+// never what the device held before.
 func TestHeldHeaderReleasedMeanwhile(t *testing.T) {
 	file, err := block.CreateUnnamed(t.TempDir(), 4*block.PageSize)
 	if err != nil {

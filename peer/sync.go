@@ -62,8 +62,9 @@ type syncer struct {
 // storePatience is how long an instance waits at its start for where it is backed up.
 const storePatience = 10 * time.Second
 
-// openStore connects with where the instance is backed up, if it is: what is wrong with that is said before anything happens. A storage that is away keeps no
-// VM from starting; it is connected with later.
+// openStore connects with where the instance is backed up, if it is: what is wrong with that is
+// said before anything happens. A storage that is away keeps no VM from starting; it is connected
+// with later.
 func (p *Peer) openStore(ctx context.Context) error {
 	place, ok, err := p.place()
 	if err != nil || !ok || p.syncer != nil {
@@ -102,7 +103,8 @@ func (s *syncer) connect(ctx context.Context) error {
 	return nil
 }
 
-// prepare connects with the storage, and takes over what the host has written there from which the VM has come.
+// prepare connects with the storage, and takes over what the host has written there from which the
+// VM has come.
 func (s *syncer) prepare(ctx context.Context) error {
 	if s.hold.tookBack() {
 		s.baseline.Forget()
@@ -122,7 +124,8 @@ func (s *syncer) prepare(ctx context.Context) error {
 	return nil
 }
 
-// hold keeps a host from writing backups of a VM that it hands over: the target writes them from then on.
+// hold keeps a host from writing backups of a VM that it hands over: the target writes them from
+// then on.
 type hold struct {
 	mu      sync.Mutex
 	leaving bool
@@ -130,7 +133,8 @@ type hold struct {
 	cancel  context.CancelFunc // of the sync under way
 }
 
-// begin is for a sync. It returns false while the VM is being handed over, which also ends the sync.
+// begin is for a sync. It returns false while the VM is being handed over, which also ends the
+// sync.
 func (h *hold) begin(ctx context.Context) (context.Context, context.CancelFunc, bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -193,9 +197,10 @@ func (p *Peer) closeStore() error {
 	return err
 }
 
-// Sync backs the devices that say s3sync up to their object storage, over and over, until ctx ends or the VM has moved away: each time the VM is paused as for a
-// handoff, and what has changed is uploaded while it goes on. A failure is logged, and tried again; the error that Sync returns is for good. Suspend makes the
-// last backup.
+// Sync backs the devices that say s3sync up to their object storage, over and over, until ctx ends
+// or the VM has moved away: each time the VM is paused as for a handoff, and what has changed is
+// uploaded while it goes on. A failure is logged, and tried again; the error that Sync returns is
+// for good. Suspend makes the last backup.
 func (p *Peer) Sync(ctx context.Context) error {
 	if p.syncer == nil {
 		return nil
@@ -253,7 +258,8 @@ func (s *syncer) last() string {
 	return s.writer.Moment().Format(time.RFC3339Nano)
 }
 
-// sync makes one backup. A copy that could not be written is written first, before a new one is made.
+// sync makes one backup. A copy that could not be written is written first, before a new one is
+// made.
 func (s *syncer) sync(ctx context.Context, p *Peer, source *migration.Source) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -295,7 +301,8 @@ func (s *syncer) sync(ctx context.Context, p *Peer, source *migration.Source) er
 	return s.drop()
 }
 
-// backup returns where to get an arriving device if what is stored of it is what its source offers; nil otherwise. Beneath it is the device's base, if that is here.
+// backup returns where to get an arriving device if what is stored of it is what its source offers;
+// nil otherwise. Beneath it is the device's base, if that is here.
 func (p *Peer) backup(ctx context.Context, d *Device, offered wire.Device, held wire.Held) (*migration.Backup, error) {
 	if p.syncer == nil || p.syncer.writer == nil || !d.S3Sync || offered.Backup == (block.ID{}) {
 		return nil, nil
@@ -386,7 +393,8 @@ func (s *syncer) finish(ctx context.Context, p *Peer) error {
 	return nil
 }
 
-// awaitBackup waits until all that is pulled is here, if the next backup may replace what it is pulled from.
+// awaitBackup waits until all that is pulled is here, if the next backup may replace what it is
+// pulled from.
 func (p *Peer) awaitBackup(ctx context.Context) error {
 	pulled := p.Pulled()
 	if pulled == nil || p.syncer == nil {
@@ -417,7 +425,8 @@ func contentBlocks(units *block.Bitmap, unit, size int64) *block.Bitmap {
 	return blocks
 }
 
-// staged is a copy of the VM that waits to be uploaded: all of it, or what has changed since the one before. It implements [migration.TargetVM].
+// staged is a copy of the VM that waits to be uploaded: all of it, or what has changed since the
+// one before. It implements [migration.TargetVM].
 type staged struct {
 	p         *Peer
 	whole     bool

@@ -5,8 +5,9 @@ import (
 	"testing"
 )
 
-// A host that hands a VM over ends its backup, and makes none until it has the VM again. One that was
-// handed over and taken back may have been backed up by its target since, which it is told once.
+// A host that hands a VM over ends its backup, and makes none until it has the VM again. One that
+// was handed over and taken back may have been backed up by its target since, which it is told
+// once.
 func TestHold(t *testing.T) {
 	var h hold
 	ctx, cancel, may := h.begin(t.Context())

@@ -1,5 +1,6 @@
-// Package registry serves the devices of a package to any number of targets at once, read-only. A peer that connects starts an instance over them at once, and
-// pulls what is missing behind the running VM.
+// Package registry serves the devices of a package to any number of targets at once, read-only. A
+// peer that connects starts an instance over them at once, and pulls what is missing behind the
+// running VM.
 package registry
 
 import (

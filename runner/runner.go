@@ -1,4 +1,5 @@
-// Package runner runs a VM from a package and writes it back when it ends, so that the next run continues where this one stopped.
+// Package runner runs a VM from a package and writes it back when it ends, so that the next run
+// continues where this one stopped.
 package runner
 
 import (
@@ -36,14 +37,15 @@ type Config struct {
 	Devices []Device
 
 	ResumeTimeout time.Duration // bounds the answer of the agent after a resume; 0: 1 min
-	// RescueTimeout bounds the answer of the agent before a suspend; the VM is suspended without it afterwards. 0: 5 s;
-	// below 0: it is not waited for.
+	// RescueTimeout bounds the answer of the agent before a suspend; the VM is suspended without it
+	// afterwards. 0: 5 s; below 0: it is not waited for.
 	RescueTimeout time.Duration
 
 	Verifier *signature.Verifier // accepts packages; nil accepts all
 
-	// MapPrivate runs on private copies: the package stays as it is. The changed package is kept only where outputs are named: memory and state
-	// under those names, the disks under their own names beside the memory.
+	// MapPrivate runs on private copies: the package stays as it is. The changed package is kept
+	// only where outputs are named: memory and state under those names, the disks under their own
+	// names beside the memory.
 	MapPrivate   bool
 	MemoryOutput string
 	StateOutput  string
@@ -103,7 +105,8 @@ func New(c Config) (*Runner, error) {
 	return r, err
 }
 
-// Resume starts the VM. It runs when Resume returns, and its agent has answered. On failure nothing is left but what Close removes.
+// Resume starts the VM. It runs when Resume returns, and its agent has answered. On failure nothing
+// is left but what Close removes.
 func (r *Runner) Resume(ctx context.Context) error {
 	start := time.Now()
 	// Files that a killed runner has lent to its VM are taken back.
@@ -147,7 +150,8 @@ func (r *Runner) Resume(ctx context.Context) error {
 	return err
 }
 
-// verify opens a package that was signed. What is verified is what the VMM opens: the private copies, if there are any.
+// verify opens a package that was signed. What is verified is what the VMM opens: the private
+// copies, if there are any.
 func (r *Runner) verify(ctx context.Context) error {
 	statement, err := r.config.Verifier.Statement(nil, r.origin[vmm.Config])
 	if err != nil {
@@ -163,7 +167,8 @@ func (r *Runner) verify(ctx context.Context) error {
 	return err
 }
 
-// lock keeps other runs from the package's files. Private copies can be made by many at a time, but not while somebody writes.
+// lock keeps other runs from the package's files. Private copies can be made by many at a time, but
+// not while somebody writes.
 func (r *Runner) lock() error {
 	lock := lockfile.Exclusive
 	if r.config.MapPrivate {
@@ -237,17 +242,20 @@ func (r *Runner) privateIn(parent string) (string, error) {
 	return d.Name(), nil
 }
 
-// Done is closed when the VM has ended by itself; Wait then tells how. It is nil before the VM runs.
+// Done is closed when the VM has ended by itself; Wait then tells how. It is nil before the VM
+// runs.
 func (r *Runner) Done() <-chan struct{} { return r.instance.Done() }
 
 // Wait blocks until the VM ends by itself. It returns nil when the guest powered itself off.
 func (r *Runner) Wait() error { return r.instance.Wait() }
 
-// Agent is the connection with the guest's agent; nil before the VM runs, and after it was suspended.
+// Agent is the connection with the guest's agent; nil before the VM runs, and after it was
+// suspended.
 func (r *Runner) Agent() *agent.Client { return r.instance.Agent() }
 
-// Suspend stops the VM and writes it to the package, or to the outputs of a private run. It uses a context of its own: a suspend is how a run
-// ends well, whatever the caller's context has come to. After it, Close.
+// Suspend stops the VM and writes it to the package, or to the outputs of a private run. It uses a
+// context of its own: a suspend is how a run ends well, whatever the caller's context has come to.
+// After it, Close.
 func (r *Runner) Suspend(ctx context.Context) error {
 	start := time.Now()
 	saved, err := r.instance.Suspend(ctx, r.config.RescueTimeout)
@@ -339,7 +347,8 @@ func (r *Runner) keep(name, target string) error {
 	return newfile.SyncDir(filepath.Dir(target))
 }
 
-// Close ends the VM, if it still runs, without saving it, and removes what the run needed on the host.
+// Close ends the VM, if it still runs, without saving it, and removes what the run needed on the
+// host.
 func (r *Runner) Close() error {
 	var errs []error
 	if r.instance != nil {

@@ -13,6 +13,6 @@ func ExamplePlace() {
 	place.Endpoint = "https://s3.example.com"
 	fmt.Println(place.Check())
 	// Output:
-	// s3://vms/redis-0 <nil>
-	// s3endpoint "https://s3.example.com" must be HOST or HOST:PORT; say with s3secure whether it speaks TLS
+	// s3://vms/redis-0 <nil> s3endpoint "https://s3.example.com" must be HOST or HOST:PORT; say
+	// with s3secure whether it speaks TLS
 }

@@ -1,4 +1,5 @@
-// Package s3 names places in an object storage that speaks the S3 protocol, and what can be wrong with them.
+// Package s3 names places in an object storage that speaks the S3 protocol, and what can be wrong
+// with them.
 package s3
 
 import (
@@ -9,8 +10,9 @@ import (
 	"github.com/minio/minio-go/v7/pkg/s3utils"
 )
 
-// Place is where an instance is kept. Without keys and a file, the credentials are those of the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
-// AWS_SESSION_TOKEN, or MINIO_…) or of the files that the AWS and MinIO command lines use.
+// Place is where an instance is kept. Without keys and a file, the credentials are those of the
+// environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, or MINIO_…) or of the
+// files that the AWS and MinIO command lines use.
 type Place struct {
 	Endpoint    string // HOST or HOST:PORT
 	Secure      bool   // whether to use TLS
@@ -62,5 +64,6 @@ var ErrNone = errors.New("nothing is kept there")
 // ErrUnfit says that a storage lacks what a backup rests on, whatever is tried.
 var ErrUnfit = errors.New("the storage is not fit for backups")
 
-// ErrSuperseded says that somebody else has written to the place since: what this writer has is not the latest any more.
+// ErrSuperseded says that somebody else has written to the place since: what this writer has is not
+// the latest any more.
 var ErrSuperseded = errors.New("another instance has been written there meanwhile; give each instance a place of its own (s3prefix)")

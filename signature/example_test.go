@@ -7,7 +7,8 @@ import (
 	"drafter/signature"
 )
 
-// A verifier tells whether a package has a signature of one of its keys. Components take it in their configs.
+// A verifier tells whether a package has a signature of one of its keys. Components take it in
+// their configs.
 func Example() {
 	verifier, err := signature.NewVerifier([]string{"key.pub"}, "")
 	if err != nil {

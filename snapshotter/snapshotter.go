@@ -1,4 +1,5 @@
-// Package snapshotter makes a VM package: it boots a blueprint, waits until the guest is up, suspends it and stores its devices.
+// Package snapshotter makes a VM package: it boots a blueprint, waits until the guest is up,
+// suspends it and stores its devices.
 package snapshotter
 
 import (
@@ -51,7 +52,8 @@ type Config struct {
 	Progress func(step string, done, total int64)
 }
 
-// BlueprintDevices derives the devices of a package to make, in directory pkg, from the directory of a blueprint.
+// BlueprintDevices derives the devices of a package to make, in directory pkg, from the directory
+// of a blueprint.
 func BlueprintDevices(blueprint, pkg string) ([]Device, error) {
 	var devices []Device
 	for _, name := range []string{vmm.Kernel, vmm.Initrd, vmm.Disk, "oci", vmm.State, vmm.Memory, vmm.Config} {
@@ -180,7 +182,8 @@ func (s *Snapshotter) checkDevice(d Device, outputs map[string]string) error {
 	return nil
 }
 
-// findInitrd takes the initrd beside the kernel, where blueprints have it, unless the device is given.
+// findInitrd takes the initrd beside the kernel, where blueprints have it, unless the device is
+// given.
 func (s *Snapshotter) findInitrd() error {
 	for _, d := range s.config.Devices {
 		if d.Name == vmm.Initrd {
@@ -208,9 +211,10 @@ func (s *Snapshotter) findInitrd() error {
 	return err
 }
 
-// Run makes the package. Its files have their names only once it is complete. On failure, or when ctx ends, nothing
-// of it is left, and a package that was there before is untouched; only if a file cannot get its name at the very end,
-// that package has lost its state, so that nobody resumes a mix of both.
+// Run makes the package. Its files have their names only once it is complete. On failure, or when
+// ctx ends, nothing of it is left, and a package that was there before is untouched; only if a file
+// cannot get its name at the very end, that package has lost its state, so that nobody resumes a
+// mix of both.
 func (s *Snapshotter) Run(ctx context.Context) (_ Result, err error) {
 	// Files that a killed snapshotter has lent to its VM are taken back.
 	if err := vmm.ReclaimAll(s.config.Host.BaseDir); err != nil {
@@ -287,7 +291,8 @@ func (s *Snapshotter) output(name string) string {
 	return ""
 }
 
-// prepare makes the partial outputs: copies of the inputs, and empty files for what the VM will fill.
+// prepare makes the partial outputs: copies of the inputs, and empty files for what the VM will
+// fill.
 func (s *Snapshotter) prepare(ctx context.Context) error {
 	for _, d := range s.config.Devices {
 		if d.Name == vmm.Initrd {
@@ -370,7 +375,8 @@ func (s *Snapshotter) fill(ctx context.Context, d Device, partial *os.File) erro
 	}
 }
 
-// appendInitrd puts the initramfs behind the kernel, so that the VM can boot again wherever its kernel is.
+// appendInitrd puts the initramfs behind the kernel, so that the VM can boot again wherever its
+// kernel is.
 func (s *Snapshotter) appendInitrd(kernel *os.File) (err error) {
 	end, err := kernel.Seek(0, io.SeekEnd)
 	if err != nil {
@@ -391,14 +397,15 @@ func (s *Snapshotter) appendInitrd(kernel *os.File) (err error) {
 	return kernel.Sync()
 }
 
-// bootArgs adds to the user's kernel arguments what the guest cannot know: its address, and ports that are not the default.
+// bootArgs adds to the user's kernel arguments what the guest cannot know: its address, and ports
+// that are not the default.
 func (s *Snapshotter) bootArgs() (string, error) {
 	spec := s.config.Spec
 	return guestArgs(spec.BootArgs, s.config.Host.Netns, spec.Interface, spec.AgentPort, spec.LivenessPort, s.config.ReadyPorts, s.config.Host.KeepClock)
 }
 
-// publish writes the config and gives every file its name. The state comes last: before it is there, or when it is another package's, nothing
-// can be resumed.
+// publish writes the config and gives every file its name. The state comes last: before it is
+// there, or when it is another package's, nothing can be resumed.
 func (s *Snapshotter) publish(config *vmm.PackageConfig) error {
 	b, err := config.Encode()
 	if err != nil {

@@ -1,5 +1,6 @@
-// Package terminator receives a VM from a peer and writes it to plain files: a package that runs again, or only some of its devices; or to an object storage. The
-// VM ends with that, or, for a checkpoint, goes on at its peer.
+// Package terminator receives a VM from a peer and writes it to plain files: a package that runs
+// again, or only some of its devices; or to an object storage. The VM ends with that, or, for a
+// checkpoint, goes on at its peer.
 package terminator
 
 import (
@@ -30,7 +31,8 @@ type Device struct {
 	Output string `json:"output"`
 }
 
-// Config says what to write. With several devices in one directory, that directory is replaced at once when all of them are complete.
+// Config says what to write. With several devices in one directory, that directory is replaced at
+// once when all of them are complete.
 type Config struct {
 	Devices []Device // of the VM's; others are not transferred
 	Dir     string   // instead of Devices: all that come, under the names that a package's files have
@@ -39,8 +41,8 @@ type Config struct {
 	Force   bool     // the VM is taken even if its guest does not get ready: what it has not flushed is as after a power cut
 	Limits  migrate.Limits
 
-	// Called by the migration, which waits for them; may be nil. OnPhase is called at every change of phase,
-	// OnProgress at most ten times a second and at the end.
+	// Called by the migration, which waits for them; may be nil. OnPhase is called at every change
+	// of phase, OnProgress at most ten times a second and at the end.
 	OnPhase    func(migrate.Phase)
 	OnProgress func(migrate.Stats)
 }
@@ -79,9 +81,10 @@ func New(c Config) (*Terminator, error) {
 	return t, nil
 }
 
-// Run takes the VM from the peer that dial connects with. When it returns nil the files are complete, durable and under their names; on an error they are as
-// before, and the VM runs at its peer or, when it had been handed over, can be settled to (see 'drafter peer settle'). Ending ctx gives up, but not once the VM
-// has been handed over.
+// Run takes the VM from the peer that dial connects with. When it returns nil the files are
+// complete, durable and under their names; on an error they are as before, and the VM runs at its
+// peer or, when it had been handed over, can be settled to (see 'drafter peer settle'). Ending ctx
+// gives up, but not once the VM has been handed over.
 func (t *Terminator) Run(ctx context.Context, dial migrate.Dial) (stats migrate.Stats, err error) {
 	s := &store{t: t, begun: time.Now()}
 	if t.config.Place != (s3.Place{}) {
@@ -186,10 +189,12 @@ func (s *store) create(d wire.Device) (*block.File, error) {
 // Start implements [migration.TargetVM].
 func (s *store) Start(context.Context) error { return nil }
 
-// Expect implements [migration.TargetVM]. Until the copy has its name, nothing says that the VM is here.
+// Expect implements [migration.TargetVM]. Until the copy has its name, nothing says that the VM is
+// here.
 func (s *store) Expect(context.Context, uuid.UUID) error { return nil }
 
-// Restore implements [migration.TargetVM]. A state that is damaged is refused while the VM can still go on at its peer.
+// Restore implements [migration.TargetVM]. A state that is damaged is refused while the VM can
+// still go on at its peer.
 func (s *store) Restore(_ context.Context, migration uuid.UUID) error {
 	if d := s.devices[vmm.State]; d != nil {
 		if _, err := vmm.ReadMigratedState(d, s.id, migration); err != nil {

@@ -13,9 +13,9 @@ import (
 	"drafter/internal/kind"
 )
 
-// Certificates are PEM files for TLS 1.3 with both sides authenticated. They are read anew for each connection, so
-// that what is renewed counts from then on. While they cannot be read, as between two writes, what was read last
-// counts.
+// Certificates are PEM files for TLS 1.3 with both sides authenticated. They are read anew for each
+// connection, so that what is renewed counts from then on. While they cannot be read, as between
+// two writes, what was read last counts.
 type Certificates struct {
 	cert, key, ca string
 
@@ -23,8 +23,8 @@ type Certificates struct {
 	last *tls.Config
 }
 
-// LoadTLS reads the certificate of this host with its key, and the certificates of the authorities that the other
-// side's certificate must come from.
+// LoadTLS reads the certificate of this host with its key, and the certificates of the authorities
+// that the other side's certificate must come from.
 func LoadTLS(cert, key, ca string) (*Certificates, error) {
 	c := &Certificates{cert: cert, key: key, ca: ca}
 	var err error
@@ -64,7 +64,8 @@ func (c *Certificates) config() *tls.Config {
 	return c.last
 }
 
-// unauthorized gives the error of a handshake its kind, if a certificate is the reason. A nil error stays nil.
+// unauthorized gives the error of a handshake its kind, if a certificate is the reason. A nil error
+// stays nil.
 func unauthorized(err error) error {
 	var verification *tls.CertificateVerificationError
 	var alert *net.OpError

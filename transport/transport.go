@@ -28,8 +28,8 @@ type Trust struct {
 	Anybody bool          // without TLS: whoever connects, or answers, on this host or another
 }
 
-// ErrUnauthorized says that somebody is at the other end of a connection who may not be: another user of this host,
-// or one without a certificate of the authorities.
+// ErrUnauthorized says that somebody is at the other end of a connection who may not be: another
+// user of this host, or one without a certificate of the authorities.
 var ErrUnauthorized = kind.ErrUnauthorized
 
 // ErrBeyond says that an address needs TLS, or trust in everybody.
@@ -91,8 +91,8 @@ func private(_, _ string, raw syscall.RawConn) error {
 	return err
 }
 
-// removeDeadSocket removes a socket at which nobody listens any more: that of a killed process. One that another user has made, or that others may use, is not
-// ours.
+// removeDeadSocket removes a socket at which nobody listens any more: that of a killed process. One
+// that another user has made, or that others may use, is not ours.
 func removeDeadSocket(ctx context.Context, path string) error {
 	c, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
 	if err == nil {

@@ -8,8 +8,8 @@ import (
 )
 
 // Host says whose a connection is, for limits: an IPv4 address, the network of 64 bits of an IPv6
-// one, which one host has to itself, or nothing for a stream within this host, which has millions of
-// loopback addresses.
+// one, which one host has to itself, or nothing for a stream within this host, which has millions
+// of loopback addresses.
 func Host(stream any) string {
 	c, ok := stream.(interface{ RemoteAddr() net.Addr })
 	if !ok {

@@ -21,7 +21,8 @@ const PackageVersion = 1
 // maxConfig bounds what is read of a config device, in bytes.
 const maxConfig = 1 << 20
 
-// PackageConfig is the content of the config device: all that a resume needs to know beside the devices themselves, as JSON.
+// PackageConfig is the content of the config device: all that a resume needs to know beside the
+// devices themselves, as JSON.
 type PackageConfig struct {
 	Version int       `json:"version"` // PackageVersion
 	ID      string    `json:"id"`      // UUID of the package; the state device holds the same
@@ -38,11 +39,13 @@ type PackageConfig struct {
 	AgentPort    uint32 `json:"agentPort"`
 	LivenessPort uint32 `json:"livenessPort"`
 
-	// Initrd is where in the kernel device the initramfs is, behind the kernel. With a size of 0 the VM boots without one. nil in packages that were made before
-	// packages kept it: they can be resumed only.
+	// Initrd is where in the kernel device the initramfs is, behind the kernel. With a size of 0
+	// the VM boots without one. nil in packages that were made before packages kept it: they can be
+	// resumed only.
 	Initrd *Section `json:"initrd,omitempty"`
 
-	// Devices lists the package's devices in the order they were given, config excepted. Disks keep this order in the guest.
+	// Devices lists the package's devices in the order they were given, config excepted. Disks keep
+	// this order in the guest.
 	Devices []PackageDevice `json:"devices"`
 }
 
@@ -104,7 +107,8 @@ func (c *PackageConfig) Encode() ([]byte, error) {
 	return append(b, '\n'), nil
 }
 
-// ReadPackageConfig reads and checks the config device at path. Zero bytes after the JSON (the padding of a block device) are ignored.
+// ReadPackageConfig reads and checks the config device at path. Zero bytes after the JSON (the
+// padding of a block device) are ignored.
 func ReadPackageConfig(path string) (*PackageConfig, error) {
 	f, err := private.Open(path, os.O_RDONLY)
 	if err != nil {
@@ -207,7 +211,8 @@ func PackageFile(device string) string {
 	return device + ".ext4"
 }
 
-// PackageFiles returns the names of the devices of the package in dir, and the name of each one's file there.
+// PackageFiles returns the names of the devices of the package in dir, and the name of each one's
+// file there.
 func PackageFiles(dir string) (names []string, files map[string]string, err error) {
 	config, err := ReadPackageConfig(filepath.Join(dir, PackageFile(Config)))
 	if err != nil {
@@ -245,7 +250,8 @@ func findPackageFile(dir, name string) (string, error) {
 	return "", fmt.Errorf("package %s has no file %s for device %s; name its file with --device name=%s,base=…", dir, filepath.Join(dir, candidates[0]), name, name)
 }
 
-// CheckDeviceName refuses names that could not be a file's: a device's name is 1 to 64 letters, digits, '-', '_' or '.', not starting with a dot.
+// CheckDeviceName refuses names that could not be a file's: a device's name is 1 to 64 letters,
+// digits, '-', '_' or '.', not starting with a dot.
 func CheckDeviceName(name string) error {
 	ok := len(name) >= 1 && len(name) <= 64 && name[0] != '.'
 	for _, r := range name {

@@ -67,7 +67,8 @@ func CreateDir(base, driver string) (_ *Dir, err error) {
 		if n := len(d.Socket("vsock.sock_4294967295")); n > 107 {
 			return nil, fmt.Errorf("VM directory %s is too long for UNIX sockets by %d bytes; pass a shorter --chroot-base-dir", parent, n-107)
 		}
-		// The record comes first, so that whatever is made is found again. Who looks for orphans may have it for a moment.
+		// The record comes first, so that whatever is made is found again. Who looks for orphans
+		// may have it for a moment.
 		var held *lockfile.HeldError
 		if d.lock, err = lockfile.Try(filepath.Join(records, driver+"."+d.ID+recordSuffix)); err != nil && !errors.As(err, &held) {
 			return nil, fmt.Errorf("record VM directory: %w", err)
@@ -118,8 +119,8 @@ func CheckBaseDir(base string) error {
 	return nil
 }
 
-// checkPlace refuses a directory in which others could make one of a VM: what is noted there says which
-// processes a clean-up ends.
+// checkPlace refuses a directory in which others could make one of a VM: what is noted there says
+// which processes a clean-up ends.
 func checkPlace(dir string) error {
 	if err := private.CheckDir(dir); err != nil {
 		return fmt.Errorf("--chroot-base-dir: %w", err)
@@ -133,8 +134,8 @@ func (d *Dir) Path() string { return d.path }
 // Root is where the VMM's sockets and files are.
 func (d *Dir) Root() string { return filepath.Join(d.path, "root") }
 
-// Devices is where the VM's devices may be exposed. Whoever mounts something there unmounts it before Close; of a killed owner's,
-// [ReclaimAll] aborts it.
+// Devices is where the VM's devices may be exposed. Whoever mounts something there unmounts it
+// before Close; of a killed owner's, [ReclaimAll] aborts it.
 func (d *Dir) Devices() string { return filepath.Join(d.path, "devices") }
 
 // Socket is the path of the socket called name.
@@ -195,8 +196,9 @@ func removeDir(path string) error {
 // recordSuffix ends the name of a record, which is <driver>.<id>.lock.
 const recordSuffix = ".lock"
 
-// ReclaimAll removes every VM directory below base whose owner was killed, ending its VMM first, in the order of their names: a peer's devices are taken away
-// before the VMM that waits for them. It goes by the records, so what else is below base is not even looked at.
+// ReclaimAll removes every VM directory below base whose owner was killed, ending its VMM first, in
+// the order of their names: a peer's devices are taken away before the VMM that waits for them. It
+// goes by the records, so what else is below base is not even looked at.
 func ReclaimAll(base string) error {
 	if err := CheckBaseDir(base); err != nil {
 		return err
@@ -299,7 +301,8 @@ func marked(path, id string) (bool, error) {
 // vmID is the name of a VM's directory.
 var vmID = regexp.MustCompile("^[0-9a-f]{16}$")
 
-// sayUnmarked names directories that a release without marks may have left. Nothing proves that they are ours, so they stay.
+// sayUnmarked names directories that a release without marks may have left. Nothing proves that
+// they are ours, so they stay.
 func sayUnmarked(base string) {
 	for _, driver := range []string{VMMQEMU, VMMFirecracker, "peer", "mounter"} {
 		entries, err := os.ReadDir(filepath.Join(base, driver))
@@ -326,8 +329,9 @@ func sayUnmarked(base string) {
 // dyingPatience bounds how long a killed owner may take to end once nothing holds it up any more.
 const dyingPatience = 10 * time.Second
 
-// lockDead takes the lock of a directory whose owner is gone. An owner that was killed while it waited for its own devices waits for ever, and holds the lock:
-// it ends when their connection is aborted.
+// lockDead takes the lock of a directory whose owner is gone. An owner that was killed while it
+// waited for its own devices waits for ever, and holds the lock: it ends when their connection is
+// aborted.
 func lockDead(record, dir string) (*lockfile.Lock, error) {
 	for deadline := time.Now().Add(dyingPatience); ; time.Sleep(10 * time.Millisecond) {
 		lock, err := lockfile.Try(record)
@@ -342,7 +346,8 @@ func lockDead(record, dir string) (*lockfile.Lock, error) {
 }
 
 func reclaim(dir, id string) error {
-	// A VMM that waits for a FUSE file whose server was killed cannot be killed itself until the connection is aborted.
+	// A VMM that waits for a FUSE file whose server was killed cannot be killed itself until the
+	// connection is aborted.
 	if err := fusemount.AbortBelow(dir); err != nil {
 		return err
 	}

@@ -60,7 +60,8 @@ func TestOrphanReclaimed(t *testing.T) {
 	}
 }
 
-// TestReclaimAll cleans up behind two killed owners, below a directory that is named relative to this process' own.
+// TestReclaimAll cleans up behind two killed owners, below a directory that is named relative to
+// this process' own.
 func TestReclaimAll(t *testing.T) {
 	t.Chdir(t.TempDir())
 	if err := ReclaimAll("vms"); err != nil {
@@ -94,7 +95,8 @@ func TestReclaimAll(t *testing.T) {
 	}
 }
 
-// A process is ended only if all of what was noted of it agrees, and only cgroups of VMs are removed.
+// A process is ended only if all of what was noted of it agrees, and only cgroups of VMs are
+// removed.
 func TestReclaimChecksIdentity(t *testing.T) {
 	cmd := exec.Command("sleep", "1000")
 	if err := cmd.Start(); err != nil {
@@ -134,7 +136,8 @@ func TestReclaimChecksIdentity(t *testing.T) {
 	}
 }
 
-// Where others could make a VM's directory, no VM is started and nothing is cleaned up: a note of theirs would name the process to kill.
+// Where others could make a VM's directory, no VM is started and nothing is cleaned up: a note of
+// theirs would name the process to kill.
 func TestForgedDirectory(t *testing.T) {
 	need.Root(t)
 	const stranger = 65534
@@ -202,8 +205,9 @@ func TestForgedDirectory(t *testing.T) {
 	}
 }
 
-// Where a base is somebody's directory, nothing of theirs is removed, whatever it looks like: not what has a lock in it, nor what is called like something
-// in the making, nor what a release without marks made.
+// Where a base is somebody's directory, nothing of theirs is removed, whatever it looks like: not
+// what has a lock in it, nor what is called like something in the making, nor what a release
+// without marks made.
 func TestSomebodysDirectories(t *testing.T) {
 	base := t.TempDir()
 	old := time.Now().Add(-time.Hour)
@@ -244,7 +248,8 @@ func TestSomebodysDirectories(t *testing.T) {
 	}
 }
 
-// A copy of a base is somebody's: neither the copied directory goes, nor the VMM that lives in the original.
+// A copy of a base is somebody's: neither the copied directory goes, nor the VMM that lives in the
+// original.
 func TestCopyOfBase(t *testing.T) {
 	base, copied := t.TempDir(), filepath.Join(t.TempDir(), "copy")
 	d, err := CreateDir(base, "test")
@@ -298,7 +303,8 @@ func TestAfterPowerCut(t *testing.T) {
 	}
 }
 
-// Many make directories at once, and all look for orphans meanwhile: nobody is in another one's way.
+// Many make directories at once, and all look for orphans meanwhile: nobody is in another one's
+// way.
 func TestManyDirs(t *testing.T) {
 	base := t.TempDir()
 	var all sync.WaitGroup

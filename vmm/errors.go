@@ -10,16 +10,18 @@ import (
 var (
 	// ErrPoweredOff says that the guest has shut itself down.
 	ErrPoweredOff = errors.New("the guest powered itself off")
-	// ErrInUse says that another process has what is needed: a device, a network namespace, an output.
+	// ErrInUse says that another process has what is needed: a device, a network namespace, an
+	// output.
 	ErrInUse = kind.ErrInUse
 	// ErrNotSuspended says that a suspend has left the VM as it was: its devices do not hold it.
 	ErrNotSuspended = kind.ErrNotSuspended
-	// ErrIncompatible says that a VM cannot run on this host, whatever is tried: its VMM or its CPU is another one.
+	// ErrIncompatible says that a VM cannot run on this host, whatever is tried: its VMM or its CPU
+	// is another one.
 	ErrIncompatible = kind.ErrIncompatible
 )
 
-// StatusError says why the VM of a state device cannot be resumed. It runs elsewhere, may do so, or has not
-// wholly come here, if its status is [Status.OfMigration].
+// StatusError says why the VM of a state device cannot be resumed. It runs elsewhere, may do so, or
+// has not wholly come here, if its status is [Status.OfMigration].
 type StatusError struct {
 	Status Status
 	text   string
@@ -28,6 +30,6 @@ type StatusError struct {
 // Error says what can be done about it.
 func (e *StatusError) Error() string { return e.text }
 
-// Unstored tells whether an error says that something cannot be stored at the moment, as in a full file system.
-// Nothing is lost then: what failed can be tried again.
+// Unstored tells whether an error says that something cannot be stored at the moment, as in a full
+// file system. Nothing is lost then: what failed can be tried again.
 func Unstored(err error) bool { return block.Unstored(err) }

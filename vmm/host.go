@@ -65,8 +65,8 @@ func (h *Host) Complete() error {
 	return nil
 }
 
-// ClaimUser gives the VM a user of its own, unless the host names one. Close the user, which may be nil,
-// when the VM's directory has been closed.
+// ClaimUser gives the VM a user of its own, unless the host names one. Close the user, which may be
+// nil, when the VM's directory has been closed.
 func (h *Host) ClaimUser() (*User, error) {
 	if h.UID != 0 || h.GID != 0 {
 		return nil, nil

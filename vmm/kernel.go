@@ -11,7 +11,8 @@ import (
 	"drafter/internal/private"
 )
 
-// CheckKernel refuses a file that no VMM here can boot: it must be an ELF kernel for this architecture or, on amd64, a bzImage.
+// CheckKernel refuses a file that no VMM here can boot: it must be an ELF kernel for this
+// architecture or, on amd64, a bzImage.
 func CheckKernel(path string) (err error) {
 	f, err := private.Open(path, os.O_RDONLY)
 	if err != nil {
@@ -32,7 +33,8 @@ func CheckKernel(path string) (err error) {
 	return nil
 }
 
-// isBzImage looks for the header of the x86 boot protocol (Documentation/arch/x86/boot.rst of Linux: "HdrS" at 0x202).
+// isBzImage looks for the header of the x86 boot protocol (Documentation/arch/x86/boot.rst of
+// Linux: "HdrS" at 0x202).
 func isBzImage(f io.ReaderAt) bool {
 	magic := make([]byte, 4)
 	_, err := f.ReadAt(magic, 0x202)

@@ -44,7 +44,8 @@ func parseProcessor(cpuinfo string) *Processor {
 	return p
 }
 
-// Check refuses, with [ErrIncompatible], to take a VM from a host whose CPU has features that this one lacks, and names them: a guest that has found a feature uses it.
+// Check refuses, with [ErrIncompatible], to take a VM from a host whose CPU has features that this
+// one lacks, and names them: a guest that has found a feature uses it.
 func (p *Processor) Check(source *Processor) error {
 	if source.Vendor != p.Vendor {
 		return kind.Of(ErrIncompatible, fmt.Errorf("the VM comes from a CPU of %s, this host's is of %s; guests do not move between the two", source.Vendor, p.Vendor))

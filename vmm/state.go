@@ -12,8 +12,8 @@ import (
 	"github.com/google/uuid"
 )
 
-// StateSize is the size of a state device in bytes. It is fixed, as a device's size never changes while states do; unused bytes are
-// holes. The largest state seen is 680 KB (QEMU, q35).
+// StateSize is the size of a state device in bytes. It is fixed, as a device's size never changes
+// while states do; unused bytes are holes. The largest state seen is 680 KB (QEMU, q35).
 const StateSize = 16 << 20
 
 // The state device is one header sector, then the VMM's own state. All integers are big endian.
@@ -30,7 +30,8 @@ const StateSize = 16 << 20
 //	96      4     CRC-32 (Castagnoli) of bytes 0 to 95
 //	4096    …     VMM state
 //
-// The header fits one disk sector, so a power cut leaves the old or the new one; Suspend writes it only after the state is durable.
+// The header fits one disk sector, so a power cut leaves the old or the new one; Suspend writes it
+// only after the state is durable.
 const (
 	stateMagic      = "DRFTSTAT"
 	stateVersion    = 2
@@ -120,7 +121,8 @@ func readStateHeader(r io.ReaderAt) (*stateHeader, error) {
 	return h, nil
 }
 
-// ReadState returns the VMM state on dev after checking that it is whole, belongs to the package called id and can be resumed.
+// ReadState returns the VMM state on dev after checking that it is whole, belongs to the package
+// called id and can be resumed.
 func ReadState(dev StateDevice, id string) ([]byte, error) {
 	h, err := readStateHeader(dev)
 	if err != nil {
@@ -132,7 +134,8 @@ func ReadState(dev StateDevice, id string) ([]byte, error) {
 	return h.read(dev, id)
 }
 
-// CheckResumable refuses a state device whose VM cannot be resumed, whatever else is right or wrong with it.
+// CheckResumable refuses a state device whose VM cannot be resumed, whatever else is right or wrong
+// with it.
 func CheckResumable(dev StateDevice) error {
 	h, err := readStateHeader(dev)
 	if err != nil {
@@ -141,8 +144,9 @@ func CheckResumable(dev StateDevice) error {
 	return h.resumable()
 }
 
-// CheckStart refuses a state device whose VM may be elsewhere, or is not wholly here. Otherwise it can be resumed if why is nil; else it starts by booting from its
-// disks, as a machine does whose power was cut, and why says for what reason.
+// CheckStart refuses a state device whose VM may be elsewhere, or is not wholly here. Otherwise it
+// can be resumed if why is nil; else it starts by booting from its disks, as a machine does whose
+// power was cut, and why says for what reason.
 func CheckStart(dev StateDevice) (why, err error) {
 	h, err := readStateHeader(dev)
 	if err != nil {
@@ -238,8 +242,8 @@ func StateStatus(dev StateDevice) (status Status, migration uuid.UUID, changed t
 	return h.status, h.migration, h.changed, nil
 }
 
-// WriteState stores a VMM state as resumable. When it returns nil the state is durable; when it fails the device is not resumable. Memory and
-// disks must be durable before it is called.
+// WriteState stores a VMM state as resumable. When it returns nil the state is durable; when it
+// fails the device is not resumable. Memory and disks must be durable before it is called.
 func WriteState(dev StateDevice, id string, state []byte) error {
 	h, err := putState(dev, id, state)
 	if err != nil {
@@ -252,8 +256,8 @@ func WriteState(dev StateDevice, id string, state []byte) error {
 	return syncStateHeader(dev, h)
 }
 
-// WriteMigratedState stores a VMM state for the target of a migration, whose status is Leaving, or Copying if the VM stays. It can be resumed there only. Nothing is
-// made durable.
+// WriteMigratedState stores a VMM state for the target of a migration, whose status is Leaving, or
+// Copying if the VM stays. It can be resumed there only. Nothing is made durable.
 func WriteMigratedState(dev StateDevice, id string, state []byte, migration uuid.UUID, status Status) error {
 	h, err := putState(dev, id, state)
 	if err != nil {
@@ -283,7 +287,8 @@ func MarkArriving(dev StateDevice, migration uuid.UUID) error {
 	return syncStateHeader(dev, &stateHeader{status: Arriving, migration: migration, changed: time.Now()})
 }
 
-// MarkTakingOver makes dev, which is that of a VM that is arriving, say that the VM may run here from now on. It is durable once dev is synced.
+// MarkTakingOver makes dev, which is that of a VM that is arriving, say that the VM may run here
+// from now on. It is durable once dev is synced.
 func MarkTakingOver(dev StateDevice, migration uuid.UUID) error {
 	return writeStateHeader(dev, &stateHeader{status: TakingOver, migration: migration, changed: time.Now()})
 }
@@ -299,8 +304,9 @@ func MarkLeaving(dev StateDevice, migration uuid.UUID) error {
 	return syncStateHeader(dev, h)
 }
 
-// MarkState changes the status of a state device, durably. It is called with Running before a vCPU runs and with PoweredOff once none
-// ever will. What the marks of a migration are about stays noted, unless the VM runs here.
+// MarkState changes the status of a state device, durably. It is called with Running before a vCPU
+// runs and with PoweredOff once none ever will. What the marks of a migration are about stays
+// noted, unless the VM runs here.
 func MarkState(dev StateDevice, status Status) error {
 	if err := NoteState(dev, status); err != nil {
 		return err
@@ -308,7 +314,8 @@ func MarkState(dev StateDevice, status Status) error {
 	return syncState(dev)
 }
 
-// NoteState is [MarkState] that does not wait until the status is durable. Before it is, the device may say what it said before.
+// NoteState is [MarkState] that does not wait until the status is durable. Before it is, the device
+// may say what it said before.
 func NoteState(dev StateDevice, status Status) error {
 	h, err := readStateHeader(dev)
 	if err != nil {
@@ -321,8 +328,8 @@ func NoteState(dev StateDevice, status Status) error {
 	return writeStateHeader(dev, h)
 }
 
-// NoteTakenOver notes at the target of a migration that the VM runs there. Until [NoteArrived] that is so only if its source has given it up. It is durable once dev is
-// synced.
+// NoteTakenOver notes at the target of a migration that the VM runs there. Until [NoteArrived] that
+// is so only if its source has given it up. It is durable once dev is synced.
 func NoteTakenOver(dev StateDevice) error {
 	h, err := readStateHeader(dev)
 	if err != nil {
@@ -332,7 +339,8 @@ func NoteTakenOver(dev StateDevice) error {
 	return writeStateHeader(dev, h)
 }
 
-// NoteArrived notes that the VM is here and nowhere else, whatever else the device says. It is durable once dev is synced.
+// NoteArrived notes that the VM is here and nowhere else, whatever else the device says. It is
+// durable once dev is synced.
 func NoteArrived(dev StateDevice) error {
 	h, err := readStateHeader(dev)
 	if err != nil {

@@ -68,7 +68,8 @@ func TestStateLifeCycle(t *testing.T) {
 	}
 }
 
-// TestStateOfMigrations goes through what the devices of a source and a target say while a VM moves, is in doubt, and is settled.
+// TestStateOfMigrations goes through what the devices of a source and a target say while a VM
+// moves, is in doubt, and is settled.
 func TestStateOfMigrations(t *testing.T) {
 	migration := uuid.New()
 	refused := func(dev StateDevice, want string) {
@@ -216,7 +217,8 @@ func TestCheckStart(t *testing.T) {
 	check("taken over, settled to be away", target, "", "moved away")
 }
 
-// TestStateDamage flips every bit of the header, and some of the state: nothing damaged is ever returned.
+// TestStateDamage flips every bit of the header, and some of the state: nothing damaged is ever
+// returned.
 func TestStateDamage(t *testing.T) {
 	f := newStateFile(t)
 	want := []byte("the state of a machine")

@@ -1,5 +1,6 @@
-// Package vmm launches, pauses, saves and resumes virtual machines. It holds what every virtual machine monitor (VMM) shares: the driver
-// interface, the package's config and state devices, and the directory a VM lives in. The drivers are in vmm/qemu and its siblings.
+// Package vmm launches, pauses, saves and resumes virtual machines. It holds what every virtual
+// machine monitor (VMM) shares: the driver interface, the package's config and state devices, and
+// the directory a VM lives in. The drivers are in vmm/qemu and its siblings.
 package vmm
 
 import (
@@ -14,8 +15,9 @@ import (
 	"github.com/google/uuid"
 )
 
-// Reserved device names. Every other name is an extra disk, attached in list order after "disk". [Initrd] is none of a package's devices: its content is kept behind
-// that of the kernel; see [PackageConfig].
+// Reserved device names. Every other name is an extra disk, attached in list order after "disk".
+// [Initrd] is none of a package's devices: its content is kept behind that of the kernel; see
+// [PackageConfig].
 const (
 	Kernel = "kernel"
 	Disk   = "disk"
@@ -31,14 +33,16 @@ const (
 	DefaultLivenessPort uint32 = 25
 )
 
-// Accelerators a driver may be asked for; AccelAuto picks one that works on this host (see [Accelerator]).
+// Accelerators a driver may be asked for; AccelAuto picks one that works on this host (see
+// [Accelerator]).
 const (
 	AccelAuto = "auto"
 	AccelKVM  = "kvm"
 	AccelTCG  = "tcg"
 )
 
-// Block is one disk of a machine: the path the VMM opens and the device's name. Order in a slice is the order in the guest (vda, vdb, …).
+// Block is one disk of a machine: the path the VMM opens and the device's name. Order in a slice is
+// the order in the guest (vda, vdb, …).
 type Block struct {
 	Name string
 	Path string
@@ -65,12 +69,12 @@ type Launch struct {
 	Boot   *Boot // nil: the machine waits for Restore
 	Reboot *Boot // what a guest that reboots boots from, as a machine does by itself; nil: the machine ends then
 
-	// OnReboot, if not nil, is called when the guest boots again, with the last lines of its console. It must not
-	// wait for the machine.
+	// OnReboot, if not nil, is called when the guest boots again, with the last lines of its
+	// console. It must not wait for the machine.
 	OnReboot func(console string)
 
-	// OnGoOn, if not nil, is called when a guest goes on that stood still for a disk, with how long it did. It must
-	// not wait for the machine.
+	// OnGoOn, if not nil, is called when a guest goes on that stood still for a disk, with how long
+	// it did. It must not wait for the machine.
 	OnGoOn func(stood time.Duration)
 }
 
@@ -89,16 +93,17 @@ type Board struct {
 
 	Ports []uint32 // guest ports reachable by [Machine.GuestConn]
 
-	// Generation is the VM's generation ID (Microsoft's "Virtual Machine Generation ID"): another one tells the
-	// guest that it has gone on from the same state elsewhere, too, so that it makes new secrets. Zero: any new one.
-	// Firecracker makes a new one at each restore, whatever this is.
+	// Generation is the VM's generation ID (Microsoft's "Virtual Machine Generation ID"): another
+	// one tells the guest that it has gone on from the same state elsewhere, too, so that it makes
+	// new secrets. Zero: any new one. Firecracker makes a new one at each restore, whatever this
+	// is.
 	Generation uuid.UUID
 }
 
 // Devices are a machine's devices.
 type Devices struct {
-	// Memory is the path of the memory device, already MemorySize bytes long. It is "" when the driver is a
-	// [MemoryServer] and restores, or the machine has memory of its own.
+	// Memory is the path of the memory device, already MemorySize bytes long. It is "" when the
+	// driver is a [MemoryServer] and restores, or the machine has memory of its own.
 	Memory       string
 	MemoryDevice MemoryDevice // the memory device itself, for a MemoryServer that restores; it stays the caller's
 	FillMemory   bool         // whether a MemoryServer brings all of memory into the guest behind it, not only what the guest touches
@@ -135,7 +140,8 @@ type Limits struct {
 	PIDs   int     // processes and threads; below 0 for no limit, 0 for 1024 where the host can limit them
 }
 
-// Hardware identifies what a VM was built on, to the degree that its saved state depends on it. It is recorded in the package.
+// Hardware identifies what a VM was built on, to the degree that its saved state depends on it. It
+// is recorded in the package.
 type Hardware struct {
 	VMM     string `json:"vmm"`     // driver name: "qemu", "firecracker"
 	Version string `json:"version"` // of the VMM binary, e.g. "7.2.22"
@@ -148,13 +154,13 @@ type Hardware struct {
 type Driver interface {
 	// Name is the value of --vmm that picks the driver.
 	Name() string
-	// Launch starts a VMM process. With l.Boot the guest runs when Launch returns; without, the machine waits for Restore.
-	// ctx bounds the start only; the machine lives until Close.
+	// Launch starts a VMM process. With l.Boot the guest runs when Launch returns; without, the
+	// machine waits for Restore. ctx bounds the start only; the machine lives until Close.
 	Launch(ctx context.Context, l Launch) (Machine, error)
 }
 
-// MemoryServer is a [Driver] whose restored machines take their memory from [Launch.MemoryDevice], a page at a time and through this process: the device needs
-// no path.
+// MemoryServer is a [Driver] whose restored machines take their memory from [Launch.MemoryDevice],
+// a page at a time and through this process: the device needs no path.
 type MemoryServer interface {
 	ServesMemory() bool
 }
@@ -165,31 +171,37 @@ func ServesMemory(d Driver) bool {
 	return ok && s.ServesMemory()
 }
 
-// Checker is a [Driver] that can tell beforehand whether a launch with a recorded hardware would be refused. Only Accel and Recorded are looked at.
+// Checker is a [Driver] that can tell beforehand whether a launch with a recorded hardware would be
+// refused. Only Accel and Recorded are looked at.
 type Checker interface {
 	Check(ctx context.Context, l Launch) error
 }
 
-// Machine is one running or paused VM. Its methods are safe for concurrent use with Wait and Close; the others are called one at a time.
+// Machine is one running or paused VM. Its methods are safe for concurrent use with Wait and Close;
+// the others are called one at a time.
 type Machine interface {
 	Hardware() Hardware
-	// Restore loads what Save wrote; the machine is paused afterwards. Only for machines launched without Boot, once.
+	// Restore loads what Save wrote; the machine is paused afterwards. Only for machines launched
+	// without Boot, once.
 	Restore(ctx context.Context, state io.Reader) error
 	Resume(ctx context.Context) error
-	// Pause returns when no vCPU runs any more and all disk writes of the guest have been flushed to their devices. After an error the guest may be paused all
-	// the same, until Resume.
+	// Pause returns when no vCPU runs any more and all disk writes of the guest have been flushed
+	// to their devices. After an error the guest may be paused all the same, until Resume.
 	Pause(ctx context.Context) error
-	// Flush makes every guest memory write up to now visible in the memory device and durable there.
+	// Flush makes every guest memory write up to now visible in the memory device and durable
+	// there.
 	Flush(ctx context.Context) error
-	// Save writes the paused machine's state (all but memory and disks), and flushes memory meanwhile. It may itself write guest memory: flush afterwards.
+	// Save writes the paused machine's state (all but memory and disks), and flushes memory
+	// meanwhile. It may itself write guest memory: flush afterwards.
 	Save(ctx context.Context, state io.Writer) error
-	// GuestConn returns a connection with the program that serves port in the guest, waiting for the program until ctx ends.
-	// At most one connection per port is open at a time; closing it lets the program wait for the next.
+	// GuestConn returns a connection with the program that serves port in the guest, waiting for
+	// the program until ctx ends. At most one connection per port is open at a time; closing it
+	// lets the program wait for the next.
 	GuestConn(ctx context.Context, port uint32) (net.Conn, error)
 	// Done is closed when the VMM has exited; Wait then tells how.
 	Done() <-chan struct{}
-	// Wait blocks until the VMM exits. It returns nil after a Close or when the guest powered itself off, else an error that
-	// carries the VMM's last words and the console's last lines.
+	// Wait blocks until the VMM exits. It returns nil after a Close or when the guest powered
+	// itself off, else an error that carries the VMM's last words and the console's last lines.
 	Wait() error
 	// Close ends the VMM and frees what the driver created on the host. It is idempotent.
 	Close() error
@@ -222,7 +234,8 @@ const (
 // Drivers is the set of drivers a program was built with.
 type Drivers []Driver
 
-// Select returns the driver called name. For "auto" or "" it is the one called recorded, or the first one when nothing is recorded.
+// Select returns the driver called name. For "auto" or "" it is the one called recorded, or the
+// first one when nothing is recorded.
 func (ds Drivers) Select(name, recorded string) (Driver, error) {
 	if name == "" || name == VMMAuto {
 		if recorded == "" {

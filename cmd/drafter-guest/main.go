@@ -1,5 +1,6 @@
-// drafter-guest runs inside a VM. As process 1 it is the init of Drafter's initramfs and OS image. Called as drafter-agent or
-// drafter-liveness (by a link, or as its first argument) it is that service, for any Linux distribution.
+// drafter-guest runs inside a VM. As process 1 it is the init of Drafter's initramfs and OS image.
+// Called as drafter-agent or drafter-liveness (by a link, or as its first argument) it is that
+// service, for any Linux distribution.
 package main
 
 import (
@@ -43,7 +44,8 @@ func main() {
 	}
 }
 
-// withoutTime drops the time from log lines: the console has the kernel's, a service manager its own.
+// withoutTime drops the time from log lines: the console has the kernel's, a service manager its
+// own.
 func withoutTime(groups []string, a slog.Attr) slog.Attr {
 	if len(groups) == 0 && a.Key == slog.TimeKey {
 		return slog.Attr{}

@@ -1,4 +1,5 @@
-// drafter packages, starts, clones and live-migrates virtual machines. Called as drafter-runner, drafter-nat, … it is that command.
+// drafter packages, starts, clones and live-migrates virtual machines. Called as drafter-runner,
+// drafter-nat, … it is that command.
 package main
 
 import (

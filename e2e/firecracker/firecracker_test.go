@@ -1,5 +1,7 @@
-// Package firecracker tests drafter with a real Firecracker behind its real jailer, on a host of its own in namespaces. The guest is internal/testguest: it
-// checks every page of its memory, again and again, and ticks on its console; none of its ticks may be lost or come twice, whatever is done to its VM.
+// Package firecracker tests drafter with a real Firecracker behind its real jailer, on a host of
+// its own in namespaces. The guest is internal/testguest: it checks every page of its memory, again
+// and again, and ticks on its console; none of its ticks may be lost or come twice, whatever is
+// done to its VM.
 //
 // The programs are looked up on PATH. Where they, or KVM, are missing, all of it is skipped.
 package firecracker
@@ -77,7 +79,8 @@ func runOutside() (code int, err error) {
 	return testhost.Enter(os.Stdout, nil, "DRAFTER_E2E="+work, "PATH="+filepath.Join(work, "bin")+":"+os.Getenv("PATH"), "GORACE=atexit_sleep_ms=0")
 }
 
-// stockKernel makes a blueprint with Debian's kernel, or takes the one in the directory that DRAFTER_BLUEPRINT names.
+// stockKernel makes a blueprint with Debian's kernel, or takes the one in the directory that
+// DRAFTER_BLUEPRINT names.
 func stockKernel() error {
 	stock := filepath.Join(work, "stock")
 	if dir := os.Getenv("DRAFTER_BLUEPRINT"); dir != "" {
@@ -220,7 +223,8 @@ func console(t *testing.T, vms ...*tour.Service) []byte {
 	return all
 }
 
-// passes waits until the last of VMs that follow each other has checked all of its memory so often since, and checks what all of them have printed.
+// passes waits until the last of VMs that follow each other has checked all of its memory so often
+// since, and checks what all of them have printed.
 func passes(t *testing.T, n int64, vms ...*tour.Service) testguest.Console {
 	t.Helper()
 	last := vms[len(vms)-1]
@@ -264,7 +268,8 @@ func TestResumes(t *testing.T) {
 	t.Logf("%d resumes, %d ticks, %d checks of all memory, %d characters repeated", rounds+1, c.Last-c.First+1, c.Passes, c.Repeated)
 }
 
-// Instances of one package run at the same time, do not see each other, and leave the package as it is.
+// Instances of one package run at the same time, do not see each other, and leave the package as it
+// is.
 func TestClones(t *testing.T) {
 	s := newSite(t)
 	before := checksum(t, s.dir)
@@ -295,7 +300,8 @@ func checksum(t *testing.T, dir string) string {
 	return string(out)
 }
 
-// A VM moves along a chain of peers, between network namespaces, and is suspended and resumed at its end.
+// A VM moves along a chain of peers, between network namespaces, and is suspended and resumed at
+// its end.
 func TestMigrations(t *testing.T) {
 	for name, flags := range map[string][]string{
 		"pre-copy":  {"--disable-postcopy-migration"},
@@ -355,7 +361,8 @@ func transferred(t *testing.T, addr, phase string) float64 {
 	return f
 }
 
-// Memory of huge pages is not tracked by write protection: each flush is a Diff snapshot. A CPU template is part of the package.
+// Memory of huge pages is not tracked by write protection: each flush is a Diff snapshot. A CPU
+// template is part of the package.
 func TestHugePages(t *testing.T) {
 	setHugePages(t, 160) // of 2 MiB: those of two VMs, and some
 	template := filepath.Join(t.TempDir(), "template.json")
@@ -407,8 +414,8 @@ func setHugePages(t *testing.T, count int) {
 	}
 }
 
-// When the process that serves a VM's memory is killed, the VM does not stand still: it ends, whoever it runs as and in whichever cgroups, and the next start
-// cleans up and boots it.
+// When the process that serves a VM's memory is killed, the VM does not stand still: it ends,
+// whoever it runs as and in whichever cgroups, and the next start cleans up and boots it.
 func TestKilledOwner(t *testing.T) {
 	for uid, cgroup := range map[string]struct{ version, line string }{"0": {"2", "0::/drafter/"}, "4711": {"1", ":memory:/drafter/"}} {
 		t.Run("uid "+uid, func(t *testing.T) {
@@ -468,8 +475,9 @@ func vmms(inventory string) string {
 	return list
 }
 
-// A stock kernel that is snapshotted in the middle of its boot boots on wherever it is resumed and moved to. Under PVM its instructions are emulated, and it
-// only gets as far as its early boot: far enough for that.
+// A stock kernel that is snapshotted in the middle of its boot boots on wherever it is resumed and
+// moved to. Under PVM its instructions are emulated, and it only gets as far as its early boot: far
+// enough for that.
 func TestStockKernel(t *testing.T) {
 	s := &site{tour.Drafter{Bin: "drafter", Dir: t.TempDir(), Logs: t.TempDir()}, ""}
 	devices := strings.ReplaceAll(`[{"name":"kernel","input":"STOCK/vmlinux","output":"package/vmlinux"},{"name":"disk","input":"STOCK/rootfs.ext4","output":"package/rootfs.ext4"},`+
@@ -508,7 +516,8 @@ func TestStockKernel(t *testing.T) {
 	t.Logf("%d lines of a kernel, up to %.3f s after its start", count, last)
 }
 
-// lines waits until a VM has printed so many whole lines. Enter, pressed again and again, lets one that has booted already print some.
+// lines waits until a VM has printed so many whole lines. Enter, pressed again and again, lets one
+// that has booted already print some.
 func lines(t *testing.T, vm *tour.Service, n int) {
 	t.Helper()
 	until.None(t, "the kernel gets on", func() string {

@@ -1,15 +1,19 @@
-// Package artifact keeps packages as artifacts in any OCI registry (OCI distribution specification 1.1), so that one block can be read without the rest.
+// Package artifact keeps packages as artifacts in any OCI registry (OCI distribution specification
+// 1.1), so that one block can be read without the rest.
 //
-// The manifest is an image manifest (OCI image specification 1.1, "Guidelines for Artifact Usage") with
+// The manifest is an image manifest (OCI image specification 1.1, "Guidelines for Artifact Usage")
+// with
 //
 //	config   [ConfigType]: JSON that lists the devices, with their sizes, content ids and layers
 //	layers   for each device one of [DeviceType] and one of [IndexType], with the annotation "drafter.device";
 //	         one of [signature.MediaType], if the package is signed
 //
-// A layer of [DeviceType] is a series of zstd frames (RFC 8878), each of one block of 64 KiB, or of some blocks of zeros: together they are the device, as any
-// zstd program unpacks it. The index, version 1, says where each block's frame is: compressed as one zstd frame, little-endian, magic "DrafterO", version
-// uint32, reserved uint32, size of the device uint64; and for each block its content id (32 bytes, all 0 for zeros), the offset (uint64) and length (uint32) of
-// its frame, both 0 for zeros.
+// A layer of [DeviceType] is a series of zstd frames (RFC 8878), each of one block of 64 KiB, or of
+// some blocks of zeros: together they are the device, as any zstd program unpacks it. The index,
+// version 1, says where each block's frame is: compressed as one zstd frame, little-endian, magic
+// "DrafterO", version uint32, reserved uint32, size of the device uint64; and for each block its
+// content id (32 bytes, all 0 for zeros), the offset (uint64) and length (uint32) of its frame,
+// both 0 for zeros.
 package artifact
 
 import (

@@ -25,7 +25,8 @@ import (
 	"drafter/internal/ocitest"
 )
 
-// servers are the registries that the tests run with: the library's, in this process, and distribution, if it is on PATH.
+// servers are the registries that the tests run with: the library's, in this process, and
+// distribution, if it is on PATH.
 func servers(t *testing.T, f func(t *testing.T, host string)) {
 	t.Run("in process", func(t *testing.T) {
 		s := httptest.NewServer(ggcr.New(ggcr.Logger(log.New(io.Discard, "", 0))))
@@ -87,8 +88,9 @@ func fill(t *testing.T, p *artifact.Package, data map[string][]byte) {
 	}
 }
 
-// A package comes back from a registry as it was, one block as well as all; what the registry has is not uploaded again; and who has opened a package goes on
-// with it when its tag is another one's.
+// A package comes back from a registry as it was, one block as well as all; what the registry has
+// is not uploaded again; and who has opened a package goes on with it when its tag is another
+// one's.
 func TestPushAndOpen(t *testing.T) {
 	servers(t, func(t *testing.T, host string) {
 		devices, data := newPackage(t, 1)
@@ -168,7 +170,8 @@ func TestLayerIsTheDevice(t *testing.T) {
 	}
 }
 
-// A registry that fails now and then, or forgets a layer, gives no other bytes: the former is tried again, the latter an error.
+// A registry that fails now and then, or forgets a layer, gives no other bytes: the former is tried
+// again, the latter an error.
 func TestFaults(t *testing.T) {
 	handler := ggcr.New(ggcr.Logger(log.New(io.Discard, "", 0)))
 	var fault atomic.Value // of a func(*http.Request) int: a status, 1 to cut the connection, or 2 not to know ranges

@@ -21,7 +21,8 @@ import (
 	"drafter/signature"
 )
 
-// Package is a package in a registry. What it is does not change: it is known by its digest. Its methods are safe for concurrent use.
+// Package is a package in a registry. What it is does not change: it is known by its digest. Its
+// methods are safe for concurrent use.
 type Package struct {
 	Digest v1.Hash
 
@@ -200,7 +201,8 @@ type fetcher struct {
 // fetchTimeout bounds one request, of 1 MiB at most.
 const fetchTimeout = time.Minute
 
-// Fetch implements [block.Fetcher]: with one request for all from the first block that is not zeros up to the last.
+// Fetch implements [block.Fetcher]: with one request for all from the first block that is not zeros
+// up to the last.
 func (f *fetcher) Fetch(ctx context.Context, first int64, p []byte, _ bool) error {
 	end := first + (int64(len(p))+block.ContentBlockSize-1)/block.ContentBlockSize
 	var from, to int64 = -1, 0

@@ -37,8 +37,9 @@ type Device struct {
 // Progress says how far a step is, in bytes. It may be nil.
 type Progress func(step string, done, total int64)
 
-// Push stores devices as the artifact ref, which it replaces at once when all is there, and returns its digest. Credentials are those of docker. The compressed
-// devices are kept in temporary files meanwhile.
+// Push stores devices as the artifact ref, which it replaces at once when all is there, and returns
+// its digest. Credentials are those of docker. The compressed devices are kept in temporary files
+// meanwhile.
 func Push(ctx context.Context, ref string, plainHTTP bool, devices []Device, progress Progress) (_ v1.Hash, err error) {
 	if progress == nil {
 		progress = func(string, int64, int64) {}
@@ -82,7 +83,8 @@ func Push(ctx context.Context, ref string, plainHTTP bool, devices []Device, pro
 	return image.Digest()
 }
 
-// oneLine makes the errors of registries readable: they come with the page that a proxy may have sent.
+// oneLine makes the errors of registries readable: they come with the page that a proxy may have
+// sent.
 func oneLine(err error) error {
 	return &lineError{err}
 }

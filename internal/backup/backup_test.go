@@ -211,7 +211,8 @@ func TestWrite(t *testing.T) {
 	}
 }
 
-// Whatever fails, a place holds what was complete before, or what is new; and the next write is complete.
+// Whatever fails, a place holds what was complete before, or what is new; and the next write is
+// complete.
 func TestFaults(t *testing.T) {
 	t.Parallel()
 	server := s3test.Start(t)
@@ -258,7 +259,8 @@ func TestFaults(t *testing.T) {
 	}
 }
 
-// A storage that is gone in the middle of a write leaves the backup before; when it is back, only what is missing is uploaded.
+// A storage that is gone in the middle of a write leaves the backup before; when it is back, only
+// what is missing is uploaded.
 func TestOutage(t *testing.T) {
 	t.Parallel()
 	server := s3test.Start(t)
@@ -329,8 +331,8 @@ func TestHurry(t *testing.T) {
 	server.Fail(nil)
 }
 
-// A VM that comes from another host is backed up on, whatever that host still writes and collects until
-// the first backup here. From then on that host is the one that is overtaken.
+// A VM that comes from another host is backed up on, whatever that host still writes and collects
+// until the first backup here. From then on that host is the one that is overtaken.
 func TestInherited(t *testing.T) {
 	t.Parallel()
 	server := s3test.Start(t)

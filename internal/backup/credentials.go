@@ -56,14 +56,14 @@ func credentialsOf(p s3.Place) (*credentials.Credentials, error) {
 	return creds, nil
 }
 
-// Where containers get credentials from over plain HTTP, besides loopback addresses: Amazon's ECS and EKS (see "Container credential provider" in its reference
-// of SDKs and tools).
+// Where containers get credentials from over plain HTTP, besides loopback addresses: Amazon's ECS
+// and EKS (see "Container credential provider" in its reference of SDKs and tools).
 const ecsAddress = "169.254.170.2"
 
 var containerAddresses = []string{ecsAddress, "169.254.170.23", "fd00:ec2::23"}
 
-// container finds the provider of credentials that this process was given as a container; nil if it was given none. What it provides is asked for when it is
-// needed, and again before it expires.
+// container finds the provider of credentials that this process was given as a container; nil if it
+// was given none. What it provides is asked for when it is needed, and again before it expires.
 func container() (credentials.Provider, error) {
 	client := &http.Client{Timeout: 10 * time.Second, CheckRedirect: func(*http.Request, []*http.Request) error {
 		return errors.New("the provider of credentials redirects elsewhere")

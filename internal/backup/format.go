@@ -90,8 +90,10 @@ type device struct {
 	where    []location
 }
 
-// The index, version 1, little-endian, compressed as one zstd frame: magic "DrafterX", version uint32, number of packs uint32, size of the device uint64; the
-// packs' UUIDs; and for each block of 64 KiB its content id (32 bytes), and the pack's number, offset and length there (uint32 each; all ones for zeros).
+// The index, version 1, little-endian, compressed as one zstd frame: magic "DrafterX", version
+// uint32, number of packs uint32, size of the device uint64; the packs' UUIDs; and for each block
+// of 64 KiB its content id (32 bytes), and the pack's number, offset and length there (uint32 each;
+// all ones for zeros).
 const (
 	indexMagic  = "DrafterX"
 	indexHeader = 24
@@ -129,7 +131,8 @@ func encodeIndex(d *device, encoder *zstd.Encoder) []byte {
 	return encoder.EncodeAll(b, nil)
 }
 
-// maxIndex bounds the size of the index of a device, in bytes: every block may be of a pack of its own.
+// maxIndex bounds the size of the index of a device, in bytes: every block may be of a pack of its
+// own.
 func maxIndex(device int64) int64 { return indexHeader + block.CountBlocks(device)*(indexEntry+16) }
 
 // decodeIndex checks an index against its line of the manifest.

@@ -1,5 +1,6 @@
-// Package backup keeps the devices of an instance in an object storage that speaks the S3 protocol: what changes is uploaded in packs of blocks, and a manifest,
-// written last, says what belongs together. Whoever reads finds the devices as they were in one moment.
+// Package backup keeps the devices of an instance in an object storage that speaks the S3 protocol:
+// what changes is uploaded in packs of blocks, and a manifest, written last, says what belongs
+// together. Whoever reads finds the devices as they were in one moment.
 //
 // Below the prefix of a [s3.Place] there are
 //
@@ -44,7 +45,8 @@ const (
 	headerTimeout  = 20 * time.Second
 )
 
-// Open connects with a place, and fails if it does not exist or refuses the credentials. The error of one that may be there later is an [s3.ErrAway].
+// Open connects with a place, and fails if it does not exist or refuses the credentials. The error
+// of one that may be there later is an [s3.ErrAway].
 func Open(ctx context.Context, p s3.Place) (*Store, error) {
 	if err := p.Check(); err != nil {
 		return nil, err
@@ -81,16 +83,19 @@ func Open(ctx context.Context, p s3.Place) (*Store, error) {
 	return s, nil
 }
 
-// maxAnswer bounds what a storage answers besides objects, in bytes: a page of a list has 1000 names of at most 1 KiB.
+// maxAnswer bounds what a storage answers besides objects, in bytes: a page of a list has 1000
+// names of at most 1 KiB.
 const maxAnswer = 4 << 20
 
-// boundedTransport cuts off answers that are no objects, of which the library reads all, and compares the storage's clock with this host's.
+// boundedTransport cuts off answers that are no objects, of which the library reads all, and
+// compares the storage's clock with this host's.
 type boundedTransport struct {
 	*http.Transport
 	ahead atomic.Int64 // how much the storage's clock is, in nanoseconds
 }
 
-// maxAhead is how far apart clocks may be for a signature to count; see "RequestTimeTooSkewed" in Amazon's list of error codes.
+// maxAhead is how far apart clocks may be for a signature to count; see "RequestTimeTooSkewed" in
+// Amazon's list of error codes.
 const maxAhead = 15 * time.Minute
 
 func (t *boundedTransport) RoundTrip(req *http.Request) (*http.Response, error) {

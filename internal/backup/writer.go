@@ -42,7 +42,8 @@ type Writer struct {
 	swept   bool                  // garbage of earlier writers has been looked for
 }
 
-// NewWriter returns a writer that builds on what the place holds. What the storage cannot do is found before anything is written, see [s3.ErrUnfit]. Close it.
+// NewWriter returns a writer that builds on what the place holds. What the storage cannot do is
+// found before anything is written, see [s3.ErrUnfit]. Close it.
 func (s *Store) NewWriter(ctx context.Context) (*Writer, error) {
 	if err := s.probe(ctx); err != nil {
 		return nil, s.explain(err)
@@ -135,8 +136,9 @@ type Written struct {
 	Uploaded int64 // bytes of packs that were written
 }
 
-// Write makes devices the latest backup, as of moment. It is complete once Write returns nil; on an error the backup before is the latest, unless the error says
-// that it is not known. What is there already, at whatever offset, is not uploaded again, nor what a Write that failed has uploaded.
+// Write makes devices the latest backup, as of moment. It is complete once Write returns nil; on an
+// error the backup before is the latest, unless the error says that it is not known. What is there
+// already, at whatever offset, is not uploaded again, nor what a Write that failed has uploaded.
 func (w *Writer) Write(ctx context.Context, moment time.Time, devices []Device) (Written, error) {
 	done, err := w.write(ctx, moment, devices)
 	if !errors.Is(err, errInherited) {
@@ -350,7 +352,8 @@ func (w *Writer) advance(ctx context.Context, next *Backup) {
 // maxGarbage bounds how many objects are noted as left by earlier writers.
 const maxGarbage = 1 << 20
 
-// sweep finds what earlier writers have left: the place is this one's since it wrote its first manifest.
+// sweep finds what earlier writers have left: the place is this one's since it wrote its first
+// manifest.
 func (w *Writer) sweep(ctx context.Context) bool {
 	for _, kind := range []string{"packs/", "index/", probes} {
 		for object := range w.store.client.ListObjects(ctx, w.store.place.Bucket, minio.ListObjectsOptions{Prefix: w.store.key(kind), Recursive: true}) {

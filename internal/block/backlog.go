@@ -16,8 +16,9 @@ import (
 // where it is read from, instead of refusing it: Sync fails until all of it is stored.
 //
 // Guest memory needs that. It is a mapping of a file, and when its write-back fails, the kernel
-// reports that once and forgets that the page was dirty; whoever reads the page later finds an older
-// one. What is kept lies in a memfd, takes at most the size of the device, and can be swapped out.
+// reports that once and forgets that the page was dirty; whoever reads the page later finds an
+// older one. What is kept lies in a memfd, takes at most the size of the device, and can be swapped
+// out.
 //
 // It is safe for concurrent use.
 type Backlog struct {

@@ -258,8 +258,9 @@ func (s *failing) WriteAt(p []byte, off int64) (int, error) {
 
 func (s *failing) Trim(off, length int64) error { return Trim(struct{ Device }{s}, off, length) }
 
-// Whatever a storage fails with, nothing that was written to a device that keeps it is lost: it is read as it was
-// written, a sync fails and can be tried again, and once the storage works all is stored.
+// Whatever a storage fails with, nothing that was written to a device that keeps it is lost: it is
+// read as it was written, a sync fails and can be tried again, and once the storage works all is
+// stored.
 func TestBacklogOfFailingStorage(t *testing.T) {
 	for _, failure := range []error{unix.EIO, unix.EROFS, unix.ESTALE, unix.ETIMEDOUT, unix.ENOSPC, unix.EDQUOT} {
 		s := &failing{memory: newMemory(16 * PageSize)}
@@ -297,8 +298,8 @@ func TestBacklogOfFailingStorage(t *testing.T) {
 	}
 }
 
-// An overlay whose storage fails, even while a block is made to vanish that was written in part, is as good as before
-// once the storage works.
+// An overlay whose storage fails, even while a block is made to vanish that was written in part, is
+// as good as before once the storage works.
 func TestOverlayOfFailingStorage(t *testing.T) {
 	const size, blockSize = 1 << 20, 64 << 10
 	base, data := newMemory(size), &failing{memory: newMemory(size)}

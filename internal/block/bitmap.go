@@ -6,8 +6,8 @@ import (
 	"sync/atomic"
 )
 
-// Bitmap is a set of block numbers. It is safe for concurrent use. A plain bitmap: a set of 64 KiB blocks takes 2 KiB per GiB of device, and is
-// taken and cleared by an atomic swap per 64 blocks.
+// Bitmap is a set of block numbers. It is safe for concurrent use. A plain bitmap: a set of 64 KiB
+// blocks takes 2 KiB per GiB of device, and is taken and cleared by an atomic swap per 64 blocks.
 type Bitmap struct {
 	words  []atomic.Uint64
 	length int64
@@ -49,7 +49,8 @@ func (b *Bitmap) Clear(i int64) bool {
 	return b.words[i/64].And(^bit)&bit != 0
 }
 
-// ClearRange takes from up to end, which is not part of it, out of the set and returns how many of them were there.
+// ClearRange takes from up to end, which is not part of it, out of the set and returns how many of
+// them were there.
 func (b *Bitmap) ClearRange(from, end int64) (cleared int64) {
 	for i := from; i < end; {
 		n := min(64-i%64, end-i)
@@ -71,7 +72,8 @@ func (b *Bitmap) Next(from int64) int64 {
 	return next
 }
 
-// Run returns whether from is in the set, and the first number after from, at most end, for which that is not so.
+// Run returns whether from is in the set, and the first number after from, at most end, for which
+// that is not so.
 func (b *Bitmap) Run(from, end int64) (has bool, next int64) {
 	has = b.Has(from)
 	for i := from + 1; i < end; { // from itself may change meanwhile, and a run is never empty

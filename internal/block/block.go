@@ -1,5 +1,6 @@
-// Package block holds devices: fixed-size arrays of bytes that keep what is written to them. A device of a VM is a stack of them: a read-only
-// base file, an [Overlay] that holds what changed, and a [Tracker] that knows which blocks changed lately.
+// Package block holds devices: fixed-size arrays of bytes that keep what is written to them. A
+// device of a VM is a stack of them: a read-only base file, an [Overlay] that holds what changed,
+// and a [Tracker] that knows which blocks changed lately.
 package block
 
 import (
@@ -8,41 +9,44 @@ import (
 	"io"
 )
 
-// Device is a fixed-size array of bytes. Implementations are safe for concurrent use. Reads and writes that do not fit in [0, Size) fail with
-// [ErrRange] and do nothing.
+// Device is a fixed-size array of bytes. Implementations are safe for concurrent use. Reads and
+// writes that do not fit in [0, Size) fail with [ErrRange] and do nothing.
 type Device interface {
 	io.ReaderAt
 	io.WriterAt
 	Size() int64
-	// Sync returns once every completed WriteAt and Trim survives a power cut. Once it has failed it fails for ever: what was lost is unknown. If it failed
-	// for want of room (see [NoRoom]), nothing was lost, and it may succeed later.
+	// Sync returns once every completed WriteAt and Trim survives a power cut. Once it has failed
+	// it fails for ever: what was lost is unknown. If it failed for want of room (see [NoRoom]),
+	// nothing was lost, and it may succeed later.
 	Sync() error
 	// Close frees the device without syncing it.
 	Close() error
 }
 
-// Trimmer is a [Device] that can forget a range: it reads as zeros afterwards, and takes no space where that is possible.
+// Trimmer is a [Device] that can forget a range: it reads as zeros afterwards, and takes no space
+// where that is possible.
 type Trimmer interface {
 	Trim(off, length int64) error
 }
 
 // Mapper is a [Device] that knows where it holds nothing but zeros.
 type Mapper interface {
-	// NextData returns a range at or after off that may hold other bytes than zeros; all between off and start are zeros. At the end of the data
-	// start and end are the device's size.
+	// NextData returns a range at or after off that may hold other bytes than zeros; all between
+	// off and start are zeros. At the end of the data start and end are the device's size.
 	NextData(off int64) (start, end int64, err error)
 }
 
 // Localizer is a [Device] of which a part may be elsewhere.
 type Localizer interface {
-	// Local tells whether a range, which is the device's, can be read without waiting for another host.
+	// Local tells whether a range, which is the device's, can be read without waiting for another
+	// host.
 	Local(off, length int64) bool
 }
 
 // NowReader is a [Device] that can read without waiting.
 type NowReader interface {
-	// ReadNow reads like ReadAt, but only what is in this host's memory, waiting for no disk, no other host and nobody else's I/O. If it returns false, p may
-	// hold anything.
+	// ReadNow reads like ReadAt, but only what is in this host's memory, waiting for no disk, no
+	// other host and nobody else's I/O. If it returns false, p may hold anything.
 	ReadNow(p []byte, off int64) bool
 }
 

@@ -308,7 +308,8 @@ func TestWatchAfterTake(t *testing.T) {
 	}
 }
 
-// A run is never empty, also while its first number is set and cleared: who goes on behind it would go backwards.
+// A run is never empty, also while its first number is set and cleared: who goes on behind it would
+// go backwards.
 func TestRunOfChangingBitmap(t *testing.T) {
 	b := NewBitmap(1000)
 	stop, done := make(chan struct{}), make(chan struct{})

@@ -20,12 +20,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ID identifies content: the BLAKE3 hash of a block, or of a device. The zero ID is that of a block of zeros.
+// ID identifies content: the BLAKE3 hash of a block, or of a device. The zero ID is that of a block
+// of zeros.
 type ID [32]byte
 
 func (id ID) String() string { return hex.EncodeToString(id[:]) }
 
-// ContentBlockSize is the size of the blocks that have content ids, whatever block size a device is tracked in, so that ids can be compared.
+// ContentBlockSize is the size of the blocks that have content ids, whatever block size a device is
+// tracked in, so that ids can be compared.
 const ContentBlockSize = 64 << 10
 
 // CountBlocks is how many blocks of ContentBlockSize a device of size bytes has.
@@ -44,7 +46,8 @@ type Contents struct {
 	Blocks []ID // of each ContentBlockSize bytes; the last may be fewer
 }
 
-// NewContents returns the contents of a device of size bytes from the ids of its blocks, which it owns from here on.
+// NewContents returns the contents of a device of size bytes from the ids of its blocks, which it
+// owns from here on.
 func NewContents(size int64, blocks []ID) *Contents {
 	c := &Contents{Size: size, Blocks: blocks}
 	c.seal()
@@ -162,8 +165,10 @@ func contentsPath(base string) string {
 	return filepath.Join(filepath.Dir(base), "."+filepath.Base(base)+".contents")
 }
 
-// The contents file, version 1, little-endian: magic "DrafterC", version uint32, reserved uint32, then of the base file size int64, modification and
-// change time int64 in nanoseconds and inode uint64; the blocks' ids; a BLAKE3 hash of all that. It holds for just that file at just that time.
+// The contents file, version 1, little-endian: magic "DrafterC", version uint32, reserved uint32,
+// then of the base file size int64, modification and change time int64 in nanoseconds and inode
+// uint64; the blocks' ids; a BLAKE3 hash of all that. It holds for just that file at just that
+// time.
 const contentsMagic = "DrafterC"
 
 // HashFile reads all of a file and returns its content ids. Those that are kept beside it are not
@@ -177,7 +182,8 @@ func HashFile(ctx context.Context, path string) (_ *Contents, err error) {
 	return Hash(ctx, d)
 }
 
-// FileContents returns the content ids of a file that nobody writes to. They are kept in a file beside it, if that can be made.
+// FileContents returns the content ids of a file that nobody writes to. They are kept in a file
+// beside it, if that can be made.
 func FileContents(ctx context.Context, path string) (_ *Contents, err error) {
 	d, err := OpenFile(path, true)
 	if err != nil {
@@ -223,7 +229,8 @@ func (c *Contents) keep(path string, stamp []byte) error {
 	return err
 }
 
-// Check refuses contents whose blocks' ids do not make the device's id, as those that have come from elsewhere.
+// Check refuses contents whose blocks' ids do not make the device's id, as those that have come
+// from elsewhere.
 func (c *Contents) Check() error {
 	if c.Size <= 0 || int64(len(c.Blocks)) != (c.Size+ContentBlockSize-1)/ContentBlockSize {
 		return fmt.Errorf("%d content ids for a device of %d bytes", len(c.Blocks), c.Size)

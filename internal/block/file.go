@@ -21,7 +21,8 @@ type File struct {
 	failed   atomic.Pointer[error] // why a Sync failed
 }
 
-// OpenFile opens an existing file as a device of its size. A link that a stranger made is not followed.
+// OpenFile opens an existing file as a device of its size. A link that a stranger made is not
+// followed.
 func OpenFile(path string, readOnly bool) (*File, error) {
 	flags := os.O_RDWR
 	if readOnly {
@@ -45,7 +46,8 @@ func OpenFile(path string, readOnly bool) (*File, error) {
 	return &File{f: f, size: size, readOnly: readOnly}, nil
 }
 
-// Lock keeps other processes from the file until it is closed: all of them, or those that lock it exclusively.
+// Lock keeps other processes from the file until it is closed: all of them, or those that lock it
+// exclusively.
 func (d *File) Lock(exclusive bool) error {
 	if exclusive {
 		return lockfile.Exclusive(d.f)
@@ -130,7 +132,8 @@ func (d *File) NextData(off int64) (start, end int64, err error) {
 	return min(start, d.size), min(end, d.size), nil
 }
 
-// Sync implements [Device]. The kernel reports a failed write-back once and then forgets the pages; so the failure is remembered here.
+// Sync implements [Device]. The kernel reports a failed write-back once and then forgets the pages;
+// so the failure is remembered here.
 func (d *File) Sync() error {
 	if err := d.failed.Load(); err != nil {
 		return *err

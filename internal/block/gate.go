@@ -2,7 +2,8 @@ package block
 
 import "sync"
 
-// Gate is a device that passes everything on to another one, which can be replaced while it is used. It begins shut: who uses it waits until it is opened.
+// Gate is a device that passes everything on to another one, which can be replaced while it is
+// used. It begins shut: who uses it waits until it is opened.
 type Gate struct {
 	size int64
 
@@ -29,7 +30,8 @@ func (g *Gate) Shut() {
 	}
 }
 
-// Open passes on to device from now on. If the gate is not shut, those who are in it finish with the device before.
+// Open passes on to device from now on. If the gate is not shut, those who are in it finish with
+// the device before.
 func (g *Gate) Open(device Device) {
 	g.Shut()
 	g.turns.Lock()

@@ -13,8 +13,10 @@ var ErrSealed = errors.New("the device is still being received")
 // ErrAbandoned says that the rest of a device will never arrive.
 var ErrAbandoned = errors.New("the rest of the device will never arrive")
 
-// Incoming is a device that is being received. It begins sealed: only [Incoming.Arrive] writes to it. [Incoming.Open] lets its user in and says which pages
-// have not arrived; from then on a page that arrives is dropped if the user has written it, and whoever needs a page that is missing waits for it.
+// Incoming is a device that is being received. It begins sealed: only [Incoming.Arrive] writes to
+// it. [Incoming.Open] lets its user in and says which pages have not arrived; from then on a page
+// that arrives is dropped if the user has written it, and whoever needs a page that is missing
+// waits for it.
 //
 // Its user's methods are those of [Device]. They are safe for concurrent use, with Arrive too.
 type Incoming struct {
@@ -36,14 +38,16 @@ type Incoming struct {
 	sync      sync.Mutex
 }
 
-// incomingRegion guards the pages of every 64th MiB: while a page is stored and taken out of missing, nobody else does so.
+// incomingRegion guards the pages of every 64th MiB: while a page is stored and taken out of
+// missing, nobody else does so.
 type incomingRegion struct {
 	sync.Mutex
 	arrived chan struct{} // closed when a page of the region has arrived; nil when nobody waits
 }
 
-// NewIncoming receives into d. With guard set, reading it while it is sealed is refused, as for memory, which nobody may have cached before it is complete;
-// else it reads as what has arrived until then.
+// NewIncoming receives into d. With guard set, reading it while it is sealed is refused, as for
+// memory, which nobody may have cached before it is complete; else it reads as what has arrived
+// until then.
 func NewIncoming(d Device, guard bool) *Incoming {
 	return &Incoming{Device: d, guard: guard, missing: NewBitmap(Pages(d)), complete: make(chan struct{}), abandoned: make(chan struct{})}
 }
@@ -51,8 +55,10 @@ func NewIncoming(d Device, guard bool) *Incoming {
 // Violations counts the uses of the device while it was sealed. All of them were refused.
 func (d *Incoming) Violations() int64 { return d.violations.Load() }
 
-// Open lets the user in. Pages of missing have not arrived: want is called for those that somebody waits for, and must not block. persist, which may be
-// nil, is called by Sync with the pages that are missing of what it has made durable. Open is called once; the device owns missing from here on.
+// Open lets the user in. Pages of missing have not arrived: want is called for those that somebody
+// waits for, and must not block. persist, which may be nil, is called by Sync with the pages that
+// are missing of what it has made durable. Open is called once; the device owns missing from here
+// on.
 func (d *Incoming) Open(missing *Bitmap, want func(first, end int64), persist func(missing *Bitmap) error) {
 	d.missing, d.want, d.persist = missing, want, persist
 	d.left.Store(missing.Count())
@@ -96,8 +102,8 @@ func eachRegion(first, end int64, f func(first, end int64) error) error {
 	return nil
 }
 
-// Arrive stores pages that were received: off is a multiple of the page size, and so is the length of p, but at the device's end. It returns how many of
-// the bytes were of use.
+// Arrive stores pages that were received: off is a multiple of the page size, and so is the length
+// of p, but at the device's end. It returns how many of the bytes were of use.
 func (d *Incoming) Arrive(p []byte, off int64) (used int64, err error) {
 	return d.arrive(off, int64(len(p)), func(from, end int64) error {
 		_, err := d.Device.WriteAt(p[from-off:end-off], from)
@@ -285,7 +291,8 @@ func (d *Incoming) Sync() error {
 	}
 	d.sync.Lock()
 	defer d.sync.Unlock()
-	// What is missing now is at most too much after the sync: a page that is fetched twice was not written in between by anybody who was told that it lasts.
+	// What is missing now is at most too much after the sync: a page that is fetched twice was not
+	// written in between by anybody who was told that it lasts.
 	missing := d.missing.Clone()
 	if err := d.Device.Sync(); err != nil {
 		return err

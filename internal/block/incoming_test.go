@@ -12,7 +12,8 @@ import (
 	"drafter/internal/need"
 )
 
-// A device that is being received is as the source's, with what its user has written since; whatever arrives when.
+// A device that is being received is as the source's, with what its user has written since;
+// whatever arrives when.
 func TestIncoming(t *testing.T) {
 	const pages = 700
 	const size = pages*PageSize - 123

@@ -23,9 +23,11 @@ type OverlayPaths struct {
 	Origin  ID // of an overlay that is made: content id of the base that its device was made from, where that is not the one beneath; else zero
 }
 
-// OpenOverlay opens an overlay over base, whose content id is baseID. It makes both files when neither exists. Blocks that were written but not
-// synced when their writer was killed are discarded. The overlay owns base from here on, also when opening fails. It holds a lock on the state file
-// until it is closed; one that another process uses is refused. An overlay keeps the block size that it was made with; where there is none yet, 0 is refused.
+// OpenOverlay opens an overlay over base, whose content id is baseID. It makes both files when
+// neither exists. Blocks that were written but not synced when their writer was killed are
+// discarded. The overlay owns base from here on, also when opening fails. It holds a lock on the
+// state file until it is closed; one that another process uses is refused. An overlay keeps the
+// block size that it was made with; where there is none yet, 0 is refused.
 func OpenOverlay(base Device, baseID ID, paths OverlayPaths, blockSize int64) (_ *Overlay, err error) {
 	defer func() {
 		if err != nil {
@@ -54,7 +56,8 @@ func OpenOverlay(base Device, baseID ID, paths OverlayPaths, blockSize int64) (_
 	return o, nil
 }
 
-// overlayExists tells whether both files are there; one alone is refused, unless it is what an interrupted creation leaves.
+// overlayExists tells whether both files are there; one alone is refused, unless it is what an
+// interrupted creation leaves.
 func overlayExists(paths OverlayPaths) (bool, error) {
 	overlay, err := fileExists(paths.Overlay)
 	if err != nil {
@@ -110,7 +113,8 @@ func fileExists(path string) (bool, error) {
 	return err == nil, err
 }
 
-// createOverlay makes the files unless they exist: the overlay file, then the state file, without which there is no overlay.
+// createOverlay makes the files unless they exist: the overlay file, then the state file, without
+// which there is no overlay.
 func createOverlay(paths OverlayPaths, h *stateHeader) (err error) {
 	if exists, err := overlayExists(paths); err != nil || exists {
 		return err
@@ -155,8 +159,8 @@ func createOverlay(paths OverlayPaths, h *stateHeader) (err error) {
 // lockPatience bounds how long another process may take to make its overlays in a directory.
 const lockPatience = 30 * time.Second
 
-// lockDirectory lets one process at a time make overlays in a directory. The lock is a file that nobody
-// else can open, and so hold.
+// lockDirectory lets one process at a time make overlays in a directory. The lock is a file that
+// nobody else can open, and so hold.
 func lockDirectory(dir string) (*lockfile.Lock, error) {
 	for deadline := time.Now().Add(lockPatience); ; time.Sleep(5 * time.Millisecond) {
 		lock, err := lockfile.Try(filepath.Join(dir, ".overlays.lock"))
@@ -229,7 +233,8 @@ func (o *Overlay) check(paths OverlayPaths, baseID ID) error {
 	return nil
 }
 
-// discardUncommitted makes holes of blocks that are not the overlay's: their writer ended before it synced them.
+// discardUncommitted makes holes of blocks that are not the overlay's: their writer ended before it
+// synced them.
 func (o *Overlay) discardUncommitted() error {
 	for off := int64(0); off < o.Size(); {
 		start, end, err := NextData(o.data, off)
@@ -250,8 +255,9 @@ func (o *Overlay) discardUncommitted() error {
 	return nil
 }
 
-// Export writes the content of d to a new file, with holes for zeros, and syncs it. progress, which may be nil, is called with the bytes done and in
-// all. The file has its name only once it is complete.
+// Export writes the content of d to a new file, with holes for zeros, and syncs it. progress, which
+// may be nil, is called with the bytes done and in all. The file has its name only once it is
+// complete.
 func Export(ctx context.Context, path string, d Device, progress func(done, total int64)) error {
 	err := newfile.Write(path, func(f *os.File) error {
 		if err := f.Truncate(d.Size()); err != nil {
@@ -287,7 +293,8 @@ func Export(ctx context.Context, path string, d Device, progress func(done, tota
 	return nil
 }
 
-// OverlayBase returns the content id and the size in bytes of the base that an existing overlay is over. With found false there is no overlay.
+// OverlayBase returns the content id and the size in bytes of the base that an existing overlay is
+// over. With found false there is no overlay.
 func OverlayBase(paths OverlayPaths) (base ID, size int64, found bool, err error) {
 	exists, err := overlayExists(paths)
 	if err != nil || !exists {

@@ -7,12 +7,14 @@ import (
 	"sync/atomic"
 )
 
-// Overlay is a device that leaves its base as it is: blocks that are written live in the overlay file, at the same offset, and the state file
-// says which. A block whose bit is not set is a hole in the overlay file.
+// Overlay is a device that leaves its base as it is: blocks that are written live in the overlay
+// file, at the same offset, and the state file says which. A block whose bit is not set is a hole
+// in the overlay file.
 //
-// A write within a block that the overlay holds goes straight to its place, as on a disk: after a power cut, each sector of what was not synced is
-// as before or as after. The first write to a block copies the rest of the block from the base; its bit reaches the disk only after its data has,
-// so that the block is the base's until then.
+// A write within a block that the overlay holds goes straight to its place, as on a disk: after a
+// power cut, each sector of what was not synced is as before or as after. The first write to a
+// block copies the rest of the block from the base; its bit reaches the disk only after its data
+// has, so that the block is the base's until then.
 type Overlay struct {
 	base      Device
 	data      Device // the overlay file, as large as base; a [Trimmer] and [Mapper]
@@ -152,7 +154,8 @@ func (o *Overlay) writeRegion(p []byte, off int64) (int, error) {
 	first, last := off/o.blockSize, (end-1)/o.blockSize
 	n, err := o.fill(p, off, first, last)
 	if err != nil {
-		// The blocks are not the overlay's yet, so what was written of them must go. What the overlay held before has changed.
+		// The blocks are not the overlay's yet, so what was written of them must go. What the
+		// overlay held before has changed.
 		o.forget(first, last+1)
 		return n, err
 	}
@@ -182,8 +185,9 @@ func (o *Overlay) own(first, end int64) {
 	o.state.changed(first, end)
 }
 
-// forget makes blocks that the overlay does not hold holes again, after a failed write. A block of which that fails,
-// as where there are no holes and no room for zeros, is noted as soiled until it is the overlay's.
+// forget makes blocks that the overlay does not hold holes again, after a failed write. A block of
+// which that fails, as where there are no holes and no room for zeros, is noted as soiled until it
+// is the overlay's.
 func (o *Overlay) forget(first, end int64) {
 	for i := first; i < end; i++ {
 		if o.present.Has(i) {
@@ -228,7 +232,8 @@ func (o *Overlay) copyUp(from, end int64) error {
 	return nil
 }
 
-// Trim implements [Trimmer]. Whole blocks become holes of the overlay; the rest is written with zeros.
+// Trim implements [Trimmer]. Whole blocks become holes of the overlay; the rest is written with
+// zeros.
 func (o *Overlay) Trim(off, length int64) error {
 	if err := checkRange(o, off, length); err != nil {
 		return err
@@ -306,7 +311,8 @@ func (o *Overlay) Sync() error {
 		return *err
 	}
 	o.cleanse()
-	// The blocks to commit are those whose data is in the overlay file now, so that the sync of the file covers them.
+	// The blocks to commit are those whose data is in the overlay file now, so that the sync of the
+	// file covers them.
 	pages := o.state.take()
 	err := o.data.Sync()
 	if err == nil {

@@ -119,7 +119,8 @@ func same(t testing.TB, d Device, want []byte) {
 	}
 }
 
-// Random concurrent operations, of many writers within the same blocks, against a plain array of bytes, with two overlays stacked and a tracker on top.
+// Random concurrent operations, of many writers within the same blocks, against a plain array of
+// bytes, with two overlays stacked and a tracker on top.
 func TestModel(t *testing.T) {
 	const (
 		size      = 6<<20 + 700 // the last block is short
@@ -210,7 +211,8 @@ func TestModel(t *testing.T) {
 	}
 }
 
-// owned picks a range of worker w: in the first half of the device small interleaved pieces, in the second half large ranges.
+// owned picks a range of worker w: in the first half of the device small interleaved pieces, in the
+// second half large ranges.
 func owned(rng *rand.Rand, w, workers, piece int, size int64) (off, length int64) {
 	half := size / 2 / int64(piece*workers) * int64(piece*workers)
 	if rng.IntN(8) > 0 {
@@ -278,7 +280,8 @@ func TestOverlayLeavesBaseAlone(t *testing.T) {
 	shut(t, o)
 }
 
-// What a killed writer wrote and did not sync is gone as a whole, and leaves no bytes to shine through later.
+// What a killed writer wrote and did not sync is gone as a whole, and leaves no bytes to shine
+// through later.
 func TestUnsyncedIsDiscarded(t *testing.T) {
 	paths, content := fixture(t, 1<<20)
 	o := open(t, paths, 64<<10)

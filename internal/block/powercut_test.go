@@ -11,8 +11,9 @@ import (
 	"drafter/internal/need"
 )
 
-// A power cut is tried at every point of a long run: of what was not yet synced, each file keeps any part, sector by sector. What opens then must hold
-// in every sector a value that the sector had at the last completed Sync of the device, or got later.
+// A power cut is tried at every point of a long run: of what was not yet synced, each file keeps
+// any part, sector by sector. What opens then must hold in every sector a value that the sector had
+// at the last completed Sync of the device, or got later.
 func TestPowerCut(t *testing.T) {
 	const cutsPerRun = 400
 	for seed := range uint64(need.Rounds(2, 64)) {
@@ -32,7 +33,8 @@ const (
 	powerSectors = powerSize / sector
 )
 
-// recording is all that happened to overlay (file 0) and state file (file 1) of a device, and what was written to the device.
+// recording is all that happened to overlay (file 0) and state file (file 1) of a device, and what
+// was written to the device.
 type recording struct {
 	header  *stateHeader
 	base    *memory
@@ -42,7 +44,8 @@ type recording struct {
 	ends    []int
 }
 
-// version is what a sector got from one write: number, repeated; 0 is zeros. It was written while events had the length at.
+// version is what a sector got from one write: number, repeated; 0 is zeros. It was written while
+// events had the length at.
 type version struct {
 	at     int
 	number uint64
@@ -172,7 +175,8 @@ func (r *recording) verify(t *testing.T, cut int, rng *rand.Rand) {
 	}
 }
 
-// allowed tells whether a sector may read so: as the last write before durable left it, or any write after that and before cut.
+// allowed tells whether a sector may read so: as the last write before durable left it, or any
+// write after that and before cut.
 func allowed(history []version, got []byte, durable, cut int) error {
 	n := binary.LittleEndian.Uint64(got)
 	for i := 8; i < len(got); i += 8 {
@@ -223,7 +227,8 @@ func (h *hole) Size() int64                            { return h.size }
 func (h *hole) Sync() error                            { return nil }
 func (h *hole) Close() error                           { return nil }
 
-// FuzzState opens damaged state files, and such with checksums that are right: they are refused, or open and work.
+// FuzzState opens damaged state files, and such with checksums that are right: they are refused, or
+// open and work.
 func FuzzState(f *testing.F) {
 	h := &stateHeader{blockSize: 4096, size: 200_000, id: [16]byte{1}}
 	good := initialState(h)

@@ -224,7 +224,8 @@ func TestPulledTwice(t *testing.T) {
 	}
 }
 
-// A file that is being pulled is this user's alone: links that lie in wait for it, and files that another could change behind our back, are refused.
+// A file that is being pulled is this user's alone: links that lie in wait for it, and files that
+// another could change behind our back, are refused.
 func TestPulledIsClosed(t *testing.T) {
 	_, remote := newOrigin(t, 4)
 	old := syscall.Umask(0)

@@ -11,7 +11,8 @@ import (
 	"github.com/google/uuid"
 )
 
-// The state file of an overlay, version 1. All numbers are little-endian; checksums are CRC-32C over the page with the checksum as zero.
+// The state file of an overlay, version 1. All numbers are little-endian; checksums are CRC-32C
+// over the page with the checksum as zero.
 //
 //	page 0        header: magic "DrafterO", version uint32, block size uint32, device size uint64, content id of the base [32]byte,
 //	              id of the overlay [16]byte, checksum uint32, content id [32]byte of the base that the device was made from, where that is not
@@ -22,11 +23,12 @@ import (
 //	bitmap page   sequence number uint64, page index uint32, checksum uint32, id of the overlay [16]byte, bits [4064]byte: bit b of byte a stands
 //	              for block 32512×i + 8×a + b
 //
-// A commit of a page overwrites the copy that is not the latest, so that a torn write leaves the latest whole. Bits are only ever added, which makes
-// it harmless that the pages of one commit can reach the disk one by one.
+// A commit of a page overwrites the copy that is not the latest, so that a torn write leaves the
+// latest whole. Bits are only ever added, which makes it harmless that the pages of one commit can
+// reach the disk one by one.
 //
-// The overlay file holds the device's blocks at their own offsets and, behind them on the next multiple of 4096, a trailer page: magic "DrafterD",
-// id of the overlay [16]byte, checksum uint32.
+// The overlay file holds the device's blocks at their own offsets and, behind them on the next
+// multiple of 4096, a trailer page: magic "DrafterD", id of the overlay [16]byte, checksum uint32.
 const (
 	stateMagic   = "DrafterO"
 	overlayMagic = "DrafterD"
@@ -129,7 +131,8 @@ type storage interface {
 	Close() error
 }
 
-// stateFile is an open state file. Set bits in present, then call changed; take and commit are called by one goroutine at a time.
+// stateFile is an open state file. Set bits in present, then call changed; take and commit are
+// called by one goroutine at a time.
 type stateFile struct {
 	f       storage
 	header  *stateHeader

@@ -7,12 +7,13 @@ import (
 	"time"
 )
 
-// PageSize is the unit in bytes in which changes are tracked and moved, whatever the block size of a device: the smallest that a guest maps or that is
-// written back.
+// PageSize is the unit in bytes in which changes are tracked and moved, whatever the block size of
+// a device: the smallest that a guest maps or that is written back.
 const PageSize = 4096
 
-// Tracker is a device that knows which of its pages were written, and when last. A page is marked after its write: who clears the mark and then reads the
-// page either sees the write or finds the page marked again.
+// Tracker is a device that knows which of its pages were written, and when last. A page is marked
+// after its write: who clears the mark and then reads the page either sees the write or finds the
+// page marked again.
 type Tracker struct {
 	Device
 	blockSize int64
@@ -24,7 +25,8 @@ type Tracker struct {
 	watches  atomic.Pointer[[]*Watch]
 }
 
-// NewTracker tracks d: what changed in pages, when in blocks of blockSize bytes; see [CheckBlockSize].
+// NewTracker tracks d: what changed in pages, when in blocks of blockSize bytes; see
+// [CheckBlockSize].
 func NewTracker(d Device, blockSize int64) *Tracker {
 	blocks := (d.Size() + blockSize - 1) / blockSize
 	return &Tracker{Device: d, blockSize: blockSize, dirty: NewBitmap(Pages(d)), last: make([]atomic.Uint32, blocks), start: time.Now().Add(-time.Millisecond)}
@@ -71,7 +73,8 @@ func (t *Tracker) mark(off, length int64) {
 	for i := off / t.blockSize; i*t.blockSize < end; i++ {
 		t.last[i].Store(now)
 	}
-	// The watches come first: who takes the dirty pages and then those of a watch misses none that is not dirty again.
+	// The watches come first: who takes the dirty pages and then those of a watch misses none that
+	// is not dirty again.
 	if watches := t.watches.Load(); watches != nil {
 		for _, w := range *watches {
 			w.pages.SetRange(off/PageSize, (end+PageSize-1)/PageSize)
@@ -89,7 +92,8 @@ func (t *Tracker) Take() *Bitmap { return t.dirty.Take() }
 // Return marks pages again that were taken but not dealt with.
 func (t *Tracker) Return(pages *Bitmap) { t.dirty.Add(pages) }
 
-// LastWrite is the time of the last write to a block, to the millisecond, or zero if there was none.
+// LastWrite is the time of the last write to a block, to the millisecond, or zero if there was
+// none.
 func (t *Tracker) LastWrite(block int64) time.Time {
 	ms := t.last[block].Load()
 	if ms == 0 {
@@ -98,8 +102,8 @@ func (t *Tracker) LastWrite(block int64) time.Time {
 	return t.start.Add(time.Duration(ms) * time.Millisecond)
 }
 
-// Watch is a set of the pages that were written since it began, beside the one that [Tracker.Take] takes from: so each of several users learns all that
-// changed. It is safe for concurrent use.
+// Watch is a set of the pages that were written since it began, beside the one that [Tracker.Take]
+// takes from: so each of several users learns all that changed. It is safe for concurrent use.
 type Watch struct {
 	tracker *Tracker
 	pages   *Bitmap

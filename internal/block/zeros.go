@@ -13,7 +13,8 @@ type zeroDevice struct{ size int64 }
 // NewZeros returns a read-only device of zeros.
 func NewZeros(size int64) Device { return zeroDevice{size} }
 
-// ZerosID is the content id of a device of zeros. It takes a second for some TiB, so it ends with ctx.
+// ZerosID is the content id of a device of zeros. It takes a second for some TiB, so it ends with
+// ctx.
 func ZerosID(ctx context.Context, size int64) (id ID, err error) {
 	h := blake3.New()
 	// A hash's writer cannot fail.

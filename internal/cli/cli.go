@@ -30,14 +30,16 @@ const (
 const exitCodeHelp = `
 Exit codes: 0 success, 1 failure, 2 wrong usage.`
 
-// Main runs the command that args name and returns its exit code. args[0] is the program's name: "drafter-nat" means "drafter nat". args are those of the process
-// itself (os.Args): secrets in them are overwritten.
+// Main runs the command that args name and returns its exit code. args[0] is the program's name:
+// "drafter-nat" means "drafter nat". args are those of the process itself (os.Args): secrets in
+// them are overwritten.
 //
-// Nothing that happens to stdout and stderr ends or blocks it while it works: a command may hold a VM, or rules of the host's network.
+// Nothing that happens to stdout and stderr ends or blocks it while it works: a command may hold a
+// VM, or rules of the host's network.
 func Main(args []string) int {
 	args = hideSecrets(args)
-	// SIGTERM, and SIGHUP when the terminal goes away, end a command as well as Ctrl-C does. Further signals change nothing: a command that suspends its VM
-	// finishes that.
+	// SIGTERM, and SIGHUP when the terminal goes away, end a command as well as Ctrl-C does.
+	// Further signals change nothing: a command that suspends its VM finishes that.
 	endings := []os.Signal{syscall.SIGINT, syscall.SIGTERM}
 	if !signal.Ignored(syscall.SIGHUP) { // as with nohup
 		endings = append(endings, syscall.SIGHUP)
@@ -60,7 +62,8 @@ func plainNotice(bytes int64) []byte {
 	return fmt.Appendf(nil, "\nLeft out %d bytes of output\n", bytes)
 }
 
-// results is where a command prints what it was asked for. It waits for its reader. One that is gone, as in 'drafter … | head', wants no more.
+// results is where a command prints what it was asked for. It waits for its reader. One that is
+// gone, as in 'drafter … | head', wants no more.
 type results struct{ *os.File }
 
 // Write implements [io.Writer].

@@ -9,7 +9,8 @@ import (
 	"strings"
 )
 
-// parseJSON decodes a flag's JSON value, refusing fields that do not exist and saying where it is malformed.
+// parseJSON decodes a flag's JSON value, refusing fields that do not exist and saying where it is
+// malformed.
 func parseJSON[T any](flag, value string) ([]T, error) {
 	dec := json.NewDecoder(strings.NewReader(value))
 	dec.DisallowUnknownFields()

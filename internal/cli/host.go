@@ -141,8 +141,8 @@ func requireRoot() error {
 	return nil
 }
 
-// openInput makes stdin readable without blocking for ever. A terminal passes each key on at once and leaves echoing to the guest; Ctrl-C still
-// is ours.
+// openInput makes stdin readable without blocking for ever. A terminal passes each key on at once
+// and leaves echoing to the guest; Ctrl-C still is ours.
 func openInput() (*os.File, func(), error) {
 	const stdin = 0
 	flags, err := unix.FcntlInt(stdin, unix.F_GETFL, 0)

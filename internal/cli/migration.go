@@ -14,7 +14,8 @@ import (
 	"drafter/peer"
 )
 
-// migrationLog tells a person how a migration goes: in log lines, and on a terminal also by a bar per device.
+// migrationLog tells a person how a migration goes: in log lines, and on a terminal also by a bar
+// per device.
 type migrationLog struct {
 	mu    sync.Mutex
 	out   io.Writer

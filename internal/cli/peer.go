@@ -253,7 +253,8 @@ func parseBytes(flag, text string) (int64, error) {
 	return int64(n), nil
 }
 
-// runPeer runs a VM until it ends, moves away, or is suspended because ctx ends. Targets reach it over listener, unless that is nil.
+// runPeer runs a VM until it ends, moves away, or is suspended because ctx ends. Targets reach it
+// over listener, unless that is nil.
 func runPeer(ctx context.Context, p *peer.Peer, listener *transport.Listener, show *migrationLog) error {
 	type end struct {
 		moved bool
@@ -346,7 +347,8 @@ func elsewhere(err error) bool {
 	return errors.Is(err, migrate.ErrInDoubt) || errors.Is(err, migrate.ErrHandedOver)
 }
 
-// lull waits before what is left here is taken apart, which keeps a CPU busy: a VM that moved within this host needs them in its first moments there.
+// lull waits before what is left here is taken apart, which keeps a CPU busy: a VM that moved
+// within this host needs them in its first moments there.
 func lull(ctx context.Context) {
 	select {
 	case <-time.After(500 * time.Millisecond):
@@ -363,7 +365,8 @@ func orClosed[T any](c chan T) chan T {
 	return c
 }
 
-// metricsConnections is how many connections may ask for metrics at a time: this process needs its descriptors for a VM.
+// metricsConnections is how many connections may ask for metrics at a time: this process needs its
+// descriptors for a VM.
 const metricsConnections = 64
 
 // serveMetrics serves a peer's metrics and the process' own until stop is called.
@@ -507,7 +510,8 @@ func (d *deviceFlags) override(list []peer.Device) (_ []peer.Device, err error) 
 	return list, nil
 }
 
-// override applies name=NAME,FIELD=VALUE,… to the device of that name, which is added if there is none.
+// override applies name=NAME,FIELD=VALUE,… to the device of that name, which is added if there is
+// none.
 func override(list []peer.Device, text string) ([]peer.Device, error) {
 	var name string
 	fields := map[string]string{}

@@ -57,12 +57,13 @@ func suspend(ctx context.Context, vm interface{ Suspend(context.Context) error }
 	}
 }
 
-// closeTimeout bounds how long the end of a VM may take that does not end by itself: a storage that hangs, or a VMM that
-// was stopped, answers nobody. What was written to the disks is synced within it.
+// closeTimeout bounds how long the end of a VM may take that does not end by itself: a storage that
+// hangs, or a VMM that was stopped, answers nobody. What was written to the disks is synced within
+// it.
 const closeTimeout = 2 * time.Minute
 
-// closeInTime closes what runs, in bounded time. What it could not end ends with this process, and what it leaves the
-// next start removes.
+// closeInTime closes what runs, in bounded time. What it could not end ends with this process, and
+// what it leaves the next start removes.
 func closeInTime(what io.Closer) error {
 	closed := make(chan error, 1)
 	go func() { closed <- what.Close() }()
@@ -88,7 +89,8 @@ const (
 	roomPatience = time.Minute
 )
 
-// suspendTimeout bounds a suspend as a whole: a large memory on a slow disk takes its time, a hang must end.
+// suspendTimeout bounds a suspend as a whole: a large memory on a slow disk takes its time, a hang
+// must end.
 const suspendTimeout = 10 * time.Minute
 
 func newRunner() *cobra.Command {

@@ -20,7 +20,8 @@ import (
 	"drafter/internal/need"
 )
 
-// mounts is a drafter that runs until it is ended: a mounter of a small device. It may be started by a command.
+// mounts is a drafter that runs until it is ended: a mounter of a small device. It may be started
+// by a command.
 func mounts(t *testing.T, by ...string) *exec.Cmd {
 	t.Helper()
 	need.FUSE(t)

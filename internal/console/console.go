@@ -15,7 +15,8 @@ import (
 	"drafter/internal/output"
 )
 
-// Console is a guest's serial port: what comes from it goes to a writer, its last lines are kept; input comes from a reader.
+// Console is a guest's serial port: what comes from it goes to a writer, its last lines are kept;
+// input comes from a reader.
 type Console struct {
 	from   io.ReadCloser
 	to     io.WriteCloser
@@ -24,8 +25,9 @@ type Console struct {
 	last   LastLines
 }
 
-// New returns the console of a VMM that is read from and written to by from and to, which may be the same. output may be nil, to discard, and so may input.
-// The guest waits for output; see [NewOutput].
+// New returns the console of a VMM that is read from and written to by from and to, which may be
+// the same. output may be nil, to discard, and so may input. The guest waits for output; see
+// [NewOutput].
 func New(from io.ReadCloser, to io.WriteCloser, output io.Writer, input io.Reader) *Console {
 	if output == nil {
 		output = io.Discard
@@ -33,15 +35,17 @@ func New(from io.ReadCloser, to io.WriteCloser, output io.Writer, input io.Reade
 	return &Console{from: from, to: to, output: output, input: input}
 }
 
-// A guest may write for ever, and what it writes may be kept. So much passes at once, in bytes, which is many times what a
-// system writes when it boots with all its debug messages, and then so much a second.
+// A guest may write for ever, and what it writes may be kept. So much passes at once, in bytes,
+// which is many times what a system writes when it boots with all its debug messages, and then so
+// much a second.
 const (
 	outputAtOnce    = 4 << 20
 	outputPerSecond = 64 << 10
 )
 
-// NewOutput returns an output for consoles that passes on to to. What is beyond the limit, or what to does not take in time, is left out, and a line in it says how
-// much: no guest blocks on its console. Close it.
+// NewOutput returns an output for consoles that passes on to to. What is beyond the limit, or what
+// to does not take in time, is left out, and a line in it says how much: no guest blocks on its
+// console. Close it.
 func NewOutput(to io.Writer) *output.Writer {
 	return output.NewLimited(to, outputAtOnce, rate.NewLimiter(outputPerSecond, outputAtOnce), func(bytes int64) []byte {
 		return fmt.Appendf(nil, "\r\n[drafter: left out %d bytes of the console]\r\n", bytes)
@@ -71,7 +75,8 @@ func (c *Console) Run() {
 			break
 		}
 	}
-	// An input that knows deadlines (a terminal, a pipe) is waited for; any other ends with its next read.
+	// An input that knows deadlines (a terminal, a pipe) is waited for; any other ends with its
+	// next read.
 	if d, ok := c.input.(interface{ SetReadDeadline(time.Time) error }); ok && d.SetReadDeadline(time.Unix(1, 0)) == nil {
 		<-inputDone
 	}
@@ -117,8 +122,8 @@ func (l *LastLines) Quote(title string) string {
 	return fmt.Sprintf("; %s: %s", title, Printable(strings.Join(lines, " | ")))
 }
 
-// Printable returns a stranger's text for an error or a log line. What a terminal would act on, or could not show, is written as
-// in Go: \x1b, \n, \u202e.
+// Printable returns a stranger's text for an error or a log line. What a terminal would act on, or
+// could not show, is written as in Go: \x1b, \n, \u202e.
 func Printable(s string) string {
 	var b strings.Builder
 	for len(s) > 0 {

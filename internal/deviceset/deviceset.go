@@ -1,5 +1,5 @@
-// Package deviceset holds devices that belong together, as those of a peer or a mounter: they are opened, given
-// paths, sent to the target of a migration, and closed.
+// Package deviceset holds devices that belong together, as those of a peer or a mounter: they are
+// opened, given paths, sent to the target of a migration, and closed.
 package deviceset
 
 import (
@@ -20,8 +20,8 @@ import (
 	"drafter/vmm"
 )
 
-// Set is devices, by their names. The zero value is an empty set. Expose, Hide and Close are called by one
-// goroutine, the other methods by any.
+// Set is devices, by their names. The zero value is an empty set. Expose, Hide and Close are called
+// by one goroutine, the other methods by any.
 type Set struct {
 	mu     sync.Mutex // guards stacks
 	stacks map[string]*stack.Stack
@@ -62,8 +62,8 @@ func (s *Set) All() map[string]*stack.Stack {
 	return maps.Clone(s.stacks)
 }
 
-// Open opens devices at once, as the content of a base that nobody used yet has to be read. Those that were
-// opened before one failed are in the set, too.
+// Open opens devices at once, as the content of a base that nobody used yet has to be read. Those
+// that were opened before one failed are in the set, too.
 func (s *Set) Open(ctx context.Context, names []string, open func(ctx context.Context, name string) (*stack.Stack, error)) error {
 	g, ctx := errgroup.WithContext(ctx)
 	for _, name := range names {
@@ -86,7 +86,8 @@ type Place struct {
 	UID, GID int    // who may use the paths
 }
 
-// Expose gives devices paths, in a directory that the next start cleans up should this process be killed.
+// Expose gives devices paths, in a directory that the next start cleans up should this process be
+// killed.
 func (s *Set) Expose(p Place, devices []expose.Device) (err error) {
 	if s.dir, err = vmm.CreateDir(p.Base, p.Owner); err != nil {
 		return err

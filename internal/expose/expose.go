@@ -1,4 +1,5 @@
-// Package expose gives devices paths that a VMM can open. The ways to do so are in expose/fuse and expose/nbd.
+// Package expose gives devices paths that a VMM can open. The ways to do so are in expose/fuse and
+// expose/nbd.
 package expose
 
 import (
@@ -22,8 +23,9 @@ type Kind int
 const (
 	// Disk is read and written by the VMM on behalf of the guest, which caches it itself.
 	Disk Kind = iota
-	// Memory is mapped by the VMM. Its fsync makes the guest's writes visible in the device, but not durable: memory without the state that fits it is
-	// worth nothing, so whoever saves the state syncs both.
+	// Memory is mapped by the VMM. Its fsync makes the guest's writes visible in the device, but
+	// not durable: memory without the state that fits it is worth nothing, so whoever saves the
+	// state syncs both.
 	Memory
 	// File is read or written as a whole.
 	File
@@ -40,9 +42,11 @@ type Device struct {
 type Exposure interface {
 	// Path is where a device is exposed.
 	Path(name string) string
-	// Failed returns the first error that a device gave to those who use its path: they only see an I/O error. Want of room is none: see [block.Backlog].
+	// Failed returns the first error that a device gave to those who use its path: they only see an
+	// I/O error. Want of room is none: see [block.Backlog].
 	Failed() error
-	// Close takes the paths away; nobody may use them any more. It neither syncs nor closes the devices.
+	// Close takes the paths away; nobody may use them any more. It neither syncs nor closes the
+	// devices.
 	Close() error
 }
 

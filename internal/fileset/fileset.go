@@ -1,4 +1,5 @@
-// Package fileset makes several files appear together: whoever looks finds all of the old ones or all of the new ones, whenever the writer is killed.
+// Package fileset makes several files appear together: whoever looks finds all of the old ones or
+// all of the new ones, whenever the writer is killed.
 package fileset
 
 import (
@@ -16,10 +17,12 @@ import (
 	"drafter/internal/scratch"
 )
 
-// Set is a set of files in the making. It is used by one goroutine, and ended by Publish or Discard.
+// Set is a set of files in the making. It is used by one goroutine, and ended by Publish or
+// Discard.
 //
-// Files that are all of one directory replace that directory as a whole, in one rename; what else is in it stays. Files of several directories are renamed
-// one by one, the last one last, and replace nothing: then an interrupted writer leaves no complete set.
+// Files that are all of one directory replace that directory as a whole, in one rename; what else
+// is in it stays. Files of several directories are renamed one by one, the last one last, and
+// replace nothing: then an interrupted writer leaves no complete set.
 type Set struct {
 	paths map[string]string // where the files will be
 	last  string
@@ -32,8 +35,8 @@ type Set struct {
 // staged is the name of what becomes the common directory.
 const staged = "staged"
 
-// New begins a set of the files at paths, by any names. last is the name of the file that is worth nothing without the others. What a killed writer of the
-// same set left behind is removed.
+// New begins a set of the files at paths, by any names. last is the name of the file that is worth
+// nothing without the others. What a killed writer of the same set left behind is removed.
 func New(paths map[string]string, last string) (_ *Set, err error) {
 	s := &Set{paths: map[string]string{}, last: last, work: map[string]*scratch.Dir{}}
 	dirs := map[string]bool{}
@@ -121,7 +124,8 @@ func (s *Set) staging() string {
 	return filepath.Join(s.work[filepath.Dir(s.dir)].Name(), staged)
 }
 
-// checkUnused refuses to replace files that a process has locked, as a running instance has its base.
+// checkUnused refuses to replace files that a process has locked, as a running instance has its
+// base.
 func (s *Set) checkUnused() error {
 	for _, path := range s.paths {
 		f, err := private.Open(path, unix.O_RDONLY)
@@ -172,7 +176,8 @@ func (s *Set) Path(name string) string {
 	return filepath.Join(s.work[filepath.Dir(s.paths[name])].Name(), filepath.Base(s.paths[name]))
 }
 
-// Publish lets the files appear. They must have been synced and closed. On an error nothing has changed, unless it says so.
+// Publish lets the files appear. They must have been synced and closed. On an error nothing has
+// changed, unless it says so.
 func (s *Set) Publish() error {
 	if s.dir == "" {
 		return s.publishScattered()

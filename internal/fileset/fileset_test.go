@@ -174,8 +174,8 @@ func TestFilesInUse(t *testing.T) {
 	}
 }
 
-// What is made is for its owner alone, and nothing is written through what a stranger has put into a
-// directory of theirs.
+// What is made is for its owner alone, and nothing is written through what a stranger has put into
+// a directory of theirs.
 func TestStrangersDirectory(t *testing.T) {
 	need.Root(t)
 	const stranger = 65534

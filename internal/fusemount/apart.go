@@ -13,12 +13,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Apart is a thread that has no open file but one, for calls that wait for the server of a FUSE mount
-// which this process serves itself, such as fsync(2).
+// Apart is a thread that has no open file but one, for calls that wait for the server of a FUSE
+// mount which this process serves itself, such as fsync(2).
 //
-// A process that is killed in such a call would otherwise never end: the thread waits for the server,
-// where no signal reaches it, and the mount stays connected as long as the thread shares the
-// descriptor of /dev/fuse.
+// A process that is killed in such a call would otherwise never end: the thread waits for the
+// server, where no signal reaches it, and the mount stays connected as long as the thread shares
+// the descriptor of /dev/fuse.
 type Apart struct {
 	mu      sync.Mutex              // held for a call
 	calls   chan func(fd int) error // nil once it is closed
@@ -49,8 +49,8 @@ func NewApart(file *os.File) (*Apart, error) {
 	return a, nil
 }
 
-// Do calls f on the thread, one call after the other, and returns what it returns. After Close, it is
-// [os.ErrClosed].
+// Do calls f on the thread, one call after the other, and returns what it returns. After Close, it
+// is [os.ErrClosed].
 func (a *Apart) Do(f func(fd int) error) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -61,7 +61,8 @@ func (a *Apart) Do(f func(fd int) error) error {
 	return <-a.results
 }
 
-// Close waits for a call that is under way, and ends the thread, which has no open file any more then.
+// Close waits for a call that is under way, and ends the thread, which has no open file any more
+// then.
 func (a *Apart) Close() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -73,7 +74,8 @@ func (a *Apart) Close() error {
 	return <-a.results
 }
 
-// begin calls f on a thread of its own, which ends with it. The first thread of a process cannot end.
+// begin calls f on a thread of its own, which ends with it. The first thread of a process cannot
+// end.
 func begin(f func()) {
 	begun := make(chan struct{})
 	go func() {

@@ -1,5 +1,6 @@
-// Package fusemount ends FUSE mounts whose server is gone. Whoever has a file of such a mount open, or mapped, may hang in the kernel where no signal
-// reaches it; only aborting the connection frees it.
+// Package fusemount ends FUSE mounts whose server is gone. Whoever has a file of such a mount open,
+// or mapped, may hang in the kernel where no signal reaches it; only aborting the connection frees
+// it.
 package fusemount
 
 import (

@@ -18,7 +18,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Annotations of a bundle's config.json. The first two are what the OCI image specification's conversion to a runtime bundle defines.
+// Annotations of a bundle's config.json. The first two are what the OCI image specification's
+// conversion to a runtime bundle defines.
 const (
 	ExposedPortsAnnotation  = "org.opencontainers.image.exposedPorts" // "6379/tcp,…"
 	StopSignalAnnotation    = "org.opencontainers.image.stopSignal"
@@ -35,7 +36,8 @@ const (
 // bundle is the OCI runtime bundle on one of the VM's extra disks, mounted.
 type bundle struct{ spec specs.Spec }
 
-// findBundle mounts the first extra disk that holds a bundle. Other disks are left to the guest's user. No bundle is no error.
+// findBundle mounts the first extra disk that holds a bundle. Other disks are left to the guest's
+// user. No bundle is no error.
 func findBundle() (*bundle, error) {
 	disks, err := filepath.Glob("/sys/block/vd*")
 	if err != nil {
@@ -85,13 +87,15 @@ func (b *bundle) annotation(key string) string { return b.spec.Annotations[key] 
 // start runs the container with the console as its output. It returns once the container is there,
 // or has failed to be.
 func (b *bundle) start(children *reaper) (<-chan syscall.WaitStatus, error) {
-	// The user may open /dev/stdout and /dev/stderr; the runtime sees to that for pipes, not for a console.
+	// The user may open /dev/stdout and /dev/stderr; the runtime sees to that for pipes, not for a
+	// console.
 	if u := b.spec.Process.User; u.UID != 0 {
 		if err := os.Stdout.Chown(int(u.UID), int(u.GID)); err != nil {
 			slog.Warn("The container's user cannot open its output", "error", err)
 		}
 	}
-	// After a crash the runtime's record of the dead container is gone with /run, so the name is always free.
+	// After a crash the runtime's record of the dead container is gone with /run, so the name is
+	// always free.
 	cmd := crun("run", "--pid-file", containerPID, "--bundle", bundleDir, containerName)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	done, err := children.start(cmd)

@@ -23,8 +23,8 @@ type HealthCheck struct {
 const defaultCheckTimeout = 30 * time.Second
 
 // NewHealthCheck converts a health check as images have it: none, NONE, CMD with arguments, or
-// CMD-SHELL with a command for the image's shell ("" for /bin/sh -c; Dockerfile reference, HEALTHCHECK
-// and SHELL). Without one it is nil.
+// CMD-SHELL with a command for the image's shell ("" for /bin/sh -c; Dockerfile reference,
+// HEALTHCHECK and SHELL). Without one it is nil.
 func NewHealthCheck(test, shell []string, timeout time.Duration) (*HealthCheck, error) {
 	if len(test) == 0 || test[0] == "NONE" {
 		return nil, nil
@@ -76,9 +76,9 @@ func (b *bundle) healthCheck() (command string, timeout time.Duration, err error
 	return "sh " + script, check.Timeout, nil
 }
 
-// alone makes a command end what its last run has left, if that was killed for its time: a container
-// keeps what a runtime ran in it, in a session of its own, when the runtime ends. The runtime writes
-// the process's number to a file.
+// alone makes a command end what its last run has left, if that was killed for its time: a
+// container keeps what a runtime ran in it, in a session of its own, when the runtime ends. The
+// runtime writes the process's number to a file.
 func alone(command, pidFile string) string {
 	kill := "p=$(cat %[1]s 2>/dev/null) && { kill -9 -$p || kill -9 $p; } 2>/dev/null"
 	return fmt.Sprintf(kill+"; rm -f %[1]s; %[2]s; s=$?; rm -f %[1]s; exit $s", pidFile, command)

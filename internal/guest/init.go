@@ -18,9 +18,10 @@ import (
 // stopTimeout is how long a container may take to stop before it is killed.
 const stopTimeout = 10 * time.Second
 
-// RunInit is process 1 of Drafter's OS: it configures the system, starts agent, OCI bundle and liveness, reaps children, and powers off when
-// the container ends or when it is told to (busybox halt and poweroff: SIGUSR1, SIGUSR2; the power button: SIGPWR). It reboots when it is told to (busybox reboot:
-// SIGTERM; Ctrl-Alt-Del: SIGINT). It returns only on failure.
+// RunInit is process 1 of Drafter's OS: it configures the system, starts agent, OCI bundle and
+// liveness, reaps children, and powers off when the container ends or when it is told to (busybox
+// halt and poweroff: SIGUSR1, SIGUSR2; the power button: SIGPWR). It reboots when it is told to
+// (busybox reboot: SIGTERM; Ctrl-Alt-Del: SIGINT). It returns only on failure.
 func RunInit() error {
 	for _, mounts := range [][]mount{earlyMounts, osMounts} {
 		if err := mountAll(mounts); err != nil {
@@ -161,7 +162,8 @@ const (
 	ReadyPortsArgument   = "drafter.ready_ports"
 )
 
-// KeepClockArgument is the word on the kernel command line that says that the guest keeps its own time.
+// KeepClockArgument is the word on the kernel command line that says that the guest keeps its own
+// time.
 const KeepClockArgument = "drafter.no_set_clock"
 
 func startLiveness(children *reaper, cmd cmdline) error {
@@ -171,7 +173,8 @@ func startLiveness(children *reaper, cmd cmdline) error {
 	return nil
 }
 
-// consoleShell offers a root shell on the serial console after the first line of input. Until then it costs nothing.
+// consoleShell offers a root shell on the serial console after the first line of input. Until then
+// it costs nothing.
 func consoleShell(children *reaper) {
 	shell, err := exec.LookPath("/bin/sh")
 	if err != nil {

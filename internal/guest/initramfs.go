@@ -1,4 +1,5 @@
-// Package guest is what drafter-guest does as process 1 of a VM: first in the initramfs, then in Drafter's own OS image.
+// Package guest is what drafter-guest does as process 1 of a VM: first in the initramfs, then in
+// Drafter's own OS image.
 package guest
 
 import (
@@ -14,7 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ModuleList is the file in the initramfs that names the modules to load, one path per line, dependencies first.
+// ModuleList is the file in the initramfs that names the modules to load, one path per line,
+// dependencies first.
 const ModuleList = "/etc/drafter-modules"
 
 const (
@@ -28,7 +30,8 @@ func InInitramfs() bool {
 	return err == nil
 }
 
-// RunInitramfs loads modules, mounts the root file system named on the kernel command line and executes its init. It returns only on failure.
+// RunInitramfs loads modules, mounts the root file system named on the kernel command line and
+// executes its init. It returns only on failure.
 func RunInitramfs() error {
 	if err := mountAll(earlyMounts); err != nil {
 		return err
@@ -49,11 +52,13 @@ func RunInitramfs() error {
 	return switchRoot(cmdline.get("init", "/sbin/init"))
 }
 
-// Halt reports why the guest cannot go on and stops it: a kernel whose init exits panics, which hides the reason.
+// Halt reports why the guest cannot go on and stops it: a kernel whose init exits panics, which
+// hides the reason.
 func Halt(err error) {
 	slog.Error("The guest cannot start", "error", err)
 	unix.Sync()
-	// A restart, not a power-off: the host tells the two apart and reports the former as a failure, at once or when it has happened again and again.
+	// A restart, not a power-off: the host tells the two apart and reports the former as a failure,
+	// at once or when it has happened again and again.
 	if err := unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART); err != nil {
 		slog.Error("Restart failed", "error", err)
 	}

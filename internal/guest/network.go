@@ -50,7 +50,8 @@ func parseIPArgument(s string) (*networkConfig, error) {
 	return c, nil
 }
 
-// configureNetwork brings up the loopback interface and, where the command line has ip=, the one it names.
+// configureNetwork brings up the loopback interface and, where the command line has ip=, the one it
+// names.
 func configureNetwork(cmd cmdline) error {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
@@ -97,7 +98,8 @@ func writeResolvConf(servers []net.IP) error {
 	return nil
 }
 
-// ResolvConf is where the guest's name servers are written, by the agent after each resume; the OCI bundle binds it to /etc/resolv.conf.
+// ResolvConf is where the guest's name servers are written, by the agent after each resume; the OCI
+// bundle binds it to /etc/resolv.conf.
 const ResolvConf = "/run/resolv.conf"
 
 // hostsFile is what /etc/hosts of our OS leads to; the OCI bundle binds that.

@@ -10,7 +10,8 @@ import (
 	"syscall"
 )
 
-// reaper waits for every child of process 1: those it started, whose callers learn how they ended, and the orphans the kernel hands it.
+// reaper waits for every child of process 1: those it started, whose callers learn how they ended,
+// and the orphans the kernel hands it.
 type reaper struct {
 	mu      sync.Mutex // held while starting, so that no child is reaped before it is known
 	waiting map[int]chan syscall.WaitStatus

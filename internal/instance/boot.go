@@ -15,7 +15,8 @@ import (
 	"drafter/vmm"
 )
 
-// bootUnlessResumable lets a VM boot whose state device holds no state to resume, or that is to boot in any case.
+// bootUnlessResumable lets a VM boot whose state device holds no state to resume, or that is to
+// boot in any case.
 func (i *Instance) bootUnlessResumable(driver vmm.Driver, l *vmm.Launch, inAnyCase bool) error {
 	return i.withState(func(dev StateDevice) (err error) {
 		i.why, err = vmm.CheckStart(dev)
@@ -40,7 +41,8 @@ func (i *Instance) bootUnlessResumable(driver vmm.Driver, l *vmm.Launch, inAnyCa
 	})
 }
 
-// boots waits for the guest of a VM that boots. One that takes longer goes on: it may have a journal, or a database, to recover.
+// boots waits for the guest of a VM that boots. One that takes longer goes on: it may have a
+// journal, or a database, to recover.
 func (l *Launched) boots(ctx context.Context, began time.Time, timeout time.Duration) (*Instance, error) {
 	i := l.i
 	i.booting = newReady("", nil)
@@ -73,7 +75,8 @@ func (l *Launched) boots(ctx context.Context, began time.Time, timeout time.Dura
 	return again.Run(ctx, began, timeout)
 }
 
-// bootStorage is that of a VM whose VMM is served its memory, which it is only when it is restored: while it boots, memory is a file, and then it is suspended.
+// bootStorage is that of a VM whose VMM is served its memory, which it is only when it is restored:
+// while it boots, memory is a file, and then it is suspended.
 type bootStorage struct {
 	Storage
 	memory string // path
@@ -127,8 +130,8 @@ func (s bootStorage) Sync(name string) (err error) {
 	return s.Storage.Sync(name)
 }
 
-// boot says how the VM boots from its own devices; nil if its package does not hold what that takes. An initramfs that has no path of its own is copied into the VM's
-// directory.
+// boot says how the VM boots from its own devices; nil if its package does not hold what that
+// takes. An initramfs that has no path of its own is copied into the VM's directory.
 func (i *Instance) boot() (*vmm.Boot, error) {
 	s := i.config.Initrd
 	if s == nil {
@@ -164,13 +167,15 @@ func makeFile(path string, fill func(*os.File) error) error {
 	return errors.Join(fill(f), f.Close())
 }
 
-// rebooted tells that the guest boots again. Whoever needs its agent next connects with that of the new boot.
+// rebooted tells that the guest boots again. Whoever needs its agent next connects with that of the
+// new boot.
 func (i *Instance) rebooted(console string) {
 	i.reboots.Add(1)
 	slog.Warn("The guest reboots: it boots again from its disks", "saying", console)
 }
 
-// forgetAgent closes a connection with the agent of a boot that has ended, and tells whether it did.
+// forgetAgent closes a connection with the agent of a boot that has ended, and tells whether it
+// did.
 func (i *Instance) forgetAgent() bool {
 	if i.agentOf == i.reboots.Load() {
 		return false

@@ -34,7 +34,8 @@ func TestBootsOnce(t *testing.T) {
 	}
 }
 
-// What a VM has in its memory after it has booted is all that its memory device holds then, zeros included.
+// What a VM has in its memory after it has booted is all that its memory device holds then, zeros
+// included.
 func TestBootStorage(t *testing.T) {
 	const size = 4 << 20
 	dir := t.TempDir()

@@ -1,5 +1,6 @@
-// Package instance runs one VM from its devices: boots or resumes it, talks to its agent, and suspends it again. Snapshotter, runner and
-// peer are built on it; it does not care what stands behind a device's path.
+// Package instance runs one VM from its devices: boots or resumes it, talks to its agent, and
+// suspends it again. Snapshotter, runner and peer are built on it; it does not care what stands
+// behind a device's path.
 package instance
 
 import (
@@ -90,7 +91,8 @@ func (p Paths) Memory() (block.Device, error) {
 
 // Storage is where the devices of an instance are.
 type Storage interface {
-	// Path is where a VMM opens memory, kernel or a disk. It may be "" for [vmm.Initrd], whose content the kernel device holds.
+	// Path is where a VMM opens memory, kernel or a disk. It may be "" for [vmm.Initrd], whose
+	// content the kernel device holds.
 	Path(name string) string
 	// Memory opens the memory device, for a VMM that is served its memory.
 	Memory() (block.Device, error)
@@ -110,14 +112,16 @@ type StateDevice interface {
 // ErrNotStarted says that there is no VM yet.
 var ErrNotStarted = errors.New("the VM was not started; resume or receive it first")
 
-// Instance is one running VM. Resume and Suspend are called by one goroutine; Wait and Close by any. A nil Instance
-// stands for a VM that was not started: Done, Wait, Agent, Suspend and Mark say so.
+// Instance is one running VM. Resume and Suspend are called by one goroutine; Wait and Close by
+// any. A nil Instance stands for a VM that was not started: Done, Wait, Agent, Suspend and Mark say
+// so.
 type Instance struct {
 	machine vmm.Machine
 	dir     *vmm.Dir
 	output  *output.Writer // nil discards
 	config  *vmm.PackageConfig
-	// Of the VM, not of its package: it is kept as long as the VM goes on in one place. Zero while it is booted for a package.
+	// Of the VM, not of its package: it is kept as long as the VM goes on in one place. Zero while
+	// it is booted for a package.
 	generation uuid.UUID
 	storage    Storage
 	memory     block.Device                 // what a VMM that is served its memory has it from; nil for the others
@@ -138,8 +142,9 @@ type Instance struct {
 	booting  *ready                           // of a VM that was booted: its console
 }
 
-// Boot starts a new VM from the kernel, memory and disks at paths and waits until its liveness program has reported and its agent answers,
-// for at most timeout. The devices keep the order of names in the guest. id becomes the package's.
+// Boot starts a new VM from the kernel, memory and disks at paths and waits until its liveness
+// program has reported and its agent answers, for at most timeout. The devices keep the order of
+// names in the guest. id becomes the package's.
 func Boot(ctx context.Context, h vmm.Host, spec vmm.Spec, id string, names []string, paths Paths, timeout time.Duration) (*Instance, error) {
 	if err := errors.Join(vmm.CheckNetwork(spec.Interface, spec.MAC), vmm.CheckBootArgs(spec.BootArgs)); err != nil {
 		return nil, err
@@ -191,7 +196,8 @@ func Boot(ctx context.Context, h vmm.Host, spec vmm.Spec, id string, names []str
 	return i, nil
 }
 
-// launch makes the VM's directory and all of the launch that does not depend on how the machine starts.
+// launch makes the VM's directory and all of the launch that does not depend on how the machine
+// starts.
 func (i *Instance) launch(h vmm.Host, driver vmm.Driver) (vmm.Launch, error) {
 	if h.Netns != "" && i.config.Interface != "" {
 		if err := network.GuardGuest(h.Netns, i.config.MAC); err != nil {
@@ -334,8 +340,8 @@ func (i *Instance) connectAgent(ctx context.Context) error {
 	return nil
 }
 
-// Open reads and checks the config device at paths, and that every device it lists is there with the right size. A package that is refused
-// here has not been touched.
+// Open reads and checks the config device at paths, and that every device it lists is there with
+// the right size. A package that is refused here has not been touched.
 func Open(paths Paths) (*vmm.PackageConfig, error) {
 	if paths[vmm.Config] == "" {
 		return nil, errors.New("device config is missing")
@@ -353,7 +359,8 @@ func Open(paths Paths) (*vmm.PackageConfig, error) {
 	return config, CheckSizes(config, sizes, paths)
 }
 
-// CheckSizes refuses devices, given by their sizes in bytes, that are not those of the package. What is wrong is found in their paths.
+// CheckSizes refuses devices, given by their sizes in bytes, that are not those of the package.
+// What is wrong is found in their paths.
 func CheckSizes(config *vmm.PackageConfig, sizes map[string]int64, paths map[string]string) error {
 	for _, d := range config.Devices {
 		size, ok := sizes[d.Name]
@@ -382,14 +389,16 @@ func deviceSize(path string) (int64, error) {
 	return f.Seek(0, io.SeekEnd)
 }
 
-// Launched is a VMM process that waits for its VM, or in which it boots. All that can fail for want of a resource has been done.
+// Launched is a VMM process that waits for its VM, or in which it boots. All that can fail for want
+// of a resource has been done.
 type Launched struct {
 	i    *Instance
 	host vmm.Host
 }
 
-// Launch starts the VMM for an instance: without touching memory or disks, if its state can be resumed, else it boots from its disks; see [vmm.CheckStart].
-// [Launched.Run] comes next. The guest will be told that others may have gone on from the same state.
+// Launch starts the VMM for an instance: without touching memory or disks, if its state can be
+// resumed, else it boots from its disks; see [vmm.CheckStart]. [Launched.Run] comes next. The guest
+// will be told that others may have gone on from the same state.
 func Launch(ctx context.Context, h vmm.Host, config *vmm.PackageConfig, storage Storage) (*Launched, error) {
 	generation, err := uuid.NewRandom()
 	if err != nil {
@@ -398,7 +407,8 @@ func Launch(ctx context.Context, h vmm.Host, config *vmm.PackageConfig, storage 
 	return launch(ctx, h, config, storage, generation, true)
 }
 
-// LaunchMoved starts the VMM for the VM of that generation, which goes on here and nowhere else. See [Launched.Restore].
+// LaunchMoved starts the VMM for the VM of that generation, which goes on here and nowhere else.
+// See [Launched.Restore].
 func LaunchMoved(ctx context.Context, h vmm.Host, config *vmm.PackageConfig, storage Storage, generation uuid.UUID) (*Launched, error) {
 	return launch(ctx, h, config, storage, generation, false)
 }
@@ -449,8 +459,9 @@ func launch(ctx context.Context, h vmm.Host, config *vmm.PackageConfig, storage 
 // Close gives the VM up before it ran.
 func (l *Launched) Close() error { return l.i.Close() }
 
-// Resume loads the state device, marks it as running and lets the guest run. The guest runs when it returns; tell it so with
-// [Instance.AfterResume]. On failure the VMM is gone; the state device can be resumed again unless a vCPU has run.
+// Resume loads the state device, marks it as running and lets the guest run. The guest runs when it
+// returns; tell it so with [Instance.AfterResume]. On failure the VMM is gone; the state device can
+// be resumed again unless a vCPU has run.
 func (l *Launched) Resume(ctx context.Context) (_ *Instance, err error) {
 	i := l.i
 	defer func() {
@@ -490,9 +501,10 @@ func (l *Launched) Resume(ctx context.Context) (_ *Instance, err error) {
 // RescueSuspendTimeout bounds the suspend of a VM that runs, but whose agent does not answer.
 const RescueSuspendTimeout = 5 * time.Minute
 
-// Run resumes the VM and tells its agent, which has timeout to answer; or waits that long for the guest of a VM that boots.
-// began is when the caller began to work on it. The guest may run although Run fails: then there is an instance beside the
-// error, to be suspended so that nothing is lost.
+// Run resumes the VM and tells its agent, which has timeout to answer; or waits that long for the
+// guest of a VM that boots. began is when the caller began to work on it. The guest may run
+// although Run fails: then there is an instance beside the error, to be suspended so that nothing
+// is lost.
 func (l *Launched) Run(ctx context.Context, began time.Time, timeout time.Duration) (*Instance, error) {
 	if l.i.why != nil {
 		return l.boots(ctx, began, timeout)
@@ -509,7 +521,8 @@ func (l *Launched) Run(ctx context.Context, began time.Time, timeout time.Durati
 	return i, nil
 }
 
-// AfterResume connects to the agent and tells it that the guest runs again, for at most timeout. The agent sets the guest's clock.
+// AfterResume connects to the agent and tells it that the guest runs again, for at most timeout.
+// The agent sets the guest's clock.
 func (i *Instance) AfterResume(ctx context.Context, timeout time.Duration) error {
 	return i.tellAgent(ctx, timeout, 0)
 }
@@ -575,7 +588,8 @@ func (i *Instance) wentOn(stood time.Duration) {
 	})
 }
 
-// nameServers returns whom the guest is to ask for names on this host: nobody without network. If nobody is known, it keeps whom it has.
+// nameServers returns whom the guest is to ask for names on this host: nobody without network. If
+// nobody is known, it keeps whom it has.
 func (i *Instance) nameServers() network.Resolver {
 	if i.resolver == nil {
 		return network.Resolver{}
@@ -587,8 +601,9 @@ func (i *Instance) nameServers() network.Resolver {
 	return r
 }
 
-// withNameServers adds name servers to the address among kernel arguments (ip=, see nfsroot.rst of Linux), which has room for two, unless the user gave some.
-// A package does not keep them: they are this host's, of today.
+// withNameServers adds name servers to the address among kernel arguments (ip=, see nfsroot.rst of
+// Linux), which has room for two, unless the user gave some. A package does not keep them: they are
+// this host's, of today.
 func (i *Instance) withNameServers(args string) string {
 	words := strings.Fields(args)
 	for at, w := range words {
@@ -604,9 +619,10 @@ func (i *Instance) withNameServers(args string) string {
 	return strings.Join(words, " ")
 }
 
-// Suspend stops the VM for good and leaves it in its devices, so that it can be resumed. The guest's agent gets agentTimeout to prepare; when it
-// fails to, the VM is suspended all the same and the failure is part of the error. Saved says whether the devices hold the VM; if they do not, it runs on, and
-// Suspend can be tried again.
+// Suspend stops the VM for good and leaves it in its devices, so that it can be resumed. The
+// guest's agent gets agentTimeout to prepare; when it fails to, the VM is suspended all the same
+// and the failure is part of the error. Saved says whether the devices hold the VM; if they do not,
+// it runs on, and Suspend can be tried again.
 func (i *Instance) Suspend(ctx context.Context, agentTimeout time.Duration) (saved bool, err error) {
 	if i == nil {
 		return false, ErrNotStarted
@@ -652,8 +668,8 @@ func (i *Instance) goOn(ctx context.Context, agentTimeout time.Duration) error {
 	return nil
 }
 
-// A VMM that pauses waits for what its guest has under way. One that does not answer is spoken of so often, and given
-// up after so long.
+// A VMM that pauses waits for what its guest has under way. One that does not answer is spoken of
+// so often, and given up after so long.
 var (
 	pauseReminder = 10 * time.Second
 	pauseTimeout  = time.Minute // which a test shortens
@@ -742,7 +758,8 @@ func (i *Instance) Generation() uuid.UUID { return i.generation }
 // Config is what the package of this instance records.
 func (i *Instance) Config() *vmm.PackageConfig { return i.config }
 
-// Agent is the connection with the guest's agent, nil before AfterResume and after Suspend. It ends when the guest reboots.
+// Agent is the connection with the guest's agent, nil before AfterResume and after Suspend. It ends
+// when the guest reboots.
 func (i *Instance) Agent() *agent.Client {
 	if i == nil {
 		return nil
@@ -758,7 +775,8 @@ func (i *Instance) Done() <-chan struct{} {
 	return i.machine.Done()
 }
 
-// Wait blocks until the VMM ends. It returns nil when the guest powered itself off, which it notes in the state device, and after Close.
+// Wait blocks until the VMM ends. It returns nil when the guest powered itself off, which it notes
+// in the state device, and after Close.
 func (i *Instance) Wait() error {
 	if i == nil {
 		return ErrNotStarted

@@ -33,14 +33,15 @@ func bootable(ctx context.Context, h vmm.Host, config *vmm.PackageConfig) error 
 	return Preflight(ctx, h, config)
 }
 
-// stalled tells whether the guest stands still for a disk that it cannot use: it hears nothing, and does nothing that it would have to be told of.
+// stalled tells whether the guest stands still for a disk that it cannot use: it hears nothing, and
+// does nothing that it would have to be told of.
 func (i *Instance) stalled() bool {
 	s, ok := i.machine.(vmm.Staller)
 	return ok && s.Stalled()
 }
 
-// Prepare tells the guest's agent that the VM is about to be paused. The guest runs on; [Instance.Rescue] tells it that nothing came of it. One that stands
-// still is not told.
+// Prepare tells the guest's agent that the VM is about to be paused. The guest runs on;
+// [Instance.Rescue] tells it that nothing came of it. One that stands still is not told.
 func (i *Instance) Prepare(ctx context.Context) error {
 	i.forgetAgent()
 	if i.stalled() {
@@ -95,8 +96,8 @@ func (i *Instance) NoteLeaving(migration uuid.UUID) error {
 	return i.withState(func(dev StateDevice) error { return vmm.MarkLeaving(dev, migration) })
 }
 
-// SaveLeaving writes the paused VM's state to its device, for the target of a migration: of a copy, unless
-// NoteLeaving was called before. Nothing is durable yet. Flush memory afterwards.
+// SaveLeaving writes the paused VM's state to its device, for the target of a migration: of a copy,
+// unless NoteLeaving was called before. Nothing is durable yet. Flush memory afterwards.
 func (i *Instance) SaveLeaving(ctx context.Context, migration uuid.UUID) error {
 	var state vmm.StateBuffer
 	if err := i.machine.Save(ctx, &state); err != nil {
@@ -121,7 +122,8 @@ func (i *Instance) Mark(status vmm.Status) error {
 	return i.withState(func(dev StateDevice) error { return vmm.MarkState(dev, status) })
 }
 
-// Rescue lets the VM go on after Prepare, Pause and SaveLeaving, whichever of them were done. The guest runs when it returns nil.
+// Rescue lets the VM go on after Prepare, Pause and SaveLeaving, whichever of them were done. The
+// guest runs when it returns nil.
 func (i *Instance) Rescue(ctx context.Context) error {
 	settleable := i.frozen
 	if err := i.prefer(nil); err != nil && settleable {
@@ -131,7 +133,8 @@ func (i *Instance) Rescue(ctx context.Context) error {
 	if i.left {
 		err := i.withState(func(dev StateDevice) error {
 			if settleable {
-				// What an operator could settle on must be gone before the guest changes what it fits.
+				// What an operator could settle on must be gone before the guest changes what it
+				// fits.
 				return vmm.MarkState(dev, vmm.Running)
 			}
 			return vmm.NoteState(dev, vmm.Running)
@@ -150,11 +153,13 @@ func (i *Instance) Rescue(ctx context.Context) error {
 	return i.prefer(nil)
 }
 
-// sameTime is how far a guest's clock may be from this host's, its pause apart, to keep the same time.
+// sameTime is how far a guest's clock may be from this host's, its pause apart, to keep the same
+// time.
 const sameTime = time.Second
 
-// RescueAgent tells the guest's agent after a Rescue that the guest runs on, for at most timeout. What the pause has cost the guest's clock is made up for; a clock
-// that keeps another time than this host's stays as it is.
+// RescueAgent tells the guest's agent after a Rescue that the guest runs on, for at most timeout.
+// What the pause has cost the guest's clock is made up for; a clock that keeps another time than
+// this host's stays as it is.
 func (i *Instance) RescueAgent(ctx context.Context, timeout time.Duration) error {
 	if i.agent.Load() != nil {
 		return nil
@@ -162,8 +167,8 @@ func (i *Instance) RescueAgent(ctx context.Context, timeout time.Duration) error
 	return i.tellAgent(ctx, timeout, i.stood+sameTime)
 }
 
-// Restore loads the state that a migration has brought, and notes that the VM runs here, which is durable once the device is synced. It does not run yet; see
-// [Launched.Go].
+// Restore loads the state that a migration has brought, and notes that the VM runs here, which is
+// durable once the device is synced. It does not run yet; see [Launched.Go].
 func (l *Launched) Restore(ctx context.Context, migration uuid.UUID) error {
 	i := l.i
 	return i.withState(func(dev StateDevice) error {

@@ -1,4 +1,5 @@
-// Package kind lets callers tell errors apart by their kinds. Public packages export the kinds as theirs.
+// Package kind lets callers tell errors apart by their kinds. Public packages export the kinds as
+// theirs.
 package kind
 
 import "errors"

@@ -1,5 +1,5 @@
-// Package lockfile holds things for one process at a time. A lock ends with its process, however that ends, and leaves no file behind when it is
-// given back.
+// Package lockfile holds things for one process at a time. A lock ends with its process, however
+// that ends, and leaves no file behind when it is given back.
 package lockfile
 
 import (
@@ -31,9 +31,9 @@ func (e *HeldError) Error() string { return "in use by " + e.Holder }
 // Is tells that it is of the kind [kind.ErrInUse].
 func (e *HeldError) Is(target error) bool { return target == kind.ErrInUse }
 
-// Try takes the lock at path, which need not exist; the directory must. Nobody else may open the file,
-// and so lock it. It returns a *HeldError when another process has it. The file tells others who holds it. A
-// file that tells something else is no lock, and is refused.
+// Try takes the lock at path, which need not exist; the directory must. Nobody else may open the
+// file, and so lock it. It returns a *HeldError when another process has it. The file tells others
+// who holds it. A file that tells something else is no lock, and is refused.
 func Try(path string) (*Lock, error) {
 	for {
 		f, err := private.CreateOrOpen(path)
@@ -43,7 +43,8 @@ func Try(path string) (*Lock, error) {
 		if err := Exclusive(f); err != nil {
 			return nil, errors.Join(err, f.Close())
 		}
-		// The last holder may have removed the file between our opening and locking it: then others lock another one.
+		// The last holder may have removed the file between our opening and locking it: then others
+		// lock another one.
 		current, err := isCurrent(f, path)
 		if err != nil {
 			return nil, errors.Join(err, f.Close())
@@ -93,7 +94,8 @@ func (l *Lock) Release() error {
 // Abandon gives the lock back as the end of the process would: the file stays.
 func (l *Lock) Abandon() error { return l.file.Close() }
 
-// Exclusive locks an open file for this process until it is closed. It returns a *HeldError when another process has it.
+// Exclusive locks an open file for this process until it is closed. It returns a *HeldError when
+// another process has it.
 func Exclusive(f *os.File) error { return lock(f, unix.LOCK_EX) }
 
 // Shared is like Exclusive, but any number of processes can hold it so.

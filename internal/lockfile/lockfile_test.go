@@ -28,7 +28,8 @@ func TestHeld(t *testing.T) {
 	}
 }
 
-// A file in the place of a lock that is somebody's stays as it is; what a power cut has left of a lock is taken.
+// A file in the place of a lock that is somebody's stays as it is; what a power cut has left of a
+// lock is taken.
 func TestSomebodysFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "lock")
 	for content, ours := range map[string]bool{"mine": false, "": true, "\x00\x00\x00": true, "process 1 (drafter)\n": true} {

@@ -1,6 +1,6 @@
-// Package mark tells the directories that this program made from those that only look like them, and
-// removes the former. A name, an owner and a mode prove nothing: a clean-up that goes by them removes
-// other people's files.
+// Package mark tells the directories that this program made from those that only look like them,
+// and removes the former. A name, an owner and a mode prove nothing: a clean-up that goes by them
+// removes other people's files.
 package mark
 
 import (
@@ -94,9 +94,9 @@ func Renew(path, name, format string) (err error) {
 	return errors.Join(m.Write(f), f.Close())
 }
 
-// Empty removes all that is in an open directory, the file called last at the end: whoever is killed
-// meanwhile leaves the mark to the next. It removes nothing if something is mounted there, whose
-// files are somebody else's.
+// Empty removes all that is in an open directory, the file called last at the end: whoever is
+// killed meanwhile leaves the mark to the next. It removes nothing if something is mounted there,
+// whose files are somebody else's.
 func Empty(dir *os.File, last string) error {
 	path, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", dir.Fd()))
 	if err != nil {

@@ -15,8 +15,9 @@ import (
 	"drafter/internal/wire"
 )
 
-// A target that reaches a backup of the VM gets from there what has not changed since, while the source sends the rest. It says that it is ready once it has both:
-// the backup plays no part in the handoff. Whatever the backup fails to give, the source has.
+// A target that reaches a backup of the VM gets from there what has not changed since, while the
+// source sends the rest. It says that it is ready once it has both: the backup plays no part in the
+// handoff. Whatever the backup fails to give, the source has.
 
 // Backup is a device in a backup.
 type Backup struct {
@@ -94,7 +95,8 @@ func pagesOfBlock(d block.Device, b int64) (first, end int64) {
 	return b * pages, min((b+1)*pages, block.Pages(d))
 }
 
-// fetchBackups gets what is in the backups, the devices first that the VMM needs to start, and asks the source for what it could not get.
+// fetchBackups gets what is in the backups, the devices first that the VMM needs to start, and asks
+// the source for what it could not get.
 func (t *Target) fetchBackups(ctx context.Context, l *link) error {
 	r := t.restoring
 	defer close(r.asked)
@@ -147,7 +149,8 @@ func (t *Target) fetchBackups(ctx context.Context, l *link) error {
 	return nil
 }
 
-// fetchBackup gets what is in the backup of a device. A failure of the backup makes it give up, and is no error.
+// fetchBackup gets what is in the backup of a device. A failure of the backup makes it give up, and
+// is no error.
 func (t *Target) fetchBackup(ctx context.Context, g *errgroup.Group, d *incomingDevice) {
 	blocks := d.Backup.Contents.Blocks
 	wanted := func(b int64) bool {
@@ -231,7 +234,8 @@ func (d *incomingDevice) storeBackup(r *restoring, e wire.Extent) error {
 	return nil
 }
 
-// awaitBackups waits until all of the backups is here, or the source is to send the rest after the handoff.
+// awaitBackups waits until all of the backups is here, or the source is to send the rest after the
+// handoff.
 func (t *Target) awaitBackups(ctx context.Context) error {
 	l, _ := t.lanes.get() // until the handoff there is but one
 	select {

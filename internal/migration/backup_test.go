@@ -69,7 +69,8 @@ func (s *shelf) Fetch(ctx context.Context, first int64, p []byte, _ bool) error 
 	return err
 }
 
-// backUp makes a backup from which the target will get the VM, and lets the guest go on until some of it has changed.
+// backUp makes a backup from which the target will get the VM, and lets the guest go on until some
+// of it has changed.
 func (p *pair) backUp(t *testing.T, kind string) {
 	t.Helper()
 	k := keeper{}
@@ -166,8 +167,8 @@ func TestBackupReplaced(t *testing.T) {
 	p.conclude(t, p.source.Phase(), arrived)
 }
 
-// What a copy has taken is not known as changed. So nothing is offered until the copy has ended, and
-// all that changed is once it failed.
+// What a copy has taken is not known as changed. So nothing is offered until the copy has ended,
+// and all that changed is once it failed.
 func TestNoBackupBesideACopy(t *testing.T) {
 	size := int64(4 * block.ContentBlockSize)
 	tracker := block.NewTracker(newMemory(size), block.PageSize)

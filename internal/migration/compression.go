@@ -10,8 +10,9 @@ import (
 	"drafter/internal/wire"
 )
 
-// compression decides whether an extent is worth compressing: it is when compressing it, or sending what is left, whichever is slower, takes less time than sending it. A sample of
-// the extent tells how much will be left. Use it from one goroutine.
+// compression decides whether an extent is worth compressing: it is when compressing it, or sending
+// what is left, whichever is slower, takes less time than sending it. A sample of the extent tells
+// how much will be left. Use it from one goroutine.
 type compression struct {
 	encoder *zstd.Encoder
 	link    rate // bytes per second that the connection takes, with the bandwidth limit
@@ -66,7 +67,8 @@ func (c *compression) estimate(data []byte) float64 {
 	return float64(left) / float64(raw)
 }
 
-// pays compares how long a byte takes. While one extent is compressed, the connection sends those before.
+// pays compares how long a byte takes. While one extent is compressed, the connection sends those
+// before.
 func (c *compression) pays(ratio float64) bool {
 	raw := 1 / c.link.perSecond()
 	return max(1/c.speed.perSecond(), ratio*raw) < 0.9*raw

@@ -15,11 +15,13 @@ import (
 	"drafter/migrate"
 )
 
-// A copy is a migration whose VM stays where it is: pre-copy as usual, a pause in which the rest is kept aside, and then, while the VM goes on, its delivery.
-// Nothing of it can be in doubt: it never gives the VM away.
+// A copy is a migration whose VM stays where it is: pre-copy as usual, a pause in which the rest is
+// kept aside, and then, while the VM goes on, its delivery. Nothing of it can be in doubt: it never
+// gives the VM away.
 
-// Baseline is what the last copy of a source to one place held, so that the next one brings only what has changed since, in whole blocks of
-// [block.ContentBlockSize]. Its zero value is a place that holds nothing. Use it for one copy at a time; its methods are safe for concurrent use.
+// Baseline is what the last copy of a source to one place held, so that the next one brings only
+// what has changed since, in whole blocks of [block.ContentBlockSize]. Its zero value is a place
+// that holds nothing. Use it for one copy at a time; its methods are safe for concurrent use.
 type Baseline struct {
 	mu      sync.Mutex
 	watches map[*block.Tracker]*block.Watch
@@ -50,7 +52,8 @@ func (b *Baseline) forget() {
 	b.watches, b.taken, b.held, b.stored, b.before = nil, nil, false, nil, nil
 }
 
-// Stored notes under which content ids devices of the last copy are kept where targets of migrations may get at them; see [SourceConfig].
+// Stored notes under which content ids devices of the last copy are kept where targets of
+// migrations may get at them; see [SourceConfig].
 func (b *Baseline) Stored(ids map[*block.Tracker]block.ID) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -58,8 +61,8 @@ func (b *Baseline) Stored(ids map[*block.Tracker]block.ID) {
 }
 
 // backup is the content id of a device where it is stored, and the pages that have changed since.
-// They stay changed. The id is zero when the device is not stored, or a copy is under way or has not
-// ended yet: pages that the copy took are not known as changed then.
+// They stay changed. The id is zero when the device is not stored, or a copy is under way or has
+// not ended yet: pages that the copy took are not known as changed then.
 func (b *Baseline) backup(d *block.Tracker) (block.ID, *block.Bitmap) {
 	if b == nil {
 		return block.ID{}, nil
@@ -75,7 +78,8 @@ func (b *Baseline) backup(d *block.Tracker) (block.ID, *block.Bitmap) {
 	return b.stored[d], pages
 }
 
-// Changed returns the pages of a device of the source that have changed since the last copy, or nil if that is not known. The next copy does not bring them.
+// Changed returns the pages of a device of the source that have changed since the last copy, or nil
+// if that is not known. The next copy does not bring them.
 func (b *Baseline) Changed(d *block.Tracker) *block.Bitmap {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -86,7 +90,8 @@ func (b *Baseline) Changed(d *block.Tracker) *block.Bitmap {
 	return w.Take()
 }
 
-// begin returns the pages of a device that have changed since the last copy, or nil if there was none.
+// begin returns the pages of a device that have changed since the last copy, or nil if there was
+// none.
 func (b *Baseline) begin(d *outgoingDevice) *block.Bitmap {
 	if b == nil {
 		return nil
@@ -162,7 +167,8 @@ func wholeBlocks(d *outgoingDevice, pages *block.Bitmap) *block.Bitmap {
 	return whole
 }
 
-// stashLimit is how much of the rest of a copy is kept in memory, in bytes, so that the VM need not wait until it is sent.
+// stashLimit is how much of the rest of a copy is kept in memory, in bytes, so that the VM need not
+// wait until it is sent.
 const stashLimit = 64 << 20
 
 // stashed are pages as they were while the VM was paused.
@@ -251,8 +257,9 @@ func (o *outgoing) deliver(ctx context.Context) (_ migrate.Phase, err error) {
 	return migrate.Kept, nil
 }
 
-// Copy makes a copy of the VM in this process; the VM goes on. vm is asked to accept it, and to complete it once all is there, with every device as it was in one
-// moment; it is never started. With a baseline, which may be nil, only what has changed since the last copy is brought.
+// Copy makes a copy of the VM in this process; the VM goes on. vm is asked to accept it, and to
+// complete it once all is there, with every device as it was in one moment; it is never started.
+// With a baseline, which may be nil, only what has changed since the last copy is brought.
 func (s *Source) Copy(ctx context.Context, vm TargetVM, baseline *Baseline) (stats migrate.Stats, err error) {
 	here, there := net.Pipe()
 	limits := s.config.Limits

@@ -94,7 +94,8 @@ func (p *pair) end(t *testing.T) {
 	}
 }
 
-// A guest that does not get ready keeps its VM from being copied and moved, unless the target takes it as it is.
+// A guest that does not get ready keeps its VM from being copied and moved, unless the target takes
+// it as it is.
 func TestForce(t *testing.T) {
 	limits := quick()
 	limits.Silence = time.Minute // nothing is lost here
@@ -190,7 +191,8 @@ func TestCopy(t *testing.T) {
 	}
 }
 
-// Copies with a baseline bring what has changed, whatever happened to the copies between; the guest goes on in any case.
+// Copies with a baseline bring what has changed, whatever happened to the copies between; the guest
+// goes on in any case.
 func TestBaseline(t *testing.T) {
 	p := newPair(t, 2, quick(), nil)
 	c := newCopier(p)

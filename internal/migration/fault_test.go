@@ -45,7 +45,8 @@ func connectionFault(kind string, n, after int64) fault {
 	}}
 }
 
-// linkFault lets the link fail when a side gets to a state: all connections there are, and none that come later.
+// linkFault lets the link fail when a side gets to a state: all connections there are, and none
+// that come later.
 func linkFault(kind, side string, state migrate.Phase) fault {
 	f := fault{name: fmt.Sprintf("%s link when %s is %s", kind, side, state)}
 	var conns []*faulty
@@ -145,8 +146,8 @@ func (p *pair) kill(side string) {
 	}
 }
 
-// settle brings a migration to its end, settling what is in doubt as an operator would, and checks that there is one VM with all its data, or what the
-// table in docs/migration.md says instead.
+// settle brings a migration to its end, settling what is in doubt as an operator would, and checks
+// that there is one VM with all its data, or what the table in docs/migration.md says instead.
 func (p *pair) settle(t *testing.T, receive func() (*Target, error)) (source, target migrate.Phase) {
 	t.Helper()
 	arrived, err := receive()
@@ -364,7 +365,8 @@ func TestFrozenFromTheStart(t *testing.T) {
 	}
 }
 
-// Migrations with random faults at random moments: whatever happens, the VM runs once and has all its data.
+// Migrations with random faults at random moments: whatever happens, the VM runs once and has all
+// its data.
 func TestSoak(t *testing.T) {
 	rounds := need.Rounds(60, 3000)
 	if n, err := strconv.Atoi(os.Getenv("DRAFTER_SOAK_ROUNDS")); err == nil {
@@ -456,7 +458,8 @@ func revokeFault(state migrate.Phase, result chan error, and fault) fault {
 	}}
 }
 
-// A source that is ended keeps its VM, has given it away, or does not know; never something between.
+// A source that is ended keeps its VM, has given it away, or does not know; never something
+// between.
 func TestRevoke(t *testing.T) {
 	for _, state := range []migrate.Phase{migrate.Preflight, migrate.PreCopying, migrate.Preparing, migrate.HandingOff, migrate.InDoubt, migrate.Serving, migrate.Rescuing} {
 		for _, and := range []fault{{name: "nothing else"}, callFault("target", "restore"), callFault("target", "resume"), callFault("source", "save")} {
@@ -478,7 +481,8 @@ func TestRevoke(t *testing.T) {
 	}
 }
 
-// A source that is ended while it is in doubt waits for the answer as long as one can come, and leaves the VM in doubt then.
+// A source that is ended while it is in doubt waits for the answer as long as one can come, and
+// leaves the VM in doubt then.
 func TestRevokeInDoubt(t *testing.T) {
 	result := make(chan error, 1)
 	var p *pair

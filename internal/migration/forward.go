@@ -15,8 +15,10 @@ import (
 	"drafter/migrate"
 )
 
-// Devices that move without a VM leave users behind, at the paths that they had at the source. What those do is forwarded to where the devices are now: the target
-// opens a connection for it, again and again if it is lost, and the source asks on it. What was under way when a connection was lost is asked again on the next.
+// Devices that move without a VM leave users behind, at the paths that they had at the source. What
+// those do is forwarded to where the devices are now: the target opens a connection for it, again
+// and again if it is lost, and the source asks on it. What was under way when a connection was lost
+// is asked again on the next.
 
 // forwardPatience is how long the users of a device wait for a target that is gone.
 const forwardPatience = time.Minute
@@ -43,8 +45,8 @@ type operation struct {
 
 func newForwarder() *forwarder { return &forwarder{pending: map[uint64]*operation{}} }
 
-// Forwarded is the i-th of the source's devices as it is where it has moved to. Using it before the handoff, or after it failed, waits for ever. It needs
-// [SourceConfig.Forward].
+// Forwarded is the i-th of the source's devices as it is where it has moved to. Using it before the
+// handoff, or after it failed, waits for ever. It needs [SourceConfig.Forward].
 func (s *Source) Forwarded(i int) block.Device {
 	return &forwardedDevice{s.forwarder, i, s.config.Devices[i].Device.Size()}
 }
@@ -253,11 +255,14 @@ func (d *forwardedDevice) Sync() error {
 
 func (d *forwardedDevice) Close() error { return nil }
 
-// Forwards tells whether the source has users of the devices, who go on there; see [Target.ServeForwards].
+// Forwards tells whether the source has users of the devices, who go on there; see
+// [Target.ServeForwards].
 func (t *Target) Forwards() bool { return t.forwards }
 
-// ServeForwards does with devices, in the order of the manifest, what their users at the source want, until ctx ends, the source does not want that any more, or it
-// has not been reached for a minute. It is called once the target owns the devices; when ctx ends, the source is told that they are not served any more.
+// ServeForwards does with devices, in the order of the manifest, what their users at the source
+// want, until ctx ends, the source does not want that any more, or it has not been reached for a
+// minute. It is called once the target owns the devices; when ctx ends, the source is told that
+// they are not served any more.
 func (t *Target) ServeForwards(ctx context.Context, devices []block.Device) {
 	reached := time.Now()
 	for ctx.Err() == nil {

@@ -56,7 +56,8 @@ func users(t *testing.T, d block.Device, n int, stop <-chan struct{}) *sync.Wait
 	return &wg
 }
 
-// What the users of a device that has moved away do is done where it is, over connections that break all the time.
+// What the users of a device that has moved away do is done where it is, over connections that
+// break all the time.
 func TestForward(t *testing.T) {
 	f := newForwarder()
 	d := &forwardedDevice{f, 0, 1 << 20}

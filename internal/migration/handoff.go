@@ -36,7 +36,8 @@ func (o *outgoing) prepare(ctx context.Context) (migrate.Phase, error) {
 	if _, err := o.nextCycle(ctx, o.figures.cycles()+1); err != nil {
 		return "", err
 	}
-	// What does not fit is left to post-copy; without it all is sent, before the pause as far as possible.
+	// What does not fit is left to post-copy; without it all is sent, before the pause as far as
+	// possible.
 	var until time.Time
 	if !o.config.Limits.NoPostCopy && !o.asks.copy {
 		until = time.Now().Add(o.config.Limits.Downtime)
@@ -67,7 +68,8 @@ func (o *outgoing) prepare(ctx context.Context) (migrate.Phase, error) {
 	return migrate.HandingOff, nil
 }
 
-// awaitPrepared waits until the target has noted durably that it may take the VM over, which it would do while the VM is paused otherwise.
+// awaitPrepared waits until the target has noted durably that it may take the VM over, which it
+// would do while the VM is paused otherwise.
 func (o *outgoing) awaitPrepared(ctx context.Context) error {
 	timeout := time.NewTimer(o.config.Limits.Prepare)
 	defer timeout.Stop()
@@ -153,7 +155,8 @@ func (o *outgoing) mark(phase migrate.Phase) <-chan struct{} {
 	return o.marks.make(&o.wg, o.config.VM, phase, o.id)
 }
 
-// awaitAnswer waits for the target to take the VM or to refuse it, or for an operator. Most answers come sooner than what is in doubt could be noted.
+// awaitAnswer waits for the target to take the VM or to refuse it, or for an operator. Most answers
+// come sooner than what is in doubt could be noted.
 func (o *outgoing) awaitAnswer(ctx context.Context) (migrate.Phase, error) {
 	note := time.NewTimer(o.config.tuning.note)
 	defer note.Stop()

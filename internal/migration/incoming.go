@@ -69,7 +69,8 @@ func (t *Target) store(l *link, e wire.Extent) error {
 	return d.cache(e)
 }
 
-// cache keeps what the VM will find without asking in step with the device. Never after the handoff: the VM may have written the page by then.
+// cache keeps what the VM will find without asking in step with the device. Never after the
+// handoff: the VM may have written the page by then.
 func (d *incomingDevice) cache(e wire.Extent) error {
 	if d.Cache == nil || e.Encoding == wire.Same {
 		return nil
@@ -98,8 +99,8 @@ func (d *incomingDevice) uncache(first, end int64) error {
 	return nil
 }
 
-// warm caches what the target held from the start, for as long as that may keep the VM from coming. A VM that has to ask for each page of its base is
-// a slow one.
+// warm caches what the target held from the start, for as long as that may keep the VM from coming.
+// A VM that has to ask for each page of its base is a slow one.
 func (t *Target) warm(ctx context.Context) error {
 	deadline := time.Now().Add(t.config.Limits.Warm)
 	buffer := make([]byte, wire.MaxExtent)

@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// lanes are the connections of one side of a migration: the main one, and one for what somebody waits for. They
-// are safe for concurrent use.
+// lanes are the connections of one side of a migration: the main one, and one for what somebody
+// waits for. They are safe for concurrent use.
 type lanes struct {
 	mu       sync.Mutex // guards the following
 	main     *link      // nil before the first

@@ -12,7 +12,8 @@ import (
 	"drafter/migrate"
 )
 
-// link is a connection that is watched: it ends when its context does, when it is silent for too long, or when it breaks.
+// link is a connection that is watched: it ends when its context does, when it is silent for too
+// long, or when it breaks.
 type link struct {
 	*wire.Conn
 	ctx    context.Context // ends with the link; its cause says why
@@ -31,8 +32,8 @@ func newLink(ctx context.Context, stream io.ReadWriteCloser, silence time.Durati
 	return l
 }
 
-// watch tells the other side that this one lives, ends a link that is silent, and closes one that has ended. A ping that cannot be sent does not keep it from
-// doing so.
+// watch tells the other side that this one lives, ends a link that is silent, and closes one that
+// has ended. A ping that cannot be sent does not keep it from doing so.
 func (l *link) watch(silence time.Duration) {
 	pings := make(chan struct{}, 1)
 	var wg sync.WaitGroup
@@ -74,7 +75,8 @@ func (l *link) close(err error) {
 	l.wg.Wait()
 }
 
-// linger closes the link, but gives the other side a moment to read what was sent and to close it first.
+// linger closes the link, but gives the other side a moment to read what was sent and to close it
+// first.
 func (l *link) linger(d time.Duration) {
 	select {
 	case <-l.ctx.Done():
@@ -86,8 +88,8 @@ func (l *link) linger(d time.Duration) {
 // reasonWait is how long the reader of a link may take to find out why nothing can be sent.
 const reasonWait = 200 * time.Millisecond
 
-// sendFailed ends a link on which a send has failed beside its reader. What the other side said before
-// it closed the connection is the better reason, and the reader may be about to read it.
+// sendFailed ends a link on which a send has failed beside its reader. What the other side said
+// before it closed the connection is the better reason, and the reader may be about to read it.
 func (l *link) sendFailed(err error) {
 	select {
 	case <-l.ctx.Done():
@@ -107,7 +109,8 @@ func (l *link) lost(err error) error {
 	return err
 }
 
-// receive reads and decodes the next message that is no ping and no extent. A [wire.Error] is returned as an error.
+// receive reads and decodes the next message that is no ping and no extent. A [wire.Error] is
+// returned as an error.
 func (l *link) receive(sizes []int64) (any, error) {
 	for {
 		f, err := l.Read()

@@ -8,7 +8,8 @@ import (
 	"time"
 )
 
-// A link whose context ends is closed, however the two race: whoever reads from it, or waits for its end, would hang otherwise.
+// A link whose context ends is closed, however the two race: whoever reads from it, or waits for
+// its end, would hang otherwise.
 func TestLinkEnds(t *testing.T) {
 	for range 20_000 {
 		near, far := net.Pipe()

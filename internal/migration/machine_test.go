@@ -41,7 +41,8 @@ func (m *memory) ReadAt(p []byte, off int64) (int, error) {
 	return copy(p, m.data[off:]), nil
 }
 
-// NextData implements [block.Mapper]. Pages that were never written make short runs of the others, between which a migration can be interrupted.
+// NextData implements [block.Mapper]. Pages that were never written make short runs of the others,
+// between which a migration can be interrupted.
 func (m *memory) NextData(off int64) (start, end int64, err error) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
@@ -97,7 +98,8 @@ func newLedger(t testing.TB) *ledger {
 	return &ledger{t: t, running: "source", version: map[string][]uint64{"memory": make([]uint64, memoryPages), "disk": make([]uint64, diskPages)}}
 }
 
-// scripted is a machine without a VMM: its guest writes pages that say what they must hold, and checks them.
+// scripted is a machine without a VMM: its guest writes pages that say what they must hold, and
+// checks them.
 type scripted struct {
 	ledger  *ledger
 	side    string

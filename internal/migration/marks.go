@@ -11,7 +11,8 @@ import (
 	"drafter/migrate"
 )
 
-// marks are the notes of where a VM stands, made one after the other. They are safe for concurrent use.
+// marks are the notes of where a VM stands, made one after the other. They are safe for concurrent
+// use.
 type marks struct {
 	mu   sync.Mutex    // guards the following
 	last chan struct{} // closed when the last one has been made
@@ -24,8 +25,9 @@ func newMarks() *marks {
 	return m
 }
 
-// make notes a phase, after the marks before, in a goroutine of wg. It returns a channel that is closed when that is
-// done. A mark that cannot be made does not keep the target from what it needs: see failed.
+// make notes a phase, after the marks before, in a goroutine of wg. It returns a channel that is
+// closed when that is done. A mark that cannot be made does not keep the target from what it needs:
+// see failed.
 func (m *marks) make(wg *sync.WaitGroup, vm SourceVM, phase migrate.Phase, id uuid.UUID) <-chan struct{} {
 	done := make(chan struct{})
 	m.mu.Lock()

@@ -1,6 +1,8 @@
-// Package migration moves a running VM, or devices without one, from a [Source] to a [Target] over any byte stream: first while it runs at the source
-// (pre-copy), then by handing it over (handoff), then by fetching what had to be left behind (post-copy). Both sides are state machines; their tables are
-// sourceTable and targetTable. docs/migration.md tells what becomes of the VM at every failure.
+// Package migration moves a running VM, or devices without one, from a [Source] to a [Target] over
+// any byte stream: first while it runs at the source (pre-copy), then by handing it over (handoff),
+// then by fetching what had to be left behind (post-copy). Both sides are state machines; their
+// tables are sourceTable and targetTable. docs/migration.md tells what becomes of the VM at every
+// failure.
 //
 // The package knows devices and what it must ask of a VM, not what a VM is.
 package migration
@@ -27,18 +29,18 @@ const undecided migrate.Outcome = ""
 
 // tuning is what a source does for the sake of speed. Only tests change it; 0 is the default.
 type tuning struct {
-	// note is how long a source waits after a handoff before it makes durable what it still has, and notes how
-	// things stand: at that moment the target needs the disks and CPUs, if it shares them, and a moment later
-	// most of it is not needed any more. Default 250 ms.
+	// note is how long a source waits after a handoff before it makes durable what it still has,
+	// and notes how things stand: at that moment the target needs the disks and CPUs, if it shares
+	// them, and a moment later most of it is not needed any more. Default 250 ms.
 	note time.Duration
 
-	// A source waits before it pauses the VM until the target has stored what it was sent, for at most patience,
-	// default 250 ms, if the target is near: it has answered within nearby, default 10 ms, when it had nothing
-	// to do.
+	// A source waits before it pauses the VM until the target has stored what it was sent, for at
+	// most patience, default 250 ms, if the target is near: it has answered within nearby, default
+	// 10 ms, when it had nothing to do.
 	nearby, patience time.Duration
 
-	// readAhead is how many pages of a device have to be pending for the next ones to be read while some are
-	// sent. It pays where there are many in a row. Default 4,096.
+	// readAhead is how many pages of a device have to be pending for the next ones to be read while
+	// some are sent. It pays where there are many in a row. Default 4,096.
 	readAhead int64
 }
 

@@ -138,7 +138,8 @@ func TestExpect(t *testing.T) {
 	}
 }
 
-// queue is a connection that takes whatever is sent, as the buffers of TCP do, however slow the one is who reads.
+// queue is a connection that takes whatever is sent, as the buffers of TCP do, however slow the one
+// is who reads.
 type queue struct {
 	io.ReadWriteCloser
 	filled sync.WaitGroup
@@ -201,7 +202,8 @@ func TestCatchUp(t *testing.T) {
 		return q
 	}
 	p.target.onCall("cache", func() error { time.Sleep(time.Millisecond); return nil })
-	// The last flush before the pause follows the wait; what was written meanwhile is sent after it.
+	// The last flush before the pause follows the wait; what was written meanwhile is sent after
+	// it.
 	behind, flushed := -1, -1
 	calls := func(call string) error {
 		switch call {

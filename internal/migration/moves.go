@@ -10,8 +10,8 @@ import (
 	"drafter/migrate"
 )
 
-// Moves are the migrations of what one process owns: the one that has brought it, if any, and those that may
-// take it away. The zero value has none. Its methods are safe for concurrent use.
+// Moves are the migrations of what one process owns: the one that has brought it, if any, and those
+// that may take it away. The zero value has none. Its methods are safe for concurrent use.
 type Moves struct {
 	mu      sync.Mutex
 	arrival *Target
@@ -49,7 +49,8 @@ func (m *Moves) Source() *Source {
 	return m.source
 }
 
-// Arrived is closed when all has arrived, or never will have. It is nil if no migration has brought it.
+// Arrived is closed when all has arrived, or never will have. It is nil if no migration has brought
+// it.
 func (m *Moves) Arrived() <-chan struct{} {
 	if t := m.Arrival(); t != nil {
 		return t.Done()
@@ -92,8 +93,8 @@ func (m *Moves) Close() (moved bool, err error) {
 	return moved, err
 }
 
-// Accept serves connections until stop is called, which waits for the last of them. What a connection or a
-// migration failed with is told to complain, unless what it was about has moved.
+// Accept serves connections until stop is called, which waits for the last of them. What a
+// connection or a migration failed with is told to complain, unless what it was about has moved.
 func (s *Source) Accept(ctx context.Context, accept migrate.Accept, complain func(stream io.ReadWriteCloser, err error)) (stop func()) {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	var wg sync.WaitGroup
@@ -110,8 +111,8 @@ func (s *Source) Accept(ctx context.Context, accept migrate.Accept, complain fun
 	}
 }
 
-// Withdraw is [Source.Revoke] at the source's end. If a target owns what is moved, it waits until that has all
-// that it needs of this source, as [Source.Relinquish] does; waiting is called before.
+// Withdraw is [Source.Revoke] at the source's end. If a target owns what is moved, it waits until
+// that has all that it needs of this source, as [Source.Relinquish] does; waiting is called before.
 func (s *Source) Withdraw(patience time.Duration, waiting func()) error {
 	err := s.Revoke(errors.New("the source was ended"))
 	if errors.Is(err, migrate.ErrHandedOver) {

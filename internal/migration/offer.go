@@ -24,7 +24,8 @@ type OfferedDevice struct {
 	Contents  *block.Contents
 }
 
-// Offer serves a package to any number of targets at once, which ask for what they need, in any order; see [OpenPackage]. It keeps nothing about them.
+// Offer serves a package to any number of targets at once, which ask for what they need, in any
+// order; see [OpenPackage]. It keeps nothing about them.
 type Offer struct {
 	manifest wire.Manifest
 	sizes    []int64
@@ -35,8 +36,9 @@ type Offer struct {
 	places   *transport.Shares // of those that have
 }
 
-// NewOffer returns an offer of devices, with the signature of their package if that is not nil, to so many connections at once. Of limits, only Silence counts.
-// Close it when no Handle is running any more; the devices are the caller's.
+// NewOffer returns an offer of devices, with the signature of their package if that is not nil, to
+// so many connections at once. Of limits, only Silence counts. Close it when no Handle is running
+// any more; the devices are the caller's.
 func NewOffer(devices []OfferedDevice, signature []byte, connections int, limits migrate.Limits) (*Offer, error) {
 	limits, err := limits.WithDefaults()
 	if err != nil {
@@ -57,8 +59,9 @@ func NewOffer(devices []OfferedDevice, signature []byte, connections int, limits
 // Close frees the offer.
 func (o *Offer) Close() error { return o.encoder.Close() }
 
-// Handle serves one connection of a target, which it owns, until it ends; each takes some 2 MiB. One for which there is no place is refused with [ErrRefused]: a
-// host gets no more than are left for others.
+// Handle serves one connection of a target, which it owns, until it ends; each takes some 2 MiB.
+// One for which there is no place is refused with [ErrRefused]: a host gets no more than are left
+// for others.
 func (o *Offer) Handle(ctx context.Context, stream io.ReadWriteCloser) error {
 	l := newLink(ctx, stream, o.limits.Silence)
 	defer l.close(errors.New("the connection is not needed any more"))

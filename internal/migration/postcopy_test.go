@@ -10,8 +10,8 @@ import (
 	"drafter/migrate"
 )
 
-// handedOver begins a migration over a slow link that leaves nearly everything to post-copy. It returns when the guest runs at the target, which does nothing
-// by itself.
+// handedOver begins a migration over a slow link that leaves nearly everything to post-copy. It
+// returns when the guest runs at the target, which does nothing by itself.
 func handedOver(t *testing.T, seed uint64, wrap func(n int64, c io.ReadWriteCloser) io.ReadWriteCloser) (*pair, *Target) {
 	t.Helper()
 	limits := quick()

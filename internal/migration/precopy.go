@@ -13,7 +13,8 @@ import (
 	"drafter/migrate"
 )
 
-// preCopy sends all, and then again and again what has changed meanwhile, until the rest is small enough.
+// preCopy sends all, and then again and again what has changed meanwhile, until the rest is small
+// enough.
 func (o *outgoing) preCopy(ctx context.Context) (migrate.Phase, error) {
 	ctx, cancel := o.revocable(ctx, o.first)
 	defer cancel()
@@ -113,7 +114,8 @@ func (o *outgoing) pendAll(ctx context.Context) error {
 	return nil
 }
 
-// sendFirst sends what the target needs before its VMM can start in a cycle of its own, so that it starts beside all the rest. It returns the number of cycles.
+// sendFirst sends what the target needs before its VMM can start in a cycle of its own, so that it
+// starts beside all the rest. It returns the number of cycles.
 func (o *outgoing) sendFirst(ctx context.Context) (cycles int, err error) {
 	var first []*outgoingDevice
 	var left int64
@@ -163,7 +165,8 @@ func (o *outgoing) announce(cycle int, left int64) error {
 	return nil
 }
 
-// cycles are what the target was told of, and what it has answered. They are safe for concurrent use.
+// cycles are what the target was told of, and what it has answered. They are safe for concurrent
+// use.
 type cycles struct {
 	news chan struct{} // holds a token after an answer
 
@@ -207,7 +210,8 @@ func (c *cycles) last() (answered int, quickest time.Duration) {
 	return c.answered, c.quickest
 }
 
-// catchUp waits until the target has stored what it was sent, if it is near: it would do it while the VM is paused otherwise.
+// catchUp waits until the target has stored what it was sent, if it is near: it would do it while
+// the VM is paused otherwise.
 func (o *outgoing) catchUp(ctx context.Context) error {
 	_, quickest := o.cycles.last()
 	if quickest == 0 || quickest > o.config.tuning.nearby {
@@ -294,7 +298,8 @@ func (o *outgoing) awaitReady(ctx context.Context) (migrate.Phase, error) {
 	}
 }
 
-// pause waits between cycles for the shortest of the devices' throttles, or until the target's VMM is ready.
+// pause waits between cycles for the shortest of the devices' throttles, or until the target's VMM
+// is ready.
 func (o *outgoing) pause(ctx context.Context) error {
 	var throttles []time.Duration
 	for _, d := range o.devices {

@@ -14,8 +14,9 @@ import (
 	"drafter/migrate"
 )
 
-// Package is a package at an [Offer]. It implements [block.Fetcher] for each of its devices, over a connection for what somebody waits for and one for the rest,
-// which are made again when they are lost. Its methods are safe for concurrent use.
+// Package is a package at an [Offer]. It implements [block.Fetcher] for each of its devices, over a
+// connection for what somebody waits for and one for the rest, which are made again when they are
+// lost. Its methods are safe for concurrent use.
 type Package struct {
 	dial    migrate.Dial
 	silence time.Duration

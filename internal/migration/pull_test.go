@@ -83,7 +83,8 @@ func newGoods(t *testing.T, seed byte) (*Offer, map[string][]byte) {
 	return o, data
 }
 
-// pullAll pulls all devices of a package into files below dir, reading at random meanwhile, and compares.
+// pullAll pulls all devices of a package into files below dir, reading at random meanwhile, and
+// compares.
 func pullAll(t *testing.T, p *Package, dir string, data map[string][]byte) error {
 	g, ctx := errgroup.WithContext(t.Context())
 	for _, name := range p.Names() {
@@ -274,7 +275,8 @@ func TestOfferedSignature(t *testing.T) {
 	}
 }
 
-// Who asks an offer for a VM is told that there is a package; who asks a source for a package, that there is none.
+// Who asks an offer for a VM is told that there is a package; who asks a source for a package, that
+// there is none.
 func TestPullMistaken(t *testing.T) {
 	offer, _ := newGoods(t, 1)
 	s := &shop{offer: offer}

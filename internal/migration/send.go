@@ -68,8 +68,9 @@ const (
 	postCopyRun = maxRun / 4                      // of one that others may have to wait for
 )
 
-// drain sends what is pending: what the target needs first, then blocks that were not written lately, then the others. Beyond until, unless it is zero, it
-// stops where it is, but what the target needs first is sent in any case.
+// drain sends what is pending: what the target needs first, then blocks that were not written
+// lately, then the others. Beyond until, unless it is zero, it stops where it is, but what the
+// target needs first is sent in any case.
 func (o *outgoing) drain(ctx context.Context, l *link, until time.Time) error {
 	if err := o.drainDevices(ctx, l, until); err != nil {
 		return err
@@ -154,7 +155,8 @@ func (o *outgoing) drainAhead(ctx context.Context, l *link, d *outgoingDevice, h
 	return readErr
 }
 
-// eachPending takes pages that are pending, in order, and calls send for those of each run, at most maxRun.
+// eachPending takes pages that are pending, in order, and calls send for those of each run, at most
+// maxRun.
 func (o *outgoing) eachPending(ctx context.Context, d *outgoingDevice, hot bool, until time.Time, send func(first, end int64) error) error {
 	now := time.Now()
 	for first := d.pending.Next(0); first < d.pending.Len(); first = d.pending.Next(first) {
@@ -183,7 +185,8 @@ func (o *outgoing) eachPending(ctx context.Context, d *outgoingDevice, hot bool,
 	return nil
 }
 
-// coldRun returns whether the block of page first was not written lately, and up to which page, at most end, that is so.
+// coldRun returns whether the block of page first was not written lately, and up to which page, at
+// most end, that is so.
 func (d *outgoingDevice) coldRun(first, end int64, now time.Time) (next int64, cold bool) {
 	pages := d.Device.BlockSize() / block.PageSize
 	for b := first / pages; b*pages < end; b++ {
@@ -260,7 +263,8 @@ func (o *outgoing) sendLoaded(ctx context.Context, l *link, s *sender, p pages) 
 	return nil
 }
 
-// readBase reads what the target holds of the pages, if some were not sent yet and are not the base's anyway.
+// readBase reads what the target holds of the pages, if some were not sent yet and are not the
+// base's anyway.
 func (s *sender) readBase(p pages) error {
 	if !p.holds {
 		return nil
@@ -278,13 +282,15 @@ func (s *sender) readBase(p pages) error {
 	return nil
 }
 
-// classify says how a page is to be sent, once for each time that it is. data is that of all of the pages.
+// classify says how a page is to be sent, once for each time that it is. data is that of all of the
+// pages.
 func (s *sender) classify(of pages, data []byte, page int64) kind {
 	from := (page - of.first) * block.PageSize
 	p := data[from:min(from+block.PageSize, int64(len(data)))]
 	hash, held := s.hashes[page-of.first], of.held[page]
 	if of.why == purposePreCopy {
-		// What is sent after the handoff may be lost with its connection; only what is sent before is known to have arrived.
+		// What is sent after the handoff may be lost with its connection; only what is sent before
+		// is known to have arrived.
 		of.held[page] = hash
 	}
 	zero := hash == zeroPageHash && allZero(p)

@@ -80,8 +80,8 @@ func (o *outgoing) release() (migrate.Phase, error) {
 	return migrate.Moved, nil
 }
 
-// push sends all that is pending, in pieces that do not keep those who wait from the connection. The
-// device that lacks least comes first: a target that has its disks can boot from them, whatever
+// push sends all that is pending, in pieces that do not keep those who wait from the connection.
+// The device that lacks least comes first: a target that has its disks can boot from them, whatever
 // becomes of the rest. It returns early when the link has ended.
 func (o *outgoing) push(ctx context.Context, l *link) error {
 	left := map[*outgoingDevice]int64{}
@@ -106,7 +106,8 @@ func (o *outgoing) push(ctx context.Context, l *link) error {
 	return nil
 }
 
-// sendPending sends pages after the handoff, unless the link has ended. Then they stay pending: the target says what it lacks when it comes back.
+// sendPending sends pages after the handoff, unless the link has ended. Then they stay pending: the
+// target says what it lacks when it comes back.
 func (o *outgoing) sendPending(l *link, s *sender, d *outgoingDevice, first, end int64, why purpose) (alive bool, err error) {
 	o.sending.RLock()
 	defer o.sending.RUnlock()

@@ -21,26 +21,30 @@ import (
 
 // SourceVM is what a source asks of its VM. There is one call at a time.
 type SourceVM interface {
-	// WriteBack flushes dirty memory to the memory device without pausing the guest, so that little is left to Flush.
-	// Pages that are written meanwhile stay dirty. The target is getting ready, and nothing may come of the migration.
+	// WriteBack flushes dirty memory to the memory device without pausing the guest, so that little
+	// is left to Flush. Pages that are written meanwhile stay dirty. The target is getting ready,
+	// and nothing may come of the migration.
 	WriteBack(ctx context.Context) error
 	// Flush makes every guest memory write up to now visible in the memory device.
 	Flush(ctx context.Context) error
-	// Prepare lets the guest get ready to be paused; it runs on. If it fails with [ErrNotReady], a target may take the VM all the same.
+	// Prepare lets the guest get ready to be paused; it runs on. If it fails with [ErrNotReady], a
+	// target may take the VM all the same.
 	Prepare(ctx context.Context) error
 	// Leave notes durably that the VM may soon run elsewhere. It comes before Pause; Rescue takes
 	// the note back. A copy does without.
 	Leave(ctx context.Context, migration uuid.UUID) error
 	// Pause returns when the guest does not run any more.
 	Pause(ctx context.Context) error
-	// Save writes the paused VM's state to its device, as that of a migration whose outcome is open. It may itself write guest memory.
+	// Save writes the paused VM's state to its device, as that of a migration whose outcome is
+	// open. It may itself write guest memory.
 	Save(ctx context.Context, migration uuid.UUID) error
 	// Rescue lets the guest go on after any of the above, done or failed.
 	Rescue(ctx context.Context) error
 	// Rescued tells the guest, after a Rescue, that it goes on. It fails no migration.
 	Rescued(ctx context.Context)
-	// Mark notes durably in the devices where the VM stands: InDoubt, Serving (it runs at the target) or Moved (the target has all of it). With the
-	// first two, all that was written is made durable before.
+	// Mark notes durably in the devices where the VM stands: InDoubt, Serving (it runs at the
+	// target) or Moved (the target has all of it). With the first two, all that was written is made
+	// durable before.
 	Mark(ctx context.Context, state migrate.Phase, migration uuid.UUID) error
 }
 
@@ -54,8 +58,9 @@ type SourceDevice struct {
 	NeedsBase bool           // the target must have the base: only changes are sent
 	First     bool           // the target needs it before its VMM can start
 
-	// See the reference of the device's settings. The handoff begins when the rest fits the downtime limit, or when each device has had MinCycles quiet
-	// cycles (at most MaxDirtyBlocks dirty blocks) or MaxCycles of any kind.
+	// See the reference of the device's settings. The handoff begins when the rest fits the
+	// downtime limit, or when each device has had MinCycles quiet cycles (at most MaxDirtyBlocks
+	// dirty blocks) or MaxCycles of any kind.
 	Expiry         time.Duration
 	MaxDirtyBlocks int
 	MinCycles      int
@@ -80,8 +85,8 @@ type SourceConfig struct {
 
 	tuning tuning
 
-	// OnPhase, if not nil, is called at every change of phase, OnProgress at most ten times a second and at the end. Both are called by the migration itself
-	// and hold it up.
+	// OnPhase, if not nil, is called at every change of phase, OnProgress at most ten times a
+	// second and at the end. Both are called by the migration itself and hold it up.
 	OnPhase    func(migrate.Phase)
 	OnProgress func(migrate.Stats)
 }
@@ -131,9 +136,11 @@ func NewSource(c SourceConfig) (*Source, error) {
 	return s, nil
 }
 
-// Handle serves one connection of a target, which it owns, until it ends. Any number of connections can be served at once; what does not belong to the one
-// migration that may be under way is refused with [ErrRefused]. Those who wait to be told whether they belong to it are bounded, see [transport.Waiting]; those
-// who do keep their places. The first connection of a migration returns when the migration has ended: with a nil error when the VM has moved.
+// Handle serves one connection of a target, which it owns, until it ends. Any number of connections
+// can be served at once; what does not belong to the one migration that may be under way is refused
+// with [ErrRefused]. Those who wait to be told whether they belong to it are bounded, see
+// [transport.Waiting]; those who do keep their places. The first connection of a migration returns
+// when the migration has ended: with a nil error when the VM has moved.
 func (s *Source) Handle(ctx context.Context, stream io.ReadWriteCloser) error {
 	return s.handle(ctx, stream, s.config.Limits.Silence, nil)
 }
@@ -177,7 +184,8 @@ func (s *Source) handle(ctx context.Context, stream io.ReadWriteCloser, silence 
 	return err
 }
 
-// Gone is closed when a migration has ended after which the VM does not run here any more; GoneError then tells how.
+// Gone is closed when a migration has ended after which the VM does not run here any more;
+// GoneError then tells how.
 func (s *Source) Gone() <-chan struct{} { return s.gone }
 
 // GoneError waits for Gone and returns nil when the VM has moved and the target has all of it.
@@ -210,10 +218,12 @@ func greet(l *link) (h wire.Hello, err error) {
 	return h, nil
 }
 
-// copyPatience is how long a target waits for a copy that is being made: one to an object store or a local disk takes about a second.
+// copyPatience is how long a target waits for a copy that is being made: one to an object store or
+// a local disk takes about a second.
 const copyPatience = 10 * time.Second
 
-// begin makes a migration, or a copy. Each begun or found one must be told to wg when it is done with.
+// begin makes a migration, or a copy. Each begun or found one must be told to wg when it is done
+// with.
 func (s *Source) begin(h wire.Hello, l *link, baseline *Baseline) (*outgoing, error) {
 	patience := time.NewTimer(copyPatience)
 	defer patience.Stop()
@@ -373,8 +383,9 @@ func (s *Source) Relinquish(patience time.Duration) error {
 // revokeGrace is how long a write may keep a migration that is revoked from telling the target so.
 const revokeGrace = 2 * time.Second
 
-// Revoke ends the VM's being migratable. A migration that has not been handed over is cancelled, and Revoke waits until the VM runs here as before. Else it
-// fails with [ErrHandedOver] and changes nothing, or, when no answer comes for as long as a connection may be silent, with [ErrInDoubt].
+// Revoke ends the VM's being migratable. A migration that has not been handed over is cancelled,
+// and Revoke waits until the VM runs here as before. Else it fails with [ErrHandedOver] and changes
+// nothing, or, when no answer comes for as long as a connection may be silent, with [ErrInDoubt].
 func (s *Source) Revoke(cause error) error {
 	s.mu.Lock()
 	s.revoked = true
@@ -412,7 +423,8 @@ func (s *Source) Revoke(cause error) error {
 	}
 }
 
-// awaitDoubt waits for the answer of a target that was just handed the VM, and then ends the migration without it.
+// awaitDoubt waits for the answer of a target that was just handed the VM, and then ends the
+// migration without it.
 func (o *outgoing) awaitDoubt(changed <-chan struct{}) {
 	answer := time.Until(o.figures.pausedAt().Add(o.config.Limits.Silence))
 	select {
@@ -424,7 +436,8 @@ func (o *outgoing) awaitDoubt(changed <-chan struct{}) {
 	<-changed
 }
 
-// Close ends what goes on, whatever that means for the VM, and waits for it. Phase tells where that left it.
+// Close ends what goes on, whatever that means for the VM, and waits for it. Phase tells where that
+// left it.
 func (s *Source) Close() error {
 	s.mu.Lock()
 	s.closed = true
@@ -605,7 +618,8 @@ func (o *outgoing) Stats() migrate.Stats {
 	return s
 }
 
-// revocable returns a context that ends with ctx, when the migration is revoked, or with its connection.
+// revocable returns a context that ends with ctx, when the migration is revoked, or with its
+// connection.
 func (o *outgoing) revocable(ctx context.Context, l *link) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	stopRevoked := context.AfterFunc(o.ctx, func() { cancel(context.Cause(o.ctx)) })
@@ -689,7 +703,8 @@ func (o *outgoing) preflight(ctx context.Context) (migrate.Phase, error) {
 	return migrate.PreCopying, nil
 }
 
-// reply waits for the target's answer to the manifest, and lets the VM's memory be written back for as long.
+// reply waits for the target's answer to the manifest, and lets the VM's memory be written back for
+// as long.
 func (o *outgoing) reply(ctx context.Context, l *link) (any, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -765,12 +780,14 @@ func (o *outgoing) attach(l *link, hello wire.Hello) error {
 	return nil
 }
 
-// reconcile takes note of where a target stands that has reconnected. A contradiction to where this side stands is an operator's mistake.
+// reconcile takes note of where a target stands that has reconnected. A contradiction to where this
+// side stands is an operator's mistake.
 func (o *outgoing) reconcile(accepted bool) (wire.Code, error) {
 	switch state := o.Phase(); state {
 	case migrate.HandingOff, migrate.InDoubt:
-		// While handing off: a target that has accepted has got the authority, whose sending is just about to end here. One that refuses has given up
-		// before it came, and whatever is still sent goes nowhere.
+		// While handing off: a target that has accepted has got the authority, whose sending is
+		// just about to end here. One that refuses has given up before it came, and whatever is
+		// still sent goes nowhere.
 		o.ack(wire.Ack{Accepted: accepted, Reason: "the target did not take over before it lost the connection"})
 	case migrate.Serving, migrate.LeftServing, migrate.Moved:
 		if !accepted {
@@ -788,7 +805,8 @@ func (o *outgoing) reconcile(accepted bool) (wire.Code, error) {
 	return 0, nil
 }
 
-// replacePending makes exactly those pages pending which the target lacks. What was sent on the connections it had may have been lost.
+// replacePending makes exactly those pages pending which the target lacks. What was sent on the
+// connections it had may have been lost.
 func (o *outgoing) replacePending(missing []*block.Bitmap) {
 	o.lanes.cancel(errReconnected)
 	o.sending.Lock()

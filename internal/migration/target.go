@@ -18,22 +18,26 @@ import (
 	"drafter/migrate"
 )
 
-// TargetVM is what a target asks of the VM it is about to have. There is one call at a time, but pages arrive beside Start and Expect.
+// TargetVM is what a target asks of the VM it is about to have. There is one call at a time, but
+// pages arrive beside Start and Expect.
 type TargetVM interface {
-	// Accept checks what is offered and opens devices for it, in the manifest's order. An error refuses the VM; it is told to the source. What Accept
-	// made is undone by Discard.
+	// Accept checks what is offered and opens devices for it, in the manifest's order. An error
+	// refuses the VM; it is told to the source. What Accept made is undone by Discard.
 	Accept(ctx context.Context, m wire.Manifest, migration uuid.UUID) ([]TargetDevice, error)
 	// Start starts the VMM, which waits for Restore. The devices that it needs have arrived.
 	Start(ctx context.Context) error
-	// Expect notes durably that the VM may be taken over from now on. It comes before Restore, and may take as long as a busy disk does.
+	// Expect notes durably that the VM may be taken over from now on. It comes before Restore, and
+	// may take as long as a busy disk does.
 	Expect(ctx context.Context, migration uuid.UUID) error
-	// Restore loads the VM's state and notes that the VM runs here, so that it is known even if this process is killed. It does not run yet.
+	// Restore loads the VM's state and notes that the VM runs here, so that it is known even if
+	// this process is killed. It does not run yet.
 	Restore(ctx context.Context, migration uuid.UUID) error
 	// Resume lets the VM run. An error means that it did not, unless it is an [ErrMayHaveRun].
 	Resume(ctx context.Context) error
 	// Complete makes durable what has arrived; nothing is missing any more.
 	Complete(ctx context.Context) error
-	// Discard gives up what Accept, Start, Expect and Restore made, and notes that the VM never ran here.
+	// Discard gives up what Accept, Start, Expect and Restore made, and notes that the VM never ran
+	// here.
 	Discard(ctx context.Context) error
 }
 
@@ -45,8 +49,8 @@ type TargetDevice struct {
 	Backup *Backup         // where to get what is held; of [wire.HoldsBackup] only
 	Base   *block.Contents // of a base that is held and that the source lacks; else nil
 
-	// Cache, if not nil, puts pages that have arrived where the VM will find them without asking; Uncache takes them away again. Both are called before
-	// the handoff only.
+	// Cache, if not nil, puts pages that have arrived where the VM will find them without asking;
+	// Uncache takes them away again. Both are called before the handoff only.
 	Cache   func(p []byte, off int64) error
 	Uncache func(off, length int64) error
 
@@ -99,8 +103,8 @@ type Target struct {
 	taken     atomic.Bool // an authority has been received
 }
 
-// wanting is what is to be said to the source: pages that somebody waits for, and the answer to a cycle. It is safe
-// for concurrent use.
+// wanting is what is to be said to the source: pages that somebody waits for, and the answer to a
+// cycle. It is safe for concurrent use.
 type wanting struct {
 	news chan struct{} // holds a token when there is something to say
 
@@ -150,8 +154,8 @@ func (k *task) begin(wg *sync.WaitGroup, do func() error) {
 	})
 }
 
-// Receive asks a source for its VM. It returns when the VM runs here; what is missing is fetched from then on, see [Target.Wait]. On an error the VM does not
-// run here.
+// Receive asks a source for its VM. It returns when the VM runs here; what is missing is fetched
+// from then on, see [Target.Wait]. On an error the VM does not run here.
 func Receive(ctx context.Context, c TargetConfig) (*Target, error) {
 	var err error
 	if c.Limits, err = c.Limits.WithDefaults(); err != nil {
@@ -398,8 +402,9 @@ func (t *Target) preflight(ctx context.Context) (migrate.Phase, error) {
 	return migrate.Receiving, nil
 }
 
-// headStart waits, for as long as the limits allow, until the VMM is there, if it has begun to start. What the VM writes meanwhile need not be sent again and again,
-// and a VMM that cannot start is no trouble for a VM that has not been touched.
+// headStart waits, for as long as the limits allow, until the VMM is there, if it has begun to
+// start. What the VM writes meanwhile need not be sent again and again, and a VMM that cannot start
+// is no trouble for a VM that has not been touched.
 func (t *Target) headStart(ctx context.Context, l *link) error {
 	if !t.start.begun.Load() || slices.ContainsFunc(t.devices, func(d *incomingDevice) bool { return d.left != nil }) {
 		return nil
@@ -499,8 +504,8 @@ func (t *Target) heed(ctx context.Context, l *link, kind wire.Type, message any)
 	return nil
 }
 
-// receiving tells whether this side is receiving, or about to: the source may be quick, and this side has not
-// noticed yet.
+// receiving tells whether this side is receiving, or about to: the source may be quick, and this
+// side has not noticed yet.
 func (t *Target) receiving() bool {
 	phase := t.Phase()
 	return phase == migrate.Preflight || phase == migrate.Receiving
@@ -534,7 +539,8 @@ func (t *Target) started() bool {
 	}
 }
 
-// startWhenPossible starts the VMM once the devices it needs are there: at once if they are the base's, else when the first cycle is over and their backups are here.
+// startWhenPossible starts the VMM once the devices it needs are there: at once if they are the
+// base's, else when the first cycle is over and their backups are here.
 func (t *Target) startWhenPossible(ctx context.Context, cycle int) {
 	if t.config.Copy {
 		return
@@ -555,7 +561,8 @@ func (t *Target) startWhenPossible(ctx context.Context, cycle int) {
 	})
 }
 
-// beginExpect notes that the VM may be taken over, beside what still arrives, and tells the source when that is done.
+// beginExpect notes that the VM may be taken over, beside what still arrives, and tells the source
+// when that is done.
 func (t *Target) beginExpect(ctx context.Context, l *link) {
 	t.expect.begin(&t.wg, func() error {
 		if err := t.config.VM.Expect(ctx, t.id); err != nil {
@@ -585,8 +592,8 @@ func (t *Target) want(device int, first, end int64) {
 	t.wanting.say(func(w *wanting) { w.queue = append(w.queue, queue...) })
 }
 
-// ask sends what is wanted, and answers to cycles: the one who reads must not wait for what is sent. What cannot be sent is asked for again after the next connection
-// is there.
+// ask sends what is wanted, and answers to cycles: the one who reads must not wait for what is
+// sent. What cannot be sent is asked for again after the next connection is there.
 func (t *Target) ask(ctx context.Context) {
 	for {
 		select {
@@ -650,7 +657,8 @@ func (t *Target) receive(ctx context.Context) (migrate.Phase, error) {
 	}
 }
 
-// storeCopy completes a copy and tells the source, which does not need to hear it: the copy is what it is.
+// storeCopy completes a copy and tells the source, which does not need to hear it: the copy is what
+// it is.
 func (t *Target) storeCopy(ctx context.Context) (migrate.Phase, error) {
 	l, _ := t.lanes.get()
 	if err := t.config.VM.Complete(ctx); err != nil {
@@ -729,7 +737,8 @@ func (t *Target) handBack(ctx context.Context) (migrate.Phase, error) {
 	return migrate.NotTaken, err
 }
 
-// tellRefused tells the source on a new connection that the VM did not run here, until it has taken note.
+// tellRefused tells the source on a new connection that the VM did not run here, until it has taken
+// note.
 func (t *Target) tellRefused(ctx context.Context) error {
 	var deserted time.Time // since when nobody listens there
 	for {
@@ -764,13 +773,14 @@ func (t *Target) tellRefused(ctx context.Context) error {
 	}
 }
 
-// nobodyListens tells whether a connection failed as there is no process at its address. The path of
-// a UNIX socket is gone once its listener has ended well.
+// nobodyListens tells whether a connection failed as there is no process at its address. The path
+// of a UNIX socket is gone once its listener has ended well.
 func nobodyListens(err error) bool {
 	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENOENT)
 }
 
-// resume makes a connection after one was lost, says where this side stands, and lets use go on with it. The link is closed afterwards.
+// resume makes a connection after one was lost, says where this side stands, and lets use go on
+// with it. The link is closed afterwards.
 func (t *Target) resume(ctx context.Context, outcome wire.Outcome, use func(*link) error) error {
 	l, err := t.connect(ctx, wire.Main, true)
 	if err != nil {
@@ -820,7 +830,8 @@ func (t *Target) whileConnected(ctx context.Context, done <-chan struct{}) error
 		case <-done:
 			return nil
 		case <-demandLost:
-			// What was on its way there is lost, and only a new main connection tells the source so.
+			// What was on its way there is lost, and only a new main connection tells the source
+			// so.
 			l.cancel(errors.New("the connection for wanted pages was lost"))
 		case <-l.ctx.Done():
 			if err := t.comeBack(ctx, l, done); err != nil {

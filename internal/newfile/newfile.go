@@ -35,7 +35,8 @@ func Write(path string, write func(*os.File) error) error {
 	return f.Publish()
 }
 
-// Rename gives a file that has been synced another name, durably, in the place of what has that now.
+// Rename gives a file that has been synced another name, durably, in the place of what has that
+// now.
 func Rename(from, to string) error {
 	if err := os.Rename(from, to); err != nil {
 		return err
@@ -102,8 +103,8 @@ func Create(path string) (_ *File, err error) {
 	return f, nil
 }
 
-// CheckReplaced refuses a path that is taken by something else than a regular file, such as /dev/null:
-// a new file does not take its place.
+// CheckReplaced refuses a path that is taken by something else than a regular file, such as
+// /dev/null: a new file does not take its place.
 func CheckReplaced(path string) error {
 	info, err := os.Stat(path)
 	if errors.Is(err, os.ErrNotExist) {

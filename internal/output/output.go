@@ -16,7 +16,8 @@ import (
 
 // Writer is an [io.Writer] whose Write neither blocks nor fails. Its own goroutine passes on what
 // was written, in order. What finds no room in the buffer, exceeds the limit or cannot be passed on
-// is left out, and a line in its place says how many bytes that were. It is safe for concurrent use.
+// is left out, and a line in its place says how many bytes that were. It is safe for concurrent
+// use.
 type Writer struct {
 	to      io.Writer
 	room    int           // bytes
@@ -35,8 +36,8 @@ type Writer struct {
 	done     chan struct{} // closed when the goroutine has ended
 }
 
-// New returns a writer that passes on to to, with a buffer of room bytes. notice makes the line about
-// bytes that were left out. Close it.
+// New returns a writer that passes on to to, with a buffer of room bytes. notice makes the line
+// about bytes that were left out. Close it.
 func New(to io.Writer, room int, notice func(bytes int64) []byte) *Writer {
 	return NewLimited(to, room, nil, notice)
 }
@@ -138,8 +139,8 @@ func (w *Writer) pass() {
 // Patience is how long Close waits for a reader that takes nothing.
 const Patience = 2 * time.Second
 
-// Close passes on what is in the buffer, as long as the reader takes it, and ends the goroutine. One
-// that hangs in a write to a reader that takes nothing is left behind.
+// Close passes on what is in the buffer, as long as the reader takes it, and ends the goroutine.
+// One that hangs in a write to a reader that takes nothing is left behind.
 func (w *Writer) Close() {
 	w.mu.Lock()
 	if !w.closed {

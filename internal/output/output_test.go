@@ -44,8 +44,8 @@ func (r *reader) fail(err error) {
 	r.err = err
 }
 
-// A reader that takes nothing holds up no writer. What it misses it is told of in its place, when it
-// takes something again.
+// A reader that takes nothing holds up no writer. What it misses it is told of in its place, when
+// it takes something again.
 func TestStuckReader(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &reader{take: make(chan struct{})}

@@ -1,8 +1,8 @@
 // Package private makes files and directories for their owner alone, and opens files by paths that
 // other users may have a hand in: modes are 0600 and 0700 whatever the umask, and a symbolic link
 // is followed only if a trusted user made it. Where others could replace what is made, or have a
-// path lead elsewhere, nothing is made and nothing is opened for writing: each directory of the path
-// belongs to a trusted user, and others cannot write to it unless it is sticky, as /tmp.
+// path lead elsewhere, nothing is made and nothing is opened for writing: each directory of the
+// path belongs to a trusted user, and others cannot write to it unless it is sticky, as /tmp.
 //
 // The trusted users are root, the user of this process, and the one who called it by sudo(8).
 package private
@@ -277,14 +277,14 @@ func (e placeError) Error() string { return string(e) }
 // Is implements what [errors.Is] asks for.
 func (placeError) Is(target error) bool { return target == os.ErrPermission }
 
-// writable tells whether others than the owner, and those in the owner's private group, can write to
-// what is at path.
+// writable tells whether others than the owner, and those in the owner's private group, can write
+// to what is at path.
 func writable(mode, uid, gid uint32, path string) bool {
 	return mode&0o002 != 0 || mode&0o020 != 0 && (gid != uid || hasList(path))
 }
 
-// hasList tells whether there is an access list (acl(5)). Its mask is what the mode says of the group,
-// and it may let any user write.
+// hasList tells whether there is an access list (acl(5)). Its mask is what the mode says of the
+// group, and it may let any user write.
 func hasList(path string) bool {
 	_, err := unix.Getxattr(path, "system.posix_acl_access", nil)
 	return err == nil

@@ -163,8 +163,8 @@ func TestCreateOrOpen(t *testing.T) {
 	}
 }
 
-// In a stranger's directory nothing is made, and nothing opened to be written, as its owner can put something
-// else in its place; what is there can be read.
+// In a stranger's directory nothing is made, and nothing opened to be written, as its owner can put
+// something else in its place; what is there can be read.
 func TestStrangersDirectory(t *testing.T) {
 	dir, _ := strangers(t)
 	path := filepath.Join(dir, "file")

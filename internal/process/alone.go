@@ -24,7 +24,8 @@ func (p *Process) startAlone(c Config) (err error) {
 		if p.guard, err = startGuard(); err != nil {
 			return err
 		}
-		// It is in a process id namespace in which it has no parent, which package syscall takes for one that has died.
+		// It is in a process id namespace in which it has no parent, which package syscall takes
+		// for one that has died.
 		p.cmd.SysProcAttr.Pdeathsig = 0
 	}
 	leave, err := mountAlone(c)
@@ -50,7 +51,8 @@ func (p *Process) startAlone(c Config) (err error) {
 	return nil
 }
 
-// mountAlone makes mounts that only the children see which the calling thread starts until it calls leave. They end with the last of those.
+// mountAlone makes mounts that only the children see which the calling thread starts until it calls
+// leave. They end with the last of those.
 func mountAlone(c Config) (leave func() error, err error) {
 	if len(c.Mounts) == 0 && c.Root == nil {
 		return func() error { return nil }, nil
@@ -99,8 +101,9 @@ func makeMounts(mounts []Mount) error {
 	return nil
 }
 
-// startGuard makes a process id namespace for the children that the calling thread starts from now on, and returns its first process, with which all of
-// them end (pid_namespaces(7)). The guard is this program's child and gets the signal of its death.
+// startGuard makes a process id namespace for the children that the calling thread starts from now
+// on, and returns its first process, with which all of them end (pid_namespaces(7)). The guard is
+// this program's child and gets the signal of its death.
 func startGuard() (*exec.Cmd, error) {
 	guard := exec.Command("sleep", "infinity")
 	guard.Dir, guard.Env = "/", []string{}

@@ -32,7 +32,8 @@ type Limits struct {
 	PIDs   int     // processes and threads; below 0 for no limit, 0 for DefaultPIDs where the host can limit them
 }
 
-// DefaultPIDs is far above what a VMM needs, and far below what a host has (pid_max is at least 32768).
+// DefaultPIDs is far above what a VMM needs, and far below what a host has (pid_max is at least
+// 32768).
 const DefaultPIDs = 1024
 
 // bound is one limit of a group.
@@ -43,7 +44,8 @@ type bound struct {
 	optional   bool
 }
 
-// bounds are what is to be written for the limits. See cgroup-v2.rst of Linux, and its cgroup-v1/memory.rst and pids.rst and scheduler/sched-bwc.rst.
+// bounds are what is to be written for the limits. See cgroup-v2.rst of Linux, and its
+// cgroup-v1/memory.rst and pids.rst and scheduler/sched-bwc.rst.
 func (l Limits) bounds(version int) []bound {
 	const period = 100_000 // microseconds, the kernel's default
 	var list []bound
@@ -148,8 +150,8 @@ func makeGroup(dir string) error {
 	}
 }
 
-// delegated is the group that groups may be made in: the one that systemd has given to the unit that this process belongs to (Delegate= of
-// systemd.resource-control(5)), or else the root.
+// delegated is the group that groups may be made in: the one that systemd has given to the unit
+// that this process belongs to (Delegate= of systemd.resource-control(5)), or else the root.
 func delegated(root string) string {
 	b, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
@@ -223,8 +225,8 @@ func (g *cgroup) set(b bound) error {
 	return fmt.Errorf("this host has no controller %s in cgroup version %d; try --cgroup-version %d", b.controller, g.version, 3-g.version)
 }
 
-// enableControllers lets the group at dir have controllers, and returns why it cannot have some. The group's parent is ours; in base, which is not, only what
-// the bounds need is enabled.
+// enableControllers lets the group at dir have controllers, and returns why it cannot have some.
+// The group's parent is ours; in base, which is not, only what the bounds need is enabled.
 func enableControllers(base, dir string, bounds []bound) map[string]error {
 	failed := map[string]error{}
 	parent := filepath.Dir(dir)
@@ -306,7 +308,8 @@ func checkCgroups(dirs []string, name string) error {
 	return nil
 }
 
-// entrance is the way for a child into its group from the start: nothing that it does goes uncounted.
+// entrance is the way for a child into its group from the start: nothing that it does goes
+// uncounted.
 type entrance struct {
 	group       *os.File   // of version 2; nil for none
 	into, outOf []*os.File // the tasks files of version 1: of the group, and of where the calling thread was
@@ -370,7 +373,8 @@ func pathIn(h hierarchy, groups string) (string, error) {
 	return "", fmt.Errorf("this process has no group in %s", h.mount)
 }
 
-// enter moves the calling thread into the groups of version 1, where its children begin, until it leaves.
+// enter moves the calling thread into the groups of version 1, where its children begin, until it
+// leaves.
 func (e *entrance) enter() error { return attach(e.into) }
 
 func (e *entrance) leave() error { return attach(e.outOf) }
@@ -427,8 +431,9 @@ func (g *cgroup) killed() error {
 	return nil
 }
 
-// removeCgroup removes groups, and ends what the child has left there. A group stays busy for a moment after its last process was reaped, so it is tried for a second.
-// The shared parent is removed with its last child, if it was made for these.
+// removeCgroup removes groups, and ends what the child has left there. A group stays busy for a
+// moment after its last process was reaped, so it is tried for a second. The shared parent is
+// removed with its last child, if it was made for these.
 func removeCgroup(dirs []string) error {
 	var errs []error
 	for _, dir := range dirs {

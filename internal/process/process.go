@@ -1,5 +1,6 @@
-// Package process runs a VMM as a child: without privileges, with a root directory and namespaces of its
-// own, under another user, in its own cgroup, on one NUMA node, and never longer than its owner.
+// Package process runs a VMM as a child: without privileges, with a root directory and namespaces
+// of its own, under another user, in its own cgroup, on one NUMA node, and never longer than its
+// owner.
 package process
 
 import (
@@ -33,7 +34,8 @@ type Config struct {
 	CgroupName    string // unique per child
 	Limits        Limits // of the cgroup
 
-	// Files become the child's descriptors 3, 4, … in order. FilesIn, if set, is called inside Netns and returns more, which Start closes.
+	// Files become the child's descriptors 3, 4, … in order. FilesIn, if set, is called inside
+	// Netns and returns more, which Start closes.
 	Files   []*os.File
 	FilesIn func() ([]*os.File, error)
 
@@ -41,12 +43,13 @@ type Config struct {
 
 	// Mounts, if there are any, are made for the child alone, in a mount namespace of its own.
 	Mounts []Mount
-	// Root, if not nil, is all that the child sees of the file system. The child has namespaces of its
-	// own, also of process ids, and no capability. Without it, a child of root's has all of them. No
-	// child gets privileges from what it executes.
+	// Root, if not nil, is all that the child sees of the file system. The child has namespaces of
+	// its own, also of process ids, and no capability. Without it, a child of root's has all of
+	// them. No child gets privileges from what it executes.
 	Root *Root
-	// Outlives says that the child changes its user itself, so that no signal of its owner's death reaches it. It is killed then all the same, by the kernel, as
-	// part of a process id namespace whose first process does get the signal.
+	// Outlives says that the child changes its user itself, so that no signal of its owner's death
+	// reaches it. It is killed then all the same, by the kernel, as part of a process id namespace
+	// whose first process does get the signal.
 	Outlives bool
 }
 
@@ -57,7 +60,8 @@ type Mount struct {
 	ReadOnly       bool   // also without devices and set-user-ID programs
 }
 
-// Process is a running child. It is killed when its owner dies, however that happens (prctl(2), PR_SET_PDEATHSIG).
+// Process is a running child. It is killed when its owner dies, however that happens (prctl(2),
+// PR_SET_PDEATHSIG).
 type Process struct {
 	cmd    *exec.Cmd
 	guard  *exec.Cmd // nil unless Config.Outlives
@@ -83,8 +87,9 @@ func Start(c Config) (*Process, error) {
 	return p, nil
 }
 
-// run owns the child's whole life on one thread: the namespace and the CPU mask it sets are inherited by the child, and the death signal
-// is tied to the thread that started it. The thread is never unlocked, so it ends with this goroutine and its settings with it.
+// run owns the child's whole life on one thread: the namespace and the CPU mask it sets are
+// inherited by the child, and the death signal is tied to the thread that started it. The thread is
+// never unlocked, so it ends with this goroutine and its settings with it.
 func (p *Process) run(c Config, started chan<- error) {
 	runtime.LockOSThread()
 	if err := p.launch(c); err != nil {
@@ -147,7 +152,8 @@ func (p *Process) launch(c Config) error {
 	if c.Stdin != nil {
 		p.cmd.Stdin = c.Stdin
 	}
-	// The child gets its own process group: a Ctrl-C on the terminal is for us, we then suspend the VM.
+	// The child gets its own process group: a Ctrl-C on the terminal is for us, we then suspend the
+	// VM.
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	c.Root.attributes(p.cmd.SysProcAttr)
 	if c.UID != 0 || c.GID != 0 {
@@ -165,13 +171,14 @@ func (p *Process) launch(c Config) error {
 	return nil
 }
 
-// room is how many descriptors the child can have open before the kernel enlarges its table of them.
+// room is how many descriptors the child can have open before the kernel enlarges its table of
+// them.
 const room = 512
 
-// withRoom opens descriptor 511 for the child, so that the kernel allocates a large descriptor table at its start. Linux
-// begins with a table for 64 descriptors. A process with threads that needs a larger one waits for a grace period of RCU
-// (expand_fdtable of fs/file.c): 5 to 15 ms, during which a VM with a few devices would be paused, in its resume. The
-// caller closes the file.
+// withRoom opens descriptor 511 for the child, so that the kernel allocates a large descriptor
+// table at its start. Linux begins with a table for 64 descriptors. A process with threads that
+// needs a larger one waits for a grace period of RCU (expand_fdtable of fs/file.c): 5 to 15 ms,
+// during which a VM with a few devices would be paused, in its resume. The caller closes the file.
 func withRoom(files []*os.File) ([]*os.File, error) {
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
@@ -307,11 +314,13 @@ func executable(pid int) (string, error) {
 	return fmt.Sprintf("%d:%d", st.Dev, st.Ino), nil
 }
 
-// reclaimTimeout bounds how long a killed orphan may take to vanish. A VMM with a large memory needs a while to free it.
+// reclaimTimeout bounds how long a killed orphan may take to vanish. A VMM with a large memory
+// needs a while to free it.
 const reclaimTimeout = 30 * time.Second
 
-// Reclaim kills the process if it still runs, waits until it is gone, and removes its cgroups, which are
-// called name. A process that does not agree with all of the identity is another one, and is left alone.
+// Reclaim kills the process if it still runs, waits until it is gone, and removes its cgroups,
+// which are called name. A process that does not agree with all of the identity is another one, and
+// is left alone.
 func (id Identity) Reclaim(name string) error {
 	if err := checkCgroups(id.Cgroups, name); err != nil {
 		return err
@@ -364,7 +373,8 @@ func waitPidfd(fd int, timeout time.Duration) error {
 	}
 }
 
-// Dying tells whether a process has been killed but hangs in the kernel: its first thread has ended, others have not. What it holds it keeps until they do.
+// Dying tells whether a process has been killed but hangs in the kernel: its first thread has
+// ended, others have not. What it holds it keeps until they do.
 func Dying(pid int) bool {
 	fields, err := statFields(pid)
 	if err != nil {
@@ -383,7 +393,8 @@ func startTime(pid int) (string, error) {
 	return fields[19], nil
 }
 
-// statFields reads /proc/PID/stat from field 3 on (proc_pid_stat(5)); the name in field 2 may hold spaces and parentheses.
+// statFields reads /proc/PID/stat from field 3 on (proc_pid_stat(5)); the name in field 2 may hold
+// spaces and parentheses.
 func statFields(pid int) ([]string, error) {
 	path := fmt.Sprintf("/proc/%d/stat", pid)
 	b, err := os.ReadFile(path)

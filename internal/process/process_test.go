@@ -50,7 +50,8 @@ func TestStartAndKill(t *testing.T) {
 	}
 }
 
-// TestRoom: the kernel's table of a child's descriptors is large from the start (FDSize of proc_pid_status(5)).
+// TestRoom: the kernel's table of a child's descriptors is large from the start (FDSize of
+// proc_pid_status(5)).
 func TestRoom(t *testing.T) {
 	p, err := Start(Config{Path: "/bin/sleep", Args: []string{"1000"}})
 	if err != nil {
@@ -161,7 +162,8 @@ func TestParseCPUList(t *testing.T) {
 	}
 }
 
-// A process whose first thread has ended while another has not holds what it has; one that runs, or is gone, is not dying.
+// A process whose first thread has ended while another has not holds what it has; one that runs, or
+// is gone, is not dying.
 func TestDying(t *testing.T) {
 	source := `#include <pthread.h>
 #include <unistd.h>

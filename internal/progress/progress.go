@@ -39,7 +39,8 @@ func New(out io.Writer) *Reporter {
 	return r
 }
 
-// Report says that done of total bytes (or other units) of a step are done. A total of 0 is unknown. A step ends when done reaches total.
+// Report says that done of total bytes (or other units) of a step are done. A total of 0 is
+// unknown. A step ends when done reaches total.
 func (r *Reporter) Report(name string, done, total int64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -1,5 +1,5 @@
-// Package redisimage makes an OCI image of Redis from Debian's packages and serves it from a registry, for the demo and the tests, which must
-// not depend on a registry that is far away.
+// Package redisimage makes an OCI image of Redis from Debian's packages and serves it from a
+// registry, for the demo and the tests, which must not depend on a registry that is far away.
 package redisimage
 
 import (
@@ -34,7 +34,8 @@ const Tag = "latest"
 // redisUser is who the server runs as, by name in the image's config.
 const redisUID = 999
 
-// Build makes the image. cache keeps downloaded packages; the image's layer is read from a file in dir for as long as the image is used.
+// Build makes the image. cache keeps downloaded packages; the image's layer is read from a file in
+// dir for as long as the image is used.
 func Build(ctx context.Context, cache, dir string) (_ v1.Image, err error) {
 	root, err := os.MkdirTemp("", "drafter-redis-")
 	if err != nil {
@@ -70,7 +71,8 @@ func Build(ctx context.Context, cache, dir string) (_ v1.Image, err error) {
 	})
 }
 
-// Pack makes an image of a root file system, for this architecture. Its one layer is read from file, a new one, for as long as the image is used.
+// Pack makes an image of a root file system, for this architecture. Its one layer is read from
+// file, a new one, for as long as the image is used.
 func Pack(root, file string, c v1.Config) (v1.Image, error) {
 	if err := writeTar(root, file); err != nil {
 		return nil, err
@@ -101,7 +103,8 @@ func WriteLayout(image v1.Image, dir string) error {
 	return path.AppendImage(image, layout.WithAnnotations(map[string]string{"org.opencontainers.image.ref.name": Tag}))
 }
 
-// Serve pushes the image to a registry of its own on a loopback port and returns its reference, for docker://.
+// Serve pushes the image to a registry of its own on a loopback port and returns its reference, for
+// docker://.
 func Serve(image v1.Image) (ref string, stop func(), err error) {
 	server := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
 	ref = strings.TrimPrefix(server.URL, "http://") + "/redis:" + Tag

@@ -1,4 +1,5 @@
-// Package s3test runs a real S3 server, versitygw, for tests, behind a proxy that fails as a test tells it.
+// Package s3test runs a real S3 server, versitygw, for tests, behind a proxy that fails as a test
+// tells it.
 package s3test
 
 import (
@@ -38,9 +39,11 @@ type Server struct {
 	requests []string // methods and paths, since the last Requests
 }
 
-// Fault decides about a request before it reaches the server. What it returns is done: "" to pass it on, "cut" to close the connection, "lost" to close it
-// after the server has answered, "slow" to answer after a while, "hanging" never to, "accepted" to say that a write was done, "whole" to answer as if no part had been asked for,
-// "skewed" as a storage whose clock is an hour ahead, or a status code that the storage would answer with.
+// Fault decides about a request before it reaches the server. What it returns is done: "" to pass
+// it on, "cut" to close the connection, "lost" to close it after the server has answered, "slow" to
+// answer after a while, "hanging" never to, "accepted" to say that a write was done, "whole" to
+// answer as if no part had been asked for, "skewed" as a storage whose clock is an hour ahead, or a
+// status code that the storage would answer with.
 type Fault func(r *http.Request) string
 
 // All is a fault of every request.

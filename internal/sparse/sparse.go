@@ -13,11 +13,12 @@ import (
 	"drafter/internal/private"
 )
 
-// Extent is a run of bytes that a file stores; what lies between extents is a hole, which reads as zeros.
+// Extent is a run of bytes that a file stores; what lies between extents is a hole, which reads as
+// zeros.
 type Extent struct{ Offset, Length int64 }
 
-// Extents lists the parts of f that are stored, in order (lseek(2), SEEK_DATA and SEEK_HOLE). On file systems without holes it is one
-// extent. It moves f's offset.
+// Extents lists the parts of f that are stored, in order (lseek(2), SEEK_DATA and SEEK_HOLE). On
+// file systems without holes it is one extent. It moves f's offset.
 func Extents(f *os.File, size int64) ([]Extent, error) {
 	var extents []Extent
 	for at := int64(0); at < size; {
@@ -48,8 +49,9 @@ func Extents(f *os.File, size int64) ([]Extent, error) {
 // chunk is how much is copied between two looks at the context, in bytes.
 const chunk = 8 << 20
 
-// CopyFile copies the regular file src to dst, which is created or overwritten (see [private.CreateOrOpen]), and syncs it. progress, which may be nil, is called with the
-// number of stored bytes copied and to copy. A failed copy removes dst.
+// CopyFile copies the regular file src to dst, which is created or overwritten (see
+// [private.CreateOrOpen]), and syncs it. progress, which may be nil, is called with the number of
+// stored bytes copied and to copy. A failed copy removes dst.
 func CopyFile(ctx context.Context, dst, src string, progress func(done, total int64)) (err error) {
 	in, err := private.Open(src, unix.O_RDONLY)
 	if err != nil {

@@ -1,4 +1,5 @@
-// Package stack puts a device together from its files: a base, an overlay with what has changed, what is still on its way, and the tracker of what is written.
+// Package stack puts a device together from its files: a base, an overlay with what has changed,
+// what is still on its way, and the tracker of what is written.
 package stack
 
 import (
@@ -26,7 +27,8 @@ type Files struct {
 	Shared    bool   // others use the base at the same time: it is not locked
 	Remedy    string // what to do about a device of which a part never arrived, for messages
 
-	// Check, if not nil, refuses a base by its contents. They are then made afresh from the open file: those that are kept beside it may be a stranger's.
+	// Check, if not nil, refuses a base by its contents. They are then made afresh from the open
+	// file: those that are kept beside it may be a stranger's.
 	Check func(*block.Contents) error
 }
 
@@ -152,8 +154,8 @@ func (f *Files) OpenOverlay() (*Stack, error) {
 	return f.overlayOver(block.NewZeros(size), under, block.ID{}, block.ID{}, nil)
 }
 
-// Forget gives up what an overlay that is not in use holds: its base shows again, or zeros where the
-// device came without one. There need not be an overlay.
+// Forget gives up what an overlay that is not in use holds: its base shows again, or zeros where
+// the device came without one. There need not be an overlay.
 func (f *Files) Forget(ctx context.Context) error {
 	if f.Overlay == "" {
 		return nil
@@ -278,7 +280,8 @@ func (f *Files) overlayOver(base block.Device, under, id, origin block.ID, recei
 	return s, nil
 }
 
-// Receive opens a device for what a migration brings: receive makes what takes it, over what the files make up. It returns what of the device is here.
+// Receive opens a device for what a migration brings: receive makes what takes it, over what the
+// files make up. It returns what of the device is here.
 func (f *Files) Receive(ctx context.Context, offered wire.Device, receive func(under block.Device) *block.Incoming) (*Stack, wire.Held, error) {
 	if f.Overlay == "" {
 		base, err := block.CreateFile(f.Base, offered.Size)
@@ -332,7 +335,8 @@ func (f *Files) Receive(ctx context.Context, offered wire.Device, receive func(u
 // own is the file without which nothing of the device is here.
 func (f *Files) own() string { return cmp.Or(f.State, f.Base) }
 
-// missingFile says, beside a device's files, that a migration has left a part of the device at its source.
+// missingFile says, beside a device's files, that a migration has left a part of the device at its
+// source.
 func (f *Files) missingFile() string { return f.own() + ".missing" }
 
 // NoteMissing notes durably, before the VM runs, that a part of the device has not arrived.

@@ -1,5 +1,6 @@
-// Package testguest is a guest that needs no operating system, for tests and measurements: it changes memory at a set rate, checks all of it again and again, and
-// ticks on its console. Its source is testdata/guest.c.
+// Package testguest is a guest that needs no operating system, for tests and measurements: it
+// changes memory at a set rate, checks all of it again and again, and ticks on its console. Its
+// source is testdata/guest.c.
 package testguest
 
 import (
@@ -39,7 +40,8 @@ type Options struct {
 	Words       int  // of each page that hold the pattern, a power of two up to 512; 0: all
 }
 
-// Affordable is a value for Words: all, but the given number where KVM emulates a guest's instructions, as PVM does with those of a guest that does not know it.
+// Affordable is a value for Words: all, but the given number where KVM emulates a guest's
+// instructions, as PVM does with those of a guest that does not know it.
 func Affordable(words int) int {
 	if _, err := os.Stat("/sys/module/kvm_pvm"); err == nil {
 		return words
@@ -91,9 +93,11 @@ type Console struct {
 	Repeated    int // characters that came twice, see [Parse]
 }
 
-// Parse reads a console's output. It fails when the guest has found a page that is not as it should be, when a tick is missing or came twice, and when
-// there is anything else. A character that comes twice in a row is one: Firecracker, when it is paused while a vCPU is in the middle of an output, repeats it
-// after a restore. The first line may be cut, of a guest that was resumed in the middle of it, and so may the last.
+// Parse reads a console's output. It fails when the guest has found a page that is not as it should
+// be, when a tick is missing or came twice, and when there is anything else. A character that comes
+// twice in a row is one: Firecracker, when it is paused while a vCPU is in the middle of an output,
+// repeats it after a restore. The first line may be cut, of a guest that was resumed in the middle
+// of it, and so may the last.
 func Parse(output []byte) (c Console, err error) {
 	c.Last = -1
 	text := string(output)
@@ -113,7 +117,8 @@ func Parse(output []byte) (c Console, err error) {
 			for j := 1; j < len(line) && !fixed; j++ {
 				if line[j] == line[j-1] {
 					words, fixed = fields(line[:j] + line[j+1:])
-					// Which of the characters came twice cannot be seen, but for the number that is due.
+					// Which of the characters came twice cannot be seen, but for the number that is
+					// due.
 					fixed = fixed && (line[0] != 't' || c.Last < 0 || words[0] == c.Last+1)
 				}
 			}

@@ -22,7 +22,8 @@ type Host struct {
 	link   string
 }
 
-// NewHost makes a host at 10.77.number.2. Its link takes rate bits per second in both directions; 0 does not limit it. Close it.
+// NewHost makes a host at 10.77.number.2. Its link takes rate bits per second in both directions; 0
+// does not limit it. Close it.
 func NewHost(number int, rate uint64) (_ *Host, err error) {
 	h := &Host{Addr: fmt.Sprintf("10.77.%d.2", number), Gateway: fmt.Sprintf("10.77.%d.1", number), link: fmt.Sprintf("host%d", number)}
 	h.holder = exec.Command("unshare", "--net", "--mount", "sh", "-c", "mount -t tmpfs tmpfs /run && echo ready && exec cat")

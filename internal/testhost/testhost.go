@@ -1,7 +1,7 @@
-// Package testhost gives a test binary a host of its own: mount, network and cgroup namespaces, with
-// an empty /run, a temporary directory, a loopback interface, and an uplink (eth0, 192.0.2.1) to a
-// network namespace "outside" (192.0.2.254). What the tests do to it, the real host never sees, and
-// what else the real host does, the tests never see.
+// Package testhost gives a test binary a host of its own: mount, network and cgroup namespaces,
+// with an empty /run, a temporary directory, a loopback interface, and an uplink (eth0, 192.0.2.1)
+// to a network namespace "outside" (192.0.2.254). What the tests do to it, the real host never
+// sees, and what else the real host does, the tests never see.
 package testhost
 
 import (

@@ -19,7 +19,8 @@ type Pulse struct {
 	gap  time.Duration
 }
 
-// StartPulse begins. A ping is sent every few milliseconds, on a new connection wherever the old one does not answer.
+// StartPulse begins. A ping is sent every few milliseconds, on a new connection wherever the old
+// one does not answer.
 func StartPulse(ctx context.Context, addrs ...string) *Pulse {
 	p := &Pulse{}
 	ctx, p.stop = context.WithCancel(ctx)
@@ -91,7 +92,8 @@ func (p *Pulse) Reset() {
 	}
 }
 
-// End ends the pings and returns the longest time without an answer, which may have lasted until now.
+// End ends the pings and returns the longest time without an answer, which may have lasted until
+// now.
 func (p *Pulse) End() time.Duration {
 	now := time.Now()
 	p.stop()

@@ -1,4 +1,5 @@
-// Package tour drives the drafter command as a user on the README's tour does. The demo, the benchmarks and the end-to-end tests share it.
+// Package tour drives the drafter command as a user on the README's tour does. The demo, the
+// benchmarks and the end-to-end tests share it.
 package tour
 
 import (
@@ -37,7 +38,8 @@ func (d Drafter) command(args []string) []string {
 // StepTimeout bounds each command and each wait.
 const StepTimeout = 5 * time.Minute
 
-// Run runs a command to its end. Its log goes to this process' stderr. When ctx ends, the command is told to end.
+// Run runs a command to its end. Its log goes to this process' stderr. When ctx ends, the command
+// is told to end.
 func (d Drafter) Run(ctx context.Context, stdout io.Writer, args ...string) error {
 	ctx, cancel := context.WithTimeout(ctx, StepTimeout)
 	defer cancel()
@@ -54,7 +56,8 @@ func (d Drafter) Run(ctx context.Context, stdout io.Writer, args ...string) erro
 
 // Service is a drafter command that runs in the background.
 type Service struct {
-	// Output is the file with what the command printed on stdout: the guest's console, for a runner.
+	// Output is the file with what the command printed on stdout: the guest's console, for a
+	// runner.
 	Output string
 	Input  io.WriteCloser // the command's stdin
 
@@ -197,7 +200,8 @@ func (s *Service) Wait() error {
 // Done is closed when the command has ended.
 func (s *Service) Done() <-chan struct{} { return s.done }
 
-// End terminates the command, if it still runs, and waits for it. One that does not end says where it stands, in the error.
+// End terminates the command, if it still runs, and waits for it. One that does not end says where
+// it stands, in the error.
 func (s *Service) End() error {
 	err := s.Signal(syscall.SIGTERM)
 	select {
@@ -208,13 +212,14 @@ func (s *Service) End() error {
 	return errors.Join(err, s.Wait())
 }
 
-// Files maps devices to the names their files have on the tour, in the order in which they are listed.
+// Files maps devices to the names their files have on the tour, in the order in which they are
+// listed.
 var Files = []struct{ Device, File string }{
 	{"state", "state.bin"}, {"memory", "memory.bin"}, {"kernel", "vmlinux"}, {"disk", "rootfs.ext4"}, {"config", "config.json"}, {"oci", "oci.ext4"},
 }
 
-// SnapshotterDevices is the value of --devices that makes package from blueprint, two directories. Devices whose file the blueprint lacks, other
-// than those the snapshotter makes, are left out.
+// SnapshotterDevices is the value of --devices that makes package from blueprint, two directories.
+// Devices whose file the blueprint lacks, other than those the snapshotter makes, are left out.
 func SnapshotterDevices(blueprint, pkg string) string {
 	var devices []map[string]string
 	for _, f := range Files {
@@ -243,7 +248,8 @@ func PackageDevices(pkg string) string {
 	return encode(devices)
 }
 
-// Forward is the value of --port-forwards that makes a TCP port of the guest in netns reachable at addr.
+// Forward is the value of --port-forwards that makes a TCP port of the guest in netns reachable at
+// addr.
 func Forward(netns, port, addr string) string {
 	return encode([]map[string]string{{"netns": netns, "internalPort": port, "protocol": "tcp", "externalAddr": addr}})
 }

@@ -15,7 +15,8 @@ import (
 // latencies are what a process measures of its own faults, in nanoseconds.
 type latencies struct{ Missing, Write []int64 }
 
-// measure reads a word of every 16th page, so that none has come with another, and then writes to it, which is the first write to a protected page.
+// measure reads a word of every 16th page, so that none has come with another, and then writes to
+// it, which is the first write to a protected page.
 func measure(memory []byte) (l latencies) {
 	const stride = 16 * page
 	for off := 0; off < len(memory); off += stride {
@@ -31,7 +32,8 @@ func measure(memory []byte) (l latencies) {
 	return l
 }
 
-// BenchmarkFault measures, in the process that faults, how long it waits for a page that is in the page cache, and for the first write to one.
+// BenchmarkFault measures, in the process that faults, how long it waits for a page that is in the
+// page cache, and for the first write to one.
 func BenchmarkFault(b *testing.B) {
 	const pages = 16 * 4096
 	path := filepath.Join(b.TempDir(), "memory")

@@ -1,10 +1,13 @@
-// Package uffd serves the memory of a process that runs a VM, by userfaultfd(2): it answers the faults on pages that are not there yet from a memory device, and
-// learns which pages are written, while the VM runs.
+// Package uffd serves the memory of a process that runs a VM, by userfaultfd(2): it answers the
+// faults on pages that are not there yet from a memory device, and learns which pages are written,
+// while the VM runs.
 //
-// A page is in one of these states: missing, there and write-protected, there and written. What is missing comes from the device write-protected, unless it
-// is a write that misses it. The first write to a protected page marks it dirty and lifts the protection. [Handler.Collect] takes the marks, protects the pages again,
-// reads them out of the process and writes them to the device. Marking and lifting are one step, and so are taking and protecting, under the lock of the page's stripe;
-// nobody does I/O under such a lock.
+// A page is in one of these states: missing, there and write-protected, there and written. What is
+// missing comes from the device write-protected, unless it is a write that misses it. The first
+// write to a protected page marks it dirty and lifts the protection. [Handler.Collect] takes the
+// marks, protects the pages again, reads them out of the process and writes them to the device.
+// Marking and lifting are one step, and so are taking and protecting, under the lock of the page's
+// stripe; nobody does I/O under such a lock.
 package uffd
 
 import (
@@ -40,7 +43,8 @@ type Handler struct {
 	unit    int64 // size of a page
 	tracked bool
 
-	// Held for reading while pages are filled, for writing while events are read and removals noted: a fill sees every removal before it.
+	// Held for reading while pages are filled, for writing while events are read and removals
+	// noted: a fill sees every removal before it.
 	events   sync.RWMutex
 	removals atomic.Uint64 // events that were noted
 
@@ -74,7 +78,8 @@ type Handler struct {
 
 const (
 	batch = 16 // events read at once
-	// A fault is often followed by the next, which is then seen without a wake-up: what KVM does with halt_poll_ns.
+	// A fault is often followed by the next, which is then seen without a wake-up: what KVM does
+	// with halt_poll_ns.
 	spin = 50 * time.Microsecond
 
 	stripeSize = 2 << 20  // bytes that share a lock
@@ -84,7 +89,8 @@ const (
 	maxTouched = 8192
 )
 
-// Serve reads the handshake of a Firecracker, whose process id is pid, from conn, and serves its memory until Close.
+// Serve reads the handshake of a Firecracker, whose process id is pid, from conn, and serves its
+// memory until Close.
 func Serve(conn *net.UnixConn, pid int, c Config) (_ *Handler, err error) {
 	fd, regions, err := receive(conn)
 	if err != nil {
@@ -133,7 +139,8 @@ func serve(fd descriptor, regions []region, pid int, c Config) (_ *Handler, err 
 // Tracked tells whether written pages are known: whether Collect works.
 func (h *Handler) Tracked() bool { return h.tracked }
 
-// Failed is closed when a page could not be served: who waits for it waits for ever. Err then tells why.
+// Failed is closed when a page could not be served: who waits for it waits for ever. Err then tells
+// why.
 func (h *Handler) Failed() <-chan struct{} { return h.failed }
 
 // Err is why Failed is closed.
@@ -156,7 +163,8 @@ func (h *Handler) Touched() []uint32 {
 	return append([]uint32(nil), h.touched.pages...)
 }
 
-// Close ends serving. The process must have ended, or its threads wait for ever. Whoever waits for the device must have been let go.
+// Close ends serving. The process must have ended, or its threads wait for ever. Whoever waits for
+// the device must have been let go.
 func (h *Handler) Close() (err error) {
 	h.closed.Do(func() {
 		h.closing.Store(true)
@@ -213,7 +221,8 @@ type fault struct {
 // pages are those from first, and before end.
 type pages struct{ first, end int64 }
 
-// read waits for events and serves them. When there are none, it brings what lies around the pages that were missed, the last one's first, page by page.
+// read waits for events and serves them. When there are none, it brings what lies around the pages
+// that were missed, the last one's first, page by page.
 func (h *Handler) read() {
 	b, err := newBuffer(max(h.unit, around))
 	if err != nil {
@@ -261,7 +270,8 @@ func (h *Handler) read() {
 	}
 }
 
-// next reads events, and notes removals. It returns 0 at the end. While there are none it calls idle, until that says that there is nothing to do.
+// next reads events, and notes removals. It returns 0 at the end. While there are none it calls
+// idle, until that says that there is nothing to do.
 func (h *Handler) next(messages []byte, idle func() bool) (int, error) {
 	for begin := time.Now(); ; {
 		timeout := 0
@@ -347,7 +357,8 @@ func (h *Handler) address(off int64) (address uint64, follow int64, ok bool) {
 	return 0, 0, false
 }
 
-// serve answers a fault: at once if the page is at hand, or else without holding up the next one. It tells whether it has brought a page.
+// serve answers a fault: at once if the page is at hand, or else without holding up the next one.
+// It tells whether it has brought a page.
 func (h *Handler) serve(f fault, b buffer) bool {
 	if f.wp {
 		h.written(f.page)
@@ -389,7 +400,8 @@ func (h *Handler) written(page int64) {
 	s.Unlock()
 	switch {
 	case errors.Is(err, unix.EAGAIN):
-		// The layout changes: the event that says so has yet to be read, by another reader or by this one.
+		// The layout changes: the event that says so has yet to be read, by another reader or by
+		// this one.
 		h.workers.Go(func() {
 			select {
 			case <-h.ctx.Done():
@@ -411,10 +423,12 @@ func (h *Handler) load(p []byte, off int64, wait bool) (bool, error) {
 	return true, err
 }
 
-// bring fills a page that somebody waits for. It returns false if that is to be tried again: when it may wait, or when other events have been read.
+// bring fills a page that somebody waits for. It returns false if that is to be tried again: when
+// it may wait, or when other events have been read.
 func (h *Handler) bring(f fault, b buffer, wait bool) bool {
 	off := f.page * h.unit
-	// What is read is old when the page has been removed since, even if the device holds its zeros by now, and the page is not marked any more.
+	// What is read is old when the page has been removed since, even if the device holds its zeros
+	// by now, and the page is not marked any more.
 	removals, removed := h.removals.Load(), h.removed.Has(f.page)
 	if !removed {
 		if ok, err := h.load(b[:h.unit], off, wait); err != nil {
@@ -486,7 +500,8 @@ func (h *Handler) bringAll(all pages, b buffer, wait bool) bool {
 	return true
 }
 
-// bringMore fills pages that nobody is known to wait for, which lie in one region. It returns false when that cannot go on now.
+// bringMore fills pages that nobody is known to wait for, which lie in one region. It returns false
+// when that cannot go on now.
 func (h *Handler) bringMore(p, q int64, b buffer, wait bool) bool {
 	off, length := p*h.unit, (q-p)*h.unit
 	address, follow, ok := h.address(off)
@@ -562,7 +577,8 @@ func (h *Handler) touch(page int64) {
 	}
 }
 
-// fill brings pages before anybody asks: those that are known to be needed first, then all. What is on its way from another host it leaves until it is here.
+// fill brings pages before anybody asks: those that are known to be needed first, then all. What is
+// on its way from another host it leaves until it is here.
 func (h *Handler) fill() {
 	b, err := newBuffer(max(h.unit, fillSize))
 	if err != nil {
@@ -618,8 +634,9 @@ func (h *Handler) pass(b buffer) (all bool) {
 	return all
 }
 
-// Collect writes every page that was written until now to the device. The process goes on meanwhile: what it writes from now on is for the next Collect. A page
-// that could not be brought to the device is still dirty after the error.
+// Collect writes every page that was written until now to the device. The process goes on
+// meanwhile: what it writes from now on is for the next Collect. A page that could not be brought
+// to the device is still dirty after the error.
 func (h *Handler) Collect(ctx context.Context) error {
 	h.collecting.Lock()
 	defer h.collecting.Unlock()

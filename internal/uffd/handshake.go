@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// region is a part of guest memory as Firecracker describes it: a JSON array of them comes with the descriptor, see docs/snapshotting/handling-page-faults-on-snapshot-resume.md
-// of Firecracker.
+// region is a part of guest memory as Firecracker describes it: a JSON array of them comes with the
+// descriptor, see docs/snapshotting/handling-page-faults-on-snapshot-resume.md of Firecracker.
 type region struct {
 	Base     uint64 `json:"base_host_virt_addr"`
 	Size     uint64 `json:"size"`      // bytes

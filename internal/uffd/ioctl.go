@@ -49,8 +49,9 @@ func (d descriptor) register(start, length, mode uint64) error {
 	return d.ioctl(ioctlRegister, unsafe.Pointer(&r))
 }
 
-// copy fills pages that are missing with what lies at src, which the garbage collector must not know, and wakes who waits for them unless told not to. It
-// returns how much it has filled before an error: EEXIST at a page that is there, EAGAIN while the memory's layout changes.
+// copy fills pages that are missing with what lies at src, which the garbage collector must not
+// know, and wakes who waits for them unless told not to. It returns how much it has filled before
+// an error: EEXIST at a page that is there, EAGAIN while the memory's layout changes.
 func (d descriptor) copy(dst uint64, src unsafe.Pointer, length, mode uint64) (int64, error) {
 	c := struct {
 		dst, src, length, mode uint64
@@ -72,7 +73,8 @@ func (d descriptor) zero(dst, length uint64) error {
 	return d.ioctl(ioctlZeroPage, unsafe.Pointer(&z))
 }
 
-// writeProtect makes the next write to each page that is there a fault, or ends that and wakes who waits.
+// writeProtect makes the next write to each page that is there a fault, or ends that and wakes who
+// waits.
 func (d descriptor) writeProtect(start, length uint64, on bool) error {
 	w := struct{ start, length, mode uint64 }{start, length, 0}
 	if on {
@@ -104,7 +106,8 @@ func (b buffer) pointer(off int64) unsafe.Pointer { return unsafe.Pointer(&b[off
 // gone tells whether an error says that the process whose memory it is has ended.
 func gone(err error) bool { return errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT) }
 
-// CanTrack tells whether this kernel can write-protect memory (UFFD_FEATURE_PAGEFAULT_FLAG_WP of userfaultfd(2)).
+// CanTrack tells whether this kernel can write-protect memory (UFFD_FEATURE_PAGEFAULT_FLAG_WP of
+// userfaultfd(2)).
 func CanTrack() bool {
 	const cloexec, api, featureWP = unix.O_CLOEXEC | unix.O_NONBLOCK, 0xc018aa3f, 1
 	fd, _, errno := unix.Syscall(unix.SYS_USERFAULTFD, cloexec, 0, 0)

@@ -30,7 +30,8 @@ import (
 	"drafter/internal/need"
 )
 
-// The tests serve the memory of a real process: this program again, which gives its userfaultfd away as Firecracker does, and then uses the memory.
+// The tests serve the memory of a real process: this program again, which gives its userfaultfd
+// away as Firecracker does, and then uses the memory.
 func TestMain(m *testing.M) {
 	if env := os.Getenv("UFFD_TEST_CHILD"); env != "" {
 		if err := child(env); err != nil {
@@ -64,7 +65,8 @@ func initial(p int) uint64 {
 	return uint64(p)*0x9e3779b97f4a7c15 | 1
 }
 
-// child runs until its stdin ends: it uses memory until it reads a byte, then checks all, and prints what each page's words are.
+// child runs until its stdin ends: it uses memory until it reads a byte, then checks all, and
+// prints what each page's words are.
 func child(env string) error {
 	debug.SetGCPercent(-1) // a thread that waits for a page cannot be stopped
 	var u use
@@ -363,7 +365,8 @@ func (p *process) close() {
 	}
 }
 
-// run collects while the child uses its memory, until so many faults were served, and compares what was collected in the end.
+// run collects while the child uses its memory, until so many faults were served, and compares what
+// was collected in the end.
 func (p *process) run(d *device, faults int64, pause time.Duration) {
 	p.t.Helper()
 	deadline := time.Now().Add(10 * time.Minute)
@@ -422,7 +425,8 @@ func TestRemove(t *testing.T) {
 	}
 }
 
-// A page that is removed while it is read stays removed, even if that has been collected before the read ends.
+// A page that is removed while it is read stays removed, even if that has been collected before the
+// read ends.
 func TestRemoveWhileRead(t *testing.T) {
 	const pages = 256
 	d := newDevice(pages)

@@ -44,7 +44,8 @@ type Extent struct {
 	Data     []byte // Raw: Len bytes; Zstd: what decompresses to them
 }
 
-// ExtentBuffer holds an extent's frame while it is made, so that data are read into place and sent in one piece. Reuse it.
+// ExtentBuffer holds an extent's frame while it is made, so that data are read into place and sent
+// in one piece. Reuse it.
 type ExtentBuffer struct {
 	frame      []byte
 	compressed []byte
@@ -58,7 +59,8 @@ func NewExtentBuffer() *ExtentBuffer {
 // Data is where up to [MaxExtent] bytes of data belong.
 func (b *ExtentBuffer) Data() []byte { return b.frame[headerSize+extentHeader:] }
 
-// SendExtent sends length bytes of the buffer's data, from index at on, or none for encodings without. It overwrites what lies before at.
+// SendExtent sends length bytes of the buffer's data, from index at on, or none for encodings
+// without. It overwrites what lies before at.
 func (c *Conn) SendExtent(b *ExtentBuffer, at int64, device int, encoding Encoding, off, length int64, when Urgency) error {
 	n := int64(0)
 	if encoding == Raw {
@@ -67,7 +69,8 @@ func (c *Conn) SendExtent(b *ExtentBuffer, at int64, device int, encoding Encodi
 	return c.sendExtent(b.frame[at:at+headerSize+extentHeader+n], device, encoding, off, length, when)
 }
 
-// Compress compresses length bytes of the buffer's data, from index at on, and returns to how many; see SendCompressed.
+// Compress compresses length bytes of the buffer's data, from index at on, and returns to how many;
+// see SendCompressed.
 func (b *ExtentBuffer) Compress(encoder *zstd.Encoder, at, length int64) int {
 	if b.compressed == nil {
 		b.compressed = make([]byte, headerSize+extentHeader, headerSize+extentHeader+MaxExtent+MaxExtent/128)
@@ -106,8 +109,8 @@ func NewDecoder() (*Decoder, error) {
 // Close frees the decoder.
 func (d *Decoder) Close() { d.zstd.Close() }
 
-// Extent decodes a frame of TypeExtent and checks it against the devices' sizes. A compressed extent comes out raw. Data are valid until the next frame is
-// received or decoded.
+// Extent decodes a frame of TypeExtent and checks it against the devices' sizes. A compressed
+// extent comes out raw. Data are valid until the next frame is received or decoded.
 func (d *Decoder) Extent(f Frame, sizes []int64) (e Extent, err error) {
 	if len(f.Payload) < extentHeader {
 		return e, violation("an extent of %d bytes", len(f.Payload))

@@ -1,5 +1,6 @@
-// Package wire holds the frames of the migration protocol: how they are encoded, decoded and bounded. docs/protocol.md describes them byte by byte. What is
-// sent when is the business of package migrate.
+// Package wire holds the frames of the migration protocol: how they are encoded, decoded and
+// bounded. docs/protocol.md describes them byte by byte. What is sent when is the business of
+// package migrate.
 package wire
 
 import (
@@ -106,7 +107,8 @@ func maxPayload(t Type) int {
 //	8       8     XXH3-64 of the payload, seeded with bytes 0 to 7
 const headerSize = 16
 
-// ErrProtocol says that the other side does not follow the protocol, or that the connection damaged what it sent.
+// ErrProtocol says that the other side does not follow the protocol, or that the connection damaged
+// what it sent.
 var ErrProtocol = errors.New("protocol violation")
 
 func violation(format string, args ...any) error {
@@ -121,7 +123,8 @@ type Frame struct {
 	Payload  []byte
 }
 
-// Conn sends and receives frames over a byte stream. Any number of goroutines may send, one may receive.
+// Conn sends and receives frames over a byte stream. Any number of goroutines may send, one may
+// receive.
 type Conn struct {
 	stream io.ReadWriteCloser
 	reader *bufio.Reader
@@ -144,8 +147,8 @@ func NewConn(stream io.ReadWriteCloser) *Conn {
 	return &Conn{stream: stream, reader: bufio.NewReaderSize(stream, 32<<10), bound: MaxPayload}
 }
 
-// Bound bounds the payloads of frames that are received from here on, in bytes: where nothing else is expected, a stranger can have no more memory than that. Call
-// it where Read is called.
+// Bound bounds the payloads of frames that are received from here on, in bytes: where nothing else
+// is expected, a stranger can have no more memory than that. Call it where Read is called.
 func (c *Conn) Bound(bytes int) { c.bound = bytes }
 
 // Close closes the stream, which ends every Read and send. It is idempotent.
@@ -154,8 +157,9 @@ func (c *Conn) Close() error {
 	return c.closeErr
 }
 
-// Silence is how long Read has been waiting without receiving anything; before the first Read, how long a frame has been waiting to be sent. Later on, one that
-// waits says nothing: the other side may be slow, and live.
+// Silence is how long Read has been waiting without receiving anything; before the first Read, how
+// long a frame has been waiting to be sent. Later on, one that waits says nothing: the other side
+// may be slow, and live.
 func (c *Conn) Silence() time.Duration {
 	since := c.waiting.Load()
 	if since == 0 && !c.heard.Load() {

@@ -20,14 +20,16 @@ const (
 	Main   Lane = 0 // all that is neither wanted nor an answer to it
 	Demand Lane = 1 // wants of the target and their answers
 
-	// Forward is for what the users of devices that have moved away go on doing at their source: a connection that the target opens, on which the source asks.
+	// Forward is for what the users of devices that have moved away go on doing at their source: a
+	// connection that the target opens, on which the source asks.
 	Forward Lane = 2
 )
 
 const magic = "DRAFTER\x00"
 
-// Hello opens every connection. Its payload: magic [8]byte, version uint16, lane uint8, flags uint8 (1: it resumes, 2: a copy is wanted), migration id [16]byte,
-// features uint64. A feature is a bit that changes nothing for those who do not know it.
+// Hello opens every connection. Its payload: magic [8]byte, version uint16, lane uint8, flags uint8
+// (1: it resumes, 2: a copy is wanted), migration id [16]byte, features uint64. A feature is a bit
+// that changes nothing for those who do not know it.
 type Hello struct {
 	Version   uint16
 	Lane      Lane
@@ -37,17 +39,21 @@ type Hello struct {
 	Features  uint64
 }
 
-// FeaturePackage is a feature of a manifest: nothing runs here and nothing is handed over. The other side may ask for any pages, as often as it likes; the
-// manifest is followed by the devices' [Contents].
+// FeaturePackage is a feature of a manifest: nothing runs here and nothing is handed over. The
+// other side may ask for any pages, as often as it likes; the manifest is followed by the devices'
+// [Contents].
 const FeaturePackage uint64 = 1
 
-// FeatureForward is a feature of a manifest: the devices have users at the source, who go on there after the handoff. The target serves them, see [Forward].
+// FeatureForward is a feature of a manifest: the devices have users at the source, who go on there
+// after the handoff. The target serves them, see [Forward].
 const FeatureForward uint64 = 2
 
-// FeatureSignature is a feature of a hello: the target takes the package's signature; and of the manifest that answers it: it is there.
+// FeatureSignature is a feature of a hello: the target takes the package's signature; and of the
+// manifest that answers it: it is there.
 const FeatureSignature uint64 = 4
 
-// FeatureForce is a feature of a hello: the VM is taken even if its guest does not get ready to be paused.
+// FeatureForce is a feature of a hello: the VM is taken even if its guest does not get ready to be
+// paused.
 const FeatureForce uint64 = 8
 
 // FeatureContents is a feature of a hello: the target tells the contents of a base that it holds
@@ -65,8 +71,9 @@ const (
 	Sync  Kind = 4
 )
 
-// Operation asks for something to be done with a device. Its payload: id uint64, kind uint8, offset uint64, length uint32, the data of a write; the device is in
-// the header. It may come twice, when the connection was lost before its result came; doing it twice is the same as once.
+// Operation asks for something to be done with a device. Its payload: id uint64, kind uint8, offset
+// uint64, length uint32, the data of a write; the device is in the header. It may come twice, when
+// the connection was lost before its result came; doing it twice is the same as once.
 type Operation struct {
 	Device int
 	ID     uint64
@@ -76,21 +83,25 @@ type Operation struct {
 	Data   []byte // valid until the next Read
 }
 
-// Result tells what became of an operation, in any order. Its payload: id uint64, failed uint8, then what was read or, if it failed, why.
+// Result tells what became of an operation, in any order. Its payload: id uint64, failed uint8,
+// then what was read or, if it failed, why.
 type Result struct {
 	ID     uint64
 	Failed bool
 	Data   []byte // valid until the next Read
 }
 
-// Manifest says what there is to migrate. Its payload: features uint64, config and processor as byte strings, generation [16]byte, number of devices uint16, then for
-// each: name as byte string, size uint64, block size uint32, flags uint8 (1: it needs the base, 2: the source lacks it), content ids of the base and of the backup [32]byte each, zero for
-// none. With [FeatureSignature], the signature follows as a byte string. A byte string is its length as uint32 and the bytes.
+// Manifest says what there is to migrate. Its payload: features uint64, config and processor as
+// byte strings, generation [16]byte, number of devices uint16, then for each: name as byte string,
+// size uint64, block size uint32, flags uint8 (1: it needs the base, 2: the source lacks it),
+// content ids of the base and of the backup [32]byte each, zero for none. With [FeatureSignature],
+// the signature follows as a byte string. A byte string is its length as uint32 and the bytes.
 type Manifest struct {
 	Features  uint64
 	Config    []byte // content of the config device (JSON)
 	Processor []byte // of the source's host (JSON); empty when it does not matter
-	// Generation is the VM's generation ID, which it keeps where it moves to; zero when it keeps none.
+	// Generation is the VM's generation ID, which it keeps where it moves to; zero when it keeps
+	// none.
 	Generation uuid.UUID
 	Devices    []Device
 	Signature  []byte // of the package, with FeatureSignature
@@ -119,8 +130,8 @@ func (m *Manifest) Sizes() []int64 {
 // maxName bounds the name of a device, in bytes.
 const maxName = 64
 
-// Contents are content ids of a device's blocks (see [block.ContentBlockSize]). Its payload: first block uint64, number of blocks uint32, 32 bytes for each; the device
-// is in the header.
+// Contents are content ids of a device's blocks (see [block.ContentBlockSize]). Its payload: first
+// block uint64, number of blocks uint32, 32 bytes for each; the device is in the header.
 type Contents struct {
 	Device int
 	First  int64
@@ -141,7 +152,8 @@ const (
 // Accept says that the target can take the VM. Its payload: one byte per device of the manifest.
 type Accept struct{ Held []Held }
 
-// Want asks for pages that somebody waits for. Its payload: first page uint64, number of pages uint32; the device is in the header.
+// Want asks for pages that somebody waits for. Its payload: first page uint64, number of pages
+// uint32; the device is in the header.
 type Want struct {
 	Device      int
 	First, Ends int64 // pages; Ends is not part
@@ -153,14 +165,16 @@ type Cycle struct {
 	Bytes  int64
 }
 
-// Authority hands the VM over. Its payload: how long it has been paused, int64 in nanoseconds; number of devices uint16; then the page set of each, see
-// [AppendPages]: what has not been sent in its final form.
+// Authority hands the VM over. Its payload: how long it has been paused, int64 in nanoseconds;
+// number of devices uint16; then the page set of each, see [AppendPages]: what has not been sent in
+// its final form.
 type Authority struct {
 	Paused  time.Duration
 	Missing []*block.Bitmap
 }
 
-// Snapshot ends a copy: all has been sent as it was in one moment. Its payload: how long the VM was paused for it, int64 in nanoseconds.
+// Snapshot ends a copy: all has been sent as it was in one moment. Its payload: how long the VM was
+// paused for it, int64 in nanoseconds.
 type Snapshot struct{ Paused time.Duration }
 
 // Ack answers an authority. Its payload: accepted uint8, reason.
@@ -178,7 +192,8 @@ const (
 	Accepted Outcome = 1 // the VM runs here
 )
 
-// Resume goes on after a lost connection. Its payload: outcome uint8, number of devices uint16, then the page set of each: what is still missing.
+// Resume goes on after a lost connection. Its payload: outcome uint8, number of devices uint16,
+// then the page set of each: what is still missing.
 type Resume struct {
 	Outcome Outcome
 	Missing []*block.Bitmap
@@ -209,7 +224,8 @@ type Error struct {
 
 func (e *Error) Error() string { return e.Text }
 
-// Send sends a message: one of the types above, or a bare [Type] for those without payload. Urgent messages overtake what waits.
+// Send sends a message: one of the types above, or a bare [Type] for those without payload. Urgent
+// messages overtake what waits.
 func (c *Conn) Send(message any) error {
 	b := make([]byte, headerSize, headerSize+256)
 	le := binary.LittleEndian
@@ -293,7 +309,8 @@ func cut(s string) string { return s[:min(len(s), maxText)] }
 // maxText bounds a text for a human, in bytes.
 const maxText = 2000
 
-// Printable is a text of the other side's for a human: bounded, on one line, and without what a terminal would obey.
+// Printable is a text of the other side's for a human: bounded, on one line, and without what a
+// terminal would obey.
 func Printable(b []byte) string {
 	return strings.Map(func(r rune) rune {
 		if !unicode.IsPrint(r) {

@@ -14,7 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The bodies of the calls that are used, as in src/firecracker/swagger/firecracker.yaml of Firecracker.
+// The bodies of the calls that are used, as in src/firecracker/swagger/firecracker.yaml of
+// Firecracker.
 type (
 	bootSource struct {
 		KernelImagePath string `json:"kernel_image_path"`
@@ -81,8 +82,8 @@ type api struct {
 	socket string
 }
 
-// newAPI is for the Firecracker that runs as user uid. It could put a link to another socket in the place
-// of its own, so who answers there is checked.
+// newAPI is for the Firecracker that runs as user uid. It could put a link to another socket in the
+// place of its own, so who answers there is checked.
 func newAPI(socket string, uid int) *api {
 	a := &api{socket: socket}
 	a.client.Transport = &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {

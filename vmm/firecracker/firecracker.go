@@ -1,7 +1,8 @@
 // Package firecracker drives unmodified releases of Firecracker, behind their jailer.
 //
-// A machine that boots has its memory from nowhere and is there to be snapshotted. Every other is restored: its memory is served by package uffd, from the
-// memory device, a page at a time, and what it writes is known while it runs.
+// A machine that boots has its memory from nowhere and is there to be snapshotted. Every other is
+// restored: its memory is served by package uffd, from the memory device, a page at a time, and
+// what it writes is known while it runs.
 package firecracker
 
 import (
@@ -378,7 +379,8 @@ func (m *Machine) boot(ctx context.Context, cpu *cpuConfig) error {
 	return nil
 }
 
-// alphanumeric makes a device's name an id of Firecracker's, which is made of letters, digits and '_'.
+// alphanumeric makes a device's name an id of Firecracker's, which is made of letters, digits and
+// '_'.
 func alphanumeric(r rune) rune {
 	if r == '-' || r == '.' {
 		return '_'
@@ -405,7 +407,8 @@ func (m *Machine) supervise() {
 	close(m.ended)
 }
 
-// orExit prefers the story of a VM that just ended over err, its consequence. A process that dies takes a moment to be reaped.
+// orExit prefers the story of a VM that just ended over err, its consequence. A process that dies
+// takes a moment to be reaped.
 func (m *Machine) orExit(err error) error {
 	var refused *refusedError
 	if err == nil || errors.As(err, &refused) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
@@ -439,7 +442,8 @@ func (m *Machine) count(name string, value float64) {
 	}
 }
 
-// Metrics implements [vmm.Meter]: what Firecracker has last said of itself (docs/metrics.md of Firecracker), by group and name, and the faults served.
+// Metrics implements [vmm.Meter]: what Firecracker has last said of itself (docs/metrics.md of
+// Firecracker), by group and name, and the faults served.
 func (m *Machine) Metrics() map[string]float64 {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -34,7 +34,8 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-// programs writes a Firecracker that knows its version, and a jailer that starts the stand-in, which refuses a call.
+// programs writes a Firecracker that knows its version, and a jailer that starts the stand-in,
+// which refuses a call.
 func programs(t *testing.T, version, refuse string) Driver {
 	t.Helper()
 	need.Root(t)

@@ -14,8 +14,9 @@ import (
 	"drafter/vmm"
 )
 
-// jail is what Firecracker sees of the host: the root of the VM's directory. Its devices are mounted there for Firecracker alone, in a mount namespace
-// that ends with it, so that nothing of it outlives a kill.
+// jail is what Firecracker sees of the host: the root of the VM's directory. Its devices are
+// mounted there for Firecracker alone, in a mount namespace that ends with it, so that nothing of
+// it outlives a kill.
 type jail struct {
 	root   string
 	mounts []process.Mount
@@ -33,7 +34,8 @@ const (
 
 func diskFile(name string) string { return "disk-" + name }
 
-// newJail prepares the jail's directory. The program has the name there that the jailer makes paths of.
+// newJail prepares the jail's directory. The program has the name there that the jailer makes paths
+// of.
 func newJail(l *vmm.Launch, program string) (*jail, error) {
 	j := &jail{root: l.Dir.Root()}
 	binary := filepath.Join(filepath.Dir(j.root), vmm.VMMFirecracker)
@@ -111,13 +113,14 @@ func (j *jail) arguments(l *vmm.Launch, level string) []string {
 	}
 }
 
-// openSnapshots opens the directory of snapshots in the jail of a process, which is mounted there alone.
+// openSnapshots opens the directory of snapshots in the jail of a process, which is mounted there
+// alone.
 func openSnapshots(pid int) (dir *os.File, err error) {
 	return os.OpenFile(filepath.Join("/proc", strconv.Itoa(pid), "root", jailSnapshot), unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 }
 
-// openSnapshot opens a regular file among the snapshots. What else Firecracker may have put in its place,
-// as a link to a file of the host's, is refused.
+// openSnapshot opens a regular file among the snapshots. What else Firecracker may have put in its
+// place, as a link to a file of the host's, is refused.
 func openSnapshot(pid int, name string, flags uint64) (f *os.File, err error) {
 	dir, err := openSnapshots(pid)
 	if err != nil {
@@ -184,7 +187,8 @@ func removeSnapshot(pid int, name string) error {
 	return nil
 }
 
-// offerTap lets a user attach to a tap interface in the calling thread's network namespace. What it was before is not known; it belongs to drafter nat.
+// offerTap lets a user attach to a tap interface in the calling thread's network namespace. What it
+// was before is not known; it belongs to drafter nat.
 func offerTap(name string, uid, gid int) (err error) {
 	if name == "" || uid == 0 {
 		return nil

@@ -16,7 +16,8 @@ import (
 	"drafter/internal/limitedlog"
 )
 
-// openFIFO opens a FIFO that Firecracker writes to. It is opened for writing, too, so that it is there before and after Firecracker has it open.
+// openFIFO opens a FIFO that Firecracker writes to. It is opened for writing, too, so that it is
+// there before and after Firecracker has it open.
 func openFIFO(path string) (*os.File, error) {
 	fd, err := unix.Open(path, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -33,8 +34,9 @@ func level() string {
 	return "Warn"
 }
 
-// followLog passes Firecracker's log on, and keeps its end, until the file is closed. A line is "TIME [ID:THREAD:LEVEL] MESSAGE". A guest can
-// cause any number of them: some are left out of the log.
+// followLog passes Firecracker's log on, and keeps its end, until the file is closed. A line is
+// "TIME [ID:THREAD:LEVEL] MESSAGE". A guest can cause any number of them: some are left out of the
+// log.
 func followLog(f *os.File, last *console.LastLines) {
 	var log limitedlog.Log
 	lines := bufio.NewReaderSize(f, maxLine)
@@ -74,7 +76,8 @@ func parseLine(line string) (slog.Level, string) {
 	return slog.LevelDebug, message
 }
 
-// followMetrics notes what Firecracker counts, until the file is closed: one JSON object a line, of groups of numbers.
+// followMetrics notes what Firecracker counts, until the file is closed: one JSON object a line, of
+// groups of numbers.
 func followMetrics(f *os.File, note func(name string, value float64)) {
 	lines := bufio.NewScanner(f)
 	lines.Buffer(nil, 1<<20)

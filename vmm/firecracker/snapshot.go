@@ -16,7 +16,8 @@ import (
 	"drafter/vmm"
 )
 
-// Restore implements [vmm.Machine]. Memory comes from the memory device, page by page, from here on.
+// Restore implements [vmm.Machine]. Memory comes from the memory device, page by page, from here
+// on.
 func (m *Machine) Restore(ctx context.Context, state io.Reader) (err error) {
 	first, snapshot, err := readState(state)
 	if err != nil {
@@ -88,9 +89,10 @@ func (m *Machine) watchMemory(h *uffd.Handler) {
 	}
 }
 
-// Flush implements [vmm.Machine]. Where the written pages are known it does not pause the guest. Where they are not, Firecracker has to be asked for them, which it
-// answers only while the VM is paused: a running VM is then paused for as long as that takes, unless the last time has shown that it writes faster than
-// that, in which case nothing is done until it is paused for good.
+// Flush implements [vmm.Machine]. Where the written pages are known it does not pause the guest.
+// Where they are not, Firecracker has to be asked for them, which it answers only while the VM is
+// paused: a running VM is then paused for as long as that takes, unless the last time has shown
+// that it writes faster than that, in which case nothing is done until it is paused for good.
 func (m *Machine) Flush(ctx context.Context) error {
 	m.mu.Lock()
 	h, paused, vain := m.memory, m.paused, m.vain
@@ -129,7 +131,8 @@ func (m *Machine) FlushPauses() bool {
 	return m.memory == nil || !m.memory.Tracked()
 }
 
-// delta writes what a paused VM has written since the last time to the memory device, by a snapshot, and returns how much that was.
+// delta writes what a paused VM has written since the last time to the memory device, by a
+// snapshot, and returns how much that was.
 func (m *Machine) delta(ctx context.Context) (written int64, err error) {
 	s := snapshotCreate{SnapshotType: "Diff", SnapshotPath: "/" + jailSnapshot + "/state"}
 	if m.launch.Boot != nil {
@@ -172,8 +175,9 @@ func (m *Machine) delta(ctx context.Context) (written int64, err error) {
 
 // Save implements [vmm.Machine].
 //
-// Firecracker writes the state of a snapshot first, then memory. Memory is known otherwise, so that is given a path which cannot exist: Firecracker refuses
-// the snapshot, but the state is there, and whole if its checksum says so.
+// Firecracker writes the state of a snapshot first, then memory. Memory is known otherwise, so that
+// is given a path which cannot exist: Firecracker refuses the snapshot, but the state is there, and
+// whole if its checksum says so.
 func (m *Machine) Save(ctx context.Context, state io.Writer) error {
 	if err := m.Flush(ctx); err != nil { // what is refused below must not have been the last to know of a written page
 		return err

@@ -20,9 +20,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// standIn is jailer and Firecracker in one: a process that changes its root as the jailer does, and answers the API as src/firecracker/swagger/firecracker.yaml of
-// Firecracker describes it, refusing fields that it does not know, those that are missing, and calls at the wrong time. Its guest writes to
-// memory: when it runs, page n gets the number of the run, for a new n each time. It calls its host's port 26 then.
+// standIn is jailer and Firecracker in one: a process that changes its root as the jailer does, and
+// answers the API as src/firecracker/swagger/firecracker.yaml of Firecracker describes it, refusing
+// fields that it does not know, those that are missing, and calls at the wrong time. Its guest
+// writes to memory: when it runs, page n gets the number of the run, for a new n each time. It
+// calls its host's port 26 then.
 type standIn struct {
 	mu     sync.Mutex
 	state  string // "", "Running", "Paused"

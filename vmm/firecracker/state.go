@@ -60,10 +60,12 @@ func Snapshot(state []byte) ([]byte, error) {
 	return snapshot, err
 }
 
-// jones is the polynomial of the crc64 that Redis and the Rust crate crc64 use, reflected. They start with zero and do not invert, as Go does.
+// jones is the polynomial of the crc64 that Redis and the Rust crate crc64 use, reflected. They
+// start with zero and do not invert, as Go does.
 var jones = crc64.MakeTable(0x95ac9329ac4bc9b5)
 
-// checkSnapshot refuses a snapshot that is not whole: its last eight bytes are the CRC-64 of what is before them (src/vmm/src/snapshot/mod.rs of Firecracker).
+// checkSnapshot refuses a snapshot that is not whole: its last eight bytes are the CRC-64 of what
+// is before them (src/vmm/src/snapshot/mod.rs of Firecracker).
 func checkSnapshot(b []byte) error {
 	if len(b) <= 8 {
 		return fmt.Errorf("the snapshot is truncated to %d bytes", len(b))

@@ -39,7 +39,8 @@ func supported(v vmm.Version) error {
 	return nil
 }
 
-// compatible refuses state that this Firecracker would refuse, or misread: a state is read by the release that wrote it and by newer ones.
+// compatible refuses state that this Firecracker would refuse, or misread: a state is read by the
+// release that wrote it and by newer ones.
 func compatible(recorded vmm.Hardware, have vmm.Version) error {
 	if recorded.VMM != vmm.VMMFirecracker {
 		return kind.Of(vmm.ErrIncompatible, fmt.Errorf("the package was made with %s, it cannot be resumed with Firecracker", recorded.VMM))

@@ -78,10 +78,12 @@ func (ps ports) accept(ctx context.Context, port uint32) (net.Conn, error) {
 	return nil, fmt.Errorf("guest port %d: %w", port, err)
 }
 
-// maxDrained bounds the calls that are given up: more come from a Firecracker that does not stand still.
+// maxDrained bounds the calls that are given up: more come from a Firecracker that does not stand
+// still.
 const maxDrained = 64
 
-// drain gives up calls that nobody has taken: a snapshot ends all connections, and the guest's programs call again.
+// drain gives up calls that nobody has taken: a snapshot ends all connections, and the guest's
+// programs call again.
 func (ps ports) drain() error {
 	var errs []error
 	for port, l := range ps {

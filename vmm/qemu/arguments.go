@@ -11,14 +11,16 @@ import (
 	"drafter/vmm"
 )
 
-// Machine types. microvm is the fastest to start, but under emulation its kernel hangs now and then while it calibrates timers (it has
-// neither HPET nor PM timer), so emulation takes q35. A q35 is asked for by version: an alias means another machine on another host.
+// Machine types. microvm is the fastest to start, but under emulation its kernel hangs now and then
+// while it calibrates timers (it has neither HPET nor PM timer), so emulation takes q35. A q35 is
+// asked for by version: an alias means another machine on another host.
 const (
 	machineMicroVM = "microvm"
 	machineQ35     = "pc-q35-"
 )
 
-// Default CPU models. They name features, never "host": what a VM was booted with must be there on every host it moves to.
+// Default CPU models. They name features, never "host": what a VM was booted with must be there on
+// every host it moves to.
 const (
 	cpuTCG = "Nehalem-v1"
 	cpuKVM = "Westmere-v1" // with AES; any x86 server since 2011 has its features
@@ -36,8 +38,8 @@ const (
 // microvm has eight virtio-mmio slots, three of which are ours.
 const maxMicroVMDisks = 5
 
-// The descriptors every VMM process is started with: those of the ports in their order, and after them
-// the tap device where there is one.
+// The descriptors every VMM process is started with: those of the ports in their order, and after
+// them the tap device where there is one.
 const (
 	fdQMP = 3 + iota
 	fdConsole
@@ -139,7 +141,8 @@ type argumentList struct {
 
 func (a *argumentList) add(args ...string) { a.list = append(a.list, args...) }
 
-// virtio adds a virtio device on the machine's bus: a PCI slot of a q35, an mmio transport of a microvm in order of appearance.
+// virtio adds a virtio device on the machine's bus: a PCI slot of a q35, an mmio transport of a
+// microvm in order of appearance.
 func (a *argumentList) virtio(kind string, slot int, rest string, pairs ...string) {
 	if a.micro {
 		rest = strings.TrimSuffix(rest, ",romfile=")
@@ -149,7 +152,8 @@ func (a *argumentList) virtio(kind string, slot int, rest string, pairs ...strin
 	a.add("-device", options(fmt.Sprintf("virtio-%s-pci,bus=pcie.0,addr=%#x,%s", kind, slot, rest), pairs...))
 }
 
-// options appends key=value pairs to a QEMU option string, doubling commas in the values as QEMU wants them.
+// options appends key=value pairs to a QEMU option string, doubling commas in the values as QEMU
+// wants them.
 func options(head string, pairs ...string) string {
 	var b strings.Builder
 	b.WriteString(head)
@@ -159,7 +163,8 @@ func options(head string, pairs ...string) string {
 	return b.String()
 }
 
-// bootArgs takes out what would cut a q35 off its devices: "pci=off" is right for machines without PCI only.
+// bootArgs takes out what would cut a q35 off its devices: "pci=off" is right for machines without
+// PCI only.
 func bootArgs(args string, micro bool) string {
 	if micro {
 		return args

@@ -7,7 +7,8 @@ import (
 	"time"
 )
 
-// OwnMigration says how a machine moves by QEMU's own live migration, without Drafter's engine. It is there to be compared with; see docs/benchmarks.md.
+// OwnMigration says how a machine moves by QEMU's own live migration, without Drafter's engine. It
+// is there to be compared with; see docs/benchmarks.md.
 type OwnMigration struct {
 	DowntimeLimit time.Duration // QEMU's default is 300 ms
 	PostCopy      bool          // switch to post-copy after the first pass over memory
@@ -41,7 +42,8 @@ func (m *Machine) configureOwn(ctx context.Context, o OwnMigration) error {
 	return m.command(ctx, "migrate-set-parameters", parameters)
 }
 
-// ReceiveOwn lets a machine that was launched without [vmm.Boot] take another one over, from a UNIX socket at path. Call RunOwn next.
+// ReceiveOwn lets a machine that was launched without [vmm.Boot] take another one over, from a UNIX
+// socket at path. Call RunOwn next.
 func (m *Machine) ReceiveOwn(ctx context.Context, path string, o OwnMigration) error {
 	if err := m.configureOwn(ctx, o); err != nil {
 		return err
@@ -49,7 +51,8 @@ func (m *Machine) ReceiveOwn(ctx context.Context, path string, o OwnMigration) e
 	return m.command(ctx, "migrate-incoming", map[string]any{"uri": "unix:" + path})
 }
 
-// RunOwn waits until the machine that ReceiveOwn was called for has what it needs, and lets it run at once. The source has given up its disks by then.
+// RunOwn waits until the machine that ReceiveOwn was called for has what it needs, and lets it run
+// at once. The source has given up its disks by then.
 func (m *Machine) RunOwn(ctx context.Context) error {
 	for {
 		select {
@@ -68,7 +71,8 @@ func (m *Machine) RunOwn(ctx context.Context) error {
 	}
 }
 
-// SendOwn moves a machine to the one that [Machine.ReceiveOwn] was called for, and returns once it is complete there.
+// SendOwn moves a machine to the one that [Machine.ReceiveOwn] was called for, and returns once it
+// is complete there.
 func (m *Machine) SendOwn(ctx context.Context, path string, o OwnMigration) (r OwnResult, err error) {
 	if err := m.configureOwn(ctx, o); err != nil {
 		return r, err

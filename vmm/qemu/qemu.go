@@ -45,8 +45,8 @@ func (Driver) Name() string { return vmm.VMMQEMU }
 // packageNames is where a missing QEMU comes from on Debian.
 var packageNames = map[string]string{"amd64": "qemu-system-x86", "arm64": "qemu-system-arm"}
 
-// binary finds QEMU for this architecture. The path is absolute and leads through no links, as QEMU is
-// started in a root directory that has little more than what is at it.
+// binary finds QEMU for this architecture. The path is absolute and leads through no links, as QEMU
+// is started in a root directory that has little more than what is at it.
 func binary(bin string) (string, error) {
 	if bin == "" {
 		switch runtime.GOARCH {
@@ -82,8 +82,9 @@ func installedVersion(ctx context.Context, path string) (vmm.Version, error) {
 	return vmm.ParseVersion(after)
 }
 
-// compatible refuses state that this QEMU could misread. Versioned machine types load on the same and on newer releases, but not on older ones;
-// a microvm has no versions, so it loads only where it was saved. 8.0.0 reads a 7.2 machine's PCI state wrongly (fixed in 8.0.1).
+// compatible refuses state that this QEMU could misread. Versioned machine types load on the same
+// and on newer releases, but not on older ones; a microvm has no versions, so it loads only where
+// it was saved. 8.0.0 reads a 7.2 machine's PCI state wrongly (fixed in 8.0.1).
 func compatible(recorded vmm.Hardware, have vmm.Version) error {
 	if recorded.VMM != vmm.VMMQEMU {
 		return kind.Of(vmm.ErrIncompatible, fmt.Errorf("the package was made with %s, it cannot be resumed with QEMU", recorded.VMM))
@@ -106,7 +107,8 @@ func compatible(recorded vmm.Hardware, have vmm.Version) error {
 // startTimeout bounds how long QEMU may take until it answers on QMP.
 const startTimeout = 30 * time.Second
 
-// maxWorkers is how many threads QEMU starts at most for the I/O of its disks (thread-pool-max of its main loop).
+// maxWorkers is how many threads QEMU starts at most for the I/O of its disks (thread-pool-max of
+// its main loop).
 const maxWorkers = 64
 
 // checkThreads refuses a limit that QEMU could exceed: it ends when it cannot start a thread.
@@ -336,8 +338,9 @@ func (m *Machine) start(ctx context.Context, path string, args []string, root *p
 	return m.configureMigration(ctx)
 }
 
-// tunables lets QEMU's heap grow by huge pages (see the GNU C Library manual, "Memory Allocation Tunables"). While it restores a state it takes a thousand pages
-// more, and a fault for each would be half of the time that takes.
+// tunables lets QEMU's heap grow by huge pages (see the GNU C Library manual, "Memory Allocation
+// Tunables"). While it restores a state it takes a thousand pages more, and a fault for each would
+// be half of the time that takes.
 func tunables() string {
 	const own = "glibc.malloc.hugetlb=1"
 	if users := os.Getenv("GLIBC_TUNABLES"); users != "" {
@@ -346,8 +349,8 @@ func tunables() string {
 	return own
 }
 
-// configureMigration makes Save and Restore handle all but the shared memory, at full speed. A state save at QEMU's default bandwidth sleeps
-// for 100 ms in its rate limiter.
+// configureMigration makes Save and Restore handle all but the shared memory, at full speed. A
+// state save at QEMU's default bandwidth sleeps for 100 ms in its rate limiter.
 func (m *Machine) configureMigration(ctx context.Context) error {
 	type capability struct {
 		Capability string `json:"capability"`
@@ -414,7 +417,8 @@ func (m *Machine) watch() {
 	}
 }
 
-// rebootsAtOnce is how often a guest may boot again at once, and then once a minute. One that does it more often gets nowhere, and ends at the next time.
+// rebootsAtOnce is how often a guest may boot again at once, and then once a minute. One that does
+// it more often gets nowhere, and ends at the next time.
 const rebootsAtOnce = 5
 
 // rebooted tells that the guest boots again.
@@ -430,7 +434,8 @@ func (m *Machine) rebooted() {
 	}
 }
 
-// orExit prefers the story of a VM that just ended over err, its consequence. A process that dies takes a moment to be reaped.
+// orExit prefers the story of a VM that just ended over err, its consequence. A process that dies
+// takes a moment to be reaped.
 func (m *Machine) orExit(err error) error {
 	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
 		return err
@@ -478,10 +483,12 @@ func (m *Machine) Pause(ctx context.Context) error {
 	return nil
 }
 
-// flushWindow is how much of memory is written back at once, in bytes. A guest that writes to a page which is being written back waits for it.
+// flushWindow is how much of memory is written back at once, in bytes. A guest that writes to a
+// page which is being written back waits for it.
 const flushWindow = 4 << 20
 
-// Flush implements [vmm.Machine]. It does not pause the guest: memory is a shared mapping of the device, which is written back, most of it in pieces.
+// Flush implements [vmm.Machine]. It does not pause the guest: memory is a shared mapping of the
+// device, which is written back, most of it in pieces.
 func (m *Machine) Flush(ctx context.Context) error {
 	if !m.paused.Load() { // then Save need not do it
 		if err := m.prepareSave(ctx); err != nil {
@@ -557,7 +564,8 @@ func (m *Machine) Save(ctx context.Context, state io.Writer) error {
 	return nil
 }
 
-// await lets QEMU wait for the state that Restore writes, so that this need not be done while the VM is paused.
+// await lets QEMU wait for the state that Restore writes, so that this need not be done while the
+// VM is paused.
 func (m *Machine) await(ctx context.Context) error {
 	r, w, err := statePipe()
 	if err != nil {
@@ -603,7 +611,8 @@ func (m *Machine) Restore(ctx context.Context, state io.Reader) error {
 	return nil
 }
 
-// statePipe makes a pipe that holds a whole state, so that QEMU and this process need not wait for one another. The default of 64 KiB costs 10 ms of waiting.
+// statePipe makes a pipe that holds a whole state, so that QEMU and this process need not wait for
+// one another. The default of 64 KiB costs 10 ms of waiting.
 func statePipe() (r, w *os.File, err error) {
 	const size = 1 << 20 // what a user other than root may have, too; see pipe(7)
 	if r, w, err = os.Pipe(); err != nil {

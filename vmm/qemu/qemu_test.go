@@ -156,8 +156,8 @@ func TestArguments(t *testing.T) {
 	}
 }
 
-// What a package or a migration's source records goes no further than a machine type, a CPU model and
-// features may.
+// What a package or a migration's source records goes no further than a machine type, a CPU model
+// and features may.
 func TestRecordedHardware(t *testing.T) {
 	good := vmm.Hardware{VMM: vmm.VMMQEMU, Version: "7.2.22", Machine: "pc-q35-7.2", CPU: "Nehalem-v1", Accel: vmm.AccelTCG}
 	for _, tt := range []struct{ machine, cpu, refusal string }{
@@ -196,7 +196,8 @@ func TestRecordedHardware(t *testing.T) {
 	}
 }
 
-// fakeQEMU speaks QMP's greeting and then answers each command with what reply returns, if anything.
+// fakeQEMU speaks QMP's greeting and then answers each command with what reply returns, if
+// anything.
 func fakeQEMU(t *testing.T, conn net.Conn, reply func(command string, id uint64) string) {
 	t.Helper()
 	done := make(chan struct{})

@@ -17,8 +17,8 @@ import (
 	"drafter/vmm"
 )
 
-// qmp is a client of the QEMU Machine Protocol (docs/interop/qmp-spec.rst of QEMU): JSON objects over a UNIX socket, one reply per command in
-// order, events in between.
+// qmp is a client of the QEMU Machine Protocol (docs/interop/qmp-spec.rst of QEMU): JSON objects
+// over a UNIX socket, one reply per command in order, events in between.
 type qmp struct {
 	conn *net.UnixConn
 
@@ -76,7 +76,8 @@ func newQMP(ctx context.Context, conn *net.UnixConn) (*qmp, vmm.Version, error) 
 	return q, version, nil
 }
 
-// maxMessage bounds a message of QEMU's, in bytes. Each is a line. The largest that is asked for has some hundreds.
+// maxMessage bounds a message of QEMU's, in bytes. Each is a line. The largest that is asked for
+// has some hundreds.
 const maxMessage = 1 << 20
 
 func (q *qmp) read(greeting chan<- vmm.Version) {
@@ -140,7 +141,8 @@ func (q *qmp) fail(err error) {
 	}
 }
 
-// execute runs one command and decodes its result into out, if not nil. Files are passed along as descriptors.
+// execute runs one command and decodes its result into out, if not nil. Files are passed along as
+// descriptors.
 func (q *qmp) execute(ctx context.Context, command string, arguments, out any, files ...*os.File) error {
 	if err := q.roundTrip(ctx, command, arguments, out, files); err != nil {
 		return fmt.Errorf("QMP %s: %w", command, err)

@@ -11,9 +11,9 @@ import (
 )
 
 // A disk that cannot be read or written stops the VM instead of failing the guest's request, which
-// QEMU keeps (werror=stop, rerror=stop): a full file system, or a storage that is away, is no damage
-// to a guest that waits. QEMU tries the request again when the VM goes on, and keeps it in the VM's
-// state meanwhile, so that a VM that stands still can be moved and suspended as any other.
+// QEMU keeps (werror=stop, rerror=stop): a full file system, or a storage that is away, is no
+// damage to a guest that waits. QEMU tries the request again when the VM goes on, and keeps it in
+// the VM's state meanwhile, so that a VM that stands still can be moved and suspended as any other.
 
 // diskError is what QEMU's event BLOCK_IO_ERROR says (qapi/block-core.json of QEMU).
 type diskError struct {

@@ -1,7 +1,9 @@
-// Package fuse exposes devices as the files of a FUSE file system: one mount per VM, one file per device. It needs no kernel module beyond FUSE itself,
-// and its files can be mapped, guest memory included.
+// Package fuse exposes devices as the files of a FUSE file system: one mount per VM, one file per
+// device. It needs no kernel module beyond FUSE itself, and its files can be mapped, guest memory
+// included.
 //
-// The process that serves a mount must never read or write its files through a mapping of its own: it would wait for itself.
+// The process that serves a mount must never read or write its files through a mapping of its own:
+// it would wait for itself.
 package fuse
 
 import (
@@ -46,10 +48,12 @@ type Mount struct {
 var _ expose.Exposure = (*Mount)(nil)
 
 const (
-	// maxTransfer is the size of the largest request in bytes. FUSE's limit is 1 MiB, and with the header a reply must fit a pipe of that size; whole blocks
-	// of 64 KiB are written without reading what is around them.
+	// maxTransfer is the size of the largest request in bytes. FUSE's limit is 1 MiB, and with the
+	// header a reply must fit a pipe of that size; whole blocks of 64 KiB are written without
+	// reading what is around them.
 	maxTransfer = 15 * 64 << 10
-	// maxBackground is how many requests the kernel sends ahead. Writes to one file wait for each other anyway.
+	// maxBackground is how many requests the kernel sends ahead. Writes to one file wait for each
+	// other anyway.
 	maxBackground = 16
 	// forever is how long the kernel may keep attributes and names, which never change.
 	forever = 365 * 24 * time.Hour
@@ -69,13 +73,15 @@ func New(c Config, devices []expose.Device) (*Mount, error) {
 	}
 	m := &Mount{dir: dir, files: map[string]*file{}}
 	ttl := forever
-	// A VMM that inherits the connection keeps it open when this process dies, and then waits for ever for an answer; also, it could give the answers itself.
+	// A VMM that inherits the connection keeps it open when this process dies, and then waits for
+	// ever for an answer; also, it could give the answers itself.
 	syscall.ForkLock.RLock()
 	m.server, err = fs.Mount(dir, &directory{mount: m, config: c, devices: devices}, &fs.Options{
 		AttrTimeout: &ttl, EntryTimeout: &ttl, NegativeTimeout: &ttl,
 		MountOptions: fuse.MountOptions{
 			FsName: "drafter", Name: "drafter", DirectMountStrict: true, DisableXAttrs: true,
-			// The VMM is another user, so others may use the mount; the kernel checks owner and mode.
+			// The VMM is another user, so others may use the mount; the kernel checks owner and
+			// mode.
 			AllowOther: true, Options: []string{"default_permissions"},
 			MaxWrite: maxTransfer, MaxReadAhead: maxTransfer, MaxBackground: maxBackground,
 			Logger: log.New(io.Discard, "", 0), // our devices report their errors themselves
@@ -100,7 +106,8 @@ func New(c Config, devices []expose.Device) (*Mount, error) {
 	return m, nil
 }
 
-// closeConnectionsOnExec marks this process' descriptors of /dev/fuse, which go-fuse opens to be inherited.
+// closeConnectionsOnExec marks this process' descriptors of /dev/fuse, which go-fuse opens to be
+// inherited.
 func closeConnectionsOnExec() error {
 	fds, err := os.ReadDir("/proc/self/fd")
 	if err != nil {
@@ -119,8 +126,9 @@ func closeConnectionsOnExec() error {
 	return nil
 }
 
-// liftWritebackLimit: by default a FUSE mount may use 1 % of the memory that may be dirty, and writers of mapped pages are held up beyond
-// (Documentation/ABI/testing/sysfs-class-bdi of Linux). This server is trusted.
+// liftWritebackLimit: by default a FUSE mount may use 1 % of the memory that may be dirty, and
+// writers of mapped pages are held up beyond (Documentation/ABI/testing/sysfs-class-bdi of Linux).
+// This server is trusted.
 func (m *Mount) liftWritebackLimit() error {
 	bdi := fmt.Sprintf("/sys/class/bdi/%d:%d", unix.Major(m.device), unix.Minor(m.device))
 	return errors.Join(
@@ -146,9 +154,9 @@ func (m *Mount) Failed() error {
 // from this process' mount namespace.
 const closePatience = 2 * time.Second
 
-// Close implements [expose.Exposure]. A mount that is still in use is aborted, and its users with it,
-// which is an error. A copy of the mount in another mount namespace keeps the connection alive, so
-// the connection is aborted when it outlives the mount by [closePatience]; that is no error.
+// Close implements [expose.Exposure]. A mount that is still in use is aborted, and its users with
+// it, which is an error. A copy of the mount in another mount namespace keeps the connection alive,
+// so the connection is aborted when it outlives the mount by [closePatience]; that is no error.
 func (m *Mount) Close() error {
 	mounts, err := fusemount.Of(unix.Minor(m.device))
 	if err != nil {
@@ -179,9 +187,10 @@ func (m *Mount) Close() error {
 	return errors.Join(errs...)
 }
 
-// Cache puts content of a device into the kernel's cache of its file, as if the file had been read, so that who maps or reads it does not have to ask (NOTIFY_STORE
-// of FUSE). It overwrites what is cached there, so nobody may have the range mapped for writing who has used it. When it fails, anything up to all of
-// it may be cached; see Uncache.
+// Cache puts content of a device into the kernel's cache of its file, as if the file had been read,
+// so that who maps or reads it does not have to ask (NOTIFY_STORE of FUSE). It overwrites what is
+// cached there, so nobody may have the range mapped for writing who has used it. When it fails,
+// anything up to all of it may be cached; see Uncache.
 func (m *Mount) Cache(name string, p []byte, off int64) error {
 	f := m.files[name]
 	if errno := f.WriteCache(off, p); errno != 0 {
@@ -199,7 +208,8 @@ func (m *Mount) Uncache(name string, off, length int64) error {
 	return nil
 }
 
-// Prime makes a device's file known to the kernel, which caches nothing of files that it has never seen.
+// Prime makes a device's file known to the kernel, which caches nothing of files that it has never
+// seen.
 func (m *Mount) Prime(name string) error {
 	var st unix.Stat_t
 	return unix.Stat(m.Path(name), &st)
@@ -254,12 +264,14 @@ var (
 	_ fs.NodeLseeker   = (*file)(nil)
 )
 
-// fopenNoFlush (FOPEN_NOFLUSH of include/uapi/linux/fuse.h, since Linux 5.17) makes close(2) not write back what is dirty. This process has the memory file
-// open, to flush it; if it is killed, its files are closed before the connection to the kernel is, and a write-back would wait for ever for the server that
-// is about to die with it.
+// fopenNoFlush (FOPEN_NOFLUSH of include/uapi/linux/fuse.h, since Linux 5.17) makes close(2) not
+// write back what is dirty. This process has the memory file open, to flush it; if it is killed,
+// its files are closed before the connection to the kernel is, and a write-back would wait for ever
+// for the server that is about to die with it.
 const fopenNoFlush = 1 << 5
 
-// Open implements [fs.NodeOpener]. The guest caches its disks itself; a second cache of them costs more than it brings.
+// Open implements [fs.NodeOpener]. The guest caches its disks itself; a second cache of them costs
+// more than it brings.
 func (f *file) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall.Errno) {
 	if f.device.Kind == expose.Disk {
 		return nil, fuse.FOPEN_DIRECT_IO | fopenNoFlush, 0
@@ -277,7 +289,8 @@ func (f *file) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) sy
 	return 0
 }
 
-// Setattr implements [fs.NodeSetattrer]. A device keeps its size, owner and mode; times do not matter.
+// Setattr implements [fs.NodeSetattrer]. A device keeps its size, owner and mode; times do not
+// matter.
 func (f *file) Setattr(ctx context.Context, h fs.FileHandle, in *fuse.SetAttrIn, out *fuse.AttrOut) syscall.Errno {
 	if size, ok := in.GetSize(); ok && size != uint64(f.device.Device.Size()) {
 		return syscall.EPERM
@@ -332,7 +345,8 @@ func (f *file) Write(_ context.Context, _ fs.FileHandle, data []byte, off int64)
 }
 
 // Fsync implements [fs.NodeFsyncer]. When it is called, the kernel has sent all that was dirty. A
-// failed write-back it reports once, and takes the page for clean; so the failure is remembered here.
+// failed write-back it reports once, and takes the page for clean; so the failure is remembered
+// here.
 func (f *file) Fsync(context.Context, fs.FileHandle, uint32) syscall.Errno {
 	if f.lost.Load() {
 		return syscall.EIO

@@ -152,7 +152,8 @@ func TestRenamedMount(t *testing.T) {
 	}
 }
 
-// memoryContent is what a memory device holds, and edits are the bytes that a user of its mapping changes.
+// memoryContent is what a memory device holds, and edits are the bytes that a user of its mapping
+// changes.
 func memoryContent() (content []byte, edits []int) {
 	content = make([]byte, 8<<20)
 	rng := rand.New(rand.NewPCG(1, 1))
@@ -165,8 +166,9 @@ func memoryContent() (content []byte, edits []int) {
 	return content, edits
 }
 
-// edit compares a mapped file with memoryContent, changes it, and flushes it. It runs in a process of its own: a thread that waits in a page fault for a
-// server in the same process keeps Go's scheduler from running that server.
+// edit compares a mapped file with memoryContent, changes it, and flushes it. It runs in a process
+// of its own: a thread that waits in a page fault for a server in the same process keeps Go's
+// scheduler from running that server.
 func edit(path string) error {
 	memory, err := mapFile(path)
 	if err != nil {
@@ -273,7 +275,8 @@ func TestDisk(t *testing.T) {
 	}
 }
 
-// What a device fails with is an I/O error for the user of the file, and the whole story for the owner.
+// What a device fails with is an I/O error for the user of the file, and the whole story for the
+// owner.
 func TestDeviceFails(t *testing.T) {
 	d := newDevice(t, 1<<20)
 	m := mount(t, expose.Device{Name: "disk", Kind: expose.Disk, Device: d})
@@ -357,7 +360,8 @@ func helper(t *testing.T, mode, says string, args ...string) (*exec.Cmd, *bufio.
 	return cmd, lines
 }
 
-// A server is killed while another process has its file mapped. That process can be killed once the connection is aborted.
+// A server is killed while another process has its file mapped. That process can be killed once the
+// connection is aborted.
 func TestKilledServer(t *testing.T) {
 	need.FUSE(t)
 	d := newDevice(t, 256<<20)
@@ -498,7 +502,8 @@ func TestOtherUsers(t *testing.T) {
 			t.Errorf("%s as nobody: %s, %v", script, out, err)
 		}
 	}
-	// A bind mount is how a VMM gets at one file of the directory. Its owner uses it there, nobody else.
+	// A bind mount is how a VMM gets at one file of the directory. Its owner uses it there, nobody
+	// else.
 	place := filepath.Join(t.TempDir(), "memory")
 	if err := os.WriteFile(place, nil, 0o600); err != nil {
 		t.Fatal(err)
@@ -518,7 +523,8 @@ func TestOtherUsers(t *testing.T) {
 	}
 }
 
-// Whoever makes a mount namespace, which every user can, has a copy of the mount in it. The server ends all the same.
+// Whoever makes a mount namespace, which every user can, has a copy of the mount in it. The server
+// ends all the same.
 func TestPinnedMount(t *testing.T) {
 	need.FUSE(t)
 	m, err := New(Config{Dir: filepath.Join(t.TempDir(), "devices")}, []expose.Device{{Name: "memory", Kind: expose.Memory, Device: newDevice(t, 1<<20)}})

@@ -27,8 +27,8 @@ func (f *full) WriteAt(p []byte, off int64) (int, error) {
 	return f.counting.WriteAt(p, off)
 }
 
-// Memory whose file system is full loses nothing: what its user writes to the mapping is there after
-// the kernel has written it back and forgotten it, and it is stored once there is room.
+// Memory whose file system is full loses nothing: what its user writes to the mapping is there
+// after the kernel has written it back and forgotten it, and it is stored once there is room.
 func TestMemoryWithoutRoom(t *testing.T) {
 	want, edits := memoryContent()
 	f := &full{counting: newDevice(t, int64(len(want)))}
@@ -74,7 +74,8 @@ func TestMemoryWithoutRoom(t *testing.T) {
 	}
 }
 
-// Memory of which a write-back was lost for good fails every flush from then on, not only the first.
+// Memory of which a write-back was lost for good fails every flush from then on, not only the
+// first.
 func TestLostMemory(t *testing.T) {
 	want, _ := memoryContent()
 	f := &full{counting: newDevice(t, int64(len(want)))}
@@ -108,7 +109,8 @@ func (lossy) WriteAt(p []byte, _ int64) (int, error) { return len(p), nil }
 
 func (l lossy) NextData(off int64) (start, end int64, err error) { return off, l.Size(), nil }
 
-// What a storage has lost is noticed before a file gets its name: it is read back from there, not from the kernel's cache.
+// What a storage has lost is noticed before a file gets its name: it is read back from there, not
+// from the kernel's cache.
 func TestLostWrite(t *testing.T) {
 	m := mount(t, expose.Device{Name: "sound", Kind: expose.File, Device: newDevice(t, 1<<20)}, expose.Device{Name: "lossy", Kind: expose.File, Device: lossy{newDevice(t, 1<<20)}})
 	for name, sound := range map[string]bool{"sound": true, "lossy": false} {

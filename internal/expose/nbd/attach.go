@@ -20,8 +20,8 @@ import (
 	"drafter/internal/private"
 )
 
-// Attached is a set of devices attached to /dev/nbdN. It implements [expose.Exposure]. Should this process die, its sockets close, and the kernel fails
-// all requests and frees the devices.
+// Attached is a set of devices attached to /dev/nbdN. It implements [expose.Exposure]. Should this
+// process die, its sockets close, and the kernel fails all requests and frees the devices.
 type Attached struct {
 	dir     string
 	devices []*attached
@@ -42,8 +42,9 @@ const sectorSize = 512
 // connectionsPerDevice is how many sockets the kernel spreads its requests over.
 const connectionsPerDevice = 2
 
-// Attach attaches devices to free /dev/nbdN and makes links to them in dir, which Close removes. A file that does not consist of whole sectors is copied
-// there instead. The kernel's module nbd must be loaded.
+// Attach attaches devices to free /dev/nbdN and makes links to them in dir, which Close removes. A
+// file that does not consist of whole sectors is copied there instead. The kernel's module nbd must
+// be loaded.
 func Attach(dir string, devices []expose.Device) (_ *Attached, err error) {
 	family, err := netlink.GenlFamilyGet("nbd")
 	if err != nil {

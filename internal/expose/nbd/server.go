@@ -1,6 +1,7 @@
-// Package nbd exposes devices by the NBD protocol: to any client over a UNIX socket or TCP, and as /dev/nbdN where the kernel has a client of its own.
-// The protocol is the one of https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md: fixed newstyle negotiation, simple and structured
-// replies, the metadata context base:allocation.
+// Package nbd exposes devices by the NBD protocol: to any client over a UNIX socket or TCP, and as
+// /dev/nbdN where the kernel has a client of its own. The protocol is the one of
+// https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md: fixed newstyle negotiation,
+// simple and structured replies, the metadata context base:allocation.
 package nbd
 
 import (
@@ -20,7 +21,8 @@ import (
 	"drafter/internal/block"
 )
 
-// Export is a device under a name. The first export of a server is also the one with the empty name.
+// Export is a device under a name. The first export of a server is also the one with the empty
+// name.
 type Export struct {
 	Name     string
 	Device   block.Device

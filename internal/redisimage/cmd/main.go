@@ -1,5 +1,5 @@
-// This program writes an OCI image of Redis, made from Debian's packages, to an OCI layout: something to try Drafter with where no registry
-// can be reached.
+// This program writes an OCI image of Redis, made from Debian's packages, to an OCI layout:
+// something to try Drafter with where no registry can be reached.
 package main
 
 import (
