@@ -65,7 +65,7 @@ Base, overlay and state file of a device are as for 'drafter peer'. If this proc
 			if err != nil {
 				return &usageError{err}
 			}
-			defer func() { err = errors.Join(err, closeInTime(m)) }()
+			defer func() { err = errors.Join(err, closeInTime(m, suspendTimeout)) }()
 			var accept migrate.Accept
 			if laddr != "" {
 				listener, err := connection.listen(ctx, laddr)

@@ -145,7 +145,7 @@ out, and a line says how much. Under nohup, SIGHUP is ignored.
 			if err != nil {
 				return err
 			}
-			defer func() { err = errors.Join(err, closeInTime(p)) }()
+			defer func() { err = errors.Join(err, closeInTime(p, closeTimeout)) }()
 			var listener *transport.Listener
 			if laddr != "" {
 				if listener, err = connection.listen(ctx, laddr); err != nil {

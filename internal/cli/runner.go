@@ -57,14 +57,13 @@ func suspend(ctx context.Context, vm interface{ Suspend(context.Context) error }
 	}
 }
 
-// closeTimeout bounds how long the end of a VM may take that does not end by itself: a storage that
-// hangs, or a VMM that was stopped, answers nobody. What was written to the disks is synced within
-// it.
+// closeTimeout bounds the end of a VM that did not end by itself: a storage that hangs, or a VMM that
+// was stopped, answers nobody.
 const closeTimeout = 2 * time.Minute
 
-// closeInTime closes what runs, in bounded time. What it could not end ends with this process, and
-// what it leaves the next start removes.
-func closeInTime(what io.Closer) error {
+// closeInTime closes what runs, within timeout. What it could not end ends with this process, and what
+// it leaves the next start removes.
+func closeInTime(what io.Closer, timeout time.Duration) error {
 	closed := make(chan error, 1)
 	go func() { closed <- what.Close() }()
 	tick := time.NewTicker(10 * time.Second)
@@ -76,8 +75,8 @@ func closeInTime(what io.Closer) error {
 		case <-tick.C:
 			slog.Warn("Still waiting for all to end and to be stored", "for", time.Since(began).Round(time.Second))
 		}
-		if time.Since(began) > closeTimeout {
-			return fmt.Errorf("not all ended within %s, as its VMM or a storage does not answer; what was written to the disks since their last sync may be lost, and the next start removes what is left", closeTimeout)
+		if time.Since(began) > timeout {
+			return fmt.Errorf("not all ended within %s, as its VMM or a storage does not answer; what was written to the disks since their last sync may be lost, and the next start removes what is left", timeout)
 		}
 	}
 }
@@ -127,7 +126,7 @@ With --verify-key, the package is read and checked first. A run changes the pack
 			if err != nil {
 				return err
 			}
-			defer func() { err = errors.Join(err, closeInTime(r)) }()
+			defer func() { err = errors.Join(err, closeInTime(r, closeTimeout)) }()
 			if err := r.Resume(cmd.Context()); err != nil {
 				return err
 			}

@@ -326,6 +326,29 @@ func TestSuspendOfSilentVMM(t *testing.T) {
 	}
 }
 
+// A storage that hangs holds a suspend up as long as its caller allows, and the VM runs on.
+func TestSuspendOnHangingStorage(t *testing.T) {
+	b := newBed(t)
+	i, m := b.run(t)
+	hang := make(chan struct{})
+	b.storage.at = func(call string) error {
+		if call == "sync disk" {
+			<-hang
+		}
+		return nil
+	}
+	ctx, cancel := context.WithTimeoutCause(t.Context(), 50*time.Millisecond, errBroken)
+	defer cancel()
+	saved, err := i.Suspend(ctx, time.Minute)
+	if saved || !errors.Is(err, vmm.ErrNotSuspended) || !errors.Is(err, errBroken) || !m.Running() {
+		t.Errorf("saved: %t, %v; the guest runs: %t", saved, err, m.Running())
+	}
+	close(hang)
+	if saved, err := i.Suspend(t.Context(), time.Minute); !saved || err != nil {
+		t.Errorf("once it answers: %t, %v", saved, err)
+	}
+}
+
 // A VM that cannot be saved runs on, and can be suspended later; what its devices say is true all
 // the time. A disk that fails is named, with why.
 func TestSuspendFails(t *testing.T) {

@@ -668,37 +668,68 @@ func (i *Instance) goOn(ctx context.Context, agentTimeout time.Duration) error {
 	return nil
 }
 
-// A VMM that pauses waits for what its guest has under way. One that does not answer is spoken of
-// so often, and given up after so long.
+// A VMM that pauses waits for what its guest has under way. One that does not answer is spoken of so
+// often, and given up after so long.
 var (
 	pauseReminder = 10 * time.Second
 	pauseTimeout  = time.Minute // which a test shortens
 )
 
+// syncDisks makes durable what the guest has written so far, so that little of it is left for the
+// pause, which is bounded: a slow storage may take its time, unlike a VMM. A sync that never returns
+// ends with this process.
+func (i *Instance) syncDisks(ctx context.Context) error {
+	synced := make(chan struct{})
+	var err error // valid once synced is closed; a storage may tell of a failure only once
+	go func() {
+		defer close(synced)
+		for _, name := range i.config.Disks() {
+			if serr := i.storage.Sync(name); serr != nil {
+				err = fmt.Errorf("device %s: %w", name, serr)
+				return
+			}
+		}
+	}()
+	if err := patiently(ctx, synced, "The disks are being stored; a storage is slow, or does not answer"); err != nil {
+		return fmt.Errorf("sync disks: %w", err)
+	}
+	return err
+}
+
 // pauseForGood is Pause for a suspend.
 func (i *Instance) pauseForGood(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, pauseTimeout, fmt.Errorf("the VM did not pause within %s: its VMM, or the storage of a disk, does not answer", pauseTimeout))
 	defer cancel()
-	var reminder sync.WaitGroup
-	defer reminder.Wait()
-	rctx, stop := context.WithCancel(ctx)
-	defer stop()
-	reminder.Go(func() {
-		tick := time.NewTicker(pauseReminder)
-		defer tick.Stop()
-		for began := time.Now(); ; {
-			select {
-			case <-tick.C:
-				slog.Warn("The VM does not pause: its VMM, or the storage of a disk, does not answer", "for", time.Since(began).Round(time.Second))
-			case <-rctx.Done():
-				return
-			}
+	paused := make(chan struct{})
+	var err error // valid once paused is closed
+	go func() {
+		defer close(paused)
+		err = i.Pause(ctx)
+	}()
+	_ = patiently(context.WithoutCancel(ctx), paused, "The VM does not pause: its VMM, or the storage of a disk, does not answer")
+	return err
+}
+
+// patiently waits until done is closed, or ctx ends, and says now and then what is waited for.
+func patiently(ctx context.Context, done <-chan struct{}, what string) error {
+	tick := time.NewTicker(pauseReminder)
+	defer tick.Stop()
+	for began := time.Now(); ; {
+		select {
+		case <-done:
+			return nil
+		case <-tick.C:
+			slog.Warn(what, "for", time.Since(began).Round(time.Second))
+		case <-ctx.Done():
+			return context.Cause(ctx)
 		}
-	})
-	return i.Pause(ctx)
+	}
 }
 
 func (i *Instance) save(ctx context.Context) error {
+	if err := i.syncDisks(ctx); err != nil {
+		return fmt.Errorf("suspend: %w", err)
+	}
 	if err := i.pauseForGood(ctx); err != nil {
 		return fmt.Errorf("suspend: %w", err)
 	}
