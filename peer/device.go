@@ -21,11 +21,11 @@ type Device struct {
 	State   string `json:"state"`   // file that says which blocks the overlay holds
 
 	BlockSize      int64         `json:"blockSize"`      // bytes; the unit of tracking changes and, but for memory, of copying
-	Expiry         time.Duration `json:"expiry"`         // how long a written block counts as hot
+	Expiry         time.Duration `json:"expiry"`         // how long a written block counts as hot; in nanoseconds in JSON
 	MaxDirtyBlocks int           `json:"maxDirtyBlocks"` // the handoff may begin with so many dirty blocks
 	MinCycles      int           `json:"minCycles"`      // quiet cycles before the handoff
 	MaxCycles      int           `json:"maxCycles"`      // cycles after which the handoff begins in any case
-	CycleThrottle  time.Duration `json:"cycleThrottle"`  // pause between cycles
+	CycleThrottle  time.Duration `json:"cycleThrottle"`  // pause between cycles; in nanoseconds in JSON
 
 	MakeMigratable bool `json:"makeMigratable"` // whether the device moves with the VM
 	Shared         bool `json:"shared"`         // others use the device at the same time: it is not locked, and does not move with the VM
