@@ -10,9 +10,9 @@ import (
 func ExamplePlace() {
 	place := s3.Place{Endpoint: "s3.example.com", Secure: true, Bucket: "vms", Prefix: "redis-0"}
 	fmt.Println(place, place.Check())
-	place.Endpoint = "https://s3.example.com"
+	place.Prefix = "redis-0/"
 	fmt.Println(place.Check())
 	// Output:
-	// s3://vms/redis-0 <nil> s3endpoint "https://s3.example.com" must be HOST or HOST:PORT; say
-	// with s3secure whether it speaks TLS
+	// s3://vms/redis-0 <nil>
+	// s3prefix "redis-0/" must not begin or end with a slash
 }
