@@ -25,6 +25,8 @@ type Overlay struct {
 	regions   [256]sync.Mutex // held while a block of the region is copied up or trimmed
 	buffers   sync.Pool       // of *[]byte, blockSize long
 
+	unclean atomic.Bool // whether a block may be soiled
+
 	sync   sync.Mutex            // one commit at a time
 	failed atomic.Pointer[error] // why one failed
 }
@@ -195,12 +197,16 @@ func (o *Overlay) forget(first, end int64) {
 		}
 		if err := Trim(o.data, i*o.blockSize, min(o.blockSize, o.Size()-i*o.blockSize)); err != nil {
 			o.soiled.Set(i)
+			o.unclean.Store(true)
 		}
 	}
 }
 
 // cleanse makes soiled blocks holes, where that can be done by now.
 func (o *Overlay) cleanse() {
+	if !o.unclean.Swap(false) {
+		return
+	}
 	for i := o.soiled.Next(0); i < o.soiled.Len(); i = o.soiled.Next(i + 1) {
 		lock := o.region(i * o.blockSize)
 		lock.Lock()

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
 	"drafter/internal/lockfile"
@@ -78,6 +79,9 @@ func (s *Set) stage(dir string) (err error) {
 				return nil
 			}
 		}
+		if keeps, err := keepsItsPlace(dir); keeps || err != nil {
+			return err
+		}
 	}
 	parent := filepath.Dir(dir)
 	if parent == dir {
@@ -101,6 +105,23 @@ func (s *Set) stage(dir string) (err error) {
 		return errors.Join(err, s.closeWork(), s.lock.Release())
 	}
 	return nil
+}
+
+// keepsItsPlace tells whether a directory cannot be replaced by another one: something is mounted
+// there, or it is where this process, and the shell that called it, are.
+func keepsItsPlace(dir string) (bool, error) {
+	here, err := os.Stat(".")
+	if err != nil {
+		return false, err
+	}
+	info, err := os.Stat(dir)
+	if err != nil {
+		return false, err
+	}
+	if os.SameFile(here, info) {
+		return true, nil
+	}
+	return mountinfo.Mounted(dir)
 }
 
 func (s *Set) makeWork(dir, prefix string) (err error) {
@@ -150,7 +171,7 @@ func (s *Set) checkUnused() error {
 func (s *Set) scatter() error {
 	for _, path := range s.paths {
 		if _, err := os.Lstat(path); err == nil {
-			return fmt.Errorf("%s exists; files in several directories, or in one with subdirectories, cannot be replaced all at once: remove it, or write to a directory of their own", path)
+			return fmt.Errorf("%s exists; files in several directories, or in one that has subdirectories, is mounted, or is the working directory, cannot be replaced all at once: remove it, or write to a directory of their own", path)
 		} else if !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}

@@ -4,8 +4,11 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"drafter/internal/lockfile"
 	"drafter/internal/need"
@@ -133,6 +136,54 @@ func TestScattered(t *testing.T) {
 	}
 	if _, err := New(paths, "state"); err == nil || !strings.Contains(err.Error(), "cannot be replaced all at once") {
 		t.Errorf("files in two directories are replaced: %v", err)
+	}
+}
+
+// A directory that something is mounted at, or that is the working directory, stays what it is: its
+// files come one by one, and replace nothing.
+func TestDirectoryKeepsItsPlace(t *testing.T) {
+	for _, kind := range []string{"working directory", "mounted"} {
+		t.Run(kind, func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "dir")
+			if err := os.Mkdir(dir, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			if kind == "mounted" {
+				need.Root(t)
+				runtime.LockOSThread() // for ever: the namespace ends with the thread
+				if err := errors.Join(unix.Unshare(unix.CLONE_FS|unix.CLONE_NEWNS), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""), unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=700")); err != nil {
+					t.Fatal(err)
+				}
+			} else {
+				t.Chdir(dir)
+			}
+			before, err := os.Stat(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			paths := map[string]string{"a": filepath.Join(dir, "a"), "b": filepath.Join(dir, "b")}
+			s, err := New(paths, "b")
+			if err != nil {
+				t.Fatal(err)
+			}
+			write(t, s.Path("a"), "new")
+			write(t, s.Path("b"), "new")
+			if err := s.Publish(); err != nil {
+				t.Fatal(err)
+			}
+			if got := listing(t, dir); got != "a=new b=new" {
+				t.Errorf("it holds %q", got)
+			}
+			if after, err := os.Stat(dir); err != nil || !os.SameFile(before, after) {
+				t.Errorf("it is another directory: %v", err)
+			}
+			if _, err := New(paths, "b"); err == nil || !strings.Contains(err.Error(), "working directory") {
+				t.Errorf("over what is there: %v", err)
+			}
+			if err := unix.Unmount(dir, unix.MNT_DETACH); kind == "mounted" && err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
 

@@ -18,7 +18,7 @@ func (o *outgoing) prepare(ctx context.Context) (migrate.Phase, error) {
 	defer cancel()
 	if !o.asks.copy {
 		if err := o.first.Send(wire.TypePrepare); err != nil {
-			return "", o.first.lost(err)
+			return "", o.first.sendLost(err)
 		}
 	}
 	pctx, pcancel := context.WithTimeoutCause(ctx, o.config.Limits.Prepare, fmt.Errorf("the guest did not get ready within %s", o.config.Limits.Prepare))

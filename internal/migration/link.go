@@ -88,6 +88,12 @@ func (l *link) linger(d time.Duration) {
 // reasonWait is how long the reader of a link may take to find out why nothing can be sent.
 const reasonWait = 200 * time.Millisecond
 
+// sendLost is sendFailed for who gives up with that, and returns why the link has ended.
+func (l *link) sendLost(err error) error {
+	l.sendFailed(err)
+	return l.lost(err)
+}
+
 // sendFailed ends a link on which a send has failed beside its reader. What the other side said
 // before it closed the connection is the better reason, and the reader may be about to read it.
 func (l *link) sendFailed(err error) {

@@ -160,7 +160,7 @@ func (o *outgoing) beginCycle(cycle int, left int64) error {
 func (o *outgoing) announce(cycle int, left int64) error {
 	o.cycles.announce(cycle)
 	if err := o.first.Send(wire.Cycle{Number: cycle, Bytes: left}); err != nil {
-		return o.first.lost(err)
+		return o.first.sendLost(err)
 	}
 	return nil
 }
@@ -286,7 +286,7 @@ func (o *outgoing) awaitReady(ctx context.Context) (migrate.Phase, error) {
 	timeout := time.NewTimer(o.config.Limits.Handoff)
 	defer timeout.Stop()
 	if err := o.first.Send(wire.TypeReady); err != nil {
-		return "", o.first.lost(err)
+		return "", o.first.sendLost(err)
 	}
 	select {
 	case <-o.ready.fired():

@@ -396,7 +396,7 @@ func (t *Target) preflight(ctx context.Context) (migrate.Phase, error) {
 		}
 	}
 	if err := l.Send(accept); err != nil {
-		return "", l.lost(err)
+		return "", l.sendLost(err)
 	}
 	t.figures.update(func(f *figures) { f.preflight = time.Since(f.began) })
 	return migrate.Receiving, nil
@@ -569,7 +569,7 @@ func (t *Target) beginExpect(ctx context.Context, l *link) {
 			return err
 		}
 		if err := l.Send(wire.TypePrepare); err != nil {
-			l.cancel(err)
+			l.sendFailed(err)
 		}
 		return nil
 	})
@@ -631,7 +631,7 @@ func (t *Target) receive(ctx context.Context) (migrate.Phase, error) {
 			started = nil
 			t.offered = true
 			if err := l.Send(wire.TypeReady); err != nil {
-				return "", l.lost(err)
+				return "", l.sendLost(err)
 			}
 		case <-expected:
 			if err := t.expect.err; err != nil {

@@ -178,7 +178,7 @@ func (m *Mount) Close() error {
 		err = <-unmounted
 	}
 	if err != nil { // it is in use, or its directory has another name by now
-		errs = append(errs, fmt.Errorf("unmount %s: %w; its users have been cut off", m.dir, err), fusemount.AbortAll(mounts))
+		errs = append(errs, fmt.Errorf("unmount %s: %w; its users have been cut off", m.dir, err), fusemount.AbortAll(mounts[:min(1, len(mounts))])) // what others have bound elsewhere is theirs
 		m.server.Wait()
 	}
 	if err := os.Remove(m.dir); !errors.Is(err, os.ErrNotExist) {
