@@ -70,8 +70,9 @@ type Launch struct {
 	Reboot *Boot // what a guest that reboots boots from, as a machine does by itself; nil: the machine ends then
 
 	// OnReboot, if not nil, is called when the guest boots again, with the last lines of its
-	// console. It must not wait for the machine.
-	OnReboot func(console string)
+	// console. again is true for one that follows at once, as when firmware resets the machine on
+	// its way. It must not wait for the machine.
+	OnReboot func(console string, again bool)
 
 	// OnGoOn, if not nil, is called when a guest goes on that stood still for a disk, with how long
 	// it did. It must not wait for the machine.

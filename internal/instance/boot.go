@@ -169,9 +169,11 @@ func makeFile(path string, fill func(*os.File) error) error {
 
 // rebooted tells that the guest boots again. Whoever needs its agent next connects with that of the
 // new boot.
-func (i *Instance) rebooted(console string) {
+func (i *Instance) rebooted(console string, again bool) {
 	i.reboots.Add(1)
-	slog.Warn("The guest reboots: it boots again from its disks", "saying", console)
+	if !again {
+		slog.Warn("The guest reboots: it boots again from its disks", "saying", console)
+	}
 }
 
 // forgetAgent closes a connection with the agent of a boot that has ended, and tells whether it

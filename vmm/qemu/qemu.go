@@ -19,7 +19,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-	"golang.org/x/time/rate"
 
 	"drafter/agent"
 	"drafter/internal/console"
@@ -140,7 +139,7 @@ func (d Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
 	if d.Own != (l.Memory == "") {
 		return nil, errors.New("a machine has either memory of its own or a memory device")
 	}
-	m := &Machine{launch: l, hardware: hw, ended: make(chan struct{}), migration: make(chan string, 16), stalls: make(chan diskError, 1), reboots: rate.NewLimiter(rate.Every(time.Minute), rebootsAtOnce)}
+	m := &Machine{launch: l, hardware: hw, ended: make(chan struct{}), migration: make(chan string, 16), stalls: make(chan diskError, 1), resets: newResets()}
 	root, err := d.jail(&l, path, hw.Accel)
 	if err == nil {
 		err = m.start(ctx, path, args, root)
@@ -246,7 +245,7 @@ type Machine struct {
 	diskErrors atomic.Int64
 	ended      chan struct{} // closed when the process and all workers have ended
 
-	reboots *rate.Limiter // of a guest that boots again
+	resets resets // of a guest that boots again
 
 	mu       sync.Mutex
 	shutdown string // reason of the SHUTDOWN event
@@ -414,23 +413,6 @@ func (m *Machine) watch() {
 				}
 			}
 		}
-	}
-}
-
-// rebootsAtOnce is how often a guest may boot again at once, and then once a minute. One that does
-// it more often gets nowhere, and ends at the next time.
-const rebootsAtOnce = 5
-
-// rebooted tells that the guest boots again.
-func (m *Machine) rebooted() {
-	if m.launch.OnReboot != nil {
-		m.launch.OnReboot(strings.TrimPrefix(m.console.Tail(), "; "))
-	}
-	if !m.reboots.Allow() {
-		m.workers.Go(func() { // the answer comes behind the event that is being handled
-			// It fails if QEMU has ended.
-			_ = m.qmp.execute(context.Background(), "set-action", map[string]any{"reboot": "shutdown"}, nil)
-		})
 	}
 }
 
