@@ -391,7 +391,8 @@ func (n *NAT) checkFree(kept []string) error {
 	return nil
 }
 
-// checkNamespaces refuses namespaces and links that are not ours, and those in use beyond the count.
+// checkNamespaces refuses namespaces and links that are not ours, and those in use beyond the
+// count.
 func (n *NAT) checkNamespaces(kept []string) error {
 	for i := range n.layout.count {
 		name := n.name(i)

@@ -131,6 +131,9 @@ func (p *peerCommand) run(cmd *cobra.Command) (err error) {
 		return err
 	}
 	defer restore()
+	if err := peer.ProtectProcess(); err != nil {
+		slog.Warn("This process serves guest memory and may be held up by the kernel", "error", err)
+	}
 	show := newMigrationLog(cmd.ErrOrStderr())
 	defer show.close()
 	p.config.Hooks.OnPhase, p.config.Hooks.OnProgress, p.config.Hooks.OnPull = show.state, show.progress, show.pull
@@ -189,7 +192,8 @@ func (p *peerCommand) resolve(cmd *cobra.Command) (open openOrigin, err error) {
 	return open, nil
 }
 
-// resolveDevices lists the devices, or leaves that to the names that somebody offers who sends them.
+// resolveDevices lists the devices, or leaves that to the names that somebody offers who sends
+// them.
 func (p *peerCommand) resolveDevices(cmd *cobra.Command, sent bool) (err error) {
 	if !sent || !p.devices.absent(cmd) {
 		if p.config.Devices, err = p.devices.resolve(cmd); err != nil {

@@ -114,9 +114,6 @@ func (p *Process) launch(c Config) error {
 	if err := bindNUMANode(c.NUMANode); err != nil {
 		return err
 	}
-	if err := dumpNoCore(); err != nil {
-		return err
-	}
 	files := c.Files
 	if c.FilesIn != nil {
 		more, err := c.FilesIn()
