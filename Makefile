@@ -70,6 +70,7 @@ licenses: $(TOOLS)/go-licenses ## make docs/licenses.md anew, and fail on a lice
 generate: tools build licenses ## make generated files anew: protobuf, CLI reference, man pages, list of licences
 	protoc -I . --plugin=$(TOOLS)/protoc-gen-go --plugin=$(TOOLS)/protoc-gen-go-ttrpc \
 		--go_out=. --go_opt=module=drafter --go-ttrpc_out=. --go-ttrpc_opt=module=drafter agent/agent.proto
+	sed -i 's,^package agent$$,\n&,' agent/agent_ttrpc.pb.go # else its first comment is the package's
 	$(GO) run ./internal/cli/docs
 
 check-generated: generate ## fail when generated files are stale

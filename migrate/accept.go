@@ -2,6 +2,7 @@ package migrate
 
 import (
 	"context"
+	"errors"
 	"io"
 	"sync"
 	"time"
@@ -21,10 +22,13 @@ func AcceptAll(ctx context.Context, accept Accept, handle func(context.Context, 
 	for {
 		stream, err := accept(ctx)
 		if ctx.Err() != nil {
-			if err == nil {
+			if err == nil && stream != nil {
 				_ = stream.Close() // of no use any more
 			}
 			return
+		}
+		if err == nil && stream == nil {
+			err = errors.New("accept gave no connection")
 		}
 		if err != nil {
 			complaints.Warn("Accept connection", "error", err)

@@ -21,6 +21,7 @@ import (
 	"drafter/internal/block"
 	"drafter/internal/deviceset"
 	"drafter/internal/expose"
+	"drafter/internal/lifecycle"
 	"drafter/internal/limitedlog"
 	"drafter/internal/migration"
 	"drafter/internal/private"
@@ -69,7 +70,7 @@ type Config struct {
 	Devices []Device
 	BaseDir string // for the exposure; what a killed mounter left there is cleaned up
 	Links   string // directory in which each device's name is a link to its path; empty for none
-	Expose  string // expose.Auto, FUSE or NBD
+	Expose  string // "auto", "fuse" or "nbd"; "" for auto
 	Limits  migrate.Limits
 
 	// Called by a migration, which waits for them; may be nil.
@@ -81,6 +82,7 @@ type Config struct {
 // and Arrived may be called by any goroutine after Open or Receive.
 type Mounter struct {
 	config  Config
+	life    lifecycle.Life
 	devices deviceset.Set
 	moves   migration.Moves
 	links   []link
@@ -117,6 +119,9 @@ func New(c Config) (*Mounter, error) {
 
 // Open mounts devices of this host.
 func (m *Mounter) Open(ctx context.Context) error {
+	if err := m.life.Start(); err != nil {
+		return fmt.Errorf("open: %w", err)
+	}
 	var names []string
 	for i := range m.config.Devices {
 		d := &m.config.Devices[i]
@@ -220,13 +225,16 @@ func removeDeadLink(path, device string) error {
 	return os.Remove(path)
 }
 
-// Path is where a device is exposed, until Close.
+// Path is where a device is exposed, until Close; "" if it is not.
 func (m *Mounter) Path(name string) string { return m.devices.Path(name) }
 
 // Receive takes the devices from the mounter or peer that dial connects with. They are open here
 // when Receive returns nil; what is missing of them is fetched from then on. On an error they are
 // where they were, unless the error says otherwise. A peer's VM ends with that.
 func (m *Mounter) Receive(ctx context.Context, dial migrate.Dial) error {
+	if err := m.life.Start(); err != nil {
+		return fmt.Errorf("receive devices: %w", err)
+	}
 	a := &arrival{m: m}
 	target, err := migration.Receive(ctx, migration.TargetConfig{VM: a, Dial: dial, Limits: m.config.Limits, OnPhase: m.config.OnPhase, OnProgress: m.config.OnProgress})
 	if err != nil {
@@ -257,6 +265,9 @@ func (m *Mounter) ArrivalError() error { return m.moves.ArrivalError() }
 // if not nil, is called once they have. An error means that they are here or, if it says so, that
 // it is in doubt where they are.
 func (m *Mounter) Serve(ctx context.Context, accept migrate.Accept, moved func()) error {
+	if err := m.life.Running(); err != nil {
+		return fmt.Errorf("serve: %w", err)
+	}
 	if arrived := m.Arrived(); arrived != nil {
 		select {
 		case <-arrived:
@@ -339,6 +350,7 @@ func (m *Mounter) newSource() (*migration.Source, error) {
 
 // Close takes the paths away, and closes the devices. What was written is durable then.
 func (m *Mounter) Close() error {
+	m.life.Close()
 	m.stopForwarding()
 	m.forwarding.Wait()
 	_, err := m.moves.Close()

@@ -53,14 +53,17 @@ func ClaimNamespace(name string) (*Claim, error) {
 
 func claimNamespace(name string) (*lockfile.Lock, error) { return rundir.Lock("netns/" + name) }
 
-// Close gives the namespace back, without the connections of its VM, which must have ended.
+// Close gives the namespace back, without the connections of its VM, which must have ended. It is
+// idempotent.
 func (c *Claim) Close() error {
 	if c.lock == nil {
 		return nil
 	}
 	err := c.Vacate()
 	err = errors.Join(err, c.atTap("renew the tap", func(config *NATConfig, l *layout) error { return config.renewTap(l) }))
-	return errors.Join(err, forgetTenant(c.namespace), c.lock.Release(), rundir.Remove())
+	err = errors.Join(err, forgetTenant(c.namespace), c.lock.Release(), rundir.Remove())
+	c.lock = nil
+	return err
 }
 
 // checkNamespaceName keeps names inside netnsDir.

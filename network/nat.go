@@ -18,6 +18,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"drafter/internal/kind"
 	"drafter/internal/lockfile"
 	"drafter/internal/newfile"
 	"drafter/internal/rundir"
@@ -209,7 +210,7 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 	lock, err := rundir.Lock("nat-" + c.NamespacePrefix)
 	var held *lockfile.HeldError
 	if errors.As(err, &held) {
-		return nil, fmt.Errorf("a NAT for namespaces %s… runs already as %s; end it, or choose another --namespace-prefix", c.NamespacePrefix, held.Holder)
+		return nil, kind.Of(ErrInUse, fmt.Errorf("a NAT for namespaces %s… runs already as %s; end it, or choose another --namespace-prefix", c.NamespacePrefix, held.Holder))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("start NAT: %w", err)
@@ -852,6 +853,9 @@ func (n *NAT) ConnectionLimit() int { return n.connections }
 
 // Claim claims any free namespace of the pool and returns its name.
 func (n *NAT) Claim() (string, *Claim, error) {
+	if n.lock == nil {
+		return "", nil, kind.Of(kind.ErrClosed, errors.New("claim network namespace: the NAT is closed"))
+	}
 	for _, name := range n.created {
 		claim, err := claimNamespace(name)
 		var held *lockfile.HeldError
@@ -863,7 +867,7 @@ func (n *NAT) Claim() (string, *Claim, error) {
 		}
 		return name, &Claim{name, claim}, nil
 	}
-	return "", nil, fmt.Errorf("all %d network namespaces are in use; raise --namespace-count", len(n.created))
+	return "", nil, kind.Of(ErrInUse, fmt.Errorf("all %d network namespaces are in use; raise --namespace-count", len(n.created)))
 }
 
 // removeNamespace removes a namespace and its link with the host. One that somebody has made in the

@@ -19,6 +19,7 @@ import (
 	"drafter/internal/deviceset"
 	"drafter/internal/expose"
 	"drafter/internal/instance"
+	"drafter/internal/lifecycle"
 	"drafter/internal/limitedlog"
 	"drafter/internal/migration"
 	"drafter/internal/process"
@@ -34,7 +35,7 @@ type Config struct {
 	Host    vmm.Host
 	Devices []Device
 	Derive  func(names []string) ([]Device, error) // makes Devices, if there are none, once it is known what they are called: see Receive
-	Expose  string                                 // expose.Auto, FUSE or NBD
+	Expose  string                                 // "auto", "fuse" or "nbd"; "" for auto
 	Limits  migrate.Limits
 
 	Verifier *signature.Verifier // accepts packages; nil accepts all
@@ -65,6 +66,8 @@ type Hooks struct {
 // Peer owns one instance. Its methods are called by one goroutine; Done, Stats and Serve by any.
 type Peer struct {
 	config   Config
+	life     lifecycle.Life
+	serving  atomic.Bool // somebody is in Serve
 	claim    *network.Claim
 	vacated  atomic.Bool    // the VM runs elsewhere
 	vacating sync.WaitGroup // until its clients here were told
@@ -139,6 +142,12 @@ func (p *Peer) checkDevices() error {
 // Resume starts the instance. It runs when Resume returns, and its agent has answered. On failure
 // nothing is left but what Close removes.
 func (p *Peer) Resume(ctx context.Context) error {
+	if len(p.config.Devices) == 0 {
+		return errors.New("resume: Devices is empty; Derive is for a VM that comes from elsewhere")
+	}
+	if err := p.life.Start(); err != nil {
+		return fmt.Errorf("resume: %w", err)
+	}
 	start := time.Now()
 	if err := p.verify(nil); err != nil {
 		return err
@@ -351,7 +360,12 @@ func (p *Peer) Done() <-chan struct{} { return p.instance.Done() }
 
 // Wait blocks until the VM ends by itself. It returns nil when the guest powered itself off. What a
 // device failed with is part of the error.
-func (p *Peer) Wait() error { return errors.Join(p.instance.Wait(), p.devices.Failed()) }
+func (p *Peer) Wait() error {
+	if err := p.life.Running(); err != nil {
+		return fmt.Errorf("wait: %w", err)
+	}
+	return errors.Join(p.instance.Wait(), p.devices.Failed())
+}
 
 // Agent is the connection with the guest's agent; nil before the VM runs, and after it was
 // suspended.
@@ -364,9 +378,12 @@ func (p *Peer) Agent() *agent.Client { return p.instance.Agent() }
 // [vmm.Unstored]). After it, Close.
 func (p *Peer) Suspend(ctx context.Context) error {
 	start := time.Now()
+	if err := p.life.Running(); err != nil {
+		return fmt.Errorf("suspend: %w", err)
+	}
 	if err := p.awaitArrival(ctx); err != nil {
 		if errors.Is(err, migrate.ErrTakenBack) {
-			err = errors.Join(err, p.GiveUp())
+			err = errors.Join(err, p.instance.Mark(vmm.Moved))
 		}
 		return fmt.Errorf("suspend: %w", err)
 	}
@@ -390,6 +407,7 @@ func (p *Peer) Suspend(ctx context.Context) error {
 // host. What was written to the disks until then is made durable, unless the VM has moved away, and
 // its disks with it.
 func (p *Peer) Close() error {
+	p.life.Close()
 	moved, err := p.moves.Close()
 	errs := []error{err}
 	p.settled.Wait()

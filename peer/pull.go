@@ -69,6 +69,12 @@ type signed interface {
 // origin.
 func (p *Peer) Pull(ctx context.Context, o *Origin) error {
 	start := time.Now()
+	if o == nil || o.origin == nil {
+		return errors.New("pull: there is no origin; open one")
+	}
+	if err := p.life.Start(); err != nil {
+		return errors.Join(fmt.Errorf("pull: %w", err), o.Close())
+	}
 	if err := p.occupy(); err != nil {
 		return errors.Join(err, o.Close())
 	}

@@ -16,6 +16,7 @@ import (
 
 	"drafter/internal/deviceset"
 	"drafter/internal/instance"
+	"drafter/internal/kind"
 	"drafter/internal/migration"
 	"drafter/internal/wire"
 	"drafter/migrate"
@@ -28,6 +29,9 @@ import (
 // peer but a registry, an instance of its package is started; see [Peer.Pull].
 func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	start := time.Now()
+	if err := p.life.Start(); err != nil {
+		return fmt.Errorf("receive VM: %w", err)
+	}
 	if err := p.openStore(ctx); err != nil {
 		return err
 	}
@@ -46,6 +50,9 @@ func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 		return p.pull(ctx, start, pkg)
 	}
 	if err != nil {
+		if ctx.Err() != nil {
+			err = kind.Of(ctx.Err(), err) // however it came to an end then
+		}
 		return fmt.Errorf("receive VM: %w", err)
 	}
 	p.moves.Arrive(target)
@@ -111,9 +118,21 @@ func (p *Peer) settleArrival(target *migration.Target) {
 	})
 }
 
-// GiveUp notes that the VM is elsewhere, once [Peer.ArrivalError] is a [migrate.ErrTakenBack].
-// Close then ends what runs here.
-func (p *Peer) GiveUp() error { return p.instance.Mark(vmm.Moved) }
+// GiveUp notes that the VM is elsewhere, once [Peer.ArrivalError] is a [migrate.ErrTakenBack]; any
+// other VM it refuses to give up. Close then ends what runs here.
+func (p *Peer) GiveUp() error {
+	if err := p.life.Running(); err != nil {
+		return fmt.Errorf("give up: %w", err)
+	}
+	select {
+	case <-p.Arrived():
+		if errors.Is(p.ArrivalError(), migrate.ErrTakenBack) {
+			return p.instance.Mark(vmm.Moved)
+		}
+	default:
+	}
+	return errors.New("give up: the VM was not taken back, so it is here")
+}
 
 // awaitArrival waits until nothing of a VM that came by a migration is missing here. Whether its
 // source knows does not matter.

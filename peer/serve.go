@@ -27,6 +27,13 @@ import (
 // owns the VM, Serve first gives it all that it needs. An error with false means that the VM runs
 // here or, if it says so, that it is in doubt.
 func (p *Peer) Serve(ctx context.Context, accept migrate.Accept) (moved bool, err error) {
+	if err := p.life.Running(); err != nil {
+		return false, fmt.Errorf("serve: %w", err)
+	}
+	if p.serving.Swap(true) {
+		return false, fmt.Errorf("serve: the VM is migratable already: %w", vmm.ErrInUse)
+	}
+	defer p.serving.Store(false)
 	source, err := p.migratable(ctx)
 	if err != nil || source == nil {
 		return false, err

@@ -23,6 +23,9 @@ import (
 // be started here, or it is elsewhere. The decision is the operator's, who has looked at the other
 // side: a VM that is settled to be here while it runs there runs twice.
 func Settle(ctx context.Context, devices []Device, outcome migrate.Outcome) error {
+	if outcome != migrate.Here && outcome != migrate.Away {
+		return fmt.Errorf("outcome %q is none; it is %q or %q", outcome, migrate.Here, migrate.Away)
+	}
 	i := slices.IndexFunc(devices, func(d Device) bool { return d.Name == vmm.State })
 	if i < 0 {
 		return errors.New("device state is missing; add it to --devices")

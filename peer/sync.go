@@ -202,6 +202,9 @@ func (p *Peer) closeStore() error {
 // uploaded while it goes on. A failure is logged, and tried again; the error that Sync returns is
 // for good. Suspend makes the last backup.
 func (p *Peer) Sync(ctx context.Context) error {
+	if err := p.life.Running(); err != nil {
+		return fmt.Errorf("sync: %w", err)
+	}
 	if p.syncer == nil {
 		return nil
 	}

@@ -170,7 +170,7 @@ func (r *Registry) Serve(ctx context.Context, accept migrate.Accept) {
 	})
 }
 
-// Close frees the devices, once Serve has returned.
+// Close frees the devices, once Serve has returned. It is idempotent.
 func (r *Registry) Close() error {
 	var errs []error
 	if r.offer != nil {
@@ -181,5 +181,6 @@ func (r *Registry) Close() error {
 			errs = append(errs, f.Close())
 		}
 	}
+	r.offer, r.files = nil, nil
 	return errors.Join(errs...)
 }

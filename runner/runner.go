@@ -14,6 +14,7 @@ import (
 
 	"drafter/agent"
 	"drafter/internal/instance"
+	"drafter/internal/lifecycle"
 	"drafter/internal/lockfile"
 	"drafter/internal/newfile"
 	"drafter/internal/private"
@@ -62,6 +63,7 @@ type Runner struct {
 	locks    []*os.File
 	private  map[string]*scratch.Dir // of the private copies, by the directory that each is in
 	instance *instance.Instance
+	life     lifecycle.Life
 	reserved bool // room is set aside for the VM
 }
 
@@ -109,6 +111,9 @@ func New(c Config) (*Runner, error) {
 // is left but what Close removes.
 func (r *Runner) Resume(ctx context.Context) error {
 	start := time.Now()
+	if err := r.life.Start(); err != nil {
+		return fmt.Errorf("resume: %w", err)
+	}
 	// Files that a killed runner has lent to its VM are taken back.
 	err := vmm.ReclaimAll(r.config.Host.BaseDir)
 	if err != nil {
@@ -247,7 +252,12 @@ func (r *Runner) privateIn(parent string) (string, error) {
 func (r *Runner) Done() <-chan struct{} { return r.instance.Done() }
 
 // Wait blocks until the VM ends by itself. It returns nil when the guest powered itself off.
-func (r *Runner) Wait() error { return r.instance.Wait() }
+func (r *Runner) Wait() error {
+	if err := r.life.Running(); err != nil {
+		return fmt.Errorf("wait: %w", err)
+	}
+	return r.instance.Wait()
+}
 
 // Agent is the connection with the guest's agent; nil before the VM runs, and after it was
 // suspended.
@@ -258,6 +268,9 @@ func (r *Runner) Agent() *agent.Client { return r.instance.Agent() }
 // After it, Close.
 func (r *Runner) Suspend(ctx context.Context) error {
 	start := time.Now()
+	if err := r.life.Running(); err != nil {
+		return fmt.Errorf("suspend: %w", err)
+	}
 	saved, err := r.instance.Suspend(ctx, r.config.RescueTimeout)
 	if !saved {
 		return err
@@ -350,6 +363,7 @@ func (r *Runner) keep(name, target string) error {
 // Close ends the VM, if it still runs, without saving it, and removes what the run needed on the
 // host.
 func (r *Runner) Close() error {
+	r.life.Close()
 	var errs []error
 	if r.instance != nil {
 		errs = append(errs, r.instance.Close())

@@ -524,3 +524,27 @@ func TestPrivateFails(t *testing.T) {
 		}
 	})
 }
+
+// A call out of order is refused, and changes nothing.
+func TestOrder(t *testing.T) {
+	r := newRun(t)
+	runner := r.open(t)
+	refused := func(what string, err, want error) {
+		t.Helper()
+		if !errors.Is(err, want) {
+			t.Errorf("%s: %v; want %v", what, err, want)
+		}
+	}
+	refused("suspended before it runs", runner.Suspend(t.Context()), vmm.ErrNotStarted)
+	refused("waited for before it runs", runner.Wait(), vmm.ErrNotStarted)
+	refused("resumed", runner.Resume(t.Context()), nil)
+	refused("resumed again", runner.Resume(t.Context()), vmm.ErrStarted)
+	refused("suspended", runner.Suspend(t.Context()), nil)
+	refused("closed", runner.Close(), nil)
+	refused("closed again", runner.Close(), nil)
+	refused("suspended after its end", runner.Suspend(t.Context()), vmm.ErrClosed)
+	refused("waited for after its end", runner.Wait(), vmm.ErrClosed)
+	refused("resumed after its end", runner.Resume(t.Context()), vmm.ErrClosed)
+	r.status(t, vmm.Suspended)
+	r.again(t, false)
+}

@@ -19,6 +19,7 @@ import (
 	"drafter/internal/block"
 	"drafter/internal/guest"
 	"drafter/internal/instance"
+	"drafter/internal/lifecycle"
 	"drafter/internal/lockfile"
 	"drafter/internal/newfile"
 	"drafter/internal/private"
@@ -88,6 +89,7 @@ type Result struct {
 
 // Snapshotter makes one package.
 type Snapshotter struct {
+	life    lifecycle.Life
 	config  Config
 	names   []string
 	initrd  string             // path; "" for none
@@ -211,11 +213,14 @@ func (s *Snapshotter) findInitrd() error {
 	return err
 }
 
-// Run makes the package. Its files have their names only once it is complete. On failure, or when
+// Run makes the package, once. Its files have their names only once it is complete. On failure, or when
 // ctx ends, nothing of it is left, and a package that was there before is untouched; only if a file
 // cannot get its name at the very end, that package has lost its state, so that nobody resumes a
 // mix of both.
 func (s *Snapshotter) Run(ctx context.Context) (_ Result, err error) {
+	if err := s.life.Start(); err != nil {
+		return Result{}, fmt.Errorf("snapshot: %w", err)
+	}
 	// Files that a killed snapshotter has lent to its VM are taken back.
 	if err := vmm.ReclaimAll(s.config.Host.BaseDir); err != nil {
 		return Result{}, err

@@ -52,6 +52,8 @@ func (t *Trust) Listen(ctx context.Context, addr string) (*Listener, error) {
 	config := net.ListenConfig{}
 	config.SetMultipathTCP(false) // the kernel names the owner of one path
 	switch {
+	case network == "unix" && address == "":
+		return nil, errors.New("listen on unix:: the socket has no path")
 	case network == "unix":
 		if err := removeDeadSocket(ctx, address); err != nil {
 			return nil, err

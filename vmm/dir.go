@@ -44,6 +44,9 @@ const (
 
 // CreateDir makes a new directory under base. Orphans of killed owners are removed first.
 func CreateDir(base, driver string) (_ *Dir, err error) {
+	if strings.ContainsAny(driver, "/\x00") || driver == "" || driver[0] == '.' {
+		return nil, fmt.Errorf("create VM directory: %q is no name of a driver", driver)
+	}
 	if err := ReclaimAll(base); err != nil {
 		return nil, err
 	}

@@ -18,6 +18,11 @@ var (
 	// ErrIncompatible says that a VM cannot run on this host, whatever is tried: its VMM or its CPU
 	// is another one.
 	ErrIncompatible = kind.ErrIncompatible
+	// ErrNotStarted, ErrStarted and ErrClosed say that a component was used out of order: a peer, a
+	// runner, a mounter or a snapshotter is started once, used, and closed. Nothing was touched.
+	ErrNotStarted = kind.ErrNotStarted
+	ErrStarted    = kind.ErrStarted
+	ErrClosed     = kind.ErrClosed
 )
 
 // StatusError says why the VM of a state device cannot be resumed. It runs elsewhere, may do so, or

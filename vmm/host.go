@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 
 	"github.com/dustin/go-humanize"
 
@@ -40,14 +41,28 @@ func (h *Host) Complete() error {
 	if len(h.Drivers) == 0 {
 		return errors.New("Host.Drivers is empty; name the drivers of VMMs, such as qemu.Driver{}")
 	}
+	if slices.Contains(h.Drivers, nil) {
+		return errors.New("Host.Drivers has one that is nil")
+	}
 	if _, err := h.Drivers.Select(h.VMM, ""); err != nil {
 		return fmt.Errorf("Host.VMM: %w", err)
+	}
+	if u := h.Users; u.Count > 0 && (u.First == 0 && u.Count > 1 || uint64(u.First)+uint64(u.Count) >= 1<<32) {
+		return fmt.Errorf("Host.Users is %d from %d on; it must neither begin with root nor end beyond the last user", u.Count, u.First)
+	}
+	switch h.Accel {
+	case "", AccelAuto, AccelKVM, AccelTCG:
+	default:
+		return fmt.Errorf("Host.Accel is %q; choose auto, kvm or tcg", h.Accel)
+	}
+	if h.MaxMemory < 0 {
+		return errors.New("Host.MaxMemory must not be negative")
 	}
 	if h.BaseDir == "" {
 		return errors.New("Host.BaseDir is empty; name a directory for VMs")
 	}
-	if h.UID < 0 || h.GID < 0 {
-		return errors.New("Host.UID and Host.GID must not be negative")
+	if h.UID < 0 || h.GID < 0 || int64(h.UID) >= 1<<32-1 || int64(h.GID) >= 1<<32-1 {
+		return errors.New("Host.UID and Host.GID must be ids of a user and a group")
 	}
 	if c := h.Limits.CPUs; c != 0 && !(c >= 0.01 && c <= MaxCPUs) { // nor what is no number
 		return fmt.Errorf("Host.Limits.CPUs is %v; choose 0.01 to %d, or 0 for no limit", c, MaxCPUs)

@@ -57,6 +57,17 @@ const (
 	Copying    Status = 10 // a copy of the VM has saved the state; the VM goes on here, and nowhere else
 )
 
+// statusNames are how a status is logged.
+var statusNames = [...]string{"unknown", "suspended", "running", "powered off", "arriving", "leaving", "in doubt", "handed over", "moved", "taking over", "copying"}
+
+// String is a status in words.
+func (s Status) String() string {
+	if int(s) >= len(statusNames) {
+		s = 0
+	}
+	return statusNames[s]
+}
+
 // OfMigration tells whether a status says that the VM is, or may be, elsewhere.
 func (s Status) OfMigration() bool { return s >= Arriving && s <= TakingOver }
 

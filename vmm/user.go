@@ -84,8 +84,10 @@ func ClaimUser(r UserRange) (*User, error) {
 
 // Close gives the user back. The VMM must have ended. Close of nil does nothing.
 func (u *User) Close() error {
-	if u == nil {
+	if u == nil || u.lock == nil {
 		return nil
 	}
-	return errors.Join(u.lock.Release(), rundir.Remove())
+	err := errors.Join(u.lock.Release(), rundir.Remove())
+	u.lock = nil
+	return err
 }

@@ -239,7 +239,7 @@ type Drivers []Driver
 // first one when nothing is recorded.
 func (ds Drivers) Select(name, recorded string) (Driver, error) {
 	if name == "" || name == VMMAuto {
-		if recorded == "" {
+		if recorded == "" && len(ds) > 0 {
 			return ds[0], nil
 		}
 		name = recorded

@@ -108,8 +108,13 @@ func (s *Set) Expose(p Place, devices []expose.Device) (err error) {
 	return nil
 }
 
-// Path is where a device is exposed.
-func (s *Set) Path(name string) string { return s.exposure.Path(name) }
+// Path is where a device is exposed; "" if it is not.
+func (s *Set) Path(name string) string {
+	if s.exposure == nil || s.Get(name) == nil {
+		return ""
+	}
+	return s.exposure.Path(name)
+}
 
 // Failed returns the first error that a device gave to those who use its path.
 func (s *Set) Failed() error {

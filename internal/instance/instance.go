@@ -110,7 +110,7 @@ type StateDevice interface {
 }
 
 // ErrNotStarted says that there is no VM yet.
-var ErrNotStarted = errors.New("the VM was not started; resume or receive it first")
+var ErrNotStarted = vmm.ErrNotStarted
 
 // Instance is one running VM. Resume and Suspend are called by one goroutine; Wait and Close by
 // any. A nil Instance stands for a VM that was not started: Done, Wait, Agent, Suspend and Mark say
@@ -129,6 +129,7 @@ type Instance struct {
 	reboots    atomic.Int64                 // how often the guest has booted again
 	agentOf    int64                        // the boot of the guest that agent is of
 	why        error                        // why the VM booted from its disks here; nil if it was resumed
+	closing    atomic.Bool                  // its VMM does not end by itself any more
 	frozen     bool                         // suspended or handed over: the state device says so
 	paused     time.Time                    // since when, for a migration; zero while it runs
 	stood      time.Duration                // how long it was paused last
@@ -815,7 +816,7 @@ func (i *Instance) Wait() error {
 	if err := i.machine.Wait(); err != nil {
 		return err
 	}
-	if i.frozen {
+	if i.frozen || i.closing.Load() {
 		return nil
 	}
 	return i.withState(func(dev StateDevice) error { return vmm.MarkState(dev, vmm.PoweredOff) })
@@ -823,6 +824,7 @@ func (i *Instance) Wait() error {
 
 // Close ends the VM, if it still runs, without saving it, and removes what it needed on the host.
 func (i *Instance) Close() error {
+	i.closing.Store(true)
 	errs := []error{i.dropAgent()}
 	if i.machine != nil {
 		errs = append(errs, i.machine.Close())

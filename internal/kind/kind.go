@@ -10,6 +10,9 @@ var (
 	ErrNotSuspended = errors.New("not suspended")
 	ErrIncompatible = errors.New("incompatible")
 	ErrUnauthorized = errors.New("not authorized")
+	ErrNotStarted   = errors.New("not started; start, resume or receive it first")
+	ErrStarted      = errors.New("started already; make a new one")
+	ErrClosed       = errors.New("closed already")
 )
 
 // Of gives an error a kind, for [errors.Is], and leaves its text as it is. A nil error stays nil.

@@ -303,7 +303,13 @@ func (t *Target) Close() error {
 func (t *Target) connect(ctx context.Context, lane wire.Lane, resume bool) (*link, error) {
 	dctx, cancel := context.WithTimeoutCause(ctx, t.config.Limits.Silence, errors.New("no answer"))
 	defer cancel()
+	if t.config.Dial == nil {
+		return nil, errors.New("connect: dial is nil")
+	}
 	stream, err := t.config.Dial(dctx)
+	if err == nil && stream == nil {
+		err = errors.New("dial gave no connection")
+	}
 	if err != nil {
 		return nil, fmt.Errorf("connect: %w", err)
 	}

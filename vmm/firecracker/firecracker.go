@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"drafter/internal/console"
+	"drafter/internal/kind"
 	"drafter/internal/process"
 	"drafter/internal/uffd"
 	"drafter/vmm"
@@ -79,7 +80,7 @@ func (d Driver) programs() (bin, jailer string, err error) {
 			path, err = filepath.Abs(path)
 		}
 		if err != nil {
-			return "", "", fmt.Errorf("%s (%s) is not installed; install a release of Firecracker, or pass --%s-bin", p.flag, name, p.flag)
+			return "", "", kind.Of(exec.ErrNotFound, fmt.Errorf("%s (%s) is not installed; install a release of Firecracker, or pass --%s-bin", p.flag, name, p.flag))
 		}
 		*p.to = path
 	}

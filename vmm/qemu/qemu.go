@@ -57,7 +57,7 @@ func binary(bin string) (string, error) {
 	}
 	path, err := exec.LookPath(bin)
 	if err != nil {
-		return "", fmt.Errorf("QEMU (%s) is not installed; install it with 'apt-get install %s', or pass --qemu-bin", bin, packageNames[runtime.GOARCH])
+		return "", kind.Of(exec.ErrNotFound, fmt.Errorf("QEMU (%s) is not installed; install it with 'apt-get install %s', or pass --qemu-bin", bin, packageNames[runtime.GOARCH]))
 	}
 	if path, err = filepath.Abs(path); err == nil {
 		path, err = filepath.EvalSymlinks(path)
