@@ -109,6 +109,16 @@ type StateDevice interface {
 	Name() string // path, for messages
 }
 
+// status is what the state device says, or may say after an error, about a VM that has a VMM.
+type status int
+
+const (
+	running status = iota // the VM is here
+	copying               // the device holds a state for a copy; the VM is here
+	leaving               // the VM may soon run at the target of a migration
+	frozen                // the VM is suspended, or handed over
+)
+
 // ErrNotStarted says that there is no VM yet.
 var ErrNotStarted = errors.New("the VM was not started; resume or receive it first")
 
@@ -129,14 +139,12 @@ type Instance struct {
 	reboots    atomic.Int64                 // how often the guest has booted again
 	agentOf    int64                        // the boot of the guest that agent is of
 	why        error                        // why the VM booted from its disks here; nil if it was resumed
-	frozen     bool                         // suspended or handed over: the state device says so
-	paused     time.Time                    // since when, for a migration; zero while it runs
-	stood      time.Duration                // how long it was paused last
-	missed     atomic.Int64                 // how long it stood still for disks, in nanoseconds, without that its clock was set since
-	catchUp    sync.WaitGroup               // who sets its clock after that; ended by the end of the agent's connection
-	keepClock  bool                         // its clock is never to be set
-	left       bool                         // the state device holds a state for the target of a migration, or says that it may
-	leaves     bool                         // the VM may be that target's
+	status     status
+	paused     time.Time      // since when, for a migration; zero while it runs
+	stood      time.Duration  // how long it was paused last
+	missed     atomic.Int64   // how long it stood still for disks, in nanoseconds, without that its clock was set since
+	catchUp    sync.WaitGroup // who sets its clock after that; ended by the end of the agent's connection
+	keepClock  bool           // its clock is never to be set
 
 	resolver func() (network.Resolver, error) // nil without network
 	booting  *ready                           // of a VM that was booted: its console
@@ -627,7 +635,7 @@ func (i *Instance) Suspend(ctx context.Context, agentTimeout time.Duration) (sav
 	if i == nil {
 		return false, ErrNotStarted
 	}
-	if i.frozen {
+	if i.status == frozen {
 		return true, nil
 	}
 	var agentErr error
@@ -643,7 +651,6 @@ func (i *Instance) Suspend(ctx context.Context, agentTimeout time.Duration) (sav
 		}
 		return false, errors.Join(err, agentErr, i.goOn(context.WithoutCancel(ctx), agentTimeout))
 	}
-	i.frozen = true
 	return true, agentErr
 }
 
@@ -746,7 +753,7 @@ func (i *Instance) save(ctx context.Context) error {
 			return fmt.Errorf("suspend: device %s: %w", name, err)
 		}
 	}
-	i.left, i.frozen = true, true // even if it fails: a Rescue takes back what the device says
+	i.status = frozen // even if it fails: a Rescue takes back what the device says
 	return i.withState(func(dev StateDevice) error { return vmm.WriteState(dev, i.config.ID, state.Bytes()) })
 }
 
@@ -815,7 +822,7 @@ func (i *Instance) Wait() error {
 	if err := i.machine.Wait(); err != nil {
 		return err
 	}
-	if i.frozen {
+	if i.status == frozen {
 		return nil
 	}
 	return i.withState(func(dev StateDevice) error { return vmm.MarkState(dev, vmm.PoweredOff) })

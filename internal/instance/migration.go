@@ -92,7 +92,7 @@ func (i *Instance) Pause(ctx context.Context) error {
 // NoteLeaving notes durably that the VM, which runs on, may soon run at the target of a migration.
 // [Instance.Rescue] takes the note back.
 func (i *Instance) NoteLeaving(migration uuid.UUID) error {
-	i.left, i.leaves = true, true
+	i.status = leaving
 	return i.withState(func(dev StateDevice) error { return vmm.MarkLeaving(dev, migration) })
 }
 
@@ -103,10 +103,9 @@ func (i *Instance) SaveLeaving(ctx context.Context, migration uuid.UUID) error {
 	if err := i.machine.Save(ctx, &state); err != nil {
 		return i.prefer(err)
 	}
-	i.left = true
-	status := vmm.Copying
-	if i.leaves {
-		status = vmm.Leaving
+	status := vmm.Leaving
+	if i.status != leaving {
+		i.status, status = copying, vmm.Copying
 	}
 	return i.withState(func(dev StateDevice) error {
 		return vmm.WriteMigratedState(dev, i.config.ID, state.Bytes(), migration, status)
@@ -118,19 +117,20 @@ func (i *Instance) Mark(status vmm.Status) error {
 	if i == nil {
 		return ErrNotStarted
 	}
-	i.frozen = true
+	i.status = frozen
 	return i.withState(func(dev StateDevice) error { return vmm.MarkState(dev, status) })
 }
 
 // Rescue lets the VM go on after Prepare, Pause and SaveLeaving, whichever of them were done. The
 // guest runs when it returns nil.
 func (i *Instance) Rescue(ctx context.Context) error {
-	settleable := i.frozen
+	settleable := i.status == frozen
 	if err := i.prefer(nil); err != nil && settleable {
 		return err // the VMM is gone, but the devices hold what an operator can settle on
 	}
-	i.frozen, i.stood = false, 0
-	if i.left {
+	i.stood = 0
+	if i.status != running {
+		i.status = copying // until the device says that the VM is here, which may fail
 		err := i.withState(func(dev StateDevice) error {
 			if settleable {
 				// What an operator could settle on must be gone before the guest changes what it
@@ -142,7 +142,7 @@ func (i *Instance) Rescue(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		i.left, i.leaves = false, false
+		i.status = running
 	}
 	if !i.paused.IsZero() {
 		if err := i.machine.Resume(ctx); err != nil {
