@@ -226,7 +226,7 @@ func unpackLayer(ctx context.Context, layer v1.Layer, id v1.Hash, rootfs string,
 	checked, w := io.Pipe()
 	var g errgroup.Group
 	g.Go(func() error {
-		err := left.check(ctx, w, tar.NewReader(tee))
+		err := left.checkLayer(ctx, w, tar.NewReader(tee))
 		_ = w.CloseWithError(err) // which never fails
 		return err
 	})
@@ -253,10 +253,10 @@ var errUnpacked = errors.New("unpacking has ended")
 // maxPath bounds a name in a layer, in bytes (PATH_MAX of Linux).
 const maxPath = 4096
 
-// check copies a layer's tar archive to w, entry by entry, each only once it is within what is
+// checkLayer copies a layer's tar archive to w, entry by entry, each only once it is within what is
 // left. A header can promise any size, and a sparse file is of that size, however short the
 // archive: so what unpacks sees no header but those written here.
-func (l *Limits) check(ctx context.Context, w io.Writer, r *tar.Reader) error {
+func (l *Limits) checkLayer(ctx context.Context, w io.Writer, r *tar.Reader) error {
 	out := tar.NewWriter(w)
 	made := layerNames{dirs: map[string]bool{}, implied: map[string]bool{}}
 	for {

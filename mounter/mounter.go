@@ -54,7 +54,7 @@ func (d *Device) files() *stack.Files {
 	return f
 }
 
-func (d *Device) check() error {
+func (d *Device) checkSettings() error {
 	if err := vmm.CheckDeviceName(d.Name); err != nil {
 		return err
 	}
@@ -100,7 +100,7 @@ func New(c Config) (*Mounter, error) {
 	var distinct stack.Distinct
 	for i := range c.Devices {
 		d := &c.Devices[i]
-		if err := d.check(); err != nil {
+		if err := d.checkSettings(); err != nil {
 			return nil, fmt.Errorf("device %s: %w", d.Name, err)
 		}
 		if err := distinct.Add(d.Name, d.files()); err != nil {

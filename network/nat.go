@@ -231,7 +231,7 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("clean up after an earlier NAT: %w", err)
 	}
-	if err := n.check(kept); err != nil {
+	if err := n.checkFree(kept); err != nil {
 		return nil, err
 	}
 	if err := n.prepareHost(kept); err != nil {
@@ -381,8 +381,8 @@ func (c NATConfig) permissions() string {
 	return fmt.Sprintf("%q %q %q %q %v", c.HostInterface, c.BlockedSubnetCIDR, c.AllowHost, c.AllowCIDRs, c.AllowIncomingTraffic)
 }
 
-// check refuses to start where the names or addresses belong to somebody else.
-func (n *NAT) check(kept []string) error {
+// checkFree refuses to start where the names or addresses belong to somebody else.
+func (n *NAT) checkFree(kept []string) error {
 	for i := range n.layout.count {
 		name := n.name(i)
 		if slices.Contains(kept, name) {

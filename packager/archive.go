@@ -48,8 +48,8 @@ func (p Progress) report(step string, done, total int64) {
 	}
 }
 
-// check refuses device lists that cannot work.
-func check(devices []Device) error {
+// checkDevices refuses device lists that cannot work.
+func checkDevices(devices []Device) error {
 	if len(devices) == 0 {
 		return errors.New("no devices are given; add them to --devices")
 	}
@@ -79,7 +79,7 @@ const bufferSize = 1 << 20
 // archive at path, which only its owner can read, and which has its name only once it is complete
 // and durable.
 func Create(ctx context.Context, path string, devices []Device, progress Progress) (err error) {
-	if err := check(devices); err != nil {
+	if err := checkDevices(devices); err != nil {
 		return err
 	}
 	var signed []byte
@@ -213,7 +213,7 @@ const maxDevice = 1 << 46
 // The archive's signature, if it has one, is put beside the config device. A verifier, which may be
 // nil, has to accept the devices.
 func Extract(ctx context.Context, path string, devices []Device, verifier *signature.Verifier, progress Progress) (err error) {
-	if err := check(devices); err != nil {
+	if err := checkDevices(devices); err != nil {
 		return err
 	}
 	f, err := os.Open(path) // perhaps a pipe

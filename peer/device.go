@@ -154,8 +154,8 @@ func (d *Device) receive(under block.Device) *block.Incoming {
 	return block.NewIncoming(under, d.Name == vmm.Memory)
 }
 
-// check refuses settings that cannot work.
-func (d *Device) check() error {
+// checkSettings refuses settings that cannot work.
+func (d *Device) checkSettings() error {
 	if err := d.files().CheckPaths(); err != nil {
 		return err
 	}

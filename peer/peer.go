@@ -123,7 +123,7 @@ func (p *Peer) checkDevices() error {
 	for i := range p.config.Devices {
 		d := &p.config.Devices[i]
 		names = append(names, d.Name)
-		if err := d.check(); err != nil {
+		if err := d.checkSettings(); err != nil {
 			return fmt.Errorf("device %s: %w", d.Name, err)
 		}
 		if err := distinct.Add(d.Name, d.files()); err != nil {

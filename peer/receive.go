@@ -229,7 +229,7 @@ func (a *arrival) Accept(ctx context.Context, m wire.Manifest, id uuid.UUID) ([]
 			return nil, err
 		}
 	}
-	if err := a.check(ctx, m); err != nil {
+	if err := a.checkManifest(ctx, m); err != nil {
 		return nil, err
 	}
 	if err := a.p.openStore(ctx); err != nil {
@@ -251,8 +251,8 @@ func (a *arrival) Accept(ctx context.Context, m wire.Manifest, id uuid.UUID) ([]
 	return a.devices(ctx, m, held)
 }
 
-// check refuses what cannot run here. Nothing has been made yet.
-func (a *arrival) check(ctx context.Context, m wire.Manifest) error {
+// checkManifest refuses what cannot run here. Nothing has been made yet.
+func (a *arrival) checkManifest(ctx context.Context, m wire.Manifest) error {
 	if err := instance.Preflight(ctx, a.p.config.Host, a.config); err != nil {
 		return err
 	}

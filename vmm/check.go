@@ -27,8 +27,8 @@ const maxArgs = 2047
 // maxDevices is more than any machine has room for.
 const maxDevices = 64
 
-// check refuses hardware whose fields do not have the form of such.
-func (h *Hardware) check() error {
+// checkFields refuses fields that do not have their form.
+func (h *Hardware) checkFields() error {
 	for _, f := range []struct {
 		name, value string
 		form        *regexp.Regexp
@@ -81,7 +81,7 @@ func (c *PackageConfig) checkFields() error {
 	if id, err := uuid.Parse(c.ID); err != nil || id.String() != c.ID {
 		return fmt.Errorf("id %.64q is no UUID", c.ID)
 	}
-	if err := c.Hardware.check(); err != nil {
+	if err := c.Hardware.checkFields(); err != nil {
 		return err
 	}
 	if err := CheckNetwork(c.Interface, c.MAC); err != nil {

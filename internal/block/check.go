@@ -28,7 +28,7 @@ func Check(ctx context.Context, base Device, baseID ID, paths OverlayPaths) (pro
 	}
 	defer func() { err = errors.Join(err, data.Close(), s.close()) }()
 	o := newOverlay(base, data, s)
-	if err := o.check(paths, baseID); err != nil {
+	if err := o.checkFiles(paths, baseID); err != nil {
 		return []string{err.Error()}, nil
 	}
 	for _, page := range s.damaged {

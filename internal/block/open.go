@@ -46,7 +46,7 @@ func OpenOverlay(base Device, baseID ID, paths OverlayPaths, blockSize int64) (_
 		return nil, err
 	}
 	o := newOverlay(base, data, state)
-	if err := o.check(paths, baseID); err != nil {
+	if err := o.checkFiles(paths, baseID); err != nil {
 		return nil, errors.Join(err, data.Close(), state.close())
 	}
 	if err := o.discardUncommitted(); err != nil {
@@ -203,8 +203,8 @@ func (f *overlayFile) NextData(off int64) (start, end int64, err error) {
 	return min(start, f.size), min(end, f.size), err
 }
 
-// check refuses files that do not belong together.
-func (o *Overlay) check(paths OverlayPaths, baseID ID) error {
+// checkFiles refuses files that do not belong together.
+func (o *Overlay) checkFiles(paths OverlayPaths, baseID ID) error {
 	h := o.state.header
 	if h.size != o.base.Size() {
 		return fmt.Errorf("state file %s is for a base of %d bytes, %s has %d; use the base that the overlay was made over", paths.State, h.size, paths.Base, o.base.Size())

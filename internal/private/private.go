@@ -73,7 +73,7 @@ func open(path string, flags int, how walking) (*os.File, error) {
 	// A FIFO would hold up the open.
 	fd, err := unix.Openat(dir, base, flags|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err == nil {
-		err = check(fd)
+		err = checkKind(fd)
 	}
 	if err == nil {
 		err = unix.SetNonblock(fd, false)
@@ -81,8 +81,8 @@ func open(path string, flags int, how walking) (*os.File, error) {
 	return file(fd, path, err)
 }
 
-// check refuses what is neither file, device nor directory.
-func check(fd int) error {
+// checkKind refuses what is neither file, device nor directory.
+func checkKind(fd int) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
 		return err

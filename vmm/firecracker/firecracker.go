@@ -88,11 +88,11 @@ func (d Driver) programs() (bin, jailer string, err error) {
 
 // Check implements [vmm.Checker].
 func (d Driver) Check(ctx context.Context, l vmm.Launch) error {
-	_, _, _, err := d.check(ctx, &l)
+	_, _, _, err := d.checkHost(ctx, &l)
 	return err
 }
 
-func (d Driver) check(ctx context.Context, l *vmm.Launch) (bin, jailer string, v vmm.Version, err error) {
+func (d Driver) checkHost(ctx context.Context, l *vmm.Launch) (bin, jailer string, v vmm.Version, err error) {
 	if bin, jailer, err = d.programs(); err != nil {
 		return
 	}
@@ -113,7 +113,7 @@ func (d Driver) check(ctx context.Context, l *vmm.Launch) (bin, jailer string, v
 
 // Launch implements [vmm.Driver].
 func (d Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
-	bin, jailer, v, err := d.check(ctx, &l)
+	bin, jailer, v, err := d.checkHost(ctx, &l)
 	if err != nil {
 		return nil, err
 	}
