@@ -109,7 +109,8 @@ func Root(stderr io.Writer) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "drafter",
 		Short: "Package, start, clone and live-migrate virtual machines",
-		Long: `Drafter turns OCI images, or any Linux, into virtual machines that can be snapshotted, packaged, cloned copy-on-write and live-migrated.
+		Long: `Drafter turns OCI images, or any Linux, into virtual machines that can be
+snapshotted, packaged, cloned copy-on-write and live-migrated.
 
 A first tour, as root:
   drafter blueprint os --output out/blueprint
@@ -119,7 +120,8 @@ A first tour, as root:
   drafter runner --netns ark0 --devices '[…]'
   drafter forwarder
 
-Each command also answers to its own name: a link drafter-runner to this program is 'drafter runner'.
+Each command also answers to its own name: a link drafter-runner to this program is 'drafter
+runner'.
 ` + exitCodeHelp,
 		SilenceErrors: true,
 		SilenceUsage:  true,

@@ -36,15 +36,15 @@ type originFlags struct {
 
 func (o *originFlags) add(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringVar(&o.cache, "package-cache", "out/packages", "Directory for the packages that --package docker://… names, each pulled once")
-	f.BoolVar(&o.plainHTTP, "plain-http", false, "Talk to the OCI registry without TLS")
+	f.StringVar(&o.cache, "package-cache", "out/packages", "Directory for the packages that --package docker://… names; each is pulled once")
+	f.BoolVar(&o.plainHTTP, "plain-http", false, "Talk to the OCI registry without TLS; registries on loopback addresses need no flag")
 }
 
 func (s *storageFlags) add(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&s.endpoint, "s3-endpoint", "", "URL of the object storage (default: $AWS_ENDPOINT_URL_S3, $AWS_ENDPOINT_URL, or https://s3.amazonaws.com)")
 	f.StringVar(&s.credentials, "s3-credentials", "", "File with the credentials of the object storage, like that of the AWS command line: aws_access_key_id and aws_secret_access_key, or a credential_process (default: the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the files of the AWS and MinIO command lines, or what a container is given, as AWS_CONTAINER_CREDENTIALS_FULL_URI)")
-	f.IntVar(&s.concurrency, "s3-concurrency", 0, "Number of concurrent uploads to the object storage (default 4)")
+	f.IntVar(&s.concurrency, "s3-concurrency", 0, "Number of concurrent uploads to the object storage, up to 1000, each of some 8 MiB of memory (default 4)")
 }
 
 const storageScheme = "s3://"
@@ -157,7 +157,7 @@ type syncFlags struct {
 func (s *syncFlags) add(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&s.to, "s3-sync", "", "Back all devices up to s3://BUCKET/PREFIX while the VM runs, and when it is suspended (instead of the fields s3… of --devices)")
-	f.DurationVar(&s.interval, "s3-interval", 30*time.Second, "Pause between two backups to S3")
+	f.DurationVar(&s.interval, "s3-interval", 30*time.Second, "Pause between two backups to S3, such as 5m")
 }
 
 // apply makes devices be backed up.
