@@ -26,7 +26,8 @@ var (
 	describePending  = prometheus.NewDesc("drafter_migration_device_pending_bytes", "Bytes of a device that are still to be transferred.", []string{"device"}, nil)
 )
 
-// Metrics is a collector of what the peer and its migrations do.
+// Metrics is a collector of the figures of the peer and of its migrations. It is safe for
+// concurrent use.
 func (p *Peer) Metrics() prometheus.Collector { return metrics{p} }
 
 type metrics struct{ p *Peer }

@@ -60,7 +60,7 @@ func NewOffer(devices []OfferedDevice, signature []byte, connections int, limits
 func (o *Offer) Close() error { return o.encoder.Close() }
 
 // Handle serves one connection of a target, which it owns, until it ends; each takes some 2 MiB.
-// One for which there is no place is refused with [ErrRefused]: a host gets no more than are left
+// One for which there is no place is refused with [migrate.ErrRefused]: a host gets no more than are left
 // for others.
 func (o *Offer) Handle(ctx context.Context, stream io.ReadWriteCloser) error {
 	l := newLink(ctx, stream, o.limits.Silence)

@@ -27,7 +27,7 @@ type SourceVM interface {
 	WriteBack(ctx context.Context) error
 	// Flush makes every guest memory write up to now visible in the memory device.
 	Flush(ctx context.Context) error
-	// Prepare lets the guest get ready to be paused; it runs on. If it fails with [ErrNotReady], a
+	// Prepare lets the guest get ready to be paused; it runs on. If it fails with [migrate.ErrNotReady], a
 	// target may take the VM all the same.
 	Prepare(ctx context.Context) error
 	// Leave notes durably that the VM may soon run elsewhere. It comes before Pause; Rescue takes
@@ -138,7 +138,7 @@ func NewSource(c SourceConfig) (*Source, error) {
 
 // Handle serves one connection of a target, which it owns, until it ends. Any number of connections
 // can be served at once; what does not belong to the one migration that may be under way is refused
-// with [ErrRefused]. Those who wait to be told whether they belong to it are bounded, see
+// with [migrate.ErrRefused]. Those who wait to be told whether they belong to it are bounded, see
 // [transport.Waiting]; those who do keep their places. The first connection of a migration returns
 // when the migration has ended: with a nil error when the VM has moved.
 func (s *Source) Handle(ctx context.Context, stream io.ReadWriteCloser) error {
@@ -350,7 +350,7 @@ func (s *Source) Away() time.Duration {
 	return o.lanes.away()
 }
 
-// Relinquish waits, once Revoke has failed with [ErrHandedOver], until the target has all that it
+// Relinquish waits, once Revoke has failed with [migrate.ErrHandedOver], until the target has all that it
 // needs of this source, or an operator has settled that the VM goes on here; then Phase tells
 // which. When the target has taken nothing for patience, it gives up with an error.
 func (s *Source) Relinquish(patience time.Duration) error {
@@ -384,8 +384,8 @@ func (s *Source) Relinquish(patience time.Duration) error {
 const revokeGrace = 2 * time.Second
 
 // Revoke ends the VM's being migratable. A migration that has not been handed over is cancelled,
-// and Revoke waits until the VM runs here as before. Else it fails with [ErrHandedOver] and changes
-// nothing, or, when no answer comes for as long as a connection may be silent, with [ErrInDoubt].
+// and Revoke waits until the VM runs here as before. Else it fails with [migrate.ErrHandedOver] and changes
+// nothing, or, when no answer comes for as long as a connection may be silent, with [migrate.ErrInDoubt].
 func (s *Source) Revoke(cause error) error {
 	s.mu.Lock()
 	s.revoked = true

@@ -32,7 +32,7 @@ type TargetVM interface {
 	// Restore loads the VM's state and notes that the VM runs here, so that it is known even if
 	// this process is killed. It does not run yet.
 	Restore(ctx context.Context, migration uuid.UUID) error
-	// Resume lets the VM run. An error means that it did not, unless it is an [ErrMayHaveRun].
+	// Resume lets the VM run. An error means that it did not, unless it is an [migrate.ErrMayHaveRun].
 	Resume(ctx context.Context) error
 	// Complete makes durable what has arrived; nothing is missing any more.
 	Complete(ctx context.Context) error
@@ -273,7 +273,7 @@ func (t *Target) Wait() error {
 }
 
 // GiveUp ends the migration of a VM of which something is missing, because an operator has settled
-// that its source goes on with it: Wait returns [ErrTakenBack].
+// that its source goes on with it: Wait returns [migrate.ErrTakenBack].
 func (t *Target) GiveUp() {
 	t.cancel(fmt.Errorf("%w, as an operator has settled here", migrate.ErrTakenBack))
 }
