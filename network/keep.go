@@ -116,8 +116,8 @@ func (n *NAT) sayForwarding() error {
 	return nil
 }
 
-// followRoute moves the guests' way out when the host's has changed. On most hosts a way out that
-// was lost comes back, and is followed, too.
+// followRoute moves the guests' way out when the host's has changed. While the host has none, the
+// last one stays.
 func (n *NAT) followRoute() error {
 	if !n.follows {
 		return nil
