@@ -24,23 +24,23 @@ var (
 	errCrowded = errors.New("too many connections wait, and this one has waited longest")
 )
 
-// undecided is the outcome of a source that ends without knowing.
+// undecided is the outcome when a source ends without knowing who owns the VM.
 const undecided migrate.Outcome = ""
 
-// tuning is what a source does for the sake of speed. Only tests change it; 0 is the default.
+// tuning sets a source's speed. Only tests change it; 0 is the default.
 type tuning struct {
-	// note is how long a source waits after a handoff before it makes durable what it still has,
-	// and notes how things stand: at that moment the target needs the disks and CPUs, if it shares
-	// them, and a moment later most of it is not needed any more. Default 250 ms.
+	// note is how long a source waits after a handoff before it makes its data durable, and notes
+	// the status. At that moment the target needs the disks and CPUs, if it shares them. A moment
+	// later most of the data is not needed any more. Default 250 ms.
 	note time.Duration
 
-	// A source waits before it pauses the VM until the target has stored what it was sent, for at
-	// most patience, default 250 ms, if the target is near: it has answered within nearby, default
-	// 10 ms, when it had nothing to do.
+	// Before a source pauses the VM, it waits until the target has stored what it was sent, for at
+	// most patience, default 250 ms. It does so only if the target is near: an idle target has
+	// answered within nearby, default 10 ms.
 	nearby, patience time.Duration
 
-	// readAhead is how many pages of a device have to be pending for the next ones to be read while
-	// some are sent. It pays where there are many in a row. Default 4,096.
+	// readAhead is how many pages of a device have to be pending for a source to read the next
+	// pages while it sends some. That pays if many pages are in a row. Default 4,096.
 	readAhead int64
 }
 
@@ -56,7 +56,7 @@ type row[T any] struct {
 	does    func(T, context.Context) (migrate.Phase, error) // nil in a final state
 	then    []migrate.Phase                                 // what it may lead to
 	failing migrate.Phase                                   // what an error leads to
-	within  func(*migrate.Limits) time.Duration             // bounds it, if not nil and not 0; what it does must then end with an error
+	within  func(*migrate.Limits) time.Duration             // bounds the phase, if not nil and not 0; does must then end with an error
 }
 
 // advance runs a machine from state to one of its final states. It returns the errors of all steps.
