@@ -421,10 +421,10 @@ func (d *departure) Rescue(context.Context) error {
 func (d *departure) Rescued(context.Context) {}
 
 // Mark implements [migration.SourceVM].
-func (d *departure) Mark(_ context.Context, state migrate.Phase, migration uuid.UUID) error {
+func (d *departure) Mark(_ context.Context, phase migrate.Phase, migration uuid.UUID) error {
 	for _, name := range d.names {
 		status := leaving
-		if state == migrate.Moved {
+		if phase == migrate.Moved {
 			status = gone
 		} else if err := d.m.devices.Get(name).Sync(); err != nil {
 			return fmt.Errorf("device %s: %w", name, err)

@@ -210,8 +210,8 @@ func (d *departure) Rescued(ctx context.Context) {
 }
 
 // Mark implements [migration.SourceVM].
-func (d *departure) Mark(_ context.Context, state migrate.Phase, _ uuid.UUID) error {
-	if state == migrate.Moved {
+func (d *departure) Mark(_ context.Context, phase migrate.Phase, _ uuid.UUID) error {
+	if phase == migrate.Moved {
 		return d.p.instance.Mark(vmm.Moved)
 	}
 	if d.p.syncer != nil {
@@ -223,7 +223,7 @@ func (d *departure) Mark(_ context.Context, state migrate.Phase, _ uuid.UUID) er
 			return fmt.Errorf("device %s: %w", name, err)
 		}
 	}
-	return d.p.instance.Mark(map[migrate.Phase]vmm.Status{migrate.InDoubt: vmm.InDoubt, migrate.Serving: vmm.HandedOver}[state])
+	return d.p.instance.Mark(map[migrate.Phase]vmm.Status{migrate.InDoubt: vmm.InDoubt, migrate.Serving: vmm.HandedOver}[phase])
 }
 
 // settling waits for an operator's decision while one is possible. The command that brings it can
@@ -267,10 +267,10 @@ func (s *settling) end() {
 const targetPatience = 2 * time.Second
 
 // follow accepts decisions while the VM is in doubt, or runs at a target that may be lost.
-func (s *settling) follow(p *Peer, state migrate.Phase) {
+func (s *settling) follow(p *Peer, phase migrate.Phase) {
 	s.end()
 	missed := "The target does not answer: it is in doubt who owns the VM, which stays paused here; waiting for the target, or for 'drafter peer settle'"
-	switch state {
+	switch phase {
 	case migrate.InDoubt:
 	case migrate.Serving:
 		missed = "The target, where the VM runs, is away and may lack a part of it; waiting for the target, or for 'drafter peer settle': --here if the VM is lost there, else --away"
@@ -280,7 +280,7 @@ func (s *settling) follow(p *Peer, state migrate.Phase) {
 	source := p.moves.Source()
 	began, said := time.Now(), false
 	s.begin(p, source.Settle, func() {
-		silent := time.Since(began) > targetPatience && (state == migrate.InDoubt || source.Away() > targetPatience)
+		silent := time.Since(began) > targetPatience && (phase == migrate.InDoubt || source.Away() > targetPatience)
 		if silent && !said {
 			slog.Warn(missed)
 		}

@@ -155,7 +155,7 @@ SIGHUP is ignored.
 			c.ResumeTimeout, c.RescueTimeout = orAtOnce(host.resumeTimeout), orAtOnce(c.RescueTimeout)
 			show := newMigrationLog(cmd.ErrOrStderr())
 			defer show.close()
-			c.Hooks.OnPhase, c.Hooks.OnProgress, c.Hooks.OnPull = show.state, show.progress, show.pull
+			c.Hooks.OnPhase, c.Hooks.OnProgress, c.Hooks.OnPull = show.phase, show.progress, show.pull
 			p, err := peer.New(c)
 			if err != nil {
 				return err

@@ -67,7 +67,7 @@ func (b *backupFlags) run(cmd *cobra.Command, isCopy bool) error {
 	}
 	show := newMigrationLog(cmd.ErrOrStderr())
 	defer show.close()
-	c.OnPhase, c.OnProgress = show.state, show.progress
+	c.OnPhase, c.OnProgress = show.phase, show.progress
 	dial, err := b.connection.dial(b.raddr)
 	if err != nil {
 		return err

@@ -111,14 +111,14 @@ func (s *Source) attachForward(o *outgoing, l *link) error {
 		return err
 	}
 	// The target runs before its answer is here.
-	for state, changed := o.follow(); state == migrate.HandingOff || state == migrate.InDoubt; state, changed = o.follow() {
+	for phase, changed := o.follow(); phase == migrate.HandingOff || phase == migrate.InDoubt; phase, changed = o.follow() {
 		select {
 		case <-changed:
 		case <-l.ctx.Done():
 			return l.lost(io.EOF)
 		}
 	}
-	if state := o.Phase(); state != migrate.Serving && state != migrate.LeftServing && state != migrate.Moved {
+	if phase := o.Phase(); phase != migrate.Serving && phase != migrate.LeftServing && phase != migrate.Moved {
 		err := errors.New("the devices have not moved")
 		l.refuse(wire.CodeUnknown, err)
 		return err

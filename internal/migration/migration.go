@@ -53,31 +53,31 @@ func (t tuning) withDefaults() tuning {
 
 // row is one phase in the table of a machine T: what is done in it, and what follows.
 type row[T any] struct {
-	does    func(T, context.Context) (migrate.Phase, error) // nil in a final state
+	does    func(T, context.Context) (migrate.Phase, error) // nil in a final phase
 	then    []migrate.Phase                                 // what it may lead to
 	failing migrate.Phase                                   // what an error leads to
 	within  func(*migrate.Limits) time.Duration             // bounds the phase, if not nil and not 0; does must then end with an error
 }
 
-// advance runs a machine from state to one of its final states. It returns the errors of all steps.
-func advance[T any](ctx context.Context, machine T, table map[migrate.Phase]row[T], state migrate.Phase, limits *migrate.Limits, observe func(migrate.Phase)) (migrate.Phase, error) {
+// advance runs a machine from phase to a final one. It returns the errors of all steps.
+func advance[T any](ctx context.Context, machine T, table map[migrate.Phase]row[T], phase migrate.Phase, limits *migrate.Limits, observe func(migrate.Phase)) (migrate.Phase, error) {
 	var errs []error
 	for {
-		observe(state)
-		r := table[state]
+		observe(phase)
+		r := table[phase]
 		if r.does == nil {
-			return state, errors.Join(errs...)
+			return phase, errors.Join(errs...)
 		}
 		next, err := step(ctx, machine, r, limits)
 		if err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", state, err))
+			errs = append(errs, fmt.Errorf("%s: %w", phase, err))
 			if next = r.failing; next == "" {
-				return state, errors.Join(append(errs, fmt.Errorf("there is no way out of %q", state))...)
+				return phase, errors.Join(append(errs, fmt.Errorf("there is no way out of %q", phase))...)
 			}
 		} else if !contains(r.then, next) {
-			return state, errors.Join(append(errs, fmt.Errorf("there is no way from %q to %q", state, next))...)
+			return phase, errors.Join(append(errs, fmt.Errorf("there is no way from %q to %q", phase, next))...)
 		}
-		state = next
+		phase = next
 	}
 }
 

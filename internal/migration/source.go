@@ -46,7 +46,7 @@ type SourceVM interface {
 	// Mark notes the VM's status durably in the devices: InDoubt, Serving (it runs at the target)
 	// or Moved (the target has all of it). For the first two it first makes everything durable that
 	// was written.
-	Mark(ctx context.Context, state migrate.Phase, migration uuid.UUID) error
+	Mark(ctx context.Context, phase migrate.Phase, migration uuid.UUID) error
 }
 
 // SourceDevice is a device to migrate.
@@ -316,14 +316,14 @@ func (s *Source) Settle(outcome migrate.Outcome) error {
 	if o == nil {
 		return errNoDoubt
 	}
-	state := o.Phase()
+	phase := o.Phase()
 	switch {
-	case state != migrate.InDoubt && state != migrate.Serving:
+	case phase != migrate.InDoubt && phase != migrate.Serving:
 		return errNoDoubt
 	case o.lanes.connected():
 		return migrate.ErrConnected
 	}
-	o.decideBy(outcome, state)
+	o.decideBy(outcome, phase)
 	return nil
 }
 
@@ -405,8 +405,8 @@ func (s *Source) Revoke(cause error) error {
 		<-o.decided.fired()
 	}
 	for {
-		state, changed := o.follow()
-		switch state {
+		phase, changed := o.follow()
+		switch phase {
 		case migrate.Rescuing:
 		case migrate.InDoubt:
 			o.awaitDoubt(changed)
@@ -581,13 +581,13 @@ func (o *outgoing) run() error {
 	// The context of the whole migration; what can still be revoked derives its own from o.ctx.
 	ctx, cancel := context.WithCancelCause(o.Source.ctx)
 	defer cancel(nil)
-	state, err := advance(ctx, o, sourceTable, migrate.Preflight, &o.config.Limits, func(state migrate.Phase) {
-		o.enter(state)
-		switch state {
+	phase, err := advance(ctx, o, sourceTable, migrate.Preflight, &o.config.Limits, func(phase migrate.Phase) {
+		o.enter(phase)
+		switch phase {
 		case migrate.InDoubt, migrate.Serving, migrate.Kept, migrate.Moved, migrate.Lost, migrate.LeftInDoubt, migrate.LeftServing:
 			o.decided.fire()
 		}
-		o.config.OnPhase(state)
+		o.config.OnPhase(phase)
 	})
 	if err != nil {
 		l, _ := o.lanes.get()
@@ -600,7 +600,7 @@ func (o *outgoing) run() error {
 	o.sender.close()
 	stopProgress()
 	err = errors.Join(err, o.marks.failed())
-	if err == nil && (state == migrate.Moved || o.copying.delivered) {
+	if err == nil && (phase == migrate.Moved || o.copying.delivered) {
 		return nil
 	}
 	if err == nil {
@@ -786,7 +786,7 @@ func (o *outgoing) attach(l *link, hello wire.Hello) error {
 // reconcile compares the phase with that of a target that has reconnected. They contradict each
 // other only after an operator's mistake.
 func (o *outgoing) reconcile(accepted bool) (wire.Code, error) {
-	switch state := o.Phase(); state {
+	switch phase := o.Phase(); phase {
 	case migrate.HandingOff, migrate.InDoubt:
 		// While handing off: a target that has accepted has got the authority, and its sending is
 		// about to end here. A target that refuses has given up before the authority came, and
@@ -802,7 +802,7 @@ func (o *outgoing) reconcile(accepted bool) (wire.Code, error) {
 		}
 	default:
 		if accepted {
-			return wire.CodeCancelled, fmt.Errorf("the source has ended (%s)", state)
+			return wire.CodeCancelled, fmt.Errorf("the source has ended (%s)", phase)
 		}
 	}
 	return 0, nil
@@ -844,7 +844,7 @@ func (o *outgoing) read(l *link) error {
 		case wire.Ack:
 			o.ack(m)
 		case wire.Want:
-			if state := o.Phase(); state == migrate.PreCopying || state == migrate.Preparing {
+			if phase := o.Phase(); phase == migrate.PreCopying || phase == migrate.Preparing {
 				// The target is not ready yet, so this is sent, or missing, before the VM is there.
 				if d := o.devices[m.Device]; !d.skip {
 					d.pending.SetRange(m.First, m.Ends)
