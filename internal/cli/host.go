@@ -19,7 +19,8 @@ import (
 	"drafter/vmm/qemu"
 )
 
-// hostFlags are what snapshotter and runner have in common: where and as whom a VM runs.
+// hostFlags are the flags of snapshotter, runner and peer about where, and as which user, a VM
+// runs.
 type hostFlags struct {
 	host          vmm.Host
 	enableInput   bool
@@ -70,7 +71,7 @@ func (h *hostFlags) addMaxMemory(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&h.maxMemory, "max-memory", "", "Most bytes of memory that the VM may have, such as 64GB (default: this host's memory)")
 }
 
-// resolve completes the host; restore ends what it changed on the terminal.
+// resolve completes the host. restore undoes its changes of the terminal.
 func (h *hostFlags) resolve(stdout io.Writer) (host vmm.Host, restore func(), err error) {
 	if err := requireRoot(); err != nil {
 		return h.host, nil, err
@@ -114,7 +115,8 @@ func (h *hostFlags) resolve(stdout io.Writer) (host vmm.Host, restore func(), er
 	return host, restore, nil
 }
 
-// limits are those of the VMM. What is given must be had; the default is taken where the host can.
+// limits returns the VMM's limits. A limit that a flag gives must be available; the default is used
+// only where the host can limit.
 func (h *hostFlags) limits() (l vmm.Limits, err error) {
 	l = h.host.Limits
 	if l.Memory, err = parseBytes("memory-max", h.memoryMax); err != nil {

@@ -73,7 +73,7 @@ func (s *storageFlags) place(flag, ref string) (p s3.Place, err error) {
 	return p, nil
 }
 
-// isReference tells whether a package is named by where it comes from.
+// isReference tells whether --package names a package elsewhere.
 func isReference(pkg string) bool { return strings.Contains(pkg, "://") }
 
 const registryScheme = "docker://"
@@ -81,8 +81,8 @@ const registryScheme = "docker://"
 // openOrigin opens a package that is elsewhere.
 type openOrigin func(context.Context) (*peer.Origin, error)
 
-// resolveOrigin returns where the files of a package that --package names by where it comes from
-// are, or will be, and what opens it there; nil if they are here.
+// resolveOrigin returns the directory for the files of a package elsewhere, and a function that
+// opens that package; nil if the files are here.
 func resolveOrigin(ctx context.Context, pkg, instance string, maxSize int64, storage *storageFlags, flags *originFlags) (dir string, open openOrigin, err error) {
 	switch {
 	case instance == "":
@@ -95,8 +95,8 @@ func resolveOrigin(ctx context.Context, pkg, instance string, maxSize int64, sto
 	return "", nil, &usageError{fmt.Errorf("--package %s is no directory, nor docker://NAME:TAG, nor s3://BUCKET/PREFIX", pkg)}
 }
 
-// resolveBackup keeps what comes from a backup with the instance: the backup changes, the instance
-// has the version that it was started from.
+// resolveBackup keeps the content of a backup with the instance: the backup changes, but the
+// instance needs the version that it was started from.
 func resolveBackup(ref, instance string, maxSize int64, storage *storageFlags) (dir string, open openOrigin, err error) {
 	place, err := storage.place("package", ref)
 	if err != nil {
@@ -110,8 +110,8 @@ func resolveBackup(ref, instance string, maxSize int64, storage *storageFlags) (
 	return dir, func(ctx context.Context) (*peer.Origin, error) { return peer.OpenBackup(ctx, place) }, nil
 }
 
-// resolveArtifact keeps each package that comes from an OCI registry in a directory of its own, by
-// its digest. What is there is used when the registry cannot be reached.
+// resolveArtifact keeps each package from an OCI registry in a directory of its own, by its digest.
+// A package that is there is used when the registry cannot be reached.
 func resolveArtifact(ctx context.Context, ref string, maxSize int64, flags *originFlags) (dir string, open openOrigin, err error) {
 	noted := filepath.Join(flags.cache, "references", url.PathEscape(strings.TrimPrefix(ref, registryScheme)))
 	pinned, err := artifact.Resolve(ctx, ref, flags.plainHTTP)

@@ -357,13 +357,13 @@ func runPeer(ctx context.Context, p *peer.Peer, listener *transport.Listener, sh
 	}
 }
 
-// elsewhere tells whether an end leaves a VM that runs, or may run, at its target.
+// elsewhere tells whether an error leaves a VM that runs, or may run, at its target.
 func elsewhere(err error) bool {
 	return errors.Is(err, migrate.ErrInDoubt) || errors.Is(err, migrate.ErrHandedOver)
 }
 
-// lull waits before what is left here is taken apart, which keeps a CPU busy: a VM that moved
-// within this host needs them in its first moments there.
+// lull waits before the devices here are closed, which keeps a CPU busy. A VM that moved within
+// this host needs the CPUs in its first moments.
 func lull(ctx context.Context) {
 	select {
 	case <-time.After(500 * time.Millisecond):
@@ -371,7 +371,7 @@ func lull(ctx context.Context) {
 	}
 }
 
-// orClosed returns a channel to receive from that never blocks for ever: nil becomes a closed one.
+// orClosed returns c, or a closed channel for nil, from which a receive does not block.
 func orClosed[T any](c chan T) chan T {
 	if c == nil {
 		c = make(chan T)
@@ -380,8 +380,8 @@ func orClosed[T any](c chan T) chan T {
 	return c
 }
 
-// metricsConnections is how many connections may ask for metrics at a time: this process needs its
-// descriptors for a VM.
+// metricsConnections is how many connections may ask for metrics at a time, because this process
+// needs its descriptors for a VM.
 const metricsConnections = 64
 
 // serveMetrics serves a peer's metrics and the process' own until stop is called.
@@ -512,7 +512,7 @@ func (d *deviceFlags) absent(cmd *cobra.Command) bool {
 	return errors.Is(err, os.ErrNotExist)
 }
 
-// derive is resolve for a package whose device names have come from elsewhere.
+// derive is resolve for a package whose device names come from elsewhere.
 func (d *deviceFlags) derive(names []string) ([]peer.Device, error) {
 	return d.override(peer.NewPackageDevices(names, d.pkg, d.instance))
 }

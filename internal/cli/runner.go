@@ -61,8 +61,8 @@ func suspend(ctx context.Context, vm interface{ Suspend(context.Context) error }
 // was stopped, answers nobody.
 const closeTimeout = 2 * time.Minute
 
-// closeInTime closes what runs, within timeout. What it could not end ends with this process, and what
-// it leaves the next start removes.
+// closeInTime closes what, within timeout. What it could not end ends with this process, and the
+// next start removes what is left.
 func closeInTime(what io.Closer, timeout time.Duration) error {
 	closed := make(chan error, 1)
 	go func() { closed <- what.Close() }()
@@ -81,15 +81,15 @@ func closeInTime(what io.Closer, timeout time.Duration) error {
 	}
 }
 
-// A suspend that cannot be stored is tried again so often, and for so long: less than the 90 s
-// that systemd gives a service to end.
+// A suspend that cannot be stored is tried again every roomRetry, for roomPatience: less than the
+// 90 s that systemd gives a service to end.
 const (
 	roomRetry    = 2 * time.Second
 	roomPatience = time.Minute
 )
 
-// suspendTimeout bounds a suspend as a whole: a large memory on a slow disk takes its time, a hang
-// must end.
+// suspendTimeout bounds a suspend as a whole: a large memory on a slow disk takes its time, but a
+// hang must end.
 const suspendTimeout = 10 * time.Minute
 
 func newRunner() *cobra.Command {
