@@ -57,8 +57,8 @@ func suspend(ctx context.Context, vm interface{ Suspend(context.Context) error }
 	}
 }
 
-// closeTimeout bounds the end of a VM that did not end by itself: a storage that hangs, or a VMM that
-// was stopped, answers nobody.
+// closeTimeout bounds the end of a VM that did not end by itself: a storage that hangs, or a VMM
+// that was stopped, answers nobody.
 const closeTimeout = 2 * time.Minute
 
 // closeInTime closes what, within timeout. What it could not end ends with this process, and the
