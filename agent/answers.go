@@ -7,9 +7,9 @@ import (
 	"sync"
 )
 
-// answers is a connection with a guest that lets only answers to our calls through, one for each. A
-// guest that sends anything else ends it: ttrpc would log a line for each message that nobody waits
-// for, as fast as a guest can send.
+// answers is a connection with a guest that lets only answers to our calls through, one for each
+// call. A guest that sends anything else ends the connection. Otherwise ttrpc would log a line for
+// each such message, as fast as a guest can send.
 type answers struct {
 	net.Conn
 
@@ -33,7 +33,7 @@ const (
 func newAnswers(conn net.Conn) *answers { return &answers{Conn: conn, awaited: map[uint32]bool{}} }
 
 func (a *answers) Write(p []byte) (int, error) {
-	// Before it is sent: the answer may be there before Write returns.
+	// Before it is sent, because the answer may be there before Write returns.
 	err := a.out.follow(p, func(kind byte, stream, _ uint32) error {
 		if kind == typeRequest {
 			a.mu.Lock()
@@ -66,7 +66,7 @@ func (a *answers) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// reason returns err, or what it follows from.
+// reason returns the error that err follows from, or err.
 func (a *answers) reason(err error) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -76,7 +76,7 @@ func (a *answers) reason(err error) error {
 	return err
 }
 
-// frames finds the headers in a stream of ttrpc's messages, in whatever pieces they come.
+// frames finds the headers in a stream of ttrpc's messages, however it is cut into pieces.
 type frames struct {
 	header [headerLen]byte
 	have   int    // bytes of the header

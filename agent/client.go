@@ -1,5 +1,5 @@
-// Package agent is what a host and the agent in a guest say to each other: the calls (agent.proto),
-// both their ends, and the ports they meet on.
+// Package agent holds the calls between a host and the agent in a guest (agent.proto): both ends,
+// and their ports.
 package agent
 
 import (
@@ -25,7 +25,7 @@ type Client struct {
 	calls AgentService
 }
 
-// NewClient takes over conn, a connection with an agent.
+// NewClient makes a client over conn, a connection with an agent. The client owns conn.
 func NewClient(conn net.Conn) *Client {
 	a := newAnswers(conn)
 	c := ttrpc.NewClient(a)
@@ -38,11 +38,11 @@ func (c *Client) BeforeSuspend(ctx context.Context) error {
 	return c.explain(ctx, "before-suspend", err)
 }
 
-// AfterResume tells the guest that it runs again, what time it is, and what its resolv.conf(5) is
-// to hold ("" to leave that), and gives it fresh entropy. It returns by how much the clock was
-// moved. With a mostStep of 0 the clock is set; above, only if it is behind by at most that, as it
-// is after a pause, unless it keeps another time than the host's; below, never. The agents of
-// releases that do not know this set it.
+// AfterResume tells the guest that it runs again, what time it is, and the content for its
+// resolv.conf(5) ("" leaves that unchanged). It gives the guest fresh entropy. It returns by how
+// much the clock was moved. With a mostStep of 0 the clock is set. With a positive one it is set
+// only if it is behind by at most that, as it is after a pause; a clock that keeps another time
+// stays. With a negative one it is never set. Agents of older releases always set it.
 func (c *Client) AfterResume(ctx context.Context, mostStep time.Duration, resolvConf string) (time.Duration, error) {
 	// 64 bytes: twice the key of the kernel's generator (random(4)).
 	entropy := make([]byte, 64)
@@ -62,7 +62,7 @@ func (c *Client) AfterResume(ctx context.Context, mostStep time.Duration, resolv
 }
 
 // CatchUp sets the clock of a guest that stood still, if it is behind by at most mostStep, and
-// returns by how much it was moved. No command is run. An agent that does not know it keeps its
+// returns by how much it was moved. It runs no command. The agent of an older release keeps its
 // clock.
 func (c *Client) CatchUp(ctx context.Context, mostStep time.Duration) (time.Duration, error) {
 	r, err := c.calls.CatchUp(ctx, &CatchUpRequest{
@@ -71,9 +71,9 @@ func (c *Client) CatchUp(ctx context.Context, mostStep time.Duration) (time.Dura
 	return time.Duration(r.GetClockStepNano()), c.explain(ctx, "catch-up", err)
 }
 
-// Ready tells whether the guest's service is ready to be packaged, and what is waited for if it is
-// not. The guest answers once it is, or after a second. An agent that does not know the question is
-// ready.
+// Ready tells whether the guest's service is ready to be packaged, and what it waits for if not.
+// The guest answers once the service is ready, or after a second. The agent of an older release
+// counts as ready.
 func (c *Client) Ready(ctx context.Context) (*ReadyResponse, error) {
 	r, err := c.calls.Ready(ctx, &ReadyRequest{})
 	if status.Code(err) == codes.Unimplemented {
@@ -82,8 +82,8 @@ func (c *Client) Ready(ctx context.Context) (*ReadyResponse, error) {
 	return r, c.explain(ctx, "ready", err)
 }
 
-// Exec runs a program in the guest. A program that ran and failed is no error: see the response's
-// exit status.
+// Exec runs a program in the guest. A program that ran and failed is no error: see the exit status
+// in the response.
 func (c *Client) Exec(ctx context.Context, stdin []byte, args ...string) (*ExecResponse, error) {
 	r, err := c.calls.Exec(ctx, &ExecRequest{Args: args, Stdin: stdin})
 	return r, c.explain(ctx, "exec", err)
@@ -102,14 +102,14 @@ func (c *Client) explain(ctx context.Context, call string, err error) error {
 	if err = c.conn.reason(err); err == nil {
 		return nil
 	}
-	// The guest may have ended what it ran for that, and have said so, just before.
+	// The guest may have ended the connection for that reason, and have said so, just before.
 	if errors.Is(err, context.DeadlineExceeded) || errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return fmt.Errorf("agent %s: the guest did not answer in time: %w", call, err)
 	}
 	return fmt.Errorf("agent %s: %w", call, &guestError{err})
 }
 
-// guestError is an error that may be in a guest's own words.
+// guestError is an error that may contain a guest's own words.
 type guestError struct{ error }
 
 // maxWords bounds them, in bytes.
@@ -117,7 +117,7 @@ const maxWords = 1 << 10
 
 func (e *guestError) Error() string { return Words(e.error.Error()) }
 
-// Words are what a guest says, fit for a log: bounded, and printable.
+// Words are a guest's words, fit for a log: bounded and printable.
 func Words(words string) string {
 	if len(words) > maxWords {
 		words = words[:maxWords] + "…"

@@ -101,7 +101,7 @@ func skipTo(r io.Reader, mark []byte) error {
 	}
 }
 
-// Listener yields a guest program's conversations with its host on one port, one at a time: Accept
+// Listener returns a guest program's conversations with its host on one port, one at a time: Accept
 // waits until the last one has been closed.
 type Listener struct {
 	port    uint32
@@ -144,8 +144,8 @@ func (l *Listener) Accept() (net.Conn, error) {
 	return &conversation{Conn: conn, ended: sync.OnceFunc(func() { close(last) })}, nil
 }
 
-// accept tries with a back-off of 10 ms to 1 s. A serial port is waited at for ever: that is how a
-// guest spends most of its life.
+// accept tries again with a back-off of 10 ms to 1 s. It waits for a serial port for ever: that is
+// how a guest spends most of its life.
 func (l *Listener) accept() (net.Conn, error) {
 	backoff, deadline := 10*time.Millisecond, time.Now().Add(l.timeout)
 	for {

@@ -23,15 +23,15 @@ type Server struct {
 	Shell            string // runs the commands below; "sh" if empty
 	BeforeSuspendCmd string // "" for none
 	AfterResumeCmd   string // "" for none
-	KeepClock        bool   // whether the guest keeps its own time: its clock is never set
+	KeepClock        bool   // the guest keeps its own time: its clock is never set
 	ResolvConf       string // file that has the name servers of the host that the guest is on; "" for none
 
 	// Service tells whether the guest's service is ready, and which of its TCP ports it has not
-	// opened yet. It is asked often, by any goroutine. nil: there is none to wait for.
+	// opened yet. It is called often, by any goroutine. nil: there is no service to wait for.
 	Service func() (ready bool, closed []uint32, err error)
 
-	// ReadyCmd succeeds once the service is ready, which is tried when its ports are open; "" for
-	// none.
+	// ReadyCmd is a command that succeeds once the service is ready. It is tried when the service's
+	// ports are open. "" for none.
 	ReadyCmd        string
 	ReadyCmdTimeout time.Duration // of one run
 
@@ -68,8 +68,8 @@ func (s *Server) BeforeSuspend(ctx context.Context, _ *BeforeSuspendRequest) (*B
 	return &BeforeSuspendResponse{}, nil
 }
 
-// A host that asks whether the service is ready is answered after readyWait; meanwhile that is
-// looked at every readyPause.
+// A host that asks whether the service is ready gets an answer after readyWait. Until then the
+// service is looked at every readyPause.
 const (
 	readyWait  = time.Second
 	readyPause = 20 * time.Millisecond
@@ -108,7 +108,7 @@ func (s *Server) ready() (*ReadyResponse, error) {
 // checkPause lies between the end of a check and the next one.
 const checkPause = time.Second
 
-// check is a command that runs beside the calls that ask for its outcome.
+// check is a command that runs in the background, for calls that ask for its outcome.
 type check struct {
 	ctx     context.Context // ends with the server
 	mu      sync.Mutex
@@ -133,7 +133,7 @@ func (c *check) open(ctx context.Context) (end func()) {
 	}
 }
 
-// look tells whether the check has passed, or how it failed. It has it run again if it did.
+// look tells whether the check has passed, or how it failed. A check that failed runs again.
 func (c *check) look(timeout time.Duration, run func(context.Context) error) (passed bool, failure string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -195,7 +195,7 @@ func (s *Server) stepClock(nowUnixNano, mostStepNano int64) (time.Duration, erro
 	return step, nil
 }
 
-// writeResolvConf writes the file in its place: containers have it mounted.
+// writeResolvConf overwrites the file, and does not replace it, because containers have it mounted.
 func (s *Server) writeResolvConf(text string) error {
 	if s.ResolvConf == "" || text == "" {
 		return nil

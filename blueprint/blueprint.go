@@ -16,8 +16,8 @@ import (
 )
 
 // Progress is told how far a long step is. total is 0 while unknown, and done equals total at the
-// end of a step. It is called from one goroutine at a time and must not block. A nil Progress is
-// not called.
+// end of a step. It is called by one goroutine at a time and must not block. A nil Progress is not
+// called.
 type Progress func(step string, done, total int64)
 
 func (p Progress) report(step string, done, total int64) {
@@ -26,11 +26,11 @@ func (p Progress) report(step string, done, total int64) {
 	}
 }
 
-// toolPackages says which Debian package brings a program we run.
+// toolPackages names the Debian package of each program that we run.
 var toolPackages = map[string]string{"mke2fs": "e2fsprogs", "dpkg-deb": "dpkg", "apt-get": "apt"}
 
-// runTool runs a program of the host's and returns its output. The error ends with what the program
-// said.
+// runTool runs a program of the host's and returns its output. The error ends with the program's
+// last words.
 func runTool(ctx context.Context, dir, name string, args ...string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Dir = dir
@@ -60,14 +60,14 @@ func lastLines(s string) string {
 	return strings.Join(lines[max(0, len(lines)-3):], " | ")
 }
 
-// What mends a directory that is full.
+// How to mend a full directory.
 const (
 	tempRemedy   = "set TMPDIR to a directory with more room"
 	outputRemedy = "name another --output"
 )
 
-// noRoom adds to an error that says that a file system is full which one that is, how large it is,
-// and how to mend it. Programs that we run say it in words.
+// noRoom adds to an error about a full file system which one it is, how large it is, and how to
+// mend it. Programs that we run report such an error in words.
 func noRoom(err error, dir, remedy string) error {
 	if err == nil || !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) && !strings.Contains(err.Error(), unix.ENOSPC.Error()) &&
 		!strings.Contains(err.Error(), "No space left on device") {

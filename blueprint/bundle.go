@@ -38,16 +38,16 @@ import (
 	"drafter/internal/scratch"
 )
 
-// Limits bound what an image may become: some KB of a stranger's can unpack to any size.
+// Limits bound the unpacked size of an image: some KB from a stranger can unpack to any size.
 type Limits struct {
-	Bytes int64 // of all files of all layers; 0 for 64 GiB
-	Files int64 // with the directories that their names need; 0 for 4 million
+	Bytes int64 // of all files of all layers; 0: 64 GiB
+	Files int64 // with the directories that their names need; 0: 4 million
 }
 
 const defaultMaxBytes = 64 << 30
 
-// BuildOCI makes an ext4 image that holds the OCI runtime bundle of an image. See [UnpackOCI] and
-// [PackOCI] for its halves.
+// BuildOCI makes an ext4 image that holds the OCI runtime bundle of an image. [UnpackOCI] and
+// [PackOCI] are its halves.
 func BuildOCI(ctx context.Context, image v1.Image, limits Limits, c Ext4Config) (err error) {
 	if err := checkCommand(image); err != nil {
 		return err
@@ -67,9 +67,9 @@ func BuildOCI(ctx context.Context, image v1.Image, limits Limits, c Ext4Config) 
 // defaultBundleFree is the room a packed bundle has for the container's own data.
 const defaultBundleFree = 512 << 20
 
-// PackOCI makes an ext4 image of the bundle in c.Source, after checking that it is one, and that
-// nobody can change it meanwhile: a link that takes a file's place would bring any file of the host
-// into the image.
+// PackOCI makes an ext4 image of the bundle in c.Source. It checks first that c.Source is a bundle,
+// and that nobody can change it meanwhile: a link in the place of a file would bring any file of
+// the host into the image.
 func PackOCI(ctx context.Context, c Ext4Config) error {
 	for _, dir := range []string{c.Source, filepath.Join(c.Source, "rootfs")} {
 		if err := checkOwner(dir, os.Getenv("SUDO_UID")); err != nil {
@@ -95,8 +95,8 @@ func PackOCI(ctx context.Context, c Ext4Config) error {
 // maxBundleConfig bounds a bundle's config.json, in bytes.
 const maxBundleConfig = 16 << 20
 
-// checkOwner refuses what is no directory, or one that others than root, this user and the one with
-// the id also may write to.
+// checkOwner refuses what is not a directory, a directory that does not belong to root, this user
+// or the user also, and one that everybody can write to.
 func checkOwner(dir, also string) error {
 	var st unix.Stat_t
 	if err := unix.Stat(dir, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR {
@@ -112,7 +112,7 @@ func checkOwner(dir, also string) error {
 	return nil
 }
 
-// readRegular reads a regular file of at most limit bytes, and nothing that a link leads to.
+// readRegular reads a regular file of at most limit bytes, and follows no link.
 func readRegular(path string, limit int64) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -130,8 +130,8 @@ func readRegular(path string, limit int64) ([]byte, error) {
 }
 
 // UnpackOCI makes an OCI runtime bundle of an image: dir/rootfs and dir/config.json. It needs root.
-// dir must be empty or not exist. It is closed to other users: there are setuid programs and
-// devices of a stranger's in it. It is there once it is complete; a failure leaves nothing.
+// dir must be empty or not exist. Other users cannot enter it, because it holds setuid programs and
+// devices of a stranger. It appears once it is complete; after a failure nothing is left.
 func UnpackOCI(ctx context.Context, image v1.Image, dir string, limits Limits, progress Progress) (err error) {
 	dir = filepath.Clean(dir)
 	if entries, err := os.ReadDir(dir); err == nil && len(entries) > 0 {
@@ -157,7 +157,7 @@ func UnpackOCI(ctx context.Context, image v1.Image, dir string, limits Limits, p
 	return nil
 }
 
-// makeBundle makes the bundle in dir, a new directory in one that is closed to others.
+// makeBundle makes the bundle in dir, a new directory inside one that others cannot enter.
 func makeBundle(ctx context.Context, image v1.Image, dir string, limits Limits, progress Progress) error {
 	rootfs := filepath.Join(dir, "rootfs")
 	if err := errors.Join(os.Mkdir(dir, 0o700), os.Mkdir(rootfs, 0o755), os.Chmod(rootfs, 0o755)); err != nil {
@@ -226,7 +226,7 @@ func unpackLayer(ctx context.Context, layer v1.Layer, id v1.Hash, rootfs string,
 	checked, w := io.Pipe()
 	var g errgroup.Group
 	g.Go(func() error {
-		err := left.check(ctx, w, tar.NewReader(tee))
+		err := left.checkLayer(ctx, w, tar.NewReader(tee))
 		_ = w.CloseWithError(err) // which never fails
 		return err
 	})
@@ -253,10 +253,10 @@ var errUnpacked = errors.New("unpacking has ended")
 // maxPath bounds a name in a layer, in bytes (PATH_MAX of Linux).
 const maxPath = 4096
 
-// check copies a layer's tar archive to w, entry by entry, each only once it is within what is
-// left. A header can promise any size, and a sparse file is of that size, however short the
-// archive: so what unpacks sees no header but those written here.
-func (l *Limits) check(ctx context.Context, w io.Writer, r *tar.Reader) error {
+// checkLayer copies a layer's tar archive to w, entry by entry, each once it is within the limits.
+// A header can promise any size, and a sparse file has that size, however short the archive is. So
+// the program that unpacks sees no header but those written here.
+func (l *Limits) checkLayer(ctx context.Context, w io.Writer, r *tar.Reader) error {
 	out := tar.NewWriter(w)
 	made := layerNames{dirs: map[string]bool{}, implied: map[string]bool{}}
 	for {
@@ -272,7 +272,7 @@ func (l *Limits) check(ctx context.Context, w io.Writer, r *tar.Reader) error {
 			continue // a comment; a volume's name (GNU)
 		case tar.TypeGNUSparse, tar.TypeCont:
 			h.Typeflag = tar.TypeReg // it is read as a whole
-		case 'D': // a directory, and the names in it (GNU, incremental)
+		case 'D': // a directory, with the names in it as content (GNU, incremental)
 			h.Typeflag, h.Size = tar.TypeDir, 0
 		}
 		if len(h.Name) > maxPath || len(h.Linkname) > maxPath {
@@ -304,7 +304,7 @@ func (l *Limits) check(ctx context.Context, w io.Writer, r *tar.Reader) error {
 			return fmt.Errorf("%.64q: %w", h.Name, err)
 		}
 		if h.Typeflag != tar.TypeReg {
-			continue // what else has content means nothing by it
+			continue // the content of other entries has no meaning
 		}
 		if _, err := io.Copy(out, decompress.Interruptible(ctx, r)); err != nil {
 			return err
@@ -329,10 +329,10 @@ func (l *layerNames) add(name string, isDir bool) {
 	}
 }
 
-// whiteoutBelow makes a whiteout one of what is in the layers below, and of nothing that its own
-// layer has brought before it (layer.md of the OCI image specification); who unpacks it would
-// remove both. It tells whether the entry is needed, and which directories need one before it, so
-// that they count as the layer's own.
+// whiteoutBelow makes a whiteout remove what is in the layers below, and nothing that its own layer
+// has brought before it (layer.md of the OCI image specification); the unpacking program would
+// remove both. It tells whether the entry is needed, and which directories need an entry before it,
+// so that they count as the layer's own.
 func (l *layerNames) whiteoutBelow(h *tar.Header) (dirs []string, needed bool, err error) {
 	name := path.Clean("/" + h.Name)
 	dir, base := path.Split(name)
@@ -389,12 +389,12 @@ func (c *countingReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// compressions are told by their first bytes: media types are not always told.
+// compressions are recognised by their first bytes, because media types are not always given.
 var compressions = map[string]string{"gzip": "\x1f\x8b", "zstd": "\x28\xb5\x2f\xfd", "xz": "\xfd7zXZ\x00", "bzip2": "BZh"}
 
 const magicLen = 6
 
-// compression tells how what begins with magic is compressed, or "".
+// compression returns the compression of data that begins with magic, or "".
 func compression(magic []byte) string {
 	// A frame to be skipped, with which pzstd and others begin (RFC 8878, 3.1.2).
 	if len(magic) >= 4 && magic[0]&0xf0 == 0x50 && bytes.Equal(magic[1:4], []byte("\x2a\x4d\x18")) {
@@ -439,13 +439,13 @@ var defaultCapabilities = []string{
 	"CAP_NET_RAW", "CAP_SETFCAP", "CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_CHROOT",
 }
 
-// pingCapabilities let any user ping with any program. Those that know of
-// net.ipv4.ping_group_range, which our OS sets as Docker does, need none; busybox opens a raw
-// socket all the same. What its user sends is guarded outside the VM.
+// pingCapabilities let any user ping with any program. Programs that know
+// net.ipv4.ping_group_range, which our OS sets as Docker does, need none. But busybox opens a raw
+// socket. What its user sends is guarded outside the VM.
 var pingCapabilities = []string{"CAP_NET_RAW"}
 
-// bundleVersion is the version of the runtime specification our bundles keep to. It is an old one
-// on purpose: runtimes refuse newer ones than they know, and nothing of those is needed.
+// bundleVersion is the version of the runtime specification of our bundles. It is an old one on
+// purpose: runtimes refuse newer versions than they know, and we need nothing of those.
 const bundleVersion = "1.0.2"
 
 // runtimeSpec converts an image's config as the OCI image specification says (conversion.md). The
@@ -562,11 +562,12 @@ var containerMounts = []specs.Mount{
 // hostname is the name of our OS (see buildRoot) and of the container in it.
 const hostname = "drafter"
 
-// runtimeAnnotations begin what crun takes orders from. The labels of an image give none.
+// runtimeAnnotations is the prefix of annotations that crun acts on. Labels of an image with it are
+// left out.
 const runtimeAnnotations = "run.oci."
 
-// command is what a container runs: the entrypoint, and behind it the command. An entrypoint of one
-// empty string is none, as in Docker (ENTRYPOINT [""] takes that of the image below away).
+// command is what a container runs: the entrypoint, followed by the command. An entrypoint of one
+// empty string is none, as in Docker (ENTRYPOINT [""] removes that of the image below).
 func command(c v1.Config) ([]string, error) {
 	args := slices.Clone(c.Entrypoint)
 	if len(args) == 1 && args[0] == "" {
@@ -579,7 +580,7 @@ func command(c v1.Config) ([]string, error) {
 	return args, nil
 }
 
-// startsSystemd returns the argument that is systemd: the program, wherever it is found, or what an
+// startsSystemd returns the argument that is systemd: the program itself, or the one that an
 // entrypoint of the image's runs.
 func startsSystemd(root *rootDir, args, env []string) (string, error) {
 	for n, arg := range args {
@@ -624,7 +625,7 @@ func checkCommand(image v1.Image) error {
 }
 
 // WithCommand returns the image with another command, as in a Dockerfile: a JSON array of program
-// and arguments, or a line for the image's shell. It takes the place of entrypoint and command.
+// and arguments, or a line for the image's shell. It replaces entrypoint and command.
 func WithCommand(image v1.Image, command string) (v1.Image, error) {
 	config, err := image.ConfigFile()
 	if err != nil {
@@ -646,8 +647,8 @@ func WithCommand(image v1.Image, command string) (v1.Image, error) {
 	return mutate.ConfigFile(image, config)
 }
 
-// environment is what Docker makes of an image's: the last of several values counts, and a name
-// without "=" takes the variable away, even one that containers have by default.
+// environment is an image's environment as Docker has it. Of several values the last counts. A name
+// without "=" removes the variable, even one that containers have by default.
 func environment(image []string, home string) []string {
 	var env []string
 	for _, e := range append([]string{"PATH=" + guest.Path, "HOSTNAME=" + hostname, "HOME=" + home}, image...) {

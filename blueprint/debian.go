@@ -16,9 +16,9 @@ import (
 	"drafter/internal/private"
 )
 
-// UnpackDebian downloads Debian packages with all they depend on, and unpacks them into dir, a new
-// directory. Maintainer scripts are not run. cache keeps the downloads. It needs root, apt and
-// dpkg.
+// UnpackDebian downloads Debian packages with all their dependencies, and unpacks them into dir, a
+// new directory. It does not run maintainer scripts. cache keeps the downloads. It needs root, apt
+// and dpkg.
 func UnpackDebian(ctx context.Context, dir, cache string, progress Progress, names ...string) error {
 	progress.report("Downloading packages", 0, 0)
 	debs, err := fetchPackages(ctx, cache, names...)
@@ -30,7 +30,7 @@ func UnpackDebian(ctx context.Context, dir, cache string, progress Progress, nam
 		if err := os.MkdirAll(filepath.Join(dir, "usr", d), 0o755); err != nil {
 			return err
 		}
-		// Debian's merged /usr: packages still name files below /bin and /lib.
+		// Debian's merged /usr: packages still have files below /bin and /lib.
 		if err := os.Symlink("usr/"+d, filepath.Join(dir, d)); err != nil {
 			return err
 		}
@@ -38,8 +38,8 @@ func UnpackDebian(ctx context.Context, dir, cache string, progress Progress, nam
 	return unpackPackages(ctx, dir, debs, func(done, total int64) { progress.report("Unpacking packages", done, total) })
 }
 
-// fetchPackages downloads the named packages with all they depend on, as if nothing were installed,
-// and returns the .deb files.
+// fetchPackages downloads the named packages with all their dependencies, as if nothing were
+// installed, and returns the .deb files.
 func fetchPackages(ctx context.Context, cache string, names ...string) (_ []string, err error) {
 	cache, err = filepath.Abs(cache) // apt takes relative paths to be its own
 	if err != nil {
@@ -69,8 +69,8 @@ func fetchPackages(ctx context.Context, cache string, names ...string) (_ []stri
 		out, err := runTool(ctx, "", "apt-get", append(args, names...)...)
 		return string(out), aptHint(err)
 	}
-	// Which files the names stand for today; the cache may hold older versions as well. apt does
-	// not name what it has, so it is asked with an empty cache.
+	// Find out which files the names stand for today, because the cache may hold older versions as
+	// well. apt does not name files that it has, so it is asked with an empty cache.
 	empty := filepath.Join(cache, "none")
 	if err := os.MkdirAll(filepath.Join(empty, "partial"), 0o755); err != nil {
 		return nil, err
@@ -94,8 +94,8 @@ func fetchPackages(ctx context.Context, cache string, names ...string) (_ []stri
 }
 
 // lockCache makes the directory of a cache and waits until no other process uses it: apt fails
-// where another apt is at work. Packages that are there are only added to, so what they are
-// unpacked from needs no lock.
+// where another apt works. Nobody changes or removes packages that are there, so unpacking needs no
+// lock.
 func lockCache(ctx context.Context, dir string) (*lockfile.Lock, error) {
 	if err := makeCache(dir); err != nil {
 		return nil, err
@@ -117,14 +117,14 @@ func lockCache(ctx context.Context, dir string) (*lockfile.Lock, error) {
 	}
 }
 
-// lockPause is how long a lock is waited for until it is tried again.
+// lockPause is the pause between two attempts to take a lock.
 const lockPause = 100 * time.Millisecond
 
 // cacheRemedy mends a cache whose file system is full.
 const cacheRemedy = "name another --cache"
 
-// makeCache makes the directory of a cache. One that another user may write to is refused: what is
-// in it is not downloaded, nor verified, again.
+// makeCache makes the directory of a cache. It refuses one that another user may write to, because
+// its files are not downloaded, nor verified, again.
 func makeCache(dir string) error {
 	if err := private.MkdirAll(dir); err != nil {
 		return fmt.Errorf("--cache: %w", err)
@@ -160,8 +160,7 @@ func fetchKernel(ctx context.Context, cache, name string) (_ string, err error) 
 	if m := kernelDepends.FindStringSubmatch(string(out)); m != nil {
 		name = m[1] // a package such as linux-image-cloud-amd64 only names the current image
 	}
-	// apt says nothing about a file that is in its directory already, so it is asked in another
-	// one.
+	// apt says nothing about a file that is in its directory already, so another directory is given
 	out, err = runTool(ctx, os.TempDir(), "apt-get", "-q", "--print-uris", "download", name)
 	if err != nil {
 		return "", aptHint(err)

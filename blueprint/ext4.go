@@ -17,7 +17,7 @@ type Ext4Config struct {
 	Source string // directory whose content becomes the file system's
 	Output string
 	Label  string // at most 16 bytes
-	Size   int64  // bytes; 0 for the content and Free more
+	Size   int64  // bytes; 0: the content and Free more
 	Free   int64  // bytes
 
 	Progress Progress
@@ -52,8 +52,8 @@ func MakeExt4(ctx context.Context, c Ext4Config) error {
 	err = f.Truncate(size)
 	if err == nil {
 		stop := c.watch(f.Link(), used)
-		// With nothing left to initialise, the guest's kernel does not write to a new disk behind
-		// the user's back.
+		// With nothing left to initialise, the guest's kernel does not write to a new disk by
+		// itself.
 		_, err = runTool(ctx, "", "mke2fs", "-q", "-F", "-t", "ext4", "-L", c.Label, "-m", "0", "-b", "4096", "-N", fmt.Sprint(max(inodes*5/4+1024, size>>14)),
 			"-E", "lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0", "-d", c.Source, f.Link())
 		stop()
@@ -67,7 +67,7 @@ func MakeExt4(ctx context.Context, c Ext4Config) error {
 	return nil
 }
 
-// usage adds up the blocks and inodes of a tree, counting hard links once.
+// usage counts the blocks and inodes of a tree, hard links once.
 func usage(root string) (used, inodes int64, err error) {
 	seen := map[uint64]bool{}
 	err = filepath.WalkDir(root, func(_ string, d fs.DirEntry, err error) error {
@@ -92,8 +92,8 @@ func usage(root string) (used, inodes int64, err error) {
 	return used, inodes, err
 }
 
-// watch reports how much of a file is written until the function it returns is called. mke2fs
-// itself says nothing.
+// watch reports how much of a file is written until the returned function is called. mke2fs itself
+// reports nothing.
 func (c *Ext4Config) watch(path string, total int64) (stop func()) {
 	if c.Progress == nil {
 		return func() {}

@@ -427,7 +427,7 @@ func FuzzLayer(f *testing.F) {
 		}
 		defer plain.Close()
 		var out bytes.Buffer
-		if err := left.check(t.Context(), &out, tar.NewReader(&boundedReader{plain, 2 << 20})); err != nil {
+		if err := left.checkLayer(t.Context(), &out, tar.NewReader(&boundedReader{plain, 2 << 20})); err != nil {
 			return
 		}
 		total := int64(0)

@@ -27,10 +27,9 @@ type ImageConfig struct {
 	Ref string
 	// Platform is OS/ARCH[/VARIANT]; "" for linux and this host's architecture.
 	Platform string
-	// PlainHTTP talks to the registry without TLS. Registries on loopback addresses are always
-	// spoken to so.
+	// PlainHTTP talks to the registry without TLS. Registries on loopback addresses need no flag.
 	PlainHTTP bool
-	// MaxArchive bounds what a compressed archive may unpack to, in bytes; 0 for 64 GiB.
+	// MaxArchive bounds the unpacked size of a compressed archive, in bytes; 0: 64 GiB.
 	MaxArchive int64
 }
 
@@ -65,7 +64,7 @@ func OpenImage(ctx context.Context, c ImageConfig) (v1.Image, error) {
 // maxImageConfig bounds an image's config, in bytes.
 const maxImageConfig = 8 << 20
 
-// checkConfig reads an image's config, if it is of a size that one has.
+// checkConfig reads an image's config, if its size is within bounds.
 func checkConfig(image v1.Image) (*v1.ConfigFile, error) {
 	m, err := image.Manifest()
 	if err != nil {
@@ -101,7 +100,7 @@ func openImage(ctx context.Context, c ImageConfig, platform v1.Platform) (v1.Ima
 	return choose(list, name, platform)
 }
 
-// cutName splits PATH[:NAME], each of which may hold colons: the path is the longest that there is.
+// cutName splits PATH[:NAME]. Both may hold colons: PATH is the longest path that exists.
 func cutName(ref string) (file, name string) {
 	for i := len(ref); i > 0; i = strings.LastIndexByte(ref[:i], ':') {
 		if _, err := os.Stat(ref[:i]); err == nil {
@@ -155,15 +154,15 @@ type found struct {
 	open     func() (v1.Image, error)
 }
 
-// Annotations that name an image: of the OCI image specification, and of containerd (and so of
-// docker buildx), which puts just the tag into the former.
+// Annotations that name an image: that of the OCI image specification, and that of containerd (and
+// so of docker buildx), which puts only the tag into the former.
 var nameAnnotations = []string{"io.containerd.image.name", "org.opencontainers.image.ref.name"}
 
-// maxImages bounds what an index may lead to.
+// maxImages bounds how many images an index may lead to.
 const maxImages = 1000
 
-// listIndex lists the images of an index and of those within it. each says that what it holds are
-// images of their own, as in an OCI layout, and not one image for several platforms.
+// listIndex lists the images of an index and of indexes within it. each says that its entries are
+// separate images, as in an OCI layout, and not one image for several platforms.
 func listIndex(index v1.ImageIndex, each bool) ([]found, error) {
 	var l imageList
 	err := l.visit(index, nil, each)
@@ -217,13 +216,13 @@ func (l *imageList) visit(index v1.ImageIndex, names []string, each bool) error 
 	return nil
 }
 
-// choose returns the image that is meant by a tag, or by "" if there is but one, and suits a
-// platform best.
+// choose returns the image that a tag means, or the only one for "", for the platform that suits
+// best.
 func choose(list []found, tag string, want v1.Platform) (v1.Image, error) {
 	var known, have []string
 	var best []found
 	level := 0
-	var unusable error // why what was meant is none of them
+	var unusable error // why none of the images is the one meant
 	for _, f := range list {
 		known = append(known, f.known())
 		if tag != "" && !f.named(tag) {
@@ -276,14 +275,14 @@ func choose(list []found, tag string, want v1.Platform) (v1.Image, error) {
 	return nil, errors.New("it holds no image")
 }
 
-// artifactType is of what kind an artifact is that has an image's manifest: a signature, a bill of
+// artifactType is the type of an artifact that has an image's manifest: a signature, a bill of
 // materials, a chart. It is "" for an image.
 func artifactType(m *v1.Manifest) string {
 	config := string(m.Config.MediaType)
 	if m.ArtifactType != "" && !m.Config.MediaType.IsConfig() {
 		return m.ArtifactType
 	}
-	// Docker's first images have configs of no kind.
+	// Docker's first images have configs without a type.
 	if config != "" && config != "application/octet-stream" && !strings.Contains(config, "image") {
 		return config
 	}
@@ -305,7 +304,7 @@ func checkLayers(m *v1.Manifest) error {
 	return nil
 }
 
-// known is what an image is called in a list.
+// known is the name of an image in a list.
 func (f *found) known() string {
 	if len(f.names) == 0 {
 		return ""
@@ -325,7 +324,7 @@ func (f *found) named(want string) bool {
 	})
 }
 
-// parsePlatform parses OS/ARCH[/VARIANT], OS or ARCH. What is left out is linux, and this host's
+// parsePlatform parses OS/ARCH[/VARIANT], OS or ARCH. The defaults are linux, and this host's
 // architecture.
 func parsePlatform(s string) (v1.Platform, error) {
 	platform := v1.Platform{OS: "linux", Architecture: runtime.GOARCH}
@@ -343,7 +342,7 @@ func parsePlatform(s string) (v1.Platform, error) {
 	return *p, nil
 }
 
-// architecture is Go's name of an architecture, which others call otherwise.
+// architecture is Go's name of an architecture that others name differently.
 func architecture(s string) string {
 	switch s {
 	case "x86_64", "x86-64":
@@ -354,9 +353,9 @@ func architecture(s string) string {
 	return s
 }
 
-// suits tells how well what is built for one platform suits another: 0 for not at all. A processor
-// runs what is for the lesser variants of its architecture. Who names no variant wants the one that
-// all of its processors have, and may get more only where there is nothing else.
+// suits tells how well an image for one platform runs on another: 0 for not at all. A processor
+// also runs images for lesser variants of its architecture. A user who names no variant wants the
+// one that all processors of the architecture run, and gets more only if there is nothing else.
 func suits(have, want v1.Platform) int {
 	if have.OS != "" && have.OS != want.OS || have.Architecture != "" && architecture(have.Architecture) != want.Architecture {
 		return 0

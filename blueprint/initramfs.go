@@ -13,8 +13,8 @@ import (
 	"drafter/internal/guest"
 )
 
-// modules are what a VM of ours needs before its root file system is mounted, and what its agent
-// needs to be reached. ext4 is built in.
+// modules are what a VM needs before its root file system is mounted, and what makes its agent
+// reachable. ext4 is built in.
 var modules = []string{"virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net", "virtio_console", "virtio_rng", "vmw_vsock_virtio_transport"}
 
 // buildInitramfs writes a cpio archive with drafter-guest as its init and the kernel modules below
@@ -60,7 +60,8 @@ func buildInitramfs(dir, guestBinary, output string) error {
 	})
 }
 
-// readStatic reads a program and refuses one that needs a dynamic linker: the initramfs has none.
+// readStatic reads a program, and refuses one that needs a dynamic linker, because the initramfs
+// has none.
 func readStatic(path string) ([]byte, error) {
 	f, err := elf.Open(path)
 	if err != nil {

@@ -31,8 +31,8 @@ func (r *rootDir) open(path string, flags int) (*os.File, error) {
 	return os.NewFile(uintptr(fd), path), nil
 }
 
-// readFile reads at most limit bytes of a regular file. What is something else is not opened: a
-// FIFO would hold up the open, and a device of the host's may act on it.
+// readFile reads at most limit bytes of a regular file. It opens nothing else: the open of a FIFO
+// would wait, and that of a device of the host may have effects.
 func (r *rootDir) readFile(path string, limit int64) ([]byte, error) {
 	at, err := r.open(path, unix.O_PATH)
 	if err != nil {
@@ -54,11 +54,11 @@ func (r *rootDir) readFile(path string, limit int64) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, limit))
 }
 
-// mkdirAll makes a directory and its parents. A symbolic link that leads nowhere gets what it leads
-// to. Where a file is in the way, the error is ENOTDIR.
+// mkdirAll makes a directory and its parents. For a dangling symbolic link it makes what the link
+// leads to. If a file is in the way, the error is ENOTDIR.
 func (r *rootDir) mkdirAll(path string) error { return r.mkdir(filepath.Clean("/"+path), maxLinks) }
 
-// maxLinks bounds how many symbolic links lead from one to the next, as in the kernel.
+// maxLinks bounds a chain of symbolic links, as in the kernel.
 const maxLinks = 40
 
 func (r *rootDir) mkdir(path string, links int) error {
@@ -106,14 +106,14 @@ func (r *rootDir) follow(dir *os.File, name string) (string, error) {
 	return filepath.Join(real, target), err
 }
 
-// real is the path of an open file of the root's, from the root, without symbolic links.
+// real returns the path of an open file from the root, without symbolic links.
 func (r *rootDir) real(f *os.File) (string, error) {
 	path, err := os.Readlink(fmt.Sprint("/proc/self/fd/", f.Fd()))
 	root, err2 := os.Readlink(fmt.Sprint("/proc/self/fd/", r.Fd()))
 	return filepath.Clean("/" + strings.TrimPrefix(path, root)), errors.Join(err, err2)
 }
 
-// leadsTo tells whether a path is a regular file's, and whether its real name ends so.
+// leadsTo tells whether a path leads to a regular file whose real name ends so.
 func (r *rootDir) leadsTo(path, suffix string) (yes, isFile bool, err error) {
 	f, err := r.open(path, unix.O_PATH)
 	if err != nil {

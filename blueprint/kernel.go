@@ -27,7 +27,7 @@ const (
 
 const (
 	maxKernel     = 1 << 30   // bytes of an unpacked kernel
-	maxDictionary = 128 << 20 // bytes that a decompressor keeps of the past: the kernel's build asks for that much at most (scripts/Makefile.lib)
+	maxDictionary = 128 << 20 // bytes of history that a decompressor keeps: the kernel's build asks for no more (scripts/Makefile.lib)
 )
 
 // ExtractKernel writes the ELF kernel inside a bzImage to w. An image that is an ELF file already
@@ -51,7 +51,7 @@ func ExtractKernel(w io.Writer, image []byte) error {
 	if start >= end || end > int64(len(image)) {
 		return errors.New("extract kernel: the bzImage is truncated")
 	}
-	// The payload ends with the unpacked size in 4 bytes, which no decompressor knows of.
+	// The payload ends with the unpacked size in 4 bytes, which decompressors do not know.
 	if end-start < 4+int64(len(elf)) {
 		return errors.New("extract kernel: the bzImage is truncated")
 	}

@@ -24,7 +24,7 @@ type OSConfig struct {
 	Kernel string
 	// Packages are further Debian packages for the root file system, with their dependencies.
 	Packages []string
-	// Size of the root file system in bytes; 0 for its content and 256 MiB more.
+	// Size of the root file system in bytes; 0: its content and 256 MiB.
 	Size int64
 	// Cache keeps downloaded packages; "" for a temporary directory.
 	Cache string
@@ -40,8 +40,8 @@ var rootPackages = []string{"crun", "busybox-static"}
 
 const defaultRootFree = 256 << 20
 
-// BuildOS makes an OS blueprint. It needs root, apt and dpkg. Files appear under their names only
-// once they are complete.
+// BuildOS makes an OS blueprint. It needs root, apt and dpkg. Files get their names only once they
+// are complete.
 func BuildOS(ctx context.Context, c OSConfig) (err error) {
 	if c.Kernel == "" {
 		c.Kernel = DefaultKernel
@@ -127,7 +127,7 @@ func buildRoot(ctx context.Context, root string, c OSConfig) error {
 		os.Symlink("../run/hosts", filepath.Join(root, "etc/hosts")))
 }
 
-// installGuest makes drafter-guest the init, and reachable under its other names.
+// installGuest makes drafter-guest the init, and links it under its other names.
 func installGuest(root, guest string) error {
 	binary, err := readStatic(guest)
 	if err != nil {
@@ -148,7 +148,8 @@ func installGuest(root, guest string) error {
 	return nil
 }
 
-// linkApplets makes busybox answer to the names of those of its tools that no package brought.
+// linkApplets links busybox under the names of its tools, unless a package has a program of that
+// name.
 func linkApplets(ctx context.Context, root string) error {
 	list, err := runTool(ctx, "", filepath.Join(root, "bin/busybox"), "--list-full")
 	if err != nil {
@@ -166,7 +167,7 @@ func linkApplets(ctx context.Context, root string) error {
 	return nil
 }
 
-// writeFile makes a file with what write produces; it has its name only once it is complete and
+// writeFile makes a file with the output of write. It gets its name only once it is complete and
 // durable.
 func writeFile(path string, write func(io.Writer) error) error {
 	f, err := newfile.Create(path)

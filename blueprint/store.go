@@ -33,14 +33,14 @@ const (
 	dockerManifest = "manifest.json"
 )
 
-// Bounds of what is read of strangers' images before anything is unpacked.
+// Bounds for reading strangers' images before anything is unpacked.
 const (
 	maxManifest       = 4 << 20 // bytes of a manifest or an index, as in Docker
 	maxArchiveEntries = 1 << 16 // files of an archive; an image has one for each layer, and few others
 )
 
-// listStored lists the images in a directory or an archive. Where there are both a docker archive
-// and a layout, preferred says which counts.
+// listStored lists the images in a directory or an archive. If there are both a docker archive and
+// a layout, preferred says which counts.
 func listStored(ctx context.Context, path, preferred string, most int64) ([]found, error) {
 	files, err := openFiles(ctx, path, most)
 	if err != nil {
@@ -82,7 +82,7 @@ func listDir(dir string) ([]found, error) {
 	return []found{{open: func() (v1.Image, error) { return b.image(raw) }}}, nil
 }
 
-// blobs are files by their content's digest. What is read as a whole is verified.
+// blobs are files named by their content's digest. Those that are read as a whole are verified.
 type blobs struct {
 	fs.FS
 	path func(h v1.Hash, manifest bool) string
@@ -219,8 +219,8 @@ func (e *dockerEntry) image(files fs.FS) (v1.Image, error) {
 	}
 	i := &storedImage{files: files, config: config, layers: map[v1.Hash]string{}}
 	for n, name := range e.Layers {
-		// The id is of what is unpacked, and checked then. It serves as the digest as well: an
-		// archive has none.
+		// The id is of the unpacked content, which is checked later. It serves as the digest as
+		// well, because an archive has none.
 		id := c.RootFS.DiffIDs[n]
 		info, err := fs.Stat(files, name)
 		if err != nil {
@@ -248,8 +248,8 @@ func readBounded(files fs.FS, name string, most int64) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, most))
 }
 
-// checkRegular refuses what is no regular file, which is not even opened: a FIFO would hold up the
-// open.
+// checkRegular refuses what is not a regular file, without opening it: the open of a FIFO would
+// wait.
 func checkRegular(files fs.FS, name string, most int64) error {
 	info, err := fs.Stat(files, name)
 	if err == nil && (!info.Mode().IsRegular() || info.Size() > most) {
@@ -258,9 +258,8 @@ func checkRegular(files fs.FS, name string, most int64) error {
 	return err
 }
 
-// openFiles opens a directory, or a tar archive, compressed or not. Of a compressed one, or one
-// from a pipe, a copy of at most so many bytes is made, which has no name and goes with the
-// process.
+// openFiles opens a directory, or a tar archive, compressed or not. A compressed archive, or one
+// from a pipe, is copied to an unnamed file of at most most bytes, which goes with the process.
 func openFiles(ctx context.Context, path string, most int64) (fs.FS, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -292,7 +291,7 @@ func openFiles(ctx context.Context, path string, most int64) (fs.FS, error) {
 	return a, nil
 }
 
-// spool writes what r holds, decompressed, to a file without a name.
+// spool writes the decompressed content of r to an unnamed file.
 func spool(r io.Reader, most int64) (*os.File, error) {
 	plain, err := decompressLayer(r)
 	if err != nil {
@@ -318,7 +317,7 @@ type tarFiles struct {
 	entries map[string]archived
 }
 
-// archived is a file of an archive: where its content is, or another name in its place.
+// archived is a file of an archive: the place of its content, or another name for it.
 type archived struct {
 	header       *tar.Header
 	offset, size int64
@@ -355,7 +354,7 @@ func newArchive(f *os.File) (*tarFiles, error) {
 			a.entries[name] = archived{h, at, h.Size, ""}
 		case tar.TypeLink:
 			a.entries[name] = archived{link: path.Clean("/" + h.Linkname)[1:]}
-		case tar.TypeSymlink: // an older "docker save" has a layer of several images but once
+		case tar.TypeSymlink: // an older "docker save" stores a layer of several images only once
 			a.entries[name] = archived{link: path.Join("/", path.Dir(name), h.Linkname)[1:]}
 		}
 		if len(a.entries) > maxArchiveEntries {

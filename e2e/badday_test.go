@@ -275,8 +275,8 @@ func (a *audit) since(began time.Time) bool {
 	return a.last.After(began)
 }
 
-// check looks for all that is acknowledged, at a place, and tells how much that is.
-func (a *audit) check(at int) (n int, err error) {
+// checkAcknowledged looks for all that is acknowledged, at a place, and tells how much that is.
+func (a *audit) checkAcknowledged(at int) (n int, err error) {
 	a.mu.Lock()
 	n = a.next
 	a.mu.Unlock()
@@ -682,11 +682,11 @@ func (d *badDay) serves() {
 	}
 }
 
-// check looks for all that was acknowledged, and tells how much that is, for each database.
-func (d *badDay) check() (acknowledged []int) {
+// checkAcknowledged looks for all that was acknowledged, and tells how much that is, for each database.
+func (d *badDay) checkAcknowledged() (acknowledged []int) {
 	d.t.Helper()
 	for _, a := range d.audits {
-		n, err := a.check(d.at)
+		n, err := a.checkAcknowledged(d.at)
 		if err != nil {
 			d.fatal("%v", err)
 		}
@@ -788,7 +788,7 @@ func TestSoakBadDays(t *testing.T) {
 		mend()
 		outcome := finish()
 		d.serves()
-		acked := d.check()
+		acked := d.checkAcknowledged()
 		counts[act+": "+outcome]++
 		t.Logf("round %d: %s; %v writes are there; %s", round, outcome, acked, time.Since(began).Round(100*time.Millisecond))
 	}
@@ -803,7 +803,7 @@ func TestSoakBadDays(t *testing.T) {
 	d.pkg = "s3://vms/badday" // the backup has all of it, too
 	d.must(0, d.newInstance(0), "resumed")
 	d.serves()
-	d.check()
+	d.checkAcknowledged()
 	last()
 	t.Log(counts)
 }

@@ -73,7 +73,7 @@ func (n *numbered) add(t *testing.T, c *redis.Client, mebibytes int) {
 	}
 }
 
-func (n *numbered) check(t *testing.T, c *redis.Client, where string) {
+func (n *numbered) checkSums(t *testing.T, c *redis.Client, where string) {
 	t.Helper()
 	for i, want := range n.sums {
 		got, err := c.Get(t.Context(), fmt.Sprint("value ", i)).Bytes()
@@ -119,9 +119,9 @@ func TestFullHost(t *testing.T) {
 		}
 	}
 	await(t, source, "There is no room for what the VM writes; it waits until there is")
-	values.check(t, zero, "source")
+	values.checkSums(t, zero, "source")
 	vm := s.resumes(t, copied, "ark1")
-	values.check(t, one, "copy")
+	values.checkSums(t, one, "copy")
 	end(t, vm)
 
 	disk.fill(t)
@@ -131,14 +131,14 @@ func TestFullHost(t *testing.T) {
 	if err := source.Wait(); err != nil {
 		t.Errorf("the source, whose VM has moved: %v", err)
 	}
-	values.check(t, one, "target")
+	values.checkSums(t, one, "target")
 
 	disk1.fill(t)
 	save(t, one)
 	await(t, target, "The VM stands still, as a disk cannot be used; it is tried again each second")
 	disk1.resize(t, "900m")
 	await(t, target, "The VM goes on")
-	values.check(t, one, "target, after its disk was full")
+	values.checkSums(t, one, "target, after its disk was full")
 
 	memory1.fill(t)
 	values.add(t, one, 20)
@@ -152,7 +152,7 @@ func TestFullHost(t *testing.T) {
 		t.Error(err)
 	}
 	again := s.peer(t, "instance-1", append(flags1, "--netns", "ark1")...)
-	values.check(t, one, "suspended")
+	values.checkSums(t, one, "suspended")
 	disk1.fill(t)
 	save(t, one)
 	await(t, again, "The VM stands still, as a disk cannot be used; it is tried again each second")

@@ -88,8 +88,8 @@ func (w *wanderer) write(t *testing.T, stop chan struct{}) {
 	}
 }
 
-// check looks for every acknowledged write.
-func (w *wanderer) check(t *testing.T) {
+// checkAcknowledged looks for every acknowledged write.
+func (w *wanderer) checkAcknowledged(t *testing.T) {
 	t.Helper()
 	for from := 0; from < w.acked; from += 500 {
 		var keys []string
@@ -214,7 +214,7 @@ func TestSoakMigrations(t *testing.T) {
 		began := time.Now()
 		w.move(t, fault, after, to, instance)
 		outcome := w.find(t, fault, to, instance)
-		w.check(t)
+		w.checkAcknowledged(t)
 		outcomes[fault+": "+outcome]++
 		t.Logf("round %d: %s after %s: %s; %d writes; %s", round, fault, after, outcome, w.acked, time.Since(began).Round(time.Millisecond))
 	}

@@ -13,8 +13,9 @@ import (
 // Accept returns the next connection with a target, or an error once ctx has ended.
 type Accept func(ctx context.Context) (io.ReadWriteCloser, error)
 
-// AcceptAll gives each connection to handle, which owns it, in a goroutine of its own, and has to
-// bound how many there are at a time. It returns once ctx has ended, and every handle with it.
+// AcceptAll gives each connection to handle, which owns it, in a goroutine of its own. handle has
+// to bound how many there are at a time. AcceptAll returns when ctx has ended and every handle has
+// returned.
 func AcceptAll(ctx context.Context, accept Accept, handle func(context.Context, io.ReadWriteCloser)) {
 	var wg sync.WaitGroup
 	defer wg.Wait()

@@ -1,5 +1,5 @@
-// Package migrate is the face of a migration: what bounds it, where it stands, what it did, and how
-// it may fail.
+// Package migrate is the face of a migration: its limits, its phases, its figures, and the errors
+// that it ends with.
 package migrate
 
 import (
@@ -21,21 +21,21 @@ const (
 	Cancel   Strategy = "cancel"   // give up; the VM runs on at the source
 )
 
-// Limits bound a migration. The zero value of each means that there is no such limit, or the
-// default that is named.
+// Limits bound a migration. A zero field is the default that its comment names, or no limit. No
+// field may be negative.
 type Limits struct {
-	Bandwidth  int64         // bytes per second; what somebody waits for is exempt
-	Downtime   time.Duration // the handoff begins when the rest can be sent in this time; default 300 ms
-	Timeout    time.Duration // of pre-copy
+	Bandwidth  int64         // bytes per second that are sent; pages that somebody waits for are exempt
+	Downtime   time.Duration // the handoff begins when the rest can be sent in half of this time; default 300 ms
+	Timeout    time.Duration // of pre-copy; AtTimeout says what happens then
 	AtTimeout  Strategy      // default PostCopy, or Cancel with NoPostCopy
 	NoPostCopy bool          // send everything before the handoff, however long the VM has to pause
-	Prepare    time.Duration // for the guest to get ready to be paused, and for the target to be prepared for the VM; default 5 s
-	Handoff    time.Duration // from pausing the VM to having sent its authority; default 1 min
+	Prepare    time.Duration // for the guest to get ready to be paused, then again for the target to note that it may take the VM over; default 5 s
+	Handoff    time.Duration // from the pause of the VM until the authority has been sent; default 1 min
 	Silence    time.Duration // a connection that is silent for so long is lost; default 10 s
 	Reconnect  time.Duration // pause between attempts to reconnect; default 200 ms
-	Warm       time.Duration // how long a target may keep the VM waiting for what it has to be in the page cache; default 3 s
-	HeadStart  time.Duration // how long a target that has the bases may keep the source waiting for its VMM to start, and for Warm; default 1 s
-	MaxSize    int64         // bytes that the devices of a source may have in all; see --max-size; default: see docs/migration.md
+	Warm       time.Duration // how long a target may read the memory's base into the page cache before it is ready; default 3 s
+	HeadStart  time.Duration // how long the source waits in preflight for a target with the bases to start its VMM, and for Warm; default 1 s
+	MaxSize    int64         // most bytes that all devices of a source may have together; default 128 times this host's memory
 	Settle     time.Duration // how long a target that refused tries to tell the source; shortened to Silence when connections are refused; default 1 min
 }
 
@@ -77,7 +77,7 @@ func (l Limits) WithDefaults() (Limits, error) {
 	return l, nil
 }
 
-// Phase is where a source or a target stands.
+// Phase is what a source or a target is doing, or how it has ended.
 type Phase string
 
 // The phases of a source and a target.
@@ -128,7 +128,7 @@ const (
 	Away Outcome = "away" // the VM runs, or ran, at the target
 )
 
-// Stats says what a migration did so far.
+// Stats are the figures of a migration so far.
 type Stats struct {
 	Phase     Phase
 	Cycle     int
@@ -139,7 +139,7 @@ type Stats struct {
 	Devices   []DeviceStats
 }
 
-// DeviceStats says what a migration did with a device. All numbers are bytes of the device.
+// DeviceStats are the figures of a device in a migration. All numbers are bytes of the device.
 type DeviceStats struct {
 	Name     string
 	Size     int64
@@ -151,7 +151,7 @@ type DeviceStats struct {
 	Backup   int64 // at the target: fetched from a backup, and not from the source
 }
 
-// Bytes is what was sent or received of all devices.
+// Bytes are the sums over all devices.
 func (s *Stats) Bytes() (sent, saved, pending int64) {
 	for _, d := range s.Devices {
 		sent, saved, pending = sent+d.Sent, saved+d.Saved, pending+d.Pending

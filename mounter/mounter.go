@@ -1,6 +1,6 @@
 // Package mounter exposes devices without a VM, receives them live from another mounter or a peer,
-// and hands them on. Who reads and writes a device at its path goes on doing so when the device
-// moves: what is done at the path it was exposed at first is forwarded to where it is.
+// and hands them over. The users of a device at its path go on using it when it moves: a mounter
+// forwards the operations at its paths to where the device is.
 package mounter
 
 import (
@@ -55,7 +55,7 @@ func (d *Device) files() *stack.Files {
 	return f
 }
 
-func (d *Device) check() error {
+func (d *Device) checkSettings() error {
 	if err := vmm.CheckDeviceName(d.Name); err != nil {
 		return err
 	}
@@ -68,12 +68,12 @@ func (d *Device) check() error {
 // Config says what to mount and how.
 type Config struct {
 	Devices []Device
-	BaseDir string // for the exposure; what a killed mounter left there is cleaned up
-	Links   string // directory in which each device's name is a link to its path; empty for none
+	BaseDir string // directory for the exposure; Open and Receive clean up what a killed mounter left there
+	Links   string // directory for a link to each device's path, by the device's name; empty for none
 	Expose  string // "auto", "fuse" or "nbd"; "" for auto
 	Limits  migrate.Limits
 
-	// Called by a migration, which waits for them; may be nil.
+	// Called by a migration, which waits for them. They may be nil.
 	OnPhase    func(migrate.Phase)
 	OnProgress func(migrate.Stats)
 }
@@ -90,11 +90,11 @@ type Mounter struct {
 
 	refusals, failures limitedlog.Log // of connections, and of migrations
 
-	forwarding     sync.WaitGroup // what users at the source of the devices do
+	forwarding     sync.WaitGroup // operations of users at the source of the devices
 	stopForwarding context.CancelFunc
 }
 
-// New checks a config. Nothing is touched yet.
+// New checks a config. It touches nothing on the host.
 func New(c Config) (*Mounter, error) {
 	if len(c.Devices) == 0 {
 		return nil, errors.New("there are no devices to mount")
@@ -102,7 +102,7 @@ func New(c Config) (*Mounter, error) {
 	var distinct stack.Distinct
 	for i := range c.Devices {
 		d := &c.Devices[i]
-		if err := d.check(); err != nil {
+		if err := d.checkSettings(); err != nil {
 			return nil, fmt.Errorf("device %s: %w", d.Name, err)
 		}
 		if err := distinct.Add(d.Name, d.files()); err != nil {
@@ -150,7 +150,7 @@ func (m *Mounter) open() {
 	}
 }
 
-// expose gives all devices paths. Who uses them waits until they are open.
+// expose gives paths to all devices. Their users wait until the devices are open.
 func (m *Mounter) expose() error {
 	if err := vmm.ReclaimAll(m.config.BaseDir); err != nil {
 		return err
@@ -166,7 +166,7 @@ func (m *Mounter) expose() error {
 	return m.link()
 }
 
-// link makes the links, in the place of those that an earlier mounter made.
+// link makes the links, and replaces those of an earlier mounter.
 func (m *Mounter) link() error {
 	if m.config.Links == "" {
 		return nil
@@ -208,11 +208,11 @@ func (l link) remove() error {
 	return nil
 }
 
-// deadLink is where a link of a mounter's leads: into its directory below --chroot-base-dir.
+// deadLink matches where a mounter's link leads: into its directory below --chroot-base-dir.
 var deadLink = regexp.MustCompile("/mounter/[0-9a-f]{16}/devices/([^/]+)$")
 
-// removeDeadLink removes a link to a device that a killed mounter has made. Any other is somebody
-// else's.
+// removeDeadLink removes a link to a device that a killed mounter has made. Any other link is
+// somebody else's, and stays.
 func removeDeadLink(path, device string) error {
 	target, err := os.Readlink(path)
 	if err != nil {
@@ -228,9 +228,9 @@ func removeDeadLink(path, device string) error {
 // Path is where a device is exposed, until Close; "" if it is not.
 func (m *Mounter) Path(name string) string { return m.devices.Path(name) }
 
-// Receive takes the devices from the mounter or peer that dial connects with. They are open here
-// when Receive returns nil; what is missing of them is fetched from then on. On an error they are
-// where they were, unless the error says otherwise. A peer's VM ends with that.
+// Receive takes the devices from the mounter or peer that dial connects with. When it returns nil,
+// they are open here, and their missing pages are fetched. On an error they are where they were,
+// unless the error says otherwise. A VM of a peer ends with that.
 func (m *Mounter) Receive(ctx context.Context, dial migrate.Dial) error {
 	if err := m.life.Start(); err != nil {
 		return fmt.Errorf("receive devices: %w", err)
@@ -253,17 +253,17 @@ func (m *Mounter) Receive(ctx context.Context, dial migrate.Dial) error {
 	return nil
 }
 
-// Arrived is closed when devices that were received are complete, or never will be; ArrivalError
-// then tells which. It is nil when they were opened here.
+// Arrived is closed when received devices are complete, or never will be; ArrivalError then says
+// which. It is nil when they were opened here.
 func (m *Mounter) Arrived() <-chan struct{} { return m.moves.Arrived() }
 
 // ArrivalError waits until Arrived.
 func (m *Mounter) ArrivalError() error { return m.moves.ArrivalError() }
 
-// Serve hands the devices that are migratable on to the mounter that asks for them. It returns when
-// ctx has ended; until then, what their users do here is forwarded to where they have gone. moved,
-// if not nil, is called once they have. An error means that they are here or, if it says so, that
-// it is in doubt where they are.
+// Serve hands the migratable devices over to the mounter that asks for them. It returns when ctx
+// has ended; until then it forwards the operations of their users here to where the devices are.
+// moved, if not nil, is called once they have moved. An error means that they are here or, if it
+// says so, that they are in doubt.
 func (m *Mounter) Serve(ctx context.Context, accept migrate.Accept, moved func()) error {
 	if err := m.life.Running(); err != nil {
 		return fmt.Errorf("serve: %w", err)
@@ -303,14 +303,14 @@ func (m *Mounter) Serve(ctx context.Context, accept migrate.Accept, moved func()
 	return nil
 }
 
-// targetPatience is how long a mounter that is ended waits for a target that takes nothing more
-// from it.
+// targetPatience is how long a mounter that ends waits for a target that takes nothing from it.
 const targetPatience = 20 * time.Second
 
-// Stats says how the last migration goes, from here or to here. ok is false when there is none.
+// Stats returns the figures of the latest migration from here or to here. ok is false when there
+// was none.
 func (m *Mounter) Stats() (stats migrate.Stats, ok bool) { return m.moves.Stats() }
 
-// complain logs what a connection, or a migration, failed with.
+// complain logs the failure of a connection or a migration.
 func (m *Mounter) complain(stream io.ReadWriteCloser, err error) {
 	complaints := &m.failures
 	if errors.Is(err, migrate.ErrRefused) {
@@ -348,7 +348,7 @@ func (m *Mounter) newSource() (*migration.Source, error) {
 	return d.source, err
 }
 
-// Close takes the paths away, and closes the devices. What was written is durable then.
+// Close removes the paths, and closes the devices. What was written is durable then.
 func (m *Mounter) Close() error {
 	m.life.Close()
 	m.stopForwarding()
@@ -370,7 +370,7 @@ func (m *Mounter) closeDevices(sync bool) error {
 	return errors.Join(errs...)
 }
 
-// closed is what is behind a gate in the end.
+// closed is the device behind a gate at the end.
 type closed struct{ size int64 }
 
 func (c closed) Size() int64                      { return c.size }
@@ -379,7 +379,7 @@ func (closed) WriteAt([]byte, int64) (int, error) { return 0, os.ErrClosed }
 func (closed) Sync() error                        { return os.ErrClosed }
 func (closed) Close() error                       { return nil }
 
-// departure is devices that may leave. It implements [migration.SourceVM]: what is paused are their
+// departure is devices that may leave. It implements [migration.SourceVM]: a pause stops their
 // users, at the gates.
 type departure struct {
 	m      *Mounter
@@ -390,7 +390,7 @@ type departure struct {
 // WriteBack implements [migration.SourceVM].
 func (d *departure) WriteBack(context.Context) error { return nil }
 
-// Flush implements [migration.SourceVM]. Users' writes are in the device when they are done.
+// Flush implements [migration.SourceVM]. A user's write is in the device when it is done.
 func (d *departure) Flush(context.Context) error { return nil }
 
 // Prepare implements [migration.SourceVM].
@@ -433,10 +433,10 @@ func (d *departure) Rescue(context.Context) error {
 func (d *departure) Rescued(context.Context) {}
 
 // Mark implements [migration.SourceVM].
-func (d *departure) Mark(_ context.Context, state migrate.Phase, migration uuid.UUID) error {
+func (d *departure) Mark(_ context.Context, phase migrate.Phase, migration uuid.UUID) error {
 	for _, name := range d.names {
 		status := leaving
-		if state == migrate.Moved {
+		if phase == migrate.Moved {
 			status = gone
 		} else if err := d.m.devices.Get(name).Sync(); err != nil {
 			return fmt.Errorf("device %s: %w", name, err)
@@ -448,7 +448,7 @@ func (d *departure) Mark(_ context.Context, state migrate.Phase, migration uuid.
 	return nil
 }
 
-// forward lets users go on, where the devices are now.
+// forward lets users go on, with the devices at their new place.
 func (d *departure) forward() {
 	for i, name := range d.names {
 		d.m.gates[name].Open(d.source.Forwarded(i))
@@ -535,7 +535,7 @@ func (a *arrival) Resume(context.Context) error {
 	return nil
 }
 
-// Complete implements [migration.TargetVM]. The state of a peer's VM is that of one that was
+// Complete implements [migration.TargetVM]. The state of a peer's VM is like that of one that was
 // suspended.
 func (a *arrival) Complete(context.Context) error {
 	if s := a.m.devices.Get(vmm.State); s != nil && a.packageID != "" {

@@ -13,8 +13,8 @@ import (
 	"drafter/internal/private"
 )
 
-// status says, in a file beside a device's, that its files are not the device: it is elsewhere, or
-// on its way. Without one they are.
+// status says, in a file beside a device's files, that these are not the device: it is elsewhere,
+// or arriving. Without a status they are the device.
 type status string
 
 const (
@@ -52,8 +52,7 @@ func (d *Device) status() (status, error) {
 	return status(s), err
 }
 
-// CheckHere refuses a device that a mounter had and whose files are not the device any more, or not
-// yet.
+// CheckHere refuses a device of a mounter whose files are no longer the device, or not yet.
 func (d *Device) CheckHere() error {
 	s, err := d.status()
 	switch {
@@ -67,8 +66,8 @@ func (d *Device) CheckHere() error {
 	return fmt.Errorf("it has moved away; receive it again, or remove %s to use what was here then", d.statusFile())
 }
 
-// makeRoom removes what a device that has moved away, or never wholly arrived, left. It refuses to
-// touch any other.
+// makeRoom removes the files of a device that has moved away, or never wholly arrived. It refuses
+// to touch any other.
 func (d *Device) makeRoom() error {
 	s, err := d.status()
 	if err != nil {

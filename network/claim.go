@@ -1,6 +1,5 @@
 // Package network connects VMs: a NAT with a pool of network namespaces, claims on those, and a
-// port forwarder. It uses tables of its own in nftables and leaves all others alone. IPv4 only, so
-// far.
+// port forwarder. It has nftables tables of its own, and never changes others. IPv4 only.
 package network
 
 import (
@@ -53,7 +52,7 @@ func ClaimNamespace(name string) (*Claim, error) {
 
 func claimNamespace(name string) (*lockfile.Lock, error) { return rundir.Lock("netns/" + name) }
 
-// Close gives the namespace back, without the connections of its VM, which must have ended. It is
+// Close gives the namespace back. It ends the connections of the VM, which must have ended. It is
 // idempotent.
 func (c *Claim) Close() error {
 	if c.lock == nil {

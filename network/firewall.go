@@ -15,9 +15,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Each base chain at a hook decides by itself: what the NAT's rules accept, those of Docker, ufw or
-// firewalld may drop. They are others' and stay as they are. But a packet of each kind that the NAT
-// lets pass is tried with their rules, on paper, and who would drop it is named.
+// Each base chain at a hook decides by itself: rules of Docker, ufw or firewalld may drop what the
+// NAT's rules accept. Drafter never changes them. It evaluates them for a packet of each kind that
+// the NAT lets pass, and names the chain that drops one.
 
 // passage is a kind of packets that the NAT lets pass.
 type passage struct {
@@ -48,7 +48,8 @@ func (n *NAT) passages() (list []passage) {
 	return list
 }
 
-// sayFirewalls names the chains of others that cut guests off, and what opens them.
+// sayFirewalls names the chains of others that cut guests off, and the commands that let guests
+// through.
 func (n *NAT) sayFirewalls() {
 	now, err := generation()
 	if err == nil && (n.firewall == nil || n.firewall.generation != now) {
@@ -104,7 +105,7 @@ func (n *NAT) sayFirewalls() {
 // dockerUser is the chain that Docker leaves to users.
 const dockerUser = "DOCKER-USER"
 
-// eachWay returns the commands for what comes from guests and what goes to them that a hook sees.
+// eachWay returns the commands for packets from guests and to guests that a hook sees.
 func eachWay(hook nftables.ChainHook, in, out string) string {
 	switch hook {
 	case *nftables.ChainHookInput:
@@ -152,7 +153,7 @@ func familyName(f nftables.TableFamily) string {
 	return "ip"
 }
 
-// firewall is the rules of others for IPv4.
+// firewall holds the rules of others for IPv4.
 type firewall struct {
 	conn   *nftables.Conn
 	chains []*nftables.Chain
@@ -191,8 +192,8 @@ const (
 	returns
 )
 
-// verdict tells what a base chain does with a passage. A rule of which it cannot be told whether it
-// matches counts as one that does not.
+// verdict returns what a base chain does with a passage. A rule that cannot be evaluated counts as
+// one that does not match.
 func (f *firewall) verdict(base *nftables.Chain, p passage) int {
 	switch v := f.chain(base, p, 0); {
 	case v == drops || v == accepts:
@@ -239,8 +240,8 @@ func (f *firewall) chain(c *nftables.Chain, p passage, depth int) int {
 	return goesOn
 }
 
-// rule tells what a rule does with a passage. If it jumps to a chain, that is to; it is a goto if v
-// is returns.
+// rule returns what a rule does with a passage. to is the chain that it jumps to, if any; with a
+// verdict of returns it is a goto.
 func (f *firewall) rule(t *nftables.Table, r *nftables.Rule, p passage) (v int, to string) {
 	registers := map[uint32][]byte{} // those whose content is known
 	for _, e := range r.Exprs {
@@ -318,8 +319,8 @@ func (p passage) connection(key expr.CtKey) []byte {
 	return nil
 }
 
-// field is a source or destination address, or the first bytes of one: prefixes of whole bytes are
-// matched so.
+// field is a source or destination address, or its first bytes: rules match prefixes of whole bytes
+// so.
 func (p passage) field(e *expr.Payload) []byte {
 	if e.Base != expr.PayloadBaseNetworkHeader || e.Len > 4 || e.OperationType != expr.PayloadLoad {
 		return nil
@@ -344,8 +345,7 @@ func bitwise(value []byte, e *expr.Bitwise) []byte {
 	return result
 }
 
-// compare compares as many bytes as there are to compare with: an interface name with a wildcard is
-// short.
+// compare compares as many bytes as the rule has: an interface name with a wildcard is short.
 func compare(value []byte, e *expr.Cmp) bool {
 	if len(value) < len(e.Data) || len(value) == 0 {
 		return false
@@ -368,8 +368,8 @@ func compare(value []byte, e *expr.Cmp) bool {
 	return false
 }
 
-// lookup looks for a value in a set. The elements of intervals are their starts and the ends after
-// them.
+// lookup looks for a value in a set. A set of intervals has the start of each interval, and the end
+// after it, as elements.
 func (f *firewall) lookup(t *nftables.Table, value []byte, e *expr.Lookup) bool {
 	if value == nil || e.IsDestRegSet {
 		return false
@@ -413,7 +413,7 @@ func (p passage) match(e *expr.Match) bool {
 	return false
 }
 
-// onlyState tells whether iptables' conntrack extension looks at nothing but the state.
+// onlyState tells whether iptables' conntrack extension matches nothing but the state.
 func onlyState(flags uint16) bool {
 	return xt.ConntrackFlags(flags)&^xt.ConntrackStateAlias == xt.ConntrackState
 }

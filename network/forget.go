@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// forgetGuest ends the connections of a namespace's guest, so that the next one hears nothing of
+// forgetGuest ends the connections of a namespace's guest, so that the next guest does not inherit
 // them: those that its namespace tracks, and those that the host tracks to and from its addresses.
 func forgetGuest(ns string, addresses ...net.IP) error {
 	err := inNamespace(ns, func() error { return netlink.ConntrackTableFlush(netlink.ConntrackTable) })
@@ -28,8 +28,7 @@ func forgetGuest(ns string, addresses ...net.IP) error {
 	})
 }
 
-// forgetConnections ends the host's IPv4 connections that a function chooses. It reads all there
-// are.
+// forgetConnections ends the host's IPv4 connections that a function chooses. It reads all of them.
 func forgetConnections(chosen conntrackFilter) error {
 	var err error = netlink.ErrDumpInterrupted
 	for tries := 0; tries < 10 && errors.Is(err, netlink.ErrDumpInterrupted); tries++ {

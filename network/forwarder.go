@@ -59,7 +59,7 @@ type forward struct {
 	targetLink string // the host's end
 }
 
-// StartForwarder puts the forwards in force. What a killed forwarder left behind is removed first.
+// StartForwarder puts the forwards in force. It first removes what a killed forwarder left behind.
 func StartForwarder(c ForwarderConfig) (_ *Forwarder, err error) {
 	_, hostVeth, err := net.ParseCIDR(c.HostVethCIDR)
 	if err != nil || hostVeth.IP.To4() == nil {
@@ -113,8 +113,9 @@ func StartForwarder(c ForwarderConfig) (_ *Forwarder, err error) {
 	return f, err
 }
 
-// apply puts the forwards in force and notes how they are there. A client that sent to an address
-// before has a connection that leads elsewhere; it ends, so that the next packet takes the forward.
+// apply puts the forwards in force and notes the kernel's form of them. A client that sent to an
+// address before has a connection that leads elsewhere. apply ends it, so that the next packet
+// takes the forward.
 func (f *Forwarder) apply() error {
 	if err := f.applyRules(f.forwards); err != nil {
 		return err
@@ -130,7 +131,7 @@ func (f *Forwarder) apply() error {
 	})
 }
 
-// takes tells whether a connection was opened to the external address.
+// takes tells whether a connection was opened to the external address of p.
 func (p PortForward) takes(c *netlink.ConntrackFlow) bool {
 	to, _ := netip.AddrFromSlice(c.Forward.DstIP)
 	external, err := netip.ParseAddrPort(p.ExternalAddr)
@@ -154,8 +155,8 @@ func (f *Forwarder) look() {
 	}
 }
 
-// forwarderLocks is where below [rundir.Path] each forwarder has a lock and a list of its
-// forwards, called like its table.
+// forwarderLocks is the directory below [rundir.Path] in which each forwarder has a lock and a list
+// of its forwards, both named like its table.
 const forwarderLocks = "forwarders/"
 
 func (p PortForward) resolve(hostVeth *net.IPNet) (forward, error) {
@@ -192,8 +193,8 @@ func (p PortForward) resolve(hostVeth *net.IPNet) (forward, error) {
 	return f, checkLoopback(f)
 }
 
-// errWildcard explains itself: the rules rewrite packets by destination address, and every address
-// of the host also carries other traffic.
+// errWildcard refuses wildcard addresses: the rules rewrite packets by destination address, and
+// every address of the host also carries other traffic.
 var errWildcard = errors.New("wildcard addresses cannot be forwarded: they would take the port on every address, those of other VMs included; name each address")
 
 // namespaceAddress finds a namespace's end of its link with the host.
@@ -226,8 +227,8 @@ func linkTowards(ip net.IP) (string, error) {
 	return link.Attrs().Name, nil
 }
 
-// reserve binds the external address without listening. So a port that is taken is noticed here,
-// and nobody takes it later, whose traffic the rules would divert.
+// reserve binds the external address without listening. So a port in use is noticed here, and
+// nobody can take it later, whose traffic the rules would divert.
 func (f *Forwarder) reserve(p forward) error {
 	kind := unix.SOCK_STREAM
 	if p.Protocol == "udp" {
@@ -254,8 +255,8 @@ func (f *Forwarder) reserve(p forward) error {
 	return nil
 }
 
-// checkLoopback refuses a loopback address where packets with a loopback source cannot leave
-// through the link. The NAT allows it on its links.
+// checkLoopback refuses a loopback address if packets with a loopback source cannot leave through
+// the link. The NAT allows that on its links.
 func checkLoopback(p forward) error {
 	if !p.external.Addr().IsLoopback() {
 		return nil
@@ -280,9 +281,9 @@ func (f *Forwarder) applyRules(forwards []forward) error {
 	var links []string
 	for _, p := range forwards {
 		external := host(p.external.Addr().AsSlice())
-		// Others reach the address through prerouting, the host itself through output. Nobody else
-		// may reach a loopback address: the kernel would not stop a neighbour who sends to it,
-		// because it only looks at the address after this rule.
+		// Others reach the address through prerouting, the host itself through output. Only the
+		// host may reach a loopback address. The kernel would not stop a neighbour who sends to it,
+		// because it checks the address only after this rule.
 		if !p.external.Addr().IsLoopback() {
 			r.rule(incoming, toAddress(external), toPort(p.Protocol, p.external.Port()), destinationNAT(p.target, p.internal))
 		}
@@ -346,7 +347,7 @@ func (f *Forwarder) forgetForwards() error {
 	return errors.Join(err, os.Remove(f.listPath()))
 }
 
-// Close ends the forwards. Connections that exist go on; new ones are refused.
+// Close ends the forwards, and the connections that came in through them. New ones are refused.
 func (f *Forwarder) Close() error {
 	if f.lock == nil {
 		return nil

@@ -42,10 +42,10 @@ var guarded = []*net.IPNet{
 	cidr("240.0.0.0/4"),        // reserved, with the broadcast address
 }
 
-// What guests send leaves the host from these ports. A guest that could choose the port would take
-// what a client sends to the host's service or another guest's forward there: to the connection
-// tracking, it is the answer (CVE-2021-3773). Linux gives sockets 32768 to 60999 (ip(7),
-// ip_local_port_range).
+// Guests' packets leave the host from these ports. If a guest could choose the port, it would
+// receive what a client sends to the host's service or to another guest's forward at that port: the
+// connection tracking takes that for an answer (CVE-2021-3773). Linux gives sockets 32768 to 60999
+// (ip(7), ip_local_port_range).
 const firstGuestPort, lastGuestPort = 61000, 65535
 
 // checkGuestPorts warns where the host's own sockets may get the ports of guests.
@@ -111,7 +111,7 @@ func (o *opening) parsePort(s string) (ok bool) {
 	return err == nil && port != 0 && (protocol == "tcp" || protocol == "udp")
 }
 
-// host tells whether it opens the host itself: a subnet does not, although the host may be in it.
+// host tells whether o opens the host itself. A subnet does not, even if the host is in it.
 func (o opening) host() bool {
 	if o.to == nil {
 		return true
@@ -135,8 +135,8 @@ func contains(a, b *net.IPNet) bool {
 	return x <= y && a.Contains(b.IP)
 }
 
-// match matches what a guest sends to the destination, as the guest addressed it: a forward may
-// lead elsewhere.
+// match matches packets of a guest to the destination that the guest addressed, because a forward
+// may lead elsewhere.
 func (o opening) match() (parts [][]expr.Any) {
 	if o.to != nil {
 		parts = append(parts, toOriginalAddress(o.to))
@@ -147,7 +147,7 @@ func (o opening) match() (parts [][]expr.Any) {
 	return parts
 }
 
-// hostRules are the rules of the host's table. They know links by their names: a prefix would match
+// hostRules are the rules of the host's table. They name each link, because a prefix would match
 // interfaces of others.
 func (n *NAT) hostRules(connections int) error {
 	l := n.layout
@@ -167,7 +167,7 @@ func (n *NAT) hostRules(connections int) error {
 	if err != nil {
 		return err
 	}
-	// From a link to itself: a guest at a port of its own that the forwarder publishes.
+	// From a link to itself: a guest that uses a port of its own that the forwarder publishes.
 	back, err := r.interfacePairs("back", names)
 	if err != nil {
 		return err
@@ -181,10 +181,11 @@ func (n *NAT) hostRules(connections int) error {
 		return err
 	}
 
-	// The forwarder lets packets for loopback addresses leave through a link; none may come in that
-	// way.
+	// The forwarder lets packets for loopback addresses leave through a link. None may come in
+	// through one.
 	r.rule(r.chain(hookRaw), fromInterfaces(links), toAddress(loopback), drop())
-	// A guest goes out as the host. The rule is added below; until then nothing goes out.
+	// A guest's packets leave with the host's address. The rule is added below; until then none
+	// leave.
 	asHost := r.subchain("as-host")
 	leaving := r.chain(hookOutgoing)
 	r.rule(leaving, fromAddress(l.namespaceVeth), notToInterfaces(links), continueAt(asHost))
@@ -196,8 +197,8 @@ func (n *NAT) hostRules(connections int) error {
 	r.rule(limited, overLinkRate(opened, openRate(connections)), drop())
 	r.rule(limited, overConnections(counted, connections), drop())
 	r.forgetClosed(limited)
-	// Of other protocols the connection tracking knows no ports: it would take all that a server
-	// sends to the host for answers to the guest.
+	// For other protocols the connection tracking knows no ports. It would take everything that a
+	// server sends to the host for answers to the guest.
 	for _, p := range []byte{unix.IPPROTO_TCP, unix.IPPROTO_UDP, unix.IPPROTO_ICMP} {
 		r.rule(limited, transport(p), accept())
 	}
@@ -206,8 +207,8 @@ func (n *NAT) hostRules(connections int) error {
 	fromGuest, toHost, toGuest := r.subchain("from-guest"), r.subchain("to-host"), r.subchain("to-guest")
 	for _, c := range []*nftables.Chain{fromGuest, toHost} {
 		r.answers(c)
-		// Only the guest opens connections, not the VMM in the namespace; and only what is a
-		// connection gets a new source address.
+		// Only the guest opens connections, not the VMM in the namespace. Only connections get a
+		// new source address.
 		r.rule(c, notFromAddress(l.namespaceVeth), drop())
 		r.rule(c, notNewConnection(), drop())
 	}
@@ -221,7 +222,7 @@ func (n *NAT) hostRules(connections int) error {
 		}
 		for _, own := range []*net.IPNet{l.hostVeth, l.namespaceVeth} {
 			if !o.host() && !contains(own, o.to) {
-				// The guests in it, or behind a forward at an address in it, stay closed.
+				// Guests in the subnet, or behind a forward at an address in it, stay closed.
 				r.rule(fromGuest, append(o.match(), toAddress(own), drop())...)
 			}
 		}
@@ -239,8 +240,8 @@ func (n *NAT) hostRules(connections int) error {
 	r.rule(toGuest, forwardedByRule(), accept())
 	r.rule(toGuest, drop())
 
-	// A host that did not forward before is no router now: only what others translate, such as a
-	// published port of theirs, goes on.
+	// A host that did not forward before does not become a router: only packets that others
+	// translate, such as those to a published port, go on.
 	between := r.subchain("between")
 	r.answers(between)
 	r.rule(between, forwardedByRule(), accept())
@@ -261,9 +262,9 @@ func (n *NAT) hostRules(connections int) error {
 	return r.masqueradeAt(asHost, firstGuestPort, lastGuestPort)
 }
 
-// openRate is how many connections a second a guest may open that may have so many at a time.
-// Those that have ended, and are still tracked but not counted, are so half as many again at most:
-// as many at once, and as many in closedTimeout.
+// openRate is how many connections a second a guest may open that may have so many open at a time.
+// Connections that have ended and are still tracked add at most half as many: as many at once, and
+// as many in closedTimeout.
 func openRate(connections int) int { return max(1, connections/4) }
 
 // answers accepts packets of connections that were let through, and the ICMP errors about them.
@@ -275,7 +276,7 @@ func (r *ruleset) answers(c *nftables.Chain) {
 // namespaceTable is the name of a namespace's table.
 const namespaceTable = "drafter"
 
-// namespaceRules are the rules of a namespace's table. They let pass what is between its link and
+// namespaceRules are the rules of a namespace's table. They let packets pass between its link and
 // the guest, and nothing else.
 func (n *NAT) namespaceRules(i, connections int) error {
 	c, l := n.config, n.layout
@@ -314,11 +315,11 @@ func (n *NAT) namespaceRules(i, connections int) error {
 }
 
 // GuardGuest lets only the guest's own frames leave the tap of a namespace that a NAT made: IPv4
-// from its address, and ARP for it, both from mac. Everything else is dropped before anyone sees
-// it. An empty mac is not checked. Connections of an earlier VM end: if that was killed, nobody
-// gave its claim back. The tap is made anew unless it is in use. Call it before a VMM takes the
-// tap; it replaces the guard of an earlier VM. It is no error if no NAT made the namespace: its
-// rules are its owner's.
+// from its address, and ARP for it, both from mac. Everything else is dropped before anybody sees
+// it. An empty mac is not checked. Connections of an earlier VM are ended, because a VM that was
+// killed did not give its claim back. The tap is made anew unless it is in use. Call GuardGuest
+// before a VMM takes the tap; it replaces the guard of an earlier VM. It does nothing, and returns
+// nil, for a namespace that no NAT made: the rules there are its owner's.
 func GuardGuest(ns, mac string) error {
 	c, err := natOf(ns)
 	if c == nil || err != nil {
@@ -351,9 +352,9 @@ func GuardGuest(ns, mac string) error {
 	return forgetTenant(ns)
 }
 
-// guardTable is the name of the table with the rules at the tap, and what the tap is called besides
-// (an alias of ip-link(8)) while they are there, followed by the MAC address that they let pass. It
-// goes with the tap.
+// guardTable is the name of the table with the rules at the tap. While they are in force, the tap
+// has it as an alias (ip-link(8)), followed by the MAC address that they let pass. The alias goes
+// with the tap.
 const guardTable = "drafter-guest"
 
 // guardTap puts the rules at the tap of the calling thread's namespace in force.
@@ -362,7 +363,7 @@ func (c NATConfig) guardTap(l *layout, hardware net.HardwareAddr) error {
 	if err != nil {
 		return fmt.Errorf("find %s: %w", c.NamespaceInterface, err)
 	}
-	// The alias first: a NAT that looks meanwhile puts the same rules in force.
+	// The alias first: a NAT that looks meanwhile then puts the same rules in force.
 	if err := netlink.LinkSetAlias(tap, guardTable+" "+hardware.String()); err != nil {
 		return fmt.Errorf("mark %s: %w", c.NamespaceInterface, err)
 	}
@@ -380,7 +381,7 @@ func (c NATConfig) guardTap(l *layout, hardware net.HardwareAddr) error {
 	return r.apply()
 }
 
-// keepTapGuard puts the rules at the tap of the calling thread's namespace back if some of them are
+// keepTapGuard puts the rules at the tap of the calling thread's namespace back if any of them is
 // gone.
 func (c NATConfig) keepTapGuard(l *layout) (done bool, err error) {
 	tap, err := netlink.LinkByName(c.NamespaceInterface)

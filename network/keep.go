@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lookAtOnce is how many namespaces a look visits: one costs some 0.5 ms of CPU time.
+// lookAtOnce is how many namespaces one look visits. Each costs some 0.5 ms of CPU time.
 const lookAtOnce = 32
 
 // look puts back what somebody has removed or changed since the last look, and says so. It follows
@@ -48,7 +48,7 @@ func (n *NAT) look() {
 }
 
 // sayNetworks names networks that the host has joined since the start and that overlap with the
-// NAT's addresses, which it would have refused then.
+// NAT's addresses. At its start the NAT would have refused them.
 func (n *NAT) sayNetworks() error {
 	addrs, err := netlink.AddrList(nil, netlink.FAMILY_V4)
 	if err != nil {
@@ -87,8 +87,8 @@ func (n *NAT) sayNetworks() error {
 	return nil
 }
 
-// keepForwarding turns forwarding on again. Who has turned it off gets it so when the last NAT
-// ends.
+// keepForwarding turns forwarding on again. If somebody has turned it off, the last NAT that ends
+// turns it off, too.
 func (n *NAT) keepForwarding() (done bool, err error) {
 	done, err = keepSysctl("net/ipv4/ip_forward", "1")
 	if done && n.record.IPForward != "0" {
@@ -98,7 +98,7 @@ func (n *NAT) keepForwarding() (done bool, err error) {
 	return done, err
 }
 
-// sayForwarding names interfaces from which the host forwards nothing, which is its own to decide.
+// sayForwarding names interfaces from which the host does not forward. That is the host's decision.
 func (n *NAT) sayForwarding() error {
 	for _, out := range n.outgoing {
 		parameter := "net/ipv4/conf/" + out + "/forwarding"
@@ -116,8 +116,8 @@ func (n *NAT) sayForwarding() error {
 	return nil
 }
 
-// followRoute lets guests go out where the host does, when that has changed. A host that has lost
-// its way out gets it back, mostly.
+// followRoute moves the guests' way out when the host's has changed. While the host has none, the
+// last one stays.
 func (n *NAT) followRoute() error {
 	if !n.follows {
 		return nil
@@ -132,7 +132,7 @@ func (n *NAT) followRoute() error {
 	return errors.Join(n.writeRecord(), n.applyHostRules())
 }
 
-// applyHostRules puts the host's rules in force and notes how they are there.
+// applyHostRules puts the host's rules in force and notes the kernel's form of them.
 func (n *NAT) applyHostRules() error {
 	if err := n.hostRules(n.connections); err != nil {
 		return err
@@ -148,7 +148,7 @@ func (n *NAT) keepHostRules() (done bool, err error) {
 	if err := n.applyHostRules(); err != nil {
 		return false, err
 	}
-	// What was opened meanwhile is not as the rules would have had it, and would stay so.
+	// Connections that were opened meanwhile did not pass the rules, and would go on without them.
 	l := n.layout
 	return true, forgetConnections(func(f *netlink.ConntrackFlow) bool {
 		ofGuest := l.namespaceVeth.Contains(f.Forward.SrcIP)
@@ -189,8 +189,8 @@ func (n *NAT) keepLink(i int) (done bool, err error) {
 	return true, err
 }
 
-// keepNamespaceRules keeps a namespace's rules, and resets connections of a VM whose VMM was killed
-// and has told nobody.
+// keepNamespaceRules keeps a namespace's rules, and resets the connections of a VM whose VMM was
+// killed.
 func (n *NAT) keepNamespaceRules(i int) (done bool, err error) {
 	err = inNamespace(n.name(i), func() error {
 		vacant := n.layout.vacant()
@@ -217,8 +217,8 @@ func (n *NAT) keepNamespaceRules(i int) (done bool, err error) {
 	})
 }
 
-// tapKept tells whether the tap, if there is one, is as it was made. Who removes it from under a VM
-// leaves nothing to put back; the next VM gets another.
+// tapKept tells whether the tap, if there is one, is unchanged. A tap that was removed from under a
+// VM cannot be put back; the next VM gets another.
 func (c NATConfig) tapKept() (bool, error) {
 	tap, err := netlink.LinkByName(c.NamespaceInterface)
 	if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
@@ -231,8 +231,8 @@ func (c NATConfig) tapKept() (bool, error) {
 	return tap.Attrs().Flags&net.FlagUp != 0 && len(routes) > 0, err
 }
 
-// connected tells whether packets go from the host to a namespace and from there to the host, and
-// corrects the kernel parameters of that way.
+// connected tells whether packets get from the host to a namespace and back, and corrects the
+// kernel parameters on that way.
 func (n *NAT) connected(i int) (bool, error) {
 	l := n.layout
 	link := hostVethName(n.name(i))

@@ -95,8 +95,8 @@ func getOption(fd, option int, value []byte) error {
 	return nil
 }
 
-// verdict tells what a chain does with a passage. As with nftables, a rule of which it cannot be
-// told whether it matches counts as one that does not.
+// verdict returns what a chain does with a passage. As with nftables, a rule that cannot be
+// evaluated counts as one that does not match.
 func (t *legacyTable) verdict(p passage) int {
 	v := t.chain(t.first[p.hook], p, 0)
 	if v == returns {
@@ -142,8 +142,8 @@ func (t *legacyTable) chain(at uint32, p passage, depth int) int {
 	return goesOn
 }
 
-// has tells whether there is a chain of the user's with a name, which is in an ERROR target before
-// it.
+// has tells whether there is a user's chain with this name. An ERROR target before the chain holds
+// the name.
 func (t *legacyTable) has(name string) bool {
 	for at := 0; at+iptEntry <= len(t.entries); {
 		e := t.entries[at:]
@@ -173,7 +173,7 @@ func legacyMatches(e []byte, p passage) bool {
 		return false
 	}
 	if binary.NativeEndian.Uint16(e[80:]) != 0 {
-		return false // a protocol: not all that guests need
+		return false // a protocol: not all packets that guests need
 	}
 	for rest := e[iptEntry:]; len(rest) >= iptHeader; {
 		size := int(binary.NativeEndian.Uint16(rest))

@@ -51,7 +51,7 @@ func createNamespace(name string) error {
 		runtime.LockOSThread() // never unlocked: the thread is in the new namespace now
 		ns, err := netns.New()
 		if err == nil {
-			// Marked first: what has a name and no mark is somebody's.
+			// Marked first: a name without a mark is somebody else's.
 			if err = markNamespace(); err == nil {
 				err = nameNamespace(name)
 			}
@@ -81,9 +81,9 @@ func nameNamespace(name string) error {
 	return nil
 }
 
-// namespaceMark is what the loopback interface of a namespace that was made here, and the host's
-// end of its link, are called besides (an alias of ip-link(8)). A record of a name proves nothing
-// once somebody has made something else of that name.
+// namespaceMark is the alias (ip-link(8)) of the loopback interface of a namespace that was made
+// here, and of the host's end of its link. A record of a name proves nothing once somebody has made
+// something else with that name.
 const namespaceMark = "drafter-nat"
 
 // markNamespace marks the calling thread's namespace.
@@ -95,7 +95,7 @@ func markNamespace() error {
 	return netlink.LinkSetAlias(lo, namespaceMark)
 }
 
-// madeHere tells whether a namespace was made here, or is a name without one.
+// madeHere tells whether a namespace was made here. A name without a namespace counts as made here.
 func madeHere(name string) (ours bool, err error) {
 	if nameOnly, err := isNameOnly(name); err != nil || nameOnly {
 		return nameOnly, err
@@ -112,8 +112,8 @@ func madeHere(name string) (ours bool, err error) {
 	return ours, err
 }
 
-// isNameOnly tells whether nothing but the empty file is there on which a namespace was mounted: it
-// was unmounted by somebody, or not yet mounted by somebody who was killed.
+// isNameOnly tells whether only the empty file is there on which a namespace was mounted: somebody
+// has unmounted it, or was killed before mounting it.
 func isNameOnly(name string) (bool, error) {
 	path := filepath.Join(netnsDir, name)
 	info, err := os.Lstat(path)
@@ -126,7 +126,8 @@ func isNameOnly(name string) (bool, error) {
 }
 
 // hostVeth returns the host's end of a namespace's link, or nil if there is none, and whether it
-// was made here: it is marked, or, of an older release, leads into the namespace.
+// was made here. It was if it is marked, or if it has no mark and leads into the namespace, as
+// links of older releases do.
 func hostVeth(name string) (link netlink.Link, ours bool, err error) {
 	link, err = netlink.LinkByName(hostVethName(name))
 	if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
@@ -147,7 +148,7 @@ func hostVeth(name string) (link netlink.Link, ours bool, err error) {
 	return link, err == nil && id >= 0 && id == link.Attrs().NetNsID, err
 }
 
-// deleteNamespace removes a named namespace; one that does not exist is no error.
+// deleteNamespace removes a named namespace. One that does not exist is no error.
 func deleteNamespace(name string) error {
 	nameOnly, err := isNameOnly(name)
 	if err == nil && nameOnly {
@@ -161,8 +162,8 @@ func deleteNamespace(name string) error {
 	return unshareNamespaces()
 }
 
-// GuestAddress returns what an interface in a namespace leaves for a guest behind it: the
-// interface's own address as the gateway, and the next address of the same subnet.
+// GuestAddress returns the guest's address and gateway behind an interface in a namespace: the
+// gateway is the interface's own address, and the guest has the next address of the same subnet.
 func GuestAddress(ns, iface string) (gateway net.IP, guest *net.IPNet, err error) {
 	err = inNamespace(ns, func() error {
 		link, err := netlink.LinkByName(iface)
@@ -183,7 +184,7 @@ func GuestAddress(ns, iface string) (gateway net.IP, guest *net.IPNet, err error
 	return gateway, guest, err
 }
 
-// neighbour returns the address after a's, or before it where a's is the last, in the same subnet.
+// neighbour returns the address after a in its subnet, or the one before a if a is the last.
 func neighbour(a *net.IPNet) (*net.IPNet, error) {
 	usable := func(ip net.IP) bool {
 		broadcast := make(net.IP, 4)

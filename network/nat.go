@@ -38,24 +38,24 @@ import (
 // A guest reaches what is behind the outgoing interface. It reaches neither the host nor other
 // guests, nor link-local addresses and the metadata services of clouds, unless they are opened.
 type NATConfig struct {
-	HostInterface     string // outgoing interfaces, as eth0 or eth0,eth1; "" for those of the default route, whichever they are at the moment
+	HostInterface     string // outgoing interfaces, such as eth0 or eth0,eth1; "" for those of the current default route
 	HostVethCIDR      string // one /30 for each namespace's link with the host
 	NamespaceVethCIDR string // one address for each namespace
 	BlockedSubnetCIDR string // guests cannot reach it either
 
-	AllowHost      []string // ports of the host that guests reach, as 53/udp
-	AllowCIDRs     []string // closed addresses that guests reach, as 192.168.1.0/24, or with one port as 169.254.169.254/32:53/udp; the host's own only as /32
-	MaxConnections int      // connections a guest may have opened at a time; 0 for an equal share of a third of what the host can track, up to 8192
+	AllowHost      []string // ports of the host that guests reach, such as 53/udp
+	AllowCIDRs     []string // closed addresses that guests reach, such as 192.168.1.0/24, or with one port 169.254.169.254/32:53/udp; the host's own only as /32
+	MaxConnections int      // most connections that a guest may have open at a time; 0: an equal share of a third of what the host can track, up to 8192
 
 	NamespaceInterface        string // tap interface for the VMM
 	NamespaceInterfaceGateway string // its address, the guest's gateway
 	NamespaceInterfaceNetmask int    // bits
 	NamespaceInterfaceIP      string // the guest's address
-	NamespaceInterfaceMAC     string // the tap's; the same everywhere, so that a guest that has moved still knows its gateway
+	NamespaceInterfaceMAC     string // of the tap; the same everywhere, so that a guest that has moved still knows its gateway
 
 	NamespacePrefix      string
-	NamespaceCount       int  // 0 for as many as both CIDRs hold
-	AllowIncomingTraffic bool // whether the host reaches guests without a port forward
+	NamespaceCount       int  // 0: as many as both CIDRs hold
+	AllowIncomingTraffic bool // the host reaches guests without a port forward
 }
 
 // DefaultNAT is a layout that works on most hosts, with 16 namespaces.
@@ -76,8 +76,8 @@ type NAT struct {
 	record  natRecord
 	created []string // what Close removes, oldest first
 
-	connections int  // that a guest may have opened at a time
-	changed     bool // whether namespaces that are kept were permitted something else
+	connections int  // most that a guest may have open at a time
+	changed     bool // namespaces that are kept had other permissions
 
 	outgoing []string // interfaces
 	follows  bool     // whether they are those of the default route
@@ -91,10 +91,10 @@ type NAT struct {
 	news        news
 }
 
-// natRecord is kept on disk while a NAT runs, so that the next one can clean up after a crash.
+// natRecord is kept on disk while a NAT runs, so that the next NAT can clean up after a crash.
 type natRecord struct {
 	Config     NATConfig `json:"config"`
-	Namespaces []string  `json:"namespaces"` // that it has made; the last one perhaps not yet
+	Namespaces []string  `json:"namespaces"` // that it has made; the last one may not be made yet
 	IPForward  string    `json:"ipForward"`  // its value before any NAT
 	Closed     []string  `json:"closed"`     // interfaces between which nothing was forwarded before any NAT
 	Marked     bool      `json:"marked"`     // whether the namespaces are marked; those of older releases are not
@@ -199,8 +199,8 @@ func errSomebodysLink(name string) error {
 // namespaceVeth is the name of a namespace's end of its link with the host.
 const namespaceVeth = "veth0"
 
-// StartNAT makes the namespaces and the host's rules. What a killed NAT left behind is removed
-// first, except for namespaces that a VM still uses: they are taken over as they are.
+// StartNAT makes the namespaces and the host's rules. It first removes what a killed NAT left
+// behind, except for namespaces that a VM still uses: these are taken over unchanged.
 func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 	l, err := c.parse()
 	if err != nil {
@@ -245,7 +245,7 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 		name := n.name(i)
 		n.created = append(n.created, name)
 		if !slices.Contains(kept, name) {
-			// Noted one by one: what is noted, the next NAT removes.
+			// Noted one by one, because the next NAT removes what is noted.
 			n.record.Namespaces = append(n.record.Namespaces, name)
 			if err := n.writeRecord(); err != nil {
 				return nil, err
@@ -256,12 +256,12 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 		} else if err := n.connect(i); err != nil {
 			return nil, err
 		}
-		// A namespace that was kept may be an older version's, or have been made with other flags.
+		// A namespace that was kept may be of an older release, or have been made with other flags.
 		if err := n.guard(i); err != nil {
 			return nil, fmt.Errorf("guard network namespace %q: %w", name, err)
 		}
 		if n.changed && slices.Contains(kept, name) {
-			// What was let in before may not be any more.
+			// The flags may no longer allow what was let in before.
 			if err := forgetTenant(name); err != nil {
 				return nil, err
 			}
@@ -273,12 +273,13 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 	return n, err
 }
 
-// publicAddresses are one of each quarter of the address space: a VPN may route halves or quarters.
+// publicAddresses has one address of each quarter of the address space: a VPN may route halves or
+// quarters.
 var publicAddresses = []net.IP{net.IPv4(8, 8, 8, 8), net.IPv4(65, 0, 0, 1), net.IPv4(130, 0, 0, 1), net.IPv4(193, 0, 0, 1)}
 
-// outgoingInterfaces checks given interfaces, as eth0 or eth0,eth1, or finds those through which
-// the host reaches the Internet at the moment: more than one if a route has several next hops. A
-// host that has no such route has no way out.
+// outgoingInterfaces checks given interfaces, such as eth0 or eth0,eth1, or finds those through
+// which the host reaches the Internet at the moment. A route with several next hops has several. A
+// host without such a route has no way out.
 func outgoingInterfaces(names string) (found []string, err error) {
 	if names != "" {
 		found = strings.Split(names, ",")
@@ -337,8 +338,8 @@ func (n *NAT) reclaim() (kept []string, err error) {
 		return nil, err
 	}
 	for _, name := range old.Namespaces {
-		// With the prefixes ark and ark1 there are two that may have made ark10. This one was
-		// killed just before it did.
+		// The prefixes ark and ark1 may both have made ark10. This NAT was killed just before it
+		// did.
 		if slices.ContainsFunc(others, func(o natRecord) bool { return slices.Contains(o.Namespaces, name) }) {
 			continue
 		}
@@ -369,7 +370,7 @@ func (n *NAT) reclaim() (kept []string, err error) {
 	return kept, nil
 }
 
-// pool is how the namespaces are laid out. All else is set anew for those that are kept.
+// pool is the layout of the namespaces. Everything else is set anew for those that are kept.
 func (c NATConfig) pool() [8]string {
 	return [...]string{
 		c.HostVethCIDR, c.NamespaceVethCIDR, c.NamespaceInterface, c.NamespaceInterfaceGateway, strconv.Itoa(c.NamespaceInterfaceNetmask),
@@ -377,7 +378,7 @@ func (c NATConfig) pool() [8]string {
 	}
 }
 
-// permissions are what guests may reach, and be reached from.
+// permissions are what guests may reach, and who may reach them.
 func (c NATConfig) permissions() string {
 	return fmt.Sprintf("%q %q %q %q %v", c.HostInterface, c.BlockedSubnetCIDR, c.AllowHost, c.AllowCIDRs, c.AllowIncomingTraffic)
 }
@@ -459,7 +460,7 @@ func (n *NAT) checkAddresses(kept []string) error {
 		}
 		network := &net.IPNet{IP: a.IP.Mask(a.Mask), Mask: a.Mask}
 		for flag, subnet := range n.subnets() {
-			// The host would not reach any more who has such an address there. A pool that VMs use
+			// The host could no longer reach the owner of such an address. A pool that VMs use
 			// stays.
 			if len(kept) == 0 && network.Contains(subnet.IP) {
 				return fmt.Errorf("--%s %s is a part of the network %s of interface %s, of which it would take those addresses; choose another, as 172.31.252.0/22 or 192.168.252.0/22", flag, subnet, network, link.Attrs().Name)
@@ -529,10 +530,10 @@ func (n *NAT) checkRoutes(kept []string) error {
 	return nil
 }
 
-// halves are the bits of the routes by which a VPN takes the place of the default route.
+// halves are the prefix lengths of the routes by which a VPN replaces the default route.
 const halves = 1
 
-// prepareHost notes what is there, then sets up forwarding on the host.
+// prepareHost notes the host's settings, then turns forwarding on.
 func (n *NAT) prepareHost(kept []string) error {
 	const forward = "net/ipv4/ip_forward"
 	b, err := os.ReadFile("/proc/sys/" + forward)
@@ -559,8 +560,8 @@ func (n *NAT) prepareHost(kept []string) error {
 	return n.applyHostRules()
 }
 
-// noteForwarding notes what Close restores, given the present value of ip_forward. If another NAT
-// has turned it on, then what was before that.
+// noteForwarding notes what Close restores, given the present value of ip_forward: if another NAT
+// has turned it on, the value from before that.
 func (n *NAT) noteForwarding(value string) error {
 	if n.record.IPForward != "" {
 		return nil
@@ -596,8 +597,8 @@ func (n *NAT) others() ([]natRecord, error) {
 }
 
 // mostConnections bounds a share of the connection tracking. The kernel walks through a guest's
-// connections at each new one; more than these would let a guest burn the host's time: one takes
-// about half a millisecond with 8192.
+// connections at each new one. With 8192, one walk takes about half a millisecond; more would let a
+// guest burn the host's time.
 const mostConnections = 8192
 
 // connectionLimit returns how many connections a guest may have opened at a time.
@@ -621,7 +622,7 @@ func (n *NAT) connectionLimit() (int, error) {
 	if err != nil {
 		return 0, fmt.Errorf("read kernel parameter %s: %w", table, err)
 	}
-	// With those that have ended, all guests together have half of what the host tracks (openRate).
+	// With the ended ones, all guests together may use half of what the host tracks (openRate).
 	return max(1, min(mostConnections, size/3/n.layout.count)), nil
 }
 
@@ -637,7 +638,7 @@ func (n *NAT) writeRecord() error {
 	return nil
 }
 
-// replaceFile replaces a file in one step. What a link at its name leads to stays as it is.
+// replaceFile replaces a file in one step. If the name is a link, what it leads to stays unchanged.
 func replaceFile(path string, b []byte) error {
 	f, err := newfile.Create(path)
 	if err != nil {
@@ -660,7 +661,7 @@ func (n *NAT) createNamespace(i int) error {
 	return n.connect(i)
 }
 
-// connect makes a namespace's link with the host, or what is missing of it.
+// connect makes a namespace's link with the host, or the missing parts of it.
 func (n *NAT) connect(i int) (err error) {
 	name, l := n.name(i), n.layout
 	defer func() {
@@ -732,7 +733,7 @@ func configureLink(link netlink.Link, addrs ...*net.IPNet) error {
 		return fmt.Errorf("bring up %s: %w", link.Attrs().Name, err)
 	}
 	for _, a := range addrs {
-		// The kernel makes it with the address, but not again for one that is there.
+		// The kernel makes it with the address, but not again for an address that is there.
 		network := &net.IPNet{IP: a.IP.Mask(a.Mask), Mask: a.Mask}
 		if bits, _ := a.Mask.Size(); bits == 32 {
 			continue
@@ -747,8 +748,8 @@ func configureLink(link netlink.Link, addrs ...*net.IPNet) error {
 	return nil
 }
 
-// vacantMetric is that of the route which packets for the guest take while nobody is behind the
-// tap.
+// vacantMetric is the metric of the route that packets for the guest take while nobody is behind
+// the tap.
 const vacantMetric = 1000
 
 // configureNamespace runs inside the namespace.
@@ -793,17 +794,15 @@ func (c NATConfig) createTap(l *layout) error {
 	if err := netlink.LinkSetHardwareAddr(tap, l.mac); err != nil {
 		return fmt.Errorf("set MAC address of %s: %w", c.NamespaceInterface, err)
 	}
-	// Without a VMM behind the tap, its route does not count: who connects hears at once that
-	// nobody is there.
+	// Without a VMM behind the tap its route does not count, so clients are refused at once.
 	if err := setSysctl("net/ipv4/conf/"+c.NamespaceInterface+"/ignore_routes_with_linkdown", "1"); err != nil {
 		return err
 	}
 	return configureLink(tap, &net.IPNet{IP: l.gateway, Mask: l.mask})
 }
 
-// renewTap replaces the tap unless a VMM has it: one that was broken into may have changed it
-// through its descriptor, or even have removed it (TUNSETPERSIST, SIOCSIFHWADDR, TUNSETOWNER and
-// others).
+// renewTap replaces the tap unless a VMM has it. A VMM that was broken into may have changed or
+// removed the tap through its descriptor (TUNSETPERSIST, SIOCSIFHWADDR, TUNSETOWNER and others).
 func (c NATConfig) renewTap(l *layout) error {
 	link, err := netlink.LinkByName(c.NamespaceInterface)
 	switch missing := (netlink.LinkNotFoundError{}); {
@@ -820,7 +819,7 @@ func (c NATConfig) renewTap(l *layout) error {
 	return c.createTap(l)
 }
 
-// guard puts what guests may do in force for a namespace and its link.
+// guard puts the rules for guests in force, for a namespace and its link.
 func (n *NAT) guard(i int) error {
 	return inNamespace(n.name(i), func() error {
 		err := errors.Join(markNamespace(), disableIPv6("all"), n.namespaceRules(i, n.connections))
@@ -835,8 +834,8 @@ func (n *NAT) guard(i int) error {
 	})
 }
 
-// disableIPv6 takes IPv6 off an interface of the calling thread's namespace, or off all that are
-// and will be. A kernel without it is as good.
+// disableIPv6 turns IPv6 off for an interface of the calling thread's namespace, or for all present
+// and future ones. A kernel without IPv6 is no error.
 func disableIPv6(iface string) error {
 	err := setSysctl("net/ipv6/conf/"+iface+"/disable_ipv6", "1")
 	if errors.Is(err, os.ErrNotExist) {
@@ -848,7 +847,7 @@ func disableIPv6(iface string) error {
 // Namespaces returns the names of the pool's namespaces.
 func (n *NAT) Namespaces() []string { return slices.Clone(n.created) }
 
-// ConnectionLimit returns how many connections each guest may have opened at a time.
+// ConnectionLimit returns how many connections each guest may have open at a time.
 func (n *NAT) ConnectionLimit() int { return n.connections }
 
 // Claim claims any free namespace of the pool and returns its name.
@@ -870,8 +869,8 @@ func (n *NAT) Claim() (string, *Claim, error) {
 	return "", nil, kind.Of(ErrInUse, fmt.Errorf("all %d network namespaces are in use; raise --namespace-count", len(n.created)))
 }
 
-// removeNamespace removes a namespace and its link with the host. One that somebody has made in the
-// place of ours stays.
+// removeNamespace removes a namespace and its link with the host. A namespace that somebody has
+// made in place of ours stays.
 func removeNamespace(name string) error {
 	if err := checkNamespaceName(name); err != nil {
 		return err
@@ -887,8 +886,8 @@ func removeNamespace(name string) error {
 			return nil
 		}
 	}
-	// The link first: a VMM that still runs keeps the namespace alive, and with it the link and its
-	// addresses.
+	// The link first: a VMM that still runs keeps the namespace alive, and the link and its
+	// addresses with it.
 	link, ours, err := hostVeth(name)
 	errs = append(errs, err)
 	if link != nil && ours {
@@ -917,7 +916,8 @@ func (n *NAT) Close() error {
 		if err := errors.Join(errs...); err == nil {
 			errs = append(errs, os.Remove(n.recordPath()))
 		}
-		// The last NAT restores. Without its own record, of two that end together one is.
+		// The last NAT restores them. Each removes its own record first, so that of two that end
+		// together one is the last.
 		others, err := n.others()
 		errs = append(errs, err)
 		if n.record.IPForward == "0" && len(others) == 0 && err == nil {

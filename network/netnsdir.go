@@ -15,12 +15,12 @@ import (
 // netnsDir is where named network namespaces are (ip-netns(8)).
 const netnsDir = "/run/netns"
 
-// sharedRecord says that it was us who made netnsDir a mount.
+// sharedRecord says that Drafter made netnsDir a mount.
 const sharedRecord = "netns-shared"
 
 // shareNamespaces makes netnsDir a shared mount, as the first 'ip netns add' of a host does
-// (netns_add of iproute2), and under its lock. Were it left to that, our namespaces would be
-// mounted beneath the new mount a second time, where nobody can remove them.
+// (netns_add of iproute2), and under its lock. If 'ip' did that later, our namespaces would be
+// mounted a second time beneath the new mount, where nobody can remove them.
 func shareNamespaces() error {
 	if err := os.MkdirAll(netnsDir, 0o755); err != nil {
 		return err
@@ -30,7 +30,8 @@ func shareNamespaces() error {
 		if !errors.Is(err, unix.EINVAL) { // EINVAL: it is no mount
 			return pathError("share", err)
 		}
-		// Namespaces that somebody has made without a mount would get what ours are to be spared.
+		// Namespaces that somebody has made without a mount would then be mounted twice, which ours
+		// are to be spared.
 		if names, err := os.ReadDir(netnsDir); err != nil || len(names) > 0 {
 			return err
 		}
@@ -51,8 +52,7 @@ func shareNamespaces() error {
 	})
 }
 
-// unshareNamespaces takes the mount back that shareNamespaces made, once no namespace is left in
-// it.
+// unshareNamespaces unmounts what shareNamespaces mounted, once no namespace is left in it.
 func unshareNamespaces() error {
 	record := filepath.Join(rundir.Path, sharedRecord)
 	if _, err := os.Stat(record); errors.Is(err, os.ErrNotExist) {
@@ -62,7 +62,7 @@ func unshareNamespaces() error {
 		if names, err := os.ReadDir(netnsDir); err != nil || len(names) > 0 {
 			return err
 		}
-		// Detached, as the lock is a file in it. EINVAL: it is no mount any more.
+		// Detached, because the lock is a file in it. EINVAL: it is no longer a mount.
 		if err := unix.Unmount(netnsDir, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
 			return pathError("unmount", err)
 		}

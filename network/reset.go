@@ -13,13 +13,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Who has a connection with a guest that is gone, because it was suspended or has moved, must not
-// wait for it for ever. While no VMM is behind the tap, the namespace answers what is sent to the
-// guest with RST (namespaceRules). A client that waits for the guest sends nothing, though. It is
-// asked to: a SYN in a connection that exists is answered with an ACK, whatever its numbers (RFC
-// 9293, 3.10.7.4; RFC 5961, 4.2), and connection tracking lets it pass (nf_conntrack_proto_tcp.c,
-// TCP_CONNTRACK_IGNORE). The ACK is then answered with an RST that has the right number. To a
-// connection whose guest is there, that does nothing.
+// A client of a guest that is gone, because it was suspended or has moved, must not wait for ever.
+// While no VMM is behind the tap, the namespace answers packets for the guest with RST
+// (namespaceRules). But a client that waits for the guest sends nothing. So Drafter makes it send:
+// a SYN within an existing connection is answered with an ACK, whatever its numbers (RFC 9293,
+// 3.10.7.4; RFC 5961, 4.2), and connection tracking lets it pass (nf_conntrack_proto_tcp.c,
+// TCP_CONNTRACK_IGNORE). That ACK is answered with an RST that has the right number. A connection
+// whose guest is there is not affected.
 
 const (
 	tcpSYN    = 0x02
@@ -28,19 +28,19 @@ const (
 	tcpEstablished = 3 // nf_conntrack_tcp.h
 	tcpCloseWait   = 5
 
-	resetPatience = time.Second           // for answers: a client that has just given one waits for 500 ms (tcp_invalid_ratelimit)
-	resetTransit  = 50 * time.Millisecond // of an RST through the host, whose connection tracking must know it
+	resetPatience = time.Second           // for answers: a client that has just answered waits for 500 ms (tcp_invalid_ratelimit)
+	resetTransit  = 50 * time.Millisecond // of an RST through the host, whose connection tracking must see it
 )
 
-// Vacate says to all who have a connection with the namespace's guest that it is gone, and to those
-// who connect. Call it when the VM does not run here any more, even if its VMM is still there: it
-// loses its network. It does nothing for a namespace that no NAT made.
+// Vacate resets the connections with the namespace's guest, and lets new ones be refused. Call it
+// when the VM no longer runs here, even if its VMM is still there: the VM loses its network. Vacate
+// does nothing for a namespace that no NAT made.
 func (c *Claim) Vacate() error {
 	return c.atTap("reset connections", func(config *NATConfig, l *layout) error { return config.vacate(l) })
 }
 
-// Occupy takes Vacate back, for a VM that goes on here after all. Connections that were reset stay
-// so.
+// Occupy undoes Vacate, for a VM that goes on here after all. Connections that were reset stay
+// reset.
 func (c *Claim) Occupy() error {
 	return c.atTap("connect the guest", func(config *NATConfig, _ *layout) error {
 		link, err := netlink.LinkByName(config.NamespaceInterface)
@@ -88,20 +88,20 @@ func (c *Claim) atTap(what string, f func(*NATConfig, *layout) error) error {
 	return nil
 }
 
-// occupied tells whether a VMM has a tap of the namespace that it runs in.
+// occupied tells whether a VMM has a tap of the calling thread's namespace.
 func occupied(tap string) bool {
 	link, err := netlink.LinkByName(tap)
 	return err == nil && link.Attrs().RawFlags&unix.IFF_LOWER_UP != 0
 }
 
-// vacant tells whether packets for the guest take the route of vacantMetric, in the namespace that
-// it runs in. The kernel takes up to a second to notice that a VMM was killed.
+// vacant tells whether packets for the guest take the route of vacantMetric, in the calling
+// thread's namespace. The kernel takes up to a second to notice that a VMM was killed.
 func (l *layout) vacant() bool {
 	link, err := linkTowards(l.guest)
 	return err == nil && link == "lo"
 }
 
-// resetConnections resets the TCP connections of the namespace that it runs in, for which nobody is
+// resetConnections resets the TCP connections of the calling thread's namespace that have nobody
 // behind the tap.
 func (l *layout) resetConnections() error {
 	socket, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
@@ -122,7 +122,7 @@ func (l *layout) resetConnections() error {
 				continue
 			}
 			var ask []byte
-			switch guest := l.guest; { // a SYN from who opened the connection, a SYN+ACK from the other
+			switch guest := l.guest; { // a SYN from the end that opened the connection, a SYN+ACK from the other
 			case f.Forward.SrcIP.Equal(guest):
 				ask = segment(f.Forward.SrcIP, f.Forward.DstIP, f.Forward.SrcPort, f.Forward.DstPort, tcpSYN)
 			case f.Reverse.SrcIP.Equal(guest):

@@ -39,7 +39,8 @@ type Device struct {
 	Path string `json:"path"`
 }
 
-// Progress is told how many bytes of a device, holes included, are done. It may be nil.
+// Progress is called with the number of bytes of a device that are done, holes included. It may be
+// nil.
 type Progress func(step string, done, total int64)
 
 func (p Progress) report(step string, done, total int64) {
@@ -48,8 +49,8 @@ func (p Progress) report(step string, done, total int64) {
 	}
 }
 
-// check refuses device lists that cannot work.
-func check(devices []Device) error {
+// checkDevices refuses device lists that cannot work.
+func checkDevices(devices []Device) error {
 	if len(devices) == 0 {
 		return errors.New("no devices are given; add them to --devices")
 	}
@@ -75,11 +76,11 @@ func check(devices []Device) error {
 // bufferSize is the unit of copying, in bytes.
 const bufferSize = 1 << 20
 
-// Create writes devices, and the signature beside the config device if there is one, into the
-// archive at path, which only its owner can read, and which has its name only once it is complete
-// and durable.
+// Create writes devices, and the signature beside the config device if there is one, into an
+// archive at path. Only its owner can read the archive. It gets its name once it is complete and
+// durable.
 func Create(ctx context.Context, path string, devices []Device, progress Progress) (err error) {
-	if err := check(devices); err != nil {
+	if err := checkDevices(devices); err != nil {
 		return err
 	}
 	var signed []byte
@@ -203,17 +204,17 @@ func (c *counter) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// maxDevice bounds what an entry may say of its size, in bytes.
+// maxDevice bounds the size that an entry may claim, in bytes.
 const maxDevice = 1 << 46
 
-// Extract takes devices out of the archive at path; entries that are not asked for are left alone.
-// The files, which only their owner can read, have their names only once the whole archive has
-// proved intact; what was there before is then replaced, and untouched otherwise. Several files of
-// one directory are replaced together, those of several directories replace nothing: see fileset.
-// The archive's signature, if it has one, is put beside the config device. A verifier, which may be
-// nil, has to accept the devices.
+// Extract takes devices out of the archive at path, and leaves other entries alone. Only their
+// owner can read the files. They get their names, and replace what was there, only once the whole
+// archive has proved intact; on an error nothing is changed. Several files of one directory are
+// replaced together; those of several directories must not exist yet (see package fileset). The
+// archive's signature, if it has one, is put beside the config device. A verifier, which may be
+// nil, must accept the devices.
 func Extract(ctx context.Context, path string, devices []Device, verifier *signature.Verifier, progress Progress) (err error) {
-	if err := check(devices); err != nil {
+	if err := checkDevices(devices); err != nil {
 		return err
 	}
 	f, err := os.Open(path) // perhaps a pipe
@@ -243,8 +244,8 @@ func Extract(ctx context.Context, path string, devices []Device, verifier *signa
 	return nil
 }
 
-// outputs are the files of an extraction: one by itself, or several that appear together, so that
-// no package is half an older one's.
+// outputs are the files of an extraction: a single one, or several that appear together, so that a
+// package is never half an older one.
 type outputs struct {
 	set *fileset.Set // nil for one file
 
@@ -306,7 +307,7 @@ type extraction struct {
 	progress Progress
 
 	verifier  *signature.Verifier
-	contents  map[string]*block.Contents // of what was extracted, if there is a verifier
+	contents  map[string]*block.Contents // of the extracted content, if there is a verifier
 	signature []byte                     // nil if there is none
 }
 
@@ -347,7 +348,7 @@ func (x *extraction) read(ctx context.Context, f io.Reader) error {
 			return fmt.Errorf("device %.64q: %w", h.Name, err)
 		}
 	}
-	// What follows the tar archive's end is padding; reading it makes zstd check the frame.
+	// Padding follows the end of the tar archive. Reading it makes zstd check the frame.
 	if _, err := io.Copy(io.Discard, content); err != nil {
 		return broken(ctx, err)
 	}
@@ -359,7 +360,7 @@ func (x *extraction) read(ctx context.Context, f io.Reader) error {
 	return nil
 }
 
-// broken says what a reader's error means for the user.
+// broken turns a reader's error into one for the user.
 func broken(ctx context.Context, err error) error {
 	switch {
 	case ctx.Err() != nil:
@@ -373,7 +374,8 @@ func broken(ctx context.Context, err error) error {
 }
 
 func (x *extraction) entry(ctx context.Context, h *tar.Header, r io.Reader) error {
-	// A name is never used as a path, but one that is no device's means that this is no package.
+	// A name is never used as a path. But one that no device can have means that this is no
+	// package.
 	name := strings.TrimPrefix(h.Name, "./")
 	if err := vmm.CheckDeviceName(name); err != nil {
 		return err
@@ -384,7 +386,7 @@ func (x *extraction) entry(ctx context.Context, h *tar.Header, r io.Reader) erro
 	if h.Size > maxDevice {
 		return fmt.Errorf("it has %d bytes, more than any device", h.Size)
 	}
-	if x.verifier != nil { // content ids are kept of each block
+	if x.verifier != nil { // content ids are made of whole blocks
 		if err := block.CheckSizes(0, h.Size); err != nil {
 			return err
 		}
@@ -431,7 +433,7 @@ func (x *extraction) entry(ctx context.Context, h *tar.Header, r io.Reader) erro
 	return err
 }
 
-// contentWriter takes the content ids of what is written to it, in pieces of whole blocks.
+// contentWriter computes the content ids of what is written to it, in pieces of whole blocks.
 type contentWriter struct{ blocks []block.ID }
 
 func (w *contentWriter) Write(p []byte) (int, error) {
@@ -439,8 +441,8 @@ func (w *contentWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// copyBlocks copies in whole buffers, so that zeros are seen in whole blocks however r hands them
-// out.
+// copyBlocks copies in whole buffers, so that zeros are found in whole blocks however r is cut into
+// reads.
 func copyBlocks(w io.Writer, r io.Reader) error {
 	buf := make([]byte, bufferSize)
 	for {

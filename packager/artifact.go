@@ -17,11 +17,12 @@ import (
 type Artifact struct {
 	Reference string // NAME[:TAG], with or without docker:// before it
 	PlainHTTP bool   // whether to talk to the registry without TLS
-	MaxSize   int64  // bytes that its devices may have in all; 0: see --max-size in docs/devices.md
+	MaxSize   int64  // most bytes of all devices together; 0: 128 times this host's memory
 }
 
-// Push stores the package in directory dir as the artifact, which it replaces at once when all is
-// there, and returns its digest. Layers that the registry has already are not uploaded again.
+// Push stores the package in directory dir as the artifact, and returns its digest. It replaces an
+// older artifact at once when all is there. Layers that the registry has already are not uploaded
+// again.
 func (a Artifact) Push(ctx context.Context, dir string, progress Progress) (digest string, err error) {
 	names, files, err := vmm.PackageFiles(dir)
 	if err != nil {
@@ -38,10 +39,10 @@ func (a Artifact) Push(ctx context.Context, dir string, progress Progress) (dige
 	return hash.String(), nil
 }
 
-// Pull makes directory dir have the package, and returns its digest. Every block is verified. A
+// Pull makes directory dir hold the package, and returns its digest. Every block is verified. A
 // pull that was interrupted goes on where it was. Files that are there already are kept if they are
-// the package's, and an error if not. With a verifier, which may be nil, nothing is pulled unless
-// it accepts the package.
+// the package's; other files there are an error. With a verifier, which may be nil, nothing is
+// pulled unless it accepts the package.
 func (a Artifact) Pull(ctx context.Context, dir string, verifier *signature.Verifier, progress Progress) (digest string, err error) {
 	p, err := artifact.Open(ctx, a.Reference, a.PlainHTTP, a.MaxSize)
 	if err != nil {
@@ -84,7 +85,7 @@ func configLast(names []string) []string {
 	return append(list, last...)
 }
 
-// pullFile makes the file at path have a remote's content.
+// pullFile makes the file at path hold a remote's content.
 func pullFile(
 	ctx context.Context, path string, remote block.Remote,
 	contentsOf func(context.Context, string) (*block.Contents, error), show func(done, total int64),
@@ -107,8 +108,8 @@ func pullFile(
 	return errors.Join(d.Fill(ctx, show), d.Close())
 }
 
-// Verify refuses an artifact that the verifier does not accept, and returns the digest of one that
-// it does. The lists of content ids are read, by which every block is verified when it is pulled.
+// Verify returns the digest of an artifact that the verifier accepts, and an error for any other.
+// It reads the lists of content ids, by which every block is verified when it is pulled.
 func (a Artifact) Verify(ctx context.Context, verifier *signature.Verifier) (digest string, err error) {
 	p, err := artifact.Open(ctx, a.Reference, a.PlainHTTP, a.MaxSize)
 	if err != nil {
@@ -118,7 +119,7 @@ func (a Artifact) Verify(ctx context.Context, verifier *signature.Verifier) (dig
 	return p.Digest.String(), verifyArtifact(p, verifier)
 }
 
-// verifyArtifact checks what a package in a registry says that it contains.
+// verifyArtifact checks the content ids that a package in a registry lists.
 func verifyArtifact(p *artifact.Package, verifier *signature.Verifier) error {
 	statement, err := verifier.Statement(p.Signature(), "")
 	if err != nil {

@@ -15,13 +15,13 @@ import (
 )
 
 // frameSize is how much of the tar stream one zstd frame holds, in bytes. Frames are independent,
-// so all cores compress and decompress; one after the other they are an ordinary zstd file (RFC
+// so all cores compress and decompress. One after the other they are an ordinary zstd file (RFC
 // 8878, section 3.1).
 const frameSize = 1 << 20
 
 var zeroFrame = make([]byte, frameSize)
 
-// pending is a frame that a worker is at. It yields once.
+// pending is a frame that a worker compresses or decompresses. It yields once.
 type pending chan framed
 
 type framed struct {
@@ -99,8 +99,8 @@ func (f *frameWriter) Close() error {
 	return errors.Join(f.err, f.enc.Close())
 }
 
-// frameReader decompresses a zstd file. Frames of up to frameSize go to workers; from the first
-// larger one on (another program made the file) it decompresses as a stream. Close it.
+// frameReader decompresses a zstd file. Workers decompress frames of up to frameSize. From the
+// first larger frame on, which another program made, it decompresses as a stream. Close it.
 type frameReader struct {
 	r     *bufio.Reader
 	dec   *zstd.Decoder

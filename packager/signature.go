@@ -12,9 +12,8 @@ import (
 	"drafter/vmm"
 )
 
-// Sign signs the package in directory dir, from which no VM may be running. The signature is
-// written to file; "" puts it beside the config device, with which it goes into archives and
-// registries.
+// Sign signs the package in directory dir. No VM may run from it. The signature is written to file,
+// or with "" beside the config device, from where it goes into archives and registries.
 func Sign(ctx context.Context, dir string, key *signature.PrivateKey, file string) error {
 	names, files, err := vmm.PackageFiles(dir)
 	if err != nil {
@@ -41,7 +40,7 @@ func Sign(ctx context.Context, dir string, key *signature.PrivateKey, file strin
 	return nil
 }
 
-// describe reads all of a device, which nobody writes to.
+// describe reads all of a device. Nobody may write to it meanwhile.
 func describe(ctx context.Context, name, path string) (signature.Device, error) {
 	f, err := block.OpenFile(path, true)
 	if err != nil {

@@ -38,10 +38,10 @@ type Device struct {
 	S3Secure      bool   `json:"s3secure"`
 	S3Bucket      string `json:"s3bucket"`
 	S3Concurrency int    `json:"s3concurrency"`
-	S3Prefix      string `json:"s3prefix"` // of the names of the instance's objects: each instance needs its own
+	S3Prefix      string `json:"s3prefix"` // of the names of the instance's files, which each instance has for itself
 }
 
-// DefaultDevice returns a device with the settings that need no thought.
+// DefaultDevice returns a device with default settings and no paths.
 func DefaultDevice(name string) Device {
 	return Device{
 		Name: name, BlockSize: 64 << 10, Expiry: time.Second, MaxDirtyBlocks: 200, MinCycles: 5, MaxCycles: 20,
@@ -49,9 +49,10 @@ func DefaultDevice(name string) Device {
 	}
 }
 
-// PackageDevices derives the devices of an instance from two directories: the package's files,
-// under the names that the README gives them, and the instance's overlays and state files, which
-// are made. Without an instance directory the instance writes to the package.
+// PackageDevices lists the devices of an instance from two directories: the package's files, under
+// the names that the README gives them, and the instance's overlays and state files. Directories of
+// the instance that are missing are made. Without an instance directory the instance writes to the
+// package.
 func PackageDevices(pkg, instance string) ([]Device, error) {
 	names, files, err := vmm.PackageFiles(pkg)
 	if errors.Is(err, os.ErrNotExist) && instance != "" {
@@ -69,11 +70,11 @@ func PackageDevices(pkg, instance string) ([]Device, error) {
 	return devices, nil
 }
 
-// arrivedNames are the names of the devices of an instance that a migration brought to where its
-// package is not; nil if it is none.
+// arrivedNames returns the names of the devices of an instance that a migration brought to a host
+// without its package; nil for any other instance.
 func arrivedNames(pkg, instance string) []string {
 	d := packageDevice(vmm.Config, vmm.PackageFile(vmm.Config), pkg, instance)
-	// All of it is in the overlay, which is read beside a peer that may run.
+	// The overlay holds all of it. It is read while a peer may run.
 	_, size, found, err := block.OverlayBase(d.files().OverlayPaths())
 	if err != nil || !found {
 		return nil
@@ -98,8 +99,8 @@ func arrivedNames(pkg, instance string) []string {
 	return names
 }
 
-// NewPackageDevices is [PackageDevices] of a package with devices of these names that is not there
-// yet.
+// NewPackageDevices is [PackageDevices] for a package that is not there yet, with devices of these
+// names.
 func NewPackageDevices(names []string, pkg, instance string) []Device {
 	var devices []Device
 	for _, name := range names {
@@ -121,15 +122,15 @@ func packageDevice(name, file, pkg, instance string) Device {
 func (d *Device) files() *stack.Files {
 	f := &stack.Files{Base: d.Base, Overlay: d.Overlay, State: d.State, BlockSize: d.BlockSize, Shared: d.Shared}
 	f.Remedy = "settle it there with 'drafter peer settle --here', and give up what is here with 'drafter peer settle --away'"
-	// Memory is written in pages, at random: the first write to a larger block would copy the rest
-	// of it from the base. A disk's syncs, of which memory has none, have to sync the state file,
-	// too, when blocks are new.
+	// An overlay of memory has blocks of one page. A guest writes memory at random, and the first
+	// write to a larger block would copy the rest of it from the base. A disk has larger blocks,
+	// because a sync of it also syncs the state file when blocks are new; memory has no syncs.
 	f.Paged = d.Name == vmm.Memory
 	return f
 }
 
-// Export writes a device that no VM uses, base and overlay together, to a new file at path.
-// Progress, which may be nil, is told how many of its bytes are done.
+// Export writes a device that no VM uses, base and overlay together, to a new file at path. It
+// calls progress, which may be nil, with the number of bytes that are done.
 func (d Device) Export(ctx context.Context, path string, progress func(done, total int64)) (err error) {
 	device, err := d.files().Open(ctx)
 	if err != nil {
@@ -139,14 +140,14 @@ func (d Device) Export(ctx context.Context, path string, progress func(done, tot
 	return block.Export(ctx, path, device, progress)
 }
 
-// Problems verifies a device that no VM uses. It returns what is wrong, in words for the user, and
-// an error only if it could not look. Nothing is changed.
+// Problems verifies a device that no VM uses. It returns what is wrong, one line of text for each
+// problem, and an error only if it could not read the device. Nothing is changed.
 func (d Device) Problems(ctx context.Context) ([]string, error) { return d.files().Problems(ctx) }
 
 // moves tells whether the device moves with the VM.
 func (d *Device) moves() bool { return d.MakeMigratable && !d.Shared }
 
-// receive makes what takes a device that arrives.
+// receive returns the device that stores the pages of a migration.
 func (d *Device) receive(under block.Device) *block.Incoming {
 	if d.Name == vmm.State {
 		under = &heldHeader{Device: under}
@@ -154,8 +155,8 @@ func (d *Device) receive(under block.Device) *block.Incoming {
 	return block.NewIncoming(under, d.Name == vmm.Memory)
 }
 
-// check refuses settings that cannot work.
-func (d *Device) check() error {
+// checkSettings refuses settings that cannot work.
+func (d *Device) checkSettings() error {
 	if err := d.files().CheckPaths(); err != nil {
 		return err
 	}

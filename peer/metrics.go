@@ -14,7 +14,7 @@ var (
 	describeUnstored = prometheus.NewDesc("drafter_device_unstored_bytes", "Bytes written to a device that wait for room on the file system of its file.", []string{"device", "path"}, nil)
 	describeFree     = prometheus.NewDesc("drafter_device_free_bytes", "Bytes that are free on the file system of a device's file.", []string{"device", "path", "filesystem"}, nil)
 
-	describeState    = prometheus.NewDesc("drafter_migration_state", "1 for the state that the last migration is in.", []string{"state"}, nil)
+	describeState    = prometheus.NewDesc("drafter_migration_state", "1 for the phase that the last migration is in.", []string{"state"}, nil)
 	describeCycle    = prometheus.NewDesc("drafter_migration_cycles", "Cycles of pre-copy in the last migration.", nil, nil)
 	describeDuration = prometheus.NewDesc("drafter_migration_duration_seconds", "How long the last migration has taken so far.", nil, nil)
 	describeDowntime = prometheus.NewDesc("drafter_migration_downtime_seconds", "How long the VM was paused in the last migration.", nil, nil)
@@ -26,7 +26,8 @@ var (
 	describePending  = prometheus.NewDesc("drafter_migration_device_pending_bytes", "Bytes of a device that are still to be transferred.", []string{"device"}, nil)
 )
 
-// Metrics is a collector of what the peer and its migrations do.
+// Metrics is a collector of the figures of the peer and of its migrations. It is safe for
+// concurrent use.
 func (p *Peer) Metrics() prometheus.Collector { return metrics{p} }
 
 type metrics struct{ p *Peer }
@@ -72,12 +73,12 @@ func (m metrics) Collect(out chan<- prometheus.Metric) {
 	if !ok {
 		return
 	}
-	for _, state := range migrate.Phases {
+	for _, phase := range migrate.Phases {
 		v := 0.0
-		if state == s.Phase {
+		if phase == s.Phase {
 			v = 1
 		}
-		gauge(describeState, v, string(state))
+		gauge(describeState, v, string(phase))
 	}
 	gauge(describeCycle, float64(s.Cycle))
 	gauge(describeDuration, s.Total.Seconds())

@@ -1,6 +1,6 @@
-// Package peer owns an instance: a VM with devices of its own, made from a package or received from
-// another peer. It starts the instance, keeps what it changes in overlays, gives it to another peer
-// that asks for it, and suspends it so that it starts again where it was.
+// Package peer owns an instance: a VM with overlays of its own, started from a package or received
+// from another peer. A peer starts the instance, backs it up, hands it over to another peer that
+// asks for it, and suspends it so that the next start goes on from there.
 package peer
 
 import (
@@ -34,7 +34,7 @@ import (
 type Config struct {
 	Host    vmm.Host
 	Devices []Device
-	Derive  func(names []string) ([]Device, error) // makes Devices, if there are none, once it is known what they are called: see Receive
+	Derive  func(names []string) ([]Device, error) // lists Devices, if there are none, once their names are known; see Receive
 	Expose  string                                 // "auto", "fuse" or "nbd"; "" for auto
 	Limits  migrate.Limits
 
@@ -45,9 +45,9 @@ type Config struct {
 	S3Credentials string
 
 	ResumeTimeout time.Duration // bounds the answer of the agent after a resume; 0: 1 min
-	Force         bool          // a VM is received even if its guest does not get ready: what it has not flushed is as after a power cut
-	// RescueTimeout bounds the answer of the agent before a suspend; the VM is suspended without it
-	// afterwards. 0: 10 s; below 0: it is not waited for.
+	Force         bool          // receive a VM even if its guest does not get ready to be paused; data that the guest has not flushed is as after a power cut
+	// RescueTimeout bounds the answer of the agent before a suspend. After that the VM is suspended
+	// without it. 0: 10 s; below 0: the agent is not waited for.
 	RescueTimeout time.Duration
 
 	Hooks Hooks
@@ -55,12 +55,12 @@ type Config struct {
 
 // Hooks are called by a migration, which waits for them. Any of them may be nil.
 type Hooks struct {
-	OnPhase         func(migrate.Phase)         // the migration has come to a state
+	OnPhase         func(migrate.Phase)         // the migration has entered a phase
 	OnProgress      func(migrate.Stats)         // at most ten times a second, and at the end
 	OnBeforeSuspend func(context.Context) error // before the guest is told that it will be paused; an error cancels the migration
-	OnAfterResume   func(context.Context) error // after the guest was told that it runs here; an error is logged, for the VM runs
+	OnAfterResume   func(context.Context) error // after the guest was told that it runs here; an error is logged, and the VM runs on
 
-	OnPull func(device string, done, total int64) // how many bytes of a device that is pulled are here; by any goroutine
+	OnPull func(device string, done, total int64) // how many bytes of a pulled device are here; called by any goroutine
 }
 
 // Peer owns one instance. Its methods are called by one goroutine; Done, Stats and Serve by any.
@@ -79,7 +79,7 @@ type Peer struct {
 	endRoom  func()  // ends what watchRoom does; nil before
 
 	refusals, failures limitedlog.Log       // of connections, and of migrations
-	settled            sync.WaitGroup       // who waits for an operator to settle an arrival, and for devices to be whole
+	settled            sync.WaitGroup       // the goroutines that wait for an operator to settle an arrival, and for devices to be whole
 	configDevice       []byte               // content of the config device
 	statement          *signature.Statement // of the package; nil unless only signed ones are accepted
 	signature          []byte               // that came with the package; nil if none did
@@ -89,7 +89,7 @@ type Peer struct {
 	fill   *fill      // nil until the rest of it is pulled
 }
 
-// New checks a config. Nothing is touched yet.
+// New checks a config. It touches nothing on the host.
 func New(c Config) (*Peer, error) {
 	if err := c.Host.Complete(); err != nil {
 		return nil, err
@@ -126,7 +126,7 @@ func (p *Peer) checkDevices() error {
 	for i := range p.config.Devices {
 		d := &p.config.Devices[i]
 		names = append(names, d.Name)
-		if err := d.check(); err != nil {
+		if err := d.checkSettings(); err != nil {
 			return fmt.Errorf("device %s: %w", d.Name, err)
 		}
 		if err := distinct.Add(d.Name, d.files()); err != nil {
@@ -139,8 +139,8 @@ func (p *Peer) checkDevices() error {
 	return instance.CheckNames(names, vmm.Config, vmm.Memory, vmm.State)
 }
 
-// Resume starts the instance. It runs when Resume returns, and its agent has answered. On failure
-// nothing is left but what Close removes.
+// Resume starts the instance. When it returns nil, the VM runs and its agent has answered. On an
+// error nothing is left but what Close removes.
 func (p *Peer) Resume(ctx context.Context) error {
 	if len(p.config.Devices) == 0 {
 		return errors.New("resume: Devices is empty; Derive is for a VM that comes from elsewhere")
@@ -161,7 +161,7 @@ func (p *Peer) Resume(ctx context.Context) error {
 	return p.resume(ctx, start)
 }
 
-// resume starts the instance on a host that is occupied.
+// resume is Resume once the host is occupied.
 func (p *Peer) resume(ctx context.Context, start time.Time) error {
 	if err := p.checkHere(ctx); err != nil {
 		return err
@@ -193,8 +193,7 @@ func (p *Peer) resume(ctx context.Context, start time.Time) error {
 	return err
 }
 
-// forgetMemory removes what an instance that will boot has left of its memory, which nothing fits
-// any more.
+// forgetMemory removes the memory of an instance that will boot. It no longer fits anything.
 func (p *Peer) forgetMemory(ctx context.Context) error {
 	for i := range p.config.Devices {
 		if d := &p.config.Devices[i]; d.Name == vmm.Memory {
@@ -206,14 +205,14 @@ func (p *Peer) forgetMemory(ctx context.Context) error {
 	return nil
 }
 
-// own makes a VM that runs, if it is not nil, the peer's.
+// own makes a VM that runs the peer's. A nil VM is ignored.
 func (p *Peer) own(i *instance.Instance) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.instance = i
 }
 
-// occupy takes what of the host a VM needs, whichever it is.
+// occupy takes what a VM needs of the host, such as its namespace.
 func (p *Peer) occupy() (err error) {
 	if err := vmm.ReclaimAll(p.config.Host.BaseDir); err != nil {
 		return err
@@ -254,7 +253,7 @@ func (p *Peer) openDevices(ctx context.Context) error {
 	})
 }
 
-// device is the settings of a device that there is.
+// device returns the settings of a device that is in the list.
 func (p *Peer) device(name string) *Device {
 	i := slices.IndexFunc(p.config.Devices, func(d Device) bool { return d.Name == name })
 	return &p.config.Devices[i]
@@ -285,8 +284,8 @@ func (p *Peer) bases() map[string]string {
 	return bases
 }
 
-// expose gives the devices that a VMM opens paths, in a directory that the next start cleans up
-// should this process be killed.
+// expose gives paths to the devices that a VMM opens. They are in a directory that the next start
+// cleans up if this process is killed.
 func (p *Peer) expose(config *vmm.PackageConfig) error {
 	host := p.config.Host
 	driver, err := host.Drivers.Select(host.VMM, config.Hardware.VMM)
@@ -333,8 +332,8 @@ func (s storage) Memory() (block.Device, error) {
 	return borrowed{s.p.devices.Get(vmm.Memory).Tracker, vmm.Memory}, nil
 }
 
-// State gives the state device itself, not a path to it: what a migration brings and takes goes by
-// no other way.
+// State gives the state device itself, and not a path to it: this is the only way in which a
+// migration reads and writes it.
 func (s storage) State() (instance.StateDevice, error) {
 	return borrowed{s.p.devices.Get(vmm.State).Tracker, s.p.statePath()}, nil
 }
@@ -354,12 +353,11 @@ func (p *Peer) statePath() string {
 	return cmp.Or(p.config.Devices[i].Overlay, p.config.Devices[i].Base)
 }
 
-// Done is closed when the VM has ended by itself; Wait then tells how. It is nil before the VM
-// runs.
+// Done is closed when the VM has ended by itself; Wait then says how. It is nil before the VM runs.
 func (p *Peer) Done() <-chan struct{} { return p.instance.Done() }
 
-// Wait blocks until the VM ends by itself. It returns nil when the guest powered itself off. What a
-// device failed with is part of the error.
+// Wait blocks until the VM ends by itself. It returns nil if the guest powered itself off. The
+// error includes the failures of devices.
 func (p *Peer) Wait() error {
 	if err := p.life.Running(); err != nil {
 		return fmt.Errorf("wait: %w", err)
@@ -371,11 +369,11 @@ func (p *Peer) Wait() error {
 // suspended.
 func (p *Peer) Agent() *agent.Client { return p.instance.Agent() }
 
-// Suspend stops the VM and leaves it in its devices. It uses a context of its own: a suspend is how
-// a run ends well, whatever the caller's context has come to. Of a VM that is still arriving, it
-// waits for the rest first. An instance that is backed up is backed up once more, as it is then. A
-// VM that cannot be stored runs on, and Suspend can be tried again, as when there is no room (see
-// [vmm.Unstored]). After it, Close.
+// Suspend stops the VM and leaves it in its devices. Pass another context than the run's, which may
+// have ended: a suspend is how a run ends well. If the VM is still arriving, Suspend waits for the
+// rest first. If the instance is backed up, Suspend makes a last backup. A VM that cannot be
+// stored, for example for want of room (see [vmm.Unstored]), runs on, and Suspend can be tried
+// again. Call Close afterwards.
 func (p *Peer) Suspend(ctx context.Context) error {
 	start := time.Now()
 	if err := p.life.Running(); err != nil {
@@ -394,7 +392,7 @@ func (p *Peer) Suspend(ctx context.Context) error {
 	if err = errors.Join(err, p.devices.Failed()); !saved {
 		return err // and the VM runs on, unless it has ended
 	}
-	// What arrived last may have been made durable by the suspend only.
+	// What arrived last is durable only since the suspend, if at all before.
 	err = errors.Join(err, p.forgetMissing(), p.instance.Close())
 	slog.Info("Suspended VM", "took", time.Since(start).Round(time.Millisecond))
 	if err == nil && p.syncer != nil {
@@ -403,9 +401,8 @@ func (p *Peer) Suspend(ctx context.Context) error {
 	return err
 }
 
-// Close ends the VM, if it still runs, without saving it, and removes what the run needed on the
-// host. What was written to the disks until then is made durable, unless the VM has moved away, and
-// its disks with it.
+// Close ends the VM without saving it, if it still runs, and removes what the run needed on the
+// host. It makes durable what was written to the disks until then, unless the VM has moved away.
 func (p *Peer) Close() error {
 	p.life.Close()
 	moved, err := p.moves.Close()
@@ -425,7 +422,7 @@ func (p *Peer) Close() error {
 	return errors.Join(errs...)
 }
 
-// closeDevices takes the devices' paths away and closes them.
+// closeDevices removes the devices' paths and closes the devices.
 func (p *Peer) closeDevices(sync bool) error {
 	err := p.devices.Hide()
 	if p.endRoom != nil {

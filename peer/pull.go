@@ -18,14 +18,15 @@ import (
 	"drafter/vmm"
 )
 
-// Origin is a package that is elsewhere, and stays as it is. Pull owns it; otherwise close it.
+// Origin is a package that is elsewhere and does not change. [Peer.Pull] takes ownership of it. If
+// you do not call Pull, close it.
 type Origin struct {
 	origin origin
 }
 
-// OpenArtifact opens the package that an OCI registry has under ref. PlainHTTP allows a connection
-// without TLS. Its devices may have maxSize bytes in all; see [migrate.Limits] for 0. Credentials
-// are those of docker.
+// OpenArtifact opens the package that an OCI registry has under ref. plainHTTP allows a connection
+// without TLS. All devices together may have maxSize bytes; 0 is the default of [migrate.Limits].
+// Credentials are those of docker.
 func OpenArtifact(ctx context.Context, ref string, plainHTTP bool, maxSize int64) (*Origin, error) {
 	p, err := artifact.Open(ctx, ref, plainHTTP, maxSize)
 	if err != nil {
@@ -48,25 +49,25 @@ func OpenBackup(ctx context.Context, place s3.Place) (*Origin, error) {
 	return &Origin{latest}, nil
 }
 
-// Close frees an origin that was not pulled.
+// Close releases an origin that was not pulled.
 func (o *Origin) Close() error { return o.origin.Close() }
 
-// origin is what a package is pulled from. Its methods are safe for concurrent use.
+// origin is the source of a pull. Its methods are safe for concurrent use.
 type origin interface {
 	Names() []string
 	Remote(name string) (block.Remote, bool)
 	io.Closer
 }
 
-// signed is an origin that carries the package's signature, nil if there is none.
+// signed is an origin that carries the package's signature; nil without one.
 type signed interface {
 	Signature() []byte
 }
 
-// Pull starts the instance over a package that is elsewhere, and pulls that behind the running VM:
-// each device's base is filled with what the VM reads and, from when it runs, with all the rest;
-// see Pulled. Bases that are here already are used, if they are the package's. Pull owns the
-// origin.
+// Pull starts the instance over a package that is elsewhere, and pulls that package behind the
+// running VM. Each device's base is filled with the blocks that the VM reads, and with all other
+// blocks once it runs; see [Peer.Pulled]. Bases that are here already are used, if they are the
+// package's. Pull takes ownership of origin.
 func (p *Peer) Pull(ctx context.Context, o *Origin) error {
 	start := time.Now()
 	if o == nil || o.origin == nil {
@@ -81,7 +82,7 @@ func (p *Peer) Pull(ctx context.Context, o *Origin) error {
 	return p.pull(ctx, start, o.origin)
 }
 
-// pull does so on a host that is occupied.
+// pull is Pull once the host is occupied.
 func (p *Peer) pull(ctx context.Context, start time.Time, from origin) error {
 	p.mu.Lock()
 	p.origin = from
@@ -130,7 +131,7 @@ func (p *Peer) checkOrigin(from origin) error {
 	return block.CheckSizes(p.config.Limits.MaxSize, sizes...)
 }
 
-// open opens a device, over what the origin has of it, if there is one and it has it.
+// open opens a device, over the origin's content of it, if the origin has one.
 func (p *Peer) open(ctx context.Context, d *Device) (*stack.Stack, error) {
 	if p.origin != nil {
 		if remote, ok := p.origin.Remote(d.Name); ok {
@@ -140,14 +141,14 @@ func (p *Peer) open(ctx context.Context, d *Device) (*stack.Stack, error) {
 	return p.files(d).Open(ctx)
 }
 
-// fill is the pull of all that is missing, behind a running VM.
+// fill is the pull of all missing blocks, behind a running VM.
 type fill struct {
 	cancel context.CancelFunc
 	done   chan struct{}
 	err    error // once done is closed
 }
 
-// stopPull ends the pull, and fails whoever waits for what has not been pulled.
+// stopPull ends the pull. Readers that wait for a missing block get an error.
 func (p *Peer) stopPull() {
 	for _, s := range p.devices.All() {
 		if s.Pulled != nil {
@@ -163,8 +164,8 @@ func (p *Peer) stopPull() {
 	}
 }
 
-// startFill pulls one device after the other: config first, without which nobody knows what belongs
-// to the package, then memory, which the VM waits for most.
+// startFill pulls one device after the other. The config comes first, because it lists the
+// package's devices, then memory, which the VM waits for most.
 func (p *Peer) startFill() {
 	ctx, cancel := context.WithCancel(context.Background())
 	f := &fill{cancel: cancel, done: make(chan struct{})}
@@ -200,7 +201,7 @@ func (p *Peer) startFill() {
 	}()
 }
 
-// rank is an index in order, or behind it.
+// rank is the index of name in order, or len(order) if it is not there.
 func rank(order []string, name string) int {
 	if i := slices.Index(order, name); i >= 0 {
 		return i
@@ -208,8 +209,8 @@ func rank(order []string, name string) int {
 	return len(order)
 }
 
-// Pulled is closed when all of a package that is pulled is here, or never will be; PullError then
-// tells which. It is nil when nothing is pulled.
+// Pulled is closed when all of a pulled package is here, or when the pull has failed for good;
+// PullError then says which. It is nil when nothing is pulled.
 func (p *Peer) Pulled() <-chan struct{} {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -219,7 +220,8 @@ func (p *Peer) Pulled() <-chan struct{} {
 	return p.fill.done
 }
 
-// PullError waits until Pulled and returns why not all of the package is here.
+// PullError waits until Pulled is closed, and returns why not all of the package is here; nil if it
+// is.
 func (p *Peer) PullError() error {
 	p.mu.Lock()
 	f := p.fill

@@ -23,10 +23,10 @@ import (
 	"drafter/vmm"
 )
 
-// Receive asks a peer, which dial connects with, for its VM. The VM runs here when Receive returns
-// nil; what is missing of it is fetched from then on, see Arrived. On an error it runs at its
-// source, unless the error says otherwise, and nothing is left but what Close removes. If it is no
-// peer but a registry, an instance of its package is started; see [Peer.Pull].
+// Receive asks the peer that dial connects with for its VM. When Receive returns nil, the VM runs
+// here, and its missing pages are fetched; see [Peer.Arrived]. On an error the VM runs at its
+// source, unless the error says otherwise, and nothing is left here but what Close removes. If dial
+// connects with a registry, Receive starts an instance of its package; see [Peer.Pull].
 func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	start := time.Now()
 	if err := p.life.Start(); err != nil {
@@ -61,7 +61,7 @@ func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	running := time.Since(start)
 	firstMoments(ctx)
 	p.keepWhole(target)
-	// The VM runs and serves its clients: an agent that does not answer is no reason to end it.
+	// The VM runs and serves its clients. An agent that does not answer is no reason to end it.
 	if err := p.instance.AfterResume(ctx, p.config.ResumeTimeout); err != nil {
 		slog.Error("The VM runs, but its agent does not answer; its clock may be behind", "error", err)
 	} else if hook := p.config.Hooks.OnAfterResume; hook != nil {
@@ -81,8 +81,8 @@ func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	return nil
 }
 
-// firstMoments gives the guest's clients the first moments after a move, in which every step of the
-// guest is a slow one, before its agent gets work to do.
+// firstMoments delays the call of the guest's agent after a move. A guest is slow in its first
+// moments, and its clients come first.
 func firstMoments(ctx context.Context) {
 	select {
 	case <-time.After(150 * time.Millisecond):
@@ -91,14 +91,14 @@ func firstMoments(ctx context.Context) {
 }
 
 // Arrived is closed when a VM that came by a migration is complete, or never will be; ArrivalError
-// then tells which. It is nil for a VM that was started here.
+// then says which. It is nil for a VM that was started here.
 func (p *Peer) Arrived() <-chan struct{} { return p.moves.Arrived() }
 
-// ArrivalError waits until Arrived and returns why the VM is not complete.
+// ArrivalError waits until Arrived is closed, and returns why the VM is not complete; nil if it is.
 func (p *Peer) ArrivalError() error { return p.moves.ArrivalError() }
 
-// settleArrival lets an operator settle, until all of the VM is here, that it is given up: its
-// source goes on with it.
+// settleArrival lets an operator give the VM up, until all of it is here: its source then goes on
+// with it.
 func (p *Peer) settleArrival(target *migration.Target) {
 	var s settling
 	s.begin(p, func(o migrate.Outcome) error {
@@ -134,8 +134,8 @@ func (p *Peer) GiveUp() error {
 	return errors.New("give up: the VM was not taken back, so it is here")
 }
 
-// awaitArrival waits until nothing of a VM that came by a migration is missing here. Whether its
-// source knows does not matter.
+// awaitArrival waits until no page of a VM that came by a migration is missing here. It does not
+// wait until the source knows.
 func (p *Peer) awaitArrival(ctx context.Context) error {
 	a := p.moves.Arrival()
 	if a == nil {
@@ -165,9 +165,9 @@ func (p *Peer) awaitArrival(ctx context.Context) error {
 	}
 }
 
-// keepWhole makes each device but memory durable, and one that can be opened again, as soon as
-// nothing of it is missing: a VM whose source is lost before all of its memory came boots from
-// them.
+// keepWhole makes each device but memory durable, and fit to be opened again, as soon as no page of
+// it is missing. If the source is lost before all of the memory came, the VM boots from these
+// devices.
 func (p *Peer) keepWhole(target *migration.Target) {
 	for i := range p.config.Devices {
 		d := &p.config.Devices[i]
@@ -192,7 +192,7 @@ func (p *Peer) keepWhole(target *migration.Target) {
 	}
 }
 
-// withoutSource says what can become of a VM that is still arriving if its source is gone.
+// withoutSource says what can become of a VM that is still arriving when its source is gone.
 func (p *Peer) withoutSource() string {
 	if missing(p.config.Devices) != nil {
 		return "give it up here with 'drafter peer settle --away', and go on at its source from the handoff with --here"
@@ -209,7 +209,8 @@ func arrivalBytes(p *Peer) (sent, saved, pending int64) {
 	return stats.Bytes()
 }
 
-// Stats says how the last migration goes, from here or to here. ok is false when there is none.
+// Stats returns the figures of the latest migration from here or to here. ok is false when there
+// was none.
 func (p *Peer) Stats() (stats migrate.Stats, ok bool) { return p.moves.Stats() }
 
 // arrival is a VM that is arriving. It implements [migration.TargetVM].
@@ -222,8 +223,7 @@ type arrival struct {
 	kernel     *sealable   // the kernel device; nil if that does not come, or need not be signed
 	running    bool
 
-	// While the VMM waits for its VM, it is watched: the source need not pause for one that has
-	// died.
+	// The VMM is watched while it waits for its VM. If it dies, the source need not pause the VM.
 	giveUp    context.CancelCauseFunc
 	restoring chan struct{} // closed when the watch ends
 	once      sync.Once
@@ -248,7 +248,7 @@ func (a *arrival) Accept(ctx context.Context, m wire.Manifest, id uuid.UUID) ([]
 			return nil, err
 		}
 	}
-	if err := a.check(ctx, m); err != nil {
+	if err := a.checkManifest(ctx, m); err != nil {
 		return nil, err
 	}
 	if err := a.p.openStore(ctx); err != nil {
@@ -270,8 +270,8 @@ func (a *arrival) Accept(ctx context.Context, m wire.Manifest, id uuid.UUID) ([]
 	return a.devices(ctx, m, held)
 }
 
-// check refuses what cannot run here. Nothing has been made yet.
-func (a *arrival) check(ctx context.Context, m wire.Manifest) error {
+// checkManifest refuses what cannot run here. Nothing has been made yet.
+func (a *arrival) checkManifest(ctx context.Context, m wire.Manifest) error {
 	if err := instance.Preflight(ctx, a.p.config.Host, a.config); err != nil {
 		return err
 	}
@@ -321,8 +321,9 @@ func (a *arrival) check(ctx context.Context, m wire.Manifest) error {
 	return instance.CheckSizes(a.config, sizes, a.p.bases())
 }
 
-// open opens the devices, the state device first: from then on it says that the VM is arriving, and
-// the others that they may lack something, until all of it is here and durable.
+// open opens the devices, the state device first. From then on the state device says that the VM is
+// arriving, and each other device has a note that pages may be missing, until all of it is here and
+// durable.
 func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID) (map[string]wire.Held, error) {
 	held := map[string]wire.Held{}
 	offers := slices.Clone(m.Devices)
@@ -347,7 +348,7 @@ func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID
 			}
 		}
 	}
-	var notes errgroup.Group // a disk that is busy makes them durable together
+	var notes errgroup.Group // together, so that a busy disk syncs them at once
 	for _, offered := range m.Devices {
 		if d := a.p.device(offered.Name); d.Name != vmm.State {
 			notes.Go(func() error { return deviceset.Named(d.Name, d.files().NoteMissing(offered.Size)) })
@@ -380,10 +381,10 @@ func boolInt(b bool) int {
 	return 0
 }
 
-// devices tells where the devices of the manifest arrive.
+// devices returns the devices of the manifest, as a migration fills them.
 func (a *arrival) devices(ctx context.Context, m wire.Manifest, held map[string]wire.Held) ([]migration.TargetDevice, error) {
 	mount := a.p.devices.Mount()
-	cached := mount != nil && mount.Exposes(vmm.Memory) // else the VMM has no cache that arriving pages could be put into
+	cached := mount != nil && mount.Exposes(vmm.Memory) // without that the VMM has no page cache for arriving pages
 	var devices []migration.TargetDevice
 	for _, offered := range m.Devices {
 		s := a.p.devices.Get(offered.Name)
@@ -431,14 +432,14 @@ func (a *arrival) endWatch() {
 	a.watch.Wait()
 }
 
-// Expect implements [migration.TargetVM]. What it notes, Restore corrects without having to wait
-// for a disk.
+// Expect implements [migration.TargetVM]. Restore corrects its note without having to wait for a
+// disk.
 func (a *arrival) Expect(_ context.Context, migration uuid.UUID) error {
 	if a.header == nil {
 		return fmt.Errorf("device %s does not come with the VM; set makeMigratable on for it, here and on the source", vmm.State)
 	}
 	if memory := a.p.devices.Get(vmm.Memory); memory.Incoming != nil {
-		memory.Backlog.Keep() // until here, a VM that there is no room for is better off at its source
+		memory.Backlog.Keep() // until here, a VM without room is better off at its source
 	}
 	return deviceset.Named(vmm.State, a.header.expect(migration))
 }
@@ -469,7 +470,7 @@ func (a *arrival) Resume(ctx context.Context) error {
 func (a *arrival) Complete(context.Context) error {
 	for name, d := range a.p.devices.All() {
 		if name == vmm.Memory || d.Incoming == nil {
-			continue // memory does not outlive this process without a suspend anyway
+			continue // without a suspend, memory does not outlive this process
 		}
 		if name == vmm.State {
 			if err := vmm.NoteArrived(d); err != nil {
@@ -483,8 +484,8 @@ func (a *arrival) Complete(context.Context) error {
 	return a.p.forgetMissing()
 }
 
-// forgetMissing takes back what the devices say of missing parts, once nothing is missing and all
-// of it is durable.
+// forgetMissing removes the devices' notes about missing pages, once all pages are here and
+// durable.
 func (p *Peer) forgetMissing() error {
 	for i := range p.config.Devices {
 		if d := &p.config.Devices[i]; d.moves() {
@@ -505,7 +506,7 @@ func (a *arrival) Discard(context.Context) error {
 	}
 	stacks := a.p.devices.All()
 	errs = append(errs, a.p.closeDevices(false))
-	// The state device goes last: as long as it is there, it says that the rest is of no use.
+	// The state device goes last: while it is there, it says that the rest is worthless.
 	for name, d := range stacks {
 		if name != vmm.State {
 			errs = append(errs, d.Remove(), a.p.device(name).files().ForgetMissing())

@@ -15,8 +15,8 @@ import (
 	"drafter/vmm"
 )
 
-// provide prepares an open device for a file system that is full some day. What memory has no room
-// for is kept if keep is set.
+// provide prepares an open device for a file system that may fill up. With keep, writes of memory
+// that have no room are kept in this process.
 func (d *Device) provide(s *stack.Stack, keep bool) error {
 	switch d.Name {
 	case vmm.Memory:
@@ -31,14 +31,14 @@ func (d *Device) provide(s *stack.Stack, keep bool) error {
 	return nil
 }
 
-// How often it is looked whether there is room again, and how often it is said that there is none.
+// roomInterval is the pause between two looks for room, roomReminder the one between two log lines.
 const (
 	roomInterval = 2 * time.Second
 	roomReminder = time.Minute
 )
 
-// watchRoom says when devices have no room for what the VM writes, and stores what is kept of it
-// once they have, until stop is called.
+// watchRoom logs when devices have no room for what the VM writes, and stores what is kept of them
+// once they have room, until stop is called.
 func (p *Peer) watchRoom() (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
@@ -63,8 +63,8 @@ func (p *Peer) watchRoom() (stop func()) {
 	}
 }
 
-// lookForRoom does so for one device. said is when it was said of which that something is not
-// stored.
+// lookForRoom does this for one device. said holds when the log last named each device that has
+// something unstored.
 func lookForRoom(name string, b *block.Backlog, said map[string]time.Time) {
 	err := b.Store() // of what is kept
 	missing := b.Missing()

@@ -22,10 +22,10 @@ import (
 )
 
 // Serve makes the VM migratable: a peer that connects gets it. accept returns the next connection,
-// or an error once its context has ended. Serve returns when the VM has moved, with true; or when
-// ctx has ended and the VM is not migratable any more, but runs here as before. If by then a target
-// owns the VM, Serve first gives it all that it needs. An error with false means that the VM runs
-// here or, if it says so, that it is in doubt.
+// or an error once its context has ended. Serve returns true when the VM has moved. It returns
+// false and nil when ctx has ended: the VM runs here as before, and is not migratable any more. If
+// a target owns the VM by then, Serve first sends it all that it needs. With an error and false,
+// the VM runs here or, if the error says so, is in doubt.
 func (p *Peer) Serve(ctx context.Context, accept migrate.Accept) (moved bool, err error) {
 	if err := p.life.Running(); err != nil {
 		return false, fmt.Errorf("serve: %w", err)
@@ -70,7 +70,7 @@ func leaveInDoubt() error {
 	return fmt.Errorf("%w: it was handed over and the target has not answered; look whether it runs there, and then settle it here: drafter peer settle --here, or --away", migrate.ErrInDoubt)
 }
 
-// complain logs what a connection, or a migration, failed with.
+// complain logs the failure of a connection or a migration.
 func (p *Peer) complain(stream io.ReadWriteCloser, err error) {
 	complaints := &p.failures
 	if errors.Is(err, migrate.ErrRefused) {
@@ -113,7 +113,7 @@ func (p *Peer) newSource() (*migration.Source, error) {
 		}
 	}
 	if config.Hardware.Accel != vmm.AccelTCG {
-		// An emulated CPU is the same everywhere.
+		// An emulated CPU is the same on every host.
 		processor, err := vmm.HostProcessor()
 		if err != nil {
 			return nil, err
@@ -138,7 +138,8 @@ func (p *Peer) newSource() (*migration.Source, error) {
 	return migration.NewSource(c)
 }
 
-// vacate tells the VM's clients here that it runs elsewhere, beside what its target still needs.
+// vacate resets the connections of the VM's clients here, because the VM runs elsewhere. It works
+// while the target still fetches pages.
 func (p *Peer) vacate() {
 	if p.vacated.Swap(true) {
 		return
@@ -216,8 +217,8 @@ func (d *departure) Rescued(ctx context.Context) {
 }
 
 // Mark implements [migration.SourceVM].
-func (d *departure) Mark(_ context.Context, state migrate.Phase, _ uuid.UUID) error {
-	if state == migrate.Moved {
+func (d *departure) Mark(_ context.Context, phase migrate.Phase, _ uuid.UUID) error {
+	if phase == migrate.Moved {
 		return d.p.instance.Mark(vmm.Moved)
 	}
 	if d.p.syncer != nil {
@@ -229,17 +230,17 @@ func (d *departure) Mark(_ context.Context, state migrate.Phase, _ uuid.UUID) er
 			return fmt.Errorf("device %s: %w", name, err)
 		}
 	}
-	return d.p.instance.Mark(map[migrate.Phase]vmm.Status{migrate.InDoubt: vmm.InDoubt, migrate.Serving: vmm.HandedOver}[state])
+	return d.p.instance.Mark(map[migrate.Phase]vmm.Status{migrate.InDoubt: vmm.InDoubt, migrate.Serving: vmm.HandedOver}[phase])
 }
 
-// settling waits for an operator's decision while one can be taken. The command that brings it
-// cannot reach this process but by a file.
+// settling waits for an operator's decision while one is possible. The command that brings it can
+// reach this process only through a file.
 type settling struct {
 	stop chan struct{} // nil while nothing is waited for
 	done chan struct{}
 }
 
-// begin lets decide follow decisions, and calls look again and again, until end.
+// begin passes decisions to decide, and calls look every 200 ms, until end.
 func (s *settling) begin(p *Peer, decide func(migrate.Outcome) error, look func()) {
 	s.stop, s.done = make(chan struct{}), make(chan struct{})
 	stop, done := s.stop, s.done
@@ -269,14 +270,14 @@ func (s *settling) end() {
 	}
 }
 
-// targetPatience is how long a target may be away before that is said.
+// targetPatience is how long a target may be away before the log says so.
 const targetPatience = 2 * time.Second
 
-// follow waits for decisions while the VM is in doubt, or runs at a target that may be lost.
-func (s *settling) follow(p *Peer, state migrate.Phase) {
+// follow accepts decisions while the VM is in doubt, or runs at a target that may be lost.
+func (s *settling) follow(p *Peer, phase migrate.Phase) {
 	s.end()
 	missed := "The target does not answer: it is in doubt who owns the VM, which stays paused here; waiting for the target, or for 'drafter peer settle'"
-	switch state {
+	switch phase {
 	case migrate.InDoubt:
 	case migrate.Serving:
 		missed = "The target, where the VM runs, is away and may lack a part of it; waiting for the target, or for 'drafter peer settle': --here if the VM is lost there, else --away"
@@ -286,7 +287,7 @@ func (s *settling) follow(p *Peer, state migrate.Phase) {
 	source := p.moves.Source()
 	began, said := time.Now(), false
 	s.begin(p, source.Settle, func() {
-		silent := time.Since(began) > targetPatience && (state == migrate.InDoubt || source.Away() > targetPatience)
+		silent := time.Since(began) > targetPatience && (phase == migrate.InDoubt || source.Away() > targetPatience)
 		if silent && !said {
 			slog.Warn(missed)
 		}
@@ -294,7 +295,8 @@ func (s *settling) follow(p *Peer, state migrate.Phase) {
 	})
 }
 
-// decisionFile is where an operator's decision is left for the process that owns an instance.
+// decisionFile is the path at which an operator's decision is left for the process that owns an
+// instance.
 func decisionFile(devices []Device) string {
 	for _, d := range devices {
 		if d.Name != vmm.State {

@@ -18,10 +18,10 @@ import (
 	"drafter/vmm"
 )
 
-// Settle decides who owns a VM that a migration has left in the middle. If the process that owns
-// the instance still waits, it is told; else the decision is noted in the instance's files: it can
-// be started here, or it is elsewhere. The decision is the operator's, who has looked at the other
-// side: a VM that is settled to be here while it runs there runs twice.
+// Settle decides who owns a VM that an unfinished migration has left. If the process that owns the
+// instance waits, Settle tells it. Else it notes the decision in the instance's files: the instance
+// can be started here, or it is elsewhere. The caller must have looked at the other side: if a VM
+// is settled to be here while it runs there, it runs twice.
 func Settle(ctx context.Context, devices []Device, outcome migrate.Outcome) error {
 	if outcome != migrate.Here && outcome != migrate.Away {
 		return fmt.Errorf("outcome %q is none; it is %q or %q", outcome, migrate.Here, migrate.Away)
@@ -48,7 +48,7 @@ func Settle(ctx context.Context, devices []Device, outcome migrate.Outcome) erro
 	return errors.Join(vmm.SettleState(s, outcome == migrate.Here, missing(devices) != nil), s.Close())
 }
 
-// openState opens the state device of an instance that does not run, whose base need not be here.
+// openState opens the state device of an instance that does not run. Its base need not be here.
 func (d *Device) openState(ctx context.Context) (*stack.Stack, error) {
 	if d.Overlay == "" {
 		return d.files().Open(ctx)
@@ -56,8 +56,8 @@ func (d *Device) openState(ctx context.Context) (*stack.Stack, error) {
 	return d.files().OpenOverlay()
 }
 
-// missing tells which part of an instance never arrived that it needs to boot, which is all but
-// memory; nil if none.
+// missing names a device that the instance needs to boot and that never arrived completely. All
+// devices but memory are needed. It returns nil if there is none.
 func missing(devices []Device) error {
 	for i := range devices {
 		if devices[i].Name == vmm.Memory {
@@ -71,7 +71,7 @@ func missing(devices []Device) error {
 }
 
 const (
-	refusedPrefix = "refused: " // of what a peer writes in the place of a decision that it does not follow
+	refusedPrefix = "refused: " // begins the text that a peer writes in place of a decision that it refuses
 	maxDecision   = 1 << 10     // bytes
 )
 
@@ -82,8 +82,8 @@ func writeDecision(path, text string) error {
 	})
 }
 
-// settleRunning leaves the decision for the process that owns the instance, and waits until it has
-// taken it.
+// settleRunning leaves the decision for the process that owns the instance, and waits until that
+// process has taken it.
 func settleRunning(ctx context.Context, devices []Device, outcome migrate.Outcome) error {
 	path := decisionFile(devices)
 	if err := writeDecision(path, string(outcome)); err != nil {

@@ -13,14 +13,14 @@ import (
 	"drafter/vmm"
 )
 
-// heldHeader is a state device whose header stays as it is until it is released, or the device is
-// synced: what arrives of it meanwhile, it keeps in memory. So the device says that the VM is
-// arriving, until it says that it runs.
+// heldHeader is a state device whose header on disk does not change until it is released, or the
+// device is synced. What arrives of the header meanwhile is kept in memory. So the device says that
+// the VM is arriving until it says that it runs.
 type heldHeader struct {
 	block.Device
 
 	mu       sync.Mutex
-	page     []byte // the first page, as its user sees it; nil while that is the device's
+	page     []byte // the first page, as its user sees it; nil while it is the same as the device's
 	released bool   // nothing will be held any more
 }
 
@@ -29,7 +29,7 @@ func (h *heldHeader) ReadAt(p []byte, off int64) (int, error) {
 	if off >= block.PageSize {
 		return h.Device.ReadAt(p, off)
 	}
-	h.mu.Lock() // first: a page that is released meanwhile would be read neither here nor there
+	h.mu.Lock() // first, because a page that is released meanwhile would be read neither here nor there
 	defer h.mu.Unlock()
 	n, err := h.Device.ReadAt(p, off)
 	if err == nil && h.page != nil {
@@ -71,8 +71,8 @@ func (h *heldHeader) Sync() error {
 	return h.Device.Sync()
 }
 
-// release gives the device the header that is held. It outlives this process from then on, and a
-// power failure once the device is synced.
+// release writes the header that is held to the device. It then outlives this process, and a power
+// failure once the device is synced.
 func (h *heldHeader) release() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -85,8 +85,8 @@ func (h *heldHeader) release() error {
 	return nil
 }
 
-// releaseForGood is release, from which on nothing is held: what is noted later, as that the VM
-// leaves, outlives this process without a sync.
+// releaseForGood is release, after which nothing is held. What is noted later, such as that the VM
+// is leaving, outlives this process without a sync.
 func (h *heldHeader) releaseForGood() error {
 	err := h.release()
 	h.mu.Lock()
@@ -95,7 +95,7 @@ func (h *heldHeader) releaseForGood() error {
 	return err
 }
 
-// expect lets the device say durably that the VM may run here, beneath what is held.
+// expect notes durably that the VM may run here, beneath the header that is held.
 func (h *heldHeader) expect(migration uuid.UUID) error {
 	h.mu.Lock()
 	err := vmm.MarkTakingOver(h.Device, migration)
@@ -116,7 +116,7 @@ func makeRoom(devices []Device) error {
 		}
 	}
 	if state.Overlay == "" {
-		return nil // files that exist are refused one by one
+		return nil // existing files are refused one by one
 	}
 	_, _, found, err := block.OverlayBase(state.files().OverlayPaths())
 	if err != nil {
@@ -145,8 +145,8 @@ func makeRoom(devices []Device) error {
 	return nil
 }
 
-// checkHere refuses an instance that may be elsewhere. That comes before all else that may keep it
-// from being started, and needs nothing but the state device's overlay.
+// checkHere refuses an instance that may be elsewhere. It comes before all other checks of a start,
+// and reads only the overlay of the state device.
 func (p *Peer) checkHere(ctx context.Context) error {
 	i := slices.IndexFunc(p.config.Devices, func(d Device) bool { return d.Name == vmm.State })
 	d := &p.config.Devices[i]
@@ -171,8 +171,9 @@ func (p *Peer) checkHere(ctx context.Context) error {
 	return p.forgetMemory(ctx)
 }
 
-// standing is what the overlay of a state device that is not in use says, why its VM cannot be
-// resumed, and whether it boots instead. One that was never used has no status.
+// standing reads the overlay of a state device that is not in use. It returns the status there, why
+// its VM cannot be resumed, and whether it boots instead. An overlay that was never used has no
+// status.
 func (d *Device) standing() (status vmm.Status, refusal error, boots bool, err error) {
 	_, _, found, err := block.OverlayBase(d.files().OverlayPaths())
 	if err != nil || !found {
@@ -193,8 +194,8 @@ func (d *Device) standing() (status vmm.Status, refusal error, boots bool, err e
 	return status, vmm.CheckResumable(s), why != nil && refused == nil, nil
 }
 
-// replaceable refuses an instance that must not be overwritten: any that has neither moved away nor
-// begun to arrive, and one that it takes an operator to decide about.
+// replaceable refuses to overwrite an instance, unless it has moved away or did not wholly arrive.
+// One that an operator must settle is refused, too.
 func replaceable(state *Device, devices []Device) error {
 	status, refusal, boots, err := state.standing()
 	switch {

@@ -25,7 +25,7 @@ import (
 // defaultSyncInterval is the pause between two syncs to S3.
 const defaultSyncInterval = 30 * time.Second
 
-// place is where the instance is kept, if any of its devices says s3sync.
+// place is where the instance is backed up, if any of its devices has s3sync.
 func (p *Peer) place() (place s3.Place, ok bool, err error) {
 	for i := range p.config.Devices {
 		d := &p.config.Devices[i]
@@ -52,19 +52,19 @@ type syncer struct {
 	place    s3.Place
 	writer   *backup.Writer // nil while the storage has not answered
 	baseline migration.Baseline
-	staged   *staged // a copy that has not been written yet
+	staged   *staged // a copy that has not been uploaded yet
 	failed   error   // for good
-	inherits bool    // the VM has come, or come back, from another host, which may have backed it up meanwhile
+	inherits bool    // the VM has come, or come back, from another host, which may have made backups meanwhile
 	hold     hold
 	moment   atomic.Pointer[time.Time] // of the last backup; nil when there is none
 }
 
-// storePatience is how long an instance waits at its start for where it is backed up.
+// storePatience is how long an instance waits at its start for the storage of its backups.
 const storePatience = 10 * time.Second
 
-// openStore connects with where the instance is backed up, if it is: what is wrong with that is
-// said before anything happens. A storage that is away keeps no VM from starting; it is connected
-// with later.
+// openStore connects with the storage of the instance's backups, if it has any. An error in its
+// settings is returned before anything happens. A storage that is away keeps no VM from starting:
+// it is connected with later.
 func (p *Peer) openStore(ctx context.Context) error {
 	place, ok, err := p.place()
 	if err != nil || !ok || p.syncer != nil {
@@ -103,8 +103,8 @@ func (s *syncer) connect(ctx context.Context) error {
 	return nil
 }
 
-// prepare connects with the storage, and takes over what the host has written there from which the
-// VM has come.
+// prepare connects with the storage. If the VM has come from another host, it takes over what that
+// host has written there.
 func (s *syncer) prepare(ctx context.Context) error {
 	if s.hold.tookBack() {
 		s.baseline.Forget()
@@ -133,8 +133,8 @@ type hold struct {
 	cancel  context.CancelFunc // of the sync under way
 }
 
-// begin is for a sync. It returns false while the VM is being handed over, which also ends the
-// sync.
+// begin is called before a sync. It returns false while the VM is being handed over. A handover
+// also ends the sync.
 func (h *hold) begin(ctx context.Context) (context.Context, context.CancelFunc, bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -153,7 +153,7 @@ func (h *hold) hand() {
 	h.handed = true
 }
 
-// tookBack tells, once, whether a VM that was handed over is here again.
+// tookBack returns true, once, if a VM that was handed over is here again.
 func (h *hold) tookBack() bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -162,7 +162,7 @@ func (h *hold) tookBack() bool {
 	return back
 }
 
-// set says whether the VM is being handed over. It ends a sync that is under way.
+// set says whether the VM is being handed over. true ends a sync that is under way.
 func (h *hold) set(leaving bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -171,7 +171,7 @@ func (h *hold) set(leaving bool) {
 	}
 }
 
-// noteMoment notes of when the last backup is.
+// noteMoment notes the moment of the last backup.
 func (s *syncer) noteMoment() {
 	if m := s.writer.Moment(); !m.IsZero() {
 		s.moment.Store(&m)
@@ -197,10 +197,10 @@ func (p *Peer) closeStore() error {
 	return err
 }
 
-// Sync backs the devices that say s3sync up to their object storage, over and over, until ctx ends
-// or the VM has moved away: each time the VM is paused as for a handoff, and what has changed is
-// uploaded while it goes on. A failure is logged, and tried again; the error that Sync returns is
-// for good. Suspend makes the last backup.
+// Sync backs up the devices with s3sync to their object storage, again and again, until ctx ends or
+// the VM has moved away. For each backup the VM is paused as for a handoff; changed blocks are
+// uploaded while it runs on. A failure is logged, and the backup tried again. An error that Sync
+// returns is final. Suspend makes the last backup.
 func (p *Peer) Sync(ctx context.Context) error {
 	if err := p.life.Running(); err != nil {
 		return fmt.Errorf("sync: %w", err)
@@ -209,7 +209,7 @@ func (p *Peer) Sync(ctx context.Context) error {
 		return nil
 	}
 	if pulled := p.Pulled(); pulled != nil {
-		select { // reading all of it now would hold up the VM
+		select { // to read all of it now would hold up the VM
 		case <-pulled:
 		case <-ctx.Done():
 			return nil
@@ -261,8 +261,7 @@ func (s *syncer) last() string {
 	return s.writer.Moment().Format(time.RFC3339Nano)
 }
 
-// sync makes one backup. A copy that could not be written is written first, before a new one is
-// made.
+// sync makes one backup. A copy that could not be uploaded is uploaded first.
 func (s *syncer) sync(ctx context.Context, p *Peer, source *migration.Source) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -304,8 +303,8 @@ func (s *syncer) sync(ctx context.Context, p *Peer, source *migration.Source) er
 	return s.drop()
 }
 
-// backup returns where to get an arriving device if what is stored of it is what its source offers;
-// nil otherwise. Beneath it is the device's base, if that is here.
+// backup returns the stored content of an arriving device, if it is what the source offers; nil
+// otherwise. The device's base lies beneath it, if that is here.
 func (p *Peer) backup(ctx context.Context, d *Device, offered wire.Device, held wire.Held) (*migration.Backup, error) {
 	if p.syncer == nil || p.syncer.writer == nil || !d.S3Sync || offered.Backup == (block.ID{}) {
 		return nil, nil
@@ -325,7 +324,7 @@ func (p *Peer) backup(ctx context.Context, d *Device, offered wire.Device, held 
 	return b, nil
 }
 
-// collect deletes what no backup needs any more, unless the instance itself still pulls from one.
+// collect deletes the packs that no backup needs, unless the instance still pulls from one.
 func (s *syncer) collect(ctx context.Context, p *Peer) {
 	if pulled := p.Pulled(); pulled != nil {
 		select {
@@ -347,11 +346,11 @@ func (s *syncer) drop() error {
 	return c.close()
 }
 
-// lastPatience is how long a VM that is suspended waits for an answer of where it is backed up: its
-// process shall end. What is stored here is complete without.
+// lastPatience is how long a suspended VM waits for an answer of the storage, because its process
+// is to end. The instance on this host is complete without that backup.
 const lastPatience = time.Minute
 
-// finish makes the backup of a suspended VM, straight from its devices.
+// finish makes the backup of a suspended VM, directly from its devices.
 func (s *syncer) finish(ctx context.Context, p *Peer) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -417,7 +416,7 @@ func (p *Peer) awaitBackup(ctx context.Context) error {
 	}
 }
 
-// contentBlocks widens a set of units, of so many bytes, to whole blocks of content.
+// contentBlocks widens a set of units of the given size in bytes to whole blocks of content.
 func contentBlocks(units *block.Bitmap, unit, size int64) *block.Bitmap {
 	blocks := block.NewBitmap((size + block.ContentBlockSize - 1) / block.ContentBlockSize)
 	for first := units.Next(0); first < units.Len(); first = units.Next(first) {
@@ -428,8 +427,8 @@ func contentBlocks(units *block.Bitmap, unit, size int64) *block.Bitmap {
 	return blocks
 }
 
-// staged is a copy of the VM that waits to be uploaded: all of it, or what has changed since the
-// one before. It implements [migration.TargetVM].
+// staged is a copy of the VM that waits to be uploaded: the whole VM, or its changes since the copy
+// before. It implements [migration.TargetVM].
 type staged struct {
 	p         *Peer
 	whole     bool
@@ -440,7 +439,7 @@ type staged struct {
 	files     map[string]*recorder
 }
 
-// recorder is a file without a name that notes which blocks were written.
+// recorder is an unnamed file that notes which of its blocks were written.
 type recorder struct {
 	*block.File
 	written *block.Bitmap // of content blocks
@@ -508,7 +507,7 @@ func (c *staged) Restore(context.Context, uuid.UUID) error { return nil }
 // Resume implements [migration.TargetVM].
 func (c *staged) Resume(context.Context) error { return nil }
 
-// Complete implements [migration.TargetVM]. The copy is that of a VM that was suspended.
+// Complete implements [migration.TargetVM]. The copy is like that of a suspended VM.
 func (c *staged) Complete(context.Context) error {
 	d := c.files[vmm.State]
 	if d == nil {
@@ -523,7 +522,7 @@ func (c *staged) Complete(context.Context) error {
 // Discard implements [migration.TargetVM].
 func (c *staged) Discard(context.Context) error { return nil }
 
-// list is what is to be written.
+// list returns the devices that are to be written.
 func (c *staged) list() []backup.Device {
 	var list []backup.Device
 	for _, name := range c.names {
@@ -545,7 +544,7 @@ func (c *staged) close() error {
 	return errors.Join(errs...)
 }
 
-// stagingDir is on the file system that the device's changes are on.
+// stagingDir is on the file system of the device's overlay.
 func (d *Device) stagingDir() string {
 	if d.Overlay != "" {
 		return filepath.Dir(d.Overlay)

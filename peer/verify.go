@@ -16,9 +16,9 @@ import (
 	"drafter/vmm"
 )
 
-// verify finds out what was signed of the package, which may have come with a signature, if only
-// signed ones are accepted. The devices are known; what they contain is checked when they are
-// opened.
+// verify reads the signed statement of the package, if only signed packages are accepted. The
+// package may have come with its signature. The devices are known; their content is checked when
+// they are opened.
 func (p *Peer) verify(carried []byte) (err error) {
 	if p.config.Verifier == nil {
 		return nil
@@ -32,7 +32,7 @@ func (p *Peer) verify(carried []byte) (err error) {
 // checkPlaces refuses devices that are not those that were signed, or whose bases others can
 // change.
 func (p *Peer) checkPlaces() error {
-	// Files that a killed process has lent to its VM are taken back.
+	// Files that a killed process has lent to its VM are given back to their owners.
 	if err := vmm.ReclaimAll(p.config.Host.BaseDir); err != nil {
 		return err
 	}
@@ -49,7 +49,7 @@ func (p *Peer) checkPlaces() error {
 	return p.statement.CheckNames(names)
 }
 
-// configBase is the config device's file in the package; "" while that is not known.
+// configBase is the path of the config device's file in the package; "" while that is not known.
 func (p *Peer) configBase() string {
 	if i := slices.IndexFunc(p.config.Devices, func(d Device) bool { return d.Name == vmm.Config }); i >= 0 {
 		return p.config.Devices[i].Base
@@ -57,7 +57,7 @@ func (p *Peer) configBase() string {
 	return ""
 }
 
-// files are those of a device, whose base is checked if only signed ones are accepted.
+// files are those of a device. Its base is verified if only signed packages are accepted.
 func (p *Peer) files(d *Device) *stack.Files {
 	f := d.files()
 	if p.statement != nil {
@@ -68,8 +68,8 @@ func (p *Peer) files(d *Device) *stack.Files {
 	return f
 }
 
-// decodeConfig decodes the content of the config device. It never changes, so that what was signed
-// of it also holds where an overlay or a source has it from.
+// decodeConfig decodes the content of the config device. The config never changes, so its signed
+// content id also holds for a copy from an overlay or a source.
 func (p *Peer) decodeConfig(b []byte) (*vmm.PackageConfig, error) {
 	if p.statement != nil {
 		c := block.HashBytes(b)
@@ -81,8 +81,8 @@ func (p *Peer) decodeConfig(b []byte) (*vmm.PackageConfig, error) {
 	return vmm.DecodePackageConfig(b)
 }
 
-// carriedSignature is what a target gets of the package's signature; nil if there is none that it
-// could use.
+// carriedSignature is the part of the package's signature that a target gets; nil if it could use
+// none.
 func (p *Peer) carriedSignature() []byte {
 	if p.signature != nil {
 		return p.signature
@@ -94,8 +94,8 @@ func (p *Peer) carriedSignature() []byte {
 	return b
 }
 
-// verify checks the VM's config, which the source sends, before anything of it is looked at. What
-// the VM has written since it was packaged nobody has signed.
+// verify checks the VM's config from the source before anything in it is used. Nobody has signed
+// what the VM has written since it was packaged.
 func (a *arrival) verify(m wire.Manifest) (err error) {
 	p := a.p
 	p.signature = m.Signature
@@ -110,7 +110,7 @@ func (a *arrival) verify(m wire.Manifest) (err error) {
 	return nil
 }
 
-// receiver makes what takes a device that arrives.
+// receiver returns the device that stores the pages of an arriving device.
 func (a *arrival) receiver(d *Device) func(block.Device) *block.Incoming {
 	if a.p.statement == nil || d.Name != vmm.Kernel {
 		return d.receive
@@ -121,8 +121,8 @@ func (a *arrival) receiver(d *Device) func(block.Device) *block.Incoming {
 	}
 }
 
-// verifyKernel checks the kernel as it has arrived, before a VMM loads it, and keeps it: it never
-// changes either.
+// verifyKernel checks the kernel that has arrived before a VMM loads it, and keeps it, because it
+// never changes.
 func (a *arrival) verifyKernel(ctx context.Context) error {
 	if a.p.statement == nil {
 		return nil
@@ -137,8 +137,8 @@ func (a *arrival) verifyKernel(ctx context.Context) error {
 	return a.p.statement.Check(signature.Device{Name: vmm.Kernel, Size: c.Size, Content: c.Device.String()})
 }
 
-// sealable is a device that nobody can write to once it is sealed: a source could send other
-// content after what it sent first has been verified.
+// sealable is a device that nobody can write to once it is sealed. Without the seal a source could
+// send other content after the content that was verified.
 type sealable struct {
 	block.Device
 

@@ -1,5 +1,5 @@
 // Package registry serves the devices of a package to any number of targets at once, read-only. A
-// peer that connects starts an instance over them at once, and pulls what is missing behind the
+// peer that connects starts an instance over them at once, and pulls the missing blocks behind the
 // running VM.
 package registry
 
@@ -30,7 +30,7 @@ type Device struct {
 	BlockSize int64  `json:"blockSize"` // bytes; a hint for those who pull it
 }
 
-// PackageDevices derives the devices of a registry from the directory of a package.
+// PackageDevices lists the devices of a registry from the directory of a package.
 func PackageDevices(dir string) ([]Device, error) {
 	names, files, err := vmm.PackageFiles(dir)
 	if err != nil {
@@ -46,7 +46,7 @@ func PackageDevices(dir string) ([]Device, error) {
 // Config says what to serve.
 type Config struct {
 	Devices     []Device
-	Connections int // how many are served at once; 0: 1024. A target has two, and each takes some 2 MiB. A host gets no more of them than are left for others
+	Connections int // most that are served at once; 0: 1024. A target has two, and each takes some 2 MiB. A host gets no more of them than are left for others
 	Limits      migrate.Limits
 }
 
@@ -58,7 +58,8 @@ type Registry struct {
 	offer   *migration.Offer
 }
 
-// Open opens the devices and reads all of each whose content is not known yet. Close the registry.
+// Open opens the devices. It reads all of a device whose content ids are not known yet. Close the
+// registry.
 func Open(ctx context.Context, c Config) (_ *Registry, err error) {
 	c.Connections = cmp.Or(c.Connections, 1024)
 	if c.Connections < 0 {
@@ -144,7 +145,7 @@ func checkSizes(offered []migration.OfferedDevice) error {
 	return nil
 }
 
-// ServedDevice describes a device that is served.
+// ServedDevice describes a device of the registry.
 type ServedDevice struct {
 	Name    string
 	Size    int64  // bytes

@@ -38,13 +38,13 @@ type Config struct {
 	Devices []Device
 
 	ResumeTimeout time.Duration // bounds the answer of the agent after a resume; 0: 1 min
-	// RescueTimeout bounds the answer of the agent before a suspend; the VM is suspended without it
-	// afterwards. 0: 5 s; below 0: it is not waited for.
+	// RescueTimeout bounds the answer of the agent before a suspend. After that the VM is suspended
+	// without it. 0: 5 s; below 0: the agent is not waited for.
 	RescueTimeout time.Duration
 
 	Verifier *signature.Verifier // accepts packages; nil accepts all
 
-	// MapPrivate runs on private copies: the package stays as it is. The changed package is kept
+	// MapPrivate runs on private copies: the package is not changed. The changed package is kept
 	// only where outputs are named: memory and state under those names, the disks under their own
 	// names beside the memory.
 	MapPrivate   bool
@@ -52,7 +52,7 @@ type Config struct {
 	StateOutput  string
 }
 
-// Runner is one run of a package. Its methods are called by one goroutine, Done apart.
+// Runner is one run of a package. One goroutine calls its methods; any may call Done.
 type Runner struct {
 	config   Config
 	paths    instance.Paths // what the VMM opens
@@ -61,13 +61,14 @@ type Runner struct {
 	claim    *network.Claim
 	user     *vmm.User
 	locks    []*os.File
-	private  map[string]*scratch.Dir // of the private copies, by the directory that each is in
+	private  map[string]*scratch.Dir // of the private copies, by the directory of each
 	instance *instance.Instance
 	life     lifecycle.Life
 	reserved bool // room is set aside for the VM
 }
 
-// New checks a config and, unless it is to be verified first, the package. Nothing is touched yet.
+// New checks a config and, unless it is to be verified first, the package. It touches nothing on
+// the host.
 func New(c Config) (*Runner, error) {
 	if err := c.Host.Complete(); err != nil {
 		return nil, err
@@ -100,21 +101,21 @@ func New(c Config) (*Runner, error) {
 		}
 	}
 	if c.Verifier != nil {
-		return r, nil // Resume opens it once it is verified
+		return r, nil // Resume opens the package once it is verified
 	}
 	var err error
 	r.pkg, err = instance.Open(r.origin)
 	return r, err
 }
 
-// Resume starts the VM. It runs when Resume returns, and its agent has answered. On failure nothing
-// is left but what Close removes.
+// Resume starts the VM. When it returns nil, the VM runs and its agent has answered. On an error
+// nothing is left but what Close removes.
 func (r *Runner) Resume(ctx context.Context) error {
 	start := time.Now()
 	if err := r.life.Start(); err != nil {
 		return fmt.Errorf("resume: %w", err)
 	}
-	// Files that a killed runner has lent to its VM are taken back.
+	// Files that a killed runner has lent to its VM are given back to their owners.
 	err := vmm.ReclaimAll(r.config.Host.BaseDir)
 	if err != nil {
 		return err
@@ -155,8 +156,8 @@ func (r *Runner) Resume(ctx context.Context) error {
 	return err
 }
 
-// verify opens a package that was signed. What is verified is what the VMM opens: the private
-// copies, if there are any.
+// verify opens a signed package. It verifies what the VMM opens: the private copies, if there are
+// any.
 func (r *Runner) verify(ctx context.Context) error {
 	statement, err := r.config.Verifier.Statement(nil, r.origin[vmm.Config])
 	if err != nil {
@@ -172,7 +173,7 @@ func (r *Runner) verify(ctx context.Context) error {
 	return err
 }
 
-// lock keeps other runs from the package's files. Private copies can be made by many at a time, but
+// lock keeps other runs from the package's files. Many runs can make private copies at a time, but
 // not while somebody writes.
 func (r *Runner) lock() error {
 	lock := lockfile.Exclusive
@@ -195,8 +196,8 @@ func (r *Runner) lock() error {
 	return nil
 }
 
-// copyPrivate puts copies in the place of the devices: each beside its output where these are
-// named, so that it can become it, else below the VMs' base directory.
+// copyPrivate replaces the devices by copies. A copy is made beside its output, if that is named,
+// so that it can become the output. Otherwise it is made below the VMs' base directory.
 func (r *Runner) copyPrivate(ctx context.Context) error {
 	targets := map[string]string{}
 	if r.config.MemoryOutput != "" {
@@ -221,7 +222,7 @@ func (r *Runner) copyPrivate(ctx context.Context) error {
 	return nil
 }
 
-// privateIn returns where in a directory copies are.
+// privateIn returns the directory for copies inside a directory.
 func (r *Runner) privateIn(parent string) (string, error) {
 	parent, err := filepath.Abs(parent)
 	if err != nil {
@@ -247,8 +248,7 @@ func (r *Runner) privateIn(parent string) (string, error) {
 	return d.Name(), nil
 }
 
-// Done is closed when the VM has ended by itself; Wait then tells how. It is nil before the VM
-// runs.
+// Done is closed when the VM has ended by itself; Wait then says how. It is nil before the VM runs.
 func (r *Runner) Done() <-chan struct{} { return r.instance.Done() }
 
 // Wait blocks until the VM ends by itself. It returns nil when the guest powered itself off.
@@ -263,9 +263,9 @@ func (r *Runner) Wait() error {
 // suspended.
 func (r *Runner) Agent() *agent.Client { return r.instance.Agent() }
 
-// Suspend stops the VM and writes it to the package, or to the outputs of a private run. It uses a
-// context of its own: a suspend is how a run ends well, whatever the caller's context has come to.
-// After it, Close.
+// Suspend stops the VM and writes it to the package, or to the outputs of a private run. Pass
+// another context than the run's, which may have ended: a suspend is how a run ends well. Call
+// Close afterwards.
 func (r *Runner) Suspend(ctx context.Context) error {
 	start := time.Now()
 	if err := r.life.Running(); err != nil {
@@ -285,7 +285,7 @@ func (r *Runner) Suspend(ctx context.Context) error {
 	return err
 }
 
-// release gives back what was set aside for the VM, which has ended.
+// release gives back the room that was set aside for the VM, which has ended.
 func (r *Runner) release() error {
 	if !r.reserved {
 		return nil
@@ -326,8 +326,8 @@ func (r *Runner) checkOutputs() error {
 	return nil
 }
 
-// keepPrivate turns the private copies into the outputs, the state last: without it nothing can be
-// resumed. After an error it can be tried again.
+// keepPrivate turns the private copies into the outputs, the state last, because nothing can be
+// resumed without it. After an error it can be tried again.
 func (r *Runner) keepPrivate() error {
 	if r.config.MemoryOutput == "" {
 		return nil
@@ -360,7 +360,7 @@ func (r *Runner) keep(name, target string) error {
 	return newfile.SyncDir(filepath.Dir(target))
 }
 
-// Close ends the VM, if it still runs, without saving it, and removes what the run needed on the
+// Close ends the VM without saving it, if it still runs, and removes what the run needed on the
 // host.
 func (r *Runner) Close() error {
 	r.life.Close()

@@ -1,5 +1,5 @@
-// Package s3 names places in an object storage that speaks the S3 protocol, and what can be wrong
-// with them.
+// Package s3 names places in an object storage that speaks the S3 protocol, and the errors of such
+// places.
 package s3
 
 import (
@@ -10,9 +10,9 @@ import (
 	"github.com/minio/minio-go/v7/pkg/s3utils"
 )
 
-// Place is where an instance is kept. Without keys and a file, the credentials are those of the
-// environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, or MINIO_…) or of the
-// files that the AWS and MinIO command lines use.
+// Place is where an instance is backed up. Without keys and a file, the credentials are those of
+// the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, or MINIO_…), or
+// those in the files of the AWS and MinIO command lines.
 type Place struct {
 	Endpoint    string // HOST or HOST:PORT
 	Secure      bool   // whether to use TLS
@@ -21,8 +21,8 @@ type Place struct {
 	AccessKey   string
 	SecretKey   string
 	Credentials string // file like that of the AWS command line, with keys or a credential_process, which runs as this user; see credentials.go
-	Concurrency int    // uploads at once; 0: 4. Each takes some 8 MiB
-	MaxSize     int64  // bytes that the devices of a backup may have in all; 0: see --max-size
+	Concurrency int    // uploads at once, up to 1000; 0: 4. Each takes some 8 MiB
+	MaxSize     int64  // most bytes of all devices of a backup together; 0: 128 times this host's memory
 }
 
 // String names the place without its keys.
@@ -34,12 +34,12 @@ func (p Place) String() string {
 	return name
 }
 
-// Check refuses what cannot be a place.
+// Check refuses a place with invalid fields, by their names.
 func (p Place) Check() error {
 	switch {
 	case p.Bucket == "":
 		return errors.New("s3bucket is missing; name a bucket that exists")
-	case s3utils.CheckValidBucketName(p.Bucket) != nil: // else the storage would be waited for
+	case s3utils.CheckValidBucketName(p.Bucket) != nil: // otherwise the storage would be waited for
 		return fmt.Errorf("s3bucket %q cannot be the name of a bucket: %w", p.Bucket, s3utils.CheckValidBucketName(p.Bucket))
 	case p.Endpoint == "":
 		return errors.New("s3endpoint is missing; name the storage's HOST:PORT, such as s3.amazonaws.com")
@@ -55,15 +55,16 @@ func (p Place) Check() error {
 	return nil
 }
 
-// ErrAway says that a storage does not answer, or answers that it cannot now. It may come back.
+// ErrAway says that a storage does not answer, or answers that it cannot serve now. It may come
+// back.
 var ErrAway = errors.New("the storage is away")
 
 // ErrNone says that nothing is kept at a place yet.
 var ErrNone = errors.New("nothing is kept there")
 
-// ErrUnfit says that a storage lacks what a backup rests on, whatever is tried.
+// ErrUnfit says that a storage lacks an ability that backups need, whatever is tried.
 var ErrUnfit = errors.New("the storage is not fit for backups")
 
-// ErrSuperseded says that somebody else has written to the place since: what this writer has is not
-// the latest any more.
+// ErrSuperseded says that somebody else has written to the place since. This writer's backup is no
+// longer the latest.
 var ErrSuperseded = errors.New("another instance has been written there meanwhile; give each instance a place of its own (s3prefix)")

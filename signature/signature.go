@@ -47,7 +47,7 @@ const (
 	maxSignatures = 16 // in an envelope
 )
 
-// Statement says what a package consists of.
+// Statement lists what a package contains.
 type Statement struct {
 	Version int      `json:"version"` // 1
 	Devices []Device `json:"devices"` // sorted by name
@@ -91,7 +91,7 @@ func (s *Statement) CheckNames(names []string) error {
 	return nil
 }
 
-// Check refuses a device that is not what was signed under its name.
+// Check refuses a device whose size or content is not what was signed under its name.
 func (s *Statement) Check(d Device) error {
 	i := slices.IndexFunc(s.Devices, func(signed Device) bool { return signed.Name == d.Name })
 	if i < 0 {
@@ -103,7 +103,7 @@ func (s *Statement) Check(d Device) error {
 	return nil
 }
 
-// envelope is DSSE's. Key ids are hints, and not looked at.
+// envelope is DSSE's. Key ids are hints, and are not used.
 type envelope struct {
 	PayloadType string              `json:"payloadType"`
 	Payload     []byte              `json:"payload"` // base64 in the JSON, as are the signatures
@@ -115,7 +115,7 @@ type envelopeSignature struct {
 	Signature []byte `json:"sig"`
 }
 
-// signed is what signatures are made of: DSSE's pre-authentication encoding.
+// signed returns the signed bytes: DSSE's pre-authentication encoding.
 func (e *envelope) signed() []byte {
 	return append(fmt.Appendf(nil, "DSSEv1 %d %s %d ", len(e.PayloadType), e.PayloadType, len(e.Payload)), e.Payload...)
 }
@@ -147,7 +147,7 @@ func Sign(s *Statement, key *PrivateKey) ([]byte, error) {
 	return b, nil
 }
 
-// verify returns the statement that one of keys has signed. Nothing of it is looked at before.
+// verify returns the statement that one of keys has signed. It uses nothing of the envelope before.
 func verify(b []byte, keys []crypto.PublicKey) (*Statement, error) {
 	e, err := decodeEnvelope(b)
 	if err != nil {
@@ -195,7 +195,7 @@ func decodeStatement(b []byte) (*Statement, error) {
 	return &s, nil
 }
 
-// decodeJSON decodes exactly one value, without fields that v does not have.
+// decodeJSON decodes exactly one value, and refuses fields that v does not have.
 func decodeJSON(b []byte, v any) error {
 	if len(b) > MaxSize {
 		return fmt.Errorf("it is longer than %d bytes", MaxSize)
@@ -212,7 +212,7 @@ func decodeJSON(b []byte, v any) error {
 }
 
 // Beside returns the signature of the package whose config device is the file at path config; nil
-// if it has none. Whether it fits is not checked.
+// if it has none. It does not check whether the signature fits.
 func Beside(config string) ([]byte, error) {
 	b, err := Read(filepath.Join(filepath.Dir(config), File))
 	if errors.Is(err, os.ErrNotExist) {
@@ -222,8 +222,8 @@ func Beside(config string) ([]byte, error) {
 }
 
 // Keep puts a signature, if there is one, beside the config device of its package, the file at path
-// config. One that is there already is only replaced if replace is set. What is no signature is
-// left alone, as only a [Verifier] refuses.
+// config. A signature that is there already is replaced only if replace is set. A file that is no
+// signature stays: only a [Verifier] refuses it.
 func Keep(envelope []byte, config string, replace bool) error {
 	path := filepath.Join(filepath.Dir(config), File)
 	if _, err := os.Lstat(path); envelope == nil || err == nil && !replace {
@@ -238,7 +238,8 @@ func Keep(envelope []byte, config string, replace bool) error {
 	return nil
 }
 
-// Read returns the signature in a regular file, which is no link. Whether it fits is not checked.
+// Read returns the signature in a regular file, not through a symbolic link. It does not check
+// whether the signature fits.
 func Read(path string) ([]byte, error) {
 	b, err := readFile(path, unix.O_NOFOLLOW)
 	if err == nil {

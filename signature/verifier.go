@@ -19,8 +19,8 @@ type Verifier struct {
 	file string
 }
 
-// NewVerifier reads public keys from files, at least one. The signature at path file is used in
-// place of the packages' own, unless it is "".
+// NewVerifier reads public keys from files, at least one. Unless file is "", the signature in it is
+// used instead of the packages' own.
 func NewVerifier(keyFiles []string, file string) (*Verifier, error) {
 	v := &Verifier{file: file}
 	for _, path := range keyFiles {
@@ -36,9 +36,9 @@ func NewVerifier(keyFiles []string, file string) (*Verifier, error) {
 	return v, nil
 }
 
-// Statement returns what was signed of the package that came with the signature carried, if not
-// nil, or has one beside its config device, the file at path config. Whoever uses the package
-// checks the names of its devices and the content of each against it.
+// Statement returns the signed statement of a package. The package came with the signature carried
+// or, if that is nil, may have one beside its config device, the file at path config. The caller
+// checks the names of the devices and the content of each against the statement.
 func (v *Verifier) Statement(carried []byte, config string) (_ *Statement, err error) {
 	envelope := carried
 	switch {
@@ -60,8 +60,8 @@ func (v *Verifier) Statement(carried []byte, config string) (_ *Statement, err e
 	return s, nil
 }
 
-// CheckFiles refuses a package in files, by the names of its devices, that is not the one of the
-// statement, and files that others can change.
+// CheckFiles refuses a package, given as files by the names of its devices, that does not match the
+// statement. It also refuses files that others can change.
 func (s *Statement) CheckFiles(ctx context.Context, files map[string]string, owner int) error {
 	var names []string
 	for name := range files {

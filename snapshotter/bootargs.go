@@ -11,9 +11,9 @@ import (
 	"drafter/vmm"
 )
 
-// guestArgs appends to args the guest's network configuration (ip=, see nfsroot.rst of Linux),
-// unless the user gave one, its ports, those of its service, and whether it keeps its own time. The
-// guest's address is the one that the interface in the namespace leaves it.
+// guestArgs appends the guest's settings to args: its network configuration (ip=, see nfsroot.rst
+// of Linux) unless the user gave one, its ports, the ports of its service, and whether it keeps its
+// own time. The guest's address is that behind the interface in the namespace.
 func guestArgs(args, netns, iface string, agentPort, livenessPort uint32, readyPorts string, keepClock bool) (string, error) {
 	words := strings.Fields(args)
 	has := func(key string) bool {

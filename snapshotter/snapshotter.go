@@ -32,7 +32,7 @@ import (
 // Device is one device of the package to make.
 type Device struct {
 	Name   string `json:"name"`
-	Input  string `json:"input"`  // path of the blueprint's file; empty for state, memory and config, which the snapshotter makes
+	Input  string `json:"input"`  // path of the blueprint's file; empty for state, memory and config, which the snapshotter makes itself
 	Output string `json:"output"` // path of the package's file
 }
 
@@ -42,19 +42,19 @@ type Config struct {
 	Spec    vmm.Spec
 	Devices []Device
 
-	// Timeout bounds how long the guest may take to boot and to be ready; 0: 1 min.
+	// Timeout bounds how long the guest may take to boot and to be ready, in all; 0: 1 min.
 	Timeout time.Duration
 
 	// ReadyPorts are the TCP ports that the guest's service opens before it is ready; "" for those
 	// that its image exposes. Ports are separated by commas.
 	ReadyPorts string
 
-	// Progress is called while devices are copied, with bytes. May be nil.
+	// Progress is called with bytes while devices are copied. May be nil.
 	Progress func(step string, done, total int64)
 }
 
-// BlueprintDevices derives the devices of a package to make, in directory pkg, from the directory
-// of a blueprint.
+// BlueprintDevices lists the devices of a package to make in directory pkg, from the directory of a
+// blueprint.
 func BlueprintDevices(blueprint, pkg string) ([]Device, error) {
 	var devices []Device
 	for _, name := range []string{vmm.Kernel, vmm.Initrd, vmm.Disk, "oci", vmm.State, vmm.Memory, vmm.Config} {
@@ -81,7 +81,7 @@ func BlueprintDevices(blueprint, pkg string) ([]Device, error) {
 	return devices, nil
 }
 
-// Result tells how long the parts took.
+// Result holds how long the parts took.
 type Result struct {
 	Boot    time.Duration // from the VMM's start to the agent's answer that the service is ready
 	Suspend time.Duration // from before-suspend to the package being durable
@@ -93,12 +93,12 @@ type Snapshotter struct {
 	config  Config
 	names   []string
 	initrd  string             // path; "" for none
-	section vmm.Section        // of the kernel device that it is
+	section vmm.Section        // whose initramfs it is in the kernel device
 	making  map[string]*making // by the directory of outputs
 	paths   instance.Paths     // of the outputs while they are partial
 }
 
-// New checks a config. Nothing is touched yet.
+// New checks a config. It touches nothing on the host.
 func New(c Config) (*Snapshotter, error) {
 	if err := c.Host.Complete(); err != nil {
 		return nil, err
@@ -184,7 +184,7 @@ func (s *Snapshotter) checkDevice(d Device, outputs map[string]string) error {
 	return nil
 }
 
-// findInitrd takes the initrd beside the kernel, where blueprints have it, unless the device is
+// findInitrd uses the initrd beside the kernel, where blueprints have it, unless the device is
 // given.
 func (s *Snapshotter) findInitrd() error {
 	for _, d := range s.config.Devices {
@@ -213,15 +213,15 @@ func (s *Snapshotter) findInitrd() error {
 	return err
 }
 
-// Run makes the package, once. Its files have their names only once it is complete. On failure, or when
-// ctx ends, nothing of it is left, and a package that was there before is untouched; only if a file
-// cannot get its name at the very end, that package has lost its state, so that nobody resumes a
-// mix of both.
+// Run makes the package, once. Its files get their names only once it is complete. On an error, or when
+// ctx ends, no file of it is left, and an older package is unchanged. One error is different: if a
+// file cannot get its name at the very end, the older package has lost its state, so that nobody
+// resumes a mix of both.
 func (s *Snapshotter) Run(ctx context.Context) (_ Result, err error) {
 	if err := s.life.Start(); err != nil {
 		return Result{}, fmt.Errorf("snapshot: %w", err)
 	}
-	// Files that a killed snapshotter has lent to its VM are taken back.
+	// Files that a killed snapshotter has lent to its VM are given back to their owners.
 	if err := vmm.ReclaimAll(s.config.Host.BaseDir); err != nil {
 		return Result{}, err
 	}
@@ -296,8 +296,7 @@ func (s *Snapshotter) output(name string) string {
 	return ""
 }
 
-// prepare makes the partial outputs: copies of the inputs, and empty files for what the VM will
-// fill.
+// prepare makes the partial outputs: copies of the inputs, and empty files that the VM will fill.
 func (s *Snapshotter) prepare(ctx context.Context) error {
 	for _, d := range s.config.Devices {
 		if d.Name == vmm.Initrd {
@@ -323,7 +322,7 @@ func (s *Snapshotter) prepare(ctx context.Context) error {
 	return nil
 }
 
-// making is where the files of a directory are until they are complete: in a directory in it.
+// making holds the unfinished files of one output directory, in a directory inside it.
 type making struct {
 	lock *os.File // keeps other snapshotters from the directory
 	dir  *scratch.Dir
@@ -380,8 +379,8 @@ func (s *Snapshotter) fill(ctx context.Context, d Device, partial *os.File) erro
 	}
 }
 
-// appendInitrd puts the initramfs behind the kernel, so that the VM can boot again wherever its
-// kernel is.
+// appendInitrd puts the initramfs behind the kernel, so that the VM can boot wherever its kernel
+// device is.
 func (s *Snapshotter) appendInitrd(kernel *os.File) (err error) {
 	end, err := kernel.Seek(0, io.SeekEnd)
 	if err != nil {
@@ -403,14 +402,14 @@ func (s *Snapshotter) appendInitrd(kernel *os.File) (err error) {
 }
 
 // bootArgs adds to the user's kernel arguments what the guest cannot know: its address, and ports
-// that are not the default.
+// other than the default.
 func (s *Snapshotter) bootArgs() (string, error) {
 	spec := s.config.Spec
 	return guestArgs(spec.BootArgs, s.config.Host.Netns, spec.Interface, spec.AgentPort, spec.LivenessPort, s.config.ReadyPorts, s.config.Host.KeepClock)
 }
 
-// publish writes the config and gives every file its name. The state comes last: before it is
-// there, or when it is another package's, nothing can be resumed.
+// publish writes the config and gives every file its name. The state comes last: without it, or
+// with another package's, nothing can be resumed.
 func (s *Snapshotter) publish(config *vmm.PackageConfig) error {
 	b, err := config.Encode()
 	if err != nil {

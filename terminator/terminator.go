@@ -1,5 +1,5 @@
-// Package terminator receives a VM from a peer and writes it to plain files: a package that runs
-// again, or only some of its devices; or to an object storage. The VM ends with that, or, for a
+// Package terminator receives a VM from a peer and writes it to plain files (a package that can be
+// run, or only some of its devices), or to an object storage. The VM ends with that or, for a
 // checkpoint, goes on at its peer.
 package terminator
 
@@ -31,18 +31,18 @@ type Device struct {
 	Output string `json:"output"`
 }
 
-// Config says what to write. With several devices in one directory, that directory is replaced at
-// once when all of them are complete.
+// Config says what to write. With several devices in one directory, the content of that directory
+// is replaced at once when all of them are complete.
 type Config struct {
 	Devices []Device // of the VM's; others are not transferred
-	Dir     string   // instead of Devices: all that come, under the names that a package's files have
-	Place   s3.Place // instead of both: all that come, to an object storage, over what is there
+	Dir     string   // instead of Devices: writes all devices, under the usual names of a package's files
+	Place   s3.Place // instead of both: writes all devices to an object storage, and replaces the backup there
 	Copy    bool     // the VM goes on at its peer
-	Force   bool     // the VM is taken even if its guest does not get ready: what it has not flushed is as after a power cut
+	Force   bool     // take the VM even if its guest does not get ready to be paused; data that the guest has not flushed is as after a power cut
 	Limits  migrate.Limits
 
-	// Called by the migration, which waits for them; may be nil. OnPhase is called at every change
-	// of phase, OnProgress at most ten times a second and at the end.
+	// Called by the migration, which waits for them. They may be nil. OnPhase is called at every
+	// change of phase, OnProgress at most ten times a second and at the end.
 	OnPhase    func(migrate.Phase)
 	OnProgress func(migrate.Stats)
 }
@@ -53,7 +53,7 @@ type Terminator struct {
 	paths  map[string]string
 }
 
-// New checks a config. Nothing is touched yet.
+// New checks a config. It touches nothing on the host.
 func New(c Config) (*Terminator, error) {
 	t := &Terminator{config: c, paths: map[string]string{}}
 	ways := 0
@@ -82,9 +82,9 @@ func New(c Config) (*Terminator, error) {
 }
 
 // Run takes the VM from the peer that dial connects with. When it returns nil the files are
-// complete, durable and under their names; on an error they are as before, and the VM runs at its
-// peer or, when it had been handed over, can be settled to (see 'drafter peer settle'). Ending ctx
-// gives up, but not once the VM has been handed over.
+// complete, durable and under their names. On an error they are as before. The VM then runs at its
+// peer; if it had been handed over, an operator can settle that it does (see 'drafter peer
+// settle'). The end of ctx gives up, but not once the VM has been handed over.
 func (t *Terminator) Run(ctx context.Context, dial migrate.Dial) (stats migrate.Stats, err error) {
 	s := &store{t: t, begun: time.Now()}
 	if t.config.Place != (s3.Place{}) {
@@ -127,7 +127,7 @@ func openWriter(ctx context.Context, place s3.Place) (*backup.Writer, error) {
 type store struct {
 	t         *Terminator
 	begun     time.Time
-	writer    *backup.Writer // nil unless it goes to an object storage, from files without names
+	writer    *backup.Writer // nil unless the VM goes to an object storage, from unnamed files
 	files     *fileset.Set   // nil unless it goes to files
 	devices   map[string]*block.File
 	id        string
@@ -189,12 +189,12 @@ func (s *store) create(d wire.Device) (*block.File, error) {
 // Start implements [migration.TargetVM].
 func (s *store) Start(context.Context) error { return nil }
 
-// Expect implements [migration.TargetVM]. Until the copy has its name, nothing says that the VM is
-// here.
+// Expect implements [migration.TargetVM]. Until the copy has its name, nothing here says that the
+// VM is here.
 func (s *store) Expect(context.Context, uuid.UUID) error { return nil }
 
-// Restore implements [migration.TargetVM]. A state that is damaged is refused while the VM can
-// still go on at its peer.
+// Restore implements [migration.TargetVM]. A damaged state is refused while the VM can still go on
+// at its peer.
 func (s *store) Restore(_ context.Context, migration uuid.UUID) error {
 	if d := s.devices[vmm.State]; d != nil {
 		if _, err := vmm.ReadMigratedState(d, s.id, migration); err != nil {

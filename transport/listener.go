@@ -16,7 +16,8 @@ import (
 // handshakeTimeout bounds how long a peer may take to show its certificate.
 const handshakeTimeout = 5 * time.Second
 
-// Listener accepts connections of those who are trusted. Others do not hold them up.
+// Listener accepts connections of peers that are trusted. Others do not delay them. Its methods are
+// safe for concurrent use.
 type Listener struct {
 	inner net.Listener
 	trust *Trust
@@ -39,7 +40,7 @@ func newListener(inner net.Listener, t *Trust) *Listener {
 // Addr is where it listens.
 func (l *Listener) Addr() net.Addr { return l.inner.Addr() }
 
-// Close ends it, and every connection that was not returned by Accept. It is idempotent.
+// Close ends the listener, and every connection that Accept has not returned. It is idempotent.
 func (l *Listener) Close() error {
 	l.cancel()
 	err := l.inner.Close()
@@ -50,8 +51,8 @@ func (l *Listener) Close() error {
 	return err
 }
 
-// Accept returns the next connection whose peer is trusted, or an error once ctx has ended, which
-// closes the listener: nobody is kept waiting for an answer.
+// Accept returns the next connection whose peer is trusted, or an error once ctx has ended. The end
+// of ctx closes the listener, so nobody waits for an answer.
 func (l *Listener) Accept(ctx context.Context) (io.ReadWriteCloser, error) {
 	l.start.Do(func() { l.wg.Go(l.run) })
 	select {
@@ -100,8 +101,8 @@ var errSlow = fmt.Errorf("no handshake within %s", handshakeTimeout)
 
 var errCrowded = errors.New("too many connections wait, and this one has waited longest")
 
-// Bound returns a listener of l's connections, for servers that keep them: one more than most ends
-// the oldest of the host that has most.
+// Bound returns a listener of l's connections with at most most of them open. For servers that keep
+// connections: one more ends the oldest of the host that has most.
 func Bound(l net.Listener, most int) net.Listener {
 	return &bounded{Listener: l, waiting: Waiting{Most: most}}
 }
@@ -130,7 +131,7 @@ func (p *placed) Close() error {
 	return p.Conn.Close()
 }
 
-// admit hands a connection to Accept, once it is known whose it is.
+// admit passes a connection to Accept, once its peer is known and trusted.
 func (l *Listener) admit(ctx context.Context, conn net.Conn) error {
 	switch {
 	case l.trust.TLS != nil:

@@ -35,15 +35,15 @@ const (
 	diagInode       = 4 + diagIDSize + 16
 )
 
-// owner is what the kernel knows of a TCP socket of this network namespace.
+// owner is the kernel's record of a TCP socket of this network namespace.
 type owner struct {
 	state uint8
 	user  uint32
 	inode uint32 // 0: no process has it
 }
 
-// socketOwner finds the socket at local whose peer is remote: exactly that one, by the kernel's own
-// table (sock_diag(7)). A zero remote finds one that listens.
+// socketOwner finds the socket at local whose peer is remote, in the kernel's table (sock_diag(7)).
+// A zero remote finds one that listens.
 func socketOwner(local, remote netip.AddrPort) (o owner, err error) {
 	request := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, 0)
 	request.AddData(diagRequest{local, remote})
@@ -90,12 +90,13 @@ func (r diagRequest) Serialize() []byte {
 	return binary.NativeEndian.AppendUint64(b, diagNoCookie)
 }
 
-// errNotAccepted says that no process has the other end of a connection: it was not accepted yet.
+// errNotAccepted says that no process has the other end of a connection, because it was not
+// accepted yet.
 var errNotAccepted = errors.New("no process has its other end")
 
-// checkPeer refuses a connection whose other end is not root's or our own user's. What the kernel
-// cannot tell is refused: the peer may be gone already, in another network namespace, or behind a
-// translation of addresses.
+// checkPeer refuses a connection whose other end does not belong to root or to the process' user.
+// What the kernel cannot tell is refused: the peer may be closed already, in another network
+// namespace, or behind address translation.
 func checkPeer(conn net.Conn) error {
 	user, err := peerUser(conn)
 	if err != nil {
@@ -126,12 +127,12 @@ func peerUser(conn net.Conn) (uint32, error) {
 	switch {
 	case err != nil:
 		return 0, fmt.Errorf("the kernel does not know who connects: %w", err)
-	case o.state != tcpEstablished: // the kernel calls what nobody has any more root's
+	case o.state != tcpEstablished: // the kernel gives root's id to sockets without a process
 		return 0, errors.New("its peer has closed it")
 	case o.inode == 0:
 		return 0, errNotAccepted
 	}
-	// If this end is still connected, nobody else has had the other one's address meanwhile.
+	// If this end is still connected, nobody else has had the other end's address meanwhile.
 	var info *unix.TCPInfo
 	if err := withDescriptor(conn, func(fd int) (err error) {
 		info, err = unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)

@@ -14,8 +14,8 @@ import (
 )
 
 // Certificates are PEM files for TLS 1.3 with both sides authenticated. They are read anew for each
-// connection, so that what is renewed counts from then on. While they cannot be read, as between
-// two writes, what was read last counts.
+// connection, so renewed ones count from then on. While they cannot be read, as between two writes,
+// the last ones count.
 type Certificates struct {
 	cert, key, ca string
 
@@ -64,8 +64,8 @@ func (c *Certificates) config() *tls.Config {
 	return c.last
 }
 
-// unauthorized gives the error of a handshake its kind, if a certificate is the reason. A nil error
-// stays nil.
+// unauthorized makes the error of a handshake an [ErrUnauthorized], if a certificate is the reason.
+// A nil error stays nil.
 func unauthorized(err error) error {
 	var verification *tls.CertificateVerificationError
 	var alert *net.OpError

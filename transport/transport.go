@@ -1,6 +1,6 @@
-// Package transport connects peers, and decides who may: with TLS, whoever has a certificate;
-// without it, root and our own user, on this host, whom the kernel names; anybody only where that
-// was asked for.
+// Package transport connects peers, and decides which peers are trusted. With TLS: those with a
+// certificate. Without TLS: root and the process' own user on this host, as the kernel names them.
+// Everybody only if that was asked for.
 package transport
 
 import (
@@ -21,18 +21,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Trust says whom to connect with. The zero value trusts root and our own user on this host, over
-// loopback and UNIX sockets. It is safe for concurrent use.
+// Trust says which peers are trusted. The zero value trusts root and the process' own user on this
+// host, over loopback and UNIX sockets. It is safe for concurrent use.
 type Trust struct {
-	TLS     *Certificates // if not nil, certificates decide, and only they; see [LoadTLS]
-	Anybody bool          // without TLS: whoever connects, or answers, on this host or another
+	TLS     *Certificates // if not nil, certificates alone decide; see [LoadTLS]
+	Anybody bool          // without TLS: trust whoever connects or answers, on this host or another
 }
 
-// ErrUnauthorized says that somebody is at the other end of a connection who may not be: another
-// user of this host, or one without a certificate of the authorities.
+// ErrUnauthorized says that the other end of a connection is not trusted: another user of this
+// host, or a peer without a certificate of the authorities.
 var ErrUnauthorized = kind.ErrUnauthorized
 
-// ErrBeyond says that an address needs TLS, or trust in everybody.
+// ErrBeyond says that an address beyond this host needs TLS, or trust in everybody.
 var ErrBeyond = errors.New("other hosts can reach it, or answer there; " +
 	"use TLS on both sides, or trust everybody who can")
 
@@ -44,9 +44,9 @@ func split(addr string) (network, address string) {
 	return "tcp", addr
 }
 
-// Listen listens at HOST:PORT or unix:PATH. Without TLS and without trust in everybody, an address
-// that is not of this host alone is refused with [ErrBeyond]. The socket at a path has mode 0600;
-// one that a killed process has left there is replaced.
+// Listen listens at HOST:PORT or unix:PATH. Without TLS and without trust in everybody, it refuses
+// addresses beyond this host with [ErrBeyond]. The socket at a path has mode 0600, and replaces one
+// that a killed process has left there.
 func (t *Trust) Listen(ctx context.Context, addr string) (*Listener, error) {
 	network, address := split(addr)
 	config := net.ListenConfig{}
@@ -71,7 +71,7 @@ func (t *Trust) Listen(ctx context.Context, addr string) (*Listener, error) {
 		return nil, err
 	}
 	if at, ok := l.Addr().(*net.TCPAddr); ok && t.local() {
-		// If the kernel cannot tell whose sockets connect, nobody would ever be let in.
+		// If the kernel cannot tell whose sockets connect, nobody could ever connect.
 		if _, err := socketOwner(at.AddrPort(), netip.AddrPort{}); err != nil {
 			const text = "ask the kernel whose this socket is: %w; use a UNIX socket, or TLS"
 			return nil, errors.Join(fmt.Errorf(text, err), l.Close())
@@ -80,11 +80,11 @@ func (t *Trust) Listen(ctx context.Context, addr string) (*Listener, error) {
 	return newListener(l, t), nil
 }
 
-// local tells whether the kernel has to say who is at the other end.
+// local tells whether the kernel has to identify the peer.
 func (t *Trust) local() bool { return t.TLS == nil && !t.Anybody }
 
-// private lets a UNIX socket come into being with mode 0600 at most: bind(2) takes the mode of the
-// socket's own inode.
+// private creates a UNIX socket with mode 0600 at most: bind(2) takes the mode of the socket's own
+// inode.
 func private(_, _ string, raw syscall.RawConn) error {
 	var err error
 	if cerr := raw.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }); cerr != nil {
@@ -93,8 +93,8 @@ func private(_, _ string, raw syscall.RawConn) error {
 	return err
 }
 
-// removeDeadSocket removes a socket at which nobody listens any more: that of a killed process. One
-// that another user has made, or that others may use, is not ours.
+// removeDeadSocket removes a socket at which nobody listens, left by a killed process. A socket
+// that another user has made, or that others may use, is not ours and stays.
 func removeDeadSocket(ctx context.Context, path string) error {
 	c, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
 	if err == nil {
@@ -142,9 +142,9 @@ func resolve(ctx context.Context, address string) (addrs []netip.AddrPort, err e
 	return addrs, nil
 }
 
-// Dialer returns what connects with HOST:PORT or unix:PATH. Each connection is authenticated as
-// those of [Trust.Listen] are, the other way round: who listens at an address of this host is root
-// or our own user.
+// Dialer returns a function that connects with HOST:PORT or unix:PATH. Each connection is
+// authenticated like those of [Trust.Listen]: whoever listens at an address of this host must be
+// root or the process' own user.
 func (t *Trust) Dialer(addr string) (func(context.Context) (io.ReadWriteCloser, error), error) {
 	network, address := split(addr)
 	host := "localhost"
@@ -191,7 +191,7 @@ func (t *Trust) Dialer(addr string) (func(context.Context) (io.ReadWriteCloser, 
 	}, nil
 }
 
-// dialOwn connects with a process of root's or of our own user's.
+// dialOwn connects with a process of root or of the process' own user.
 func dialOwn(ctx context.Context, network, address string) (io.ReadWriteCloser, error) {
 	conn, err := (&net.Dialer{}).DialContext(ctx, network, address)
 	if err != nil {
@@ -203,7 +203,7 @@ func dialOwn(ctx context.Context, network, address string) (io.ReadWriteCloser, 
 	return conn, nil
 }
 
-// checkAnswers is checkPeer for a connection that was made from here: the other end has no owner
+// checkAnswers is checkPeer for a connection that this process made: its other end has no owner
 // until somebody has accepted it.
 func checkAnswers(ctx context.Context, conn net.Conn) error {
 	for wait := 100 * time.Microsecond; ; wait = min(2*wait, 20*time.Millisecond) {

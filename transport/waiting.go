@@ -7,9 +7,9 @@ import (
 	"sync"
 )
 
-// Host says whose a connection is, for limits: an IPv4 address, the network of 64 bits of an IPv6
-// one, which one host has to itself, or nothing for a stream within this host, which has millions
-// of loopback addresses.
+// Host identifies the host of a connection, for limits: an IPv4 address, or the 64-bit network of
+// an IPv6 address, which one host has for itself. It is empty for a connection within this host,
+// which has millions of loopback addresses.
 func Host(stream any) string {
 	c, ok := stream.(interface{ RemoteAddr() net.Addr })
 	if !ok {
@@ -41,9 +41,9 @@ func Peer(stream any) string {
 	return c.LocalAddr().String() // clients of UNIX sockets have no name
 }
 
-// Waiting bounds the connections whose peers have not proved yet that they are worth a place.
-// Nobody can keep others out: when there are too many, one more ends the one that has waited
-// longest, of the host that has most. The zero value is ready. It is safe for concurrent use.
+// Waiting bounds the connections whose peers have not yet proved who they are or what they want.
+// Nobody can keep others out: with too many, one more ends the one that has waited longest, of the
+// host that has most. The zero value is ready. It is safe for concurrent use.
 type Waiting struct {
 	Most int // 256 if 0
 
@@ -53,15 +53,15 @@ type Waiting struct {
 
 const mostWaiting = 256
 
-// Place is that of one connection. Leave it.
+// Place is the place of one connection. Leave it when it is no longer needed.
 type Place struct {
 	of    *Waiting
 	host  string
 	evict func()
 }
 
-// Enter gives a connection of a host a place. If that is needed for another one, evict is called,
-// once, and must not block.
+// Enter gives a connection of a host a place. If the place is needed for another connection, evict
+// is called, once. It must not block.
 func (w *Waiting) Enter(host string, evict func()) *Place {
 	p := &Place{w, host, evict}
 	w.mu.Lock()
@@ -82,7 +82,7 @@ func (w *Waiting) Enter(host string, evict func()) *Place {
 	return p
 }
 
-// crowded is the oldest of the host that has most. mu is held.
+// crowded returns the oldest place of the host that has most. mu is held.
 func (w *Waiting) crowded() *Place {
 	count := map[string]int{}
 	for _, p := range w.all {
@@ -110,8 +110,8 @@ func (p *Place) Leave() {
 	p.of.remove(p)
 }
 
-// Shares divides a number of places between hosts, such that there is always one for a host that
-// has none, but for very many hosts. It is safe for concurrent use.
+// Shares divides a number of places between hosts. A host that has none gets one, unless there are
+// very many hosts. It is safe for concurrent use.
 type Shares struct {
 	mu    sync.Mutex
 	free  int
@@ -121,11 +121,11 @@ type Shares struct {
 // NewShares returns so many places.
 func NewShares(places int) *Shares { return &Shares{free: places, taken: map[string]int{}} }
 
-// atLeast is how many places a host gets as long as there are any: a peer has two connections.
+// atLeast is how many places a host gets while any are free: a peer has two connections.
 const atLeast = 2
 
-// Take takes a place for a host, which has to be given back, or returns false: a host has no more
-// places than are free for others, or two.
+// Take takes a place for a host; give it back with Return. It returns false if no place is free, or
+// if the host has two places already and no fewer than are free for others.
 func (s *Shares) Take(host string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -137,7 +137,7 @@ func (s *Shares) Take(host string) bool {
 	return true
 }
 
-// Return gives a place of a host's back.
+// Return gives back a place of a host.
 func (s *Shares) Return(host string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

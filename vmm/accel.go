@@ -5,9 +5,9 @@ import (
 	"os"
 )
 
-// Accelerator resolves a requested accelerator for this host and says why it chose. KVM as provided
-// by PVM (module kvm_pvm) only runs PVM-aware guest kernels, a stock kernel spins in it for ever;
-// so "auto" takes emulation there and KVM must be asked for.
+// Accelerator resolves a requested accelerator for this host, and says why it chose. PVM's KVM
+// (module kvm_pvm) runs PVM-aware guest kernels only: a stock kernel spins in it for ever. So
+// "auto" takes emulation there, and KVM must be asked for.
 func Accelerator(requested string) (accel, why string, err error) {
 	return accelerator(requested, "/dev/kvm", "/sys/module/kvm_pvm")
 }

@@ -8,9 +8,9 @@ import (
 	"github.com/google/uuid"
 )
 
-// What a package's config says comes from whoever made the package, or from a migration's source.
-// Every field has the form below before it reaches a command line, a path, an API or a log; a
-// driver checks further what only it knows, as machine types and CPU models.
+// The fields of a package's config come from whoever made the package, or from a migration's
+// source. Every field has the form below before it reaches a command line, a path, an API or a log.
+// Drivers also check what only they know, such as machine types and CPU models.
 var (
 	vmmForm       = regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}$`)
 	versionForm   = regexp.MustCompile(`^[0-9]+(\.[0-9]+){0,3}$`)
@@ -20,15 +20,15 @@ var (
 	argsForm      = regexp.MustCompile(`^[ -~]*$`)
 )
 
-// maxArgs is how many bytes of a command line Linux takes on x86, without the zero at its end
+// maxArgs is how many bytes of a command line Linux takes on x86, without the terminating zero
 // (COMMAND_LINE_SIZE).
 const maxArgs = 2047
 
 // maxDevices is more than any machine has room for.
 const maxDevices = 64
 
-// check refuses hardware whose fields do not have the form of such.
-func (h *Hardware) check() error {
+// checkFields refuses fields that do not have their form.
+func (h *Hardware) checkFields() error {
 	for _, f := range []struct {
 		name, value string
 		form        *regexp.Regexp
@@ -50,8 +50,7 @@ func checkForm(field, value string, form *regexp.Regexp) error {
 	return nil
 }
 
-// CheckNetwork refuses names of interfaces and MAC addresses that could not be such. Both may be
-// empty.
+// CheckNetwork refuses invalid names of interfaces and invalid MAC addresses. Both may be empty.
 func CheckNetwork(iface, mac string) error {
 	if iface != "" {
 		if err := checkForm("interface", iface, interfaceForm); err != nil {
@@ -76,12 +75,12 @@ func CheckBootArgs(args string) error {
 	return checkForm("bootArgs", args, argsForm)
 }
 
-// checkFields refuses a config with fields that could not be what they are called.
+// checkFields refuses a config with invalid fields.
 func (c *PackageConfig) checkFields() error {
 	if id, err := uuid.Parse(c.ID); err != nil || id.String() != c.ID {
 		return fmt.Errorf("id %.64q is no UUID", c.ID)
 	}
-	if err := c.Hardware.check(); err != nil {
+	if err := c.Hardware.checkFields(); err != nil {
 		return err
 	}
 	if err := CheckNetwork(c.Interface, c.MAC); err != nil {

@@ -21,8 +21,8 @@ const PackageVersion = 1
 // maxConfig bounds what is read of a config device, in bytes.
 const maxConfig = 1 << 20
 
-// PackageConfig is the content of the config device: all that a resume needs to know beside the
-// devices themselves, as JSON.
+// PackageConfig is the content of the config device, as JSON: all that a resume needs beside the
+// other devices.
 type PackageConfig struct {
 	Version int       `json:"version"` // PackageVersion
 	ID      string    `json:"id"`      // UUID of the package; the state device holds the same
@@ -39,9 +39,9 @@ type PackageConfig struct {
 	AgentPort    uint32 `json:"agentPort"`
 	LivenessPort uint32 `json:"livenessPort"`
 
-	// Initrd is where in the kernel device the initramfs is, behind the kernel. With a size of 0
-	// the VM boots without one. nil in packages that were made before packages kept it: they can be
-	// resumed only.
+	// Initrd is the place of the initramfs in the kernel device, behind the kernel. With a size of
+	// 0 the VM boots without one. nil in packages of older releases, which did not keep it: these
+	// can be resumed only.
 	Initrd *Section `json:"initrd,omitempty"`
 
 	// Devices lists the package's devices in the order they were given, config excepted. Disks keep
@@ -80,7 +80,7 @@ func (c *PackageConfig) Disks() []string {
 	return DiskOrder(names)
 }
 
-// DiskOrder returns those of names that are disks, in the order in which a guest sees them.
+// DiskOrder returns the disks among names, in the order in which a guest sees them.
 func DiskOrder(names []string) []string {
 	var disks []string
 	for _, n := range names {
@@ -194,7 +194,7 @@ func (c *PackageConfig) validate() error {
 	return nil
 }
 
-// PackageFile is the usual name of a device's file in the directory of a package.
+// PackageFile is the usual name of a device's file in a package's directory.
 func PackageFile(device string) string {
 	switch device {
 	case Kernel:
@@ -211,8 +211,8 @@ func PackageFile(device string) string {
 	return device + ".ext4"
 }
 
-// PackageFiles returns the names of the devices of the package in dir, and the name of each one's
-// file there.
+// PackageFiles returns the names of the devices of the package in dir, and each one's file name
+// there.
 func PackageFiles(dir string) (names []string, files map[string]string, err error) {
 	config, err := ReadPackageConfig(filepath.Join(dir, PackageFile(Config)))
 	if err != nil {
@@ -250,8 +250,8 @@ func findPackageFile(dir, name string) (string, error) {
 	return "", fmt.Errorf("package %s has no file %s for device %s; name its file with --device name=%s,base=…", dir, filepath.Join(dir, candidates[0]), name, name)
 }
 
-// CheckDeviceName refuses names that could not be a file's: a device's name is 1 to 64 letters,
-// digits, '-', '_' or '.', not starting with a dot.
+// CheckDeviceName refuses names that no file could have. A device's name has 1 to 64 letters,
+// digits, '-', '_' or '.', and does not start with a dot.
 func CheckDeviceName(name string) error {
 	ok := len(name) >= 1 && len(name) <= 64 && name[0] != '.'
 	for _, r := range name {

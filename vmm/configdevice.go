@@ -11,8 +11,8 @@ type ConfigDevice interface {
 	Size() int64 // bytes
 }
 
-// ReadConfigDevice reads the config device d, for [DecodePackageConfig]. Of a device that is too
-// large for a config no more is read than shows that.
+// ReadConfigDevice reads the config device d, for [DecodePackageConfig]. If d is too large for a
+// config, it reads no more than shows that.
 func ReadConfigDevice(d ConfigDevice) ([]byte, error) {
 	b := make([]byte, min(d.Size(), maxConfig+1))
 	if _, err := d.ReadAt(b, 0); err != nil {

@@ -21,11 +21,11 @@ import (
 	"drafter/internal/process"
 )
 
-// Dir is the directory a VM lives in: <base>/<driver>/<id>/, for the owner alone, with the VMM's
-// sockets in root/. The id is random. Two files say that the directory is ours, and nothing else
-// does: its mark, and its record, <base>/.drafter/<driver>.<id>.lock, whose lock the owner holds. A
-// directory with both, whose lock is free, is an orphan: [ReclaimAll] removes it together with the
-// VMM that may still run in it.
+// Dir is the directory of a VM: <base>/<driver>/<id>/, for the owner alone, with the VMM's sockets
+// in root/. The id is random. Two files together say that the directory is ours: its mark, and its
+// record, <base>/.drafter/<driver>.<id>.lock, whose lock the owner holds. A directory with both
+// whose lock is free is an orphan: [ReclaimAll] removes it and ends the VMM that may still run in
+// it.
 type Dir struct {
 	ID   string
 	path string
@@ -70,8 +70,8 @@ func CreateDir(base, driver string) (_ *Dir, err error) {
 		if n := len(d.Socket("vsock.sock_4294967295")); n > 107 {
 			return nil, fmt.Errorf("VM directory %s is too long for UNIX sockets by %d bytes; pass a shorter --chroot-base-dir", parent, n-107)
 		}
-		// The record comes first, so that whatever is made is found again. Who looks for orphans
-		// may have it for a moment.
+		// The record comes first, so that whatever is made later is found again. A process that
+		// looks for orphans may hold its lock for a moment.
 		var held *lockfile.HeldError
 		if d.lock, err = lockfile.Try(filepath.Join(records, driver+"."+d.ID+recordSuffix)); err != nil && !errors.As(err, &held) {
 			return nil, fmt.Errorf("record VM directory: %w", err)
@@ -86,7 +86,7 @@ func CreateDir(base, driver string) (_ *Dir, err error) {
 	return d, nil
 }
 
-// fill makes what is in a new directory, its mark first.
+// fill makes the content of a new directory, its mark first.
 func (d *Dir) fill() error {
 	dir, err := os.Open(d.path)
 	if err != nil {
@@ -107,7 +107,7 @@ func (d *Dir) fill() error {
 	return errors.Join(m.Write(f), f.Close(), private.MkdirAll(d.Root()))
 }
 
-// CheckBaseDir refuses a --chroot-base-dir that cannot be meant.
+// CheckBaseDir refuses a --chroot-base-dir that is empty or "/".
 func CheckBaseDir(base string) error {
 	if base == "" {
 		return errors.New("--chroot-base-dir is empty; name a directory for VMs, such as out/vms")
@@ -122,8 +122,8 @@ func CheckBaseDir(base string) error {
 	return nil
 }
 
-// checkPlace refuses a directory in which others could make one of a VM: what is noted there says
-// which processes a clean-up ends.
+// checkPlace refuses a base directory in which other users could make a VM's directory: the notes
+// there say which processes a clean-up ends.
 func checkPlace(dir string) error {
 	if err := private.CheckDir(dir); err != nil {
 		return fmt.Errorf("--chroot-base-dir: %w", err)
@@ -134,17 +134,17 @@ func checkPlace(dir string) error {
 // Path is the directory itself.
 func (d *Dir) Path() string { return d.path }
 
-// Root is where the VMM's sockets and files are.
+// Root is the directory of the VMM's sockets and files.
 func (d *Dir) Root() string { return filepath.Join(d.path, "root") }
 
-// Devices is where the VM's devices may be exposed. Whoever mounts something there unmounts it
-// before Close; of a killed owner's, [ReclaimAll] aborts it.
+// Devices is the directory for the VM's exposed devices. Whoever mounts something there unmounts it
+// before Close. [ReclaimAll] aborts the mounts of a killed owner.
 func (d *Dir) Devices() string { return filepath.Join(d.path, "devices") }
 
 // Socket is the path of the socket called name.
 func (d *Dir) Socket(name string) string { return filepath.Join(d.Root(), name) }
 
-// Process names a VMM's process beyond the reuse of its id.
+// Process identifies a VMM's process even after its id was used again.
 type Process struct {
 	PID        int
 	StartTime  string   // in clock ticks since boot, from /proc/PID/stat
@@ -152,7 +152,7 @@ type Process struct {
 	Cgroups    []string // directories of its own
 }
 
-// Record notes the VMM's process, so that a later run can end it should this process be killed.
+// Record notes the VMM's process, so that a later run can end it if this process is killed.
 func (d *Dir) Record(p Process) error {
 	b, err := json.Marshal(process.Identity(p))
 	if err != nil {
@@ -181,7 +181,7 @@ func (d *Dir) Close() error {
 	return d.lock.Release()
 }
 
-// removeDir removes a directory that is ours, or empty. One that is not there is no error.
+// removeDir removes a directory that is ours, or empty. A missing directory is no error.
 func removeDir(path string) error {
 	dir, err := os.Open(path)
 	if errors.Is(err, os.ErrNotExist) {
@@ -200,8 +200,8 @@ func removeDir(path string) error {
 const recordSuffix = ".lock"
 
 // ReclaimAll removes every VM directory below base whose owner was killed, ending its VMM first, in
-// the order of their names: a peer's devices are taken away before the VMM that waits for them. It
-// goes by the records, so what else is below base is not even looked at.
+// the order of their names: a peer's devices are removed before the VMM that waits for them. It
+// reads only the records, so nothing else below base is looked at.
 func ReclaimAll(base string) error {
 	if err := CheckBaseDir(base); err != nil {
 		return err
@@ -304,8 +304,8 @@ func marked(path, id string) (bool, error) {
 // vmID is the name of a VM's directory.
 var vmID = regexp.MustCompile("^[0-9a-f]{16}$")
 
-// sayUnmarked names directories that a release without marks may have left. Nothing proves that
-// they are ours, so they stay.
+// sayUnmarked names directories that a release without marks may have left. They stay, because
+// nothing proves that they are ours.
 func sayUnmarked(base string) {
 	for _, driver := range []string{VMMQEMU, VMMFirecracker, "peer", "mounter"} {
 		entries, err := os.ReadDir(filepath.Join(base, driver))
@@ -329,12 +329,11 @@ func sayUnmarked(base string) {
 	}
 }
 
-// dyingPatience bounds how long a killed owner may take to end once nothing holds it up any more.
+// dyingPatience bounds how long a killed owner may take to end once nothing delays it.
 const dyingPatience = 10 * time.Second
 
-// lockDead takes the lock of a directory whose owner is gone. An owner that was killed while it
-// waited for its own devices waits for ever, and holds the lock: it ends when their connection is
-// aborted.
+// lockDead takes the lock of a directory whose owner was killed. If the owner was killed while it
+// waited for its own devices, it holds the lock and waits until their connection is aborted.
 func lockDead(record, dir string) (*lockfile.Lock, error) {
 	for deadline := time.Now().Add(dyingPatience); ; time.Sleep(10 * time.Millisecond) {
 		lock, err := lockfile.Try(record)
@@ -355,7 +354,7 @@ func reclaim(dir, id string) error {
 		return err
 	}
 	b, err := os.ReadFile(filepath.Join(dir, dirProcess))
-	if err == nil && len(b) > 0 { // empty after a power cut, which ended the process, too
+	if err == nil && len(b) > 0 { // empty after a power cut, which also ended the process
 		var p process.Identity
 		if err := json.Unmarshal(b, &p); err != nil {
 			return fmt.Errorf("%s: %w", dirProcess, err)

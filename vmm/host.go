@@ -11,7 +11,7 @@ import (
 	"drafter/internal/block"
 )
 
-// Host says where and as whom a VM runs, whichever VM it is.
+// Host says where, and as which user, a VM runs.
 type Host struct {
 	Drivers Drivers // at least one
 	VMM     string  // VMMAuto, "" for the same, or a driver's name
@@ -24,19 +24,19 @@ type Host struct {
 	NUMANode      int
 	CgroupVersion int    // 1 or 2; 0: 2
 	Limits        Limits // of the VMM
-	FillMemory    bool   // whether to bring all of a resumed VM's memory into it behind it, where the driver serves memory
-	HugePages     bool   // whether a VM's memory consists of pages of 2 MiB
-	MaxMemory     int64  // bytes that a VM's memory may have; 0: as much as the host has
-	KeepClock     bool   // whether the guest keeps its own time, so that its clock is not set after a resume
-	Boot          bool   // whether a VM that is started here boots from its disks, also if it could be resumed
+	FillMemory    bool   // load all of a resumed VM's memory while it runs; for drivers that serve memory
+	HugePages     bool   // the VM's memory consists of pages of 2 MiB
+	MaxMemory     int64  // most bytes that a VM's memory may have; 0: as much as the host has
+	KeepClock     bool   // the guest keeps its own time: its clock is not set after a resume
+	Boot          bool   // boot from the disks a VM that is started here, even if it could be resumed
 
 	NameServers []string // IPv4 addresses that guests ask; none for the host's own
 
-	Output io.Writer // guest console; nil discards. One that blocks or fails misses some of it, and holds nobody up.
+	Output io.Writer // guest console; nil discards. A writer that blocks or fails misses some of it, and delays nobody
 	Input  io.Reader // nil for none
 }
 
-// Complete fills in the defaults, and refuses what cannot work by the name of its field.
+// Complete fills in the defaults, and refuses invalid fields by their names.
 func (h *Host) Complete() error {
 	if len(h.Drivers) == 0 {
 		return errors.New("Host.Drivers is empty; name the drivers of VMMs, such as qemu.Driver{}")
@@ -81,7 +81,7 @@ func (h *Host) Complete() error {
 }
 
 // ClaimUser gives the VM a user of its own, unless the host names one. Close the user, which may be
-// nil, when the VM's directory has been closed.
+// nil, after the VM's directory.
 func (h *Host) ClaimUser() (*User, error) {
 	if h.UID != 0 || h.GID != 0 {
 		return nil, nil
@@ -93,7 +93,8 @@ func (h *Host) ClaimUser() (*User, error) {
 	return u, err
 }
 
-// CheckMemory refuses a VM with more bytes of memory than this host is meant for.
+// CheckMemory refuses a VM with more bytes of memory than MaxMemory or, if that is 0, than the host
+// has.
 func (h *Host) CheckMemory(size int64) error {
 	most := h.MaxMemory
 	if most == 0 {
@@ -114,7 +115,7 @@ const DefaultBootArgs = "console=ttyS0 panic=1 pci=off modules=ext4 rootfstype=e
 	"printk_ratelimit=0 printk_ratelimit_burst=0 clocksource=tsc nokaslr " +
 	"lapic=notscdeadline tsc=unstable"
 
-// Spec is what a VM to boot shall consist of.
+// Spec is the hardware of a VM that is to be booted.
 type Spec struct {
 	CPUs       int     // 0: 1
 	MemorySize int64   // bytes; 0: 1 GiB
@@ -127,5 +128,5 @@ type Spec struct {
 
 	AgentPort, LivenessPort uint32 // 0: the guest has none
 
-	ReadyOutput string // the guest is up once its console has shown this, too; "" for nothing
+	ReadyOutput string // the guest is up only once its console has shown this; "" for nothing
 }

@@ -62,7 +62,7 @@ func (d *Dir) Lend(path string, uid, gid int, write bool) (err error) {
 		}
 		return nil
 	case DefaultUsers.has(st.Uid):
-		// A VM had it whose end was not noticed here.
+		// A VM had the file whose end was not noticed here.
 		st.Uid, st.Gid = uint32(os.Geteuid()), uint32(os.Getegid())
 	case !private.Trusted(st.Uid):
 		return fmt.Errorf("it belongs to user %d; run 'chown root %s', or pass that user by --uid and --gid", st.Uid, path)
@@ -97,7 +97,7 @@ func (d *Dir) takeBack() error {
 	return errors.Join(errs...)
 }
 
-// end gives the file back, unless it is somebody else's by now.
+// end gives the file back, unless somebody else owns it by now.
 func (l *loan) end(f *os.File) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
@@ -107,7 +107,7 @@ func (l *loan) end(f *os.File) error {
 		return nil
 	}
 	err := errors.Join(f.Chown(l.UID, l.GID), unix.Fchmod(int(f.Fd()), l.Mode))
-	// An access list of the VM's user would go on.
+	// An access list would still name the VM's user.
 	if xerr := unix.Fremovexattr(int(f.Fd()), "system.posix_acl_access"); xerr != nil && !errors.Is(xerr, unix.ENODATA) && !errors.Is(xerr, unix.EOPNOTSUPP) {
 		err = errors.Join(err, xerr)
 	}

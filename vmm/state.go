@@ -12,8 +12,9 @@ import (
 	"github.com/google/uuid"
 )
 
-// StateSize is the size of a state device in bytes. It is fixed, as a device's size never changes
-// while states do; unused bytes are holes. The largest state seen is 680 KB (QEMU, q35).
+// StateSize is the size of a state device in bytes. It is fixed, because a device's size never
+// changes and states differ in size. Unused bytes are holes. The largest state seen is 680 KB
+// (QEMU, q35).
 const StateSize = 16 << 20
 
 // The state device is one header sector, then the VMM's own state. All integers are big endian.
@@ -40,21 +41,21 @@ const (
 	stateOffset     = 4096
 )
 
-// Status says what became of the VM whose state a state device holds.
+// Status is the status of the VM whose state a state device holds.
 type Status uint32
 
 // The statuses of a state device.
 const (
 	Suspended  Status = 1  // memory and disks belong to the saved state: it can be resumed
 	Running    Status = 2  // resumed and not suspended since: the saved state is stale
-	PoweredOff Status = 3  // the guest shut down: there is nothing to resume
+	PoweredOff Status = 3  // the guest has shut down: there is nothing to resume
 	Arriving   Status = 4  // a migration to here is under way: the devices hold a part of a VM
-	Leaving    Status = 5  // a migration from here is at its end: the VM may be resumed at its target at any moment. A state saved meanwhile is of use there only
+	Leaving    Status = 5  // a migration from here is at its end: the target may resume the VM at any moment. A state saved meanwhile is of use there only
 	InDoubt    Status = 6  // the VM was handed over, and the target has not answered: the devices hold all of it
 	HandedOver Status = 7  // the VM runs at the target, which may still need what is here
 	Moved      Status = 8  // the target has all of the VM
 	TakingOver Status = 9  // a migration to here is at its end: the VM may be resumed at any moment, unless its source keeps it
-	Copying    Status = 10 // a copy of the VM has saved the state; the VM goes on here, and nowhere else
+	Copying    Status = 10 // a copy of the VM has saved the state; the VM goes on here
 )
 
 // statusNames are how a status is logged.
@@ -145,8 +146,7 @@ func ReadState(dev StateDevice, id string) ([]byte, error) {
 	return h.read(dev, id)
 }
 
-// CheckResumable refuses a state device whose VM cannot be resumed, whatever else is right or wrong
-// with it.
+// CheckResumable refuses a state device whose VM cannot be resumed. It reads the header only.
 func CheckResumable(dev StateDevice) error {
 	h, err := readStateHeader(dev)
 	if err != nil {
@@ -156,8 +156,8 @@ func CheckResumable(dev StateDevice) error {
 }
 
 // CheckStart refuses a state device whose VM may be elsewhere, or is not wholly here. Otherwise it
-// can be resumed if why is nil; else it starts by booting from its disks, as a machine does whose
-// power was cut, and why says for what reason.
+// returns nil for why if the VM can be resumed. If not, the VM starts by booting from its disks, as
+// a machine does after a power cut, and why is the reason.
 func CheckStart(dev StateDevice) (why, err error) {
 	h, err := readStateHeader(dev)
 	if err != nil {
@@ -167,7 +167,7 @@ func CheckStart(dev StateDevice) (why, err error) {
 	switch {
 	case h.status == Copying:
 		return fmt.Errorf("it was being copied at %s: its process was killed, or the host failed", at), nil
-	case h.migration != uuid.Nil: // one that has not come to its end; what is in doubt an operator settles
+	case h.migration != uuid.Nil: // one that has not reached its end; an operator settles what is in doubt
 	case h.status == Running:
 		return fmt.Errorf("it ran at %s, and was not suspended since: its process was killed, or the host failed", at), nil
 	case h.status == PoweredOff:
@@ -244,7 +244,7 @@ func (h *stateHeader) read(dev StateDevice, id string) ([]byte, error) {
 	return state, nil
 }
 
-// StateStatus returns what became of the VM, in which migration, and when that was noted.
+// StateStatus returns the VM's status, its migration, and when it was noted.
 func StateStatus(dev StateDevice) (status Status, migration uuid.UUID, changed time.Time, err error) {
 	h, err := readStateHeader(dev)
 	if err != nil {
@@ -267,8 +267,8 @@ func WriteState(dev StateDevice, id string, state []byte) error {
 	return syncStateHeader(dev, h)
 }
 
-// WriteMigratedState stores a VMM state for the target of a migration, whose status is Leaving, or
-// Copying if the VM stays. It can be resumed there only. Nothing is made durable.
+// WriteMigratedState stores a VMM state for the target of a migration. Its status is Leaving, or
+// Copying if the VM stays. Only the target can resume it. Nothing is made durable.
 func WriteMigratedState(dev StateDevice, id string, state []byte, migration uuid.UUID, status Status) error {
 	h, err := putState(dev, id, state)
 	if err != nil {
@@ -293,19 +293,20 @@ func putState(dev StateDevice, id string, state []byte) (*stateHeader, error) {
 	return &stateHeader{id: u, length: int64(len(state)), sum: sha256.Sum256(state), changed: time.Now()}, nil
 }
 
-// MarkArriving makes dev the state device of a VM that is arriving, durably, whatever it held.
+// MarkArriving makes dev, whatever it held, the state device of a VM that is arriving. That is
+// durable when it returns.
 func MarkArriving(dev StateDevice, migration uuid.UUID) error {
 	return syncStateHeader(dev, &stateHeader{status: Arriving, migration: migration, changed: time.Now()})
 }
 
-// MarkTakingOver makes dev, which is that of a VM that is arriving, say that the VM may run here
-// from now on. It is durable once dev is synced.
+// MarkTakingOver notes on the state device of an arriving VM that the VM may run here from now on.
+// That is durable once dev is synced.
 func MarkTakingOver(dev StateDevice, migration uuid.UUID) error {
 	return writeStateHeader(dev, &stateHeader{status: TakingOver, migration: migration, changed: time.Now()})
 }
 
-// MarkLeaving makes dev, which is that of a VM that runs, say durably that it may run at the target
-// of a migration from now on.
+// MarkLeaving notes durably, on the state device of a running VM, that it may run at the target of
+// a migration from now on.
 func MarkLeaving(dev StateDevice, migration uuid.UUID) error {
 	h, err := readStateHeader(dev)
 	if err != nil {
@@ -316,7 +317,7 @@ func MarkLeaving(dev StateDevice, migration uuid.UUID) error {
 }
 
 // MarkState changes the status of a state device, durably. It is called with Running before a vCPU
-// runs and with PoweredOff once none ever will. What the marks of a migration are about stays
+// runs, and with PoweredOff once none ever will. The migration that the status is about stays
 // noted, unless the VM runs here.
 func MarkState(dev StateDevice, status Status) error {
 	if err := NoteState(dev, status); err != nil {
@@ -325,8 +326,8 @@ func MarkState(dev StateDevice, status Status) error {
 	return syncState(dev)
 }
 
-// NoteState is [MarkState] that does not wait until the status is durable. Before it is, the device
-// may say what it said before.
+// NoteState is [MarkState] that does not wait until the status is durable. Until then the device
+// may have its previous status.
 func NoteState(dev StateDevice, status Status) error {
 	h, err := readStateHeader(dev)
 	if err != nil {
@@ -340,7 +341,7 @@ func NoteState(dev StateDevice, status Status) error {
 }
 
 // NoteTakenOver notes at the target of a migration that the VM runs there. Until [NoteArrived] that
-// is so only if its source has given it up. It is durable once dev is synced.
+// holds only if its source has given it up. It is durable once dev is synced.
 func NoteTakenOver(dev StateDevice) error {
 	h, err := readStateHeader(dev)
 	if err != nil {
@@ -361,9 +362,10 @@ func NoteArrived(dev StateDevice) error {
 	return writeStateHeader(dev, h)
 }
 
-// SettleState decides, durably, about a VM that a migration has left in the middle and whose owner
-// has ended since: it goes on from dev's devices, or it is elsewhere. incomplete says that a part
-// of it never arrived here. It fails if there is nothing to decide, or the VM cannot go on here.
+// SettleState decides durably about a VM that an unfinished migration has left, and whose owner has
+// ended: it goes on from dev's devices if here, or it is elsewhere. incomplete says that a device
+// never wholly arrived here. SettleState fails if there is nothing to decide, or if
+// the VM cannot go on here.
 func SettleState(dev StateDevice, here, incomplete bool) error {
 	status, migration, _, err := StateStatus(dev)
 	if err != nil {
@@ -390,7 +392,7 @@ func SettleState(dev StateDevice, here, incomplete bool) error {
 	return MarkState(dev, Suspended)
 }
 
-// settled says where a VM is that no migration has left in the middle.
+// settled says where a VM is about which there is nothing to settle.
 func settled(status Status) string {
 	switch status {
 	case Moved:

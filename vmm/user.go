@@ -11,8 +11,8 @@ import (
 	"drafter/internal/rundir"
 )
 
-// UserRange is a range of user ids, of which each VM gets one, with the group of the same number.
-// The zero value stands for [DefaultUsers].
+// UserRange is a range of user ids. Each VM gets one of them, and the group of the same number. The
+// zero value stands for [DefaultUsers].
 type UserRange struct {
 	First uint32 // 0 with a count of 1: VMs run as root
 	Count uint32
@@ -48,13 +48,13 @@ func (r *UserRange) Type() string { return "range" }
 // has tells whether a user is one of the range.
 func (r UserRange) has(uid uint32) bool { return uid >= r.First && uid-r.First < r.Count }
 
-// User is a user of a VM's own, until Close or the end of this process.
+// User is a user id that a VM has for itself, until Close or the end of this process.
 type User struct {
 	ID   int // also of its group
 	lock *lockfile.Lock
 }
 
-// ClaimUser takes a user of the range that no other VM of this host has. It is nil for root.
+// ClaimUser takes a user of the range that no other VM of this host has. It returns nil for root.
 func ClaimUser(r UserRange) (*User, error) {
 	if r.Count == 0 {
 		r = DefaultUsers
@@ -65,7 +65,7 @@ func ClaimUser(r UserRange) (*User, error) {
 	if err := rundir.Sweep("users"); err != nil {
 		return nil, fmt.Errorf("claim a user for the VM: %w", err)
 	}
-	// Begun at random, so that a user is not soon another VM's.
+	// The search begins at a random place, so that a user is not soon another VM's.
 	start := rand.Uint32N(r.Count)
 	for i := range r.Count {
 		id := r.First + (start+i)%r.Count

@@ -34,7 +34,7 @@ func (v Version) Before(w Version) bool {
 	return cmp.Or(cmp.Compare(v.Major, w.Major), cmp.Compare(v.Minor, w.Minor), cmp.Compare(v.Micro, w.Micro)) < 0
 }
 
-// ReleasedBefore tells whether v is of an older release than w. Releases that differ in Micro alone
+// ReleasedBefore tells whether v is of an older release than w. Releases that differ only in Micro
 // have the same features.
 func (v Version) ReleasedBefore(w Version) bool {
 	v.Micro, w.Micro = 0, 0

@@ -1,6 +1,6 @@
-// Package vmm launches, pauses, saves and resumes virtual machines. It holds what every virtual
-// machine monitor (VMM) shares: the driver interface, the package's config and state devices, and
-// the directory a VM lives in. The drivers are in vmm/qemu and its siblings.
+// Package vmm launches, pauses, saves and resumes virtual machines. It holds what all virtual
+// machine monitors (VMMs) share: the driver interface, the package's config and state devices, and
+// the directory of a VM. The drivers are in vmm/qemu and vmm/firecracker.
 package vmm
 
 import (
@@ -16,7 +16,7 @@ import (
 )
 
 // Reserved device names. Every other name is an extra disk, attached in list order after "disk".
-// [Initrd] is none of a package's devices: its content is kept behind that of the kernel; see
+// [Initrd] is no device of a package: its content lies behind that of the kernel; see
 // [PackageConfig].
 const (
 	Kernel = "kernel"
@@ -55,7 +55,7 @@ type Boot struct {
 	Args   string // kernel command line
 }
 
-// Launch is all a driver needs to start a VMM process. Paths are absolute.
+// Launch is what a driver needs to start a VMM process. Paths are absolute.
 type Launch struct {
 	Dir *Dir // the VM's own directory; the driver puts its sockets there
 
@@ -63,57 +63,56 @@ type Launch struct {
 	Devices
 	Confinement
 
-	Output io.Writer // serial console of the guest, which waits for it; nil discards. Written to from one goroutine.
+	Output io.Writer // serial console of the guest; nil discards. The guest waits for its writes, which one goroutine makes
 	Input  io.Reader // nil: no input
 
 	Boot   *Boot // nil: the machine waits for Restore
-	Reboot *Boot // what a guest that reboots boots from, as a machine does by itself; nil: the machine ends then
+	Reboot *Boot // what a guest that reboots boots from; nil: the machine ends then
 
 	// OnReboot, if not nil, is called when the guest boots again, with the last lines of its
-	// console. again is true for one that follows at once, as when firmware resets the machine on
-	// its way. It must not wait for the machine.
+	// console. again is true for a reboot that follows at once, as when firmware resets the
+	// machine. OnReboot must not wait for the machine.
 	OnReboot func(console string, again bool)
 
-	// OnGoOn, if not nil, is called when a guest goes on that stood still for a disk, with how long
-	// it did. It must not wait for the machine.
+	// OnGoOn, if not nil, is called when a guest goes on after it stood still for a disk, with how
+	// long it stood still. It must not wait for the machine.
 	OnGoOn func(stood time.Duration)
 }
 
-// Board is the virtual hardware of a machine, disks apart.
+// Board is the virtual hardware of a machine, without disks.
 type Board struct {
 	Accel    string    // AccelAuto, AccelKVM or AccelTCG
 	CPU      string    // CPU model or template to boot with; "" for the driver's default
-	Recorded *Hardware // what the state to restore was saved on; nil when booting. What cannot restore it is refused.
+	Recorded *Hardware // the hardware that the state to restore was saved on; nil when booting. A driver that cannot restore it fails.
 
 	CPUs       int
 	MemorySize int64 // bytes
-	HugePages  bool  // whether memory consists of pages of 2 MiB; the host must have set them aside
+	HugePages  bool  // memory consists of pages of 2 MiB; the host must have set them aside
 
 	Interface string // tap interface inside Netns; "" for no network
 	MAC       string
 
 	Ports []uint32 // guest ports reachable by [Machine.GuestConn]
 
-	// Generation is the VM's generation ID (Microsoft's "Virtual Machine Generation ID"): another
-	// one tells the guest that it has gone on from the same state elsewhere, too, so that it makes
-	// new secrets. Zero: any new one. Firecracker makes a new one at each restore, whatever this
-	// is.
+	// Generation is the VM's generation ID (Microsoft's "Virtual Machine Generation ID"). A new one
+	// tells the guest that others may go on from the same state, so that it makes new secrets.
+	// Zero: any new one. Firecracker makes a new one at each restore, and ignores this.
 	Generation uuid.UUID
 }
 
 // Devices are a machine's devices.
 type Devices struct {
-	// Memory is the path of the memory device, already MemorySize bytes long. It is "" when the
-	// driver is a [MemoryServer] and restores, or the machine has memory of its own.
+	// Memory is the path of the memory device, which has MemorySize bytes. It is "" when the driver
+	// is a [MemoryServer] and restores, or when the machine has memory of its own.
 	Memory       string
-	MemoryDevice MemoryDevice // the memory device itself, for a MemoryServer that restores; it stays the caller's
-	FillMemory   bool         // whether a MemoryServer brings all of memory into the guest behind it, not only what the guest touches
+	MemoryDevice MemoryDevice // the memory device itself, for a MemoryServer that restores; the caller owns it
+	FillMemory   bool         // a MemoryServer loads all of memory while the guest runs, not only the pages that the guest touches
 
-	Kernel string // path of the kernel device; on a restore it fills the same firmware slots as at boot
+	Kernel string // path of the kernel device; a restore fills the same firmware slots with it as a boot
 	Disks  []Block
 }
 
-// Confinement is where and as whom a VMM runs.
+// Confinement says where, and as which user, a VMM runs.
 type Confinement struct {
 	Netns         string // name of a network namespace, "" for the caller's
 	UID, GID      int    // user and group of the VMM process
@@ -134,15 +133,15 @@ type MemoryDevice interface {
 // MaxCPUs is more CPUs than any host has.
 const MaxCPUs = 8192
 
-// Limits bound what a VMM uses of its host. Zero values mean that there is no such limit.
+// Limits bound what a VMM uses of its host. Zero fields have the meanings below.
 type Limits struct {
 	Memory int64   // bytes; 0 for no limit
 	CPUs   float64 // of time, in CPUs, from 0.01 to MaxCPUs; 0 for no limit
 	PIDs   int     // processes and threads; below 0 for no limit, 0 for 1024 where the host can limit them
 }
 
-// Hardware identifies what a VM was built on, to the degree that its saved state depends on it. It
-// is recorded in the package.
+// Hardware identifies the virtual hardware that a VM's saved state depends on. The package records
+// it.
 type Hardware struct {
 	VMM     string `json:"vmm"`     // driver name: "qemu", "firecracker"
 	Version string `json:"version"` // of the VMM binary, e.g. "7.2.22"
@@ -155,13 +154,13 @@ type Hardware struct {
 type Driver interface {
 	// Name is the value of --vmm that picks the driver.
 	Name() string
-	// Launch starts a VMM process. With l.Boot the guest runs when Launch returns; without, the
+	// Launch starts a VMM process. With l.Boot the guest runs when Launch returns. Without it the
 	// machine waits for Restore. ctx bounds the start only; the machine lives until Close.
 	Launch(ctx context.Context, l Launch) (Machine, error)
 }
 
-// MemoryServer is a [Driver] whose restored machines take their memory from [Launch.MemoryDevice],
-// a page at a time and through this process: the device needs no path.
+// MemoryServer is a [Driver] that serves the memory of restored machines from
+// [Launch].MemoryDevice, a page at a time, by this process. The device needs no path.
 type MemoryServer interface {
 	ServesMemory() bool
 }
@@ -172,37 +171,37 @@ func ServesMemory(d Driver) bool {
 	return ok && s.ServesMemory()
 }
 
-// Checker is a [Driver] that can tell beforehand whether a launch with a recorded hardware would be
-// refused. Only Accel and Recorded are looked at.
+// Checker is a [Driver] that can check in advance whether it would refuse a launch with recorded
+// hardware. It reads only Accel and Recorded.
 type Checker interface {
 	Check(ctx context.Context, l Launch) error
 }
 
-// Machine is one running or paused VM. Its methods are safe for concurrent use with Wait and Close;
-// the others are called one at a time.
+// Machine is one running or paused VM. Wait and Close may be called at any time. Callers make the
+// other calls one at a time.
 type Machine interface {
 	Hardware() Hardware
 	// Restore loads what Save wrote; the machine is paused afterwards. Only for machines launched
 	// without Boot, once.
 	Restore(ctx context.Context, state io.Reader) error
 	Resume(ctx context.Context) error
-	// Pause returns when no vCPU runs any more and all disk writes of the guest have been flushed
-	// to their devices. After an error the guest may be paused all the same, until Resume.
+	// Pause stops all vCPUs, and flushes the guest's disk writes to their devices, before it
+	// returns. After an error the guest may be paused all the same, until Resume.
 	Pause(ctx context.Context) error
 	// Flush makes every guest memory write up to now visible in the memory device and durable
 	// there.
 	Flush(ctx context.Context) error
-	// Save writes the paused machine's state (all but memory and disks), and flushes memory
-	// meanwhile. It may itself write guest memory: flush afterwards.
+	// Save writes the paused machine's state, without memory and disks, and flushes memory
+	// meanwhile. It may itself write guest memory: call Flush afterwards.
 	Save(ctx context.Context, state io.Writer) error
-	// GuestConn returns a connection with the program that serves port in the guest, waiting for
-	// the program until ctx ends. At most one connection per port is open at a time; closing it
-	// lets the program wait for the next.
+	// GuestConn returns a connection with the program that serves port in the guest. It waits for
+	// the program until ctx ends. At most one connection per port is open at a time. After it is
+	// closed the program waits for the next.
 	GuestConn(ctx context.Context, port uint32) (net.Conn, error)
 	// Done is closed when the VMM has exited; Wait then tells how.
 	Done() <-chan struct{}
-	// Wait blocks until the VMM exits. It returns nil after a Close or when the guest powered
-	// itself off, else an error that carries the VMM's last words and the console's last lines.
+	// Wait blocks until the VMM exits. It returns nil after a Close, or when the guest powered
+	// itself off. Else it returns an error with the VMM's last words and the console's last lines.
 	Wait() error
 	// Close ends the VMM and frees what the driver created on the host. It is idempotent.
 	Close() error
@@ -215,11 +214,11 @@ type FlushPauser interface {
 
 // Staller is a [Machine] whose VMM stops a guest that cannot use a disk, until it can.
 type Staller interface {
-	// Stalled tells whether the guest stands still for that. It is safe for concurrent use.
+	// Stalled tells whether the guest stands still for a disk. It is safe for concurrent use.
 	Stalled() bool
 }
 
-// Meter is a [Machine] whose VMM counts what it does.
+// Meter is a [Machine] whose VMM has counters.
 type Meter interface {
 	// Metrics returns the last known values by name. It is safe for concurrent use.
 	Metrics() map[string]float64

@@ -71,10 +71,10 @@ Exit codes: 0 success, 1 failure.`,
 	}
 	f := cmd.Flags()
 	f.StringVar(&o.Drafter, "drafter", "", "The drafter to measure (default: the one beside this program)")
-	f.BoolVar(&o.Quick, "quick", false, "Whether to measure only what the ratios need")
+	f.BoolVar(&o.Quick, "quick", false, "Measure only the parts that the ratios need")
 	f.StringSliceVar(&o.Parts, "parts", nil, "Parts to measure; none for all, or for those that --quick needs")
-	f.IntVar(&o.Rounds, "rounds", 0, "How often each part measures; 0 for as often as it says")
-	f.StringVar(&o.Dir, "dir", "out/bench", "Directory for packages and instances; what an earlier run left in it is removed first, and one with other files is refused")
+	f.IntVar(&o.Rounds, "rounds", 0, "Measurements of each part (0: the part's own number)")
+	f.StringVar(&o.Dir, "dir", "out/bench", "Directory for packages and instances; files of an earlier run are removed first, and a directory with other files is refused")
 	f.StringVar(&o.Output, "output", "bench/results/latest.json", "File for the result")
 	cmd.AddCommand(&cobra.Command{
 		Use: "mapping FILE COLD", Hidden: true, Args: cobra.ExactArgs(2),

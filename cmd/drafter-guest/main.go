@@ -85,13 +85,13 @@ func runAgent(ctx context.Context, args []string) error {
 	s := &agent.Server{}
 	f.StringVar(&s.BeforeSuspendCmd, "before-suspend-cmd", "", "Command to run before the VM is suspended (leave empty to disable)")
 	f.StringVar(&s.AfterResumeCmd, "after-resume-cmd", "", "Command to run after the VM has been resumed (leave empty to disable)")
-	f.BoolVar(&s.KeepClock, "no-set-clock", false, "Leave the clock as it is after a resume or a move, for a guest that keeps its own time")
+	f.BoolVar(&s.KeepClock, "no-set-clock", false, "Leave the clock alone after a resume or a move, for a guest that keeps its own time")
 	f.StringVar(&s.ResolvConf, "resolv-conf", "", "File to write the name servers of the VM's host to after each resume, as resolv.conf(5) (leave empty to disable)")
-	f.StringVar(&s.Shell, "shell-cmd", "sh", "Shell to use to run the before suspend and after resume commands")
-	ports := f.String("ready-ports", "", "TCP ports that must have a listener before the VM is packaged, such as 80,443 (none: what was started has to last for a moment; leave empty to disable)")
-	outside := f.Bool("ready-from-outside", false, "Count no listener on loopback")
+	f.StringVar(&s.Shell, "shell-cmd", "sh", "Shell that runs the commands of the other flags")
+	ports := f.String("ready-ports", "", "TCP ports that must have a listener before the VM is packaged, such as 80,443 (none: the service only has to run for two seconds; leave empty to disable)")
+	outside := f.Bool("ready-from-outside", false, "Ignore listeners on loopback addresses")
 	f.StringVar(&s.ReadyCmd, "ready-cmd", "", "Command that succeeds once the service is ready, tried again until it does (leave empty to disable)")
-	f.DurationVar(&s.ReadyCmdTimeout, "ready-cmd-timeout", 30*time.Second, "How long one run of the command may take")
+	f.DurationVar(&s.ReadyCmdTimeout, "ready-cmd-timeout", 30*time.Second, "Maximum amount of time for one run of --ready-cmd, such as 1m")
 	port, timeout := portFlags(f, vmm.DefaultAgentPort)
 	if err := parse(f, args); err != nil {
 		return err
@@ -117,8 +117,8 @@ func runLiveness(ctx context.Context, args []string) error {
 }
 
 func portFlags(f *flag.FlagSet, port uint32) (*uint, *time.Duration) {
-	return f.Uint("vsock-port", uint(port), "VSock port, or the number of the virtio-serial port where there is no VSock"),
-		f.Duration("vsock-timeout", time.Minute, "VSock dial timeout")
+	return f.Uint("vsock-port", uint(port), "Vsock port, or the number of the virtio-serial port where there is no vsock"),
+		f.Duration("vsock-timeout", time.Minute, "Maximum amount of time to connect with the host, such as 30s")
 }
 
 func parse(f *flag.FlagSet, args []string) error {

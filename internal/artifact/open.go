@@ -21,8 +21,8 @@ import (
 	"drafter/signature"
 )
 
-// Package is a package in a registry. What it is does not change: it is known by its digest. Its
-// methods are safe for concurrent use.
+// Package is a package in a registry. It is identified by its digest, so its content does not
+// change. Its methods are safe for concurrent use.
 type Package struct {
 	Digest v1.Hash
 
@@ -40,7 +40,7 @@ type device struct {
 	frames   []frame
 }
 
-// Resolve returns the reference, by its digest, of what ref is at the moment.
+// Resolve returns the digest reference that ref stands for at the moment.
 func Resolve(ctx context.Context, ref string, plainHTTP bool) (string, error) {
 	r, err := ociclient.Parse(ref, plainHTTP)
 	if err != nil {
@@ -56,7 +56,7 @@ func Resolve(ctx context.Context, ref string, plainHTTP bool) (string, error) {
 	return r.Context().Digest(d.Digest.String()).String(), nil
 }
 
-// Open finds out what the artifact ref holds, if its devices have at most maxSize bytes in all; see
+// Open reads what the artifact ref holds. Its devices may have at most maxSize bytes together; see
 // [block.CheckSizes] for 0. Credentials are those of docker. Close it.
 func Open(ctx context.Context, ref string, plainHTTP bool, maxSize int64) (*Package, error) {
 	r, err := ociclient.Parse(ref, plainHTTP)

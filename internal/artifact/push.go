@@ -37,9 +37,9 @@ type Device struct {
 // Progress says how far a step is, in bytes. It may be nil.
 type Progress func(step string, done, total int64)
 
-// Push stores devices as the artifact ref, which it replaces at once when all is there, and returns
-// its digest. Credentials are those of docker. The compressed devices are kept in temporary files
-// meanwhile.
+// Push stores devices as the artifact ref, and returns its digest. It replaces an older artifact at
+// once when all is there. Credentials are those of docker. Meanwhile the compressed devices are in
+// temporary files.
 func Push(ctx context.Context, ref string, plainHTTP bool, devices []Device, progress Progress) (_ v1.Hash, err error) {
 	if progress == nil {
 		progress = func(string, int64, int64) {}
@@ -83,8 +83,7 @@ func Push(ctx context.Context, ref string, plainHTTP bool, devices []Device, pro
 	return image.Digest()
 }
 
-// oneLine makes the errors of registries readable: they come with the page that a proxy may have
-// sent.
+// oneLine shortens the errors of registries, which contain the page that a proxy may have sent.
 func oneLine(err error) error {
 	return &lineError{err}
 }
@@ -94,7 +93,7 @@ type lineError struct{ err error }
 func (e *lineError) Error() string { return strings.Join(strings.Fields(e.err.Error()), " ") }
 func (e *lineError) Unwrap() error { return e.err }
 
-// image is an artifact in the making. It implements [partial.CompressedImageCore].
+// image is an unfinished artifact. It implements [partial.CompressedImageCore].
 type image struct {
 	manifest, config []byte
 	layers           map[v1.Hash]*layer

@@ -14,9 +14,9 @@ import (
 	"drafter/s3"
 )
 
-// Backup is what a place holds: devices as they were in one moment. As long as nobody writes there,
-// it stays so; what a writer has thrown away since is gone, and fetching it fails with
-// [block.ErrReplaced]. Its methods are safe for concurrent use.
+// Backup is the content of a place: devices as they were in one moment. It does not change until
+// somebody writes there. Content that a writer has deleted since is gone, and fetching it fails
+// with [block.ErrReplaced]. Its methods are safe for concurrent use.
 type Backup struct {
 	Moment     time.Time
 	Generation int64

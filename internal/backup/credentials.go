@@ -56,14 +56,15 @@ func credentialsOf(p s3.Place) (*credentials.Credentials, error) {
 	return creds, nil
 }
 
-// Where containers get credentials from over plain HTTP, besides loopback addresses: Amazon's ECS
-// and EKS (see "Container credential provider" in its reference of SDKs and tools).
+// Addresses from which containers get credentials over plain HTTP, besides loopback addresses:
+// those of Amazon's ECS and EKS (see "Container credential provider" in its reference of SDKs and
+// tools).
 const ecsAddress = "169.254.170.2"
 
 var containerAddresses = []string{ecsAddress, "169.254.170.23", "fd00:ec2::23"}
 
-// container finds the provider of credentials that this process was given as a container; nil if it
-// was given none. What it provides is asked for when it is needed, and again before it expires.
+// container finds the provider of credentials that this container was given; nil if it was given
+// none. Credentials are requested when they are needed, and again before they expire.
 func container() (credentials.Provider, error) {
 	client := &http.Client{Timeout: 10 * time.Second, CheckRedirect: func(*http.Request, []*http.Request) error {
 		return errors.New("the provider of credentials redirects elsewhere")
@@ -107,9 +108,9 @@ func defaultFiles() []string {
 	return files
 }
 
-// checkOwner refuses a file that a user made who is not trusted, who could put another one in its
-// place, or that others than its owner's private group have some permissions for: a program that it
-// names runs as this user.
+// checkOwner refuses a file of an untrusted user, a file that such a user could replace, and one
+// for which anybody but the owner's private group has permissions: a program that it names runs as
+// this user.
 func checkOwner(path string, others uint32) error {
 	var st unix.Stat_t
 	if err := unix.Stat(path, &st); err != nil {

@@ -14,9 +14,9 @@ import (
 	"github.com/minio/minio-go/v7"
 )
 
-// probe finds out, with an object of its own, whether the storage does what a backup rests on:
-// writes that depend on what is there, without which two instances overwrite one another's backups
-// unnoticed, and reads of parts of objects.
+// probe tests, with an object of its own, whether the storage has what a backup needs: conditional
+// writes, without which two instances overwrite each other's backups unnoticed, and reads of parts
+// of objects.
 func (s *Store) probe(ctx context.Context) (err error) {
 	name := probes + uuid.NewString()
 	content := []byte("drafter looks what this storage can do")
@@ -65,7 +65,7 @@ func (s *Store) probe(ctx context.Context) (err error) {
 // probes is where the objects of a probe are.
 const probes = "probe/"
 
-// unfit turns the answer of a storage that does not know a feature into an [s3.ErrUnfit].
+// unfit turns a storage's answer that it does not know a feature into an [s3.ErrUnfit].
 func (s *Store) unfit(feature string, err error) error {
 	var response minio.ErrorResponse
 	if errors.As(err, &response) && (response.StatusCode == http.StatusNotImplemented || response.Code == "NotImplemented" || response.Code == "InvalidArgument" || response.Code == "InvalidRequest") {

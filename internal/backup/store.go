@@ -83,11 +83,11 @@ func Open(ctx context.Context, p s3.Place) (*Store, error) {
 	return s, nil
 }
 
-// maxAnswer bounds what a storage answers besides objects, in bytes: a page of a list has 1000
-// names of at most 1 KiB.
+// maxAnswer bounds the answers of a storage that are not objects, in bytes: a page of a list has
+// 1000 names of at most 1 KiB.
 const maxAnswer = 4 << 20
 
-// boundedTransport cuts off answers that are no objects, of which the library reads all, and
+// boundedTransport cuts off answers that are not objects, which the library reads as a whole, and
 // compares the storage's clock with this host's.
 type boundedTransport struct {
 	*http.Transport
@@ -160,7 +160,7 @@ func permanent(err error) bool {
 	return response.StatusCode == http.StatusNotImplemented || response.StatusCode >= 400 && response.StatusCode < 500 && response.StatusCode != http.StatusTooManyRequests && response.StatusCode != http.StatusRequestTimeout
 }
 
-// try calls f until it succeeds, but only so often, with pauses that grow.
+// try calls f until it succeeds, a limited number of times, with pauses that grow.
 func (s *Store) try(ctx context.Context, times int, f func(context.Context) error) error {
 	if s.patience > 0 {
 		var cancel context.CancelFunc

@@ -29,12 +29,12 @@ const (
 	maxPack    = packTarget + block.ContentBlockSize // bytes
 )
 
-// Writer writes backups to a place, one over the other. It is used by one goroutine.
+// Writer writes backups to a place; each replaces the one before. One goroutine uses it.
 type Writer struct {
 	store   *Store
 	id      uuid.UUID
 	latest  *Backup   // nil: none
-	before  uuid.UUID // the writer of the VM's owner before, until this one has written; nil: none
+	before  uuid.UUID // the writer of the VM's previous owner, until this one has written; nil: none
 	encoder *zstd.Encoder
 	decoder *zstd.Decoder         // of latest, and of those that follow it
 	spare   map[block.ID]location // uploaded, but in no manifest yet
@@ -42,8 +42,8 @@ type Writer struct {
 	swept   bool                  // garbage of earlier writers has been looked for
 }
 
-// NewWriter returns a writer that builds on what the place holds. What the storage cannot do is
-// found before anything is written, see [s3.ErrUnfit]. Close it.
+// NewWriter returns a writer that builds on the content of the place. If the storage lacks an
+// ability, it fails before anything is written; see [s3.ErrUnfit]. Close it.
 func (s *Store) NewWriter(ctx context.Context) (*Writer, error) {
 	if err := s.probe(ctx); err != nil {
 		return nil, s.explain(err)
@@ -65,9 +65,10 @@ func (s *Store) NewWriter(ctx context.Context) (*Writer, error) {
 	return w, nil
 }
 
-// Inherit reads the latest backup anew, as that of the owner that the VM has come from: it may have
-// written since this writer was made. What it has still under way does not supersede this writer.
-// The next Write is of whole devices: what has changed since an older backup says nothing any more.
+// Inherit reads the latest backup again, as that of the owner that the VM has come from, who may
+// have written since this writer was made. A write that this owner still has under way does not
+// supersede this writer. The next Write needs whole devices, because changes since an older backup
+// are of no use.
 func (w *Writer) Inherit(ctx context.Context) error {
 	latest, err := w.store.Latest(ctx)
 	if errors.Is(err, s3.ErrNone) {
@@ -82,7 +83,7 @@ func (w *Writer) Inherit(ctx context.Context) error {
 	return nil
 }
 
-// Hurry bounds how long each request may take from now on, in all its attempts.
+// Hurry bounds how long each request may take from now on, all its attempts together.
 func (w *Writer) Hurry(patience time.Duration) { w.store.patience = patience }
 
 // Moment is that of the latest backup; zero when there is none.
@@ -136,9 +137,10 @@ type Written struct {
 	Uploaded int64 // bytes of packs that were written
 }
 
-// Write makes devices the latest backup, as of moment. It is complete once Write returns nil; on an
-// error the backup before is the latest, unless the error says that it is not known. What is there
-// already, at whatever offset, is not uploaded again, nor what a Write that failed has uploaded.
+// Write makes devices the latest backup, as of moment. It is complete once Write returns nil. On an
+// error the backup before is still the latest, unless the error says that this is not known. Blocks
+// that are there already, at any offset, are not uploaded again, nor are those that a failed Write
+// has uploaded.
 func (w *Writer) Write(ctx context.Context, moment time.Time, devices []Device) (Written, error) {
 	done, err := w.write(ctx, moment, devices)
 	if !errors.Is(err, errInherited) {
@@ -196,7 +198,7 @@ func (w *Writer) write(ctx context.Context, moment time.Time, devices []Device) 
 	return done, nil
 }
 
-// prepare uploads what is new of a device, and returns what will be known of it.
+// prepare uploads the new blocks of a device, and returns its index.
 func (w *Writer) prepare(up *uploader, d Device) (*device, int64, error) {
 	size := d.Device.Size()
 	var old *device
@@ -322,7 +324,7 @@ func (w *Writer) publish(ctx context.Context, next *Backup) error {
 	return nil
 }
 
-// advance makes next the latest backup, and notes what nobody needs any more.
+// advance makes next the latest backup, and notes the objects that nobody needs any more.
 func (w *Writer) advance(ctx context.Context, next *Backup) {
 	if w.latest != nil {
 		for _, d := range w.latest.devices {
@@ -352,8 +354,8 @@ func (w *Writer) advance(ctx context.Context, next *Backup) {
 // maxGarbage bounds how many objects are noted as left by earlier writers.
 const maxGarbage = 1 << 20
 
-// sweep finds what earlier writers have left: the place is this one's since it wrote its first
-// manifest.
+// sweep finds the objects that earlier writers have left. The place is this writer's since it wrote
+// its first manifest.
 func (w *Writer) sweep(ctx context.Context) bool {
 	for _, kind := range []string{"packs/", "index/", probes} {
 		for object := range w.store.client.ListObjects(ctx, w.store.place.Bucket, minio.ListObjectsOptions{Prefix: w.store.key(kind), Recursive: true}) {
@@ -370,7 +372,7 @@ func (w *Writer) sweep(ctx context.Context) bool {
 	return true
 }
 
-// Collect deletes what no complete backup needs any more. A failure leaves it to the next time.
+// Collect deletes the objects that no complete backup needs. If that fails, the next call does it.
 func (w *Writer) Collect(ctx context.Context) {
 	for name := range maps.Clone(w.garbage) {
 		if err := w.store.client.RemoveObject(ctx, w.store.place.Bucket, w.store.key(name), minio.RemoveObjectOptions{}); err != nil {

@@ -6,8 +6,8 @@ import (
 	"sync/atomic"
 )
 
-// Bitmap is a set of block numbers. It is safe for concurrent use. A plain bitmap: a set of 64 KiB
-// blocks takes 2 KiB per GiB of device, and is taken and cleared by an atomic swap per 64 blocks.
+// Bitmap is a set of block numbers. It is safe for concurrent use. A set of 64 KiB blocks takes 2
+// KiB per GiB of device, and is taken and cleared by an atomic swap per 64 blocks.
 type Bitmap struct {
 	words  []atomic.Uint64
 	length int64
@@ -18,7 +18,7 @@ func NewBitmap(length int64) *Bitmap {
 	return &Bitmap{words: make([]atomic.Uint64, (length+63)/64), length: length}
 }
 
-// Len is the number of blocks there are, in the set or not.
+// Len is the bound of the numbers: all are below it.
 func (b *Bitmap) Len() int64 { return b.length }
 
 // Has tells whether i is in the set.
@@ -31,7 +31,7 @@ func (b *Bitmap) Set(i int64) bool {
 	return b.words[i/64].Load()&bit == 0 && b.words[i/64].Or(bit)&bit == 0
 }
 
-// SetRange adds from up to end, which is not part of it.
+// SetRange adds the numbers from from to end-1.
 func (b *Bitmap) SetRange(from, end int64) {
 	for i := from; i < end; {
 		n := min(64-i%64, end-i)
@@ -43,14 +43,13 @@ func (b *Bitmap) SetRange(from, end int64) {
 	}
 }
 
-// Clear takes i out of the set and returns whether it was there.
+// Clear removes i and returns whether it was there.
 func (b *Bitmap) Clear(i int64) bool {
 	bit := uint64(1) << (i % 64)
 	return b.words[i/64].And(^bit)&bit != 0
 }
 
-// ClearRange takes from up to end, which is not part of it, out of the set and returns how many of
-// them were there.
+// ClearRange removes the numbers from from to end-1, and returns how many of them were there.
 func (b *Bitmap) ClearRange(from, end int64) (cleared int64) {
 	for i := from; i < end; {
 		n := min(64-i%64, end-i)
@@ -63,7 +62,7 @@ func (b *Bitmap) ClearRange(from, end int64) (cleared int64) {
 	return cleared
 }
 
-// Next returns the first number of the set that is not below from, or Len if there is none.
+// Next returns the first number of the set that is at least from, or Len if there is none.
 func (b *Bitmap) Next(from int64) int64 {
 	if from >= b.length || b.Has(from) {
 		return min(from, b.length)
@@ -73,7 +72,7 @@ func (b *Bitmap) Next(from int64) int64 {
 }
 
 // Run returns whether from is in the set, and the first number after from, at most end, for which
-// that is not so.
+// the answer differs.
 func (b *Bitmap) Run(from, end int64) (has bool, next int64) {
 	has = b.Has(from)
 	for i := from + 1; i < end; { // from itself may change meanwhile, and a run is never empty

@@ -1,6 +1,6 @@
-// Package block holds devices: fixed-size arrays of bytes that keep what is written to them. A
-// device of a VM is a stack of them: a read-only base file, an [Overlay] that holds what changed,
-// and a [Tracker] that knows which blocks changed lately.
+// Package block holds devices: fixed-size arrays of bytes that store what is written to them. A
+// VM's device is a stack of them: a read-only base file, an [Overlay] with the changed blocks, and
+// a [Tracker] that knows which pages changed lately.
 package block
 
 import (
@@ -16,37 +16,36 @@ type Device interface {
 	io.WriterAt
 	Size() int64
 	// Sync returns once every completed WriteAt and Trim survives a power cut. Once it has failed
-	// it fails for ever: what was lost is unknown. If it failed for want of room (see [NoRoom]),
-	// nothing was lost, and it may succeed later.
+	// it fails for ever, because what was lost is unknown. If it failed for want of room (see
+	// [NoRoom]), nothing was lost, and it may succeed later.
 	Sync() error
 	// Close frees the device without syncing it.
 	Close() error
 }
 
-// Trimmer is a [Device] that can forget a range: it reads as zeros afterwards, and takes no space
-// where that is possible.
+// Trimmer is a [Device] that can discard a range: the range reads as zeros afterwards, and takes no
+// space where that is possible.
 type Trimmer interface {
 	Trim(off, length int64) error
 }
 
-// Mapper is a [Device] that knows where it holds nothing but zeros.
+// Mapper is a [Device] that knows where it has only zeros.
 type Mapper interface {
-	// NextData returns a range at or after off that may hold other bytes than zeros; all between
-	// off and start are zeros. At the end of the data start and end are the device's size.
+	// NextData returns a range at or after off that may have other bytes than zeros. All bytes
+	// between off and start are zeros. At the end of the data start and end are the device's size.
 	NextData(off int64) (start, end int64, err error)
 }
 
 // Localizer is a [Device] of which a part may be elsewhere.
 type Localizer interface {
-	// Local tells whether a range, which is the device's, can be read without waiting for another
-	// host.
+	// Local tells whether a range of the device can be read without waiting for another host.
 	Local(off, length int64) bool
 }
 
 // NowReader is a [Device] that can read without waiting.
 type NowReader interface {
-	// ReadNow reads like ReadAt, but only what is in this host's memory, waiting for no disk, no
-	// other host and nobody else's I/O. If it returns false, p may hold anything.
+	// ReadNow reads like ReadAt, but only from this host's memory. It waits for no disk, no other
+	// host and nobody else's I/O. If it returns false, p may hold anything.
 	ReadNow(p []byte, off int64) bool
 }
 
@@ -84,7 +83,7 @@ func Trim(d Device, off, length int64) error {
 
 var zeros = make([]byte, 1<<20)
 
-// NextData is [Mapper.NextData] for any device; one that does not know holds data everywhere.
+// NextData is [Mapper.NextData] for any device. A device that is no Mapper has data everywhere.
 func NextData(d Device, off int64) (start, end int64, err error) {
 	if m, ok := d.(Mapper); ok {
 		return m.NextData(off)
@@ -92,7 +91,7 @@ func NextData(d Device, off int64) (start, end int64, err error) {
 	return min(off, d.Size()), d.Size(), nil
 }
 
-// Local is [Localizer.Local] for any device; what one that does not know holds is at hand.
+// Local is [Localizer.Local] for any device. A device that is no Localizer is local.
 func Local(d Device, off, length int64) bool {
 	if l, ok := d.(Localizer); ok {
 		return l.Local(off, length)
@@ -100,13 +99,14 @@ func Local(d Device, off, length int64) bool {
 	return true
 }
 
-// ReadNow is [NowReader.ReadNow] for any device; one that does not know may have to wait.
+// ReadNow is [NowReader.ReadNow] for any device. It returns false for a device that is no
+// NowReader.
 func ReadNow(d Device, p []byte, off int64) bool {
 	r, ok := d.(NowReader)
 	return ok && r.ReadNow(p, off)
 }
 
-// CheckBlockSize refuses block sizes that are no power of two from 4 KiB to 16 MiB.
+// CheckBlockSize refuses block sizes in bytes that are not a power of two from 4 KiB to 16 MiB.
 func CheckBlockSize(size int64) error {
 	if size < 4<<10 || size > 16<<20 || size&(size-1) != 0 {
 		return fmt.Errorf("block size %d is not valid; choose a power of two from 4096 to 16777216, such as 65536", size)

@@ -7,8 +7,9 @@ import (
 )
 
 // Check verifies that base, overlay and state file are intact and belong together. baseID is the
-// content id of base, which Check closes. It returns what is wrong, in words for the user, and an
-// error only if it could not look. Nothing is changed. The device must not be in use.
+// content id of base, which Check closes. It returns what is wrong, one line of text for each
+// problem, and an error only if it could not read the files. Nothing is changed. The device must
+// not be in use.
 func Check(ctx context.Context, base Device, baseID ID, paths OverlayPaths) (problems []string, err error) {
 	defer func() { err = errors.Join(err, base.Close()) }()
 	overlay, oerr := fileExists(paths.Overlay)
@@ -28,7 +29,7 @@ func Check(ctx context.Context, base Device, baseID ID, paths OverlayPaths) (pro
 	}
 	defer func() { err = errors.Join(err, data.Close(), s.close()) }()
 	o := newOverlay(base, data, s)
-	if err := o.check(paths, baseID); err != nil {
+	if err := o.checkFiles(paths, baseID); err != nil {
 		return []string{err.Error()}, nil
 	}
 	for _, page := range s.damaged {

@@ -26,8 +26,8 @@ type ID [32]byte
 
 func (id ID) String() string { return hex.EncodeToString(id[:]) }
 
-// ContentBlockSize is the size of the blocks that have content ids, whatever block size a device is
-// tracked in, so that ids can be compared.
+// ContentBlockSize is the size in bytes of the blocks that have content ids. It is the same for all
+// devices, whatever block size they are tracked in, so that ids can be compared.
 const ContentBlockSize = 64 << 10
 
 // CountBlocks is how many blocks of ContentBlockSize a device of size bytes has.
@@ -39,15 +39,15 @@ func CountBlocks(size int64) int64 {
 	return n
 }
 
-// Contents are the content ids of a device.
+// Contents are the content ids of a device and of its blocks.
 type Contents struct {
 	Size   int64
 	Device ID   // of the size and all blocks: devices with the same id have the same bytes
 	Blocks []ID // of each ContentBlockSize bytes; the last may be fewer
 }
 
-// NewContents returns the contents of a device of size bytes from the ids of its blocks, which it
-// owns from here on.
+// NewContents returns the contents of a device of size bytes. It owns ids, those of its blocks,
+// from here on.
 func NewContents(size int64, blocks []ID) *Contents {
 	c := &Contents{Size: size, Blocks: blocks}
 	c.seal()
@@ -160,19 +160,19 @@ func (c *Contents) seal() {
 	h.Sum(c.Device[:0])
 }
 
-// contentsPath is the file beside a base that keeps its content ids.
+// contentsPath is the file beside a base that holds its content ids.
 func contentsPath(base string) string {
 	return filepath.Join(filepath.Dir(base), "."+filepath.Base(base)+".contents")
 }
 
 // The contents file, version 1, little-endian: magic "DrafterC", version uint32, reserved uint32,
 // then of the base file size int64, modification and change time int64 in nanoseconds and inode
-// uint64; the blocks' ids; a BLAKE3 hash of all that. It holds for just that file at just that
-// time.
+// uint64; the blocks' ids; a BLAKE3 hash of all that. It is valid for that file with these times
+// only.
 const contentsMagic = "DrafterC"
 
-// HashFile reads all of a file and returns its content ids. Those that are kept beside it are not
-// trusted: see [FileContents].
+// HashFile reads all of a file and returns its content ids. It does not use those kept beside it;
+// see [FileContents].
 func HashFile(ctx context.Context, path string) (_ *Contents, err error) {
 	d, err := OpenFile(path, true)
 	if err != nil {
@@ -182,7 +182,7 @@ func HashFile(ctx context.Context, path string) (_ *Contents, err error) {
 	return Hash(ctx, d)
 }
 
-// FileContents returns the content ids of a file that nobody writes to. They are kept in a file
+// FileContents returns the content ids of a file that nobody writes to. It keeps them in a file
 // beside it, if that can be made.
 func FileContents(ctx context.Context, path string) (_ *Contents, err error) {
 	d, err := OpenFile(path, true)
@@ -229,8 +229,8 @@ func (c *Contents) keep(path string, stamp []byte) error {
 	return err
 }
 
-// Check refuses contents whose blocks' ids do not make the device's id, as those that have come
-// from elsewhere.
+// Check refuses contents, such as those from elsewhere, whose blocks' ids do not make the device's
+// id.
 func (c *Contents) Check() error {
 	if c.Size <= 0 || int64(len(c.Blocks)) != (c.Size+ContentBlockSize-1)/ContentBlockSize {
 		return fmt.Errorf("%d content ids for a device of %d bytes", len(c.Blocks), c.Size)

@@ -2,8 +2,8 @@ package block
 
 import "sync"
 
-// Gate is a device that passes everything on to another one, which can be replaced while it is
-// used. It begins shut: who uses it waits until it is opened.
+// Gate is a device that passes all calls on to another one, which can be replaced while the gate is
+// used. It begins shut: its users wait until it is opened.
 type Gate struct {
 	size int64
 
@@ -20,7 +20,7 @@ func NewGate(size int64) *Gate {
 	return g
 }
 
-// Shut returns once nobody is in the gate, and lets nobody in.
+// Shut lets no further call in, and returns once no call is in the gate.
 func (g *Gate) Shut() {
 	g.turns.Lock()
 	defer g.turns.Unlock()
@@ -30,7 +30,7 @@ func (g *Gate) Shut() {
 	}
 }
 
-// Open passes on to device from now on. If the gate is not shut, those who are in it finish with
+// Open passes calls on to device from now on. If the gate was not shut, calls under way finish at
 // the device before.
 func (g *Gate) Open(device Device) {
 	g.Shut()
@@ -78,5 +78,5 @@ func (g *Gate) Sync() error {
 	return g.device.Sync()
 }
 
-// Close implements [Device]. The device behind the gate is not its own.
+// Close implements [Device]. The gate does not own the device behind it.
 func (g *Gate) Close() error { return nil }

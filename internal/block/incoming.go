@@ -14,14 +14,14 @@ var ErrSealed = errors.New("the device is still being received")
 var ErrAbandoned = errors.New("the rest of the device will never arrive")
 
 // Incoming is a device that is being received. It begins sealed: only [Incoming.Arrive] writes to
-// it. [Incoming.Open] lets its user in and says which pages have not arrived; from then on a page
-// that arrives is dropped if the user has written it, and whoever needs a page that is missing
-// waits for it.
+// it. [Incoming.Open] lets its user in and says which pages have not arrived. From then on an
+// arriving page is dropped if the user has written it, and a user who needs a missing page waits
+// for it.
 //
-// Its user's methods are those of [Device]. They are safe for concurrent use, with Arrive too.
+// Its user's methods are those of [Device]. They are safe for concurrent use, also beside Arrive.
 type Incoming struct {
 	Device      // where the pages are kept
-	guard  bool // whether a read of the sealed device is a mistake, and not only a write
+	guard  bool // a read of the sealed device is a mistake, as a write is
 
 	opened     atomic.Bool
 	violations atomic.Int64 // uses while sealed
@@ -38,16 +38,16 @@ type Incoming struct {
 	sync      sync.Mutex
 }
 
-// incomingRegion guards the pages of every 64th MiB: while a page is stored and taken out of
-// missing, nobody else does so.
+// incomingRegion guards the pages of every 64th MiB. It is held while one of them is stored and
+// taken out of missing.
 type incomingRegion struct {
 	sync.Mutex
 	arrived chan struct{} // closed when a page of the region has arrived; nil when nobody waits
 }
 
-// NewIncoming receives into d. With guard set, reading it while it is sealed is refused, as for
-// memory, which nobody may have cached before it is complete; else it reads as what has arrived
-// until then.
+// NewIncoming receives into d. With guard set, a read while it is sealed is refused, as for memory,
+// which nobody may cache before it is complete. Without guard a read returns what has arrived until
+// then.
 func NewIncoming(d Device, guard bool) *Incoming {
 	return &Incoming{Device: d, guard: guard, missing: NewBitmap(Pages(d)), complete: make(chan struct{}), abandoned: make(chan struct{})}
 }
@@ -55,10 +55,10 @@ func NewIncoming(d Device, guard bool) *Incoming {
 // Violations counts the uses of the device while it was sealed. All of them were refused.
 func (d *Incoming) Violations() int64 { return d.violations.Load() }
 
-// Open lets the user in. Pages of missing have not arrived: want is called for those that somebody
-// waits for, and must not block. persist, which may be nil, is called by Sync with the pages that
-// are missing of what it has made durable. Open is called once; the device owns missing from here
-// on.
+// Open lets the user in. missing is the set of pages that have not arrived; the device owns it from
+// here on. want is called with pages that somebody waits for, and must not block. persist, which
+// may be nil, is called by Sync with the pages that are missing in what it has made durable. Open
+// is called once.
 func (d *Incoming) Open(missing *Bitmap, want func(first, end int64), persist func(missing *Bitmap) error) {
 	d.missing, d.want, d.persist = missing, want, persist
 	d.left.Store(missing.Count())
@@ -66,7 +66,7 @@ func (d *Incoming) Open(missing *Bitmap, want func(first, end int64), persist fu
 	d.took(0)
 }
 
-// took notes that so many pages are missing no longer.
+// took notes that so many pages are no longer missing.
 func (d *Incoming) took(pages int64) {
 	if d.left.Add(-pages) == 0 {
 		d.completed.Do(func() { close(d.complete) })
@@ -82,7 +82,7 @@ func (d *Incoming) Missing() int64 { return d.left.Load() }
 // MissingPages returns a copy of the set of pages that have not arrived.
 func (d *Incoming) MissingPages() *Bitmap { return d.missing.Clone() }
 
-// Abandon ends all waiting: what has not arrived fails with [ErrAbandoned] from here on.
+// Abandon ends all waiting. From here on reads of missing pages fail with [ErrAbandoned].
 func (d *Incoming) Abandon() { d.abandon.Do(func() { close(d.abandoned) }) }
 
 func (d *Incoming) region(page int64) *incomingRegion {
@@ -102,8 +102,8 @@ func eachRegion(first, end int64, f func(first, end int64) error) error {
 	return nil
 }
 
-// Arrive stores pages that were received: off is a multiple of the page size, and so is the length
-// of p, but at the device's end. It returns how many of the bytes were of use.
+// Arrive stores received pages. off is a multiple of the page size, and so is the length of p,
+// except at the device's end. It returns how many of the bytes were used.
 func (d *Incoming) Arrive(p []byte, off int64) (used int64, err error) {
 	return d.arrive(off, int64(len(p)), func(from, end int64) error {
 		_, err := d.Device.WriteAt(p[from-off:end-off], from)
@@ -291,8 +291,8 @@ func (d *Incoming) Sync() error {
 	}
 	d.sync.Lock()
 	defer d.sync.Unlock()
-	// What is missing now is at most too much after the sync: a page that is fetched twice was not
-	// written in between by anybody who was told that it lasts.
+	// The set may be too large after the sync. A page in it is then fetched twice, which is right:
+	// no write to it was acknowledged as durable in between.
 	missing := d.missing.Clone()
 	if err := d.Device.Sync(); err != nil {
 		return err

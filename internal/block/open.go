@@ -20,14 +20,14 @@ type OverlayPaths struct {
 	Base    string // for messages; base devices may be of any kind
 	Overlay string
 	State   string
-	Origin  ID // of an overlay that is made: content id of the base that its device was made from, where that is not the one beneath; else zero
+	Origin  ID // of a new overlay: content id of the base that its device was made from, if that is not the base beneath; else zero
 }
 
 // OpenOverlay opens an overlay over base, whose content id is baseID. It makes both files when
-// neither exists. Blocks that were written but not synced when their writer was killed are
-// discarded. The overlay owns base from here on, also when opening fails. It holds a lock on the
-// state file until it is closed; one that another process uses is refused. An overlay keeps the
-// block size that it was made with; where there is none yet, 0 is refused.
+// neither exists. It discards blocks that were written but not synced when their writer was killed.
+// The overlay owns base from here on, also when opening fails. It holds a lock on the state file
+// until it is closed; an overlay that another process uses is refused. An existing overlay keeps
+// its block size. For a new one, a block size of 0 is refused.
 func OpenOverlay(base Device, baseID ID, paths OverlayPaths, blockSize int64) (_ *Overlay, err error) {
 	defer func() {
 		if err != nil {
@@ -46,7 +46,7 @@ func OpenOverlay(base Device, baseID ID, paths OverlayPaths, blockSize int64) (_
 		return nil, err
 	}
 	o := newOverlay(base, data, state)
-	if err := o.check(paths, baseID); err != nil {
+	if err := o.checkFiles(paths, baseID); err != nil {
 		return nil, errors.Join(err, data.Close(), state.close())
 	}
 	if err := o.discardUncommitted(); err != nil {
@@ -56,8 +56,8 @@ func OpenOverlay(base Device, baseID ID, paths OverlayPaths, blockSize int64) (_
 	return o, nil
 }
 
-// overlayExists tells whether both files are there; one alone is refused, unless it is what an
-// interrupted creation leaves.
+// overlayExists tells whether both files are there. One alone is refused, unless an interrupted
+// creation has left it.
 func overlayExists(paths OverlayPaths) (bool, error) {
 	overlay, err := fileExists(paths.Overlay)
 	if err != nil {
@@ -159,8 +159,8 @@ func createOverlay(paths OverlayPaths, h *stateHeader) (err error) {
 // lockPatience bounds how long another process may take to make its overlays in a directory.
 const lockPatience = 30 * time.Second
 
-// lockDirectory lets one process at a time make overlays in a directory. The lock is a file that
-// nobody else can open, and so hold.
+// lockDirectory lets one process at a time make overlays in a directory. Nobody else can open the
+// lock's file, and so lock it.
 func lockDirectory(dir string) (*lockfile.Lock, error) {
 	for deadline := time.Now().Add(lockPatience); ; time.Sleep(5 * time.Millisecond) {
 		lock, err := lockfile.Try(filepath.Join(dir, ".overlays.lock"))
@@ -203,8 +203,8 @@ func (f *overlayFile) NextData(off int64) (start, end int64, err error) {
 	return min(start, f.size), min(end, f.size), err
 }
 
-// check refuses files that do not belong together.
-func (o *Overlay) check(paths OverlayPaths, baseID ID) error {
+// checkFiles refuses files that do not belong together.
+func (o *Overlay) checkFiles(paths OverlayPaths, baseID ID) error {
 	h := o.state.header
 	if h.size != o.base.Size() {
 		return fmt.Errorf("state file %s is for a base of %d bytes, %s has %d; use the base that the overlay was made over", paths.State, h.size, paths.Base, o.base.Size())
@@ -256,8 +256,8 @@ func (o *Overlay) discardUncommitted() error {
 }
 
 // Export writes the content of d to a new file, with holes for zeros, and syncs it. progress, which
-// may be nil, is called with the bytes done and in all. The file has its name only once it is
-// complete.
+// may be nil, is called with the bytes that are done, and with all bytes. The file gets its name
+// only once it is complete.
 func Export(ctx context.Context, path string, d Device, progress func(done, total int64)) error {
 	err := newfile.Write(path, func(f *os.File) error {
 		if err := f.Truncate(d.Size()); err != nil {

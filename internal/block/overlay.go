@@ -7,14 +7,14 @@ import (
 	"sync/atomic"
 )
 
-// Overlay is a device that leaves its base as it is: blocks that are written live in the overlay
-// file, at the same offset, and the state file says which. A block whose bit is not set is a hole
-// in the overlay file.
+// Overlay is a device that does not change its base. Blocks that are written live in the overlay
+// file, at the same offset, and the state file says which blocks these are. A block whose bit is
+// not set is a hole in the overlay file.
 //
 // A write within a block that the overlay holds goes straight to its place, as on a disk: after a
-// power cut, each sector of what was not synced is as before or as after. The first write to a
-// block copies the rest of the block from the base; its bit reaches the disk only after its data
-// has, so that the block is the base's until then.
+// power cut, each sector that was not synced has its old or its new content. The first write to a
+// block copies the rest of the block from the base. The block's bit reaches the disk only after its
+// data, so until then the block is the base's.
 type Overlay struct {
 	base      Device
 	data      Device // the overlay file, as large as base; a [Trimmer] and [Mapper]
@@ -48,7 +48,7 @@ func newOverlay(base, data Device, state *stateFile) *Overlay {
 // Size implements [Device].
 func (o *Overlay) Size() int64 { return o.base.Size() }
 
-// Origin is the content id of the base that the device was made from, where that is not the one
+// Origin is the content id of the base that the device was made from, if that is not the base
 // beneath; else zero.
 func (o *Overlay) Origin() ID { return o.state.header.origin }
 
@@ -156,8 +156,8 @@ func (o *Overlay) writeRegion(p []byte, off int64) (int, error) {
 	first, last := off/o.blockSize, (end-1)/o.blockSize
 	n, err := o.fill(p, off, first, last)
 	if err != nil {
-		// The blocks are not the overlay's yet, so what was written of them must go. What the
-		// overlay held before has changed.
+		// The blocks are not the overlay's yet, so what was written of them must go. Blocks that
+		// the overlay held before have changed.
 		o.forget(first, last+1)
 		return n, err
 	}
@@ -187,8 +187,8 @@ func (o *Overlay) own(first, end int64) {
 	o.state.changed(first, end)
 }
 
-// forget makes blocks that the overlay does not hold holes again, after a failed write. A block of
-// which that fails, as where there are no holes and no room for zeros, is noted as soiled until it
+// forget makes holes of blocks that the overlay does not hold, after a failed write. If that fails,
+// as on a file system without holes and without room for zeros, the block counts as soiled until it
 // is the overlay's.
 func (o *Overlay) forget(first, end int64) {
 	for i := first; i < end; i++ {
@@ -317,8 +317,8 @@ func (o *Overlay) Sync() error {
 		return *err
 	}
 	o.cleanse()
-	// The blocks to commit are those whose data is in the overlay file now, so that the sync of the
-	// file covers them.
+	// Only blocks whose data is in the overlay file by now are committed, so the sync of the file
+	// covers them.
 	pages := o.state.take()
 	err := o.data.Sync()
 	if err == nil {

@@ -55,8 +55,8 @@ func open(t testing.TB, paths OverlayPaths, blockSize int64) *Overlay {
 	return o
 }
 
-// check is Check over the base's file.
-func check(t testing.TB, paths OverlayPaths) ([]string, error) {
+// checkOverlay is Check over the base's file.
+func checkOverlay(t testing.TB, paths OverlayPaths) ([]string, error) {
 	t.Helper()
 	c, err := FileContents(t.Context(), paths.Base)
 	if err != nil {
@@ -206,7 +206,7 @@ func TestModel(t *testing.T) {
 		same(t, d, model)
 		shut(t, d)
 	}
-	if problems, err := check(t, lower); err != nil || len(problems) > 0 {
+	if problems, err := checkOverlay(t, lower); err != nil || len(problems) > 0 {
 		t.Errorf("check: %v, %v", problems, err)
 	}
 }
@@ -373,7 +373,7 @@ func TestRefusals(t *testing.T) {
 			} else if !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("%v; want %q", err, tt.want)
 			}
-			if problems, err := check(t, paths); err != nil || len(problems) == 0 {
+			if problems, err := checkOverlay(t, paths); err != nil || len(problems) == 0 {
 				t.Errorf("check finds %v, %v", problems, err)
 			}
 		})

@@ -20,8 +20,8 @@ import (
 // Fetcher gets content of a device that is elsewhere. It is safe for concurrent use.
 type Fetcher interface {
 	// Fetch fills p with whole blocks of ContentBlockSize bytes, at most maxFetch of them, from
-	// number first on; the device's last block may be short. Somebody waits for what is urgent.
-	// Another attempt may succeed after an error, unless it is ErrReplaced.
+	// number first on. The device's last block may be short. urgent says that somebody waits. After
+	// an error another attempt may succeed, unless the error is ErrReplaced.
 	Fetch(ctx context.Context, first int64, p []byte, urgent bool) error
 }
 
@@ -31,7 +31,7 @@ type Remote struct {
 	Fetcher  Fetcher
 }
 
-// ErrReplaced says that what is fetched is not what it was, or is gone for good: going on would mix
+// ErrReplaced says that the content elsewhere has changed, or is gone for good. Going on would mix
 // two versions.
 var ErrReplaced = errors.New("it has been replaced or removed while it was being pulled")
 
@@ -43,10 +43,9 @@ const (
 	noticeable = 4 // attempts that fail before it is said
 )
 
-// Pulled is a read-only device in a file that is filled from elsewhere, with what is read and, by
-// Fill, with all the rest. Every block is verified by its content id before anybody sees it. A file
-// that is not complete has a hidden name, and is taken up again by the next who pulls the same
-// content.
+// Pulled is a read-only device in a file that is filled from elsewhere: with the blocks that are
+// read and, by Fill, with all others. Every block is verified by its content id before anybody sees
+// it. An incomplete file has a hidden name, and the next pull of the same content goes on with it.
 type Pulled struct {
 	path    string // of the complete file
 	file    *File
@@ -84,7 +83,7 @@ func PartlyPulled(path string) bool {
 }
 
 // OpenPulled opens the file at path, which does not exist yet, as a device with the content of
-// remote. When another process is pulling it just now, this one pulls it too, for itself.
+// remote. If another process is pulling it at the same time, this one pulls it too, for itself.
 func OpenPulled(ctx context.Context, path string, remote Remote) (_ *Pulled, err error) {
 	if err := remote.Contents.Check(); err != nil {
 		return nil, err
@@ -112,7 +111,7 @@ func OpenPulled(ctx context.Context, path string, remote Remote) (_ *Pulled, err
 	return d, nil
 }
 
-// CreateUnnamed makes a file of zeros without a name in dir, which ends with its last user.
+// CreateUnnamed makes an unnamed file of zeros in dir, which ends with its last user.
 func CreateUnnamed(dir string, size int64) (*File, error) {
 	f, err := private.CreateTemp(filepath.Join(dir, "unnamed"))
 	if err != nil {
@@ -234,8 +233,8 @@ func (d *Pulled) need(first, end int64) error {
 	return nil
 }
 
-// claim returns the flight of block first. If it is the caller's to fetch, it is of all blocks up
-// to last; nobody else fetches them.
+// claim returns the flight that fetches block first. If the caller has to fetch, the flight is of
+// all blocks up to last, which nobody else fetches.
 func (d *Pulled) claim(first, end int64) (f *flight, last int64, mine bool, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -259,8 +258,8 @@ func (d *Pulled) claim(first, end int64) (f *flight, last int64, mine bool, err 
 	return f, last, true, nil
 }
 
-// fetch brings a claimed flight to its end. It tries until it succeeds, the device is closed, or
-// there is nothing to hope for.
+// fetch completes a claimed flight. It tries until it succeeds, the device is closed, or no attempt
+// can succeed.
 func (d *Pulled) fetch(f *flight, first, end int64, urgent bool) {
 	defer d.wg.Done()
 	p := make([]byte, d.length(first, end))
@@ -336,8 +335,8 @@ func (d *Pulled) store(first int64, p []byte) error {
 // fillers is how many requests of Fill are under way at once.
 const fillers = 4
 
-// Fill fetches all that is missing, and then gives the file its name, durably. progress, which may
-// be nil, is called with the bytes that are there and in all.
+// Fill fetches all missing blocks, and then gives the file its name, durably. progress, which may
+// be nil, is called with the bytes that are there, and with all bytes.
 func (d *Pulled) Fill(ctx context.Context, progress func(done, total int64)) error {
 	var next atomic.Int64
 	g, ctx := errgroup.WithContext(ctx)

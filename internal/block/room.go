@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// NoRoom tells whether an error is that a file system, or a quota, is full. What such an error was
-// about can be done once there is room: nothing is lost.
+// NoRoom tells whether an error says that a file system, or a quota, is full. Nothing is lost then:
+// the operation can be done again once there is room.
 func NoRoom(err error) bool { return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) }
 
 // Room is what a file system has to offer.
@@ -52,8 +52,8 @@ func RoomAt(path string) (Room, error) {
 	return r, nil
 }
 
-// Unstored tells whether what an error was about is kept, or can be done again by who has it, once
-// the storage works: nothing is lost.
+// Unstored tells whether the data of a failed operation is kept, or its caller can do it again once
+// the storage works. Nothing is lost then.
 func Unstored(err error) bool {
 	var unstored *UnstoredError
 	return NoRoom(err) || errors.As(err, &unstored)
@@ -81,10 +81,11 @@ func (e *UnstoredError) Error() string {
 // Unwrap returns the cause.
 func (e *UnstoredError) Unwrap() error { return e.Err }
 
-// Reserve sets so many bytes at the start of a file aside, so that writing there needs no room
-// later, by a process that maps the file neither (which a full file system would end by SIGBUS,
-// mmap(2)). What the file holds stays; what was set aside reads as zeros and counts as a hole.
-// Without room nothing is set aside. A file system that cannot do so is taken as it is.
+// Reserve sets room aside for the first bytes of a file, so that later writes there need none. This
+// holds for processes that map the file, too, which a full file system would end by SIGBUS
+// (mmap(2)). The file's content stays; reserved room reads as zeros and counts as a hole. If there
+// is not enough room, nothing is set aside. On a file system that cannot set room aside, Reserve
+// does nothing.
 func Reserve(path string, length int64) error {
 	f, err := OpenFile(path, false)
 	if err != nil {

@@ -2,7 +2,8 @@ package block
 
 import "io"
 
-// Section returns size bytes of d at off, to read. The range is d's, which is not closed with it.
+// Section returns size bytes of d at off, for reading. The range must lie in d. Closing it does not
+// close d.
 func Section(d Device, off, size int64) Device {
 	return &section{io.NewSectionReader(d, off, size)}
 }

@@ -10,16 +10,15 @@ import (
 // MaxDevices is how many devices there may be at once.
 const MaxDevices = 1000
 
-// sizePerMemory is how many bytes devices from elsewhere may have for each byte of this host's
-// memory, if nothing else is said. A target keeps some 8 bits for each page of a device while it
-// arrives (what is missing, dirty, wanted, cached), and 4 bytes for each block of 64 KiB; who pulls
-// one keeps 32 bytes for each 64 KiB. So this bounds them to a fortieth of the memory, and a
-// sixteenth besides.
+// sizePerMemory is the default limit of devices from elsewhere, in bytes for each byte of this
+// host's memory. A target keeps some 8 bits for each page of an arriving device (missing, dirty,
+// wanted, cached), and 4 bytes for each block of 64 KiB. A pull keeps 32 bytes for each 64 KiB. So
+// the limit bounds these to a fortieth of the memory, and to a sixteenth more for a pull.
 const sizePerMemory = 128
 
-// CheckSizes refuses devices of so many bytes, before anything is made for them, if they have more
-// than most bytes in all. If most is 0, it is 128 times this host's memory. It is for those whose
-// sizes a stranger says.
+// CheckSizes refuses devices of the given sizes in bytes if they have more than most bytes
+// together. If most is 0, it is 128 times this host's memory. Call it before anything is made for
+// sizes that a stranger names.
 func CheckSizes(most int64, sizes ...int64) error {
 	if len(sizes) > MaxDevices {
 		return fmt.Errorf("%d devices are too many; there may be %d", len(sizes), MaxDevices)

@@ -8,12 +8,12 @@ import (
 )
 
 // PageSize is the unit in bytes in which changes are tracked and moved, whatever the block size of
-// a device: the smallest that a guest maps or that is written back.
+// a device. It is the smallest unit that a guest maps, or that is written back.
 const PageSize = 4096
 
-// Tracker is a device that knows which of its pages were written, and when last. A page is marked
-// after its write: who clears the mark and then reads the page either sees the write or finds the
-// page marked again.
+// Tracker is a device that knows which of its pages were written, and when each block was written
+// last. A page is marked after its write. So a reader that first clears the mark and then reads the
+// page either sees the write, or finds the page marked again.
 type Tracker struct {
 	Device
 	blockSize int64
@@ -25,8 +25,7 @@ type Tracker struct {
 	watches  atomic.Pointer[[]*Watch]
 }
 
-// NewTracker tracks d: what changed in pages, when in blocks of blockSize bytes; see
-// [CheckBlockSize].
+// NewTracker tracks d: changes by pages, times by blocks of blockSize bytes; see [CheckBlockSize].
 func NewTracker(d Device, blockSize int64) *Tracker {
 	blocks := (d.Size() + blockSize - 1) / blockSize
 	return &Tracker{Device: d, blockSize: blockSize, dirty: NewBitmap(Pages(d)), last: make([]atomic.Uint32, blocks), start: time.Now().Add(-time.Millisecond)}
@@ -41,7 +40,7 @@ func (t *Tracker) BlockSize() int64 { return t.blockSize }
 // Blocks is the number of blocks; the last one may be shorter.
 func (t *Tracker) Blocks() int64 { return int64(len(t.last)) }
 
-// WriteAt implements [Device]. A write that fails may have changed something, so it marks as well.
+// WriteAt implements [Device]. A failed write may have changed something, so it marks pages, too.
 func (t *Tracker) WriteAt(p []byte, off int64) (int, error) {
 	n, err := t.Device.WriteAt(p, off)
 	t.mark(off, int64(len(p)))
@@ -73,8 +72,8 @@ func (t *Tracker) mark(off, length int64) {
 	for i := off / t.blockSize; i*t.blockSize < end; i++ {
 		t.last[i].Store(now)
 	}
-	// The watches come first: who takes the dirty pages and then those of a watch misses none that
-	// is not dirty again.
+	// The watches come first. Whoever takes the dirty pages and then those of a watch misses no
+	// page that is not dirty again.
 	if watches := t.watches.Load(); watches != nil {
 		for _, w := range *watches {
 			w.pages.SetRange(off/PageSize, (end+PageSize-1)/PageSize)

@@ -9,9 +9,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// SyncAndVerify makes what was written to a file durable, and then reads all of it back from where
-// it is stored: a write-back that was lost shows only there. It fails unless that is what the file
-// held before. Nobody else writes to the file.
+// SyncAndVerify makes a file durable, and then reads it back from the storage, because a lost
+// write-back shows only there. It fails unless the file reads as before. Nobody else may write to
+// the file.
 func SyncAndVerify(ctx context.Context, f *os.File) error {
 	info, err := f.Stat()
 	if err != nil {

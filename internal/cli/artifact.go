@@ -11,8 +11,8 @@ import (
 )
 
 const artifactHelp = `
-REF is NAME[:TAG], such as registry.example.com/vms/redis:1, with or without docker:// before it. Credentials come from docker's config.json, where 'docker login'
-puts them.
+REF is NAME[:TAG], such as registry.example.com/vms/redis:1, with or without docker:// before it.
+Credentials come from docker's config.json, where 'docker login' puts them.
 `
 
 func newPush() *cobra.Command {
@@ -21,8 +21,9 @@ func newPush() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "push REF",
 		Short: "Store a VM package in an OCI registry",
-		Long: `Stores a package as an OCI artifact in any OCI registry. Layers that the registry has already are not uploaded again. 'drafter pull' brings it back, and
-'drafter peer --package docker://REF' starts an instance of it at once, with the rest pulled behind the running VM.
+		Long: `Stores a package as an OCI artifact in any OCI registry. Layers that the
+registry has already are not uploaded again. 'drafter pull' fetches it, and 'drafter peer --package
+docker://REF' starts an instance of it at once, with the rest pulled behind the running VM.
 ` + artifactHelp + exitCodeHelp,
 		Example: `  drafter push registry.example.com/vms/redis:1 --package out/package`,
 		Args:    oneArg("reference"),
@@ -40,7 +41,7 @@ func newPush() *cobra.Command {
 	}
 	f := cmd.Flags()
 	f.StringVar(&pkg, "package", "out/package", "Directory of the package")
-	f.BoolVar(&plainHTTP, "plain-http", false, "Talk to the registry without TLS")
+	f.BoolVar(&plainHTTP, "plain-http", false, "Talk to the registry without TLS; registries on loopback addresses need no flag")
 	return cmd
 }
 
@@ -52,8 +53,10 @@ func newPull() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "pull REF",
 		Short: "Fetch a VM package from an OCI registry",
-		Long: `Fetches a package that 'drafter push' has stored. Every block is verified. A pull that was interrupted goes on where it was; files that are there already are
-kept if they are the package's, and an error if not. With --verify-key, nothing is fetched unless one of the keys has signed it ('drafter sign').
+		Long: `Fetches a package that 'drafter push' has stored. Every block is verified. A
+pull that was interrupted goes on where it was. Files that are there already are kept if they are
+the package's; other files there are an error. With --verify-key, nothing is fetched unless one of
+the keys has signed it ('drafter sign').
 ` + artifactHelp + exitCodeHelp,
 		Example: `  drafter pull registry.example.com/vms/redis:1 --output out/package`,
 		Args:    oneArg("reference"),
@@ -82,6 +85,6 @@ kept if they are the package's, and an error if not. With --verify-key, nothing 
 	size.add(cmd)
 	f := cmd.Flags()
 	f.StringVar(&output, "output", "out/package", "Directory to write the package to")
-	f.BoolVar(&plainHTTP, "plain-http", false, "Talk to the registry without TLS")
+	f.BoolVar(&plainHTTP, "plain-http", false, "Talk to the registry without TLS; registries on loopback addresses need no flag")
 	return cmd
 }

@@ -21,8 +21,9 @@ func newBlueprint() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "blueprint",
 		Short: "Make what a VM boots from: an OS, and disks from OCI images",
-		Long: `Makes blueprints. 'blueprint os' makes Drafter's own small OS from Debian packages; 'blueprint oci' makes a disk that holds an OCI image as a runtime
-bundle, which that OS starts.
+		Long: `Makes blueprints. 'blueprint os' makes Drafter's own small OS from Debian
+packages. 'blueprint oci' makes a disk that holds an OCI image as a runtime bundle, which that OS
+starts.
 ` + exitCodeHelp,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
@@ -39,8 +40,9 @@ func newBlueprintOS() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "os",
 		Short: "Make kernel, initramfs and root file system from Debian packages",
-		Long: `Makes vmlinux, initrd and rootfs.ext4 from Debian packages, with apt and dpkg of this host. The root file system holds an OCI runtime (crun), a shell
-with the usual tools (busybox) and drafter-guest, which is its init and agent.
+		Long: `Makes vmlinux, initrd and rootfs.ext4 from Debian packages, with apt and dpkg
+of this host. The root file system holds an OCI runtime (crun), a shell with the usual tools
+(busybox) and drafter-guest, which is its init and agent.
 ` + exitCodeHelp,
 		Example: "  drafter blueprint os --output out/blueprint",
 		Args:    noArgs,
@@ -70,7 +72,7 @@ with the usual tools (busybox) and drafter-guest, which is its init and agent.
 	f.StringVar(&c.Guest, "guest-bin", "", "drafter-guest binary (default: beside this program, or on PATH)")
 	f.StringVar(&c.Kernel, "kernel", blueprint.DefaultKernel, "Debian package of the kernel")
 	f.StringSliceVar(&c.Packages, "package", nil, "Further Debian package for the root file system (repeatable)")
-	f.StringVar(&size, "size", "", "Size of the root file system, such as 1GiB (default: its content and 256 MiB)")
+	f.StringVar(&size, "size", "", "Size of the root file system in bytes, such as 1GiB (default: its content and 256 MiB)")
 	f.StringVar(&c.Cache, "cache", "", "Directory to keep downloaded packages in (default: none are kept)")
 	return cmd
 }
@@ -132,10 +134,10 @@ func (b *byteSize) Type() string { return "size" }
 // imageFlags choose an OCI image, and bound what it may become.
 func imageFlags(cmd *cobra.Command, c *blueprint.ImageConfig, limits *blueprint.Limits, command *string) {
 	limits.Bytes = 64 << 30
-	cmd.Flags().Var((*byteSize)(&limits.Bytes), "max-unpacked", "Most that the files of all the image's layers may add up to")
-	cmd.Flags().Int64Var(&limits.Files, "max-files", 4_000_000, "Most files that the image's layers may hold, each counted with the directories of its name")
+	cmd.Flags().Var((*byteSize)(&limits.Bytes), "max-unpacked", "Most bytes of all files of the image's layers together, such as 64GiB")
+	cmd.Flags().Int64Var(&limits.Files, "max-files", 4_000_000, "Most files of the image's layers together, each counted with the directories of its name")
 	cmd.Flags().StringVar(&c.Platform, "platform", "", "Platform of the image, such as linux/arm64 (default: this host's)")
-	cmd.Flags().BoolVar(&c.PlainHTTP, "plain-http", false, "Talk to the registry without TLS")
+	cmd.Flags().BoolVar(&c.PlainHTTP, "plain-http", false, "Talk to the registry without TLS; registries on loopback addresses need no flag")
 	cmd.Flags().StringVar(command, "command", "", "Command to run in place of the image's entrypoint and command: a JSON array of strings, or a line for its shell")
 }
 
@@ -153,9 +155,11 @@ func openImage(cmd *cobra.Command, c blueprint.ImageConfig, limits blueprint.Lim
 }
 
 const referenceHelp = `
-REF is docker://NAME[:TAG|@DIGEST] for any registry, with credentials from docker's config.json, or what 'docker save', 'podman save', skopeo, buildah and others
-write: oci:DIRECTORY[:NAME], oci-archive:FILE[:NAME], docker-archive:FILE[:NAME] or dir:DIRECTORY. NAME chooses one of several images: a tag, a whole name such as
-docker.io/library/redis:7, or @N for the N-th one, from 0. Archives, and their layers, may be compressed (gzip, zstd, xz, bzip2).
+REF is docker://NAME[:TAG|@DIGEST] for any registry, with credentials from docker's config.json, or what
+'docker save', 'podman save', skopeo, buildah and others write: oci:DIRECTORY[:NAME],
+oci-archive:FILE[:NAME], docker-archive:FILE[:NAME] or dir:DIRECTORY. NAME chooses one of several images:
+a tag, a whole name such as docker.io/library/redis:7, or @N for the N-th one, from 0. Archives, and
+their layers, may be compressed (gzip, zstd, xz, bzip2).
 `
 
 // oneArg wants exactly one argument.
@@ -179,8 +183,10 @@ func newBlueprintOCI() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "oci REF",
 		Short: "Make a disk from an OCI image",
-		Long: `Makes an ext4 disk that holds an OCI image as a runtime bundle. The image's config means what it means to Docker; --command changes the command. To change its
-environment or mounts, use 'oci unpack', edit the bundle's config.json, and 'oci pack'. The image is unpacked in TMPDIR, which needs room for all of it.
+		Long: `Makes an ext4 disk that holds an OCI image as a runtime bundle. The image's
+config means what it means to Docker; --command changes the command. To change its environment or
+mounts, use 'oci unpack', edit the bundle's config.json, and use 'oci pack'. The image is unpacked
+in TMPDIR, which needs room for all of it.
 ` + referenceHelp + exitCodeHelp,
 		Example: `  drafter blueprint oci docker://valkey/valkey:latest --output out/blueprint/oci.ext4`,
 		Args:    oneArg("image reference"),
@@ -209,7 +215,7 @@ environment or mounts, use 'oci unpack', edit the bundle's config.json, and 'oci
 	}
 	imageFlags(cmd, &image, &limits, &command)
 	cmd.Flags().StringVar(&disk.Output, "output", "out/blueprint/oci.ext4", "File to write")
-	cmd.Flags().StringVar(&size, "size", "", "Size of the disk, such as 4GiB (default: the image and 512 MiB)")
+	cmd.Flags().StringVar(&size, "size", "", "Size of the disk in bytes, such as 4GiB (default: the image and 512 MiB)")
 	cmd.AddCommand(newBlueprintOCIUnpack(), newBlueprintOCIPack())
 	return cmd
 }
@@ -246,7 +252,7 @@ func newBlueprintOCIUnpack() *cobra.Command {
 		},
 	}
 	imageFlags(cmd, &image, &limits, &command)
-	cmd.Flags().StringVar(&output, "output", "out/oci-runtime-bundle", "Directory to make; it must be empty or not exist")
+	cmd.Flags().StringVar(&output, "output", "out/oci-runtime-bundle", "Directory to write the bundle to; it must be empty or not exist")
 	return cmd
 }
 
@@ -280,6 +286,6 @@ func newBlueprintOCIPack() *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&disk.Output, "output", "out/blueprint/oci.ext4", "File to write")
-	cmd.Flags().StringVar(&size, "size", "", "Size of the disk, such as 4GiB (default: the bundle and 512 MiB)")
+	cmd.Flags().StringVar(&size, "size", "", "Size of the disk in bytes, such as 4GiB (default: the bundle and 512 MiB)")
 	return cmd
 }

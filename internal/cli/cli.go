@@ -46,9 +46,11 @@ func Main(args []string) int {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), endings...)
 	defer stop()
-	// A write to a pipe without a reader fails instead. Not ignored, which children would inherit.
+	// A write to a pipe without a reader then fails. SIGPIPE is not ignored, because children would
+	// inherit that.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
-	// In the background of a terminal, output goes on, and there is no input, instead of a stop.
+	// In the background of a terminal, output then goes on and there is no input; otherwise the
+	// process would stop.
 	signal.Ignore(syscall.SIGTTIN, syscall.SIGTTOU)
 	stderr := output.New(os.Stderr, logRoom, plainNotice)
 	defer stderr.Close()
@@ -62,8 +64,8 @@ func plainNotice(bytes int64) []byte {
 	return fmt.Appendf(nil, "\nLeft out %d bytes of output\n", bytes)
 }
 
-// results is where a command prints what it was asked for. It waits for its reader. One that is
-// gone, as in 'drafter … | head', wants no more.
+// results is for the output that a command was asked for. It waits for its reader. When the reader
+// is gone, as in 'drafter … | head', the rest is dropped.
 type results struct{ *os.File }
 
 // Write implements [io.Writer].
@@ -75,7 +77,7 @@ func (r results) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// Run is Main with its surroundings given. Ending ctx ends the command cleanly.
+// Run is Main with its streams and context given. Ending ctx ends the command cleanly.
 func Run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root := Root(stderr)
 	root.SetOut(stdout)
@@ -109,7 +111,8 @@ func Root(stderr io.Writer) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "drafter",
 		Short: "Package, start, clone and live-migrate virtual machines",
-		Long: `Drafter turns OCI images, or any Linux, into virtual machines that can be snapshotted, packaged, cloned copy-on-write and live-migrated.
+		Long: `Drafter turns OCI images, or any Linux, into virtual machines that can be
+snapshotted, packaged, cloned copy-on-write and live-migrated.
 
 A first tour, as root:
   drafter blueprint os --output out/blueprint
@@ -119,7 +122,8 @@ A first tour, as root:
   drafter runner --netns ark0 --devices '[…]'
   drafter forwarder
 
-Each command also answers to its own name: a link drafter-runner to this program is 'drafter runner'.
+Each command also answers to its own name: a link drafter-runner to this program is 'drafter
+runner'.
 ` + exitCodeHelp,
 		SilenceErrors: true,
 		SilenceUsage:  true,

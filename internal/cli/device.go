@@ -35,10 +35,13 @@ func newDeviceCheck() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "Verify base, overlay and state file of a device",
-		Long: `Verifies that base, overlay and state file are intact and belong together, and says what is wrong. Nothing is changed.
+		Long: `Verifies that base, overlay and state file are intact and belong together,
+and says what is wrong. Nothing is changed.
 
-What a killed writer left is reported, although the next use mends it. So is a part that never arrived in a migration, and a base that was not wholly pulled yet. The
-base of a device that came by a migration without it need not be there. For a device without an overlay, pass --overlay '' --state ''.
+Unsynced blocks of a killed writer are reported, although the next use discards them. So are a part
+that never arrived in a migration, and a base that is not wholly pulled yet. A device that came by a
+migration without its base is checked without it. For a device without an overlay, pass --overlay ''
+--state ''.
 ` + exitCodeHelp,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -72,8 +75,9 @@ func newDeviceExport() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "export",
 		Short: "Write a device, base and overlay together, to a plain file",
-		Long: `Writes what a VM would read from the device to a file of its own. So a disk can be taken from an instance that cannot be resumed any more, because its
-process was killed, and a new package be made from it with 'drafter snapshotter'; its file system recovers as after a power cut.
+		Long: `Writes what a VM would read from the device to a file of its own. So a disk
+can be taken out of an instance that cannot be resumed, because its process was killed. 'drafter
+snapshotter' makes a new package from it; its file system recovers as after a power cut.
 ` + exitCodeHelp,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

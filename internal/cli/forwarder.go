@@ -13,11 +13,14 @@ func newForwarder() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "forwarder",
 		Short: "Make ports of VMs reachable on the host",
-		Long: `Forwards addresses of the host to ports of VMs until it is ended (Ctrl-C). The address is reachable from the host itself and, unless it is a
-loopback address, from outside. To serve both, forward both addresses. If another firewall of the host drops forwarded packets, the log of drafter nat
-says what allows them. Forwards that others remove are put back. While no VM is behind a forward, who connects is refused, and the connections of a VM
-that was suspended, has moved away or was killed are reset.
-Ports from 61000 on are those that guests send from, and cannot be forwarded.
+		Long: `Forwards addresses of the host to ports of VMs until it is ended (Ctrl-C). An
+address is reachable from the host itself and, unless it is a loopback address, from outside. To
+serve both, forward both addresses. If another firewall of the host drops forwarded packets, the log
+of drafter nat says what allows them. Forwards that others remove are put back.
+
+While no VM is behind a forward, new connections are refused. Connections of a VM that was
+suspended, has moved away or was killed are reset. Guests send from ports 61000 to 65535; these
+cannot be forwarded.
 ` + exitCodeHelp,
 		Example: `  drafter forwarder --port-forwards '[{"netns":"ark0","internalPort":"6379","protocol":"tcp","externalAddr":"127.0.0.1:3333"}]'`,
 		Args:    noArgs,

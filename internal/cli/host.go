@@ -19,7 +19,8 @@ import (
 	"drafter/vmm/qemu"
 )
 
-// hostFlags are what snapshotter and runner have in common: where and as whom a VM runs.
+// hostFlags are the flags of snapshotter, runner and peer about where, and as which user, a VM
+// runs.
 type hostFlags struct {
 	host          vmm.Host
 	enableInput   bool
@@ -41,24 +42,24 @@ func (h *hostFlags) add(cmd *cobra.Command) {
 	f.StringVar(&h.qemuBin, "qemu-bin", "", "QEMU binary (default: the one for this architecture)")
 	f.StringVar(&h.firecrackerBin, "firecracker-bin", "firecracker", "Firecracker binary")
 	f.StringVar(&h.jailerBin, "jailer-bin", "jailer", "Jailer binary (from Firecracker)")
-	f.StringVar(&h.host.BaseDir, "chroot-base-dir", "out/vms", "Directory below which each VM gets its own")
+	f.StringVar(&h.host.BaseDir, "chroot-base-dir", "out/vms", "Directory in which each VM gets one of its own")
 	f.StringVar(&h.host.Netns, "netns", "ark0", "Network namespace to run the VMM in (leave empty for a VM without network)")
 	f.StringSliceVar(&h.host.NameServers, "dns", nil, "Name servers that the guest asks, at most three IPv4 addresses (default: the host's own at each start, also those behind a stub such as systemd-resolved's)")
 	f.IntVar(&h.host.UID, "uid", 0, "User ID for the VMM process (0, with --gid 0: one of --uid-range for each VM)")
 	f.IntVar(&h.host.GID, "gid", 0, "Group ID for the VMM process")
 	h.host.Users = vmm.DefaultUsers
-	f.Var(&h.host.Users, "uid-range", "User IDs that VMs get, each one of its own (0-0: VMs run as root)")
+	f.Var(&h.host.Users, "uid-range", "User IDs for VMs, FIRST-LAST, each used by one VM at a time (0-0: VMs run as root)")
 	f.IntVar(&h.host.NUMANode, "numa-node", 0, "NUMA node to run the VMM in")
 	f.IntVar(&h.host.CgroupVersion, "cgroup-version", 2, "Cgroup version to use: 1 or 2")
-	f.StringVar(&h.memoryMax, "memory-max", "", "Most bytes of this host's memory that the VMM uses, the guest's included, such as 2GB; it is killed if it needs more (default no limit)")
-	f.Float64Var(&h.host.Limits.CPUs, "cpus-max", 0, "Most CPU time that the VMM uses, in CPUs, such as 1.5 (0: no limit)")
-	f.IntVar(&h.host.Limits.PIDs, "pids-max", process.DefaultPIDs, "Most processes and threads of the VMM (0: no limit)")
-	f.BoolVar(&h.host.HugePages, "huge-pages", false, "Whether the VM's memory consists of pages of 2 MiB, which the host must have set aside (vm.nr_hugepages); Firecracker only")
-	f.BoolVar(&h.host.FillMemory, "fill-memory", true, "Whether to bring all of a resumed VM's memory into it behind it, not only what it touches; Firecracker only")
-	f.BoolVar(&h.host.KeepClock, "no-set-clock", false, "Leave the guest's clock as it is after a resume or a move, for a guest that keeps its own time; a package that is made so says it for all its VMs")
-	f.BoolVar(&h.enableOutput, "enable-output", true, "Whether to show the VM's console on stdout")
-	f.BoolVar(&h.enableInput, "enable-input", false, "Whether to pass stdin to the VM's console (a line there starts a shell in Drafter's OS)")
-	f.DurationVar(&h.resumeTimeout, "resume-timeout", time.Minute, "Maximum amount of time to wait for agent and liveness")
+	f.StringVar(&h.memoryMax, "memory-max", "", "Most bytes of this host's memory that the VMM may use, the guest's included, such as 2GB; it is killed if it needs more (default no limit)")
+	f.Float64Var(&h.host.Limits.CPUs, "cpus-max", 0, "Most CPU time that the VMM may use, in CPUs, 0.01 or more, such as 1.5 (0: no limit)")
+	f.IntVar(&h.host.Limits.PIDs, "pids-max", process.DefaultPIDs, "Most processes and threads that the VMM may have (0: no limit)")
+	f.BoolVar(&h.host.HugePages, "huge-pages", false, "Use pages of 2 MiB for the VM's memory, which the host must have set aside (vm.nr_hugepages); Firecracker only")
+	f.BoolVar(&h.host.FillMemory, "fill-memory", true, "Load all of a resumed VM's memory while it runs, not only the pages that it touches; Firecracker only")
+	f.BoolVar(&h.host.KeepClock, "no-set-clock", false, "Leave the guest's clock alone after a resume or a move, for a guest that keeps its own time; with snapshotter, for all VMs of the package")
+	f.BoolVar(&h.enableOutput, "enable-output", true, "Show the VM's console on stdout")
+	f.BoolVar(&h.enableInput, "enable-input", false, "Pass stdin to the VM's console (in Drafter's OS a line there starts a shell)")
+	f.DurationVar(&h.resumeTimeout, "resume-timeout", time.Minute, "Maximum amount of time to wait for the guest's agent and liveness, such as 90s (0: not at all)")
 }
 
 // orAtOnce keeps a timeout of 0 from standing for the default.
@@ -66,11 +67,11 @@ func orAtOnce(d time.Duration) time.Duration { return cmp.Or(d, -1) }
 
 // addMaxMemory is for those who start a VM that others have made.
 func (h *hostFlags) addMaxMemory(cmd *cobra.Command) {
-	cmd.Flags().BoolVar(&h.host.Boot, "boot", false, "Boot the VM from its disks, as after a power cut, also if it could be resumed: what its memory held is given up")
-	cmd.Flags().StringVar(&h.maxMemory, "max-memory", "", "Most bytes of memory that the VM may have, such as 64GB (default what this host has)")
+	cmd.Flags().BoolVar(&h.host.Boot, "boot", false, "Boot the VM from its disks, as after a power cut, even if it could be resumed: the content of its memory is lost")
+	cmd.Flags().StringVar(&h.maxMemory, "max-memory", "", "Most bytes of memory that the VM may have, such as 64GB (default: this host's memory)")
 }
 
-// resolve completes the host; restore ends what it changed on the terminal.
+// resolve completes the host. restore undoes its changes of the terminal.
 func (h *hostFlags) resolve(stdout io.Writer) (host vmm.Host, restore func(), err error) {
 	if err := requireRoot(); err != nil {
 		return h.host, nil, err
@@ -114,7 +115,8 @@ func (h *hostFlags) resolve(stdout io.Writer) (host vmm.Host, restore func(), er
 	return host, restore, nil
 }
 
-// limits are those of the VMM. What is given must be had; the default is taken where the host can.
+// limits returns the VMM's limits. A limit that a flag gives must be available; the default is used
+// only where the host can limit.
 func (h *hostFlags) limits() (l vmm.Limits, err error) {
 	l = h.host.Limits
 	if l.Memory, err = parseBytes("memory-max", h.memoryMax); err != nil {

@@ -26,7 +26,7 @@ type migrationLog struct {
 
 func newMigrationLog(out io.Writer) *migrationLog { return &migrationLog{out: out} }
 
-// messages are what is said at a change of state. All states are told of at debug level.
+// messages are what is said at a change of phase. All phases are logged at debug level.
 var messages = map[migrate.Phase]string{
 	migrate.PreCopying:   "A target asks for the VM: copying its devices while it runs",
 	migrate.HandingOff:   "Pausing the VM to hand it over",
@@ -41,7 +41,7 @@ var messages = map[migrate.Phase]string{
 	migrate.Moved:        "Completed all device migrations",
 }
 
-func (l *migrationLog) state(s migrate.Phase) {
+func (l *migrationLog) phase(s migrate.Phase) {
 	slog.Debug("Migration", "state", s)
 	l.begun = l.begun || s == migrate.Receiving
 	if text, ok := messages[s]; ok && (s != migrate.HandingBack || l.begun) { // else the error says it

@@ -27,16 +27,20 @@ func newMounter() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "mounter",
 		Short: "Expose devices without a VM, and move them live between processes and hosts",
-		Long: `Exposes devices at paths, for any program, or for VMs: a peer's device whose base is such a path, with "shared": true, moves independently of its VM.
+		Long: `Exposes devices at paths, for any program, or for VMs: a peer's device whose
+base is such a path, with "shared": true, moves independently of its VM.
 
-The devices are files of this host, or received live from another mounter (--raddr), or handed on to one that asks for them (--laddr). Who reads and writes a
-device at its path goes on doing so when it moves, after a pause of some milliseconds: this process then forwards what is done there to where the device is
-now, until it is ended. A device should have users at one of its paths at a time, or only readers: what caches there are on top of the paths do not know of
-each other.
+The devices are files of this host, or received live from another mounter (--raddr). Another mounter
+can take them over (--laddr). The users of a device at its path go on using it when it moves, after
+a pause of some milliseconds: this process then forwards their operations to where the device is,
+until it is ended. A device should have users at one of its paths at a time, or only readers,
+because caches above the paths do not know of each other.
 
-From a peer, a mounter receives the devices of its VM, which ends with that, as for 'drafter terminator'.
+From a peer, a mounter receives the devices of its VM, which ends with that, as for 'drafter
+terminator'.
 
-Base, overlay and state file of a device are as for 'drafter peer'. If this process is killed, the next start cleans up behind it; what was synced is there.
+Base, overlay and state file of a device are as for 'drafter peer'. If this process is killed, the
+next start cleans up behind it; what was synced is there.
 ` + exitCodeHelp,
 		Example: `  drafter mounter --raddr '' --laddr localhost:1337 --devices '[{"name":"data","base":"data.img","blockSize":65536,"makeMigratable":true}]'
   drafter mounter --raddr localhost:1337 --laddr '' --links out/mounts-1 --devices '[{"name":"data","base":"data-1.img","blockSize":65536,"makeMigratable":true}]'`,
@@ -105,11 +109,11 @@ Base, overlay and state file of a device are as for 'drafter peer'. If this proc
 	f := cmd.Flags()
 	f.StringVar(&devices, "devices", defaultJSON(defaults), "Devices configuration")
 	f.StringVar(&c.BaseDir, "chroot-base-dir", "out/vms", "Directory to expose the devices in")
-	f.StringVar(&c.Links, "links", "out/mounts", "Directory in which each device's name is a link to where it is exposed (leave empty for none)")
+	f.StringVar(&c.Links, "links", "out/mounts", "Directory for links to the devices, one by each device's name (leave empty for none)")
 	f.StringVar(&c.Expose, "expose", expose.Auto, "How the devices are exposed: auto, fuse or nbd")
 	f.StringVar(&raddr, "raddr", "localhost:1337", "Remote address to connect to: HOST:PORT or unix:PATH (leave empty to disable)")
 	f.StringVar(&laddr, "laddr", "localhost:1337", "Local address to listen on: HOST:PORT or unix:PATH (leave empty to disable)")
-	f.IntVar(&concurrency, "concurrency", 1024, "Number of concurrent workers to use in migrations (kept for compatibility: a migration here needs no workers)")
+	f.IntVar(&concurrency, "concurrency", 1024, "Number of concurrent workers in migrations (kept for compatibility, without effect)")
 	return cmd
 }
 

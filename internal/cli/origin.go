@@ -36,15 +36,15 @@ type originFlags struct {
 
 func (o *originFlags) add(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringVar(&o.cache, "package-cache", "out/packages", "Directory for the packages that --package docker://… names, each pulled once")
-	f.BoolVar(&o.plainHTTP, "plain-http", false, "Talk to the OCI registry without TLS")
+	f.StringVar(&o.cache, "package-cache", "out/packages", "Directory for the packages that --package docker://… names; each is pulled once")
+	f.BoolVar(&o.plainHTTP, "plain-http", false, "Talk to the OCI registry without TLS; registries on loopback addresses need no flag")
 }
 
 func (s *storageFlags) add(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&s.endpoint, "s3-endpoint", "", "URL of the object storage (default: $AWS_ENDPOINT_URL_S3, $AWS_ENDPOINT_URL, or https://s3.amazonaws.com)")
 	f.StringVar(&s.credentials, "s3-credentials", "", "File with the credentials of the object storage, like that of the AWS command line: aws_access_key_id and aws_secret_access_key, or a credential_process (default: the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the files of the AWS and MinIO command lines, or what a container is given, as AWS_CONTAINER_CREDENTIALS_FULL_URI)")
-	f.IntVar(&s.concurrency, "s3-concurrency", 0, "Number of concurrent uploads to the object storage (default 4)")
+	f.IntVar(&s.concurrency, "s3-concurrency", 0, "Number of concurrent uploads to the object storage, up to 1000, each of some 8 MiB of memory (default 4)")
 }
 
 const storageScheme = "s3://"
@@ -73,7 +73,7 @@ func (s *storageFlags) place(flag, ref string) (p s3.Place, err error) {
 	return p, nil
 }
 
-// isReference tells whether a package is named by where it comes from.
+// isReference tells whether --package names a package elsewhere.
 func isReference(pkg string) bool { return strings.Contains(pkg, "://") }
 
 const registryScheme = "docker://"
@@ -81,8 +81,8 @@ const registryScheme = "docker://"
 // openOrigin opens a package that is elsewhere.
 type openOrigin func(context.Context) (*peer.Origin, error)
 
-// resolveOrigin returns where the files of a package that --package names by where it comes from
-// are, or will be, and what opens it there; nil if they are here.
+// resolveOrigin returns the directory for the files of a package elsewhere, and a function that
+// opens that package; nil if the files are here.
 func resolveOrigin(ctx context.Context, pkg, instance string, maxSize int64, storage *storageFlags, flags *originFlags) (dir string, open openOrigin, err error) {
 	switch {
 	case instance == "":
@@ -95,8 +95,8 @@ func resolveOrigin(ctx context.Context, pkg, instance string, maxSize int64, sto
 	return "", nil, &usageError{fmt.Errorf("--package %s is no directory, nor docker://NAME:TAG, nor s3://BUCKET/PREFIX", pkg)}
 }
 
-// resolveBackup keeps what comes from a backup with the instance: the backup changes, the instance
-// has the version that it was started from.
+// resolveBackup keeps the content of a backup with the instance: the backup changes, but the
+// instance needs the version that it was started from.
 func resolveBackup(ref, instance string, maxSize int64, storage *storageFlags) (dir string, open openOrigin, err error) {
 	place, err := storage.place("package", ref)
 	if err != nil {
@@ -110,8 +110,8 @@ func resolveBackup(ref, instance string, maxSize int64, storage *storageFlags) (
 	return dir, func(ctx context.Context) (*peer.Origin, error) { return peer.OpenBackup(ctx, place) }, nil
 }
 
-// resolveArtifact keeps each package that comes from an OCI registry in a directory of its own, by
-// its digest. What is there is used when the registry cannot be reached.
+// resolveArtifact keeps each package from an OCI registry in a directory of its own, by its digest.
+// A package that is there is used when the registry cannot be reached.
 func resolveArtifact(ctx context.Context, ref string, maxSize int64, flags *originFlags) (dir string, open openOrigin, err error) {
 	noted := filepath.Join(flags.cache, "references", url.PathEscape(strings.TrimPrefix(ref, registryScheme)))
 	pinned, err := artifact.Resolve(ctx, ref, flags.plainHTTP)
@@ -157,7 +157,7 @@ type syncFlags struct {
 func (s *syncFlags) add(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&s.to, "s3-sync", "", "Back all devices up to s3://BUCKET/PREFIX while the VM runs, and when it is suspended (instead of the fields s3… of --devices)")
-	f.DurationVar(&s.interval, "s3-interval", 30*time.Second, "Pause between two backups to S3")
+	f.DurationVar(&s.interval, "s3-interval", 30*time.Second, "Pause between two backups to S3, such as 5m")
 }
 
 // apply makes devices be backed up.

@@ -20,10 +20,12 @@ func newPackager() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "packager",
 		Short: "Store devices in a .tar.zst file, or extract them",
-		Long: `Stores the devices of a package or blueprint in one .tar.zst file, which any tar can read, or extracts them from one. Files get their names only
-once everything is complete: an archive that is truncated or damaged replaces nothing, nor does one that --verify-key refuses.
+		Long: `Stores the devices of a package or blueprint in one .tar.zst file, which any
+tar can read, or extracts them from one. Files get their names only once everything is complete. So
+an archive that is truncated or damaged, or that --verify-key refuses, replaces nothing.
 
-The signature of a package (see 'drafter sign'), package.sig beside its config device, is stored and extracted with it.
+The signature of a package (see 'drafter sign'), package.sig beside its config device, is stored and
+extracted with it.
 ` + exitCodeHelp,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -61,7 +63,7 @@ The signature of a package (see 'drafter sign'), package.sig beside its config d
 		{Name: vmm.Memory, Path: "out/package/memory.bin"},
 		{Name: vmm.Config, Path: "out/package/config.json"},
 	}), "Devices configuration")
-	f.StringVar(&path, "package-path", "out/app.tar.zst", "Path to package file")
-	f.BoolVar(&extract, "extract", false, "Whether to extract or archive")
+	f.StringVar(&path, "package-path", "out/app.tar.zst", "Path of the package file")
+	f.BoolVar(&extract, "extract", false, "Extract the devices from the package file, instead of storing them in it")
 	return cmd
 }

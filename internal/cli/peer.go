@@ -35,39 +35,54 @@ func newPeer() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "peer",
 		Short: "Run an instance of a VM package, and move it live between processes and hosts",
-		Long: `Starts an instance of a package, or receives a running one from another peer (--raddr), and runs it until it is ended (Ctrl-C, SIGTERM, or SIGHUP
-as its terminal is closed) or another peer takes it (--laddr). When it is ended it is suspended; the next start goes on there.
+		Long: `Starts an instance of a package, or receives a running one from another peer
+(--raddr). Runs it until it is ended (Ctrl-C, SIGTERM, or SIGHUP as its terminal is closed) or
+another peer takes it (--laddr). At the end the instance is suspended; the next start goes on from
+there.
 
-Each device has a base, the package's file. With an overlay and a state file the base is read-only, and what the instance changes is kept in the overlay:
-any number of instances can run from one package. Without them the instance writes to the package.
+Each device has a base, the package's file. With an overlay and a state file the base is read-only,
+and the instance writes to the overlay: any number of instances can run from one package. Without
+them the instance writes to the package.
 
---package and --instance name two directories instead of listing every device; --device adds to what they give, or changes it.
+--package and --instance name two directories instead of listing every device. --device adds to what
+they give, or changes it.
 
-From a registry: with the address of a 'drafter registry' as --raddr, an instance of its package is started at once, and the package is pulled behind the running
-VM, into the files that the devices' bases name (or, with --package, into that directory). Every block is verified. Once all are here, the next start needs no
-network; until then, start with the same --raddr again. --package docker://NAME:TAG does the same with a package that 'drafter push' has stored in an OCI
-registry, in a directory below --package-cache.
+From a registry: pass the address of a 'drafter registry' as --raddr. An instance of its package
+starts at once, and the package is pulled behind the running VM, into the files that the devices'
+bases name (or, with --package, into that directory). Every block is verified. Once all are here,
+the next start needs no network; until then, start with the same --raddr again. --package
+docker://NAME:TAG does the same with a package that 'drafter push' has stored in an OCI registry, in
+a directory below --package-cache.
 
-Backups: with --s3-sync s3://BUCKET/PREFIX, or the fields s3… of --devices, the instance is backed up to an object storage: at once, after every --s3-interval, and
-when it is suspended. Only what has changed is uploaded; what is there is always one moment's, that of the last line "Synced to S3". When the host is
-lost, start it elsewhere from there: --package s3://BUCKET/PREFIX.
+Backups: with --s3-sync s3://BUCKET/PREFIX, or the fields s3… of --devices, the instance is backed
+up to an object storage: at its start, after every --s3-interval, and when it is suspended. Only
+what has changed is uploaded. A backup is the VM in one moment, that of the last line "Synced to
+S3". When the host is lost, start the VM elsewhere from there: --package s3://BUCKET/PREFIX.
 
-Live migration: start the instance with --laddr, and on the other host a peer with --raddr and the same list of devices. While the VM runs, its devices are
-copied; then it pauses for some milliseconds, and goes on there. What the target has already, because it has the package, is not sent. Whatever fails, the VM
-runs once: before the handoff it stays here, afterwards it is there. If the connection is lost in just that moment, this process keeps the VM paused
-until the target has reconnected; if it never will, look there and decide with 'drafter peer settle'.
+Live migration: start the instance with --laddr, and on the other host a peer with --raddr and the
+same list of devices. While the VM runs, its devices are copied. Then it pauses for some
+milliseconds, and goes on at the other host. What the target has already, because it has the
+package, is not sent. Whatever fails, the VM runs once: before the handoff it stays here, afterwards
+it is there. If the connection is lost during the handoff, this process keeps the VM paused until
+the target has reconnected. If the target never will, look there and decide with 'drafter peer
+settle'.
 
-Signatures: with --verify-key, only a package that one of the keys has signed ('drafter sign') is started, wherever it comes from. Of a VM that is received from
-another peer, its config, its kernel and the bases that are here must be those of such a package; for what the VM has written since, its state included,
-its source stands. See docs/signing.md.
+Signatures: with --verify-key, only a package that one of the keys has signed ('drafter sign') is
+started, wherever it comes from. Of a VM that is received from another peer, the config, the kernel
+and the bases that are here must be those of such a package. The state, and what the VM has written
+since, are not signed: its source vouches for them. See docs/signing.md.
 
-An instance always starts. If its process was killed (SIGKILL), the host failed, or the guest powered itself off, it cannot be resumed: it boots from its own
-disks, which are as after a power cut, and the log says so and why. With --boot one whose suspended state cannot be loaded, as by another QEMU, boots as well.
-Packages that were made before they kept an initramfs can only be resumed; 'drafter device export' gets their disks out, to make a new one. An instance whose
-VM may be on another host is refused, until that is settled. A guest that reboots boots again; the VM stays migratable.
+An instance always starts. If its process was killed (SIGKILL), the host failed, or the guest
+powered itself off, it cannot be resumed. It then boots from its own disks, which are as after a
+power cut, and the log says so and why. With --boot an instance whose suspended state cannot be
+loaded, for example by another QEMU, boots as well. Packages of older releases without an initramfs
+can only be resumed; 'drafter device export' gets their disks out, to make a new package. An
+instance whose VM may be on another host is refused until that is settled. A guest that reboots
+boots again; the VM stays migratable.
 
-Nothing that happens to stdout and stderr (a closed or full pipe, a stopped terminal, a full disk) ends or delays the VM. What could not be written is left
-out, and a line says how much. Under nohup, SIGHUP is ignored.
+Nothing that happens to stdout and stderr (a closed or full pipe, a stopped terminal, a full disk)
+ends or delays the VM. What could not be written is left out, and a line says how much. Under nohup,
+SIGHUP is ignored.
 ` + exitCodeHelp,
 		Example: `  drafter peer --raddr '' --laddr '' --package out/package --instance out/instance-0
   drafter peer --raddr '' --laddr localhost:1337 --package out/package --instance out/instance-0
@@ -110,13 +125,13 @@ func (p *peerCommand) add(cmd *cobra.Command) {
 	p.backup.add(cmd)
 	p.verify.add(cmd)
 	f := cmd.Flags()
-	f.StringVar(&p.config.Expose, "expose", expose.Auto, "How the VMM gets at the devices: auto, fuse or nbd")
+	f.StringVar(&p.config.Expose, "expose", expose.Auto, "How the devices are exposed to the VMM: auto, fuse or nbd")
 	f.StringVar(&p.raddr, "raddr", "localhost:1337", "Remote address to connect to: HOST:PORT or unix:PATH (leave empty to disable)")
 	f.StringVar(&p.laddr, "laddr", "localhost:1337", "Local address to listen on: HOST:PORT or unix:PATH (leave empty to disable)")
-	f.StringVar(&p.metrics, "metrics", "", "Address to serve metrics from, without authentication: sizes, numbers, times and paths, nothing of a VM's content (leave empty to disable)")
-	f.IntVar(&p.concurrency, "concurrency", 1024, "Number of concurrent workers to use in migrations (kept for compatibility: a migration here needs no workers)")
+	f.StringVar(&p.metrics, "metrics", "", "Address (HOST:PORT) to serve Prometheus metrics from, without authentication: sizes, numbers, times and paths, nothing of a VM's content (leave empty to disable)")
+	f.IntVar(&p.concurrency, "concurrency", 1024, "Number of concurrent workers in migrations (kept for compatibility, without effect)")
 	f.BoolVar(&p.config.Force, "force", false, forceHelp)
-	f.DurationVar(&p.config.RescueTimeout, "rescue-timeout", 10*time.Second, "Maximum amount of time to wait for the guest's agent before a suspend or a handoff")
+	f.DurationVar(&p.config.RescueTimeout, "rescue-timeout", 10*time.Second, "Maximum amount of time to wait for the guest's agent before a suspend or a handoff, such as 30s (0: not at all)")
 }
 
 // run starts the VM, or receives it, and runs it.
@@ -136,7 +151,7 @@ func (p *peerCommand) run(cmd *cobra.Command) (err error) {
 	}
 	show := newMigrationLog(cmd.ErrOrStderr())
 	defer show.close()
-	p.config.Hooks.OnPhase, p.config.Hooks.OnProgress, p.config.Hooks.OnPull = show.state, show.progress, show.pull
+	p.config.Hooks.OnPhase, p.config.Hooks.OnProgress, p.config.Hooks.OnPull = show.phase, show.progress, show.pull
 	vm, err := peer.New(p.config)
 	if err != nil {
 		return err
@@ -242,11 +257,11 @@ type limitFlags struct {
 func (l *limitFlags) add(cmd *cobra.Command) {
 	l.size.add(cmd)
 	f := cmd.Flags()
-	f.StringVar(&l.bandwidth, "bandwidth", "", "Bytes per second that a migration may send, such as 100MB (leave empty for no limit)")
-	f.DurationVar(&l.limits.Downtime, "downtime-limit", 300*time.Millisecond, "Hand over when the rest can be sent in this time")
-	f.DurationVar(&l.limits.Timeout, "migration-timeout", 0, "Maximum amount of time to copy while the VM runs (0 for no limit)")
-	f.StringVar(&l.strategy, "timeout-strategy", "", "What to do then: postcopy (hand over at once, fetch the rest afterwards) or cancel (default postcopy, or cancel with --disable-postcopy-migration)")
-	f.BoolVar(&l.limits.NoPostCopy, "disable-postcopy-migration", false, "Whether to disable post-copy migration: everything is sent before the handoff")
+	f.StringVar(&l.bandwidth, "bandwidth", "", "Most bytes per second that a migration sends, such as 100MB, except pages that somebody waits for (leave empty for no limit)")
+	f.DurationVar(&l.limits.Downtime, "downtime-limit", 300*time.Millisecond, "Pause of the VM to aim at: the handoff begins when the rest can be sent in half of it")
+	f.DurationVar(&l.limits.Timeout, "migration-timeout", 0, "Maximum amount of time to copy while the VM runs, such as 5m (0: no limit)")
+	f.StringVar(&l.strategy, "timeout-strategy", "", "What to do after --migration-timeout: postcopy (hand over at once, fetch the rest afterwards) or cancel (default postcopy, or cancel with --disable-postcopy-migration)")
+	f.BoolVar(&l.limits.NoPostCopy, "disable-postcopy-migration", false, "Send everything before the handoff, however long the VM has to pause")
 }
 
 func (l *limitFlags) resolve() (migrate.Limits, error) {
@@ -269,7 +284,7 @@ func (l *limitFlags) resolve() (migrate.Limits, error) {
 type sizeFlag struct{ most string }
 
 func (s *sizeFlag) add(cmd *cobra.Command) {
-	cmd.Flags().StringVar(&s.most, "max-size", "", "Most bytes that the devices may have in all when they come from elsewhere, such as 20TB (default 128 times this host's memory)")
+	cmd.Flags().StringVar(&s.most, "max-size", "", "Most bytes that all devices from elsewhere may have together, such as 20TB (default 128 times this host's memory)")
 }
 
 func (s *sizeFlag) resolve() (int64, error) { return parseBytes("max-size", s.most) }
@@ -390,13 +405,13 @@ func (r *running) ended(e serveEnd) error {
 	return nil
 }
 
-// elsewhere tells whether an end leaves a VM that runs, or may run, at its target.
+// elsewhere tells whether an error leaves a VM that runs, or may run, at its target.
 func elsewhere(err error) bool {
 	return errors.Is(err, migrate.ErrInDoubt) || errors.Is(err, migrate.ErrHandedOver)
 }
 
-// lull waits before what is left here is taken apart, which keeps a CPU busy: a VM that moved
-// within this host needs them in its first moments there.
+// lull waits before the devices here are closed, which keeps a CPU busy. A VM that moved within
+// this host needs the CPUs in its first moments.
 func lull(ctx context.Context) {
 	select {
 	case <-time.After(500 * time.Millisecond):
@@ -404,7 +419,7 @@ func lull(ctx context.Context) {
 	}
 }
 
-// orClosed returns a channel to receive from that never blocks for ever: nil becomes a closed one.
+// orClosed returns c, or a closed channel for nil, from which a receive does not block.
 func orClosed[T any](c chan T) chan T {
 	if c == nil {
 		c = make(chan T)
@@ -413,8 +428,8 @@ func orClosed[T any](c chan T) chan T {
 	return c
 }
 
-// metricsConnections is how many connections may ask for metrics at a time: this process needs its
-// descriptors for a VM.
+// metricsConnections is how many connections may ask for metrics at a time, because this process
+// needs its descriptors for a VM.
 const metricsConnections = 64
 
 // serveMetrics serves a peer's metrics and the process' own until stop is called.
@@ -453,18 +468,22 @@ func newPeerSettle() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "settle",
 		Short: "Decide who owns a VM whose migration was cut off in or after the handoff",
-		Long: `When the connection is lost after the source has given the VM away and before the target has answered, only the target knows who owns it. The source
-keeps the VM paused until the target has reconnected. If the target never will, its operator has to look there first:
+		Long: `If the connection is lost after the source has given the VM away and before
+the target has answered, only the target knows who owns the VM. The source keeps the VM paused until
+the target has reconnected. If the target never will, its operator has to look there first:
 
-  --here  the VM did not run at the target and never will (its log has no "Resumed VM", or its host is gone for good): it goes on here.
-          What it did at the target, if it did run there, is lost.
+  --here  the VM did not run at the target and never will (its log has no "Resumed VM", or its host is
+          gone for good): it goes on here. What it did at the target, if it did run there, is lost.
   --away  the VM runs at the target, or ran there.
 
-The same holds for a target that died before it had all of the VM: its source keeps all that it had at the handoff, and goes on from there with --here. What a killed
-source had not noted durably is lost; its disks are then as after a power cut. At the target, --away gives up what is there, and --here is refused.
+The same holds for a target that died before it had all of the VM: its source keeps what it had at
+the handoff, and goes on from there with --here. What a killed source had not noted durably is lost;
+its disks are then as after a power cut. At the target, --away gives up what is there, and --here is
+refused.
 
-If the peer that owns the instance still runs, it takes the decision; else it is noted in the instance's files, and the next start follows it. Decided wrongly,
-the VM runs twice: be sure.
+If the peer that owns the instance still runs, it takes the decision. Else the decision is noted in
+the instance's files, and the next start follows it. After a wrong decision the VM runs twice: be
+sure.
 ` + exitCodeHelp,
 		Example: `  drafter peer settle --here --package out/package --instance out/instance-0`,
 		Args:    noArgs,
@@ -488,7 +507,7 @@ the VM runs twice: be sure.
 		},
 	}
 	devices.add(cmd)
-	cmd.Flags().BoolVar(&here, "here", false, "The VM goes on on this host")
+	cmd.Flags().BoolVar(&here, "here", false, "The VM goes on at this host")
 	cmd.Flags().BoolVar(&away, "away", false, "The VM belongs to the target")
 	return cmd
 }
@@ -541,7 +560,7 @@ func (d *deviceFlags) absent(cmd *cobra.Command) bool {
 	return errors.Is(err, os.ErrNotExist)
 }
 
-// derive is resolve for a package whose device names have come from elsewhere.
+// derive is resolve for a package whose device names come from elsewhere.
 func (d *deviceFlags) derive(names []string) ([]peer.Device, error) {
 	return d.override(peer.NewPackageDevices(names, d.pkg, d.instance))
 }

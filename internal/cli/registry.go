@@ -23,14 +23,17 @@ func newRegistry() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "registry",
 		Short: "Serve a VM package to any number of hosts",
-		Long: `Serves the devices of a package, read-only, to any number of peers at once. A peer whose --raddr is the registry's --laddr starts an instance of the package at
-once, and pulls the rest behind the running VM.
+		Long: `Serves the devices of a package, read-only, to any number of peers at once. A
+peer whose --raddr is the registry's --laddr starts an instance of the package at once, and pulls
+the rest behind the running VM.
 
-The files must not change while they are served. To serve another version, put it into another directory and restart; peers that are pulling the old one then
-fail rather than mix the two, unless they have all of it already.
+The files must not change while they are served. To serve another version, put it into another
+directory and restart. Peers that are pulling the old one then fail rather than mix the two, unless
+they have all of it already.
 
-Whoever can connect can read the package, the memory of its VM included. So only root and the user of this process on this host can, unless there is TLS: to serve
-other hosts, pass an address that they reach and --tls-cert, --tls-key and --tls-ca, or --insecure on a network that you trust.
+Whoever can connect can read the package, including the memory of its VM. So only root and the user
+of this process on this host can connect, unless there is TLS. To serve other hosts, pass an address
+that they reach and --tls-cert, --tls-key and --tls-ca, or --insecure on a network that you trust.
 ` + exitCodeHelp,
 		Example: `  drafter registry --laddr localhost:1600 --package out/package
   drafter registry --laddr :1600 --tls-ca ca.pem --tls-cert host.pem --tls-key host.key --package out/package`,
@@ -78,6 +81,6 @@ other hosts, pass an address that they reach and --tls-cert, --tls-key and --tls
 	f.StringVar(&devices, "devices", defaultJSON(defaults), "Devices configuration")
 	f.StringVar(&pkg, "package", "", "Directory of the package (instead of --devices)")
 	f.StringVar(&laddr, "laddr", "localhost:1600", "Address to listen on: HOST:PORT or unix:PATH")
-	f.IntVar(&c.Connections, "concurrency", 1024, "Number of connections to serve at once; a peer has two, and a host no more than are left for others")
+	f.IntVar(&c.Connections, "concurrency", 1024, "Most connections to serve at once, each of some 2 MiB of memory; a peer has two, and a host gets no more than are left for others")
 	return cmd
 }

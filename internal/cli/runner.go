@@ -61,8 +61,8 @@ func suspend(ctx context.Context, vm interface{ Suspend(context.Context) error }
 // that was stopped, answers nobody.
 const closeTimeout = 2 * time.Minute
 
-// closeInTime closes what runs, within timeout. What it could not end ends with this process, and
-// what it leaves the next start removes.
+// closeInTime closes what, within timeout. What it could not end ends with this process, and the
+// next start removes what is left.
 func closeInTime(what io.Closer, timeout time.Duration) error {
 	closed := make(chan error, 1)
 	go func() { closed <- what.Close() }()
@@ -81,15 +81,15 @@ func closeInTime(what io.Closer, timeout time.Duration) error {
 	}
 }
 
-// A suspend that cannot be stored is tried again so often, and for so long: less than the 90 s
-// that systemd gives a service to end.
+// A suspend that cannot be stored is tried again every roomRetry, for roomPatience: less than the
+// 90 s that systemd gives a service to end.
 const (
 	roomRetry    = 2 * time.Second
 	roomPatience = time.Minute
 )
 
-// suspendTimeout bounds a suspend as a whole: a large memory on a slow disk takes its time, a hang
-// must end.
+// suspendTimeout bounds a suspend as a whole: a large memory on a slow disk takes its time, but a
+// hang must end.
 const suspendTimeout = 10 * time.Minute
 
 func newRunner() *cobra.Command {
@@ -102,11 +102,16 @@ func newRunner() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "runner",
 		Short: "Run a VM package on this host",
-		Long: `Resumes a package and shows its console until it is ended (Ctrl-C, SIGTERM, or SIGHUP as its terminal is closed), then suspends the VM into the package again, so that the next run
-continues there. If this process is killed (SIGKILL) while the VM runs, or the guest powers itself off, the package's memory no longer fits its state: the next run
-boots the VM from its disks, which are as after a power cut, and says so. A guest that reboots boots again.
+		Long: `Resumes a package and shows its console until it is ended (Ctrl-C, SIGTERM,
+or SIGHUP as its terminal is closed). Then it suspends the VM into the package again, and the next
+run goes on from there.
 
-With --verify-key, the package is read and checked first. A run changes the package: its signature fits the first run, and with --experimental-map-private all of them.
+If this process is killed (SIGKILL) while the VM runs, or the guest powers itself off, the package's
+memory no longer fits its state. The next run then boots the VM from its disks, which are as after a
+power cut, and says so. A guest that reboots boots again.
+
+With --verify-key, the package is read and checked first. A run changes the package, so its
+signature fits the first run only; with --experimental-map-private it fits all runs.
 ` + exitCodeHelp,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
@@ -144,7 +149,7 @@ With --verify-key, the package is read and checked first. A run changes the pack
 		{Name: vmm.Memory, Path: "out/package/memory.bin"},
 		{Name: vmm.Config, Path: "out/package/config.json"},
 	}), "Devices configuration")
-	f.DurationVar(&c.RescueTimeout, "rescue-timeout", 5*time.Second, "Maximum amount of time to wait for the guest's agent before a suspend")
+	f.DurationVar(&c.RescueTimeout, "rescue-timeout", 5*time.Second, "Maximum amount of time to wait for the guest's agent before a suspend, such as 30s (0: not at all)")
 	f.BoolVar(&c.MapPrivate, "experimental-map-private", false, "(Experimental) Run on private copies of the devices: the package stays unchanged")
 	f.StringVar(&c.MemoryOutput, "experimental-map-private-memory-output", "", "(Experimental) Path to write the changed memory to; changed disks go beside it (leave empty to discard changes)")
 	f.StringVar(&c.StateOutput, "experimental-map-private-state-output", "", "(Experimental) Path to write the changed state to (leave empty to discard changes)")

@@ -6,7 +6,7 @@ import (
 	"unsafe"
 )
 
-// secretFields are where a secret may be on a command line: in the JSON of --devices, and in
+// secretFields are the places of secrets on a command line: in the JSON of --devices, and in
 // --device.
 var secretFields = regexp.MustCompile(`(?i)"s3secretkey"\s*:\s*"((?:[^"\\]|\\.)*)"|s3secretkey=([^,]*)`)
 

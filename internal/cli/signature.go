@@ -46,10 +46,13 @@ func newSign() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "sign",
 		Short: "Sign a VM package",
-		Long: `Signs what the devices of a package contain, so that others can make sure that they run what was signed: with --verify-key of 'drafter pull', 'drafter packager
---extract', 'drafter runner' and 'drafter peer'. The signature, package.sig beside the package's config device, goes with the package into archives and registries.
+		Long: `Signs what the devices of a package contain. With --verify-key of 'drafter
+pull', 'drafter packager --extract', 'drafter runner' and 'drafter peer', others verify that they
+run what was signed. The signature, package.sig beside the package's config device, goes with the
+package into archives and registries.
 
-A package changes when it is run without an instance, and has to be signed again. The signature of an older version of a package stays valid.
+A run without an instance changes the package, which then has to be signed again. The signature of
+an older version of a package stays valid.
 
 Keys are Ed25519 or ECDSA on P-256, in PEM, as openssl makes them. See docs/signing.md.
 ` + exitCodeHelp,
@@ -91,10 +94,12 @@ func newVerify() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "verify",
 		Short: "Check the signature of a VM package",
-		Long: `Checks that one of the keys has signed a package: a directory, of which everything is read, or docker://REF in an OCI registry, of which the lists of content
-ids are read, by which every block is verified when it is pulled. 'drafter packager --extract --verify-key' checks an archive.
+		Long: `Checks that one of the keys has signed a package. Of a directory, everything
+is read. Of docker://REF in an OCI registry, the lists of content ids are read, by which every block
+is verified when it is pulled. 'drafter packager --extract --verify-key' checks an archive.
 
-What was verified here may have changed when it is used: the same flags make those commands that use a package verify it themselves.
+A package may change between this check and its use. With the same flags, the commands that use a
+package verify it themselves.
 ` + exitCodeHelp,
 		Example: `  drafter verify --verify-key key.pub --package out/package`,
 		Args:    noArgs,
@@ -130,6 +135,6 @@ What was verified here may have changed when it is used: the same flags make tho
 	size.add(cmd)
 	f := cmd.Flags()
 	f.StringVar(&pkg, "package", "out/package", "Directory of the package, or docker://REF")
-	f.BoolVar(&plainHTTP, "plain-http", false, "Talk to the registry without TLS")
+	f.BoolVar(&plainHTTP, "plain-http", false, "Talk to the registry without TLS; registries on loopback addresses need no flag")
 	return cmd
 }

@@ -40,7 +40,7 @@ func (b *backupFlags) add(cmd *cobra.Command) {
 	b.size.add(cmd)
 }
 
-const forceHelp = "Take the VM even if its guest's agent does not answer within the peer's --rescue-timeout; what the guest has not flushed is as after a power cut"
+const forceHelp = "Take the VM even if its guest's agent does not answer within the peer's --rescue-timeout; data that the guest has not flushed is as after a power cut"
 
 // run takes a VM, or a copy of it.
 func (b *backupFlags) run(cmd *cobra.Command, isCopy bool) error {
@@ -67,7 +67,7 @@ func (b *backupFlags) run(cmd *cobra.Command, isCopy bool) error {
 	}
 	show := newMigrationLog(cmd.ErrOrStderr())
 	defer show.close()
-	c.OnPhase, c.OnProgress = show.state, show.progress
+	c.OnPhase, c.OnProgress = show.phase, show.progress
 	dial, err := b.connection.dial(b.raddr)
 	if err != nil {
 		return err
@@ -93,12 +93,15 @@ func newTerminator() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "terminator",
 		Short: "Receive a VM from a peer, end it, and write it to files or an object storage",
-		Long: `Receives a VM from a peer as another peer would, but does not run it: it writes the VM's devices to plain files, a package that runs again, or only those
-devices that are listed. The VM ends with that. 'drafter checkpoint' does the same for a VM that goes on.
+		Long: `Receives a VM from a peer as another peer would, but does not run it. Writes
+the VM's devices to plain files: a package that can be run, or only those devices that are listed.
+The VM ends with that. 'drafter checkpoint' does the same for a VM that goes on.
 
-The files appear once all of them are complete and durable. When they are all of one directory, which has no subdirectories, what was there before is replaced
-at once; until then, and on any failure, it is as it was. Whatever fails before the VM is handed over, it runs on at its peer. Afterwards the peer keeps all of
-it until the files are complete; if this process is killed in between, 'drafter peer settle --here' lets the VM go on there.
+The files appear once all of them are complete and durable. If they are all of one directory that
+has no subdirectories, they replace its content at once; until then, and on any failure, it is
+unchanged. If anything fails before the VM is handed over, it runs on at its peer. Afterwards the
+peer keeps all of it until the files are complete. If this process is killed in between, 'drafter
+peer settle --here' lets the VM go on there.
 ` + exitCodeHelp,
 		Example: `  drafter terminator --raddr localhost:1337 --output out/backup`,
 		Args:    noArgs,
@@ -113,17 +116,21 @@ func newCheckpoint() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "checkpoint",
 		Short: "Back up a running VM to files or an object storage, without ending it",
-		Long: `Asks a peer for a copy of its VM and writes it to plain files: a package that runs again, or only those devices that are listed. The VM is copied while it
-runs, then paused as for a handoff, and goes on while the rest is sent. The copy is the VM in the moment of that pause; its guest is told as for a
-suspend, so that it can flush what it has.
+		Long: `Asks a peer for a copy of its VM and writes it to plain files: a package that
+can be run, or only those devices that are listed. The VM is copied while it runs, then paused as
+for a handoff, and goes on while the rest is sent. The copy is the VM in the moment of that pause.
+Its guest is told as for a suspend, so that it can flush its data.
 
-The files appear once all of them are complete and durable. When they are all of one directory, which has no subdirectories, what was there before is replaced
-at once; until then, and on any failure, it is as it was.
+The files appear once all of them are complete and durable. If they are all of one directory that
+has no subdirectories, they replace its content at once; until then, and on any failure, it is
+unchanged.
 
-With --output s3://BUCKET/PREFIX, the copy is the latest backup there once it is complete; only what differs from the one before is uploaded. 'drafter peer --package
-s3://BUCKET/PREFIX' starts an instance from it. The temporary files ($TMPDIR) take as much as the VM.
+With --output s3://BUCKET/PREFIX, the copy is the latest backup there once it is complete. Only what
+differs from the one before is uploaded. 'drafter peer --package s3://BUCKET/PREFIX' starts an
+instance from it. The temporary files ($TMPDIR) take as much room as the VM.
 
-Listeners that let others take a VM let them copy it, too: see --insecure and the TLS flags of 'drafter peer'.
+A listener that lets others take a VM lets them copy it, too: see --insecure and the TLS flags of
+'drafter peer'.
 ` + exitCodeHelp,
 		Example: `  drafter checkpoint --raddr localhost:1337 --output out/backup
   drafter checkpoint --raddr localhost:1337 --output s3://backups/redis`,

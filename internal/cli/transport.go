@@ -23,7 +23,7 @@ func (t *transportFlags) add(cmd *cobra.Command) {
 	f.StringVar(&t.cert, "tls-cert", "", "Certificate of this host (PEM), for TLS 1.3 with both sides authenticated")
 	f.StringVar(&t.key, "tls-key", "", "Private key of the certificate (PEM)")
 	f.StringVar(&t.ca, "tls-ca", "", "Certificates of the authorities that the other side's certificate must come from (PEM)")
-	f.BoolVar(&t.insecure, "insecure", false, "Trust whoever connects or answers, without TLS: other users of this host, and other hosts. Else only root and this user of this host are trusted")
+	f.BoolVar(&t.insecure, "insecure", false, "Trust whoever connects or answers, without TLS: other users of this host, and other hosts. By default only root and this user of this host are trusted")
 }
 
 func (t *transportFlags) trust() (*transport.Trust, error) {

@@ -15,7 +15,7 @@ import (
 	"drafter/internal/output"
 )
 
-// Console is a guest's serial port: what comes from it goes to a writer, its last lines are kept;
+// Console is a guest's serial port. Its output goes to a writer, and its last lines are kept. Its
 // input comes from a reader.
 type Console struct {
 	from   io.ReadCloser
@@ -26,8 +26,7 @@ type Console struct {
 }
 
 // New returns the console of a VMM that is read from and written to by from and to, which may be
-// the same. output may be nil, to discard, and so may input. The guest waits for output; see
-// [NewOutput].
+// the same. output and input may be nil, to discard. The guest waits for output; see [NewOutput].
 func New(from io.ReadCloser, to io.WriteCloser, output io.Writer, input io.Reader) *Console {
 	if output == nil {
 		output = io.Discard
@@ -35,24 +34,23 @@ func New(from io.ReadCloser, to io.WriteCloser, output io.Writer, input io.Reade
 	return &Console{from: from, to: to, output: output, input: input}
 }
 
-// A guest may write for ever, and what it writes may be kept. So much passes at once, in bytes,
-// which is many times what a system writes when it boots with all its debug messages, and then so
-// much a second.
+// A guest may write for ever, and its output may be stored. So this many bytes pass at once, far
+// more than a system writes when it boots with all its debug messages, and then this many a second.
 const (
 	outputAtOnce    = 4 << 20
 	outputPerSecond = 64 << 10
 )
 
-// NewOutput returns an output for consoles that passes on to to. What is beyond the limit, or what
-// to does not take in time, is left out, and a line in it says how much: no guest blocks on its
-// console. Close it.
+// NewOutput returns an output for consoles that passes on to to. Bytes beyond the limit, or that to
+// does not take in time, are left out, and a line says how many: no guest blocks on its console.
+// Close it.
 func NewOutput(to io.Writer) *output.Writer {
 	return output.NewLimited(to, outputAtOnce, rate.NewLimiter(outputPerSecond, outputAtOnce), func(bytes int64) []byte {
 		return fmt.Appendf(nil, "\r\n[drafter: left out %d bytes of the console]\r\n", bytes)
 	})
 }
 
-// Run copies until the VMM closes its end. Errors of the output are not the guest's: it goes on.
+// Run copies until the VMM closes its end. A guest goes on after errors of the output.
 func (c *Console) Run() {
 	inputDone := make(chan struct{})
 	if c.input == nil {
@@ -60,7 +58,8 @@ func (c *Console) Run() {
 	} else {
 		go func() {
 			defer close(inputDone)
-			// Its error is the end of either side, which Run and the VMM's owner notice themselves.
+			// Its error means the end of either side, which Run and the VMM's owner notice
+			// themselves.
 			_, _ = io.Copy(c.to, c.input)
 		}()
 	}
@@ -75,17 +74,17 @@ func (c *Console) Run() {
 			break
 		}
 	}
-	// An input that knows deadlines (a terminal, a pipe) is waited for; any other ends with its
-	// next read.
+	// An input with deadlines (a terminal, a pipe) is interrupted and waited for. Any other ends
+	// with its next read.
 	if d, ok := c.input.(interface{ SetReadDeadline(time.Time) error }); ok && d.SetReadDeadline(time.Unix(1, 0)) == nil {
 		<-inputDone
 	}
 }
 
-// Tail is what the console showed last, to end an error message with, or "".
+// Tail is the end of the console's output, for the end of an error message, or "".
 func (c *Console) Tail() string { return c.last.Quote("the console's last lines") }
 
-// LastLines keeps the end of what is written to it. It is safe for concurrent use.
+// LastLines keeps the end of the bytes that are written to it. It is safe for concurrent use.
 type LastLines struct {
 	mu  sync.Mutex
 	buf []byte
@@ -109,7 +108,7 @@ func (l *LastLines) add(p []byte) {
 	}
 }
 
-// Quote returns the last ten lines behind a title, to end an error message with, or "".
+// Quote returns the last ten lines after a title, for the end of an error message, or "".
 func (l *LastLines) Quote(title string) string {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -1,5 +1,5 @@
-// Package decompress unpacks zstd (RFC 8878) from strangers. It never gives more, nor takes more
-// memory, than what the content must be.
+// Package decompress unpacks zstd (RFC 8878) from strangers. It never returns more bytes, nor takes
+// more memory, than the expected content needs.
 package decompress
 
 import (
@@ -12,11 +12,11 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// maxWindow is what a decoder keeps of the past, in bytes: that of "zstd --ultra -22", the most
-// that a program makes without being asked for more (--long).
+// maxWindow is the history that a decoder keeps, in bytes: that of "zstd --ultra -22", the most
+// that a program uses unless it is asked for more (--long).
 const maxWindow = 128 << 20
 
-// Blocks returns a decoder for DecodeAll on any number of goroutines, which never gives more bytes
+// Blocks returns a decoder for DecodeAll, on any number of goroutines. It never returns more bytes
 // than fit behind its target. Close it.
 func Blocks() (*zstd.Decoder, error) {
 	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(0), zstd.WithDecodeAllCapLimit(true), zstd.WithDecoderMaxWindow(maxWindow))
@@ -26,7 +26,7 @@ func Blocks() (*zstd.Decoder, error) {
 	return d, nil
 }
 
-// Stream returns a decoder of a stream whose length is the reader's to bound. Close it.
+// Stream returns a decoder of a stream, whose length the caller bounds. Close it.
 func Stream(r io.Reader) (*zstd.Decoder, error) {
 	d, err := zstd.NewReader(r, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecodeBuffersBelow(0))
 	if err != nil {
@@ -35,8 +35,7 @@ func Stream(r io.Reader) (*zstd.Decoder, error) {
 	return d, nil
 }
 
-// Interruptible is r until ctx ends. What unpacks can go on for long without a read of what is
-// below.
+// Interruptible is r until ctx ends. A decoder can work for long without a read of what is below.
 func Interruptible(ctx context.Context, r io.Reader) io.Reader { return &interruptible{ctx, r} }
 
 type interruptible struct {
@@ -51,15 +50,15 @@ func (i *interruptible) Read(p []byte) (int, error) {
 	return i.r.Read(p)
 }
 
-// Bound is the most that any encoder makes of size bytes: blocks that do not compress are stored,
-// with 3 bytes before each (section 3.1.1.2).
+// Bound is the largest compressed form of size bytes that any encoder makes: blocks that do not
+// compress are stored, with 3 bytes before each (section 3.1.1.2).
 func Bound(size int64) int64 { return size + size>>8 + 1<<10 }
 
 // ErrSize says that content is longer or shorter than it must be.
 var ErrSize = errors.New("not of the size it must be")
 
-// Exactly hands the content of compressed to read, which is to take all of its size bytes. More or
-// less of them is an error.
+// Exactly calls read with the content of compressed, and read must take all of its size bytes. More
+// or fewer bytes are an error.
 func Exactly(compressed []byte, size int64, read func(io.Reader) error) error {
 	d, err := Stream(bytes.NewReader(compressed))
 	if err != nil {

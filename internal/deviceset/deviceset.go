@@ -1,5 +1,5 @@
-// Package deviceset holds devices that belong together, as those of a peer or a mounter: they are
-// opened, given paths, sent to the target of a migration, and closed.
+// Package deviceset holds devices that belong together, such as those of a peer or a mounter: they
+// are opened, exposed, sent to the target of a migration, and closed.
 package deviceset
 
 import (
@@ -20,8 +20,8 @@ import (
 	"drafter/vmm"
 )
 
-// Set is devices, by their names. The zero value is an empty set. Expose, Hide and Close are called
-// by one goroutine, the other methods by any.
+// Set is a set of devices, by their names. The zero value is an empty set. One goroutine calls
+// Expose, Hide and Close; any may call the other methods.
 type Set struct {
 	mu     sync.Mutex // guards stacks
 	stacks map[string]*stack.Stack
@@ -30,7 +30,7 @@ type Set struct {
 	exposure expose.Exposure
 }
 
-// Named says which device an error is about. A nil error stays nil.
+// Named adds a device's name to an error about it. A nil error stays nil.
 func Named(device string, err error) error {
 	if err != nil {
 		return fmt.Errorf("device %s: %w", device, err)
@@ -62,8 +62,8 @@ func (s *Set) All() map[string]*stack.Stack {
 	return maps.Clone(s.stacks)
 }
 
-// Open opens devices at once, as the content of a base that nobody used yet has to be read. Those
-// that were opened before one failed are in the set, too.
+// Open opens devices concurrently, because a base that is used for the first time has to be read.
+// If one fails, those that were opened are in the set, too.
 func (s *Set) Open(ctx context.Context, names []string, open func(ctx context.Context, name string) (*stack.Stack, error)) error {
 	g, ctx := errgroup.WithContext(ctx)
 	for _, name := range names {
@@ -78,16 +78,16 @@ func (s *Set) Open(ctx context.Context, names []string, open func(ctx context.Co
 	return g.Wait()
 }
 
-// Place is where devices are exposed, and for whom.
+// Place is the directory, and the user, that devices are exposed for.
 type Place struct {
-	Base     string // parent of the directory; what a killed owner left there is cleaned up
+	Base     string // parent of the directory; Expose cleans up what a killed owner left there
 	Owner    string // what makes the directory: "peer", "mounter"
 	Way      string // expose.FUSE or NBD
 	UID, GID int    // who may use the paths
 }
 
-// Expose gives devices paths, in a directory that the next start cleans up should this process be
-// killed.
+// Expose gives paths to the devices, in a directory that the next start cleans up if this process
+// is killed.
 func (s *Set) Expose(p Place, devices []expose.Device) (err error) {
 	if s.dir, err = vmm.CreateDir(p.Base, p.Owner); err != nil {
 		return err
@@ -116,7 +116,7 @@ func (s *Set) Path(name string) string {
 	return s.exposure.Path(name)
 }
 
-// Failed returns the first error that a device gave to those who use its path.
+// Failed returns the first error that the users of a device's path got.
 func (s *Set) Failed() error {
 	if s.exposure == nil {
 		return nil
@@ -130,7 +130,7 @@ func (s *Set) Mount() *fuse.Mount {
 	return mount
 }
 
-// Hide takes the paths away, which nobody may use any more. It is idempotent.
+// Hide removes the paths, which nobody may use any more. It is idempotent.
 func (s *Set) Hide() error {
 	var errs []error
 	if s.exposure != nil {

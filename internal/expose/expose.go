@@ -1,5 +1,5 @@
-// Package expose gives devices paths that a VMM can open. The ways to do so are in expose/fuse and
-// expose/nbd.
+// Package expose gives devices paths that a VMM can open. Packages fuse and nbd below it do so in
+// different ways.
 package expose
 
 import (
@@ -24,8 +24,8 @@ const (
 	// Disk is read and written by the VMM on behalf of the guest, which caches it itself.
 	Disk Kind = iota
 	// Memory is mapped by the VMM. Its fsync makes the guest's writes visible in the device, but
-	// not durable: memory without the state that fits it is worth nothing, so whoever saves the
-	// state syncs both.
+	// not durable: memory is worth nothing without the state that fits it, so the process that
+	// saves the state syncs both.
 	Memory
 	// File is read or written as a whole.
 	File
@@ -42,15 +42,15 @@ type Device struct {
 type Exposure interface {
 	// Path is where a device is exposed.
 	Path(name string) string
-	// Failed returns the first error that a device gave to those who use its path: they only see an
-	// I/O error. Want of room is none: see [block.Backlog].
+	// Failed returns the first error that a device gave to the users of its path: they only see an
+	// I/O error. Want of room does not count; see [block.Backlog].
 	Failed() error
-	// Close takes the paths away; nobody may use them any more. It neither syncs nor closes the
+	// Close removes the paths, which nobody may use any more. It neither syncs nor closes the
 	// devices.
 	Close() error
 }
 
-// Choose returns FUSE or NBD for a value of --expose, or why this host has it not.
+// Choose returns FUSE or NBD for a value of --expose, or an error if this host does not have it.
 func Choose(way string) (string, error) {
 	_, fuse := os.Stat("/dev/fuse")
 	_, nbd := os.Stat("/sys/module/nbd")

@@ -1,5 +1,5 @@
-// Package fileset makes several files appear together: whoever looks finds all of the old ones or
-// all of the new ones, whenever the writer is killed.
+// Package fileset makes several files appear together. Readers find all of the old files or all of
+// the new ones, whenever the writer is killed.
 package fileset
 
 import (
@@ -18,12 +18,11 @@ import (
 	"drafter/internal/scratch"
 )
 
-// Set is a set of files in the making. It is used by one goroutine, and ended by Publish or
-// Discard.
+// Set is a set of unfinished files. One goroutine uses it, and ends it by Publish or Discard.
 //
-// Files that are all of one directory replace that directory as a whole, in one rename; what else
-// is in it stays. Files of several directories are renamed one by one, the last one last, and
-// replace nothing: then an interrupted writer leaves no complete set.
+// If all files are of one directory, they replace that directory as a whole, in one rename; other
+// files in it stay. Files of several directories are renamed one by one, the last one last, and
+// replace nothing. An interrupted writer then leaves no complete set.
 type Set struct {
 	paths map[string]string // where the files will be
 	last  string
@@ -36,8 +35,9 @@ type Set struct {
 // staged is the name of what becomes the common directory.
 const staged = "staged"
 
-// New begins a set of the files at paths, by any names. last is the name of the file that is worth
-// nothing without the others. What a killed writer of the same set left behind is removed.
+// New begins a set of the files at paths, whose keys are any names. last is the name of the file
+// without which the others are worth nothing. New removes what a killed writer of the same set left
+// behind.
 func New(paths map[string]string, last string) (_ *Set, err error) {
 	s := &Set{paths: map[string]string{}, last: last, work: map[string]*scratch.Dir{}}
 	dirs := map[string]bool{}
@@ -108,7 +108,7 @@ func (s *Set) stage(dir string) (err error) {
 }
 
 // keepsItsPlace tells whether a directory cannot be replaced by another one: something is mounted
-// there, or it is where this process, and the shell that called it, are.
+// there, or it is the working directory of this process, or of the shell that called it.
 func keepsItsPlace(dir string) (bool, error) {
 	here, err := os.Stat(".")
 	if err != nil {
@@ -145,7 +145,7 @@ func (s *Set) staging() string {
 	return filepath.Join(s.work[filepath.Dir(s.dir)].Name(), staged)
 }
 
-// checkUnused refuses to replace files that a process has locked, as a running instance has its
+// checkUnused refuses to replace files that a process has locked, as a running instance locks its
 // base.
 func (s *Set) checkUnused() error {
 	for _, path := range s.paths {
@@ -197,8 +197,8 @@ func (s *Set) Path(name string) string {
 	return filepath.Join(s.work[filepath.Dir(s.paths[name])].Name(), filepath.Base(s.paths[name]))
 }
 
-// Publish lets the files appear. They must have been synced and closed. On an error nothing has
-// changed, unless it says so.
+// Publish makes the files appear. They must have been synced and closed. On an error nothing has
+// changed, unless the error says so.
 func (s *Set) Publish() error {
 	if s.dir == "" {
 		return s.publishScattered()

@@ -13,10 +13,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Apart is a thread that has no open file but one, for calls that wait for the server of a FUSE
-// mount which this process serves itself, such as fsync(2).
+// Apart is a thread with only one open file, for calls that wait for the server of a FUSE mount
+// which this process serves itself, such as fsync(2).
 //
-// A process that is killed in such a call would otherwise never end: the thread waits for the
+// Otherwise a process that is killed in such a call would never end: the thread waits for the
 // server, where no signal reaches it, and the mount stays connected as long as the thread shares
 // the descriptor of /dev/fuse.
 type Apart struct {
@@ -49,8 +49,8 @@ func NewApart(file *os.File) (*Apart, error) {
 	return a, nil
 }
 
-// Do calls f on the thread, one call after the other, and returns what it returns. After Close, it
-// is [os.ErrClosed].
+// Do calls f on the thread, one call after the other, and returns its error. After Close it returns
+// [os.ErrClosed].
 func (a *Apart) Do(f func(fd int) error) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -74,7 +74,7 @@ func (a *Apart) Close() error {
 	return <-a.results
 }
 
-// begin calls f on a thread of its own, which ends with it. The first thread of a process cannot
+// begin calls f on a thread of its own, which ends with f. The first thread of a process cannot
 // end.
 func begin(f func()) {
 	begun := make(chan struct{})
@@ -92,8 +92,8 @@ func begin(f func()) {
 	<-begun
 }
 
-// closeOthers gives the calling thread descriptors of its own, of which it keeps one file. Those of
-// the runtime stay: it may poll on any thread.
+// closeOthers gives the calling thread its own table of descriptors, and closes all but one file in
+// it. Descriptors of the runtime stay, because it may poll on any thread.
 func closeOthers(fd int) error {
 	if err := unix.Unshare(unix.CLONE_FILES); err != nil {
 		return fmt.Errorf("unshare descriptors: %w", err)

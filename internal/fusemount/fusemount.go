@@ -1,6 +1,6 @@
-// Package fusemount ends FUSE mounts whose server is gone. Whoever has a file of such a mount open,
-// or mapped, may hang in the kernel where no signal reaches it; only aborting the connection frees
-// it.
+// Package fusemount ends FUSE mounts whose server is gone. A process that has a file of such a
+// mount open, or mapped, may hang in the kernel where no signal reaches it. Only aborting the
+// connection frees it.
 package fusemount
 
 import (
@@ -87,7 +87,7 @@ func (m Mount) Abort() error {
 	return errors.Join(err, unix.Unmount(dir, unix.MNT_DETACH), os.Remove(dir))
 }
 
-// Detach takes the mount out of the tree, whoever still has files of it open.
+// Detach removes the mount from the tree, even if files of it are still open.
 func (m Mount) Detach() error {
 	if err := unix.Unmount(m.Path, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
 		return fmt.Errorf("unmount %s: %w", m.Path, err)

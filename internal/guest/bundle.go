@@ -84,8 +84,8 @@ func readBundle() (*bundle, error) {
 
 func (b *bundle) annotation(key string) string { return b.spec.Annotations[key] }
 
-// start runs the container with the console as its output. It returns once the container is there,
-// or has failed to be.
+// start runs the container with the console as its output. It returns once the container runs, or
+// has failed to start.
 func (b *bundle) start(children *reaper) (<-chan syscall.WaitStatus, error) {
 	// The user may open /dev/stdout and /dev/stderr; the runtime sees to that for pipes, not for a
 	// console.
@@ -144,7 +144,7 @@ func (b *bundle) stop(children *reaper, container <-chan syscall.WaitStatus) {
 // Real-time signals as glibc counts them: it keeps the first two of the kernel's for itself.
 const minRealTime, maxRealTime = 34, 64
 
-// ParseSignal understands a signal as images name it: SIGQUIT, QUIT, 3, SIGRTMIN+3, RTMAX-1, in any
+// ParseSignal parses a signal as images name it: SIGQUIT, QUIT, 3, SIGRTMIN+3, RTMAX-1, in any
 // case. "" is SIGTERM.
 func ParseSignal(s string) (syscall.Signal, error) {
 	name := strings.TrimPrefix(strings.ToUpper(strings.TrimSpace(s)), "SIG")

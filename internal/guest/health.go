@@ -12,14 +12,14 @@ import (
 // HealthCheckAnnotation of a bundle's config.json is a [HealthCheck] in JSON.
 const HealthCheckAnnotation = "drafter.healthcheck"
 
-// HealthCheck is a program of an image that succeeds once its service is healthy, run in its
-// container as its service is.
+// HealthCheck is a program of an image that succeeds once the image's service is healthy. It runs
+// in the container, as the service does.
 type HealthCheck struct {
 	Args    []string      `json:"args"`
 	Timeout time.Duration `json:"timeout"` // nanoseconds, of one attempt
 }
 
-// defaultCheckTimeout is what Docker gives a health check whose image names no time.
+// defaultCheckTimeout is Docker's timeout for a health check of an image that names none.
 const defaultCheckTimeout = 30 * time.Second
 
 // NewHealthCheck converts a health check as images have it: none, NONE, CMD with arguments, or
@@ -76,9 +76,9 @@ func (b *bundle) healthCheck() (command string, timeout time.Duration, err error
 	return "sh " + script, check.Timeout, nil
 }
 
-// alone makes a command end what its last run has left, if that was killed for its time: a
-// container keeps what a runtime ran in it, in a session of its own, when the runtime ends. The
-// runtime writes the process's number to a file.
+// alone makes a command kill what is left of its last run, if that was killed at its timeout. A
+// program that a runtime ran in a container goes on in a session of its own when the runtime ends.
+// The runtime writes the program's process id to a file.
 func alone(command, pidFile string) string {
 	kill := "p=$(cat %[1]s 2>/dev/null) && { kill -9 -$p || kill -9 $p; } 2>/dev/null"
 	return fmt.Sprintf(kill+"; rm -f %[1]s; %[2]s; s=$?; rm -f %[1]s; exit $s", pidFile, command)

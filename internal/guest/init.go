@@ -18,10 +18,10 @@ import (
 // stopTimeout is how long a container may take to stop before it is killed.
 const stopTimeout = 10 * time.Second
 
-// RunInit is process 1 of Drafter's OS: it configures the system, starts agent, OCI bundle and
-// liveness, reaps children, and powers off when the container ends or when it is told to (busybox
-// halt and poweroff: SIGUSR1, SIGUSR2; the power button: SIGPWR). It reboots when it is told to
-// (busybox reboot: SIGTERM; Ctrl-Alt-Del: SIGINT). It returns only on failure.
+// RunInit is process 1 of Drafter's OS. It configures the system, starts agent, OCI bundle and
+// liveness, and reaps children. It powers off when the container ends or when it is told to
+// (busybox halt and poweroff: SIGUSR1, SIGUSR2; the power button: SIGPWR). It reboots when it is
+// told to (busybox reboot: SIGTERM; Ctrl-Alt-Del: SIGINT). It returns only on failure.
 func RunInit() error {
 	for _, mounts := range [][]mount{earlyMounts, osMounts} {
 		if err := mountAll(mounts); err != nil {
@@ -126,7 +126,7 @@ func startAgent(children *reaper, cmd cmdline, b *bundle) error {
 	return nil
 }
 
-// agentArgs are what the agent is started with. b is nil without a bundle.
+// agentArgs are the arguments of the agent. b is nil without a bundle.
 func agentArgs(cmd cmdline, b *bundle) []string {
 	args := []string{"--vsock-port", cmd.get(AgentPortArgument, "26"), "--resolv-conf", ResolvConf}
 	if cmd.has(KeepClockArgument) {
@@ -153,9 +153,8 @@ func agentArgs(cmd cmdline, b *bundle) []string {
 	return args
 }
 
-// Arguments on the kernel command line that name the guest ports, where they are not the default,
-// and those that a service opens before it is ready, where they are not those that its image
-// exposes.
+// Arguments on the kernel command line: the guest ports, if they are not the default, and the ports
+// that a service opens before it is ready, if they are not those that its image exposes.
 const (
 	AgentPortArgument    = "drafter.agent_port"
 	LivenessPortArgument = "drafter.liveness_port"

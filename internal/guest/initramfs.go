@@ -1,5 +1,5 @@
-// Package guest is what drafter-guest does as process 1 of a VM: first in the initramfs, then in
-// Drafter's own OS image.
+// Package guest holds what runs inside a VM: process 1 in the initramfs and in Drafter's OS, the
+// agent, and liveness.
 package guest
 
 import (
@@ -57,8 +57,8 @@ func RunInitramfs() error {
 func Halt(err error) {
 	slog.Error("The guest cannot start", "error", err)
 	unix.Sync()
-	// A restart, not a power-off: the host tells the two apart and reports the former as a failure,
-	// at once or when it has happened again and again.
+	// A restart and not a power-off, because the host tells the two apart. It reports a restart as
+	// a failure, at once or when it has happened again and again.
 	if err := unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART); err != nil {
 		slog.Error("Restart failed", "error", err)
 	}
@@ -74,7 +74,7 @@ func loadModules(list string) error {
 	lines := bufio.NewScanner(f)
 	for lines.Scan() {
 		if err := loadModule(lines.Text()); err != nil {
-			// A device whose driver fails is missed by whoever needs it, who says so better.
+			// If a driver fails, the program that needs its device reports that better.
 			slog.Error("Module not loaded", "error", err)
 		}
 	}

@@ -98,16 +98,16 @@ func writeResolvConf(servers []net.IP) error {
 	return nil
 }
 
-// ResolvConf is where the guest's name servers are written, by the agent after each resume; the OCI
-// bundle binds it to /etc/resolv.conf.
+// ResolvConf is the file with the guest's name servers, which the agent writes after each resume.
+// The OCI bundle binds it to /etc/resolv.conf.
 const ResolvConf = "/run/resolv.conf"
 
 // hostsFile is what /etc/hosts of our OS leads to; the OCI bundle binds that.
 const hostsFile = "/run/hosts"
 
-// prepareContainer makes what a container finds around it under other engines: its own name in
-// /etc/hosts, ports below 1024 and ping for any user (Docker's default sysctls; the container
-// shares the VM's network).
+// prepareContainer gives a container what it finds under other engines: its own name in /etc/hosts,
+// ports below 1024 and ping for any user (Docker's default sysctls; the container shares the VM's
+// network).
 func prepareContainer(cmd cmdline) error {
 	name, err := os.Hostname()
 	if err != nil {

@@ -10,16 +10,16 @@ import (
 	"time"
 )
 
-// NoPorts is a list of ports without any: the service opens none, or it is not to be waited for.
+// NoPorts is an empty list of ports: the service opens none, or none is to be waited for.
 const NoPorts = "none"
 
-// settleTime is how long a service without ports has to last before it is ready. What ends at once
-// is no service.
+// settleTime is how long a service without ports has to run before it is ready. A program that ends
+// at once is no service.
 const settleTime = 2 * time.Second
 
 // Readiness says when a service is ready to be packaged: when each of its TCP ports has a listener.
 type Readiness struct {
-	// Outside leaves out listeners on loopback, which nobody reaches from outside: images such as
+	// Outside ignores listeners on loopback, which nobody reaches from outside. Images such as
 	// MongoDB's have one while they fill their database, and open the port when that is done.
 	Outside bool
 

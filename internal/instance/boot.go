@@ -15,8 +15,8 @@ import (
 	"drafter/vmm"
 )
 
-// bootUnlessResumable lets a VM boot whose state device holds no state to resume, or that is to
-// boot in any case.
+// bootUnlessResumable lets a VM boot whose state device holds no state to resume, or that is told
+// to boot.
 func (i *Instance) bootUnlessResumable(driver vmm.Driver, l *vmm.Launch, inAnyCase bool) error {
 	return i.withState(func(dev StateDevice) (err error) {
 		i.why, err = vmm.CheckStart(dev)
@@ -41,7 +41,7 @@ func (i *Instance) bootUnlessResumable(driver vmm.Driver, l *vmm.Launch, inAnyCa
 	})
 }
 
-// boots waits for the guest of a VM that boots. One that takes longer goes on: it may have a
+// boots waits for the guest of a VM that boots. A guest that takes longer goes on: it may have a
 // journal, or a database, to recover.
 func (l *Launched) boots(ctx context.Context, began time.Time, timeout time.Duration) (*Instance, error) {
 	i := l.i
@@ -52,7 +52,7 @@ func (l *Launched) boots(ctx context.Context, began time.Time, timeout time.Dura
 		slog.Info("Booted VM", "took", time.Since(began).Round(time.Millisecond))
 	case l.Ended():
 		return nil, errors.Join(fmt.Errorf("boot: %w", i.prefer(err)), i.Close())
-	case ctx.Err() == nil: // else it is suspended as it boots
+	case ctx.Err() == nil: // else it would be suspended while it boots
 		slog.Warn("The VM runs, but its guest is not up yet", "error", err)
 	}
 	s, served := i.storage.(bootStorage)
@@ -75,8 +75,8 @@ func (l *Launched) boots(ctx context.Context, began time.Time, timeout time.Dura
 	return again.Run(ctx, began, timeout)
 }
 
-// bootStorage is that of a VM whose VMM is served its memory, which it is only when it is restored:
-// while it boots, memory is a file, and then it is suspended.
+// bootStorage is the storage of a VM whose VMM is served its memory. That is so only after a
+// restore. While such a VM boots, memory is a file; then it is suspended.
 type bootStorage struct {
 	Storage
 	memory string // path
@@ -130,8 +130,8 @@ func (s bootStorage) Sync(name string) (err error) {
 	return s.Storage.Sync(name)
 }
 
-// boot says how the VM boots from its own devices; nil if its package does not hold what that
-// takes. An initramfs that has no path of its own is copied into the VM's directory.
+// boot returns how the VM boots from its own devices; nil if its package lacks something for that.
+// An initramfs without a path of its own is copied into the VM's directory.
 func (i *Instance) boot() (*vmm.Boot, error) {
 	s := i.config.Initrd
 	if s == nil {
@@ -167,7 +167,7 @@ func makeFile(path string, fill func(*os.File) error) error {
 	return errors.Join(fill(f), f.Close())
 }
 
-// rebooted tells that the guest boots again. Whoever needs its agent next connects with that of the
+// rebooted notes that the guest boots again. The next call of its agent connects with that of the
 // new boot.
 func (i *Instance) rebooted(console string, again bool) {
 	i.reboots.Add(1)
@@ -176,8 +176,8 @@ func (i *Instance) rebooted(console string, again bool) {
 	}
 }
 
-// forgetAgent closes a connection with the agent of a boot that has ended, and tells whether it
-// did.
+// forgetAgent closes the connection with the agent of a boot that has ended, and tells whether
+// there was one.
 func (i *Instance) forgetAgent() bool {
 	if i.agentOf == i.reboots.Load() {
 		return false

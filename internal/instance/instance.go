@@ -1,6 +1,6 @@
 // Package instance runs one VM from its devices: boots or resumes it, talks to its agent, and
-// suspends it again. Snapshotter, runner and peer are built on it; it does not care what stands
-// behind a device's path.
+// suspends it. Snapshotter, runner and peer are built on it. It does not know how a device's path
+// is served.
 package instance
 
 import (
@@ -49,8 +49,8 @@ func (p Paths) Sync(name string) error {
 // can be handed over or suspended when the file system is full. The largest state seen is 680 KB.
 const StateRoom = 2 << 20
 
-// Reserve sets room aside for all of the memory and the state, so that neither can be in want of it
-// while the VM runs: a VMM that maps its memory ends when a file system is full.
+// Reserve sets room aside for all of the memory and the state, so that a full file system does not
+// end the VM: a VMM that maps its memory is killed (SIGBUS) when a page has no room.
 func (p Paths) Reserve() error {
 	for name, length := range map[string]int64{vmm.Memory: math.MaxInt64, vmm.State: StateRoom} {
 		if p[name] == "" {
@@ -63,7 +63,7 @@ func (p Paths) Reserve() error {
 	return nil
 }
 
-// Release gives back what Reserve set aside and nobody wrote.
+// Release gives back the reserved room that nobody has written.
 func (p Paths) Release() error {
 	var errs []error
 	for _, name := range []string{vmm.Memory, vmm.State} {
@@ -91,12 +91,12 @@ func (p Paths) Memory() (block.Device, error) {
 
 // Storage is where the devices of an instance are.
 type Storage interface {
-	// Path is where a VMM opens memory, kernel or a disk. It may be "" for [vmm.Initrd], whose
-	// content the kernel device holds.
+	// Path is the path at which a VMM opens memory, kernel or a disk. It may be "" for
+	// [vmm.Initrd], whose content the kernel device holds.
 	Path(name string) string
 	// Memory opens the memory device, for a VMM that is served its memory.
 	Memory() (block.Device, error)
-	// Sync makes a device durable: what the VMM wrote has reached it.
+	// Sync makes a device durable, with all that the VMM has written.
 	Sync(name string) error
 	// State opens the state device.
 	State() (StateDevice, error)
@@ -109,38 +109,45 @@ type StateDevice interface {
 	Name() string // path, for messages
 }
 
+// status is what the state device says, or may say after an error, about a VM that has a VMM.
+type status int
+
+const (
+	running status = iota // the VM is here
+	copying               // the device holds a state for a copy; the VM is here
+	leaving               // the VM may soon run at the target of a migration
+	frozen                // the VM is suspended, or handed over
+)
+
 // ErrNotStarted says that there is no VM yet.
 var ErrNotStarted = vmm.ErrNotStarted
 
-// Instance is one running VM. Resume and Suspend are called by one goroutine; Wait and Close by
-// any. A nil Instance stands for a VM that was not started: Done, Wait, Agent, Suspend and Mark say
-// so.
+// Instance is one running VM. One goroutine calls Resume and Suspend; any may call Wait and Close.
+// A nil Instance stands for a VM that was not started: Done, Wait, Agent, Suspend and Mark say so.
 type Instance struct {
 	machine vmm.Machine
 	dir     *vmm.Dir
 	output  *output.Writer // nil discards
 	config  *vmm.PackageConfig
-	// Of the VM, not of its package: it is kept as long as the VM goes on in one place. Zero while
-	// it is booted for a package.
+	// It belongs to the VM, not to its package: it stays the same while the VM goes on in one
+	// place. Zero while the VM is booted for a package.
 	generation uuid.UUID
 	storage    Storage
-	memory     block.Device                 // what a VMM that is served its memory has it from; nil for the others
-	agent      atomic.Pointer[agent.Client] // nil while the guest is not to be talked to
+	memory     block.Device                 // memory of a VMM that is served it; nil for other VMMs
+	agent      atomic.Pointer[agent.Client] // nil while the guest must not be called
 	reboots    atomic.Int64                 // how often the guest has booted again
-	agentOf    int64                        // the boot of the guest that agent is of
+	agentOf    int64                        // the boot of the guest that agent belongs to
 	why        error                        // why the VM booted from its disks here; nil if it was resumed
 	closing    atomic.Bool                  // its VMM does not end by itself any more
-	frozen     bool                         // suspended or handed over: the state device says so
-	paused     time.Time                    // since when, for a migration; zero while it runs
-	stood      time.Duration                // how long it was paused last
-	missed     atomic.Int64                 // how long it stood still for disks, in nanoseconds, without that its clock was set since
-	catchUp    sync.WaitGroup               // who sets its clock after that; ended by the end of the agent's connection
-	keepClock  bool                         // its clock is never to be set
-	left       bool                         // the state device holds a state for the target of a migration, or says that it may
-	leaves     bool                         // the VM may be that target's
+	status     status
+	paused     time.Time      // since when, for a migration; zero while it runs
+	stood      time.Duration  // how long it was paused last
+	missed     atomic.Int64   // how long it stood still for disks since its clock was last set, in nanoseconds
+	catchUp    sync.WaitGroup // of the goroutine that sets its clock after that; the end of the agent's connection ends it
+	keepClock  bool           // its clock is never set
 
 	resolver func() (network.Resolver, error) // nil without network
-	booting  *ready                           // of a VM that was booted: its console
+	booting  *ready                           // its console while it boots
 }
 
 // Boot starts a new VM from the kernel, memory and disks at paths and waits until its liveness
@@ -197,8 +204,8 @@ func Boot(ctx context.Context, h vmm.Host, spec vmm.Spec, id string, names []str
 	return i, nil
 }
 
-// launch makes the VM's directory and all of the launch that does not depend on how the machine
-// starts.
+// launch makes the VM's directory and the part of the launch that does not depend on how the
+// machine starts.
 func (i *Instance) launch(h vmm.Host, driver vmm.Driver) (vmm.Launch, error) {
 	if h.Netns != "" && i.config.Interface != "" {
 		if err := network.GuardGuest(h.Netns, i.config.MAC); err != nil {
@@ -268,7 +275,7 @@ func (i *Instance) awaitGuest(ctx context.Context, timeout time.Duration) (err e
 	return i.connectAgent(ctx)
 }
 
-// late prefers that a guest stands still over that it is not there in time.
+// late reports that a guest stands still for a disk rather than that it is late.
 func (i *Instance) late(err error) error {
 	if err != nil && i.stalled() {
 		return errors.New("the guest stands still, as what it writes cannot be stored; make room for its disks, which the log names")
@@ -276,7 +283,7 @@ func (i *Instance) late(err error) error {
 	return err
 }
 
-// endPatience is how long a VM whose agent has gone may take to end.
+// endPatience is how long a VM may take to end after its agent has gone.
 const endPatience = 5 * time.Second
 
 // AwaitReady waits until the service of a guest that was booted is ready, for at most timeout. A
@@ -288,11 +295,11 @@ func (i *Instance) AwaitReady(ctx context.Context, timeout time.Duration) (err e
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	defer func() { err = i.late(err) }()
-	const maxPorts = 16 // to tell of: a guest may name any number
+	const maxPorts = 16 // to name: a guest may name any number
 	var closed []uint32
 	var failure string
 	var news limitedlog.Log
-	for ; ; time.Sleep(10 * time.Millisecond) { // whatever it answers, it is not asked without end
+	for ; ; time.Sleep(10 * time.Millisecond) { // the pause bounds the rate of calls, whatever the guest answers
 		r, err := i.agent.Load().Ready(ctx)
 		switch {
 		case err == nil && r.GetReady():
@@ -310,7 +317,7 @@ func (i *Instance) AwaitReady(ctx context.Context, timeout time.Duration) (err e
 			return fmt.Errorf("the guest is up, but after %s nothing listens on its ports %s; pass a longer --resume-timeout, or name the ports that its service opens with --ready-ports",
 				timeout.Round(time.Second), strings.Trim(fmt.Sprint(closed), "[]"))
 		case err != nil:
-			select { // a guest that powers off ends its agent first, and the VM's end says why
+			select { // a guest that powers off ends its agent first; the error is how the VM ended
 			case <-i.machine.Done():
 				return i.ended()
 			case <-time.After(endPatience):
@@ -320,7 +327,7 @@ func (i *Instance) AwaitReady(ctx context.Context, timeout time.Duration) (err e
 	}
 }
 
-// ended says how a booting guest has ended.
+// ended returns how a booting guest has ended.
 func (i *Instance) ended() error {
 	if err := i.machine.Wait(); err != nil {
 		return err
@@ -342,7 +349,7 @@ func (i *Instance) connectAgent(ctx context.Context) error {
 }
 
 // Open reads and checks the config device at paths, and that every device it lists is there with
-// the right size. A package that is refused here has not been touched.
+// the right size. On an error the package is unchanged.
 func Open(paths Paths) (*vmm.PackageConfig, error) {
 	if paths[vmm.Config] == "" {
 		return nil, errors.New("device config is missing")
@@ -360,8 +367,8 @@ func Open(paths Paths) (*vmm.PackageConfig, error) {
 	return config, CheckSizes(config, sizes, paths)
 }
 
-// CheckSizes refuses devices, given by their sizes in bytes, that are not those of the package.
-// What is wrong is found in their paths.
+// CheckSizes refuses devices, given by their sizes in bytes, that do not match the package. Its
+// errors name their paths.
 func CheckSizes(config *vmm.PackageConfig, sizes map[string]int64, paths map[string]string) error {
 	for _, d := range config.Devices {
 		size, ok := sizes[d.Name]
@@ -386,20 +393,20 @@ func deviceSize(path string) (int64, error) {
 		return 0, err
 	}
 	defer f.Close()
-	// Works for block devices too, whose inode has no size.
+	// Block devices have no size in their inode.
 	return f.Seek(0, io.SeekEnd)
 }
 
-// Launched is a VMM process that waits for its VM, or in which it boots. All that can fail for want
-// of a resource has been done.
+// Launched is a VMM process that waits for its VM, or in which the VM boots. Everything that can
+// fail for want of a resource has been done.
 type Launched struct {
 	i    *Instance
 	host vmm.Host
 }
 
-// Launch starts the VMM for an instance: without touching memory or disks, if its state can be
-// resumed, else it boots from its disks; see [vmm.CheckStart]. [Launched.Run] comes next. The guest
-// will be told that others may have gone on from the same state.
+// Launch starts the VMM for an instance. If its state can be resumed, memory and disks are not
+// touched; else the VM boots from its disks (see [vmm.CheckStart]). Call [Launched.Run] next. The
+// guest will be told that others may have gone on from the same state.
 func Launch(ctx context.Context, h vmm.Host, config *vmm.PackageConfig, storage Storage) (*Launched, error) {
 	generation, err := uuid.NewRandom()
 	if err != nil {
@@ -408,8 +415,8 @@ func Launch(ctx context.Context, h vmm.Host, config *vmm.PackageConfig, storage 
 	return launch(ctx, h, config, storage, generation, true)
 }
 
-// LaunchMoved starts the VMM for the VM of that generation, which goes on here and nowhere else.
-// See [Launched.Restore].
+// LaunchMoved starts the VMM for a VM of that generation, which goes on here and nowhere else. Call
+// [Launched.Restore] next.
 func LaunchMoved(ctx context.Context, h vmm.Host, config *vmm.PackageConfig, storage Storage, generation uuid.UUID) (*Launched, error) {
 	return launch(ctx, h, config, storage, generation, false)
 }
@@ -440,7 +447,7 @@ func launch(ctx context.Context, h vmm.Host, config *vmm.PackageConfig, storage 
 		return nil, errors.Join(err, i.Close())
 	}
 	if here {
-		// What is suspended is given up only where a VMM can start.
+		// A suspended state is given up only if a VMM can start.
 		if err := bootable(ctx, h, config); err != nil {
 			return nil, errors.Join(err, i.Close())
 		}
@@ -457,12 +464,12 @@ func launch(ctx context.Context, h vmm.Host, config *vmm.PackageConfig, storage 
 	return &Launched{i, h}, nil
 }
 
-// Close gives the VM up before it ran.
+// Close gives up a VM that has not run.
 func (l *Launched) Close() error { return l.i.Close() }
 
-// Resume loads the state device, marks it as running and lets the guest run. The guest runs when it
-// returns; tell it so with [Instance.AfterResume]. On failure the VMM is gone; the state device can
-// be resumed again unless a vCPU has run.
+// Resume loads the state device, marks it as running and lets the guest run. When it returns nil
+// the guest runs; tell it so with [Instance.AfterResume]. On an error the VMM is gone, and the
+// state device can be resumed again unless a vCPU has run.
 func (l *Launched) Resume(ctx context.Context) (_ *Instance, err error) {
 	i := l.i
 	defer func() {
@@ -489,7 +496,7 @@ func (l *Launched) Resume(ctx context.Context) (_ *Instance, err error) {
 		}
 		return nil, err
 	}
-	// From here on memory and disks move away from the saved state.
+	// From here on memory and disks no longer fit the saved state.
 	if err := vmm.MarkState(dev, vmm.Running); err != nil {
 		return nil, fmt.Errorf("state device %s: %w", dev.Name(), err)
 	}
@@ -499,12 +506,12 @@ func (l *Launched) Resume(ctx context.Context) (_ *Instance, err error) {
 	return i, nil
 }
 
-// RescueSuspendTimeout bounds the suspend of a VM that runs, but whose agent does not answer.
+// RescueSuspendTimeout bounds the suspend of a VM that runs and whose agent does not answer.
 const RescueSuspendTimeout = 5 * time.Minute
 
-// Run resumes the VM and tells its agent, which has timeout to answer; or waits that long for the
-// guest of a VM that boots. began is when the caller began to work on it. The guest may run
-// although Run fails: then there is an instance beside the error, to be suspended so that nothing
+// Run resumes the VM and calls its agent, which has timeout to answer. If the VM boots, Run waits
+// for its guest for that long. began is when the caller began the start, for the log. The guest may
+// run although Run fails. Then Run returns an instance beside the error; suspend it so that nothing
 // is lost.
 func (l *Launched) Run(ctx context.Context, began time.Time, timeout time.Duration) (*Instance, error) {
 	if l.i.why != nil {
@@ -528,7 +535,7 @@ func (i *Instance) AfterResume(ctx context.Context, timeout time.Duration) error
 	return i.tellAgent(ctx, timeout, 0)
 }
 
-// tellAgent is AfterResume for a clock that is moved by mostStep; see [agent.Client.AfterResume].
+// tellAgent is AfterResume with a limit for the step of the clock; see [agent.Client.AfterResume].
 func (i *Instance) tellAgent(ctx context.Context, timeout, mostStep time.Duration) error {
 	if i.keepClock {
 		mostStep = -1
@@ -559,10 +566,11 @@ func logStep(ctx context.Context, step time.Duration) {
 	slog.Log(ctx, level, "Set the guest's clock", "step", step.Round(time.Microsecond))
 }
 
-// catchUpTimeout bounds the agent's answer when the guest's clock is made up for.
+// catchUpTimeout bounds the agent's answer when it sets a clock that stood still.
 const catchUpTimeout = time.Minute
 
-// wentOn makes up for the time that the guest stood still for a disk: its clock stood, too.
+// wentOn sets the guest's clock after it stood still for a disk, because its clock stood still,
+// too.
 func (i *Instance) wentOn(stood time.Duration) {
 	if i.keepClock {
 		return
@@ -570,7 +578,7 @@ func (i *Instance) wentOn(stood time.Duration) {
 	i.missed.Add(int64(stood))
 	c := i.agent.Load()
 	if c == nil {
-		return // who tells the agent next says it
+		return // the next call of the agent sets it
 	}
 	i.catchUp.Go(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), catchUpTimeout)
@@ -589,8 +597,8 @@ func (i *Instance) wentOn(stood time.Duration) {
 	})
 }
 
-// nameServers returns whom the guest is to ask for names on this host: nobody without network. If
-// nobody is known, it keeps whom it has.
+// nameServers returns the name servers that the guest is to use on this host: none without network.
+// If none are known, the guest keeps those that it has.
 func (i *Instance) nameServers() network.Resolver {
 	if i.resolver == nil {
 		return network.Resolver{}
@@ -603,8 +611,8 @@ func (i *Instance) nameServers() network.Resolver {
 }
 
 // withNameServers adds name servers to the address among kernel arguments (ip=, see nfsroot.rst of
-// Linux), which has room for two, unless the user gave some. A package does not keep them: they are
-// this host's, of today.
+// Linux), which has room for two, unless the user gave some. They do not become part of a package,
+// because they are this host's, today.
 func (i *Instance) withNameServers(args string) string {
 	words := strings.Fields(args)
 	for at, w := range words {
@@ -621,14 +629,14 @@ func (i *Instance) withNameServers(args string) string {
 }
 
 // Suspend stops the VM for good and leaves it in its devices, so that it can be resumed. The
-// guest's agent gets agentTimeout to prepare; when it fails to, the VM is suspended all the same
-// and the failure is part of the error. Saved says whether the devices hold the VM; if they do not,
-// it runs on, and Suspend can be tried again.
+// guest's agent gets agentTimeout to prepare. If it fails to, the VM is suspended all the same, and
+// the error says so. saved tells whether the devices hold the VM. If not, it runs on, and Suspend
+// can be tried again.
 func (i *Instance) Suspend(ctx context.Context, agentTimeout time.Duration) (saved bool, err error) {
 	if i == nil {
 		return false, ErrNotStarted
 	}
-	if i.frozen {
+	if i.status == frozen {
 		return true, nil
 	}
 	var agentErr error
@@ -644,11 +652,10 @@ func (i *Instance) Suspend(ctx context.Context, agentTimeout time.Duration) (sav
 		}
 		return false, errors.Join(err, agentErr, i.goOn(context.WithoutCancel(ctx), agentTimeout))
 	}
-	i.frozen = true
 	return true, agentErr
 }
 
-// goOn lets a VM run on that could not be saved, unless it has ended.
+// goOn resumes a VM that could not be saved, unless it has ended.
 func (i *Instance) goOn(ctx context.Context, agentTimeout time.Duration) error {
 	select {
 	case <-i.machine.Done():
@@ -669,19 +676,19 @@ func (i *Instance) goOn(ctx context.Context, agentTimeout time.Duration) error {
 	return nil
 }
 
-// A VMM that pauses waits for what its guest has under way. One that does not answer is spoken of
-// so often, and given up after so long.
+// A VMM that pauses waits for its guest's requests. While it does not answer, the log says so every
+// pauseReminder. After pauseTimeout it is given up.
 var (
 	pauseReminder = 10 * time.Second
 	pauseTimeout  = time.Minute // which a test shortens
 )
 
-// syncDisks makes durable what the guest has written so far, so that little of it is left for the
-// pause, which is bounded: a slow storage may take its time, unlike a VMM. A sync that never
-// returns ends with this process.
+// syncDisks makes durable what the guest has written so far. Little is then left for the pause,
+// which is bounded: a slow storage may take its time, but a VMM may not. A sync that never returns
+// ends with this process.
 func (i *Instance) syncDisks(ctx context.Context) error {
 	synced := make(chan struct{})
-	var err error // valid once synced is closed; a storage may tell of a failure only once
+	var err error // valid once synced is closed; a storage may report a failure only once
 	go func() {
 		defer close(synced)
 		for _, name := range i.config.Disks() {
@@ -711,7 +718,7 @@ func (i *Instance) pauseForGood(ctx context.Context) error {
 	return err
 }
 
-// patiently waits until done is closed, or ctx ends, and says now and then what is waited for.
+// patiently waits until done is closed or ctx ends, and logs what every pauseReminder.
 func patiently(ctx context.Context, done <-chan struct{}, what string) error {
 	tick := time.NewTicker(pauseReminder)
 	defer tick.Stop()
@@ -741,17 +748,17 @@ func (i *Instance) save(ctx context.Context) error {
 	if err := i.machine.Flush(ctx); err != nil {
 		return fmt.Errorf("suspend: %w", err)
 	}
-	// The state goes last: it must never be there without the memory and disks that fit it.
+	// The state goes last: it must never be there without memory and disks that fit it.
 	for _, name := range append(i.config.Disks(), vmm.Memory) {
 		if err := i.storage.Sync(name); err != nil {
 			return fmt.Errorf("suspend: device %s: %w", name, err)
 		}
 	}
-	i.left, i.frozen = true, true // even if it fails: a Rescue takes back what the device says
+	i.status = frozen // even if the write fails: Rescue writes the device again
 	return i.withState(func(dev StateDevice) error { return vmm.WriteState(dev, i.config.ID, state.Bytes()) })
 }
 
-// withState lets use work on the state device.
+// withState calls use with the open state device.
 func (i *Instance) withState(use func(StateDevice) error) error {
 	dev, err := i.storage.State()
 	if err != nil {
@@ -763,7 +770,7 @@ func (i *Instance) withState(use func(StateDevice) error) error {
 	return nil
 }
 
-// prefer returns how the VM ended, if it did, instead of an error that follows from it.
+// prefer returns how the VM ended, if it has, and err if not: err follows from the end.
 func (i *Instance) prefer(err error) error {
 	select {
 	case <-i.machine.Done():
@@ -776,7 +783,7 @@ func (i *Instance) prefer(err error) error {
 	}
 }
 
-// Metrics is what the VMM counts, if it does; safe for concurrent use.
+// Metrics returns the VMM's counters by name; nil if it has none. It is safe for concurrent use.
 func (i *Instance) Metrics() map[string]float64 {
 	if m, ok := i.machine.(vmm.Meter); ok {
 		return m.Metrics()
@@ -787,7 +794,7 @@ func (i *Instance) Metrics() map[string]float64 {
 // Generation is the VM's generation ID.
 func (i *Instance) Generation() uuid.UUID { return i.generation }
 
-// Config is what the package of this instance records.
+// Config is the config of the instance's package.
 func (i *Instance) Config() *vmm.PackageConfig { return i.config }
 
 // Agent is the connection with the guest's agent, nil before AfterResume and after Suspend. It ends
@@ -807,8 +814,8 @@ func (i *Instance) Done() <-chan struct{} {
 	return i.machine.Done()
 }
 
-// Wait blocks until the VMM ends. It returns nil when the guest powered itself off, which it notes
-// in the state device, and after Close.
+// Wait blocks until the VMM ends. It returns nil after Close, and when the guest powered itself
+// off, which Wait notes in the state device.
 func (i *Instance) Wait() error {
 	if i == nil {
 		return ErrNotStarted
@@ -816,7 +823,7 @@ func (i *Instance) Wait() error {
 	if err := i.machine.Wait(); err != nil {
 		return err
 	}
-	if i.frozen || i.closing.Load() {
+	if i.status == frozen || i.closing.Load() {
 		return nil
 	}
 	return i.withState(func(dev StateDevice) error { return vmm.MarkState(dev, vmm.PoweredOff) })
@@ -844,7 +851,8 @@ func (i *Instance) Close() error {
 	return errors.Join(errs...)
 }
 
-// CheckNames refuses a device list that names a device twice, badly, or lacks one of required.
+// CheckNames refuses a device list with an invalid name or a name twice, or without one of
+// required.
 func CheckNames(names []string, required ...string) error {
 	seen := map[string]bool{}
 	for _, n := range names {

@@ -25,7 +25,8 @@ func Preflight(ctx context.Context, h vmm.Host, config *vmm.PackageConfig) error
 	return nil
 }
 
-// bootable checks a host that is told to boot a VM that may be suspended.
+// bootable checks, if the VM is told to boot, that its VMM can start here: a suspended state is
+// given up for it.
 func bootable(ctx context.Context, h vmm.Host, config *vmm.PackageConfig) error {
 	if !h.Boot {
 		return nil
@@ -33,15 +34,15 @@ func bootable(ctx context.Context, h vmm.Host, config *vmm.PackageConfig) error 
 	return Preflight(ctx, h, config)
 }
 
-// stalled tells whether the guest stands still for a disk that it cannot use: it hears nothing, and
-// does nothing that it would have to be told of.
+// stalled tells whether the guest stands still for a disk that it cannot use. Such a guest hears no
+// call.
 func (i *Instance) stalled() bool {
 	s, ok := i.machine.(vmm.Staller)
 	return ok && s.Stalled()
 }
 
-// Prepare tells the guest's agent that the VM is about to be paused. The guest runs on;
-// [Instance.Rescue] tells it that nothing came of it. One that stands still is not told.
+// Prepare tells the guest's agent that the VM is about to be paused. The guest runs on.
+// [Instance.Rescue] and [Instance.RescueAgent] undo it. A guest that stands still is not told.
 func (i *Instance) Prepare(ctx context.Context) error {
 	i.forgetAgent()
 	if i.stalled() {
@@ -63,7 +64,7 @@ func (i *Instance) Prepare(ctx context.Context) error {
 	return errors.Join(err, i.dropAgent())
 }
 
-// dropAgent ends the agent's connection, as before every snapshot; whoever resumes makes a new one.
+// dropAgent ends the agent's connection, as before every snapshot. The next resume makes a new one.
 func (i *Instance) dropAgent() error {
 	c := i.agent.Swap(nil)
 	if c == nil {
@@ -72,7 +73,7 @@ func (i *Instance) dropAgent() error {
 	return c.Close()
 }
 
-// WriteBack is Flush, if the guest does not notice that; else nothing.
+// WriteBack flushes memory, if the VMM can do that without a pause.
 func (i *Instance) WriteBack(ctx context.Context) error {
 	if p, ok := i.machine.(vmm.FlushPauser); ok && p.FlushPauses() {
 		return nil
@@ -89,52 +90,52 @@ func (i *Instance) Pause(ctx context.Context) error {
 	return i.prefer(i.machine.Pause(ctx))
 }
 
-// NoteLeaving notes durably that the VM, which runs on, may soon run at the target of a migration.
+// NoteLeaving notes durably that the running VM may soon run at the target of a migration.
 // [Instance.Rescue] takes the note back.
 func (i *Instance) NoteLeaving(migration uuid.UUID) error {
-	i.left, i.leaves = true, true
+	i.status = leaving
 	return i.withState(func(dev StateDevice) error { return vmm.MarkLeaving(dev, migration) })
 }
 
-// SaveLeaving writes the paused VM's state to its device, for the target of a migration: of a copy,
-// unless NoteLeaving was called before. Nothing is durable yet. Flush memory afterwards.
+// SaveLeaving writes the paused VM's state to its device, for the target of a migration, or for a
+// copy unless NoteLeaving was called before. Nothing is made durable. Flush memory afterwards.
 func (i *Instance) SaveLeaving(ctx context.Context, migration uuid.UUID) error {
 	var state vmm.StateBuffer
 	if err := i.machine.Save(ctx, &state); err != nil {
 		return i.prefer(err)
 	}
-	i.left = true
-	status := vmm.Copying
-	if i.leaves {
-		status = vmm.Leaving
+	status := vmm.Leaving
+	if i.status != leaving {
+		i.status, status = copying, vmm.Copying
 	}
 	return i.withState(func(dev StateDevice) error {
 		return vmm.WriteMigratedState(dev, i.config.ID, state.Bytes(), migration, status)
 	})
 }
 
-// Mark notes durably what has become of a VM that was handed over.
+// Mark notes durably the status of a VM that was handed over.
 func (i *Instance) Mark(status vmm.Status) error {
 	if i == nil {
 		return ErrNotStarted
 	}
-	i.frozen = true
+	i.status = frozen
 	return i.withState(func(dev StateDevice) error { return vmm.MarkState(dev, status) })
 }
 
-// Rescue lets the VM go on after Prepare, Pause and SaveLeaving, whichever of them were done. The
-// guest runs when it returns nil.
+// Rescue undoes Prepare, Pause and SaveLeaving, whichever of them were done. When it returns nil,
+// the guest runs.
 func (i *Instance) Rescue(ctx context.Context) error {
-	settleable := i.frozen
+	settleable := i.status == frozen
 	if err := i.prefer(nil); err != nil && settleable {
 		return err // the VMM is gone, but the devices hold what an operator can settle on
 	}
-	i.frozen, i.stood = false, 0
-	if i.left {
+	i.stood = 0
+	if i.status != running {
+		i.status = copying // until the device says that the VM is here, which may fail
 		err := i.withState(func(dev StateDevice) error {
 			if settleable {
-				// What an operator could settle on must be gone before the guest changes what it
-				// fits.
+				// An operator must no longer be able to settle on the state once the guest changes
+				// memory and disks.
 				return vmm.MarkState(dev, vmm.Running)
 			}
 			return vmm.NoteState(dev, vmm.Running)
@@ -142,7 +143,7 @@ func (i *Instance) Rescue(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		i.left, i.leaves = false, false
+		i.status = running
 	}
 	if !i.paused.IsZero() {
 		if err := i.machine.Resume(ctx); err != nil {
@@ -153,13 +154,13 @@ func (i *Instance) Rescue(ctx context.Context) error {
 	return i.prefer(nil)
 }
 
-// sameTime is how far a guest's clock may be from this host's, its pause apart, to keep the same
-// time.
+// sameTime is how far a guest's clock may be from this host's, beside the pause, and still count as
+// the same time.
 const sameTime = time.Second
 
 // RescueAgent tells the guest's agent after a Rescue that the guest runs on, for at most timeout.
-// What the pause has cost the guest's clock is made up for; a clock that keeps another time than
-// this host's stays as it is.
+// The agent advances a clock that is behind by the pause. A clock that keeps another time than this
+// host's stays.
 func (i *Instance) RescueAgent(ctx context.Context, timeout time.Duration) error {
 	if i.agent.Load() != nil {
 		return nil
@@ -167,8 +168,8 @@ func (i *Instance) RescueAgent(ctx context.Context, timeout time.Duration) error
 	return i.tellAgent(ctx, timeout, i.stood+sameTime)
 }
 
-// Restore loads the state that a migration has brought, and notes that the VM runs here, which is
-// durable once the device is synced. It does not run yet; see [Launched.Go].
+// Restore loads the state that a migration has brought, and notes that the VM runs here. The note
+// is durable once the device is synced. The VM does not run yet; see [Launched.Go].
 func (l *Launched) Restore(ctx context.Context, migration uuid.UUID) error {
 	i := l.i
 	return i.withState(func(dev StateDevice) error {

@@ -7,11 +7,11 @@ import (
 	"drafter/internal/console"
 )
 
-// ready is a console's output that is passed on, and watched for a text.
+// ready passes on a console's output, and watches it for a text.
 type ready struct {
 	output io.Writer // nil discards
 	text   string
-	last   []byte        // the end of what was written, as long as the text may begin in it
+	last   []byte        // the end of the output, as long as the text may begin in it
 	seen   chan struct{} // closed once the text was written
 	lines  console.LastLines
 }

@@ -1,5 +1,5 @@
-// Package kind lets callers tell errors apart by their kinds. Public packages export the kinds as
-// theirs.
+// Package kind lets callers tell errors apart by their kinds. Public packages export the kinds
+// under their own names.
 package kind
 
 import "errors"
@@ -15,7 +15,7 @@ var (
 	ErrClosed       = errors.New("closed already")
 )
 
-// Of gives an error a kind, for [errors.Is], and leaves its text as it is. A nil error stays nil.
+// Of gives an error a kind, for [errors.Is], and leaves its text unchanged. A nil error stays nil.
 func Of(kind, err error) error {
 	if err == nil {
 		return nil

@@ -1,5 +1,5 @@
-// Package lockfile holds things for one process at a time. A lock ends with its process, however
-// that ends, and leaves no file behind when it is given back.
+// Package lockfile makes locks on files, each for one process at a time. A lock ends with its
+// process, however that ends. It leaves no file behind when it is released.
 package lockfile
 
 import (
@@ -31,9 +31,9 @@ func (e *HeldError) Error() string { return "in use by " + e.Holder }
 // Is tells that it is of the kind [kind.ErrInUse].
 func (e *HeldError) Is(target error) bool { return target == kind.ErrInUse }
 
-// Try takes the lock at path, which need not exist; the directory must. Nobody else may open the
-// file, and so lock it. It returns a *HeldError when another process has it. The file tells others
-// who holds it. A file that tells something else is no lock, and is refused.
+// Try takes the lock at path. The file need not exist; its directory must. Nobody else may be able
+// to open the file, and so to lock it. Try returns a *HeldError when another process has the lock.
+// The file says who holds it. A file with other content is no lock, and is refused.
 func Try(path string) (*Lock, error) {
 	for {
 		f, err := private.CreateOrOpen(path)
@@ -43,8 +43,8 @@ func Try(path string) (*Lock, error) {
 		if err := Exclusive(f); err != nil {
 			return nil, errors.Join(err, f.Close())
 		}
-		// The last holder may have removed the file between our opening and locking it: then others
-		// lock another one.
+		// The last holder may have removed the file between the open and the lock here. Others
+		// would then lock another file.
 		current, err := isCurrent(f, path)
 		if err != nil {
 			return nil, errors.Join(err, f.Close())
@@ -91,7 +91,7 @@ func (l *Lock) Release() error {
 	return errors.Join(err, l.file.Close())
 }
 
-// Abandon gives the lock back as the end of the process would: the file stays.
+// Abandon releases the lock as the end of the process would: the file stays.
 func (l *Lock) Abandon() error { return l.file.Close() }
 
 // Exclusive locks an open file for this process until it is closed. It returns a *HeldError when
@@ -112,7 +112,7 @@ func lock(f *os.File, how int) error {
 	return nil
 }
 
-// held reads who wrote itself into a lock file. Other files tell nothing.
+// held reads the holder from a lock file. Any other file names none.
 func held(f *os.File) *HeldError {
 	b, _ := content(f)
 	e := &HeldError{Holder: "another process"}

@@ -1,6 +1,6 @@
-// Package mark tells the directories that this program made from those that only look like them,
-// and removes the former. A name, an owner and a mode prove nothing: a clean-up that goes by them
-// removes other people's files.
+// Package mark marks the directories that this program makes, and removes marked directories. A
+// name, an owner and a mode prove nothing: a clean-up that relies on them removes other people's
+// files.
 package mark
 
 import (
@@ -55,8 +55,9 @@ func (m Mark) In(f *os.File) bool {
 	return err == nil && found == m
 }
 
-// Renew makes an empty directory at path, which has but a mark in the file called name: a new one,
-// one that was empty, or one with that mark, of which all is removed. Any other is refused.
+// Renew makes an empty directory at path, with only a mark in the file called name. The directory
+// may be new or empty, or have that mark; then everything in it is removed. Any other directory is
+// refused.
 func Renew(path, name, format string) (err error) {
 	if err := os.MkdirAll(path, 0o755); err != nil {
 		return err
@@ -94,9 +95,9 @@ func Renew(path, name, format string) (err error) {
 	return errors.Join(m.Write(f), f.Close())
 }
 
-// Empty removes all that is in an open directory, the file called last at the end: whoever is
-// killed meanwhile leaves the mark to the next. It removes nothing if something is mounted there,
-// whose files are somebody else's.
+// Empty removes everything in an open directory, the file called last at the end, so that a killed
+// process leaves the mark to the next. It removes nothing if something is mounted there, because
+// its files are somebody else's.
 func Empty(dir *os.File, last string) error {
 	path, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", dir.Fd()))
 	if err != nil {

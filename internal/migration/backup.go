@@ -15,9 +15,9 @@ import (
 	"drafter/internal/wire"
 )
 
-// A target that reaches a backup of the VM gets from there what has not changed since, while the
-// source sends the rest. It says that it is ready once it has both: the backup plays no part in the
-// handoff. Whatever the backup fails to give, the source has.
+// A target that reaches a backup of the VM fetches unchanged content from there, while the source
+// sends the rest. The target says that it is ready once it has both, so the backup plays no part in
+// the handoff. What the backup fails to give, the source sends.
 
 // Backup is a device in a backup.
 type Backup struct {
@@ -31,7 +31,7 @@ const (
 	backupAttempts = 3
 )
 
-// restoring is what a target is getting from backups.
+// restoring is the content that a target fetches from backups.
 type restoring struct {
 	left    atomic.Int64  // pages of all devices
 	here    chan struct{} // closed when none is left
@@ -57,14 +57,14 @@ func (r *restoring) end() {
 	}
 }
 
-// took notes that so many pages are left no longer.
+// took notes that so many pages are no longer left.
 func (r *restoring) took(pages int64) {
 	if r.left.Add(-pages) == 0 {
 		r.once.Do(func() { close(r.here) })
 	}
 }
 
-// beginBackups notes what has to come of the devices.
+// beginBackups notes what the backups have to give of each device.
 func (t *Target) beginBackups() error {
 	for _, d := range t.devices {
 		if d.Held != wire.HoldsBackup {
@@ -95,8 +95,8 @@ func pagesOfBlock(d block.Device, b int64) (first, end int64) {
 	return b * pages, min((b+1)*pages, block.Pages(d))
 }
 
-// fetchBackups gets what is in the backups, the devices first that the VMM needs to start, and asks
-// the source for what it could not get.
+// fetchBackups fetches what is in the backups, first the devices that the VMM needs to start. It
+// asks the source for what it could not fetch.
 func (t *Target) fetchBackups(ctx context.Context, l *link) error {
 	r := t.restoring
 	defer close(r.asked)
@@ -149,8 +149,8 @@ func (t *Target) fetchBackups(ctx context.Context, l *link) error {
 	return nil
 }
 
-// fetchBackup gets what is in the backup of a device. A failure of the backup makes it give up, and
-// is no error.
+// fetchBackup fetches what is in the backup of a device. A failure of the backup ends that, and is
+// no error.
 func (t *Target) fetchBackup(ctx context.Context, g *errgroup.Group, d *incomingDevice) {
 	blocks := d.Backup.Contents.Blocks
 	wanted := func(b int64) bool {
@@ -203,12 +203,12 @@ func (b *Backup) fetch(ctx context.Context, first int64, p []byte, pause time.Du
 	}
 }
 
-// storeBackup stores those pages of an extent of the backup which the source has not sent.
+// storeBackup stores the pages of an extent of the backup that the source has not sent.
 func (d *incomingDevice) storeBackup(r *restoring, e wire.Extent) error {
 	d.store.Lock()
 	defer d.store.Unlock()
 	if d.opened.Load() {
-		return nil // all that is left was asked for
+		return nil // everything that is left was asked for
 	}
 	end := (e.Off + e.Len + block.PageSize - 1) / block.PageSize
 	for at := d.left.Next(e.Off / block.PageSize); at < end; at = d.left.Next(at) {
@@ -234,8 +234,8 @@ func (d *incomingDevice) storeBackup(r *restoring, e wire.Extent) error {
 	return nil
 }
 
-// awaitBackups waits until all of the backups is here, or the source is to send the rest after the
-// handoff.
+// awaitBackups waits until everything in the backups is here, or the source wants to send the rest
+// after the handoff.
 func (t *Target) awaitBackups(ctx context.Context) error {
 	l, _ := t.lanes.get() // until the handoff there is but one
 	select {

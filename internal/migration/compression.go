@@ -10,9 +10,9 @@ import (
 	"drafter/internal/wire"
 )
 
-// compression decides whether an extent is worth compressing: it is when compressing it, or sending
-// what is left, whichever is slower, takes less time than sending it. A sample of the extent tells
-// how much will be left. Use it from one goroutine.
+// compression decides whether an extent is worth compressing. It is if compressing it, or sending
+// the result, whichever is slower, takes less time than sending it raw. A sample of the extent
+// predicts the size of the result. Use it from one goroutine.
 type compression struct {
 	encoder *zstd.Encoder
 	link    rate // bytes per second that the connection takes, with the bandwidth limit
@@ -22,7 +22,7 @@ type compression struct {
 }
 
 const (
-	tryEvery  = 64       // extents after which one is compressed in any case: the speed of it may have changed
+	tryEvery  = 64       // extents after which one is compressed in any case, because the speed of that may have changed
 	bestRatio = 0.2      // of compressed to raw size, that memory hardly ever goes below
 	sampled   = 64 << 10 // bytes of which one page is a sample
 )

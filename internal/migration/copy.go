@@ -16,10 +16,10 @@ import (
 )
 
 // A copy is a migration whose VM stays where it is: pre-copy as usual, a pause in which the rest is
-// kept aside, and then, while the VM goes on, its delivery. Nothing of it can be in doubt: it never
-// gives the VM away.
+// put aside, and then its delivery, while the VM goes on. A copy is never in doubt, because it
+// never gives the VM away.
 
-// Baseline is what the last copy of a source to one place held, so that the next one brings only
+// Baseline is the content of a source's last copy to one place, so that the next copy brings only
 // what has changed since, in whole blocks of [block.ContentBlockSize]. Its zero value is a place
 // that holds nothing. Use it for one copy at a time; its methods are safe for concurrent use.
 type Baseline struct {
@@ -27,7 +27,7 @@ type Baseline struct {
 	watches map[*block.Tracker]*block.Watch
 	taken   map[*block.Tracker]*block.Bitmap // of the copy under way
 	held    bool                             // the last copy has been delivered
-	stored  map[*block.Tracker]block.ID      // and is where targets can get at it; nil from a copy's begin to its end
+	stored  map[*block.Tracker]block.ID      // and targets can reach it there; nil from a copy's beginning to its end
 	before  map[*block.Tracker]block.ID      // what was stored when the copy under way began
 }
 
@@ -52,17 +52,17 @@ func (b *Baseline) forget() {
 	b.watches, b.taken, b.held, b.stored, b.before = nil, nil, false, nil, nil
 }
 
-// Stored notes under which content ids devices of the last copy are kept where targets of
-// migrations may get at them; see [SourceConfig].
+// Stored notes the content ids of devices of the last copy, which targets of migrations can reach;
+// see [SourceConfig].
 func (b *Baseline) Stored(ids map[*block.Tracker]block.ID) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.stored = ids
 }
 
-// backup is the content id of a device where it is stored, and the pages that have changed since.
-// They stay changed. The id is zero when the device is not stored, or a copy is under way or has
-// not ended yet: pages that the copy took are not known as changed then.
+// backup returns the content id of a device where it is stored, and the pages that have changed
+// since. They stay changed. The id is zero if the device is not stored, and while a copy has not
+// ended: pages that the copy took do not count as changed then.
 func (b *Baseline) backup(d *block.Tracker) (block.ID, *block.Bitmap) {
 	if b == nil {
 		return block.ID{}, nil
@@ -129,7 +129,7 @@ func (b *Baseline) advance() {
 	}
 }
 
-// end notes what has become of the copy. What was taken of a failed one is left to the next.
+// end notes the result of the copy. The next copy brings what a failed one took.
 func (b *Baseline) end(delivered bool) {
 	if b == nil {
 		return
@@ -153,7 +153,7 @@ func (b *Baseline) end(delivered bool) {
 	}
 }
 
-// wholeBlocks adds to pages what else of their blocks has not been sent in this copy.
+// wholeBlocks adds to pages the other pages of their blocks that have not been sent in this copy.
 func wholeBlocks(d *outgoingDevice, pages *block.Bitmap) *block.Bitmap {
 	const n = block.ContentBlockSize / block.PageSize
 	whole := pages.Clone()
@@ -167,8 +167,8 @@ func wholeBlocks(d *outgoingDevice, pages *block.Bitmap) *block.Bitmap {
 	return whole
 }
 
-// stashLimit is how much of the rest of a copy is kept in memory, in bytes, so that the VM need not
-// wait until it is sent.
+// stashLimit is how many bytes of the rest of a copy are kept in memory, so that the VM need not
+// wait until they are sent.
 const stashLimit = 64 << 20
 
 // stashed are pages as they were while the VM was paused.
@@ -178,7 +178,7 @@ type stashed struct {
 	data       []byte
 }
 
-// snapshot pauses the VM for as long as it takes to keep the rest of the copy aside.
+// snapshot pauses the VM until the rest of the copy is put aside.
 func (o *outgoing) snapshot(ctx context.Context) (migrate.Phase, error) {
 	ctx, cancel := o.revocable(ctx, o.first)
 	defer cancel()
@@ -227,7 +227,7 @@ func (o *outgoing) fillStash() error {
 	return nil
 }
 
-// deliver sends what was kept aside and waits until the target has made all durable.
+// deliver sends what was put aside, and waits until the target has made everything durable.
 func (o *outgoing) deliver(ctx context.Context) (_ migrate.Phase, err error) {
 	defer func() { o.copying.stash = nil }()
 	lifetime := context.WithoutCancel(ctx)
@@ -253,22 +253,22 @@ func (o *outgoing) deliver(ctx context.Context) (_ migrate.Phase, err error) {
 		return "", fmt.Errorf("the target has not said that it has stored the copy: %w", context.Cause(ctx))
 	}
 	o.copying.delivered = true
-	_ = l.Send(wire.TypeReleased) // the target has what it wanted, and does not need to hear it
+	_ = l.Send(wire.TypeReleased) // the target has what it wanted; it need not get this message
 	return migrate.Kept, nil
 }
 
-// Copy makes a copy of the VM in this process; the VM goes on. vm is asked to accept it, and to
-// complete it once all is there, with every device as it was in one moment; it is never started.
-// With a baseline, which may be nil, only what has changed since the last copy is brought.
+// Copy makes a copy of the VM in this process; the VM goes on. vm is asked to accept the copy, and
+// to complete it once all is there, with every device as it was in one moment. The copy is never
+// started. With a baseline, which may be nil, only what has changed since the last copy is brought.
 func (s *Source) Copy(ctx context.Context, vm TargetVM, baseline *Baseline) (stats migrate.Stats, err error) {
 	here, there := net.Pipe()
 	limits := s.config.Limits
-	limits.Silence = math.MaxInt64 // nothing gets lost within a process: silence says that it, or the host, has stood still
+	limits.Silence = math.MaxInt64 // nothing gets lost within a process, and silence means that the process or its host stood still
 	served := make(chan error, 1)
 	go func() { served <- s.handle(context.WithoutCancel(ctx), there, limits.Silence, baseline) }()
 	dial := func(context.Context) (io.ReadWriteCloser, error) { return here, nil }
 	t, err := Receive(ctx, TargetConfig{VM: vm, Dial: dial, Limits: limits, Copy: true})
-	// The target's account tells whether the copy is there; the source's tells why it is not.
+	// The target's error says whether the copy is there; the source's says why it is not.
 	if serr := <-served; err != nil {
 		err = errors.Join(err, serr)
 	}

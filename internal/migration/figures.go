@@ -7,7 +7,8 @@ import (
 	"drafter/migrate"
 )
 
-// figures are what one side of a migration measures of the whole. They are safe for concurrent use.
+// figures are what one side of a migration measures for all devices together. They are safe for
+// concurrent use.
 type figures struct {
 	mu        sync.Mutex
 	began     time.Time
@@ -46,7 +47,7 @@ func (f *figures) pause() time.Duration {
 	return f.downtime
 }
 
-// stats is what there is to tell, devices apart.
+// stats returns all statistics but those of devices.
 func (f *figures) stats(phase migrate.Phase, wire int64) migrate.Stats {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -57,7 +58,7 @@ func (f *figures) stats(phase migrate.Phase, wire int64) migrate.Stats {
 	return s
 }
 
-// report tells of statistics ten times a second, and once more when it is stopped.
+// report calls back with statistics ten times a second, and once more when it is stopped.
 func report(stats func() migrate.Stats, to func(migrate.Stats)) (stop func()) {
 	done := make(chan struct{})
 	var wg sync.WaitGroup

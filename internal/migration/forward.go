@@ -15,10 +15,10 @@ import (
 	"drafter/migrate"
 )
 
-// Devices that move without a VM leave users behind, at the paths that they had at the source. What
-// those do is forwarded to where the devices are now: the target opens a connection for it, again
-// and again if it is lost, and the source asks on it. What was under way when a connection was lost
-// is asked again on the next.
+// Devices that move without a VM leave users behind, at the paths that they had at the source.
+// Their operations are forwarded to where the devices are now. The target opens a connection for
+// that, and a new one whenever it is lost; the source sends operations on it. Operations without a
+// result when a connection was lost are sent again on the next.
 
 // forwardPatience is how long the users of a device wait for a target that is gone.
 const forwardPatience = time.Minute
@@ -33,7 +33,7 @@ type forwarder struct {
 	pending map[uint64]*operation
 	link    *link
 	failed  error       // for good
-	giveUp  *time.Timer // runs while there is no connection, and somebody has waited
+	giveUp  *time.Timer // runs while there is no connection and somebody waits
 }
 
 // operation is one that a user waits for.
@@ -45,8 +45,8 @@ type operation struct {
 
 func newForwarder() *forwarder { return &forwarder{pending: map[uint64]*operation{}} }
 
-// Forwarded is the i-th of the source's devices as it is where it has moved to. Using it before the
-// handoff, or after it failed, waits for ever. It needs [SourceConfig.Forward].
+// Forwarded is the i-th of the source's devices at the place that it has moved to. An operation
+// before the handoff, or after it failed, waits for ever. It needs [SourceConfig.Forward].
 func (s *Source) Forwarded(i int) block.Device {
 	return &forwardedDevice{s.forwarder, i, s.config.Devices[i].Device.Size()}
 }
@@ -111,14 +111,14 @@ func (s *Source) attachForward(o *outgoing, l *link) error {
 		return err
 	}
 	// The target runs before its answer is here.
-	for state, changed := o.follow(); state == migrate.HandingOff || state == migrate.InDoubt; state, changed = o.follow() {
+	for phase, changed := o.follow(); phase == migrate.HandingOff || phase == migrate.InDoubt; phase, changed = o.follow() {
 		select {
 		case <-changed:
 		case <-l.ctx.Done():
 			return l.lost(io.EOF)
 		}
 	}
-	if state := o.Phase(); state != migrate.Serving && state != migrate.LeftServing && state != migrate.Moved {
+	if phase := o.Phase(); phase != migrate.Serving && phase != migrate.LeftServing && phase != migrate.Moved {
 		err := errors.New("the devices have not moved")
 		l.refuse(wire.CodeUnknown, err)
 		return err
@@ -126,7 +126,7 @@ func (s *Source) attachForward(o *outgoing, l *link) error {
 	return s.forwarder.attach(l)
 }
 
-// attach makes l the connection, and sends all that is under way on it.
+// attach makes l the connection, and sends all operations without a result on it.
 func (f *forwarder) attach(l *link) error {
 	f.mu.Lock()
 	if f.failed != nil {
@@ -255,14 +255,14 @@ func (d *forwardedDevice) Sync() error {
 
 func (d *forwardedDevice) Close() error { return nil }
 
-// Forwards tells whether the source has users of the devices, who go on there; see
+// Forwards tells whether the source has users of the devices that go on there; see
 // [Target.ServeForwards].
 func (t *Target) Forwards() bool { return t.forwards }
 
-// ServeForwards does with devices, in the order of the manifest, what their users at the source
-// want, until ctx ends, the source does not want that any more, or it has not been reached for a
-// minute. It is called once the target owns the devices; when ctx ends, the source is told that
-// they are not served any more.
+// ServeForwards does the operations of users at the source on devices, in the order of the
+// manifest. It returns when ctx ends, when the source does not want that any more, or when the
+// source has not been reached for a minute. Call it once the target owns the devices. When ctx
+// ends, the source is told that they are no longer served.
 func (t *Target) ServeForwards(ctx context.Context, devices []block.Device) {
 	reached := time.Now()
 	for ctx.Err() == nil {

@@ -12,7 +12,7 @@ import (
 	"drafter/migrate"
 )
 
-// prepare lets the guest get ready and sends what that changed.
+// prepare lets the guest get ready, and sends what that changed.
 func (o *outgoing) prepare(ctx context.Context) (migrate.Phase, error) {
 	ctx, cancel := o.revocable(ctx, o.first)
 	defer cancel()
@@ -36,8 +36,8 @@ func (o *outgoing) prepare(ctx context.Context) (migrate.Phase, error) {
 	if _, err := o.nextCycle(ctx, o.figures.cycles()+1); err != nil {
 		return "", err
 	}
-	// What does not fit is left to post-copy; without it all is sent, before the pause as far as
-	// possible.
+	// What does not fit is left to post-copy. Without post-copy everything is sent, before the
+	// pause as far as possible.
 	var until time.Time
 	if !o.config.Limits.NoPostCopy && !o.asks.copy {
 		until = time.Now().Add(o.config.Limits.Downtime)
@@ -57,7 +57,7 @@ func (o *outgoing) prepare(ctx context.Context) (migrate.Phase, error) {
 	if err := o.catchUp(ctx); err != nil {
 		return "", err
 	}
-	// What was written meanwhile goes now, while the VM runs.
+	// What was written meanwhile is sent now, while the VM runs.
 	if err := o.config.VM.Flush(ctx); err != nil {
 		return "", err
 	}
@@ -68,8 +68,8 @@ func (o *outgoing) prepare(ctx context.Context) (migrate.Phase, error) {
 	return migrate.HandingOff, nil
 }
 
-// awaitPrepared waits until the target has noted durably that it may take the VM over, which it
-// would do while the VM is paused otherwise.
+// awaitPrepared waits until the target has noted durably that it may take the VM over. Otherwise
+// the target would do that while the VM is paused.
 func (o *outgoing) awaitPrepared(ctx context.Context) error {
 	timeout := time.NewTimer(o.config.Limits.Prepare)
 	defer timeout.Stop()
@@ -113,7 +113,8 @@ func (o *outgoing) handOff(ctx context.Context) (migrate.Phase, error) {
 		return "", errors.New(a.Reason)
 	default:
 	}
-	// From the first byte of it on, the VM may be the target's, whatever this end is told.
+	// From the first byte of the authority on, the VM may be the target's, whatever this end is
+	// told.
 	stop()
 	if err := l.Send(wire.Authority{Paused: time.Since(paused), Missing: missing}); err != nil {
 		l.cancel(err)
@@ -150,13 +151,13 @@ func (o *outgoing) settle(ctx context.Context) (migrate.Phase, error) {
 	return next, nil
 }
 
-// mark notes where the VM stands, and returns a channel that is closed when that is done.
+// mark notes the VM's status, and returns a channel that is closed when that is done.
 func (o *outgoing) mark(phase migrate.Phase) <-chan struct{} {
 	return o.marks.make(&o.wg, o.config.VM, phase, o.id)
 }
 
 // awaitAnswer waits for the target to take the VM or to refuse it, or for an operator. Most answers
-// come sooner than what is in doubt could be noted.
+// come sooner than the doubt could be noted.
 func (o *outgoing) awaitAnswer(ctx context.Context) (migrate.Phase, error) {
 	note := time.NewTimer(o.config.tuning.note)
 	defer note.Stop()

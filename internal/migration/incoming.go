@@ -28,7 +28,7 @@ type incomingDevice struct {
 	opened   atomic.Bool
 }
 
-// store puts pages that have arrived into their device.
+// store writes pages that have arrived to their device.
 func (t *Target) store(l *link, e wire.Extent) error {
 	d := t.devices[e.Device]
 	if d.Device == nil {
@@ -69,8 +69,8 @@ func (t *Target) store(l *link, e wire.Extent) error {
 	return d.cache(e)
 }
 
-// cache keeps what the VM will find without asking in step with the device. Never after the
-// handoff: the VM may have written the page by then.
+// cache keeps the VM's page cache in step with the device. It is never called after the handoff,
+// because the VM may have written the page by then.
 func (d *incomingDevice) cache(e wire.Extent) error {
 	if d.Cache == nil || e.Encoding == wire.Same {
 		return nil
@@ -86,7 +86,7 @@ func (d *incomingDevice) cache(e wire.Extent) error {
 	return nil
 }
 
-// uncache takes those of the pages away that are cached.
+// uncache removes those of the pages that are cached.
 func (d *incomingDevice) uncache(first, end int64) error {
 	for at := d.cached.Next(first); at < end; at = d.cached.Next(at) {
 		_, next := d.cached.Run(at, end)
@@ -99,8 +99,8 @@ func (d *incomingDevice) uncache(first, end int64) error {
 	return nil
 }
 
-// warm caches what the target held from the start, for as long as that may keep the VM from coming.
-// A VM that has to ask for each page of its base is a slow one.
+// warm caches what the target held from the start, for as long as the VM may be kept from coming. A
+// VM that faults on each page of its base is slow.
 func (t *Target) warm(ctx context.Context) error {
 	deadline := time.Now().Add(t.config.Limits.Warm)
 	buffer := make([]byte, wire.MaxExtent)
@@ -153,7 +153,7 @@ func (d *incomingDevice) warm(buffer []byte, first, end int64) (more bool, err e
 	return true, nil
 }
 
-// open lets the VM at its devices. All that was sent before the authority has been stored.
+// open lets the VM use its devices. Everything that was sent before the authority has been stored.
 func (t *Target) open(a wire.Authority) error {
 	for i, d := range t.devices {
 		if d.Device == nil {

@@ -6,20 +6,20 @@ import (
 	"time"
 )
 
-// lanes are the connections of one side of a migration: the main one, and one for what somebody
-// waits for. They are safe for concurrent use.
+// lanes are the connections of one side of a migration: the main one, and the demand lane for pages
+// that somebody waits for. They are safe for concurrent use.
 type lanes struct {
 	mu       sync.Mutex // guards the following
 	main     *link      // nil before the first
 	demand   *link      // nil if there is none
 	attached chan struct{}
 	retired  int64     // bytes of links that were replaced
-	parted   time.Time // when a main link has ended last
+	parted   time.Time // when the last main link has ended
 }
 
 func newLanes() *lanes { return &lanes{attached: make(chan struct{})} }
 
-// get returns the links; nil for those that are not there.
+// get returns the links; nil for one that is not there.
 func (n *lanes) get() (main, demand *link) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -33,7 +33,7 @@ func (n *lanes) follow() (main *link, replaced <-chan struct{}) {
 	return n.main, n.attached
 }
 
-// urgent is the link for what somebody waits for.
+// urgent is the link for pages that somebody waits for.
 func (n *lanes) urgent() *link {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -61,7 +61,7 @@ func (n *lanes) setDemand(l *link) {
 	n.demand = l
 }
 
-// joinDemand sets the other one, whatever was there.
+// joinDemand sets the demand lane, and replaces an earlier one.
 func (n *lanes) joinDemand(l *link) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -141,7 +141,7 @@ func (n *lanes) connected() bool {
 	return n.main.alive() || n.demand.alive()
 }
 
-// bytes is what went over all links, those that are gone included.
+// bytes is the number of bytes on all links, also those that have ended.
 func (n *lanes) bytes() int64 {
 	n.mu.Lock()
 	defer n.mu.Unlock()

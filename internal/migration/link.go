@@ -32,8 +32,8 @@ func newLink(ctx context.Context, stream io.ReadWriteCloser, silence time.Durati
 	return l
 }
 
-// watch tells the other side that this one lives, ends a link that is silent, and closes one that
-// has ended. A ping that cannot be sent does not keep it from doing so.
+// watch sends pings, ends a link that is silent, and closes one that has ended. It does so even if
+// a ping cannot be sent.
 func (l *link) watch(silence time.Duration) {
 	pings := make(chan struct{}, 1)
 	var wg sync.WaitGroup
@@ -88,14 +88,15 @@ func (l *link) linger(d time.Duration) {
 // reasonWait is how long the reader of a link may take to find out why nothing can be sent.
 const reasonWait = 200 * time.Millisecond
 
-// sendLost is sendFailed for who gives up with that, and returns why the link has ended.
+// sendLost is sendFailed for a caller that gives up. It returns why the link has ended.
 func (l *link) sendLost(err error) error {
 	l.sendFailed(err)
 	return l.lost(err)
 }
 
-// sendFailed ends a link on which a send has failed beside its reader. What the other side said
-// before it closed the connection is the better reason, and the reader may be about to read it.
+// sendFailed ends a link on which a send has failed while it has a reader. The last message of the
+// other side, before it closed the connection, is the better reason, and the reader may be about to
+// read it.
 func (l *link) sendFailed(err error) {
 	select {
 	case <-l.ctx.Done():
@@ -104,7 +105,7 @@ func (l *link) sendFailed(err error) {
 	}
 }
 
-// lost prefers why the link has ended over err, its consequence.
+// lost returns why the link has ended, if it has; err is a consequence of that.
 func (l *link) lost(err error) error {
 	if l.ctx.Err() == nil {
 		return err
@@ -145,7 +146,7 @@ type RemoteError struct {
 
 func (e *RemoteError) Error() string { return e.Text }
 
-// Is tells of which kind the error is.
+// Is tells which kind the error is of.
 func (e *RemoteError) Is(target error) bool {
 	switch e.Code {
 	case wire.CodeIncompatible:

@@ -172,7 +172,7 @@ func (g *scripted) write(name string, page int64) error {
 	return nil
 }
 
-func (g *scripted) check(name string, page int64) error {
+func (g *scripted) checkPage(name string, page int64) error {
 	version := g.ledger.version[name][page]
 	want, got := make([]byte, pageLen(name, page)), make([]byte, pageLen(name, page))
 	encodePage(want, name, page, version)
@@ -227,7 +227,7 @@ func (g *scripted) step() error {
 	if err := g.write(name, g.rng.Int64N(pages)); err != nil {
 		return err
 	}
-	return g.check(name, g.rng.Int64N(pages))
+	return g.checkPage(name, g.rng.Int64N(pages))
 }
 
 // halt ends the guest's thread; what it holds stays.
@@ -240,7 +240,7 @@ func (g *scripted) halt() {
 func (g *scripted) verify() error {
 	for _, name := range []string{"memory", "disk"} {
 		for page := range g.ledger.version[name] {
-			if err := g.check(name, int64(page)); err != nil {
+			if err := g.checkPage(name, int64(page)); err != nil {
 				return err
 			}
 		}

@@ -11,8 +11,7 @@ import (
 	"drafter/migrate"
 )
 
-// marks are the notes of where a VM stands, made one after the other. They are safe for concurrent
-// use.
+// marks are the notes of a VM's status, made one after the other. They are safe for concurrent use.
 type marks struct {
 	mu   sync.Mutex    // guards the following
 	last chan struct{} // closed when the last one has been made
@@ -25,9 +24,9 @@ func newMarks() *marks {
 	return m
 }
 
-// make notes a phase, after the marks before, in a goroutine of wg. It returns a channel that is
-// closed when that is done. A mark that cannot be made does not keep the target from what it needs:
-// see failed.
+// make notes a phase, after the notes before it, in a goroutine of wg. It returns a channel that is
+// closed when that is done. A note that fails does not keep the target from what it needs; see
+// failed.
 func (m *marks) make(wg *sync.WaitGroup, vm SourceVM, phase migrate.Phase, id uuid.UUID) <-chan struct{} {
 	done := make(chan struct{})
 	m.mu.Lock()
@@ -44,7 +43,7 @@ func (m *marks) make(wg *sync.WaitGroup, vm SourceVM, phase migrate.Phase, id uu
 		case err != nil:
 			m.err = errors.Join(m.err, fmt.Errorf("note that the VM is %q: %w", phase, err))
 		case phase == migrate.Moved:
-			m.err = nil // what it could not keep here is of no use any more
+			m.err = nil // what it could not store here is of no use any more
 		}
 	})
 	return done
@@ -58,7 +57,7 @@ func (m *marks) made() {
 	<-last
 }
 
-// failed is the error of the marks so far.
+// failed is the error of the notes so far.
 func (m *marks) failed() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -24,23 +24,23 @@ var (
 	errCrowded = errors.New("too many connections wait, and this one has waited longest")
 )
 
-// undecided is the outcome of a source that ends without knowing.
+// undecided is the outcome when a source ends without knowing who owns the VM.
 const undecided migrate.Outcome = ""
 
-// tuning is what a source does for the sake of speed. Only tests change it; 0 is the default.
+// tuning sets a source's speed. Only tests change it; 0 is the default.
 type tuning struct {
-	// note is how long a source waits after a handoff before it makes durable what it still has,
-	// and notes how things stand: at that moment the target needs the disks and CPUs, if it shares
-	// them, and a moment later most of it is not needed any more. Default 250 ms.
+	// note is how long a source waits after a handoff before it makes its data durable, and notes
+	// the status. At that moment the target needs the disks and CPUs, if it shares them. A moment
+	// later most of the data is not needed any more. Default 250 ms.
 	note time.Duration
 
-	// A source waits before it pauses the VM until the target has stored what it was sent, for at
-	// most patience, default 250 ms, if the target is near: it has answered within nearby, default
-	// 10 ms, when it had nothing to do.
+	// Before a source pauses the VM, it waits until the target has stored what it was sent, for at
+	// most patience, default 250 ms. It does so only if the target is near: an idle target has
+	// answered within nearby, default 10 ms.
 	nearby, patience time.Duration
 
-	// readAhead is how many pages of a device have to be pending for the next ones to be read while
-	// some are sent. It pays where there are many in a row. Default 4,096.
+	// readAhead is how many pages of a device have to be pending for a source to read the next
+	// pages while it sends some. That pays if many pages are in a row. Default 4,096.
 	readAhead int64
 }
 
@@ -53,31 +53,31 @@ func (t tuning) withDefaults() tuning {
 
 // row is one phase in the table of a machine T: what is done in it, and what follows.
 type row[T any] struct {
-	does    func(T, context.Context) (migrate.Phase, error) // nil in a final state
+	does    func(T, context.Context) (migrate.Phase, error) // nil in a final phase
 	then    []migrate.Phase                                 // what it may lead to
 	failing migrate.Phase                                   // what an error leads to
-	within  func(*migrate.Limits) time.Duration             // bounds it, if not nil and not 0; what it does must then end with an error
+	within  func(*migrate.Limits) time.Duration             // bounds the phase, if not nil and not 0; does must then end with an error
 }
 
-// advance runs a machine from state to one of its final states. It returns the errors of all steps.
-func advance[T any](ctx context.Context, machine T, table map[migrate.Phase]row[T], state migrate.Phase, limits *migrate.Limits, observe func(migrate.Phase)) (migrate.Phase, error) {
+// advance runs a machine from phase to a final one. It returns the errors of all steps.
+func advance[T any](ctx context.Context, machine T, table map[migrate.Phase]row[T], phase migrate.Phase, limits *migrate.Limits, observe func(migrate.Phase)) (migrate.Phase, error) {
 	var errs []error
 	for {
-		observe(state)
-		r := table[state]
+		observe(phase)
+		r := table[phase]
 		if r.does == nil {
-			return state, errors.Join(errs...)
+			return phase, errors.Join(errs...)
 		}
 		next, err := step(ctx, machine, r, limits)
 		if err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", state, err))
+			errs = append(errs, fmt.Errorf("%s: %w", phase, err))
 			if next = r.failing; next == "" {
-				return state, errors.Join(append(errs, fmt.Errorf("there is no way out of %q", state))...)
+				return phase, errors.Join(append(errs, fmt.Errorf("there is no way out of %q", phase))...)
 			}
 		} else if !contains(r.then, next) {
-			return state, errors.Join(append(errs, fmt.Errorf("there is no way from %q to %q", state, next))...)
+			return phase, errors.Join(append(errs, fmt.Errorf("there is no way from %q to %q", phase, next))...)
 		}
-		state = next
+		phase = next
 	}
 }
 

@@ -10,15 +10,16 @@ import (
 	"drafter/migrate"
 )
 
-// Moves are the migrations of what one process owns: the one that has brought it, if any, and those
-// that may take it away. The zero value has none. Its methods are safe for concurrent use.
+// Moves are the migrations of a VM, or of devices, in one process: the one that has brought it, if
+// any, and those that may take it away. The zero value has none. Its methods are safe for
+// concurrent use.
 type Moves struct {
 	mu      sync.Mutex
 	arrival *Target
 	source  *Source
 }
 
-// Arrive notes the migration that has brought it, which Close closes.
+// Arrive notes the migration that has brought it. Close closes that.
 func (m *Moves) Arrive(t *Target) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -32,7 +33,7 @@ func (m *Moves) Arrival() *Target {
 	return m.arrival
 }
 
-// Offer returns its source, which is made once, and which Close closes.
+// Offer returns its source, which is made once. Close closes it.
 func (m *Moves) Offer(source func() (*Source, error)) (_ *Source, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -49,8 +50,8 @@ func (m *Moves) Source() *Source {
 	return m.source
 }
 
-// Arrived is closed when all has arrived, or never will have. It is nil if no migration has brought
-// it.
+// Arrived is closed when everything has arrived, or never will. It is nil if no migration has
+// brought it.
 func (m *Moves) Arrived() <-chan struct{} {
 	if t := m.Arrival(); t != nil {
 		return t.Done()
@@ -58,7 +59,7 @@ func (m *Moves) Arrived() <-chan struct{} {
 	return nil
 }
 
-// ArrivalError waits until Arrived, and returns why not all has arrived.
+// ArrivalError waits until Arrived is closed, and returns why not everything has arrived.
 func (m *Moves) ArrivalError() error {
 	if t := m.Arrival(); t != nil {
 		return t.Wait()
@@ -66,7 +67,8 @@ func (m *Moves) ArrivalError() error {
 	return nil
 }
 
-// Stats are those of the last migration, from here or to here. ok is false when there is none.
+// Stats are the statistics of the latest migration from here or to here. ok is false when there was
+// none.
 func (m *Moves) Stats() (stats migrate.Stats, ok bool) {
 	source, arrival := m.Source(), m.Arrival()
 	if source != nil {
@@ -80,7 +82,7 @@ func (m *Moves) Stats() (stats migrate.Stats, ok bool) {
 	return stats, false
 }
 
-// Close ends what goes on, and tells whether it has moved away.
+// Close ends all migrations, and tells whether it has moved away.
 func (m *Moves) Close() (moved bool, err error) {
 	source, arrival := m.Source(), m.Arrival()
 	if source != nil {
@@ -93,8 +95,8 @@ func (m *Moves) Close() (moved bool, err error) {
 	return moved, err
 }
 
-// Accept serves connections until stop is called, which waits for the last of them. What a
-// connection or a migration failed with is told to complain, unless what it was about has moved.
+// Accept serves connections until stop is called, which waits for the last of them. It calls
+// complain with the failure of a connection or a migration, unless what it was about has moved.
 func (s *Source) Accept(ctx context.Context, accept migrate.Accept, complain func(stream io.ReadWriteCloser, err error)) (stop func()) {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	var wg sync.WaitGroup
@@ -111,8 +113,9 @@ func (s *Source) Accept(ctx context.Context, accept migrate.Accept, complain fun
 	}
 }
 
-// Withdraw is [Source.Revoke] at the source's end. If a target owns what is moved, it waits until
-// that has all that it needs of this source, as [Source.Relinquish] does; waiting is called before.
+// Withdraw is [Source.Revoke] at the source's end. If a target owns the VM, Withdraw waits until
+// the target has all that it needs of this source, as [Source.Relinquish] does. It calls waiting
+// before.
 func (s *Source) Withdraw(patience time.Duration, waiting func()) error {
 	err := s.Revoke(errors.New("the source was ended"))
 	if errors.Is(err, migrate.ErrHandedOver) {

@@ -16,16 +16,16 @@ import (
 	"drafter/transport"
 )
 
-// OfferedDevice is a device of a package that is offered. Nobody writes to it.
+// OfferedDevice is a device of an offered package. Nobody may write to it.
 type OfferedDevice struct {
 	Name      string
 	Device    block.Device
-	BlockSize int64 // bytes; a hint for those who take it
+	BlockSize int64 // bytes; a hint for targets
 	Contents  *block.Contents
 }
 
-// Offer serves a package to any number of targets at once, which ask for what they need, in any
-// order; see [OpenPackage]. It keeps nothing about them.
+// Offer serves a package to any number of targets at once. A target asks for what it needs, in any
+// order; see [OpenPackage]. An offer keeps nothing about its targets.
 type Offer struct {
 	manifest wire.Manifest
 	sizes    []int64
@@ -36,9 +36,9 @@ type Offer struct {
 	places   *transport.Shares // of those that have
 }
 
-// NewOffer returns an offer of devices, with the signature of their package if that is not nil, to
-// so many connections at once. Of limits, only Silence counts. Close it when no Handle is running
-// any more; the devices are the caller's.
+// NewOffer returns an offer of devices to so many connections at once, with the signature of their
+// package if that is not nil. It uses only Silence of limits. Close it when no Handle is running
+// any more. The caller owns the devices.
 func NewOffer(devices []OfferedDevice, signature []byte, connections int, limits migrate.Limits) (*Offer, error) {
 	limits, err := limits.WithDefaults()
 	if err != nil {
@@ -59,9 +59,9 @@ func NewOffer(devices []OfferedDevice, signature []byte, connections int, limits
 // Close frees the offer.
 func (o *Offer) Close() error { return o.encoder.Close() }
 
-// Handle serves one connection of a target, which it owns, until it ends; each takes some 2 MiB.
-// One for which there is no place is refused with [ErrRefused]: a host gets no more than are left
-// for others.
+// Handle serves one connection of a target until it ends, and owns it. Each takes some 2 MiB. If
+// there is no place for a connection, it is refused with [migrate.ErrRefused]: a host gets no more
+// than are left for others.
 func (o *Offer) Handle(ctx context.Context, stream io.ReadWriteCloser) error {
 	l := newLink(ctx, stream, o.limits.Silence)
 	defer l.close(errors.New("the connection is not needed any more"))
@@ -111,7 +111,7 @@ func (o *Offer) describe(l *link, hello wire.Hello) error {
 	return nil
 }
 
-// sendContents tells the content ids of a device.
+// sendContents sends the content ids of a device.
 func sendContents(l *link, device int, c *block.Contents) error {
 	for first := 0; first < len(c.Blocks); first += wire.MaxContents {
 		some := c.Blocks[first:min(first+wire.MaxContents, len(c.Blocks))]
@@ -122,7 +122,7 @@ func sendContents(l *link, device int, c *block.Contents) error {
 	return nil
 }
 
-// serve answers wants, each with extents of just those pages.
+// serve answers wants, each with extents of exactly those pages.
 func (o *Offer) serve(ctx context.Context, l *link) error {
 	buffer, c := wire.NewExtentBuffer(), &compression{encoder: o.encoder}
 	for {

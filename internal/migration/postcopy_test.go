@@ -95,7 +95,7 @@ func TestWantedOvertakes(t *testing.T) {
 			t.Fatal("all has arrived before anybody wanted anything")
 		}
 		before := in.Missing()
-		if err := p.target.check("memory", last); err != nil {
+		if err := p.target.checkPage("memory", last); err != nil {
 			t.Fatal(err)
 		}
 		if after := in.Missing(); before > memoryPages/2 && after < before/2 {

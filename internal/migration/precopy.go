@@ -13,8 +13,8 @@ import (
 	"drafter/migrate"
 )
 
-// preCopy sends all, and then again and again what has changed meanwhile, until the rest is small
-// enough.
+// preCopy sends everything, and then again and again what has changed meanwhile, until the rest is
+// small enough.
 func (o *outgoing) preCopy(ctx context.Context) (migrate.Phase, error) {
 	ctx, cancel := o.revocable(ctx, o.first)
 	defer cancel()
@@ -60,7 +60,7 @@ func (o *outgoing) preCopy(ctx context.Context) (migrate.Phase, error) {
 	}
 }
 
-// pendAll makes all that the target cannot have pending.
+// pendAll makes everything pending that the target cannot have.
 func (o *outgoing) pendAll(ctx context.Context) error {
 	for _, d := range o.devices {
 		if d.skip {
@@ -73,7 +73,7 @@ func (o *outgoing) pendAll(ctx context.Context) error {
 	return nil
 }
 
-// pend makes what the target cannot have of a device pending.
+// pend makes everything of a device pending that the target cannot have.
 func (o *outgoing) pend(ctx context.Context, d *outgoingDevice) error {
 	written := d.Device.Take() // before all else: what is written from here on is dirty
 	if pages := o.copying.baseline.begin(d); pages != nil {
@@ -115,7 +115,7 @@ func (d *outgoingDevice) pendChanged(ctx context.Context) error {
 	return nil
 }
 
-// pendData makes pending all that is not a hole.
+// pendData makes everything pending that is not a hole.
 func (d *outgoingDevice) pendData() error {
 	for off := int64(0); off < d.Device.Size(); {
 		start, end, err := d.Device.NextData(off)
@@ -130,8 +130,8 @@ func (d *outgoingDevice) pendData() error {
 	return nil
 }
 
-// sendFirst sends what the target needs before its VMM can start in a cycle of its own, so that it
-// starts beside all the rest. It returns the number of cycles.
+// sendFirst sends, in a cycle of its own, what the target needs before its VMM can start. The VMM
+// then starts while the rest is sent. It returns the number of cycles.
 func (o *outgoing) sendFirst(ctx context.Context) (cycles int, err error) {
 	var first []*outgoingDevice
 	var left int64
@@ -155,7 +155,8 @@ func (o *outgoing) sendFirst(ctx context.Context) (cycles int, err error) {
 	return 1, nil
 }
 
-// nextCycle makes pending what was written since the last one, and returns how much is pending.
+// nextCycle makes pending what was written since the last cycle, and returns how many bytes are
+// pending.
 func (o *outgoing) nextCycle(ctx context.Context, cycle int) (left int64, err error) {
 	if err := o.config.VM.Flush(ctx); err != nil {
 		return 0, err
@@ -172,7 +173,8 @@ func (o *outgoing) beginCycle(cycle int, left int64) error {
 	return o.announce(cycle, left)
 }
 
-// announce tells the target of a cycle. It answers when it has stored all from before.
+// announce tells the target of a cycle. The target answers when it has stored everything from
+// before.
 func (o *outgoing) announce(cycle int, left int64) error {
 	o.cycles.announce(cycle)
 	if err := o.first.Send(wire.Cycle{Number: cycle, Bytes: left}); err != nil {
@@ -181,8 +183,8 @@ func (o *outgoing) announce(cycle int, left int64) error {
 	return nil
 }
 
-// cycles are what the target was told of, and what it has answered. They are safe for concurrent
-// use.
+// cycles are the cycles that the target was told of, and those that it has answered. They are safe
+// for concurrent use.
 type cycles struct {
 	news chan struct{} // holds a token after an answer
 
@@ -226,8 +228,8 @@ func (c *cycles) last() (answered int, quickest time.Duration) {
 	return c.answered, c.quickest
 }
 
-// catchUp waits until the target has stored what it was sent, if it is near: it would do it while
-// the VM is paused otherwise.
+// catchUp waits until the target has stored what it was sent, if the target is near. Otherwise the
+// target would do that while the VM is paused.
 func (o *outgoing) catchUp(ctx context.Context) error {
 	_, quickest := o.cycles.last()
 	if quickest == 0 || quickest > o.config.tuning.nearby {
@@ -266,15 +268,16 @@ func (o *outgoing) take() {
 	}
 }
 
-// negligible is a rest in bytes that is not worth another cycle.
+// negligible is a rest, in bytes, that is not worth another cycle.
 const negligible = 64 * block.PageSize
 
-// converged tells whether another cycle would bring nothing, or should not be.
+// converged tells whether another cycle would bring nothing, or the devices' settings want no
+// other.
 func (o *outgoing) converged(cycle int, left, previous int64) bool {
 	if left <= negligible {
 		return true
 	}
-	// Half of the limit is for what comes besides: saving and restoring the state.
+	// Half of the limit is for the rest of the pause: saving and restoring the state.
 	fits := float64(left) <= o.sender.compression.link.perSecond()*o.config.Limits.Downtime.Seconds()/2
 	if fits && previous >= 0 && left >= previous*3/4 {
 		return true

@@ -14,9 +14,9 @@ import (
 	"drafter/migrate"
 )
 
-// Package is a package at an [Offer]. It implements [block.Fetcher] for each of its devices, over a
-// connection for what somebody waits for and one for the rest, which are made again when they are
-// lost. Its methods are safe for concurrent use.
+// Package is a package at an [Offer]. It implements [block.Fetcher] for each of its devices. It has
+// a connection for blocks that somebody waits for and one for the others, and makes them again when
+// they are lost. Its methods are safe for concurrent use.
 type Package struct {
 	dial    migrate.Dial
 	silence time.Duration
@@ -33,7 +33,7 @@ type Package struct {
 
 	main, demand pullLane
 	waiting      atomic.Int64 // urgent requests under way
-	lastUrgent   atomic.Int64 // when the last one ended, in nanoseconds since 1970
+	lastUrgent   atomic.Int64 // when the last urgent request ended, in nanoseconds since 1970
 	single       sync.Mutex   // held by a request in the background while others are urgent
 }
 
@@ -47,7 +47,7 @@ type pullLane struct {
 	requests []*pullRequest // those sent, in their order
 }
 
-// pullRequest is a want under way. Its answer comes in order.
+// pullRequest is a want without a complete answer. Answers come in order.
 type pullRequest struct {
 	device int
 	off    int64  // of what comes next
@@ -55,7 +55,7 @@ type pullRequest struct {
 	done   chan error
 }
 
-// OpenPackage connects with an offer and learns what it has. Close it.
+// OpenPackage connects with an offer and learns which devices it has. Close it.
 func OpenPackage(ctx context.Context, dial migrate.Dial, limits migrate.Limits) (_ *Package, err error) {
 	if limits, err = limits.WithDefaults(); err != nil {
 		return nil, err
@@ -152,10 +152,10 @@ func (p *Package) Remote(name string) (block.Remote, bool) {
 	return r, ok
 }
 
-// Signature is that of the package, as the offer has it; nil if it has none.
+// Signature is the package's signature in the offer; nil if it has none.
 func (p *Package) Signature() []byte { return p.signature }
 
-// Close ends the connections. What is being fetched fails.
+// Close ends the connections. Fetches under way fail.
 func (p *Package) Close() error {
 	p.cancel(errors.New("the package was closed"))
 	p.wg.Wait()
@@ -168,7 +168,7 @@ type pullDevice struct {
 	index int
 }
 
-// calm is how long after the last urgent request the next one is still expected.
+// calm is how long after an urgent request the next one is expected.
 const calm = 100 * time.Millisecond
 
 // Fetch implements [block.Fetcher].
@@ -182,7 +182,7 @@ func (d *pullDevice) Fetch(ctx context.Context, first int64, p []byte, urgent bo
 			d.p.waiting.Add(-1)
 		}()
 	} else if d.p.waiting.Load() > 0 || time.Since(time.Unix(0, d.p.lastUrgent.Load())) < calm {
-		// The connection's buffers are then full of what nobody waits for.
+		// The connection's buffers are then full of blocks that nobody waits for.
 		d.p.single.Lock()
 		defer d.p.single.Unlock()
 	}
@@ -275,7 +275,7 @@ func (p *Package) use(lane *pullLane, l *link) {
 	})
 }
 
-// drop gives up a connection that has ended, with what was wanted over it. The lane's lock is held.
+// drop gives up a connection that has ended, and the requests on it. The lane's lock is held.
 func (lane *pullLane) drop(err error) {
 	lane.link = nil
 	for _, r := range lane.requests {
@@ -284,7 +284,7 @@ func (lane *pullLane) drop(err error) {
 	lane.requests = nil
 }
 
-// read takes what comes over a connection until it ends.
+// read takes the answers on a connection until it ends.
 func (p *Package) read(lane *pullLane, l *link) error {
 	decoder, err := wire.NewDecoder()
 	if err != nil {
@@ -320,7 +320,7 @@ func (p *Package) read(lane *pullLane, l *link) error {
 	}
 }
 
-// take gives what has come to the request it is for: the first.
+// take gives an extent to the request that it is for: the first.
 func (lane *pullLane) take(l *link, e wire.Extent) error {
 	lane.mu.Lock()
 	defer lane.mu.Unlock()

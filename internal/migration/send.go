@@ -13,10 +13,10 @@ import (
 	"drafter/internal/wire"
 )
 
-// sender holds what sending pages needs. Use it from one goroutine.
+// sender holds what the sending of pages needs. Use it from one goroutine.
 type sender struct {
 	*extent                // that is sent
-	extents     [4]*extent // the others are for what comes next: with fewer, who reads and who sends wait for one another
+	extents     [4]*extent // the others are read ahead; with fewer, reading and sending would wait for each other
 	base        []byte     // content of the base where the extent's pages are
 	kinds       [maxRun]kind
 	compression *compression
@@ -68,9 +68,9 @@ const (
 	postCopyRun = maxRun / 4                      // of one that others may have to wait for
 )
 
-// drain sends what is pending: what the target needs first, then blocks that were not written
-// lately, then the others. Beyond until, unless it is zero, it stops where it is, but what the
-// target needs first is sent in any case.
+// drain sends pending pages: first what the target needs first, then blocks that were not written
+// lately, then the others. It stops at until, unless that is zero; but it always sends what the
+// target needs first.
 func (o *outgoing) drain(ctx context.Context, l *link, until time.Time) error {
 	if err := o.drainDevices(ctx, l, until); err != nil {
 		return err
@@ -155,8 +155,8 @@ func (o *outgoing) drainAhead(ctx context.Context, l *link, d *outgoingDevice, h
 	return readErr
 }
 
-// eachPending takes pages that are pending, in order, and calls send for those of each run, at most
-// maxRun.
+// eachPending takes pending pages, in order, and calls send for each run of them, of at most maxRun
+// pages.
 func (o *outgoing) eachPending(ctx context.Context, d *outgoingDevice, hot bool, until time.Time, send func(first, end int64) error) error {
 	now := time.Now()
 	for first := d.pending.Next(0); first < d.pending.Len(); first = d.pending.Next(first) {
@@ -175,7 +175,7 @@ func (o *outgoing) eachPending(ctx context.Context, d *outgoingDevice, hot bool,
 		if !until.IsZero() && time.Now().After(until) {
 			return nil
 		}
-		// In this order: a page that is written after it was read is dirty again.
+		// In this order, so that a page that is written after it was read is dirty again.
 		d.pending.ClearRange(first, end)
 		if err := send(first, end); err != nil {
 			return err
@@ -185,8 +185,8 @@ func (o *outgoing) eachPending(ctx context.Context, d *outgoingDevice, hot bool,
 	return nil
 }
 
-// coldRun returns whether the block of page first was not written lately, and up to which page, at
-// most end, that is so.
+// coldRun tells whether the block of page first was not written lately, and up to which page, at
+// most end, this is so.
 func (d *outgoingDevice) coldRun(first, end int64, now time.Time) (next int64, cold bool) {
 	pages := d.Device.BlockSize() / block.PageSize
 	for b := first / pages; b*pages < end; b++ {
@@ -205,7 +205,7 @@ func (d *outgoingDevice) coldRun(first, end int64, now time.Time) (next int64, c
 type purpose int
 
 const (
-	purposePreCopy  purpose = iota // the target keeps what it is sent, in order
+	purposePreCopy  purpose = iota // the target stores pages in the order of sending
 	purposePostCopy                // the target has asked for exactly these, some time ago
 	purposeWanted                  // the same, and somebody waits
 )
@@ -226,14 +226,14 @@ var zeroPageHash = hashPage(make([]byte, block.PageSize))
 // hashPage never returns 0.
 func hashPage(p []byte) uint64 { return max(1, xxh3.Hash(p)) }
 
-// pages are consecutive pages of a device, at most maxRun, and why they are sent.
+// pages are consecutive pages of a device, at most maxRun, and the reason why they are sent.
 type pages struct {
 	*outgoingDevice
 	first, end int64
 	why        purpose
 }
 
-// sendPages sends pages as what costs least.
+// sendPages sends pages in the cheapest way.
 func (o *outgoing) sendPages(ctx context.Context, l *link, s *sender, p pages) error {
 	if err := s.load(p.outgoingDevice, p.first, p.end); err != nil {
 		return err
@@ -263,8 +263,8 @@ func (o *outgoing) sendLoaded(ctx context.Context, l *link, s *sender, p pages) 
 	return nil
 }
 
-// readBase reads what the target holds of the pages, if some were not sent yet and are not the
-// base's anyway.
+// readBase reads the base's content of the pages, if the target holds the base and has not been sent
+// all of the pages.
 func (s *sender) readBase(p pages) error {
 	if !p.holds {
 		return nil
@@ -282,14 +282,14 @@ func (s *sender) readBase(p pages) error {
 	return nil
 }
 
-// classify says how a page is to be sent, once for each time that it is. data is that of all of the
+// classify decides how a page is sent, each time that it is sent. data is the content of all of the
 // pages.
 func (s *sender) classify(of pages, data []byte, page int64) kind {
 	from := (page - of.first) * block.PageSize
 	p := data[from:min(from+block.PageSize, int64(len(data)))]
 	hash, held := s.hashes[page-of.first], of.held[page]
 	if of.why == purposePreCopy {
-		// What is sent after the handoff may be lost with its connection; only what is sent before
+		// What is sent after the handoff may be lost with its connection. Only what is sent before
 		// is known to have arrived.
 		of.held[page] = hash
 	}
@@ -309,7 +309,7 @@ var zeroPage [block.PageSize]byte
 
 func allZero(p []byte) bool { return bytes.Equal(p, zeroPage[:len(p)]) }
 
-// sendRun sends those from page to end, which are of one kind. The buffer holds all of them.
+// sendRun sends the pages from page to end, which are of one kind. The buffer holds all of them.
 func (o *outgoing) sendRun(ctx context.Context, l *link, s *sender, of pages, page, end int64, k kind) error {
 	d := of.outgoingDevice
 	off, length := page*block.PageSize, bytesOf(d.Device, page, end)

@@ -13,8 +13,8 @@ import (
 	"drafter/migrate"
 )
 
-// serve sends the target what it lacks, over whatever connections it makes, until it has all, or an
-// operator has settled that it never will.
+// serve sends the target what it lacks, over all connections that it makes, until it has
+// everything, or an operator has settled that it never will.
 func (o *outgoing) serve(ctx context.Context) (migrate.Phase, error) {
 	settled := make(chan struct{})
 	noted := o.noteServing(ctx, settled)
@@ -51,8 +51,8 @@ func (o *outgoing) serve(ctx context.Context) (migrate.Phase, error) {
 	}
 }
 
-// noteServing notes that the VM runs at its target, unless that has everything soon, or it is
-// settled. The channel is closed when it has been begun or will not be any more.
+// noteServing notes that the VM runs at its target, unless the target has everything soon, or it is
+// settled. The channel is closed when the note has been begun, or will not be made.
 func (o *outgoing) noteServing(ctx context.Context, settled <-chan struct{}) <-chan struct{} {
 	noted := make(chan struct{})
 	o.wg.Go(func() {
@@ -72,7 +72,7 @@ func (o *outgoing) noteServing(ctx context.Context, settled <-chan struct{}) <-c
 	return noted
 }
 
-// release notes that the target has all, and tells it so.
+// release notes that the target has everything, and tells it so.
 func (o *outgoing) release() (migrate.Phase, error) {
 	<-o.mark(migrate.Moved)
 	l, _ := o.lanes.get()
@@ -80,9 +80,9 @@ func (o *outgoing) release() (migrate.Phase, error) {
 	return migrate.Moved, nil
 }
 
-// push sends all that is pending, in pieces that do not keep those who wait from the connection.
-// The device that lacks least comes first: a target that has its disks can boot from them, whatever
-// becomes of the rest. It returns early when the link has ended.
+// push sends everything that is pending, in pieces that do not keep the connection from pages that
+// somebody waits for. The device that lacks least comes first: a target that has its disks can boot
+// from them, whatever becomes of the rest. It returns early when the link has ended.
 func (o *outgoing) push(ctx context.Context, l *link) error {
 	left := map[*outgoingDevice]int64{}
 	for _, d := range o.devices {

@@ -14,10 +14,10 @@ type signal struct {
 
 func newSignal() *signal { return &signal{c: make(chan struct{})} }
 
-// fire says that it has happened. It is idempotent.
+// fire fires the signal. It is idempotent.
 func (s *signal) fire() { s.once.Do(func() { close(s.c) }) }
 
-// fired is closed once it has happened.
+// fired is closed once the signal has fired.
 func (s *signal) fired() <-chan struct{} { return s.c }
 
 // has tells whether it has happened.
@@ -57,7 +57,7 @@ func (s *standing) enter(p migrate.Phase) {
 	s.changed = make(chan struct{})
 }
 
-// follow returns the phase, and a channel that is closed when it is another one.
+// follow returns the phase, and a channel that is closed when the phase changes.
 func (s *standing) follow() (migrate.Phase, <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -19,48 +19,49 @@ import (
 	"drafter/transport"
 )
 
-// SourceVM is what a source asks of its VM. There is one call at a time.
+// SourceVM is what a source needs of its VM. The source makes one call at a time.
 type SourceVM interface {
 	// WriteBack flushes dirty memory to the memory device without pausing the guest, so that little
-	// is left to Flush. Pages that are written meanwhile stay dirty. The target is getting ready,
-	// and nothing may come of the migration.
+	// is left to Flush. Pages that are written meanwhile stay dirty. The target is still getting
+	// ready, and the migration may fail.
 	WriteBack(ctx context.Context) error
 	// Flush makes every guest memory write up to now visible in the memory device.
 	Flush(ctx context.Context) error
-	// Prepare lets the guest get ready to be paused; it runs on. If it fails with [ErrNotReady], a
-	// target may take the VM all the same.
+	// Prepare lets the guest get ready to be paused; the guest runs on. If it fails with
+	// [migrate.ErrNotReady], a target may take the VM all the same.
 	Prepare(ctx context.Context) error
-	// Leave notes durably that the VM may soon run elsewhere. It comes before Pause; Rescue takes
-	// the note back. A copy does without.
+	// Leave notes durably that the VM may soon run elsewhere. It is called before Pause; Rescue
+	// takes the note back. It is not called for a copy.
 	Leave(ctx context.Context, migration uuid.UUID) error
-	// Pause returns when the guest does not run any more.
+	// Pause pauses the guest before it returns.
 	Pause(ctx context.Context) error
-	// Save writes the paused VM's state to its device, as that of a migration whose outcome is
-	// open. It may itself write guest memory.
+	// Save writes the paused VM's state to its device, as the state of a migration that has not
+	// ended. It may itself write guest memory.
 	Save(ctx context.Context, migration uuid.UUID) error
 	// Rescue lets the guest go on after any of the above, done or failed.
 	Rescue(ctx context.Context) error
-	// Rescued tells the guest, after a Rescue, that it goes on. It fails no migration.
+	// Rescued tells the guest, after a Rescue, that it goes on. It has no error: the migration has
+	// ended.
 	Rescued(ctx context.Context)
-	// Mark notes durably in the devices where the VM stands: InDoubt, Serving (it runs at the
-	// target) or Moved (the target has all of it). With the first two, all that was written is made
-	// durable before.
-	Mark(ctx context.Context, state migrate.Phase, migration uuid.UUID) error
+	// Mark notes the VM's status durably in the devices: InDoubt, Serving (it runs at the target)
+	// or Moved (the target has all of it). For the first two it first makes everything durable that
+	// was written.
+	Mark(ctx context.Context, phase migrate.Phase, migration uuid.UUID) error
 }
 
 // SourceDevice is a device to migrate.
 type SourceDevice struct {
 	Name      string
 	Device    *block.Tracker // through which all writes go
-	Overlay   *block.Overlay // what Device keeps changes in; nil when it has no base
+	Overlay   *block.Overlay // the overlay of Device; nil when it has no base
 	Base      block.ID       // content id of the overlay's base; zero when there is none
-	Origin    block.ID       // of a device without: content id of the base that it was made from; zero when that is not known
-	NeedsBase bool           // the target must have the base: only changes are sent
+	Origin    block.ID       // without a base here: content id of the base that the device was made from; zero when that is not known
+	NeedsBase bool           // the target must have the base; only changes are sent
 	First     bool           // the target needs it before its VMM can start
 
-	// See the reference of the device's settings. The handoff begins when the rest fits the
+	// Settings of the device, as in the reference. The handoff begins when the rest fits the
 	// downtime limit, or when each device has had MinCycles quiet cycles (at most MaxDirtyBlocks
-	// dirty blocks) or MaxCycles of any kind.
+	// dirty blocks) or MaxCycles cycles of any kind.
 	Expiry         time.Duration
 	MaxDirtyBlocks int
 	MinCycles      int
@@ -78,15 +79,15 @@ type SourceConfig struct {
 	// Generation is the generation ID that the VM keeps when it moves. A copy does not get it.
 	Generation uuid.UUID
 	Limits     migrate.Limits
-	Forward    bool // the devices have users here, who go on after the handoff: see Forwarded
+	Forward    bool // the devices have users here, who go on after the handoff; see Forwarded
 
-	// Backup, if not nil, is of copies that are stored where targets may get at them.
+	// Backup, if not nil, is the baseline of copies that are stored where targets may reach them.
 	Backup *Baseline
 
 	tuning tuning
 
 	// OnPhase, if not nil, is called at every change of phase, OnProgress at most ten times a
-	// second and at the end. Both are called by the migration itself and hold it up.
+	// second and at the end. The migration waits for both.
 	OnPhase    func(migrate.Phase)
 	OnProgress func(migrate.Stats)
 }
@@ -101,15 +102,15 @@ type Source struct {
 	current *outgoing     // the last migration; nil before the first
 	revoked bool          // no migration begins any more
 	closed  bool          // nor is one found that goes on
-	gone    chan struct{} // closed when the VM is the source's no more
+	gone    chan struct{} // closed when the source no longer owns the VM
 	goneErr error
 	wg      sync.WaitGroup    // Handle
-	waiting transport.Waiting // connections that belong to no migration yet
+	waiting transport.Waiting // connections that do not belong to a migration yet
 
 	forwarder *forwarder // nil unless the devices have users here
 }
 
-// helloTimeout bounds how long a connection may take to say what it wants.
+// helloTimeout bounds how long a connection may take to say what it is for.
 const helloTimeout = 5 * time.Second
 
 // NewSource returns a source for a running VM. Nothing happens until Handle is called.
@@ -136,11 +137,12 @@ func NewSource(c SourceConfig) (*Source, error) {
 	return s, nil
 }
 
-// Handle serves one connection of a target, which it owns, until it ends. Any number of connections
-// can be served at once; what does not belong to the one migration that may be under way is refused
-// with [ErrRefused]. Those who wait to be told whether they belong to it are bounded, see
-// [transport.Waiting]; those who do keep their places. The first connection of a migration returns
-// when the migration has ended: with a nil error when the VM has moved.
+// Handle serves one connection of a target until it ends, and owns it. Any number of connections
+// can be served at once. A connection that does not belong to the one migration that may be under
+// way is refused with [migrate.ErrRefused]. Connections that have not said what they are for are
+// bounded, see [transport.Waiting]; those of the migration keep their places. The call for the
+// first connection of a migration returns when the migration has ended, with nil if the VM has
+// moved.
 func (s *Source) Handle(ctx context.Context, stream io.ReadWriteCloser) error {
 	return s.handle(ctx, stream, s.config.Limits.Silence, nil)
 }
@@ -184,8 +186,8 @@ func (s *Source) handle(ctx context.Context, stream io.ReadWriteCloser, silence 
 	return err
 }
 
-// Gone is closed when a migration has ended after which the VM does not run here any more;
-// GoneError then tells how.
+// Gone is closed when a migration has ended after which the VM no longer runs here; GoneError then
+// says how.
 func (s *Source) Gone() <-chan struct{} { return s.gone }
 
 // GoneError waits for Gone and returns nil when the VM has moved and the target has all of it.
@@ -218,12 +220,12 @@ func greet(l *link) (h wire.Hello, err error) {
 	return h, nil
 }
 
-// copyPatience is how long a target waits for a copy that is being made: one to an object store or
-// a local disk takes about a second.
+// copyPatience is how long a target waits for a copy that is being made. A copy to an object
+// storage or a local disk takes about a second.
 const copyPatience = 10 * time.Second
 
-// begin makes a migration, or a copy. Each begun or found one must be told to wg when it is done
-// with.
+// begin makes a migration, or a copy, or finds the one under way. The caller marks wg done when it
+// no longer uses the migration.
 func (s *Source) begin(h wire.Hello, l *link, baseline *Baseline) (*outgoing, error) {
 	patience := time.NewTimer(copyPatience)
 	defer patience.Stop()
@@ -252,7 +254,7 @@ func (s *Source) tryBegin(h wire.Hello, l *link, baseline *Baseline) (o *outgoin
 	if s.current != nil {
 		if s.current.asks.copy {
 			select {
-			case <-s.current.ended.fired(): // its guest has been told that it goes on, too
+			case <-s.current.ended.fired(): // its guest, too, has been told that it goes on
 			default:
 				return nil, s.current.ended.fired(), nil
 			}
@@ -284,7 +286,7 @@ func (s *Source) find(id uuid.UUID) (*outgoing, error) {
 	return s.current, nil
 }
 
-// Phase is where the last migration stands; [migrate.Kept] when there was none.
+// Phase is the phase of the last migration; [migrate.Kept] when there was none.
 func (s *Source) Phase() migrate.Phase {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -306,7 +308,7 @@ func (s *Source) Stats() migrate.Stats {
 }
 
 // Settle decides who owns a VM that was handed over and whose target is away: it is in doubt, or
-// the target has not got all of it. The decision is the operator's, who must know.
+// the target lacks a part of it. The decision is the operator's, who must know.
 func (s *Source) Settle(outcome migrate.Outcome) error {
 	s.mu.Lock()
 	o := s.current
@@ -314,21 +316,21 @@ func (s *Source) Settle(outcome migrate.Outcome) error {
 	if o == nil {
 		return errNoDoubt
 	}
-	state := o.Phase()
+	phase := o.Phase()
 	switch {
-	case state != migrate.InDoubt && state != migrate.Serving:
+	case phase != migrate.InDoubt && phase != migrate.Serving:
 		return errNoDoubt
 	case o.lanes.connected():
 		return migrate.ErrConnected
 	}
-	o.decideBy(outcome, state)
+	o.decideBy(outcome, phase)
 	return nil
 }
 
-// decision is how a state is to end.
+// decision is how a phase is to end.
 type decision struct {
 	outcome migrate.Outcome
-	in      migrate.Phase // in any other one it is void: the target has answered meanwhile
+	in      migrate.Phase // in another phase it is void: the target has answered meanwhile
 }
 
 func (o *outgoing) decideBy(outcome migrate.Outcome, in migrate.Phase) {
@@ -338,8 +340,8 @@ func (o *outgoing) decideBy(outcome migrate.Outcome, in migrate.Phase) {
 	}
 }
 
-// Away tells for how long nothing has been heard of a target that the VM was handed over to; 0
-// while it is connected.
+// Away is how long nothing has been heard of a target that the VM was handed over to; 0 while it is
+// connected.
 func (s *Source) Away() time.Duration {
 	s.mu.Lock()
 	o := s.current
@@ -350,9 +352,9 @@ func (s *Source) Away() time.Duration {
 	return o.lanes.away()
 }
 
-// Relinquish waits, once Revoke has failed with [ErrHandedOver], until the target has all that it
-// needs of this source, or an operator has settled that the VM goes on here; then Phase tells
-// which. When the target has taken nothing for patience, it gives up with an error.
+// Relinquish is called once Revoke has failed with [migrate.ErrHandedOver]. It waits until the
+// target has all that it needs of this source, or an operator has settled that the VM goes on here;
+// Phase then says which. If the target has taken nothing for patience, it fails.
 func (s *Source) Relinquish(patience time.Duration) error {
 	s.mu.Lock()
 	o := s.current
@@ -380,12 +382,13 @@ func (s *Source) Relinquish(patience time.Duration) error {
 	}
 }
 
-// revokeGrace is how long a write may keep a migration that is revoked from telling the target so.
+// revokeGrace is how long a write may delay telling the target that its migration is revoked.
 const revokeGrace = 2 * time.Second
 
-// Revoke ends the VM's being migratable. A migration that has not been handed over is cancelled,
-// and Revoke waits until the VM runs here as before. Else it fails with [ErrHandedOver] and changes
-// nothing, or, when no answer comes for as long as a connection may be silent, with [ErrInDoubt].
+// Revoke ends the VM's being migratable. It cancels a migration that has not been handed over, and
+// waits until the VM runs here as before. After a handoff it changes nothing and fails with
+// [migrate.ErrHandedOver], or with [migrate.ErrInDoubt] if no answer has come within Limits.Silence
+// of the pause.
 func (s *Source) Revoke(cause error) error {
 	s.mu.Lock()
 	s.revoked = true
@@ -398,12 +401,12 @@ func (s *Source) Revoke(cause error) error {
 	select {
 	case <-o.decided.fired():
 	case <-time.After(revokeGrace):
-		o.first.cancel(cause) // it does not take what is being written to it
+		o.first.cancel(cause) // the target does not take what is being written to it
 		<-o.decided.fired()
 	}
 	for {
-		state, changed := o.follow()
-		switch state {
+		phase, changed := o.follow()
+		switch phase {
 		case migrate.Rescuing:
 		case migrate.InDoubt:
 			o.awaitDoubt(changed)
@@ -423,8 +426,8 @@ func (s *Source) Revoke(cause error) error {
 	}
 }
 
-// awaitDoubt waits for the answer of a target that was just handed the VM, and then ends the
-// migration without it.
+// awaitDoubt waits for the answer of a target that was just handed the VM. Without an answer it
+// ends the migration.
 func (o *outgoing) awaitDoubt(changed <-chan struct{}) {
 	answer := time.Until(o.figures.pausedAt().Add(o.config.Limits.Silence))
 	select {
@@ -436,8 +439,8 @@ func (o *outgoing) awaitDoubt(changed <-chan struct{}) {
 	<-changed
 }
 
-// Close ends what goes on, whatever that means for the VM, and waits for it. Phase tells where that
-// left it.
+// Close ends everything that is under way, whatever that means for the VM, and waits for it. Phase
+// says where that left the VM.
 func (s *Source) Close() error {
 	s.mu.Lock()
 	s.closed = true
@@ -501,15 +504,15 @@ type outgoing struct {
 	wg      sync.WaitGroup // readers of links, the one who serves wants, and marks
 }
 
-// asks are what a target asks for in its hello.
+// asks are the wishes of a target in its hello.
 type asks struct {
 	copy      bool // the VM stays here
 	force     bool // the target takes it even if the guest does not get ready
 	signature bool // the target takes the signature of the package
-	contents  bool // and tells the contents of bases that it holds
+	contents  bool // and sends the contents of bases that it holds
 }
 
-// copying is what a copy has beside a migration.
+// copying is what only a copy has.
 type copying struct {
 	baseline  *Baseline
 	stash     []stashed
@@ -522,9 +525,9 @@ type outgoingDevice struct {
 	index    int
 	skip     bool          // the target does not want it
 	holds    bool          // the target has the base
-	absent   bool          // it has one that this side lacks
+	absent   bool          // it has a base that this side lacks
 	contents []block.ID    // of that, of its blocks
-	backup   block.ID      // of what is stored of it; zero when nothing is
+	backup   block.ID      // content id of what is stored of it; zero when nothing is
 	changed  *block.Bitmap // pages that had changed since, at the offer
 	stored   bool          // the target has that
 	unknown  bool          // the target has an older copy
@@ -575,16 +578,16 @@ func (o *outgoing) run() error {
 	defer o.ended.fire()
 	defer o.revoke(nil)
 	stopProgress := report(o.Stats, o.config.OnProgress)
-	// The context of the whole; what can still be revoked derives its own from o.ctx.
+	// The context of the whole migration; what can still be revoked derives its own from o.ctx.
 	ctx, cancel := context.WithCancelCause(o.Source.ctx)
 	defer cancel(nil)
-	state, err := advance(ctx, o, sourceTable, migrate.Preflight, &o.config.Limits, func(state migrate.Phase) {
-		o.enter(state)
-		switch state {
+	phase, err := advance(ctx, o, sourceTable, migrate.Preflight, &o.config.Limits, func(phase migrate.Phase) {
+		o.enter(phase)
+		switch phase {
 		case migrate.InDoubt, migrate.Serving, migrate.Kept, migrate.Moved, migrate.Lost, migrate.LeftInDoubt, migrate.LeftServing:
 			o.decided.fire()
 		}
-		o.config.OnPhase(state)
+		o.config.OnPhase(phase)
 	})
 	if err != nil {
 		l, _ := o.lanes.get()
@@ -597,7 +600,7 @@ func (o *outgoing) run() error {
 	o.sender.close()
 	stopProgress()
 	err = errors.Join(err, o.marks.failed())
-	if err == nil && (state == migrate.Moved || o.copying.delivered) {
+	if err == nil && (phase == migrate.Moved || o.copying.delivered) {
 		return nil
 	}
 	if err == nil {
@@ -606,7 +609,7 @@ func (o *outgoing) run() error {
 	return err
 }
 
-// Stats says what was done so far.
+// Stats returns the statistics so far.
 func (o *outgoing) Stats() migrate.Stats {
 	s := o.figures.stats(o.Phase(), o.lanes.bytes())
 	for _, d := range o.devices {
@@ -631,7 +634,8 @@ func (o *outgoing) revocable(ctx context.Context, l *link) (context.Context, con
 	}
 }
 
-// preflight tells the target what there is, and waits for its answer. The VM is not touched.
+// preflight tells the target what the VM consists of, and waits for its answer. The VM is not
+// touched.
 func (o *outgoing) preflight(ctx context.Context) (migrate.Phase, error) {
 	l := o.first
 	ctx, cancel := o.revocable(ctx, l)
@@ -716,8 +720,7 @@ func (d *outgoingDevice) accepted(held wire.Held) error {
 	return nil
 }
 
-// reply waits for the target's answer to the manifest, and lets the VM's memory be written back for
-// as long.
+// reply waits for the target's answer to the manifest, and flushes the VM's memory meanwhile.
 func (o *outgoing) reply(ctx context.Context, l *link) (any, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -793,14 +796,14 @@ func (o *outgoing) attach(l *link, hello wire.Hello) error {
 	return nil
 }
 
-// reconcile takes note of where a target stands that has reconnected. A contradiction to where this
-// side stands is an operator's mistake.
+// reconcile compares the phase with that of a target that has reconnected. They contradict each
+// other only after an operator's mistake.
 func (o *outgoing) reconcile(accepted bool) (wire.Code, error) {
-	switch state := o.Phase(); state {
+	switch phase := o.Phase(); phase {
 	case migrate.HandingOff, migrate.InDoubt:
-		// While handing off: a target that has accepted has got the authority, whose sending is
-		// just about to end here. One that refuses has given up before it came, and whatever is
-		// still sent goes nowhere.
+		// While handing off: a target that has accepted has got the authority, and its sending is
+		// about to end here. A target that refuses has given up before the authority came, and
+		// whatever is still sent is lost.
 		o.ack(wire.Ack{Accepted: accepted, Reason: "the target did not take over before it lost the connection"})
 	case migrate.Serving, migrate.LeftServing, migrate.Moved:
 		if !accepted {
@@ -812,14 +815,14 @@ func (o *outgoing) reconcile(accepted bool) (wire.Code, error) {
 		}
 	default:
 		if accepted {
-			return wire.CodeCancelled, fmt.Errorf("the source has ended (%s)", state)
+			return wire.CodeCancelled, fmt.Errorf("the source has ended (%s)", phase)
 		}
 	}
 	return 0, nil
 }
 
-// replacePending makes exactly those pages pending which the target lacks. What was sent on the
-// connections it had may have been lost.
+// replacePending makes exactly those pages pending that the target lacks. What was sent on its
+// earlier connections may have been lost.
 func (o *outgoing) replacePending(missing []*block.Bitmap) {
 	o.lanes.cancel(errReconnected)
 	o.sending.Lock()
@@ -839,8 +842,8 @@ func (o *outgoing) ack(a wire.Ack) {
 	}
 }
 
-// completing are the states in which a target may have all. It may be quick: the authority has been
-// sent, and this side has not noticed yet that it is in doubt.
+// completing are the phases in which a target may have everything. A target may be quick: the
+// authority has been sent, and this side has not yet noticed that the VM is in doubt.
 var completing = []migrate.Phase{migrate.HandingOff, migrate.InDoubt, migrate.Serving, migrate.Delivering}
 
 // read takes what the target sends until the link ends.
@@ -854,8 +857,8 @@ func (o *outgoing) read(l *link) error {
 		case wire.Ack:
 			o.ack(m)
 		case wire.Want:
-			if state := o.Phase(); state == migrate.PreCopying || state == migrate.Preparing {
-				// It is not ready yet, so that this is sent, or missing, before the VM is there.
+			if phase := o.Phase(); phase == migrate.PreCopying || phase == migrate.Preparing {
+				// The target is not ready yet, so this is sent, or missing, before the VM is there.
 				if d := o.devices[m.Device]; !d.skip {
 					d.pending.SetRange(m.First, m.Ends)
 				}

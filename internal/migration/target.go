@@ -18,23 +18,24 @@ import (
 	"drafter/migrate"
 )
 
-// TargetVM is what a target asks of the VM it is about to have. There is one call at a time, but
-// pages arrive beside Start and Expect.
+// TargetVM is what a target needs of the VM that it receives. The target makes one call at a time,
+// but pages arrive beside Start and Expect.
 type TargetVM interface {
-	// Accept checks what is offered and opens devices for it, in the manifest's order. An error
-	// refuses the VM; it is told to the source. What Accept made is undone by Discard.
+	// Accept checks the offer and opens devices for it, in the manifest's order. An error refuses
+	// the VM, and is sent to the source. Discard undoes what Accept made.
 	Accept(ctx context.Context, m wire.Manifest, migration uuid.UUID) ([]TargetDevice, error)
 	// Start starts the VMM, which waits for Restore. The devices that it needs have arrived.
 	Start(ctx context.Context) error
-	// Expect notes durably that the VM may be taken over from now on. It comes before Restore, and
-	// may take as long as a busy disk does.
+	// Expect notes durably that the VM may be taken over from now on. It is called before Restore,
+	// and may take as long as a busy disk does.
 	Expect(ctx context.Context, migration uuid.UUID) error
-	// Restore loads the VM's state and notes that the VM runs here, so that it is known even if
-	// this process is killed. It does not run yet.
+	// Restore loads the VM's state and notes that the VM runs here, so that this is known even if
+	// this process is killed. The VM does not run yet.
 	Restore(ctx context.Context, migration uuid.UUID) error
-	// Resume lets the VM run. An error means that it did not, unless it is an [ErrMayHaveRun].
+	// Resume lets the VM run. After an error the VM has not run, unless the error is a
+	// [migrate.ErrMayHaveRun].
 	Resume(ctx context.Context) error
-	// Complete makes durable what has arrived; nothing is missing any more.
+	// Complete makes everything durable that has arrived. Nothing is missing any more.
 	Complete(ctx context.Context) error
 	// Discard gives up what Accept, Start, Expect and Restore made, and notes that the VM never ran
 	// here.
@@ -46,11 +47,11 @@ type TargetDevice struct {
 	Held   wire.Held
 	Device *block.Incoming // nil when it is [wire.Unwanted]
 	First  bool            // the VMM needs it to start
-	Backup *Backup         // where to get what is held; of [wire.HoldsBackup] only
+	Backup *Backup         // where to get the content that is held; of [wire.HoldsBackup] only
 	Base   *block.Contents // of a base that is held and that the source lacks; else nil
 
-	// Cache, if not nil, puts pages that have arrived where the VM will find them without asking;
-	// Uncache takes them away again. Both are called before the handoff only.
+	// Cache, if not nil, puts pages that have arrived into the VM's page cache; Uncache removes
+	// them. Both are called before the handoff only.
 	Cache   func(p []byte, off int64) error
 	Uncache func(off, length int64) error
 
@@ -63,15 +64,15 @@ type TargetConfig struct {
 	VM     TargetVM
 	Dial   migrate.Dial
 	Limits migrate.Limits
-	Copy   bool // a copy is wanted: the VM goes on at its source, and only Accept, Complete and Discard of VM are called
-	Force  bool // the VM is wanted even if its guest does not get ready to be paused: what it has not flushed is as after a power cut
+	Copy   bool // receive a copy: the VM goes on at its source, and only Accept, Complete and Discard of VM are called
+	Force  bool // take the VM even if its guest does not get ready to be paused; data that the guest has not flushed is as after a power cut
 
 	// As in [SourceConfig].
 	OnPhase    func(migrate.Phase)
 	OnProgress func(migrate.Stats)
 }
 
-// Target is a VM that has arrived, or the rest of which is arriving.
+// Target is a VM that has arrived, or whose missing pages are arriving.
 type Target struct {
 	*standing
 	config   TargetConfig
@@ -98,12 +99,12 @@ type Target struct {
 	start     task                // of the VMM
 	expect    task                // that the VM comes
 	restoring *restoring
-	offered   bool        // Ready was sent, so that an authority may be on its way
+	offered   bool        // Ready was sent, so an authority may be on its way
 	refusal   error       // why the VM was not taken over
 	taken     atomic.Bool // an authority has been received
 }
 
-// wanting is what is to be said to the source: pages that somebody waits for, and the answer to a
+// wanting is what the source is to be told: pages that somebody waits for, and the answer to a
 // cycle. It is safe for concurrent use.
 type wanting struct {
 	news chan struct{} // holds a token when there is something to say
@@ -115,7 +116,7 @@ type wanting struct {
 
 func newWanting() *wanting { return &wanting{news: make(chan struct{}, 1)} }
 
-// say changes what is to be said.
+// say changes what the source is to be told.
 func (w *wanting) say(change func(w *wanting)) {
 	w.mu.Lock()
 	change(w)
@@ -126,7 +127,7 @@ func (w *wanting) say(change func(w *wanting)) {
 	}
 }
 
-// take returns what is to be said, once.
+// take returns what the source is to be told, once.
 func (w *wanting) take() (queue []wire.Want, stored int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -154,8 +155,8 @@ func (k *task) begin(wg *sync.WaitGroup, do func() error) {
 	})
 }
 
-// Receive asks a source for its VM. It returns when the VM runs here; what is missing is fetched
-// from then on, see [Target.Wait]. On an error the VM does not run here.
+// Receive asks a source for its VM. It returns nil when the VM runs here. Missing pages are fetched
+// from then on; see [Target.Wait]. On an error the VM does not run here.
 func Receive(ctx context.Context, c TargetConfig) (*Target, error) {
 	var err error
 	if c.Limits, err = c.Limits.WithDefaults(); err != nil {
@@ -177,7 +178,7 @@ func Receive(ctx context.Context, c TargetConfig) (*Target, error) {
 		authority: make(chan wire.Authority, 1), snapshot: make(chan wire.Snapshot, 1), restoring: newRestoring(),
 	}
 	t.start.done, t.expect.done = make(chan struct{}), make(chan struct{})
-	// What arrives after the VM runs does not end with the caller's context.
+	// The pages that arrive after the VM runs do not end with the caller's context.
 	lifetime, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	t.cancel = cancel
 	stop := context.AfterFunc(ctx, func() { cancel(context.Cause(ctx)) })
@@ -232,7 +233,7 @@ func (t *Target) run(ctx context.Context) {
 	t.err = err
 }
 
-// Stats says what was done so far.
+// Stats returns the statistics so far.
 func (t *Target) Stats() migrate.Stats {
 	s := t.figures.stats(t.Phase(), t.lanes.bytes())
 	t.devMu.Lock()
@@ -250,15 +251,16 @@ func (t *Target) Stats() migrate.Stats {
 	return s
 }
 
-// Done is closed when nothing is missing any more and the source knows, or when that will not be.
+// Done is closed when nothing is missing any more and the source knows, or when that will never be
+// so.
 func (t *Target) Done() <-chan struct{} { return t.ended.fired() }
 
-// Whole is closed when nothing is missing here. From then on the source is needed for nothing,
-// whether it knows or not.
+// Whole is closed when nothing is missing here. From then on the source is not needed, whether it
+// knows or not.
 func (t *Target) Whole() <-chan struct{} { return t.whole.fired() }
 
-// Lost returns why the VM cannot go on here: its source has taken it back, or has ended before all
-// of it was here. It is nil as long as that is not so, or not known.
+// Lost returns why the VM cannot go on here: its source has taken it back, or has ended before
+// everything was here. It is nil while neither is so, or known.
 func (t *Target) Lost() error {
 	if !t.ended.has() || t.whole.has() && !errors.Is(t.err, migrate.ErrTakenBack) {
 		return nil
@@ -266,20 +268,20 @@ func (t *Target) Lost() error {
 	return t.err
 }
 
-// Wait waits until Done and returns what kept the VM from being complete.
+// Wait waits until Done is closed, and returns why the VM is not complete; nil if it is.
 func (t *Target) Wait() error {
 	<-t.ended.fired()
 	return t.err
 }
 
-// GiveUp ends the migration of a VM of which something is missing, because an operator has settled
-// that its source goes on with it: Wait returns [ErrTakenBack].
+// GiveUp ends the migration of a VM with missing pages, because an operator has settled that its
+// source goes on with it. Wait returns [migrate.ErrTakenBack].
 func (t *Target) GiveUp() {
 	t.cancel(fmt.Errorf("%w, as an operator has settled here", migrate.ErrTakenBack))
 }
 
-// Close gives up what is still missing, and waits for the end of what goes on. A source that is
-// connected is told first if nothing is.
+// Close gives up what is still missing, and waits until everything has ended. If nothing is
+// missing, a connected source is told first.
 func (t *Target) Close() error {
 	if t.whole.has() {
 		l, _ := t.lanes.get()
@@ -326,7 +328,7 @@ func (t *Target) connect(ctx context.Context, lane wire.Lane, resume bool) (*lin
 	return l, nil
 }
 
-// preflight learns what there is and whether it can run here.
+// preflight learns what the source offers, and whether it can run here.
 func (t *Target) preflight(ctx context.Context) (migrate.Phase, error) {
 	l, err := t.connect(ctx, wire.Main, false)
 	if err != nil {
@@ -409,8 +411,8 @@ func (t *Target) preflight(ctx context.Context) (migrate.Phase, error) {
 }
 
 // headStart waits, for as long as the limits allow, until the VMM is there, if it has begun to
-// start. What the VM writes meanwhile need not be sent again and again, and a VMM that cannot start
-// is no trouble for a VM that has not been touched.
+// start. Then the VM's writes meanwhile need not be sent again and again, and if the VMM cannot
+// start, the VM has not been touched.
 func (t *Target) headStart(ctx context.Context, l *link) error {
 	if !t.start.begun.Load() || slices.ContainsFunc(t.devices, func(d *incomingDevice) bool { return d.left != nil }) {
 		return nil
@@ -433,7 +435,7 @@ func (t *Target) headStart(ctx context.Context, l *link) error {
 	return nil
 }
 
-// joinDemand opens the connection for what somebody waits for, if the transport gives a second one.
+// joinDemand opens the demand lane, if the transport gives a second connection.
 func (t *Target) joinDemand(ctx context.Context) {
 	l, err := t.connect(ctx, wire.Demand, false)
 	if err != nil {
@@ -480,7 +482,7 @@ func (t *Target) read(ctx context.Context, l *link) error {
 	}
 }
 
-// heed does what a message of the source's says. An error ends the link.
+// heed acts on a message of the source. An error ends the link.
 func (t *Target) heed(ctx context.Context, l *link, kind wire.Type, message any) error {
 	switch m := message.(type) {
 	case wire.Cycle:
@@ -510,8 +512,8 @@ func (t *Target) heed(ctx context.Context, l *link, kind wire.Type, message any)
 	return nil
 }
 
-// receiving tells whether this side is receiving, or about to: the source may be quick, and this
-// side has not noticed yet.
+// receiving tells whether this side is receiving, or about to. The source may be quick, and this
+// side may not have noticed yet.
 func (t *Target) receiving() bool {
 	phase := t.Phase()
 	return phase == migrate.Preflight || phase == migrate.Receiving
@@ -545,8 +547,8 @@ func (t *Target) started() bool {
 	}
 }
 
-// startWhenPossible starts the VMM once the devices it needs are there: at once if they are the
-// base's, else when the first cycle is over and their backups are here.
+// startWhenPossible starts the VMM once the devices that it needs are there. If they are the
+// base's, that is at once. Else it is when the first cycle is over and their backups are here.
 func (t *Target) startWhenPossible(ctx context.Context, cycle int) {
 	if t.config.Copy {
 		return
@@ -567,7 +569,7 @@ func (t *Target) startWhenPossible(ctx context.Context, cycle int) {
 	})
 }
 
-// beginExpect notes that the VM may be taken over, beside what still arrives, and tells the source
+// beginExpect notes, beside what still arrives, that the VM may be taken over. It tells the source
 // when that is done.
 func (t *Target) beginExpect(ctx context.Context, l *link) {
 	t.expect.begin(&t.wg, func() error {
@@ -598,8 +600,8 @@ func (t *Target) want(device int, first, end int64) {
 	t.wanting.say(func(w *wanting) { w.queue = append(w.queue, queue...) })
 }
 
-// ask sends what is wanted, and answers to cycles: the one who reads must not wait for what is
-// sent. What cannot be sent is asked for again after the next connection is there.
+// ask sends wants, and answers to cycles, because the reader must not wait for a send. What cannot
+// be sent is asked for again once the next connection is there.
 func (t *Target) ask(ctx context.Context) {
 	for {
 		select {
@@ -663,8 +665,7 @@ func (t *Target) receive(ctx context.Context) (migrate.Phase, error) {
 	}
 }
 
-// storeCopy completes a copy and tells the source, which does not need to hear it: the copy is what
-// it is.
+// storeCopy completes a copy and tells the source. The source need not get the message.
 func (t *Target) storeCopy(ctx context.Context) (migrate.Phase, error) {
 	l, _ := t.lanes.get()
 	if err := t.config.VM.Complete(ctx); err != nil {
@@ -681,7 +682,7 @@ func (t *Target) storeCopy(ctx context.Context) (migrate.Phase, error) {
 	return migrate.Copied, nil
 }
 
-// takeOver lets the VM run here. Until it does, the VM can be handed back.
+// takeOver lets the VM run here. Until then the VM can be handed back.
 func (t *Target) takeOver(ctx context.Context) (migrate.Phase, error) {
 	began := time.Now()
 	l, _ := t.lanes.get()
@@ -706,10 +707,10 @@ func (t *Target) takeOver(ctx context.Context) (migrate.Phase, error) {
 	if serr := l.Send(wire.Ack{Accepted: true}); serr != nil {
 		l.cancel(serr) // the source learns it on the next connection
 	}
-	return migrate.Fetching, nil // a VM that has died has an owner all the same, who will notice
+	return migrate.Fetching, nil // a VM that has died still has an owner, who will notice
 }
 
-// handBack gives up what there is, and tells the source that the VM will never run here.
+// handBack discards the VM, and tells the source that it will never run here.
 func (t *Target) handBack(ctx context.Context) (migrate.Phase, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), t.config.Limits.Settle)
 	defer cancel()
@@ -734,7 +735,7 @@ func (t *Target) handBack(ctx context.Context) (migrate.Phase, error) {
 		if t.refusal != nil {
 			reason = t.refusal.Error()
 		}
-		_ = l.Send(wire.Ack{Reason: reason}) // whether it is read is not known, so it is told again
+		_ = l.Send(wire.Ack{Reason: reason}) // whether the source reads it is not known, so it is told again
 	}
 	l.linger(t.config.Limits.Reconnect)
 	if t.offered {
@@ -779,14 +780,14 @@ func (t *Target) tellRefused(ctx context.Context) error {
 	}
 }
 
-// nobodyListens tells whether a connection failed as there is no process at its address. The path
-// of a UNIX socket is gone once its listener has ended well.
+// nobodyListens tells whether a connection failed because no process has its address. The path of a
+// UNIX socket is gone once its listener has ended well.
 func nobodyListens(err error) bool {
 	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENOENT)
 }
 
-// resume makes a connection after one was lost, says where this side stands, and lets use go on
-// with it. The link is closed afterwards.
+// resume makes a connection after one was lost, sends this side's phase, and lets use go on with
+// it. The link is closed afterwards.
 func (t *Target) resume(ctx context.Context, outcome wire.Outcome, use func(*link) error) error {
 	l, err := t.connect(ctx, wire.Main, true)
 	if err != nil {
@@ -805,12 +806,12 @@ func (t *Target) resume(ctx context.Context, outcome wire.Outcome, use func(*lin
 		}
 		r.Missing = append(r.Missing, missing)
 	}
-	// A source that refuses does not read this, but says why: nobody waits here until it is sent.
+	// A source that refuses does not read this, but says why. Nobody waits here until it is sent.
 	sending.Go(func() { _ = l.Send(r) }) // of a connection that breaks, nothing can be read either
 	return use(l)
 }
 
-// fetch gets what is missing, over as many connections as it takes.
+// fetch gets the missing pages, over as many connections as it takes.
 func (t *Target) fetch(ctx context.Context) (migrate.Phase, error) {
 	for _, d := range t.devices {
 		if d.Device == nil {
@@ -836,7 +837,7 @@ func (t *Target) whileConnected(ctx context.Context, done <-chan struct{}) error
 		case <-done:
 			return nil
 		case <-demandLost:
-			// What was on its way there is lost, and only a new main connection tells the source
+			// What was on its way on it is lost, and only a new main connection tells the source
 			// so.
 			l.cancel(errors.New("the connection for wanted pages was lost"))
 		case <-l.ctx.Done():
@@ -851,8 +852,8 @@ func (t *Target) whileConnected(ctx context.Context, done <-chan struct{}) error
 	}
 }
 
-// comeBack makes an attempt to replace a link that has ended, and waits a moment if it fails. An
-// error says that no attempt will succeed.
+// comeBack tries once to replace a link that has ended, and waits a moment if that fails. An error
+// says that no attempt will succeed.
 func (t *Target) comeBack(ctx context.Context, lost *link, done <-chan struct{}) error {
 	if err := disowned(context.Cause(lost.ctx)); err != nil {
 		return err
@@ -869,7 +870,7 @@ func (t *Target) comeBack(ctx context.Context, lost *link, done <-chan struct{})
 	return disowned(err)
 }
 
-// disowned returns why a source that has answered so will never send the rest; nil if it may.
+// disowned returns why a source that has given this answer will never send the rest; nil if it may.
 func disowned(answer error) error {
 	var remote *RemoteError
 	if !errors.As(answer, &remote) {
@@ -884,7 +885,7 @@ func disowned(answer error) error {
 	return nil
 }
 
-// reconnect makes a new main connection, and asks again for what somebody waits for.
+// reconnect makes a new main connection, and asks again for pages that somebody waits for.
 func (t *Target) reconnect(ctx context.Context) error {
 	l, err := t.connect(ctx, wire.Main, true)
 	if err != nil {
@@ -932,7 +933,7 @@ func (t *Target) reconnect(ctx context.Context) error {
 	return nil
 }
 
-// confirm makes the VM durable and tells the source that it is not needed any more.
+// confirm makes the VM durable, and tells the source that it is not needed any more.
 func (t *Target) confirm(ctx context.Context) (migrate.Phase, error) {
 	if err := t.config.VM.Complete(ctx); err != nil {
 		return "", err

@@ -1,10 +1,10 @@
-// Package newfile makes files that are their owner's alone, and have their names only once they are
+// Package newfile makes files that are their owner's alone, and get their names only once they are
 // complete and durable.
 //
-// A file has no name while it is written, so a killed writer leaves nothing, and whoever else may
-// write to the directory finds nothing to replace. What its name stood for before, a symbolic link
-// included, is replaced and never written to. A device, a FIFO, a socket, a directory and a link to
-// one of them are refused.
+// A file has no name while it is written. So a killed writer leaves nothing, and others who may
+// write to the directory find nothing to replace. A file or symbolic link that had the name is
+// replaced, and never written to. A device, a FIFO, a socket, a directory and a link to one of them
+// are refused.
 package newfile
 
 import (
@@ -20,7 +20,8 @@ import (
 	"drafter/internal/private"
 )
 
-// Mode is that of a new file whatever the umask: packages hold the memory of running systems.
+// Mode is the mode of a new file, whatever the umask, because packages hold the memory of running
+// systems.
 const Mode = 0o600
 
 // Write makes a file of what write writes.
@@ -35,8 +36,8 @@ func Write(path string, write func(*os.File) error) error {
 	return f.Publish()
 }
 
-// Rename gives a file that has been synced another name, durably, in the place of what has that
-// now.
+// Rename gives a file that has been synced another name, durably, and replaces the file with that
+// name.
 func Rename(from, to string) error {
 	if err := os.Rename(from, to); err != nil {
 		return err
@@ -66,7 +67,7 @@ func SyncDir(path string) error {
 	return nil
 }
 
-// File is a file in the making. It is used by one goroutine, and ended by Publish or Discard.
+// File is an unfinished file. One goroutine uses it, and ends it by Publish or Discard.
 type File struct {
 	*os.File
 	dir  *os.File
@@ -103,8 +104,8 @@ func Create(path string) (_ *File, err error) {
 	return f, nil
 }
 
-// CheckReplaced refuses a path that is taken by something else than a regular file, such as
-// /dev/null: a new file does not take its place.
+// CheckReplaced refuses a path that names something else than a regular file, such as /dev/null: a
+// new file does not replace it.
 func CheckReplaced(path string) error {
 	info, err := os.Stat(path)
 	if errors.Is(err, os.ErrNotExist) {
@@ -137,7 +138,7 @@ func (f *File) open(flags int) error {
 	return nil
 }
 
-// Link is a path to the file for other processes of the same user, as long as it is not closed.
+// Link is a path to the file for other processes of the same user, until the file is closed.
 func (f *File) Link() string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), f.Fd()) }
 
 // Publish gives the file its name, durably, and closes it.

@@ -1,5 +1,5 @@
-// Package ociclient reaches OCI registries with docker's credentials, which go to the host they are
-// for and to no other, whatever a registry asks.
+// Package ociclient reaches OCI registries with docker's credentials. These go to the host that
+// they are for and to no other, whatever a registry asks.
 package ociclient
 
 import (
@@ -76,7 +76,8 @@ func (g *guard) RoundTrip(req *http.Request) (*http.Response, error) {
 }
 
 // carriesCredentials tells whether a request carries a password or a refresh token. A bearer token
-// is one that the registry's token service has made for it: the library sends it nowhere else.
+// does not count: the registry's token service has made it for the registry, and the library sends
+// it nowhere else.
 func carriesCredentials(req *http.Request) bool {
 	scheme, _, _ := strings.Cut(req.Header.Get("Authorization"), " ")
 	return scheme != "" && !strings.EqualFold(scheme, "Bearer") || req.URL.User != nil ||

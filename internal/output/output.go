@@ -1,5 +1,5 @@
-// Package output passes on what a process prints and waits for nobody: a pipe that is full or
-// closed, a stopped terminal or a full disk holds up neither a VM nor its log.
+// Package output passes on what a process prints, and waits for nobody: a full or closed pipe, a
+// stopped terminal or a full disk delays neither a VM nor its log.
 package output
 
 import (
@@ -14,10 +14,9 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// Writer is an [io.Writer] whose Write neither blocks nor fails. Its own goroutine passes on what
-// was written, in order. What finds no room in the buffer, exceeds the limit or cannot be passed on
-// is left out, and a line in its place says how many bytes that were. It is safe for concurrent
-// use.
+// Writer is an [io.Writer] whose Write neither blocks nor fails. Its own goroutine passes the bytes
+// on, in order. Bytes that find no room in the buffer, exceed the limit or cannot be passed on are
+// left out, and a line in their place says how many they were. It is safe for concurrent use.
 type Writer struct {
 	to      io.Writer
 	room    int           // bytes
@@ -107,7 +106,7 @@ func (w *Writer) run() {
 // busy is how long a reader gets that takes nothing at the moment.
 const busy = 10 * time.Millisecond
 
-// step is how much is passed on at a time, in bytes: Close sees that it goes on.
+// step is how many bytes are passed on at a time. Close sees by it that the reader takes something.
 const step = 4 << 10
 
 // pass passes on what is in the buffer.
@@ -139,8 +138,8 @@ func (w *Writer) pass() {
 // Patience is how long Close waits for a reader that takes nothing.
 const Patience = 2 * time.Second
 
-// Close passes on what is in the buffer, as long as the reader takes it, and ends the goroutine.
-// One that hangs in a write to a reader that takes nothing is left behind.
+// Close passes on the content of the buffer, as long as the reader takes it, and ends the
+// goroutine. A goroutine that hangs in a write, because the reader takes nothing, is left behind.
 func (w *Writer) Close() {
 	w.mu.Lock()
 	if !w.closed {
@@ -162,7 +161,7 @@ func (w *Writer) Close() {
 	}
 }
 
-// Terminal returns the terminal that w writes to, itself or as a [Writer]; nil if it is none.
+// Terminal returns the terminal that w writes to, itself or as a [Writer]; nil if w is none.
 func Terminal(w io.Writer) *os.File {
 	if passed, ok := w.(*Writer); ok {
 		w = passed.to

@@ -1,8 +1,8 @@
 // Package private makes files and directories for their owner alone, and opens files by paths that
-// other users may have a hand in: modes are 0600 and 0700 whatever the umask, and a symbolic link
-// is followed only if a trusted user made it. Where others could replace what is made, or have a
-// path lead elsewhere, nothing is made and nothing is opened for writing: each directory of the
-// path belongs to a trusted user, and others cannot write to it unless it is sticky, as /tmp.
+// other users can change. Modes are 0600 and 0700, whatever the umask. A symbolic link is followed
+// only if a trusted user made it. Nothing is made, and nothing is opened for writing, where others
+// could replace it or lead the path elsewhere: each directory of the path belongs to a trusted
+// user, and others cannot write to it unless it is sticky, as /tmp is.
 //
 // The trusted users are root, the user of this process, and the one who called it by sudo(8).
 package private
@@ -25,7 +25,7 @@ import (
 // maxLinks bounds the symbolic links in a path, as Linux does (path_resolution(7)).
 const maxLinks = 40
 
-// Trusted tells whether what a user makes may lead this process anywhere.
+// Trusted tells whether links and directories of a user are used.
 func Trusted(uid uint32) bool {
 	if uid == 0 || uid == uint32(os.Geteuid()) {
 		return true
@@ -70,10 +70,10 @@ func open(path string, flags int, how walking) (*os.File, error) {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}
 	}
 	defer unix.Close(dir)
-	// A FIFO would hold up the open.
+	// The open of a FIFO would wait.
 	fd, err := unix.Openat(dir, base, flags|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err == nil {
-		err = check(fd)
+		err = checkKind(fd)
 	}
 	if err == nil {
 		err = unix.SetNonblock(fd, false)
@@ -81,8 +81,8 @@ func open(path string, flags int, how walking) (*os.File, error) {
 	return file(fd, path, err)
 }
 
-// check refuses what is neither file, device nor directory.
-func check(fd int) error {
+// checkKind refuses what is not a file, a block device or a directory.
+func checkKind(fd int) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
 		return err
@@ -174,8 +174,8 @@ const (
 	trustedPlace                     // refuse directories in which others could put something else
 )
 
-// walk opens the directory that the last name of a path is in (O_PATH of open(2)), and returns it
-// with that name. It follows links that it may. The name of a directory is ".".
+// walk opens the directory of the last name of a path (O_PATH of open(2)), and returns it with that
+// name. It follows links of trusted users. The name of a directory is ".".
 func walk(path string, how walking) (dir int, base string, err error) {
 	directory := strings.HasSuffix(path, "/.")
 	if path, err = filepath.Abs(path); err != nil {
@@ -269,7 +269,7 @@ func (w *walker) follow(target string) error {
 	return nil
 }
 
-// checkPlace refuses a directory in which others could replace what is there.
+// checkPlace refuses a directory in which others could replace an entry.
 func checkPlace(dir int) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(dir, &st); err != nil {
@@ -293,21 +293,20 @@ func (e placeError) Error() string { return string(e) }
 // Is implements what [errors.Is] asks for.
 func (placeError) Is(target error) bool { return target == os.ErrPermission }
 
-// writable tells whether others than the owner, and those in the owner's private group, can write
+// writable tells whether anybody but the owner, and members of the owner's private group, can write
 // to what is at path.
 func writable(mode, uid, gid uint32, path string) bool {
 	return mode&0o002 != 0 || mode&0o020 != 0 && (gid != uid || hasList(path))
 }
 
-// hasList tells whether there is an access list (acl(5)). Its mask is what the mode says of the
-// group, and it may let any user write.
+// hasList tells whether there is an access list (acl(5)). With one, the group's mode bits are its
+// mask, and it may let any user write.
 func hasList(path string) bool {
 	_, err := unix.Getxattr(path, "system.posix_acl_access", nil)
 	return err == nil
 }
 
-// readlink returns where a link leads, if the descriptor is of one, and refuses one of a
-// stranger's.
+// readlink returns where a link leads, if the descriptor is of one. It refuses a stranger's link.
 func readlink(fd int) (target string, link bool, err error) {
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
@@ -350,8 +349,8 @@ func mkdir(dir int, name string) (int, error) {
 	return fd, nil
 }
 
-// CheckDir refuses a directory in which users that are not trusted could make, replace or remove
-// files, or whose place they could give to another one.
+// CheckDir refuses a directory in which untrusted users could make, replace or remove files, or
+// which they could replace by another one.
 func CheckDir(path string) error {
 	if err := CheckPlace(path, 0); err != nil {
 		return err
@@ -363,10 +362,11 @@ func CheckDir(path string) error {
 	return err
 }
 
-// CheckPlace refuses a path at which somebody else can put other content: each of its directories
-// and links, and what it leads to, must belong to a trusted user and be writable by its owner only.
-// What it leads to may also belong to the user with the id owner. A directory of all users, such as
-// /tmp, is in order if it is sticky. Where the path ends early, what is there of it is checked.
+// CheckPlace refuses a path at which somebody else can put other content. Each of its directories
+// and links, and the file that it leads to, must belong to a trusted user and be writable by its
+// owner only. The file may also belong to the user with the id owner. A directory of all users,
+// such as /tmp, must be sticky. If the path does not exist completely, its existing part is
+// checked.
 func CheckPlace(path string, owner int) error {
 	if !filepath.IsAbs(path) {
 		dir, err := os.Getwd()
@@ -417,8 +417,8 @@ func checkPlaceOwner(path string, info fs.FileInfo, last bool, owner int) error 
 	return fmt.Errorf("others than its owner can write to %s and put something else there; chmod go-w it", path)
 }
 
-// othersWrite tells whether others than the owner, and those in the owner's private group, can
-// write. The group "disk" of a device is root's equal.
+// othersWrite tells whether anybody but the owner, and members of the owner's private group, can
+// write. The group "disk" of a device counts as root.
 func othersWrite(path string, info fs.FileInfo) bool {
 	st := info.Sys().(*syscall.Stat_t)
 	if info.Mode()&fs.ModeDevice != 0 {
@@ -427,7 +427,7 @@ func othersWrite(path string, info fs.FileInfo) bool {
 	return writable(st.Mode, st.Uid, st.Gid, path)
 }
 
-// CheckOwner refuses an open file that a user made who is not trusted, that others may write to, or
+// CheckOwner refuses an open file of an untrusted user, a file that others may write to, and one
 // that has a second name.
 func CheckOwner(f *os.File) error {
 	var st unix.Stat_t

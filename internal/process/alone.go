@@ -24,8 +24,8 @@ func (p *Process) startAlone(c Config) (err error) {
 		if p.guard, err = startGuard(); err != nil {
 			return err
 		}
-		// It is in a process id namespace in which it has no parent, which package syscall takes
-		// for one that has died.
+		// The child is in a process id namespace in which it has no parent. Package syscall takes
+		// that for a parent that has died.
 		p.cmd.SysProcAttr.Pdeathsig = 0
 	}
 	leave, err := mountAlone(c)
@@ -52,7 +52,7 @@ func (p *Process) startAlone(c Config) (err error) {
 }
 
 // mountAlone makes mounts that only the children see which the calling thread starts until it calls
-// leave. They end with the last of those.
+// leave. The mounts end with the last of these.
 func mountAlone(c Config) (leave func() error, err error) {
 	if len(c.Mounts) == 0 && c.Root == nil {
 		return func() error { return nil }, nil
@@ -61,7 +61,7 @@ func mountAlone(c Config) (leave func() error, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("open mount namespace: %w", err)
 	}
-	// Left behind, it would keep alive what others unmount.
+	// If it stayed, it would keep alive what others unmount.
 	leave = func() error {
 		err := unix.Setns(int(ours.Fd()), unix.CLONE_NEWNS)
 		if err = errors.Join(err, ours.Close()); err != nil {

@@ -22,7 +22,7 @@ const cgroupParent = "drafter"
 // parentMark is an attribute of a parent that this program has made, and so may remove.
 const parentMark = "user.drafter"
 
-// cgroupPath is the path of a VM's group below that of which this program may make groups.
+// cgroupPath is the path of a VM's group below the group in which this program may make groups.
 func cgroupPath(name string) string { return filepath.Join("/", cgroupParent, name) }
 
 // Limits bound what a child uses of the host, its threads and children included.
@@ -32,7 +32,7 @@ type Limits struct {
 	PIDs   int     // processes and threads; below 0 for no limit, 0 for DefaultPIDs where the host can limit them
 }
 
-// DefaultPIDs is far above what a VMM needs, and far below what a host has (pid_max is at least
+// DefaultPIDs is far more than a VMM needs, and far less than a host has (pid_max is at least
 // 32768).
 const DefaultPIDs = 1024
 
@@ -44,7 +44,7 @@ type bound struct {
 	optional   bool
 }
 
-// bounds are what is to be written for the limits. See cgroup-v2.rst of Linux, and its
+// bounds returns the values to write for the limits. See cgroup-v2.rst of Linux, and its
 // cgroup-v1/memory.rst and pids.rst and scheduler/sched-bwc.rst.
 func (l Limits) bounds(version int) []bound {
 	const period = 100_000 // microseconds, the kernel's default
@@ -86,10 +86,11 @@ type cgroup struct {
 	dirs    []string
 }
 
-// v1Controllers are the version 1 hierarchies a VM is accounted in, where the host has them.
+// v1Controllers are the version 1 hierarchies that a VM is accounted in, where the host has them.
 var v1Controllers = []string{"cpu", "cpuacct", "memory", "pids", "blkio"}
 
-// v2Controllers are what a VM is accounted by in version 2, where the groups above have it.
+// v2Controllers are the controllers that account a VM in version 2, where the groups above have
+// them.
 var v2Controllers = []string{"cpu", "memory", "pids", "io"}
 
 // createCgroup makes a group called name, with limits.
@@ -150,8 +151,8 @@ func makeGroup(dir string) error {
 	}
 }
 
-// delegated is the group that groups may be made in: the one that systemd has given to the unit
-// that this process belongs to (Delegate= of systemd.resource-control(5)), or else the root.
+// delegated is the group in which groups may be made: the one that systemd has given to this
+// process' unit (Delegate= of systemd.resource-control(5)), or else the root.
 func delegated(root string) string {
 	b, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
@@ -193,7 +194,7 @@ func (g *cgroup) limit(base string, bounds []bound) error {
 	return nil
 }
 
-// UnavailableError says that a limit that is asked for cannot be had on this host.
+// UnavailableError says that a requested limit is not available on this host.
 type UnavailableError struct {
 	Flag string
 	Err  error
@@ -226,7 +227,8 @@ func (g *cgroup) set(b bound) error {
 }
 
 // enableControllers lets the group at dir have controllers, and returns why it cannot have some.
-// The group's parent is ours; in base, which is not, only what the bounds need is enabled.
+// The group's parent is ours. The group base is not, so only the controllers that the bounds need
+// are enabled there.
 func enableControllers(base, dir string, bounds []bound) map[string]error {
 	failed := map[string]error{}
 	parent := filepath.Dir(dir)
@@ -287,7 +289,7 @@ func findHierarchies(version int) ([]hierarchy, error) {
 	return found, nil
 }
 
-// checkCgroups refuses directories that are not those of a VM called name.
+// checkCgroups refuses directories that are not the groups of a VM called name.
 func checkCgroups(dirs []string, name string) error {
 	for _, dir := range dirs {
 		known := false
@@ -308,8 +310,7 @@ func checkCgroups(dirs []string, name string) error {
 	return nil
 }
 
-// entrance is the way for a child into its group from the start: nothing that it does goes
-// uncounted.
+// entrance is the way for a child into its group from the start, so that all its work is counted.
 type entrance struct {
 	group       *os.File   // of version 2; nil for none
 	into, outOf []*os.File // the tasks files of version 1: of the group, and of where the calling thread was
@@ -431,8 +432,8 @@ func (g *cgroup) killed() error {
 	return nil
 }
 
-// removeCgroup removes groups, and ends what the child has left there. A group stays busy for a
-// moment after its last process was reaped, so it is tried for a second. The shared parent is
+// removeCgroup removes groups, and kills what the child has left there. A group stays busy for a
+// moment after its last process was reaped, so this tries for a second. The shared parent is
 // removed with its last child, if it was made for these.
 func removeCgroup(dirs []string) error {
 	var errs []error

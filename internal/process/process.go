@@ -43,13 +43,13 @@ type Config struct {
 
 	// Mounts, if there are any, are made for the child alone, in a mount namespace of its own.
 	Mounts []Mount
-	// Root, if not nil, is all that the child sees of the file system. The child has namespaces of
-	// its own, also of process ids, and no capability. Without it, a child of root's has all of
-	// them. No child gets privileges from what it executes.
+	// Root, if not nil, is the whole file system that the child sees. The child then has namespaces
+	// of its own, also of process ids, and no capability. Without Root a child of root's has all
+	// capabilities. No child gets privileges from programs that it executes.
 	Root *Root
 	// Outlives says that the child changes its user itself, so that no signal of its owner's death
-	// reaches it. It is killed then all the same, by the kernel, as part of a process id namespace
-	// whose first process does get the signal.
+	// reaches it. The kernel kills it all the same, as part of a process id namespace whose first
+	// process does get the signal.
 	Outlives bool
 }
 
@@ -149,8 +149,8 @@ func (p *Process) launch(c Config) error {
 	if c.Stdin != nil {
 		p.cmd.Stdin = c.Stdin
 	}
-	// The child gets its own process group: a Ctrl-C on the terminal is for us, we then suspend the
-	// VM.
+	// The child gets its own process group: a Ctrl-C on the terminal is for this process, which
+	// then suspends the VM.
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	c.Root.attributes(p.cmd.SysProcAttr)
 	if c.UID != 0 || c.GID != 0 {
@@ -259,8 +259,8 @@ func parseCPUList(s string) (unix.CPUSet, error) {
 // PID is the child's process id.
 func (p *Process) PID() int { return p.cmd.Process.Pid }
 
-// Identity is what it takes to find the child again from another process. Its executable is what it
-// runs now.
+// Identity returns what another process needs to find the child again. The executable is the one
+// that it runs now.
 func (p *Process) Identity() Identity {
 	// A child that has just ended has none, and need not be found.
 	exe, _ := executable(p.PID())
@@ -284,7 +284,7 @@ func (p *Process) Kill() error {
 	return nil
 }
 
-// Identity names a process beyond the reuse of its id.
+// Identity identifies a process even after its id was used again.
 type Identity struct {
 	PID        int      `json:"pid"`
 	StartTime  string   `json:"startTime"`  // in clock ticks since boot, from /proc/PID/stat
@@ -302,7 +302,7 @@ func Identify(pid int) (Identity, error) {
 	return Identity{PID: pid, StartTime: start, Executable: exe}, err
 }
 
-// executable names the file that a process runs, whatever its path is by now.
+// executable identifies the file that a process runs, wherever that is by now.
 func executable(pid int) (string, error) {
 	var st unix.Stat_t
 	if err := unix.Stat(fmt.Sprintf("/proc/%d/exe", pid), &st); err != nil {
@@ -338,7 +338,7 @@ func (id Identity) kill() error {
 		return fmt.Errorf("open process %d: %w", id.PID, err)
 	}
 	defer unix.Close(fd)
-	// The descriptor pins the process, so what agrees now cannot become another's.
+	// The descriptor pins the process, so the checks below hold for it until the end.
 	if !id.agrees() {
 		return nil
 	}
@@ -382,7 +382,7 @@ func waitPidfd(fd int, timeout time.Duration) error {
 }
 
 // Dying tells whether a process has been killed but hangs in the kernel: its first thread has
-// ended, others have not. What it holds it keeps until they do.
+// ended, others have not. Until they do, it keeps its locks and files.
 func Dying(pid int) bool {
 	fields, err := statFields(pid)
 	if err != nil {

@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// offerToOOMKiller lets the kernel, when memory is short, choose a child before the processes of
-// this program: killing the process that serves a VM's memory would not free the VM's.
+// offerToOOMKiller makes the kernel, when memory is short, choose a child before this program's
+// processes: killing the process that serves a VM's memory would not free that memory.
 func offerToOOMKiller(pid int) error {
 	return os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte("200"), 0)
 }
@@ -53,12 +53,12 @@ func Protected() bool { return protected.Load() }
 func ProtectServer() error {
 	protected.Store(true)
 	var errs []error
-	// On fault only: a Go process reserves much more than it ever touches.
+	// On fault only, because a Go process reserves much more than it ever touches.
 	if err := unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT); err != nil {
 		errs = append(errs, fmt.Errorf("lock memory: %w", err))
 	}
-	// proc_pid_oom_score_adj(5); -1000 would exempt it, which a leak of ours does not deserve. In a
-	// container root may not lower it; then it must do that VMMs have a higher one.
+	// proc_pid_oom_score_adj(5). -1000 would exempt this process even if it leaks. In a container
+	// root may not lower it; then only the VMMs' higher score helps.
 	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("-900"), 0); err != nil && !errors.Is(err, os.ErrPermission) {
 		errs = append(errs, fmt.Errorf("protect from the out-of-memory killer: %w", err))
 	}

@@ -10,10 +10,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Root is a root directory for one child: a tmpfs with what is put into it, read-only.
+// Root is a root directory for one child: a read-only tmpfs with the files that are put into it.
 type Root struct {
 	At      string   // an existing directory, over which the child alone has the tmpfs
-	Mounts  []Mount  // of what the host has; targets are paths in the new root
+	Mounts  []Mount  // of files of the host; targets are paths in the new root
 	Links   []Link   // symbolic links
 	Devices []string // character devices of the host, which the child's user may read and write
 }
@@ -59,7 +59,7 @@ func (r *Root) change(uid, gid int) (err error) {
 	if err := unix.Chdir(r.At); err != nil {
 		return err
 	}
-	// The old root goes on top of the new one, and is taken away from there (pivot_root(2), Notes).
+	// The old root goes on top of the new one, and is unmounted there (pivot_root(2), Notes).
 	if err := unix.PivotRoot(".", "."); err != nil {
 		return fmt.Errorf("change root directory: %w", err)
 	}
@@ -73,7 +73,7 @@ func (r *Root) path(p string) string { return filepath.Join(r.At, p) }
 
 func (r *Root) makeParent(p string) error { return os.MkdirAll(filepath.Dir(r.path(p)), 0o755) }
 
-// bind makes a file or directory of the host's appear.
+// bind makes a file or directory of the host appear in the root.
 func (r *Root) bind(m Mount) error {
 	info, err := os.Stat(m.Source)
 	if err != nil {
@@ -124,7 +124,8 @@ func (r *Root) device(path string, uid, gid int) error {
 	return os.Chown(target, uid, gid)
 }
 
-// renounce makes the calling thread's children unable to get privileges from what they execute.
+// renounce keeps the calling thread's children from getting privileges by programs that they
+// execute.
 func renounce() error {
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("renounce privileges: %w", err)

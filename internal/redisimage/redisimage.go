@@ -31,7 +31,7 @@ import (
 // Tag is the image's tag in a layout.
 const Tag = "latest"
 
-// redisUser is who the server runs as, by name in the image's config.
+// redisUID is the user id of the server; the image's config names its user.
 const redisUID = 999
 
 // Build makes the image. cache keeps downloaded packages; the image's layer is read from a file in

@@ -1,6 +1,6 @@
-// Package rundir holds locks and records of what lives on this host, in /run/drafter. A lock is
-// held with flock(2), so it ends with its process. Only root can read there: who can open a lock
-// can hold it.
+// Package rundir holds a host's locks and records, in /run/drafter. A lock is held with flock(2),
+// so it ends with its process. Only root can read there, because whoever can open a lock can hold
+// it.
 package rundir
 
 import (
@@ -39,7 +39,8 @@ func Lock(name string) (*lockfile.Lock, error) {
 	}
 }
 
-// tryBesideSweeps takes a lock while nobody sweeps its directory: a sweep holds what it removes.
+// tryBesideSweeps takes a lock while nobody sweeps its directory, because a sweep holds the locks
+// that it removes.
 func tryBesideSweeps(path string) (*lockfile.Lock, error) {
 	dir, err := os.Open(filepath.Dir(path))
 	if err != nil {
@@ -53,7 +54,7 @@ func tryBesideSweeps(path string) (*lockfile.Lock, error) {
 }
 
 // Sweep removes the locks in a directory whose holders were killed, unless somebody takes one there
-// this moment.
+// at this moment.
 func Sweep(dir string) error {
 	d, err := os.Open(filepath.Join(Path, dir))
 	if errors.Is(err, os.ErrNotExist) {
@@ -88,8 +89,8 @@ func Sweep(dir string) error {
 	return nil
 }
 
-// Remove removes the directory once nothing is left in it. It may still hold what others use, or be
-// used again this moment: neither is an error.
+// Remove removes the directory if it is empty. It may still hold others' locks, or be used again at
+// this moment: neither is an error.
 func Remove() error {
 	dirs := []string{}
 	err := filepath.WalkDir(Path, func(path string, d fs.DirEntry, err error) error {

@@ -1,6 +1,6 @@
-// Package scratch makes directories for what is in the making: closed to other users, and gone with
-// their owner. What a killed owner leaves is removed when the next one makes a directory of the
-// same kind at the same place.
+// Package scratch makes directories for unfinished work: closed to other users, and removed with
+// their owner. If the owner was killed, the next owner that makes a directory of the same kind at
+// the same place removes it.
 package scratch
 
 import (
@@ -19,9 +19,9 @@ import (
 	"drafter/internal/mark"
 )
 
-// lockName is the file that says whether a directory's owner lives, and whose the directory is: it
-// holds the directory's mark, with the directory's name as its id. A directory that was renamed, or
-// is a copy, is left alone.
+// lockName is the file that says whether a directory's owner lives, and that the directory is ours.
+// It holds the directory's mark, with the directory's name as its id. A directory that was renamed,
+// or is a copy, is left alone.
 const lockName = ".drafter-scratch"
 
 const markFormat = "drafter-scratch"
@@ -34,7 +34,7 @@ type Dir struct {
 	lock   *os.File
 }
 
-// New makes a directory in parent, whose name begins with prefix and cannot be foreseen. Close
+// New makes a directory in parent, whose name begins with prefix and is otherwise random. Close
 // removes it.
 func New(parent, prefix string) (_ *Dir, err error) {
 	d := &Dir{name: prefix + rand.Text()}
@@ -96,17 +96,17 @@ func (d *Dir) hold() (err error) {
 	return err
 }
 
-// Path is that of a file in the directory, for processes of the same user. It holds whatever others
-// do to the names above, until Close.
+// Path is the path of a file in the directory, for processes of the same user. It stays valid until
+// Close, even if others rename the directories above.
 func (d *Dir) Path(name string) string {
 	return filepath.Join(fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), d.root.Fd()), name)
 }
 
-// Name is the directory's own path, which holds as long as nobody moves what is above.
+// Name is the directory's own path. It is valid unless somebody moves a directory above.
 func (d *Dir) Name() string { return filepath.Join(d.parent.Name(), d.name) }
 
-// Move gives what is there under name its place beside the directory. It replaces an empty
-// directory, and nothing else.
+// Move gives the entry called name its place beside the directory. It replaces an empty directory,
+// and nothing else.
 func (d *Dir) Move(name, to string) error {
 	parent, err := d.parent.Open(".")
 	if err != nil {
@@ -156,7 +156,7 @@ func openOwn(parent *os.Root, name string) (*os.File, error) {
 	return f, nil
 }
 
-// sweep removes the directories whose owners are gone. Others' are left alone.
+// sweep removes the directories whose owners are gone, and leaves all others alone.
 func sweep(parent *os.Root, prefix string) error {
 	entries, err := fs.ReadDir(parent.FS(), ".")
 	if err != nil {

@@ -1,5 +1,5 @@
-// Package stack puts a device together from its files: a base, an overlay with what has changed,
-// what is still on its way, and the tracker of what is written.
+// Package stack puts a device together from its files: a base, an overlay with the changed blocks,
+// pages that are still arriving, and the tracker of writes.
 package stack
 
 import (
@@ -22,17 +22,17 @@ type Files struct {
 	Base      string // read-only where there is an overlay
 	Overlay   string // empty to write to the base
 	State     string // says which blocks the overlay holds
-	BlockSize int64  // bytes; of the tracker, and of an overlay that is made. 0: what an overlay has that exists
-	Paged     bool   // an overlay that is made has blocks of a page instead
+	BlockSize int64  // bytes; of the tracker, and of a new overlay. 0: that of the existing overlay
+	Paged     bool   // a new overlay has blocks of a page instead
 	Shared    bool   // others use the base at the same time: it is not locked
-	Remedy    string // what to do about a device of which a part never arrived, for messages
+	Remedy    string // remedy for a device that never wholly arrived, for messages
 
-	// Check, if not nil, refuses a base by its contents. They are then made afresh from the open
-	// file: those that are kept beside it may be a stranger's.
+	// Check, if not nil, refuses a base by its contents. They are then computed afresh from the
+	// open file, because those kept beside it may be a stranger's.
 	Check func(*block.Contents) error
 }
 
-// CheckPaths refuses files that make up no device.
+// CheckPaths refuses combinations of files that are no device.
 func (f *Files) CheckPaths() error {
 	if f.Base == "" {
 		return errors.New("it has no base; name its file")
@@ -43,13 +43,13 @@ func (f *Files) CheckPaths() error {
 	return nil
 }
 
-// Distinct are devices of which no two may have a name or a file in common.
+// Distinct checks devices of which no two may have a name or a file in common.
 type Distinct struct {
 	names map[string]bool
 	files map[string]string // to the device that has it
 }
 
-// Add refuses a device that has its name or a file in common with one before.
+// Add refuses a device that has its name or a file in common with an earlier one.
 func (d *Distinct) Add(name string, f *Files) error {
 	if d.names == nil {
 		d.names, d.files = map[string]bool{}, map[string]string{}
@@ -67,16 +67,16 @@ func (d *Distinct) Add(name string, f *Files) error {
 	return nil
 }
 
-// Stack is an open device: what its writes go through, down to its files.
+// Stack is an open device, from its tracker down to its files.
 type Stack struct {
 	*block.Tracker
 	Overlay  *block.Overlay  // nil when the device writes to its base
 	Base     block.ID        // content id of the overlay's base; zero when it is over zeros, or not there
-	Origin   block.ID        // content id of the base that the device was made from, where that is not here; else zero
+	Origin   block.ID        // content id of the base that the device was made from, if that is not here; else zero
 	Incoming *block.Incoming // nil unless a migration brought the device
 	Pulled   *block.Pulled   // nil unless the base is being pulled
 	Contents *block.Contents // of the base, if a migration came whose source lacks it; else nil
-	Backlog  *block.Backlog  // what of the device waits for room on its file system
+	Backlog  *block.Backlog  // writes that wait for room on the device's file system
 
 	created []func() error // remove the files that were made for it
 }
@@ -106,8 +106,8 @@ func (f *Files) Open(ctx context.Context) (*Stack, error) {
 	return f.overlayOver(base, under, id, block.ID{}, nil)
 }
 
-// beneath opens what is beneath an overlay, which need not exist yet. under is the content id that
-// the overlay is bound to, id is that of the base; zero without one.
+// beneath opens what lies beneath an overlay, which need not exist yet. under is the content id
+// that the overlay is bound to, and id that of the base; zero without one.
 func (f *Files) beneath(ctx context.Context) (base block.Device, under, id block.ID, err error) {
 	under, size, baseless, err := f.baseless(ctx)
 	if err != nil {
@@ -130,8 +130,8 @@ func (f *Files) beneath(ctx context.Context) (base block.Device, under, id block
 	return file, contents.Device, contents.Device, nil
 }
 
-// baseless tells whether there is an overlay over zeros, as of a device that came by a migration
-// without its base. under and size are those of the overlay, if there is one.
+// baseless tells whether there is an overlay over zeros, as that of a device that came by a
+// migration without its base. under and size are those of the overlay.
 func (f *Files) baseless(ctx context.Context) (under block.ID, size int64, baseless bool, err error) {
 	under, size, found, err := block.OverlayBase(f.OverlayPaths())
 	if err != nil || !found {
@@ -141,8 +141,8 @@ func (f *Files) baseless(ctx context.Context) (under block.ID, size int64, basel
 	return under, size, baseless, err
 }
 
-// OpenOverlay opens what a device's overlay holds by itself, over zeros in the place of its base,
-// which need not be here.
+// OpenOverlay opens an overlay's own content, over zeros in place of its base, which need not be
+// here.
 func (f *Files) OpenOverlay() (*Stack, error) {
 	under, size, found, err := block.OverlayBase(f.OverlayPaths())
 	if err != nil {
@@ -154,8 +154,8 @@ func (f *Files) OpenOverlay() (*Stack, error) {
 	return f.overlayOver(block.NewZeros(size), under, block.ID{}, block.ID{}, nil)
 }
 
-// Forget gives up what an overlay that is not in use holds: its base shows again, or zeros where
-// the device came without one. There need not be an overlay.
+// Forget discards the content of an overlay that is not in use: its base shows again, or zeros
+// where the device came without one. There need not be an overlay.
 func (f *Files) Forget(ctx context.Context) error {
 	if f.Overlay == "" {
 		return nil
@@ -175,7 +175,8 @@ func (f *Files) Forget(ctx context.Context) error {
 }
 
 // Problems verifies a device that is not in use, by the same rules as Open. It returns what is
-// wrong, in words for the user, and an error only if it could not look. Nothing is changed.
+// wrong, one line of text for each problem, and an error only if it could not read the device.
+// Nothing is changed.
 func (f *Files) Problems(ctx context.Context) (problems []string, err error) {
 	if err := f.CheckMissing(); err != nil {
 		problems = append(problems, err.Error())
@@ -255,9 +256,9 @@ func (f *Files) contents(ctx context.Context, base *block.File) (*block.Contents
 	return c, nil
 }
 
-// overlayOver opens the overlay over base, whose content id is under. One that is made keeps
-// origin, the content id of a base that is not here. receive, if not nil, puts a device between the
-// overlay and the tracker.
+// overlayOver opens the overlay over base, whose content id is under. A new overlay records origin,
+// the content id of a base that is not here. receive, if not nil, puts a device between the overlay
+// and the tracker.
 func (f *Files) overlayOver(base block.Device, under, id, origin block.ID, receive func(block.Device) *block.Incoming) (*Stack, error) {
 	blockSize := f.BlockSize
 	if f.Paged && blockSize != 0 { // with 0, none is made
@@ -280,8 +281,8 @@ func (f *Files) overlayOver(base block.Device, under, id, origin block.ID, recei
 	return s, nil
 }
 
-// Receive opens a device for what a migration brings: receive makes what takes it, over what the
-// files make up. It returns what of the device is here.
+// Receive opens a device for a migration to here. receive makes the device that stores arriving
+// pages, over the device of the files. Receive returns what of the device is here already.
 func (f *Files) Receive(ctx context.Context, offered wire.Device, receive func(under block.Device) *block.Incoming) (*Stack, wire.Held, error) {
 	if f.Overlay == "" {
 		base, err := block.CreateFile(f.Base, offered.Size)
@@ -335,8 +336,8 @@ func (f *Files) Receive(ctx context.Context, offered wire.Device, receive func(u
 // own is the file without which nothing of the device is here.
 func (f *Files) own() string { return cmp.Or(f.State, f.Base) }
 
-// missingFile says, beside a device's files, that a migration has left a part of the device at its
-// source.
+// missingFile is a note beside a device's files that a migration has left a part of the device at
+// its source.
 func (f *Files) missingFile() string { return f.own() + ".missing" }
 
 // NoteMissing notes durably, before the VM runs, that a part of the device has not arrived.
@@ -347,7 +348,7 @@ func (f *Files) NoteMissing(bytes int64) error {
 	})
 }
 
-// ForgetMissing takes the note back once all has arrived.
+// ForgetMissing removes the note once everything has arrived.
 func (f *Files) ForgetMissing() error {
 	if err := os.Remove(f.missingFile()); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
@@ -358,7 +359,7 @@ func (f *Files) ForgetMissing() error {
 // maxNote bounds a note beside a device's files, in bytes.
 const maxNote = 64
 
-// CheckMissing refuses a device of which a part never arrived.
+// CheckMissing refuses a device that never wholly arrived.
 func (f *Files) CheckMissing() error {
 	b, err := private.ReadFile(f.missingFile(), maxNote)
 	if errors.Is(err, os.ErrNotExist) {
@@ -387,7 +388,7 @@ func (s *Stack) Remove() error {
 	return errors.Join(errs...)
 }
 
-// OpenOver is Open for a device whose base, if it is not here, is pulled.
+// OpenOver is Open for a device whose base is pulled if it is not here.
 func (f *Files) OpenOver(ctx context.Context, remote block.Remote) (*Stack, error) {
 	if f.Overlay == "" {
 		return nil, errors.New("its base is being pulled, so it cannot be written to; name an overlay and a state file")

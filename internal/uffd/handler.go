@@ -1,13 +1,12 @@
-// Package uffd serves the memory of a process that runs a VM, by userfaultfd(2): it answers the
-// faults on pages that are not there yet from a memory device, and learns which pages are written,
-// while the VM runs.
+// Package uffd serves the memory of a process that runs a VM, by userfaultfd(2). It answers faults
+// on missing pages from a memory device, and learns which pages are written, while the VM runs.
 //
-// A page is in one of these states: missing, there and write-protected, there and written. What is
-// missing comes from the device write-protected, unless it is a write that misses it. The first
+// A page has one of these states: missing, present and write-protected, present and written. A
+// missing page is filled write-protected from the device, unless the fault is a write. The first
 // write to a protected page marks it dirty and lifts the protection. [Handler.Collect] takes the
 // marks, protects the pages again, reads them out of the process and writes them to the device.
 // Marking and lifting are one step, and so are taking and protecting, under the lock of the page's
-// stripe; nobody does I/O under such a lock.
+// stripe. Nobody does I/O under such a lock.
 package uffd
 
 import (
@@ -27,10 +26,10 @@ import (
 
 // Config says what to serve.
 type Config struct {
-	Memory block.Device // where pages come from, and go to when they are collected
-	Track  bool         // whether to try to learn which pages are written
-	First  []uint32     // pages, of the size that memory has, to bring before anybody asks, in this order
-	Fill   bool         // whether to bring all others, too, behind them
+	Memory block.Device // source of pages, and their destination when they are collected
+	Track  bool         // try to learn which pages are written
+	First  []uint32     // pages, of the memory's page size, to fill before they are touched, in this order
+	Fill   bool         // then fill all other pages, too
 }
 
 // Handler serves one process' memory. Its methods are safe for concurrent use.
@@ -44,7 +43,7 @@ type Handler struct {
 	tracked bool
 
 	// Held for reading while pages are filled, for writing while events are read and removals
-	// noted: a fill sees every removal before it.
+	// noted. So a fill sees every removal before it.
 	events   sync.RWMutex
 	removals atomic.Uint64 // events that were noted
 
@@ -78,13 +77,13 @@ type Handler struct {
 
 const (
 	batch = 16 // events read at once
-	// A fault is often followed by the next, which is then seen without a wake-up: what KVM does
-	// with halt_poll_ns.
+	// A fault often follows soon. The reader then sees it without a wake-up, as KVM does with
+	// halt_poll_ns.
 	spin = 50 * time.Microsecond
 
 	stripeSize = 2 << 20  // bytes that share a lock
 	around     = 64 << 10 // bytes brought along with a page
-	maxNear    = 64       // pages whose surroundings wait to be brought
+	maxNear    = 64       // pages whose neighbours wait to be filled
 	fillSize   = 256 << 10
 	maxTouched = 8192
 )
@@ -125,7 +124,7 @@ func serve(fd descriptor, regions []region, pid int, c Config) (_ *Handler, err 
 	h.tracked = c.Track
 	for _, r := range regions {
 		if h.tracked && fd.register(r.Base, r.Size, registerMissing|registerWP) != nil {
-			h.tracked = false // an old kernel, or memory that cannot be protected; for the first region or for all
+			h.tracked = false // an old kernel, or memory that cannot be protected: for the first region or for all
 		}
 	}
 	h.ctx, h.cancel = context.WithCancel(context.Background())
@@ -136,11 +135,11 @@ func serve(fd descriptor, regions []region, pid int, c Config) (_ *Handler, err 
 	return h, nil
 }
 
-// Tracked tells whether written pages are known: whether Collect works.
+// Tracked tells whether written pages are known, and so whether Collect works.
 func (h *Handler) Tracked() bool { return h.tracked }
 
-// Failed is closed when a page could not be served: who waits for it waits for ever. Err then tells
-// why.
+// Failed is closed when a page could not be served: the thread that waits for it waits for ever.
+// Err then says why.
 func (h *Handler) Failed() <-chan struct{} { return h.failed }
 
 // Err is why Failed is closed.
@@ -156,15 +155,15 @@ func (h *Handler) Err() error {
 // Faults is the number of faults on missing pages, and of first writes to protected ones.
 func (h *Handler) Faults() (missing, writes int64) { return h.faults.Load(), h.writes.Load() }
 
-// Touched returns the first pages that were missed, in order.
+// Touched returns the pages that were missed first, in order.
 func (h *Handler) Touched() []uint32 {
 	h.touched.Lock()
 	defer h.touched.Unlock()
 	return append([]uint32(nil), h.touched.pages...)
 }
 
-// Close ends serving. The process must have ended, or its threads wait for ever. Whoever waits for
-// the device must have been let go.
+// Close ends the serving. The process must have ended, or its threads wait for ever. Goroutines
+// that wait for the device must have been released.
 func (h *Handler) Close() (err error) {
 	h.closed.Do(func() {
 		h.closing.Store(true)
@@ -221,8 +220,8 @@ type fault struct {
 // pages are those from first, and before end.
 type pages struct{ first, end int64 }
 
-// read waits for events and serves them. When there are none, it brings what lies around the pages
-// that were missed, the last one's first, page by page.
+// read waits for events and serves them. Without events it fills the neighbours of the pages that
+// were missed, the last page's first, page by page.
 func (h *Handler) read() {
 	b, err := newBuffer(max(h.unit, around))
 	if err != nil {
@@ -270,8 +269,8 @@ func (h *Handler) read() {
 	}
 }
 
-// next reads events, and notes removals. It returns 0 at the end. While there are none it calls
-// idle, until that says that there is nothing to do.
+// next reads events, and notes removals. It returns 0 at the end. Without events it calls idle,
+// until idle says that there is nothing to do.
 func (h *Handler) next(messages []byte, idle func() bool) (int, error) {
 	for begin := time.Now(); ; {
 		timeout := 0
@@ -313,7 +312,7 @@ func (h *Handler) next(messages []byte, idle func() bool) (int, error) {
 	}
 }
 
-// remove notes that pages have been given back, by a balloon: they read as zeros from now on.
+// remove notes that a balloon has given pages back: they read as zeros from now on.
 func (h *Handler) remove(start, end uint64) {
 	h.removals.Add(1)
 	for _, r := range h.regions {
@@ -357,8 +356,8 @@ func (h *Handler) address(off int64) (address uint64, follow int64, ok bool) {
 	return 0, 0, false
 }
 
-// serve answers a fault: at once if the page is at hand, or else without holding up the next one.
-// It tells whether it has brought a page.
+// serve answers a fault. If the page is at hand it does so at once, else without delaying the next
+// fault. It tells whether it has filled a page.
 func (h *Handler) serve(f fault, b buffer) bool {
 	if f.wp {
 		h.written(f.page)
@@ -400,7 +399,7 @@ func (h *Handler) written(page int64) {
 	s.Unlock()
 	switch {
 	case errors.Is(err, unix.EAGAIN):
-		// The layout changes: the event that says so has yet to be read, by another reader or by
+		// The layout changes. The event that says so has yet to be read, by another reader or by
 		// this one.
 		h.workers.Go(func() {
 			select {
@@ -423,12 +422,12 @@ func (h *Handler) load(p []byte, off int64, wait bool) (bool, error) {
 	return true, err
 }
 
-// bring fills a page that somebody waits for. It returns false if that is to be tried again: when
+// bring fills a page that somebody waits for. It returns false if the caller has to try again: when
 // it may wait, or when other events have been read.
 func (h *Handler) bring(f fault, b buffer, wait bool) bool {
 	off := f.page * h.unit
-	// What is read is old when the page has been removed since, even if the device holds its zeros
-	// by now, and the page is not marked any more.
+	// The page may have been removed since it was read. Its content is then old, even if the device
+	// holds its zeros by now, and the page is no longer marked.
 	removals, removed := h.removals.Load(), h.removed.Has(f.page)
 	if !removed {
 		if ok, err := h.load(b[:h.unit], off, wait); err != nil {
@@ -460,7 +459,7 @@ func (h *Handler) bring(f fault, b buffer, wait bool) bool {
 		_, err = h.fd.copy(address, b.pointer(0), uint64(h.unit), mode)
 	case !h.tracked && h.unit < hugePage:
 		err = h.fd.zero(address, uint64(h.unit))
-	default: // the page of zeros that all share cannot be protected, nor is there a huge one
+	default: // the shared page of zeros cannot be protected, and there is no huge one
 		_, err = h.fd.copy(address, h.zeros.pointer(0), uint64(h.unit), mode)
 	}
 	switch {
@@ -478,14 +477,14 @@ func (h *Handler) bring(f fault, b buffer, wait bool) bool {
 	return true
 }
 
-// around are the pages to bring along with one.
+// around returns the pages to fill along with one.
 func (h *Handler) around(page int64) pages {
 	n := max(1, around/h.unit)
 	first := page / n * n
 	return pages{first, min(first+n, h.present.Len())}
 }
 
-// bringAll fills those pages that are still missing. It returns false when that cannot go on now.
+// bringAll fills the pages that are still missing. It returns false when that cannot go on now.
 func (h *Handler) bringAll(all pages, b buffer, wait bool) bool {
 	for p := all.first; p < all.end; {
 		q := p
@@ -500,8 +499,8 @@ func (h *Handler) bringAll(all pages, b buffer, wait bool) bool {
 	return true
 }
 
-// bringMore fills pages that nobody is known to wait for, which lie in one region. It returns false
-// when that cannot go on now.
+// bringMore fills pages of one region that nobody is known to wait for. It returns false when that
+// cannot go on now.
 func (h *Handler) bringMore(p, q int64, b buffer, wait bool) bool {
 	off, length := p*h.unit, (q-p)*h.unit
 	address, follow, ok := h.address(off)
@@ -551,7 +550,7 @@ func (h *Handler) bringMore(p, q int64, b buffer, wait bool) bool {
 	return true
 }
 
-// take returns a buffer for a page that is waited for, and for those around it.
+// take returns a buffer for a page that is waited for, and its neighbours.
 func (h *Handler) take() (buffer, error) {
 	select {
 	case b := <-h.buffers:
@@ -577,8 +576,8 @@ func (h *Handler) touch(page int64) {
 	}
 }
 
-// fill brings pages before anybody asks: those that are known to be needed first, then all. What is
-// on its way from another host it leaves until it is here.
+// fill fills pages before they are touched: first those that are known to be needed, then all.
+// Pages that another host still has to send are left until they are here.
 func (h *Handler) fill() {
 	b, err := newBuffer(max(h.unit, fillSize))
 	if err != nil {
@@ -605,7 +604,7 @@ func (h *Handler) fill() {
 	}
 }
 
-// pass brings what is at hand, and tells whether that was all.
+// pass fills pages that are at hand, and tells whether those were all.
 func (h *Handler) pass(b buffer) (all bool) {
 	all = true
 	step := max(1, fillSize/h.unit)
@@ -635,8 +634,8 @@ func (h *Handler) pass(b buffer) (all bool) {
 }
 
 // Collect writes every page that was written until now to the device. The process goes on
-// meanwhile: what it writes from now on is for the next Collect. A page that could not be brought
-// to the device is still dirty after the error.
+// meanwhile; its later writes are for the next Collect. A page that could not be written to the
+// device is still dirty after the error.
 func (h *Handler) Collect(ctx context.Context) error {
 	h.collecting.Lock()
 	defer h.collecting.Unlock()
@@ -669,7 +668,7 @@ func (h *Handler) collect(p, q int64) (next int64, err error) {
 	s := h.stripe(off)
 	s.Lock()
 	there := h.present.Has(p)
-	end := p + 1 // pages that are all there, or all not
+	end := p + 1 // pages that are all present, or all missing
 	for end < q && h.present.Has(end) == there {
 		end++
 	}
@@ -698,7 +697,7 @@ func (h *Handler) collect(p, q int64) (next int64, err error) {
 	return end, err
 }
 
-// store writes pages to the device: what the process has there, or zeros.
+// store writes pages to the device, with the process' content or zeros.
 func (h *Handler) store(address uint64, off, length int64, there bool) error {
 	if !there {
 		if err := block.Trim(h.config.Memory, off, length); err != nil {
@@ -726,7 +725,7 @@ func (h *Handler) store(address uint64, off, length int64, there bool) error {
 	return nil
 }
 
-// settleRemoved notes that the device holds the zeros of pages that were removed.
+// settleRemoved notes that the device has zeros for pages that were removed.
 func (h *Handler) settleRemoved(off, length int64) {
 	s := h.stripe(off)
 	s.Lock()

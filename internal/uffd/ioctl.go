@@ -43,15 +43,15 @@ func (d descriptor) ioctl(request uintptr, argument unsafe.Pointer) error {
 	return nil
 }
 
-// register asks for the faults of a range.
+// register requests the faults of a range.
 func (d descriptor) register(start, length, mode uint64) error {
 	r := struct{ start, length, mode, ioctls uint64 }{start, length, mode, 0}
 	return d.ioctl(ioctlRegister, unsafe.Pointer(&r))
 }
 
-// copy fills pages that are missing with what lies at src, which the garbage collector must not
-// know, and wakes who waits for them unless told not to. It returns how much it has filled before
-// an error: EEXIST at a page that is there, EAGAIN while the memory's layout changes.
+// copy fills missing pages with the bytes at src, which the garbage collector must not know. It
+// wakes threads that wait for them, unless told not to. It returns how many bytes it has filled
+// before an error: EEXIST at a page that is present, EAGAIN while the memory's layout changes.
 func (d descriptor) copy(dst uint64, src unsafe.Pointer, length, mode uint64) (int64, error) {
 	c := struct {
 		dst, src, length, mode uint64
@@ -64,7 +64,7 @@ func (d descriptor) copy(dst uint64, src unsafe.Pointer, length, mode uint64) (i
 	return max(0, c.copied), err
 }
 
-// zero fills one page that is missing with zeros.
+// zero fills one missing page with zeros.
 func (d descriptor) zero(dst, length uint64) error {
 	z := struct {
 		start, length, mode uint64
@@ -73,8 +73,8 @@ func (d descriptor) zero(dst, length uint64) error {
 	return d.ioctl(ioctlZeroPage, unsafe.Pointer(&z))
 }
 
-// writeProtect makes the next write to each page that is there a fault, or ends that and wakes who
-// waits.
+// writeProtect makes the next write to each present page a fault, or ends that and wakes the
+// threads that wait.
 func (d descriptor) writeProtect(start, length uint64, on bool) error {
 	w := struct{ start, length, mode uint64 }{start, length, 0}
 	if on {

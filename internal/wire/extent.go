@@ -16,7 +16,7 @@ type Encoding uint8
 const (
 	Raw  Encoding = 0 // as they are
 	Zero Encoding = 1 // none: all zeros
-	Same Encoding = 2 // none: what the target holds is right: the base's, or what was sent before
+	Same Encoding = 2 // no data: the content that the target holds is right, from the base or from before the handoff
 	Zstd Encoding = 3 // one zstd frame (RFC 8878)
 )
 
@@ -44,8 +44,8 @@ type Extent struct {
 	Data     []byte // Raw: Len bytes; Zstd: what decompresses to them
 }
 
-// ExtentBuffer holds an extent's frame while it is made, so that data are read into place and sent
-// in one piece. Reuse it.
+// ExtentBuffer holds an extent's frame while it is made, so that data are read into their place and
+// sent in one piece. Reuse it.
 type ExtentBuffer struct {
 	frame      []byte
 	compressed []byte

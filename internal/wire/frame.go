@@ -1,6 +1,6 @@
 // Package wire holds the frames of the migration protocol: how they are encoded, decoded and
-// bounded. docs/protocol.md describes them byte by byte. What is sent when is the business of
-// package migrate.
+// bounded. docs/protocol.md describes them byte by byte. Package migration decides what is sent
+// when.
 package wire
 
 import (
@@ -43,7 +43,7 @@ const (
 	TypeError     Type = 15 // both: why the migration or the connection ends
 	TypeSnapshot  Type = 16 // source: all of a copy has been sent; the VM goes on there
 	TypeContents  Type = 17 // registry, or target: content ids of a device's blocks
-	TypeOperation Type = 18 // source, on a forward lane: what a user of a device that has moved away wants
+	TypeOperation Type = 18 // source, on a forward lane: an operation of a user of a device that has moved away
 	TypeResult    Type = 19 // target, on a forward lane: what became of it
 	TypePrepare   Type = 20 // source: the handoff is near; target: it is ready for that
 )
@@ -72,7 +72,8 @@ const (
 	operationHeader = 21
 )
 
-// maxPayload bounds what a frame of a type may announce, before anything is allocated for it.
+// maxPayload is the largest payload of a type, in bytes. It is checked before anything is
+// allocated.
 func maxPayload(t Type) int {
 	switch t {
 	case TypeHello:
@@ -108,7 +109,7 @@ func maxPayload(t Type) int {
 const headerSize = 16
 
 // ErrProtocol says that the other side does not follow the protocol, or that the connection damaged
-// what it sent.
+// a frame.
 var ErrProtocol = errors.New("protocol violation")
 
 func violation(format string, args ...any) error {
@@ -147,8 +148,8 @@ func NewConn(stream io.ReadWriteCloser) *Conn {
 	return &Conn{stream: stream, reader: bufio.NewReaderSize(stream, 32<<10), bound: MaxPayload}
 }
 
-// Bound bounds the payloads of frames that are received from here on, in bytes: where nothing else
-// is expected, a stranger can have no more memory than that. Call it where Read is called.
+// Bound bounds the payloads of frames that are received from here on, in bytes, so that a stranger
+// can use no more memory. Call it from the goroutine that calls Read.
 func (c *Conn) Bound(bytes int) { c.bound = bytes }
 
 // Close closes the stream, which ends every Read and send. It is idempotent.
@@ -157,9 +158,9 @@ func (c *Conn) Close() error {
 	return c.closeErr
 }
 
-// Silence is how long Read has been waiting without receiving anything; before the first Read, how
-// long a frame has been waiting to be sent. Later on, one that waits says nothing: the other side
-// may be slow, and live.
+// Silence is how long Read has been waiting without receiving anything. Before the first Read it is
+// how long a frame has been waiting to be sent. Later a waiting frame does not count, because the
+// other side may be slow and alive.
 func (c *Conn) Silence() time.Duration {
 	since := c.waiting.Load()
 	if since == 0 && !c.heard.Load() {
@@ -284,7 +285,7 @@ func (c *Conn) Read() (f Frame, err error) {
 	return f, nil
 }
 
-// readPayload reads into the buffer, which grows only as data really comes.
+// readPayload reads into the buffer, which grows only as data arrive.
 func (c *Conn) readPayload(length int) error {
 	const step = extentHeader + MaxExtent
 	for done := 0; done < length; {

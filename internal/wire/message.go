@@ -20,16 +20,16 @@ const (
 	Main   Lane = 0 // all that is neither wanted nor an answer to it
 	Demand Lane = 1 // wants of the target and their answers
 
-	// Forward is for what the users of devices that have moved away go on doing at their source: a
-	// connection that the target opens, on which the source asks.
+	// Forward is the lane for operations of users at the source, on devices that have moved away.
+	// The target opens it, and the source sends operations on it.
 	Forward Lane = 2
 )
 
 const magic = "DRAFTER\x00"
 
 // Hello opens every connection. Its payload: magic [8]byte, version uint16, lane uint8, flags uint8
-// (1: it resumes, 2: a copy is wanted), migration id [16]byte, features uint64. A feature is a bit
-// that changes nothing for those who do not know it.
+// (1: it resumes, 2: a copy is wanted), migration id [16]byte, features uint64. A side that does
+// not know a feature's bit can ignore it.
 type Hello struct {
 	Version   uint16
 	Lane      Lane
@@ -39,25 +39,24 @@ type Hello struct {
 	Features  uint64
 }
 
-// FeaturePackage is a feature of a manifest: nothing runs here and nothing is handed over. The
-// other side may ask for any pages, as often as it likes; the manifest is followed by the devices'
-// [Contents].
+// FeaturePackage is a feature of a manifest: there is no VM, and nothing is handed over. The other
+// side may ask for any pages, any number of times. The devices' [Contents] follow the manifest.
 const FeaturePackage uint64 = 1
 
 // FeatureForward is a feature of a manifest: the devices have users at the source, who go on there
-// after the handoff. The target serves them, see [Forward].
+// after the handoff. The target serves them; see [Forward].
 const FeatureForward uint64 = 2
 
-// FeatureSignature is a feature of a hello: the target takes the package's signature; and of the
-// manifest that answers it: it is there.
+// FeatureSignature is a feature of a hello: the target takes the package's signature. In the
+// manifest that answers it, it says that the signature follows.
 const FeatureSignature uint64 = 4
 
-// FeatureForce is a feature of a hello: the VM is taken even if its guest does not get ready to be
-// paused.
+// FeatureForce is a feature of a hello: the target takes the VM even if its guest does not get
+// ready to be paused.
 const FeatureForce uint64 = 8
 
-// FeatureContents is a feature of a hello: the target tells the contents of a base that it holds
-// and the source lacks, see [Device].
+// FeatureContents is a feature of a hello: the target sends the contents of a base that it holds
+// and the source lacks; see [Device].
 const FeatureContents uint64 = 16
 
 // Kind is what an [Operation] does.
@@ -71,9 +70,9 @@ const (
 	Sync  Kind = 4
 )
 
-// Operation asks for something to be done with a device. Its payload: id uint64, kind uint8, offset
-// uint64, length uint32, the data of a write; the device is in the header. It may come twice, when
-// the connection was lost before its result came; doing it twice is the same as once.
+// Operation is an operation on a device. Its payload: id uint64, kind uint8, offset uint64, length
+// uint32, the data of a write; the device is in the header. It may come twice, if the connection
+// was lost before its result came. Doing it twice has the same effect as once.
 type Operation struct {
 	Device int
 	ID     uint64
@@ -83,8 +82,8 @@ type Operation struct {
 	Data   []byte // valid until the next Read
 }
 
-// Result tells what became of an operation, in any order. Its payload: id uint64, failed uint8,
-// then what was read or, if it failed, why.
+// Result is the result of an operation; results come in any order. Its payload: id uint64, failed
+// uint8, then the data of a read or, if it failed, the reason.
 type Result struct {
 	ID     uint64
 	Failed bool
@@ -100,8 +99,7 @@ type Manifest struct {
 	Features  uint64
 	Config    []byte // content of the config device (JSON)
 	Processor []byte // of the source's host (JSON); empty when it does not matter
-	// Generation is the VM's generation ID, which it keeps where it moves to; zero when it keeps
-	// none.
+	// Generation is the VM's generation ID, which it keeps when it moves; zero when it keeps none.
 	Generation uuid.UUID
 	Devices    []Device
 	Signature  []byte // of the package, with FeatureSignature
@@ -113,7 +111,7 @@ type Device struct {
 	Size      int64 // bytes
 	BlockSize int64 // bytes
 	NeedsBase bool  // the target must have the base
-	Absent    bool  // the source does not have the base: a target that does tells its [Contents] before it accepts. With [FeatureContents]
+	Absent    bool  // the source does not have the base: a target that has it sends its [Contents] before it accepts. With [FeatureContents]
 	Base      block.ID
 	Backup    block.ID // what a backup that the target may reach held of it
 }
@@ -159,22 +157,22 @@ type Want struct {
 	First, Ends int64 // pages; Ends is not part
 }
 
-// Cycle announces what is to be sent. Its payload: number uint32, bytes uint64.
+// Cycle announces a cycle. Its payload: number uint32, bytes to send uint64.
 type Cycle struct {
 	Number int
 	Bytes  int64
 }
 
 // Authority hands the VM over. Its payload: how long it has been paused, int64 in nanoseconds;
-// number of devices uint16; then the page set of each, see [AppendPages]: what has not been sent in
-// its final form.
+// number of devices uint16; then the set of pages of each whose final content has not been sent,
+// see [AppendPages].
 type Authority struct {
 	Paused  time.Duration
 	Missing []*block.Bitmap
 }
 
-// Snapshot ends a copy: all has been sent as it was in one moment. Its payload: how long the VM was
-// paused for it, int64 in nanoseconds.
+// Snapshot ends a copy: everything has been sent as it was in one moment. Its payload: how long the
+// VM was paused for it, int64 in nanoseconds.
 type Snapshot struct{ Paused time.Duration }
 
 // Ack answers an authority. Its payload: accepted uint8, reason.
@@ -183,7 +181,7 @@ type Ack struct {
 	Reason   string // why not
 }
 
-// Outcome is how the target stands to a migration after an authority may have been sent.
+// Outcome is what a target has decided about a VM after an authority may have been sent.
 type Outcome uint8
 
 // The outcomes at a target.
@@ -193,13 +191,14 @@ const (
 )
 
 // Resume goes on after a lost connection. Its payload: outcome uint8, number of devices uint16,
-// then the page set of each: what is still missing.
+// then the set of missing pages of each.
 type Resume struct {
 	Outcome Outcome
 	Missing []*block.Bitmap
 }
 
-// Progress answers a [Cycle]: all that was sent before it is stored. Its payload: number uint32.
+// Progress answers a [Cycle]: everything that was sent before it is stored. Its payload: number
+// uint32.
 type Progress struct{ Cycle int }
 
 // Code says what kind an error is.
@@ -225,7 +224,7 @@ type Error struct {
 func (e *Error) Error() string { return e.Text }
 
 // Send sends a message: one of the types above, or a bare [Type] for those without payload. Urgent
-// messages overtake what waits.
+// messages overtake others that wait.
 func (c *Conn) Send(message any) error {
 	b := make([]byte, headerSize, headerSize+256)
 	le := binary.LittleEndian
@@ -309,8 +308,8 @@ func cut(s string) string { return s[:min(len(s), maxText)] }
 // maxText bounds a text for a human, in bytes.
 const maxText = 2000
 
-// Printable is a text of the other side's for a human: bounded, on one line, and without what a
-// terminal would obey.
+// Printable is a text of the other side for a human: bounded, on one line, and without control
+// characters.
 func Printable(b []byte) string {
 	return strings.Map(func(r rune) rune {
 		if !unicode.IsPrint(r) {
@@ -393,7 +392,7 @@ func Decode(f Frame, sizes []int64) (any, error) {
 	return m, nil
 }
 
-// reader takes a payload apart. After its first failure it returns zeros.
+// reader decodes a payload field by field. After its first failure it returns zeros.
 type reader struct {
 	b   []byte
 	err error

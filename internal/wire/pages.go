@@ -6,10 +6,10 @@ import (
 	"drafter/internal/block"
 )
 
-// AppendPages appends a set of pages in at most limit bytes: for each run, the number of pages
-// between the last run and this one and the number of pages in it, both as uvarint; then 0, 0. When
-// the set is so scattered that it would take more, runs that are near each other are joined: the
-// encoded set then holds more pages than the given one, which costs transfer and nothing else.
+// AppendPages appends a set of pages in at most limit bytes. Each run is two uvarints: the number
+// of pages between the last run and this one, and the number of pages in it. 0, 0 ends the set. If
+// the set would take more, runs that are near each other are joined. The encoded set then holds
+// more pages than the given one, which only costs transfer.
 func AppendPages(b []byte, set *block.Bitmap, limit int) []byte {
 	start := len(b)
 	for gap := int64(0); ; gap = max(1, 2*gap) {

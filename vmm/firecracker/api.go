@@ -82,8 +82,8 @@ type api struct {
 	socket string
 }
 
-// newAPI is for the Firecracker that runs as user uid. It could put a link to another socket in the
-// place of its own, so who answers there is checked.
+// newAPI is for the Firecracker that runs as user uid. That user could replace its socket by a link
+// to another one, so the process that answers there is checked.
 func newAPI(socket string, uid int) *api {
 	a := &api{socket: socket}
 	a.client.Transport = &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {

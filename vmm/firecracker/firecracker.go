@@ -1,8 +1,8 @@
 // Package firecracker drives unmodified releases of Firecracker, behind their jailer.
 //
-// A machine that boots has its memory from nowhere and is there to be snapshotted. Every other is
-// restored: its memory is served by package uffd, from the memory device, a page at a time, and
-// what it writes is known while it runs.
+// A machine that boots has memory of its own, and boots only to be snapshotted. Every other machine
+// is restored: package uffd serves its memory from the memory device, a page at a time, and knows
+// which pages it writes while it runs.
 package firecracker
 
 import (
@@ -89,11 +89,11 @@ func (d Driver) programs() (bin, jailer string, err error) {
 
 // Check implements [vmm.Checker].
 func (d Driver) Check(ctx context.Context, l vmm.Launch) error {
-	_, _, _, err := d.check(ctx, &l)
+	_, _, _, err := d.checkHost(ctx, &l)
 	return err
 }
 
-func (d Driver) check(ctx context.Context, l *vmm.Launch) (bin, jailer string, v vmm.Version, err error) {
+func (d Driver) checkHost(ctx context.Context, l *vmm.Launch) (bin, jailer string, v vmm.Version, err error) {
 	if bin, jailer, err = d.programs(); err != nil {
 		return
 	}
@@ -114,7 +114,7 @@ func (d Driver) check(ctx context.Context, l *vmm.Launch) (bin, jailer string, v
 
 // Launch implements [vmm.Driver].
 func (d Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
-	bin, jailer, v, err := d.check(ctx, &l)
+	bin, jailer, v, err := d.checkHost(ctx, &l)
 	if err != nil {
 		return nil, err
 	}
@@ -159,7 +159,7 @@ type cpuConfig struct {
 	custom json.RawMessage // or nil
 }
 
-// readCPU understands the name of a static template or the path of a custom one.
+// readCPU parses the name of a static template, or reads the custom one at a path.
 func readCPU(cpu string) (*cpuConfig, error) {
 	switch {
 	case cpu == "" || cpu == "None":
@@ -177,7 +177,8 @@ func readCPU(cpu string) (*cpuConfig, error) {
 	return &cpuConfig{name: fmt.Sprintf(customCPU+"%x", sha256.Sum256(b))[:23], custom: b}, nil
 }
 
-// recordedCPU is readCPU for what a package records. It has no custom template.
+// recordedCPU is readCPU for the template that a package records. A package contains no custom
+// template.
 func recordedCPU(name string) (*cpuConfig, error) {
 	if strings.HasPrefix(name, customCPU) {
 		return nil, fmt.Errorf("the VM cannot boot again: its CPU template %s is not part of its package; take its disks with 'drafter device export' and make a package of them", name)
@@ -185,7 +186,7 @@ func recordedCPU(name string) (*cpuConfig, error) {
 	return readCPU(name)
 }
 
-// customCPU begins the name of a custom template, which goes on with the start of its SHA-256.
+// customCPU begins the name of a custom template; the start of its SHA-256 follows.
 const customCPU = "custom-"
 
 // Machine is one Firecracker process.
@@ -408,8 +409,8 @@ func (m *Machine) supervise() {
 	close(m.ended)
 }
 
-// orExit prefers the story of a VM that just ended over err, its consequence. A process that dies
-// takes a moment to be reaped.
+// orExit returns how a VM that has just ended did so, or err, which may be its consequence. A
+// process that dies takes a moment to be reaped.
 func (m *Machine) orExit(err error) error {
 	var refused *refusedError
 	if err == nil || errors.As(err, &refused) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
@@ -429,7 +430,7 @@ func (m *Machine) orExit(err error) error {
 // command returns the error of a call; if Firecracker has died, it says how.
 func (m *Machine) command(err error) error { return m.orExit(err) }
 
-// maxCounted bounds the names of what Firecracker counts; it has some 500.
+// maxCounted bounds how many of Firecracker's counters are kept; it has some 500.
 const maxCounted = 4096
 
 func (m *Machine) count(name string, value float64) {
@@ -443,7 +444,7 @@ func (m *Machine) count(name string, value float64) {
 	}
 }
 
-// Metrics implements [vmm.Meter]: what Firecracker has last said of itself (docs/metrics.md of
+// Metrics implements [vmm.Meter]: Firecracker's last report of its counters (docs/metrics.md of
 // Firecracker), by group and name, and the faults served.
 func (m *Machine) Metrics() map[string]float64 {
 	m.mu.Lock()

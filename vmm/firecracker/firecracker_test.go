@@ -119,7 +119,7 @@ func (o *output) await(t *testing.T, text string) {
 	})
 }
 
-func check(t *testing.T, errs ...error) {
+func noErrors(t *testing.T, errs ...error) {
 	t.Helper()
 	if err := errors.Join(errs...); err != nil {
 		t.Fatal(err)
@@ -132,7 +132,7 @@ func called(t *testing.T, m vmm.Machine, run int) {
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	conn, err := m.GuestConn(ctx, 26)
-	check(t, err)
+	noErrors(t, err)
 	defer conn.Close()
 	if line, err := bufio.NewReader(conn).ReadString('\n'); err != nil || line != fmt.Sprintf("call of run %d\n", run) {
 		t.Fatalf("the guest says %q, %v; want the call of run %d", line, err, run)
@@ -145,7 +145,7 @@ func pages(t *testing.T, memory block.Device, runs int) {
 	b := make([]byte, 8)
 	for p := 1; p <= runs+1; p++ {
 		_, err := memory.ReadAt(b, int64(p)*4096)
-		check(t, err)
+		noErrors(t, err)
 		want := uint64(p)
 		if p > runs {
 			want = 0
@@ -167,37 +167,37 @@ func TestLifeCycle(t *testing.T) {
 			boot := l
 			boot.Boot = &vmm.Boot{Kernel: l.Kernel, Args: "console=ttyS0"}
 			m, err := d.Launch(ctx, boot)
-			check(t, err)
+			noErrors(t, err)
 			out.await(t, "run 1\n")
 			called(t, m, 1)
 			state := &bytes.Buffer{}
-			check(t, m.Pause(ctx), m.Flush(ctx), m.Save(ctx, state), m.Flush(ctx))
+			noErrors(t, m.Pause(ctx), m.Flush(ctx), m.Save(ctx, state), m.Flush(ctx))
 			hw := m.Hardware()
-			check(t, m.Close(), m.Close(), m.Wait())
+			noErrors(t, m.Close(), m.Close(), m.Wait())
 			memory, err := block.OpenFile(l.Memory, false)
-			check(t, err)
+			noErrors(t, err)
 			defer memory.Close()
 			pages(t, memory, 1)
 			for run := 2; run < 6; run++ {
 				l := launch(t, out)
 				l.Recorded, l.Memory, l.MemoryDevice, l.FillMemory = &hw, "", memory, run%2 == 1
 				m, err := d.Launch(ctx, l)
-				check(t, err)
-				check(t, m.Restore(ctx, bytes.NewReader(state.Bytes())), m.Resume(ctx))
+				noErrors(t, err)
+				noErrors(t, m.Restore(ctx, bytes.NewReader(state.Bytes())), m.Resume(ctx))
 				called(t, m, run)
-				check(t, m.Flush(ctx)) // while it runs
+				noErrors(t, m.Flush(ctx)) // while it runs
 				if !untracked {
 					pages(t, memory, run)
 				}
-				check(t, m.Pause(ctx))
+				noErrors(t, m.Pause(ctx))
 				state.Reset()
-				check(t, m.Save(ctx, state), m.Flush(ctx))
+				noErrors(t, m.Save(ctx, state), m.Flush(ctx))
 				if untracked { // each pause for a delta made another run
 					*state = *bytes.NewBuffer(rewind(t, state.Bytes(), run))
 				} else {
 					pages(t, memory, run)
 				}
-				check(t, m.Close(), m.Wait())
+				noErrors(t, m.Close(), m.Wait())
 			}
 		})
 	}
@@ -207,17 +207,17 @@ func TestLifeCycle(t *testing.T) {
 func rewind(t *testing.T, state []byte, run int) []byte {
 	t.Helper()
 	_, snapshot, err := readState(bytes.NewReader(state))
-	check(t, err)
+	noErrors(t, err)
 	if got := binary.LittleEndian.Uint64(snapshot[22:]); got != uint64(run)+1 {
 		t.Fatalf("the state is of run %d; want %d, as the flush has resumed the guest", got, run+1)
 	}
 	s := &standIn{state: "Paused", runs: run, dirty: map[int]bool{}, memory: make([]byte, 4096)}
 	path := filepath.Join(t.TempDir(), "state")
-	check(t, s.snapshot(map[string]any{"snapshot_path": path, "mem_file_path": path + ".memory"}))
+	noErrors(t, s.snapshot(map[string]any{"snapshot_path": path, "mem_file_path": path + ".memory"}))
 	snapshot, err = os.ReadFile(path)
-	check(t, err)
+	noErrors(t, err)
 	var b bytes.Buffer
-	check(t, writeState(&b, nil, snapshot))
+	noErrors(t, writeState(&b, nil, snapshot))
 	return b.Bytes()
 }
 
@@ -236,7 +236,7 @@ func TestRefused(t *testing.T) {
 		l.Boot = &vmm.Boot{Kernel: l.Kernel}
 		m, err := programs(t, version, "none").Launch(t.Context(), l)
 		if want == "" {
-			check(t, err, m.Close())
+			noErrors(t, err, m.Close())
 		} else if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("version %s: %v; want %q", version, err, want)
 		}
@@ -267,21 +267,21 @@ func TestLostMemory(t *testing.T) {
 	d := programs(t, "1.14.2", "none")
 	l := launch(t, &output{})
 	memory, err := block.OpenFile(l.Memory, false)
-	check(t, err)
+	noErrors(t, err)
 	defer memory.Close()
 	hw := vmm.Hardware{VMM: vmm.VMMFirecracker, Version: "1.14.2", Machine: machine, CPU: "None"}
 	device := &losing{Device: memory}
 	l.Recorded, l.Memory, l.MemoryDevice = &hw, "", device
 	m, err := d.Launch(t.Context(), l)
-	check(t, err)
+	noErrors(t, err)
 	s := &standIn{state: "Paused", dirty: map[int]bool{}, memory: make([]byte, 4096)}
 	path := filepath.Join(t.TempDir(), "state")
-	check(t, s.snapshot(map[string]any{"snapshot_path": path, "mem_file_path": path + ".memory"}))
+	noErrors(t, s.snapshot(map[string]any{"snapshot_path": path, "mem_file_path": path + ".memory"}))
 	snapshot, err := os.ReadFile(path)
-	check(t, err)
+	noErrors(t, err)
 	var state bytes.Buffer
-	check(t, writeState(&state, nil, snapshot))
-	check(t, m.Restore(t.Context(), &state))
+	noErrors(t, writeState(&state, nil, snapshot))
+	noErrors(t, m.Restore(t.Context(), &state))
 	device.lost.Store(true)
 	if err := m.Resume(t.Context()); err == nil || !strings.Contains(err.Error(), "its memory was lost") {
 		t.Errorf("resume: %v", err)
@@ -289,7 +289,7 @@ func TestLostMemory(t *testing.T) {
 	if err := m.Wait(); err == nil || !strings.Contains(err.Error(), "the source is gone") {
 		t.Errorf("it ended with %v", err)
 	}
-	check(t, m.Close())
+	noErrors(t, m.Close())
 }
 
 // losing is a device that is lost.
@@ -317,7 +317,7 @@ func TestState(t *testing.T) {
 	}
 	whole := append([]byte("123456789"), binary.LittleEndian.AppendUint64(nil, 0xe9c6d914c4b8d9ca)...)
 	var b bytes.Buffer
-	check(t, writeState(&b, []uint32{7, 1 << 20, 3}, whole))
+	noErrors(t, writeState(&b, []uint32{7, 1 << 20, 3}, whole))
 	first, got, err := readState(bytes.NewReader(b.Bytes()))
 	if err != nil || len(first) != 3 || first[1] != 1<<20 || !bytes.Equal(got, whole) {
 		t.Errorf("%v, %q, %v", first, got, err)

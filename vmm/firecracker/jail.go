@@ -14,9 +14,9 @@ import (
 	"drafter/vmm"
 )
 
-// jail is what Firecracker sees of the host: the root of the VM's directory. Its devices are
-// mounted there for Firecracker alone, in a mount namespace that ends with it, so that nothing of
-// it outlives a kill.
+// jail is the part of the host that Firecracker sees: the root of the VM's directory. Its devices
+// are mounted there for Firecracker alone, in a mount namespace that ends with it, so that no mount
+// outlives a kill.
 type jail struct {
 	root   string
 	mounts []process.Mount
@@ -102,7 +102,7 @@ func (j *jail) lend(l *vmm.Launch, path, name string, write bool) error {
 	return errors.Join(l.Dir.Lend(path, l.UID, l.GID, write), j.place(path, filepath.Join(j.root, name), write))
 }
 
-// arguments are the jailer's, and behind -- Firecracker's. See docs/jailer.md of Firecracker.
+// arguments are the jailer's and, behind --, Firecracker's. See docs/jailer.md of Firecracker.
 func (j *jail) arguments(l *vmm.Launch, level string) []string {
 	return []string{
 		"--id", l.Dir.ID,
@@ -119,8 +119,8 @@ func openSnapshots(pid int) (dir *os.File, err error) {
 	return os.OpenFile(filepath.Join("/proc", strconv.Itoa(pid), "root", jailSnapshot), unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 }
 
-// openSnapshot opens a regular file among the snapshots. What else Firecracker may have put in its
-// place, as a link to a file of the host's, is refused.
+// openSnapshot opens a regular file among the snapshots. Anything else that Firecracker may have
+// put in its place, such as a link to a file of the host, is refused.
 func openSnapshot(pid int, name string, flags uint64) (f *os.File, err error) {
 	dir, err := openSnapshots(pid)
 	if err != nil {
@@ -187,8 +187,8 @@ func removeSnapshot(pid int, name string) error {
 	return nil
 }
 
-// offerTap lets a user attach to a tap interface in the calling thread's network namespace. What it
-// was before is not known; it belongs to drafter nat.
+// offerTap lets a user attach to a tap interface in the calling thread's network namespace. The
+// previous user is not restored; the interface belongs to drafter nat.
 func offerTap(name string, uid, gid int) (err error) {
 	if name == "" || uid == 0 {
 		return nil

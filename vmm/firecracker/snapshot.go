@@ -77,7 +77,8 @@ func (m *Machine) serveMemory(first []uint32) error {
 	return nil
 }
 
-// watchMemory ends a VM whose memory cannot be served any more: it would stand still for ever.
+// watchMemory ends a VM whose memory cannot be served any more. Otherwise it would stand still for
+// ever.
 func (m *Machine) watchMemory(h *uffd.Handler) {
 	select {
 	case <-h.Failed():
@@ -89,10 +90,10 @@ func (m *Machine) watchMemory(h *uffd.Handler) {
 	}
 }
 
-// Flush implements [vmm.Machine]. Where the written pages are known it does not pause the guest.
-// Where they are not, Firecracker has to be asked for them, which it answers only while the VM is
-// paused: a running VM is then paused for as long as that takes, unless the last time has shown
-// that it writes faster than that, in which case nothing is done until it is paused for good.
+// Flush implements [vmm.Machine]. If written pages are known, it does not pause the guest. If not,
+// only Firecracker knows them, and answers only while the VM is paused. Flush then pauses a running
+// VM for that. It does nothing if the guest has written nearly as much again since the last such
+// flush; the next flush is then that of the paused VM.
 func (m *Machine) Flush(ctx context.Context) error {
 	m.mu.Lock()
 	h, paused, vain := m.memory, m.paused, m.vain
@@ -131,8 +132,8 @@ func (m *Machine) FlushPauses() bool {
 	return m.memory == nil || !m.memory.Tracked()
 }
 
-// delta writes what a paused VM has written since the last time to the memory device, by a
-// snapshot, and returns how much that was.
+// delta writes to the memory device what a paused VM has written since the last time, by a
+// snapshot, and returns how many bytes that was.
 func (m *Machine) delta(ctx context.Context) (written int64, err error) {
 	s := snapshotCreate{SnapshotType: "Diff", SnapshotPath: "/" + jailSnapshot + "/state"}
 	if m.launch.Boot != nil {
@@ -175,11 +176,11 @@ func (m *Machine) delta(ctx context.Context) (written int64, err error) {
 
 // Save implements [vmm.Machine].
 //
-// Firecracker writes the state of a snapshot first, then memory. Memory is known otherwise, so that
-// is given a path which cannot exist: Firecracker refuses the snapshot, but the state is there, and
-// whole if its checksum says so.
+// Firecracker writes the state of a snapshot first, then memory. The memory device has the memory
+// already, so Save names a path for it that cannot exist. Firecracker refuses the snapshot, but the
+// state is there, and its checksum says whether it is whole.
 func (m *Machine) Save(ctx context.Context, state io.Writer) error {
-	if err := m.Flush(ctx); err != nil { // what is refused below must not have been the last to know of a written page
+	if err := m.Flush(ctx); err != nil { // a snapshot that is refused below must not be the only one that knew of a written page
 		return err
 	}
 	if err := removeSnapshot(m.process.PID(), "state"); err != nil {

@@ -11,12 +11,12 @@ import (
 	"drafter/vmm"
 )
 
-// oldest is the first release whose diff snapshots and handshake are as this driver needs them.
+// oldest is the first release with the diff snapshots and the handshake that this driver needs.
 var oldest = vmm.Version{Major: 1, Minor: 14, Micro: 1}
 
 var templateForm = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9-]{0,63}$`)
 
-// installedVersion asks a binary for its version, and refuses those that do not work.
+// installedVersion asks a binary for its version, and refuses versions that do not work.
 func installedVersion(ctx context.Context, path string) (vmm.Version, error) {
 	out, err := exec.CommandContext(ctx, path, "--version").Output()
 	if err != nil {
@@ -39,8 +39,8 @@ func supported(v vmm.Version) error {
 	return nil
 }
 
-// compatible refuses state that this Firecracker would refuse, or misread: a state is read by the
-// release that wrote it and by newer ones.
+// compatible refuses state that this Firecracker would refuse, or misread. A state is read by the
+// release that wrote it, and by newer ones.
 func compatible(recorded vmm.Hardware, have vmm.Version) error {
 	if recorded.VMM != vmm.VMMFirecracker {
 		return kind.Of(vmm.ErrIncompatible, fmt.Errorf("the package was made with %s, it cannot be resumed with Firecracker", recorded.VMM))

@@ -82,7 +82,7 @@ func (ps ports) accept(ctx context.Context, port uint32) (net.Conn, error) {
 // still.
 const maxDrained = 64
 
-// drain gives up calls that nobody has taken: a snapshot ends all connections, and the guest's
+// drain closes calls that nobody has taken, because a snapshot ends all connections. The guest's
 // programs call again.
 func (ps ports) drain() error {
 	var errs []error

@@ -11,16 +11,16 @@ import (
 	"drafter/vmm"
 )
 
-// Machine types. microvm is the fastest to start, but under emulation its kernel hangs now and then
+// Machine types. microvm is the fastest to start. Under emulation its kernel hangs now and then
 // while it calibrates timers (it has neither HPET nor PM timer), so emulation takes q35. A q35 is
-// asked for by version: an alias means another machine on another host.
+// named by version, because an alias means another machine on another host.
 const (
 	machineMicroVM = "microvm"
 	machineQ35     = "pc-q35-"
 )
 
-// Default CPU models. They name features, never "host": what a VM was booted with must be there on
-// every host it moves to.
+// Default CPU models. They name features, never "host": every host that the VM moves to must have
+// what it was booted with.
 const (
 	cpuTCG = "Nehalem-v1"
 	cpuKVM = "Westmere-v1" // with AES; any x86 server since 2011 has its features
@@ -38,8 +38,8 @@ const (
 // microvm has eight virtio-mmio slots, three of which are ours.
 const maxMicroVMDisks = 5
 
-// The descriptors every VMM process is started with: those of the ports in their order, and after
-// them the tap device where there is one.
+// The descriptors of every VMM process: those of the ports in their order, then the tap device if
+// there is one.
 const (
 	fdQMP = 3 + iota
 	fdConsole
@@ -163,8 +163,8 @@ func options(head string, pairs ...string) string {
 	return b.String()
 }
 
-// bootArgs takes out what would cut a q35 off its devices: "pci=off" is right for machines without
-// PCI only.
+// bootArgs removes arguments that would keep a q35 from its devices: "pci=off" is right only for
+// machines without PCI.
 func bootArgs(args string, micro bool) string {
 	if micro {
 		return args

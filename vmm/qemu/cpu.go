@@ -8,15 +8,15 @@ import (
 )
 
 // modelForm lists the CPU models that a VM may have: those of QEMU that name a processor ("-cpu
-// help"), with their versions, and the levels of the x86-64 psABI. "host" and "max" are others on
-// the next host.
+// help"), with their versions, and the levels of the x86-64 psABI. "host" and "max" are excluded,
+// because they differ on the next host.
 var modelForm = regexp.MustCompile(`^(486|Broadwell|Cascadelake-Server|ClearwaterForest|Conroe|Cooperlake|Denverton|Dhyana|EPYC|EPYC-(Genoa|Milan|Rome|Turin)|GraniteRapids|` +
 	`Haswell|Icelake-Server|IvyBridge|KnightsMill|Nehalem|Opteron_G[1-5]|Penryn|SandyBridge|SapphireRapids|SierraForest|Skylake-(Client|Server)|Snowridge|Westmere|YongFeng|` +
 	`athlon|core2duo|coreduo|kvm32|kvm64|n270|pentium[23]?|phenom|qemu32|qemu64|x86-64-v[1-4])(-noTSX)?(-IB(RS|PB))?(-AES)?(-v[0-9]{1,2})?$`)
 
-// features are what QEMU recognizes as such ("-cpu help"), but for those that let a guest reach
-// more of its host than its own instructions: virtualization of its own, interfaces of the
-// hypervisor, counters and traces, enclaves.
+// features are the CPU features that QEMU knows ("-cpu help"), without those that let a guest reach
+// more of its host than its own instructions: nested virtualization, interfaces of the hypervisor,
+// counters and traces, enclaves.
 var features = strings.Fields(`
 	3dnow 3dnowext 3dnowprefetch abm ace2 ace2-en acpi adx aes amd-no-ssb amd-ssbd amd-stibp
 	amx-bf16 amx-int8 amx-tile apic arat arch-capabilities avx avx-vnni avx2 avx512-4fmaps
@@ -34,14 +34,14 @@ var features = strings.Fields(`
 	xsave xsavec xsaveerptr xsaveopt xsaves xstore xstore-en xtpr
 `)
 
-// withoutVirtualization goes behind every model: some have it, and a guest that ran guests could
-// not be moved, and would reach the host's code for that.
+// withoutVirtualization follows every model, because some have it. A guest that ran guests could
+// not be moved, and would reach the host's code for nested virtualization.
 const withoutVirtualization = ",vmx=off,svm=off"
 
 // featureForm is how a feature is switched.
 var featureForm = regexp.MustCompile(`^([+-][a-z0-9.-]+|[a-z0-9.-]+=(on|off))$`)
 
-// checkCPU refuses what is not a CPU model that a VM may have, with features that are on or off.
+// checkCPU refuses what is not an allowed CPU model with allowed features that are on or off.
 func checkCPU(cpu string) error {
 	model, rest, more := strings.Cut(cpu, ",")
 	if !modelForm.MatchString(model) {

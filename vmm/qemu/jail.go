@@ -51,13 +51,14 @@ func (d Driver) jail(l *vmm.Launch, program, accel string) (*process.Root, error
 	return r, err
 }
 
-// systemPaths are where a host has programs, libraries and what these read at their start.
+// systemPaths are a host's directories of programs and libraries, and the files that these read at
+// their start.
 var systemPaths = []string{
 	"/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix", "/gnu", "/etc/ld.so.cache", "/etc/alternatives",
-	"/sys/kernel/mm/transparent_hugepage", // what malloc looks at before it uses huge pages
+	"/sys/kernel/mm/transparent_hugepage", // what malloc reads before it uses huge pages
 }
 
-// addPrograms lets QEMU see itself and what it is linked with.
+// addPrograms lets QEMU see itself and the libraries that it is linked with.
 func addPrograms(r *process.Root, program string) error {
 	known := false
 	for _, path := range systemPaths {
@@ -91,8 +92,8 @@ func addPrograms(r *process.Root, program string) error {
 	return nil
 }
 
-// listenPort makes the socket at which this process reaches a port of the guest's. QEMU only gets
-// it listening, and cannot put another one there.
+// listenPort makes the socket at which this process reaches a port of the guest's. QEMU gets it
+// listening, and cannot replace it.
 func listenPort(l *vmm.Launch, port uint32) (*os.File, error) {
 	path := l.Dir.Socket(portSocket(port))
 	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})

@@ -8,14 +8,14 @@ import (
 )
 
 // OwnMigration says how a machine moves by QEMU's own live migration, without Drafter's engine. It
-// is there to be compared with; see docs/benchmarks.md.
+// is for comparison only; see docs/benchmarks.md.
 type OwnMigration struct {
 	DowntimeLimit time.Duration // QEMU's default is 300 ms
 	PostCopy      bool          // switch to post-copy after the first pass over memory
 	Channels      int           // of multifd; 0: none
 }
 
-// OwnResult is what QEMU says of its own migration.
+// OwnResult is QEMU's report of its own migration.
 type OwnResult struct {
 	Total, Downtime time.Duration
 	Bytes           int64 // sent, of memory
@@ -42,7 +42,7 @@ func (m *Machine) configureOwn(ctx context.Context, o OwnMigration) error {
 	return m.command(ctx, "migrate-set-parameters", parameters)
 }
 
-// ReceiveOwn lets a machine that was launched without [vmm.Boot] take another one over, from a UNIX
+// ReceiveOwn lets a machine that was launched without [vmm.Boot] receive another one, from a UNIX
 // socket at path. Call RunOwn next.
 func (m *Machine) ReceiveOwn(ctx context.Context, path string, o OwnMigration) error {
 	if err := m.configureOwn(ctx, o); err != nil {

@@ -32,7 +32,7 @@ import (
 // Driver is the QEMU driver. The zero value is ready.
 type Driver struct {
 	Bin string // looked up on PATH when it holds no slash; "" for the one of this architecture
-	Own bool   // whether machines have memory of their own instead of a memory device, and wait for [Machine.ReceiveOwn] instead of Restore
+	Own bool   // machines have memory of their own instead of a memory device, and wait for [Machine.ReceiveOwn] instead of Restore
 	Dir string // a directory of the host's that machines may write to, for [Machine.SendOwn] and ReceiveOwn; "" for none
 }
 
@@ -41,11 +41,11 @@ var _ vmm.Driver = Driver{}
 // Name implements [vmm.Driver].
 func (Driver) Name() string { return vmm.VMMQEMU }
 
-// packageNames is where a missing QEMU comes from on Debian.
+// packageNames are the Debian packages with a missing QEMU.
 var packageNames = map[string]string{"amd64": "qemu-system-x86", "arm64": "qemu-system-arm"}
 
-// binary finds QEMU for this architecture. The path is absolute and leads through no links, as QEMU
-// is started in a root directory that has little more than what is at it.
+// binary finds QEMU for this architecture. The path is absolute and leads through no links, because
+// QEMU is started in a root directory that holds little more than that file.
 func binary(bin string) (string, error) {
 	if bin == "" {
 		switch runtime.GOARCH {
@@ -172,7 +172,7 @@ func (d Driver) Check(ctx context.Context, l vmm.Launch) error {
 	return compatible(hw, version)
 }
 
-// hardware settles what the machine will be: what was recorded, or what suits this host.
+// hardware returns the machine's hardware: what was recorded, or what suits this host.
 func hardware(ctx context.Context, path string, l *vmm.Launch) (vmm.Hardware, error) {
 	if l.Recorded != nil {
 		hw := *l.Recorded
@@ -307,7 +307,7 @@ func (m *Machine) start(ctx context.Context, path string, args []string, root *p
 	m.console = console.New(consoleConn, consoleConn, l.Output, l.Input)
 	m.stderr = &console.LastLines{}
 	m.workers.Go(func() {
-		// Ends with the process, whose exit is the error that counts.
+		// The goroutine ends with the process. The process' exit is the error that counts.
 		_, _ = io.Copy(m.stderr, stderrRead)
 		_ = stderrRead.Close()
 	})
@@ -348,8 +348,8 @@ func tunables() string {
 	return own
 }
 
-// configureMigration makes Save and Restore handle all but the shared memory, at full speed. A
-// state save at QEMU's default bandwidth sleeps for 100 ms in its rate limiter.
+// configureMigration lets Save and Restore handle everything but the shared memory, at full speed.
+// At QEMU's default bandwidth a save sleeps for 100 ms in its rate limiter.
 func (m *Machine) configureMigration(ctx context.Context) error {
 	type capability struct {
 		Capability string `json:"capability"`
@@ -364,7 +364,8 @@ func (m *Machine) configureMigration(ctx context.Context) error {
 	return m.qmp.execute(ctx, "migrate-set-parameters", map[string]any{"max-bandwidth": int64(1) << 40}, nil)
 }
 
-// supervise waits for the process and then for those who read from it: their ends close with it.
+// supervise waits for the process, and then for the goroutines that read from it: their ends close
+// with it.
 func (m *Machine) supervise() {
 	err := m.process.Wait()
 	m.workers.Wait()
@@ -416,8 +417,8 @@ func (m *Machine) watch() {
 	}
 }
 
-// orExit prefers the story of a VM that just ended over err, its consequence. A process that dies
-// takes a moment to be reaped.
+// orExit returns how a VM that has just ended did so, or err, which may be its consequence. A
+// process that dies takes a moment to be reaped.
 func (m *Machine) orExit(err error) error {
 	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
 		return err
@@ -546,8 +547,8 @@ func (m *Machine) Save(ctx context.Context, state io.Writer) error {
 	return nil
 }
 
-// await lets QEMU wait for the state that Restore writes, so that this need not be done while the
-// VM is paused.
+// await lets QEMU wait for the state that Restore writes, so that this is not done while the VM is
+// paused.
 func (m *Machine) await(ctx context.Context) error {
 	r, w, err := statePipe()
 	if err != nil {
@@ -576,7 +577,7 @@ func (m *Machine) Restore(ctx context.Context, state io.Reader) error {
 	go func() {
 		_, err := io.Copy(w, state)
 		if errors.Is(err, unix.EPIPE) {
-			err = nil // QEMU does not read the description that the state of an older Drafter ends with; one that it missed, it reports
+			err = nil // QEMU does not read the JSON description at the end of an older release's state
 		}
 		copied <- errors.Join(err, w.Close())
 	}()

@@ -51,10 +51,10 @@ type qmpError struct {
 
 func (e *qmpError) Error() string { return words(e.Desc) }
 
-// maxWords bounds what is quoted of QEMU, in bytes.
+// maxWords bounds a quotation of QEMU, in bytes.
 const maxWords = 1 << 10
 
-// words is a text of QEMU's for an error. A guest may have broken out of it.
+// words is a text of QEMU's for an error. A guest may have broken out into QEMU.
 func words(s string) string { return console.Printable(s[:min(len(s), maxWords)]) }
 
 // newQMP reads the greeting from conn and negotiates. The caller must drain events.

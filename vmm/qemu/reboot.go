@@ -9,8 +9,8 @@ import (
 )
 
 const (
-	// rebootsAtOnce is how often a guest may boot again at once, and then once a minute. One that
-	// does it more often gets nowhere, and ends at the next time.
+	// rebootsAtOnce is how often a guest may boot again at once, and then once a minute. A guest
+	// that boots more often makes no progress, and is ended.
 	rebootsAtOnce = 5
 
 	// oneReboot is how close to each other the resets of one reboot are. SeaBIOS resets the machine
@@ -33,8 +33,8 @@ func newResets() resets {
 	return resets{limit: rate.NewLimiter(rate.Every(time.Minute), rebootsAtOnce)}
 }
 
-// note tells whether a reset at a time is one more of the same reboot, and whether the guest gets
-// nowhere.
+// note tells whether a reset at a time belongs to the same reboot, and whether the guest makes no
+// progress.
 func (r *resets) note(at time.Time) (again, endless bool) {
 	again = at.Sub(r.last) < oneReboot
 	r.last = at
@@ -45,7 +45,7 @@ func (r *resets) note(at time.Time) (again, endless bool) {
 	return false, !r.limit.AllowN(at, 1)
 }
 
-// rebooted tells that the guest boots again.
+// rebooted notes that the guest boots again.
 func (m *Machine) rebooted() {
 	again, endless := m.resets.note(time.Now())
 	if m.launch.OnReboot != nil {

@@ -59,7 +59,7 @@ const (
 	forever = 365 * 24 * time.Hour
 )
 
-// New mounts devices. What a killed process left mounted at the place is taken away first.
+// New mounts devices. It first removes a mount that a killed process left at the place.
 func New(c Config, devices []expose.Device) (*Mount, error) {
 	dir, err := filepath.Abs(c.Dir)
 	if err != nil {
@@ -73,8 +73,8 @@ func New(c Config, devices []expose.Device) (*Mount, error) {
 	}
 	m := &Mount{dir: dir, files: map[string]*file{}}
 	ttl := forever
-	// A VMM that inherits the connection keeps it open when this process dies, and then waits for
-	// ever for an answer; also, it could give the answers itself.
+	// A VMM that inherits the connection would keep it open when this process dies, and then wait
+	// for ever for an answer. It could also answer requests itself.
 	syscall.ForkLock.RLock()
 	m.server, err = fs.Mount(dir, &directory{mount: m, config: c, devices: devices}, &fs.Options{
 		AttrTimeout: &ttl, EntryTimeout: &ttl, NegativeTimeout: &ttl,
@@ -126,9 +126,9 @@ func closeConnectionsOnExec() error {
 	return nil
 }
 
-// liftWritebackLimit: by default a FUSE mount may use 1 % of the memory that may be dirty, and
-// writers of mapped pages are held up beyond (Documentation/ABI/testing/sysfs-class-bdi of Linux).
-// This server is trusted.
+// liftWritebackLimit lifts the limit of dirty pages. By default a FUSE mount may use 1 % of the
+// memory that may be dirty, and writers of mapped pages are throttled beyond that
+// (Documentation/ABI/testing/sysfs-class-bdi of Linux). This server is trusted.
 func (m *Mount) liftWritebackLimit() error {
 	bdi := fmt.Sprintf("/sys/class/bdi/%d:%d", unix.Major(m.device), unix.Minor(m.device))
 	return errors.Join(
@@ -154,9 +154,9 @@ func (m *Mount) Failed() error {
 // from this process' mount namespace.
 const closePatience = 2 * time.Second
 
-// Close implements [expose.Exposure]. A mount that is still in use is aborted, and its users with
-// it, which is an error. A copy of the mount in another mount namespace keeps the connection alive,
-// so the connection is aborted when it outlives the mount by [closePatience]; that is no error.
+// Close implements [expose.Exposure]. It aborts a mount that is still in use, and returns an error.
+// A copy of the mount in another mount namespace keeps the connection alive. Close aborts the
+// connection if it outlives the mount by [closePatience]; that is no error.
 func (m *Mount) Close() error {
 	mounts, err := fusemount.Of(unix.Minor(m.device))
 	if err != nil {
@@ -187,10 +187,10 @@ func (m *Mount) Close() error {
 	return errors.Join(errs...)
 }
 
-// Cache puts content of a device into the kernel's cache of its file, as if the file had been read,
-// so that who maps or reads it does not have to ask (NOTIFY_STORE of FUSE). It overwrites what is
-// cached there, so nobody may have the range mapped for writing who has used it. When it fails,
-// anything up to all of it may be cached; see Uncache.
+// Cache puts content of a device into the page cache of its file, as if the file had been read, so
+// that its users need not ask (NOTIFY_STORE of FUSE). It overwrites the page cache, so nobody who
+// has used the range may have it mapped for writing. When it fails, any part of the content may be
+// cached; see Uncache.
 func (m *Mount) Cache(name string, p []byte, off int64) error {
 	f := m.files[name]
 	if errno := f.WriteCache(off, p); errno != 0 {
@@ -199,7 +199,7 @@ func (m *Mount) Cache(name string, p []byte, off int64) error {
 	return nil
 }
 
-// Uncache takes a range out of the kernel's cache; it is asked for again when it is next used.
+// Uncache removes a range from the page cache. The next use asks for it again.
 func (m *Mount) Uncache(name string, off, length int64) error {
 	f := m.files[name]
 	if errno := f.NotifyContent(off, length); errno != 0 && errno != syscall.ENOENT {
@@ -264,14 +264,14 @@ var (
 	_ fs.NodeLseeker   = (*file)(nil)
 )
 
-// fopenNoFlush (FOPEN_NOFLUSH of include/uapi/linux/fuse.h, since Linux 5.17) makes close(2) not
-// write back what is dirty. This process has the memory file open, to flush it; if it is killed,
-// its files are closed before the connection to the kernel is, and a write-back would wait for ever
-// for the server that is about to die with it.
+// fopenNoFlush (FOPEN_NOFLUSH of include/uapi/linux/fuse.h, since Linux 5.17) keeps close(2) from
+// writing dirty pages back. This process has the memory file open, to flush it. If it is killed,
+// its files are closed before its connection to the kernel is. A write-back would then wait for
+// ever for the server that is about to die with it.
 const fopenNoFlush = 1 << 5
 
-// Open implements [fs.NodeOpener]. The guest caches its disks itself; a second cache of them costs
-// more than it brings.
+// Open implements [fs.NodeOpener]. The guest caches its disks itself, and a second cache of them
+// costs more than it brings.
 func (f *file) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall.Errno) {
 	if f.device.Kind == expose.Disk {
 		return nil, fuse.FOPEN_DIRECT_IO | fopenNoFlush, 0
@@ -298,7 +298,7 @@ func (f *file) Setattr(ctx context.Context, h fs.FileHandle, in *fuse.SetAttrIn,
 	return f.Getattr(ctx, h, out)
 }
 
-// fail turns a device's error into what the kernel knows, and keeps it for the owner.
+// fail turns a device's error into an errno, and keeps it for the owner.
 func (f *file) fail(operation string, err error) syscall.Errno {
 	if errors.Is(err, block.ErrRange) {
 		return syscall.EINVAL
@@ -307,7 +307,7 @@ func (f *file) fail(operation string, err error) syscall.Errno {
 		return syscall.EROFS
 	}
 	if block.NoRoom(err) {
-		return syscall.ENOSPC // who writes tries again, and the device's owner says where there is no room
+		return syscall.ENOSPC // the writer tries again, and the device's owner says where there is no room
 	}
 	err = fmt.Errorf("%s device %s: %w", operation, f.device.Name, err)
 	if f.mount.failed.CompareAndSwap(nil, &err) {
@@ -344,9 +344,9 @@ func (f *file) Write(_ context.Context, _ fs.FileHandle, data []byte, off int64)
 	return uint32(n), 0
 }
 
-// Fsync implements [fs.NodeFsyncer]. When it is called, the kernel has sent all that was dirty. A
-// failed write-back it reports once, and takes the page for clean; so the failure is remembered
-// here.
+// Fsync implements [fs.NodeFsyncer]. When it is called, the kernel has sent all dirty pages. The
+// kernel reports a failed write-back once, and then takes the page for clean, so the failure is
+// remembered here.
 func (f *file) Fsync(context.Context, fs.FileHandle, uint32) syscall.Errno {
 	if f.lost.Load() {
 		return syscall.EIO

@@ -20,8 +20,8 @@ import (
 	"drafter/internal/private"
 )
 
-// Attached is a set of devices attached to /dev/nbdN. It implements [expose.Exposure]. Should this
-// process die, its sockets close, and the kernel fails all requests and frees the devices.
+// Attached is a set of devices attached to /dev/nbdN. It implements [expose.Exposure]. If this
+// process dies, its sockets close, and the kernel fails all requests and frees the devices.
 type Attached struct {
 	dir     string
 	devices []*attached

@@ -32,7 +32,7 @@ type Export struct {
 const (
 	maxName    = 4096     // bytes; the limit of the protocol for strings
 	maxOption  = 64 << 10 // bytes of an option's data
-	maxRequest = 32 << 20 // bytes of a request's data; what clients assume where nothing else was said
+	maxRequest = 32 << 20 // bytes of a request's data; clients assume this where nothing else was said
 	// maxInFlight bounds the data of all requests that a connection has under way.
 	maxInFlight = 64 << 20
 	// negotiationTimeout bounds how long a stranger may hold a connection.
@@ -166,7 +166,7 @@ func (t *transmission) serve(ctx context.Context) error {
 	}
 }
 
-// start reads the data of a request and leaves the rest of it to a goroutine.
+// start reads the data of a request, and handles the rest of it in a goroutine.
 func (t *transmission) start(ctx context.Context, r *request) error {
 	var weight int64 = 4096 // a request without data takes something as well
 	carries := r.kind == cmdWrite || r.kind == cmdRead
@@ -200,7 +200,7 @@ func (t *transmission) start(ctx context.Context, r *request) error {
 			defer t.recycle(buffer)
 		}
 		if err := t.handle(r, data); err != nil {
-			t.conn.Close() // a reply that is not whole: the connection is of no more use, and serve ends
+			t.conn.Close() // the reply is incomplete: the connection is useless, and serve ends
 		}
 	})
 	return nil
@@ -221,7 +221,7 @@ func (t *transmission) recycle(b *[]byte) {
 	}
 }
 
-// handle carries a request out. It returns an error only when the reply could not be written.
+// handle executes a request. It returns an error only when the reply could not be written.
 func (t *transmission) handle(r *request, data []byte) error {
 	d := t.export.Device
 	if r.kind == cmdFlush {
