@@ -14,6 +14,8 @@ import (
 	"time"
 	"unsafe"
 
+	"drafter/internal/logging"
+
 	"github.com/containerd/ttrpc"
 	"golang.org/x/sys/unix"
 )
@@ -34,6 +36,8 @@ type Server struct {
 	// none.
 	ReadyCmd        string
 	ReadyCmdTimeout time.Duration // of one run
+
+	Logger *slog.Logger // nil: slog.Default()
 
 	check check
 }
@@ -254,7 +258,7 @@ func (s *Server) command(ctx context.Context, command string) error {
 	if err := cmd.Run(); err != nil {
 		return fmt.Errorf("%q: %w: %s", command, err, bytes.TrimSpace(out.kept))
 	}
-	slog.Info("Ran command", "command", command)
+	logging.Or(s.Logger).Info("Ran command", "command", command)
 	return nil
 }
 

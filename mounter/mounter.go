@@ -21,7 +21,7 @@ import (
 	"drafter/internal/block"
 	"drafter/internal/deviceset"
 	"drafter/internal/expose"
-	"drafter/internal/limitedlog"
+	"drafter/internal/logging"
 	"drafter/internal/migration"
 	"drafter/internal/private"
 	"drafter/internal/stack"
@@ -71,6 +71,7 @@ type Config struct {
 	Links   string // directory in which each device's name is a link to its path; empty for none
 	Expose  string // expose.Auto, FUSE or NBD
 	Limits  migrate.Limits
+	Logger  *slog.Logger // nil: slog.Default()
 
 	// Called by a migration, which waits for them; may be nil.
 	OnPhase    func(migrate.Phase)
@@ -86,7 +87,7 @@ type Mounter struct {
 	links   []link
 	gates   map[string]*block.Gate
 
-	refusals, failures limitedlog.Log // of connections, and of migrations
+	refusals, failures logging.Limited // of connections, and of migrations
 
 	forwarding     sync.WaitGroup // what users at the source of the devices do
 	stopForwarding context.CancelFunc
@@ -111,8 +112,10 @@ func New(c Config) (*Mounter, error) {
 	if err != nil {
 		return nil, err
 	}
-	c.Expose = way
-	return &Mounter{config: c, gates: map[string]*block.Gate{}, stopForwarding: func() {}}, nil
+	c.Expose, c.Logger = way, logging.Or(c.Logger)
+	m := &Mounter{config: c, gates: map[string]*block.Gate{}, stopForwarding: func() {}}
+	m.refusals.Logger, m.failures.Logger = c.Logger, c.Logger
+	return m, nil
 }
 
 // Open mounts devices of this host.
@@ -147,7 +150,7 @@ func (m *Mounter) open() {
 
 // expose gives all devices paths. Who uses them waits until they are open.
 func (m *Mounter) expose() error {
-	if err := vmm.ReclaimAll(m.config.BaseDir); err != nil {
+	if err := vmm.ReclaimAll(m.config.BaseDir, m.config.Logger); err != nil {
 		return err
 	}
 	var devices []expose.Device
@@ -155,7 +158,7 @@ func (m *Mounter) expose() error {
 		m.gates[d.Name] = block.NewGate(m.devices.Get(d.Name).Size())
 		devices = append(devices, expose.Device{Name: d.Name, Kind: expose.Disk, Device: m.gates[d.Name]})
 	}
-	if err := m.devices.Expose(deviceset.Place{Base: m.config.BaseDir, Owner: "mounter", Way: m.config.Expose}, devices); err != nil {
+	if err := m.devices.Expose(deviceset.Place{Base: m.config.BaseDir, Owner: "mounter", Way: m.config.Expose, Logger: m.config.Logger}, devices); err != nil {
 		return err
 	}
 	return m.link()
@@ -276,7 +279,7 @@ func (m *Mounter) Serve(ctx context.Context, accept migrate.Accept, moved func()
 	case <-source.Gone():
 	case <-ctx.Done():
 		err := source.Withdraw(targetPatience, func() {
-			slog.Info("The devices have moved to their target, which still needs what is here; waiting until it has all")
+			m.config.Logger.Info("The devices have moved to their target, which still needs what is here; waiting until it has all")
 		})
 		if err != nil || source.Phase() != migrate.Moved {
 			return err
@@ -310,7 +313,7 @@ func (m *Mounter) complain(stream io.ReadWriteCloser, err error) {
 
 func (m *Mounter) newSource() (*migration.Source, error) {
 	d := &departure{m: m}
-	c := migration.SourceConfig{VM: d, Limits: m.config.Limits, Forward: true, OnProgress: m.config.OnProgress}
+	c := migration.SourceConfig{VM: d, Limits: m.config.Limits, Forward: true, Logger: m.config.Logger, OnProgress: m.config.OnProgress}
 	for i := range m.config.Devices {
 		cd := &m.config.Devices[i]
 		if !cd.MakeMigratable {

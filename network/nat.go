@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"drafter/internal/lockfile"
+	"drafter/internal/logging"
 	"drafter/internal/newfile"
 	"drafter/internal/rundir"
 )
@@ -55,6 +56,8 @@ type NATConfig struct {
 	NamespacePrefix      string
 	NamespaceCount       int  // 0 for as many as both CIDRs hold
 	AllowIncomingTraffic bool // whether the host reaches guests without a port forward
+
+	Logger *slog.Logger `json:"-"` // nil: slog.Default()
 }
 
 // DefaultNAT is a layout that works on most hosts, with 16 namespaces.
@@ -87,7 +90,7 @@ type NAT struct {
 	vacant      []bool    // namespaces behind whose tap was no VMM at the last look
 	firewall    *firewall // of others
 	next        int       // namespace that the next look visits first
-	news        news
+	news        *news
 }
 
 // natRecord is kept on disk while a NAT runs, so that the next one can clean up after a crash.
@@ -205,7 +208,8 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &NAT{config: c, layout: l, guestTables: make([]applied, l.count), vacant: make([]bool, l.count), news: news{}}
+	c.Logger = logging.Or(c.Logger)
+	n := &NAT{config: c, layout: l, guestTables: make([]applied, l.count), vacant: make([]bool, l.count), news: newNews(c.Logger)}
 	lock, err := rundir.Lock("nat-" + c.NamespacePrefix)
 	var held *lockfile.HeldError
 	if errors.As(err, &held) {
@@ -224,7 +228,7 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 		return nil, err
 	}
 	if len(n.outgoing) == 0 {
-		slog.Warn("This host has no default route: until it has, guests reach only what --allow-host and --allow-cidr open. Name a --host-interface to change that")
+		n.config.Logger.Warn("This host has no default route: until it has, guests reach only what --allow-host and --allow-cidr open. Name a --host-interface to change that")
 	}
 	n.follows, n.config.HostInterface = c.HostInterface == "", strings.Join(n.outgoing, ",")
 	kept, err := n.reclaim()
@@ -358,12 +362,12 @@ func (n *NAT) reclaim() (kept []string, err error) {
 					return nil, errors.Join(err, lock.Release())
 				}
 			}
-			if err := errors.Join(removeNamespace(name), lock.Release()); err != nil {
+			if err := errors.Join(removeNamespace(name, n.config.Logger), lock.Release()); err != nil {
 				return nil, err
 			}
 		}
 	}
-	slog.Info("Removed what a killed NAT left behind", "namespaces", len(old.Namespaces)-len(kept), "inUse", len(kept))
+	n.config.Logger.Info("Removed what a killed NAT left behind", "namespaces", len(old.Namespaces)-len(kept), "inUse", len(kept))
 	n.record.IPForward, n.record.Closed = old.IPForward, old.Closed
 	return kept, nil
 }
@@ -483,7 +487,7 @@ func (n *NAT) checkSubnets(kept []string) error {
 			case bits >= wide:
 				return fmt.Errorf("--%s %s is routed elsewhere: to %s; choose another, or remove that route", flag, subnet, r.Dst)
 			case bits > halves && len(kept) == 0 && r.Type == unix.RTN_UNICAST:
-				slog.Warn("This host has a route to a network that the NAT's addresses are a part of; it does not reach those there any more. Choose others if somebody has them",
+				n.config.Logger.Warn("This host has a route to a network that the NAT's addresses are a part of; it does not reach those there any more. Choose others if somebody has them",
 					"flag", "--"+flag, "subnet", subnet.String(), "route", r.Dst.String())
 			}
 		}
@@ -512,7 +516,7 @@ func (n *NAT) prepareHost(kept []string) error {
 	if err := setSysctl(forward, "1"); err != nil {
 		return err
 	}
-	if err := checkGuestPorts(); err != nil {
+	if err := checkGuestPorts(n.config.Logger); err != nil {
 		return err
 	}
 	if n.connections, err = n.connectionLimit(); err != nil {
@@ -831,7 +835,7 @@ func (n *NAT) Claim() (string, *Claim, error) {
 
 // removeNamespace removes a namespace and its link with the host. One that somebody has made in the
 // place of ours stays.
-func removeNamespace(name string) error {
+func removeNamespace(name string, log *slog.Logger) error {
 	if err := checkNamespaceName(name); err != nil {
 		return err
 	}
@@ -842,7 +846,7 @@ func removeNamespace(name string) error {
 			return err
 		}
 		if !ours {
-			slog.Warn("A network namespace was made anew by somebody, and stays", "namespace", name)
+			log.Warn("A network namespace was made anew by somebody, and stays", "namespace", name)
 			return nil
 		}
 	}
@@ -869,7 +873,7 @@ func (n *NAT) Close() error {
 	errs := []error{n.watch.Close()}
 	n.watch = nil
 	for _, name := range slices.Backward(n.created) {
-		errs = append(errs, removeNamespace(name))
+		errs = append(errs, removeNamespace(name, n.config.Logger))
 	}
 	if n.record.Namespaces != nil {
 		errs = append(errs, deleteTable(n.natTable()))

@@ -19,7 +19,7 @@ import (
 	"drafter/internal/deviceset"
 	"drafter/internal/expose"
 	"drafter/internal/instance"
-	"drafter/internal/limitedlog"
+	"drafter/internal/logging"
 	"drafter/internal/migration"
 	"drafter/internal/process"
 	"drafter/internal/stack"
@@ -65,6 +65,7 @@ type Hooks struct {
 // Peer owns one instance. Its methods are called by one goroutine; Done, Stats and Serve by any.
 type Peer struct {
 	config   Config
+	log      *slog.Logger
 	claim    *network.Claim
 	vacated  atomic.Bool    // the VM runs elsewhere
 	vacating sync.WaitGroup // until its clients here were told
@@ -75,7 +76,7 @@ type Peer struct {
 	syncer   *syncer // nil unless the instance is backed up
 	endRoom  func()  // ends what watchRoom does; nil before
 
-	refusals, failures limitedlog.Log       // of connections, and of migrations
+	refusals, failures logging.Limited      // of connections, and of migrations
 	settled            sync.WaitGroup       // who waits for an operator to settle an arrival, and for devices to be whole
 	configDevice       []byte               // content of the config device
 	statement          *signature.Statement // of the package; nil unless only signed ones are accepted
@@ -92,7 +93,8 @@ func New(c Config) (*Peer, error) {
 		return nil, err
 	}
 	c.ResumeTimeout, c.RescueTimeout = cmp.Or(c.ResumeTimeout, time.Minute), cmp.Or(c.RescueTimeout, 10*time.Second)
-	p := &Peer{config: c}
+	p := &Peer{config: c, log: c.Host.Logger}
+	p.refusals.Logger, p.failures.Logger = p.log, p.log
 	if len(c.Devices) > 0 || c.Derive == nil {
 		if err := p.checkDevices(); err != nil {
 			return nil, err
@@ -206,7 +208,7 @@ func (p *Peer) own(i *instance.Instance) {
 
 // occupy takes what of the host a VM needs, whichever it is.
 func (p *Peer) occupy() (err error) {
-	if err := vmm.ReclaimAll(p.config.Host.BaseDir); err != nil {
+	if err := vmm.ReclaimAll(p.config.Host.BaseDir, p.log); err != nil {
 		return err
 	}
 	if p.claim, err = network.ClaimNamespace(p.config.Host.Netns); err != nil {
@@ -216,7 +218,7 @@ func (p *Peer) occupy() (err error) {
 		return err
 	}
 	if err := process.ProtectServer(); err != nil {
-		slog.Warn("This process serves guest memory and may be held up by the kernel", "error", err)
+		p.log.Warn("This process serves guest memory and may be held up by the kernel", "error", err)
 	}
 	return nil
 }
@@ -296,7 +298,7 @@ func (p *Peer) expose(config *vmm.PackageConfig) error {
 		}
 		devices = append(devices, expose.Device{Name: d.Name, Kind: kind, Device: p.devices.Get(d.Name)})
 	}
-	return p.devices.Expose(deviceset.Place{Base: host.BaseDir, Owner: "peer", Way: p.config.Expose, UID: host.UID, GID: host.GID}, devices)
+	return p.devices.Expose(deviceset.Place{Base: host.BaseDir, Owner: "peer", Way: p.config.Expose, UID: host.UID, GID: host.GID, Logger: p.log}, devices)
 }
 
 // storage is where the instance finds its devices.
@@ -371,7 +373,7 @@ func (p *Peer) Suspend(ctx context.Context) error {
 	}
 	// What arrived last may have been made durable by the suspend only.
 	err = errors.Join(err, p.forgetMissing(), p.instance.Close())
-	slog.Info("Suspended VM", "took", time.Since(start).Round(time.Millisecond))
+	p.log.Info("Suspended VM", "took", time.Since(start).Round(time.Millisecond))
 	if err == nil && p.syncer != nil {
 		err = p.syncer.finish(context.WithoutCancel(ctx), p)
 	}

@@ -25,9 +25,10 @@ type Origin struct {
 
 // OpenArtifact opens the package that an OCI registry has under ref. PlainHTTP allows a connection
 // without TLS. Its devices may have maxSize bytes in all; see [migrate.Limits] for 0. Credentials
-// are those of docker.
-func OpenArtifact(ctx context.Context, ref string, plainHTTP bool, maxSize int64) (*Origin, error) {
-	p, err := artifact.Open(ctx, ref, plainHTTP, maxSize)
+// are those of docker; log, which may be nil for slog.Default(), hears if the registry wants them sent
+// elsewhere.
+func OpenArtifact(ctx context.Context, ref string, plainHTTP bool, maxSize int64, log *slog.Logger) (*Origin, error) {
+	p, err := artifact.Open(ctx, ref, plainHTTP, maxSize, log)
 	if err != nil {
 		return nil, err
 	}
@@ -128,6 +129,7 @@ func (p *Peer) checkOrigin(from origin) error {
 func (p *Peer) open(ctx context.Context, d *Device) (*stack.Stack, error) {
 	if p.origin != nil {
 		if remote, ok := p.origin.Remote(d.Name); ok {
+			remote.Logger = p.log
 			return p.files(d).OpenOver(ctx, remote)
 		}
 	}
@@ -189,7 +191,7 @@ func (p *Peer) startFill() {
 			}
 		}
 		if len(names) > 0 {
-			slog.Info("The whole package is here and verified", "took", time.Since(start).Round(time.Millisecond))
+			p.log.Info("The whole package is here and verified", "took", time.Since(start).Round(time.Millisecond))
 		}
 	}()
 }

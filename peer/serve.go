@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"os"
 	"strings"
 	"time"
@@ -38,7 +37,7 @@ func (p *Peer) Serve(ctx context.Context, accept migrate.Accept) (moved bool, er
 	case <-ctx.Done():
 	}
 	err = source.Withdraw(arrivalPatience, func() {
-		slog.Info("The VM runs at its target, which still needs what is here; waiting until it has all")
+		p.log.Info("The VM runs at its target, which still needs what is here; waiting until it has all")
 	})
 	switch {
 	case errors.Is(err, migrate.ErrInDoubt):
@@ -91,7 +90,7 @@ func (p *Peer) newSource() (*migration.Source, error) {
 		return nil, instance.ErrNotStarted
 	}
 	config := p.instance.Config()
-	c := migration.SourceConfig{VM: &departure{p: p}, Config: p.configDevice, Signature: p.carriedSignature(), Generation: p.instance.Generation(), Limits: p.config.Limits, OnProgress: p.config.Hooks.OnProgress}
+	c := migration.SourceConfig{VM: &departure{p: p}, Config: p.configDevice, Signature: p.carriedSignature(), Generation: p.instance.Generation(), Limits: p.config.Limits, Logger: p.log, OnProgress: p.config.Hooks.OnProgress}
 	if p.syncer != nil {
 		c.Backup = &p.syncer.baseline
 	}
@@ -138,7 +137,7 @@ func (p *Peer) vacate() {
 	}
 	p.vacating.Go(func() {
 		if err := p.claim.Vacate(); err != nil {
-			slog.Warn("Clients of the VM that has left may wait for it here", "error", err)
+			p.log.Warn("Clients of the VM that has left may wait for it here", "error", err)
 		}
 	})
 }
@@ -193,7 +192,7 @@ func (d *departure) Save(ctx context.Context, migration uuid.UUID) error {
 // Rescue implements [migration.SourceVM].
 func (d *departure) Rescue(ctx context.Context) error {
 	if err := d.p.reoccupy(); err != nil {
-		slog.Warn("The VM goes on here, but without its network", "error", err)
+		d.p.log.Warn("The VM goes on here, but without its network", "error", err)
 	}
 	if d.p.syncer != nil {
 		d.p.syncer.hold.set(false)
@@ -204,7 +203,7 @@ func (d *departure) Rescue(ctx context.Context) error {
 // Rescued implements [migration.SourceVM].
 func (d *departure) Rescued(ctx context.Context) {
 	if err := d.p.instance.RescueAgent(ctx, d.p.config.RescueTimeout); err != nil {
-		slog.Warn("The VM goes on, but its agent does not answer", "error", err)
+		d.p.log.Warn("The VM goes on, but its agent does not answer", "error", err)
 	}
 }
 
@@ -248,7 +247,7 @@ func (s *settling) begin(p *Peer, decide func(migrate.Outcome) error, look func(
 			}
 			look()
 			if err := p.readDecision(decide); err != nil {
-				slog.Error("Settle", "error", err)
+				p.log.Error("Settle", "error", err)
 			}
 		}
 	}()
@@ -281,7 +280,7 @@ func (s *settling) follow(p *Peer, state migrate.Phase) {
 	s.begin(p, source.Settle, func() {
 		silent := time.Since(began) > targetPatience && (state == migrate.InDoubt || source.Away() > targetPatience)
 		if silent && !said {
-			slog.Warn(missed)
+			p.log.Warn(missed)
 		}
 		said = silent
 	})
@@ -328,7 +327,7 @@ func (p *Peer) readDecision(decide func(migrate.Outcome) error) error {
 		if err := decide(outcome); err != nil {
 			return writeDecision(path, refusedPrefix+err.Error())
 		}
-		slog.Info("An operator has settled who owns the VM", "outcome", outcome)
+		p.log.Info("An operator has settled who owns the VM", "outcome", outcome)
 		return os.Remove(path)
 	}
 }

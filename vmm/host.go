@@ -4,10 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 
 	"github.com/dustin/go-humanize"
 
 	"drafter/internal/block"
+	"drafter/internal/logging"
 )
 
 // Host says where and as whom a VM runs, whichever VM it is.
@@ -33,6 +35,8 @@ type Host struct {
 
 	Output io.Writer // guest console; nil discards. One that blocks or fails misses some of it, and holds nobody up.
 	Input  io.Reader // nil for none
+
+	Logger *slog.Logger // what is to be said of the VM, and of who runs it; nil: slog.Default()
 }
 
 // Complete fills in the defaults, and refuses what cannot work by the name of its field.
@@ -62,6 +66,7 @@ func (h *Host) Complete() error {
 	default:
 		return fmt.Errorf("Host.CgroupVersion is %d; choose 1 or 2", h.CgroupVersion)
 	}
+	h.Logger = logging.Or(h.Logger)
 	return nil
 }
 

@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"sort"
 	"strings"
@@ -65,6 +66,8 @@ type Launch struct {
 
 	Output io.Writer // serial console of the guest, which waits for it; nil discards. Written to from one goroutine.
 	Input  io.Reader // nil: no input
+
+	Logger *slog.Logger // nil: slog.Default()
 
 	Boot   *Boot // nil: the machine waits for Restore
 	Reboot *Boot // what a guest that reboots boots from, as a machine does by itself; nil: the machine ends then

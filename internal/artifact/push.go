@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"runtime"
 	"slices"
@@ -39,8 +40,8 @@ type Progress func(step string, done, total int64)
 
 // Push stores devices as the artifact ref, which it replaces at once when all is there, and returns
 // its digest. Credentials are those of docker. The compressed devices are kept in temporary files
-// meanwhile.
-func Push(ctx context.Context, ref string, plainHTTP bool, devices []Device, progress Progress) (_ v1.Hash, err error) {
+// meanwhile. See [ociclient.Transport] for log.
+func Push(ctx context.Context, ref string, plainHTTP bool, devices []Device, progress Progress, log *slog.Logger) (_ v1.Hash, err error) {
 	if progress == nil {
 		progress = func(string, int64, int64) {}
 	}
@@ -48,7 +49,7 @@ func Push(ctx context.Context, ref string, plainHTTP bool, devices []Device, pro
 	if err != nil {
 		return v1.Hash{}, err
 	}
-	guarded := ociclient.Transport(remote.DefaultTransport, r.Context().Registry, plainHTTP)
+	guarded := ociclient.Transport(remote.DefaultTransport, r.Context().Registry, plainHTTP, log)
 	if err := remote.CheckPushPermission(r, authn.DefaultKeychain, guarded); err != nil {
 		return v1.Hash{}, fmt.Errorf("push %s: %w; see to the name, and to 'docker login %s'", r, oneLine(err), r.Context().RegistryStr())
 	}
@@ -75,7 +76,7 @@ func Push(ctx context.Context, ref string, plainHTTP bool, devices []Device, pro
 			}
 		}
 	}()
-	err = remote.Write(r, image, append(ociclient.Options(ctx, r.Context().Registry, plainHTTP), remote.WithProgress(updates))...)
+	err = remote.Write(r, image, append(ociclient.Options(ctx, r.Context().Registry, plainHTTP, log), remote.WithProgress(updates))...)
 	<-shown // Write closes updates
 	if err != nil {
 		return v1.Hash{}, fmt.Errorf("push %s: %w", r, oneLine(err))

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"sync"
 
@@ -84,12 +85,14 @@ type Place struct {
 	Owner    string // what makes the directory: "peer", "mounter"
 	Way      string // expose.FUSE or NBD
 	UID, GID int    // who may use the paths
+
+	Logger *slog.Logger // nil: slog.Default()
 }
 
 // Expose gives devices paths, in a directory that the next start cleans up should this process be
 // killed.
 func (s *Set) Expose(p Place, devices []expose.Device) (err error) {
-	if s.dir, err = vmm.CreateDir(p.Base, p.Owner); err != nil {
+	if s.dir, err = vmm.CreateDir(p.Base, p.Owner, p.Logger); err != nil {
 		return err
 	}
 	if p.Way == expose.NBD {
@@ -100,7 +103,7 @@ func (s *Set) Expose(p Place, devices []expose.Device) (err error) {
 		s.exposure = attached
 		return nil
 	}
-	mount, err := fuse.New(fuse.Config{Dir: s.dir.Devices(), UID: p.UID, GID: p.GID}, devices)
+	mount, err := fuse.New(fuse.Config{Dir: s.dir.Devices(), UID: p.UID, GID: p.GID, Logger: p.Logger}, devices)
 	if err != nil {
 		return err // not assigned: a nil *Mount in an interface is not nil
 	}

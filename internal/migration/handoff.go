@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"time"
 
 	"drafter/internal/block"
@@ -31,7 +30,7 @@ func (o *outgoing) prepare(ctx context.Context) (migrate.Phase, error) {
 	case !o.asks.force:
 		return "", fmt.Errorf("%w; look at the guest, or take the VM as it is, with --force", err)
 	default:
-		slog.Warn("The VM is taken as it is, because the target says so", "error", err)
+		o.config.Logger.Warn("The VM is taken as it is, because the target says so", "error", err)
 	}
 	if _, err := o.nextCycle(ctx, o.figures.cycles()+1); err != nil {
 		return "", err
