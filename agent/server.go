@@ -14,10 +14,10 @@ import (
 	"time"
 	"unsafe"
 
-	"drafter/internal/logging"
-
 	"github.com/containerd/ttrpc"
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/logging"
 )
 
 // Server is the guest's end.
@@ -83,7 +83,7 @@ const (
 func (s *Server) Ready(ctx context.Context, _ *ReadyRequest) (*ReadyResponse, error) {
 	deadline := time.Now().Add(readyWait)
 	for {
-		r, err := s.ready()
+		r, err := s.ready() //nolint:contextcheck // the check goes on after the call that has it run
 		if err != nil || r.Ready || time.Now().After(deadline) {
 			return r, err
 		}

@@ -132,8 +132,8 @@ func readRegular(path string, limit int64) ([]byte, error) {
 
 // UnpackOCI makes an OCI runtime bundle of an image: dir/rootfs and dir/config.json. It needs root.
 // dir must be empty or not exist. It is closed to other users: there are setuid programs and
-// devices of a stranger's in it. It is there once it is complete; a failure leaves nothing. log hears what of the
-// image cannot be had; nil: slog.Default().
+// devices of a stranger's in it. It is there once it is complete; a failure leaves nothing. log hears
+// what of the image cannot be had; nil: slog.Default().
 func UnpackOCI(ctx context.Context, image v1.Image, dir string, limits Limits, progress Progress, log *slog.Logger) (err error) {
 	dir = filepath.Clean(dir)
 	if entries, err := os.ReadDir(dir); err == nil && len(entries) > 0 {

@@ -134,7 +134,7 @@ func (m *Mounter) Open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := m.expose(); err != nil {
+	if err := m.expose(ctx); err != nil {
 		return err
 	}
 	m.open()
@@ -149,7 +149,7 @@ func (m *Mounter) open() {
 }
 
 // expose gives all devices paths. Who uses them waits until they are open.
-func (m *Mounter) expose() error {
+func (m *Mounter) expose(ctx context.Context) error {
 	if err := vmm.ReclaimAll(m.config.BaseDir, m.config.Logger); err != nil {
 		return err
 	}
@@ -158,7 +158,7 @@ func (m *Mounter) expose() error {
 		m.gates[d.Name] = block.NewGate(m.devices.Get(d.Name).Size())
 		devices = append(devices, expose.Device{Name: d.Name, Kind: expose.Disk, Device: m.gates[d.Name]})
 	}
-	if err := m.devices.Expose(deviceset.Place{Base: m.config.BaseDir, Owner: "mounter", Way: m.config.Expose, Logger: m.config.Logger}, devices); err != nil {
+	if err := m.devices.Expose(ctx, deviceset.Place{Base: m.config.BaseDir, Owner: "mounter", Way: m.config.Expose, Logger: m.config.Logger}, devices); err != nil {
 		return err
 	}
 	return m.link()
@@ -503,7 +503,7 @@ func (a *arrival) Accept(ctx context.Context, manifest wire.Manifest, id uuid.UU
 		a.order = append(a.order, d.Name)
 		devices = append(devices, migration.TargetDevice{Held: held, Device: s.Incoming, Base: s.Contents})
 	}
-	return devices, a.m.expose()
+	return devices, a.m.expose(ctx)
 }
 
 // Start implements [migration.TargetVM].

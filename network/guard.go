@@ -60,7 +60,7 @@ func checkGuestPorts(log *slog.Logger) error {
 		return fmt.Errorf("read kernel parameter %s: %w", name, err)
 	}
 	if last >= firstGuestPort {
-		log.Warn("Guests may take what is sent to the host's sockets at ports from "+strconv.Itoa(firstGuestPort)+
+		log.Warn("Guests may take what is sent to the host's sockets at ports from "+strconv.Itoa(firstGuestPort)+ //nolint:sloglint // a constant
 			" on; set "+name+" to end below", "range", fmt.Sprintf("%d-%d", first, last))
 	}
 	return nil

@@ -272,7 +272,7 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 	}
 	n.sayFirewalls()
 	n.sayNameServers()
-	n.watch, err = startWatch(n.look)
+	n.watch, err = startWatch(n.look) //nolint:contextcheck // it ends with Close
 	return n, err
 }
 

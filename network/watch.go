@@ -108,7 +108,7 @@ func (n *news) say(subject, line string, args ...any) {
 	}
 	n.said[subject] = text
 	if line != "" {
-		n.log.Warn(line, args...)
+		n.log.Warn(line, args...) //nolint:sloglint // the caller's
 	}
 }
 

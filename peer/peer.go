@@ -169,7 +169,7 @@ func (p *Peer) resume(ctx context.Context, start time.Time) error {
 	if err != nil {
 		return err
 	}
-	if err := p.expose(config); err != nil {
+	if err := p.expose(ctx, config); err != nil {
 		return err
 	}
 	launched, err := instance.Launch(ctx, p.config.Host, config, storage{p})
@@ -272,13 +272,13 @@ func (p *Peer) bases() map[string]string {
 
 // expose gives the devices that a VMM opens paths, in a directory that the next start cleans up
 // should this process be killed.
-func (p *Peer) expose(config *vmm.PackageConfig) error {
+func (p *Peer) expose(ctx context.Context, config *vmm.PackageConfig) error {
 	host := p.config.Host
 	driver, err := host.Drivers.Select(host.VMM, config.Hardware.VMM)
 	if err != nil {
 		return err
 	}
-	p.endRoom = p.watchRoom()
+	p.endRoom = p.watchRoom(ctx)
 	var devices []expose.Device
 	for _, d := range p.config.Devices {
 		kind := expose.Disk
@@ -298,7 +298,7 @@ func (p *Peer) expose(config *vmm.PackageConfig) error {
 		}
 		devices = append(devices, expose.Device{Name: d.Name, Kind: kind, Device: p.devices.Get(d.Name)})
 	}
-	return p.devices.Expose(deviceset.Place{Base: host.BaseDir, Owner: "peer", Way: p.config.Expose, UID: host.UID, GID: host.GID, Logger: p.log}, devices)
+	return p.devices.Expose(ctx, deviceset.Place{Base: host.BaseDir, Owner: "peer", Way: p.config.Expose, UID: host.UID, GID: host.GID, Logger: p.log}, devices)
 }
 
 // storage is where the instance finds its devices.

@@ -25,8 +25,7 @@ type Origin struct {
 
 // OpenArtifact opens the package that an OCI registry has under ref. PlainHTTP allows a connection
 // without TLS. Its devices may have maxSize bytes in all; see [migrate.Limits] for 0. Credentials
-// are those of docker; log, which may be nil for slog.Default(), hears if the registry wants them sent
-// elsewhere.
+// are those of docker. log hears if the registry wants them sent elsewhere; nil: slog.Default().
 func OpenArtifact(ctx context.Context, ref string, plainHTTP bool, maxSize int64, log *slog.Logger) (*Origin, error) {
 	p, err := artifact.Open(ctx, ref, plainHTTP, maxSize, log)
 	if err != nil {
@@ -102,7 +101,7 @@ func (p *Peer) pull(ctx context.Context, start time.Time, from origin) error {
 	if err := p.resume(ctx, start); err != nil {
 		return err
 	}
-	p.startFill()
+	p.startFill(ctx)
 	return nil
 }
 
@@ -161,8 +160,8 @@ func (p *Peer) stopPull() {
 
 // startFill pulls one device after the other: config first, without which nobody knows what belongs
 // to the package, then memory, which the VM waits for most.
-func (p *Peer) startFill() {
-	ctx, cancel := context.WithCancel(context.Background())
+func (p *Peer) startFill(ctx context.Context) {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	f := &fill{cancel: cancel, done: make(chan struct{})}
 	p.mu.Lock()
 	p.fill = f

@@ -244,7 +244,7 @@ func (a *arrival) Accept(ctx context.Context, m wire.Manifest, id uuid.UUID) ([]
 	if err != nil {
 		return nil, err
 	}
-	if err := a.p.expose(a.config); err != nil {
+	if err := a.p.expose(ctx, a.config); err != nil {
 		return nil, err
 	}
 	return a.devices(ctx, m, held)

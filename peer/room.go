@@ -39,8 +39,8 @@ const (
 
 // watchRoom says when devices have no room for what the VM writes, and stores what is kept of it
 // once they have, until stop is called.
-func (p *Peer) watchRoom() (stop func()) {
-	ctx, cancel := context.WithCancel(context.Background())
+func (p *Peer) watchRoom(ctx context.Context) (stop func()) {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		said := map[string]time.Time{}

@@ -280,7 +280,7 @@ func (s *settling) follow(p *Peer, state migrate.Phase) {
 	s.begin(p, source.Settle, func() {
 		silent := time.Since(began) > targetPatience && (state == migrate.InDoubt || source.Away() > targetPatience)
 		if silent && !said {
-			p.log.Warn(missed)
+			p.log.Warn(missed) //nolint:sloglint // one of those above
 		}
 		said = silent
 	})

@@ -41,8 +41,8 @@ type device struct {
 	frames   []frame
 }
 
-// Resolve returns the reference, by its digest, of what ref is at the moment. See [ociclient.Transport]
-// for log.
+// Resolve returns the reference, by its digest, of what ref is at the moment. For log, see
+// [ociclient.Transport].
 func Resolve(ctx context.Context, ref string, plainHTTP bool, log *slog.Logger) (string, error) {
 	r, err := ociclient.Parse(ref, plainHTTP)
 	if err != nil {
@@ -59,8 +59,8 @@ func Resolve(ctx context.Context, ref string, plainHTTP bool, log *slog.Logger) 
 }
 
 // Open finds out what the artifact ref holds, if its devices have at most maxSize bytes in all; see
-// [block.CheckSizes] for 0. Credentials are those of docker; see [ociclient.Transport] for log. Close
-// it.
+// [block.CheckSizes] for 0. Credentials are those of docker; for log, see [ociclient.Transport].
+// Close it.
 func Open(ctx context.Context, ref string, plainHTTP bool, maxSize int64, log *slog.Logger) (*Package, error) {
 	r, err := ociclient.Parse(ref, plainHTTP)
 	if err != nil {

@@ -44,8 +44,8 @@ type Writer struct {
 }
 
 // NewWriter returns a writer that builds on what the place holds. What the storage cannot do is
-// found before anything is written, see [s3.ErrUnfit]. log, which is not nil, hears what could not be
-// cleaned up. Close it.
+// found before anything is written, see [s3.ErrUnfit]. log, which is not nil, hears what cannot be
+// deleted. Close it.
 func (s *Store) NewWriter(ctx context.Context, log *slog.Logger) (*Writer, error) {
 	if err := s.probe(ctx); err != nil {
 		return nil, s.explain(err)

@@ -91,12 +91,12 @@ type Place struct {
 
 // Expose gives devices paths, in a directory that the next start cleans up should this process be
 // killed.
-func (s *Set) Expose(p Place, devices []expose.Device) (err error) {
+func (s *Set) Expose(ctx context.Context, p Place, devices []expose.Device) (err error) {
 	if s.dir, err = vmm.CreateDir(p.Base, p.Owner, p.Logger); err != nil {
 		return err
 	}
 	if p.Way == expose.NBD {
-		attached, err := nbd.Attach(s.dir.Devices(), devices)
+		attached, err := nbd.Attach(ctx, s.dir.Devices(), devices)
 		if err != nil {
 			return err
 		}

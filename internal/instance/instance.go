@@ -723,7 +723,7 @@ func (i *Instance) patiently(ctx context.Context, done <-chan struct{}, what str
 		case <-done:
 			return nil
 		case <-tick.C:
-			i.log.Warn(what, "for", time.Since(began).Round(time.Second))
+			i.log.Warn(what, "for", time.Since(began).Round(time.Second)) //nolint:sloglint // the caller's
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}

@@ -30,7 +30,8 @@ const (
 // Warn is [slog.Logger.Warn], if there were not too many lines.
 func (l *Limited) Warn(msg string, args ...any) { l.Log(slog.LevelWarn, msg, args...) }
 
-// Log is [slog.Logger.Log], if there were not too many lines. A line that the level hides does not count.
+// Log is [slog.Logger.Log], if there were not too many lines. A line that the level hides does
+// not count.
 func (l *Limited) Log(level slog.Level, msg string, args ...any) {
 	if !Or(l.Logger).Enabled(context.Background(), level) {
 		return
@@ -52,7 +53,7 @@ func (l *Limited) Log(level slog.Level, msg string, args ...any) {
 		args = append(args, "leftOut", l.left)
 		l.left = 0
 	}
-	Or(l.Logger).Log(context.Background(), level, msg, args...)
+	Or(l.Logger).Log(context.Background(), level, msg, args...) //nolint:sloglint // the caller's
 }
 
 // tell says how many lines were left out, if no line has said it.

@@ -143,15 +143,16 @@ func (o *outgoing) settle(ctx context.Context) (migrate.Phase, error) {
 	o.startServing(ctx)
 	next, err := o.awaitAnswer(ctx)
 	if err != nil {
-		o.mark(migrate.InDoubt)
+		o.mark(ctx, migrate.InDoubt)
 		return "", errors.Join(migrate.ErrInDoubt, err)
 	}
 	return next, nil
 }
 
-// mark notes where the VM stands, and returns a channel that is closed when that is done.
-func (o *outgoing) mark(phase migrate.Phase) <-chan struct{} {
-	return o.marks.make(&o.wg, o.config.VM, phase, o.id)
+// mark notes where the VM stands, also once ctx has ended, and returns a channel that is closed when
+// that is done.
+func (o *outgoing) mark(ctx context.Context, phase migrate.Phase) <-chan struct{} {
+	return o.marks.make(context.WithoutCancel(ctx), &o.wg, o.config.VM, phase, o.id)
 }
 
 // awaitAnswer waits for the target to take the VM or to refuse it, or for an operator. Most answers
@@ -180,7 +181,7 @@ func (o *outgoing) awaitAnswer(ctx context.Context) (migrate.Phase, error) {
 				return migrate.Serving, nil
 			}
 		case <-note.C:
-			o.mark(migrate.InDoubt)
+			o.mark(ctx, migrate.InDoubt)
 		case <-ctx.Done():
 			return "", context.Cause(ctx)
 		}

@@ -179,7 +179,7 @@ func (s *Source) handle(ctx context.Context, stream io.ReadWriteCloser, silence 
 	}
 	defer s.wg.Done()
 	place.Leave()
-	err = o.run()
+	err = o.run() //nolint:contextcheck // a migration outlives its first connection
 	if o.Phase() != migrate.Kept {
 		s.goneErr = err
 		close(s.gone) // once: no migration begins after this one

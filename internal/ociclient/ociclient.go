@@ -13,12 +13,12 @@ import (
 	"strings"
 	"sync"
 
-	"drafter/internal/logging"
-
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"golang.org/x/net/publicsuffix"
+
+	"drafter/internal/logging"
 )
 
 // Parse reads NAME[:TAG|@DIGEST], with or without docker:// before it.
@@ -43,7 +43,9 @@ func Options(ctx context.Context, registry name.Registry, plainHTTP bool, log *s
 //
 //   - Plain HTTP is spoken where plainHTTP allows it, and with a registry on a loopback address. The library takes private addresses and .local to be safe, too.
 //   - Credentials go to the registry's own host and port, and over TLS to hosts of the same domain as the registry's ([publicsuffix.EffectiveTLDPlusOne]), such
-//     as auth.docker.io for index.docker.io. A request to another host (a token service that the registry names, a redirect) goes there without them, and log hears of it; nil: slog.Default().
+//     as auth.docker.io for index.docker.io. A request to another host (a token service that the registry names, a redirect) goes there without them.
+//
+// log hears of such a request; nil: slog.Default().
 func Transport(base http.RoundTripper, registry name.Registry, plainHTTP bool, log *slog.Logger) http.RoundTripper {
 	host := registry.RegistryStr()
 	return &guard{log: logging.Or(log), base: base, host: host, plain: plainHTTP || isLoopback(hostname(host))}

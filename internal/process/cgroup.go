@@ -185,7 +185,7 @@ func (g *cgroup) limit(base string, bounds []bound, log *slog.Logger) error {
 			err = g.set(b)
 		}
 		if err != nil && b.optional {
-			log.Info("There is no limit on a VMM's "+b.what+" here", "reason", err)
+			log.Info("There is no limit on a VMM's "+b.what+" here", "reason", err) //nolint:sloglint // one of those of bounds
 		} else if err != nil {
 			return &UnavailableError{b.flag, err}
 		}

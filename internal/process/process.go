@@ -17,10 +17,10 @@ import (
 	"syscall"
 	"time"
 
-	"drafter/internal/logging"
-
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/logging"
 )
 
 // Config says how a child runs.

@@ -34,9 +34,9 @@ func level(log *slog.Logger) string {
 	return "Warn"
 }
 
-// followLog passes Firecracker's log on to log, and keeps its end, until the file is closed. A line is
-// "TIME [ID:THREAD:LEVEL] MESSAGE". A guest can cause any number of them: some are left out of the
-// log.
+// followLog passes Firecracker's log on to log, and keeps its end, until the file is closed. A line
+// is "TIME [ID:THREAD:LEVEL] MESSAGE". A guest can cause any number of them: some are left out of
+// the log.
 func followLog(f *os.File, last *console.LastLines, log *slog.Logger) {
 	limited := logging.Limited{Logger: log}
 	lines := bufio.NewReaderSize(f, maxLine)
