@@ -53,7 +53,7 @@ func (l *Limited) Log(level slog.Level, msg string, args ...any) {
 		args = append(args, "leftOut", l.left)
 		l.left = 0
 	}
-	Or(l.Logger).Log(context.Background(), level, msg, args...) //nolint:sloglint // the caller's
+	Or(l.Logger).Log(context.Background(), level, msg, args...)
 }
 
 // tell says how many lines were left out, if no line has said it.
