@@ -168,49 +168,56 @@ const maxImages = 1000
 // listIndex lists the images of an index and of those within it. each says that what it holds are
 // images of their own, as in an OCI layout, and not one image for several platforms.
 func listIndex(index v1.ImageIndex, each bool) ([]found, error) {
-	var list []found
-	visited := 0
-	var visit func(index v1.ImageIndex, names []string, each bool) error
-	visit = func(index v1.ImageIndex, names []string, each bool) error {
-		m, err := index.IndexManifest()
-		if err != nil {
-			return fmt.Errorf("read index: %w", err)
-		}
-		for n, d := range m.Manifests {
-			if visited++; visited > maxImages {
-				return fmt.Errorf("its index leads to more than %d images", maxImages)
-			}
-			if d.Platform != nil && d.Platform.OS == "unknown" || d.Annotations["vnd.docker.reference.type"] != "" {
-				continue // an attestation, not an image
-			}
-			names := slices.Clone(names)
-			for _, a := range nameAnnotations {
-				if name := d.Annotations[a]; name != "" {
-					names = append(names, name)
-				}
-			}
-			if each {
-				names = append(names, fmt.Sprint("@", n))
-			}
-			switch {
-			case d.MediaType.IsIndex():
-				nested, err := index.ImageIndex(d.Digest)
-				if errors.Is(err, fs.ErrNotExist) {
-					continue // of a platform that was not stored
-				}
-				if err == nil {
-					err = visit(nested, names, false)
-				}
-				if err != nil {
-					return err
-				}
-			case d.MediaType.IsImage() || d.MediaType == "":
-				list = append(list, found{names, d.Platform, func() (v1.Image, error) { return index.Image(d.Digest) }})
-			}
-		}
-		return nil
+	var l imageList
+	err := l.visit(index, nil, each)
+	return l.found, err
+}
+
+// imageList is what is found in an index.
+type imageList struct {
+	found   []found
+	visited int
+}
+
+// visit adds the images of an index that has names of its own.
+func (l *imageList) visit(index v1.ImageIndex, names []string, each bool) error {
+	m, err := index.IndexManifest()
+	if err != nil {
+		return fmt.Errorf("read index: %w", err)
 	}
-	return list, visit(index, nil, each)
+	for n, d := range m.Manifests {
+		if l.visited++; l.visited > maxImages {
+			return fmt.Errorf("its index leads to more than %d images", maxImages)
+		}
+		if d.Platform != nil && d.Platform.OS == "unknown" || d.Annotations["vnd.docker.reference.type"] != "" {
+			continue // an attestation, not an image
+		}
+		names := slices.Clone(names)
+		for _, a := range nameAnnotations {
+			if name := d.Annotations[a]; name != "" {
+				names = append(names, name)
+			}
+		}
+		if each {
+			names = append(names, fmt.Sprint("@", n))
+		}
+		switch {
+		case d.MediaType.IsIndex():
+			nested, err := index.ImageIndex(d.Digest)
+			if errors.Is(err, fs.ErrNotExist) {
+				continue // of a platform that was not stored
+			}
+			if err == nil {
+				err = l.visit(nested, names, false)
+			}
+			if err != nil {
+				return err
+			}
+		case d.MediaType.IsImage() || d.MediaType == "":
+			l.found = append(l.found, found{names, d.Platform, func() (v1.Image, error) { return index.Image(d.Digest) }})
+		}
+	}
+	return nil
 }
 
 // choose returns the image that is meant by a tag, or by "" if there is but one, and suits a

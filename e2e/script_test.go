@@ -1,9 +1,11 @@
 package e2e
 
 import (
+	"bufio"
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -20,6 +22,7 @@ import (
 // The scripts read like a terminal. Beside testscript's commands there are:
 //
 //	refused PATTERN PROGRAM ARGS…   the program fails and says why in one line "Error: …" that matches the pattern
+//	resumes PROGRAM ARGS…           the program resumes a VM; then it is interrupted, and ends well
 //	package DIR                     the shared package, copied to DIR
 //	listen ADDR                     somebody listens there until the script ends
 func TestScripts(t *testing.T) {
@@ -35,6 +38,7 @@ func TestScripts(t *testing.T) {
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"refused": refused,
+			"resumes": resumes,
 			"package": func(ts *testscript.TestScript, _ bool, args []string) {
 				ts.Check(ts.Exec("cp", "-a", "--sparse=always", filepath.Join(work, "out/package"), ts.MkAbs(args[0])))
 			},
@@ -69,6 +73,29 @@ func shortDir(t *testing.T) string {
 }
 
 var logLine = regexp.MustCompile(`^\d\d:\d\d:\d\d |^.*: (done|\d+%)|^$`)
+
+func resumes(ts *testscript.TestScript, _ bool, args []string) {
+	var said bytes.Buffer
+	r, w, err := os.Pipe()
+	ts.Check(err)
+	defer r.Close()
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.Dir, cmd.Stderr = ts.MkAbs("."), w
+	ts.Check(cmd.Start())
+	ts.Check(w.Close())
+	lines, resumed := bufio.NewScanner(io.TeeReader(r, &said)), false
+	for lines.Scan() { // until the program ends
+		if !resumed && strings.Contains(lines.Text(), "Resumed VM") {
+			resumed = true
+			ts.Check(cmd.Process.Signal(os.Interrupt))
+		}
+	}
+	err = cmd.Wait()
+	fmt.Fprint(ts.Stderr(), said.String())
+	if err != nil || !resumed {
+		ts.Fatalf("%s: %v; resumed: %v", strings.Join(args, " "), err, resumed)
+	}
+}
 
 func refused(ts *testscript.TestScript, _ bool, args []string) {
 	pattern := regexp.MustCompile(args[0])

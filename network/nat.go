@@ -235,7 +235,7 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("clean up after an earlier NAT: %w", err)
 	}
-	if err := n.check(kept); err != nil {
+	if err := n.checkFree(kept); err != nil {
 		return nil, err
 	}
 	if err := n.prepareHost(kept); err != nil {
@@ -385,8 +385,19 @@ func (c NATConfig) permissions() string {
 	return fmt.Sprintf("%q %q %q %q %v", c.HostInterface, c.BlockedSubnetCIDR, c.AllowHost, c.AllowCIDRs, c.AllowIncomingTraffic)
 }
 
-// check refuses to start where the names or addresses belong to somebody else.
-func (n *NAT) check(kept []string) error {
+// checkFree refuses to start where the names or addresses belong to somebody else.
+func (n *NAT) checkFree(kept []string) error {
+	for _, check := range []func(kept []string) error{n.checkNamespaces, n.checkTable, n.checkAddresses, n.checkOthers, n.checkRoutes} {
+		if err := check(kept); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// checkNamespaces refuses namespaces and links that are not ours, and those in use beyond the
+// count.
+func (n *NAT) checkNamespaces(kept []string) error {
 	for i := range n.layout.count {
 		name := n.name(i)
 		if slices.Contains(kept, name) {
@@ -404,13 +415,6 @@ func (n *NAT) check(kept []string) error {
 			return errSomebodysLink(name)
 		}
 	}
-	if _, err := os.Stat(n.recordPath()); errors.Is(err, os.ErrNotExist) {
-		if table, err := tableState(unix.NFPROTO_IPV4, n.natTable()); err != nil {
-			return err
-		} else if len(table) > 0 {
-			return fmt.Errorf("nftables table ip %[1]s exists and is not ours; remove it ('nft delete table ip %[1]s'), or choose another --namespace-prefix", n.natTable())
-		}
-	}
 	for _, k := range kept {
 		known := false
 		for i := range n.layout.count {
@@ -420,6 +424,27 @@ func (n *NAT) check(kept []string) error {
 			return fmt.Errorf("network namespace %q is in use but beyond --namespace-count %d", k, n.layout.count)
 		}
 	}
+	return nil
+}
+
+// checkTable refuses a table of the NAT's name where no NAT has run.
+func (n *NAT) checkTable([]string) error {
+	if _, err := os.Stat(n.recordPath()); !errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	table, err := tableState(unix.NFPROTO_IPV4, n.natTable())
+	if err != nil {
+		return err
+	}
+	if len(table) > 0 {
+		return fmt.Errorf("nftables table ip %[1]s exists and is not ours; remove it ('nft delete table ip %[1]s'), or choose another --namespace-prefix", n.natTable())
+	}
+	return nil
+}
+
+// checkAddresses refuses subnets that an interface of this host has an address in, or is in the
+// network of.
+func (n *NAT) checkAddresses(kept []string) error {
 	addrs, err := netlink.AddrList(nil, netlink.FAMILY_V4)
 	if err != nil {
 		return fmt.Errorf("list addresses: %w", err)
@@ -429,20 +454,27 @@ func (n *NAT) check(kept []string) error {
 		if err != nil {
 			return fmt.Errorf("list addresses: %w", err)
 		}
-		ours := slices.ContainsFunc(kept, func(name string) bool { return hostVethName(name) == link.Attrs().Name })
-		if !ours && (n.layout.hostVeth.Contains(a.IP) || n.layout.namespaceVeth.Contains(a.IP)) {
+		if isHostVeth(link, kept) {
+			continue
+		}
+		if n.layout.hostVeth.Contains(a.IP) || n.layout.namespaceVeth.Contains(a.IP) {
 			return fmt.Errorf("address %s of interface %s is inside the NAT's subnets; choose other --host-veth-cidr and --namespace-veth-cidr", a.IP, link.Attrs().Name)
 		}
 		network := &net.IPNet{IP: a.IP.Mask(a.Mask), Mask: a.Mask}
 		for flag, subnet := range n.subnets() {
 			// The host would not reach any more who has such an address there. A pool that VMs use
 			// stays.
-			if !ours && len(kept) == 0 && network.Contains(subnet.IP) {
+			if len(kept) == 0 && network.Contains(subnet.IP) {
 				return fmt.Errorf("--%s %s is a part of the network %s of interface %s, of which it would take those addresses; choose another, as 172.31.252.0/22 or 192.168.252.0/22", flag, subnet, network, link.Attrs().Name)
 			}
 		}
 	}
-	return n.checkSubnets(kept)
+	return nil
+}
+
+// isHostVeth tells whether a link is the host's end of a kept namespace's.
+func isHostVeth(link netlink.Link, kept []string) bool {
+	return slices.ContainsFunc(kept, func(name string) bool { return hostVethName(name) == link.Attrs().Name })
 }
 
 // subnets are the addresses that the NAT takes, by flag.
@@ -450,37 +482,42 @@ func (n *NAT) subnets() map[string]*net.IPNet {
 	return map[string]*net.IPNet{"host-veth-cidr": n.layout.hostVeth, "namespace-veth-cidr": n.layout.namespaceVeth}
 }
 
-// checkSubnets refuses subnets of another NAT, and those where the host already routes a part
-// elsewhere. A route that is wider than a subnet is none of these: the NAT's own are more
-// specific. What they hide is said.
-func (n *NAT) checkSubnets(kept []string) error {
+// checkOthers refuses subnets of another NAT.
+func (n *NAT) checkOthers([]string) error {
 	others, err := n.others()
 	if err != nil {
 		return err
 	}
-	for flag, subnet := range n.subnets() {
-		for _, o := range others {
-			l, err := o.Config.parse()
-			if err != nil {
-				return fmt.Errorf("read record of the NAT for namespaces %s…: %w", o.Config.NamespacePrefix, err)
-			}
+	for _, o := range others {
+		l, err := o.Config.parse()
+		if err != nil {
+			return fmt.Errorf("read record of the NAT for namespaces %s…: %w", o.Config.NamespacePrefix, err)
+		}
+		for flag, subnet := range n.subnets() {
 			for _, taken := range []*net.IPNet{l.hostVeth, l.namespaceVeth} {
 				if subnet.Contains(taken.IP) || taken.Contains(subnet.IP) {
 					return fmt.Errorf("--%s %s overlaps with %s of the NAT for namespaces %s…; choose another", flag, subnet, taken, o.Config.NamespacePrefix)
 				}
 			}
 		}
-		routes, err := netlink.RouteList(nil, netlink.FAMILY_V4)
-		if err != nil {
-			return fmt.Errorf("list routes: %w", err)
-		}
+	}
+	return nil
+}
+
+// checkRoutes refuses subnets of which the host already routes a part elsewhere. A route that is
+// wider than a subnet is none of these: the NAT's own are more specific. What they hide is said.
+func (n *NAT) checkRoutes(kept []string) error {
+	routes, err := netlink.RouteList(nil, netlink.FAMILY_V4)
+	if err != nil {
+		return fmt.Errorf("list routes: %w", err)
+	}
+	for flag, subnet := range n.subnets() {
 		wide, _ := subnet.Mask.Size()
 		for _, r := range routes {
 			if r.Dst == nil || !subnet.Contains(r.Dst.IP) && !r.Dst.Contains(subnet.IP) {
 				continue
 			}
-			link, err := netlink.LinkByIndex(r.LinkIndex)
-			if err == nil && slices.ContainsFunc(kept, func(name string) bool { return hostVethName(name) == link.Attrs().Name }) {
+			if link, err := netlink.LinkByIndex(r.LinkIndex); err == nil && isHostVeth(link, kept) {
 				continue
 			}
 			switch bits, _ := r.Dst.Mask.Size(); {

@@ -208,83 +208,144 @@ func tableState(family byte, table string) (state []string, err error) {
 		return nil, fmt.Errorf("read nftables rules: %w", err)
 	}
 	defer conn.Close()
-	// The first attribute of all of these is the table's name, the second of a set its own
-	// (nf_tables.h).
-	const name, setName, setFlags, elements = unix.NFTA_SET_TABLE, unix.NFTA_SET_NAME, unix.NFTA_SET_FLAGS, unix.NFTA_SET_ELEM_LIST_ELEMENTS
-	dump := func(message uint16, filter ...netlink.Attribute) ([]netlink.Message, error) {
-		attributes, err := netlink.MarshalAttributes(filter)
-		if err != nil {
-			return nil, err
-		}
-		messages, err := conn.Execute(netlink.Message{
-			Header: netlink.Header{Type: netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | message), Flags: netlink.Request | netlink.Dump},
-			Data:   append([]byte{family, unix.NFNETLINK_V0, 0, 0}, attributes...),
-		})
-		if errors.Is(err, unix.ENOENT) {
-			return nil, nil // gone since
-		}
-		if err != nil {
-			return nil, fmt.Errorf("read nftables rules: %w", err)
-		}
-		return messages, nil
-	}
-	ours := netlink.Attribute{Type: name, Data: append([]byte(table), 0)}
+	t := tableReader{conn, family, table}
 	for _, message := range []uint16{unix.NFT_MSG_GETTABLE, unix.NFT_MSG_GETCHAIN, unix.NFT_MSG_GETRULE, unix.NFT_MSG_GETOBJ, unix.NFT_MSG_GETSET} {
-		var filter []netlink.Attribute
-		if message != unix.NFT_MSG_GETTABLE {
-			filter = append(filter, ours) // an older kernel does not look at it
-		}
-		messages, err := dump(message, filter...)
+		objects, err := t.objects(message)
 		if err != nil {
 			return nil, err
 		}
-		for _, m := range messages {
-			d, err := netlink.NewAttributeDecoder(m.Data[4:]) // before it is the number of the last change of any table
+		for _, o := range objects {
+			if message != unix.NFT_MSG_GETSET {
+				state = append(state, o.content)
+				continue
+			}
+			if o.dynamic {
+				continue
+			}
+			elements, err := t.elements(o.set)
 			if err != nil {
-				return nil, fmt.Errorf("read nftables rules: %w", err)
+				return nil, err
 			}
-			in, set, dynamic := "", []byte(nil), false
-			for d.Next() {
-				switch d.Type() {
-				case name:
-					in = d.String()
-				case setName:
-					set = d.Bytes()
-				case setFlags:
-					dynamic = message == unix.NFT_MSG_GETSET && len(d.Bytes()) == 4 && d.Bytes()[3]&unix.NFT_SET_EVAL != 0
-				}
-			}
-			switch {
-			case in != table:
-			case message != unix.NFT_MSG_GETSET:
-				state = append(state, string(m.Data[4:]))
-			case !dynamic:
-				members, err := dump(unix.NFT_MSG_GETSETELEM, ours, netlink.Attribute{Type: unix.NFTA_SET_ELEM_LIST_SET, Data: set})
-				if err != nil {
-					return nil, err
-				}
-				for _, m := range members {
-					d, err := netlink.NewAttributeDecoder(m.Data[4:])
-					if err != nil {
-						return nil, fmt.Errorf("read nftables rules: %w", err)
-					}
-					for d.Next() {
-						if d.Type() == elements {
-							d.Nested(func(d *netlink.AttributeDecoder) error {
-								for d.Next() {
-									state = append(state, string(set)+string(d.Bytes()))
-								}
-								return d.Err()
-							})
-						}
-					}
-					if err := d.Err(); err != nil {
-						return nil, fmt.Errorf("read nftables rules: %w", err)
-					}
-				}
-			}
+			state = append(state, elements...)
 		}
 	}
 	slices.Sort(state)
 	return state, nil
+}
+
+// The first attribute of all that a table consists of is the table's name, the second of a set its
+// own (nf_tables.h).
+const (
+	attributeTable    = unix.NFTA_SET_TABLE
+	attributeSet      = unix.NFTA_SET_NAME
+	attributeSetFlags = unix.NFTA_SET_FLAGS
+)
+
+// tableReader reads what the kernel holds of a table.
+type tableReader struct {
+	conn   *netlink.Conn
+	family byte
+	table  string
+}
+
+// tableObject is one chain, rule, set, … of a table.
+type tableObject struct {
+	content string // as the kernel tells it
+	set     []byte // name of a set
+	dynamic bool   // it is a set that packets change
+}
+
+// objects lists those of a kind, which is told by the message that asks for them.
+func (t tableReader) objects(message uint16) (list []tableObject, err error) {
+	var filter []netlink.Attribute
+	if message != unix.NFT_MSG_GETTABLE {
+		filter = append(filter, t.name()) // an older kernel does not look at it
+	}
+	messages, err := t.dump(message, filter...)
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range messages {
+		o, in := tableObject{content: string(m.Data[4:])}, "" // before it is the number of the last change of any table
+		err := attributes(m, func(d *netlink.AttributeDecoder) {
+			switch d.Type() {
+			case attributeTable:
+				in = d.String()
+			case attributeSet:
+				o.set = d.Bytes()
+			case attributeSetFlags:
+				o.dynamic = message == unix.NFT_MSG_GETSET && len(d.Bytes()) == 4 && d.Bytes()[3]&unix.NFT_SET_EVAL != 0
+			}
+		})
+		if err != nil {
+			return nil, err
+		}
+		if in == t.table {
+			list = append(list, o)
+		}
+	}
+	return list, nil
+}
+
+// elements lists those of a set.
+func (t tableReader) elements(set []byte) (list []string, err error) {
+	messages, err := t.dump(unix.NFT_MSG_GETSETELEM, t.name(), netlink.Attribute{Type: unix.NFTA_SET_ELEM_LIST_SET, Data: set})
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range messages {
+		err := attributes(m, func(d *netlink.AttributeDecoder) {
+			if d.Type() != unix.NFTA_SET_ELEM_LIST_ELEMENTS {
+				return
+			}
+			d.Nested(func(d *netlink.AttributeDecoder) error {
+				for d.Next() {
+					list = append(list, string(set)+string(d.Bytes()))
+				}
+				return d.Err()
+			})
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	return list, nil
+}
+
+// attributes calls each for the attributes of a message.
+func attributes(m netlink.Message, each func(d *netlink.AttributeDecoder)) error {
+	d, err := netlink.NewAttributeDecoder(m.Data[4:])
+	if err != nil {
+		return fmt.Errorf("read nftables rules: %w", err)
+	}
+	for d.Next() {
+		each(d)
+	}
+	if err := d.Err(); err != nil {
+		return fmt.Errorf("read nftables rules: %w", err)
+	}
+	return nil
+}
+
+func (t tableReader) name() netlink.Attribute {
+	return netlink.Attribute{Type: attributeTable, Data: append([]byte(t.table), 0)}
+}
+
+// dump asks for all objects of a kind; there are none of a table that is gone.
+func (t tableReader) dump(message uint16, filter ...netlink.Attribute) ([]netlink.Message, error) {
+	attributes, err := netlink.MarshalAttributes(filter)
+	if err != nil {
+		return nil, err
+	}
+	messages, err := t.conn.Execute(netlink.Message{
+		Header: netlink.Header{Type: netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | message), Flags: netlink.Request | netlink.Dump},
+		Data:   append([]byte{t.family, unix.NFNETLINK_V0, 0, 0}, attributes...),
+	})
+	if errors.Is(err, unix.ENOENT) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read nftables rules: %w", err)
+	}
+	return messages, nil
 }

@@ -217,11 +217,19 @@ func (p *Peer) occupy() (err error) {
 	if p.user, err = p.config.Host.ClaimUser(); err != nil {
 		return err
 	}
-	if err := process.ProtectServer(); err != nil {
-		p.log.Warn("This process serves guest memory and may be held up by the kernel", "error", err)
+	if !process.Protected() {
+		p.log.Warn("This process serves guest memory and may be held up by the kernel; call peer.ProtectProcess before")
 	}
 	return nil
 }
+
+// ProtectProcess prepares this process to serve the memory of VMs: its memory is locked
+// (mlockall(2), of what it touches), the kernel's out-of-memory killer spares it (an oom_score_adj
+// of -900), and it leaves no core dumps, which would hold what guests have in memory. A VM that
+// waits for a page waits for this process, which must not wait for memory that only the VM could
+// give back. A program calls it once, before its first VM; it lasts until the process ends. What
+// can be had is had, and the error says what cannot.
+func ProtectProcess() error { return process.ProtectServer() }
 
 // openDevices opens all devices.
 func (p *Peer) openDevices(ctx context.Context) error {

@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"drafter/bench"
+	"drafter/peer"
 )
 
 func main() {
@@ -62,6 +63,9 @@ Exit codes: 0 success, 1 failure.`,
 				o.Drafter = filepath.Join(filepath.Dir(o.Self), "drafter")
 			}
 			o.Progress = cmd.ErrOrStderr()
+			if err := peer.ProtectProcess(); err != nil { // as 'drafter peer' does
+				fmt.Fprintln(o.Progress, "This process may be held up by the kernel:", err)
+			}
 			return bench.Run(cmd.Context(), o)
 		},
 	}

@@ -31,20 +31,7 @@ import (
 )
 
 func newPeer() *cobra.Command {
-	var (
-		host         hostFlags
-		devices      deviceFlags
-		connection   transportFlags
-		limits       limitFlags
-		storage      storageFlags
-		origin       originFlags
-		backup       syncFlags
-		verify       verifyFlags
-		c            peer.Config
-		raddr, laddr string
-		metrics      string
-		concurrency  int
-	)
+	var p peerCommand
 	cmd := &cobra.Command{
 		Use:   "peer",
 		Short: "Run an instance of a VM package, and move it live between processes and hosts",
@@ -89,113 +76,159 @@ out, and a line says how much. Under nohup, SIGHUP is ignored.
   drafter peer --raddr '' --laddr '' --package out/package --instance out/instance-3 --s3-sync s3://vms/instance-3
   drafter peer --raddr '' --laddr '' --package s3://vms/instance-3 --instance out/restored --s3-sync s3://vms/instance-3`,
 		Args: noArgs,
-		RunE: func(cmd *cobra.Command, _ []string) (err error) {
-			ctx := cmd.Context()
-			if c.Verifier, err = verify.resolve(); err != nil {
-				return err
-			}
-			if c.Limits, err = limits.resolve(); err != nil {
-				return err
-			}
-			var open openOrigin
-			if isReference(devices.pkg) {
-				if !cmd.Flags().Changed("raddr") {
-					raddr = ""
-				}
-				if raddr != "" {
-					return &usageError{errors.New("--package says where the VM comes from, and so does --raddr; pass --raddr ''")}
-				}
-				if devices.pkg, open, err = resolveOrigin(ctx, devices.pkg, devices.instance, c.Limits.MaxSize, &storage, &origin); err != nil {
-					return err
-				}
-			}
-			if (raddr != "" || open != nil) && devices.absent(cmd) {
-				c.Derive = func(names []string) ([]peer.Device, error) {
-					list, err := devices.derive(names)
-					if err != nil {
-						return nil, err
-					}
-					return list, backup.apply(list, &storage)
-				}
-				if _, err := c.Derive([]string{vmm.Config}); err != nil { // what is wrong with the flags is said now
-					return err
-				}
-			} else {
-				if c.Devices, err = devices.resolve(cmd); err != nil {
-					return err
-				}
-				if err := backup.apply(c.Devices, &storage); err != nil {
-					return err
-				}
-			}
-			c.SyncInterval, c.S3Credentials = backup.interval, storage.credentials
-			if raddr != "" && raddr == laddr {
-				return &usageError{fmt.Errorf("--raddr and --laddr are both %s; pass --raddr '' to start the VM here, or --laddr '' (or another address) to receive it from there", raddr)}
-			}
-			var restore func()
-			if c.Host, restore, err = host.resolve(cmd.OutOrStdout()); err != nil {
-				return err
-			}
-			defer restore()
-			c.ResumeTimeout, c.RescueTimeout = orAtOnce(host.resumeTimeout), orAtOnce(c.RescueTimeout)
-			show := newMigrationLog(cmd.ErrOrStderr())
-			defer show.close()
-			c.Hooks.OnPhase, c.Hooks.OnProgress, c.Hooks.OnPull = show.state, show.progress, show.pull
-			p, err := peer.New(c)
-			if err != nil {
-				return err
-			}
-			defer func() { err = errors.Join(err, closeInTime(p, closeTimeout)) }()
-			var listener *transport.Listener
-			if laddr != "" {
-				if listener, err = connection.listen(ctx, laddr); err != nil {
-					return err
-				}
-				defer listener.Close()
-			}
-			stopMetrics, err := serveMetrics(ctx, metrics, p)
-			if err != nil {
-				return err
-			}
-			defer func() { err = errors.Join(err, stopMetrics()) }()
-			if open != nil {
-				var o *peer.Origin
-				if o, err = open(ctx); err == nil {
-					err = p.Pull(ctx, o)
-				}
-			} else if raddr == "" {
-				err = p.Resume(ctx)
-			} else {
-				var dial migrate.Dial
-				if dial, err = connection.dial(raddr); err == nil {
-					err = p.Receive(ctx, dial)
-				}
-			}
-			if err != nil {
-				return err
-			}
-			return runPeer(ctx, p, listener, show)
-		},
+		RunE: func(cmd *cobra.Command, _ []string) error { return p.run(cmd) },
 	}
-	host.add(cmd)
-	host.addMaxMemory(cmd)
-	devices.add(cmd)
-	connection.add(cmd)
-	limits.add(cmd)
-	storage.add(cmd)
-	origin.add(cmd)
-	backup.add(cmd)
-	verify.add(cmd)
-	f := cmd.Flags()
-	f.StringVar(&c.Expose, "expose", expose.Auto, "How the VMM gets at the devices: auto, fuse or nbd")
-	f.StringVar(&raddr, "raddr", "localhost:1337", "Remote address to connect to: HOST:PORT or unix:PATH (leave empty to disable)")
-	f.StringVar(&laddr, "laddr", "localhost:1337", "Local address to listen on: HOST:PORT or unix:PATH (leave empty to disable)")
-	f.StringVar(&metrics, "metrics", "", "Address to serve metrics from, without authentication: sizes, numbers, times and paths, nothing of a VM's content (leave empty to disable)")
-	f.IntVar(&concurrency, "concurrency", 1024, "Number of concurrent workers to use in migrations (kept for compatibility: a migration here needs no workers)")
-	f.BoolVar(&c.Force, "force", false, forceHelp)
-	f.DurationVar(&c.RescueTimeout, "rescue-timeout", 10*time.Second, "Maximum amount of time to wait for the guest's agent before a suspend or a handoff")
+	p.add(cmd)
 	cmd.AddCommand(newPeerSettle())
 	return cmd
+}
+
+// peerCommand is what 'drafter peer' was told.
+type peerCommand struct {
+	host         hostFlags
+	devices      deviceFlags
+	connection   transportFlags
+	limits       limitFlags
+	storage      storageFlags
+	origin       originFlags
+	backup       syncFlags
+	verify       verifyFlags
+	config       peer.Config
+	raddr, laddr string
+	metrics      string
+	concurrency  int
+}
+
+func (p *peerCommand) add(cmd *cobra.Command) {
+	p.host.add(cmd)
+	p.host.addMaxMemory(cmd)
+	p.devices.add(cmd)
+	p.connection.add(cmd)
+	p.limits.add(cmd)
+	p.storage.add(cmd)
+	p.origin.add(cmd)
+	p.backup.add(cmd)
+	p.verify.add(cmd)
+	f := cmd.Flags()
+	f.StringVar(&p.config.Expose, "expose", expose.Auto, "How the VMM gets at the devices: auto, fuse or nbd")
+	f.StringVar(&p.raddr, "raddr", "localhost:1337", "Remote address to connect to: HOST:PORT or unix:PATH (leave empty to disable)")
+	f.StringVar(&p.laddr, "laddr", "localhost:1337", "Local address to listen on: HOST:PORT or unix:PATH (leave empty to disable)")
+	f.StringVar(&p.metrics, "metrics", "", "Address to serve metrics from, without authentication: sizes, numbers, times and paths, nothing of a VM's content (leave empty to disable)")
+	f.IntVar(&p.concurrency, "concurrency", 1024, "Number of concurrent workers to use in migrations (kept for compatibility: a migration here needs no workers)")
+	f.BoolVar(&p.config.Force, "force", false, forceHelp)
+	f.DurationVar(&p.config.RescueTimeout, "rescue-timeout", 10*time.Second, "Maximum amount of time to wait for the guest's agent before a suspend or a handoff")
+}
+
+// run starts the VM, or receives it, and runs it.
+func (p *peerCommand) run(cmd *cobra.Command) (err error) {
+	ctx := cmd.Context()
+	open, err := p.resolve(cmd)
+	if err != nil {
+		return err
+	}
+	var restore func()
+	if p.config.Host, restore, err = p.host.resolve(cmd.OutOrStdout()); err != nil {
+		return err
+	}
+	defer restore()
+	if err := peer.ProtectProcess(); err != nil {
+		slog.Warn("This process serves guest memory and may be held up by the kernel", "error", err)
+	}
+	show := newMigrationLog(cmd.ErrOrStderr())
+	defer show.close()
+	p.config.Hooks.OnPhase, p.config.Hooks.OnProgress, p.config.Hooks.OnPull = show.state, show.progress, show.pull
+	vm, err := peer.New(p.config)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, closeInTime(vm, closeTimeout)) }()
+	var listener *transport.Listener
+	if p.laddr != "" {
+		if listener, err = p.connection.listen(ctx, p.laddr); err != nil {
+			return err
+		}
+		defer listener.Close()
+	}
+	stopMetrics, err := serveMetrics(ctx, p.metrics, vm)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stopMetrics()) }()
+	if err := p.start(ctx, vm, open); err != nil {
+		return err
+	}
+	return runPeer(ctx, vm, listener, show)
+}
+
+// resolve makes the flags the configuration of a peer. open is not nil if --package names another
+// place than this host.
+func (p *peerCommand) resolve(cmd *cobra.Command) (open openOrigin, err error) {
+	if p.config.Verifier, err = p.verify.resolve(); err != nil {
+		return nil, err
+	}
+	if p.config.Limits, err = p.limits.resolve(); err != nil {
+		return nil, err
+	}
+	if isReference(p.devices.pkg) {
+		if !cmd.Flags().Changed("raddr") {
+			p.raddr = ""
+		}
+		if p.raddr != "" {
+			return nil, &usageError{errors.New("--package says where the VM comes from, and so does --raddr; pass --raddr ''")}
+		}
+		p.devices.pkg, open, err = resolveOrigin(cmd.Context(), p.devices.pkg, p.devices.instance, p.config.Limits.MaxSize, &p.storage, &p.origin)
+		if err != nil {
+			return nil, err
+		}
+	}
+	if err := p.resolveDevices(cmd, p.raddr != "" || open != nil); err != nil {
+		return nil, err
+	}
+	p.config.SyncInterval, p.config.S3Credentials = p.backup.interval, p.storage.credentials
+	if p.raddr != "" && p.raddr == p.laddr {
+		return nil, &usageError{fmt.Errorf("--raddr and --laddr are both %s; pass --raddr '' to start the VM here, or --laddr '' (or another address) to receive it from there", p.raddr)}
+	}
+	p.config.ResumeTimeout, p.config.RescueTimeout = orAtOnce(p.host.resumeTimeout), orAtOnce(p.config.RescueTimeout)
+	return open, nil
+}
+
+// resolveDevices lists the devices, or leaves that to the names that somebody offers who sends
+// them.
+func (p *peerCommand) resolveDevices(cmd *cobra.Command, sent bool) (err error) {
+	if !sent || !p.devices.absent(cmd) {
+		if p.config.Devices, err = p.devices.resolve(cmd); err != nil {
+			return err
+		}
+		return p.backup.apply(p.config.Devices, &p.storage)
+	}
+	p.config.Derive = func(names []string) ([]peer.Device, error) {
+		list, err := p.devices.derive(names)
+		if err != nil {
+			return nil, err
+		}
+		return list, p.backup.apply(list, &p.storage)
+	}
+	_, err = p.config.Derive([]string{vmm.Config}) // what is wrong with the flags is said now
+	return err
+}
+
+// start gets the VM to run, from wherever it comes.
+func (p *peerCommand) start(ctx context.Context, vm *peer.Peer, open openOrigin) error {
+	switch {
+	case open != nil:
+		o, err := open(ctx)
+		if err != nil {
+			return err
+		}
+		return vm.Pull(ctx, o)
+	case p.raddr == "":
+		return vm.Resume(ctx)
+	}
+	dial, err := p.connection.dial(p.raddr)
+	if err != nil {
+		return err
+	}
+	return vm.Receive(ctx, dial)
 }
 
 // limitFlags bound a migration.
@@ -255,91 +288,106 @@ func parseBytes(flag, text string) (int64, error) {
 
 // runPeer runs a VM until it ends, moves away, or is suspended because ctx ends. Targets reach it
 // over listener, unless that is nil.
-func runPeer(ctx context.Context, p *peer.Peer, listener *transport.Listener, show *migrationLog) error {
-	type end struct {
-		moved bool
-		err   error
-	}
-	served := make(chan end, 1)
+func runPeer(ctx context.Context, vm *peer.Peer, listener *transport.Listener, show *migrationLog) error {
+	r := running{vm: vm, show: show, served: make(chan serveEnd, 1), synced: make(chan error, 1)}
 	sctx, stop := context.WithCancel(ctx)
 	defer stop()
 	if listener != nil {
 		go func() {
-			moved, err := p.Serve(sctx, listener.Accept)
-			served <- end{moved, err}
+			moved, err := vm.Serve(sctx, listener.Accept)
+			r.served <- serveEnd{moved, err}
 		}()
 		slog.Info("Migratable", "address", listener.Addr())
 	} else {
-		close(served)
+		close(r.served)
 	}
-	synced := make(chan error, 1)
-	go func() { synced <- p.Sync(sctx) }()
-	endSync := func() {
-		if err := <-orClosed(synced); err != nil {
-			slog.Error("The VM is not backed up any more", "error", err)
-		}
-		synced = nil
-	}
-	defer func() { stop(); endSync() }()
-	arrived, pulled := p.Arrived(), p.Pulled()
+	go func(synced chan error) { synced <- vm.Sync(sctx) }(r.synced)
+	defer func() { stop(); r.endSync() }()
+	arrived, pulled := vm.Arrived(), vm.Pulled()
 	for {
 		select {
 		case <-pulled:
 			pulled = nil
-			if err := p.PullError(); err != nil {
+			if err := vm.PullError(); err != nil {
 				slog.Error("The rest of the package cannot be pulled; the VM goes on with what it has, and fails where it lacks something", "error", err)
 			}
 		case <-arrived:
 			arrived = nil
-			if err := p.ArrivalError(); errors.Is(err, migrate.ErrTakenBack) {
-				return errors.Join(err, p.GiveUp())
+			if err := vm.ArrivalError(); errors.Is(err, migrate.ErrTakenBack) {
+				return errors.Join(err, vm.GiveUp())
 			} else if err != nil {
 				slog.Error("The rest of the VM has not arrived; it goes on with what it has, and stands still where it lacks something", "error", err)
 			}
-		case err := <-synced:
-			synced = nil
-			if err != nil {
-				slog.Error("The VM is not backed up any more", "error", err)
+		case err := <-r.synced:
+			r.notSynced(err)
+		case e := <-r.served:
+			if r.served = nil; e.moved || errors.Is(e.err, migrate.ErrInDoubt) {
+				return r.left(ctx, e)
 			}
-		case e := <-served:
-			switch {
-			case e.moved:
-				show.summary(p)
-				if e.err == nil {
-					lull(ctx)
-				}
-				return e.err
-			case errors.Is(e.err, migrate.ErrInDoubt):
-				return e.err
-			case e.err != nil:
+			if e.err != nil {
 				slog.Error("The VM is not migratable any more", "error", e.err)
 			}
-			served = nil
-		case <-p.Done():
+		case <-vm.Done():
 			stop()
-			e := <-orClosed(served)
-			if e.moved {
-				return e.err
-			}
-			if elsewhere(e.err) { // this comes first: the VM may run there
-				return errors.Join(e.err, p.Wait())
-			}
-			if err := p.Wait(); err != nil {
-				return err
-			}
-			slog.Info("The guest powered itself off")
-			return nil
+			return r.ended(<-orClosed(r.served))
 		case <-ctx.Done():
-			if e := <-orClosed(served); e.moved || elsewhere(e.err) {
-				if e.moved {
-					show.summary(p)
-				}
-				return e.err
+			if e := <-orClosed(r.served); e.moved || elsewhere(e.err) {
+				return r.left(ctx, e)
 			}
-			endSync()
-			return suspend(ctx, p)
+			r.endSync()
+			return suspend(ctx, vm)
 		}
 	}
+}
+
+// running is a VM that runs, and what goes on beside it.
+type running struct {
+	vm     *peer.Peer
+	show   *migrationLog
+	served chan serveEnd // nil: it has been received from
+	synced chan error    // likewise
+}
+
+// serveEnd is how a VM's migration, or its readiness for one, has ended.
+type serveEnd struct {
+	moved bool
+	err   error
+}
+
+// endSync waits for the end of the backups.
+func (r *running) endSync() { r.notSynced(<-orClosed(r.synced)) }
+
+func (r *running) notSynced(err error) {
+	r.synced = nil
+	if err != nil {
+		slog.Error("The VM is not backed up any more", "error", err)
+	}
+}
+
+// left is the end of a VM that has moved, or may have.
+func (r *running) left(ctx context.Context, e serveEnd) error {
+	if e.moved {
+		r.show.summary(r.vm)
+		if e.err == nil {
+			lull(ctx)
+		}
+	}
+	return e.err
+}
+
+// ended is the end of a VM whose VMM has ended by itself.
+func (r *running) ended(e serveEnd) error {
+	if e.moved {
+		return e.err
+	}
+	if elsewhere(e.err) { // this comes first: the VM may run there
+		return errors.Join(e.err, r.vm.Wait())
+	}
+	if err := r.vm.Wait(); err != nil {
+		return err
+	}
+	slog.Info("The guest powered itself off")
+	return nil
 }
 
 // elsewhere tells whether an end leaves a VM that runs, or may run, at its target.

@@ -57,12 +57,12 @@ func suspend(ctx context.Context, vm interface{ Suspend(context.Context) error }
 	}
 }
 
-// closeTimeout bounds the end of a VM that did not end by itself: a storage that hangs, or a VMM that
-// was stopped, answers nobody.
+// closeTimeout bounds the end of a VM that did not end by itself: a storage that hangs, or a VMM
+// that was stopped, answers nobody.
 const closeTimeout = 2 * time.Minute
 
-// closeInTime closes what runs, within timeout. What it could not end ends with this process, and what
-// it leaves the next start removes.
+// closeInTime closes what runs, within timeout. What it could not end ends with this process, and
+// what it leaves the next start removes.
 func closeInTime(what io.Closer, timeout time.Duration) error {
 	closed := make(chan error, 1)
 	go func() { closed <- what.Close() }()

@@ -85,7 +85,8 @@ func TestCloseFails(t *testing.T) {
 	}
 }
 
-// Devices have paths until they are hidden, and nothing is left of these, nor where they could not be made.
+// Devices have paths until they are hidden, and nothing is left of these, nor where they could not
+// be made.
 func TestExpose(t *testing.T) {
 	need.Root(t)
 	need.FUSE(t)

@@ -672,16 +672,16 @@ func (i *Instance) goOn(ctx context.Context, agentTimeout time.Duration) error {
 	return nil
 }
 
-// A VMM that pauses waits for what its guest has under way. One that does not answer is spoken of so
-// often, and given up after so long.
+// A VMM that pauses waits for what its guest has under way. One that does not answer is spoken of
+// so often, and given up after so long.
 var (
 	pauseReminder = 10 * time.Second
 	pauseTimeout  = time.Minute // which a test shortens
 )
 
 // syncDisks makes durable what the guest has written so far, so that little of it is left for the
-// pause, which is bounded: a slow storage may take its time, unlike a VMM. A sync that never returns
-// ends with this process.
+// pause, which is bounded: a slow storage may take its time, unlike a VMM. A sync that never
+// returns ends with this process.
 func (i *Instance) syncDisks(ctx context.Context) error {
 	synced := make(chan struct{})
 	var err error // valid once synced is closed; a storage may tell of a failure only once

@@ -53,7 +53,8 @@ func TestMoves(t *testing.T) {
 	}
 }
 
-// A source that is withdrawn before anybody has come keeps its VM, and complains of those who come to it for nothing.
+// A source that is withdrawn before anybody has come keeps its VM, and complains of those who come
+// to it for nothing.
 func TestWithdraw(t *testing.T) {
 	p := newPair(t, 1, quick(), nil)
 	connections := make(chan io.ReadWriteCloser, 1)

@@ -66,50 +66,66 @@ func (o *outgoing) pendAll(ctx context.Context) error {
 		if d.skip {
 			continue
 		}
-		// In this order: what is written from here on is dirty.
-		written := d.Device.Take()
-		if pages := o.copying.baseline.begin(d); pages != nil {
-			d.unknown, d.whole = true, true
-			d.pending.Add(wholeBlocks(d, pages))
-			continue
+		if err := o.pend(ctx, d); err != nil {
+			return fmt.Errorf("device %s: %w", d.Name, err)
 		}
-		if d.stored {
-			// What was written since the offer is dirty; what was before it, changed.
-			d.unknown = true
-			d.pending.Add(d.changed)
-			d.pending.Add(written)
-			continue
+	}
+	return nil
+}
+
+// pend makes what the target cannot have of a device pending.
+func (o *outgoing) pend(ctx context.Context, d *outgoingDevice) error {
+	written := d.Device.Take() // before all else: what is written from here on is dirty
+	if pages := o.copying.baseline.begin(d); pages != nil {
+		d.unknown, d.whole = true, true
+		d.pending.Add(wholeBlocks(d, pages))
+		return nil
+	}
+	switch {
+	case d.stored:
+		// What was written since the offer is dirty; what was before it, changed.
+		d.unknown = true
+		d.pending.Add(d.changed)
+		d.pending.Add(written)
+		return nil
+	case len(d.contents) > 0:
+		return d.pendChanged(ctx)
+	case d.holds:
+		pages := d.Overlay.BlockSize() / block.PageSize
+		for b := range d.Overlay.Present().All() {
+			d.pending.SetRange(b*pages, min((b+1)*pages, d.pending.Len()))
 		}
-		if len(d.contents) > 0 {
-			c, err := block.Hash(ctx, d.Device)
-			if err != nil {
-				return fmt.Errorf("device %s: %w", d.Name, err)
-			}
-			d.unknown = true
-			for b, id := range c.Blocks {
-				if id != d.contents[b] {
-					d.pending.SetRange(pagesOfBlock(d.Device, int64(b)))
-				}
-			}
-			continue
+		return nil
+	}
+	return d.pendData()
+}
+
+// pendChanged makes pending what differs from the contents that the target holds.
+func (d *outgoingDevice) pendChanged(ctx context.Context) error {
+	c, err := block.Hash(ctx, d.Device)
+	if err != nil {
+		return err
+	}
+	d.unknown = true
+	for b, id := range c.Blocks {
+		if id != d.contents[b] {
+			d.pending.SetRange(pagesOfBlock(d.Device, int64(b)))
 		}
-		if d.holds {
-			pages := d.Overlay.BlockSize() / block.PageSize
-			for b := range d.Overlay.Present().All() {
-				d.pending.SetRange(b*pages, min((b+1)*pages, d.pending.Len()))
-			}
-			continue
+	}
+	return nil
+}
+
+// pendData makes pending all that is not a hole.
+func (d *outgoingDevice) pendData() error {
+	for off := int64(0); off < d.Device.Size(); {
+		start, end, err := d.Device.NextData(off)
+		if err != nil {
+			return err
 		}
-		for off := int64(0); off < d.Device.Size(); {
-			start, end, err := d.Device.NextData(off)
-			if err != nil {
-				return fmt.Errorf("device %s: %w", d.Name, err)
-			}
-			if start < end {
-				d.pending.SetRange(start/block.PageSize, (end+block.PageSize-1)/block.PageSize)
-			}
-			off = max(end, off+1)
+		if start < end {
+			d.pending.SetRange(start/block.PageSize, (end+block.PageSize-1)/block.PageSize)
 		}
+		off = max(end, off+1)
 	}
 	return nil
 }

@@ -641,6 +641,29 @@ func (o *outgoing) preflight(ctx context.Context) (migrate.Phase, error) {
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { l.cancel(context.Cause(ctx)) })
 	defer stop()
+	if err := l.Send(o.manifest()); err != nil {
+		return "", l.lost(err)
+	}
+	reply, err := o.reply(ctx, l)
+	if err != nil {
+		return "", err
+	}
+	accept, ok := reply.(wire.Accept)
+	if !ok || len(accept.Held) != len(o.devices) {
+		return "", fmt.Errorf("%w: no answer to the manifest", wire.ErrProtocol)
+	}
+	for i, d := range o.devices {
+		if err := d.accepted(accept.Held[i]); err != nil {
+			return "", fmt.Errorf("%w: device %s %w", wire.ErrProtocol, d.Name, err)
+		}
+	}
+	o.attachMain(l)
+	o.figures.update(func(f *figures) { f.preflight = time.Since(f.began) })
+	return migrate.PreCopying, nil
+}
+
+// manifest is what this side offers.
+func (o *outgoing) manifest() wire.Manifest {
 	m := wire.Manifest{Config: o.config.Config, Processor: o.config.Processor}
 	if o.config.Forward {
 		m.Features |= wire.FeatureForward
@@ -661,49 +684,39 @@ func (o *outgoing) preflight(ctx context.Context) (migrate.Phase, error) {
 		}
 		m.Devices = append(m.Devices, offer)
 	}
-	if err := l.Send(m); err != nil {
-		return "", l.lost(err)
-	}
-	reply, err := o.reply(ctx, l)
-	if err != nil {
-		return "", err
-	}
-	accept, ok := reply.(wire.Accept)
-	if !ok || len(accept.Held) != len(o.devices) {
-		return "", fmt.Errorf("%w: no answer to the manifest", wire.ErrProtocol)
-	}
-	for i, d := range o.devices {
-		switch accept.Held[i] {
-		case wire.HoldsNothing:
-			if d.NeedsBase {
-				return "", fmt.Errorf("%w: device %s needs its base at the target", wire.ErrProtocol, d.Name)
-			}
-		case wire.HoldsBase:
-			if d.absent {
-				if c := block.NewContents(d.Device.Size(), d.contents); c.Check() != nil || c.Device != d.Origin {
-					return "", fmt.Errorf("%w: device %s: the contents are not those of its base", wire.ErrProtocol, d.Name)
-				}
-				break
-			}
-			if d.Base == (block.ID{}) || d.Overlay == nil {
-				return "", fmt.Errorf("%w: device %s has no base", wire.ErrProtocol, d.Name)
-			}
-			d.holds = true
-		case wire.HoldsBackup:
-			if d.backup == (block.ID{}) {
-				return "", fmt.Errorf("%w: device %s has no backup", wire.ErrProtocol, d.Name)
-			}
-			d.stored = true
-		case wire.Unwanted:
-			d.skip = true
-		default:
-			return "", fmt.Errorf("%w: device %s is held in an unknown way", wire.ErrProtocol, d.Name)
+	return m
+}
+
+// accepted notes what the target holds of a device.
+func (d *outgoingDevice) accepted(held wire.Held) error {
+	switch held {
+	case wire.HoldsNothing:
+		if d.NeedsBase {
+			return errors.New("needs its base at the target")
 		}
-		d.held = make([]uint64, block.Pages(d.Device))
+	case wire.HoldsBase:
+		if d.absent {
+			if c := block.NewContents(d.Device.Size(), d.contents); c.Check() != nil || c.Device != d.Origin {
+				return errors.New("has contents at the target that are not those of its base")
+			}
+			break
+		}
+		if d.Base == (block.ID{}) || d.Overlay == nil {
+			return errors.New("has no base")
+		}
+		d.holds = true
+	case wire.HoldsBackup:
+		if d.backup == (block.ID{}) {
+			return errors.New("has no backup")
+		}
+		d.stored = true
+	case wire.Unwanted:
+		d.skip = true
+	default:
+		return errors.New("is held in an unknown way")
 	}
-	o.attachMain(l)
-	o.figures.update(func(f *figures) { f.preflight = time.Since(f.began) })
-	return migrate.PreCopying, nil
+	d.held = make([]uint64, block.Pages(d.Device))
+	return nil
 }
 
 // reply waits for the target's answer to the manifest, and lets the VM's memory be written back for

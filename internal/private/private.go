@@ -181,76 +181,92 @@ func walk(path string, how walking) (dir int, base string, err error) {
 	if path, err = filepath.Abs(path); err != nil {
 		return -1, "", err
 	}
-	names := strings.Split(path[1:], "/")
+	w := walker{names: strings.Split(path[1:], "/"), how: how}
 	if directory {
-		names = append(names, ".")
+		w.names = append(w.names, ".")
 	}
-	const flags = unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC
-	if dir, err = unix.Open("/", flags, 0); err != nil {
+	if w.dir, err = unix.Open("/", walkFlags, 0); err != nil {
 		return -1, "", err
 	}
-	defer func() {
-		if err != nil {
-			unix.Close(dir) // nothing was written by it
-		}
-	}()
-	for links := 0; ; {
-		if how&trustedPlace != 0 {
-			if err := checkPlace(dir); err != nil {
-				return dir, "", err
-			}
-		}
-		name, last := names[0], len(names) == 1
-		if name == "" || name == "." {
-			if last {
-				return dir, ".", nil
-			}
-			names = names[1:]
-			continue
-		}
-		if last && how&followLast == 0 {
-			return dir, name, nil
-		}
-		fd, err := unix.Openat(dir, name, flags, 0)
-		if errors.Is(err, unix.ENOENT) {
-			if last {
-				return dir, name, nil
-			}
-			if how&makeMissing != 0 {
-				fd, err = mkdir(dir, name)
-			}
-		}
-		if err != nil {
-			return dir, "", err
-		}
-		target, link, err := readlink(fd)
-		switch {
-		case err != nil:
-			return dir, "", errors.Join(err, unix.Close(fd))
-		case link:
-			if links++; links > maxLinks {
-				return dir, "", errors.Join(unix.ELOOP, unix.Close(fd))
-			}
-			if names = append(strings.Split(target, "/"), names[1:]...); names[0] == "" {
-				if err := unix.Close(fd); err != nil {
-					return dir, "", err
-				}
-				if fd, err = unix.Open("/", flags, 0); err != nil {
-					return dir, "", err
-				}
-				unix.Close(dir)
-				dir = fd
-				continue
-			}
-			unix.Close(fd)
-		case last:
-			unix.Close(fd)
-			return dir, name, nil
-		default:
-			unix.Close(dir)
-			dir, names = fd, names[1:]
+	for there := false; !there && err == nil; {
+		base, there, err = w.step()
+	}
+	if err != nil {
+		unix.Close(w.dir) // nothing was written by it
+		return -1, "", err
+	}
+	return w.dir, base, nil
+}
+
+// walkFlags open what a walk comes by.
+const walkFlags = unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC
+
+// walker is on its way.
+type walker struct {
+	dir   int      // where it is
+	names []string // what is left of the path
+	links int      // followed
+	how   walking
+}
+
+// step takes the next name of the path. At the end it is there, and base is the last name.
+func (w *walker) step() (base string, there bool, err error) {
+	if w.how&trustedPlace != 0 {
+		if err := checkPlace(w.dir); err != nil {
+			return "", false, err
 		}
 	}
+	name, last := w.names[0], len(w.names) == 1
+	switch {
+	case name == "" || name == ".":
+		w.names = w.names[1:]
+		return ".", last, nil
+	case last && w.how&followLast == 0:
+		return name, true, nil
+	}
+	fd, err := unix.Openat(w.dir, name, walkFlags, 0)
+	switch missing := errors.Is(err, unix.ENOENT); {
+	case missing && last:
+		return name, true, nil
+	case missing && w.how&makeMissing != 0:
+		fd, err = mkdir(w.dir, name)
+	}
+	if err != nil {
+		return "", false, err
+	}
+	target, link, err := readlink(fd)
+	if err != nil || link || last {
+		unix.Close(fd) // nothing was written by it
+	}
+	switch {
+	case err != nil:
+		return "", false, err
+	case link:
+		return "", false, w.follow(target)
+	case last:
+		return name, true, nil
+	}
+	unix.Close(w.dir)
+	w.dir, w.names = fd, w.names[1:]
+	return "", false, nil
+}
+
+// follow goes on where a link points to.
+func (w *walker) follow(target string) error {
+	if w.links++; w.links > maxLinks {
+		return unix.ELOOP
+	}
+	w.names = append(strings.Split(target, "/"), w.names[1:]...)
+	if w.names[0] != "" {
+		return nil
+	}
+	root, err := unix.Open("/", walkFlags, 0)
+	if err != nil {
+		return err
+	}
+	unix.Close(w.dir)
+	w.dir = root
+	return nil
 }
 
 // checkPlace refuses a directory in which others could replace what is there.

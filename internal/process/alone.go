@@ -42,13 +42,13 @@ func (p *Process) startAlone(c Config) (err error) {
 	if err := entrance.enter(); err != nil {
 		return errors.Join(err, leave())
 	}
-	if err := p.cmd.Start(); err != nil {
-		return errors.Join(fmt.Errorf("start %s: %w", c.Path, err), entrance.leave(), leave())
+	if err = withoutCore(p.cmd.Start); err != nil {
+		err = fmt.Errorf("start %s: %w", c.Path, err)
 	}
-	if err := errors.Join(entrance.leave(), leave()); err != nil {
-		return errors.Join(err, p.cmd.Process.Kill(), ignoreExit(p.cmd.Wait()))
+	if err = errors.Join(err, entrance.leave(), leave()); err != nil && p.cmd.Process != nil {
+		err = errors.Join(err, p.cmd.Process.Kill(), ignoreExit(p.cmd.Wait()))
 	}
-	return nil
+	return err
 }
 
 // mountAlone makes mounts that only the children see which the calling thread starts until it calls

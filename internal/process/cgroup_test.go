@@ -93,7 +93,8 @@ func TestLimits(t *testing.T) {
 		})
 		t.Run("processes", func(t *testing.T) {
 			out, err := run(t, version, Limits{PIDs: 5}, "for i in 1 2 3 4 5 6 7 8 9; do sleep 1000 & echo $i; done")
-			// Beside the shell, the thread that started it counts in version 1, until it has left the group.
+			// Beside the shell, the thread that started it counts in version 1, until it has left
+			// the group.
 			if strings.Contains(out, "5\n") || !strings.Contains(out, "3\n") {
 				t.Errorf("9 children of a shell, 5 processes: %q, %v", out, err)
 			}

@@ -119,9 +119,6 @@ func (p *Process) launch(c Config) error {
 	if err := bindNUMANode(c.NUMANode); err != nil {
 		return err
 	}
-	if err := dumpNoCore(); err != nil {
-		return err
-	}
 	files := c.Files
 	if c.FilesIn != nil {
 		more, err := c.FilesIn()
@@ -330,22 +327,33 @@ func (id Identity) Reclaim(name string) error {
 	if err := checkCgroups(id.Cgroups, name); err != nil {
 		return err
 	}
-	fd, err := unix.PidfdOpen(id.PID, 0)
-	if err == nil {
-		defer unix.Close(fd)
-		// The descriptor pins the process, so what agrees now cannot become another's.
-		if id.agrees() {
-			if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
-				return fmt.Errorf("kill process %d: %w", id.PID, err)
-			}
-			if err := waitPidfd(fd, reclaimTimeout); err != nil {
-				return fmt.Errorf("wait for process %d to end: %w", id.PID, err)
-			}
-		}
-	} else if !errors.Is(err, unix.ESRCH) {
-		return fmt.Errorf("open process %d: %w", id.PID, err)
+	if err := id.kill(); err != nil {
+		return err
 	}
 	return removeCgroup(id.Cgroups)
+}
+
+// kill kills the process, if it still runs, and waits until it is gone.
+func (id Identity) kill() error {
+	fd, err := unix.PidfdOpen(id.PID, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("open process %d: %w", id.PID, err)
+	}
+	defer unix.Close(fd)
+	// The descriptor pins the process, so what agrees now cannot become another's.
+	if !id.agrees() {
+		return nil
+	}
+	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("kill process %d: %w", id.PID, err)
+	}
+	if err := waitPidfd(fd, reclaimTimeout); err != nil {
+		return fmt.Errorf("wait for process %d to end: %w", id.PID, err)
+	}
+	return nil
 }
 
 // agrees tells whether the process with the identity's id is the one.

@@ -69,6 +69,34 @@ func TestRoom(t *testing.T) {
 	}
 }
 
+// A child leaves no core dump, and what this process may leave is as before.
+func TestNoCore(t *testing.T) {
+	var before unix.Rlimit
+	if err := unix.Prlimit(0, unix.RLIMIT_CORE, nil, &before); err != nil {
+		t.Fatal(err)
+	}
+	soft := min(4096, before.Max)
+	if err := setCoreLimit(soft, before.Max); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := setCoreLimit(before.Cur, before.Max); err != nil {
+			t.Error(err)
+		}
+	})
+	p, err := Start(Config{Path: "/bin/sleep", Args: []string{"1000"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Kill()
+	for pid, want := range map[int]uint64{p.PID(): 0, 0: soft} {
+		var limit unix.Rlimit
+		if err := unix.Prlimit(pid, unix.RLIMIT_CORE, nil, &limit); err != nil || limit.Cur != want {
+			t.Errorf("process %d may dump %d bytes (%v); want %d", pid, limit.Cur, err, want)
+		}
+	}
+}
+
 func TestStartErrors(t *testing.T) {
 	for name, tt := range map[string]struct {
 		config Config

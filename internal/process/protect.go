@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -14,24 +16,42 @@ func offerToOOMKiller(pid int) error {
 	return os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte("200"), 0)
 }
 
-// dumpNoCore keeps this process and its children from leaving core dumps, which would hold guest
-// memory.
-func dumpNoCore() error {
-	var l unix.Rlimit
-	err := unix.Getrlimit(unix.RLIMIT_CORE, &l)
-	if l.Cur = 0; err == nil {
-		err = unix.Setrlimit(unix.RLIMIT_CORE, &l)
+var coreLimit sync.Mutex // held while this process' limit is another one
+
+// withoutCore calls start while children are made that leave no core dumps, which would hold guest
+// memory. A limit is inherited; to set one of a child of another user takes a capability that this
+// thread may have given up.
+func withoutCore(start func() error) error {
+	coreLimit.Lock()
+	defer coreLimit.Unlock()
+	var before unix.Rlimit
+	if err := unix.Prlimit(0, unix.RLIMIT_CORE, nil, &before); err != nil {
+		return fmt.Errorf("forbid core dumps: %w", err)
 	}
-	if err != nil {
+	if err := setCoreLimit(0, before.Max); err != nil {
+		return err
+	}
+	return errors.Join(start(), setCoreLimit(before.Cur, before.Max))
+}
+
+func setCoreLimit(soft, hard uint64) error {
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{Cur: soft, Max: hard}); err != nil {
 		return fmt.Errorf("forbid core dumps: %w", err)
 	}
 	return nil
 }
 
-// ProtectServer prepares this process to serve a VM's memory: its pages stay in memory, and it is
-// not the first that the kernel kills when memory is short. A VMM that faults waits for this
-// process, so this process must not wait for memory that only the VMM could give back.
+var protected atomic.Bool
+
+// Protected tells whether [ProtectServer] was called.
+func Protected() bool { return protected.Load() }
+
+// ProtectServer prepares this process to serve a VM's memory, for as long as it runs: its pages
+// stay in memory, it is not the first that the kernel kills when memory is short, and it leaves no
+// core dump. A VMM that faults waits for this process, so this process must not wait for memory
+// that only the VMM could give back.
 func ProtectServer() error {
+	protected.Store(true)
 	var errs []error
 	// On fault only: a Go process reserves much more than it ever touches.
 	if err := unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT); err != nil {
@@ -42,5 +62,7 @@ func ProtectServer() error {
 	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("-900"), 0); err != nil && !errors.Is(err, os.ErrPermission) {
 		errs = append(errs, fmt.Errorf("protect from the out-of-memory killer: %w", err))
 	}
-	return errors.Join(errs...)
+	coreLimit.Lock()
+	defer coreLimit.Unlock()
+	return errors.Join(append(errs, setCoreLimit(0, 0))...)
 }

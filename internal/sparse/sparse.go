@@ -88,6 +88,14 @@ func CopyFile(ctx context.Context, dst, src string, progress func(done, total in
 	if err := out.Truncate(size); err != nil {
 		return fmt.Errorf("copy: size %s: %w", dst, err)
 	}
+	if err := copyExtents(ctx, out, in, size, progress); err != nil {
+		return err
+	}
+	return syncFile(out)
+}
+
+// copyExtents copies what in stores of its size bytes.
+func copyExtents(ctx context.Context, out, in *os.File, size int64, progress func(done, total int64)) error {
 	extents, err := Extents(in, size)
 	if err != nil {
 		return fmt.Errorf("copy: %w", err)
@@ -98,32 +106,32 @@ func CopyFile(ctx context.Context, dst, src string, progress func(done, total in
 	}
 	for _, e := range extents {
 		if _, err := out.Seek(e.Offset, io.SeekStart); err != nil {
-			return fmt.Errorf("copy to %s: %w", dst, err)
+			return fmt.Errorf("copy to %s: %w", out.Name(), err)
 		}
-		for at := e.Offset; at < e.Offset+e.Length; {
-			if err := ctx.Err(); err != nil {
-				return fmt.Errorf("copy %s: %w", src, context.Cause(ctx))
+		if _, err := in.Seek(e.Offset, io.SeekStart); err != nil {
+			return fmt.Errorf("copy %s: %w", in.Name(), err)
+		}
+		for left := e.Length; left > 0; {
+			if ctx.Err() != nil {
+				return fmt.Errorf("copy %s: %w", in.Name(), context.Cause(ctx))
 			}
-			want := min(chunk, e.Offset+e.Length-at)
 			// io.Copy between two files becomes copy_file_range(2).
-			if _, err := in.Seek(at, io.SeekStart); err != nil {
-				return fmt.Errorf("copy %s: %w", src, err)
-			}
+			want := min(chunk, left)
 			n, err := io.Copy(out, io.LimitReader(in, want))
 			if err == nil && n < want {
 				err = io.ErrUnexpectedEOF // the file shrank meanwhile
 			}
 			if err != nil {
-				return fmt.Errorf("copy %s to %s: %w", src, dst, err)
+				return fmt.Errorf("copy %s to %s: %w", in.Name(), out.Name(), err)
 			}
-			at += n
+			left -= n
 			done += n
 			if progress != nil {
 				progress(done, total)
 			}
 		}
 	}
-	return syncFile(out)
+	return nil
 }
 
 func syncFile(f *os.File) error {

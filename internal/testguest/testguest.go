@@ -113,22 +113,13 @@ func Parse(output []byte) (c Console, err error) {
 		}
 		words, ok := fields(line)
 		if !ok {
-			fixed := false
-			for j := 1; j < len(line) && !fixed; j++ {
-				if line[j] == line[j-1] {
-					words, fixed = fields(line[:j] + line[j+1:])
-					// Which of the characters came twice cannot be seen, but for the number that is
-					// due.
-					fixed = fixed && (line[0] != 't' || c.Last < 0 || words[0] == c.Last+1)
-				}
-			}
-			if !fixed && i == 0 {
+			if words, ok = c.repeated(line); ok {
+				c.Repeated++
+			} else if i == 0 {
 				continue
-			}
-			if !fixed {
+			} else {
 				return c, fmt.Errorf("the guest said %q", line)
 			}
-			c.Repeated++
 		}
 		switch line[0] {
 		case 'b':
@@ -147,6 +138,21 @@ func Parse(output []byte) (c Console, err error) {
 		}
 	}
 	return c, nil
+}
+
+// repeated reads a line in which one character came twice. Which one cannot be seen, but for the
+// number that is due.
+func (c *Console) repeated(line string) (words []int64, ok bool) {
+	for j := 1; j < len(line); j++ {
+		if line[j] != line[j-1] {
+			continue
+		}
+		words, ok = fields(line[:j] + line[j+1:])
+		if ok && (line[0] != 't' || c.Last < 0 || words[0] == c.Last+1) {
+			return words, true
+		}
+	}
+	return nil, false
 }
 
 // fields reads a whole line.

@@ -15,8 +15,8 @@ const (
 
 	// oneReboot is how close to each other the resets of one reboot are. SeaBIOS resets the machine
 	// once more when it finds that it has run before: by port 0xcf9, and by a triple fault behind
-	// that (qemu_reboot in its src/fw/shadow.c). Emulation may take these for two resets. The second
-	// one hits SeaBIOS at its start, and all begins anew.
+	// that (qemu_reboot in its src/fw/shadow.c). Emulation may take these for two resets. The
+	// second one hits SeaBIOS at its start, and all begins anew.
 	oneReboot = 3 * time.Second
 
 	// endlessReboot is how long a reboot may reset the machine.
