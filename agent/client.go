@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"drafter/internal/console"
+	"drafter/internal/logging"
 )
 
 // Client is the host's end. It is safe for concurrent use.
@@ -23,6 +24,9 @@ type Client struct {
 	conn  *answers
 	ttrpc *ttrpc.Client
 	calls AgentService
+
+	// Logger is nil for [slog.Default]. It is set before the first call.
+	Logger *slog.Logger
 }
 
 // NewClient makes a client over conn, a connection with an agent. The client owns conn.
@@ -56,7 +60,7 @@ func (c *Client) AfterResume(ctx context.Context, mostStep time.Duration, resolv
 		return 0, c.explain(ctx, "after-resume", err)
 	}
 	if why := r.GetResolvConfError(); why != "" {
-		slog.Warn("The guest keeps the name servers that it had", "error", c.explain(ctx, "after-resume", errors.New(why)))
+		logging.Or(c.Logger).Warn("The guest keeps the name servers that it had", "error", c.explain(ctx, "after-resume", errors.New(why)))
 	}
 	return time.Duration(r.GetClockStepNano()), nil
 }

@@ -16,6 +16,8 @@ import (
 
 	"github.com/containerd/ttrpc"
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/logging"
 )
 
 // Server is the guest's end.
@@ -34,6 +36,8 @@ type Server struct {
 	// ports are open. "" for none.
 	ReadyCmd        string
 	ReadyCmdTimeout time.Duration // of one run
+
+	Logger *slog.Logger // nil: slog.Default()
 
 	check check
 }
@@ -79,7 +83,7 @@ const (
 func (s *Server) Ready(ctx context.Context, _ *ReadyRequest) (*ReadyResponse, error) {
 	deadline := time.Now().Add(readyWait)
 	for {
-		r, err := s.ready()
+		r, err := s.ready() //nolint:contextcheck // the check goes on after the call that has it run
 		if err != nil || r.Ready || time.Now().After(deadline) {
 			return r, err
 		}
@@ -254,7 +258,7 @@ func (s *Server) command(ctx context.Context, command string) error {
 	if err := cmd.Run(); err != nil {
 		return fmt.Errorf("%q: %w: %s", command, err, bytes.TrimSpace(out.kept))
 	}
-	slog.Info("Ran command", "command", command)
+	logging.Or(s.Logger).Info("Ran command", "command", command)
 	return nil
 }
 

@@ -111,7 +111,7 @@ func moveAlone(ctx context.Context, from, to ram) (err error) {
 			defer context.AfterFunc(ctx, func() { _ = l.(*net.TCPListener).SetDeadline(time.Unix(1, 0)) })() // which ends Accept
 			return l.Accept()
 		}
-		migrate.AcceptAll(sctx, accept, func(ctx context.Context, stream io.ReadWriteCloser) { _ = source.Handle(ctx, stream) }) // the target says what fails
+		migrate.AcceptAll(sctx, nil, accept, func(ctx context.Context, stream io.ReadWriteCloser) { _ = source.Handle(ctx, stream) }) // the target says what fails
 	}()
 	defer func() { cancel(); <-served }()
 	dial := func(ctx context.Context) (io.ReadWriteCloser, error) {

@@ -133,7 +133,7 @@ type ownMachine struct {
 }
 
 func (g *ownGuest) start(ctx context.Context, driver qemu.Driver, number int, memory string) (*ownMachine, error) {
-	d, err := vmm.CreateDir(g.vms, vmm.VMMQEMU)
+	d, err := vmm.CreateDir(g.vms, vmm.VMMQEMU, nil)
 	if err != nil {
 		return nil, err
 	}

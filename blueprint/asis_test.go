@@ -116,7 +116,7 @@ func commandOf(t *testing.T, ref, platform string) (string, error) {
 		return "", err
 	}
 	if os.Geteuid() == 0 {
-		err = UnpackOCI(t.Context(), image, filepath.Join(t.TempDir(), "bundle"), Limits{}, nil)
+		err = UnpackOCI(t.Context(), image, filepath.Join(t.TempDir(), "bundle"), Limits{}, nil, nil)
 	}
 	return strings.Join(config.Config.Cmd, " "), err
 }
@@ -488,7 +488,7 @@ func TestWhiteoutOfNoFile(t *testing.T) {
 	need.Root(t)
 	for _, name := range []string{"dir/.wh.", "dir/.wh..", "dir/.wh...", ".wh."} {
 		image := imageOf(t, runTrue, layerOf(t, directory("dir"), file("dir/old", "old")), layerOf(t, file(name, "")))
-		err := UnpackOCI(t.Context(), image, filepath.Join(t.TempDir(), "bundle"), Limits{}, nil)
+		err := UnpackOCI(t.Context(), image, filepath.Join(t.TempDir(), "bundle"), Limits{}, nil, nil)
 		if err == nil || !strings.Contains(err.Error(), "removes no file") {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -509,7 +509,7 @@ func TestFields(t *testing.T) {
 		ExposedPorts: map[string]struct{}{"80": {}, "53/udp": {}, "8000-8002/tcp": {}, "junk": {}},
 		Labels:       map[string]string{"run.oci.handler": "wasm", "maintainer": "me"},
 		Healthcheck:  &v1.HealthConfig{Test: []string{"CMD-SHELL", "x | y"}, Timeout: time.Second}, Shell: []string{"/bin/ash", "-c"}, OnBuild: []string{"RUN x"}, ArgsEscaped: true,
-	}}, root)
+	}}, root, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -541,7 +541,7 @@ func TestFields(t *testing.T) {
 		{Cmd: []string{"init"}, Env: []string{"PATH=/bin:/sbin"}},
 		{Entrypoint: []string{"/entrypoint", "-x"}, Cmd: []string{"/sbin/init"}},
 	} {
-		if _, err := runtimeSpec(&v1.ConfigFile{Config: config}, root); err == nil || !strings.Contains(err.Error(), "starts systemd") {
+		if _, err := runtimeSpec(&v1.ConfigFile{Config: config}, root, nil); err == nil || !strings.Contains(err.Error(), "starts systemd") {
 			t.Errorf("%v: %v", config, err)
 		}
 	}
@@ -549,7 +549,7 @@ func TestFields(t *testing.T) {
 		{Cmd: []string{"init"}, Env: []string{"PATH=/other:/sbin"}},
 		{Cmd: []string{"/bin/ls", "/lib/systemd", "lib/systemd/systemd"}},
 	} {
-		if _, err := runtimeSpec(&v1.ConfigFile{Config: config}, root); err != nil {
+		if _, err := runtimeSpec(&v1.ConfigFile{Config: config}, root, nil); err != nil {
 			t.Errorf("%v: %v", config, err)
 		}
 	}
@@ -559,7 +559,7 @@ func TestFields(t *testing.T) {
 		"create volume /loop":                    {Cmd: []string{"x"}, Volumes: map[string]struct{}{"/loop": {}}},
 		"name the service to run with --command": {Entrypoint: []string{"/sbin/init"}},
 	} {
-		if _, err := runtimeSpec(&v1.ConfigFile{Config: config}, root); err == nil || !strings.Contains(err.Error(), text) {
+		if _, err := runtimeSpec(&v1.ConfigFile{Config: config}, root, nil); err == nil || !strings.Contains(err.Error(), text) {
 			t.Errorf("%v: %v; want %q", config, err, text)
 		}
 	}
@@ -589,7 +589,7 @@ func TestCommand(t *testing.T) {
 	parent := t.TempDir()
 	image := imageOf(t, v1.Config{Shell: []string{"/bin/bash", "-lc"}}, layerOf(t, file("a", "x")))
 	dir := filepath.Join(parent, "deep", "bundle")
-	if err := UnpackOCI(t.Context(), image, dir, Limits{}, nil); err == nil || !strings.Contains(err.Error(), "--command") {
+	if err := UnpackOCI(t.Context(), image, dir, Limits{}, nil, nil); err == nil || !strings.Contains(err.Error(), "--command") {
 		t.Errorf("error is %v", err)
 	}
 	if entries, err := os.ReadDir(parent); err != nil || len(entries) > 0 {
@@ -598,7 +598,7 @@ func TestCommand(t *testing.T) {
 	for command, want := range map[string]string{`["/a", "b c"]`: `["/a","b c"]`, "a 'b c'": `["/bin/bash","-lc","a 'b c'"]`} {
 		with, err := WithCommand(image, command)
 		if err == nil {
-			err = UnpackOCI(t.Context(), with, filepath.Join(t.TempDir(), "bundle"), Limits{}, nil)
+			err = UnpackOCI(t.Context(), with, filepath.Join(t.TempDir(), "bundle"), Limits{}, nil, nil)
 		}
 		if err != nil {
 			t.Fatal(err)
@@ -638,7 +638,7 @@ func TestNoRoom(t *testing.T) {
 			_, err := OpenImage(t.Context(), ImageConfig{Ref: "docker-archive:" + archive})
 			return err
 		},
-		"name another --output": func() error { return UnpackOCI(t.Context(), image, filepath.Join(small, "bundle"), Limits{}, nil) },
+		"name another --output": func() error { return UnpackOCI(t.Context(), image, filepath.Join(small, "bundle"), Limits{}, nil, nil) },
 	} {
 		err := do()
 		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), small+" (1.0 MiB, ") || !errors.Is(err, unix.ENOSPC) {
@@ -663,12 +663,12 @@ func TestSharedCache(t *testing.T) {
 	}
 	gone, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := lockCache(gone, dir); !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "in use by process") {
+	if _, err := lockCache(gone, dir, nil); !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "in use by process") {
 		t.Errorf("error is %v", err)
 	}
 	got := make(chan error)
 	go func() {
-		second, err := lockCache(t.Context(), dir)
+		second, err := lockCache(t.Context(), dir, nil)
 		if err == nil {
 			err = second.Release()
 		}

@@ -34,6 +34,7 @@ import (
 
 	"drafter/internal/decompress"
 	"drafter/internal/guest"
+	"drafter/internal/logging"
 	"drafter/internal/private"
 	"drafter/internal/scratch"
 )
@@ -57,7 +58,7 @@ func BuildOCI(ctx context.Context, image v1.Image, limits Limits, c Ext4Config) 
 		return err
 	}
 	defer func() { err = errors.Join(err, work.Close()) }()
-	if err := makeBundle(ctx, image, work.Path("bundle"), limits, c.Progress); err != nil {
+	if err := makeBundle(ctx, image, work.Path("bundle"), limits, c.Progress, c.Logger); err != nil {
 		return noRoom(err, os.TempDir(), tempRemedy)
 	}
 	c.Source = work.Path("bundle")
@@ -132,7 +133,8 @@ func readRegular(path string, limit int64) ([]byte, error) {
 // UnpackOCI makes an OCI runtime bundle of an image: dir/rootfs and dir/config.json. It needs root.
 // dir must be empty or not exist. Other users cannot enter it, because it holds setuid programs and
 // devices of a stranger. It appears once it is complete; after a failure nothing is left.
-func UnpackOCI(ctx context.Context, image v1.Image, dir string, limits Limits, progress Progress) (err error) {
+// log hears what of the image cannot be had; nil: slog.Default().
+func UnpackOCI(ctx context.Context, image v1.Image, dir string, limits Limits, progress Progress, log *slog.Logger) (err error) {
 	dir = filepath.Clean(dir)
 	if entries, err := os.ReadDir(dir); err == nil && len(entries) > 0 {
 		return fmt.Errorf("unpack image: directory %s is not empty; remove it or name another", dir)
@@ -148,7 +150,7 @@ func UnpackOCI(ctx context.Context, image v1.Image, dir string, limits Limits, p
 		return fmt.Errorf("unpack image: %w", err)
 	}
 	defer func() { err = errors.Join(err, work.Close()) }()
-	if err := makeBundle(ctx, image, work.Path("bundle"), limits, progress); err != nil {
+	if err := makeBundle(ctx, image, work.Path("bundle"), limits, progress, log); err != nil {
 		return noRoom(err, filepath.Dir(dir), outputRemedy)
 	}
 	if err := work.Move("bundle", filepath.Base(dir)); err != nil {
@@ -158,7 +160,7 @@ func UnpackOCI(ctx context.Context, image v1.Image, dir string, limits Limits, p
 }
 
 // makeBundle makes the bundle in dir, a new directory inside one that others cannot enter.
-func makeBundle(ctx context.Context, image v1.Image, dir string, limits Limits, progress Progress) error {
+func makeBundle(ctx context.Context, image v1.Image, dir string, limits Limits, progress Progress, log *slog.Logger) error {
 	rootfs := filepath.Join(dir, "rootfs")
 	if err := errors.Join(os.Mkdir(dir, 0o700), os.Mkdir(rootfs, 0o755), os.Chmod(rootfs, 0o755)); err != nil {
 		return fmt.Errorf("unpack image: %w", err)
@@ -193,7 +195,7 @@ func makeBundle(ctx context.Context, image v1.Image, dir string, limits Limits, 
 		}
 	}
 	progress.report("Pulling image", total, total)
-	spec, err := runtimeSpec(config, rootfs)
+	spec, err := runtimeSpec(config, rootfs, log)
 	if err != nil {
 		return err
 	}
@@ -449,9 +451,9 @@ var pingCapabilities = []string{"CAP_NET_RAW"}
 const bundleVersion = "1.0.2"
 
 // runtimeSpec converts an image's config as the OCI image specification says (conversion.md). The
-// container shares the VM's network: the VM is the boundary.
-func runtimeSpec(config *v1.ConfigFile, rootfs string) (*specs.Spec, error) {
-	c := config.Config
+// container shares the VM's network: the VM is the boundary. log hears what cannot be converted.
+func runtimeSpec(config *v1.ConfigFile, rootfs string, log *slog.Logger) (*specs.Spec, error) {
+	c, log := config.Config, logging.Or(log)
 	args, err := command(c)
 	if err != nil {
 		return nil, err
@@ -474,7 +476,7 @@ func runtimeSpec(config *v1.ConfigFile, rootfs string) (*specs.Spec, error) {
 	for volume := range c.Volumes {
 		err := root.mkdirAll(volume)
 		if errors.Is(err, unix.ENOTDIR) {
-			slog.Warn("A volume of the image is a file, and stays one", "volume", volume)
+			log.Warn("A volume of the image is a file, and stays one", "volume", volume)
 		} else if err != nil {
 			return nil, fmt.Errorf("create volume %s: %w", volume, err)
 		}
@@ -490,14 +492,14 @@ func runtimeSpec(config *v1.ConfigFile, rootfs string) (*specs.Spec, error) {
 		}
 	}
 	if _, err := guest.ParseSignal(c.StopSignal); err != nil {
-		slog.Warn("The image's stop signal is not known; it is stopped with SIGTERM", "error", err)
+		log.Warn("The image's stop signal is not known; it is stopped with SIGTERM", "error", err)
 	} else if c.StopSignal != "" {
 		annotations[guest.StopSignalAnnotation] = c.StopSignal
 	}
 	var ports []string
 	for p := range c.ExposedPorts {
 		if _, err := guest.NewReadiness(p); err != nil {
-			slog.Warn("The image exposes a port that is none", "error", err)
+			log.Warn("The image exposes a port that is none", "error", err)
 			continue
 		}
 		ports = append(ports, p)
@@ -509,7 +511,7 @@ func runtimeSpec(config *v1.ConfigFile, rootfs string) (*specs.Spec, error) {
 	if h := c.Healthcheck; h != nil {
 		check, err := guest.NewHealthCheck(h.Test, c.Shell, h.Timeout)
 		if err != nil {
-			slog.Warn("The image's service is not checked before it is packaged", "error", err)
+			log.Warn("The image's service is not checked before it is packaged", "error", err)
 		} else if check != nil {
 			text, err := json.Marshal(check)
 			if err != nil {

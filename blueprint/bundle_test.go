@@ -92,7 +92,7 @@ var runTrue = v1.Config{Cmd: []string{"/bin/true"}}
 func unpack(t *testing.T, image v1.Image) string {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "bundle")
-	if err := UnpackOCI(context.Background(), image, dir, Limits{}, nil); err != nil {
+	if err := UnpackOCI(context.Background(), image, dir, Limits{}, nil, nil); err != nil {
 		t.Fatal(err)
 	}
 	return filepath.Join(dir, "rootfs")
@@ -191,7 +191,7 @@ func TestLayersStayInside(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			// Refusing the layer and keeping it inside are both fine.
-			if err := UnpackOCI(context.Background(), imageOf(t, runTrue, layers...), filepath.Join(t.TempDir(), "bundle"), Limits{}, nil); err != nil {
+			if err := UnpackOCI(context.Background(), imageOf(t, runTrue, layers...), filepath.Join(t.TempDir(), "bundle"), Limits{}, nil, nil); err != nil {
 				t.Logf("refused: %v", err)
 			}
 			entries, err := os.ReadDir(outside)
@@ -211,7 +211,7 @@ func TestRuntimeSpec(t *testing.T) {
 		file("etc/passwd", "root:x:0:0::/root:/bin/sh\napp:x:1000:1001::/home/app:/bin/sh\n"),
 		file("etc/group", "root:x:0:\napp:x:1001:\nextra:x:2000:app\n"))))
 	convert := func(c v1.Config) (string, error) {
-		spec, err := runtimeSpec(&v1.ConfigFile{Config: c}, root)
+		spec, err := runtimeSpec(&v1.ConfigFile{Config: c}, root, nil)
 		if err != nil {
 			return "", err
 		}
@@ -233,7 +233,7 @@ func TestRuntimeSpec(t *testing.T) {
 	for user, want := range map[string][3]uint32{
 		"": {0, 0, 0}, "app": {1000, 1001, 1}, "1000": {1000, 1001, 1}, "app:extra": {1000, 2000, 0}, "4242:17": {4242, 17, 0}, "4242": {4242, 0, 0},
 	} {
-		spec, err := runtimeSpec(&v1.ConfigFile{Config: v1.Config{User: user, Cmd: []string{"x"}}}, root)
+		spec, err := runtimeSpec(&v1.ConfigFile{Config: v1.Config{User: user, Cmd: []string{"x"}}}, root, nil)
 		if err != nil {
 			t.Errorf("user %q: %v", user, err)
 			continue
@@ -266,7 +266,7 @@ func TestAbsoluteSymlinks(t *testing.T) {
 		directory("var"), symlink("var/run", "/run"), directory("run"), symlink("up", "../../../../.."))))
 	spec, err := runtimeSpec(&v1.ConfigFile{Config: v1.Config{User: "guest", Cmd: []string{"x"}, Volumes: map[string]struct{}{
 		"/var/run/app/data": {}, "/up/made-at-root": {}, "../../also-at-root": {},
-	}}}, root)
+	}}}, root, nil)
 	if err != nil || spec.Process.User.UID != 8 {
 		t.Errorf("the image's user is %v, %v", spec, err)
 	}
@@ -275,7 +275,7 @@ func TestAbsoluteSymlinks(t *testing.T) {
 			t.Errorf("%s: %v", dir, err)
 		}
 	}
-	if _, err := runtimeSpec(&v1.ConfigFile{Config: v1.Config{User: "host", Cmd: []string{"x"}}}, root); err == nil {
+	if _, err := runtimeSpec(&v1.ConfigFile{Config: v1.Config{User: "host", Cmd: []string{"x"}}}, root, nil); err == nil {
 		t.Error("the host's passwd was read")
 	}
 }
@@ -333,7 +333,7 @@ func TestUnpackNotEmpty(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "mine"), nil, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	err := UnpackOCI(context.Background(), imageOf(t, runTrue), dir, Limits{}, nil)
+	err := UnpackOCI(context.Background(), imageOf(t, runTrue), dir, Limits{}, nil, nil)
 	if err == nil || !strings.Contains(err.Error(), "not empty") {
 		t.Errorf("error is %v", err)
 	}
@@ -373,7 +373,7 @@ func TestDamagedLayer(t *testing.T) {
 	}
 	opened, err := OpenImage(context.Background(), ImageConfig{Ref: "oci:" + dir})
 	if err == nil {
-		err = UnpackOCI(context.Background(), opened, filepath.Join(t.TempDir(), "bundle"), Limits{}, nil)
+		err = UnpackOCI(context.Background(), opened, filepath.Join(t.TempDir(), "bundle"), Limits{}, nil, nil)
 	}
 	if err == nil || !strings.Contains(err.Error(), "damaged") && !strings.Contains(err.Error(), "sha256") && !strings.Contains(err.Error(), "size") {
 		t.Errorf("error is %v", err)

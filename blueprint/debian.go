@@ -13,15 +13,17 @@ import (
 	"time"
 
 	"drafter/internal/lockfile"
+	"drafter/internal/logging"
 	"drafter/internal/private"
 )
 
 // UnpackDebian downloads Debian packages with all their dependencies, and unpacks them into dir, a
 // new directory. It does not run maintainer scripts. cache keeps the downloads. It needs root, apt
 // and dpkg.
-func UnpackDebian(ctx context.Context, dir, cache string, progress Progress, names ...string) error {
+// log hears when another process has the cache; nil: slog.Default().
+func UnpackDebian(ctx context.Context, dir, cache string, progress Progress, log *slog.Logger, names ...string) error {
 	progress.report("Downloading packages", 0, 0)
-	debs, err := fetchPackages(ctx, cache, names...)
+	debs, err := fetchPackages(ctx, cache, log, names...)
 	if err != nil {
 		return fmt.Errorf("download packages: %w", err)
 	}
@@ -40,14 +42,14 @@ func UnpackDebian(ctx context.Context, dir, cache string, progress Progress, nam
 
 // fetchPackages downloads the named packages with all their dependencies, as if nothing were
 // installed, and returns the .deb files.
-func fetchPackages(ctx context.Context, cache string, names ...string) (_ []string, err error) {
+func fetchPackages(ctx context.Context, cache string, log *slog.Logger, names ...string) (_ []string, err error) {
 	cache, err = filepath.Abs(cache) // apt takes relative paths to be its own
 	if err != nil {
 		return nil, err
 	}
 	archives := filepath.Join(cache, "archives")
 	status := filepath.Join(cache, "status")
-	lock, err := lockCache(ctx, cache)
+	lock, err := lockCache(ctx, cache, log)
 	if err != nil {
 		return nil, err
 	}
@@ -96,7 +98,7 @@ func fetchPackages(ctx context.Context, cache string, names ...string) (_ []stri
 // lockCache makes the directory of a cache and waits until no other process uses it: apt fails
 // where another apt works. Nobody changes or removes packages that are there, so unpacking needs no
 // lock.
-func lockCache(ctx context.Context, dir string) (*lockfile.Lock, error) {
+func lockCache(ctx context.Context, dir string, log *slog.Logger) (*lockfile.Lock, error) {
 	if err := makeCache(dir); err != nil {
 		return nil, err
 	}
@@ -107,7 +109,7 @@ func lockCache(ctx context.Context, dir string) (*lockfile.Lock, error) {
 			return lock, err
 		}
 		if !told {
-			slog.Info("Waiting for another process to be done with the cache of packages", "cache", dir, "held", held.Holder)
+			logging.Or(log).Info("Waiting for another process to be done with the cache of packages", "cache", dir, "held", held.Holder)
 		}
 		select {
 		case <-ctx.Done():
@@ -140,11 +142,11 @@ var uriLine = regexp.MustCompile(`(?m)^'[^']+' (\S+\.deb) \d+`)
 
 // fetchKernel downloads the kernel image that a kernel package stands for, without its
 // dependencies, and returns the .deb file.
-func fetchKernel(ctx context.Context, cache, name string) (_ string, err error) {
+func fetchKernel(ctx context.Context, cache, name string, log *slog.Logger) (_ string, err error) {
 	if cache, err = filepath.Abs(cache); err != nil {
 		return "", err
 	}
-	lock, err := lockCache(ctx, cache)
+	lock, err := lockCache(ctx, cache, log)
 	if err != nil {
 		return "", err
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"path/filepath"
 	"syscall"
 	"time"
@@ -21,6 +22,7 @@ type Ext4Config struct {
 	Free   int64  // bytes
 
 	Progress Progress
+	Logger   *slog.Logger // of BuildOCI, which hears what of an image cannot be had; nil: slog.Default()
 }
 
 // minExt4 leaves room for a journal.

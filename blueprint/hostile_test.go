@@ -115,7 +115,7 @@ func TestUnpackedIsClosed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := UnpackOCI(t.Context(), &lateImage{image, &lateLayer{layers[1], func() { closed("meanwhile") }}}, dir, Limits{}, nil); err != nil {
+	if err := UnpackOCI(t.Context(), &lateImage{image, &lateLayer{layers[1], func() { closed("meanwhile") }}}, dir, Limits{}, nil, nil); err != nil {
 		t.Fatal(err)
 	}
 	closed("afterwards")
@@ -129,7 +129,7 @@ func TestUnpackedIsClosed(t *testing.T) {
 		"after an interrupt":    &lateImage{image, &lateLayer{layers[1], cancel}},
 		"with no command":       imageOf(t, v1.Config{}, rootKit(t)),
 	} {
-		if err := UnpackOCI(ctx, image, dir, Limits{}, nil); err == nil {
+		if err := UnpackOCI(ctx, image, dir, Limits{}, nil, nil); err == nil {
 			t.Errorf("%s: no error", when)
 		}
 		if entries, err := os.ReadDir(parent); err != nil || len(entries) > 0 {
@@ -187,7 +187,7 @@ func TestBombs(t *testing.T) {
 	} {
 		dir := filepath.Join(t.TempDir(), "bundle")
 		start := time.Now()
-		err := UnpackOCI(t.Context(), imageOf(t, runTrue, c.layers...), dir, limits, nil)
+		err := UnpackOCI(t.Context(), imageOf(t, runTrue, c.layers...), dir, limits, nil, nil)
 		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
 			t.Errorf("%s: %v after %s", name, err, time.Since(start))
 		}
@@ -257,10 +257,10 @@ func TestForeignCache(t *testing.T) {
 		if err := lie(dir); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := fetchKernel(t.Context(), dir, DefaultKernel); err == nil || !strings.Contains(err.Error(), "--cache") {
+		if _, err := fetchKernel(t.Context(), dir, DefaultKernel, nil); err == nil || !strings.Contains(err.Error(), "--cache") {
 			t.Errorf("%s: kernel: %v", name, err)
 		}
-		if _, err := fetchPackages(t.Context(), dir, "busybox-static"); err == nil || !strings.Contains(err.Error(), "--cache") {
+		if _, err := fetchPackages(t.Context(), dir, nil, "busybox-static"); err == nil || !strings.Contains(err.Error(), "--cache") {
 			t.Errorf("%s: packages: %v", name, err)
 		}
 	}
@@ -370,7 +370,7 @@ func TestArchiveInterrupted(t *testing.T) {
 	go func() {
 		image, err := OpenImage(ctx, ImageConfig{Ref: "docker-archive:" + path})
 		if err == nil {
-			err = UnpackOCI(ctx, image, filepath.Join(dir, "bundle"), Limits{Bytes: large}, nil)
+			err = UnpackOCI(ctx, image, filepath.Join(dir, "bundle"), Limits{Bytes: large}, nil, nil)
 		}
 		ended <- err
 	}()
@@ -397,7 +397,7 @@ func TestUsersAreFiles(t *testing.T) {
 			layerOf(t, directory("etc"), users, entry{tar.Header{Typeflag: tar.TypeFifo, Name: "fifo", Mode: 0o644}, ""}))
 		unpacked := make(chan error, 1)
 		dir := t.TempDir() + "/bundle"
-		go func() { unpacked <- UnpackOCI(t.Context(), image, dir, Limits{}, nil) }()
+		go func() { unpacked <- UnpackOCI(t.Context(), image, dir, Limits{}, nil, nil) }()
 		select {
 		case err := <-unpacked:
 			if err == nil || !strings.Contains(err.Error(), "is no regular file") {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"runtime"
 	"slices"
@@ -31,6 +32,8 @@ type ImageConfig struct {
 	PlainHTTP bool
 	// MaxArchive bounds the unpacked size of a compressed archive, in bytes; 0: 64 GiB.
 	MaxArchive int64
+
+	Logger *slog.Logger // nil: slog.Default()
 }
 
 // OpenImage finds an image. Its layers are fetched when they are read. Registry credentials come
@@ -84,7 +87,7 @@ func openImage(ctx context.Context, c ImageConfig, platform v1.Platform) (v1.Ima
 	var err error
 	switch scheme {
 	case "docker":
-		return openRegistry(ctx, strings.TrimPrefix(rest, "//"), c.PlainHTTP, platform)
+		return openRegistry(ctx, strings.TrimPrefix(rest, "//"), c.PlainHTTP, platform, c.Logger)
 	case "oci", "oci-archive":
 		list, err = listStored(ctx, file, layoutIndex, most)
 	case "docker-archive":
@@ -110,12 +113,12 @@ func cutName(ref string) (file, name string) {
 	return ref, ""
 }
 
-func openRegistry(ctx context.Context, ref string, plainHTTP bool, platform v1.Platform) (v1.Image, error) {
+func openRegistry(ctx context.Context, ref string, plainHTTP bool, platform v1.Platform, log *slog.Logger) (v1.Image, error) {
 	r, err := ociclient.Parse(ref, plainHTTP)
 	if err != nil {
 		return nil, err
 	}
-	desc, err := remote.Get(r, append(ociclient.Options(ctx, r.Context().Registry, plainHTTP), remote.WithPlatform(platform))...)
+	desc, err := remote.Get(r, append(ociclient.Options(ctx, r.Context().Registry, plainHTTP, log), remote.WithPlatform(platform))...)
 	if err != nil {
 		return nil, fmt.Errorf("reach registry %s: %w", r.Context().RegistryStr(), err)
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -30,6 +31,7 @@ type OSConfig struct {
 	Cache string
 
 	Progress Progress
+	Logger   *slog.Logger // nil: slog.Default()
 }
 
 // DefaultKernel is Debian's kernel for virtual machines.
@@ -54,7 +56,7 @@ func BuildOS(ctx context.Context, c OSConfig) (err error) {
 	if c.Cache == "" {
 		c.Cache = work.Path("cache")
 	}
-	kernelDeb, err := fetchKernel(ctx, c.Cache, c.Kernel)
+	kernelDeb, err := fetchKernel(ctx, c.Cache, c.Kernel, c.Logger)
 	if err != nil {
 		return fmt.Errorf("download kernel: %w", err)
 	}
@@ -93,7 +95,7 @@ func buildKernel(dir, output string) error {
 // buildRoot lays out the root file system.
 func buildRoot(ctx context.Context, root string, c OSConfig) error {
 	packages := slices.Concat(rootPackages, c.Packages)
-	if err := UnpackDebian(ctx, root, c.Cache, c.Progress, packages...); err != nil {
+	if err := UnpackDebian(ctx, root, c.Cache, c.Progress, c.Logger, packages...); err != nil {
 		return err
 	}
 	for _, dir := range []string{"dev", "etc", "proc", "run", "sys", "tmp", "root", "var"} {

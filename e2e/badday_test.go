@@ -41,7 +41,7 @@ func databases(ctx context.Context, cache, layout string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(root)) }()
-	if err := blueprint.UnpackDebian(ctx, root, cache, nil, "redis-server", "postgresql-15", "dash", "coreutils"); err != nil {
+	if err := blueprint.UnpackDebian(ctx, root, cache, nil, nil, "redis-server", "postgresql-15", "dash", "coreutils"); err != nil {
 		return err
 	}
 	const start = `set -e

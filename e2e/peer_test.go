@@ -185,7 +185,7 @@ func (s *site) awaitKilled(t *testing.T, vm interface {
 		}
 		if process.Dying(vm.PID()) {
 			t.Log("the killed process waits for its own devices")
-			if err := vmm.ReclaimAll(filepath.Join(s.dir, "vms")); err != nil {
+			if err := vmm.ReclaimAll(filepath.Join(s.dir, "vms"), nil); err != nil {
 				t.Fatal(err)
 			}
 		}

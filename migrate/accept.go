@@ -4,10 +4,11 @@ import (
 	"context"
 	"errors"
 	"io"
+	"log/slog"
 	"sync"
 	"time"
 
-	"drafter/internal/limitedlog"
+	"drafter/internal/logging"
 )
 
 // Accept returns the next connection with a target, or an error once ctx has ended.
@@ -16,10 +17,11 @@ type Accept func(ctx context.Context) (io.ReadWriteCloser, error)
 // AcceptAll gives each connection to handle, which owns it, in a goroutine of its own. handle has
 // to bound how many there are at a time. AcceptAll returns when ctx has ended and every handle has
 // returned.
-func AcceptAll(ctx context.Context, accept Accept, handle func(context.Context, io.ReadWriteCloser)) {
+// log hears why a connection cannot be accepted; nil: slog.Default().
+func AcceptAll(ctx context.Context, log *slog.Logger, accept Accept, handle func(context.Context, io.ReadWriteCloser)) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	var complaints limitedlog.Log
+	complaints := logging.Limited{Logger: log}
 	for {
 		stream, err := accept(ctx)
 		if ctx.Err() != nil {

@@ -79,7 +79,7 @@ func TestAcceptAll(t *testing.T) {
 	late, theirs := net.Pipe()
 	var accepted, ended atomic.Int64
 	handling := make(chan struct{}, 3)
-	AcceptAll(ctx, func(context.Context) (io.ReadWriteCloser, error) {
+	AcceptAll(ctx, nil, func(context.Context) (io.ReadWriteCloser, error) {
 		switch n := accepted.Add(1); n {
 		case 1:
 			return nil, errors.New("too many open files")
@@ -107,7 +107,7 @@ func TestAcceptAll(t *testing.T) {
 // Who waits after an error hears the end of the context.
 func TestAcceptEnds(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
-	AcceptAll(ctx, func(context.Context) (io.ReadWriteCloser, error) {
+	AcceptAll(ctx, nil, func(context.Context) (io.ReadWriteCloser, error) {
 		time.AfterFunc(0, cancel)
 		return nil, errors.New("too many open files")
 	}, func(context.Context, io.ReadWriteCloser) { t.Error("nothing is there to be handled") })

@@ -22,7 +22,7 @@ import (
 	"drafter/internal/deviceset"
 	"drafter/internal/expose"
 	"drafter/internal/lifecycle"
-	"drafter/internal/limitedlog"
+	"drafter/internal/logging"
 	"drafter/internal/migration"
 	"drafter/internal/private"
 	"drafter/internal/stack"
@@ -72,6 +72,7 @@ type Config struct {
 	Links   string // directory for a link to each device's path, by the device's name; empty for none
 	Expose  string // "auto", "fuse" or "nbd"; "" for auto
 	Limits  migrate.Limits
+	Logger  *slog.Logger // nil: slog.Default()
 
 	// Called by a migration, which waits for them. They may be nil.
 	OnPhase    func(migrate.Phase)
@@ -88,7 +89,7 @@ type Mounter struct {
 	links   []link
 	gates   map[string]*block.Gate
 
-	refusals, failures limitedlog.Log // of connections, and of migrations
+	refusals, failures logging.Limited // of connections, and of migrations
 
 	forwarding     sync.WaitGroup // operations of users at the source of the devices
 	stopForwarding context.CancelFunc
@@ -113,8 +114,10 @@ func New(c Config) (*Mounter, error) {
 	if err != nil {
 		return nil, err
 	}
-	c.Expose = way
-	return &Mounter{config: c, gates: map[string]*block.Gate{}, stopForwarding: func() {}}, nil
+	c.Expose, c.Logger = way, logging.Or(c.Logger)
+	m := &Mounter{config: c, gates: map[string]*block.Gate{}, stopForwarding: func() {}}
+	m.refusals.Logger, m.failures.Logger = c.Logger, c.Logger
+	return m, nil
 }
 
 // Open mounts devices of this host.
@@ -136,7 +139,7 @@ func (m *Mounter) Open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := m.expose(); err != nil {
+	if err := m.expose(ctx); err != nil {
 		return err
 	}
 	m.open()
@@ -151,8 +154,8 @@ func (m *Mounter) open() {
 }
 
 // expose gives paths to all devices. Their users wait until the devices are open.
-func (m *Mounter) expose() error {
-	if err := vmm.ReclaimAll(m.config.BaseDir); err != nil {
+func (m *Mounter) expose(ctx context.Context) error {
+	if err := vmm.ReclaimAll(m.config.BaseDir, m.config.Logger); err != nil {
 		return err
 	}
 	var devices []expose.Device
@@ -160,7 +163,7 @@ func (m *Mounter) expose() error {
 		m.gates[d.Name] = block.NewGate(m.devices.Get(d.Name).Size())
 		devices = append(devices, expose.Device{Name: d.Name, Kind: expose.Disk, Device: m.gates[d.Name]})
 	}
-	if err := m.devices.Expose(deviceset.Place{Base: m.config.BaseDir, Owner: "mounter", Way: m.config.Expose}, devices); err != nil {
+	if err := m.devices.Expose(ctx, deviceset.Place{Base: m.config.BaseDir, Owner: "mounter", Way: m.config.Expose, Logger: m.config.Logger}, devices); err != nil {
 		return err
 	}
 	return m.link()
@@ -287,7 +290,7 @@ func (m *Mounter) Serve(ctx context.Context, accept migrate.Accept, moved func()
 	case <-source.Gone():
 	case <-ctx.Done():
 		err := source.Withdraw(targetPatience, func() {
-			slog.Info("The devices have moved to their target, which still needs what is here; waiting until it has all")
+			m.config.Logger.Info("The devices have moved to their target, which still needs what is here; waiting until it has all")
 		})
 		if err != nil || source.Phase() != migrate.Moved {
 			return err
@@ -321,7 +324,7 @@ func (m *Mounter) complain(stream io.ReadWriteCloser, err error) {
 
 func (m *Mounter) newSource() (*migration.Source, error) {
 	d := &departure{m: m}
-	c := migration.SourceConfig{VM: d, Limits: m.config.Limits, Forward: true, OnProgress: m.config.OnProgress}
+	c := migration.SourceConfig{VM: d, Limits: m.config.Limits, Forward: true, Logger: m.config.Logger, OnProgress: m.config.OnProgress}
 	for i := range m.config.Devices {
 		cd := &m.config.Devices[i]
 		if !cd.MakeMigratable {
@@ -512,7 +515,7 @@ func (a *arrival) Accept(ctx context.Context, manifest wire.Manifest, id uuid.UU
 		a.order = append(a.order, d.Name)
 		devices = append(devices, migration.TargetDevice{Held: held, Device: s.Incoming, Base: s.Contents})
 	}
-	return devices, a.m.expose()
+	return devices, a.m.expose(ctx)
 }
 
 // Start implements [migration.TargetVM].

@@ -95,7 +95,7 @@ func (n *NAT) sayFirewalls() {
 		subjects[subject] = true
 		n.news.say(subject, "Another firewall of this host drops what guests need", "table", c.table, "chain", c.chain, "drops", strings.Join(what, ", "), "open", c.open)
 	}
-	for subject := range n.news {
+	for subject := range n.news.said {
 		if strings.HasPrefix(subject, "firewall ") && !subjects[subject] {
 			n.news.say(subject, "")
 		}

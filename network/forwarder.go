@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"drafter/internal/lockfile"
+	"drafter/internal/logging"
 	"drafter/internal/rundir"
 )
 
@@ -34,6 +35,8 @@ type PortForward struct {
 type ForwarderConfig struct {
 	HostVethCIDR string // the NAT's
 	PortForwards []PortForward
+
+	Logger *slog.Logger // nil: slog.Default()
 }
 
 // Forwarder is a set of port forwards in force until Close.
@@ -45,7 +48,7 @@ type Forwarder struct {
 	forwards []forward
 	table    applied
 	watch    *watch
-	news     news
+	news     *news
 }
 
 const forwarderPrefix = "drafter-forwarder-"
@@ -76,10 +79,11 @@ func StartForwarder(c ForwarderConfig) (_ *Forwarder, err error) {
 		}
 		forwards = append(forwards, f)
 	}
-	if err := reclaimForwarders(); err != nil {
+	c.Logger = logging.Or(c.Logger)
+	if err := reclaimForwarders(c.Logger); err != nil {
 		return nil, fmt.Errorf("clean up after an earlier forwarder: %w", err)
 	}
-	f := &Forwarder{name: forwarderPrefix + strconv.Itoa(os.Getpid()), forwards: forwards, news: news{}}
+	f := &Forwarder{name: forwarderPrefix + strconv.Itoa(os.Getpid()), forwards: forwards, news: newNews(c.Logger)}
 	for suffix := 0; f.lock == nil; suffix++ {
 		if suffix > 0 {
 			f.name = fmt.Sprintf("%s%d-%d", forwarderPrefix, os.Getpid(), suffix)
@@ -298,7 +302,7 @@ func (f *Forwarder) applyRules(forwards []forward) error {
 }
 
 // reclaimForwarders removes the tables of forwarders that no longer run.
-func reclaimForwarders() error {
+func reclaimForwarders(log *slog.Logger) error {
 	locks, err := filepath.Glob(filepath.Join(rundir.Path, forwarderLocks, forwarderPrefix+"*.lock"))
 	if err != nil {
 		return err
@@ -317,7 +321,7 @@ func reclaimForwarders() error {
 		if err := dead.Close(); err != nil {
 			return err
 		}
-		slog.Info("Removed what a killed forwarder left behind", "table", name)
+		log.Info("Removed what a killed forwarder left behind", "table", name)
 	}
 	return nil
 }

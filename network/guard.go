@@ -49,7 +49,7 @@ var guarded = []*net.IPNet{
 const firstGuestPort, lastGuestPort = 61000, 65535
 
 // checkGuestPorts warns where the host's own sockets may get the ports of guests.
-func checkGuestPorts() error {
+func checkGuestPorts(log *slog.Logger) error {
 	const name = "net.ipv4.ip_local_port_range"
 	b, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
 	if err != nil {
@@ -60,7 +60,7 @@ func checkGuestPorts() error {
 		return fmt.Errorf("read kernel parameter %s: %w", name, err)
 	}
 	if last >= firstGuestPort {
-		slog.Warn("Guests may take what is sent to the host's sockets at ports from "+strconv.Itoa(firstGuestPort)+
+		log.Warn("Guests may take what is sent to the host's sockets at ports from "+strconv.Itoa(firstGuestPort)+ //nolint:sloglint // a constant
 			" on; set "+name+" to end below", "range", fmt.Sprintf("%d-%d", first, last))
 	}
 	return nil

@@ -3,7 +3,6 @@ package network
 import (
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"os"
 	"slices"
@@ -126,7 +125,7 @@ func (n *NAT) followRoute() error {
 	if err != nil || len(now) == 0 || slices.Equal(now, n.outgoing) {
 		return err
 	}
-	slog.Info("The host's way out has changed; guests follow it", "from", strings.Join(n.outgoing, ","), "to", strings.Join(now, ","))
+	n.config.Logger.Info("The host's way out has changed; guests follow it", "from", strings.Join(n.outgoing, ","), "to", strings.Join(now, ","))
 	n.outgoing, n.config.HostInterface = now, strings.Join(now, ",")
 	n.record.Config = n.config
 	return errors.Join(n.writeRecord(), n.applyHostRules())
@@ -166,7 +165,7 @@ func (n *NAT) keepLink(i int) (done bool, err error) {
 		if err != nil {
 			return false, fmt.Errorf("somebody has removed network namespace %s under its VM, which is cut off until it is resumed: %w", name, err)
 		}
-		err = errors.Join(removeNamespace(name), n.createNamespace(i), claim.Release())
+		err = errors.Join(removeNamespace(name, n.config.Logger), n.createNamespace(i), claim.Release())
 		return true, errors.Join(err, n.guard(i))
 	}
 	connected, err := n.connected(i)

@@ -20,6 +20,7 @@ import (
 
 	"drafter/internal/kind"
 	"drafter/internal/lockfile"
+	"drafter/internal/logging"
 	"drafter/internal/newfile"
 	"drafter/internal/rundir"
 )
@@ -56,6 +57,8 @@ type NATConfig struct {
 	NamespacePrefix      string
 	NamespaceCount       int  // 0: as many as both CIDRs hold
 	AllowIncomingTraffic bool // the host reaches guests without a port forward
+
+	Logger *slog.Logger `json:"-"` // nil: slog.Default()
 }
 
 // DefaultNAT is a layout that works on most hosts, with 16 namespaces.
@@ -88,7 +91,7 @@ type NAT struct {
 	vacant      []bool    // namespaces behind whose tap was no VMM at the last look
 	firewall    *firewall // of others
 	next        int       // namespace that the next look visits first
-	news        news
+	news        *news
 }
 
 // natRecord is kept on disk while a NAT runs, so that the next NAT can clean up after a crash.
@@ -206,7 +209,8 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &NAT{config: c, layout: l, guestTables: make([]applied, l.count), vacant: make([]bool, l.count), news: news{}}
+	c.Logger = logging.Or(c.Logger)
+	n := &NAT{config: c, layout: l, guestTables: make([]applied, l.count), vacant: make([]bool, l.count), news: newNews(c.Logger)}
 	lock, err := rundir.Lock("nat-" + c.NamespacePrefix)
 	var held *lockfile.HeldError
 	if errors.As(err, &held) {
@@ -225,7 +229,7 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 		return nil, err
 	}
 	if len(n.outgoing) == 0 {
-		slog.Warn("This host has no default route: until it has, guests reach only what --allow-host and --allow-cidr open. Name a --host-interface to change that")
+		n.config.Logger.Warn("This host has no default route: until it has, guests reach only what --allow-host and --allow-cidr open. Name a --host-interface to change that")
 	}
 	n.follows, n.config.HostInterface = c.HostInterface == "", strings.Join(n.outgoing, ",")
 	kept, err := n.reclaim()
@@ -269,7 +273,7 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 	}
 	n.sayFirewalls()
 	n.sayNameServers()
-	n.watch, err = startWatch(n.look)
+	n.watch, err = startWatch(n.look) //nolint:contextcheck // it ends with Close
 	return n, err
 }
 
@@ -360,12 +364,12 @@ func (n *NAT) reclaim() (kept []string, err error) {
 					return nil, errors.Join(err, lock.Release())
 				}
 			}
-			if err := errors.Join(removeNamespace(name), lock.Release()); err != nil {
+			if err := errors.Join(removeNamespace(name, n.config.Logger), lock.Release()); err != nil {
 				return nil, err
 			}
 		}
 	}
-	slog.Info("Removed what a killed NAT left behind", "namespaces", len(old.Namespaces)-len(kept), "inUse", len(kept))
+	n.config.Logger.Info("Removed what a killed NAT left behind", "namespaces", len(old.Namespaces)-len(kept), "inUse", len(kept))
 	n.record.IPForward, n.record.Closed = old.IPForward, old.Closed
 	return kept, nil
 }
@@ -522,7 +526,7 @@ func (n *NAT) checkRoutes(kept []string) error {
 			case bits >= wide:
 				return fmt.Errorf("--%s %s is routed elsewhere: to %s; choose another, or remove that route", flag, subnet, r.Dst)
 			case bits > halves && len(kept) == 0 && r.Type == unix.RTN_UNICAST:
-				slog.Warn("This host has a route to a network that the NAT's addresses are a part of; it does not reach those there any more. Choose others if somebody has them",
+				n.config.Logger.Warn("This host has a route to a network that the NAT's addresses are a part of; it does not reach those there any more. Choose others if somebody has them",
 					"flag", "--"+flag, "subnet", subnet.String(), "route", r.Dst.String())
 			}
 		}
@@ -551,7 +555,7 @@ func (n *NAT) prepareHost(kept []string) error {
 	if err := setSysctl(forward, "1"); err != nil {
 		return err
 	}
-	if err := checkGuestPorts(); err != nil {
+	if err := checkGuestPorts(n.config.Logger); err != nil {
 		return err
 	}
 	if n.connections, err = n.connectionLimit(); err != nil {
@@ -871,7 +875,7 @@ func (n *NAT) Claim() (string, *Claim, error) {
 
 // removeNamespace removes a namespace and its link with the host. A namespace that somebody has
 // made in place of ours stays.
-func removeNamespace(name string) error {
+func removeNamespace(name string, log *slog.Logger) error {
 	if err := checkNamespaceName(name); err != nil {
 		return err
 	}
@@ -882,7 +886,7 @@ func removeNamespace(name string) error {
 			return err
 		}
 		if !ours {
-			slog.Warn("A network namespace was made anew by somebody, and stays", "namespace", name)
+			log.Warn("A network namespace was made anew by somebody, and stays", "namespace", name)
 			return nil
 		}
 	}
@@ -909,7 +913,7 @@ func (n *NAT) Close() error {
 	errs := []error{n.watch.Close()}
 	n.watch = nil
 	for _, name := range slices.Backward(n.created) {
-		errs = append(errs, removeNamespace(name))
+		errs = append(errs, removeNamespace(name, n.config.Logger))
 	}
 	if n.record.Namespaces != nil {
 		errs = append(errs, deleteTable(n.natTable()))

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"os/exec"
@@ -663,7 +664,7 @@ func TestSomebodysThings(t *testing.T) {
 			continue // its record says whose it is
 		}
 		killNAT(t)
-		if err := removeNamespace("ark1"); err != nil {
+		if err := removeNamespace("ark1", slog.Default()); err != nil {
 			t.Fatal(err)
 		}
 		shell(t, tt.make)

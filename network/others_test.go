@@ -644,7 +644,7 @@ func TestRemovesNamespacesOnly(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := removeNamespace(path); err == nil {
+	if err := removeNamespace(path, slog.Default()); err == nil {
 		t.Errorf("%s is taken for a namespace", path)
 	}
 	if _, err := os.Stat(file); err != nil {

@@ -89,33 +89,38 @@ func (w *watch) Close() error {
 }
 
 // news logs what a look finds, once until it changes.
-type news map[string]string
+type news struct {
+	log  *slog.Logger
+	said map[string]string // subject to the last line about it
+}
+
+func newNews(log *slog.Logger) *news { return &news{log, map[string]string{}} }
 
 // say logs a line about a subject, unless that was the last one about it. "" says that there is
 // nothing to say any more.
-func (n news) say(subject, line string, args ...any) {
+func (n *news) say(subject, line string, args ...any) {
 	text := line
 	if line != "" {
 		text = fmt.Sprint(append([]any{line}, args...)...)
 	}
-	if n[subject] == text {
+	if n.said[subject] == text {
 		return
 	}
-	n[subject] = text
+	n.said[subject] = text
 	if line != "" {
-		slog.Warn(line, args...)
+		n.log.Warn(line, args...) //nolint:sloglint // the caller's
 	}
 }
 
 // mended logs what was put back, or why it cannot be.
-func (n news) mended(what string, done bool, err error) {
+func (n *news) mended(what string, done bool, err error) {
 	if err != nil {
 		n.say(what, "Somebody has removed or changed what is ours, and it cannot be put back", "what", what, "error", err)
 		return
 	}
 	n.say(what, "")
 	if done {
-		slog.Warn("Put back what somebody has removed or changed", "what", what)
+		n.log.Warn("Put back what somebody has removed or changed", "what", what)
 	}
 }
 

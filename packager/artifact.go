@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 
@@ -15,9 +16,10 @@ import (
 
 // Artifact is a package in an OCI registry. Credentials are those of docker.
 type Artifact struct {
-	Reference string // NAME[:TAG], with or without docker:// before it
-	PlainHTTP bool   // whether to talk to the registry without TLS
-	MaxSize   int64  // most bytes of all devices together; 0: 128 times this host's memory
+	Reference string       // NAME[:TAG], with or without docker:// before it
+	PlainHTTP bool         // whether to talk to the registry without TLS
+	MaxSize   int64        // most bytes of all devices together; 0: 128 times this host's memory
+	Logger    *slog.Logger // nil: slog.Default()
 }
 
 // Push stores the package in directory dir as the artifact, and returns its digest. It replaces an
@@ -32,7 +34,7 @@ func (a Artifact) Push(ctx context.Context, dir string, progress Progress) (dige
 	for _, name := range names {
 		devices = append(devices, artifact.Device{Name: name, File: filepath.Join(dir, files[name])})
 	}
-	hash, err := artifact.Push(ctx, a.Reference, a.PlainHTTP, devices, artifact.Progress(progress))
+	hash, err := artifact.Push(ctx, a.Reference, a.PlainHTTP, devices, artifact.Progress(progress), a.Logger)
 	if err != nil {
 		return "", err
 	}
@@ -44,7 +46,7 @@ func (a Artifact) Push(ctx context.Context, dir string, progress Progress) (dige
 // the package's; other files there are an error. With a verifier, which may be nil, nothing is
 // pulled unless it accepts the package.
 func (a Artifact) Pull(ctx context.Context, dir string, verifier *signature.Verifier, progress Progress) (digest string, err error) {
-	p, err := artifact.Open(ctx, a.Reference, a.PlainHTTP, a.MaxSize)
+	p, err := artifact.Open(ctx, a.Reference, a.PlainHTTP, a.MaxSize, a.Logger)
 	if err != nil {
 		return "", err
 	}
@@ -111,7 +113,7 @@ func pullFile(
 // Verify returns the digest of an artifact that the verifier accepts, and an error for any other.
 // It reads the lists of content ids, by which every block is verified when it is pulled.
 func (a Artifact) Verify(ctx context.Context, verifier *signature.Verifier) (digest string, err error) {
-	p, err := artifact.Open(ctx, a.Reference, a.PlainHTTP, a.MaxSize)
+	p, err := artifact.Open(ctx, a.Reference, a.PlainHTTP, a.MaxSize, a.Logger)
 	if err != nil {
 		return "", err
 	}

@@ -20,7 +20,7 @@ import (
 	"drafter/internal/expose"
 	"drafter/internal/instance"
 	"drafter/internal/lifecycle"
-	"drafter/internal/limitedlog"
+	"drafter/internal/logging"
 	"drafter/internal/migration"
 	"drafter/internal/process"
 	"drafter/internal/stack"
@@ -68,6 +68,7 @@ type Peer struct {
 	config   Config
 	life     lifecycle.Life
 	serving  atomic.Bool // somebody is in Serve
+	log      *slog.Logger
 	claim    *network.Claim
 	vacated  atomic.Bool    // the VM runs elsewhere
 	vacating sync.WaitGroup // until its clients here were told
@@ -78,7 +79,7 @@ type Peer struct {
 	syncer   *syncer // nil unless the instance is backed up
 	endRoom  func()  // ends what watchRoom does; nil before
 
-	refusals, failures limitedlog.Log       // of connections, and of migrations
+	refusals, failures logging.Limited      // of connections, and of migrations
 	settled            sync.WaitGroup       // the goroutines that wait for an operator to settle an arrival, and for devices to be whole
 	configDevice       []byte               // content of the config device
 	statement          *signature.Statement // of the package; nil unless only signed ones are accepted
@@ -95,7 +96,8 @@ func New(c Config) (*Peer, error) {
 		return nil, err
 	}
 	c.ResumeTimeout, c.RescueTimeout = cmp.Or(c.ResumeTimeout, time.Minute), cmp.Or(c.RescueTimeout, 10*time.Second)
-	p := &Peer{config: c}
+	p := &Peer{config: c, log: c.Host.Logger}
+	p.refusals.Logger, p.failures.Logger = p.log, p.log
 	if len(c.Devices) > 0 || c.Derive == nil {
 		if err := p.checkDevices(); err != nil {
 			return nil, err
@@ -176,7 +178,7 @@ func (p *Peer) resume(ctx context.Context, start time.Time) error {
 	if err != nil {
 		return err
 	}
-	if err := p.expose(config); err != nil {
+	if err := p.expose(ctx, config); err != nil {
 		return err
 	}
 	launched, err := instance.Launch(ctx, p.config.Host, config, storage{p})
@@ -214,7 +216,7 @@ func (p *Peer) own(i *instance.Instance) {
 
 // occupy takes what a VM needs of the host, such as its namespace.
 func (p *Peer) occupy() (err error) {
-	if err := vmm.ReclaimAll(p.config.Host.BaseDir); err != nil {
+	if err := vmm.ReclaimAll(p.config.Host.BaseDir, p.log); err != nil {
 		return err
 	}
 	if p.claim, err = network.ClaimNamespace(p.config.Host.Netns); err != nil {
@@ -224,7 +226,7 @@ func (p *Peer) occupy() (err error) {
 		return err
 	}
 	if !process.Protected() {
-		slog.Warn("This process serves guest memory and may be held up by the kernel; call peer.ProtectProcess before")
+		p.log.Warn("This process serves guest memory and may be held up by the kernel; call peer.ProtectProcess before")
 	}
 	return nil
 }
@@ -286,13 +288,13 @@ func (p *Peer) bases() map[string]string {
 
 // expose gives paths to the devices that a VMM opens. They are in a directory that the next start
 // cleans up if this process is killed.
-func (p *Peer) expose(config *vmm.PackageConfig) error {
+func (p *Peer) expose(ctx context.Context, config *vmm.PackageConfig) error {
 	host := p.config.Host
 	driver, err := host.Drivers.Select(host.VMM, config.Hardware.VMM)
 	if err != nil {
 		return err
 	}
-	p.endRoom = p.watchRoom()
+	p.endRoom = p.watchRoom(ctx)
 	var devices []expose.Device
 	for _, d := range p.config.Devices {
 		kind := expose.Disk
@@ -312,7 +314,7 @@ func (p *Peer) expose(config *vmm.PackageConfig) error {
 		}
 		devices = append(devices, expose.Device{Name: d.Name, Kind: kind, Device: p.devices.Get(d.Name)})
 	}
-	return p.devices.Expose(deviceset.Place{Base: host.BaseDir, Owner: "peer", Way: p.config.Expose, UID: host.UID, GID: host.GID}, devices)
+	return p.devices.Expose(ctx, deviceset.Place{Base: host.BaseDir, Owner: "peer", Way: p.config.Expose, UID: host.UID, GID: host.GID, Logger: p.log}, devices)
 }
 
 // storage is where the instance finds its devices.
@@ -394,7 +396,7 @@ func (p *Peer) Suspend(ctx context.Context) error {
 	}
 	// What arrived last is durable only since the suspend, if at all before.
 	err = errors.Join(err, p.forgetMissing(), p.instance.Close())
-	slog.Info("Suspended VM", "took", time.Since(start).Round(time.Millisecond))
+	p.log.Info("Suspended VM", "took", time.Since(start).Round(time.Millisecond))
 	if err == nil && p.syncer != nil {
 		err = p.syncer.finish(context.WithoutCancel(ctx), p)
 	}

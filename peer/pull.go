@@ -27,8 +27,9 @@ type Origin struct {
 // OpenArtifact opens the package that an OCI registry has under ref. plainHTTP allows a connection
 // without TLS. All devices together may have maxSize bytes; 0 is the default of [migrate.Limits].
 // Credentials are those of docker.
-func OpenArtifact(ctx context.Context, ref string, plainHTTP bool, maxSize int64) (*Origin, error) {
-	p, err := artifact.Open(ctx, ref, plainHTTP, maxSize)
+// log hears if the registry wants them sent elsewhere; nil: slog.Default().
+func OpenArtifact(ctx context.Context, ref string, plainHTTP bool, maxSize int64, log *slog.Logger) (*Origin, error) {
+	p, err := artifact.Open(ctx, ref, plainHTTP, maxSize, log)
 	if err != nil {
 		return nil, err
 	}
@@ -108,7 +109,7 @@ func (p *Peer) pull(ctx context.Context, start time.Time, from origin) error {
 	if err := p.resume(ctx, start); err != nil {
 		return err
 	}
-	p.startFill()
+	p.startFill(ctx)
 	return nil
 }
 
@@ -135,6 +136,7 @@ func (p *Peer) checkOrigin(from origin) error {
 func (p *Peer) open(ctx context.Context, d *Device) (*stack.Stack, error) {
 	if p.origin != nil {
 		if remote, ok := p.origin.Remote(d.Name); ok {
+			remote.Logger = p.log
 			return p.files(d).OpenOver(ctx, remote)
 		}
 	}
@@ -166,8 +168,8 @@ func (p *Peer) stopPull() {
 
 // startFill pulls one device after the other. The config comes first, because it lists the
 // package's devices, then memory, which the VM waits for most.
-func (p *Peer) startFill() {
-	ctx, cancel := context.WithCancel(context.Background())
+func (p *Peer) startFill(ctx context.Context) {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	f := &fill{cancel: cancel, done: make(chan struct{})}
 	p.mu.Lock()
 	p.fill = f
@@ -196,7 +198,7 @@ func (p *Peer) startFill() {
 			}
 		}
 		if len(names) > 0 {
-			slog.Info("The whole package is here and verified", "took", time.Since(start).Round(time.Millisecond))
+			p.log.Info("The whole package is here and verified", "took", time.Since(start).Round(time.Millisecond))
 		}
 	}()
 }

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"log/slog"
 	"slices"
 	"sync"
 	"time"
@@ -41,7 +40,7 @@ func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	rctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	a := &arrival{p: p, giveUp: cancel, restoring: make(chan struct{})}
-	target, err := migration.Receive(rctx, migration.TargetConfig{VM: a, Dial: dial, Limits: p.config.Limits, Force: p.config.Force, OnPhase: p.config.Hooks.OnPhase, OnProgress: p.config.Hooks.OnProgress})
+	target, err := migration.Receive(rctx, migration.TargetConfig{VM: a, Dial: dial, Limits: p.config.Limits, Force: p.config.Force, Logger: p.log, OnPhase: p.config.Hooks.OnPhase, OnProgress: p.config.Hooks.OnProgress})
 	if errors.Is(err, migrate.ErrPackage) {
 		pkg, err := migration.OpenPackage(ctx, dial, p.config.Limits)
 		if err != nil {
@@ -63,10 +62,10 @@ func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	p.keepWhole(target)
 	// The VM runs and serves its clients. An agent that does not answer is no reason to end it.
 	if err := p.instance.AfterResume(ctx, p.config.ResumeTimeout); err != nil {
-		slog.Error("The VM runs, but its agent does not answer; its clock may be behind", "error", err)
+		p.log.Error("The VM runs, but its agent does not answer; its clock may be behind", "error", err)
 	} else if hook := p.config.Hooks.OnAfterResume; hook != nil {
 		if err := hook(ctx); err != nil {
-			slog.Error("After resume", "error", err)
+			p.log.Error("After resume", "error", err)
 		}
 	}
 	fetched := int64(0)
@@ -75,9 +74,9 @@ func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	}
 	if fetched > 0 {
 		sent, _, _ := stats.Bytes()
-		slog.Info("Got from S3 what had not changed since the last sync", "fromS3", humanize.IBytes(uint64(fetched)), "fromSource", humanize.IBytes(uint64(sent)))
+		p.log.Info("Got from S3 what had not changed since the last sync", "fromS3", humanize.IBytes(uint64(fetched)), "fromSource", humanize.IBytes(uint64(sent)))
 	}
-	slog.Info("Resumed VM", "took", running.Round(time.Millisecond), "downtime", stats.Paused.Round(10*time.Microsecond), "agentAfter", time.Since(start).Round(time.Millisecond))
+	p.log.Info("Resumed VM", "took", running.Round(time.Millisecond), "downtime", stats.Paused.Round(10*time.Microsecond), "agentAfter", time.Since(start).Round(time.Millisecond))
 	return nil
 }
 
@@ -182,11 +181,11 @@ func (p *Peer) keepWhole(target *migration.Target) {
 				return
 			}
 			if err := s.Sync(); err != nil {
-				slog.Warn("A device is here, but it cannot be made durable yet", "device", d.Name, "error", err)
+				p.log.Warn("A device is here, but it cannot be made durable yet", "device", d.Name, "error", err)
 				return // it is tried again when all is here
 			}
 			if err := d.files().ForgetMissing(); err != nil {
-				slog.Warn("A device is here, but that cannot be noted yet", "device", d.Name, "error", err)
+				p.log.Warn("A device is here, but that cannot be noted yet", "device", d.Name, "error", err)
 			}
 		})
 	}
@@ -264,7 +263,7 @@ func (a *arrival) Accept(ctx context.Context, m wire.Manifest, id uuid.UUID) ([]
 	if err != nil {
 		return nil, err
 	}
-	if err := a.p.expose(a.config); err != nil {
+	if err := a.p.expose(ctx, a.config); err != nil {
 		return nil, err
 	}
 	return a.devices(ctx, m, held)

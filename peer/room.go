@@ -39,8 +39,8 @@ const (
 
 // watchRoom logs when devices have no room for what the VM writes, and stores what is kept of them
 // once they have room, until stop is called.
-func (p *Peer) watchRoom() (stop func()) {
-	ctx, cancel := context.WithCancel(context.Background())
+func (p *Peer) watchRoom(ctx context.Context) (stop func()) {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		said := map[string]time.Time{}
@@ -53,7 +53,7 @@ func (p *Peer) watchRoom() (stop func()) {
 				return
 			}
 			for name, b := range p.backlogs() {
-				lookForRoom(name, b, said)
+				lookForRoom(name, b, said, p.log)
 			}
 		}
 	})
@@ -65,18 +65,18 @@ func (p *Peer) watchRoom() (stop func()) {
 
 // lookForRoom does this for one device. said holds when the log last named each device that has
 // something unstored.
-func lookForRoom(name string, b *block.Backlog, said map[string]time.Time) {
+func lookForRoom(name string, b *block.Backlog, said map[string]time.Time, log *slog.Logger) {
 	err := b.Store() // of what is kept
 	missing := b.Missing()
 	last, waits := said[name]
 	switch {
 	case missing == 0 && waits:
 		delete(said, name)
-		slog.Info("All that was written is stored again", "device", name, "path", b.Path())
+		log.Info("All that was written is stored again", "device", name, "path", b.Path())
 	case missing == 0 || time.Since(last) <= roomReminder:
 	case err != nil && !block.NoRoom(err):
 		said[name] = time.Now()
-		slog.Error("What the VM writes cannot be stored; it is kept in memory until it can", "device", name, "path", b.Path(),
+		log.Error("What the VM writes cannot be stored; it is kept in memory until it can", "device", name, "path", b.Path(),
 			"missing", humanize.IBytes(uint64(missing)), "error", err)
 	default:
 		said[name] = time.Now()
@@ -84,7 +84,7 @@ func lookForRoom(name string, b *block.Backlog, said map[string]time.Time) {
 		if r, rerr := block.RoomAt(b.Path()); rerr == nil {
 			free, where = humanize.IBytes(uint64(max(r.Free, 0))), r.FileSystem
 		}
-		slog.Error("There is no room for what the VM writes; it waits until there is", "device", name, "path", b.Path(), "fileSystem", where,
+		log.Error("There is no room for what the VM writes; it waits until there is", "device", name, "path", b.Path(), "fileSystem", where,
 			"free", free, "missing", humanize.IBytes(uint64(missing)))
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"os"
 	"strings"
 	"time"
@@ -45,7 +44,7 @@ func (p *Peer) Serve(ctx context.Context, accept migrate.Accept) (moved bool, er
 	case <-ctx.Done():
 	}
 	err = source.Withdraw(arrivalPatience, func() {
-		slog.Info("The VM runs at its target, which still needs what is here; waiting until it has all")
+		p.log.Info("The VM runs at its target, which still needs what is here; waiting until it has all")
 	})
 	switch {
 	case errors.Is(err, migrate.ErrInDoubt):
@@ -98,7 +97,7 @@ func (p *Peer) newSource() (*migration.Source, error) {
 		return nil, instance.ErrNotStarted
 	}
 	config := p.instance.Config()
-	c := migration.SourceConfig{VM: &departure{p: p}, Config: p.configDevice, Signature: p.carriedSignature(), Generation: p.instance.Generation(), Limits: p.config.Limits, OnProgress: p.config.Hooks.OnProgress}
+	c := migration.SourceConfig{VM: &departure{p: p}, Config: p.configDevice, Signature: p.carriedSignature(), Generation: p.instance.Generation(), Limits: p.config.Limits, Logger: p.log, OnProgress: p.config.Hooks.OnProgress}
 	if p.syncer != nil {
 		c.Backup = &p.syncer.baseline
 	}
@@ -146,7 +145,7 @@ func (p *Peer) vacate() {
 	}
 	p.vacating.Go(func() {
 		if err := p.claim.Vacate(); err != nil {
-			slog.Warn("Clients of the VM that has left may wait for it here", "error", err)
+			p.log.Warn("Clients of the VM that has left may wait for it here", "error", err)
 		}
 	})
 }
@@ -201,7 +200,7 @@ func (d *departure) Save(ctx context.Context, migration uuid.UUID) error {
 // Rescue implements [migration.SourceVM].
 func (d *departure) Rescue(ctx context.Context) error {
 	if err := d.p.reoccupy(); err != nil {
-		slog.Warn("The VM goes on here, but without its network", "error", err)
+		d.p.log.Warn("The VM goes on here, but without its network", "error", err)
 	}
 	if d.p.syncer != nil {
 		d.p.syncer.hold.set(false)
@@ -212,7 +211,7 @@ func (d *departure) Rescue(ctx context.Context) error {
 // Rescued implements [migration.SourceVM].
 func (d *departure) Rescued(ctx context.Context) {
 	if err := d.p.instance.RescueAgent(ctx, d.p.config.RescueTimeout); err != nil {
-		slog.Warn("The VM goes on, but its agent does not answer", "error", err)
+		d.p.log.Warn("The VM goes on, but its agent does not answer", "error", err)
 	}
 }
 
@@ -256,7 +255,7 @@ func (s *settling) begin(p *Peer, decide func(migrate.Outcome) error, look func(
 			}
 			look()
 			if err := p.readDecision(decide); err != nil {
-				slog.Error("Settle", "error", err)
+				p.log.Error("Settle", "error", err)
 			}
 		}
 	}()
@@ -289,7 +288,7 @@ func (s *settling) follow(p *Peer, phase migrate.Phase) {
 	s.begin(p, source.Settle, func() {
 		silent := time.Since(began) > targetPatience && (phase == migrate.InDoubt || source.Away() > targetPatience)
 		if silent && !said {
-			slog.Warn(missed)
+			p.log.Warn(missed) //nolint:sloglint // one of those above
 		}
 		said = silent
 	})
@@ -337,7 +336,7 @@ func (p *Peer) readDecision(decide func(migrate.Outcome) error) error {
 		if err := decide(outcome); err != nil {
 			return writeDecision(path, refusedPrefix+err.Error())
 		}
-		slog.Info("An operator has settled who owns the VM", "outcome", outcome)
+		p.log.Info("An operator has settled who owns the VM", "outcome", outcome)
 		return os.Remove(path)
 	}
 }

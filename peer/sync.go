@@ -50,6 +50,7 @@ func (p *Peer) place() (place s3.Place, ok bool, err error) {
 type syncer struct {
 	mu       sync.Mutex // held by Sync while it works, and by the last sync
 	place    s3.Place
+	log      *slog.Logger
 	writer   *backup.Writer // nil while the storage has not answered
 	baseline migration.Baseline
 	staged   *staged // a copy that has not been uploaded yet
@@ -70,14 +71,14 @@ func (p *Peer) openStore(ctx context.Context) error {
 	if err != nil || !ok || p.syncer != nil {
 		return err
 	}
-	s := &syncer{place: place}
+	s := &syncer{place: place, log: p.log}
 	cctx, cancel := context.WithTimeoutCause(ctx, storePatience, fmt.Errorf("no answer after %s", storePatience))
 	defer cancel()
 	if err := s.connect(cctx); err != nil {
 		if ctx.Err() != nil || !errors.Is(err, s3.ErrAway) {
 			return err
 		}
-		slog.Warn("Backups begin when the storage is there", "error", err)
+		p.log.Warn("Backups begin when the storage is there", "error", err)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -94,7 +95,7 @@ func (s *syncer) connect(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if s.writer, err = store.NewWriter(ctx); err != nil {
+	if s.writer, err = store.NewWriter(ctx, s.log); err != nil {
 		s.writer = nil
 		store.Close()
 		return err
@@ -238,7 +239,7 @@ func (p *Peer) Sync(ctx context.Context) error {
 			return err
 		}
 		if err != nil && !ended {
-			slog.Error("Not synced to S3; what is there is the backup before", "lastSync", p.syncer.last(), "error", err)
+			p.log.Error("Not synced to S3; what is there is the backup before", "lastSync", p.syncer.last(), "error", err)
 		}
 		select {
 		case <-time.After(interval):
@@ -289,7 +290,7 @@ func (s *syncer) sync(ctx context.Context, p *Peer, source *migration.Source) er
 	if err != nil {
 		return err
 	}
-	slog.Info("Synced to S3", "moment", s.staged.moment.Format(time.RFC3339Nano), "changed", humanize.IBytes(uint64(written.Changed)), "uploaded", humanize.IBytes(uint64(written.Uploaded)),
+	p.log.Info("Synced to S3", "moment", s.staged.moment.Format(time.RFC3339Nano), "changed", humanize.IBytes(uint64(written.Changed)), "uploaded", humanize.IBytes(uint64(written.Uploaded)),
 		"paused", paused.Round(10*time.Microsecond), "took", time.Since(start).Round(time.Millisecond))
 	s.noteMoment()
 	stored := map[*block.Tracker]block.ID{}
@@ -311,7 +312,7 @@ func (p *Peer) backup(ctx context.Context, d *Device, offered wire.Device, held 
 	}
 	remote, ok := p.syncer.writer.Remote(d.Name)
 	if !ok || remote.Contents.Device != offered.Backup || remote.Contents.Size != offered.Size {
-		slog.Info("The backup in S3 is not the one that the source knows; all comes from there", "device", d.Name)
+		p.log.Info("The backup in S3 is not the one that the source knows; all comes from there", "device", d.Name)
 		return nil, nil
 	}
 	b := &migration.Backup{Remote: remote}
@@ -362,7 +363,7 @@ func (s *syncer) finish(ctx context.Context, p *Peer) error {
 	if err := s.prepare(cctx); err != nil {
 		return fmt.Errorf("the VM is suspended here, but not synced to S3: %w", err)
 	}
-	slog.Info("Syncing the suspended VM to S3", "patience", lastPatience)
+	p.log.Info("Syncing the suspended VM to S3", "patience", lastPatience)
 	s.writer.Hurry(lastPatience)
 	start := time.Now()
 	known := s.baseline.Held() && s.staged == nil
@@ -389,7 +390,7 @@ func (s *syncer) finish(ctx context.Context, p *Peer) error {
 	if err != nil {
 		return fmt.Errorf("the VM is suspended here, but not synced to S3, where it is as of %s: %w", s.last(), err)
 	}
-	slog.Info("Synced suspended VM to S3", "moment", start.Format(time.RFC3339Nano), "changed", humanize.IBytes(uint64(written.Changed)), "uploaded", humanize.IBytes(uint64(written.Uploaded)),
+	p.log.Info("Synced suspended VM to S3", "moment", start.Format(time.RFC3339Nano), "changed", humanize.IBytes(uint64(written.Changed)), "uploaded", humanize.IBytes(uint64(written.Uploaded)),
 		"took", time.Since(start).Round(time.Millisecond))
 	s.collect(ctx, p)
 	return nil
@@ -407,7 +408,7 @@ func (p *Peer) awaitBackup(ctx context.Context) error {
 		return nil
 	default:
 	}
-	slog.Info("Waiting until all of the backup is here")
+	p.log.Info("Waiting until all of the backup is here")
 	select {
 	case <-pulled:
 		return nil

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"slices"
 	"sync"
 
@@ -33,7 +32,7 @@ func (p *Peer) verify(carried []byte) (err error) {
 // change.
 func (p *Peer) checkPlaces() error {
 	// Files that a killed process has lent to its VM are given back to their owners.
-	if err := vmm.ReclaimAll(p.config.Host.BaseDir); err != nil {
+	if err := vmm.ReclaimAll(p.config.Host.BaseDir, p.log); err != nil {
 		return err
 	}
 	var names []string
@@ -44,7 +43,7 @@ func (p *Peer) checkPlaces() error {
 		}
 	}
 	if slices.ContainsFunc(p.config.Devices, func(d Device) bool { return d.Overlay == "" }) {
-		slog.Warn("This run changes the package, whose signature will not fit any more; --instance leaves the package as it is")
+		p.log.Warn("This run changes the package, whose signature will not fit any more; --instance leaves the package as it is")
 	}
 	return p.statement.CheckNames(names)
 }
@@ -89,7 +88,7 @@ func (p *Peer) carriedSignature() []byte {
 	}
 	b, err := signature.Beside(p.configBase())
 	if err != nil {
-		slog.Warn("Targets do not get the package's signature", "error", err)
+		p.log.Warn("Targets do not get the package's signature", "error", err)
 	}
 	return b
 }

@@ -9,13 +9,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"path/filepath"
 	"slices"
 
 	"golang.org/x/sync/errgroup"
 
 	"drafter/internal/block"
-	"drafter/internal/limitedlog"
+	"drafter/internal/logging"
 	"drafter/internal/migration"
 	"drafter/migrate"
 	"drafter/signature"
@@ -48,6 +49,7 @@ type Config struct {
 	Devices     []Device
 	Connections int // most that are served at once; 0: 1024. A target has two, and each takes some 2 MiB. A host gets no more of them than are left for others
 	Limits      migrate.Limits
+	Logger      *slog.Logger // nil: slog.Default()
 }
 
 // Registry serves one package.
@@ -163,8 +165,8 @@ func (r *Registry) Devices() []ServedDevice {
 
 // Serve serves targets until ctx ends. It is called once.
 func (r *Registry) Serve(ctx context.Context, accept migrate.Accept) {
-	var complaints limitedlog.Log
-	migrate.AcceptAll(ctx, accept, func(ctx context.Context, stream io.ReadWriteCloser) {
+	complaints := logging.Limited{Logger: r.config.Logger}
+	migrate.AcceptAll(ctx, r.config.Logger, accept, func(ctx context.Context, stream io.ReadWriteCloser) {
 		if err := r.offer.Handle(ctx, stream); err != nil && ctx.Err() == nil {
 			complaints.Warn("A connection with a target failed", "from", transport.Peer(stream), "error", err)
 		}

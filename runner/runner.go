@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"time"
@@ -116,7 +115,7 @@ func (r *Runner) Resume(ctx context.Context) error {
 		return fmt.Errorf("resume: %w", err)
 	}
 	// Files that a killed runner has lent to its VM are given back to their owners.
-	err := vmm.ReclaimAll(r.config.Host.BaseDir)
+	err := vmm.ReclaimAll(r.config.Host.BaseDir, r.config.Host.Logger)
 	if err != nil {
 		return err
 	}
@@ -167,7 +166,7 @@ func (r *Runner) verify(ctx context.Context) error {
 		return err
 	}
 	if len(r.private) == 0 {
-		slog.Warn("This run changes the package, whose signature will not fit any more; an instance of a peer leaves the package as it is")
+		r.config.Host.Logger.Warn("This run changes the package, whose signature will not fit any more; an instance of a peer leaves the package as it is")
 	}
 	r.pkg, err = instance.Open(r.paths)
 	return err
@@ -203,7 +202,7 @@ func (r *Runner) copyPrivate(ctx context.Context) error {
 	if r.config.MemoryOutput != "" {
 		targets = r.outputs()
 	} else {
-		slog.Warn("Changes will be discarded at the end: no outputs are named")
+		r.config.Host.Logger.Warn("Changes will be discarded at the end: no outputs are named")
 	}
 	for name, origin := range r.origin {
 		parent := r.config.Host.BaseDir
@@ -281,7 +280,7 @@ func (r *Runner) Suspend(ctx context.Context) error {
 			return errors.Join(err, fmt.Errorf("store outputs: %w", kerr))
 		}
 	}
-	slog.Info("Suspended VM", "took", time.Since(start).Round(time.Millisecond))
+	r.config.Host.Logger.Info("Suspended VM", "took", time.Since(start).Round(time.Millisecond))
 	return err
 }
 

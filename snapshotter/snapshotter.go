@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -222,7 +221,7 @@ func (s *Snapshotter) Run(ctx context.Context) (_ Result, err error) {
 		return Result{}, fmt.Errorf("snapshot: %w", err)
 	}
 	// Files that a killed snapshotter has lent to its VM are given back to their owners.
-	if err := vmm.ReclaimAll(s.config.Host.BaseDir); err != nil {
+	if err := vmm.ReclaimAll(s.config.Host.BaseDir, s.config.Host.Logger); err != nil {
 		return Result{}, err
 	}
 	claim, err := network.ClaimNamespace(s.config.Host.Netns)
@@ -260,7 +259,7 @@ func (s *Snapshotter) Run(ctx context.Context) (_ Result, err error) {
 		return Result{}, fmt.Errorf("boot: %w", err)
 	}
 	booted := time.Now()
-	slog.Info("Booted VM", "took", booted.Sub(start).Round(time.Millisecond), "vmm", i.Config().Hardware.VMM,
+	s.config.Host.Logger.Info("Booted VM", "took", booted.Sub(start).Round(time.Millisecond), "vmm", i.Config().Hardware.VMM,
 		"machine", i.Config().Hardware.Machine, "accel", i.Config().Hardware.Accel)
 	if _, err := i.Suspend(ctx, s.config.Timeout); err != nil {
 		return Result{}, err
@@ -283,7 +282,7 @@ func (s *Snapshotter) Run(ctx context.Context) (_ Result, err error) {
 		return Result{}, err
 	}
 	result := Result{Boot: booted.Sub(start), Suspend: time.Since(booted)}
-	slog.Info("Stored package", "took", result.Suspend.Round(time.Millisecond), "config", s.output(vmm.Config))
+	s.config.Host.Logger.Info("Stored package", "took", result.Suspend.Round(time.Millisecond), "config", s.output(vmm.Config))
 	return result, nil
 }
 

@@ -21,7 +21,7 @@ import (
 // TestMain is also a snapshotter that has lent files to its VM's user, and is killed.
 func TestMain(m *testing.M) {
 	if base := os.Getenv("LEND_IN"); base != "" {
-		d, err := vmm.CreateDir(base, "test")
+		d, err := vmm.CreateDir(base, "test", nil)
 		for _, path := range os.Args[1:] {
 			if err == nil {
 				err = d.Lend(path, int(vmm.DefaultUsers.First), int(vmm.DefaultUsers.First), true)

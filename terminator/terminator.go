@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
@@ -18,6 +19,7 @@ import (
 	"drafter/internal/backup"
 	"drafter/internal/block"
 	"drafter/internal/fileset"
+	"drafter/internal/logging"
 	"drafter/internal/migration"
 	"drafter/internal/wire"
 	"drafter/migrate"
@@ -40,6 +42,7 @@ type Config struct {
 	Copy    bool     // the VM goes on at its peer
 	Force   bool     // take the VM even if its guest does not get ready to be paused; data that the guest has not flushed is as after a power cut
 	Limits  migrate.Limits
+	Logger  *slog.Logger // nil: slog.Default()
 
 	// Called by the migration, which waits for them. They may be nil. OnPhase is called at every
 	// change of phase, OnProgress at most ten times a second and at the end.
@@ -55,6 +58,7 @@ type Terminator struct {
 
 // New checks a config. It touches nothing on the host.
 func New(c Config) (*Terminator, error) {
+	c.Logger = logging.Or(c.Logger)
 	t := &Terminator{config: c, paths: map[string]string{}}
 	ways := 0
 	for _, given := range []bool{len(c.Devices) > 0, c.Dir != "", c.Place != s3.Place{}} {
@@ -90,12 +94,12 @@ func (t *Terminator) Run(ctx context.Context, dial migrate.Dial) (stats migrate.
 	if t.config.Place != (s3.Place{}) {
 		place := t.config.Place
 		place.MaxSize = t.config.Limits.MaxSize
-		if s.writer, err = openWriter(ctx, place); err != nil {
+		if s.writer, err = openWriter(ctx, place, t.config.Logger); err != nil {
 			return stats, err
 		}
 		defer func() { err = errors.Join(err, s.writer.Close()) }()
 	}
-	target, err := migration.Receive(ctx, migration.TargetConfig{VM: s, Dial: dial, Limits: t.config.Limits, Copy: t.config.Copy, Force: t.config.Force, OnPhase: t.config.OnPhase, OnProgress: t.config.OnProgress})
+	target, err := migration.Receive(ctx, migration.TargetConfig{VM: s, Dial: dial, Limits: t.config.Limits, Copy: t.config.Copy, Force: t.config.Force, Logger: t.config.Logger, OnPhase: t.config.OnPhase, OnProgress: t.config.OnProgress})
 	if err != nil {
 		return migrate.Stats{}, fmt.Errorf("receive VM: %w", err)
 	}
@@ -111,12 +115,12 @@ func (t *Terminator) Run(ctx context.Context, dial migrate.Dial) (stats migrate.
 	return stats, err
 }
 
-func openWriter(ctx context.Context, place s3.Place) (*backup.Writer, error) {
+func openWriter(ctx context.Context, place s3.Place, log *slog.Logger) (*backup.Writer, error) {
 	store, err := backup.Open(ctx, place)
 	if err != nil {
 		return nil, err
 	}
-	w, err := store.NewWriter(ctx)
+	w, err := store.NewWriter(ctx, log)
 	if err != nil {
 		store.Close()
 	}

@@ -10,7 +10,7 @@ import (
 	"sync"
 	"time"
 
-	"drafter/internal/limitedlog"
+	"drafter/internal/logging"
 )
 
 // handshakeTimeout bounds how long a peer may take to show its certificate.
@@ -28,11 +28,11 @@ type Listener struct {
 	wg       sync.WaitGroup // the one who accepts, and handshakes
 	admitted chan net.Conn
 	waiting  Waiting
-	refusals limitedlog.Log
+	refusals logging.Limited
 }
 
 func newListener(inner net.Listener, t *Trust) *Listener {
-	l := &Listener{inner: inner, trust: t, admitted: make(chan net.Conn)}
+	l := &Listener{inner: inner, trust: t, admitted: make(chan net.Conn), refusals: logging.Limited{Logger: t.Logger}}
 	l.ctx, l.cancel = context.WithCancel(context.Background())
 	return l
 }
@@ -135,7 +135,7 @@ func (p *placed) Close() error {
 func (l *Listener) admit(ctx context.Context, conn net.Conn) error {
 	switch {
 	case l.trust.TLS != nil:
-		secured := tls.Server(conn, l.trust.TLS.config())
+		secured := tls.Server(conn, l.trust.TLS.config(l.trust.Logger))
 		tctx, cancel := context.WithTimeoutCause(ctx, handshakeTimeout, errSlow)
 		defer cancel()
 		if err := secured.HandshakeContext(tctx); err != nil {

@@ -11,6 +11,7 @@ import (
 	"sync"
 
 	"drafter/internal/kind"
+	"drafter/internal/logging"
 )
 
 // Certificates are PEM files for TLS 1.3 with both sides authenticated. They are read anew for each
@@ -51,13 +52,13 @@ func (c *Certificates) read() (*tls.Config, error) {
 	}, nil
 }
 
-// config is for the next connection.
-func (c *Certificates) config() *tls.Config {
+// config is for the next connection. log may be nil.
+func (c *Certificates) config(log *slog.Logger) *tls.Config {
 	config, err := c.read()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if err != nil {
-		slog.Warn("The certificates cannot be read; those that were read last count", "error", err)
+		logging.Or(log).Warn("The certificates cannot be read; those that were read last count", "error", err)
 	} else {
 		c.last = config
 	}

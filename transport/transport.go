@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -26,6 +27,8 @@ import (
 type Trust struct {
 	TLS     *Certificates // if not nil, certificates alone decide; see [LoadTLS]
 	Anybody bool          // without TLS: trust whoever connects or answers, on this host or another
+
+	Logger *slog.Logger // what is to be said of connections, and of certificates; nil: slog.Default()
 }
 
 // ErrUnauthorized says that the other end of a connection is not trusted: another user of this
@@ -157,7 +160,7 @@ func (t *Trust) Dialer(addr string) (func(context.Context) (io.ReadWriteCloser, 
 	switch {
 	case t.TLS != nil:
 		return func(ctx context.Context) (io.ReadWriteCloser, error) {
-			config := t.TLS.config().Clone()
+			config := t.TLS.config(t.Logger).Clone()
 			config.ServerName = host
 			conn, err := (&tls.Dialer{Config: config}).DialContext(ctx, network, address)
 			return conn, unauthorized(err)

@@ -16,6 +16,7 @@ import (
 
 	"drafter/internal/fusemount"
 	"drafter/internal/lockfile"
+	"drafter/internal/logging"
 	"drafter/internal/mark"
 	"drafter/internal/private"
 	"drafter/internal/process"
@@ -43,11 +44,12 @@ const (
 )
 
 // CreateDir makes a new directory under base. Orphans of killed owners are removed first.
-func CreateDir(base, driver string) (_ *Dir, err error) {
+// For log, see [ReclaimAll].
+func CreateDir(base, driver string, log *slog.Logger) (_ *Dir, err error) {
 	if strings.ContainsAny(driver, "/\x00") || driver == "" || driver[0] == '.' {
 		return nil, fmt.Errorf("create VM directory: %q is no name of a driver", driver)
 	}
-	if err := ReclaimAll(base); err != nil {
+	if err := ReclaimAll(base, log); err != nil {
 		return nil, err
 	}
 	if base, err = filepath.Abs(base); err != nil {
@@ -202,7 +204,9 @@ const recordSuffix = ".lock"
 // ReclaimAll removes every VM directory below base whose owner was killed, ending its VMM first, in
 // the order of their names: a peer's devices are removed before the VMM that waits for them. It
 // reads only the records, so nothing else below base is looked at.
-func ReclaimAll(base string) error {
+// log hears what is removed, and what is left; nil: slog.Default().
+func ReclaimAll(base string, log *slog.Logger) error {
+	log = logging.Or(log)
 	if err := CheckBaseDir(base); err != nil {
 		return err
 	}
@@ -213,7 +217,7 @@ func ReclaimAll(base string) error {
 	if err := private.CheckPlace(base, 0); err != nil {
 		return fmt.Errorf("--chroot-base-dir: %w", err)
 	}
-	sayUnmarked(base)
+	sayUnmarked(base, log)
 	records := filepath.Join(base, dirRecords)
 	entries, err := os.ReadDir(records)
 	if errors.Is(err, os.ErrNotExist) {
@@ -231,7 +235,7 @@ func ReclaimAll(base string) error {
 		if !ok || !found || !vmID.MatchString(id) || !e.Type().IsRegular() {
 			continue // no record
 		}
-		if err := reclaimRecorded(filepath.Join(records, e.Name()), filepath.Join(base, driver), id); err != nil {
+		if err := reclaimRecorded(filepath.Join(records, e.Name()), filepath.Join(base, driver), id, log); err != nil {
 			return err
 		}
 	}
@@ -239,7 +243,7 @@ func ReclaimAll(base string) error {
 }
 
 // reclaimRecorded removes the directory that a record names, if its owner is gone.
-func reclaimRecorded(record, parent, id string) error {
+func reclaimRecorded(record, parent, id string, log *slog.Logger) error {
 	dir := filepath.Join(parent, id)
 	lock, err := lockDead(record, dir)
 	var held *lockfile.HeldError
@@ -254,19 +258,19 @@ func reclaimRecorded(record, parent, id string) error {
 	case err != nil:
 	case ours:
 		if err = checkPlace(parent); err == nil {
-			err = reclaim(dir, id)
+			err = reclaim(dir, id, log)
 		}
 	default:
 		// Its owner was killed before it marked the directory, which is empty then.
 		if uerr := unix.Rmdir(dir); uerr != nil && !errors.Is(uerr, unix.ENOENT) {
-			slog.Warn("A directory lacks the mark of the VM that it is recorded for, and stays; remove it by hand if it is of no use", "directory", dir)
+			log.Warn("A directory lacks the mark of the VM that it is recorded for, and stays; remove it by hand if it is of no use", "directory", dir)
 		}
 	}
 	if err != nil {
 		return errors.Join(fmt.Errorf("remove orphaned VM %s: %w", dir, err), lock.Abandon())
 	}
 	if ours {
-		slog.Info("Removed what a killed process left behind", "vm", dir)
+		log.Info("Removed what a killed process left behind", "vm", dir)
 	}
 	return lock.Release()
 }
@@ -306,7 +310,7 @@ var vmID = regexp.MustCompile("^[0-9a-f]{16}$")
 
 // sayUnmarked names directories that a release without marks may have left. They stay, because
 // nothing proves that they are ours.
-func sayUnmarked(base string) {
+func sayUnmarked(base string, log *slog.Logger) {
 	for _, driver := range []string{VMMQEMU, VMMFirecracker, "peer", "mounter"} {
 		entries, err := os.ReadDir(filepath.Join(base, driver))
 		if err != nil {
@@ -322,7 +326,7 @@ func sayUnmarked(base string) {
 				continue
 			}
 			if lockfile.Exclusive(f) == nil { // else its owner lives
-				slog.Warn("A killed process of an older release may have left this directory, which stays as nothing proves that; if it is of no use, unmount what is mounted below it, and remove it", "directory", dir)
+				log.Warn("A killed process of an older release may have left this directory, which stays as nothing proves that; if it is of no use, unmount what is mounted below it, and remove it", "directory", dir)
 			}
 			f.Close()
 		}
@@ -347,7 +351,7 @@ func lockDead(record, dir string) (*lockfile.Lock, error) {
 	}
 }
 
-func reclaim(dir, id string) error {
+func reclaim(dir, id string, log *slog.Logger) error {
 	// A VMM that waits for a FUSE file whose server was killed cannot be killed itself until the
 	// connection is aborted.
 	if err := fusemount.AbortBelow(dir); err != nil {
@@ -365,7 +369,7 @@ func reclaim(dir, id string) error {
 	} else if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	if err := takeBackOrphaned(filepath.Join(dir, dirLent)); err != nil {
+	if err := takeBackOrphaned(filepath.Join(dir, dirLent), log); err != nil {
 		return err
 	}
 	return removeDir(dir)

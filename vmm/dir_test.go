@@ -21,7 +21,7 @@ import (
 // TestOrphanReclaimed starts a process in a VM directory whose owner then vanishes.
 func TestOrphanReclaimed(t *testing.T) {
 	base := t.TempDir()
-	d, err := CreateDir(base, "test")
+	d, err := CreateDir(base, "test", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -37,7 +37,7 @@ func TestOrphanReclaimed(t *testing.T) {
 		t.Fatal(err)
 	}
 	parent := filepath.Join(base, "test")
-	if err := ReclaimAll(base); err != nil {
+	if err := ReclaimAll(base, nil); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := os.Stat(d.Root()); err != nil {
@@ -47,7 +47,7 @@ func TestOrphanReclaimed(t *testing.T) {
 	if err := d.lock.Abandon(); err != nil {
 		t.Fatal(err)
 	}
-	if err := ReclaimAll(base); err != nil {
+	if err := ReclaimAll(base, nil); err != nil {
 		t.Fatal(err)
 	}
 	var exit *exec.ExitError
@@ -64,11 +64,11 @@ func TestOrphanReclaimed(t *testing.T) {
 // this process' own.
 func TestReclaimAll(t *testing.T) {
 	t.Chdir(t.TempDir())
-	if err := ReclaimAll("vms"); err != nil {
+	if err := ReclaimAll("vms", nil); err != nil {
 		t.Fatalf("nothing there: %v", err)
 	}
 	for _, driver := range []string{"peer", "test"} {
-		d, err := CreateDir("vms", driver)
+		d, err := CreateDir("vms", driver, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -76,14 +76,14 @@ func TestReclaimAll(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	live, err := CreateDir("vms", "live")
+	live, err := CreateDir("vms", "live", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile("vms/note", nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := ReclaimAll("vms"); err != nil {
+	if err := ReclaimAll("vms", nil); err != nil {
 		t.Fatal(err)
 	}
 	left, err := filepath.Glob("vms/[a-z]*/*")
@@ -180,8 +180,8 @@ func TestForgedDirectory(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, use := range map[string]func() error{
-		"create":  func() error { _, err := CreateDir(theirs, "qemu"); return err },
-		"reclaim": func() error { return ReclaimAll(theirs) },
+		"create":  func() error { _, err := CreateDir(theirs, "qemu", nil); return err },
+		"reclaim": func() error { return ReclaimAll(theirs, nil) },
 	} {
 		if err := use(); err == nil || !strings.Contains(err.Error(), "user 65534") {
 			t.Errorf("%s: %v", name, err)
@@ -194,7 +194,7 @@ func TestForgedDirectory(t *testing.T) {
 	if err := os.Chown(forged, stranger, stranger); err != nil {
 		t.Fatal(err)
 	}
-	if err := ReclaimAll(ours); err != nil {
+	if err := ReclaimAll(ours, nil); err != nil {
 		t.Error(err)
 	}
 	if _, err := os.Stat(forged); err != nil {
@@ -227,7 +227,7 @@ func TestSomebodysDirectories(t *testing.T) {
 	if err := errors.Join(os.Mkdir(filepath.Join(base, "qemu/fedcba9876543210"), 0o700), os.Chmod(filepath.Join(base, dirRecords), 0o700)); err != nil {
 		t.Fatal(err)
 	}
-	d, err := CreateDir(base, "qemu")
+	d, err := CreateDir(base, "qemu", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -252,7 +252,7 @@ func TestSomebodysDirectories(t *testing.T) {
 // original.
 func TestCopyOfBase(t *testing.T) {
 	base, copied := t.TempDir(), filepath.Join(t.TempDir(), "copy")
-	d, err := CreateDir(base, "test")
+	d, err := CreateDir(base, "test", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -269,7 +269,7 @@ func TestCopyOfBase(t *testing.T) {
 	if out, err := exec.Command("cp", "-a", base, copied).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	if err := ReclaimAll(copied); err != nil {
+	if err := ReclaimAll(copied, nil); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := os.Stat(filepath.Join(copied, "test", d.ID, dirProcess)); err != nil {
@@ -286,7 +286,7 @@ func TestCopyOfBase(t *testing.T) {
 // What a power cut leaves of the notes ends no start.
 func TestAfterPowerCut(t *testing.T) {
 	base := t.TempDir()
-	d, err := CreateDir(base, "test")
+	d, err := CreateDir(base, "test", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -295,7 +295,7 @@ func TestAfterPowerCut(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := errors.Join(d.lock.Abandon(), ReclaimAll(base)); err != nil {
+	if err := errors.Join(d.lock.Abandon(), ReclaimAll(base, nil)); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := os.Stat(d.Path()); !errors.Is(err, os.ErrNotExist) {
@@ -311,7 +311,7 @@ func TestManyDirs(t *testing.T) {
 	for range 8 {
 		all.Go(func() {
 			for range 20 {
-				d, err := CreateDir(base, "test")
+				d, err := CreateDir(base, "test", nil)
 				if err != nil {
 					t.Error(err)
 					return
@@ -338,10 +338,10 @@ func TestCheckBaseDir(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, base := range []string{"", "/", "//", "/..", link} {
-		if _, err := CreateDir(base, "test"); err == nil || !strings.Contains(err.Error(), "--chroot-base-dir") {
+		if _, err := CreateDir(base, "test", nil); err == nil || !strings.Contains(err.Error(), "--chroot-base-dir") {
 			t.Errorf("create in %q: %v", base, err)
 		}
-		if err := ReclaimAll(base); err == nil {
+		if err := ReclaimAll(base, nil); err == nil {
 			t.Errorf("reclaim in %q: no error", base)
 		}
 	}
@@ -351,7 +351,7 @@ func TestCheckBaseDir(t *testing.T) {
 }
 
 func TestDirTooLong(t *testing.T) {
-	_, err := CreateDir(filepath.Join(t.TempDir(), strings.Repeat("d", 100)), "test")
+	_, err := CreateDir(filepath.Join(t.TempDir(), strings.Repeat("d", 100)), "test", nil)
 	if err == nil || !strings.Contains(err.Error(), "too long for UNIX sockets") {
 		t.Errorf("error is %v", err)
 	}

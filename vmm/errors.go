@@ -18,11 +18,12 @@ var (
 	// ErrIncompatible says that a VM cannot run on this host, whatever is tried: its VMM or its CPU
 	// is another one.
 	ErrIncompatible = kind.ErrIncompatible
-	// ErrNotStarted, ErrStarted and ErrClosed say that a component was used out of order: a peer, a
-	// runner, a mounter or a snapshotter is started once, used, and closed. Nothing was touched.
+	// ErrNotStarted says that a component is used before it was started. Nothing was touched.
 	ErrNotStarted = kind.ErrNotStarted
-	ErrStarted    = kind.ErrStarted
-	ErrClosed     = kind.ErrClosed
+	// ErrStarted says that a component was started already, which is done once. Nothing was touched.
+	ErrStarted = kind.ErrStarted
+	// ErrClosed says that a component is used after its Close. Nothing was touched.
+	ErrClosed = kind.ErrClosed
 )
 
 // StatusError says why the VM of a state device cannot be resumed. If [Status.OfMigration] is true,

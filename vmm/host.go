@@ -4,11 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"slices"
 
 	"github.com/dustin/go-humanize"
 
 	"drafter/internal/block"
+	"drafter/internal/logging"
 )
 
 // Host says where, and as which user, a VM runs.
@@ -34,6 +36,8 @@ type Host struct {
 
 	Output io.Writer // guest console; nil discards. A writer that blocks or fails misses some of it, and delays nobody
 	Input  io.Reader // nil for none
+
+	Logger *slog.Logger // what is to be said of the VM, and of who runs it; nil: slog.Default()
 }
 
 // Complete fills in the defaults, and refuses invalid fields by their names.
@@ -77,6 +81,7 @@ func (h *Host) Complete() error {
 	default:
 		return fmt.Errorf("Host.CgroupVersion is %d; choose 1 or 2", h.CgroupVersion)
 	}
+	h.Logger = logging.Or(h.Logger)
 	return nil
 }
 

@@ -118,7 +118,7 @@ func (l *loan) end(f *os.File) error {
 }
 
 // takeBackOrphaned ends the loans of a VM whose owner was killed.
-func takeBackOrphaned(record string) error {
+func takeBackOrphaned(record string, log *slog.Logger) error {
 	b, err := os.ReadFile(record)
 	if errors.Is(err, os.ErrNotExist) || err == nil && len(b) == 0 { // empty after a power cut
 		return nil
@@ -139,7 +139,7 @@ func takeBackOrphaned(record string) error {
 			err = errors.Join(l.end(f), f.Close())
 		}
 		if err != nil { // which is no reason to start no other VM
-			slog.Warn("A file could not be taken back from a VM that was killed", "path", l.Path, "owner", l.UID, "error", err)
+			log.Warn("A file could not be taken back from a VM that was killed", "path", l.Path, "owner", l.UID, "error", err)
 		}
 	}
 	return nil

@@ -52,7 +52,7 @@ func TestLend(t *testing.T) {
 		{int(DefaultUsers.First), 0, 0o600, "", uid},
 	} {
 		set(tt.uid, tt.gid, tt.mode)
-		d, err := CreateDir(base, "test")
+		d, err := CreateDir(base, "test", nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -85,14 +85,14 @@ func TestLend(t *testing.T) {
 	}
 
 	set(0, 0, 0o600)
-	d, err := CreateDir(base, "test")
+	d, err := CreateDir(base, "test", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := errors.Join(d.Lend(path, uid, gid, true), d.lock.Abandon()); err != nil {
 		t.Fatal(err)
 	}
-	if err := ReclaimAll(base); err != nil {
+	if err := ReclaimAll(base, nil); err != nil {
 		t.Fatal(err)
 	}
 	if got := owner(); got != 0 {

@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"sort"
 	"strings"
@@ -65,6 +66,8 @@ type Launch struct {
 
 	Output io.Writer // serial console of the guest; nil discards. The guest waits for its writes, which one goroutine makes
 	Input  io.Reader // nil: no input
+
+	Logger *slog.Logger // nil: slog.Default()
 
 	Boot   *Boot // nil: the machine waits for Restore
 	Reboot *Boot // what a guest that reboots boots from; nil: the machine ends then

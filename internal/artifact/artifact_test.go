@@ -95,15 +95,15 @@ func TestPushAndOpen(t *testing.T) {
 	servers(t, func(t *testing.T, host string) {
 		devices, data := newPackage(t, 1)
 		ref := "docker://" + host + "/vms/redis:1"
-		digest, err := artifact.Push(t.Context(), ref, false, devices, nil)
+		digest, err := artifact.Push(t.Context(), ref, false, devices, nil, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
-		again, err := artifact.Push(t.Context(), ref, false, devices, nil)
+		again, err := artifact.Push(t.Context(), ref, false, devices, nil, nil)
 		if err != nil || again != digest {
 			t.Errorf("the same package has another digest: %s, %s, %v", digest, again, err)
 		}
-		p, err := artifact.Open(t.Context(), ref, false, 0)
+		p, err := artifact.Open(t.Context(), ref, false, 0, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -112,14 +112,14 @@ func TestPushAndOpen(t *testing.T) {
 			t.Errorf("digest %s, pushed %s", p.Digest, digest)
 		}
 		other, _ := newPackage(t, 2)
-		if _, err := artifact.Push(t.Context(), ref, false, other, nil); err != nil {
+		if _, err := artifact.Push(t.Context(), ref, false, other, nil, nil); err != nil {
 			t.Fatal(err)
 		}
 		fill(t, p, data)
-		if now, err := artifact.Resolve(t.Context(), ref, false); err != nil || strings.HasSuffix(now, digest.String()) {
+		if now, err := artifact.Resolve(t.Context(), ref, false, nil); err != nil || strings.HasSuffix(now, digest.String()) {
 			t.Errorf("resolve: %s, %v", now, err)
 		}
-		byDigest, err := artifact.Open(t.Context(), "docker://"+host+"/vms/redis@"+digest.String(), false, 0)
+		byDigest, err := artifact.Open(t.Context(), "docker://"+host+"/vms/redis@"+digest.String(), false, 0, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -146,7 +146,7 @@ func TestLayerIsTheDevice(t *testing.T) {
 	defer s.Close()
 	host = strings.TrimPrefix(s.URL, "http://")
 	devices, data := newPackage(t, 1)
-	if _, err := artifact.Push(t.Context(), host+"/vm:1", false, devices[:1], nil); err != nil {
+	if _, err := artifact.Push(t.Context(), host+"/vm:1", false, devices[:1], nil, nil); err != nil {
 		t.Fatal(err)
 	}
 	found := false
@@ -192,10 +192,10 @@ func TestFaults(t *testing.T) {
 	defer s.Close()
 	ref := strings.TrimPrefix(s.URL, "http://") + "/vm:1"
 	devices, data := newPackage(t, 1)
-	if _, err := artifact.Push(t.Context(), ref, false, devices, nil); err != nil {
+	if _, err := artifact.Push(t.Context(), ref, false, devices, nil, nil); err != nil {
 		t.Fatal(err)
 	}
-	p, err := artifact.Open(t.Context(), ref, false, 0)
+	p, err := artifact.Open(t.Context(), ref, false, 0, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -228,11 +228,11 @@ func TestRefused(t *testing.T) {
 		"localhost:1/vm:1": "connection refused",
 		"docker://A B":     "is no reference like",
 	} {
-		if _, err := artifact.Open(t.Context(), ref, false, 0); err == nil || !strings.Contains(err.Error(), want) && !strings.Contains(err.Error(), "NAME_UNKNOWN") || strings.Contains(err.Error(), "\n") {
+		if _, err := artifact.Open(t.Context(), ref, false, 0, nil); err == nil || !strings.Contains(err.Error(), want) && !strings.Contains(err.Error(), "NAME_UNKNOWN") || strings.Contains(err.Error(), "\n") {
 			t.Errorf("%s: %v", ref, err)
 		}
 	}
-	if _, err := artifact.Push(t.Context(), host+"/vm:1", false, []artifact.Device{{Name: "disk", File: "nowhere"}}, nil); err == nil || !strings.Contains(err.Error(), "nowhere") {
+	if _, err := artifact.Push(t.Context(), host+"/vm:1", false, []artifact.Device{{Name: "disk", File: "nowhere"}}, nil, nil); err == nil || !strings.Contains(err.Error(), "nowhere") {
 		t.Errorf("a device without a file: %v", err)
 	}
 
@@ -257,15 +257,15 @@ func TestRefused(t *testing.T) {
 		if password != "" {
 			login(password)
 		}
-		if _, err := artifact.Push(t.Context(), host+"/vm:1", false, devices, nil); err == nil || !strings.Contains(err.Error(), "docker login") || strings.Contains(err.Error(), "wrong password") {
+		if _, err := artifact.Push(t.Context(), host+"/vm:1", false, devices, nil, nil); err == nil || !strings.Contains(err.Error(), "docker login") || strings.Contains(err.Error(), "wrong password") {
 			t.Errorf("push with password %q: %v", password, err)
 		}
 	}
 	login("the password")
-	if _, err := artifact.Push(t.Context(), host+"/vm:1", false, devices, nil); err != nil {
+	if _, err := artifact.Push(t.Context(), host+"/vm:1", false, devices, nil, nil); err != nil {
 		t.Fatal(err)
 	}
-	p, err := artifact.Open(t.Context(), host+"/vm:1", false, 0)
+	p, err := artifact.Open(t.Context(), host+"/vm:1", false, 0, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -95,7 +95,7 @@ func TestHostileIndexes(t *testing.T) {
 	} {
 		ref := stranger(t, configDevice{Name: "memory", Size: c.size, Content: "00"}, c.index, nil)
 		used := bombtest.Allocated(func() {
-			if p, err := Open(t.Context(), ref, true, 0); err == nil || !strings.Contains(err.Error(), c.want) {
+			if p, err := Open(t.Context(), ref, true, 0, nil); err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("%s: %v", name, err)
 				if err == nil {
 					p.Close()
@@ -123,7 +123,7 @@ func TestHostileFrames(t *testing.T) {
 	}
 	index := encodeIndex(contents, []frame{{0, uint32(len(bomb))}}, encoder)
 	ref := stranger(t, configDevice{Name: "memory", Size: contents.Size, Content: contents.Device.String()}, index, bomb)
-	pkg, err := Open(t.Context(), ref, true, 0)
+	pkg, err := Open(t.Context(), ref, true, 0, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

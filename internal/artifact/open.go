@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"time"
 
@@ -41,7 +42,8 @@ type device struct {
 }
 
 // Resolve returns the digest reference that ref stands for at the moment.
-func Resolve(ctx context.Context, ref string, plainHTTP bool) (string, error) {
+// For log, see [ociclient.Transport].
+func Resolve(ctx context.Context, ref string, plainHTTP bool, log *slog.Logger) (string, error) {
 	r, err := ociclient.Parse(ref, plainHTTP)
 	if err != nil {
 		return "", err
@@ -49,7 +51,7 @@ func Resolve(ctx context.Context, ref string, plainHTTP bool) (string, error) {
 	if _, ok := r.(name.Digest); ok {
 		return r.String(), nil
 	}
-	d, err := remote.Head(r, ociclient.Options(ctx, r.Context().Registry, plainHTTP)...)
+	d, err := remote.Head(r, ociclient.Options(ctx, r.Context().Registry, plainHTTP, log)...)
 	if err != nil {
 		return "", fmt.Errorf("open %s: %w", r, oneLine(err))
 	}
@@ -58,20 +60,21 @@ func Resolve(ctx context.Context, ref string, plainHTTP bool) (string, error) {
 
 // Open reads what the artifact ref holds. Its devices may have at most maxSize bytes together; see
 // [block.CheckSizes] for 0. Credentials are those of docker. Close it.
-func Open(ctx context.Context, ref string, plainHTTP bool, maxSize int64) (*Package, error) {
+// For log, see [ociclient.Transport].
+func Open(ctx context.Context, ref string, plainHTTP bool, maxSize int64, log *slog.Logger) (*Package, error) {
 	r, err := ociclient.Parse(ref, plainHTTP)
 	if err != nil {
 		return nil, err
 	}
-	p, err := open(ctx, r, plainHTTP, maxSize)
+	p, err := open(ctx, r, plainHTTP, maxSize, log)
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", r, oneLine(err))
 	}
 	return p, nil
 }
 
-func open(ctx context.Context, r name.Reference, plainHTTP bool, maxSize int64) (*Package, error) {
-	options := ociclient.Options(ctx, r.Context().Registry, plainHTTP)
+func open(ctx context.Context, r name.Reference, plainHTTP bool, maxSize int64, log *slog.Logger) (*Package, error) {
+	options := ociclient.Options(ctx, r.Context().Registry, plainHTTP, log)
 	d, err := remote.Get(r, options...)
 	if err != nil {
 		return nil, err
@@ -139,7 +142,7 @@ func open(ctx context.Context, r name.Reference, plainHTTP bool, maxSize int64) 
 			}
 		}
 	}
-	if err := p.connect(ctx, plainHTTP); err != nil {
+	if err := p.connect(ctx, plainHTTP, log); err != nil {
 		p.decoder.Close()
 		return nil, err
 	}
@@ -147,7 +150,7 @@ func open(ctx context.Context, r name.Reference, plainHTTP bool, maxSize int64) 
 }
 
 // connect makes the client that reads parts of layers.
-func (p *Package) connect(ctx context.Context, plainHTTP bool) error {
+func (p *Package) connect(ctx context.Context, plainHTTP bool, log *slog.Logger) error {
 	auth, err := authn.Resolve(ctx, authn.DefaultKeychain, p.repo)
 	if err != nil {
 		return err
@@ -155,7 +158,7 @@ func (p *Package) connect(ctx context.Context, plainHTTP bool) error {
 	base := remote.DefaultTransport.(*http.Transport).Clone()
 	base.ResponseHeaderTimeout = 20 * time.Second
 	base.MaxIdleConnsPerHost = 16
-	t, err := transport.NewWithContext(ctx, p.repo.Registry, auth, ociclient.Transport(base, p.repo.Registry, plainHTTP), []string{p.repo.Scope(transport.PullScope)})
+	t, err := transport.NewWithContext(ctx, p.repo.Registry, auth, ociclient.Transport(base, p.repo.Registry, plainHTTP, log), []string{p.repo.Scope(transport.PullScope)})
 	if err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"runtime"
 	"slices"
@@ -40,7 +41,8 @@ type Progress func(step string, done, total int64)
 // Push stores devices as the artifact ref, and returns its digest. It replaces an older artifact at
 // once when all is there. Credentials are those of docker. Meanwhile the compressed devices are in
 // temporary files.
-func Push(ctx context.Context, ref string, plainHTTP bool, devices []Device, progress Progress) (_ v1.Hash, err error) {
+// For log, see [ociclient.Transport].
+func Push(ctx context.Context, ref string, plainHTTP bool, devices []Device, progress Progress, log *slog.Logger) (_ v1.Hash, err error) {
 	if progress == nil {
 		progress = func(string, int64, int64) {}
 	}
@@ -48,7 +50,7 @@ func Push(ctx context.Context, ref string, plainHTTP bool, devices []Device, pro
 	if err != nil {
 		return v1.Hash{}, err
 	}
-	guarded := ociclient.Transport(remote.DefaultTransport, r.Context().Registry, plainHTTP)
+	guarded := ociclient.Transport(remote.DefaultTransport, r.Context().Registry, plainHTTP, log)
 	if err := remote.CheckPushPermission(r, authn.DefaultKeychain, guarded); err != nil {
 		return v1.Hash{}, fmt.Errorf("push %s: %w; see to the name, and to 'docker login %s'", r, oneLine(err), r.Context().RegistryStr())
 	}
@@ -75,7 +77,7 @@ func Push(ctx context.Context, ref string, plainHTTP bool, devices []Device, pro
 			}
 		}
 	}()
-	err = remote.Write(r, image, append(ociclient.Options(ctx, r.Context().Registry, plainHTTP), remote.WithProgress(updates))...)
+	err = remote.Write(r, image, append(ociclient.Options(ctx, r.Context().Registry, plainHTTP, log), remote.WithProgress(updates))...)
 	<-shown // Write closes updates
 	if err != nil {
 		return v1.Hash{}, fmt.Errorf("push %s: %w", r, oneLine(err))

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"math/rand/v2"
 	"net/http"
 	"os"
@@ -77,7 +78,7 @@ func open(t *testing.T, place s3.Place) *backup.Store {
 
 func newWriter(t *testing.T, place s3.Place) *backup.Writer {
 	t.Helper()
-	w, err := open(t, place).NewWriter(t.Context())
+	w, err := open(t, place).NewWriter(t.Context(), slog.Default())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,6 +3,7 @@ package backup_test
 import (
 	"encoding/json"
 	"errors"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -68,7 +69,7 @@ func TestUnfitStorages(t *testing.T) {
 			server.Fail(c.fault)
 			defer server.Fail(nil)
 			start := time.Now()
-			_, err := store.NewWriter(t.Context())
+			_, err := store.NewWriter(t.Context(), slog.Default())
 			if !errors.Is(err, s3.ErrUnfit) {
 				t.Fatalf("%v", err)
 			}

@@ -32,6 +32,7 @@ const (
 // Writer writes backups to a place; each replaces the one before. One goroutine uses it.
 type Writer struct {
 	store   *Store
+	log     *slog.Logger
 	id      uuid.UUID
 	latest  *Backup   // nil: none
 	before  uuid.UUID // the writer of the VM's previous owner, until this one has written; nil: none
@@ -44,7 +45,8 @@ type Writer struct {
 
 // NewWriter returns a writer that builds on the content of the place. If the storage lacks an
 // ability, it fails before anything is written; see [s3.ErrUnfit]. Close it.
-func (s *Store) NewWriter(ctx context.Context) (*Writer, error) {
+// log, which is not nil, hears what cannot be deleted.
+func (s *Store) NewWriter(ctx context.Context, log *slog.Logger) (*Writer, error) {
 	if err := s.probe(ctx); err != nil {
 		return nil, s.explain(err)
 	}
@@ -56,7 +58,7 @@ func (s *Store) NewWriter(ctx context.Context) (*Writer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make zstd encoder: %w", err)
 	}
-	w := &Writer{store: s, id: uuid.New(), latest: latest, encoder: encoder, spare: map[block.ID]location{}, garbage: map[string]bool{}}
+	w := &Writer{store: s, log: log, id: uuid.New(), latest: latest, encoder: encoder, spare: map[block.ID]location{}, garbage: map[string]bool{}}
 	if latest != nil {
 		w.decoder = latest.decoder
 	} else if w.decoder, err = decompress.Blocks(); err != nil {
@@ -360,7 +362,7 @@ func (w *Writer) sweep(ctx context.Context) bool {
 	for _, kind := range []string{"packs/", "index/", probes} {
 		for object := range w.store.client.ListObjects(ctx, w.store.place.Bucket, minio.ListObjectsOptions{Prefix: w.store.key(kind), Recursive: true}) {
 			if object.Err != nil {
-				slog.Debug("List objects", "error", object.Err)
+				w.log.Debug("List objects", "error", object.Err)
 				return false
 			}
 			if len(w.garbage) >= maxGarbage {
@@ -376,7 +378,7 @@ func (w *Writer) sweep(ctx context.Context) bool {
 func (w *Writer) Collect(ctx context.Context) {
 	for name := range maps.Clone(w.garbage) {
 		if err := w.store.client.RemoveObject(ctx, w.store.place.Bucket, w.store.key(name), minio.RemoveObjectOptions{}); err != nil {
-			slog.Debug("Delete object", "object", name, "error", err)
+			w.log.Debug("Delete object", "object", name, "error", err)
 			return
 		}
 		delete(w.garbage, name)

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"drafter/internal/logging"
 	"drafter/internal/newfile"
 	"drafter/internal/private"
 )
@@ -29,6 +30,7 @@ type Fetcher interface {
 type Remote struct {
 	Contents *Contents
 	Fetcher  Fetcher
+	Logger   *slog.Logger // who hears that it does not come; nil: slog.Default()
 }
 
 // ErrReplaced says that the content elsewhere has changed, or is gone for good. Going on would mix
@@ -290,7 +292,7 @@ func (d *Pulled) fetch(f *flight, first, end int64, urgent bool) {
 	}
 	if err == nil && d.delayed {
 		d.delayed = false
-		slog.Info("Pulling goes on", "file", d.path)
+		logging.Or(d.remote.Logger).Info("Pulling goes on", "file", d.path)
 	}
 	if err != nil && d.ctx.Err() == nil {
 		d.failed = fmt.Errorf("pull %s: %w", d.path, err)
@@ -307,7 +309,7 @@ func (d *Pulled) delay(err error) {
 	defer d.mu.Unlock()
 	if !d.delayed {
 		d.delayed = true
-		slog.Warn("Pulling is held up; trying again until it goes on", "file", d.path, "error", err)
+		logging.Or(d.remote.Logger).Warn("Pulling is held up; trying again until it goes on", "file", d.path, "error", err)
 	}
 }
 

@@ -244,7 +244,7 @@ func newBlueprintOCIUnpack() *cobra.Command {
 			}
 			bars := progress.New(cmd.ErrOrStderr())
 			defer bars.Close()
-			if err := blueprint.UnpackOCI(cmd.Context(), img, output, limits, bars.Report); err != nil {
+			if err := blueprint.UnpackOCI(cmd.Context(), img, output, limits, bars.Report, slog.Default()); err != nil {
 				return err
 			}
 			slog.Info("Unpacked image", "image", image.Ref, "output", output)

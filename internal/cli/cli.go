@@ -79,7 +79,7 @@ func (r results) Write(p []byte) (int, error) {
 
 // Run is Main with its streams and context given. Ending ctx ends the command cleanly.
 func Run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	root := Root(stderr)
+	root := Root(stderr) //nolint:contextcheck // a command has its context from ExecuteContext
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	words := args[1:]

@@ -114,7 +114,7 @@ func resolveBackup(ref, instance string, maxSize int64, storage *storageFlags) (
 // A package that is there is used when the registry cannot be reached.
 func resolveArtifact(ctx context.Context, ref string, maxSize int64, flags *originFlags) (dir string, open openOrigin, err error) {
 	noted := filepath.Join(flags.cache, "references", url.PathEscape(strings.TrimPrefix(ref, registryScheme)))
-	pinned, err := artifact.Resolve(ctx, ref, flags.plainHTTP)
+	pinned, err := artifact.Resolve(ctx, ref, flags.plainHTTP, slog.Default())
 	if err != nil {
 		known, rerr := private.ReadFile(noted, 128)
 		dir = filepath.Join(flags.cache, string(known))
@@ -133,7 +133,7 @@ func resolveArtifact(ctx context.Context, ref string, maxSize int64, flags *orig
 		return dir, nil, nil
 	}
 	return dir, func(ctx context.Context) (*peer.Origin, error) {
-		return peer.OpenArtifact(ctx, pinned, flags.plainHTTP, maxSize)
+		return peer.OpenArtifact(ctx, pinned, flags.plainHTTP, maxSize, slog.Default())
 	}, nil
 }
 

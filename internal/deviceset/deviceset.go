@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"sync"
 
@@ -84,23 +85,25 @@ type Place struct {
 	Owner    string // what makes the directory: "peer", "mounter"
 	Way      string // expose.FUSE or NBD
 	UID, GID int    // who may use the paths
+
+	Logger *slog.Logger // nil: slog.Default()
 }
 
 // Expose gives paths to the devices, in a directory that the next start cleans up if this process
 // is killed.
-func (s *Set) Expose(p Place, devices []expose.Device) (err error) {
-	if s.dir, err = vmm.CreateDir(p.Base, p.Owner); err != nil {
+func (s *Set) Expose(ctx context.Context, p Place, devices []expose.Device) (err error) {
+	if s.dir, err = vmm.CreateDir(p.Base, p.Owner, p.Logger); err != nil {
 		return err
 	}
 	if p.Way == expose.NBD {
-		attached, err := nbd.Attach(s.dir.Devices(), devices)
+		attached, err := nbd.Attach(ctx, s.dir.Devices(), devices)
 		if err != nil {
 			return err
 		}
 		s.exposure = attached
 		return nil
 	}
-	mount, err := fuse.New(fuse.Config{Dir: s.dir.Devices(), UID: p.UID, GID: p.GID}, devices)
+	mount, err := fuse.New(fuse.Config{Dir: s.dir.Devices(), UID: p.UID, GID: p.GID, Logger: p.Logger}, devices)
 	if err != nil {
 		return err // not assigned: a nil *Mount in an interface is not nil
 	}

@@ -97,7 +97,7 @@ func TestExpose(t *testing.T) {
 	if err := s.Failed(); err != nil {
 		t.Errorf("before there is a path: %v", err)
 	}
-	if err := s.Expose(place, []expose.Device{{Name: "disk", Device: s.Get("disk")}}); err != nil {
+	if err := s.Expose(t.Context(), place, []expose.Device{{Name: "disk", Device: s.Get("disk")}}); err != nil {
 		t.Fatal(err)
 	}
 	if info, err := os.Stat(s.Path("disk")); err != nil || info.Size() != 1<<20 {
@@ -121,7 +121,7 @@ func TestExpose(t *testing.T) {
 	if err := os.WriteFile(place.Base, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Expose(place, nil); err == nil {
+	if err := s.Expose(t.Context(), place, nil); err == nil {
 		t.Error("devices are exposed in a file")
 	}
 	if err := s.Close(false); err != nil {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"time"
@@ -49,11 +48,11 @@ func (l *Launched) boots(ctx context.Context, began time.Time, timeout time.Dura
 	err := i.awaitGuest(ctx, timeout)
 	switch {
 	case err == nil:
-		slog.Info("Booted VM", "took", time.Since(began).Round(time.Millisecond))
+		i.log.Info("Booted VM", "took", time.Since(began).Round(time.Millisecond))
 	case l.Ended():
 		return nil, errors.Join(fmt.Errorf("boot: %w", i.prefer(err)), i.Close())
 	case ctx.Err() == nil: // else it would be suspended while it boots
-		slog.Warn("The VM runs, but its guest is not up yet", "error", err)
+		i.log.Warn("The VM runs, but its guest is not up yet", "error", err)
 	}
 	s, served := i.storage.(bootStorage)
 	if !served {
@@ -62,7 +61,7 @@ func (l *Launched) boots(ctx context.Context, began time.Time, timeout time.Dura
 	if saved, err := i.Suspend(context.WithoutCancel(ctx), timeout); !saved {
 		return nil, errors.Join(err, i.Close())
 	} else if err != nil {
-		slog.Warn("The guest did not get ready to be suspended", "error", err)
+		i.log.Warn("The guest did not get ready to be suspended", "error", err)
 	}
 	if err := i.Close(); err != nil {
 		return nil, err
@@ -172,7 +171,7 @@ func makeFile(path string, fill func(*os.File) error) error {
 func (i *Instance) rebooted(console string, again bool) {
 	i.reboots.Add(1)
 	if !again {
-		slog.Warn("The guest reboots: it boots again from its disks", "saying", console)
+		i.log.Warn("The guest reboots: it boots again from its disks", "saying", console)
 	}
 }
 

@@ -26,7 +26,7 @@ import (
 	"drafter/internal/block"
 	"drafter/internal/console"
 	"drafter/internal/kind"
-	"drafter/internal/limitedlog"
+	"drafter/internal/logging"
 	"drafter/internal/output"
 	"drafter/internal/private"
 	"drafter/network"
@@ -128,6 +128,7 @@ type Instance struct {
 	machine vmm.Machine
 	dir     *vmm.Dir
 	output  *output.Writer // nil discards
+	log     *slog.Logger
 	config  *vmm.PackageConfig
 	// It belongs to the VM, not to its package: it stays the same while the VM goes on in one
 	// place. Zero while the VM is booted for a package.
@@ -161,7 +162,7 @@ func Boot(ctx context.Context, h vmm.Host, spec vmm.Spec, id string, names []str
 	if err != nil {
 		return nil, err
 	}
-	i := &Instance{storage: paths, config: &vmm.PackageConfig{
+	i := &Instance{log: logging.Or(h.Logger), storage: paths, config: &vmm.PackageConfig{
 		Version: vmm.PackageVersion, ID: id, Created: time.Now().UTC(),
 		Architecture: runtime.GOARCH, CPUs: spec.CPUs, BootArgs: spec.BootArgs, Initrd: &spec.Initrd,
 		Interface: spec.Interface, MAC: spec.MAC,
@@ -216,7 +217,7 @@ func (i *Instance) launch(h vmm.Host, driver vmm.Driver) (vmm.Launch, error) {
 	if h.Limits.Memory != 0 && h.Limits.Memory < memory.Size {
 		return vmm.Launch{}, fmt.Errorf("--memory-max is %s, and the VM has %s of memory, which its VMM holds; raise it", humanize.IBytes(uint64(h.Limits.Memory)), humanize.IBytes(uint64(memory.Size)))
 	}
-	dir, err := vmm.CreateDir(h.BaseDir, driver.Name())
+	dir, err := vmm.CreateDir(h.BaseDir, driver.Name(), i.log)
 	if err != nil {
 		return vmm.Launch{}, err
 	}
@@ -230,7 +231,8 @@ func (i *Instance) launch(h vmm.Host, driver vmm.Driver) (vmm.Launch, error) {
 		Confinement: vmm.Confinement{
 			Netns: h.Netns, UID: h.UID, GID: h.GID, NUMANode: h.NUMANode, CgroupVersion: h.CgroupVersion, Limits: h.Limits,
 		},
-		Input: h.Input,
+		Input:  h.Input,
+		Logger: i.log,
 	}
 	if h.Output != nil {
 		i.output = console.NewOutput(h.Output)
@@ -298,7 +300,7 @@ func (i *Instance) AwaitReady(ctx context.Context, timeout time.Duration) (err e
 	const maxPorts = 16 // to name: a guest may name any number
 	var closed []uint32
 	var failure string
-	var news limitedlog.Log
+	news := logging.Limited{Logger: i.log}
 	for ; ; time.Sleep(10 * time.Millisecond) { // the pause bounds the rate of calls, whatever the guest answers
 		r, err := i.agent.Load().Ready(ctx)
 		switch {
@@ -344,7 +346,9 @@ func (i *Instance) connectAgent(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("wait for the guest's agent: %w", err)
 	}
-	i.agent.Store(agent.NewClient(conn))
+	c := agent.NewClient(conn)
+	c.Logger = i.log
+	i.agent.Store(c)
 	return nil
 }
 
@@ -430,7 +434,7 @@ func launch(ctx context.Context, h vmm.Host, config *vmm.PackageConfig, storage 
 	if err := h.CheckMemory(memory.Size); err != nil {
 		return nil, err
 	}
-	i := &Instance{config: config, storage: storage, generation: generation}
+	i := &Instance{log: logging.Or(h.Logger), config: config, storage: storage, generation: generation}
 	l, err := i.launch(h, driver)
 	if err != nil {
 		return nil, err
@@ -459,7 +463,7 @@ func launch(ctx context.Context, h vmm.Host, config *vmm.PackageConfig, storage 
 		return nil, errors.Join(err, i.Close())
 	}
 	if i.why != nil {
-		slog.Warn("Booting VM from its disks: it is not resumed", "because", i.why)
+		i.log.Warn("Booting VM from its disks: it is not resumed", "because", i.why)
 	}
 	return &Launched{i, h}, nil
 }
@@ -525,7 +529,7 @@ func (l *Launched) Run(ctx context.Context, began time.Time, timeout time.Durati
 	if err := i.AfterResume(ctx, timeout); err != nil {
 		return i, fmt.Errorf("resume: %w", err)
 	}
-	slog.Info("Resumed VM", "took", running.Round(time.Millisecond), "agentAfter", time.Since(began).Round(time.Millisecond))
+	i.log.Info("Resumed VM", "took", running.Round(time.Millisecond), "agentAfter", time.Since(began).Round(time.Millisecond))
 	return i, nil
 }
 
@@ -554,16 +558,16 @@ func (i *Instance) tellAgent(ctx context.Context, timeout, mostStep time.Duratio
 		return err
 	}
 	i.missed.Add(-missed)
-	logStep(ctx, step)
+	i.logStep(ctx, step)
 	return nil
 }
 
-func logStep(ctx context.Context, step time.Duration) {
+func (i *Instance) logStep(ctx context.Context, step time.Duration) {
 	level := slog.LevelDebug
 	if step.Abs() > time.Second {
 		level = slog.LevelInfo
 	}
-	slog.Log(ctx, level, "Set the guest's clock", "step", step.Round(time.Microsecond))
+	i.log.Log(ctx, level, "Set the guest's clock", "step", step.Round(time.Microsecond))
 }
 
 // catchUpTimeout bounds the agent's answer when it sets a clock that stood still.
@@ -589,11 +593,11 @@ func (i *Instance) wentOn(stood time.Duration) {
 			return // likewise
 		}
 		if err != nil {
-			slog.Warn("The guest's clock is behind, as it stood still", "by", stood.Round(time.Second), "error", err)
+			i.log.Warn("The guest's clock is behind, as it stood still", "by", stood.Round(time.Second), "error", err)
 			return
 		}
 		i.missed.Add(-missed)
-		logStep(ctx, step)
+		i.logStep(ctx, step)
 	})
 }
 
@@ -605,7 +609,7 @@ func (i *Instance) nameServers() network.Resolver {
 	}
 	r, err := i.resolver()
 	if err != nil {
-		slog.Warn("The guest gets no name server", "error", err)
+		i.log.Warn("The guest gets no name server", "error", err)
 	}
 	return r
 }
@@ -671,7 +675,7 @@ func (i *Instance) goOn(ctx context.Context, agentTimeout time.Duration) error {
 		return nil
 	}
 	if err := i.RescueAgent(ctx, agentTimeout); err != nil { // the VM runs
-		slog.Warn("The VM runs on, but its agent does not answer", "error", err)
+		i.log.Warn("The VM runs on, but its agent does not answer", "error", err)
 	}
 	return nil
 }
@@ -698,7 +702,7 @@ func (i *Instance) syncDisks(ctx context.Context) error {
 			}
 		}
 	}()
-	if err := patiently(ctx, synced, "The disks are being stored; a storage is slow, or does not answer"); err != nil {
+	if err := i.patiently(ctx, synced, "The disks are being stored; a storage is slow, or does not answer"); err != nil {
 		return fmt.Errorf("sync disks: %w", err)
 	}
 	return err
@@ -714,12 +718,12 @@ func (i *Instance) pauseForGood(ctx context.Context) error {
 		defer close(paused)
 		err = i.Pause(ctx)
 	}()
-	_ = patiently(context.WithoutCancel(ctx), paused, "The VM does not pause: its VMM, or the storage of a disk, does not answer")
+	_ = i.patiently(context.WithoutCancel(ctx), paused, "The VM does not pause: its VMM, or the storage of a disk, does not answer")
 	return err
 }
 
 // patiently waits until done is closed or ctx ends, and logs what every pauseReminder.
-func patiently(ctx context.Context, done <-chan struct{}, what string) error {
+func (i *Instance) patiently(ctx context.Context, done <-chan struct{}, what string) error {
 	tick := time.NewTicker(pauseReminder)
 	defer tick.Stop()
 	for began := time.Now(); ; {
@@ -727,7 +731,7 @@ func patiently(ctx context.Context, done <-chan struct{}, what string) error {
 		case <-done:
 			return nil
 		case <-tick.C:
-			slog.Warn(what, "for", time.Since(began).Round(time.Second))
+			i.log.Warn(what, "for", time.Since(began).Round(time.Second)) //nolint:sloglint // the caller's
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}

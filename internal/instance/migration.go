@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"time"
 
 	"github.com/google/uuid"
@@ -46,7 +45,7 @@ func (i *Instance) stalled() bool {
 func (i *Instance) Prepare(ctx context.Context) error {
 	i.forgetAgent()
 	if i.stalled() {
-		slog.Warn("The guest is not told that it will be paused, as it stands still")
+		i.log.Warn("The guest is not told that it will be paused, as it stands still")
 		return i.dropAgent()
 	}
 	if i.agent.Load() == nil { // it did not answer when the VM was resumed

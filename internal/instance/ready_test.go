@@ -89,7 +89,7 @@ func (c connected) GuestConn(context.Context, uint32) (net.Conn, error) { return
 // spoken to: as much as it missed, and once.
 func TestWentOn(t *testing.T) {
 	guest := &late{most: make(chan time.Duration, 1)}
-	i := &Instance{machine: connected{nil, serveAgent(t, guest)}, config: &vmm.PackageConfig{}}
+	i := &Instance{log: slog.Default(), machine: connected{nil, serveAgent(t, guest)}, config: &vmm.PackageConfig{}}
 	i.config.AgentPort = 1
 	told := func(want time.Duration) {
 		t.Helper()
@@ -148,11 +148,7 @@ func TestFickleGuest(t *testing.T) {
 	guest := &fickle{}
 	client := agent.NewClient(serveAgent(t, guest)())
 	var log logged
-	old := slog.Default()
-	slog.SetDefault(slog.New(slog.NewTextHandler(&log, nil)))
-	defer slog.SetDefault(old)
-
-	i := &Instance{}
+	i := &Instance{log: slog.New(slog.NewTextHandler(&log, nil))}
 	i.agent.Store(client)
 	err := i.AwaitReady(t.Context(), 2*time.Second)
 	if err == nil || !strings.Contains(err.Error(), "nothing listens on its ports") {

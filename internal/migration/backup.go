@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -132,7 +131,7 @@ func (t *Target) fetchBackups(ctx context.Context, l *link) error {
 	case ctx.Err() != nil || errors.Is(cause, errEnded):
 		return nil
 	case cause != nil && r.left.Load() > 0:
-		slog.Warn("Not all of the backup could be had; the source sends the rest", "bytes", r.left.Load()*block.PageSize, "error", cause)
+		t.config.Logger.Warn("Not all of the backup could be had; the source sends the rest", "bytes", r.left.Load()*block.PageSize, "error", cause)
 	}
 	for _, d := range t.devices {
 		if d.left == nil {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"slices"
 	"sync"
 	"time"
@@ -276,10 +275,10 @@ func (t *Target) ServeForwards(ctx context.Context, devices []block.Device) {
 		case ctx.Err() != nil:
 			return
 		case errors.As(err, &remote):
-			slog.Debug("Users of the devices at their source", "error", err)
+			t.config.Logger.Debug("Users of the devices at their source", "error", err)
 			return
 		case time.Since(reached) > forwardPatience:
-			slog.Warn("The source of the devices, where they have users, cannot be reached any more", "error", err)
+			t.config.Logger.Warn("The source of the devices, where they have users, cannot be reached any more", "error", err)
 			return
 		}
 		select {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"time"
 
 	"drafter/internal/block"
@@ -31,7 +30,7 @@ func (o *outgoing) prepare(ctx context.Context) (migrate.Phase, error) {
 	case !o.asks.force:
 		return "", fmt.Errorf("%w; look at the guest, or take the VM as it is, with --force", err)
 	default:
-		slog.Warn("The VM is taken as it is, because the target says so", "error", err)
+		o.config.Logger.Warn("The VM is taken as it is, because the target says so", "error", err)
 	}
 	if _, err := o.nextCycle(ctx, o.figures.cycles()+1); err != nil {
 		return "", err
@@ -145,15 +144,15 @@ func (o *outgoing) settle(ctx context.Context) (migrate.Phase, error) {
 	o.startServing(ctx)
 	next, err := o.awaitAnswer(ctx)
 	if err != nil {
-		o.mark(migrate.InDoubt)
+		o.mark(ctx, migrate.InDoubt)
 		return "", errors.Join(migrate.ErrInDoubt, err)
 	}
 	return next, nil
 }
 
 // mark notes the VM's status, and returns a channel that is closed when that is done.
-func (o *outgoing) mark(phase migrate.Phase) <-chan struct{} {
-	return o.marks.make(&o.wg, o.config.VM, phase, o.id)
+func (o *outgoing) mark(ctx context.Context, phase migrate.Phase) <-chan struct{} {
+	return o.marks.make(context.WithoutCancel(ctx), &o.wg, o.config.VM, phase, o.id)
 }
 
 // awaitAnswer waits for the target to take the VM or to refuse it, or for an operator. Most answers
@@ -182,7 +181,7 @@ func (o *outgoing) awaitAnswer(ctx context.Context) (migrate.Phase, error) {
 				return migrate.Serving, nil
 			}
 		case <-note.C:
-			o.mark(migrate.InDoubt)
+			o.mark(ctx, migrate.InDoubt)
 		case <-ctx.Done():
 			return "", context.Cause(ctx)
 		}

@@ -27,7 +27,7 @@ func newMarks() *marks {
 // make notes a phase, after the notes before it, in a goroutine of wg. It returns a channel that is
 // closed when that is done. A note that fails does not keep the target from what it needs; see
 // failed.
-func (m *marks) make(wg *sync.WaitGroup, vm SourceVM, phase migrate.Phase, id uuid.UUID) <-chan struct{} {
+func (m *marks) make(ctx context.Context, wg *sync.WaitGroup, vm SourceVM, phase migrate.Phase, id uuid.UUID) <-chan struct{} {
 	done := make(chan struct{})
 	m.mu.Lock()
 	previous := m.last
@@ -36,7 +36,7 @@ func (m *marks) make(wg *sync.WaitGroup, vm SourceVM, phase migrate.Phase, id uu
 	wg.Go(func() {
 		defer close(done)
 		<-previous
-		err := vm.Mark(context.Background(), phase, id)
+		err := vm.Mark(ctx, phase, id)
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		switch {

@@ -101,7 +101,7 @@ func (s *Source) Accept(ctx context.Context, accept migrate.Accept, complain fun
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		migrate.AcceptAll(ctx, accept, func(ctx context.Context, stream io.ReadWriteCloser) {
+		migrate.AcceptAll(ctx, s.config.Logger, accept, func(ctx context.Context, stream io.ReadWriteCloser) {
 			if err := s.Handle(ctx, stream); err != nil && s.Phase() != migrate.Moved && ctx.Err() == nil {
 				complain(stream, err)
 			}

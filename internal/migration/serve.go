@@ -26,7 +26,7 @@ func (o *outgoing) serve(ctx context.Context) (migrate.Phase, error) {
 		select {
 		case <-o.complete.fired():
 			<-noted
-			return o.release()
+			return o.release(ctx)
 		case <-attached:
 		case d := <-o.settled:
 			switch {
@@ -43,7 +43,7 @@ func (o *outgoing) serve(ctx context.Context) (migrate.Phase, error) {
 			default:
 				close(settled)
 				<-noted
-				return o.release()
+				return o.release(ctx)
 			}
 		case <-ctx.Done():
 			return "", context.Cause(ctx)
@@ -67,14 +67,14 @@ func (o *outgoing) noteServing(ctx context.Context, settled <-chan struct{}) <-c
 		case <-note.C:
 		case <-ctx.Done():
 		}
-		o.mark(migrate.Serving)
+		o.mark(ctx, migrate.Serving)
 	})
 	return noted
 }
 
 // release notes that the target has everything, and tells it so.
-func (o *outgoing) release() (migrate.Phase, error) {
-	<-o.mark(migrate.Moved)
+func (o *outgoing) release(ctx context.Context) (migrate.Phase, error) {
+	<-o.mark(ctx, migrate.Moved)
 	l, _ := o.lanes.get()
 	_ = l.Send(wire.TypeReleased) // a target that does not get it asks again, and then goes on
 	return migrate.Moved, nil

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -14,6 +15,7 @@ import (
 	xrate "golang.org/x/time/rate"
 
 	"drafter/internal/block"
+	"drafter/internal/logging"
 	"drafter/internal/wire"
 	"drafter/migrate"
 	"drafter/transport"
@@ -79,7 +81,8 @@ type SourceConfig struct {
 	// Generation is the generation ID that the VM keeps when it moves. A copy does not get it.
 	Generation uuid.UUID
 	Limits     migrate.Limits
-	Forward    bool // the devices have users here, who go on after the handoff; see Forwarded
+	Forward    bool         // the devices have users here, who go on after the handoff; see Forwarded
+	Logger     *slog.Logger // nil: slog.Default()
 
 	// Backup, if not nil, is the baseline of copies that are stored where targets may reach them.
 	Backup *Baseline
@@ -116,7 +119,7 @@ const helloTimeout = 5 * time.Second
 // NewSource returns a source for a running VM. Nothing happens until Handle is called.
 func NewSource(c SourceConfig) (*Source, error) {
 	var err error
-	c.tuning = c.tuning.withDefaults()
+	c.tuning, c.Logger = c.tuning.withDefaults(), logging.Or(c.Logger)
 	if c.Limits, err = c.Limits.WithDefaults(); err != nil {
 		return nil, err
 	}
@@ -178,7 +181,7 @@ func (s *Source) handle(ctx context.Context, stream io.ReadWriteCloser, silence 
 	}
 	defer s.wg.Done()
 	place.Leave()
-	err = o.run()
+	err = o.run() //nolint:contextcheck // a migration outlives its first connection
 	if o.Phase() != migrate.Kept {
 		s.goneErr = err
 		close(s.gone) // once: no migration begins after this one

@@ -70,7 +70,7 @@ func TestStrangersKeepNoTargetOut(t *testing.T) {
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
-		migrate.AcceptAll(ctx, l.Accept, func(ctx context.Context, stream io.ReadWriteCloser) { _ = p.source.Handle(ctx, stream) }) // its state says what became of it
+		migrate.AcceptAll(ctx, nil, l.Accept, func(ctx context.Context, stream io.ReadWriteCloser) { _ = p.source.Handle(ctx, stream) }) // its state says what became of it
 	}()
 	stop := strangers(t, l.Addr().String())
 	var mu sync.Mutex

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -14,6 +15,7 @@ import (
 	"github.com/google/uuid"
 
 	"drafter/internal/block"
+	"drafter/internal/logging"
 	"drafter/internal/wire"
 	"drafter/migrate"
 )
@@ -68,6 +70,7 @@ type TargetConfig struct {
 	Force  bool // take the VM even if its guest does not get ready to be paused; data that the guest has not flushed is as after a power cut
 
 	// As in [SourceConfig].
+	Logger     *slog.Logger
 	OnPhase    func(migrate.Phase)
 	OnProgress func(migrate.Stats)
 }
@@ -162,6 +165,7 @@ func Receive(ctx context.Context, c TargetConfig) (*Target, error) {
 	if c.Limits, err = c.Limits.WithDefaults(); err != nil {
 		return nil, err
 	}
+	c.Logger = logging.Or(c.Logger)
 	if c.OnPhase == nil {
 		c.OnPhase = func(migrate.Phase) {}
 	}

@@ -17,6 +17,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"golang.org/x/net/publicsuffix"
+
+	"drafter/internal/logging"
 )
 
 // Parse reads NAME[:TAG|@DIGEST], with or without docker:// before it.
@@ -32,9 +34,9 @@ func Parse(ref string, plainHTTP bool) (name.Reference, error) {
 	return r, nil
 }
 
-// Options are those of each call of package remote for a registry.
-func Options(ctx context.Context, registry name.Registry, plainHTTP bool) []remote.Option {
-	return []remote.Option{remote.WithContext(ctx), remote.WithAuthFromKeychain(authn.DefaultKeychain), remote.WithTransport(Transport(remote.DefaultTransport, registry, plainHTTP))}
+// Options are those of each call of package remote for a registry. See [Transport].
+func Options(ctx context.Context, registry name.Registry, plainHTTP bool, log *slog.Logger) []remote.Option {
+	return []remote.Option{remote.WithContext(ctx), remote.WithAuthFromKeychain(authn.DefaultKeychain), remote.WithTransport(Transport(remote.DefaultTransport, registry, plainHTTP, log))}
 }
 
 // Transport returns base with a guard, below all that knows credentials:
@@ -42,12 +44,15 @@ func Options(ctx context.Context, registry name.Registry, plainHTTP bool) []remo
 //   - Plain HTTP is spoken where plainHTTP allows it, and with a registry on a loopback address. The library takes private addresses and .local to be safe, too.
 //   - Credentials go to the registry's own host and port, and over TLS to hosts of the same domain as the registry's ([publicsuffix.EffectiveTLDPlusOne]), such
 //     as auth.docker.io for index.docker.io. A request to another host (a token service that the registry names, a redirect) goes there without them.
-func Transport(base http.RoundTripper, registry name.Registry, plainHTTP bool) http.RoundTripper {
+//
+// log hears of such a request; nil: slog.Default().
+func Transport(base http.RoundTripper, registry name.Registry, plainHTTP bool, log *slog.Logger) http.RoundTripper {
 	host := registry.RegistryStr()
-	return &guard{base: base, host: host, plain: plainHTTP || isLoopback(hostname(host))}
+	return &guard{log: logging.Or(log), base: base, host: host, plain: plainHTTP || isLoopback(hostname(host))}
 }
 
 type guard struct {
+	log   *slog.Logger
 	base  http.RoundTripper
 	host  string // HOST or HOST:PORT
 	plain bool
@@ -64,7 +69,7 @@ func (g *guard) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 	if carriesCredentials(req) && !g.mayHave(req.URL) {
 		g.said.Do(func() {
-			slog.Warn("The registry wants its credentials sent to another host, which does not get them", "registry", g.host, "host", req.URL.Host)
+			g.log.Warn("The registry wants its credentials sent to another host, which does not get them", "registry", g.host, "host", req.URL.Host)
 		})
 		if req.Method != http.MethodGet && req.Method != http.MethodHead {
 			return nil, fmt.Errorf("registry %s wants its credentials sent to %s, which is refused", g.host, req.URL.Host)

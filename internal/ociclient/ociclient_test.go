@@ -120,7 +120,7 @@ func push(t *testing.T, r *recorder) (name.Reference, error) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return ref, remote.Write(ref, image, Options(t.Context(), ref.Context().Registry, false)...)
+	return ref, remote.Write(ref, image, Options(t.Context(), ref.Context().Registry, false, nil)...)
 }
 
 // The token service on the registry's own host gets the credentials; one elsewhere, over plain
@@ -168,7 +168,7 @@ func TestRedirect(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	image, err := remote.Image(ref, Options(t.Context(), ref.Context().Registry, false)...)
+	image, err := remote.Image(ref, Options(t.Context(), ref.Context().Registry, false, nil)...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -229,7 +229,7 @@ func TestGuard(t *testing.T) {
 			t.Fatal(err)
 		}
 		req := &http.Request{Method: http.MethodGet, URL: u, Header: http.Header{"Authorization": {"Basic " + basic()}}}
-		_, err = Transport(base, registry, c.plain).RoundTrip(req) //nolint:bodyclose // there is none
+		_, err = Transport(base, registry, c.plain, nil).RoundTrip(req) //nolint:bodyclose // there is none
 		sent := len(base.got) == 1
 		if sent != c.sent || sent && (base.got[0].Header.Get("Authorization") != "") != c.creds {
 			t.Errorf("%+v: sent %v, %v", c, sent, err)

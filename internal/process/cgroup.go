@@ -93,8 +93,8 @@ var v1Controllers = []string{"cpu", "cpuacct", "memory", "pids", "blkio"}
 // them.
 var v2Controllers = []string{"cpu", "memory", "pids", "io"}
 
-// createCgroup makes a group called name, with limits.
-func createCgroup(version int, name string, limits Limits) (_ *cgroup, err error) {
+// createCgroup makes a group called name, with limits. log hears of those that cannot be had.
+func createCgroup(version int, name string, limits Limits, log *slog.Logger) (_ *cgroup, err error) {
 	g := &cgroup{version: version}
 	var bases []string
 	switch version {
@@ -129,7 +129,7 @@ func createCgroup(version int, name string, limits Limits) (_ *cgroup, err error
 		}
 		g.dirs = append(g.dirs, dir)
 	}
-	return g, g.limit(bases[0], limits.bounds(version))
+	return g, g.limit(bases[0], limits.bounds(version), log)
 }
 
 // makeGroup makes a group, and the parent if there is none.
@@ -175,7 +175,7 @@ func delegated(root string) string {
 }
 
 // limit sets the bounds of the group.
-func (g *cgroup) limit(base string, bounds []bound) error {
+func (g *cgroup) limit(base string, bounds []bound, log *slog.Logger) error {
 	failed := map[string]error{}
 	if g.version == 2 {
 		failed = enableControllers(base, g.dirs[0], bounds)
@@ -186,7 +186,7 @@ func (g *cgroup) limit(base string, bounds []bound) error {
 			err = g.set(b)
 		}
 		if err != nil && b.optional {
-			slog.Info("There is no limit on a VMM's "+b.what+" here", "reason", err)
+			log.Info("There is no limit on a VMM's "+b.what+" here", "reason", err) //nolint:sloglint // one of those of bounds
 		} else if err != nil {
 			return &UnavailableError{b.flag, err}
 		}

@@ -3,6 +3,7 @@ package process
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -224,7 +225,7 @@ func TestDelegated(t *testing.T) {
 	if got := delegated(mount); got != unit {
 		t.Errorf("VMs go to %s; want %s", got, unit)
 	}
-	g, err := createCgroup(2, "limits-test", Limits{})
+	g, err := createCgroup(2, "limits-test", Limits{}, slog.Default())
 	if err != nil {
 		t.Fatal(err)
 	}

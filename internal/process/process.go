@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,6 +19,8 @@ import (
 
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/logging"
 )
 
 // Config says how a child runs.
@@ -40,6 +43,8 @@ type Config struct {
 	FilesIn func() ([]*os.File, error)
 
 	Stdin, Stdout, Stderr *os.File // nil: /dev/null
+
+	Logger *slog.Logger // nil: slog.Default()
 
 	// Mounts, if there are any, are made for the child alone, in a mount namespace of its own.
 	Mounts []Mount
@@ -74,7 +79,7 @@ type Process struct {
 
 // Start runs the child. The caller waits for it with Wait.
 func Start(c Config) (*Process, error) {
-	g, err := createCgroup(c.CgroupVersion, c.CgroupName, c.Limits)
+	g, err := createCgroup(c.CgroupVersion, c.CgroupName, c.Limits, logging.Or(c.Logger))
 	if err != nil {
 		return nil, err
 	}

@@ -42,7 +42,7 @@ func Build(ctx context.Context, cache, dir string) (_ v1.Image, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(root)) }()
-	if err := blueprint.UnpackDebian(ctx, root, cache, nil, "redis-server"); err != nil {
+	if err := blueprint.UnpackDebian(ctx, root, cache, nil, nil, "redis-server"); err != nil {
 		return nil, err
 	}
 	for _, dir := range []string{"usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/lintian"} {

@@ -23,6 +23,7 @@ import (
 
 	"drafter/internal/console"
 	"drafter/internal/kind"
+	"drafter/internal/logging"
 	"drafter/internal/process"
 	"drafter/internal/uffd"
 	"drafter/vmm"
@@ -121,6 +122,7 @@ func (d Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
 	if l.MemorySize%(1<<20) != 0 || l.HugePages && l.MemorySize%(2<<20) != 0 {
 		return nil, fmt.Errorf("memory of %d bytes is not a whole number of pages and MiB", l.MemorySize)
 	}
+	l.Logger = logging.Or(l.Logger)
 	m := &Machine{launch: l, ended: make(chan struct{}), hardware: vmm.Hardware{
 		VMM: vmm.VMMFirecracker, Version: v.String(), Machine: machine, CPU: "None", Accel: vmm.AccelKVM,
 	}}
@@ -298,11 +300,11 @@ func (m *Machine) spawn(j *jail, jailer string) error {
 	err = errors.Join(err, oerr, eerr)
 	if err == nil {
 		m.process, err = process.Start(process.Config{
-			Path: jailer, Args: j.arguments(l, level()), Dir: "/",
+			Path: jailer, Args: j.arguments(l, level(l.Logger)), Dir: "/",
 			Netns: l.Netns, UID: 0, GID: 0, NUMANode: l.NUMANode, CgroupVersion: l.CgroupVersion, CgroupName: l.Dir.ID, Limits: process.Limits(l.Limits),
 			FilesIn: func() ([]*os.File, error) { return nil, offerTap(l.Interface, l.UID, l.GID) },
 			Stdin:   inRead, Stdout: outWrite, Stderr: errWrite,
-			Mounts: j.mounts, Outlives: l.UID != 0 || l.GID != 0,
+			Mounts: j.mounts, Outlives: l.UID != 0 || l.GID != 0, Logger: l.Logger,
 		})
 	}
 	for _, f := range theirs {
@@ -327,7 +329,7 @@ func (m *Machine) spawn(j *jail, jailer string) error {
 		_ = errRead.Close()
 	})
 	var readers sync.WaitGroup
-	readers.Go(func() { followLog(m.fifos[0], m.last) })
+	readers.Go(func() { followLog(m.fifos[0], m.last, m.launch.Logger) })
 	readers.Go(func() { followMetrics(m.fifos[1], m.count) })
 	m.workers.Go(func() {
 		<-m.process.Done()

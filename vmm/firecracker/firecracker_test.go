@@ -69,7 +69,7 @@ func launch(t *testing.T, output *output) vmm.Launch {
 			t.Error(err)
 		}
 	})
-	dir, err := vmm.CreateDir(base, vmm.VMMFirecracker)
+	dir, err := vmm.CreateDir(base, vmm.VMMFirecracker, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"drafter/internal/console"
-	"drafter/internal/limitedlog"
+	"drafter/internal/logging"
 )
 
 // openFIFO opens a FIFO that Firecracker writes to. It is opened for writing, too, so that it is
@@ -27,18 +27,18 @@ func openFIFO(path string) (*os.File, error) {
 }
 
 // level is the least important that Firecracker shall log.
-func level() string {
-	if slog.Default().Enabled(context.Background(), slog.LevelDebug) {
+func level(log *slog.Logger) string {
+	if log.Enabled(context.Background(), slog.LevelDebug) {
 		return "Debug"
 	}
 	return "Warn"
 }
 
-// followLog passes Firecracker's log on, and keeps its end, until the file is closed. A line is
-// "TIME [ID:THREAD:LEVEL] MESSAGE". A guest can cause any number of them: some are left out of the
-// log.
-func followLog(f *os.File, last *console.LastLines) {
-	var log limitedlog.Log
+// followLog passes Firecracker's log on to log, and keeps its end, until the file is closed. A line
+// is "TIME [ID:THREAD:LEVEL] MESSAGE". A guest can cause any number of them: some are left out of
+// the log.
+func followLog(f *os.File, last *console.LastLines, log *slog.Logger) {
+	limited := logging.Limited{Logger: log}
 	lines := bufio.NewReaderSize(f, maxLine)
 	for {
 		b, err := lines.ReadSlice('\n')
@@ -50,7 +50,7 @@ func followLog(f *os.File, last *console.LastLines) {
 		if severity > slog.LevelDebug {
 			fmt.Fprintln(last, message)
 		}
-		log.Log(severity, "Firecracker says", "message", console.Printable(message))
+		limited.Log(severity, "Firecracker says", "message", console.Printable(message))
 		for ; cut && err != nil; _, err = lines.ReadSlice('\n') { // the rest of a long line
 			if !errors.Is(err, bufio.ErrBufferFull) {
 				return

@@ -15,9 +15,6 @@ import (
 // length.
 func TestFollowLog(t *testing.T) {
 	var log bytes.Buffer
-	old := slog.Default()
-	slog.SetDefault(slog.New(slog.NewTextHandler(&log, nil)))
-	defer slog.SetDefault(old)
 	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
@@ -30,7 +27,7 @@ func TestFollowLog(t *testing.T) {
 		}
 	}()
 	var last console.LastLines
-	followLog(r, &last)
+	followLog(r, &last, slog.New(slog.NewTextHandler(&log, nil)))
 	if err := r.Close(); err != nil {
 		t.Error(err)
 	}

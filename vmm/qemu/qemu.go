@@ -24,6 +24,7 @@ import (
 	"drafter/internal/console"
 	"drafter/internal/fusemount"
 	"drafter/internal/kind"
+	"drafter/internal/logging"
 	"drafter/internal/private"
 	"drafter/internal/process"
 	"drafter/vmm"
@@ -139,6 +140,7 @@ func (d Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
 	if d.Own != (l.Memory == "") {
 		return nil, errors.New("a machine has either memory of its own or a memory device")
 	}
+	l.Logger = logging.Or(l.Logger)
 	m := &Machine{launch: l, hardware: hw, ended: make(chan struct{}), migration: make(chan string, 16), stalls: make(chan diskError, 1), resets: newResets()}
 	root, err := d.jail(&l, path, hw.Accel)
 	if err == nil {
@@ -295,6 +297,7 @@ func (m *Machine) start(ctx context.Context, path string, args []string, root *p
 			Files:   theirs,
 			FilesIn: func() ([]*os.File, error) { return openTap(l.Interface, l.Netns) },
 			Stderr:  stderrWrite,
+			Logger:  l.Logger,
 		})
 	}
 	// QEMU's ends are QEMU's alone: when it dies, ours report it.

@@ -54,7 +54,7 @@ func TestCompatible(t *testing.T) {
 
 func testLaunch(t *testing.T, disks int) *vmm.Launch {
 	t.Helper()
-	dir, err := vmm.CreateDir(t.TempDir(), "qemu")
+	dir, err := vmm.CreateDir(t.TempDir(), "qemu", nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"log/slog"
 	"time"
 
 	"drafter/vmm"
@@ -66,7 +65,7 @@ func (m *Machine) awaitDisk(e diskError) bool {
 		if time.Since(said) > stallReminder {
 			said = time.Now()
 			disk := m.disk(e.Node)
-			slog.Error("The VM stands still, as a disk cannot be used; it is tried again each second", "device", disk.Name, "path", disk.Path, "operation", words(e.Operation), "reason", words(e.Reason))
+			m.launch.Logger.Error("The VM stands still, as a disk cannot be used; it is tried again each second", "device", disk.Name, "path", disk.Path, "operation", words(e.Operation), "reason", words(e.Reason))
 		}
 		select {
 		case <-time.After(stallRetry):
@@ -80,7 +79,7 @@ func (m *Machine) awaitDisk(e diskError) bool {
 		}
 		if tried {
 			stood := time.Since(began)
-			slog.Info("The VM goes on", "device", m.disk(e.Node).Name, "stoodStill", stood.Round(time.Second))
+			m.launch.Logger.Info("The VM goes on", "device", m.disk(e.Node).Name, "stoodStill", stood.Round(time.Second))
 			m.stalled.Store(false)
 			if m.launch.OnGoOn != nil {
 				m.launch.OnGoOn(stood)

@@ -27,6 +27,7 @@ import (
 	"drafter/internal/block"
 	"drafter/internal/expose"
 	"drafter/internal/fusemount"
+	"drafter/internal/logging"
 	"drafter/internal/private"
 )
 
@@ -34,6 +35,8 @@ import (
 type Config struct {
 	Dir      string // made, and removed by Close
 	UID, GID int    // owner of the files
+
+	Logger *slog.Logger // nil: slog.Default()
 }
 
 // Mount is a mounted set of devices. It implements [expose.Exposure].
@@ -43,6 +46,7 @@ type Mount struct {
 	server *fuse.Server
 	files  map[string]*file
 	failed atomic.Pointer[error]
+	log    *slog.Logger
 }
 
 var _ expose.Exposure = (*Mount)(nil)
@@ -71,7 +75,7 @@ func New(c Config, devices []expose.Device) (*Mount, error) {
 	if err := private.MkdirAll(dir); err != nil {
 		return nil, fmt.Errorf("expose devices: %w", err)
 	}
-	m := &Mount{dir: dir, files: map[string]*file{}}
+	m := &Mount{dir: dir, files: map[string]*file{}, log: logging.Or(c.Logger)}
 	ttl := forever
 	// A VMM that inherits the connection would keep it open when this process dies, and then wait
 	// for ever for an answer. It could also answer requests itself.
@@ -101,7 +105,7 @@ func New(c Config, devices []expose.Device) (*Mount, error) {
 	}
 	m.device = st.Dev
 	if err := m.liftWritebackLimit(); err != nil {
-		slog.Warn("Guest memory will be slow", "error", err)
+		m.log.Warn("Guest memory will be slow", "error", err)
 	}
 	return m, nil
 }
@@ -311,7 +315,7 @@ func (f *file) fail(operation string, err error) syscall.Errno {
 	}
 	err = fmt.Errorf("%s device %s: %w", operation, f.device.Name, err)
 	if f.mount.failed.CompareAndSwap(nil, &err) {
-		slog.Error("Device failed", "error", err)
+		f.mount.log.Error("Device failed", "error", err)
 	}
 	return syscall.EIO
 }

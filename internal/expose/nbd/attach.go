@@ -45,7 +45,7 @@ const connectionsPerDevice = 2
 // Attach attaches devices to free /dev/nbdN and makes links to them in dir, which Close removes. A
 // file that does not consist of whole sectors is copied there instead. The kernel's module nbd must
 // be loaded.
-func Attach(dir string, devices []expose.Device) (_ *Attached, err error) {
+func Attach(ctx context.Context, dir string, devices []expose.Device) (_ *Attached, err error) {
 	family, err := netlink.GenlFamilyGet("nbd")
 	if err != nil {
 		return nil, fmt.Errorf("find the kernel's NBD client: %w; load it with 'modprobe nbd'", err)
@@ -60,22 +60,22 @@ func Attach(dir string, devices []expose.Device) (_ *Attached, err error) {
 		}
 	}()
 	for _, d := range devices {
-		if err := a.attach(int(family.ID), d); err != nil {
+		if err := a.attach(ctx, int(family.ID), d); err != nil {
 			return nil, fmt.Errorf("attach device %s: %w", d.Name, err)
 		}
 	}
 	return a, nil
 }
 
-func (a *Attached) attach(family int, d expose.Device) (err error) {
+func (a *Attached) attach(ctx context.Context, family int, d expose.Device) (err error) {
 	if size := d.Device.Size(); size%sectorSize != 0 {
 		if d.Kind != expose.File {
 			return fmt.Errorf("its size %d is not a multiple of %d, which /dev/nbdN needs; use --expose fuse", size, sectorSize)
 		}
 		// A kernel, a config: nobody writes to it while a VM runs.
-		return block.Export(context.Background(), a.Path(d.Name), d.Device, nil)
+		return block.Export(ctx, a.Path(d.Name), d.Device, nil)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	at := &attached{name: d.Name, cancel: cancel, served: make(chan struct{})}
 	var kernel []*os.File
 	var workers sync.WaitGroup

@@ -298,7 +298,7 @@ func (*zero) Close() error                           { return nil }
 func TestAttach(t *testing.T) {
 	need.Root(t)
 	if _, err := os.Stat("/sys/module/nbd"); err != nil {
-		if _, err := Attach(filepath.Join(t.TempDir(), "devices"), nil); err == nil || !strings.Contains(err.Error(), "modprobe nbd") {
+		if _, err := Attach(t.Context(), filepath.Join(t.TempDir(), "devices"), nil); err == nil || !strings.Contains(err.Error(), "modprobe nbd") {
 			t.Errorf("without the module: %v", err)
 		}
 	}
@@ -312,7 +312,7 @@ func TestAttach(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer d.Close()
-	a, err := Attach(filepath.Join(t.TempDir(), "devices"), []expose.Device{{Name: "disk", Device: d}})
+	a, err := Attach(t.Context(), filepath.Join(t.TempDir(), "devices"), []expose.Device{{Name: "disk", Device: d}})
 	if err != nil {
 		t.Fatal(err)
 	}

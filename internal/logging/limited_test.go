@@ -1,4 +1,4 @@
-package limitedlog
+package logging
 
 import (
 	"bytes"
@@ -10,13 +10,10 @@ import (
 )
 
 // What is not logged is counted.
-func TestLog(t *testing.T) {
+func TestLimited(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
-		old := slog.Default()
-		slog.SetDefault(slog.New(slog.NewTextHandler(&log, nil)))
-		defer slog.SetDefault(old)
-		var l Log
+		l := Limited{Logger: slog.New(slog.NewTextHandler(&log, nil))}
 		for range 1000 {
 			l.Warn("refused")
 			l.Log(slog.LevelDebug, "hidden")
