@@ -182,8 +182,9 @@ func (p *Peer) withoutSource() string {
 		"'drafter peer settle --here', or go on at its source from the handoff with --here there and --away here"
 }
 
-// arrivalPatience is how long a suspend waits for a source from which nothing comes.
-const arrivalPatience = 20 * time.Second
+// arrivalPatience is how long a suspend waits for a source from which nothing comes, and a source
+// that is ended for a target that takes nothing more from it. Only tests change it.
+var arrivalPatience = 20 * time.Second
 
 func arrivalBytes(p *Peer) (sent, saved, pending int64) {
 	stats := p.moves.Arrival().Stats()
