@@ -293,8 +293,8 @@ func (m *Mounter) Serve(ctx context.Context, accept migrate.Accept, moved func()
 }
 
 // targetPatience is how long a mounter that is ended waits for a target that takes nothing more
-// from it.
-const targetPatience = 20 * time.Second
+// from it. Only tests change it.
+var targetPatience = 20 * time.Second
 
 // Stats says how the last migration goes, from here or to here. ok is false when there is none.
 func (m *Mounter) Stats() (stats migrate.Stats, ok bool) { return m.moves.Stats() }

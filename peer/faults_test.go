@@ -149,7 +149,8 @@ type move struct {
 	written []int64         // by the guest at its source
 	ctx     context.Context // of the source's Serve
 	end     context.CancelFunc
-	abrupt  chan struct{} // not nil: the target is closed once the VM runs there; closed when that begins
+	reached chan struct{} // not nil: the target is closed in a phase in which it may be, once that is reached
+	abrupt  chan struct{} // closed when that begins
 	served  chan struct{} // closed when Serve has ended
 	moved   bool          // what it returned
 	err     error
@@ -231,6 +232,7 @@ func (m *move) receive(t *testing.T, ctx context.Context) error {
 		t.Errorf("the guest that arrived has been started %d times", n)
 	}
 	if m.abrupt != nil {
+		<-m.reached
 		close(m.abrupt)
 		return errors.Join(errClosed, p.Close())
 	}
@@ -423,35 +425,49 @@ func TestEndsInEachPhase(t *testing.T) {
 					m.target.config.Limits.Handoff = time.Second
 					ctx, cancel := context.WithCancel(t.Context())
 					defer cancel()
-					var ending sync.WaitGroup
-					var ended atomic.Bool
-					act := cancel
-					h := m.target
-					switch {
-					case end == vmmtest.AtTarget && closed:
-						m.abrupt = make(chan struct{})
-						act = func() { <-m.abrupt }
-					case closed:
-						h, act = m.source, func() { ending.Go(func() { m.source.close(t) }) } // which waits for the migration
-					case end == vmmtest.AtSource:
-						h, act = m.source, func() { m.end() }
-					}
+					h := map[vmmtest.End]*host{vmmtest.AtSource: m.source, vmmtest.AtTarget: m.target}[end]
 					before := h.config.Hooks.OnPhase
+					var ended sync.Once
+					reached, ending := make(chan struct{}), make(chan struct{})
 					h.config.Hooks.OnPhase = func(s migrate.Phase) {
 						if before != nil {
 							before(s)
 						}
-						if s == phase && ended.CompareAndSwap(false, true) {
-							act()
+						if s != phase {
+							return
 						}
+						ended.Do(func() {
+							close(reached)
+							switch {
+							case closed && end == vmmtest.AtTarget: // by receive
+								<-m.abrupt
+							case closed: // it waits for the migration
+								go func() {
+									defer close(ending)
+									m.source.close(t)
+									m.link.Break(true)
+								}()
+							case end == vmmtest.AtTarget:
+								cancel()
+							default:
+								m.end()
+							}
+						})
+					}
+					if closed && end == vmmtest.AtTarget {
+						m.reached, m.abrupt = reached, make(chan struct{})
 					}
 					m.begin(t)
 					err := m.receive(t, ctx)
-					ending.Wait()
-					m.settled(t, err)
-					if !ended.Load() {
+					select {
+					case <-reached:
+						if closed && end == vmmtest.AtSource {
+							<-ending
+						}
+					default:
 						t.Error("there was no such phase")
 					}
+					m.settled(t, err)
 				})
 			}
 		}

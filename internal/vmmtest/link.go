@@ -40,19 +40,20 @@ type Link struct {
 	ForGood bool // whether a link that has broken stays so
 
 	coming chan net.Conn
+	down   chan struct{} // closed when the link has broken for good
 
 	mu    sync.Mutex // guards the following
 	conns []net.Conn
-	down  bool
+	gone  bool
 }
 
 // NewLink returns a link that works.
-func NewLink() *Link { return &Link{coming: make(chan net.Conn)} }
+func NewLink() *Link { return &Link{coming: make(chan net.Conn), down: make(chan struct{})} }
 
 // Dial is a [migrate.Dial] for targets. Where the link is down, nobody listens.
 func (l *Link) Dial(ctx context.Context) (io.ReadWriteCloser, error) {
 	l.mu.Lock()
-	if l.down {
+	if l.gone {
 		l.mu.Unlock()
 		return nil, syscall.ECONNREFUSED
 	}
@@ -84,8 +85,15 @@ func (l *Link) Break(forGood bool) {
 	for _, c := range l.conns {
 		_ = c.Close() // a pipe's never fails
 	}
-	l.conns, l.down = nil, l.down || forGood
+	l.conns = nil
+	if forGood && !l.gone {
+		l.gone = true
+		close(l.down)
+	}
 }
+
+// Down is closed when the link has broken for good.
+func (l *Link) Down() <-chan struct{} { return l.down }
 
 // end is a connection at one end.
 type end struct {
