@@ -157,8 +157,8 @@ type move struct {
 	over    atomic.Bool // nothing fails any more
 }
 
-// newMove makes two hosts, of which the target has the package only if withBase is set.
-func newMove(t *testing.T, withBase bool) *move {
+// newPackage makes the package of which moves are, and returns its directory.
+func newPackage(t *testing.T) string {
 	t.Helper()
 	need.Root(t)
 	need.FUSE(t)
@@ -167,6 +167,12 @@ func newMove(t *testing.T, withBase bool) *move {
 		t.Fatal(err)
 	}
 	vmmtest.WritePackage(t, pkg)
+	return pkg
+}
+
+// newMove makes two hosts, of which the target has the package only if withBase is set.
+func newMove(t *testing.T, pkg string, withBase bool) *move {
+	t.Helper()
 	m := &move{source: newHost(t, pkg), link: vmmtest.NewLink(), served: make(chan struct{})}
 	if !withBase {
 		pkg = filepath.Join(t.TempDir(), "nowhere")
@@ -278,10 +284,11 @@ func (m *move) settled(t *testing.T, received error) {
 
 // A VM moves, with all that it has written.
 func TestMoves(t *testing.T) {
+	pkg := newPackage(t)
 	for _, withBase := range []bool{true, false} {
 		for _, serves := range []bool{true, false} {
 			t.Run(fmt.Sprintf("with base %t, serves memory %t", withBase, serves), func(t *testing.T) {
-				m := newMove(t, withBase)
+				m := newMove(t, pkg, withBase)
 				m.source.driver.Serves, m.target.driver.Serves = serves, serves
 				m.begin(t)
 				err := m.receive(t, t.Context())
@@ -309,6 +316,7 @@ var late = []wire.Type{wire.TypeReady, wire.TypePrepare, wire.TypeAuthority, wir
 // A link breaks at each message: before it, or once it has arrived; once, or for good. The VM runs
 // at one host at most, and can be started at one.
 func TestLinkBreaks(t *testing.T) {
+	pkg := newPackage(t)
 	for end, types := range frames {
 		for _, message := range types {
 			for _, fate := range []vmmtest.Fate{vmmtest.Lost, vmmtest.Last} {
@@ -318,7 +326,7 @@ func TestLinkBreaks(t *testing.T) {
 					}
 					t.Run(fmt.Sprintf("%s of the %s, fate %d, for good %t", message, end, fate, forGood), func(t *testing.T) {
 						t.Parallel()
-						m := newMove(t, true)
+						m := newMove(t, pkg, true)
 						m.target.config.Limits.Handoff = time.Second // what it needs for that may be missing
 						m.link.ForGood = forGood
 						var once sync.Once
@@ -340,6 +348,7 @@ func TestLinkBreaks(t *testing.T) {
 // A VMM fails at a step, or ends there. The VM runs on at its source, if it still can, and moves at
 // the next attempt.
 func TestVMMFails(t *testing.T) {
+	pkg := newPackage(t)
 	for _, tt := range []struct {
 		end   vmmtest.End
 		at    vmmtest.Step
@@ -366,7 +375,7 @@ func TestVMMFails(t *testing.T) {
 	} {
 		t.Run(fmt.Sprintf("%s of the %s, ends %t", tt.at, tt.end, tt.ends), func(t *testing.T) {
 			t.Parallel()
-			m := newMove(t, true)
+			m := newMove(t, pkg, true)
 			driver := map[vmmtest.End]*vmmtest.Driver{vmmtest.AtSource: m.source.driver, vmmtest.AtTarget: m.target.driver}[tt.end]
 			var moving, failed atomic.Bool
 			driver.At = func(_ context.Context, s vmmtest.Step, machine *vmmtest.Machine) error {
@@ -413,6 +422,7 @@ var phases = map[vmmtest.End][]migrate.Phase{
 // Each end is ended in each phase: its context ends, or it is closed, which nobody does to a peer
 // that receives. The VM runs at one host at most, and can be started at one.
 func TestEndsInEachPhase(t *testing.T) {
+	pkg := newPackage(t)
 	for end, list := range phases {
 		for _, phase := range list {
 			for _, closed := range []bool{false, true} {
@@ -421,7 +431,7 @@ func TestEndsInEachPhase(t *testing.T) {
 				}
 				t.Run(fmt.Sprintf("%s of the %s, closed %t", phase, end, closed), func(t *testing.T) {
 					t.Parallel()
-					m := newMove(t, true)
+					m := newMove(t, pkg, true)
 					m.target.config.Limits.Handoff = time.Second
 					ctx, cancel := context.WithCancel(t.Context())
 					defer cancel()

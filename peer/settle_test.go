@@ -3,6 +3,7 @@ package peer
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -179,7 +180,8 @@ func TestStatesHaveWaysOut(t *testing.T) {
 			if !withPackage && !tt.arrived {
 				continue // it cannot have been started
 			}
-			t.Run(what, func(t *testing.T) {
+			t.Run(fmt.Sprintf("%s, with its package %t", what, withPackage), func(t *testing.T) {
+				t.Parallel() // it waits for disks
 				fresh := func() *left {
 					l := leave(t, tt.status, tt.arrived, withPackage)
 					if tt.whole {
