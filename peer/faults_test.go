@@ -395,9 +395,7 @@ func TestVMMFails(t *testing.T) {
 			}
 			if !tt.moves {
 				dies := tt.ends && tt.end == vmmtest.AtSource
-				if runs := m.source.machine().Running(); runs == dies {
-					t.Errorf("the VM runs: %t", runs)
-				}
+				await.True(t, "the VM runs at its source, unless it died", func() bool { return m.source.machine().Running() != dies })
 				if !dies {
 					await.None(t, "the next attempt", func() string {
 						m.target.close(t)
