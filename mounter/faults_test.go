@@ -453,6 +453,51 @@ func TestNotesFail(t *testing.T) {
 	}
 }
 
+// Where it cannot be noted that a part is missing, nothing is noted at all.
+func TestMissingNotNoted(t *testing.T) {
+	m := newMove(t)
+	m.begin(t)
+	note := m.target.path("data.missing")
+	must(t, os.MkdirAll(filepath.Join(note, "in the way"), 0o700))
+	if err := m.receive(t, t.Context()); err == nil {
+		t.Error("they have moved all the same")
+	}
+	must(t, os.RemoveAll(note))
+	if s, err := m.target.config.Devices[1].status(); s != "" || err != nil {
+		t.Errorf("a device that did not come is %q, %v", s, err)
+	}
+	m.settled(t, errors.New("refused"))
+}
+
+// What has arrived in part and cannot be removed is never taken for the device.
+func TestDiscardFails(t *testing.T) {
+	m := newMove(t)
+	overlay := m.target.path("disk.overlay")
+	m.target.config.OnPhase = func(s migrate.Phase) {
+		if s == migrate.HandingBack { // the file's name is somebody else's
+			if err := errors.Join(os.Rename(overlay, overlay+".moved"), os.MkdirAll(filepath.Join(overlay, "in the way"), 0o700)); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	m.link.At = func(from vmmtest.End, is wire.Type) vmmtest.Fate {
+		if from == vmmtest.AtTarget && is == wire.TypePrepare {
+			return vmmtest.Lost
+		}
+		return vmmtest.Arrives
+	}
+	m.link.ForGood = true
+	m.begin(t)
+	if err := m.receive(t, t.Context()); err == nil || !strings.Contains(err.Error(), overlay) {
+		t.Errorf("received: %v", err)
+	}
+	m.target.close(t)
+	must(t, errors.Join(os.RemoveAll(overlay), os.Rename(overlay+".moved", overlay)))
+	if err := m.target.opens(t); err == nil || !strings.Contains(err.Error(), "never wholly arrived") {
+		t.Errorf("a part of a device is opened: %v", err)
+	}
+}
+
 // broken is a device that cannot be synced any more.
 type broken struct{ block.Device }
 

@@ -488,13 +488,19 @@ func (a *arrival) Discard(context.Context) error {
 	stacks := a.p.devices.All()
 	errs = append(errs, a.p.closeDevices(false))
 	// The state device goes last: as long as it is there, it says that the rest is of no use.
+	var left error
 	for name, d := range stacks {
-		if name != vmm.State {
-			errs = append(errs, d.Remove(), a.p.device(name).files().ForgetMissing())
+		if name == vmm.State {
+			continue
 		}
+		err := d.Remove()
+		if err == nil {
+			err = a.p.device(name).files().ForgetMissing()
+		}
+		left = errors.Join(left, deviceset.Named(name, err))
 	}
-	if s := stacks[vmm.State]; s != nil {
-		errs = append(errs, s.Remove())
+	if s := stacks[vmm.State]; s != nil && left == nil {
+		left = deviceset.Named(vmm.State, s.Remove())
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, left)...)
 }
