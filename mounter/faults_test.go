@@ -503,6 +503,28 @@ type broken struct{ block.Device }
 
 func (broken) Sync() error { return syscall.EIO }
 
+// A device that has wholly arrived, but cannot be made durable, is not taken for whole by the next
+// process.
+func TestNotDurable(t *testing.T) {
+	m := newMove(t)
+	m.target.config.OnPhase = func(s migrate.Phase) {
+		if s == migrate.Confirming {
+			d := m.target.mounter.devices.Get("disk")
+			m.target.mounter.devices.Put("disk", &stack.Stack{Tracker: block.NewTracker(broken{d}, block.PageSize)})
+		}
+	}
+	m.begin(t)
+	if err := m.receive(t, t.Context()); !errors.Is(err, syscall.EIO) {
+		t.Errorf("received: %v", err)
+	}
+	if err := m.target.mounter.Close(); !errors.Is(err, syscall.EIO) {
+		t.Errorf("close: %v", err)
+	}
+	if err := m.target.config.Devices[0].files().CheckMissing(); err == nil {
+		t.Error("a device that is not durable is taken for whole")
+	}
+}
+
 // A device that cannot be synced when it closes is an error, and all is closed nevertheless.
 func TestCloseFails(t *testing.T) {
 	need.Root(t)

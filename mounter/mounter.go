@@ -537,7 +537,11 @@ func (a *arrival) Complete(context.Context) error {
 		}
 	}
 	for _, name := range a.order {
-		if err := errors.Join(a.m.devices.Get(name).Sync(), a.m.device(name).files().ForgetMissing()); err != nil {
+		err := a.m.devices.Get(name).Sync()
+		if err == nil { // else it may lack something again, after a power cut
+			err = a.m.device(name).files().ForgetMissing()
+		}
+		if err != nil {
 			return fmt.Errorf("device %s: %w", name, err)
 		}
 	}
