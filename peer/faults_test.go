@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -18,7 +17,6 @@ import (
 	"drafter/internal/await"
 	"drafter/internal/need"
 	"drafter/internal/vmmtest"
-	"drafter/internal/wire"
 	"drafter/migrate"
 	"drafter/vmm"
 )
@@ -149,10 +147,10 @@ type move struct {
 	written []int64         // by the guest at its source
 	ctx     context.Context // of the source's Serve
 	end     context.CancelFunc
-	reached chan struct{} // not nil: the target is closed in a phase in which it may be, once that is reached
-	abrupt  chan struct{} // closed when that begins
-	served  chan struct{} // closed when Serve has ended
-	moved   bool          // what it returned
+	reached <-chan struct{} // not nil: the target is closed in a phase in which it may be, once that is reached
+	abrupt  chan struct{}   // closed when that begins
+	served  chan struct{}   // closed when Serve has ended
+	moved   bool            // what it returned
 	err     error
 	over    atomic.Bool // nothing fails any more
 }
@@ -304,44 +302,19 @@ func TestMoves(t *testing.T) {
 	}
 }
 
-// frames are what each end sends in a move, in about this order.
-var frames = map[vmmtest.End][]wire.Type{
-	vmmtest.AtTarget: {wire.TypeHello, wire.TypeAccept, wire.TypeProgress, wire.TypeReady, wire.TypePrepare, wire.TypeAck, wire.TypeComplete},
-	vmmtest.AtSource: {wire.TypeManifest, wire.TypeCycle, wire.TypeExtent, wire.TypePrepare, wire.TypeAuthority, wire.TypeReleased},
-}
-
-// late are those without which the other end is in doubt, or lacks something.
-var late = []wire.Type{wire.TypeReady, wire.TypePrepare, wire.TypeAuthority, wire.TypeAck, wire.TypeComplete, wire.TypeReleased}
-
-// A link breaks at each message: before it, or once it has arrived; once, or for good. The VM runs
-// at one host at most, and can be started at one.
+// A link breaks at each message: before it, or once it has arrived; once, or for good. The VM runs at one host at
+// most, and can be started at one.
 func TestLinkBreaks(t *testing.T) {
 	pkg := newPackage(t)
-	for end, types := range frames {
-		for _, message := range types {
-			for _, fate := range []vmmtest.Fate{vmmtest.Lost, vmmtest.Last} {
-				for _, forGood := range []bool{false, true} {
-					if forGood && !slices.Contains(late, message) {
-						continue
-					}
-					t.Run(fmt.Sprintf("%s of the %s, fate %d, for good %t", message, end, fate, forGood), func(t *testing.T) {
-						t.Parallel()
-						m := newMove(t, pkg, true)
-						m.target.config.Limits.Handoff = time.Second // what it needs for that may be missing
-						m.link.ForGood = forGood
-						var once sync.Once
-						m.link.At = func(from vmmtest.End, is wire.Type) (f vmmtest.Fate) {
-							if from == end && is == message {
-								once.Do(func() { f = fate })
-							}
-							return f
-						}
-						m.begin(t)
-						m.settled(t, m.receive(t, t.Context()))
-					})
-				}
-			}
-		}
+	for _, b := range vmmtest.Breaks() {
+		t.Run(b.String(), func(t *testing.T) {
+			t.Parallel()
+			m := newMove(t, pkg, true)
+			m.target.config.Limits.Handoff = time.Second // what it needs for that may be missing
+			m.link.BreakAt(b)
+			m.begin(t)
+			m.settled(t, m.receive(t, t.Context()))
+		})
 	}
 }
 
@@ -411,73 +384,50 @@ func TestVMMFails(t *testing.T) {
 	}
 }
 
-// phases are those of each end in a move, in order.
-var phases = map[vmmtest.End][]migrate.Phase{
-	vmmtest.AtSource: {migrate.Preflight, migrate.PreCopying, migrate.Preparing, migrate.HandingOff, migrate.InDoubt, migrate.Serving},
-	vmmtest.AtTarget: {migrate.Preflight, migrate.Receiving, migrate.TakingOver, migrate.Fetching, migrate.Confirming},
-}
-
-// Each end is ended in each phase: its context ends, or it is closed, which nobody does to a peer
-// that receives. The VM runs at one host at most, and can be started at one.
+// Each end is ended in each phase: its context ends, or it is closed. The VM runs at one host at most, and
+// can be started at one.
 func TestEndsInEachPhase(t *testing.T) {
 	pkg := newPackage(t)
-	for end, list := range phases {
-		for _, phase := range list {
-			for _, closed := range []bool{false, true} {
-				if closed && end == vmmtest.AtTarget && phase != migrate.Fetching && phase != migrate.Confirming {
-					continue
+	for _, e := range vmmtest.Endings() {
+		t.Run(e.String(), func(t *testing.T) {
+			t.Parallel()
+			m := newMove(t, pkg, true)
+			m.target.config.Limits.Handoff = time.Second // what it needs for that may be missing
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			h := map[vmmtest.End]*host{vmmtest.AtSource: m.source, vmmtest.AtTarget: m.target}[e.Of]
+			ended := make(chan struct{})
+			onPhase, reached := e.Hook(h.config.Hooks.OnPhase, func() {
+				switch {
+				case e.Closed && e.Of == vmmtest.AtTarget: // by receive
+					<-m.abrupt
+				case e.Closed: // it waits for the migration
+					go func() {
+						defer close(ended)
+						m.source.close(t)
+						m.link.Break(true)
+					}()
+				case e.Of == vmmtest.AtTarget:
+					cancel()
+				default:
+					m.end()
 				}
-				t.Run(fmt.Sprintf("%s of the %s, closed %t", phase, end, closed), func(t *testing.T) {
-					t.Parallel()
-					m := newMove(t, pkg, true)
-					m.target.config.Limits.Handoff = time.Second
-					ctx, cancel := context.WithCancel(t.Context())
-					defer cancel()
-					h := map[vmmtest.End]*host{vmmtest.AtSource: m.source, vmmtest.AtTarget: m.target}[end]
-					before := h.config.Hooks.OnPhase
-					var ended sync.Once
-					reached, ending := make(chan struct{}), make(chan struct{})
-					h.config.Hooks.OnPhase = func(s migrate.Phase) {
-						if before != nil {
-							before(s)
-						}
-						if s != phase {
-							return
-						}
-						ended.Do(func() {
-							close(reached)
-							switch {
-							case closed && end == vmmtest.AtTarget: // by receive
-								<-m.abrupt
-							case closed: // it waits for the migration
-								go func() {
-									defer close(ending)
-									m.source.close(t)
-									m.link.Break(true)
-								}()
-							case end == vmmtest.AtTarget:
-								cancel()
-							default:
-								m.end()
-							}
-						})
-					}
-					if closed && end == vmmtest.AtTarget {
-						m.reached, m.abrupt = reached, make(chan struct{})
-					}
-					m.begin(t)
-					err := m.receive(t, ctx)
-					select {
-					case <-reached:
-						if closed && end == vmmtest.AtSource {
-							<-ending
-						}
-					default:
-						t.Error("there was no such phase")
-					}
-					m.settled(t, err)
-				})
+			})
+			h.config.Hooks.OnPhase = onPhase
+			if e.Closed && e.Of == vmmtest.AtTarget {
+				m.reached, m.abrupt = reached, make(chan struct{})
 			}
-		}
+			m.begin(t)
+			err := m.receive(t, ctx)
+			select {
+			case <-reached:
+				if e.Closed && e.Of == vmmtest.AtSource {
+					<-ended
+				}
+			default:
+				t.Error("there was no such phase")
+			}
+			m.settled(t, err)
+		})
 	}
 }
