@@ -223,7 +223,7 @@ func (m *move) offer(t *testing.T) {
 }
 
 // receive asks for the devices, and waits until all of them is there, or the source is gone.
-func (m *move) receive(t *testing.T, ctx context.Context) error {
+func (m *move) receive(ctx context.Context, t *testing.T) error {
 	t.Helper()
 	target := m.target.open(t)
 	if err := target.Receive(ctx, m.link.Dial); err != nil {
@@ -282,7 +282,7 @@ func (m *move) settled(t *testing.T, received error) {
 func TestMoves(t *testing.T) {
 	m := newMove(t)
 	m.begin(t)
-	err := m.receive(t, t.Context())
+	err := m.receive(t.Context(), t)
 	if err != nil {
 		t.Error(err)
 	}
@@ -307,7 +307,7 @@ func TestLinkBreaks(t *testing.T) {
 			m := newMove(t)
 			m.link.BreakAt(b)
 			m.begin(t)
-			m.settled(t, m.receive(t, t.Context()))
+			m.settled(t, m.receive(t.Context(), t))
 		})
 	}
 }
@@ -343,7 +343,7 @@ func TestEndsInEachPhase(t *testing.T) {
 				m.reached, m.abrupt = reached, make(chan struct{})
 			}
 			m.begin(t)
-			err := m.receive(t, ctx)
+			err := m.receive(ctx, t)
 			select {
 			case <-reached:
 				if e.Closed && e.Of == vmmtest.AtSource {
@@ -381,7 +381,7 @@ func TestNotesFail(t *testing.T) {
 				h := map[vmmtest.End]*host{vmmtest.AtSource: m.source, vmmtest.AtTarget: m.target}[end]
 				m.begin(t)
 				remove := inTheWay(t, &h.config.Devices[i])
-				if err := m.receive(t, t.Context()); err == nil {
+				if err := m.receive(t.Context(), t); err == nil {
 					t.Error("they have moved all the same")
 				}
 				if err := m.source.write(200000); err != nil {
@@ -409,7 +409,7 @@ func TestMissingNotNoted(t *testing.T) {
 	m.begin(t)
 	note := m.target.path("data.missing")
 	must(t, os.MkdirAll(filepath.Join(note, "in the way"), 0o700))
-	if err := m.receive(t, t.Context()); err == nil {
+	if err := m.receive(t.Context(), t); err == nil {
 		t.Error("they have moved all the same")
 	}
 	must(t, os.RemoveAll(note))
@@ -438,7 +438,7 @@ func TestDiscardFails(t *testing.T) {
 	}
 	m.link.ForGood = true
 	m.begin(t)
-	if err := m.receive(t, t.Context()); err == nil || !strings.Contains(err.Error(), overlay) {
+	if err := m.receive(t.Context(), t); err == nil || !strings.Contains(err.Error(), overlay) {
 		t.Errorf("received: %v", err)
 	}
 	m.target.close(t)
@@ -464,7 +464,7 @@ func TestNotDurable(t *testing.T) {
 		}
 	}
 	m.begin(t)
-	if err := m.receive(t, t.Context()); !errors.Is(err, syscall.EIO) {
+	if err := m.receive(t.Context(), t); !errors.Is(err, syscall.EIO) {
 		t.Errorf("received: %v", err)
 	}
 	if err := m.target.mounter.Close(); !errors.Is(err, syscall.EIO) {

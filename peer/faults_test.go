@@ -226,7 +226,7 @@ func (m *move) begin(t *testing.T) {
 }
 
 // receive asks for the VM, and suspends it once all of it is there.
-func (m *move) receive(t *testing.T, ctx context.Context) error {
+func (m *move) receive(ctx context.Context, t *testing.T) error {
 	t.Helper()
 	p := m.target.open(t)
 	if err := p.Receive(ctx, m.link.Dial); err != nil {
@@ -289,7 +289,7 @@ func TestMoves(t *testing.T) {
 				m := newMove(t, pkg, withBase)
 				m.source.driver.Serves, m.target.driver.Serves = serves, serves
 				m.begin(t)
-				err := m.receive(t, t.Context())
+				err := m.receive(t.Context(), t)
 				if err != nil {
 					t.Error(err)
 				}
@@ -313,7 +313,7 @@ func TestLinkBreaks(t *testing.T) {
 			m.target.config.Limits.Handoff = time.Second // what it needs for that may be missing
 			m.link.BreakAt(b)
 			m.begin(t)
-			m.settled(t, m.receive(t, t.Context()))
+			m.settled(t, m.receive(t.Context(), t))
 		})
 	}
 }
@@ -362,7 +362,7 @@ func TestVMMFails(t *testing.T) {
 			}
 			m.begin(t)
 			moving.Store(true)
-			err := m.receive(t, t.Context())
+			err := m.receive(t.Context(), t)
 			if !failed.Load() || (err == nil) != (tt.moves && !tt.ends) {
 				t.Errorf("it fails: %t; received: %v", failed.Load(), err)
 			}
@@ -372,7 +372,7 @@ func TestVMMFails(t *testing.T) {
 				if !dies {
 					await.None(t, "the next attempt", func() string {
 						m.target.close(t)
-						if err = m.receive(t, t.Context()); err != nil {
+						if err = m.receive(t.Context(), t); err != nil {
 							return err.Error()
 						}
 						return ""
@@ -418,7 +418,7 @@ func TestEndsInEachPhase(t *testing.T) {
 				m.reached, m.abrupt = reached, make(chan struct{})
 			}
 			m.begin(t)
-			err := m.receive(t, ctx)
+			err := m.receive(ctx, t)
 			select {
 			case <-reached:
 				if e.Closed && e.Of == vmmtest.AtSource {
