@@ -60,7 +60,7 @@ func newHost(t *testing.T) *host {
 	data.Name, data.Base = "data", h.path("data")
 	h.config = Config{
 		BaseDir: base, Links: h.path("links"), Devices: []Device{device, data},
-		Limits: migrate.Limits{Downtime: 1, Reconnect: time.Millisecond, Silence: 300 * time.Millisecond, Settle: 300 * time.Millisecond, Handoff: 2 * time.Second},
+		Limits: migrate.Limits{Downtime: 1, Reconnect: time.Millisecond},
 	}
 	return h
 }
@@ -192,6 +192,15 @@ func newMove(t *testing.T) *move {
 	return m
 }
 
+// hurry shortens what both sides wait for each other. What comes of a move then depends on time, on
+// a busy machine; what must hold does not.
+func (m *move) hurry() {
+	for _, h := range []*host{m.source, m.target} {
+		h.config.Limits.Silence, h.config.Limits.Settle, h.config.Limits.Handoff = time.Second, 300*time.Millisecond, 2*time.Second
+	}
+}
+
+// write is a user at the source.
 func (m *move) write(t *testing.T, off int64) {
 	if err := m.source.write(off); err != nil {
 		t.Error(err)
@@ -305,6 +314,7 @@ func TestLinkBreaks(t *testing.T) {
 		t.Run(b.String(), func(t *testing.T) {
 			t.Parallel()
 			m := newMove(t)
+			m.hurry()
 			m.link.BreakAt(b)
 			m.begin(t)
 			m.settled(t, m.receive(t.Context(), t))
@@ -312,12 +322,14 @@ func TestLinkBreaks(t *testing.T) {
 	}
 }
 
-// Each end is ended in each phase: its context ends, or it is closed. The devices can be opened at one host.
+// Each end is ended in each phase: its context ends, or it is closed. The devices can be opened at
+// one host.
 func TestEndsInEachPhase(t *testing.T) {
 	for _, e := range vmmtest.Endings() {
 		t.Run(e.String(), func(t *testing.T) {
 			t.Parallel()
 			m := newMove(t)
+			m.hurry()
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			h := map[vmmtest.End]*host{vmmtest.AtSource: m.source, vmmtest.AtTarget: m.target}[e.Of]
@@ -437,6 +449,7 @@ func TestDiscardFails(t *testing.T) {
 		return vmmtest.Arrives
 	}
 	m.link.ForGood = true
+	m.hurry()
 	m.begin(t)
 	if err := m.receive(t.Context(), t); err == nil || !strings.Contains(err.Error(), overlay) {
 		t.Errorf("received: %v", err)

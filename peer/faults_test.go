@@ -40,7 +40,7 @@ func newHost(t *testing.T, pkg string) *host {
 	}
 	h.config = Config{
 		Host: vmmtest.Host(t, h.driver), Devices: devices, ResumeTimeout: time.Minute, RescueTimeout: time.Minute,
-		Limits: migrate.Limits{Downtime: 1, Reconnect: time.Millisecond, Silence: 300 * time.Millisecond, Settle: 300 * time.Millisecond},
+		Limits: migrate.Limits{Downtime: 1, Reconnect: time.Millisecond},
 	}
 	return h
 }
@@ -187,6 +187,14 @@ func newMove(t *testing.T, pkg string, withBase bool) *move {
 	return m
 }
 
+// hurry shortens what both sides wait for each other. What comes of a move then depends on time, on
+// a busy machine; what must hold does not.
+func (m *move) hurry() {
+	for _, h := range []*host{m.source, m.target} {
+		h.config.Limits.Silence, h.config.Limits.Settle, h.config.Limits.Handoff = time.Second, 300*time.Millisecond, time.Second
+	}
+}
+
 // write is the guest that writes at its source.
 func (m *move) write(t *testing.T, off int64) {
 	if err := m.source.write(off); err != nil {
@@ -239,6 +247,11 @@ func (m *move) receive(ctx context.Context, t *testing.T) error {
 		<-m.reached
 		close(m.abrupt)
 		return errors.Join(errClosed, p.Close())
+	}
+	select {
+	case <-p.Arrived():
+	case <-m.link.Down():
+	case <-m.served:
 	}
 	return p.Suspend(t.Context())
 }
@@ -302,15 +315,15 @@ func TestMoves(t *testing.T) {
 	}
 }
 
-// A link breaks at each message: before it, or once it has arrived; once, or for good. The VM runs at one host at
-// most, and can be started at one.
+// A link breaks at each message: before it, or once it has arrived; once, or for good. The VM runs
+// at one host at most, and can be started at one.
 func TestLinkBreaks(t *testing.T) {
 	pkg := newPackage(t)
 	for _, b := range vmmtest.Breaks() {
 		t.Run(b.String(), func(t *testing.T) {
 			t.Parallel()
 			m := newMove(t, pkg, true)
-			m.target.config.Limits.Handoff = time.Second // what it needs for that may be missing
+			m.hurry()
 			m.link.BreakAt(b)
 			m.begin(t)
 			m.settled(t, m.receive(t.Context(), t))
@@ -384,15 +397,15 @@ func TestVMMFails(t *testing.T) {
 	}
 }
 
-// Each end is ended in each phase: its context ends, or it is closed. The VM runs at one host at most, and
-// can be started at one.
+// Each end is ended in each phase: its context ends, or it is closed. The VM runs at one host at
+// most, and can be started at one.
 func TestEndsInEachPhase(t *testing.T) {
 	pkg := newPackage(t)
 	for _, e := range vmmtest.Endings() {
 		t.Run(e.String(), func(t *testing.T) {
 			t.Parallel()
 			m := newMove(t, pkg, true)
-			m.target.config.Limits.Handoff = time.Second // what it needs for that may be missing
+			m.hurry()
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			h := map[vmmtest.End]*host{vmmtest.AtSource: m.source, vmmtest.AtTarget: m.target}[e.Of]

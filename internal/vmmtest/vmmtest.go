@@ -1,6 +1,6 @@
 // Package vmmtest is a VMM without a VM, for tests: a driver whose machines keep a guest that does
-// nothing but count. Each of their steps can fail, wait, or end the VMM, as a test says; and a [Link]
-// that breaks as a test says, for moves between two of them.
+// nothing but count. Each of their steps can fail, wait, or end the VMM, as a test says. For moves
+// between two of them there is a [Link], which breaks as a test says.
 //
 // A machine holds its users to what [vmm.Machine] says, and its guest to what a package promises: a
 // state is restored once, into memory that is as it was when the state was saved, and memory is in
