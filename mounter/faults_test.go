@@ -390,6 +390,7 @@ func TestNotesFail(t *testing.T) {
 		for _, end := range []vmmtest.End{vmmtest.AtSource, vmmtest.AtTarget} {
 			t.Run(fmt.Sprintf("%s at the %s", name, end), func(t *testing.T) {
 				m := newMove(t)
+				m.hurry()
 				h := map[vmmtest.End]*host{vmmtest.AtSource: m.source, vmmtest.AtTarget: m.target}[end]
 				m.begin(t)
 				remove := inTheWay(t, &h.config.Devices[i])

@@ -362,6 +362,9 @@ func TestVMMFails(t *testing.T) {
 		t.Run(fmt.Sprintf("%s of the %s, ends %t", tt.at, tt.end, tt.ends), func(t *testing.T) {
 			t.Parallel()
 			m := newMove(t, pkg, true)
+			if tt.end == vmmtest.AtSource && tt.ends { // then nobody is there whom the target could tell
+				m.hurry()
+			}
 			driver := map[vmmtest.End]*vmmtest.Driver{vmmtest.AtSource: m.source.driver, vmmtest.AtTarget: m.target.driver}[tt.end]
 			var moving, failed atomic.Bool
 			driver.At = func(_ context.Context, s vmmtest.Step, machine *vmmtest.Machine) error {
