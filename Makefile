@@ -8,6 +8,7 @@ SERVERS := $(TOOLS)/versitygw $(TOOLS)/registry
 LDFLAGS := -s -w -X drafter/internal/cli.Version=$(VERSION)
 TESTTIMEOUT ?= 40m
 FUZZTIME ?= 30s
+SLOWEST := ./network ./internal/migration ./internal/block ./peer # begin first, so that nobody waits for them at the end
 COMMANDS := nat forwarder snapshotter packager runner peer registry mounter terminator checkpoint
 GENERATED := agent docs/cli docs/man docs/licenses.md
 
@@ -39,7 +40,7 @@ build: ## build bin/drafter, bin/drafter-guest and bin/drafter-bench
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o bin/ ./cmd/drafter-bench
 
 unit: servers ## the tests of packages: without VMs, and without root, who gets more of them
-	@$(call TESTS,$$($(GO) list ./... | grep -v '/e2e'))
+	@$(call TESTS,$(SLOWEST) $$($(GO) list ./... | grep -v '/e2e'))
 
 e2e: servers ## the tests of the whole, with VMs, as root
 	@$(call TESTS,./e2e/...)

@@ -192,7 +192,7 @@ func TestLateGuest(t *testing.T) {
 		defer cancel()
 		greeted <- Greet(ctx, host)
 	}()
-	time.Sleep(3 * greetingPause) // the guest is late
+	time.Sleep(3 * greetingPause) // the guest is late: it misses greetings
 	serve(t, &Server{}, port)
 	if err := <-greeted; err != nil {
 		t.Fatal(err)

@@ -52,7 +52,7 @@ func BenchmarkMigration(b *testing.B) {
 		if err := source.Resume(b.Context()); err != nil {
 			b.Fatal(err)
 		}
-		time.Sleep(settle)
+		time.Sleep(settle) // the guest comes to rest
 		target := benchPeer(b, dir, "ark1", pkg, filepath.Join(instances, "1"), func(d *peer.Device) { d.Base = filepath.Join(instances, "none", vmm.PackageFile(d.Name)) })
 		b.StartTimer()
 		movePeers(b, source, target)

@@ -782,7 +782,7 @@ func TestSoakBadDays(t *testing.T) {
 		t.Logf("round %d: %s, %s after %s, mended after %s more", round, weather, act, before, during)
 		began := time.Now()
 		mend := d.weather(weather)
-		time.Sleep(before)
+		time.Sleep(before) // at any moment
 		finish := d.act(act)
 		time.Sleep(during)
 		mend()

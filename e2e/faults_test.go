@@ -199,7 +199,7 @@ func TestFaultsBeforeHandoff(t *testing.T) {
 
 	vm := target("localhost:1337")
 	await(t, vm, "Receiving the VM's devices while it runs at its source")
-	time.Sleep(500 * time.Millisecond)
+	time.Sleep(500 * time.Millisecond) // in the midst of pre-copy
 	second, err := s.Start(append(s.peerArgs("instance-2", "--netns", "ark2", "--raddr", "localhost:1337"), s.withoutPackage(2)...)...)
 	if err != nil {
 		t.Fatal(err)
@@ -219,7 +219,7 @@ func TestFaultsBeforeHandoff(t *testing.T) {
 	l := newLink(t, "localhost:1337")
 	vm = target(l.addr) // in the place of what the killed one left
 	await(t, vm, "Receiving the VM's devices while it runs at its source")
-	time.Sleep(500 * time.Millisecond)
+	time.Sleep(500 * time.Millisecond) // in the midst of pre-copy
 	l.cut()
 	fails(vm, "the VM stays at its source")
 	alive("link cut")
@@ -227,7 +227,7 @@ func TestFaultsBeforeHandoff(t *testing.T) {
 
 	vm = target("localhost:1337")
 	await(t, vm, "Receiving the VM's devices while it runs at its source")
-	time.Sleep(300 * time.Millisecond)
+	time.Sleep(300 * time.Millisecond) // in the midst of pre-copy
 	if err := vm.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
@@ -274,7 +274,7 @@ func TestFaultsBeforeHandoff(t *testing.T) {
 	// The source is killed: the target gives up.
 	vm = target("localhost:1337")
 	await(t, vm, "Receiving the VM's devices while it runs at its source")
-	time.Sleep(300 * time.Millisecond)
+	time.Sleep(300 * time.Millisecond) // in the midst of pre-copy
 	if err := source.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
@@ -304,7 +304,7 @@ func TestPostCopy(t *testing.T) {
 	}
 	await(t, vm, "The VM was handed over; resuming it here")
 	for range 3 {
-		time.Sleep(700 * time.Millisecond)
+		time.Sleep(700 * time.Millisecond) // in the midst of post-copy, again and again
 		l.cut()
 	}
 	await(t, vm, "Resumed VM")
@@ -352,7 +352,7 @@ func TestTimeoutStrategies(t *testing.T) {
 				filler.Set(t.Context(), fmt.Sprintf("fill:%d", i%50), b, 0) // an error is what the move looks like from here
 			}
 		})
-		time.Sleep(2 * time.Second)
+		time.Sleep(2 * time.Second) // the guest has much that is dirty
 		began := time.Now()
 		vm, err := s.Start(s.peerArgs("instance-1", "--netns", "ark1", "--raddr", "localhost:1337")...)
 		if err != nil {

@@ -250,7 +250,7 @@ func TestSourceDiesInPostCopy(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.awaitKilled(t, source)
-	time.Sleep(time.Second)
+	time.Sleep(time.Second) // in which the target would give up
 	select {
 	case <-vm.Done():
 		t.Fatalf("the target gave up: %v", vm.Wait())

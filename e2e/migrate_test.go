@@ -189,7 +189,7 @@ func TestThreeHosts(t *testing.T) {
 	runID := serverInfo(t, clients[0], "run_id")
 	l := startLoad(t.Context(), addrs...)
 	for i := 1; i < len(hosts); i++ {
-		time.Sleep(time.Second)
+		time.Sleep(time.Second) // of load between moves
 		next := hosts[i].peer(t, fmt.Sprintf("instance-%d", i), "--raddr", hosts[i-1].addr+":1337", "--laddr", hosts[i].addr+":1337", "--insecure")
 		t.Log(moved(t, vm).Text)
 		vm = next
@@ -197,7 +197,7 @@ func TestThreeHosts(t *testing.T) {
 			t.Errorf("move %d: this is another Redis process", i)
 		}
 	}
-	time.Sleep(time.Second)
+	time.Sleep(time.Second) // of load after the last
 	l.end(t, clients[len(hosts)-1])
 	if up := serverInfo(t, clients[len(hosts)-1], "uptime_in_seconds"); up == "0" || up == "1" {
 		t.Errorf("Redis is up for %s s only", up)

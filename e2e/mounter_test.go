@@ -123,11 +123,11 @@ func testMounter(t *testing.T, overlay bool) {
 	}
 	a := s.mount(t, "a", overlay, "--laddr", "localhost:1337")
 	f := startFio(t, filepath.Join(s.dir, "a/mounts/data"), 8)
-	time.Sleep(time.Second)
+	time.Sleep(time.Second) // fio is in the midst of its work
 	b := s.mount(t, "b", overlay, "--raddr", "localhost:1337", "--laddr", "localhost:1338")
 	line := await(t, a, "Completed migration")
 	t.Logf("first move: %s", line.Downtime)
-	time.Sleep(time.Second)
+	time.Sleep(time.Second) // and goes on with it at the target
 	c := s.mount(t, "c", overlay, "--raddr", "localhost:1338", "--laddr", "localhost:1339")
 	line = await(t, b, "Completed migration")
 	t.Logf("second move: %s", line.Downtime)

@@ -78,7 +78,7 @@ func TestLostHost(t *testing.T) {
 	for range 4 {
 		last = syncPoint(t, await(t, vm, "Synced to S3"))
 	}
-	time.Sleep(time.Duration(rand.IntN(1000)) * time.Millisecond)
+	time.Sleep(time.Duration(rand.IntN(1000)) * time.Millisecond) // at any moment
 	if err := vm.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}

@@ -116,12 +116,12 @@ func (w *wanderer) move(t *testing.T, fault string, after time.Duration, to int,
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
 	wg.Go(func() { w.write(t, stop) })
-	time.Sleep(200 * time.Millisecond)
+	time.Sleep(200 * time.Millisecond) // some of it is written before the move
 	target, err := w.Start(w.args(to, instance, "--raddr", l.addr)...)
 	if err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(after)
+	time.Sleep(after) // at any moment
 	switch fault {
 	case "cut":
 		l.cut()

@@ -306,8 +306,9 @@ func (m *Mounter) Serve(ctx context.Context, accept migrate.Accept, moved func()
 	return nil
 }
 
-// targetPatience is how long a mounter that ends waits for a target that takes nothing from it.
-const targetPatience = 20 * time.Second
+// targetPatience is how long a mounter that ends waits for a target that takes nothing from it. Only
+// tests change it.
+var targetPatience = 20 * time.Second
 
 // Stats returns the figures of the latest migration from here or to here. ok is false when there
 // was none.
@@ -503,11 +504,13 @@ func (a *arrival) Accept(ctx context.Context, manifest wire.Manifest, id uuid.UU
 	var devices []migration.TargetDevice
 	for _, offer := range manifest.Devices {
 		d := a.m.device(offer.Name)
+		var s *stack.Stack
+		var held wire.Held
 		// The second note stays until all is here and durable.
-		if err := errors.Join(d.setStatus(arriving, id), d.files().NoteMissing(offer.Size)); err != nil {
-			return nil, fmt.Errorf("device %s: %w", d.Name, err)
+		err := errors.Join(d.setStatus(arriving, id), d.files().NoteMissing(offer.Size))
+		if err == nil {
+			s, held, err = d.files().Receive(ctx, offer, func(under block.Device) *block.Incoming { return block.NewIncoming(under, true) })
 		}
-		s, held, err := d.files().Receive(ctx, offer, func(under block.Device) *block.Incoming { return block.NewIncoming(under, true) })
 		if err != nil {
 			return nil, fmt.Errorf("device %s: %w", d.Name, errors.Join(err, d.files().ForgetMissing(), d.clearStatus()))
 		}
@@ -550,20 +553,29 @@ func (a *arrival) Complete(context.Context) error {
 		}
 	}
 	for _, name := range a.order {
-		if err := errors.Join(a.m.devices.Get(name).Sync(), a.m.device(name).files().ForgetMissing()); err != nil {
+		err := a.m.devices.Get(name).Sync()
+		if err == nil { // else it may lack something again, after a power cut
+			err = a.m.device(name).files().ForgetMissing()
+		}
+		if err != nil {
 			return fmt.Errorf("device %s: %w", name, err)
 		}
 	}
 	return nil
 }
 
-// Discard implements [migration.TargetVM].
+// Discard implements [migration.TargetVM]. The notes go last: as long as they are there, they say
+// that the rest is of no use.
 func (a *arrival) Discard(context.Context) error {
 	stacks := a.m.devices.All()
 	errs := []error{a.m.closeDevices(false)}
 	for name, s := range stacks {
 		d := a.m.device(name)
-		errs = append(errs, d.files().ForgetMissing(), s.Remove(), d.clearStatus())
+		err := s.Remove()
+		if err == nil {
+			err = errors.Join(d.files().ForgetMissing(), d.clearStatus())
+		}
+		errs = append(errs, deviceset.Named(name, err))
 	}
 	return errors.Join(errs...)
 }

@@ -86,7 +86,10 @@ func (d *Device) makeRoom() error {
 		return nil
 	}
 	if d.Overlay != "" {
-		return errors.Join(block.RemoveOverlay(d.files().OverlayPaths()), d.files().ForgetMissing())
+		if err := block.RemoveOverlay(d.files().OverlayPaths()); err != nil {
+			return err
+		}
+		return d.files().ForgetMissing()
 	}
 	if err := os.Remove(d.Base); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err

@@ -1236,7 +1236,7 @@ func TestPortless(t *testing.T) {
 		mark := 1000 + uint16(protocol)
 		payload := binary.BigEndian.AppendUint16([]byte{0, 0}, mark) // where [describe] looks for a port
 		send(t, guest, frame(own, unix.ETH_P_IP, packet("172.16.0.2", protocol, append(payload, make([]byte, 28)...))))
-		time.Sleep(100 * time.Millisecond)
+		time.Sleep(100 * time.Millisecond) // in which the host would take it for the beginning of a connection
 		server, err := net.ListenPacket(fmt.Sprintf("ip4:%d", protocol), "192.0.2.1")
 		if err != nil {
 			t.Fatal(err)
@@ -1258,7 +1258,7 @@ func TestPortless(t *testing.T) {
 		if _, _, err := server.ReadFrom(make([]byte, 100)); err != nil {
 			t.Errorf("protocol %d: the host does not get what is sent to it: %v", protocol, err)
 		}
-		time.Sleep(50 * time.Millisecond)
+		time.Sleep(50 * time.Millisecond) // in which a packet would get to where none may come
 		for len(arrived) > 0 {
 			if from := <-arrived; from == fmt.Sprintf("192.0.2.254 port %d", mark) {
 				t.Errorf("protocol %d: the guest gets what is sent to the host", protocol)

@@ -5,11 +5,15 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	arrivalPatience = 300 * time.Millisecond
+	goleak.VerifyTestMain(m)
+}
 
 // Who may use a base at the same time.
 func TestSharing(t *testing.T) {

@@ -199,7 +199,11 @@ func (p *Peer) resume(ctx context.Context, start time.Time) error {
 func (p *Peer) forgetMemory(ctx context.Context) error {
 	for i := range p.config.Devices {
 		if d := &p.config.Devices[i]; d.Name == vmm.Memory {
-			if err := errors.Join(d.files().Forget(ctx), d.files().ForgetMissing()); err != nil {
+			err := d.files().Forget(ctx)
+			if err == nil {
+				err = d.files().ForgetMissing()
+			}
+			if err != nil {
 				return deviceset.Named(d.Name, err)
 			}
 		}

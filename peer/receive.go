@@ -200,8 +200,9 @@ func (p *Peer) withoutSource() string {
 		"'drafter peer settle --here', or go on at its source from the handoff with --here there and --away here"
 }
 
-// arrivalPatience is how long a suspend waits for a source from which nothing comes.
-const arrivalPatience = 20 * time.Second
+// arrivalPatience is how long a suspend waits for a source from which nothing comes, and a source
+// that is ended for a target that takes nothing more from it. Only tests change it.
+var arrivalPatience = 20 * time.Second
 
 func arrivalBytes(p *Peer) (sent, saved, pending int64) {
 	stats := p.moves.Arrival().Stats()
@@ -506,13 +507,19 @@ func (a *arrival) Discard(context.Context) error {
 	stacks := a.p.devices.All()
 	errs = append(errs, a.p.closeDevices(false))
 	// The state device goes last: while it is there, it says that the rest is worthless.
+	var left error
 	for name, d := range stacks {
-		if name != vmm.State {
-			errs = append(errs, d.Remove(), a.p.device(name).files().ForgetMissing())
+		if name == vmm.State {
+			continue
 		}
+		err := d.Remove()
+		if err == nil {
+			err = a.p.device(name).files().ForgetMissing()
+		}
+		left = errors.Join(left, deviceset.Named(name, err))
 	}
-	if s := stacks[vmm.State]; s != nil {
-		errs = append(errs, s.Remove())
+	if s := stacks[vmm.State]; s != nil && left == nil {
+		left = deviceset.Named(vmm.State, s.Remove())
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, left)...)
 }

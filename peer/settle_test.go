@@ -3,6 +3,7 @@ package peer
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -179,7 +180,8 @@ func TestStatesHaveWaysOut(t *testing.T) {
 			if !withPackage && !tt.arrived {
 				continue // it cannot have been started
 			}
-			t.Run(what, func(t *testing.T) {
+			t.Run(fmt.Sprintf("%s, with its package %t", what, withPackage), func(t *testing.T) {
+				t.Parallel() // it waits for disks
 				fresh := func() *left {
 					l := leave(t, tt.status, tt.arrived, withPackage)
 					if tt.whole {
@@ -356,5 +358,28 @@ func TestSettleRefused(t *testing.T) {
 	}
 	if _, err := os.Stat(decisionFile(l.devices)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the decision is left behind: %v", err)
+	}
+}
+
+// What has arrived in part and cannot be removed keeps the state device, which says so.
+func TestDiscardFails(t *testing.T) {
+	l := leave(t, vmm.Moved, false, true)
+	if err := makeRoom(l.devices); err != nil {
+		t.Fatal(err)
+	}
+	a, _, _ := l.begin(t)
+	overlay := a.p.device(vmm.Disk).Overlay
+	if err := errors.Join(os.Rename(overlay, overlay+".moved"), os.MkdirAll(filepath.Join(overlay, "in the way"), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	a.restoring = make(chan struct{})
+	if err := a.Discard(t.Context()); err == nil || !strings.Contains(err.Error(), overlay) {
+		t.Errorf("discarded: %v", err)
+	}
+	if err := errors.Join(os.RemoveAll(overlay), os.Rename(overlay+".moved", overlay)); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.start(t); err == nil || !strings.Contains(err.Error(), "this is a part of a VM") {
+		t.Errorf("a part of a VM starts: %v", err)
 	}
 }

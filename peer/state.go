@@ -2,7 +2,6 @@ package peer
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -135,7 +134,11 @@ func makeRoom(devices []Device) error {
 		} else if exists && !found {
 			return fmt.Errorf("device %s: there is an overlay %s of an instance without state; choose another directory for the one that comes, or remove it", d.Name, d.Overlay)
 		}
-		if err := errors.Join(block.RemoveOverlay(d.files().OverlayPaths()), d.files().ForgetMissing()); err != nil {
+		err := block.RemoveOverlay(d.files().OverlayPaths())
+		if err == nil {
+			err = d.files().ForgetMissing()
+		}
+		if err != nil {
 			return fmt.Errorf("device %s: %w", d.Name, err)
 		}
 	}

@@ -133,6 +133,7 @@ func TestVerifiedStart(t *testing.T) {
 		}, "others than its owner can write"},
 	} {
 		t.Run(what, func(t *testing.T) {
+			t.Parallel() // it waits for disks
 			p := signaturetest.New(t)
 			tt.attack(t, p)
 			for _, dir := range []string{filepath.Join(t.TempDir(), "instance"), ""} {
@@ -236,6 +237,7 @@ func TestVerifiedPull(t *testing.T) {
 		}, "none of the keys"},
 	} {
 		t.Run(what, func(t *testing.T) {
+			t.Parallel() // it waits for disks
 			p := signaturetest.New(t)
 			tt.attack(t, p)
 			pkg, dir := filepath.Join(t.TempDir(), "pulled"), filepath.Join(t.TempDir(), "instance")
@@ -288,6 +290,7 @@ func TestVerifiedArrival(t *testing.T) {
 		"another kernel": {func(t *testing.T, _ *signaturetest.Package, m *wire.Manifest) { m.Processor = []byte("another kernel") }, false, "device kernel is not what was signed"},
 	} {
 		t.Run(what, func(t *testing.T) {
+			t.Parallel() // it waits for disks
 			p := signaturetest.New(t)
 			m := wire.Manifest{}
 			var err error

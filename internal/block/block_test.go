@@ -295,7 +295,7 @@ func TestWatchAfterTake(t *testing.T) {
 			d.mark(0, pages*PageSize)
 			close(done)
 		}()
-		time.Sleep(time.Duration(rand.IntN(300)) * time.Microsecond)
+		time.Sleep(time.Duration(rand.IntN(300)) * time.Microsecond) // at any moment
 		d.Take()
 		watched := w.Take()
 		<-done

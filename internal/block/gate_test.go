@@ -19,7 +19,7 @@ func (c *counted) ReadAt(p []byte, off int64) (int, error) {
 	c.in.Add(1)
 	defer c.in.Add(-1)
 	c.uses.Add(1)
-	time.Sleep(100 * time.Microsecond)
+	time.Sleep(100 * time.Microsecond) // a device takes a while
 	return c.Device.ReadAt(p, off)
 }
 
@@ -43,7 +43,7 @@ func TestGate(t *testing.T) {
 			}
 		})
 	}
-	time.Sleep(time.Millisecond)
+	time.Sleep(time.Millisecond) // in which somebody would get in
 	if devices[0].uses.Load() > 0 {
 		t.Error("a gate begins open")
 	}

@@ -95,7 +95,7 @@ func (p *pair) backUp(t *testing.T, kind string) {
 		}
 		return b
 	}
-	time.Sleep(time.Millisecond)
+	time.Sleep(time.Millisecond) // the guest writes on: the backup is not what it has any more
 }
 
 // What a backup has does not come from the source, unless the backup fails.

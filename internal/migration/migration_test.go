@@ -57,7 +57,7 @@ func TestHeadStart(t *testing.T) {
 		moves  bool
 	}{
 		{"in time", func(*bounds) {}, func(p *pair) error {
-			time.Sleep(20 * time.Millisecond)
+			time.Sleep(20 * time.Millisecond) // in which the source would go on
 			if s := p.source.Phase(); s != migrate.Preflight {
 				return fmt.Errorf("when the VMM has started, the source is %s", s)
 			}
@@ -113,7 +113,7 @@ func TestExpect(t *testing.T) {
 	p := newPair(t, 1, quick(), nil)
 	var expected atomic.Bool
 	p.target.onCall("expect", func() error {
-		time.Sleep(50 * time.Millisecond)
+		time.Sleep(50 * time.Millisecond) // a slow disk
 		expected.Store(true)
 		return nil
 	})

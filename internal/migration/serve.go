@@ -46,7 +46,7 @@ func (o *outgoing) serve(ctx context.Context) (migrate.Phase, error) {
 				return o.release(ctx)
 			}
 		case <-ctx.Done():
-			return "", context.Cause(ctx)
+			return "", fmt.Errorf("%w: %w", migrate.ErrHandedOver, context.Cause(ctx))
 		}
 	}
 }

@@ -44,7 +44,7 @@ func strangers(t *testing.T, addr string) (stop func()) {
 	wg.Go(func() {
 		for ctx.Err() == nil {
 			connect()
-			time.Sleep(time.Millisecond)
+			time.Sleep(time.Millisecond) // and again: strangers come without end
 		}
 	})
 	return func() {

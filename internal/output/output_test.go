@@ -94,7 +94,7 @@ func TestEnd(t *testing.T) {
 type slowReader struct{ got int }
 
 func (r *slowReader) Write(p []byte) (int, error) {
-	time.Sleep(Patience / 2)
+	time.Sleep(Patience / 2) // of a bubble's clock
 	r.got += len(p)
 	return len(p), nil
 }

@@ -109,7 +109,7 @@ func TestLimits(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			time.Sleep(time.Second)
+			time.Sleep(time.Second) // what it may use is per time
 			used, err := cpuTime(p.PID())
 			elapsed := time.Since(begin)
 			if kerr := p.Kill(); err != nil || kerr != nil {

@@ -1,5 +1,6 @@
 // Package vmmtest is a VMM without a VM, for tests: a driver whose machines keep a guest that does
-// nothing but count. Each of their steps can fail, wait, or end the VMM, as a test says.
+// nothing but count. Each of their steps can fail, wait, or end the VMM, as a test says. For moves
+// between two of them there is a [Link], which breaks as a test says.
 //
 // A machine holds its users to what [vmm.Machine] says, and its guest to what a package promises: a
 // state is restored once, into memory that is as it was when the state was saved, and memory is in
@@ -265,13 +266,8 @@ func (m *Machine) Restore(ctx context.Context, state io.Reader) error {
 	if len(saved) != 8 {
 		return fmt.Errorf("a state of %d bytes", len(saved))
 	}
-	memory, err := m.memory()
+	is, err := m.read(ctx)
 	if err != nil {
-		return err
-	}
-	var is [8]byte
-	_, err = memory.ReadAt(is[:], 0)
-	if err := errors.Join(err, memory.Close()); err != nil {
 		return err
 	}
 	m.mu.Lock()
@@ -279,11 +275,30 @@ func (m *Machine) Restore(ctx context.Context, state io.Reader) error {
 	if m.restored {
 		m.driver.T.Error("restored twice, or after a boot")
 	}
-	if string(saved) != string(is[:]) {
+	if string(saved) != string(is) {
 		m.driver.T.Errorf("the state is of the memory %x, which is %x", saved, is)
 	}
 	m.restored, m.count = true, binary.LittleEndian.Uint64(saved)
 	return nil
+}
+
+// read reads what the guest has in its memory. A page that is missing ends with its owner.
+func (m *Machine) read(ctx context.Context) ([]byte, error) {
+	memory, err := m.memory()
+	if err != nil {
+		return nil, err
+	}
+	is, done := make([]byte, 8), make(chan error, 1)
+	m.serving.Go(func() {
+		_, err := memory.ReadAt(is, 0)
+		done <- errors.Join(err, memory.Close())
+	})
+	select {
+	case err := <-done:
+		return is, err
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
 }
 
 // Resume implements [vmm.Machine].

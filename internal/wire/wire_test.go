@@ -295,9 +295,9 @@ func TestUrgentOvertakes(t *testing.T) {
 			done <- c.SendExtent(b, 0, 1, Raw, 0, MaxExtent, Soon)
 		}()
 	}
-	time.Sleep(10 * time.Millisecond) // all wait now
+	time.Sleep(10 * time.Millisecond) // all wait now, where nobody can see it
 	go func() { done <- c.Send(Want{Device: 0, First: 0, Ends: 1}) }()
-	time.Sleep(10 * time.Millisecond)
+	time.Sleep(10 * time.Millisecond) // and so does what is urgent
 	for i := range background + 1 {
 		f, err := r.Read()
 		if err != nil {
