@@ -83,8 +83,10 @@ func TestAcceptAll(t *testing.T) {
 		switch n := accepted.Add(1); n {
 		case 1:
 			return nil, errors.New("too many open files")
-		case 2, 3, 4:
-			return nil, nil
+		case 2:
+			return nil, nil // neither a connection nor an error
+		case 3, 4, 5:
+			return theirs, nil
 		}
 		for range 3 {
 			<-handling

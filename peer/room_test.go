@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"drafter/internal/block"
+	"drafter/internal/logging"
 	"drafter/internal/need"
 	"drafter/internal/s3test"
 	"drafter/internal/stack"
@@ -183,7 +184,7 @@ func TestStoreAway(t *testing.T) {
 	server := s3test.Start(t)
 	d := DefaultDevice(vmm.Disk)
 	d.S3Sync, d.S3Bucket, d.S3Endpoint, d.S3AccessKey, d.S3SecretKey = true, server.Bucket, server.Endpoint, s3test.AccessKey, s3test.SecretKey
-	newPeer := func() *Peer { return &Peer{config: Config{Devices: []Device{d}}} }
+	newPeer := func() *Peer { return &Peer{config: Config{Devices: []Device{d}}, log: logging.Or(nil)} }
 	server.Fail(s3test.Refuse("501"))
 	if err := newPeer().openStore(t.Context()); !errors.Is(err, s3.ErrUnfit) {
 		t.Errorf("a storage without conditional writes: %v", err)
