@@ -29,7 +29,8 @@ import (
 // random bytes, again and again, until the guest has sent the same back. Both drop everything
 // before the greeting. A greeting that arrives in a conversation ends it and starts the next.
 const (
-	portMagic     = "\xffDRAFTER\x01\x8d\x1c\x5e\xa3\x9b\x42\xf0\x77" // 8 random bytes at the end: no message holds them by chance
+	// 8 random bytes at the end: no message holds them by chance
+	portMagic     = "\xffDRAFTER\x01\x8d\x1c\x5e\xa3\x9b\x42\xf0\x77"
 	nonceSize     = 16
 	greetingLen   = len(portMagic) + nonceSize
 	greetingPause = 500 * time.Millisecond
@@ -295,7 +296,8 @@ func awaitBytes(f *os.File) error {
 // greets anew.
 type serialConn struct {
 	*serialPort
-	greeting []byte     // of this conversation; the host may have repeated it before it saw our answer
+	// of this conversation; the host may have repeated it before it saw our answer
+	greeting []byte
 	reading  sync.Mutex // held by a Read
 	closed   atomic.Bool
 }

@@ -26,7 +26,8 @@ type Server struct {
 	BeforeSuspendCmd string // "" for none
 	AfterResumeCmd   string // "" for none
 	KeepClock        bool   // the guest keeps its own time: its clock is never set
-	ResolvConf       string // file that has the name servers of the host that the guest is on; "" for none
+	// file that has the name servers of the host that the guest is on; "" for none
+	ResolvConf string
 
 	// Service tells whether the guest's service is ready, and which of its TCP ports it has not
 	// opened yet. It is called often, by any goroutine. nil: there is no service to wait for.

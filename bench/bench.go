@@ -21,9 +21,10 @@ import (
 
 // Options say what is measured, and where.
 type Options struct {
-	Drafter  string    // the drafter binary
-	Self     string    // the drafter-bench binary, which measures mappings in a process of its own
-	Dir      string    // where packages and instances are made; what an earlier run left in it is removed first
+	Drafter string // the drafter binary
+	Self    string // the drafter-bench binary, which measures mappings in a process of its own
+	// where packages and instances are made; what an earlier run left in it is removed first
+	Dir      string
 	Quick    bool      // whether to measure only what the ratios need
 	Parts    []string  // of [Parts]; none: all
 	Rounds   int       // how often each is measured; 0: as often as the part says
@@ -135,7 +136,8 @@ func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
 // network makes network namespaces for VMs, until end.
 func (b *bench) network(ctx context.Context, count int) (end func() error, err error) {
-	nat, err := b.drafter.Start("nat", "--namespace-count", fmt.Sprint(count), "--allow-host", fmt.Sprintf("%d/udp", tickPort)) // guests tick there
+	// guests tick there
+	nat, err := b.drafter.Start("nat", "--namespace-count", fmt.Sprint(count), "--allow-host", fmt.Sprintf("%d/udp", tickPort))
 	if err != nil {
 		return nil, err
 	}

@@ -32,8 +32,9 @@ type mapped struct {
 	FaultIn    float64 `json:"fault_in_gb_per_s"`    // reading every page once, in order
 	WriteFault float64 `json:"write_fault_gb_per_s"` // then writing every page
 	Flush      float64 `json:"flush_gb_per_s"`       // then fsync(2)
-	Random     float64 `json:"random_fault_us"`      // median of single reads all over a file that is not cached
-	Sum        byte    `json:"sum"`                  // of what was read, so that it is read
+	// median of single reads all over a file that is not cached
+	Random float64 `json:"random_fault_us"`
+	Sum    byte    `json:"sum"` // of what was read, so that it is read
 }
 
 // Mapping measures a file that it maps, and one whose pages are cold, and writes what it finds to
@@ -72,7 +73,8 @@ func measureMapping(path, cold string) (m mapped, err error) {
 	if err != nil {
 		return m, err
 	}
-	if err := unix.Madvise(memory, unix.MADV_RANDOM); err != nil { // no read-ahead, as between pages that do not follow each other
+	// no read-ahead, as between pages that do not follow each other
+	if err := unix.Madvise(memory, unix.MADV_RANDOM); err != nil {
 		return m, err
 	}
 	var took []time.Duration

@@ -108,10 +108,12 @@ func moveAlone(ctx context.Context, from, to ram) (err error) {
 	go func() {
 		defer close(served)
 		accept := func(ctx context.Context) (io.ReadWriteCloser, error) {
-			defer context.AfterFunc(ctx, func() { _ = l.(*net.TCPListener).SetDeadline(time.Unix(1, 0)) })() // which ends Accept
+			// which ends Accept
+			defer context.AfterFunc(ctx, func() { _ = l.(*net.TCPListener).SetDeadline(time.Unix(1, 0)) })()
 			return l.Accept()
 		}
-		migrate.AcceptAll(sctx, nil, accept, func(ctx context.Context, stream io.ReadWriteCloser) { _ = source.Handle(ctx, stream) }) // the target says what fails
+		// the target says what fails
+		migrate.AcceptAll(sctx, nil, accept, func(ctx context.Context, stream io.ReadWriteCloser) { _ = source.Handle(ctx, stream) })
 	}()
 	defer func() { cancel(); <-served }()
 	dial := func(ctx context.Context) (io.ReadWriteCloser, error) {

@@ -56,7 +56,8 @@ func (b *bench) faults(ctx context.Context, rounds int) error {
 			for _, ns := range t {
 				sum += ns
 			}
-			b.add("fault_"+name+"_mean_us", float64(sum)/float64(len(t))/1e3) // the kernel maps several pages of a file at once, so that most cost nothing
+			// the kernel maps several pages of a file at once, so that most cost nothing
+			b.add("fault_"+name+"_mean_us", float64(sum)/float64(len(t))/1e3)
 			b.add("fault_"+name+"_p50_us", float64(t[len(t)/2])/1e3)
 			b.add("fault_"+name+"_p99_us", float64(t[len(t)*99/100])/1e3)
 		}

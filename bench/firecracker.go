@@ -304,7 +304,8 @@ func (f *fc) moveByFile(ctx context.Context, b *bench) (err error) {
 	if err != nil {
 		return err
 	}
-	for _, name := range []string{"state", "memory"} { // the way to the target: a copy from one tmpfs to the other
+	// the way to the target: a copy from one tmpfs to the other
+	for _, name := range []string{"state", "memory"} {
 		from, to := filepath.Join(source.root, "tmpfs", name), filepath.Join(target.root, "tmpfs", name)
 		if out, err := exec.CommandContext(ctx, "cp", "--sparse=never", from, to).CombinedOutput(); err != nil {
 			return fmt.Errorf("copy snapshot: %w: %s", err, out)
@@ -427,7 +428,8 @@ func (o *own) close() error {
 		_ = o.cmd.Wait() // it was killed
 		o.client.CloseIdleConnections()
 	}
-	if err := unix.Unmount(filepath.Join(o.root, "tmpfs"), unix.MNT_DETACH); !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) { // not mounted yet
+	// not mounted yet
+	if err := unix.Unmount(filepath.Join(o.root, "tmpfs"), unix.MNT_DETACH); !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
 		errs = append(errs, err)
 	}
 	return errors.Join(append(errs, os.RemoveAll(o.root))...)

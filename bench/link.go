@@ -27,8 +27,10 @@ var links = []link{
 }
 
 const (
-	linkChunk  = 64 << 10
-	linkWindow = 16 << 20 // bytes under way in a direction of a connection: more than what the fastest link holds in its delay
+	linkChunk = 64 << 10
+	// bytes under way in a direction of a connection: more than what the fastest link holds in its
+	// delay
+	linkWindow = 16 << 20
 )
 
 // proxy carries connections to an address.

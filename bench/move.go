@@ -287,7 +287,8 @@ func (b *bench) moveOurs(ctx context.Context, w *watcher, c contest, l link, o o
 	if err != nil {
 		return err
 	}
-	_, _ = w.first(running(resumed), longestSilence) // what is not heard of by then is a figure, too
+	// what is not heard of by then is a figure, too
+	_, _ = w.first(running(resumed), longestSilence)
 	time.Sleep(500 * time.Millisecond)
 	rss, err := peakRSS(target.PID())
 	if err != nil {

@@ -101,7 +101,8 @@ func (p *puller) peer(ctx context.Context, flags ...string) (*tour.Service, erro
 // from a registry, and after a copy of the package over the same link by tar, once with the data
 // only and once with all bytes, as most programs copy.
 func (b *bench) registry(ctx context.Context, rounds int) (err error) {
-	end, err := b.network(ctx, 1) // which also lets this host pass on what its hosts send to one another
+	// which also lets this host pass on what its hosts send to one another
+	end, err := b.network(ctx, 1)
 	if err != nil {
 		return err
 	}
@@ -197,7 +198,8 @@ func (b *bench) copyPackage(ctx context.Context, server *testhost.Host, p *pulle
 	defer to.Close()
 	begin := time.Now()
 	g, gctx := errgroup.WithContext(ctx)
-	stop := context.AfterFunc(gctx, func() { _, _ = from.Close(), to.Close() }) // one that failed leaves the others waiting
+	// one that failed leaves the others waiting
+	stop := context.AfterFunc(gctx, func() { _, _ = from.Close(), to.Close() })
 	defer stop()
 	g.Go(func() error {
 		return inHost(gctx, server, "tar --create "+sparse+" --directory "+pkg+" . > /dev/tcp/"+tcpPath(from))

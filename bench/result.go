@@ -19,13 +19,14 @@ import (
 
 // Result is what a run leaves in a file.
 type Result struct {
-	Time     time.Time             `json:"time"`
-	Machine  map[string]string     `json:"machine"`
-	Rounds   map[string][]float64  `json:"rounds"`
-	Medians  map[string]float64    `json:"medians"`
-	Spread   map[string][2]float64 `json:"spread"` // least and most
-	Ratios   map[string]float64    `json:"ratios"`
-	Timeline []Moment              `json:"timeline"` // of the first move over loopback with the package absent
+	Time    time.Time             `json:"time"`
+	Machine map[string]string     `json:"machine"`
+	Rounds  map[string][]float64  `json:"rounds"`
+	Medians map[string]float64    `json:"medians"`
+	Spread  map[string][2]float64 `json:"spread"` // least and most
+	Ratios  map[string]float64    `json:"ratios"`
+	// of the first move over loopback with the package absent
+	Timeline []Moment `json:"timeline"`
 }
 
 // ReadResult reads what a run has left.

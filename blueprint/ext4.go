@@ -22,7 +22,8 @@ type Ext4Config struct {
 	Free   int64  // bytes
 
 	Progress Progress
-	Logger   *slog.Logger // of BuildOCI, which hears what of an image cannot be had; nil: slog.Default()
+	// of BuildOCI, which hears what of an image cannot be had; nil: slog.Default()
+	Logger *slog.Logger
 }
 
 // minExt4 leaves room for a journal.

@@ -26,8 +26,10 @@ const (
 )
 
 const (
-	maxKernel     = 1 << 30   // bytes of an unpacked kernel
-	maxDictionary = 128 << 20 // bytes of history that a decompressor keeps: the kernel's build asks for no more (scripts/Makefile.lib)
+	maxKernel = 1 << 30 // bytes of an unpacked kernel
+	// bytes of history that a decompressor keeps: the kernel's build asks for no more
+	// (scripts/Makefile.lib)
+	maxDictionary = 128 << 20
 )
 
 // ExtractKernel writes the ELF kernel inside a bzImage to w. An image that is an ELF file already

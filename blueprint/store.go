@@ -35,8 +35,9 @@ const (
 
 // Bounds for reading strangers' images before anything is unpacked.
 const (
-	maxManifest       = 4 << 20 // bytes of a manifest or an index, as in Docker
-	maxArchiveEntries = 1 << 16 // files of an archive; an image has one for each layer, and few others
+	maxManifest = 4 << 20 // bytes of a manifest or an index, as in Docker
+	// files of an archive; an image has one for each layer, and few others
+	maxArchiveEntries = 1 << 16
 )
 
 // listStored lists the images in a directory or an archive. If there are both a docker archive and

@@ -50,9 +50,11 @@ type result struct {
 type migration struct {
 	DowntimeMS float64 `json:"downtime_ms"` // pause at the source to the target's word that it runs
 	GapMS      float64 `json:"gap_ms"`      // longest silence a client saw
-	TotalMS    int64   `json:"total_ms"`    // first connection until nothing at the source was needed
-	Bytes      int64   `json:"bytes"`       // sent and received
-	BytesSaved int64   `json:"bytes_saved"` // written before and not sent: unchanged, zeros, or the package's
+	// first connection until nothing at the source was needed
+	TotalMS int64 `json:"total_ms"`
+	Bytes   int64 `json:"bytes"` // sent and received
+	// written before and not sent: unchanged, zeros, or the package's
+	BytesSaved int64 `json:"bytes_saved"`
 }
 
 func main() {

@@ -17,26 +17,40 @@ type Strategy string
 
 // The strategies.
 const (
-	PostCopy Strategy = "postcopy" // hand over at once; what has not been sent is fetched afterwards
-	Cancel   Strategy = "cancel"   // give up; the VM runs on at the source
+	// hand over at once; what has not been sent is fetched afterwards
+	PostCopy Strategy = "postcopy"
+	Cancel   Strategy = "cancel" // give up; the VM runs on at the source
 )
 
 // Limits bound a migration. A zero field is the default that its comment names, or no limit. No
 // field may be negative.
 type Limits struct {
-	Bandwidth  int64         // bytes per second that are sent; pages that somebody waits for are exempt
-	Downtime   time.Duration // the handoff begins when the rest can be sent in half of this time; default 300 ms
+	// bytes per second that are sent; pages that somebody waits for are exempt
+	Bandwidth int64
+	// the handoff begins when the rest can be sent in half of this time; default 300 ms
+	Downtime   time.Duration
 	Timeout    time.Duration // of pre-copy; AtTimeout says what happens then
 	AtTimeout  Strategy      // default PostCopy, or Cancel with NoPostCopy
 	NoPostCopy bool          // send everything before the handoff, however long the VM has to pause
-	Prepare    time.Duration // for the guest to get ready to be paused, then again for the target to note that it may take the VM over; default 5 s
-	Handoff    time.Duration // from the pause of the VM until the authority has been sent; default 1 min
-	Silence    time.Duration // a connection that is silent for so long is lost; default 10 s
-	Reconnect  time.Duration // pause between attempts to reconnect; default 200 ms
-	Warm       time.Duration // how long a target may read the memory's base into the page cache before it is ready; default 3 s
-	HeadStart  time.Duration // how long the source waits in preflight for a target with the bases to start its VMM, and for Warm; default 1 s
-	MaxSize    int64         // most bytes that all devices of a source may have together; default 128 times this host's memory
-	Settle     time.Duration // how long a target that refused tries to tell the source; shortened to Silence when connections are refused; default 1 min
+	// for the guest to get ready to be paused, then again for the target to note that it may take
+	// the VM over; default 5 s
+	Prepare time.Duration
+	// from the pause of the VM until the authority has been sent; default 1 min
+	Handoff   time.Duration
+	Silence   time.Duration // a connection that is silent for so long is lost; default 10 s
+	Reconnect time.Duration // pause between attempts to reconnect; default 200 ms
+	// how long a target may read the memory's base into the page cache before it is ready; default
+	// 3 s
+	Warm time.Duration
+	// how long the source waits in preflight for a target with the bases to start its VMM, and for
+	// Warm; default 1 s
+	HeadStart time.Duration
+	// most bytes that all devices of a source may have together; default 128 times this host's
+	// memory
+	MaxSize int64
+	// how long a target that refused tries to tell the source; shortened to Silence when
+	// connections are refused; default 1 min
+	Settle time.Duration
 }
 
 // Check refuses limits that contradict each other.
@@ -90,27 +104,33 @@ const (
 	Preparing  Phase = "preparing"   // source: the guest gets ready to be paused
 	HandingOff Phase = "handing off" // source: the VM is paused, the rest is sent
 	InDoubt    Phase = "in doubt"    // source: the authority was sent, the answer is not there
-	Serving    Phase = "post-copy"   // source: the VM runs at the target, which fetches what it lacks
-	Rescuing   Phase = "rescuing"    // source: the VM goes on here
+	// source: the VM runs at the target, which fetches what it lacks
+	Serving  Phase = "post-copy"
+	Rescuing Phase = "rescuing" // source: the VM goes on here
 
-	Snapshotting Phase = "snapshotting" // source of a copy: the VM is paused, the rest of the copy is kept
-	Delivering   Phase = "delivering"   // source of a copy: the VM goes on, the rest of the copy is sent
+	// source of a copy: the VM is paused, the rest of the copy is kept
+	Snapshotting Phase = "snapshotting"
+	// source of a copy: the VM goes on, the rest of the copy is sent
+	Delivering Phase = "delivering"
 
-	Receiving   Phase = "receiving"    // target: pages arrive, the VMM is started
-	TakingOver  Phase = "taking over"  // target: the authority is here, the VM is restored
-	HandingBack Phase = "handing back" // target: the VM will not run here, which the source must know
-	Fetching    Phase = "fetching"     // target: the VM runs, missing pages are fetched
-	Confirming  Phase = "confirming"   // target: all is here; the source must know
-	Storing     Phase = "storing"      // target of a copy: all is here, and is made durable
+	Receiving  Phase = "receiving"   // target: pages arrive, the VMM is started
+	TakingOver Phase = "taking over" // target: the authority is here, the VM is restored
+	// target: the VM will not run here, which the source must know
+	HandingBack Phase = "handing back"
+	Fetching    Phase = "fetching"   // target: the VM runs, missing pages are fetched
+	Confirming  Phase = "confirming" // target: all is here; the source must know
+	Storing     Phase = "storing"    // target of a copy: all is here, and is made durable
 
-	Kept         Phase = "kept"              // source: the VM runs here, as before
-	Moved        Phase = "moved"             // source: the VM is the target's. Target: it is ours, and complete
-	Lost         Phase = "lost"              // source: the VM could not go on
-	LeftInDoubt  Phase = "left in doubt"     // source: it ended before it knew who owns the VM
-	LeftServing  Phase = "left in post-copy" // source: it ended before the target had all
-	Copied       Phase = "copied"            // target: the copy is complete; the VM goes on at its source
-	NotTaken     Phase = "not taken"         // target: nothing was taken over
-	LeftFetching Phase = "left fetching"     // target: it ended while pages were missing
+	Kept Phase = "kept" // source: the VM runs here, as before
+	// source: the VM is the target's. Target: it is ours, and complete
+	Moved       Phase = "moved"
+	Lost        Phase = "lost"              // source: the VM could not go on
+	LeftInDoubt Phase = "left in doubt"     // source: it ended before it knew who owns the VM
+	LeftServing Phase = "left in post-copy" // source: it ended before the target had all
+	// target: the copy is complete; the VM goes on at its source
+	Copied       Phase = "copied"
+	NotTaken     Phase = "not taken"     // target: nothing was taken over
+	LeftFetching Phase = "left fetching" // target: it ended while pages were missing
 )
 
 // Phases are all of them.
@@ -124,7 +144,8 @@ type Outcome string
 
 // The answers.
 const (
-	Here Outcome = "here" // the VM did not run at the target and never will: it goes on at the source
+	// the VM did not run at the target and never will: it goes on at the source
+	Here Outcome = "here"
 	Away Outcome = "away" // the VM runs, or ran, at the target
 )
 
@@ -134,9 +155,10 @@ type Stats struct {
 	Cycle     int
 	Preflight time.Duration // of Total: before anything was done to the VM; 0 until then
 	Total     time.Duration // since its beginning
-	Paused    time.Duration // downtime: from the pause until the VM is known to run again; 0 until then
-	Wire      int64         // bytes sent and received, with all overhead
-	Devices   []DeviceStats
+	// downtime: from the pause until the VM is known to run again; 0 until then
+	Paused  time.Duration
+	Wire    int64 // bytes sent and received, with all overhead
+	Devices []DeviceStats
 }
 
 // DeviceStats are the figures of a device in a migration. All numbers are bytes of the device.

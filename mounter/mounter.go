@@ -39,12 +39,17 @@ type Device struct {
 	Overlay string `json:"overlay"` // file with the changed blocks; empty to write to the base
 	State   string `json:"state"`   // file that says which blocks the overlay holds
 
-	BlockSize      int64         `json:"blockSize"`      // bytes; the unit of copying and of tracking changes
-	Expiry         time.Duration `json:"expiry"`         // how long a written block counts as hot; in nanoseconds in JSON
-	MaxDirtyBlocks int           `json:"maxDirtyBlocks"` // the handoff may begin with so many dirty blocks
-	MinCycles      int           `json:"minCycles"`      // quiet cycles before the handoff
-	MaxCycles      int           `json:"maxCycles"`      // cycles after which the handoff begins in any case
-	CycleThrottle  time.Duration `json:"cycleThrottle"`  // pause between cycles; in nanoseconds in JSON
+	// bytes; the unit of copying and of tracking changes
+	BlockSize int64 `json:"blockSize"`
+	// how long a written block counts as hot; in nanoseconds in JSON
+	Expiry time.Duration `json:"expiry"`
+	// the handoff may begin with so many dirty blocks
+	MaxDirtyBlocks int `json:"maxDirtyBlocks"`
+	MinCycles      int `json:"minCycles"` // quiet cycles before the handoff
+	// cycles after which the handoff begins in any case
+	MaxCycles int `json:"maxCycles"`
+	// pause between cycles; in nanoseconds in JSON
+	CycleThrottle time.Duration `json:"cycleThrottle"`
 
 	MakeMigratable bool `json:"makeMigratable"` // whether the device can move
 }
@@ -68,11 +73,13 @@ func (d *Device) checkSettings() error {
 // Config says what to mount and how.
 type Config struct {
 	Devices []Device
-	BaseDir string // directory for the exposure; Open and Receive clean up what a killed mounter left there
-	Links   string // directory for a link to each device's path, by the device's name; empty for none
-	Expose  string // "auto", "fuse" or "nbd"; "" for auto
-	Limits  migrate.Limits
-	Logger  *slog.Logger // nil: slog.Default()
+	// directory for the exposure; Open and Receive clean up what a killed mounter left there
+	BaseDir string
+	// directory for a link to each device's path, by the device's name; empty for none
+	Links  string
+	Expose string // "auto", "fuse" or "nbd"; "" for auto
+	Limits migrate.Limits
+	Logger *slog.Logger // nil: slog.Default()
 
 	// Called by a migration, which waits for them. They may be nil.
 	OnPhase    func(migrate.Phase)
@@ -205,7 +212,8 @@ type link struct{ path, target string }
 
 // remove removes the link, unless it leads elsewhere by now.
 func (l link) remove() error {
-	if target, _ := os.Readlink(l.path); target == l.target { // else it is gone, or no link any more
+	// else it is gone, or no link any more
+	if target, _ := os.Readlink(l.path); target == l.target {
 		return os.Remove(l.path)
 	}
 	return nil

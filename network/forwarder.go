@@ -28,7 +28,8 @@ type PortForward struct {
 	Netns        string `json:"netns"`        // namespace the guest is in
 	InternalPort string `json:"internalPort"` // port in the guest
 	Protocol     string `json:"protocol"`     // "tcp" or "udp"
-	ExternalAddr string `json:"externalAddr"` // IPv4 address and port (below 61000) on the host; no wildcard
+	// IPv4 address and port (below 61000) on the host; no wildcard
+	ExternalAddr string `json:"externalAddr"`
 }
 
 // ForwarderConfig says what to forward.

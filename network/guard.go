@@ -37,9 +37,10 @@ var guarded = []*net.IPNet{
 	cidr("169.254.0.0/16"),     // link-local (RFC 3927), with the metadata services of most clouds
 	cidr("100.100.100.200/32"), // metadata service of Alibaba Cloud
 	cidr("168.63.129.16/32"),   // WireServer of Azure
-	cidr("192.0.0.0/24"),       // protocol assignments (RFC 6890), with the metadata service of Oracle Cloud
-	cidr("224.0.0.0/4"),        // multicast
-	cidr("240.0.0.0/4"),        // reserved, with the broadcast address
+	// protocol assignments (RFC 6890), with the metadata service of Oracle Cloud
+	cidr("192.0.0.0/24"),
+	cidr("224.0.0.0/4"), // multicast
+	cidr("240.0.0.0/4"), // reserved, with the broadcast address
 }
 
 // Guests' packets leave the host from these ports. If a guest could choose the port, it would

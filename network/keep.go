@@ -210,7 +210,8 @@ func (n *NAT) keepNamespaceRules(i int) (done bool, err error) {
 		return false, err
 	}
 	return true, inNamespace(n.name(i), func() error {
-		return forgetConnections(func(f *netlink.ConntrackFlow) bool { // those that nothing has translated
+		// those that nothing has translated
+		return forgetConnections(func(f *netlink.ConntrackFlow) bool {
 			return f.Reverse.DstIP.Equal(f.Forward.SrcIP) && f.Reverse.SrcIP.Equal(f.Forward.DstIP)
 		})
 	})
@@ -236,7 +237,8 @@ func (n *NAT) connected(i int) (bool, error) {
 	l := n.layout
 	link := hostVethName(n.name(i))
 	veth, _, err := hostVeth(n.name(i))
-	whole := err == nil && veth != nil && veth.Attrs().MasterIndex == 0 // a bridge would take what comes in
+	// a bridge would take what comes in
+	whole := err == nil && veth != nil && veth.Attrs().MasterIndex == 0
 	for _, ip := range []net.IP{l.namespaceSide(i), l.namespaceIP(i)} {
 		to, err := linkTowards(ip)
 		whole = whole && err == nil && to == link

@@ -23,8 +23,9 @@ const (
 	iptGetInfo    = 64 // IPT_SO_GET_INFO
 	iptGetEntries = 65 // IPT_SO_GET_ENTRIES
 
-	iptEntry  = 112 // bytes of struct ipt_entry
-	iptHeader = 32  // bytes of struct xt_entry_match and xt_entry_target, which begin with size, name and revision
+	iptEntry = 112 // bytes of struct ipt_entry
+	// bytes of struct xt_entry_match and xt_entry_target, which begin with size, name and revision
+	iptHeader = 32
 
 	iptGoto      = 0x02 // IPT_F_GOTO
 	iptAccept    = -2   // verdicts are -NF_ACCEPT-1 and so on; those from 0 on are offsets

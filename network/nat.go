@@ -39,20 +39,26 @@ import (
 // A guest reaches what is behind the outgoing interface. It reaches neither the host nor other
 // guests, nor link-local addresses and the metadata services of clouds, unless they are opened.
 type NATConfig struct {
-	HostInterface     string // outgoing interfaces, such as eth0 or eth0,eth1; "" for those of the current default route
+	// outgoing interfaces, such as eth0 or eth0,eth1; "" for those of the current default route
+	HostInterface     string
 	HostVethCIDR      string // one /30 for each namespace's link with the host
 	NamespaceVethCIDR string // one address for each namespace
 	BlockedSubnetCIDR string // guests cannot reach it either
 
-	AllowHost      []string // ports of the host that guests reach, such as 53/udp
-	AllowCIDRs     []string // closed addresses that guests reach, such as 192.168.1.0/24, or with one port 169.254.169.254/32:53/udp; the host's own only as /32
-	MaxConnections int      // most connections that a guest may have open at a time; 0: an equal share of a third of what the host can track, up to 8192
+	AllowHost []string // ports of the host that guests reach, such as 53/udp
+	// closed addresses that guests reach, such as 192.168.1.0/24, or with one port
+	// 169.254.169.254/32:53/udp; the host's own only as /32
+	AllowCIDRs []string
+	// most connections that a guest may have open at a time; 0: an equal share of a third of what
+	// the host can track, up to 8192
+	MaxConnections int
 
 	NamespaceInterface        string // tap interface for the VMM
 	NamespaceInterfaceGateway string // its address, the guest's gateway
 	NamespaceInterfaceNetmask int    // bits
 	NamespaceInterfaceIP      string // the guest's address
-	NamespaceInterfaceMAC     string // of the tap; the same everywhere, so that a guest that has moved still knows its gateway
+	// of the tap; the same everywhere, so that a guest that has moved still knows its gateway
+	NamespaceInterfaceMAC string
 
 	NamespacePrefix      string
 	NamespaceCount       int  // 0: as many as both CIDRs hold
@@ -99,8 +105,10 @@ type natRecord struct {
 	Config     NATConfig `json:"config"`
 	Namespaces []string  `json:"namespaces"` // that it has made; the last one may not be made yet
 	IPForward  string    `json:"ipForward"`  // its value before any NAT
-	Closed     []string  `json:"closed"`     // interfaces between which nothing was forwarded before any NAT
-	Marked     bool      `json:"marked"`     // whether the namespaces are marked; those of older releases are not
+	// interfaces between which nothing was forwarded before any NAT
+	Closed []string `json:"closed"`
+	// whether the namespaces are marked; those of older releases are not
+	Marked bool `json:"marked"`
 }
 
 // layout is a parsed NATConfig.

@@ -28,8 +28,10 @@ const (
 	tcpEstablished = 3 // nf_conntrack_tcp.h
 	tcpCloseWait   = 5
 
-	resetPatience = time.Second           // for answers: a client that has just answered waits for 500 ms (tcp_invalid_ratelimit)
-	resetTransit  = 50 * time.Millisecond // of an RST through the host, whose connection tracking must see it
+	// for answers: a client that has just answered waits for 500 ms (tcp_invalid_ratelimit)
+	resetPatience = time.Second
+	// of an RST through the host, whose connection tracking must see it
+	resetTransit = 50 * time.Millisecond
 )
 
 // Vacate resets the connections with the namespace's guest, and lets new ones be refused. Call it
@@ -122,7 +124,8 @@ func (l *layout) resetConnections() error {
 				continue
 			}
 			var ask []byte
-			switch guest := l.guest; { // a SYN from the end that opened the connection, a SYN+ACK from the other
+			// a SYN from the end that opened the connection, a SYN+ACK from the other
+			switch guest := l.guest; {
 			case f.Forward.SrcIP.Equal(guest):
 				ask = segment(f.Forward.SrcIP, f.Forward.DstIP, f.Forward.SrcPort, f.Forward.DstPort, tcpSYN)
 			case f.Reverse.SrcIP.Equal(guest):
@@ -152,14 +155,16 @@ func (l *layout) resetConnections() error {
 func segment(from, to net.IP, fromPort, toPort uint16, flags byte) []byte {
 	const header = 20 // bytes, of either
 	p := make([]byte, 2*header)
-	p[0], p[8], p[9] = 4<<4|header/4, 64, unix.IPPROTO_TCP // the kernel fills in length and checksum (raw(7))
+	// the kernel fills in length and checksum (raw(7))
+	p[0], p[8], p[9] = 4<<4|header/4, 64, unix.IPPROTO_TCP
 	copy(p[12:], from.To4())
 	copy(p[16:], to.To4())
 	tcp := p[header:]
 	binary.BigEndian.PutUint16(tcp, fromPort)
 	binary.BigEndian.PutUint16(tcp[2:], toPort)
 	tcp[12], tcp[13] = header/4<<4, flags
-	sum := uint32(unix.IPPROTO_TCP + header) // the pseudo header's, with the addresses that are before
+	// the pseudo header's, with the addresses that are before
+	sum := uint32(unix.IPPROTO_TCP + header)
 	for at := 12; at < len(p); at += 2 {
 		sum += uint32(binary.BigEndian.Uint16(p[at:]))
 	}

@@ -266,7 +266,8 @@ func (t tableReader) objects(message uint16) (list []tableObject, err error) {
 		return nil, err
 	}
 	for _, m := range messages {
-		o, in := tableObject{content: string(m.Data[4:])}, "" // before it is the number of the last change of any table
+		// before it is the number of the last change of any table
+		o, in := tableObject{content: string(m.Data[4:])}, ""
 		err := attributes(m, func(d *netlink.AttributeDecoder) {
 			switch d.Type() {
 			case attributeTable:

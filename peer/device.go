@@ -20,16 +20,22 @@ type Device struct {
 	Overlay string `json:"overlay"` // file with the changed blocks; empty to write to the base
 	State   string `json:"state"`   // file that says which blocks the overlay holds
 
-	BlockSize      int64         `json:"blockSize"`      // bytes; the unit of tracking changes and, but for memory, of copying
-	Expiry         time.Duration `json:"expiry"`         // how long a written block counts as hot; in nanoseconds in JSON
-	MaxDirtyBlocks int           `json:"maxDirtyBlocks"` // the handoff may begin with so many dirty blocks
-	MinCycles      int           `json:"minCycles"`      // quiet cycles before the handoff
-	MaxCycles      int           `json:"maxCycles"`      // cycles after which the handoff begins in any case
-	CycleThrottle  time.Duration `json:"cycleThrottle"`  // pause between cycles; in nanoseconds in JSON
+	// bytes; the unit of tracking changes and, but for memory, of copying
+	BlockSize int64 `json:"blockSize"`
+	// how long a written block counts as hot; in nanoseconds in JSON
+	Expiry time.Duration `json:"expiry"`
+	// the handoff may begin with so many dirty blocks
+	MaxDirtyBlocks int `json:"maxDirtyBlocks"`
+	MinCycles      int `json:"minCycles"` // quiet cycles before the handoff
+	// cycles after which the handoff begins in any case
+	MaxCycles int `json:"maxCycles"`
+	// pause between cycles; in nanoseconds in JSON
+	CycleThrottle time.Duration `json:"cycleThrottle"`
 
 	MakeMigratable bool `json:"makeMigratable"` // whether the device moves with the VM
-	Shared         bool `json:"shared"`         // others use the device at the same time: it is not locked, and does not move with the VM
-	SharedBase     bool `json:"sharedbase"`     // the target of a move has the base too
+	// others use the device at the same time: it is not locked, and does not move with the VM
+	Shared     bool `json:"shared"`
+	SharedBase bool `json:"sharedbase"` // the target of a move has the base too
 
 	S3Sync        bool   `json:"s3sync"`
 	S3AccessKey   string `json:"s3accesskey"`
@@ -38,7 +44,8 @@ type Device struct {
 	S3Secure      bool   `json:"s3secure"`
 	S3Bucket      string `json:"s3bucket"`
 	S3Concurrency int    `json:"s3concurrency"`
-	S3Prefix      string `json:"s3prefix"` // of the names of the instance's files, which each instance has for itself
+	// of the names of the instance's files, which each instance has for itself
+	S3Prefix string `json:"s3prefix"`
 }
 
 // DefaultDevice returns a device with default settings and no paths.

@@ -34,9 +34,10 @@ import (
 type Config struct {
 	Host    vmm.Host
 	Devices []Device
-	Derive  func(names []string) ([]Device, error) // lists Devices, if there are none, once their names are known; see Receive
-	Expose  string                                 // "auto", "fuse" or "nbd"; "" for auto
-	Limits  migrate.Limits
+	// lists Devices, if there are none, once their names are known; see Receive
+	Derive func(names []string) ([]Device, error)
+	Expose string // "auto", "fuse" or "nbd"; "" for auto
+	Limits migrate.Limits
 
 	Verifier *signature.Verifier // accepts packages; nil accepts all
 
@@ -45,7 +46,9 @@ type Config struct {
 	S3Credentials string
 
 	ResumeTimeout time.Duration // bounds the answer of the agent after a resume; 0: 1 min
-	Force         bool          // receive a VM even if its guest does not get ready to be paused; data that the guest has not flushed is as after a power cut
+	// receive a VM even if its guest does not get ready to be paused; data that the guest has not
+	// flushed is as after a power cut
+	Force bool
 	// RescueTimeout bounds the answer of the agent before a suspend. After that the VM is suspended
 	// without it. 0: 10 s; below 0: the agent is not waited for.
 	RescueTimeout time.Duration
@@ -55,12 +58,15 @@ type Config struct {
 
 // Hooks are called by a migration, which waits for them. Any of them may be nil.
 type Hooks struct {
-	OnPhase         func(migrate.Phase)         // the migration has entered a phase
-	OnProgress      func(migrate.Stats)         // at most ten times a second, and at the end
-	OnBeforeSuspend func(context.Context) error // before the guest is told that it will be paused; an error cancels the migration
-	OnAfterResume   func(context.Context) error // after the guest was told that it runs here; an error is logged, and the VM runs on
+	OnPhase    func(migrate.Phase) // the migration has entered a phase
+	OnProgress func(migrate.Stats) // at most ten times a second, and at the end
+	// before the guest is told that it will be paused; an error cancels the migration
+	OnBeforeSuspend func(context.Context) error
+	// after the guest was told that it runs here; an error is logged, and the VM runs on
+	OnAfterResume func(context.Context) error
 
-	OnPull func(device string, done, total int64) // how many bytes of a pulled device are here; called by any goroutine
+	// how many bytes of a pulled device are here; called by any goroutine
+	OnPull func(device string, done, total int64)
 }
 
 // Peer owns one instance. Its methods are called by one goroutine; Done, Stats and Serve by any.
@@ -79,11 +85,13 @@ type Peer struct {
 	syncer   *syncer // nil unless the instance is backed up
 	endRoom  func()  // ends what watchRoom does; nil before
 
-	refusals, failures logging.Limited      // of connections, and of migrations
-	settled            sync.WaitGroup       // the goroutines that wait for an operator to settle an arrival, and for devices to be whole
-	configDevice       []byte               // content of the config device
-	statement          *signature.Statement // of the package; nil unless only signed ones are accepted
-	signature          []byte               // that came with the package; nil if none did
+	refusals, failures logging.Limited // of connections, and of migrations
+	// the goroutines that wait for an operator to settle an arrival, and for devices to be whole
+	settled      sync.WaitGroup
+	configDevice []byte // content of the config device
+	// of the package; nil unless only signed ones are accepted
+	statement *signature.Statement
+	signature []byte // that came with the package; nil if none did
 
 	mu     sync.Mutex // guards the following
 	origin origin     // nil unless the package is pulled

@@ -384,7 +384,8 @@ func boolInt(b bool) int {
 // devices returns the devices of the manifest, as a migration fills them.
 func (a *arrival) devices(ctx context.Context, m wire.Manifest, held map[string]wire.Held) ([]migration.TargetDevice, error) {
 	mount := a.p.devices.Mount()
-	cached := mount != nil && mount.Exposes(vmm.Memory) // without that the VMM has no page cache for arriving pages
+	// without that the VMM has no page cache for arriving pages
+	cached := mount != nil && mount.Exposes(vmm.Memory)
 	var devices []migration.TargetDevice
 	for _, offered := range m.Devices {
 		s := a.p.devices.Get(offered.Name)

@@ -71,8 +71,9 @@ func missing(devices []Device) error {
 }
 
 const (
-	refusedPrefix = "refused: " // begins the text that a peer writes in place of a decision that it refuses
-	maxDecision   = 1 << 10     // bytes
+	// begins the text that a peer writes in place of a decision that it refuses
+	refusedPrefix = "refused: "
+	maxDecision   = 1 << 10 // bytes
 )
 
 func writeDecision(path, text string) error {

@@ -28,7 +28,8 @@ func (h *heldHeader) ReadAt(p []byte, off int64) (int, error) {
 	if off >= block.PageSize {
 		return h.Device.ReadAt(p, off)
 	}
-	h.mu.Lock() // first, because a page that is released meanwhile would be read neither here nor there
+	// first, because a page that is released meanwhile would be read neither here nor there
+	h.mu.Lock()
 	defer h.mu.Unlock()
 	n, err := h.Device.ReadAt(p, off)
 	if err == nil && h.page != nil {

@@ -55,7 +55,8 @@ type syncer struct {
 	baseline migration.Baseline
 	staged   *staged // a copy that has not been uploaded yet
 	failed   error   // for good
-	inherits bool    // the VM has come, or come back, from another host, which may have made backups meanwhile
+	// the VM has come, or come back, from another host, which may have made backups meanwhile
+	inherits bool
 	hold     hold
 	moment   atomic.Pointer[time.Time] // of the last backup; nil when there is none
 }
@@ -130,8 +131,9 @@ func (s *syncer) prepare(ctx context.Context) error {
 type hold struct {
 	mu      sync.Mutex
 	leaving bool
-	handed  bool               // the VM was handed over, and may have been backed up by its target since
-	cancel  context.CancelFunc // of the sync under way
+	// the VM was handed over, and may have been backed up by its target since
+	handed bool
+	cancel context.CancelFunc // of the sync under way
 }
 
 // begin is called before a sync. It returns false while the VM is being handed over. A handover

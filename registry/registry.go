@@ -46,8 +46,10 @@ func PackageDevices(dir string) ([]Device, error) {
 
 // Config says what to serve.
 type Config struct {
-	Devices     []Device
-	Connections int // most that are served at once; 0: 1024. A target has two, and each takes some 2 MiB. A host gets no more of them than are left for others
+	Devices []Device
+	// most that are served at once; 0: 1024. A target has two, and each takes some 2 MiB. A host
+	// gets no more of them than are left for others
+	Connections int
 	Limits      migrate.Limits
 	Logger      *slog.Logger // nil: slog.Default()
 }

@@ -14,15 +14,18 @@ import (
 // the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, or MINIO_…), or
 // those in the files of the AWS and MinIO command lines.
 type Place struct {
-	Endpoint    string // HOST or HOST:PORT
-	Secure      bool   // whether to use TLS
-	Bucket      string // must exist
-	Prefix      string // of the names of all objects
-	AccessKey   string
-	SecretKey   string
-	Credentials string // file like that of the AWS command line, with keys or a credential_process, which runs as this user; see credentials.go
-	Concurrency int    // uploads at once, up to 1000; 0: 4. Each takes some 8 MiB
-	MaxSize     int64  // most bytes of all devices of a backup together; 0: 128 times this host's memory
+	Endpoint  string // HOST or HOST:PORT
+	Secure    bool   // whether to use TLS
+	Bucket    string // must exist
+	Prefix    string // of the names of all objects
+	AccessKey string
+	SecretKey string
+	// file like that of the AWS command line, with keys or a credential_process, which runs as this
+	// user; see credentials.go
+	Credentials string
+	Concurrency int // uploads at once, up to 1000; 0: 4. Each takes some 8 MiB
+	// most bytes of all devices of a backup together; 0: 128 times this host's memory
+	MaxSize int64
 }
 
 // String names the place without its keys.

@@ -30,8 +30,10 @@ import (
 
 // Device is one device of the package to make.
 type Device struct {
-	Name   string `json:"name"`
-	Input  string `json:"input"`  // path of the blueprint's file; empty for state, memory and config, which the snapshotter makes itself
+	Name string `json:"name"`
+	// path of the blueprint's file; empty for state, memory and config, which the snapshotter makes
+	// itself
+	Input  string `json:"input"`
 	Output string `json:"output"` // path of the package's file
 }
 

@@ -37,12 +37,16 @@ type Device struct {
 // is replaced at once when all of them are complete.
 type Config struct {
 	Devices []Device // of the VM's; others are not transferred
-	Dir     string   // instead of Devices: writes all devices, under the usual names of a package's files
-	Place   s3.Place // instead of both: writes all devices to an object storage, and replaces the backup there
-	Copy    bool     // the VM goes on at its peer
-	Force   bool     // take the VM even if its guest does not get ready to be paused; data that the guest has not flushed is as after a power cut
-	Limits  migrate.Limits
-	Logger  *slog.Logger // nil: slog.Default()
+	// instead of Devices: writes all devices, under the usual names of a package's files
+	Dir string
+	// instead of both: writes all devices to an object storage, and replaces the backup there
+	Place s3.Place
+	Copy  bool // the VM goes on at its peer
+	// take the VM even if its guest does not get ready to be paused; data that the guest has not
+	// flushed is as after a power cut
+	Force  bool
+	Limits migrate.Limits
+	Logger *slog.Logger // nil: slog.Default()
 
 	// Called by the migration, which waits for them. They may be nil. OnPhase is called at every
 	// change of phase, OnProgress at most ten times a second and at the end.

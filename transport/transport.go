@@ -28,7 +28,8 @@ type Trust struct {
 	TLS     *Certificates // if not nil, certificates alone decide; see [LoadTLS]
 	Anybody bool          // without TLS: trust whoever connects or answers, on this host or another
 
-	Logger *slog.Logger // what is to be said of connections, and of certificates; nil: slog.Default()
+	// what is to be said of connections, and of certificates; nil: slog.Default()
+	Logger *slog.Logger
 }
 
 // ErrUnauthorized says that the other end of a connection is not trusted: another user of this

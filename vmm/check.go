@@ -12,11 +12,12 @@ import (
 // source. Every field has the form below before it reaches a command line, a path, an API or a log.
 // Drivers also check what only they know, such as machine types and CPU models.
 var (
-	vmmForm       = regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}$`)
-	versionForm   = regexp.MustCompile(`^[0-9]+(\.[0-9]+){0,3}$`)
-	machineForm   = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$`)
-	cpuForm       = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.,+=-]{0,511}$`)
-	interfaceForm = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,14}$`) // 15 bytes: IFNAMSIZ of Linux
+	vmmForm     = regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}$`)
+	versionForm = regexp.MustCompile(`^[0-9]+(\.[0-9]+){0,3}$`)
+	machineForm = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$`)
+	cpuForm     = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.,+=-]{0,511}$`)
+	// 15 bytes: IFNAMSIZ of Linux
+	interfaceForm = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,14}$`)
 	argsForm      = regexp.MustCompile(`^[ -~]*$`)
 )
 

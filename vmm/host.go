@@ -26,15 +26,19 @@ type Host struct {
 	NUMANode      int
 	CgroupVersion int    // 1 or 2; 0: 2
 	Limits        Limits // of the VMM
-	FillMemory    bool   // load all of a resumed VM's memory while it runs; for drivers that serve memory
-	HugePages     bool   // the VM's memory consists of pages of 2 MiB
-	MaxMemory     int64  // most bytes that a VM's memory may have; 0: as much as the host has
-	KeepClock     bool   // the guest keeps its own time: its clock is not set after a resume
-	Boot          bool   // boot from the disks a VM that is started here, even if it could be resumed
+	// load all of a resumed VM's memory while it runs; for drivers that serve memory
+	FillMemory bool
+	HugePages  bool  // the VM's memory consists of pages of 2 MiB
+	MaxMemory  int64 // most bytes that a VM's memory may have; 0: as much as the host has
+	KeepClock  bool  // the guest keeps its own time: its clock is not set after a resume
+	// boot from the disks a VM that is started here, even if it could be resumed
+	Boot bool
 
 	NameServers []string // IPv4 addresses that guests ask; none for the host's own
 
-	Output io.Writer // guest console; nil discards. A writer that blocks or fails misses some of it, and delays nobody
+	// guest console; nil discards. A writer that blocks or fails misses some of it, and delays
+	// nobody
+	Output io.Writer
 	Input  io.Reader // nil for none
 
 	Logger *slog.Logger // what is to be said of the VM, and of who runs it; nil: slog.Default()

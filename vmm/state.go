@@ -46,15 +46,20 @@ type Status uint32
 
 // The statuses of a state device.
 const (
-	Suspended  Status = 1  // memory and disks belong to the saved state: it can be resumed
-	Running    Status = 2  // resumed and not suspended since: the saved state is stale
-	PoweredOff Status = 3  // the guest has shut down: there is nothing to resume
-	Arriving   Status = 4  // a migration to here is under way: the devices hold a part of a VM
-	Leaving    Status = 5  // a migration from here is at its end: the target may resume the VM at any moment. A state saved meanwhile is of use there only
-	InDoubt    Status = 6  // the VM was handed over, and the target has not answered: the devices hold all of it
-	HandedOver Status = 7  // the VM runs at the target, which may still need what is here
-	Moved      Status = 8  // the target has all of the VM
-	TakingOver Status = 9  // a migration to here is at its end: the VM may be resumed at any moment, unless its source keeps it
+	Suspended  Status = 1 // memory and disks belong to the saved state: it can be resumed
+	Running    Status = 2 // resumed and not suspended since: the saved state is stale
+	PoweredOff Status = 3 // the guest has shut down: there is nothing to resume
+	Arriving   Status = 4 // a migration to here is under way: the devices hold a part of a VM
+	// a migration from here is at its end: the target may resume the VM at any moment. A state
+	// saved meanwhile is of use there only
+	Leaving Status = 5
+	// the VM was handed over, and the target has not answered: the devices hold all of it
+	InDoubt    Status = 6
+	HandedOver Status = 7 // the VM runs at the target, which may still need what is here
+	Moved      Status = 8 // the target has all of the VM
+	// a migration to here is at its end: the VM may be resumed at any moment, unless its source
+	// keeps it
+	TakingOver Status = 9
 	Copying    Status = 10 // a copy of the VM has saved the state; the VM goes on here
 )
 
@@ -387,7 +392,8 @@ func SettleState(dev StateDevice, here, incomplete bool) error {
 	case arrived:
 		return errors.New("not all of the VM came here, so it cannot go on here; settle it at its source with 'drafter peer settle --here', and here with --away")
 	case status == Leaving:
-		return MarkState(dev, Running) // the state, or the memory that fits it, may not have reached the disk
+		// the state, or the memory that fits it, may not have reached the disk
+		return MarkState(dev, Running)
 	}
 	return MarkState(dev, Suspended)
 }

@@ -64,7 +64,9 @@ type Launch struct {
 	Devices
 	Confinement
 
-	Output io.Writer // serial console of the guest; nil discards. The guest waits for its writes, which one goroutine makes
+	// serial console of the guest; nil discards. The guest waits for its writes, which one
+	// goroutine makes
+	Output io.Writer
 	Input  io.Reader // nil: no input
 
 	Logger *slog.Logger // nil: slog.Default()
@@ -84,9 +86,11 @@ type Launch struct {
 
 // Board is the virtual hardware of a machine, without disks.
 type Board struct {
-	Accel    string    // AccelAuto, AccelKVM or AccelTCG
-	CPU      string    // CPU model or template to boot with; "" for the driver's default
-	Recorded *Hardware // the hardware that the state to restore was saved on; nil when booting. A driver that cannot restore it fails.
+	Accel string // AccelAuto, AccelKVM or AccelTCG
+	CPU   string // CPU model or template to boot with; "" for the driver's default
+	// the hardware that the state to restore was saved on; nil when booting. A driver that cannot
+	// restore it fails.
+	Recorded *Hardware
 
 	CPUs       int
 	MemorySize int64 // bytes
@@ -107,11 +111,15 @@ type Board struct {
 type Devices struct {
 	// Memory is the path of the memory device, which has MemorySize bytes. It is "" when the driver
 	// is a [MemoryServer] and restores, or when the machine has memory of its own.
-	Memory       string
-	MemoryDevice MemoryDevice // the memory device itself, for a MemoryServer that restores; the caller owns it
-	FillMemory   bool         // a MemoryServer loads all of memory while the guest runs, not only the pages that the guest touches
+	Memory string
+	// the memory device itself, for a MemoryServer that restores; the caller owns it
+	MemoryDevice MemoryDevice
+	// a MemoryServer loads all of memory while the guest runs, not only the pages that the guest
+	// touches
+	FillMemory bool
 
-	Kernel string // path of the kernel device; a restore fills the same firmware slots with it as a boot
+	// path of the kernel device; a restore fills the same firmware slots with it as a boot
+	Kernel string
 	Disks  []Block
 }
 
@@ -140,7 +148,8 @@ const MaxCPUs = 8192
 type Limits struct {
 	Memory int64   // bytes; 0 for no limit
 	CPUs   float64 // of time, in CPUs, from 0.01 to MaxCPUs; 0 for no limit
-	PIDs   int     // processes and threads; below 0 for no limit, 0 for 1024 where the host can limit them
+	// processes and threads; below 0 for no limit, 0 for 1024 where the host can limit them
+	PIDs int
 }
 
 // Hardware identifies the virtual hardware that a VM's saved state depends on. The package records

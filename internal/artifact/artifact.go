@@ -99,7 +99,8 @@ const (
 	indexMagic  = "DrafterO"
 	indexHeader = 24
 	indexEntry  = 32 + 8 + 4
-	maxFrame    = block.ContentBlockSize + 1<<10 // bytes of the frame of a block that does not compress
+	// bytes of the frame of a block that does not compress
+	maxFrame = block.ContentBlockSize + 1<<10
 )
 
 func encodeIndex(c *block.Contents, frames []frame, encoder *zstd.Encoder) []byte {

@@ -84,7 +84,8 @@ func container() (credentials.Provider, error) {
 	}
 	u, err := url.Parse(uri)
 	if err != nil {
-		return nil, errors.New("AWS_CONTAINER_CREDENTIALS_FULL_URI is no URI") // which may hold a secret
+		// which may hold a secret
+		return nil, errors.New("AWS_CONTAINER_CREDENTIALS_FULL_URI is no URI")
 	}
 	ip := net.ParseIP(u.Hostname())
 	near := u.Hostname() == "localhost" || ip.IsLoopback() || slices.ContainsFunc(containerAddresses, func(a string) bool { return net.ParseIP(a).Equal(ip) })

@@ -31,11 +31,12 @@ const (
 
 // Writer writes backups to a place; each replaces the one before. One goroutine uses it.
 type Writer struct {
-	store   *Store
-	log     *slog.Logger
-	id      uuid.UUID
-	latest  *Backup   // nil: none
-	before  uuid.UUID // the writer of the VM's previous owner, until this one has written; nil: none
+	store  *Store
+	log    *slog.Logger
+	id     uuid.UUID
+	latest *Backup // nil: none
+	// the writer of the VM's previous owner, until this one has written; nil: none
+	before  uuid.UUID
 	encoder *zstd.Encoder
 	decoder *zstd.Decoder         // of latest, and of those that follow it
 	spare   map[block.ID]location // uploaded, but in no manifest yet
@@ -128,9 +129,10 @@ func (w *Writer) Close() error {
 
 // Device is a device to write. It does not change meanwhile.
 type Device struct {
-	Name    string
-	Device  block.Device
-	Changed *block.Bitmap // blocks of [block.ContentBlockSize] that may differ from the latest backup's; nil: all
+	Name   string
+	Device block.Device
+	// blocks of [block.ContentBlockSize] that may differ from the latest backup's; nil: all
+	Changed *block.Bitmap
 }
 
 // Written says what a Write did.

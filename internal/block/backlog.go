@@ -30,8 +30,10 @@ type Backlog struct {
 	last    atomic.Int64 // when that was, in nanoseconds since 1970
 	kept    *Bitmap      // pages that are in memory
 	left    atomic.Int64 // size of kept
-	lock    sync.RWMutex // held while a page moves to or from memory; for reading, while one is used or written to the device
-	memory  *File        // nil until it is needed
+	// held while a page moves to or from memory; for reading, while one is used or written to the
+	// device
+	lock   sync.RWMutex
+	memory *File // nil until it is needed
 }
 
 // NewBacklog returns a device that stores to d, the device in the file at path, and owns it.
@@ -247,7 +249,8 @@ func (b *Backlog) Trim(off, length int64) error {
 	if err := Trim(b.Device, off, length); err != nil {
 		return err
 	}
-	if !b.holds(first, end) { // what was refused stays noted: an overlay trims what it could not write
+	// what was refused stays noted: an overlay trims what it could not write
+	if !b.holds(first, end) {
 		return nil
 	}
 	// Of pages that it touches in part, the rest stays.

@@ -20,7 +20,9 @@ type OverlayPaths struct {
 	Base    string // for messages; base devices may be of any kind
 	Overlay string
 	State   string
-	Origin  ID // of a new overlay: content id of the base that its device was made from, if that is not the base beneath; else zero
+	// of a new overlay: content id of the base that its device was made from, if that is not the
+	// base beneath; else zero
+	Origin ID
 }
 
 // OpenOverlay opens an overlay over base, whose content id is baseID. It makes both files when

@@ -21,9 +21,10 @@ type Overlay struct {
 	state     *stateFile
 	blockSize int64
 	present   *Bitmap
-	soiled    *Bitmap         // blocks that are not the overlay's and may hold something in its file; see forget
-	regions   [256]sync.Mutex // held while a block of the region is copied up or trimmed
-	buffers   sync.Pool       // of *[]byte, blockSize long
+	// blocks that are not the overlay's and may hold something in its file; see forget
+	soiled  *Bitmap
+	regions [256]sync.Mutex // held while a block of the region is copied up or trimmed
+	buffers sync.Pool       // of *[]byte, blockSize long
 
 	unclean atomic.Bool // whether a block may be soiled
 

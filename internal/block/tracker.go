@@ -17,9 +17,10 @@ const PageSize = 4096
 type Tracker struct {
 	Device
 	blockSize int64
-	dirty     *Bitmap         // of pages
-	last      []atomic.Uint32 // time of the last write to each block, in milliseconds since start; 0: never
-	start     time.Time
+	dirty     *Bitmap // of pages
+	// time of the last write to each block, in milliseconds since start; 0: never
+	last  []atomic.Uint32
+	start time.Time
 
 	watching sync.Mutex // held while watches is replaced
 	watches  atomic.Pointer[[]*Watch]

@@ -44,7 +44,8 @@ var messages = map[migrate.Phase]string{
 func (l *migrationLog) phase(s migrate.Phase) {
 	slog.Debug("Migration", "state", s)
 	l.begun = l.begun || s == migrate.Receiving
-	if text, ok := messages[s]; ok && (s != migrate.HandingBack || l.begun) { // else the error says it
+	// else the error says it
+	if text, ok := messages[s]; ok && (s != migrate.HandingBack || l.begun) {
 		slog.Info(text)
 	}
 }

@@ -568,7 +568,8 @@ func (d *deviceFlags) derive(names []string) ([]peer.Device, error) {
 func (d *deviceFlags) override(list []peer.Device) (_ []peer.Device, err error) {
 	for _, o := range d.overrides {
 		if list, err = override(list, o); err != nil {
-			return nil, &usageError{fmt.Errorf("--device: %w", err)} // without what it says: that may be a secret
+			// without what it says: that may be a secret
+			return nil, &usageError{fmt.Errorf("--device: %w", err)}
 		}
 	}
 	if slices.ContainsFunc(list, func(d peer.Device) bool { return d.S3SecretKey != "" }) {

@@ -29,7 +29,8 @@ type Set struct {
 	dir   string // the common directory, or ""
 	old   bool   // dir exists
 	lock  *lockfile.Lock
-	work  map[string]*scratch.Dir // by directories: in the common one's parent, else in that of each file
+	// by directories: in the common one's parent, else in that of each file
+	work map[string]*scratch.Dir
 }
 
 // staged is the name of what becomes the common directory.

@@ -107,7 +107,8 @@ func mountRoot(c cmdline) error {
 		if time.Now().After(deadline) {
 			return fmt.Errorf("root device %s did not appear within %s", device, rootDeviceTimeout)
 		}
-		time.Sleep(5 * time.Millisecond) // the kernel probes it; without udev there is nobody to tell
+		// the kernel probes it; without udev there is nobody to tell
+		time.Sleep(5 * time.Millisecond)
 	}
 	flags, data := mountOptions(c.get("rootflags", ""))
 	if c.has("ro") {

@@ -138,14 +138,17 @@ type Instance struct {
 	agent      atomic.Pointer[agent.Client] // nil while the guest must not be called
 	reboots    atomic.Int64                 // how often the guest has booted again
 	agentOf    int64                        // the boot of the guest that agent belongs to
-	why        error                        // why the VM booted from its disks here; nil if it was resumed
-	closing    atomic.Bool                  // its VMM does not end by itself any more
-	status     status
-	paused     time.Time      // since when, for a migration; zero while it runs
-	stood      time.Duration  // how long it was paused last
-	missed     atomic.Int64   // how long it stood still for disks since its clock was last set, in nanoseconds
-	catchUp    sync.WaitGroup // of the goroutine that sets its clock after that; the end of the agent's connection ends it
-	keepClock  bool           // its clock is never set
+	// why the VM booted from its disks here; nil if it was resumed
+	why     error
+	closing atomic.Bool // its VMM does not end by itself any more
+	status  status
+	paused  time.Time     // since when, for a migration; zero while it runs
+	stood   time.Duration // how long it was paused last
+	// how long it stood still for disks since its clock was last set, in nanoseconds
+	missed atomic.Int64
+	// of the goroutine that sets its clock after that; the end of the agent's connection ends it
+	catchUp   sync.WaitGroup
+	keepClock bool // its clock is never set
 
 	resolver func() (network.Resolver, error) // nil without network
 	booting  *ready                           // its console while it boots
@@ -301,7 +304,8 @@ func (i *Instance) AwaitReady(ctx context.Context, timeout time.Duration) (err e
 	var closed []uint32
 	var failure string
 	news := logging.Limited{Logger: i.log}
-	for ; ; time.Sleep(10 * time.Millisecond) { // the pause bounds the rate of calls, whatever the guest answers
+	// the pause bounds the rate of calls, whatever the guest answers
+	for ; ; time.Sleep(10 * time.Millisecond) {
 		r, err := i.agent.Load().Ready(ctx)
 		switch {
 		case err == nil && r.GetReady():

@@ -39,7 +39,9 @@ type restoring struct {
 	hurried sync.Once
 	ctx     context.Context // nil until something is fetched
 	cancel  context.CancelCauseFunc
-	asked   chan struct{} // closed when nothing is fetched any more, and the source has been asked for what the backups did not give
+	// closed when nothing is fetched any more, and the source has been asked for what the backups
+	// did not give
+	asked chan struct{}
 }
 
 var errEnded = errors.New("the migration has ended")

@@ -22,7 +22,8 @@ type compression struct {
 }
 
 const (
-	tryEvery  = 64       // extents after which one is compressed in any case, because the speed of that may have changed
+	// extents after which one is compressed in any case, because the speed of that may have changed
+	tryEvery  = 64
 	bestRatio = 0.2      // of compressed to raw size, that memory hardly ever goes below
 	sampled   = 64 << 10 // bytes of which one page is a sample
 )

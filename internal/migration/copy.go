@@ -27,8 +27,9 @@ type Baseline struct {
 	watches map[*block.Tracker]*block.Watch
 	taken   map[*block.Tracker]*block.Bitmap // of the copy under way
 	held    bool                             // the last copy has been delivered
-	stored  map[*block.Tracker]block.ID      // and targets can reach it there; nil from a copy's beginning to its end
-	before  map[*block.Tracker]block.ID      // what was stored when the copy under way began
+	// and targets can reach it there; nil from a copy's beginning to its end
+	stored map[*block.Tracker]block.ID
+	before map[*block.Tracker]block.ID // what was stored when the copy under way began
 }
 
 // Held tells whether there is a copy that the next one can build on.
@@ -263,7 +264,9 @@ func (o *outgoing) deliver(ctx context.Context) (_ migrate.Phase, err error) {
 func (s *Source) Copy(ctx context.Context, vm TargetVM, baseline *Baseline) (stats migrate.Stats, err error) {
 	here, there := net.Pipe()
 	limits := s.config.Limits
-	limits.Silence = math.MaxInt64 // nothing gets lost within a process, and silence means that the process or its host stood still
+	// nothing gets lost within a process, and silence means that the process or its host stood
+	// still
+	limits.Silence = math.MaxInt64
 	served := make(chan error, 1)
 	go func() { served <- s.handle(context.WithoutCancel(ctx), there, limits.Silence, baseline) }()
 	dial := func(context.Context) (io.ReadWriteCloser, error) { return here, nil }

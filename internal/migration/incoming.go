@@ -14,10 +14,12 @@ import (
 // incomingDevice is a device that arrives.
 type incomingDevice struct {
 	TargetDevice
-	name     string
-	index    int
-	store    sync.Mutex    // held while pages are stored and cached before the handoff, if there is a cache or a backup
-	left     *block.Bitmap // pages that the source does not send, and that the backup has not given yet; nil without
+	name  string
+	index int
+	// held while pages are stored and cached before the handoff, if there is a cache or a backup
+	store sync.Mutex
+	// pages that the source does not send, and that the backup has not given yet; nil without
+	left     *block.Bitmap
 	cached   *block.Bitmap // pages that Cache was called for; nil without
 	asked    *block.Bitmap // pages that were wanted
 	received atomic.Int64

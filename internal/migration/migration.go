@@ -56,7 +56,8 @@ type row[T any] struct {
 	does    func(T, context.Context) (migrate.Phase, error) // nil in a final phase
 	then    []migrate.Phase                                 // what it may lead to
 	failing migrate.Phase                                   // what an error leads to
-	within  func(*migrate.Limits) time.Duration             // bounds the phase, if not nil and not 0; does must then end with an error
+	// bounds the phase, if not nil and not 0; does must then end with an error
+	within func(*migrate.Limits) time.Duration
 }
 
 // advance runs a machine from phase to a final one. It returns the errors of all steps.

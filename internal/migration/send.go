@@ -15,9 +15,10 @@ import (
 
 // sender holds what the sending of pages needs. Use it from one goroutine.
 type sender struct {
-	*extent                // that is sent
-	extents     [4]*extent // the others are read ahead; with fewer, reading and sending would wait for each other
-	base        []byte     // content of the base where the extent's pages are
+	*extent // that is sent
+	// the others are read ahead; with fewer, reading and sending would wait for each other
+	extents     [4]*extent
+	base        []byte // content of the base where the extent's pages are
 	kinds       [maxRun]kind
 	compression *compression
 }

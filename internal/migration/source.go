@@ -53,13 +53,15 @@ type SourceVM interface {
 
 // SourceDevice is a device to migrate.
 type SourceDevice struct {
-	Name      string
-	Device    *block.Tracker // through which all writes go
-	Overlay   *block.Overlay // the overlay of Device; nil when it has no base
-	Base      block.ID       // content id of the overlay's base; zero when there is none
-	Origin    block.ID       // without a base here: content id of the base that the device was made from; zero when that is not known
-	NeedsBase bool           // the target must have the base; only changes are sent
-	First     bool           // the target needs it before its VMM can start
+	Name    string
+	Device  *block.Tracker // through which all writes go
+	Overlay *block.Overlay // the overlay of Device; nil when it has no base
+	Base    block.ID       // content id of the overlay's base; zero when there is none
+	// without a base here: content id of the base that the device was made from; zero when that is
+	// not known
+	Origin    block.ID
+	NeedsBase bool // the target must have the base; only changes are sent
+	First     bool // the target needs it before its VMM can start
 
 	// Settings of the device, as in the reference. The handoff begins when the rest fits the
 	// downtime limit, or when each device has had MinCycles quiet cycles (at most MaxDirtyBlocks
@@ -81,8 +83,9 @@ type SourceConfig struct {
 	// Generation is the generation ID that the VM keeps when it moves. A copy does not get it.
 	Generation uuid.UUID
 	Limits     migrate.Limits
-	Forward    bool         // the devices have users here, who go on after the handoff; see Forwarded
-	Logger     *slog.Logger // nil: slog.Default()
+	// the devices have users here, who go on after the handoff; see Forwarded
+	Forward bool
+	Logger  *slog.Logger // nil: slog.Default()
 
 	// Backup, if not nil, is the baseline of copies that are stored where targets may reach them.
 	Backup *Baseline

@@ -66,8 +66,12 @@ type TargetConfig struct {
 	VM     TargetVM
 	Dial   migrate.Dial
 	Limits migrate.Limits
-	Copy   bool // receive a copy: the VM goes on at its source, and only Accept, Complete and Discard of VM are called
-	Force  bool // take the VM even if its guest does not get ready to be paused; data that the guest has not flushed is as after a power cut
+	// receive a copy: the VM goes on at its source, and only Accept, Complete and Discard of VM are
+	// called
+	Copy bool
+	// take the VM even if its guest does not get ready to be paused; data that the guest has not
+	// flushed is as after a power cut
+	Force bool
 
 	// As in [SourceConfig].
 	Logger     *slog.Logger
@@ -739,7 +743,8 @@ func (t *Target) handBack(ctx context.Context) (migrate.Phase, error) {
 		if t.refusal != nil {
 			reason = t.refusal.Error()
 		}
-		_ = l.Send(wire.Ack{Reason: reason}) // whether the source reads it is not known, so it is told again
+		// whether the source reads it is not known, so it is told again
+		_ = l.Send(wire.Ack{Reason: reason})
 	}
 	l.linger(t.config.Limits.Reconnect)
 	if t.offered {

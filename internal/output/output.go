@@ -118,7 +118,9 @@ func (w *Writer) pass() {
 	for len(p) > 0 {
 		n, err := w.to.Write(p[:min(step, len(p))])
 		p = p[n:]
-		if errors.Is(err, syscall.EAGAIN) { // somebody has made the file non-blocking, as 'drafter … --enable-input' does with a terminal
+		// somebody has made the file non-blocking, as 'drafter … --enable-input' does with a
+		// terminal
+		if errors.Is(err, syscall.EAGAIN) {
 			time.Sleep(busy)
 			continue
 		}

@@ -29,7 +29,8 @@ func cgroupPath(name string) string { return filepath.Join("/", cgroupParent, na
 type Limits struct {
 	Memory int64   // bytes; 0 for no limit
 	CPUs   float64 // of time, in CPUs; 0 for no limit
-	PIDs   int     // processes and threads; below 0 for no limit, 0 for DefaultPIDs where the host can limit them
+	// processes and threads; below 0 for no limit, 0 for DefaultPIDs where the host can limit them
+	PIDs int
 }
 
 // DefaultPIDs is far more than a VMM needs, and far less than a host has (pid_max is at least
@@ -312,8 +313,9 @@ func checkCgroups(dirs []string, name string) error {
 
 // entrance is the way for a child into its group from the start, so that all its work is counted.
 type entrance struct {
-	group       *os.File   // of version 2; nil for none
-	into, outOf []*os.File // the tasks files of version 1: of the group, and of where the calling thread was
+	group *os.File // of version 2; nil for none
+	// the tasks files of version 1: of the group, and of where the calling thread was
+	into, outOf []*os.File
 }
 
 // open opens the entrance. Afterwards the group need not be visible.
@@ -406,7 +408,8 @@ func endMembers(dir string) {
 		return // the group is gone
 	}
 	for pid := range strings.FieldsSeq(string(b)) {
-		if n, err := strconv.Atoi(pid); err == nil && n > 0 { // 0 is one of another process id namespace
+		// 0 is one of another process id namespace
+		if n, err := strconv.Atoi(pid); err == nil && n > 0 {
 			_ = unix.Kill(n, unix.SIGKILL) // it may have ended
 		}
 	}

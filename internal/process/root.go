@@ -32,7 +32,8 @@ func (r *Root) change(uid, gid int) (err error) {
 			err = fmt.Errorf("make the VMM's root directory: %w", err)
 		}
 	}()
-	umask := unix.Umask(0) // of the calling thread, which shares nothing with others (unshare(2), CLONE_FS)
+	// of the calling thread, which shares nothing with others (unshare(2), CLONE_FS)
+	umask := unix.Umask(0)
 	defer unix.Umask(umask)
 	const flags = unix.MS_NOSUID | unix.MS_NOEXEC
 	if err := unix.Mount("tmpfs", r.At, "tmpfs", flags, "mode=0755"); err != nil {

@@ -29,7 +29,8 @@ func Lock(name string) (*lockfile.Lock, error) {
 		} else if err != nil {
 			return nil, err
 		}
-		if err := os.Chmod(Path, 0o700); err != nil && !errors.Is(err, os.ErrNotExist) { // an older release made it
+		// an older release made it
+		if err := os.Chmod(Path, 0o700); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return nil, err
 		}
 		lock, err := tryBesideSweeps(path)

@@ -70,9 +70,11 @@ func (d *Distinct) Add(name string, f *Files) error {
 // Stack is an open device, from its tracker down to its files.
 type Stack struct {
 	*block.Tracker
-	Overlay  *block.Overlay  // nil when the device writes to its base
-	Base     block.ID        // content id of the overlay's base; zero when it is over zeros, or not there
-	Origin   block.ID        // content id of the base that the device was made from, if that is not here; else zero
+	Overlay *block.Overlay // nil when the device writes to its base
+	// content id of the overlay's base; zero when it is over zeros, or not there
+	Base block.ID
+	// content id of the base that the device was made from, if that is not here; else zero
+	Origin   block.ID
 	Incoming *block.Incoming // nil unless a migration brought the device
 	Pulled   *block.Pulled   // nil unless the base is being pulled
 	Contents *block.Contents // of the base, if a migration came whose source lacks it; else nil
@@ -195,7 +197,8 @@ func (f *Files) Problems(ctx context.Context) (problems []string, err error) {
 		if unread != nil || !found || !block.PartlyPulled(f.Base) {
 			return problems, nil //nolint:nilerr // what is wrong is what is looked for
 		}
-		base, under = block.NewZeros(size), id // what there is of the base is verified when it is pulled
+		// what there is of the base is verified when it is pulled
+		base, under = block.NewZeros(size), id
 	}
 	more, err := block.Check(ctx, base, under, f.OverlayPaths())
 	return append(problems, more...), err

@@ -22,12 +22,14 @@ import (
 
 // Drafter is the program to drive.
 type Drafter struct {
-	Bin     string
-	Dir     string    // where it runs; "" for here
-	Logs    string    // where the output of its services is kept, in files
-	Env     []string  // beside this process' own
-	Console io.Writer // where its services print, such as a guest's console, instead of a file; nil for that
-	Via     []string  // command that runs it, such as one that enters other namespaces and replaces itself
+	Bin  string
+	Dir  string   // where it runs; "" for here
+	Logs string   // where the output of its services is kept, in files
+	Env  []string // beside this process' own
+	// where its services print, such as a guest's console, instead of a file; nil for that
+	Console io.Writer
+	// command that runs it, such as one that enters other namespaces and replaces itself
+	Via []string
 }
 
 // command is Bin with arguments, run Via.
@@ -106,7 +108,8 @@ func (d Drafter) Start(args ...string) (*Service, error) {
 	if d.Console != nil {
 		s.cmd.Stdout = d.Console
 	}
-	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is for this process, which ends its services in order
+	// Ctrl-C is for this process, which ends its services in order
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if s.Input, err = s.cmd.StdinPipe(); err != nil {
 		return nil, err
 	}
@@ -207,7 +210,8 @@ func (s *Service) End() error {
 	select {
 	case <-s.done:
 	case <-time.After(StepTimeout):
-		err = errors.Join(err, fmt.Errorf("drafter %s did not end in %s", s.name, StepTimeout), s.Signal(syscall.SIGQUIT)) // see package runtime
+		// see package runtime
+		err = errors.Join(err, fmt.Errorf("drafter %s did not end in %s", s.name, StepTimeout), s.Signal(syscall.SIGQUIT))
 	}
 	return errors.Join(err, s.Wait())
 }

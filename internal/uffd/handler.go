@@ -28,8 +28,9 @@ import (
 type Config struct {
 	Memory block.Device // source of pages, and their destination when they are collected
 	Track  bool         // try to learn which pages are written
-	First  []uint32     // pages, of the memory's page size, to fill before they are touched, in this order
-	Fill   bool         // then fill all other pages, too
+	// pages, of the memory's page size, to fill before they are touched, in this order
+	First []uint32
+	Fill  bool // then fill all other pages, too
 }
 
 // Handler serves one process' memory. Its methods are safe for concurrent use.
@@ -124,7 +125,8 @@ func serve(fd descriptor, regions []region, pid int, c Config) (_ *Handler, err 
 	h.tracked = c.Track
 	for _, r := range regions {
 		if h.tracked && fd.register(r.Base, r.Size, registerMissing|registerWP) != nil {
-			h.tracked = false // an old kernel, or memory that cannot be protected: for the first region or for all
+			// an old kernel, or memory that cannot be protected: for the first region or for all
+			h.tracked = false
 		}
 	}
 	h.ctx, h.cancel = context.WithCancel(context.Background())

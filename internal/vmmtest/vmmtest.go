@@ -413,7 +413,8 @@ func (m *Machine) GuestConn(ctx context.Context, _ uint32) (net.Conn, error) {
 	}
 	m.agents = append(m.agents, server)
 	m.serving.Go(func() {
-		_ = server.Serve(context.WithoutCancel(ctx), &once{conn: there, ended: m.done}) // ends with the machine
+		// ends with the machine
+		_ = server.Serve(context.WithoutCancel(ctx), &once{conn: there, ended: m.done})
 	})
 	return here, nil
 }

@@ -16,7 +16,8 @@ type Encoding uint8
 const (
 	Raw  Encoding = 0 // as they are
 	Zero Encoding = 1 // none: all zeros
-	Same Encoding = 2 // no data: the content that the target holds is right, from the base or from before the handoff
+	// no data: the content that the target holds is right, from the base or from before the handoff
+	Same Encoding = 2
 	Zstd Encoding = 3 // one zstd frame (RFC 8878)
 )
 

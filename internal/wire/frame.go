@@ -43,7 +43,8 @@ const (
 	TypeError     Type = 15 // both: why the migration or the connection ends
 	TypeSnapshot  Type = 16 // source: all of a copy has been sent; the VM goes on there
 	TypeContents  Type = 17 // registry, or target: content ids of a device's blocks
-	TypeOperation Type = 18 // source, on a forward lane: an operation of a user of a device that has moved away
+	// source, on a forward lane: an operation of a user of a device that has moved away
+	TypeOperation Type = 18
 	TypeResult    Type = 19 // target, on a forward lane: what became of it
 	TypePrepare   Type = 20 // source: the handoff is near; target: it is ready for that
 )
@@ -135,7 +136,8 @@ type Conn struct {
 	buffer []byte           // of Read, reused
 	bound  int              // of payloads, in bytes
 
-	waiting  atomic.Int64 // since when Read has waited for data, in nanoseconds since 1970; 0: it does not
+	// since when Read has waited for data, in nanoseconds since 1970; 0: it does not
+	waiting  atomic.Int64
 	heard    atomic.Bool  // Read has been called
 	writing  atomic.Int64 // since when what is sent has waited to be taken; 0: nothing does
 	in, out  atomic.Int64 // bytes

@@ -111,9 +111,11 @@ type Device struct {
 	Size      int64 // bytes
 	BlockSize int64 // bytes
 	NeedsBase bool  // the target must have the base
-	Absent    bool  // the source does not have the base: a target that has it sends its [Contents] before it accepts. With [FeatureContents]
-	Base      block.ID
-	Backup    block.ID // what a backup that the target may reach held of it
+	// the source does not have the base: a target that has it sends its [Contents] before it
+	// accepts. With [FeatureContents]
+	Absent bool
+	Base   block.ID
+	Backup block.ID // what a backup that the target may reach held of it
 }
 
 // Sizes are those of the devices, in bytes.
@@ -144,7 +146,8 @@ const (
 	HoldsNothing Held = 0 // it reads as zeros
 	HoldsBase    Held = 1 // the base that the manifest names
 	Unwanted     Held = 2 // the device is not to be sent
-	HoldsBackup  Held = 3 // the backup that the manifest names, or it wants what it cannot get of it before it is ready
+	// the backup that the manifest names, or it wants what it cannot get of it before it is ready
+	HoldsBackup Held = 3
 )
 
 // Accept says that the target can take the VM. Its payload: one byte per device of the manifest.

@@ -276,7 +276,8 @@ func (m *Machine) start(ctx context.Context, bin, jailer string) (err error) {
 		}
 		return fmt.Errorf("start Firecracker: %w", err)
 	}
-	if err := l.Dir.Record(vmm.Process(m.process.Identity())); err != nil { // it was the jailer before
+	// it was the jailer before
+	if err := l.Dir.Record(vmm.Process(m.process.Identity())); err != nil {
 		return err
 	}
 	return m.command(m.api.put(ctx, "/metrics", metrics{"/" + jailMetrics}))

@@ -60,7 +60,8 @@ func (m *Machine) serveMemory(first []uint32) error {
 	if err != nil {
 		return err
 	}
-	if err := conn.SetDeadline(time.Now().Add(startTimeout)); err != nil { // for the handshake, which is all that comes
+	// for the handshake, which is all that comes
+	if err := conn.SetDeadline(time.Now().Add(startTimeout)); err != nil {
 		return errors.Join(err, conn.Close())
 	}
 	h, err := uffd.Serve(conn, m.process.PID(), uffd.Config{Memory: m.launch.MemoryDevice, Track: !m.logsDirty, First: first, Fill: m.launch.FillMemory})
@@ -180,7 +181,8 @@ func (m *Machine) delta(ctx context.Context) (written int64, err error) {
 // already, so Save names a path for it that cannot exist. Firecracker refuses the snapshot, but the
 // state is there, and its checksum says whether it is whole.
 func (m *Machine) Save(ctx context.Context, state io.Writer) error {
-	if err := m.Flush(ctx); err != nil { // a snapshot that is refused below must not be the only one that knew of a written page
+	// a snapshot that is refused below must not be the only one that knew of a written page
+	if err := m.Flush(ctx); err != nil {
 		return err
 	}
 	if err := removeSnapshot(m.process.PID(), "state"); err != nil {

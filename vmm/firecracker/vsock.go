@@ -13,9 +13,11 @@ import (
 
 // Where things are for Firecracker, in its jail.
 const (
-	apiSocket   = "api.sock"
-	uffdSocket  = "uffd.sock"
-	vsockSocket = "vsock.sock" // the guest's connections to port N of its host go to vsock.sock_N beside it; see docs/vsock.md of Firecracker
+	apiSocket  = "api.sock"
+	uffdSocket = "uffd.sock"
+	// the guest's connections to port N of its host go to vsock.sock_N beside it; see docs/vsock.md
+	// of Firecracker
+	vsockSocket = "vsock.sock"
 	guestCID    = 3
 )
 
@@ -66,7 +68,8 @@ func (ps ports) accept(ctx context.Context, port uint32) (net.Conn, error) {
 	if err := l.SetDeadline(time.Time{}); err != nil {
 		return nil, fmt.Errorf("guest port %d: %w", port, err)
 	}
-	stop := context.AfterFunc(ctx, func() { _ = l.SetDeadline(time.Unix(1, 0)) }) // fails when it is closed, which ends Accept, too
+	// fails when it is closed, which ends Accept, too
+	stop := context.AfterFunc(ctx, func() { _ = l.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 	conn, err := l.Accept()
 	if err == nil {

@@ -78,7 +78,8 @@ func arguments(l *vmm.Launch, hw vmm.Hardware) ([]string, error) {
 	}
 	a.add("-display", "none")
 	a.add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
-	a.add("-machine", machine+",suppress-vmdesc=on") // a description of the state in JSON, which is for debugging only
+	// a description of the state in JSON, which is for debugging only
+	a.add("-machine", machine+",suppress-vmdesc=on")
 	a.add("-accel", hw.Accel)
 	a.add("-cpu", hw.CPU+withoutVirtualization)
 	a.add("-smp", strconv.Itoa(l.CPUs))

@@ -33,8 +33,12 @@ import (
 // Driver is the QEMU driver. The zero value is ready.
 type Driver struct {
 	Bin string // looked up on PATH when it holds no slash; "" for the one of this architecture
-	Own bool   // machines have memory of their own instead of a memory device, and wait for [Machine.ReceiveOwn] instead of Restore
-	Dir string // a directory of the host's that machines may write to, for [Machine.SendOwn] and ReceiveOwn; "" for none
+	// machines have memory of their own instead of a memory device, and wait for
+	// [Machine.ReceiveOwn] instead of Restore
+	Own bool
+	// a directory of the host's that machines may write to, for [Machine.SendOwn] and ReceiveOwn;
+	// "" for none
+	Dir string
 }
 
 var _ vmm.Driver = Driver{}
@@ -329,7 +333,8 @@ func (m *Machine) start(ctx context.Context, path string, args []string, root *p
 	m.qmp = q
 	m.workers.Go(m.watch)
 	m.workers.Go(m.standStill)
-	if err := l.Dir.Record(vmm.Process(m.process.Identity())); err != nil { // it was this program before it was QEMU
+	// it was this program before it was QEMU
+	if err := l.Dir.Record(vmm.Process(m.process.Identity())); err != nil {
 		return err
 	}
 	if l.Recorded != nil {
@@ -580,7 +585,8 @@ func (m *Machine) Restore(ctx context.Context, state io.Reader) error {
 	go func() {
 		_, err := io.Copy(w, state)
 		if errors.Is(err, unix.EPIPE) {
-			err = nil // QEMU does not read the JSON description at the end of an older release's state
+			// QEMU does not read the JSON description at the end of an older release's state
+			err = nil
 		}
 		copied <- errors.Join(err, w.Close())
 	}()

@@ -182,7 +182,8 @@ func (m *Mount) Close() error {
 		err = <-unmounted
 	}
 	if err != nil { // it is in use, or its directory has another name by now
-		errs = append(errs, fmt.Errorf("unmount %s: %w; its users have been cut off", m.dir, err), fusemount.AbortAll(mounts[:min(1, len(mounts))])) // what others have bound elsewhere is theirs
+		// what others have bound elsewhere is theirs
+		errs = append(errs, fmt.Errorf("unmount %s: %w; its users have been cut off", m.dir, err), fusemount.AbortAll(mounts[:min(1, len(mounts))]))
 		m.server.Wait()
 	}
 	if err := os.Remove(m.dir); !errors.Is(err, os.ErrNotExist) {
@@ -311,7 +312,8 @@ func (f *file) fail(operation string, err error) syscall.Errno {
 		return syscall.EROFS
 	}
 	if block.NoRoom(err) {
-		return syscall.ENOSPC // the writer tries again, and the device's owner says where there is no room
+		// the writer tries again, and the device's owner says where there is no room
+		return syscall.ENOSPC
 	}
 	err = fmt.Errorf("%s device %s: %w", operation, f.device.Name, err)
 	if f.mount.failed.CompareAndSwap(nil, &err) {

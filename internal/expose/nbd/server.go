@@ -30,9 +30,10 @@ type Export struct {
 }
 
 const (
-	maxName    = 4096     // bytes; the limit of the protocol for strings
-	maxOption  = 64 << 10 // bytes of an option's data
-	maxRequest = 32 << 20 // bytes of a request's data; clients assume this where nothing else was said
+	maxName   = 4096     // bytes; the limit of the protocol for strings
+	maxOption = 64 << 10 // bytes of an option's data
+	// bytes of a request's data; clients assume this where nothing else was said
+	maxRequest = 32 << 20
 	// maxInFlight bounds the data of all requests that a connection has under way.
 	maxInFlight = 64 << 20
 	// negotiationTimeout bounds how long a stranger may hold a connection.
@@ -173,7 +174,8 @@ func (t *transmission) start(ctx context.Context, r *request) error {
 	if carries {
 		if r.length > maxRequest {
 			if r.kind == cmdWrite {
-				return fmt.Errorf("NBD write of %d bytes", r.length) // its data cannot be skipped in good faith
+				// its data cannot be skipped in good faith
+				return fmt.Errorf("NBD write of %d bytes", r.length)
 			}
 			return t.fail(r, syscall.EOVERFLOW, "request is too long")
 		}
