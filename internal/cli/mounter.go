@@ -107,7 +107,7 @@ next start cleans up behind it; what was synced is there.
 		})
 	}
 	f := cmd.Flags()
-	f.StringVar(&devices, "devices", defaultJSON(defaults), "Devices configuration")
+	f.StringVar(&devices, "devices", defaultJSON(defaults), "Devices configuration; expiry and cycleThrottle in nanoseconds")
 	f.StringVar(&c.BaseDir, "chroot-base-dir", "out/vms", "Directory to expose the devices in")
 	f.StringVar(&c.Links, "links", "out/mounts", "Directory for links to the devices, one by each device's name (leave empty for none)")
 	f.StringVar(&c.Expose, "expose", expose.Auto, "How the devices are exposed: auto, fuse or nbd")

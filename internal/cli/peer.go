@@ -528,7 +528,7 @@ func (d *deviceFlags) add(cmd *cobra.Command) {
 	}
 	slices.SortFunc(defaults, func(a, b peer.Device) int { return strings.Compare(a.Name, b.Name) })
 	f := cmd.Flags()
-	f.StringVar(&d.json, "devices", defaultJSON(defaults), "Devices configuration")
+	f.StringVar(&d.json, "devices", defaultJSON(defaults), "Devices configuration; expiry and cycleThrottle in nanoseconds")
 	f.StringVar(&d.pkg, "package", "", "Directory of the package, docker://NAME:TAG of one in an OCI registry, or s3://BUCKET/PREFIX of a backup (instead of --devices)")
 	f.StringVar(&d.instance, "instance", "", "Directory for the instance's overlays and state files (leave empty to write to the package)")
 	f.StringArrayVar(&d.overrides, "device", nil, "A device, or a change to one, as name=NAME,FIELD=VALUE,… with the fields of --devices (repeatable)")
