@@ -186,6 +186,6 @@ func (r *Registry) Close() error {
 			errs = append(errs, f.Close())
 		}
 	}
-	r.offer, r.files = nil, nil
+	r.files = nil
 	return errors.Join(errs...)
 }

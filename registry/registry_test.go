@@ -317,3 +317,23 @@ func TestPackageDevices(t *testing.T) {
 		t.Errorf("without a disk: %v", err)
 	}
 }
+
+// A target of a registry that was closed gets an error, and nobody else does.
+func TestClosed(t *testing.T) {
+	dir, c := newPackage(t)
+	r := open(t, c)
+	if err := errors.Join(r.Close(), r.Close()); err != nil {
+		t.Fatal(err)
+	}
+	dial, _ := serve(t, r, 0)
+	p, err := migration.OpenPackage(t.Context(), dial, c.Limits)
+	if err != nil {
+		return
+	}
+	if err := pull(t, p, vmm.Disk, filepath.Join(dir, vmm.PackageFile(vmm.Disk))); err == nil {
+		t.Error("a device is served that is closed")
+	}
+	if err := p.Close(); err != nil {
+		t.Error(err)
+	}
+}
