@@ -101,7 +101,7 @@ func (p *puller) peer(ctx context.Context, flags ...string) (*tour.Service, erro
 // from a registry, and after a copy of the package over the same link by tar, once with the data
 // only and once with all bytes, as most programs copy.
 func (b *bench) registry(ctx context.Context, rounds int) (err error) {
-	// which also lets this host pass on what its hosts send to one another
+	// The network also lets this host pass on what its hosts send to one another.
 	end, err := b.network(ctx, 1)
 	if err != nil {
 		return err

@@ -104,33 +104,27 @@ const (
 	Preparing  Phase = "preparing"   // source: the guest gets ready to be paused
 	HandingOff Phase = "handing off" // source: the VM is paused, the rest is sent
 	InDoubt    Phase = "in doubt"    // source: the authority was sent, the answer is not there
-	// source: the VM runs at the target, which fetches what it lacks
-	Serving  Phase = "post-copy"
-	Rescuing Phase = "rescuing" // source: the VM goes on here
+	Serving    Phase = "post-copy"   // source: the target runs the VM, and fetches what it lacks
+	Rescuing   Phase = "rescuing"    // source: the VM goes on here
 
-	// source of a copy: the VM is paused, the rest of the copy is kept
-	Snapshotting Phase = "snapshotting"
-	// source of a copy: the VM goes on, the rest of the copy is sent
-	Delivering Phase = "delivering"
+	Snapshotting Phase = "snapshotting" // source of a copy: the VM is paused, the rest is kept
+	Delivering   Phase = "delivering"   // source of a copy: the VM goes on, the rest is sent
 
-	Receiving  Phase = "receiving"   // target: pages arrive, the VMM is started
-	TakingOver Phase = "taking over" // target: the authority is here, the VM is restored
-	// target: the VM will not run here, which the source must know
-	HandingBack Phase = "handing back"
-	Fetching    Phase = "fetching"   // target: the VM runs, missing pages are fetched
-	Confirming  Phase = "confirming" // target: all is here; the source must know
-	Storing     Phase = "storing"    // target of a copy: all is here, and is made durable
+	Receiving   Phase = "receiving"    // target: pages arrive, the VMM is started
+	TakingOver  Phase = "taking over"  // target: the authority is here, the VM is restored
+	HandingBack Phase = "handing back" // target: it tells the source that the VM will not run here
+	Fetching    Phase = "fetching"     // target: the VM runs, missing pages are fetched
+	Confirming  Phase = "confirming"   // target: all is here; the source must know
+	Storing     Phase = "storing"      // target of a copy: all is here, and is made durable
 
-	Kept Phase = "kept" // source: the VM runs here, as before
-	// source: the VM is the target's. Target: it is ours, and complete
-	Moved       Phase = "moved"
-	Lost        Phase = "lost"              // source: the VM could not go on
-	LeftInDoubt Phase = "left in doubt"     // source: it ended before it knew who owns the VM
-	LeftServing Phase = "left in post-copy" // source: it ended before the target had all
-	// target: the copy is complete; the VM goes on at its source
-	Copied       Phase = "copied"
-	NotTaken     Phase = "not taken"     // target: nothing was taken over
-	LeftFetching Phase = "left fetching" // target: it ended while pages were missing
+	Kept         Phase = "kept"              // source: the VM runs here, as before
+	Moved        Phase = "moved"             // both: the target has all of the VM, which is its own
+	Lost         Phase = "lost"              // source: the VM could not go on
+	LeftInDoubt  Phase = "left in doubt"     // source: it ended before it knew who owns the VM
+	LeftServing  Phase = "left in post-copy" // source: it ended before the target had all
+	Copied       Phase = "copied"            // target: the copy is complete
+	NotTaken     Phase = "not taken"         // target: nothing was taken over
+	LeftFetching Phase = "left fetching"     // target: it ended while pages were missing
 )
 
 // Phases are all of them.

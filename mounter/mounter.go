@@ -212,7 +212,7 @@ type link struct{ path, target string }
 
 // remove removes the link, unless it leads elsewhere by now.
 func (l link) remove() error {
-	// else it is gone, or no link any more
+	// Another target, or none: the link is gone, or is somebody else's.
 	if target, _ := os.Readlink(l.path); target == l.target {
 		return os.Remove(l.path)
 	}

@@ -84,7 +84,7 @@ func container() (credentials.Provider, error) {
 	}
 	u, err := url.Parse(uri)
 	if err != nil {
-		// which may hold a secret
+		// The text is left out: it may hold a secret.
 		return nil, errors.New("AWS_CONTAINER_CREDENTIALS_FULL_URI is no URI")
 	}
 	ip := net.ParseIP(u.Hostname())

@@ -44,7 +44,7 @@ var messages = map[migrate.Phase]string{
 func (l *migrationLog) phase(s migrate.Phase) {
 	slog.Debug("Migration", "state", s)
 	l.begun = l.begun || s == migrate.Receiving
-	// else the error says it
+	// A target that has not begun hands nothing back; its error says why.
 	if text, ok := messages[s]; ok && (s != migrate.HandingBack || l.begun) {
 		slog.Info(text)
 	}

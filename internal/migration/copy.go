@@ -27,7 +27,7 @@ type Baseline struct {
 	watches map[*block.Tracker]*block.Watch
 	taken   map[*block.Tracker]*block.Bitmap // of the copy under way
 	held    bool                             // the last copy has been delivered
-	// and targets can reach it there; nil from a copy's beginning to its end
+	// What targets can reach of the last copy; nil from a copy's beginning to its end.
 	stored map[*block.Tracker]block.ID
 	before map[*block.Tracker]block.ID // what was stored when the copy under way began
 }

@@ -276,7 +276,7 @@ func (m *Machine) start(ctx context.Context, bin, jailer string) (err error) {
 		}
 		return fmt.Errorf("start Firecracker: %w", err)
 	}
-	// it was the jailer before
+	// The process was the jailer when it was recorded first.
 	if err := l.Dir.Record(vmm.Process(m.process.Identity())); err != nil {
 		return err
 	}

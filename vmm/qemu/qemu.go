@@ -333,7 +333,7 @@ func (m *Machine) start(ctx context.Context, path string, args []string, root *p
 	m.qmp = q
 	m.workers.Go(m.watch)
 	m.workers.Go(m.standStill)
-	// it was this program before it was QEMU
+	// The process was this program when it was recorded first.
 	if err := l.Dir.Record(vmm.Process(m.process.Identity())); err != nil {
 		return err
 	}

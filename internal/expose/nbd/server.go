@@ -174,7 +174,7 @@ func (t *transmission) start(ctx context.Context, r *request) error {
 	if carries {
 		if r.length > maxRequest {
 			if r.kind == cmdWrite {
-				// its data cannot be skipped in good faith
+				// Its data cannot be skipped in good faith.
 				return fmt.Errorf("NBD write of %d bytes", r.length)
 			}
 			return t.fail(r, syscall.EOVERFLOW, "request is too long")
