@@ -102,12 +102,25 @@ func (p *Process) run(c Config, started chan<- error) {
 		return
 	}
 	started <- nil
-	err := p.cmd.Wait()
+	err := p.wait()
 	if why := p.cgroup.killed(); err != nil && why != nil {
 		err = fmt.Errorf("%w: %w", err, why)
 	}
 	p.err = errors.Join(err, p.endGuard(), removeCgroup(p.cgroup.dirs))
 	close(p.done)
+}
+
+// wait waits for the child's end. Until then nothing is asked with wait(2), which would get the
+// stops of a child that this process traces, too; see package inject.
+func (p *Process) wait() error {
+	fd, err := unix.PidfdOpen(p.cmd.Process.Pid, 0)
+	if err != nil {
+		return errors.Join(fmt.Errorf("wait for process %d: %w", p.cmd.Process.Pid, err), p.cmd.Wait())
+	}
+	for err = unix.EINTR; errors.Is(err, unix.EINTR); {
+		_, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, -1)
+	}
+	return errors.Join(err, unix.Close(fd), p.cmd.Wait())
 }
 
 func (p *Process) launch(c Config) error {
