@@ -103,7 +103,7 @@ profile: setup build ## CPU and allocation profiles of live migrations, in out/p
 	@echo "Look at them with: go tool pprof -http localhost:8080 out/profile/bench.test out/profile/cpu.pprof"
 
 benchmarks: ## Go benchmarks of the hot functions, for benchstat: run it before and after a change
-	$(GO) test -run xxx -bench . -count 6 ./internal/block ./internal/wire ./internal/uffd
+	$(GO) test -run xxx -bench . -count 6 ./internal/block ./internal/wire ./internal/memory
 	$(GO) test -run xxx -bench 'Engine|RawTCP' -benchtime 3x -count 6 ./bench
 
 redis-image: ## an OCI image of Redis without any registry, in out/redis-image

@@ -22,7 +22,6 @@ import (
 // Options say what is measured, and where.
 type Options struct {
 	Drafter string // the drafter binary
-	Self    string // the drafter-bench binary, which measures mappings in a process of its own
 	// where packages and instances are made; what an earlier run left in it is removed first
 	Dir      string
 	Quick    bool      // whether to measure only what the ratios need
@@ -42,7 +41,7 @@ type part struct {
 var parts = []part{
 	{"engine", "the device engine without a VM, beside a copy in memory and raw TCP on loopback", true, 9, (*bench).engine},
 	{"wire", "encoding and decoding of what is sent", false, 5, (*bench).wire},
-	{"device", "a device of an instance, mapped through FUSE and read and written directly, beside a plain file", false, 3, (*bench).device},
+	{"device", "a device of an instance, read and written, beside a plain file", false, 3, (*bench).device},
 	{"resume", "resume of a package in a VMM that runs", true, 5, (*bench).resume},
 	{"start", "boot, resume and suspend by the commands, several clones at once, and packing", false, 3, (*bench).start},
 	{"registry", "start from a registry over 1 Gbit/s, beside a copy of the package", false, 3, (*bench).registry},
@@ -62,7 +61,6 @@ func Parts() (names, texts []string) {
 // bench collects measurements by name.
 type bench struct {
 	drafter  tour.Drafter
-	self     string // measures mappings
 	dir      string
 	quick    bool
 	progress io.Writer
@@ -91,7 +89,7 @@ func Run(ctx context.Context, o Options) error {
 	if err := mark.Renew(dir, ".drafter-bench", "drafter-bench"); err != nil {
 		return fmt.Errorf("--dir: %w", err)
 	}
-	b := &bench{drafter: tour.Drafter{Bin: o.Drafter, Logs: dir}, self: o.Self, dir: dir, quick: o.Quick, progress: o.Progress, values: map[string][]float64{}}
+	b := &bench{drafter: tour.Drafter{Bin: o.Drafter, Logs: dir}, dir: dir, quick: o.Quick, progress: o.Progress, values: map[string][]float64{}}
 	for _, p := range parts {
 		if len(o.Parts) > 0 && !slices.Contains(o.Parts, p.name) || len(o.Parts) == 0 && o.Quick && !p.quick {
 			continue

@@ -2,129 +2,30 @@ package bench
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"drafter/internal/block"
-	"drafter/internal/expose"
-	"drafter/internal/expose/fuse"
 )
 
 const (
 	engineSize  = 512 << 20
 	engineBlock = 64 << 10
-	pageBytes   = 4096
 )
 
-// mapped is what a process measures on a file that it has mapped.
-type mapped struct {
-	FaultIn    float64 `json:"fault_in_gb_per_s"`    // reading every page once, in order
-	WriteFault float64 `json:"write_fault_gb_per_s"` // then writing every page
-	Flush      float64 `json:"flush_gb_per_s"`       // then fsync(2)
-	// median of single reads all over a file that is not cached
-	Random float64 `json:"random_fault_us"`
-	Sum    byte    `json:"sum"` // of what was read, so that it is read
-}
-
-// Mapping measures a file that it maps, and one whose pages are cold, and writes what it finds to
-// w. It is to run in a process of its own, as a VMM does: 'drafter-bench mapping' is that.
-func Mapping(w io.Writer, path, cold string) error {
-	m, err := measureMapping(path, cold)
-	if err != nil {
-		return err
-	}
-	return json.NewEncoder(w).Encode(m)
-}
-
-func measureMapping(path, cold string) (m mapped, err error) {
-	f, memory, err := mapFile(path)
-	if err != nil {
-		return m, err
-	}
-	gigabytes := float64(len(memory)) / 1e9
-	begin := time.Now()
-	var sum byte
-	for i := 0; i < len(memory); i += pageBytes {
-		sum += memory[i]
-	}
-	m.FaultIn = gigabytes / time.Since(begin).Seconds()
-	begin = time.Now()
-	for i := 0; i < len(memory); i += pageBytes {
-		memory[i] += sum | 1
-	}
-	m.WriteFault = gigabytes / time.Since(begin).Seconds()
-	begin = time.Now()
-	if err := f.Sync(); err != nil {
-		return m, err
-	}
-	m.Flush = gigabytes / time.Since(begin).Seconds()
-	_, memory, err = mapFile(cold)
-	if err != nil {
-		return m, err
-	}
-	// no read-ahead, as between pages that do not follow each other
-	if err := unix.Madvise(memory, unix.MADV_RANDOM); err != nil {
-		return m, err
-	}
-	var took []time.Duration
-	for range 2000 {
-		i := rand.IntN(len(memory)/pageBytes) * pageBytes
-		begin := time.Now()
-		sum += memory[i]
-		took = append(took, time.Since(begin))
-	}
-	slices.Sort(took)
-	m.Random = float64(took[len(took)/2].Nanoseconds()) / 1000
-	m.Sum = sum
-	return m, nil
-}
-
-func mapFile(path string) (*os.File, []byte, error) {
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
-	if err != nil {
-		return nil, nil, err
-	}
-	info, err := f.Stat()
-	if err != nil {
-		return nil, nil, err
-	}
-	memory, err := unix.Mmap(int(f.Fd()), 0, int(info.Size()), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
-	return f, memory, err
-}
-
-// mapping runs [Mapping] in another process.
-func (b *bench) mapping(path, cold string) (m mapped, err error) {
-	cmd := exec.Command(b.self, "mapping", path, cold)
-	cmd.Stderr = b.progress
-	out, err := cmd.Output()
-	if err != nil {
-		return m, fmt.Errorf("measure mapping of %s: %w", path, err)
-	}
-	return m, json.Unmarshal(out, &m)
-}
-
-// device measures the device stack of an instance beside a plain file: mapped through FUSE as guest
-// memory, and read and written directly.
+// device measures the device stack of an instance beside a plain file.
 func (b *bench) device(ctx context.Context, rounds int) error {
 	base := filepath.Join(b.dir, "engine")
 	if err := randomFile(base); err != nil {
 		return err
 	}
 	for range rounds {
-		if err := b.memory(ctx, base); err != nil {
-			return err
-		}
 		if err := b.overlay(ctx, base); err != nil {
 			return err
 		}
@@ -177,79 +78,6 @@ func ignoreMissing(err error) error {
 		return nil
 	}
 	return err
-}
-
-// memory measures, on files in memory, a plain one, one that is exposed by FUSE without anything in
-// between, and the device of an instance; and the latter on disk, where its overlay grows in the
-// page cache that the disk empties.
-func (b *bench) memory(ctx context.Context, base string) (err error) {
-	shm, err := os.MkdirTemp("/dev/shm", "drafter-bench-")
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(shm)) }()
-	path := filepath.Join(shm, "file")
-	if out, err := exec.CommandContext(ctx, "cp", base, path).CombinedOutput(); err != nil {
-		return fmt.Errorf("copy: %w: %s", err, out)
-	}
-	if err := b.instance(ctx, "instance", path, shm); err != nil {
-		return err
-	}
-	if err := b.instance(ctx, "instance_on_disk", base, b.dir); err != nil {
-		return err
-	}
-	bare, err := block.OpenFile(path, false)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, bare.Close()) }()
-	if err := b.exposed("bare_fuse", shm, bare, bare); err != nil {
-		return err
-	}
-	m, err := b.mapping(path, path)
-	if err != nil {
-		return err
-	}
-	b.addMapped("plain", m)
-	return nil
-}
-
-// instance measures an instance's device over base.
-func (b *bench) instance(ctx context.Context, name, base, dir string) (err error) {
-	warm, err := stack(ctx, base, dir, "warm")
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, warm.Close()) }()
-	cold, err := stack(ctx, base, dir, "cold")
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, cold.Close()) }()
-	return b.exposed(name, dir, warm, cold)
-}
-
-// exposed measures devices that are exposed by FUSE below dir.
-func (b *bench) exposed(name, dir string, warm, cold block.Device) error {
-	mount, err := fuse.New(fuse.Config{Dir: filepath.Join(dir, "mount")}, []expose.Device{
-		{Name: "warm", Kind: expose.Memory, Device: warm}, {Name: "cold", Kind: expose.Memory, Device: cold},
-	})
-	if err != nil {
-		return err
-	}
-	m, err := b.mapping(mount.Path("warm"), mount.Path("cold"))
-	if err = errors.Join(err, mount.Failed(), mount.Close()); err != nil {
-		return err
-	}
-	b.addMapped(name, m)
-	return nil
-}
-
-func (b *bench) addMapped(name string, m mapped) {
-	b.add(name+"_fault_in_mb_per_s", m.FaultIn*1000)
-	b.add(name+"_write_fault_mb_per_s", m.WriteFault*1000)
-	b.add(name+"_flush_mb_per_s", m.Flush*1000)
-	b.add(name+"_random_fault_us", m.Random)
 }
 
 // overlay measures reads and writes, without syncs, of a plain file, of blocks that the overlay

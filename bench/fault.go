@@ -15,7 +15,7 @@ import (
 	"time"
 
 	"drafter/internal/block"
-	"drafter/internal/uffd"
+	"drafter/internal/memory"
 )
 
 //go:embed load/fault.c
@@ -25,7 +25,7 @@ var faultSource []byte
 // and for its first write to one: when we serve that memory, and when it maps the file, as
 // Firecracker does by itself.
 func (b *bench) faults(ctx context.Context, rounds int) error {
-	if !uffd.CanTrack() {
+	if !memory.CanTrack() {
 		fmt.Fprintln(b.progress, "SKIPPED: page faults: this kernel does not write-protect memory by userfaultfd")
 		return nil
 	}
@@ -66,8 +66,8 @@ func (b *bench) faults(ctx context.Context, rounds int) error {
 }
 
 // serveFaults runs the program once, and returns what it has measured, in nanoseconds.
-func serveFaults(ctx context.Context, program, memory string) (times map[string][]int64, err error) {
-	device, err := block.OpenFile(memory, true)
+func serveFaults(ctx context.Context, program, path string) (times map[string][]int64, err error) {
+	device, err := block.OpenFile(path, true)
 	if err != nil {
 		return nil, err
 	}
@@ -87,18 +87,18 @@ func serveFaults(ctx context.Context, program, memory string) (times map[string]
 		return nil, err
 	}
 	var out, complaint bytes.Buffer
-	cmd := exec.CommandContext(ctx, program, memory, socket)
+	cmd := exec.CommandContext(ctx, program, path, socket)
 	cmd.Stdout, cmd.Stderr = &out, &complaint
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
-	h, err := func() (*uffd.Handler, error) {
+	h, err := func() (*memory.Handler, error) {
 		conn, err := l.AcceptUnix()
 		if err != nil {
 			return nil, err
 		}
 		defer conn.Close()
-		return uffd.Serve(conn, cmd.Process.Pid, uffd.Config{Memory: device, Track: true})
+		return memory.Serve(conn, cmd.Process.Pid, memory.Config{Device: memory.New(device), Track: memory.TrackFaults})
 	}()
 	if err != nil {
 		_ = cmd.Process.Kill() // it may have ended

@@ -13,7 +13,9 @@ import (
 
 	"github.com/google/uuid"
 
+	"drafter/internal/block"
 	"drafter/internal/instance"
+	"drafter/internal/memory"
 	"drafter/internal/sparse"
 	"drafter/network"
 	"drafter/vmm"
@@ -34,7 +36,7 @@ func (b *bench) moveOwn(ctx context.Context, w *watcher, c contest, l link, o op
 	if err != nil {
 		return err
 	}
-	source, err := g.start(ctx, qemu.Driver{Own: true, Dir: g.dir}, 0, "")
+	source, err := g.start(ctx, qemu.Driver{Own: true, Dir: g.dir}, 0, nil)
 	if err != nil {
 		return err
 	}
@@ -44,7 +46,7 @@ func (b *bench) moveOwn(ctx context.Context, w *watcher, c contest, l link, o op
 	}
 	time.Sleep(settle)
 	began := time.Now()
-	target, err := g.start(ctx, qemu.Driver{Own: true, Dir: g.dir}, 1, "")
+	target, err := g.start(ctx, qemu.Driver{Own: true, Dir: g.dir}, 1, nil)
 	if err != nil {
 		return err
 	}
@@ -132,7 +134,7 @@ type ownMachine struct {
 	dir   *vmm.Dir
 }
 
-func (g *ownGuest) start(ctx context.Context, driver qemu.Driver, number int, memory string) (*ownMachine, error) {
+func (g *ownGuest) start(ctx context.Context, driver qemu.Driver, number int, memory *memory.Device) (*ownMachine, error) {
 	d, err := vmm.CreateDir(g.vms, vmm.VMMQEMU, nil)
 	if err != nil {
 		return nil, err
@@ -171,12 +173,13 @@ func (b *bench) savedOwn(ctx context.Context, g *ownGuest) (path string, err err
 	if _, err := os.Stat(path); err == nil {
 		return path, nil
 	}
-	memory, err := g.copyDevice(ctx, vmm.Memory)
+	file, err := block.OpenFile(filepath.Join(g.pkg, vmm.PackageFile(vmm.Memory)), true)
 	if err != nil {
 		return "", err
 	}
-	defer func() { err = errors.Join(err, os.Remove(memory)) }()
-	m, err := g.start(ctx, qemu.Driver{Dir: g.dir}, 0, memory)
+	device := memory.New(file)
+	defer func() { err = errors.Join(err, device.Close()) }()
+	m, err := g.start(ctx, qemu.Driver{Dir: g.dir}, 0, device)
 	if err != nil {
 		return "", err
 	}

@@ -8,6 +8,7 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 
+	"drafter/internal/block"
 	"drafter/internal/wire"
 )
 
@@ -27,8 +28,8 @@ func (b *bench) wire(ctx context.Context, rounds int) error {
 			{"raw", wire.Raw, func(p []byte) { _, _ = random.Read(p) }}, // which never fails
 			{"zstd", wire.Zstd, func(p []byte) { // half of each page is zero
 				_, _ = random.Read(p)
-				for i := 0; i < len(p); i += pageBytes {
-					clear(p[i : i+pageBytes/2])
+				for i := 0; i < len(p); i += block.PageSize {
+					clear(p[i : i+block.PageSize/2])
 				}
 			}},
 		} {

@@ -93,8 +93,9 @@ func TestConfinedVMM(t *testing.T) {
 			}
 			kind, _, _ := strings.Cut(target, ":[")
 			if !slices.Contains([]string{
-				"socket", "pipe", "anon_inode", "/dev/null", "/dev/net/tun", "/dev/urandom", "/memory", "/kernel",
+				"socket", "pipe", "anon_inode", "/dev/null", "/dev/net/tun", "/dev/urandom", "/kernel",
 				"anon_inode:[eventfd]", "anon_inode:[signalfd]", "anon_inode:[eventpoll]", "/disk-disk", "/disk-oci",
+				"/memfd:memory-backend-memfd (deleted)", // which it makes and which is empty
 			}, kind) {
 				t.Errorf("it has %s open", target)
 			}
@@ -106,7 +107,7 @@ func TestConfinedVMM(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, e := range entries {
-			if !slices.Contains([]string{"bin", "dev", "disk-disk", "disk-oci", "etc", "initrd", "kernel", "lib", "lib32", "lib64", "libx32", "memory", "sbin", "sys", "usr"}, e.Name()) {
+			if !slices.Contains([]string{"bin", "dev", "disk-disk", "disk-oci", "etc", "initrd", "kernel", "lib", "lib32", "lib64", "libx32", "sbin", "sys", "usr"}, e.Name()) {
 				t.Errorf("it sees /%s", e.Name())
 			}
 		}
@@ -116,28 +117,45 @@ func TestConfinedVMM(t *testing.T) {
 	}
 }
 
-// A local user neither reads nor writes what a VM consists of: guest memory by its path or by the
-// VMM's root, sockets, overlays, packages.
+// sharedMemory is a path to the memory of the one VM that shares it with its peer.
+func sharedMemory(t *testing.T) string {
+	t.Helper()
+	fds, err := filepath.Glob("/proc/[0-9]*/fd/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, fd := range fds {
+		if link, err := os.Readlink(fd); err == nil && strings.HasPrefix(link, "/memfd:drafter-memory") {
+			return fd
+		}
+	}
+	t.Fatal("nobody shares memory")
+	return ""
+}
+
+// A local user neither reads nor writes what a VM consists of: guest memory where VMM and peer have
+// it, disks by their paths, sockets, overlays, packages.
 func TestLocalUser(t *testing.T) {
 	s := emptySite(t)
 	s.open(t)
-	vm := s.peer(t, "instance", "--netns", "ark0", "--metrics", "")
+	vm := s.peer(t, "instance", "--netns", "ark0", "--metrics", "", "--memory-backing", "shared")
 	defer end(t, vm)
 	c := s.redisIn(t, "ark0", "127.0.0.1:3333")
 	if err := c.Set(t.Context(), "balance", "one-hundred-and-two", redis.KeepTTL).Err(); err != nil {
 		t.Fatal(err)
 	}
-	memory, err := filepath.Glob(filepath.Join(s.dir, "vms/peer/*/devices/memory"))
-	if err != nil || len(memory) != 1 {
-		t.Fatalf("memory: %v, %v", memory, err)
+	disk, err := filepath.Glob(filepath.Join(s.dir, "vms/peer/*/devices/disk"))
+	if err != nil || len(disk) != 1 {
+		t.Fatalf("disk: %v, %v", disk, err)
 	}
 	pid := s.vmmPID(t)
-	if b, err := os.ReadFile(memory[0]); err != nil || !bytes.Contains(b, []byte("one-hundred-and-two")) {
+	memory := sharedMemory(t)
+	if b, err := os.ReadFile(memory); err != nil || !bytes.Contains(b, []byte("one-hundred-and-two")) {
 		t.Fatalf("root does not find the balance in the VM's memory: %v", err)
 	}
-	out := nobody(t, fmt.Sprintf(`id -u; grep -c one-hundred-and-two %s /proc/%d/root/memory; dd if=/dev/zero of=%s bs=1 count=1 conv=notrunc`, memory[0], pid, memory[0]))
-	if !strings.HasPrefix(out, "65534\n") || strings.Count(out, "Permission denied") != 3 {
-		t.Errorf("nobody gets at the memory of a VM: %s", out)
+	out := nobody(t, fmt.Sprintf(`id -u; grep -c one-hundred-and-two %s /proc/%d/mem; for f in %s %s; do dd if=/dev/zero of=$f bs=1 count=1 conv=notrunc; done`, memory, pid, memory, disk[0]))
+	if !strings.HasPrefix(out, "65534\n") || strings.Count(out, "Permission denied") != 4 {
+		t.Errorf("nobody gets at the memory of a VM, or its disk: %s", out)
 	}
 	for _, dir := range []string{"vms", "instance"} {
 		err := filepath.Walk(filepath.Join(s.dir, dir), func(path string, info os.FileInfo, err error) error {
@@ -151,8 +169,7 @@ func TestLocalUser(t *testing.T) {
 		}
 	}
 	// The kernel keeps another VM's user out as well.
-	mount := filepath.Dir(memory[0])
-	cmd := exec.CommandContext(t.Context(), "cat", filepath.Join(mount, vmm.Disk))
+	cmd := exec.CommandContext(t.Context(), "cat", disk[0])
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: vmm.DefaultUsers.First, Gid: vmm.DefaultUsers.First}}
 	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "Permission denied") {
 		t.Errorf("another VM's user reads a disk: %s, %v", out, err)

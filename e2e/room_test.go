@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -92,10 +93,10 @@ func save(t *testing.T, c *redis.Client) {
 	}
 }
 
-// A host's file systems are full, first that of the memory, then that of a disk. Nothing is lost: a
-// copy that is made meanwhile is whole; the VM waits for its disk, and moves off the host all the
-// same. At its target it goes on by itself once there is room for the disk, and is suspended once
-// there is some for memory.
+// A host's file systems have no room, first that of the memory, then that of a disk. Nothing is
+// lost: a copy that is made meanwhile is whole; the VM waits for its disk, and moves off the host
+// all the same. At its target it goes on by itself once there is room for the disk, and is suspended
+// once there is some for memory.
 func TestFullHost(t *testing.T) {
 	s := emptySite(t)
 	place := func(instance, memory, disk string) (m, d *smallDisk, flags []string) {
@@ -113,12 +114,11 @@ func TestFullHost(t *testing.T) {
 	var values numbered
 	values.add(t, zero, 60)
 	copied := filepath.Join(s.dir, "copied")
-	for range 2 { // what the first could not store is not forgotten by the second
+	for range 2 { // what the first has copied is not forgotten by the second
 		if err := s.Run(t.Context(), os.Stderr, "checkpoint", "--raddr", "localhost:1337", "--output", copied); err != nil {
 			t.Fatal(err)
 		}
 	}
-	await(t, source, "There is no room for what the VM writes; it waits until there is")
 	values.checkSums(t, zero, "source")
 	vm := s.resumes(t, copied, "ark1")
 	values.checkSums(t, one, "copy")
@@ -130,6 +130,12 @@ func TestFullHost(t *testing.T) {
 	target := s.peer(t, "instance-1", append(flags1, "--netns", "ark1", "--raddr", "localhost:1337")...)
 	if err := source.Wait(); err != nil {
 		t.Errorf("the source, whose VM has moved: %v", err)
+	}
+	said := func(c string) bool {
+		return strings.Contains(c, "There is no room for what the VM writes; it waits until there is")
+	}
+	if !slices.ContainsFunc(source.Complaints(), said) {
+		t.Error("the source did not say that a disk has no room")
 	}
 	values.checkSums(t, one, "target")
 
@@ -160,7 +166,7 @@ func TestFullHost(t *testing.T) {
 }
 
 // A package that is run or made on a file system that cannot hold its memory is refused before its
-// VM starts: a VMM that maps a file ends when there is no room for a page of it.
+// VM starts: it could not be suspended.
 func TestNoRoomForMemory(t *testing.T) {
 	s := emptySite(t)
 	small := newSmallDisk(t, filepath.Join(s.dir, "small"), "1g")

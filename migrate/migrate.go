@@ -39,8 +39,7 @@ type Limits struct {
 	Handoff   time.Duration
 	Silence   time.Duration // a connection that is silent for so long is lost; default 10 s
 	Reconnect time.Duration // pause between attempts to reconnect; default 200 ms
-	// how long a target may read the memory's base into the page cache before it is ready; default
-	// 3 s
+	// how long a target may read the memory's base before it is ready; default 3 s
 	Warm time.Duration
 	// how long the source waits in preflight for a target with the bases to start its VMM, and for
 	// Warm; default 1 s

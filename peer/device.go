@@ -132,7 +132,7 @@ func (d *Device) files() *stack.Files {
 	// An overlay of memory has blocks of one page. A guest writes memory at random, and the first
 	// write to a larger block would copy the rest of it from the base. A disk has larger blocks,
 	// because a sync of it also syncs the state file when blocks are new; memory has no syncs.
-	f.Paged = d.Name == vmm.Memory
+	f.Memory = d.Name == vmm.Memory
 	return f
 }
 

@@ -300,7 +300,7 @@ func TestMoves(t *testing.T) {
 		for _, serves := range []bool{true, false} {
 			t.Run(fmt.Sprintf("with base %t, serves memory %t", withBase, serves), func(t *testing.T) {
 				m := newMove(t, pkg, withBase)
-				m.source.driver.Serves, m.target.driver.Serves = serves, serves
+				m.source.driver.BootsFile, m.target.driver.BootsFile = serves, serves
 				m.begin(t)
 				err := m.receive(t.Context(), t)
 				if err != nil {

@@ -14,6 +14,8 @@ var (
 	describeUnstored = prometheus.NewDesc("drafter_device_unstored_bytes", "Bytes written to a device that wait for room on the file system of its file.", []string{"device", "path"}, nil)
 	describeFree     = prometheus.NewDesc("drafter_device_free_bytes", "Bytes that are free on the file system of a device's file.", []string{"device", "path", "filesystem"}, nil)
 
+	describeUnsaved = prometheus.NewDesc("drafter_memory_unsaved_bytes", "Bytes of memory that only the guest has. A suspend stores them.", nil, nil)
+
 	describeState    = prometheus.NewDesc("drafter_migration_state", "1 for the phase that the last migration is in.", []string{"state"}, nil)
 	describeCycle    = prometheus.NewDesc("drafter_migration_cycles", "Cycles of pre-copy in the last migration.", nil, nil)
 	describeDuration = prometheus.NewDesc("drafter_migration_duration_seconds", "How long the last migration has taken so far.", nil, nil)
@@ -35,7 +37,7 @@ type metrics struct{ p *Peer }
 // Describe implements [prometheus.Collector].
 func (m metrics) Describe(descriptions chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		describeDirty, describeSize, describeUnstored, describeFree, describeState, describeCycle, describeDuration, describeDowntime, describeWire, describeSent, describeSaved, describePending, describeBackup, describeVMM,
+		describeDirty, describeSize, describeUnstored, describeFree, describeUnsaved, describeState, describeCycle, describeDuration, describeDowntime, describeWire, describeSent, describeSaved, describePending, describeBackup, describeVMM,
 	} {
 		descriptions <- d
 	}
@@ -49,7 +51,15 @@ func (m metrics) Collect(out chan<- prometheus.Metric) {
 	for name, d := range m.p.devices.All() {
 		gauge(describeDirty, float64(d.Dirty()*block.PageSize), name)
 		gauge(describeSize, float64(d.Size()), name)
-		gauge(describeUnstored, float64(d.Backlog.Missing()), name, d.Backlog.Path())
+		missing := d.Backlog.Missing()
+		if d.Memory != nil {
+			unsaved := d.Memory.Unsaved().Count() * block.PageSize
+			gauge(describeUnsaved, float64(unsaved))
+			if missing > 0 { // a suspend had no room, and stored no more
+				missing = max(missing, unsaved)
+			}
+		}
+		gauge(describeUnstored, float64(missing), name, d.Backlog.Path())
 		if r, err := block.RoomAt(d.Backlog.Path()); err == nil {
 			gauge(describeFree, float64(r.Free), name, d.Backlog.Path(), r.FileSystem)
 		}

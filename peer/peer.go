@@ -21,6 +21,7 @@ import (
 	"drafter/internal/instance"
 	"drafter/internal/lifecycle"
 	"drafter/internal/logging"
+	"drafter/internal/memory"
 	"drafter/internal/migration"
 	"drafter/internal/process"
 	"drafter/internal/stack"
@@ -186,6 +187,9 @@ func (p *Peer) resume(ctx context.Context, start time.Time) error {
 	if err != nil {
 		return err
 	}
+	if _, err := p.config.Host.Drivers.Select(p.config.Host.VMM, config.Hardware.VMM); err != nil {
+		return err
+	}
 	if err := p.expose(ctx, config); err != nil {
 		return err
 	}
@@ -261,7 +265,7 @@ func (p *Peer) openDevices(ctx context.Context) error {
 		d := p.device(name)
 		opened, err := p.open(ctx, d)
 		if err == nil {
-			err = d.provide(opened, true)
+			err = d.provide(opened)
 		}
 		return opened, err
 	})
@@ -302,22 +306,13 @@ func (p *Peer) bases() map[string]string {
 // cleans up if this process is killed.
 func (p *Peer) expose(ctx context.Context, config *vmm.PackageConfig) error {
 	host := p.config.Host
-	driver, err := host.Drivers.Select(host.VMM, config.Hardware.VMM)
-	if err != nil {
-		return err
-	}
 	p.endRoom = p.watchRoom(ctx)
 	var devices []expose.Device
 	for _, d := range p.config.Devices {
 		kind := expose.Disk
 		switch d.Name {
-		case vmm.State, vmm.Config:
+		case vmm.State, vmm.Config, vmm.Memory:
 			continue
-		case vmm.Memory:
-			if vmm.ServesMemory(driver) {
-				continue
-			}
-			kind = expose.Memory
 		case vmm.Kernel:
 			kind = expose.File
 			if s := config.Initrd; s != nil && s.Size > 0 && p.config.Expose == expose.FUSE {
@@ -342,8 +337,8 @@ func (s storage) Path(name string) string {
 func (s storage) Sync(name string) error { return s.p.devices.Get(name).Sync() }
 
 // Memory gives the memory device itself, like State.
-func (s storage) Memory() (block.Device, error) {
-	return borrowed{s.p.devices.Get(vmm.Memory).Tracker, vmm.Memory}, nil
+func (s storage) Memory() (*memory.Device, func() error, error) {
+	return s.p.devices.Get(vmm.Memory).Memory, func() error { return nil }, nil
 }
 
 // State gives the state device itself, and not a path to it: this is the only way in which a

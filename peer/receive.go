@@ -264,6 +264,9 @@ func (a *arrival) Accept(ctx context.Context, m wire.Manifest, id uuid.UUID) ([]
 	if err != nil {
 		return nil, err
 	}
+	if err := a.shareMemory(); err != nil {
+		return nil, err
+	}
 	if err := a.p.expose(ctx, a.config); err != nil {
 		return nil, err
 	}
@@ -338,7 +341,7 @@ func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID
 		}
 		a.p.devices.Put(offered.Name, s)
 		held[offered.Name] = h
-		if err := d.provide(s, false); err != nil {
+		if err := d.provide(s); err != nil {
 			return nil, fmt.Errorf("device %s: %w", offered.Name, err)
 		}
 		if offered.Name == vmm.State { // beneath what is sealed
@@ -374,6 +377,16 @@ func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID
 	return held, nil
 }
 
+// shareMemory lets what arrives of memory go to where the VMM will have it.
+func (a *arrival) shareMemory() error {
+	host := &a.p.config.Host
+	driver, err := host.Drivers.Select(host.VMM, a.config.Hardware.VMM)
+	if err != nil || !host.SharesMemory(driver) {
+		return err
+	}
+	return a.p.devices.Get(vmm.Memory).Memory.Share()
+}
+
 func boolInt(b bool) int {
 	if b {
 		return 1
@@ -383,9 +396,6 @@ func boolInt(b bool) int {
 
 // devices returns the devices of the manifest, as a migration fills them.
 func (a *arrival) devices(ctx context.Context, m wire.Manifest, held map[string]wire.Held) ([]migration.TargetDevice, error) {
-	mount := a.p.devices.Mount()
-	// without that the VMM has no page cache for arriving pages
-	cached := mount != nil && mount.Exposes(vmm.Memory)
 	var devices []migration.TargetDevice
 	for _, offered := range m.Devices {
 		s := a.p.devices.Get(offered.Name)
@@ -397,12 +407,8 @@ func (a *arrival) devices(ctx context.Context, m wire.Manifest, held map[string]
 		if backup != nil {
 			d.Held, d.Backup = wire.HoldsBackup, backup
 		}
-		if offered.Name == vmm.Memory && cached {
-			if err := mount.Prime(vmm.Memory); err != nil {
-				return nil, fmt.Errorf("device %s: %w", vmm.Memory, err)
-			}
-			d.Cache = func(p []byte, off int64) error { return mount.Cache(vmm.Memory, p, off) }
-			d.Uncache = func(off, length int64) error { return mount.Uncache(vmm.Memory, off, length) }
+		if s.Memory != nil {
+			d.Warm, d.Evict = s.Memory.Warm, s.Memory.Evict
 		}
 		devices = append(devices, d)
 	}
@@ -438,9 +444,6 @@ func (a *arrival) endWatch() {
 func (a *arrival) Expect(_ context.Context, migration uuid.UUID) error {
 	if a.header == nil {
 		return fmt.Errorf("device %s does not come with the VM; set makeMigratable on for it, here and on the source", vmm.State)
-	}
-	if memory := a.p.devices.Get(vmm.Memory); memory.Incoming != nil {
-		memory.Backlog.Keep() // until here, a VM without room is better off at its source
 	}
 	return deviceset.Named(vmm.State, a.header.expect(migration))
 }

@@ -15,18 +15,13 @@ import (
 	"drafter/vmm"
 )
 
-// provide prepares an open device for a file system that may fill up. With keep, writes of memory
-// that have no room are kept in this process.
-func (d *Device) provide(s *stack.Stack, keep bool) error {
-	switch d.Name {
-	case vmm.Memory:
-		if keep {
-			s.Backlog.Keep()
-		}
-	case vmm.State:
-		if err := block.Reserve(s.Backlog.Path(), instance.StateRoom); err != nil {
-			return fmt.Errorf("set room aside for the VM's state: %w", err)
-		}
+// provide prepares an open device for a file system that may fill up.
+func (d *Device) provide(s *stack.Stack) error {
+	if d.Name != vmm.State {
+		return nil
+	}
+	if err := block.Reserve(s.Backlog.Path(), instance.StateRoom); err != nil {
+		return fmt.Errorf("set room aside for the VM's state: %w", err)
 	}
 	return nil
 }
@@ -37,8 +32,7 @@ const (
 	roomReminder = time.Minute
 )
 
-// watchRoom logs when devices have no room for what the VM writes, and stores what is kept of them
-// once they have room, until stop is called.
+// watchRoom logs when devices have no room for what the VM writes, until stop is called.
 func (p *Peer) watchRoom(ctx context.Context) (stop func()) {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	var wg sync.WaitGroup
@@ -66,7 +60,6 @@ func (p *Peer) watchRoom(ctx context.Context) (stop func()) {
 // lookForRoom does this for one device. said holds when the log last named each device that has
 // something unstored.
 func lookForRoom(name string, b *block.Backlog, said map[string]time.Time, log *slog.Logger) {
-	err := b.Store() // of what is kept
 	missing := b.Missing()
 	last, waits := said[name]
 	switch {
@@ -74,14 +67,10 @@ func lookForRoom(name string, b *block.Backlog, said map[string]time.Time, log *
 		delete(said, name)
 		log.Info("All that was written is stored again", "device", name, "path", b.Path())
 	case missing == 0 || time.Since(last) <= roomReminder:
-	case err != nil && !block.NoRoom(err):
-		said[name] = time.Now()
-		log.Error("What the VM writes cannot be stored; it is kept in memory until it can", "device", name, "path", b.Path(),
-			"missing", humanize.IBytes(uint64(missing)), "error", err)
 	default:
 		said[name] = time.Now()
 		free, where := "unknown", ""
-		if r, rerr := block.RoomAt(b.Path()); rerr == nil {
+		if r, err := block.RoomAt(b.Path()); err == nil {
 			free, where = humanize.IBytes(uint64(max(r.Free, 0))), r.FileSystem
 		}
 		log.Error("There is no room for what the VM writes; it waits until there is", "device", name, "path", b.Path(), "fileSystem", where,
@@ -89,11 +78,14 @@ func lookForRoom(name string, b *block.Backlog, said map[string]time.Time, log *
 	}
 }
 
-// backlogs are those of the open devices.
+// backlogs are those of the open devices. Memory has one only while it arrives: what the guest
+// writes to it waits for a suspend, whose error says what there is no room for.
 func (p *Peer) backlogs() map[string]*block.Backlog {
 	backlogs := map[string]*block.Backlog{}
 	for name, s := range p.devices.All() {
-		backlogs[name] = s.Backlog
+		if s.Memory == nil || s.Incoming != nil && s.Incoming.Missing() > 0 {
+			backlogs[name] = s.Backlog
+		}
 	}
 	return backlogs
 }

@@ -182,7 +182,7 @@ func (d *departure) Prepare(ctx context.Context) error {
 }
 
 // Pause implements [migration.SourceVM].
-func (d *departure) Pause(ctx context.Context) error { return d.p.instance.Pause(ctx) }
+func (d *departure) Pause(ctx context.Context) error { return d.p.instance.PauseToSave(ctx) }
 
 // Leave implements [migration.SourceVM].
 func (d *departure) Leave(_ context.Context, migration uuid.UUID) error {

@@ -138,8 +138,8 @@ func TestMade(t *testing.T) {
 			t.Errorf("its state says %d", got)
 		}
 		steps := s.driver.Steps()
-		save, flush := slices.Index(steps, vmmtest.Save), slices.Index(steps, vmmtest.Flush)
-		if save < 0 || flush < save {
+		save := slices.Index(steps, vmmtest.Save)
+		if save < 0 || !slices.Contains(steps[save:], vmmtest.Flush) { // the save writes memory
 			t.Errorf("the VMM was asked to %v", steps)
 		}
 	}

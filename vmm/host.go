@@ -11,6 +11,7 @@ import (
 
 	"drafter/internal/block"
 	"drafter/internal/logging"
+	"drafter/internal/memory"
 )
 
 // Host says where, and as which user, a VM runs.
@@ -28,9 +29,11 @@ type Host struct {
 	Limits        Limits // of the VMM
 	// load all of a resumed VM's memory while it runs; for drivers that serve memory
 	FillMemory bool
-	HugePages  bool  // the VM's memory consists of pages of 2 MiB
-	MaxMemory  int64 // most bytes that a VM's memory may have; 0: as much as the host has
-	KeepClock  bool  // the guest keeps its own time: its clock is not set after a resume
+	Tracking   string // how the guest's writes become known: TrackAuto, "" for the same, …
+	Backing    string // how QEMU has the memory of a VM that starts here: BackingAuto, "" for the same, …
+	HugePages  bool   // the VM's memory consists of pages of 2 MiB
+	MaxMemory  int64  // most bytes that a VM's memory may have; 0: as much as the host has
+	KeepClock  bool   // the guest keeps its own time: its clock is not set after a resume
 	// boot from the disks a VM that is started here, even if it could be resumed
 	Boot bool
 
@@ -62,6 +65,12 @@ func (h *Host) Complete() error {
 	case "", AccelAuto, AccelKVM, AccelTCG:
 	default:
 		return fmt.Errorf("Host.Accel is %q; choose auto, kvm or tcg", h.Accel)
+	}
+	if err := memory.Backing(h.Backing).Check(); err != nil {
+		return fmt.Errorf("Host.Backing: %w", err)
+	}
+	if err := memory.Tracking(h.Tracking).Check(); err != nil {
+		return fmt.Errorf("Host.Tracking: %w", err)
 	}
 	if h.MaxMemory < 0 {
 		return errors.New("Host.MaxMemory must not be negative")

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+
+	"drafter/internal/memory"
 )
 
 // Reserved device names. Every other name is an extra disk, attached in list order after "disk".
@@ -40,6 +42,23 @@ const (
 	AccelAuto = "auto"
 	AccelKVM  = "kvm"
 	AccelTCG  = "tcg"
+)
+
+// How it becomes known which pages a guest writes: the kernel notes them (since Linux 6.7, with
+// QEMU), each first write is a fault that is answered, or whichever is there.
+const (
+	TrackAuto   = string(memory.TrackAuto)
+	TrackScan   = string(memory.TrackScan)
+	TrackFaults = string(memory.TrackFaults)
+)
+
+// How QEMU has the memory of a VM that starts here: it maps the file that memory is stored in
+// privately (since Linux 6.7), it shares memory that is filled while the guest runs, or the first
+// where that can be done.
+const (
+	BackingAuto    = string(memory.BackingAuto)
+	BackingPrivate = string(memory.BackingPrivate)
+	BackingShared  = string(memory.BackingShared)
 )
 
 // Block is one disk of a machine: the path the VMM opens and the device's name. Order in a slice is
@@ -109,12 +128,15 @@ type Board struct {
 
 // Devices are a machine's devices.
 type Devices struct {
-	// Memory is the path of the memory device, which has MemorySize bytes. It is "" when the driver
-	// is a [MemoryServer] and restores, or when the machine has memory of its own.
-	Memory string
-	// the memory device itself, for a MemoryServer that restores; the caller owns it
-	MemoryDevice MemoryDevice
-	// a MemoryServer loads all of memory while the guest runs, not only the pages that the guest
+	// Memory is the memory device, which has MemorySize bytes. The caller owns it. It is nil when
+	// the machine has memory of its own, or has it in MemoryFile. The drivers of this module need
+	// the one that its components make.
+	Memory MemoryDevice
+	// path of a file for the memory of a machine that boots, of a driver that is a [FileBooter]
+	MemoryFile string
+	Tracking   string // how the guest's writes become known; "" for TrackAuto
+	Backing    string // how the VMM has its memory; "" for BackingAuto
+	// a restored machine's memory is loaded while the guest runs, not only the pages that the guest
 	// touches
 	FillMemory bool
 
@@ -171,16 +193,20 @@ type Driver interface {
 	Launch(ctx context.Context, l Launch) (Machine, error)
 }
 
-// MemoryServer is a [Driver] that serves the memory of restored machines from
-// [Launch].MemoryDevice, a page at a time, by this process. The device needs no path.
-type MemoryServer interface {
-	ServesMemory() bool
+// FileBooter is a [Driver] whose machines boot with their memory in [Devices].MemoryFile. Only
+// restored ones have it in [Devices].Memory.
+type FileBooter interface {
+	BootsFromFile() bool
 }
 
-// ServesMemory tells whether a driver is a [MemoryServer].
-func ServesMemory(d Driver) bool {
-	s, ok := d.(MemoryServer)
-	return ok && s.ServesMemory()
+// SharesMemory tells whether a driver's machines map a file of the memory device. Others are only
+// served it, page by page.
+func (h *Host) SharesMemory(d Driver) bool { return !BootsFromFile(d) && !h.HugePages }
+
+// BootsFromFile tells whether a driver is a [FileBooter].
+func BootsFromFile(d Driver) bool {
+	b, ok := d.(FileBooter)
+	return ok && b.BootsFromFile()
 }
 
 // Checker is a [Driver] that can check in advance whether it would refuse a launch with recorded
@@ -200,11 +226,10 @@ type Machine interface {
 	// Pause stops all vCPUs, and flushes the guest's disk writes to their devices, before it
 	// returns. After an error the guest may be paused all the same, until Resume.
 	Pause(ctx context.Context) error
-	// Flush makes every guest memory write up to now visible in the memory device and durable
-	// there.
+	// Flush makes every guest memory write up to now visible in the memory device.
 	Flush(ctx context.Context) error
-	// Save writes the paused machine's state, without memory and disks, and flushes memory
-	// meanwhile. It may itself write guest memory: call Flush afterwards.
+	// Save writes the paused machine's state, without memory and disks. It may itself write guest
+	// memory: call Flush afterwards.
 	Save(ctx context.Context, state io.Writer) error
 	// GuestConn returns a connection with the program that serves port in the guest. It waits for
 	// the program until ctx ends. At most one connection per port is open at a time. After it is
@@ -222,6 +247,12 @@ type Machine interface {
 // FlushPauser is a [Machine] whose Flush may have to pause the guest.
 type FlushPauser interface {
 	FlushPauses() bool
+}
+
+// SavePauser is a [Machine] that can begin to save while it pauses.
+type SavePauser interface {
+	// PauseToSave is Pause, with Save to be called next. Resume takes it back.
+	PauseToSave(ctx context.Context) error
 }
 
 // Staller is a [Machine] whose VMM stops a guest that cannot use a disk, until it can.

@@ -55,12 +55,13 @@ Exit codes: 0 success, 1 failure.`,
 		Args:          cobra.NoArgs,
 		SilenceErrors: true,
 		SilenceUsage:  true,
-		RunE: func(cmd *cobra.Command, _ []string) (err error) {
-			if o.Self, err = os.Executable(); err != nil {
-				return err
-			}
+		RunE: func(cmd *cobra.Command, _ []string) error {
 			if o.Drafter == "" {
-				o.Drafter = filepath.Join(filepath.Dir(o.Self), "drafter")
+				self, err := os.Executable()
+				if err != nil {
+					return err
+				}
+				o.Drafter = filepath.Join(filepath.Dir(self), "drafter")
 			}
 			o.Progress = cmd.ErrOrStderr()
 			if err := peer.ProtectProcess(); err != nil { // as 'drafter peer' does
@@ -76,11 +77,5 @@ Exit codes: 0 success, 1 failure.`,
 	f.IntVar(&o.Rounds, "rounds", 0, "Measurements of each part (0: the part's own number)")
 	f.StringVar(&o.Dir, "dir", "out/bench", "Directory for packages and instances; files of an earlier run are removed first, and a directory with other files is refused")
 	f.StringVar(&o.Output, "output", "bench/results/latest.json", "File for the result")
-	cmd.AddCommand(&cobra.Command{
-		Use: "mapping FILE COLD", Hidden: true, Args: cobra.ExactArgs(2),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			return bench.Mapping(cmd.OutOrStdout(), args[0], args[1])
-		},
-	})
 	return cmd
 }

@@ -2,13 +2,10 @@ package block
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"runtime"
-	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -44,149 +41,61 @@ func smallFileSystem(t *testing.T, size int) (dir string, resize func(size int))
 	return dir, func(size int) { mount(unix.MS_REMOUNT, size) }
 }
 
-// An overlay on a file system of every size from too small to just enough: whatever does not fit is
-// kept, read as it was written, and refused by Sync, until there is room; then nothing is missing.
+// An overlay on a file system of every size from too small to just enough: a write that does not
+// fit is refused and counted, and the rest is read as it was written, and is stored.
 func TestBacklogOfEverySize(t *testing.T) {
 	const size = 64*PageSize + 700 // the last page is short
 	base, content := fixture(t, size)
 	dir, resize := smallFileSystem(t, 1<<20)
 	for room := PageSize; room <= 80*PageSize; room += 4 * PageSize {
-		for _, keep := range []bool{true, false} {
-			resize(room)
-			paths := OverlayPaths{Base: base.Base, Overlay: filepath.Join(dir, "overlay"), State: filepath.Join(dir, "state")}
-			o, err := tryOpen(t, paths, PageSize)
-			if err != nil {
-				if !NoRoom(err) {
-					t.Fatalf("%d bytes: %v", room, err)
-				}
-				if err := removeFiles(paths.Overlay, paths.State); err != nil {
-					t.Fatal(err)
-				}
-				continue
+		resize(room)
+		paths := OverlayPaths{Base: base.Base, Overlay: filepath.Join(dir, "overlay"), State: filepath.Join(dir, "state")}
+		o, err := tryOpen(t, paths, PageSize)
+		if err != nil {
+			if !NoRoom(err) {
+				t.Fatalf("%d bytes: %v", room, err)
 			}
-			want := bytes.Clone(content)
-			if keep {
-				o.Backlog().Keep()
+			if err := removeFiles(paths.Overlay, paths.State); err != nil {
+				t.Fatal(err)
 			}
-			refused := int64(0)
+			continue
+		}
+		want := bytes.Clone(content)
+		write := func() (refused int64) {
+			t.Helper()
 			for page := range int64(65) {
 				p := bytes.Repeat([]byte{byte(page + 1)}, int(min(PageSize, size-page*PageSize)))
 				switch _, err := o.WriteAt(p, page*PageSize); {
 				case err == nil:
 					copy(want[page*PageSize:], p)
-				case keep || !NoRoom(err):
-					t.Fatalf("%d bytes: write page %d: %v", room, page, err)
-				default:
+				case NoRoom(err):
 					refused++
-				}
-			}
-			same(t, o, want)
-			missing := o.Backlog().Missing()
-			if err := o.Sync(); keep && NoRoom(err) != (missing > 0) || !keep && err != nil {
-				t.Fatalf("%d bytes, %d missing: %v", room, missing, err)
-			}
-			if !keep && missing != refused*PageSize {
-				t.Errorf("%d bytes: %d pages were refused, %d bytes are missing", room, refused, missing)
-			}
-			resize(1 << 20)
-			if err := o.Sync(); err != nil {
-				t.Fatalf("%d bytes: with room: %v", room, err)
-			}
-			if missing := o.Backlog().Missing(); keep && missing > 0 {
-				t.Errorf("%d bytes: %d are missing although there is room", room, missing)
-			}
-			shut(t, o)
-			again := open(t, paths, PageSize)
-			same(t, again, want)
-			shut(t, again)
-			if err := removeFiles(paths.Overlay, paths.State); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-}
-
-// While a file system is full now and then, many writers write, trim and read parts of the same
-// pages, and somebody stores what is kept.
-func TestBacklogModel(t *testing.T) {
-	const (
-		size    = 200*PageSize + 700
-		workers = 4
-		piece   = 512 // the unit of ownership: workers share pages, never bytes
-	)
-	dir, _ := smallFileSystem(t, 256*PageSize)
-	f, err := CreateFile(filepath.Join(dir, "device"), size)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ballast, err := CreateFile(filepath.Join(dir, "ballast"), 256*PageSize)
-	if err != nil {
-		t.Fatal(err)
-	}
-	b := NewBacklog(f, filepath.Join(dir, "device"))
-	b.Keep()
-	model := make([]byte, size)
-	var wg, fullness sync.WaitGroup
-	stop := make(chan struct{})
-	fullness.Go(func() {
-		for {
-			for page := range int64(256) { // as far as it goes
-				_, _ = ballast.WriteAt([]byte{1}, page*PageSize)
-			}
-			_ = b.Store() // as far as it goes
-			if err := ballast.Trim(0, 256*PageSize); err != nil {
-				t.Error(err)
-			}
-			_ = b.Store()
-			select {
-			case <-stop:
-				return
-			default:
-			}
-		}
-	})
-	for w := range workers {
-		wg.Go(func() {
-			rng := rand.New(rand.NewPCG(7, uint64(w)))
-			for range 4000 {
-				at := (rng.Int64N(size/piece/workers)*workers + int64(w)) * piece
-				p := make([]byte, piece)
-				switch rng.IntN(4) {
-				case 0:
-					if err := b.Trim(at, piece); err != nil {
-						t.Error(err)
-					}
-					clear(model[at : at+piece])
-				case 1:
-					if _, err := b.ReadAt(p, at); err != nil || !bytes.Equal(p, model[at:at+piece]) {
-						t.Errorf("piece at %d is not as it was written: %v", at, err)
-						return
-					}
 				default:
-					for i := range p {
-						p[i] = byte(rng.Uint32())
-					}
-					if _, err := b.WriteAt(p, at); err != nil {
-						t.Error(err)
-					}
-					copy(model[at:], p)
+					t.Fatalf("%d bytes: write page %d: %v", room, page, err)
 				}
 			}
-		})
+			return refused
+		}
+		refused := write()
+		same(t, o, want)
+		if missing := o.Backlog().Missing(); missing != refused*PageSize {
+			t.Errorf("%d bytes: %d pages were refused, %d bytes are missing", room, refused, missing)
+		}
+		if err := o.Sync(); err != nil {
+			t.Fatalf("%d bytes: %v", room, err)
+		}
+		resize(1 << 20)
+		if refused, missing := write(), o.Backlog().Missing(); refused != 0 || missing != 0 {
+			t.Errorf("%d bytes: with room %d pages were refused, %d bytes are missing", room, refused, missing)
+		}
+		shut(t, o)
+		again := open(t, paths, PageSize)
+		same(t, again, want)
+		shut(t, again)
+		if err := removeFiles(paths.Overlay, paths.State); err != nil {
+			t.Fatal(err)
+		}
 	}
-	wg.Wait()
-	close(stop)
-	fullness.Wait()
-	same(t, b, model)
-	if err := ballast.Trim(0, 256*PageSize); err != nil {
-		t.Fatal(err)
-	}
-	if err := b.Sync(); err != nil || b.Missing() != 0 {
-		t.Errorf("with room: %v, %d bytes are missing", err, b.Missing())
-	}
-	same(t, f, model)
-	shut(t, b)
-	shut(t, ballast)
 }
 
 // What was set aside can be written on a full file system.
@@ -258,46 +167,6 @@ func (s *failing) WriteAt(p []byte, off int64) (int, error) {
 
 func (s *failing) Trim(off, length int64) error { return Trim(struct{ Device }{s}, off, length) }
 
-// Whatever a storage fails with, nothing that was written to a device that keeps it is lost: it is
-// read as it was written, a sync fails and can be tried again, and once the storage works all is
-// stored.
-func TestBacklogOfFailingStorage(t *testing.T) {
-	for _, failure := range []error{unix.EIO, unix.EROFS, unix.ESTALE, unix.ETIMEDOUT, unix.ENOSPC, unix.EDQUOT} {
-		s := &failing{memory: newMemory(16 * PageSize)}
-		b := NewBacklog(s, "device")
-		b.Keep()
-		want := make([]byte, b.Size())
-		for round := range 3 {
-			for page := range int64(16) {
-				s.err = nil
-				if (page+int64(round))%3 == 0 {
-					s.err = failure
-				}
-				p := bytes.Repeat([]byte{byte(page + 1), byte(round)}, PageSize/2)
-				if _, err := b.WriteAt(p, page*PageSize); err != nil {
-					t.Fatalf("%v: %v", failure, err)
-				}
-				copy(want[page*PageSize:], p)
-			}
-			same(t, b, want)
-		}
-		s.err = failure
-		for range 2 {
-			if err := b.Sync(); !Unstored(err) || !errors.Is(err, failure) {
-				t.Errorf("%v: sync: %v", failure, err)
-			}
-		}
-		if b.Missing() == 0 {
-			t.Errorf("%v: nothing is missing", failure)
-		}
-		s.err = nil
-		if err := b.Sync(); err != nil || b.Missing() != 0 {
-			t.Errorf("%v: %v, %d bytes are missing", failure, err, b.Missing())
-		}
-		same(t, s.memory, want)
-	}
-}
-
 // An overlay whose storage fails, even while a block is made to vanish that was written in part, is
 // as good as before once the storage works.
 func TestOverlayOfFailingStorage(t *testing.T) {
@@ -332,7 +201,7 @@ func TestOverlayOfFailingStorage(t *testing.T) {
 		t.Fatal(err)
 	}
 	same(t, o, want)
-	if !isZero(data.bytes[blockSize : 2*blockSize]) {
+	if !IsZero(data.bytes[blockSize : 2*blockSize]) {
 		t.Error("a block that is the base's has something left in the overlay's file")
 	}
 }

@@ -56,13 +56,14 @@ func NewContents(size int64, blocks []ID) *Contents {
 
 // HashBlock returns the content id of one block.
 func HashBlock(p []byte) ID {
-	if isZero(p) {
+	if IsZero(p) {
 		return ID{}
 	}
 	return blake3.Sum256(p)
 }
 
-func isZero(p []byte) bool {
+// IsZero tells whether all bytes are 0.
+func IsZero(p []byte) bool {
 	for len(p) > len(zeros) {
 		if !bytes.Equal(p[:len(zeros)], zeros) {
 			return false

@@ -55,6 +55,15 @@ func (d *File) Lock(exclusive bool) error {
 	return lockfile.Shared(d.f)
 }
 
+// Reopen opens the same file again, for reading only. It is the caller's.
+func (d *File) Reopen() (*os.File, error) {
+	f, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", d.f.Fd()))
+	if err != nil {
+		return nil, fmt.Errorf("open %s again: %w", d.f.Name(), err)
+	}
+	return f, nil
+}
+
 // Size implements [Device].
 func (d *File) Size() int64 { return d.size }
 

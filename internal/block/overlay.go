@@ -59,6 +59,16 @@ func (o *Overlay) BlockSize() int64 { return o.blockSize }
 // Present is the set of blocks that the overlay holds. It is the overlay's own; do not change it.
 func (o *Overlay) Present() *Bitmap { return o.present }
 
+// Pages is the set of pages that the overlay holds.
+func (o *Overlay) Pages() *Bitmap {
+	pages := NewBitmap(Pages(o))
+	n := o.blockSize / PageSize
+	for b := range o.present.All() {
+		pages.SetRange(b*n, min((b+1)*n, pages.Len()))
+	}
+	return pages
+}
+
 // ReadAt implements [Device].
 func (o *Overlay) ReadAt(p []byte, off int64) (int, error) {
 	if err := checkRange(o, off, int64(len(p))); err != nil {
@@ -230,7 +240,7 @@ func (o *Overlay) copyUp(from, end int64) error {
 	if _, err := o.base.ReadAt(p, from); err != nil {
 		return fmt.Errorf("copy block from base: %w", err)
 	}
-	if isZero(p) && !o.soiled.Has(from/o.blockSize) {
+	if IsZero(p) && !o.soiled.Has(from/o.blockSize) {
 		return nil // a hole of the overlay is that as well
 	}
 	if _, err := o.data.WriteAt(p, from); err != nil {
@@ -325,7 +335,7 @@ func (o *Overlay) Sync() error {
 	if err == nil {
 		err = o.state.commit(pages)
 	}
-	if Unstored(err) {
+	if NoRoom(err) {
 		o.state.giveBack(pages) // what cannot be tried again fails again
 	} else if err != nil {
 		o.failed.Store(&err)

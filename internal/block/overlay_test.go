@@ -106,7 +106,7 @@ func same(t testing.TB, d Device, want []byte) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if !isZero(want[off:start]) {
+		if !IsZero(want[off:start]) {
 			t.Fatalf("NextData(%d) is %d, but there is data in between", off, start)
 		}
 		if start == d.Size() {
@@ -463,7 +463,7 @@ func TestFailures(t *testing.T) {
 			t.Fatalf("write %d failed and nobody said so", fail)
 		}
 		same(t, o, want)
-		if !isZero(data.bytes) {
+		if !IsZero(data.bytes) {
 			t.Fatalf("write %d failed and left data of blocks that are the base's", fail)
 		}
 	}
@@ -517,12 +517,12 @@ func (m *memory) Trim(off, length int64) error {
 func (m *memory) NextData(off int64) (start, end int64, err error) {
 	const unit = 4096
 	size := m.Size()
-	for start = off / unit * unit; start < size && isZero(m.bytes[start:min(start+unit, size)]); start += unit {
+	for start = off / unit * unit; start < size && IsZero(m.bytes[start:min(start+unit, size)]); start += unit {
 	}
 	if start >= size {
 		return size, size, nil
 	}
-	for end = start; end < size && !isZero(m.bytes[end:min(end+unit, size)]); end += unit {
+	for end = start; end < size && !IsZero(m.bytes[end:min(end+unit, size)]); end += unit {
 	}
 	return max(start, off), min(end, size), nil
 }

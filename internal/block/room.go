@@ -52,14 +52,14 @@ func RoomAt(path string) (Room, error) {
 	return r, nil
 }
 
-// Unstored tells whether the data of a failed operation is kept, or its caller can do it again once
-// the storage works. Nothing is lost then.
+// Unstored tells whether a failed operation can be done again once the storage works. Nothing is
+// lost then.
 func Unstored(err error) bool {
 	var unstored *UnstoredError
 	return NoRoom(err) || errors.As(err, &unstored)
 }
 
-// UnstoredError says how much is kept in memory as it cannot be stored.
+// UnstoredError says how much cannot be stored, and is where it was.
 type UnstoredError struct {
 	Path    string // file that it belongs to
 	Missing int64  // bytes
@@ -81,11 +81,9 @@ func (e *UnstoredError) Error() string {
 // Unwrap returns the cause.
 func (e *UnstoredError) Unwrap() error { return e.Err }
 
-// Reserve sets room aside for the first bytes of a file, so that later writes there need none. This
-// holds for processes that map the file, too, which a full file system would end by SIGBUS
-// (mmap(2)). The file's content stays; reserved room reads as zeros and counts as a hole. If there
-// is not enough room, nothing is set aside. On a file system that cannot set room aside, Reserve
-// does nothing.
+// Reserve sets room aside for the first bytes of a file, so that later writes there need none. The
+// file's content stays; reserved room reads as zeros and counts as a hole. If there is not enough
+// room, nothing is set aside. On a file system that cannot set room aside, Reserve does nothing.
 func Reserve(path string, length int64) error {
 	f, err := OpenFile(path, false)
 	if err != nil {

@@ -64,6 +64,9 @@ func (t *Tracker) ReadNow(p []byte, off int64) bool { return ReadNow(t.Device, p
 // NextData implements [Mapper].
 func (t *Tracker) NextData(off int64) (start, end int64, err error) { return NextData(t.Device, off) }
 
+// Note marks a range that was written by another way than [Tracker.WriteAt]. The write has happened.
+func (t *Tracker) Note(off, length int64) { t.mark(off, length) }
+
 func (t *Tracker) mark(off, length int64) {
 	if length <= 0 || off < 0 || off > t.Size()-length {
 		return // the device has refused it

@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"drafter/internal/memory"
 	"drafter/internal/process"
 	"drafter/network"
 	"drafter/vmm"
@@ -54,8 +55,10 @@ func (h *hostFlags) add(cmd *cobra.Command) {
 	f.StringVar(&h.memoryMax, "memory-max", "", "Most bytes of this host's memory that the VMM may use, the guest's included, such as 2GB; it is killed if it needs more (default no limit)")
 	f.Float64Var(&h.host.Limits.CPUs, "cpus-max", 0, "Most CPU time that the VMM may use, in CPUs, 0.01 or more, such as 1.5 (0: no limit)")
 	f.IntVar(&h.host.Limits.PIDs, "pids-max", process.DefaultPIDs, "Most processes and threads that the VMM may have (0: no limit)")
-	f.BoolVar(&h.host.HugePages, "huge-pages", false, "Use pages of 2 MiB for the VM's memory, which the host must have set aside (vm.nr_hugepages); Firecracker only")
+	f.BoolVar(&h.host.HugePages, "huge-pages", false, "Use pages of 2 MiB for the VM's memory, which the host must have set aside (vm.nr_hugepages)")
 	f.BoolVar(&h.host.FillMemory, "fill-memory", true, "Load all of a resumed VM's memory while it runs, not only the pages that it touches; Firecracker only")
+	f.StringVar(&h.host.Backing, "memory-backing", vmm.BackingAuto, "How QEMU has the memory of a VM that is started here: private (it maps the package's file, and costs what it writes; Linux 6.7), shared (a copy in memory, made while the VM runs) or auto")
+	f.StringVar(&h.host.Tracking, "track-writes", vmm.TrackAuto, "How it becomes known which pages of memory the guest writes: scan (the kernel notes them, Linux 6.7 and QEMU only), faults (each first write is a fault) or auto")
 	f.BoolVar(&h.host.KeepClock, "no-set-clock", false, "Leave the guest's clock alone after a resume or a move, for a guest that keeps its own time; with snapshotter, for all VMs of the package")
 	f.BoolVar(&h.enableOutput, "enable-output", true, "Show the VM's console on stdout")
 	f.BoolVar(&h.enableInput, "enable-input", false, "Pass stdin to the VM's console (in Drafter's OS a line there starts a shell)")
@@ -91,6 +94,12 @@ func (h *hostFlags) resolve(stdout io.Writer) (host vmm.Host, restore func(), er
 	}
 	if host.UID < 0 || host.GID < 0 {
 		return host, nil, &usageError{errors.New("--uid and --gid must not be negative")}
+	}
+	if err := memory.Backing(host.Backing).Check(); err != nil {
+		return host, nil, &usageError{fmt.Errorf("--memory-backing: %w", err)}
+	}
+	if err := memory.Tracking(host.Tracking).Check(); err != nil {
+		return host, nil, &usageError{fmt.Errorf("--track-writes: %w", err)}
 	}
 	if host.MaxMemory, err = parseBytes("max-memory", h.maxMemory); err != nil {
 		return host, nil, err

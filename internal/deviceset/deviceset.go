@@ -127,12 +127,6 @@ func (s *Set) Failed() error {
 	return s.exposure.Failed()
 }
 
-// Mount is the FUSE file system that exposes the devices; nil where there is none.
-func (s *Set) Mount() *fuse.Mount {
-	mount, _ := s.exposure.(*fuse.Mount)
-	return mount
-}
-
 // Hide removes the paths, which nobody may use any more. It is idempotent.
 func (s *Set) Hide() error {
 	var errs []error
@@ -166,7 +160,7 @@ func (s *Set) Close(sync bool) error {
 // Source is a device as the source of a migration sends it. The caller adds its settings.
 func (s *Set) Source(name string) migration.SourceDevice {
 	d := s.Get(name)
-	source := migration.SourceDevice{Name: name, Device: d.Tracker, Base: d.Base, Origin: d.Origin}
+	source := migration.SourceDevice{Name: name, Device: d.Tracker, Base: d.Base, Origin: d.Origin, Memory: d.Memory}
 	if d.Base != (block.ID{}) {
 		source.Overlay = d.Overlay
 	}

@@ -23,10 +23,6 @@ type Kind int
 const (
 	// Disk is read and written by the VMM on behalf of the guest, which caches it itself.
 	Disk Kind = iota
-	// Memory is mapped by the VMM. Its fsync makes the guest's writes visible in the device, but
-	// not durable: memory is worth nothing without the state that fits it, so the process that
-	// saves the state syncs both.
-	Memory
 	// File is read or written as a whole.
 	File
 )

@@ -28,10 +28,10 @@ func (i *Instance) bootUnlessResumable(driver vmm.Driver, l *vmm.Launch, inAnyCa
 		if l.Reboot == nil {
 			return fmt.Errorf("its package is of a version that holds no initramfs, so it cannot boot: %w", vmm.CheckResumable(dev))
 		}
-		if vmm.ServesMemory(driver) {
-			l.Memory = filepath.Join(i.dir.Path(), vmm.Memory)
-			i.storage = bootStorage{i.storage, l.Memory}
-			if err := makeFile(l.Memory, func(f *os.File) error { return f.Truncate(l.MemorySize) }); err != nil {
+		if vmm.BootsFromFile(driver) {
+			file := filepath.Join(i.dir.Path(), vmm.Memory)
+			i.storage = bootStorage{i.storage, file}
+			if err := makeFile(file, func(f *os.File) error { return f.Truncate(l.MemorySize) }); err != nil {
 				return fmt.Errorf("make memory: %w", err)
 			}
 		}
@@ -74,8 +74,8 @@ func (l *Launched) boots(ctx context.Context, began time.Time, timeout time.Dura
 	return again.Run(ctx, began, timeout)
 }
 
-// bootStorage is the storage of a VM whose VMM is served its memory. That is so only after a
-// restore. While such a VM boots, memory is a file; then it is suspended.
+// bootStorage is the storage of a VM whose VMM is a [vmm.FileBooter]. While such a VM boots, memory
+// is a file; then it is suspended.
 type bootStorage struct {
 	Storage
 	memory string // path
@@ -94,11 +94,12 @@ func (s bootStorage) Sync(name string) (err error) {
 	if name != vmm.Memory {
 		return s.Storage.Sync(name)
 	}
-	memory, err := s.Memory()
+	device, end, err := s.Memory()
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, memory.Close()) }()
+	defer func() { err = errors.Join(err, end()) }()
+	memory := device.Top()
 	f, err := block.OpenFile(s.memory, true)
 	if err != nil {
 		return err

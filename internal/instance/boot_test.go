@@ -14,7 +14,7 @@ import (
 // A VM that is to boot although it could be resumed boots once, also where its memory is served to
 // its VMM only after that.
 func TestBootsOnce(t *testing.T) {
-	driver := &vmmtest.Driver{T: t, Serves: true}
+	driver := &vmmtest.Driver{T: t, BootsFile: true}
 	paths, config := vmmtest.WritePackage(t, t.TempDir())
 	h := vmmtest.Host(t, driver)
 	h.Boot = true

@@ -13,6 +13,7 @@ import (
 	"go.uber.org/goleak"
 
 	"drafter/internal/block"
+	"drafter/internal/memory"
 	"drafter/internal/vmmtest"
 	"drafter/vmm"
 )
@@ -54,11 +55,36 @@ func (f *faulty) Sync(name string) error {
 	return f.Paths.Sync(name)
 }
 
-func (f *faulty) Memory() (block.Device, error) {
+func (f *faulty) Memory() (*memory.Device, func() error, error) {
 	if err := f.call("open memory"); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	return f.Paths.Memory()
+	file, err := block.OpenFile(f.Paths[vmm.Memory], false)
+	if err != nil {
+		return nil, nil, err
+	}
+	d := memory.New(faultyMemory{file, f})
+	return d, d.Close, nil
+}
+
+// faultyMemory is what memory is stored in.
+type faultyMemory struct {
+	*block.File
+	f *faulty
+}
+
+func (m faultyMemory) WriteAt(p []byte, off int64) (int, error) {
+	if err := m.f.call("write " + vmm.Memory); err != nil {
+		return 0, err
+	}
+	return m.File.WriteAt(p, off)
+}
+
+func (m faultyMemory) Sync() error {
+	if err := m.f.call("sync " + vmm.Memory); err != nil {
+		return err
+	}
+	return m.File.Sync()
 }
 
 func (f *faulty) State() (StateDevice, error) {
@@ -167,7 +193,7 @@ func TestLaunchFails(t *testing.T) {
 		{"more memory than the host is meant for", func(_ *testing.T, b *bed) { b.host.MaxMemory = 1 }, "--max-memory"},
 		{"more memory than the VMM may have", func(_ *testing.T, b *bed) { b.host.Limits.Memory = 1 }, "--memory-max is 1 B"},
 		{"served memory that does not open", func(_ *testing.T, b *bed) {
-			b.driver.Serves = true
+			b.driver.BootsFile = true
 			b.storage.fail("open memory", syscall.EIO)
 		}, "open memory device: input/output error"},
 		{"a state that does not open", func(_ *testing.T, b *bed) { b.storage.fail("open state", syscall.EIO) }, "open state device: input/output error"},
@@ -363,6 +389,8 @@ func TestSuspendFails(t *testing.T) {
 		{"flush", func(b *bed) { b.driver.FailAt(vmmtest.Flush, errBroken) }, "suspend: broken", nil},
 		{"a full disk", func(b *bed) { b.storage.fail("sync disk", syscall.ENOSPC) }, "suspend: device disk: ", syscall.ENOSPC},
 		{"a broken disk", func(b *bed) { b.storage.fail("sync disk", syscall.EIO) }, "suspend: device disk: ", syscall.EIO},
+		{"memory without room", func(b *bed) { b.storage.fail("write memory", syscall.ENOSPC) }, "are not stored: no space left on device; make room there", syscall.ENOSPC},
+		{"memory on a broken storage", func(b *bed) { b.storage.fail("write memory", syscall.EIO) }, "cannot be stored: input/output error", syscall.EIO},
 		{"full memory", func(b *bed) { b.storage.fail("sync memory", syscall.ENOSPC) }, "suspend: device memory: ", syscall.ENOSPC},
 		{"a state that does not open", func(b *bed) { b.storage.fail("open state", syscall.EIO) }, "open state device: ", syscall.EIO},
 		{"a state without room", func(b *bed) { b.storage.fail("write state", syscall.ENOSPC) }, "write state: ", syscall.ENOSPC},

@@ -27,6 +27,7 @@ import (
 	"drafter/internal/console"
 	"drafter/internal/kind"
 	"drafter/internal/logging"
+	"drafter/internal/memory"
 	"drafter/internal/output"
 	"drafter/internal/private"
 	"drafter/network"
@@ -49,8 +50,8 @@ func (p Paths) Sync(name string) error {
 // can be handed over or suspended when the file system is full. The largest state seen is 680 KB.
 const StateRoom = 2 << 20
 
-// Reserve sets room aside for all of the memory and the state, so that a full file system does not
-// end the VM: a VMM that maps its memory is killed (SIGBUS) when a page has no room.
+// Reserve sets room aside for all of the memory and the state, so that the VM can be suspended when
+// the file system is full.
 func (p Paths) Reserve() error {
 	for name, length := range map[string]int64{vmm.Memory: math.MaxInt64, vmm.State: StateRoom} {
 		if p[name] == "" {
@@ -81,21 +82,23 @@ func (p Paths) Path(name string) string { return p[name] }
 func (p Paths) State() (StateDevice, error) { return private.Open(p[vmm.State], os.O_RDWR) }
 
 // Memory implements [Storage].
-func (p Paths) Memory() (block.Device, error) {
+func (p Paths) Memory() (*memory.Device, func() error, error) {
 	f, err := block.OpenFile(p[vmm.Memory], false)
 	if err != nil {
-		return nil, err // a nil *File in an interface is not nil
+		return nil, nil, err
 	}
-	return f, nil
+	d := memory.New(f)
+	d.Over(f, nil)
+	return d, d.Close, nil
 }
 
 // Storage is where the devices of an instance are.
 type Storage interface {
-	// Path is the path at which a VMM opens memory, kernel or a disk. It may be "" for
-	// [vmm.Initrd], whose content the kernel device holds.
+	// Path is the path at which a VMM opens the kernel or a disk, or boots with memory. It may be
+	// "" for [vmm.Initrd], whose content the kernel device holds.
 	Path(name string) string
-	// Memory opens the memory device, for a VMM that is served its memory.
-	Memory() (block.Device, error)
+	// Memory opens the memory device. close ends its use.
+	Memory() (d *memory.Device, close func() error, err error)
 	// Sync makes a device durable, with all that the VMM has written.
 	Sync(name string) error
 	// State opens the state device.
@@ -134,7 +137,8 @@ type Instance struct {
 	// place. Zero while the VM is booted for a package.
 	generation uuid.UUID
 	storage    Storage
-	memory     block.Device                 // memory of a VMM that is served it; nil for other VMMs
+	memory     *memory.Device // nil while it is a file, of a VMM that boots with one
+	endMemory  func() error
 	agent      atomic.Pointer[agent.Client] // nil while the guest must not be called
 	reboots    atomic.Int64                 // how often the guest has booted again
 	agentOf    int64                        // the boot of the guest that agent belongs to
@@ -192,10 +196,13 @@ func Boot(ctx context.Context, h vmm.Host, spec vmm.Spec, id string, names []str
 	if err != nil {
 		return nil, err
 	}
-	l.CPU, l.Memory = spec.CPU, paths[vmm.Memory]
+	l.CPU = spec.CPU
 	ready := newReady(spec.ReadyOutput, l.Output)
 	l.Output, i.booting = ready, ready
-	if l.Boot, err = i.boot(); err != nil {
+	if l.Boot, err = i.boot(); err == nil {
+		err = i.openMemory(driver, &l)
+	}
+	if err != nil {
 		return nil, errors.Join(err, i.Close())
 	}
 	if i.machine, err = driver.Launch(ctx, l); err != nil {
@@ -230,7 +237,7 @@ func (i *Instance) launch(h vmm.Host, driver vmm.Driver) (vmm.Launch, error) {
 		Board: vmm.Board{
 			Accel: h.Accel, CPUs: i.config.CPUs, MemorySize: memory.Size, HugePages: h.HugePages, MAC: i.config.MAC, Generation: i.generation,
 		},
-		Devices: vmm.Devices{Kernel: i.storage.Path(vmm.Kernel), FillMemory: h.FillMemory},
+		Devices: vmm.Devices{Kernel: i.storage.Path(vmm.Kernel), Tracking: h.Tracking, Backing: h.Backing, FillMemory: h.FillMemory},
 		Confinement: vmm.Confinement{
 			Netns: h.Netns, UID: h.UID, GID: h.GID, NUMANode: h.NUMANode, CgroupVersion: h.CgroupVersion, Limits: h.Limits,
 		},
@@ -254,6 +261,30 @@ func (i *Instance) launch(h vmm.Host, driver vmm.Driver) (vmm.Launch, error) {
 		l.Disks = append(l.Disks, vmm.Block{Name: name, Path: i.storage.Path(name)})
 	}
 	return l, nil
+}
+
+// openMemory opens the memory that the launch needs.
+func (i *Instance) openMemory(driver vmm.Driver, l *vmm.Launch) (err error) {
+	if l.Boot != nil && vmm.BootsFromFile(driver) {
+		l.MemoryFile = i.storage.Path(vmm.Memory)
+		return nil
+	}
+	if i.memory, i.endMemory, err = i.storage.Memory(); err != nil {
+		return fmt.Errorf("open memory device: %w", err)
+	}
+	l.Memory = i.memory
+	if l.Boot != nil {
+		i.memory.Blank()
+	}
+	return nil
+}
+
+// sync makes a device durable, with all that the VMM has written.
+func (i *Instance) sync(name string) error {
+	if name == vmm.Memory && i.memory != nil {
+		return i.memory.Top().Sync()
+	}
+	return i.storage.Sync(name)
 }
 
 // awaitGuest waits for a booting guest.
@@ -444,12 +475,6 @@ func launch(ctx context.Context, h vmm.Host, config *vmm.PackageConfig, storage 
 		return nil, err
 	}
 	l.Recorded = &config.Hardware
-	if !vmm.ServesMemory(driver) {
-		l.Memory = storage.Path(vmm.Memory)
-	} else if i.memory, err = storage.Memory(); err != nil {
-		return nil, errors.Join(fmt.Errorf("open memory device: %w", err), i.Close())
-	}
-	l.MemoryDevice = i.memory
 	l.OnReboot, l.OnGoOn = i.rebooted, i.wentOn
 	if l.Reboot, err = i.boot(); err != nil {
 		return nil, errors.Join(err, i.Close())
@@ -462,6 +487,9 @@ func launch(ctx context.Context, h vmm.Host, config *vmm.PackageConfig, storage 
 		if err := i.bootUnlessResumable(driver, &l, h.Boot); err != nil {
 			return nil, errors.Join(err, i.Close())
 		}
+	}
+	if err := i.openMemory(driver, &l); err != nil {
+		return nil, errors.Join(err, i.Close())
 	}
 	if i.machine, err = driver.Launch(ctx, l); err != nil {
 		return nil, errors.Join(err, i.Close())
@@ -712,6 +740,32 @@ func (i *Instance) syncDisks(ctx context.Context) error {
 	return err
 }
 
+// storeAhead stores most of what only the guest has of its memory while the guest runs, so that
+// little is left for the pause.
+func (i *Instance) storeAhead(ctx context.Context) error {
+	if p, ok := i.machine.(vmm.FlushPauser); i.memory == nil || ok && p.FlushPauses() {
+		return nil
+	}
+	const enough = 1 << 20 // bytes
+	for last := int64(math.MaxInt64); ; {
+		if err := i.Flush(ctx); err != nil {
+			return err
+		}
+		stored, err := i.memory.Store(ctx)
+		enoughStored := stored <= enough || stored > last/4*3 // else the guest writes less and less
+		if err == nil && enoughStored {
+			err = i.memory.Top().Sync()
+		}
+		if err != nil {
+			return fmt.Errorf("device %s: %w", vmm.Memory, err)
+		}
+		if enoughStored {
+			return nil
+		}
+		last = stored
+	}
+}
+
 // pauseForGood is Pause for a suspend.
 func (i *Instance) pauseForGood(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, pauseTimeout, fmt.Errorf("the VM did not pause within %s: its VMM, or the storage of a disk, does not answer", pauseTimeout))
@@ -746,6 +800,9 @@ func (i *Instance) save(ctx context.Context) error {
 	if err := i.syncDisks(ctx); err != nil {
 		return fmt.Errorf("suspend: %w", err)
 	}
+	if err := i.storeAhead(ctx); err != nil {
+		return fmt.Errorf("suspend: %w", err)
+	}
 	if err := i.pauseForGood(ctx); err != nil {
 		return fmt.Errorf("suspend: %w", err)
 	}
@@ -758,7 +815,7 @@ func (i *Instance) save(ctx context.Context) error {
 	}
 	// The state goes last: it must never be there without memory and disks that fit it.
 	for _, name := range append(i.config.Disks(), vmm.Memory) {
-		if err := i.storage.Sync(name); err != nil {
+		if err := i.sync(name); err != nil {
 			return fmt.Errorf("suspend: device %s: %w", name, err)
 		}
 	}
@@ -849,7 +906,10 @@ func (i *Instance) Close() error {
 		i.output.Close()
 	}
 	if i.memory != nil {
-		errs = append(errs, i.memory.Close())
+		if i.status != frozen { // else what could not be stored yet may still be wanted
+			errs = append(errs, i.memory.Forget())
+		}
+		errs = append(errs, i.endMemory())
 		i.memory = nil
 	}
 	if i.dir != nil {

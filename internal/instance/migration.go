@@ -89,6 +89,17 @@ func (i *Instance) Pause(ctx context.Context) error {
 	return i.prefer(i.machine.Pause(ctx))
 }
 
+// PauseToSave is Pause before SaveLeaving. A VMM may begin to save meanwhile. If a disk does not
+// answer, Rescue waits for it.
+func (i *Instance) PauseToSave(ctx context.Context) error {
+	p, ok := i.machine.(vmm.SavePauser)
+	if !ok {
+		return i.Pause(ctx)
+	}
+	i.paused = time.Now() // even if it fails
+	return i.prefer(p.PauseToSave(ctx))
+}
+
 // NoteLeaving notes durably that the running VM may soon run at the target of a migration.
 // [Instance.Rescue] takes the note back.
 func (i *Instance) NoteLeaving(migration uuid.UUID) error {

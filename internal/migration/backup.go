@@ -225,9 +225,6 @@ func (d *incomingDevice) storeBackup(r *restoring, e wire.Extent) error {
 		if err != nil {
 			return err
 		}
-		if err := d.cache(part); err != nil {
-			return err
-		}
 		d.fetched.Add(part.Len)
 		r.took(d.left.ClearRange(at, next))
 		at = next

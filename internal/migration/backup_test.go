@@ -18,12 +18,12 @@ import (
 var backupKinds = []string{"whole", "whole", "slow", "failing", "gone", "damaged", "hanging"}
 
 // keeper takes a copy.
-type keeper map[string]*memory
+type keeper map[string]*ram
 
 func (k keeper) Accept(_ context.Context, m wire.Manifest, _ uuid.UUID) ([]TargetDevice, error) {
 	var devices []TargetDevice
 	for _, d := range m.Devices {
-		k[d.Name] = newMemory(d.Size)
+		k[d.Name] = newRAM(d.Size)
 		devices = append(devices, TargetDevice{Device: block.NewIncoming(k[d.Name], true)})
 	}
 	return devices, nil
@@ -39,7 +39,7 @@ func (keeper) Discard(context.Context) error            { return nil }
 // shelf gives blocks of a device in a backup.
 type shelf struct {
 	pair *pair
-	data *memory
+	data *ram
 	kind string
 	n    atomic.Int64
 }
@@ -144,7 +144,7 @@ func TestBackupOverBase(t *testing.T) {
 	if n := p.fetched.Load(); n != 0 {
 		t.Errorf("%d bytes were fetched", n)
 	}
-	p.conclude(t, p.source.Phase(), arrived)
+	p.conclude(t, p.moved(), arrived)
 }
 
 // A backup that is replaced between its offer and the answer is still what it was.
@@ -164,14 +164,14 @@ func TestBackupReplaced(t *testing.T) {
 	if err := arrived.Wait(); err != nil {
 		t.Error(err)
 	}
-	p.conclude(t, p.source.Phase(), arrived)
+	p.conclude(t, p.moved(), arrived)
 }
 
 // What a copy has taken is not known as changed. So nothing is offered until the copy has ended,
 // and all that changed is once it failed.
 func TestNoBackupBesideACopy(t *testing.T) {
 	size := int64(4 * block.ContentBlockSize)
-	tracker := block.NewTracker(newMemory(size), block.PageSize)
+	tracker := block.NewTracker(newRAM(size), block.PageSize)
 	d := &outgoingDevice{SourceDevice: SourceDevice{Device: tracker}}
 	var b Baseline
 	b.begin(d)

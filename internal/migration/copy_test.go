@@ -22,16 +22,16 @@ import (
 // copier takes copies of a scripted machine, one over the other.
 type copier struct {
 	pair      *pair
-	devices   map[string]*memory
+	devices   map[string]*ram
 	versions  map[string][]uint64 // of the pages in the moment of the pause
 	discarded int
 	fail      error
 }
 
 func newCopier(p *pair) *copier {
-	c := &copier{pair: p, devices: map[string]*memory{}}
+	c := &copier{pair: p, devices: map[string]*ram{}}
 	for _, name := range scriptedNames {
-		c.devices[name] = newMemory(scriptedSize(name))
+		c.devices[name] = newRAM(scriptedSize(name))
 	}
 	note := func(call string) error {
 		if call == "rescue" {

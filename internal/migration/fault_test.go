@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -113,6 +114,23 @@ func fullFault(state migrate.Phase) fault {
 	}}
 }
 
+// shortOfRoom leaves the target no room for what arrives when it fetches, for a moment.
+func shortOfRoom() fault {
+	return fault{name: "target has no room for a moment while it fetches", at: func(p *pair, at string, s migrate.Phase) {
+		if at != "target" || s != migrate.Fetching {
+			return
+		}
+		until := time.Now().Add(30 * time.Millisecond)
+		f := func(call string) error {
+			if call == "store" && time.Now().Before(until) {
+				return syscall.ENOSPC
+			}
+			return nil
+		}
+		p.target.failing.Store(&f)
+	}}
+}
+
 // damaged flips one bit after so many bytes read.
 type damaged struct {
 	io.ReadWriteCloser
@@ -190,6 +208,13 @@ func (p *pair) settle(t *testing.T, receive func() (*Target, error)) (source, ta
 		time.Sleep(time.Millisecond)
 	}
 	return source, target
+}
+
+// moved returns the source's phase once the VM has moved, which is so a moment after the target has
+// been told.
+func (p *pair) moved() migrate.Phase {
+	<-p.source.Gone()
+	return p.source.Phase()
 }
 
 // conclude ends both guests and checks the one that is left.
@@ -316,8 +341,8 @@ func TestFaultMatrix(t *testing.T) {
 	for _, call := range []string{"accept", "start", "expect", "restore", "resume"} {
 		add(callFault("target", call), kept)
 	}
-	add(callFault("target", "cache"), moved)
 	add(fullFault(migrate.Receiving), kept)
+	add(shortOfRoom(), moved)
 	for _, s := range []migrate.Phase{migrate.Preflight, migrate.PreCopying, migrate.Preparing, migrate.HandingOff} {
 		add(killFault("target", "source", s), kept)
 		add(killFault("source", "source", s), outcome{"", migrate.NotTaken})
@@ -438,7 +463,7 @@ func randomFault(rng *rand.Rand) fault {
 	case 6:
 		calls := map[string][]string{
 			"source": {"write back", "flush", "prepare", "leave", "pause", "save", "mark " + string(migrate.InDoubt), "mark " + string(migrate.Serving), "mark " + string(migrate.Moved)},
-			"target": {"accept", "start", "expect", "restore", "resume", "cache"},
+			"target": {"accept", "start", "expect", "restore", "resume"},
 		}[side]
 		return callFault(side, calls[rng.IntN(len(calls))])
 	}

@@ -61,7 +61,7 @@ func users(t *testing.T, d block.Device, n int, stop <-chan struct{}) *sync.Wait
 func TestForward(t *testing.T) {
 	f := newForwarder()
 	d := &forwardedDevice{f, 0, 1 << 20}
-	there := newMemory(1 << 20)
+	there := newRAM(1 << 20)
 	stop := make(chan struct{})
 	wg := users(t, d, 8, stop)
 	for i := range 20 {

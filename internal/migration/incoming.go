@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"drafter/internal/block"
 	"drafter/internal/wire"
@@ -16,11 +15,10 @@ type incomingDevice struct {
 	TargetDevice
 	name  string
 	index int
-	// held while pages are stored and cached before the handoff, if there is a cache or a backup
+	// held while pages are stored before the handoff, if there is a backup
 	store sync.Mutex
 	// pages that the source does not send, and that the backup has not given yet; nil without
 	left     *block.Bitmap
-	cached   *block.Bitmap // pages that Cache was called for; nil without
 	asked    *block.Bitmap // pages that were wanted
 	received atomic.Int64
 	saved    atomic.Int64
@@ -36,7 +34,7 @@ func (t *Target) store(l *link, e wire.Extent) error {
 	if d.Device == nil {
 		return fmt.Errorf("%w: it was not wanted", wire.ErrProtocol)
 	}
-	if (d.cached != nil || d.left != nil) && !d.opened.Load() { // only this goroutine opens
+	if d.left != nil && !d.opened.Load() { // only this goroutine opens
 		d.store.Lock()
 		defer d.store.Unlock()
 	}
@@ -68,91 +66,23 @@ func (t *Target) store(l *link, e wire.Extent) error {
 	if d.left != nil {
 		t.restoring.took(d.left.ClearRange(e.Off/block.PageSize, (e.Off+e.Len+block.PageSize-1)/block.PageSize))
 	}
-	return d.cache(e)
-}
-
-// cache keeps the VM's page cache in step with the device. It is never called after the handoff,
-// because the VM may have written the page by then.
-func (d *incomingDevice) cache(e wire.Extent) error {
-	if d.Cache == nil || e.Encoding == wire.Same {
-		return nil
-	}
-	first, end := e.Off/block.PageSize, (e.Off+e.Len+block.PageSize-1)/block.PageSize
-	if e.Encoding == wire.Zero {
-		return d.uncache(first, end)
-	}
-	d.cached.SetRange(first, end)
-	if err := d.Cache(e.Data, e.Off); err != nil {
-		return d.uncache(first, end) // an older content of a page may be there
-	}
 	return nil
 }
 
-// uncache removes those of the pages that are cached.
-func (d *incomingDevice) uncache(first, end int64) error {
-	for at := d.cached.Next(first); at < end; at = d.cached.Next(at) {
-		_, next := d.cached.Run(at, end)
-		if err := d.Uncache(at*block.PageSize, bytesOf(d.Device, at, next)); err != nil {
-			return fmt.Errorf("take back what was cached: %w", err)
-		}
-		d.cached.ClearRange(at, next)
-		at = next
-	}
-	return nil
-}
-
-// warm caches what the target held from the start, for as long as the VM may be kept from coming. A
-// VM that faults on each page of its base is slow.
+// warm brings what the target held from the start nearer to the VM, for as long as the VM may be
+// kept from coming. A VM that faults on each page of its base is slow.
 func (t *Target) warm(ctx context.Context) error {
-	deadline := time.Now().Add(t.config.Limits.Warm)
-	buffer := make([]byte, wire.MaxExtent)
+	ctx, cancel := context.WithTimeout(ctx, t.config.Limits.Warm)
+	defer cancel()
 	for _, d := range t.devices {
-		if d.cached == nil || d.Held == wire.HoldsNothing {
+		if d.Warm == nil || d.Held == wire.HoldsNothing {
 			continue
 		}
-		for off := int64(0); off < d.Device.Size() && ctx.Err() == nil && time.Now().Before(deadline); {
-			start, end, err := block.NextData(d.Device.Device, off)
-			if err != nil {
-				return fmt.Errorf("device %s: %w", d.name, err)
-			}
-			start = start / block.PageSize * block.PageSize
-			end = min(end, start+int64(len(buffer)))
-			if start >= end {
-				break
-			}
-			if more, err := d.warm(buffer, start/block.PageSize, (end+block.PageSize-1)/block.PageSize); err != nil || !more {
-				return err
-			}
-			off = end
+		if err := d.Warm(ctx); err != nil {
+			return fmt.Errorf("device %s: %w", d.name, err)
 		}
 	}
 	return nil
-}
-
-// warm caches those of the pages that are not. It returns false once the VM may have written them.
-func (d *incomingDevice) warm(buffer []byte, first, end int64) (more bool, err error) {
-	d.store.Lock()
-	defer d.store.Unlock()
-	if d.opened.Load() {
-		return false, nil
-	}
-	for at := first; at < end; {
-		has, next := d.cached.Run(at, end)
-		if !has {
-			p := buffer[:bytesOf(d.Device, at, next)]
-			if _, err := d.Device.Device.ReadAt(p, at*block.PageSize); err != nil {
-				return false, fmt.Errorf("device %s: %w", d.name, err)
-			}
-			d.cached.SetRange(at, next)
-			if d.Cache(p, at*block.PageSize) != nil {
-				if err := d.uncache(at, next); err != nil {
-					return false, err
-				}
-			}
-		}
-		at = next
-	}
-	return true, nil
 }
 
 // open lets the VM use its devices. Everything that was sent before the authority has been stored.
@@ -164,7 +94,7 @@ func (t *Target) open(a wire.Authority) error {
 		if n := d.Device.Violations(); n > 0 {
 			return fmt.Errorf("device %s was used %d times before the handoff, which is a defect of the VMM or its driver", d.name, n)
 		}
-		if d.cached != nil || d.left != nil {
+		if d.left != nil {
 			d.store.Lock()
 			defer d.store.Unlock()
 		}
@@ -175,13 +105,13 @@ func (t *Target) open(a wire.Authority) error {
 				}
 			}
 		}
-		if d.cached != nil {
-			for at := a.Missing[i].Next(0); at < a.Missing[i].Len(); {
+		if d.Evict != nil {
+			for at := a.Missing[i].Next(0); at < a.Missing[i].Len(); at = a.Missing[i].Next(at) {
 				_, next := a.Missing[i].Run(at, a.Missing[i].Len())
-				if err := d.uncache(at, next); err != nil {
+				if err := d.Evict(at, next); err != nil {
 					return fmt.Errorf("device %s: %w", d.name, err)
 				}
-				at = a.Missing[i].Next(next)
+				at = next
 			}
 		}
 		d.opened.Store(true)

@@ -22,20 +22,20 @@ import (
 	"drafter/migrate"
 )
 
-// memory is a device in memory that can be full.
-type memory struct {
+// ram is a device in memory that can be full.
+type ram struct {
 	mu   sync.RWMutex
 	data []byte
 	full atomic.Bool
 }
 
-func newMemory(size int64) *memory { return &memory{data: make([]byte, size)} }
+func newRAM(size int64) *ram { return &ram{data: make([]byte, size)} }
 
-func (m *memory) Size() int64  { return int64(len(m.data)) }
-func (m *memory) Sync() error  { return nil }
-func (m *memory) Close() error { return nil }
+func (m *ram) Size() int64  { return int64(len(m.data)) }
+func (m *ram) Sync() error  { return nil }
+func (m *ram) Close() error { return nil }
 
-func (m *memory) ReadAt(p []byte, off int64) (int, error) {
+func (m *ram) ReadAt(p []byte, off int64) (int, error) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	return copy(p, m.data[off:]), nil
@@ -43,7 +43,7 @@ func (m *memory) ReadAt(p []byte, off int64) (int, error) {
 
 // NextData implements [block.Mapper]. Pages that were never written make short runs of the others,
 // between which a migration can be interrupted.
-func (m *memory) NextData(off int64) (start, end int64, err error) {
+func (m *ram) NextData(off int64) (start, end int64, err error) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	size := m.Size()
@@ -58,7 +58,7 @@ func (m *memory) NextData(off int64) (start, end int64, err error) {
 	return start, end, nil
 }
 
-func (m *memory) WriteAt(p []byte, off int64) (int, error) {
+func (m *ram) WriteAt(p []byte, off int64) (int, error) {
 	if m.full.Load() {
 		return 0, syscall.ENOSPC
 	}
@@ -165,7 +165,11 @@ func (g *scripted) write(name string, page int64) error {
 	}
 	p := make([]byte, pageLen(name, page))
 	encodePage(p, name, page, version)
-	if _, err := g.devices[name].WriteAt(p, page*block.PageSize); err != nil {
+	_, err := g.devices[name].WriteAt(p, page*block.PageSize)
+	if block.NoRoom(err) {
+		return nil // the page is as before
+	}
+	if err != nil {
 		return err
 	}
 	g.ledger.version[name][page] = version
@@ -330,17 +334,16 @@ func (g *scripted) Mark(_ context.Context, s migrate.Phase, _ uuid.UUID) error {
 // receiver is the target of a scripted machine.
 type receiver struct {
 	*scripted
-	under    map[string]*memory
+	under    map[string]*ram
 	incoming map[string]*block.Incoming
-	cache    map[string]map[int64]string // what was put into the page cache, by page
-	backup   func(wire.Device) *Backup   // where there is one
-	bases    bool                        // its VMM needs nothing that has to arrive
+	backup   func(wire.Device) *Backup // where there is one
+	bases    bool                      // its VMM needs nothing that has to arrive
 	ran      atomic.Bool
 	done     bool
 }
 
 func newReceiver(l *ledger, seed uint64) *receiver {
-	r := &receiver{scripted: newScripted(l, "target", seed, map[string]block.Device{}), under: map[string]*memory{}, incoming: map[string]*block.Incoming{}, cache: map[string]map[int64]string{}}
+	r := &receiver{scripted: newScripted(l, "target", seed, map[string]block.Device{}), under: map[string]*ram{}, incoming: map[string]*block.Incoming{}}
 	r.paused = true
 	return r
 }
@@ -351,8 +354,8 @@ func (r *receiver) Accept(_ context.Context, m wire.Manifest, _ uuid.UUID) ([]Ta
 	}
 	var devices []TargetDevice
 	for _, d := range m.Devices {
-		r.under[d.Name] = newMemory(d.Size)
-		in := block.NewIncoming(r.under[d.Name], d.Name == "memory")
+		r.under[d.Name] = newRAM(d.Size)
+		in := block.NewIncoming(arriving{r.under[d.Name], r}, d.Name == "memory")
 		r.incoming[d.Name] = in
 		tracker := block.NewTracker(in, 64<<10)
 		td := TargetDevice{Held: wire.HoldsNothing, Device: in, First: d.Name == "state" && !r.bases}
@@ -361,48 +364,28 @@ func (r *receiver) Accept(_ context.Context, m wire.Manifest, _ uuid.UUID) ([]Ta
 		}
 		r.devices[d.Name] = tracker
 		if d.Name == "memory" {
-			cache := map[int64]string{}
-			r.cache[d.Name] = cache
-			td.Cache = func(p []byte, off int64) error {
-				for i := int64(0); i < int64(len(p)); i += block.PageSize {
-					cache[(off+i)/block.PageSize] = string(p[i : i+block.PageSize])
-				}
-				return r.fault("cache")
+			// what a missing page had before is gone
+			td.Evict = func(first, end int64) error {
+				_, err := r.under[d.Name].WriteAt(make([]byte, bytesOf(in, first, end)), first*block.PageSize)
+				return err
 			}
-			td.Uncache = func(off, length int64) error {
-				for i := int64(0); i < length; i += block.PageSize {
-					delete(cache, (off+i)/block.PageSize)
-				}
-				return nil
-			}
-			r.devices[d.Name] = &cachedMemory{Device: tracker, cache: cache}
 		}
 		devices = append(devices, td)
 	}
 	return devices, nil
 }
 
-// cachedMemory is a device with a page cache above it, as the kernel has.
-type cachedMemory struct {
-	block.Device
-	mu    sync.Mutex
-	cache map[int64]string
+// arriving is where pages are stored that arrive.
+type arriving struct {
+	*ram
+	r *receiver
 }
 
-func (c *cachedMemory) ReadAt(p []byte, off int64) (int, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if page, ok := c.cache[off/block.PageSize]; ok {
-		return copy(p, page), nil
+func (a arriving) WriteAt(p []byte, off int64) (int, error) {
+	if err := a.r.fault("store"); err != nil {
+		return 0, err
 	}
-	return c.Device.ReadAt(p, off)
-}
-
-func (c *cachedMemory) WriteAt(p []byte, off int64) (int, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.cache[off/block.PageSize] = string(p)
-	return c.Device.WriteAt(p, off)
+	return a.ram.WriteAt(p, off)
 }
 
 func (r *receiver) Start(context.Context) error { return r.fault("start") }
@@ -619,7 +602,7 @@ func newPair(t testing.TB, seed uint64, limits bounds, onState func(side string,
 		}
 	}}
 	for _, name := range scriptedNames {
-		tracker := block.NewTracker(newMemory(scriptedSize(name)), 64<<10)
+		tracker := block.NewTracker(newRAM(scriptedSize(name)), 64<<10)
 		devices[name] = tracker
 		c.Devices = append(c.Devices, SourceDevice{Name: name, Device: tracker, First: name == "state", Expiry: time.Millisecond, MaxDirtyBlocks: 1, MinCycles: 3, MaxCycles: 6, CycleThrottle: time.Millisecond})
 	}

@@ -201,7 +201,7 @@ func TestCatchUp(t *testing.T) {
 		}
 		return q
 	}
-	p.target.onCall("cache", func() error { time.Sleep(time.Millisecond); return nil })
+	p.target.onCall("store", func() error { time.Sleep(time.Millisecond); return nil })
 	// The last flush before the pause follows the wait; what was written meanwhile is sent after
 	// it.
 	behind, flushed := -1, -1

@@ -42,7 +42,7 @@ func (p *pair) arrive(t *testing.T, arrived *Target) {
 	if err := p.source.GoneError(); err != nil || p.source.Phase() != migrate.Moved {
 		t.Errorf("the source is %s, %v", p.source.Phase(), err)
 	}
-	p.conclude(t, p.source.Phase(), arrived)
+	p.conclude(t, p.moved(), arrived)
 }
 
 // What was on its way when a connection broke in post-copy is sent again, and only that.

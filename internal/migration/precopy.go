@@ -91,9 +91,9 @@ func (o *outgoing) pend(ctx context.Context, d *outgoingDevice) error {
 	case len(d.contents) > 0:
 		return d.pendChanged(ctx)
 	case d.holds:
-		pages := d.Overlay.BlockSize() / block.PageSize
-		for b := range d.Overlay.Present().All() {
-			d.pending.SetRange(b*pages, min((b+1)*pages, d.pending.Len()))
+		d.pending.Add(d.Overlay.Pages())
+		if d.Memory != nil {
+			d.pending.Add(d.Memory.Unsaved())
 		}
 		return nil
 	}

@@ -68,7 +68,7 @@ func newGoods(t *testing.T, seed byte) (*Offer, map[string][]byte) {
 			_, _ = rng.Read(p[i:min(len(p), i+1<<16)])
 			copy(p[min(len(p), i+1<<16):min(len(p), i+2<<16)], bytes.Repeat([]byte("text "), 1<<14))
 		}
-		d := newMemory(int64(len(p)))
+		d := newRAM(int64(len(p)))
 		copy(d.data, p)
 		c, err := block.Hash(t.Context(), d)
 		if err != nil {

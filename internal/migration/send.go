@@ -224,8 +224,11 @@ const (
 
 var zeroPageHash = hashPage(make([]byte, block.PageSize))
 
-// hashPage never returns 0.
-func hashPage(p []byte) uint64 { return max(1, xxh3.Hash(p)) }
+// unknown stands for the hash of a page that the target has in some way.
+const unknown = 1
+
+// hashPage returns neither 0 nor unknown.
+func hashPage(p []byte) uint64 { return max(unknown+1, xxh3.Hash(p)) }
 
 // pages are consecutive pages of a device, at most maxRun, and the reason why they are sent.
 type pages struct {
@@ -290,9 +293,11 @@ func (s *sender) classify(of pages, data []byte, page int64) kind {
 	p := data[from:min(from+block.PageSize, int64(len(data)))]
 	hash, held := s.hashes[page-of.first], of.held[page]
 	if of.why == purposePreCopy {
-		// What is sent after the handoff may be lost with its connection. Only what is sent before
-		// is known to have arrived.
 		of.held[page] = hash
+	} else if held != 0 {
+		// The target has given up what it had of a page that was missing at the handoff, and what is
+		// sent after the handoff may be lost with its connection.
+		held = unknown
 	}
 	zero := hash == zeroPageHash && allZero(p)
 	switch {

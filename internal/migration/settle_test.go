@@ -245,7 +245,7 @@ func (nobodyVM) Discard(context.Context) error                        { return n
 // the target tells what the base contains.
 func TestAbsentBase(t *testing.T) {
 	const size = 40*block.ContentBlockSize - 100
-	base := newMemory(size)
+	base := newRAM(size)
 	for i := range base.data[:30*block.ContentBlockSize] {
 		base.data[i] = byte(i * 7 >> 3)
 	}
@@ -268,9 +268,9 @@ func TestAbsentBase(t *testing.T) {
 		{name: "contents withheld", origin: contents.Device, withheld: true, want: "not those of its base"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			held := newMemory(size)
+			held := newRAM(size)
 			copy(held.data, base.data)
-			here := newMemory(size)
+			here := newRAM(size)
 			copy(here.data, base.data)
 			here.data[5], here.data[20*block.ContentBlockSize] = 99, 99
 			clear(here.data[7*block.ContentBlockSize:][:block.ContentBlockSize]) // zeros where the base has none

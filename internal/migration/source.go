@@ -16,6 +16,7 @@ import (
 
 	"drafter/internal/block"
 	"drafter/internal/logging"
+	"drafter/internal/memory"
 	"drafter/internal/wire"
 	"drafter/migrate"
 	"drafter/transport"
@@ -56,6 +57,7 @@ type SourceDevice struct {
 	Name    string
 	Device  *block.Tracker // through which all writes go
 	Overlay *block.Overlay // the overlay of Device; nil when it has no base
+	Memory  *memory.Device // of Device, if that is guest memory
 	Base    block.ID       // content id of the overlay's base; zero when there is none
 	// without a base here: content id of the base that the device was made from; zero when that is
 	// not known

@@ -96,7 +96,11 @@ func TestStrangersKeepNoTargetOut(t *testing.T) {
 	if err != nil {
 		t.Fatalf("source %s: %v", p.source.Phase(), err)
 	}
-	if err := target.Wait(); err != nil || p.source.Phase() != migrate.Moved || target.Phase() != migrate.Moved {
+	err = target.Wait()
+	if err == nil {
+		<-p.source.Gone() // which is so a moment after it has told the target
+	}
+	if err != nil || p.source.Phase() != migrate.Moved || target.Phase() != migrate.Moved {
 		t.Errorf("source %s, target %s, %v", p.source.Phase(), target.Phase(), err)
 	}
 	stop()

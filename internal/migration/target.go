@@ -52,10 +52,12 @@ type TargetDevice struct {
 	Backup *Backup         // where to get the content that is held; of [wire.HoldsBackup] only
 	Base   *block.Contents // of a base that is held and that the source lacks; else nil
 
-	// Cache, if not nil, puts pages that have arrived into the VM's page cache; Uncache removes
-	// them. Both are called before the handoff only.
-	Cache   func(p []byte, off int64) error
-	Uncache func(off, length int64) error
+	// Warm, if not nil, brings what is held nearer to the VM, until ctx ends. It is called before
+	// the handoff.
+	Warm func(ctx context.Context) error
+	// Evict, if not nil, makes pages missing that have not arrived, from first on and before end,
+	// whatever is there of them. It is called at the handoff.
+	Evict func(first, end int64) error
 
 	// Persist, if not nil, notes durably which pages are missing; see [block.Incoming.Open].
 	Persist func(missing *block.Bitmap) error
@@ -374,9 +376,6 @@ func (t *Target) preflight(ctx context.Context) (migrate.Phase, error) {
 		in := &incomingDevice{TargetDevice: d, name: m.Devices[i].Name, index: i}
 		if d.Device != nil {
 			in.asked = block.NewBitmap(block.Pages(d.Device))
-			if d.Cache != nil {
-				in.cached = block.NewBitmap(block.Pages(d.Device))
-			}
 		}
 		incoming = append(incoming, in)
 		t.sizes = append(t.sizes, m.Devices[i].Size)

@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"drafter/internal/block"
+	"drafter/internal/memory"
 	"drafter/internal/newfile"
 	"drafter/internal/private"
 	"drafter/internal/wire"
@@ -23,7 +24,7 @@ type Files struct {
 	Overlay   string // empty to write to the base
 	State     string // says which blocks the overlay holds
 	BlockSize int64  // bytes; of the tracker, and of a new overlay. 0: that of the existing overlay
-	Paged     bool   // a new overlay has blocks of a page instead
+	Memory    bool   // it is guest memory; a new overlay has blocks of a page
 	Shared    bool   // others use the base at the same time: it is not locked
 	Remedy    string // remedy for a device that never wholly arrived, for messages
 
@@ -78,6 +79,7 @@ type Stack struct {
 	Incoming *block.Incoming // nil unless a migration brought the device
 	Pulled   *block.Pulled   // nil unless the base is being pulled
 	Contents *block.Contents // of the base, if a migration came whose source lacks it; else nil
+	Memory   *memory.Device  // nil unless it is guest memory
 	Backlog  *block.Backlog  // writes that wait for room on the device's file system
 
 	created []func() error // remove the files that were made for it
@@ -98,8 +100,12 @@ func (f *Files) Open(ctx context.Context) (*Stack, error) {
 				return nil, errors.Join(err, base.Close())
 			}
 		}
-		backlog := block.NewBacklog(base, f.Base)
-		return &Stack{Tracker: block.NewTracker(backlog, f.trackedBlockSize()), Backlog: backlog}, nil
+		s := &Stack{Backlog: block.NewBacklog(base, f.Base)}
+		f.track(s, s.Backlog, nil)
+		if f.Memory {
+			s.Memory.Over(base, nil)
+		}
+		return s, nil
 	}
 	base, under, id, err := f.beneath(ctx)
 	if err != nil {
@@ -264,7 +270,7 @@ func (f *Files) contents(ctx context.Context, base *block.File) (*block.Contents
 // and the tracker.
 func (f *Files) overlayOver(base block.Device, under, id, origin block.ID, receive func(block.Device) *block.Incoming) (*Stack, error) {
 	blockSize := f.BlockSize
-	if f.Paged && blockSize != 0 { // with 0, none is made
+	if f.Memory && blockSize != 0 { // with 0, none is made
 		blockSize = block.PageSize
 	}
 	paths := f.OverlayPaths()
@@ -274,14 +280,32 @@ func (f *Files) overlayOver(base block.Device, under, id, origin block.ID, recei
 		return nil, err
 	}
 	s := &Stack{Overlay: overlay, Base: id, Origin: overlay.Origin(), Backlog: overlay.Backlog()}
-	if receive == nil {
-		s.Tracker = block.NewTracker(overlay, f.trackedBlockSize())
-		return s, nil
+	f.track(s, overlay, receive)
+	if file, ok := base.(*block.File); ok && f.Memory && receive == nil {
+		s.Memory.Over(file, overlay.Pages)
 	}
-	s.Incoming = receive(overlay)
-	s.Tracker = block.NewTracker(s.Incoming, f.trackedBlockSize())
-	s.created = append(s.created, func() error { return block.RemoveOverlay(f.OverlayPaths()) })
+	if receive != nil {
+		s.created = append(s.created, func() error { return block.RemoveOverlay(f.OverlayPaths()) })
+	}
 	return s, nil
+}
+
+// track puts the layers on what a device is stored in. receive, if not nil, makes the one that
+// stores arriving pages.
+func (f *Files) track(s *Stack, stored block.Device, receive func(block.Device) *block.Incoming) {
+	top := stored
+	if f.Memory {
+		s.Memory = memory.New(stored)
+		top = s.Memory
+	}
+	if receive != nil {
+		s.Incoming = receive(top)
+		top = s.Incoming
+	}
+	s.Tracker = block.NewTracker(top, f.trackedBlockSize())
+	if f.Memory {
+		s.Memory.Under(s.Tracker)
+	}
 }
 
 // Receive opens a device for a migration to here. receive makes the device that stores arriving
@@ -298,9 +322,8 @@ func (f *Files) Receive(ctx context.Context, offered wire.Device, receive func(u
 		if err := base.Lock(true); err != nil {
 			return nil, 0, errors.Join(err, base.Close())
 		}
-		backlog := block.NewBacklog(base, f.Base)
-		s := &Stack{Incoming: receive(backlog), Backlog: backlog, created: []func() error{func() error { return os.Remove(f.Base) }}}
-		s.Tracker = block.NewTracker(s.Incoming, f.trackedBlockSize())
+		s := &Stack{Backlog: block.NewBacklog(base, f.Base), created: []func() error{func() error { return os.Remove(f.Base) }}}
+		f.track(s, s.Backlog, receive)
 		return s, wire.HoldsNothing, nil
 	}
 	if _, err := os.Stat(f.Base); errors.Is(err, os.ErrNotExist) || offered.Base == (block.ID{}) {

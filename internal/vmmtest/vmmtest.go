@@ -22,6 +22,8 @@ import (
 	"github.com/containerd/ttrpc"
 
 	"drafter/agent"
+	"drafter/internal/block"
+	"drafter/internal/memory"
 	"drafter/vmm"
 )
 
@@ -54,7 +56,8 @@ type Driver struct {
 	At func(ctx context.Context, s Step, m *Machine) error
 
 	Silent bool // whether nobody serves the guest's ports
-	Serves bool // whether restored machines are served their memory
+	// machines boot with their memory in a file; others map the memory device's
+	BootsFile bool
 
 	mu       sync.Mutex
 	steps    []Step
@@ -70,8 +73,8 @@ var Hardware = vmm.Hardware{VMM: Name, Version: "1", Machine: "test-1", CPU: "te
 // Name implements [vmm.Driver].
 func (d *Driver) Name() string { return Name }
 
-// ServesMemory implements [vmm.MemoryServer].
-func (d *Driver) ServesMemory() bool { return d.Serves }
+// BootsFromFile implements [vmm.FileBooter].
+func (d *Driver) BootsFromFile() bool { return d.BootsFile }
 
 // Steps are those that were begun, in order.
 func (d *Driver) Steps() []Step {
@@ -124,8 +127,13 @@ func (d *Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) 
 	if err := d.begin(ctx, Launch, nil); err != nil {
 		return nil, err
 	}
-	if l.Boot == nil && d.Serves != (l.MemoryDevice != nil) || l.Boot != nil && l.Memory == "" {
-		d.T.Errorf("launched with memory %q and device %v", l.Memory, l.MemoryDevice)
+	if inFile := l.Boot != nil && d.BootsFile; inFile != (l.Memory == nil) || inFile != (l.MemoryFile != "") {
+		d.T.Errorf("launched with memory %v and file %q", l.Memory, l.MemoryFile)
+	}
+	if l.Memory != nil && !d.BootsFile {
+		if err := l.Memory.(*memory.Device).Share(); err != nil {
+			return nil, err
+		}
 	}
 	m := &Machine{Launched: l, driver: d, done: make(chan struct{}), running: l.Boot != nil, restored: l.Boot != nil}
 	if m.running {
@@ -228,31 +236,23 @@ func (m *Machine) step(ctx context.Context, s Step, running bool) error {
 }
 
 // memory opens the guest's memory.
-func (m *Machine) memory() (vmm.MemoryDevice, error) {
-	if m.Launched.MemoryDevice != nil && m.Launched.Boot == nil {
-		return held{m.Launched.MemoryDevice}, nil
+func (m *Machine) memory() (readWriter, error) {
+	if m.Launched.Memory != nil {
+		return held{m.Launched.Memory.(*memory.Device).Top()}, nil
 	}
-	f, err := os.OpenFile(m.Launched.Memory, os.O_RDWR, 0)
-	if err != nil {
-		return nil, err
-	}
-	return file{f}, nil
+	return os.OpenFile(m.Launched.MemoryFile, os.O_RDWR, 0)
+}
+
+type readWriter interface {
+	io.ReaderAt
+	io.WriterAt
+	io.Closer
 }
 
 // held is a device that stays its owner's.
-type held struct{ vmm.MemoryDevice }
+type held struct{ block.Device }
 
 func (held) Close() error { return nil }
-
-type file struct{ *os.File }
-
-func (f file) Size() int64 {
-	info, err := f.Stat()
-	if err != nil {
-		return 0
-	}
-	return info.Size()
-}
 
 // Restore implements [vmm.Machine].
 func (m *Machine) Restore(ctx context.Context, state io.Reader) error {
@@ -352,7 +352,11 @@ func (m *Machine) Flush(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	_, err = memory.WriteAt(m.saved(), 0)
+	page := make([]byte, block.PageSize)
+	if _, err = memory.ReadAt(page, 0); err == nil {
+		copy(page, m.saved())
+		_, err = memory.WriteAt(page, 0)
+	}
 	return errors.Join(err, memory.Close())
 }
 

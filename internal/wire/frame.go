@@ -19,7 +19,7 @@ import (
 )
 
 // Version is the version of the protocol. Both sides must speak the same.
-const Version = 1
+const Version = 2
 
 // Type says what a frame is.
 type Type uint8

@@ -1,7 +1,7 @@
 // Package firecracker drives unmodified releases of Firecracker, behind their jailer.
 //
 // A machine that boots has memory of its own, and boots only to be snapshotted. Every other machine
-// is restored: package uffd serves its memory from the memory device, a page at a time, and knows
+// is restored: package memory serves its memory from the memory device, a page at a time, and knows
 // which pages it writes while it runs.
 package firecracker
 
@@ -24,8 +24,8 @@ import (
 	"drafter/internal/console"
 	"drafter/internal/kind"
 	"drafter/internal/logging"
+	"drafter/internal/memory"
 	"drafter/internal/process"
-	"drafter/internal/uffd"
 	"drafter/vmm"
 )
 
@@ -38,16 +38,16 @@ type Driver struct {
 }
 
 var (
-	_ vmm.Driver       = Driver{}
-	_ vmm.Checker      = Driver{}
-	_ vmm.MemoryServer = Driver{}
+	_ vmm.Driver     = Driver{}
+	_ vmm.Checker    = Driver{}
+	_ vmm.FileBooter = Driver{}
 )
 
 // Name implements [vmm.Driver].
 func (Driver) Name() string { return vmm.VMMFirecracker }
 
-// ServesMemory implements [vmm.MemoryServer].
-func (Driver) ServesMemory() bool { return true }
+// BootsFromFile implements [vmm.FileBooter].
+func (Driver) BootsFromFile() bool { return true }
 
 // Machine types. Pages of 2 MiB are a property of the saved state.
 const (
@@ -122,8 +122,12 @@ func (d Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
 	if l.MemorySize%(1<<20) != 0 || l.HugePages && l.MemorySize%(2<<20) != 0 {
 		return nil, fmt.Errorf("memory of %d bytes is not a whole number of pages and MiB", l.MemorySize)
 	}
+	device, ok := l.Memory.(*memory.Device)
+	if ok == (l.Boot != nil) {
+		return nil, errors.New("a machine boots with its memory in a file, and is restored with a memory device of Drafter's")
+	}
 	l.Logger = logging.Or(l.Logger)
-	m := &Machine{launch: l, ended: make(chan struct{}), hardware: vmm.Hardware{
+	m := &Machine{launch: l, device: device, ended: make(chan struct{}), hardware: vmm.Hardware{
 		VMM: vmm.VMMFirecracker, Version: v.String(), Machine: machine, CPU: "None", Accel: vmm.AccelKVM,
 	}}
 	var config *cpuConfig
@@ -142,7 +146,13 @@ func (d Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
 		m.hardware.CPU = config.name
 	}
 	m.huge = m.hardware.Machine == machineHuge
-	m.logsDirty = m.huge || d.untracked || !uffd.CanTrack()
+	m.logsDirty = m.huge || d.untracked || !memory.CanTrack()
+	switch {
+	case l.Tracking == vmm.TrackScan:
+		return nil, errors.New("--track-writes scan is not for Firecracker, which makes its userfaultfd itself; choose auto")
+	case l.Tracking == vmm.TrackFaults && m.logsDirty:
+		return nil, errors.New("--track-writes faults is neither for huge pages nor for kernels before 5.7; choose auto")
+	}
 	if err := m.start(ctx, bin, jailer); err != nil {
 		return nil, errors.Join(err, m.Close())
 	}
@@ -201,7 +211,8 @@ type Machine struct {
 	process *process.Process
 	api     *api
 	ports   ports
-	uffd    *net.UnixListener // nil when booting
+	device  *memory.Device    // nil when booting
+	uffd    *net.UnixListener // nil likewise
 	fifos   []*os.File        // log and metrics
 	console *console.Console
 	last    *console.LastLines // of stderr and log
@@ -210,7 +221,7 @@ type Machine struct {
 	ended   chan struct{}  // closed when the process and all workers have ended
 
 	mu      sync.Mutex
-	memory  *uffd.Handler // nil until Restore
+	memory  *memory.Handler // nil until Restore
 	paused  bool
 	written int64 // by the guest between the last two deltas of a running VM, in bytes
 	vain    bool  // it writes as fast as deltas are made

@@ -19,6 +19,7 @@ import (
 
 	"drafter/internal/await"
 	"drafter/internal/block"
+	"drafter/internal/memory"
 	"drafter/internal/need"
 	"drafter/vmm"
 )
@@ -79,9 +80,9 @@ func launch(t *testing.T, output *output) vmm.Launch {
 		}
 	})
 	l := vmm.Launch{
-		Dir: dir, Board: vmm.Board{CPUs: 1, MemorySize: 8 << 20, Ports: []uint32{26}}, Devices: vmm.Devices{Memory: filepath.Join(base, "memory")}, Output: output,
+		Dir: dir, Board: vmm.Board{CPUs: 1, MemorySize: 8 << 20, Ports: []uint32{26}}, Devices: vmm.Devices{MemoryFile: filepath.Join(base, "memory")}, Output: output,
 	}
-	for _, path := range []string{l.Memory, filepath.Join(base, "disk"), filepath.Join(base, "kernel")} {
+	for _, path := range []string{l.MemoryFile, filepath.Join(base, "disk"), filepath.Join(base, "kernel")} {
 		if err := os.WriteFile(path, nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -174,20 +175,21 @@ func TestLifeCycle(t *testing.T) {
 			noErrors(t, m.Pause(ctx), m.Flush(ctx), m.Save(ctx, state), m.Flush(ctx))
 			hw := m.Hardware()
 			noErrors(t, m.Close(), m.Close(), m.Wait())
-			memory, err := block.OpenFile(l.Memory, false)
+			file, err := block.OpenFile(l.MemoryFile, false)
 			noErrors(t, err)
-			defer memory.Close()
-			pages(t, memory, 1)
+			pages(t, file, 1)
+			device := memory.New(file)
+			defer device.Close()
 			for run := 2; run < 6; run++ {
 				l := launch(t, out)
-				l.Recorded, l.Memory, l.MemoryDevice, l.FillMemory = &hw, "", memory, run%2 == 1
+				l.Recorded, l.Memory, l.MemoryFile, l.FillMemory = &hw, device, "", run%2 == 1
 				m, err := d.Launch(ctx, l)
 				noErrors(t, err)
 				noErrors(t, m.Restore(ctx, bytes.NewReader(state.Bytes())), m.Resume(ctx))
 				called(t, m, run)
 				noErrors(t, m.Flush(ctx)) // while it runs
 				if !untracked {
-					pages(t, memory, run)
+					pages(t, device, run)
 				}
 				noErrors(t, m.Pause(ctx))
 				state.Reset()
@@ -195,9 +197,9 @@ func TestLifeCycle(t *testing.T) {
 				if untracked { // each pause for a delta made another run
 					*state = *bytes.NewBuffer(rewind(t, state.Bytes(), run))
 				} else {
-					pages(t, memory, run)
+					pages(t, device, run)
 				}
-				noErrors(t, m.Close(), m.Wait())
+				noErrors(t, device.Sync(), m.Close(), m.Wait())
 			}
 		})
 	}
@@ -266,12 +268,12 @@ func TestRefused(t *testing.T) {
 func TestLostMemory(t *testing.T) {
 	d := programs(t, "1.14.2", "none")
 	l := launch(t, &output{})
-	memory, err := block.OpenFile(l.Memory, false)
+	file, err := block.OpenFile(l.MemoryFile, false)
 	noErrors(t, err)
-	defer memory.Close()
 	hw := vmm.Hardware{VMM: vmm.VMMFirecracker, Version: "1.14.2", Machine: machine, CPU: "None"}
-	device := &losing{Device: memory}
-	l.Recorded, l.Memory, l.MemoryDevice = &hw, "", device
+	device := &losing{Device: file}
+	l.Recorded, l.Memory, l.MemoryFile = &hw, memory.New(device), ""
+	defer l.Memory.Close()
 	m, err := d.Launch(t.Context(), l)
 	noErrors(t, err)
 	s := &standIn{state: "Paused", dirty: map[int]bool{}, memory: make([]byte, 4096)}

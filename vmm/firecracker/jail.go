@@ -47,7 +47,7 @@ func newJail(l *vmm.Launch, program string) (*jail, error) {
 		files[diskFile(d.Name)] = d.Path
 	}
 	if l.Boot != nil {
-		files[jailMemory] = l.Memory
+		files[jailMemory] = l.MemoryFile
 	}
 	for name, path := range files {
 		if err := j.lend(l, path, name, true); err != nil {

@@ -11,8 +11,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"drafter/internal/memory"
 	"drafter/internal/sparse"
-	"drafter/internal/uffd"
 	"drafter/vmm"
 )
 
@@ -64,15 +64,21 @@ func (m *Machine) serveMemory(first []uint32) error {
 	if err := conn.SetDeadline(time.Now().Add(startTimeout)); err != nil {
 		return errors.Join(err, conn.Close())
 	}
-	h, err := uffd.Serve(conn, m.process.PID(), uffd.Config{Memory: m.launch.MemoryDevice, Track: !m.logsDirty, First: first, Fill: m.launch.FillMemory})
+	c := memory.Config{Device: m.device, Track: memory.TrackAuto}
+	if m.logsDirty {
+		c.Track = memory.TrackNone
+	}
+	h, err := memory.Serve(conn, m.process.PID(), c)
 	if err = errors.Join(err, conn.Close()); err != nil {
 		return err
 	}
+	h.Enter()
+	h.Fill(first, m.launch.FillMemory)
 	m.mu.Lock()
 	m.memory = h
 	m.mu.Unlock()
 	m.workers.Go(func() { m.watchMemory(h) })
-	if !m.logsDirty && !h.Tracked() {
+	if !m.logsDirty && h.Tracking() == memory.TrackNone {
 		return errors.New("this kernel says that it can write-protect memory, but refuses it (userfaultfd); upgrade it")
 	}
 	return nil
@@ -80,7 +86,7 @@ func (m *Machine) serveMemory(first []uint32) error {
 
 // watchMemory ends a VM whose memory cannot be served any more. Otherwise it would stand still for
 // ever.
-func (m *Machine) watchMemory(h *uffd.Handler) {
+func (m *Machine) watchMemory(h *memory.Handler) {
 	select {
 	case <-h.Failed():
 		m.mu.Lock()
@@ -99,7 +105,7 @@ func (m *Machine) Flush(ctx context.Context) error {
 	m.mu.Lock()
 	h, paused, vain := m.memory, m.paused, m.vain
 	m.mu.Unlock()
-	if h != nil && h.Tracked() {
+	if h != nil && h.Tracking() != memory.TrackNone {
 		if err := h.Collect(ctx); err != nil {
 			return m.orExit(err)
 		}
@@ -130,11 +136,11 @@ var _ vmm.FlushPauser = (*Machine)(nil)
 func (m *Machine) FlushPauses() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.memory == nil || !m.memory.Tracked()
+	return m.memory == nil || m.memory.Tracking() == memory.TrackNone
 }
 
-// delta writes to the memory device what a paused VM has written since the last time, by a
-// snapshot, and returns how many bytes that was.
+// delta tells the memory device what a paused VM has written since the last time, by a snapshot, and
+// returns how many bytes that was.
 func (m *Machine) delta(ctx context.Context) (written int64, err error) {
 	s := snapshotCreate{SnapshotType: "Diff", SnapshotPath: "/" + jailSnapshot + "/state"}
 	if m.launch.Boot != nil {
@@ -159,18 +165,9 @@ func (m *Machine) delta(ctx context.Context) (written int64, err error) {
 	if err != nil {
 		return 0, fmt.Errorf("read memory's changes: %w", err)
 	}
-	b := make([]byte, 1<<20)
 	for _, e := range extents {
-		for from, end := e.Offset, e.Offset+e.Length; from < end; {
-			n, err := f.ReadAt(b[:min(end-from, int64(len(b)))], from)
-			if err == nil {
-				_, err = m.launch.MemoryDevice.WriteAt(b[:n], from)
-			}
-			if err != nil {
-				return written, fmt.Errorf("store memory's changes: %w", err)
-			}
-			from, written = from+int64(n), written+int64(n)
-		}
+		m.device.Written(e.Offset, e.Length)
+		written += e.Length
 	}
 	return written, nil
 }

@@ -38,8 +38,8 @@ const (
 // microvm has eight virtio-mmio slots, three of which are ours.
 const maxMicroVMDisks = 5
 
-// The descriptors of every VMM process: those of the ports in their order, then the tap device if
-// there is one.
+// The descriptors of every VMM process: those of the ports in their order, those of its memory (see
+// memoryFiles), then the tap device if there is one.
 const (
 	fdQMP = 3 + iota
 	fdConsole
@@ -85,10 +85,13 @@ func arguments(l *vmm.Launch, hw vmm.Hardware) ([]string, error) {
 	a.add("-smp", strconv.Itoa(l.CPUs))
 	a.add("-m", fmt.Sprintf("%dB", l.MemorySize))
 	size := strconv.FormatInt(l.MemorySize, 10)
-	if l.Memory == "" {
+	switch {
+	case l.Memory == nil:
 		a.add("-object", options("memory-backend-ram,id=memory", "size", size))
-	} else {
-		a.add("-object", options("memory-backend-file,id=memory,share=on", "size", size, "mem-path", jailMemory))
+	case l.HugePages:
+		a.add("-object", options("memory-backend-memfd,id=memory,share=on,hugetlb=on,hugetlbsize=2M", "size", size))
+	default: // see serveMemory
+		a.add("-object", options("memory-backend-memfd,id=memory,share=on", "size", size))
 	}
 	if !micro {
 		guid := "auto"
@@ -110,11 +113,13 @@ func arguments(l *vmm.Launch, hw vmm.Hardware) ([]string, error) {
 	}
 	if l.Boot == nil {
 		a.add("-incoming", "defer")
+	}
+	if l.Boot == nil || l.Memory != nil {
 		a.add("-S")
 	}
 
 	if l.Interface != "" {
-		a.add("-netdev", fmt.Sprintf("tap,id=net,fd=%d", fdPorts+len(l.Ports)))
+		a.add("-netdev", fmt.Sprintf("tap,id=net,fd=%d", fdPorts+len(l.Ports)+memoryFiles(l)))
 		// No option ROM: nothing boots from the network.
 		a.virtio("net", slotNet, "netdev=net,romfile=", "mac", l.MAC)
 	}

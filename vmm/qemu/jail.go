@@ -15,7 +15,6 @@ import (
 
 // Names in the root directory that QEMU sees.
 const (
-	jailMemory = "/memory"
 	jailKernel = "/kernel"
 	jailInitrd = "/initrd"
 )
@@ -36,9 +35,6 @@ func (d Driver) jail(l *vmm.Launch, program, accel string) (*process.Root, error
 		return l.Dir.Lend(path, l.UID, l.GID, write)
 	}
 	err := lend(l.Kernel, jailKernel, false)
-	if l.Memory != "" {
-		err = errors.Join(err, lend(l.Memory, jailMemory, true))
-	}
 	for _, disk := range l.Disks {
 		err = errors.Join(err, lend(disk.Path, jailDisk(disk.Name), true))
 	}

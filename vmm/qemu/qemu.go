@@ -22,10 +22,9 @@ import (
 
 	"drafter/agent"
 	"drafter/internal/console"
-	"drafter/internal/fusemount"
 	"drafter/internal/kind"
 	"drafter/internal/logging"
-	"drafter/internal/private"
+	"drafter/internal/memory"
 	"drafter/internal/process"
 	"drafter/vmm"
 )
@@ -141,11 +140,12 @@ func (d Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
 	if err != nil {
 		return nil, err
 	}
-	if d.Own != (l.Memory == "") {
-		return nil, errors.New("a machine has either memory of its own or a memory device")
+	device, ok := l.Memory.(*memory.Device)
+	if d.Own == ok {
+		return nil, errors.New("a machine has either memory of its own or a memory device of Drafter's")
 	}
 	l.Logger = logging.Or(l.Logger)
-	m := &Machine{launch: l, hardware: hw, ended: make(chan struct{}), migration: make(chan string, 16), stalls: make(chan diskError, 1), resets: newResets()}
+	m := &Machine{launch: l, device: device, hardware: hw, ended: make(chan struct{}), migration: make(chan string, 16), stalls: make(chan diskError, 1), stops: make(chan struct{}, 1), resets: newResets()}
 	root, err := d.jail(&l, path, hw.Accel)
 	if err == nil {
 		err = m.start(ctx, path, args, root)
@@ -230,18 +230,23 @@ type Machine struct {
 	launch   vmm.Launch
 	hardware vmm.Hardware
 
-	memory   *os.File         // the memory device; nil when there is none
-	flusher  *fusemount.Apart // of it, for Flush
-	incoming *os.File         // where Restore writes the state; nil before await, and after Restore
+	device   *memory.Device  // nil for a machine with memory of its own
+	memory   *memory.Handler // serves it; nil likewise
+	private  bool            // it is a private mapping of what the memory device is stored in
+	lost     error           // why memory could not be served
+	incoming *os.File        // where Restore writes the state; nil before await, and after Restore
 
 	paused   atomic.Bool
 	running  sync.Mutex // held while the vCPUs are let go or stopped
-	saving   sync.Mutex // guards outgoing
-	outgoing *os.File   // where Save reads the state; nil before prepareSave, and after Save
-	process  *process.Process
-	qmp      *qmp
-	console  *console.Console
-	stderr   *console.LastLines
+	saving   sync.Mutex // guards the following
+	outgoing *os.File   // where a save reads the state; nil before prepareSave, and after the save
+	begun    *save      // nil unless PauseToSave was called, and neither Save nor Resume since
+
+	stops   chan struct{} // of the vCPUs: holds a token after one
+	process *process.Process
+	qmp     *qmp
+	console *console.Console
+	stderr  *console.LastLines
 
 	workers   sync.WaitGroup // console, stderr and event readers
 	migration chan string    // status values of MIGRATION events
@@ -263,15 +268,6 @@ var _ vmm.Machine = (*Machine)(nil)
 
 func (m *Machine) start(ctx context.Context, path string, args []string, root *process.Root) (err error) {
 	l := &m.launch
-	if l.Memory != "" {
-		if m.memory, err = private.Open(l.Memory, os.O_RDWR); err != nil {
-			return fmt.Errorf("open memory device: %w", err)
-		}
-		// The device's server may be this process.
-		if m.flusher, err = fusemount.NewApart(m.memory); err != nil {
-			return fmt.Errorf("open memory device: %w", err)
-		}
-	}
 	qmpConn, qmpFile, err := socketPair()
 	if err != nil {
 		return fmt.Errorf("create QMP socket: %w", err)
@@ -292,6 +288,11 @@ func (m *Machine) start(ctx context.Context, path string, args []string, root *p
 			break
 		}
 		theirs = append(theirs, f)
+	}
+	if err == nil && l.Memory != nil {
+		var files []*os.File
+		files, err = m.openMemory()
+		theirs = append(theirs, files...)
 	}
 	if err == nil {
 		m.process, err = process.Start(process.Config{
@@ -342,7 +343,16 @@ func (m *Machine) start(ctx context.Context, path string, args []string, root *p
 			return err
 		}
 	}
-	return m.configureMigration(ctx)
+	if err := m.configureMigration(ctx); err != nil || l.Memory == nil {
+		return err
+	}
+	if err := m.serveMemory(); err != nil {
+		return m.orExit(fmt.Errorf("serve memory: %w", err))
+	}
+	if l.Boot != nil {
+		return m.command(ctx, "cont", nil)
+	}
+	return nil
 }
 
 // tunables lets QEMU's heap grow by huge pages (see the GNU C Library manual, "Memory Allocation
@@ -380,6 +390,8 @@ func (m *Machine) supervise() {
 	m.mu.Lock()
 	switch {
 	case m.closing:
+	case m.lost != nil:
+		m.exit = fmt.Errorf("the VM was ended, as its memory was lost: %w", m.lost)
 	case err == nil && m.shutdown == "guest-shutdown":
 	case err == nil && m.shutdown == "guest-reset" && m.launch.Reboot != nil:
 		m.exit = fmt.Errorf("the guest rebooted again and again%s", m.console.Tail())
@@ -406,6 +418,11 @@ func (m *Machine) watch() {
 				m.mu.Lock()
 				m.shutdown = data.Reason
 				m.mu.Unlock()
+			}
+		case "STOP":
+			select {
+			case m.stops <- struct{}{}:
+			default:
 			}
 		case "RESET":
 			m.rebooted()
@@ -457,6 +474,9 @@ func (m *Machine) Hardware() vmm.Hardware { return m.hardware }
 
 // Resume implements [vmm.Machine].
 func (m *Machine) Resume(ctx context.Context) error {
+	if err := m.giveUpSave(ctx); err != nil {
+		return err
+	}
 	m.running.Lock()
 	defer m.running.Unlock()
 	m.paused.Store(false)
@@ -474,83 +494,16 @@ func (m *Machine) Pause(ctx context.Context) error {
 	return nil
 }
 
-// flushWindow is how much of memory is written back at once, in bytes. A guest that writes to a
-// page which is being written back waits for it.
-const flushWindow = 4 << 20
-
-// Flush implements [vmm.Machine]. It does not pause the guest: memory is a shared mapping of the
-// device, which is written back, most of it in pieces.
+// Flush implements [vmm.Machine]. It does not pause the guest. While the guest runs it also prepares
+// Save.
 func (m *Machine) Flush(ctx context.Context) error {
-	if !m.paused.Load() { // then Save need not do it
+	if !m.paused.Load() {
 		if err := m.prepareSave(ctx); err != nil {
 			return err
 		}
 	}
-	err := m.flusher.Do(func(fd int) error {
-		for off := int64(0); off < m.launch.MemorySize && ctx.Err() == nil && !m.paused.Load(); off += flushWindow {
-			const how = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
-			if err := unix.SyncFileRange(fd, off, flushWindow, how); err != nil {
-				return err
-			}
-		}
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		return unix.Fsync(fd)
-	})
-	if err != nil {
-		return fmt.Errorf("flush memory device %s: %w", m.launch.Memory, err)
-	}
-	return nil
-}
-
-// outgoingName is a file's name within QEMU, of which each is used once.
-const outgoingName = "save"
-
-// prepareSave does what Save needs before the VM is paused.
-func (m *Machine) prepareSave(ctx context.Context) error {
-	m.saving.Lock()
-	defer m.saving.Unlock()
-	if m.outgoing != nil {
-		return nil
-	}
-	r, w, err := statePipe()
-	if err != nil {
-		return fmt.Errorf("prepare to save state: %w", err)
-	}
-	if err := errors.Join(m.command(ctx, "getfd", map[string]any{"fdname": outgoingName}, w), w.Close()); err != nil {
-		return errors.Join(fmt.Errorf("prepare to save state: %w", err), r.Close())
-	}
-	m.outgoing = r
-	return nil
-}
-
-// Save implements [vmm.Machine]. While QEMU writes the state, memory is flushed.
-func (m *Machine) Save(ctx context.Context, state io.Writer) error {
-	if err := m.prepareSave(ctx); err != nil {
-		return err
-	}
-	flushed := make(chan error, 1)
-	go func() { flushed <- m.Flush(ctx) }()
-	m.saving.Lock()
-	r := m.outgoing
-	m.outgoing = nil
-	m.saving.Unlock()
-	copied := make(chan error, 1)
-	go func() {
-		_, err := io.Copy(state, r)
-		copied <- errors.Join(err, r.Close()) // closed early, QEMU fails with EPIPE and reports it
-	}()
-	err := m.migrate(ctx, "migrate", outgoingName)
-	if err != nil {
-		// QEMU may hold its end open after a failure; do not wait for it.
-		r.SetReadDeadline(time.Unix(1, 0))
-	}
-	if cerr := <-copied; cerr != nil && err == nil {
-		err = cerr
-	}
-	if err = errors.Join(err, <-flushed); err != nil {
-		return fmt.Errorf("save state: %w", err)
+	if err := m.memory.Collect(ctx); err != nil {
+		return m.orExit(err)
 	}
 	return nil
 }
@@ -581,6 +534,7 @@ func (m *Machine) Restore(ctx context.Context, state io.Reader) error {
 	if w == nil {
 		return errors.New("restore state: QEMU does not wait for it")
 	}
+	m.memory.Enter()
 	copied := make(chan error, 1)
 	go func() {
 		_, err := io.Copy(w, state)
@@ -601,63 +555,6 @@ func (m *Machine) Restore(ctx context.Context, state io.Reader) error {
 		return fmt.Errorf("restore state: %w%s", err, m.stderr.Quote("QEMU says"))
 	}
 	return nil
-}
-
-// statePipe makes a pipe that holds a whole state, so that QEMU and this process need not wait for
-// one another. The default of 64 KiB costs 10 ms of waiting.
-func statePipe() (r, w *os.File, err error) {
-	const size = 1 << 20 // what a user other than root may have, too; see pipe(7)
-	if r, w, err = os.Pipe(); err != nil {
-		return nil, nil, err
-	}
-	var ferr error
-	conn, err := w.SyscallConn()
-	if err == nil {
-		err = conn.Control(func(fd uintptr) { _, ferr = unix.FcntlInt(fd, unix.F_SETPIPE_SZ, size) })
-	}
-	if err != nil {
-		return nil, nil, errors.Join(err, r.Close(), w.Close())
-	}
-	if ferr != nil && !errors.Is(ferr, unix.EPERM) { // with too many pipes already, it stays small
-		return nil, nil, errors.Join(fmt.Errorf("resize pipe: %w", ferr), r.Close(), w.Close())
-	}
-	return r, w, nil
-}
-
-// migrate runs command on a file that QEMU has a name for, until QEMU reports the end.
-func (m *Machine) migrate(ctx context.Context, command, name string) error {
-	for len(m.migration) > 0 {
-		<-m.migration // left over from an earlier one
-	}
-	if err := m.command(ctx, command, map[string]any{"uri": "fd:" + name}); err != nil {
-		return err
-	}
-	return m.migrated(ctx)
-}
-
-// migrated waits until QEMU reports the end of a migration.
-func (m *Machine) migrated(ctx context.Context) error {
-	for {
-		select {
-		case status := <-m.migration:
-			switch status {
-			case "completed":
-				return nil
-			case "failed", "cancelled":
-				var info struct {
-					Error string `json:"error-desc"`
-				}
-				if err := m.qmp.execute(ctx, "query-migrate", nil, &info); err == nil && info.Error != "" {
-					return fmt.Errorf("QEMU: %s", words(info.Error))
-				}
-				return m.orExit(fmt.Errorf("QEMU: migration %s", status))
-			}
-		case <-m.ended:
-			return m.orExit(errors.New("QEMU has ended"))
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	}
 }
 
 func portSocket(port uint32) string { return fmt.Sprintf("vsock.sock_%d", port) }
@@ -706,10 +603,10 @@ func (m *Machine) Close() error {
 		}
 		<-m.ended
 	}
-	if m.flusher != nil {
-		errs = append(errs, m.flusher.Close())
+	if m.memory != nil {
+		errs = append(errs, m.memory.Close())
 	}
-	for _, f := range []*os.File{m.memory, m.incoming, m.outgoing} {
+	for _, f := range []*os.File{m.incoming, m.outgoing} {
 		if f != nil {
 			errs = append(errs, f.Close())
 		}

@@ -19,6 +19,8 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"drafter/internal/block"
+	"drafter/internal/memory"
 	"drafter/internal/need"
 	"drafter/vmm"
 )
@@ -65,7 +67,7 @@ func testLaunch(t *testing.T, disks int) *vmm.Launch {
 	})
 	l := &vmm.Launch{
 		Dir: dir, Board: vmm.Board{CPUs: 2, MemorySize: 64 << 20, Interface: "tap0", MAC: "02:00:00:00:00:01", Ports: []uint32{26, 25}},
-		Devices: vmm.Devices{Memory: "/m", Kernel: "/k"},
+		Devices: vmm.Devices{Memory: memory.New(block.NewZeros(64 << 20)), Kernel: "/k"},
 	}
 	for i := range disks {
 		l.Disks = append(l.Disks, vmm.Block{Name: fmt.Sprintf("disk-with-a-long-name-%d", i), Path: fmt.Sprintf("/a,b/%d", i)})
@@ -104,7 +106,7 @@ func TestArguments(t *testing.T) {
 	line := strings.Join(args, " ")
 	for _, want := range []string{
 		"-machine pc-q35-7.2,", "-cpu Nehalem-v1,vmx=off,svm=off ", "-incoming defer -S", "filename=/disk-disk-with-a-long-name-1", "serial=disk-with-a-long-nam ", "-sandbox on,",
-		"virtio-blk-pci,bus=pcie.0,addr=0x8,drive=disk0,werror=stop,rerror=stop,", "virtio-blk-pci,bus=pcie.0,addr=0x9,drive=disk1,werror=stop,rerror=stop,", "share=on,size=67108864,mem-path=/memory",
+		"virtio-blk-pci,bus=pcie.0,addr=0x8,drive=disk0,werror=stop,rerror=stop,", "virtio-blk-pci,bus=pcie.0,addr=0x9,drive=disk1,werror=stop,rerror=stop,", "memory-backend-memfd,id=memory,share=on,size=67108864",
 	} {
 		if !strings.Contains(line+" ", want) {
 			t.Errorf("%q is not in: %s", want, line)
@@ -135,7 +137,7 @@ func TestArguments(t *testing.T) {
 		t.Errorf("boot on a microvm: %s", line)
 	}
 	own := *l
-	own.Memory = ""
+	own.Memory = nil
 	if args, err = arguments(&own, q35); err != nil {
 		t.Fatal(err)
 	}

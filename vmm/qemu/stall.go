@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"drafter/internal/memory"
 	"drafter/vmm"
 )
 
@@ -120,9 +121,20 @@ func (m *Machine) Stalled() bool { return m.stalled.Load() }
 
 // Metrics implements [vmm.Meter].
 func (m *Machine) Metrics() map[string]float64 {
-	stalled := 0.0
-	if m.stalled.Load() {
-		stalled = 1
+	all := map[string]float64{"stalled": one(m.stalled.Load()), "disk_errors": float64(m.diskErrors.Load())}
+	if m.memory != nil {
+		missing, writes := m.memory.Faults()
+		all["faults"], all["write_faults"] = float64(missing), float64(writes)
+		all["memory_private"] = one(m.private)
+		all["writes_scanned"] = one(m.memory.Tracking() == memory.TrackScan)
 	}
-	return map[string]float64{"stalled": stalled, "disk_errors": float64(m.diskErrors.Load())}
+	return all
+}
+
+// one is 1 for true, and 0 for false.
+func one(is bool) float64 {
+	if is {
+		return 1
+	}
+	return 0
 }

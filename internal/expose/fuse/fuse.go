@@ -1,6 +1,5 @@
 // Package fuse exposes devices as the files of a FUSE file system: one mount per VM, one file per
-// device. It needs no kernel module beyond FUSE itself, and its files can be mapped, guest memory
-// included.
+// device. It needs no kernel module beyond FUSE itself.
 //
 // The process that serves a mount must never read or write its files through a mapping of its own:
 // it would wait for itself.
@@ -44,7 +43,6 @@ type Mount struct {
 	dir    string
 	device uint64 // that the kernel gave the mount; it stays when the directory gets another name
 	server *fuse.Server
-	files  map[string]*file
 	failed atomic.Pointer[error]
 	log    *slog.Logger
 }
@@ -75,7 +73,7 @@ func New(c Config, devices []expose.Device) (*Mount, error) {
 	if err := private.MkdirAll(dir); err != nil {
 		return nil, fmt.Errorf("expose devices: %w", err)
 	}
-	m := &Mount{dir: dir, files: map[string]*file{}, log: logging.Or(c.Logger)}
+	m := &Mount{dir: dir, log: logging.Or(c.Logger)}
 	ttl := forever
 	// A VMM that inherits the connection would keep it open when this process dies, and then wait
 	// for ever for an answer. It could also answer requests itself.
@@ -104,9 +102,6 @@ func New(c Config, devices []expose.Device) (*Mount, error) {
 		return nil, errors.Join(fmt.Errorf("stat %s: %w", dir, err), m.Close())
 	}
 	m.device = st.Dev
-	if err := m.liftWritebackLimit(); err != nil {
-		m.log.Warn("Guest memory will be slow", "error", err)
-	}
 	return m, nil
 }
 
@@ -129,19 +124,6 @@ func closeConnectionsOnExec() error {
 	}
 	return nil
 }
-
-// liftWritebackLimit lifts the limit of dirty pages. By default a FUSE mount may use 1 % of the
-// memory that may be dirty, and writers of mapped pages are throttled beyond that
-// (Documentation/ABI/testing/sysfs-class-bdi of Linux). This server is trusted.
-func (m *Mount) liftWritebackLimit() error {
-	bdi := fmt.Sprintf("/sys/class/bdi/%d:%d", unix.Major(m.device), unix.Minor(m.device))
-	return errors.Join(
-		os.WriteFile(filepath.Join(bdi, "strict_limit"), []byte("0"), 0),
-		os.WriteFile(filepath.Join(bdi, "max_ratio"), []byte("100"), 0))
-}
-
-// Exposes tells whether a device is among those of the mount.
-func (m *Mount) Exposes(name string) bool { return m.files[name] != nil }
 
 // Path implements [expose.Exposure].
 func (m *Mount) Path(name string) string { return filepath.Join(m.dir, name) }
@@ -192,34 +174,6 @@ func (m *Mount) Close() error {
 	return errors.Join(errs...)
 }
 
-// Cache puts content of a device into the page cache of its file, as if the file had been read, so
-// that its users need not ask (NOTIFY_STORE of FUSE). It overwrites the page cache, so nobody who
-// has used the range may have it mapped for writing. When it fails, any part of the content may be
-// cached; see Uncache.
-func (m *Mount) Cache(name string, p []byte, off int64) error {
-	f := m.files[name]
-	if errno := f.WriteCache(off, p); errno != 0 {
-		return fmt.Errorf("cache %d bytes at %d of device %s: %w", len(p), off, name, errno)
-	}
-	return nil
-}
-
-// Uncache removes a range from the page cache. The next use asks for it again.
-func (m *Mount) Uncache(name string, off, length int64) error {
-	f := m.files[name]
-	if errno := f.NotifyContent(off, length); errno != 0 && errno != syscall.ENOENT {
-		return fmt.Errorf("uncache %d bytes at %d of device %s: %w", length, off, name, errno)
-	}
-	return nil
-}
-
-// Prime makes a device's file known to the kernel, which caches nothing of files that it has never
-// seen.
-func (m *Mount) Prime(name string) error {
-	var st unix.Stat_t
-	return unix.Stat(m.Path(name), &st)
-}
-
 // directory is the root of the file system.
 type directory struct {
 	fs.Inode
@@ -244,7 +198,6 @@ func (d *directory) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOu
 func (d *directory) OnAdd(ctx context.Context) {
 	for _, device := range d.devices {
 		f := &file{mount: d.mount, config: d.config, device: device}
-		d.mount.files[device.Name] = f
 		d.AddChild(device.Name, d.NewPersistentInode(ctx, f, fs.StableAttr{Mode: fuse.S_IFREG}), false)
 	}
 }
@@ -255,7 +208,6 @@ type file struct {
 	mount  *Mount
 	config Config
 	device expose.Device
-	lost   atomic.Bool // a write-back of memory has failed
 }
 
 var (
@@ -270,9 +222,8 @@ var (
 )
 
 // fopenNoFlush (FOPEN_NOFLUSH of include/uapi/linux/fuse.h, since Linux 5.17) keeps close(2) from
-// writing dirty pages back. This process has the memory file open, to flush it. If it is killed,
-// its files are closed before its connection to the kernel is. A write-back would then wait for
-// ever for the server that is about to die with it.
+// asking the server and from writing dirty pages back. The kernel closes the files of a process
+// that is killed, and must not wait then for a server that is killed with it.
 const fopenNoFlush = 1 << 5
 
 // Open implements [fs.NodeOpener]. The guest caches its disks itself, and a second cache of them
@@ -344,22 +295,13 @@ func (f *file) Write(_ context.Context, _ fs.FileHandle, data []byte, off int64)
 	// Write-back of the last page goes beyond the end of a device that is not a multiple of it.
 	n := min(int64(len(data)), size-off)
 	if _, err := f.device.Device.WriteAt(data[:n], off); err != nil {
-		f.lost.Store(f.device.Kind == expose.Memory)
 		return 0, f.fail("write", err)
 	}
 	return uint32(n), 0
 }
 
-// Fsync implements [fs.NodeFsyncer]. When it is called, the kernel has sent all dirty pages. The
-// kernel reports a failed write-back once, and then takes the page for clean, so the failure is
-// remembered here.
+// Fsync implements [fs.NodeFsyncer]. When it is called, the kernel has sent all dirty pages.
 func (f *file) Fsync(context.Context, fs.FileHandle, uint32) syscall.Errno {
-	if f.lost.Load() {
-		return syscall.EIO
-	}
-	if f.device.Kind == expose.Memory {
-		return 0
-	}
 	if err := f.device.Device.Sync(); err != nil {
 		return f.fail("sync", err)
 	}

@@ -30,13 +30,10 @@ func TestMain(m *testing.M) {
 	case "serve":
 		d, err := block.OpenFile(os.Args[2], false)
 		if err == nil {
-			_, err = New(Config{Dir: os.Args[1]}, []expose.Device{{Name: "memory", Kind: expose.Memory, Device: d}})
+			_, err = New(Config{Dir: os.Args[1]}, []expose.Device{{Name: "file", Kind: expose.File, Device: d}})
 		}
 		fmt.Println("serving:", err)
 		select {}
-	case "flush":
-		fmt.Println(flush(os.Args[1], os.Args[2]))
-		os.Exit(1)
 	case "edit":
 		if err := edit(os.Args[1]); err != nil {
 			fmt.Println(err)
@@ -44,14 +41,14 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	case "map":
-		memory, err := mapFile(os.Args[1])
+		mapped, err := mapFile(os.Args[1])
 		if err != nil {
 			fmt.Println(err)
 			os.Exit(1)
 		}
 		fmt.Println("mapped")
 		for i := 0; ; i++ {
-			memory[i*4096%len(memory)]++
+			mapped[i*4096%len(mapped)]++
 		}
 	}
 	goleak.VerifyTestMain(m)
@@ -152,9 +149,8 @@ func TestRenamedMount(t *testing.T) {
 	}
 }
 
-// memoryContent is what a memory device holds, and edits are the bytes that a user of its mapping
-// changes.
-func memoryContent() (content []byte, edits []int) {
+// mappedContent is what a device holds, and edits are the bytes that a user of its mapping changes.
+func mappedContent() (content []byte, edits []int) {
 	content = make([]byte, 8<<20)
 	rng := rand.New(rand.NewPCG(1, 1))
 	for i := range content[:4<<20] {
@@ -166,20 +162,20 @@ func memoryContent() (content []byte, edits []int) {
 	return content, edits
 }
 
-// edit compares a mapped file with memoryContent, changes it, and flushes it. It runs in a process
+// edit compares a mapped file with mappedContent, changes it, and flushes it. It runs in a process
 // of its own: a thread that waits in a page fault for a server in the same process keeps Go's
 // scheduler from running that server.
 func edit(path string) error {
-	memory, err := mapFile(path)
+	mapped, err := mapFile(path)
 	if err != nil {
 		return err
 	}
-	want, edits := memoryContent()
-	if !bytes.Equal(memory, want) {
+	want, edits := mappedContent()
+	if !bytes.Equal(mapped, want) {
 		return errors.New("the mapping differs from the device")
 	}
 	for _, i := range edits {
-		memory[i]++
+		mapped[i]++
 	}
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
@@ -189,14 +185,14 @@ func edit(path string) error {
 }
 
 // What is written through a mapping is in the device after an fsync, and the other way round.
-func TestMemory(t *testing.T) {
-	want, edits := memoryContent()
+func TestMapping(t *testing.T) {
+	want, edits := mappedContent()
 	d := newDevice(t, int64(len(want)))
 	if _, err := d.WriteAt(want, 0); err != nil {
 		t.Fatal(err)
 	}
-	m := mount(t, expose.Device{Name: "memory", Kind: expose.Memory, Device: d})
-	cmd := exec.Command("/proc/self/exe", m.Path("memory"))
+	m := mount(t, expose.Device{Name: "file", Kind: expose.File, Device: d})
+	cmd := exec.Command("/proc/self/exe", m.Path("file"))
 	cmd.Env = append(os.Environ(), "FUSE_TEST=edit")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
@@ -211,9 +207,6 @@ func TestMemory(t *testing.T) {
 	// A child, such as the VMM, does not inherit the server's end.
 	if out, err := exec.Command("ls", "-l", "/proc/self/fd").CombinedOutput(); err != nil || strings.Contains(string(out), "/dev/fuse") {
 		t.Errorf("a child has the connection: %s, %v", out, err)
-	}
-	if n := d.syncs.Load(); n != 0 {
-		t.Errorf("flushing memory synced the device %d times", n)
 	}
 }
 
@@ -264,15 +257,6 @@ func TestDisk(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	bdi, err := os.Stat(m.dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	dev := bdi.Sys().(*syscall.Stat_t).Dev
-	limit, err := os.ReadFile(fmt.Sprintf("/sys/class/bdi/%d:%d/strict_limit", unix.Major(dev), unix.Minor(dev)))
-	if err != nil || strings.TrimSpace(string(limit)) != "0" {
-		t.Errorf("the write-back limit is on: %q, %v", limit, err)
-	}
 }
 
 // What a device fails with is an I/O error for the user of the file, and the whole story for the
@@ -299,9 +283,9 @@ func TestDeviceFails(t *testing.T) {
 
 func TestFio(t *testing.T) {
 	need.Program(t, "fio")
-	disk, memory := newDevice(t, 16<<20), newDevice(t, 16<<20)
-	m := mount(t, expose.Device{Name: "disk", Kind: expose.Disk, Device: disk}, expose.Device{Name: "memory", Kind: expose.Memory, Device: memory})
-	for _, tt := range []struct{ name, engine, sizes string }{{"disk", "psync", "512-128k"}, {"disk", "libaio", "512-128k"}, {"memory", "mmap", "4k-128k"}} {
+	disk, file := newDevice(t, 16<<20), newDevice(t, 16<<20)
+	m := mount(t, expose.Device{Name: "disk", Kind: expose.Disk, Device: disk}, expose.Device{Name: "file", Kind: expose.File, Device: file})
+	for _, tt := range []struct{ name, engine, sizes string }{{"disk", "psync", "512-128k"}, {"disk", "libaio", "512-128k"}, {"file", "mmap", "4k-128k"}} {
 		fio := exec.Command("fio", "--name=verify", "--filename="+m.Path(tt.name), "--ioengine="+tt.engine, "--iodepth=8", "--rw=randrw", "--bsrange="+tt.sizes,
 			"--size=16M", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--fsync=64", "--time_based=0", "--io_size=16M")
 		fio.Dir = t.TempDir() // where it leaves what it verified
@@ -342,7 +326,7 @@ func TestExt4(t *testing.T) {
 }
 
 // helper runs this program as another process, until its first line, which is says.
-func helper(t *testing.T, mode, says string, args ...string) (*exec.Cmd, *bufio.Scanner) {
+func helper(t *testing.T, mode, says string, args ...string) *exec.Cmd {
 	t.Helper()
 	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Env = append(os.Environ(), "FUSE_TEST="+mode)
@@ -357,7 +341,7 @@ func helper(t *testing.T, mode, says string, args ...string) (*exec.Cmd, *bufio.
 	if !lines.Scan() || lines.Text() != says {
 		t.Fatalf("%s: %q, %v; want %q", mode, lines.Text(), lines.Err(), says)
 	}
-	return cmd, lines
+	return cmd
 }
 
 // A server is killed while another process has its file mapped. That process can be killed once the
@@ -366,8 +350,8 @@ func TestKilledServer(t *testing.T) {
 	need.FUSE(t)
 	d := newDevice(t, 256<<20)
 	dir := filepath.Join(t.TempDir(), "devices")
-	server, _ := helper(t, "serve", "serving: <nil>", dir, d.Name())
-	user, _ := helper(t, "map", "mapped", filepath.Join(dir, "memory"))
+	server := helper(t, "serve", "serving: <nil>", dir, d.Name())
+	user := helper(t, "map", "mapped", filepath.Join(dir, "file"))
 	time.Sleep(100 * time.Millisecond) // let it be in the midst of its faults
 	if err := server.Process.Kill(); err != nil {
 		t.Fatal(err)
@@ -392,74 +376,16 @@ func TestKilledServer(t *testing.T) {
 		t.Errorf("left mounted: %v, %v", left, err)
 	}
 	// The place can be used again, also when it is not cleaned up before.
-	server, _ = helper(t, "serve", "serving: <nil>", dir, d.Name())
+	server = helper(t, "serve", "serving: <nil>", dir, d.Name())
 	if err := server.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
 	_ = server.Wait() // killed
-	m, err := New(Config{Dir: dir}, []expose.Device{{Name: "memory", Kind: expose.Memory, Device: d}})
+	m, err := New(Config{Dir: dir}, []expose.Device{{Name: "file", Kind: expose.File, Device: d}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := m.Close(); err != nil {
-		t.Error(err)
-	}
-}
-
-// flush serves a file that nothing can be stored of, and flushes it again and again.
-func flush(dir, device string) error {
-	d, err := block.OpenFile(device, false)
-	if err != nil {
-		return err
-	}
-	m, err := New(Config{Dir: dir}, []expose.Device{{Name: "memory", Kind: expose.Memory, Device: unwritable{d}}})
-	if err != nil {
-		return err
-	}
-	f, err := os.OpenFile(m.Path("memory"), os.O_RDWR, 0)
-	if err != nil {
-		return err
-	}
-	a, err := fusemount.NewApart(f)
-	fmt.Println("serving:", err)
-	for err == nil {
-		err = a.Do(unix.Fsync)
-	}
-	return err
-}
-
-// unwritable is a device of which a write never ends.
-type unwritable struct{ block.Device }
-
-func (unwritable) WriteAt([]byte, int64) (int, error) {
-	fmt.Println("writing")
-	select {}
-}
-
-// A server that is killed while it flushes a file of its own ends.
-func TestKilledWhileItFlushes(t *testing.T) {
-	need.FUSE(t)
-	dir := filepath.Join(t.TempDir(), "devices")
-	server, says := helper(t, "flush", "serving: <nil>", dir, newDevice(t, 1<<20).Name())
-	user, _ := helper(t, "map", "mapped", filepath.Join(dir, "memory"))
-	if !says.Scan() || says.Text() != "writing" {
-		t.Fatalf("%q, %v", says.Text(), says.Err())
-	}
-	ended := make(chan error, 2)
-	for _, h := range []*exec.Cmd{server, user} {
-		if err := h.Process.Kill(); err != nil {
-			t.Fatal(err)
-		}
-		go func() { ended <- h.Wait() }()
-	}
-	for range 2 {
-		select {
-		case <-ended:
-		case <-time.After(30 * time.Second):
-			t.Error("a process hangs in the kernel")
-		}
-	}
-	if err := fusemount.AbortBelow(filepath.Dir(dir)); err != nil {
 		t.Error(err)
 	}
 }
@@ -484,34 +410,34 @@ func TestOtherUsers(t *testing.T) {
 		}
 	}
 	d := newDevice(t, 1<<20)
-	m, err := New(Config{Dir: dir, UID: owner, GID: owner}, []expose.Device{{Name: "memory", Kind: expose.Memory, Device: d}})
+	m, err := New(Config{Dir: dir, UID: owner, GID: owner}, []expose.Device{{Name: "disk", Kind: expose.Disk, Device: d}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer m.Close()
 	var st unix.Stat_t
-	if err := unix.Stat(m.Path("memory"), &st); err != nil || st.Uid != owner || st.Mode&0o777 != 0o600 {
+	if err := unix.Stat(m.Path("disk"), &st); err != nil || st.Uid != owner || st.Mode&0o777 != 0o600 {
 		t.Errorf("the file belongs to %d and has mode %o, %v", st.Uid, st.Mode, err)
 	}
 	if err := unix.Stat(dir, &st); err != nil || st.Uid != 0 || st.Mode&0o777 != 0o700 {
 		t.Errorf("the directory belongs to %d and has mode %o, %v", st.Uid, st.Mode, err)
 	}
 	for _, script := range []string{"cat %s", "echo >> %s", "dd if=/dev/zero of=%s bs=1 count=1 conv=notrunc", "stat %s", "chmod 666 %s"} {
-		out, err := as(nobody, "sh", "-c", fmt.Sprintf(script, m.Path("memory"))).CombinedOutput()
+		out, err := as(nobody, "sh", "-c", fmt.Sprintf(script, m.Path("disk"))).CombinedOutput()
 		if err == nil || !strings.Contains(string(out), "ermission denied") {
 			t.Errorf("%s as nobody: %s, %v", script, out, err)
 		}
 	}
 	// A bind mount is how a VMM gets at one file of the directory. Its owner uses it there, nobody
 	// else.
-	place := filepath.Join(t.TempDir(), "memory")
+	place := filepath.Join(t.TempDir(), "disk")
 	if err := os.WriteFile(place, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.Chmod(filepath.Dir(place), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.Mount(m.Path("memory"), place, "", unix.MS_BIND, ""); err != nil {
+	if err := unix.Mount(m.Path("disk"), place, "", unix.MS_BIND, ""); err != nil {
 		t.Fatal(err)
 	}
 	defer unix.Unmount(place, 0)
@@ -527,7 +453,7 @@ func TestOtherUsers(t *testing.T) {
 // ends all the same.
 func TestPinnedMount(t *testing.T) {
 	need.FUSE(t)
-	m, err := New(Config{Dir: filepath.Join(t.TempDir(), "devices")}, []expose.Device{{Name: "memory", Kind: expose.Memory, Device: newDevice(t, 1<<20)}})
+	m, err := New(Config{Dir: filepath.Join(t.TempDir(), "devices")}, []expose.Device{{Name: "disk", Kind: expose.Disk, Device: newDevice(t, 1<<20)}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -548,7 +474,7 @@ func TestPinnedMount(t *testing.T) {
 		need.Lacks(t, "user-namespaces", "this host lets users make no namespaces")
 	}
 	mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mounts", cmd.Process.Pid))
-	if err != nil || !bytes.Contains(mounts, []byte(filepath.Dir(m.Path("memory")))) {
+	if err != nil || !bytes.Contains(mounts, []byte(filepath.Dir(m.Path("disk")))) {
 		t.Fatalf("the mount is not pinned: %v", err)
 	}
 	closed := make(chan error, 1)
@@ -561,7 +487,7 @@ func TestPinnedMount(t *testing.T) {
 	case <-time.After(time.Minute):
 		t.Fatal("the server waits for the other namespace")
 	}
-	if left, err := fusemount.Below(filepath.Dir(m.Path("memory"))); err != nil || len(left) != 0 {
+	if left, err := fusemount.Below(filepath.Dir(m.Path("disk"))); err != nil || len(left) != 0 {
 		t.Errorf("left: %v, %v", left, err)
 	}
 }

@@ -1,4 +1,4 @@
-package uffd
+package memory
 
 import (
 	"encoding/json"
@@ -102,3 +102,42 @@ func checkRegions(regions []region) error {
 
 // hugePage is the size of a huge page in bytes.
 const hugePage = 2 << 20
+
+// Mapping is where a process has mapped its guest's memory.
+type Mapping struct {
+	Start, Size, PageSize uint64 // bytes
+}
+
+// take makes a userfaultfd this package's.
+func take(userfaultfd *os.File) (descriptor, error) {
+	own, err := unix.FcntlInt(userfaultfd.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err = errors.Join(err, userfaultfd.Close()); err != nil {
+		return -1, fmt.Errorf("take userfaultfd: %w", err)
+	}
+	if err := unix.SetNonblock(own, true); err != nil {
+		return -1, errors.Join(fmt.Errorf("take userfaultfd: %w", err), unix.Close(own))
+	}
+	return descriptor(own), nil
+}
+
+// ErrTracking says that this kernel lacks a way to know written pages.
+var ErrTracking = errors.New("this kernel does not tell which pages are written")
+
+// prepare settles what a new userfaultfd of shared memory does, and how written pages become known.
+func (d descriptor) prepare(want Tracking) (Tracking, error) {
+	// its missing pages, and write protection, of huge pages too
+	const shared = featureWP | featureMissingHuge | featureMissingShared | featureWPShared
+	if want != TrackFaults {
+		err := d.api(shared | featureWPUnpopulated | featureWPAsync)
+		if err == nil {
+			return TrackScan, nil
+		}
+		if want == TrackScan || !errors.Is(err, unix.EINVAL) {
+			return "", fmt.Errorf("%w (PAGEMAP_SCAN): %w; Linux does from 6.7 on", ErrTracking, err)
+		}
+	}
+	if err := d.api(shared); err != nil {
+		return "", fmt.Errorf("%w (write protection of shared memory by userfaultfd): %w; Linux does from 5.19 on", ErrTracking, err)
+	}
+	return TrackFaults, nil
+}

@@ -1,4 +1,4 @@
-package uffd
+package memory
 
 import (
 	"errors"
@@ -10,11 +10,19 @@ import (
 
 // From linux/userfaultfd.h; see ioctl_userfaultfd(2).
 const (
+	ioctlAPI          = 0xc018aa3f
 	ioctlRegister     = 0xc020aa00
 	ioctlWake         = 0x8010aa02
 	ioctlCopy         = 0xc028aa03
 	ioctlZeroPage     = 0xc020aa04
 	ioctlWriteProtect = 0xc018aa06
+
+	featureWP            = 1 << 0
+	featureMissingHuge   = 1 << 4
+	featureMissingShared = 1 << 5
+	featureWPShared      = 1 << 12
+	featureWPUnpopulated = 1 << 13
+	featureWPAsync       = 1 << 15
 
 	registerMissing = 1
 	registerWP      = 2
@@ -41,6 +49,12 @@ func (d descriptor) ioctl(request uintptr, argument unsafe.Pointer) error {
 		return errno
 	}
 	return nil
+}
+
+// api settles what the descriptor does.
+func (d descriptor) api(features uint64) error {
+	a := struct{ api, features, ioctls uint64 }{0xaa, features, 0}
+	return d.ioctl(ioctlAPI, unsafe.Pointer(&a))
 }
 
 // register requests the faults of a range.
@@ -106,15 +120,20 @@ func (b buffer) pointer(off int64) unsafe.Pointer { return unsafe.Pointer(&b[off
 // gone tells whether an error says that the process whose memory it is has ended.
 func gone(err error) bool { return errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT) }
 
+// CanScan tells whether this kernel says which pages were written ([TrackScan]).
+func CanScan() bool { return offers(featureWPAsync) }
+
 // CanTrack tells whether this kernel can write-protect memory (UFFD_FEATURE_PAGEFAULT_FLAG_WP of
 // userfaultfd(2)).
-func CanTrack() bool {
-	const cloexec, api, featureWP = unix.O_CLOEXEC | unix.O_NONBLOCK, 0xc018aa3f, 1
-	fd, _, errno := unix.Syscall(unix.SYS_USERFAULTFD, cloexec, 0, 0)
+func CanTrack() bool { return offers(featureWP) }
+
+// offers tells whether this kernel's userfaultfd has a feature.
+func offers(feature uint64) bool {
+	fd, _, errno := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC|unix.O_NONBLOCK, 0, 0)
 	if errno != 0 {
 		return false
 	}
 	defer unix.Close(int(fd))
 	a := struct{ api, features, ioctls uint64 }{0xaa, 0, 0}
-	return descriptor(fd).ioctl(api, unsafe.Pointer(&a)) == nil && a.features&featureWP != 0
+	return descriptor(fd).ioctl(ioctlAPI, unsafe.Pointer(&a)) == nil && a.features&feature != 0
 }

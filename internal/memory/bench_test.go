@@ -1,4 +1,4 @@
-package uffd
+package memory
 
 import (
 	"encoding/json"
@@ -47,7 +47,7 @@ func BenchmarkFault(b *testing.B) {
 	defer memory.Close()
 	var all latencies
 	for b.Loop() {
-		p := start(b, use{Pages: pages, Measure: true}, Config{Memory: memory, Track: true})
+		p := start(b, use{Pages: pages, Measure: true}, memory, TrackFaults)
 		line, err := p.stdout.ReadBytes('\n')
 		if err != nil {
 			b.Fatal(err, p.stderr.String())

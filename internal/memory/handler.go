@@ -1,13 +1,4 @@
-// Package uffd serves the memory of a process that runs a VM, by userfaultfd(2). It answers faults
-// on missing pages from a memory device, and learns which pages are written, while the VM runs.
-//
-// A page has one of these states: missing, present and write-protected, present and written. A
-// missing page is filled write-protected from the device, unless the fault is a write. The first
-// write to a protected page marks it dirty and lifts the protection. [Handler.Collect] takes the
-// marks, protects the pages again, reads them out of the process and writes them to the device.
-// Marking and lifting are one step, and so are taking and protecting, under the lock of the page's
-// stripe. Nobody does I/O under such a lock.
-package uffd
+package memory
 
 import (
 	"context"
@@ -15,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -26,35 +18,83 @@ import (
 
 // Config says what to serve.
 type Config struct {
-	Memory block.Device // source of pages, and their destination when they are collected
-	Track  bool         // try to learn which pages are written
-	// pages, of the memory's page size, to fill before they are touched, in this order
-	First []uint32
-	Fill  bool // then fill all other pages, too
+	Device  *Device // of whose top missing pages come, and which is told of written ones
+	Track   Tracking
+	Private bool // the process maps what the device is stored in: nothing is missing
+}
+
+// Backing is how a VMM has its memory; see [Device].
+type Backing string
+
+// The backings. BackingAuto is private where that is possible.
+const (
+	BackingAuto    Backing = "auto"
+	BackingPrivate Backing = "private"
+	BackingShared  Backing = "shared"
+)
+
+// Check refuses values that users cannot choose. "" stands for BackingAuto.
+func (b Backing) Check() error {
+	switch b {
+	case "", BackingAuto, BackingPrivate, BackingShared:
+		return nil
+	}
+	return fmt.Errorf("backing %q of memory is unknown; choose auto, private or shared", b)
+}
+
+// Tracking is how written pages become known.
+type Tracking string
+
+// The ways. A kernel that lacks a way refuses it, but TrackAuto takes what there is, and may take
+// TrackNone.
+const (
+	TrackAuto Tracking = "auto"
+	// The kernel notes writes, and is asked for them (PAGEMAP_SCAN with UFFD_FEATURE_WP_ASYNC, since
+	// Linux 6.7). It takes a userfaultfd that this package prepares.
+	TrackScan Tracking = "scan"
+	// The first write to a page is a fault, which the handler answers.
+	TrackFaults Tracking = "faults"
+	TrackNone   Tracking = "none" // somebody else knows
+)
+
+// Check refuses values that users cannot choose. "" stands for TrackAuto.
+func (t Tracking) Check() error {
+	switch t {
+	case "", TrackAuto, TrackScan, TrackFaults:
+		return nil
+	}
+	return fmt.Errorf("way %q to know written pages is unknown; choose auto, scan or faults", t)
 }
 
 // Handler serves one process' memory. Its methods are safe for concurrent use.
+//
+// A page has one of these states: missing, present and write-protected, present and written. A
+// missing page is filled write-protected from the device, unless the fault is a write. With
+// [TrackFaults], the first write to a protected page marks it dirty and lifts the protection. With
+// [TrackScan], the kernel lifts it. [Handler.Collect] takes the marks, protects the pages again, and
+// tells the device. Marking and lifting are one step, and so are taking and protecting, under the
+// lock of the page's stripe. Nobody does I/O under such a lock.
 type Handler struct {
-	config  Config
-	fd      descriptor
-	stop    int // an eventfd that ends the readers
-	pid     int
-	regions []region
-	unit    int64 // size of a page
-	tracked bool
+	device   *Device
+	fd       descriptor
+	stop     int // an eventfd that ends the readers
+	pid      int
+	regions  []region
+	unit     int64 // size of a page
+	whole    bool  // no page is missing
+	tracking Tracking
 
 	// Held for reading while pages are filled, for writing while events are read and removals
 	// noted. So a fill sees every removal before it.
 	events   sync.RWMutex
 	removals atomic.Uint64 // events that were noted
 
-	stripes [64]sync.Mutex
-	present *block.Bitmap // pages that have been filled
-	dirty   *block.Bitmap // pages written since they were last collected
+	present *block.Bitmap // pages that have been filled; the device's if that is shared
+	dirty   *block.Bitmap // pages written since they were last collected, with TrackFaults
 	removed *block.Bitmap // pages that read as zeros, whatever the device holds
 
-	collecting sync.Mutex // held by a Collect, which has one buffer
-	collected  []byte
+	collecting sync.Mutex // held by a Collect
+	scan       *scan      // with TrackScan
 
 	touched struct {
 		sync.Mutex
@@ -82,7 +122,6 @@ const (
 	// halt_poll_ns.
 	spin = 50 * time.Microsecond
 
-	stripeSize = 2 << 20  // bytes that share a lock
 	around     = 64 << 10 // bytes brought along with a page
 	maxNear    = 64       // pages whose neighbours wait to be filled
 	fillSize   = 256 << 10
@@ -90,55 +129,129 @@ const (
 )
 
 // Serve reads the handshake of a Firecracker, whose process id is pid, from conn, and serves its
-// memory until Close.
-func Serve(conn *net.UnixConn, pid int, c Config) (_ *Handler, err error) {
+// memory until Close. Written pages are known by faults, or not at all.
+func Serve(conn *net.UnixConn, pid int, c Config) (*Handler, error) {
 	fd, regions, err := receive(conn)
 	if err != nil {
 		return nil, err
 	}
-	return serve(fd, regions, pid, c)
+	h := &Handler{device: c.Device, fd: fd, pid: pid, regions: regions, tracking: c.Track}
+	missing := func(r region) error {
+		if h.tracking == TrackNone {
+			return nil // Firecracker has registered it
+		}
+		if err := fd.register(r.Base, r.Size, registerMissing|registerWP); err != nil {
+			// an old kernel, or memory that cannot be protected: for the first region or for all
+			h.tracking = TrackNone
+		} else {
+			h.tracking = TrackFaults
+		}
+		return nil
+	}
+	if err := h.begin(missing); err != nil {
+		return nil, err
+	}
+	return h, nil
 }
 
-func serve(fd descriptor, regions []region, pid int, c Config) (_ *Handler, err error) {
-	h := &Handler{config: c, fd: fd, stop: -1, pid: pid, regions: regions, unit: int64(regions[0].PageSize), failed: make(chan struct{}), buffers: make(chan buffer, 16)}
+// ServeMapping serves the memory of process pid, which has mapped it as m says, by a userfaultfd of
+// that process, until Close. The userfaultfd is new, and the handler's from then on. m is a mapping
+// of the device's file or, with Private, a private one of what it is stored in.
+func ServeMapping(userfaultfd *os.File, pid int, m Mapping, c Config) (*Handler, error) {
+	fd, err := take(userfaultfd)
+	if err != nil {
+		return nil, err
+	}
+	h := &Handler{device: c.Device, fd: fd, pid: pid, regions: []region{{Base: m.Start, Size: m.Size, PageSize: m.PageSize}}}
+	if h.tracking, err = fd.prepare(c.Track); err != nil {
+		return nil, errors.Join(err, unix.Close(int(fd)))
+	}
+	h.whole = c.Private || c.Device.blank
+	err = h.begin(func(r region) error {
+		mode := uint64(registerMissing | registerWP)
+		if h.whole {
+			mode = registerWP
+		}
+		if err := fd.register(r.Base, r.Size, mode); err != nil {
+			return fmt.Errorf("register memory: %w", err)
+		}
+		if err := fd.writeProtect(r.Base, r.Size, true); err != nil {
+			return fmt.Errorf("protect memory: %w", err)
+		}
+		return nil
+	})
+	if err == nil && c.Private {
+		if err = h.copyIn(); err != nil {
+			err = errors.Join(err, h.Close())
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return h, nil
+}
+
+// begin begins to serve, once each region is registered. On an error everything is freed.
+func (h *Handler) begin(register func(region) error) (err error) {
+	h.stop, h.unit, h.failed, h.buffers = -1, int64(h.regions[0].PageSize), make(chan struct{}), make(chan buffer, 16)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, h.free())
 		}
 	}()
 	size := int64(0)
-	for _, r := range regions {
+	for _, r := range h.regions {
 		size = max(size, int64(r.Offset+r.Size))
 	}
-	if size > c.Memory.Size() {
-		return nil, fmt.Errorf("serve memory: the VM has %d bytes, the memory device %d", size, c.Memory.Size())
+	if size > h.device.Size() {
+		return fmt.Errorf("serve memory: the VM has %d bytes, the memory device %d", size, h.device.Size())
 	}
 	pages := size / h.unit
 	h.present, h.dirty, h.removed = block.NewBitmap(pages), block.NewBitmap(pages), block.NewBitmap(pages)
-	h.collected = make([]byte, stripeSize)
+	switch {
+	case h.device.file != nil:
+		h.present = h.device.present
+	case h.whole:
+		h.present.SetRange(0, pages)
+	}
 	if h.zeros, err = newBuffer(h.unit); err != nil {
-		return nil, err
+		return err
 	}
 	if h.stop, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
-		return nil, fmt.Errorf("make eventfd: %w", err)
+		return fmt.Errorf("make eventfd: %w", err)
 	}
-	h.tracked = c.Track
-	for _, r := range regions {
-		if h.tracked && fd.register(r.Base, r.Size, registerMissing|registerWP) != nil {
-			// an old kernel, or memory that cannot be protected: for the first region or for all
-			h.tracked = false
+	for _, r := range h.regions {
+		if err := register(r); err != nil {
+			return err
+		}
+	}
+	if h.tracking == TrackScan {
+		if h.scan, err = newScan(h.pid); err != nil {
+			return err
 		}
 	}
 	h.ctx, h.cancel = context.WithCancel(context.Background())
-	h.workers.Go(h.read)
-	if c.Fill || len(c.First) > 0 {
-		h.workers.Go(h.fill)
-	}
-	return h, nil
+	h.workers.Go(h.watch)
+	h.device.guest.Store(h)
+	return nil
 }
 
-// Tracked tells whether written pages are known, and so whether Collect works.
-func (h *Handler) Tracked() bool { return h.tracked }
+// Tracking is how written pages become known; [TrackNone] if Collect does not work.
+func (h *Handler) Tracking() Tracking { return h.tracking }
+
+// tracked tells whether pages are protected when they are filled.
+func (h *Handler) tracked() bool { return h.tracking != TrackNone }
+
+// Enter notes that the process may use its memory from now on.
+func (h *Handler) Enter() { h.device.enter() }
+
+// Fill begins to fill pages before they are touched: first those listed, by number, in this order,
+// and then, with all, all others. The process may use its memory.
+func (h *Handler) Fill(first []uint32, all bool) {
+	if all || len(first) > 0 {
+		h.workers.Go(func() { h.fill(first, all) })
+	}
+}
 
 // Failed is closed when a page could not be served: the thread that waits for it waits for ever.
 // Err then says why.
@@ -179,6 +292,7 @@ func (h *Handler) Close() (err error) {
 		h.workers.Wait()
 		h.collecting.Lock() // a Collect that has begun ends
 		defer h.collecting.Unlock()
+		h.device.guest.CompareAndSwap(h, nil)
 		err = h.free()
 	})
 	return err
@@ -186,6 +300,9 @@ func (h *Handler) Close() (err error) {
 
 func (h *Handler) free() error {
 	errs := []error{unix.Close(int(h.fd))}
+	if h.scan != nil {
+		errs = append(errs, h.scan.close())
+	}
 	if h.stop >= 0 {
 		errs = append(errs, unix.Close(h.stop))
 	}
@@ -222,9 +339,9 @@ type fault struct {
 // pages are those from first, and before end.
 type pages struct{ first, end int64 }
 
-// read waits for events and serves them. Without events it fills the neighbours of the pages that
+// watch waits for events and serves them. Without events it fills the neighbours of the pages that
 // were missed, the last page's first, page by page.
-func (h *Handler) read() {
+func (h *Handler) watch() {
 	b, err := newBuffer(max(h.unit, around))
 	if err != nil {
 		h.fail(err)
@@ -264,7 +381,7 @@ func (h *Handler) read() {
 				return
 			}
 			page := off / h.unit
-			if h.serve(fault{page, flags&faultWrite != 0, flags&faultWP != 0}, b) && len(near) < maxNear {
+			if h.answer(fault{page, flags&faultWrite != 0, flags&faultWP != 0}, b) && len(near) < maxNear {
 				near = append(near, h.around(page))
 			}
 		}
@@ -322,7 +439,7 @@ func (h *Handler) remove(start, end uint64) {
 		for first := from; first < to; {
 			off := int64(first - r.Base + r.Offset)
 			next := min(to, first+uint64(stripeSize-off%stripeSize))
-			s := h.stripe(off)
+			s := h.device.stripe(off)
 			s.Lock()
 			p, q := off/h.unit, (off+int64(next-first)+h.unit-1)/h.unit
 			h.removed.SetRange(p, q)
@@ -332,10 +449,6 @@ func (h *Handler) remove(start, end uint64) {
 			first = next
 		}
 	}
-}
-
-func (h *Handler) stripe(off int64) *sync.Mutex {
-	return &h.stripes[off/stripeSize%int64(len(h.stripes))]
 }
 
 // offset translates an address of the process into one of the device.
@@ -358,9 +471,9 @@ func (h *Handler) address(off int64) (address uint64, follow int64, ok bool) {
 	return 0, 0, false
 }
 
-// serve answers a fault. If the page is at hand it does so at once, else without delaying the next
+// answer answers a fault. If the page is at hand it does so at once, else without delaying the next
 // fault. It tells whether it has filled a page.
-func (h *Handler) serve(f fault, b buffer) bool {
+func (h *Handler) answer(f fault, b buffer) bool {
 	if f.wp {
 		h.written(f.page)
 		return false
@@ -394,7 +507,7 @@ func (h *Handler) written(page int64) {
 	h.writes.Add(1)
 	off := page * h.unit
 	address, _, _ := h.address(off)
-	s := h.stripe(off)
+	s := h.device.stripe(off)
 	s.Lock()
 	h.dirty.Set(page)
 	err := h.fd.writeProtect(address, uint64(h.unit), false)
@@ -418,9 +531,9 @@ func (h *Handler) written(page int64) {
 // load reads from the device. It returns false if it must not wait and would have to.
 func (h *Handler) load(p []byte, off int64, wait bool) (bool, error) {
 	if !wait {
-		return block.ReadNow(h.config.Memory, p, off), nil
+		return block.ReadNow(h.device.top, p, off), nil
 	}
-	_, err := h.config.Memory.ReadAt(p, off)
+	_, err := h.device.top.ReadAt(p, off)
 	return true, err
 }
 
@@ -445,21 +558,22 @@ func (h *Handler) bring(f fault, b buffer, wait bool) bool {
 	if h.removals.Load() != removals {
 		return false
 	}
-	s := h.stripe(off)
+	s := h.device.stripe(off)
 	s.Lock()
 	defer s.Unlock()
 	var mode uint64
 	switch {
-	case h.tracked && f.write:
+	case h.tracking == TrackFaults && f.write:
 		h.dirty.Set(f.page)
-	case h.tracked:
+	case f.write: // known by a scan, or to somebody else
+	case h.tracked():
 		mode = copyWP
 	}
 	var err error
 	switch {
 	case !removed:
 		_, err = h.fd.copy(address, b.pointer(0), uint64(h.unit), mode)
-	case !h.tracked && h.unit < hugePage:
+	case !h.tracked() && h.unit < hugePage:
 		err = h.fd.zero(address, uint64(h.unit))
 	default: // the shared page of zeros cannot be protected, and there is no huge one
 		_, err = h.fd.copy(address, h.zeros.pointer(0), uint64(h.unit), mode)
@@ -507,7 +621,7 @@ func (h *Handler) bringMore(p, q int64, b buffer, wait bool) bool {
 	off, length := p*h.unit, (q-p)*h.unit
 	address, follow, ok := h.address(off)
 	length = min(length, follow)
-	if !ok || !block.Local(h.config.Memory, off, length) {
+	if !ok || !block.Local(h.device.top, off, length) {
 		return false
 	}
 	removals := h.removals.Load() // as in bring
@@ -518,7 +632,7 @@ func (h *Handler) bringMore(p, q int64, b buffer, wait bool) bool {
 		return false // who needs it finds out why
 	}
 	var mode uint64
-	if h.tracked {
+	if h.tracked() {
 		mode = copyWP
 	}
 	h.events.RLock()
@@ -580,24 +694,24 @@ func (h *Handler) touch(page int64) {
 
 // fill fills pages before they are touched: first those that are known to be needed, then all.
 // Pages that another host still has to send are left until they are here.
-func (h *Handler) fill() {
+func (h *Handler) fill(list []uint32, all bool) {
 	b, err := newBuffer(max(h.unit, fillSize))
 	if err != nil {
 		h.fail(err)
 		return
 	}
 	defer func() { _ = b.free() }() // a mapping of ours
-	for i := 0; i < len(h.config.First) && h.ctx.Err() == nil; {
-		p := int64(h.config.First[i])
+	for i := 0; i < len(list) && h.ctx.Err() == nil; {
+		p := int64(list[i])
 		q := p + 1
-		for i++; i < len(h.config.First) && int64(h.config.First[i]) == q && (q-p)*h.unit < fillSize; i++ {
+		for i++; i < len(list) && int64(list[i]) == q && (q-p)*h.unit < fillSize; i++ {
 			q++
 		}
 		if q <= h.present.Len() {
 			h.bringMore(p, q, b, true)
 		}
 	}
-	for h.config.Fill && !h.pass(b) {
+	for all && !h.pass(b) {
 		select {
 		case <-h.ctx.Done():
 			return
@@ -611,7 +725,7 @@ func (h *Handler) pass(b buffer) (all bool) {
 	all = true
 	step := max(1, fillSize/h.unit)
 	for p := int64(0); p < h.present.Len() && h.ctx.Err() == nil; {
-		start, _, err := block.NextData(h.config.Memory, p*h.unit)
+		start, _, err := block.NextData(h.device.top, p*h.unit)
 		if err != nil {
 			return true // who needs it finds out
 		}
@@ -633,104 +747,4 @@ func (h *Handler) pass(b buffer) (all bool) {
 		p = q
 	}
 	return all
-}
-
-// Collect writes every page that was written until now to the device. The process goes on
-// meanwhile; its later writes are for the next Collect. A page that could not be written to the
-// device is still dirty after the error.
-func (h *Handler) Collect(ctx context.Context) error {
-	h.collecting.Lock()
-	defer h.collecting.Unlock()
-	if h.closing.Load() {
-		return errors.New("collect memory: it is not served any more")
-	}
-	for p := h.dirty.Next(0); p < h.dirty.Len(); p = h.dirty.Next(p) {
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		limit := min(h.dirty.Len(), max(p+1, (p*h.unit/stripeSize+1)*stripeSize/h.unit))
-		_, q := h.dirty.Run(p, limit)
-		next, err := h.collect(p, q)
-		if err != nil {
-			return fmt.Errorf("collect memory: %w", err)
-		}
-		p = next
-	}
-	return nil
-}
-
-// collect does so for the first of some pages of one stripe, and returns the page behind those.
-func (h *Handler) collect(p, q int64) (next int64, err error) {
-	off := p * h.unit
-	address, follow, ok := h.address(off)
-	if !ok {
-		return p, fmt.Errorf("page at %d is in no region", off)
-	}
-	q = min(q, p+follow/h.unit)
-	s := h.stripe(off)
-	s.Lock()
-	there := h.present.Has(p)
-	end := p + 1 // pages that are all present, or all missing
-	for end < q && h.present.Has(end) == there {
-		end++
-	}
-	h.dirty.ClearRange(p, end)
-	length := (end - p) * h.unit
-	if there {
-		h.removed.ClearRange(p, end)
-		for err = unix.EAGAIN; errors.Is(err, unix.EAGAIN); {
-			err = h.fd.writeProtect(address, uint64(length), true)
-			if errors.Is(err, unix.EAGAIN) { // until a removal is read, which needs this lock
-				s.Unlock()
-				time.Sleep(10 * time.Microsecond)
-				s.Lock()
-			}
-		}
-	}
-	s.Unlock()
-	if err != nil {
-		err = fmt.Errorf("protect %d bytes at %d: %w", length, off, err)
-	} else {
-		err = h.store(address, off, length, there)
-	}
-	if err != nil {
-		h.dirty.SetRange(p, end)
-	}
-	return end, err
-}
-
-// store writes pages to the device, with the process' content or zeros.
-func (h *Handler) store(address uint64, off, length int64, there bool) error {
-	if !there {
-		if err := block.Trim(h.config.Memory, off, length); err != nil {
-			return fmt.Errorf("store zeros at %d: %w", off, err)
-		}
-		h.settleRemoved(off, length)
-		return nil
-	}
-	for done := int64(0); done < length; {
-		b := h.collected[:min(length-done, int64(len(h.collected)))]
-		local := []unix.Iovec{{Base: &b[0], Len: uint64(len(b))}}
-		remote := []unix.RemoteIovec{{Base: uintptr(address) + uintptr(done), Len: len(b)}}
-		n, err := unix.ProcessVMReadv(h.pid, local, remote, 0)
-		if err != nil {
-			return fmt.Errorf("read %d bytes at %d out of process %d: %w", len(b), off+done, h.pid, err)
-		}
-		if n == 0 {
-			return fmt.Errorf("read %d bytes at %d out of process %d: nothing is there", len(b), off+done, h.pid)
-		}
-		if _, err := h.config.Memory.WriteAt(b[:n], off+done); err != nil {
-			return fmt.Errorf("store %d bytes at %d: %w", n, off+done, err)
-		}
-		done += int64(n)
-	}
-	return nil
-}
-
-// settleRemoved notes that the device has zeros for pages that were removed.
-func (h *Handler) settleRemoved(off, length int64) {
-	s := h.stripe(off)
-	s.Lock()
-	defer s.Unlock()
-	h.removed.ClearRange(off/h.unit, (off+length)/h.unit)
 }

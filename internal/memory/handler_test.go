@@ -1,7 +1,8 @@
-package uffd
+package memory
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -55,6 +56,9 @@ type use struct {
 	RemoveAll bool     // gives all back at first, when it reads a byte
 	Touch     []uint32 // reads just these, in order
 	Measure   bool     // prints how long it waits for pages, and that is all
+	Unmap     bool     // writes most pages, unmaps all, and says so
+	Shared    bool     // maps a file, and gives a new userfaultfd away
+	Private   bool     // the same, of a private mapping
 }
 
 // initial is what the device holds of a page at first: its first word and its last.
@@ -105,10 +109,33 @@ func child(env string) error {
 		clear(expected)
 		u.Threads = 0 // nobody else uses it
 	}
+	if u.Unmap {
+		for p := range expected {
+			if p > len(expected)/2 && p%2 == 0 {
+				continue // so that some page tables have protected pages, and others none
+			}
+			expected[p] = uint64(p) | 1<<62
+			for _, i := range []int{0, 511} {
+				atomic.StoreUint64((*uint64)(unsafe.Pointer(&memory[p*page+i*8])), expected[p])
+			}
+		}
+		if err := unix.Madvise(memory, unix.MADV_DONTNEED); err != nil {
+			return err
+		}
+		fmt.Println("unmapped")
+		u.Threads = 0
+	}
 	var stop atomic.Bool
 	errs := make(chan error, u.Threads)
 	for t := range u.Threads {
-		go func() { errs <- work(u, t, memory, expected, &stop) }()
+		go func() {
+			err := work(u, t, memory, expected, &stop)
+			if err != nil { // nobody asks before the test has had its faults
+				fmt.Fprintln(os.Stderr, err)
+				os.Exit(1)
+			}
+			errs <- nil
+		}()
 	}
 	if _, err := os.Stdin.Read(make([]byte, 1)); err != nil {
 		return err
@@ -133,7 +160,14 @@ func child(env string) error {
 
 // give makes memory, registers it and sends its userfaultfd.
 func give(u use) ([]byte, error) {
-	memory, err := unix.Mmap(-1, 0, u.Pages*page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	file, how := -1, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS
+	switch {
+	case u.Shared:
+		file, how = 3, unix.MAP_SHARED
+	case u.Private:
+		file, how = 3, unix.MAP_PRIVATE
+	}
+	memory, err := unix.Mmap(file, 0, u.Pages*page, unix.PROT_READ|unix.PROT_WRITE, how)
 	if err != nil {
 		return nil, err
 	}
@@ -142,13 +176,14 @@ func give(u use) ([]byte, error) {
 		return nil, errno
 	}
 	const eventRemoveFeature = 1 << 3
-	a := struct{ api, features, ioctls uint64 }{0xaa, eventRemoveFeature, 0}
-	if err := descriptor(fd).ioctl(0xc018aa3f, unsafe.Pointer(&a)); err != nil {
-		return nil, err
-	}
 	base := uint64(uintptr(unsafe.Pointer(&memory[0])))
-	if err := descriptor(fd).register(base, uint64(len(memory)), registerMissing); err != nil {
-		return nil, err
+	if !u.Shared && !u.Private {
+		if err := descriptor(fd).api(eventRemoveFeature); err != nil {
+			return nil, err
+		}
+		if err := descriptor(fd).register(base, uint64(len(memory)), registerMissing); err != nil {
+			return nil, err
+		}
 	}
 	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: u.Socket, Net: "unix"})
 	if err != nil {
@@ -160,7 +195,10 @@ func give(u use) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	_, _, err = conn.WriteMsgUnix(b, unix.UnixRights(int(fd)), nil)
+	if _, _, err = conn.WriteMsgUnix(b, unix.UnixRights(int(fd)), nil); err != nil {
+		return nil, err
+	}
+	_, err = io.Copy(io.Discard, conn) // until it is served
 	return memory, err
 }
 
@@ -262,6 +300,9 @@ func (d *device) WriteAt(b []byte, off int64) (int, error) {
 
 // process is a child whose memory is served.
 type process struct {
+	memory  *Device
+	tracker *block.Tracker
+	copied  []byte // of the memory: what was written was copied after it became known
 	t       testing.TB
 	cmd     *exec.Cmd
 	stdin   io.WriteCloser
@@ -270,7 +311,7 @@ type process struct {
 	handler *Handler
 }
 
-func start(t testing.TB, u use, c Config) *process {
+func start(t testing.TB, u use, d block.Device, track Tracking) *process {
 	t.Helper()
 	if fd, _, errno := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC|unix.O_NONBLOCK, 0, 0); errno != 0 {
 		need.Lacks(t, "userfaultfd", fmt.Sprintf("a process cannot give its own away here: %v; run the tests as root, or set vm.unprivileged_userfaultfd to 1", errno))
@@ -295,7 +336,30 @@ func start(t testing.TB, u use, c Config) *process {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &process{t: t, cmd: exec.Command("/proc/self/exe")}
+	p := &process{t: t, cmd: exec.Command("/proc/self/exe"), memory: New(d)}
+	p.tracker = block.NewTracker(p.memory, 64<<10)
+	p.memory.Under(p.tracker)
+	if u.Private {
+		base := d.(*block.File)
+		p.memory.Over(base, nil)
+		file, err := base.Reopen()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer file.Close()
+		p.cmd.ExtraFiles = []*os.File{file}
+	}
+	if u.Shared {
+		if err := p.memory.Share(); err != nil {
+			t.Fatal(err)
+		}
+		file, err := p.memory.File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer file.Close()
+		p.cmd.ExtraFiles = []*os.File{file}
+	}
 	p.cmd.Env = append(os.Environ(), "UFFD_TEST_CHILD="+string(env))
 	p.cmd.Stderr = &p.stderr
 	if p.stdin, err = p.cmd.StdinPipe(); err != nil {
@@ -320,13 +384,41 @@ func start(t testing.TB, u use, c Config) *process {
 		t.Fatalf("the process does not give its userfaultfd away: %v %s", err, p.stderr.String())
 	}
 	defer conn.Close()
-	if p.handler, err = Serve(conn, p.cmd.Process.Pid, c); err != nil {
+	config := Config{Device: p.memory, Track: track, Private: u.Private}
+	if u.Shared || u.Private {
+		var fd descriptor
+		var regions []region
+		if fd, regions, err = receive(conn); err == nil {
+			m := Mapping{Start: regions[0].Base, Size: uint64(u.Pages) * page, PageSize: page}
+			p.handler, err = ServeMapping(os.NewFile(uintptr(fd), "userfaultfd"), p.cmd.Process.Pid, m, config)
+		}
+	} else {
+		p.handler, err = Serve(conn, p.cmd.Process.Pid, config)
+	}
+	if errors.Is(err, ErrTracking) {
+		need.Lacks(t, "userfaultfd", err.Error())
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
-	if c.Track && !p.handler.Tracked() {
+	if track != TrackNone && p.handler.Tracking() == TrackNone {
 		need.Lacks(t, "userfaultfd", "this kernel does not write-protect memory by it")
 	}
+	p.handler.Enter()
 	return p
+}
+
+// copy copies the pages that were written, as a migration does: first they are taken, and then read.
+func (p *process) copy() {
+	p.t.Helper()
+	if err := p.handler.Collect(p.t.Context()); err != nil {
+		p.t.Fatal(err, p.handler.Err(), p.stderr.String())
+	}
+	for i := range p.tracker.Take().All() {
+		if _, err := p.memory.ReadAt(p.copied[i*page:(i+1)*page], i*page); err != nil {
+			p.t.Fatal(err)
+		}
+	}
 }
 
 // finish lets the child check all of its memory, and returns what it is.
@@ -367,31 +459,56 @@ func (p *process) close() {
 
 // run collects while the child uses its memory, until so many faults were served, and compares what
 // was collected in the end.
-func (p *process) run(d *device, faults int64, pause time.Duration) {
+func (p *process) run(d block.Device, faults int64, pause time.Duration) {
 	p.t.Helper()
-	deadline := time.Now().Add(10 * time.Minute)
-	for {
+	p.copied = content(p.t, d)
+	deadline, written := time.Now().Add(10*time.Minute), int64(0)
+	for round := 0; ; round++ {
 		missing, writes := p.handler.Faults()
+		if p.handler.Tracking() == TrackScan {
+			writes = written
+		}
 		if missing+writes >= faults {
-			p.t.Logf("%d faults on missing pages, %d first writes", missing, writes)
+			p.t.Logf("%d faults on missing pages, %d first writes, %d rounds", missing, writes, round)
 			break
 		}
-		if err := p.handler.Collect(p.t.Context()); err != nil || p.handler.Err() != nil || time.Now().After(deadline) {
-			p.t.Fatal(missing, writes, err, p.handler.Err(), p.stderr.String())
+		if p.handler.Err() != nil || time.Now().After(deadline) {
+			p.t.Fatal(missing, writes, p.handler.Err(), p.stderr.String())
+		}
+		p.copy()
+		if round%4 == 3 { // what is stored meanwhile is not forgotten
+			n, err := p.memory.Store(p.t.Context())
+			if err != nil {
+				p.t.Fatal(err)
+			}
+			written += n / page
 		}
 		time.Sleep(pause)
 	}
 	expected := p.finish()
-	if err := p.handler.Collect(p.t.Context()); err != nil {
+	p.copy()
+	if err := p.memory.Sync(); err != nil {
 		p.t.Fatal(err)
 	}
-	for i, want := range expected {
-		b := d.data[i*page:]
-		if a, z := binary.NativeEndian.Uint64(b), binary.NativeEndian.Uint64(b[511*8:]); a != want || z != want {
-			p.t.Fatalf("page %d was collected as %x … %x instead of %x", i, a, z, want)
+	for name, data := range map[string][]byte{"copied": p.copied, "stored": content(p.t, d)} {
+		for i, want := range expected {
+			b := data[i*page:]
+			if a, z := binary.NativeEndian.Uint64(b), binary.NativeEndian.Uint64(b[511*8:]); a != want || z != want {
+				p.t.Fatalf("page %d was %s as %x … %x instead of %x", i, name, a, z, want)
+			}
 		}
 	}
 	p.close()
+}
+
+// content reads a device.
+func content(t testing.TB, d block.Device) []byte {
+	t.Helper()
+	b := make([]byte, d.Size())
+	if _, err := d.ReadAt(b, 0); err != nil {
+		t.Fatal(err)
+	}
+	return b
 }
 
 // faults is how many a test serves.
@@ -400,13 +517,63 @@ func faults() int64 { return int64(need.Rounds(50_000, 1_000_000)) }
 func TestFaults(t *testing.T) {
 	const pages = 4096
 	d := newDevice(pages)
-	start(t, use{Pages: pages, Threads: 3, Seed: uint64(time.Now().UnixNano())}, Config{Memory: d, Track: true}).run(d, faults(), 0)
+	start(t, use{Pages: pages, Threads: 3, Seed: uint64(time.Now().UnixNano())}, d, TrackFaults).run(d, faults(), 0)
+}
+
+// Written pages of shared memory are known, whichever way.
+func TestShared(t *testing.T) {
+	const pages = 4096
+	for _, track := range []Tracking{TrackScan, TrackFaults} {
+		t.Run(string(track), func(t *testing.T) {
+			d := newDevice(pages)
+			start(t, use{Pages: pages, Threads: 3, Seed: uint64(time.Now().UnixNano()), Shared: true}, d, track).run(d, faults(), 0)
+		})
+	}
+}
+
+// What a process writes to a private mapping is known, copied and stored in the file that it maps,
+// while it goes on.
+func TestPrivate(t *testing.T) {
+	const pages = 4096
+	path := filepath.Join(t.TempDir(), "memory")
+	if err := os.WriteFile(path, newDevice(pages).data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d, err := block.OpenFile(path, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	start(t, use{Pages: pages, Threads: 3, Seed: uint64(time.Now().UnixNano()), Private: true}, d, TrackScan).run(d, faults(), 0)
+}
+
+// Pages that were written count as written once they are unmapped, as when the kernel reclaims them.
+func TestUnmapped(t *testing.T) {
+	const pages = 4096
+	for _, track := range []Tracking{TrackScan, TrackFaults} {
+		t.Run(string(track), func(t *testing.T) {
+			d := newDevice(pages)
+			p := start(t, use{Pages: pages, Unmap: true, Shared: true}, d, track)
+			p.copied = bytes.Clone(d.data)
+			if line, err := p.stdout.ReadString('\n'); line != "unmapped\n" {
+				t.Fatal(line, err, p.stderr.String())
+			}
+			p.copy()
+			for i, want := range p.finish() { // which maps them
+				if got := binary.NativeEndian.Uint64(p.copied[i*page:]); got != want {
+					t.Fatalf("page %d was copied as %x instead of %x", i, got, want)
+				}
+			}
+			p.close()
+		})
+	}
 }
 
 func TestFill(t *testing.T) {
 	const pages = 4096
 	d := newDevice(pages)
-	p := start(t, use{Pages: pages, Seed: 1}, Config{Memory: d, Track: true, Fill: true})
+	p := start(t, use{Pages: pages, Seed: 1}, d, TrackFaults)
+	p.handler.Fill(nil, true)
 	await.None(t, "all pages are filled", func() string {
 		if n := p.handler.present.Count(); n < pages {
 			return fmt.Sprintf("%d of %d are", n, pages)
@@ -421,7 +588,9 @@ func TestRemove(t *testing.T) {
 	const pages = 1024
 	for round := range 4 {
 		d := newDevice(pages)
-		start(t, use{Pages: pages, Threads: 3, Seed: uint64(round), Remove: true}, Config{Memory: d, Track: true, Fill: round%2 == 1}).run(d, faults()/20, time.Millisecond)
+		p := start(t, use{Pages: pages, Threads: 3, Seed: uint64(round), Remove: true}, d, TrackFaults)
+		p.handler.Fill(nil, round%2 == 1)
+		p.run(d, faults()/20, time.Millisecond)
 	}
 }
 
@@ -431,7 +600,8 @@ func TestRemoveWhileRead(t *testing.T) {
 	const pages = 256
 	d := newDevice(pages)
 	d.hold = make(chan struct{})
-	p := start(t, use{Pages: pages, RemoveAll: true}, Config{Memory: d, Track: true, Fill: true})
+	p := start(t, use{Pages: pages, RemoveAll: true}, d, TrackFaults)
+	p.handler.Fill(nil, true)
 	await.True(t, "something is read", func() bool { return d.reads.Load() > 0 })
 	if _, err := p.stdin.Write([]byte{1}); err != nil {
 		t.Fatal(err)
@@ -454,14 +624,16 @@ func TestSlowMemory(t *testing.T) {
 	const pages = 512
 	d := newDevice(pages)
 	d.delay = 2 * time.Millisecond
-	start(t, use{Pages: pages, Threads: 4, Seed: 5}, Config{Memory: d, Track: true, Fill: true}).run(d, 5_000, time.Millisecond)
+	p := start(t, use{Pages: pages, Threads: 4, Seed: 5}, d, TrackFaults)
+	p.handler.Fill(nil, true)
+	p.run(d, 5_000, time.Millisecond)
 }
 
 // When memory is lost the handler says so. Nothing can be done for the process but to end it.
 func TestLostSource(t *testing.T) {
 	const pages = 512
 	d := newDevice(pages)
-	p := start(t, use{Pages: pages, Seed: 6}, Config{Memory: d, Track: true})
+	p := start(t, use{Pages: pages, Seed: 6}, d, TrackFaults)
 	d.lost.Store(true)
 	select {
 	case <-p.handler.Failed():
@@ -485,7 +657,7 @@ func TestTouched(t *testing.T) {
 	const pages = 4096
 	touch := []uint32{1000, 20, 3000, 4000}
 	d := newDevice(pages)
-	p := start(t, use{Pages: pages, Touch: touch}, Config{Memory: d})
+	p := start(t, use{Pages: pages, Touch: touch}, d, TrackNone)
 	await.True(t, "what is near a page is brought along", func() bool { return p.handler.present.Has(21) && p.handler.present.Has(4005) })
 	p.finish()
 	if got := p.handler.Touched(); len(got) < 4 || !slices.Equal(got[:4], touch) {
@@ -493,7 +665,8 @@ func TestTouched(t *testing.T) {
 	}
 	p.close()
 	d = newDevice(pages)
-	p = start(t, use{Pages: pages, Touch: []uint32{}}, Config{Memory: d, First: touch})
+	p = start(t, use{Pages: pages, Touch: []uint32{}}, d, TrackNone)
+	p.handler.Fill(touch, false)
 	await.True(t, "what was touched first is fetched", func() bool { return d.reads.Load() >= 4 })
 	p.finish()
 	p.close()
@@ -543,7 +716,7 @@ func TestHandshake(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			_, err = Serve(conn.(*net.UnixConn), os.Getpid(), Config{Memory: newDevice(16)})
+			_, err = Serve(conn.(*net.UnixConn), os.Getpid(), Config{Device: New(newDevice(16))})
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("error is %v; want one with %q", err, tt.want)
 			}
