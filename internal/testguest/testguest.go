@@ -21,9 +21,14 @@ import (
 var source []byte
 
 // Build compiles the guest, an ELF kernel, to path. It needs gcc.
-func Build(path string) error {
-	gcc := exec.Command("gcc", "-x", "c", "-O2", "-ffreestanding", "-fno-pic", "-mno-red-zone", "-mgeneral-regs-only", "-fno-stack-protector", "-fcf-protection=none",
-		"-nostdlib", "-static", "-no-pie", "-Wl,-Ttext-segment=0x200000,-e,entry,--build-id=none,-z,noexecstack", "-o", path, "-")
+func Build(path string) error { return build(path) }
+
+// BuildForQEMU is [Build] for QEMU, which starts kernels in another way.
+func BuildForQEMU(path string) error { return build(path, "-DPVH") }
+
+func build(path string, flags ...string) error {
+	gcc := exec.Command("gcc", append(flags, "-x", "c", "-O2", "-ffreestanding", "-fno-pic", "-mno-red-zone", "-mgeneral-regs-only", "-fno-stack-protector", "-fcf-protection=none",
+		"-nostdlib", "-static", "-no-pie", "-Wl,-Ttext-segment=0x200000,-e,entry,--build-id=none,-z,noexecstack", "-o", path, "-")...)
 	gcc.Stdin = bytes.NewReader(source)
 	if out, err := gcc.CombinedOutput(); err != nil {
 		return fmt.Errorf("build test guest: %w: %s", err, out)

@@ -1,5 +1,6 @@
 // A guest that needs no operating system: it fills memory with a pattern, goes on changing it at a set rate, checks all of it again and again, and ticks on its
 // console. It is a 64-bit ELF for the Linux boot protocol as Firecracker follows it: long mode, the first GiB mapped one to one, RSI with the boot parameters.
+// With PVH defined it is one for QEMU, which starts it in protected mode (docs/misc/pvh.pandoc of Xen).
 //
 // Words of the command line: tsc_khz=N, resident=MIB, rate=PAGES_A_SECOND, hot=PERMILLE of the pages that are changed, order=0 (random) or 1 (in sequence),
 // words=N of each page that hold the pattern, evenly spread: a power of two up to 512. Where a guest's instructions are emulated, all of them take long.
@@ -113,3 +114,16 @@ __attribute__((used)) void start(u8 *parameters) {
 
 __asm__(".pushsection .text.entry,\"ax\"\n.globl entry\nentry:\n\tmovq %rsi, %rdi\n\tleaq stack_end(%rip), %rsp\n\tcall start\n.popsection\n"
 	".pushsection .bss\n.align 16\n.skip 16384\nstack_end:\n.popsection\n");
+
+#ifdef PVH
+__asm__(".pushsection .note.pvh,\"a\",@note\n.align 4\n.long 4, 8, 18\n.asciz \"Xen\"\n.quad pvh\n.popsection\n" // XEN_ELFNOTE_PHYS32_ENTRY
+	".pushsection .data\n.align 4096\npml4: .quad pdpt + 3\n.fill 511, 8, 0\npdpt: .quad pd + 3\n.fill 511, 8, 0\n"
+	"pd: .set address, 0\n.rept 512\n.quad address + 0x83\n.set address, address + 0x200000\n.endr\n"
+	"gdt: .quad 0, 0x00af9b000000ffff, 0x00cf93000000ffff\ngdtr: .word 23\n.long gdt\n"
+	"parameters: .fill 4096\n.popsection\n"
+	".pushsection .text\n.code32\npvh:\n\tcli\n\tmovl 24(%ebx), %eax\n\tmovl %eax, parameters + 0x228\n" // hvm_start_info.cmdline_paddr
+	"\tmovl $pml4, %eax\n\tmovl %eax, %cr3\n\tmovl %cr4, %eax\n\torl $0x20, %eax\n\tmovl %eax, %cr4\n" // physical address extension
+	"\tmovl $0xc0000080, %ecx\n\trdmsr\n\torl $0x100, %eax\n\twrmsr\n" // long mode
+	"\tmovl %cr0, %eax\n\torl $0x80000000, %eax\n\tmovl %eax, %cr0\n\tlgdt gdtr\n\tljmp $8, $pvh64\n"
+	".code64\npvh64:\n\tmovl $16, %eax\n\tmovl %eax, %ds\n\tmovl %eax, %es\n\tmovl %eax, %ss\n\tleaq parameters(%rip), %rsi\n\tjmp entry\n.popsection\n");
+#endif
