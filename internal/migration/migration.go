@@ -21,6 +21,7 @@ import (
 var (
 	errNoDoubt = errors.New("nothing is in doubt")
 	errBusy    = errors.New("the VM is being migrated already")
+	errCopied  = errors.New("a copy of the VM is being made; try again when it is complete")
 	errCrowded = errors.New("too many connections wait, and this one has waited longest")
 )
 

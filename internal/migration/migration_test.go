@@ -2,6 +2,7 @@ package migration
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -123,6 +124,37 @@ func TestExpect(t *testing.T) {
 		}
 		return nil
 	})
+	target, err := Receive(t.Context(), p.config(quick(), nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(target.Wait(), target.Close()); err != nil {
+		t.Error(err)
+	}
+	p.network.wg.Wait()
+	p.guest.halt()
+	p.target.halt()
+	if err := errors.Join(p.target.verify(), p.source.Close()); err != nil {
+		t.Error(err)
+	}
+}
+
+// Whoever tries again at once is not refused, however long the source takes to notice that the
+// first target has gone.
+func TestAgain(t *testing.T) {
+	p := newPair(t, 1, quick(), nil)
+	first, give := context.WithCancel(t.Context())
+	p.guest.onCall("prepare", func() error {
+		if first.Err() == nil {
+			give()
+			time.Sleep(200 * time.Millisecond) // a guest that is busy
+		}
+		return nil
+	})
+	if _, err := Receive(first, p.config(quick(), nil)); !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	p.target = newReceiver(p.ledger, 2)
 	target, err := Receive(t.Context(), p.config(quick(), nil))
 	if err != nil {
 		t.Fatal(err)

@@ -228,44 +228,49 @@ func greet(l *link) (h wire.Hello, err error) {
 	return h, nil
 }
 
-// copyPatience is how long a target waits for a copy that is being made. A copy to an object
-// storage or a local disk takes about a second.
-const copyPatience = 10 * time.Second
+// How long a target waits for a copy or a migration that is under way to end. A copy to an object
+// storage or a local disk takes about a second. A migration whose target has just gone ends in
+// well under a second: whoever tries again at once is not refused for it.
+const (
+	copyPatience = 10 * time.Second
+	movePatience = 2 * time.Second
+)
 
-// begin makes a migration, or a copy, or finds the one under way. The caller marks wg done when it
-// no longer uses the migration.
+// begin makes a migration, or a copy, when none is under way. The caller marks wg done when it no
+// longer uses the migration.
 func (s *Source) begin(h wire.Hello, l *link, baseline *Baseline) (*outgoing, error) {
-	patience := time.NewTimer(copyPatience)
-	defer patience.Stop()
+	arrived := time.Now()
 	for {
-		o, busy, err := s.tryBegin(h, l, baseline)
-		if busy == nil {
+		o, current, err := s.tryBegin(h, l, baseline)
+		if current == nil {
 			return o, err
 		}
+		patience, refusal := movePatience, errBusy
+		if current.asks.copy {
+			patience, refusal = copyPatience, errCopied
+		}
 		select {
-		case <-busy:
-		case <-patience.C:
-			return nil, errors.New("a copy of the VM is being made; try again when it is complete")
+		case <-current.ended.fired(): // its guest, too, has been told that it goes on
+		case <-time.After(time.Until(arrived.Add(patience))):
+			return nil, refusal
 		case <-l.ctx.Done():
 			return nil, context.Cause(l.ctx)
 		}
 	}
 }
 
-// tryBegin is begin, unless a copy is being made: then busy is closed when that has ended.
-func (s *Source) tryBegin(h wire.Hello, l *link, baseline *Baseline) (o *outgoing, busy <-chan struct{}, err error) {
+// tryBegin is begin, unless a copy or a migration is under way: then that is current.
+func (s *Source) tryBegin(h wire.Hello, l *link, baseline *Baseline) (o, current *outgoing, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.revoked || s.closed {
 		return nil, nil, errors.New("the VM cannot be migrated any more")
 	}
 	if s.current != nil {
-		if s.current.asks.copy {
-			select {
-			case <-s.current.ended.fired(): // its guest, too, has been told that it goes on
-			default:
-				return nil, s.current.ended.fired(), nil
-			}
+		select {
+		case <-s.current.ended.fired():
+		default:
+			return nil, s.current, nil
 		}
 		switch s.current.Phase() {
 		case migrate.Kept:
