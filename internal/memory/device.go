@@ -41,9 +41,9 @@ type Device struct {
 	base   *block.File          // where memory is stored, but for pages in differ; nil if it is not known
 	differ func() *block.Bitmap // nil for none
 
-	file    *os.File      // nil for one that is not shared
-	blank   bool          // the guest's memory began as zeros
-	present *block.Bitmap // pages that are in the file
+	file    atomic.Pointer[os.File] // nil for one that is not shared
+	blank   bool                    // the guest's memory began as zeros
+	present *block.Bitmap           // pages that are in the file
 	stripes [64]sync.Mutex
 
 	guest   atomic.Pointer[Handler] // nil while no process is served
@@ -77,7 +77,7 @@ const maxCopied = 64 << 20
 // Mappable tells whether a VMM can map the memory privately: it is wholly stored here, most of it in
 // one file.
 func (d *Device) Mappable() bool {
-	return d.base != nil && d.file == nil && !d.blank && (d.differ == nil || d.differ().Count()*block.PageSize <= maxCopied)
+	return d.base != nil && d.file.Load() == nil && !d.blank && (d.differ == nil || d.differ().Count()*block.PageSize <= maxCopied)
 }
 
 // Base opens the file to map privately, for reading. It is the caller's.
@@ -91,7 +91,7 @@ func (d *Device) Size() int64 { return d.stored.Size() }
 
 // Share gives the device a file for its VMM to map. Nothing is done if it has one.
 func (d *Device) Share() error {
-	if d.file != nil {
+	if d.file.Load() != nil {
 		return nil
 	}
 	fd, err := unix.MemfdCreate("drafter-memory", unix.MFD_CLOEXEC|unix.MFD_NOEXEC_SEAL)
@@ -105,13 +105,13 @@ func (d *Device) Share() error {
 	if err := f.Truncate(d.Size()); err != nil {
 		return errors.Join(fmt.Errorf("make memory of %d bytes: %w", d.Size(), err), f.Close())
 	}
-	d.file = f
+	d.file.Store(f)
 	return nil
 }
 
 // File returns another descriptor of a shared device's file, which is the caller's.
 func (d *Device) File() (*os.File, error) {
-	fd, err := unix.FcntlInt(d.file.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	fd, err := unix.FcntlInt(d.file.Load().Fd(), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("share memory: %w", err)
 	}
@@ -126,7 +126,7 @@ func (d *Device) Copy(f *os.File) error {
 		return fmt.Errorf("copy memory: %w", err)
 	}
 	for _, e := range extents {
-		if _, err := io.Copy(io.NewOffsetWriter(d.file, e.Offset), io.NewSectionReader(f, e.Offset, e.Length)); err != nil {
+		if _, err := io.Copy(io.NewOffsetWriter(d.file.Load(), e.Offset), io.NewSectionReader(f, e.Offset, e.Length)); err != nil {
 			return fmt.Errorf("copy memory: %w", err)
 		}
 		first, end := e.Offset/block.PageSize, (e.Offset+e.Length+block.PageSize-1)/block.PageSize
@@ -143,15 +143,18 @@ func (d *Device) Blank() {
 	d.present.SetRange(0, d.present.Len())
 }
 
-// Forget gives up what only the guest had. Its VMM has ended.
+// Forget gives up what only the guest had. Its VMM has ended. Pages that still arrive for a device
+// that was shared are refused.
 func (d *Device) Forget() error {
 	d.unsaved.Take()
-	if d.file == nil {
+	d.lockStripes() // whoever places a page has done so
+	f := d.file.Swap(nil)
+	d.unlockStripes()
+	if f == nil {
 		return nil
 	}
-	f := d.file
-	d.file = nil
 	d.present.Take()
+	d.unsaved.Take()
 	d.blank = false
 	d.entered.Store(false)
 	return f.Close()
@@ -207,7 +210,7 @@ func (d *Device) ReadAt(p []byte, off int64) (int, error) {
 
 // readGuest reads what the guest has.
 func (d *Device) readGuest(p []byte, off int64) error {
-	if f := d.file; f != nil {
+	if f := d.file.Load(); f != nil {
 		if _, err := f.ReadAt(p, off); err != nil {
 			return fmt.Errorf("read memory at %d: %w", off, err)
 		}
@@ -215,7 +218,7 @@ func (d *Device) readGuest(p []byte, off int64) error {
 	}
 	h := d.guest.Load()
 	if h == nil {
-		return fmt.Errorf("read memory at %d: the VMM that had it has ended", off)
+		return fmt.Errorf("read memory at %d: %w", off, errForgotten)
 	}
 	return h.read(p, off)
 }
@@ -225,7 +228,7 @@ func (d *Device) ReadNow(p []byte, off int64) bool {
 	for len(p) > 0 {
 		guest, n := d.run(off, int64(len(p)))
 		switch {
-		case guest && (d.file == nil || d.readGuest(p[:n], off) != nil):
+		case guest && (d.file.Load() == nil || d.readGuest(p[:n], off) != nil):
 			return false
 		case !guest && !block.ReadNow(d.stored, p[:n], off):
 			return false
@@ -262,14 +265,20 @@ func (d *Device) NextData(off int64) (start, end int64, err error) {
 	return max(off, first*block.PageSize), min(next*block.PageSize, d.Size()), nil
 }
 
-// eachStripe calls f, with the stripe's lock held, for the parts of a range that lie in one stripe
-// each.
-func (d *Device) eachStripe(off, length int64, f func(off, end int64) error) error {
+// errForgotten says that what only a guest had is gone.
+var errForgotten = errors.New("the VMM that had it has ended")
+
+// eachStripe calls f for the parts of a range that lie in one stripe each, with the stripe's lock held
+// and the device's file.
+func (d *Device) eachStripe(off, length int64, f func(file *os.File, off, end int64) error) error {
 	for end := off + length; off < end; {
 		next := min((off/stripeSize+1)*stripeSize, end)
 		s := d.stripe(off)
 		s.Lock()
-		err := f(off, next)
+		err := errForgotten
+		if file := d.file.Load(); file != nil {
+			err = f(file, off, next)
+		}
 		s.Unlock()
 		if err != nil {
 			return err
@@ -286,14 +295,14 @@ func (d *Device) stripe(off int64) *sync.Mutex {
 // WriteAt implements [block.Device]. Of a device that is shared it takes whole pages, which the
 // guest cannot have used: it does not run yet, or waits for them.
 func (d *Device) WriteAt(p []byte, off int64) (int, error) {
-	if d.file == nil {
+	if d.file.Load() == nil {
 		return d.stored.WriteAt(p, off)
 	}
 	if err := d.checkPages(off, int64(len(p))); err != nil {
 		return 0, err
 	}
-	err := d.eachStripe(off, int64(len(p)), func(from, end int64) error {
-		return d.put(p[from-off:end-off], from)
+	err := d.eachStripe(off, int64(len(p)), func(file *os.File, from, end int64) error {
+		return d.put(file, p[from-off:end-off], from)
 	})
 	if err != nil {
 		return 0, fmt.Errorf("place %d bytes of memory at %d: %w", len(p), off, err)
@@ -310,7 +319,7 @@ func (d *Device) checkPages(off, length int64) error {
 }
 
 // put places pages of one stripe, whose lock is held. A process that waits for one is woken.
-func (d *Device) put(p []byte, off int64) error {
+func (d *Device) put(file *os.File, p []byte, off int64) error {
 	h := d.guest.Load()
 	for len(p) > 0 {
 		first := off / block.PageSize
@@ -320,7 +329,7 @@ func (d *Device) put(p []byte, off int64) error {
 		case has && d.entered.Load():
 			return errors.New("the guest has it already")
 		case has || h == nil:
-			if _, err := d.file.WriteAt(p[:n], off); err != nil {
+			if _, err := file.WriteAt(p[:n], off); err != nil {
 				return err
 			}
 		default:
@@ -338,19 +347,19 @@ func (d *Device) put(p []byte, off int64) error {
 // Trim implements [block.Trimmer], under the conditions of WriteAt. Pages that are not in the file
 // yet are holes of it.
 func (d *Device) Trim(off, length int64) error {
-	if d.file == nil {
+	if d.file.Load() == nil {
 		return block.Trim(d.stored, off, length)
 	}
 	if err := d.checkPages(off, length); err != nil {
 		return err
 	}
-	return d.eachStripe(off, length, func(from, end int64) error {
+	return d.eachStripe(off, length, func(file *os.File, from, end int64) error {
 		for from < end {
 			first := from / block.PageSize
 			has, next := d.present.Run(first, (end+block.PageSize-1)/block.PageSize)
 			n := min(next*block.PageSize, end) - from
 			if has {
-				if err := d.put(make([]byte, n), from); err != nil {
+				if err := d.put(file, make([]byte, n), from); err != nil {
 					return err
 				}
 			}
@@ -364,15 +373,15 @@ func (d *Device) Trim(off, length int64) error {
 // Evict makes pages missing in a shared device, from first on and before end, so that the guest waits
 // for them. They have the content that is stored then. The guest does not run yet.
 func (d *Device) Evict(first, end int64) error {
-	if d.file == nil {
+	if d.file.Load() == nil {
 		return nil
 	}
-	return d.eachStripe(first*block.PageSize, (end-first)*block.PageSize, func(off, stop int64) error {
+	return d.eachStripe(first*block.PageSize, (end-first)*block.PageSize, func(file *os.File, off, stop int64) error {
 		d.unsaved.ClearRange(off/block.PageSize, stop/block.PageSize)
 		for page := d.present.Next(off / block.PageSize); page*block.PageSize < stop; page = d.present.Next(page) {
 			_, next := d.present.Run(page, stop/block.PageSize)
 			const punch = unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE
-			if err := unix.Fallocate(int(d.file.Fd()), punch, page*block.PageSize, (next-page)*block.PageSize); err != nil {
+			if err := unix.Fallocate(int(file.Fd()), punch, page*block.PageSize, (next-page)*block.PageSize); err != nil {
 				return fmt.Errorf("evict memory at %d: %w", page*block.PageSize, err)
 			}
 			d.present.ClearRange(page, next)
@@ -385,7 +394,7 @@ func (d *Device) Evict(first, end int64) error {
 // Warm places pages of what is stored in a shared device before the guest needs them, until ctx
 // ends. It passes over what has come from elsewhere.
 func (d *Device) Warm(ctx context.Context) error {
-	if d.file == nil {
+	if d.file.Load() == nil {
 		return nil
 	}
 	b := make([]byte, fillSize)
@@ -408,7 +417,7 @@ func (d *Device) Warm(ctx context.Context) error {
 		if _, err := d.stored.ReadAt(p, start); err != nil {
 			return fmt.Errorf("warm memory: %w", err)
 		}
-		err = d.eachStripe(start, end-start, func(from, end int64) error { return d.warm(p, from) })
+		err = d.eachStripe(start, end-start, func(file *os.File, from, _ int64) error { return d.warm(file, p, from) })
 		if err != nil {
 			return fmt.Errorf("warm memory at %d: %w", start, err)
 		}
@@ -417,7 +426,7 @@ func (d *Device) Warm(ctx context.Context) error {
 }
 
 // warm places those of the pages that have no other content. The stripe's lock is held.
-func (d *Device) warm(p []byte, off int64) error {
+func (d *Device) warm(file *os.File, p []byte, off int64) error {
 	taken := func(page int64) bool { return d.present.Has(page) || d.unsaved.Has(page) }
 	h := d.guest.Load()
 	for first, end := off/block.PageSize, (off+int64(len(p)))/block.PageSize; first < end; {
@@ -435,7 +444,7 @@ func (d *Device) warm(p []byte, off int64) error {
 		part := p[first*block.PageSize-off : next*block.PageSize-off]
 		var err error
 		if h == nil {
-			_, err = d.file.WriteAt(part, first*block.PageSize)
+			_, err = file.WriteAt(part, first*block.PageSize)
 		} else {
 			err = h.place(part, first*block.PageSize)
 		}
@@ -450,10 +459,18 @@ func (d *Device) warm(p []byte, off int64) error {
 
 // enter notes that the guest may use its memory from now on.
 func (d *Device) enter() {
-	for i := range d.stripes { // whoever places a page has done so
+	d.lockStripes() // whoever places a page has done so
+	d.entered.Store(true)
+	d.unlockStripes()
+}
+
+func (d *Device) lockStripes() {
+	for i := range d.stripes {
 		d.stripes[i].Lock()
 	}
-	d.entered.Store(true)
+}
+
+func (d *Device) unlockStripes() {
 	for i := range d.stripes {
 		d.stripes[i].Unlock()
 	}

@@ -409,6 +409,41 @@ func TestForget(t *testing.T) {
 	wantUnsaved(t, d, 2)
 }
 
+// Pages may still arrive, and be read, when a VM is given up.
+func TestForgetBesides(t *testing.T) {
+	const pages = 64
+	d, _ := share(t, newDevice(pages))
+	var users sync.WaitGroup
+	stop := make(chan struct{})
+	use := func(op func() error) {
+		users.Go(func() {
+			for {
+				if err := op(); err != nil && !errors.Is(err, errForgotten) && !errors.Is(err, os.ErrClosed) {
+					t.Error(err)
+					return
+				}
+				select {
+				case <-stop:
+					return
+				default:
+				}
+			}
+		})
+	}
+	use(func() error { _, err := d.WriteAt(filled(1, pages), 0); return err })
+	use(func() error { _, err := d.ReadAt(make([]byte, pages*page), 0); return err })
+	use(func() error { return d.Trim(0, pages*page) })
+	use(func() error { return d.Evict(0, pages) })
+	use(func() error { return d.Warm(t.Context()) })
+	for range 200 {
+		if err := errors.Join(d.Forget(), d.Share()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	close(stop)
+	users.Wait()
+}
+
 // What a VMM had before the device had it becomes the guest's memory.
 func TestCopy(t *testing.T) {
 	source, err := os.Create(filepath.Join(t.TempDir(), "memory"))

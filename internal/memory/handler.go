@@ -209,7 +209,7 @@ func (h *Handler) begin(register func(region) error) (err error) {
 	pages := size / h.unit
 	h.present, h.dirty, h.removed = block.NewBitmap(pages), block.NewBitmap(pages), block.NewBitmap(pages)
 	switch {
-	case h.device.file != nil:
+	case h.device.file.Load() != nil:
 		h.present = h.device.present
 	case h.whole:
 		h.present.SetRange(0, pages)
@@ -562,9 +562,10 @@ func (h *Handler) bring(f fault, b buffer, wait bool) bool {
 	s.Lock()
 	defer s.Unlock()
 	var mode uint64
+	marked := false
 	switch {
 	case h.tracking == TrackFaults && f.write:
-		h.dirty.Set(f.page)
+		marked = h.dirty.Set(f.page) // before it can be written
 	case f.write: // known by a scan, or to somebody else
 	case h.tracked():
 		mode = copyWP
@@ -577,6 +578,9 @@ func (h *Handler) bring(f fault, b buffer, wait bool) bool {
 		err = h.fd.zero(address, uint64(h.unit))
 	default: // the shared page of zeros cannot be protected, and there is no huge one
 		_, err = h.fd.copy(address, h.zeros.pointer(0), uint64(h.unit), mode)
+	}
+	if marked && err != nil { // whoever fills the page protects or marks it
+		h.dirty.ClearRange(f.page, f.page+1)
 	}
 	switch {
 	case err == nil:
