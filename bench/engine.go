@@ -36,8 +36,8 @@ type nobody struct{ device *block.Incoming }
 func (nobody) WriteBack(context.Context) error                      { return nil }
 func (nobody) Flush(context.Context) error                          { return nil }
 func (nobody) Prepare(context.Context) error                        { return nil }
-func (nobody) Pause(context.Context) error                          { return nil }
-func (nobody) Save(context.Context, uuid.UUID) error                { return nil }
+func (nobody) Pause(context.Context) (time.Time, error)             { return time.Now(), nil }
+func (nobody) Save(context.Context, uuid.UUID, func(int64)) error   { return nil }
 func (nobody) Rescue(context.Context) error                         { return nil }
 func (nobody) Rescued(context.Context)                              {}
 func (nobody) Leave(context.Context, uuid.UUID) error               { return nil }

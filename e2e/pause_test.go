@@ -64,7 +64,7 @@ func TestPauseGivenUp(t *testing.T) {
 		if err := vm.Pause(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if err := vm.SaveLeaving(t.Context(), uuid.New()); err != nil {
+		if err := vm.SaveLeaving(t.Context(), uuid.New(), nil); err != nil {
 			t.Fatal(err)
 		}
 		if err := vm.Rescue(t.Context()); err != nil {
@@ -88,6 +88,26 @@ func TestPauseGivenUp(t *testing.T) {
 		t.Error("no pause was given up")
 	}
 	t.Logf("%d of 20 pauses were given up", failed)
+	failed = 0
+	for after := time.Duration(0); after < 20*time.Millisecond; after += time.Millisecond {
+		ctx, cancel := context.WithTimeout(t.Context(), after)
+		_, err := vm.PauseToSave(ctx)
+		if err == nil {
+			err = vm.SaveLeaving(ctx, uuid.New(), nil)
+		}
+		if err != nil {
+			failed++
+		}
+		if err := vm.Rescue(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		cancel()
+		runs("a save of at most " + after.String())
+	}
+	if failed == 0 {
+		t.Error("no save was given up")
+	}
+	t.Logf("%d of 20 saves were given up", failed)
 	if saved, err := vm.Suspend(t.Context(), time.Minute); err != nil || !saved {
 		t.Fatalf("suspend: %v, %v", saved, err)
 	}

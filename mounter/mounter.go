@@ -409,11 +409,12 @@ func (d *departure) Flush(context.Context) error { return nil }
 func (d *departure) Prepare(context.Context) error { return nil }
 
 // Pause implements [migration.SourceVM].
-func (d *departure) Pause(context.Context) error {
+func (d *departure) Pause(context.Context) (stopped time.Time, err error) {
+	stopped = time.Now()
 	for _, name := range d.names {
 		d.m.gates[name].Shut()
 	}
-	return nil
+	return stopped, nil
 }
 
 // Leave implements [migration.SourceVM]. From here on the files say that the devices may have
@@ -428,7 +429,7 @@ func (d *departure) Leave(_ context.Context, migration uuid.UUID) error {
 }
 
 // Save implements [migration.SourceVM].
-func (d *departure) Save(context.Context, uuid.UUID) error { return nil }
+func (d *departure) Save(context.Context, uuid.UUID, func(int64)) error { return nil }
 
 // Rescue implements [migration.SourceVM].
 func (d *departure) Rescue(context.Context) error {

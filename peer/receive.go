@@ -213,7 +213,7 @@ func arrivalBytes(p *Peer) (sent, saved, pending int64) {
 // was none.
 func (p *Peer) Stats() (stats migrate.Stats, ok bool) { return p.moves.Stats() }
 
-// arrival is a VM that is arriving. It implements [migration.TargetVM].
+// arrival is a VM that is arriving. It implements [migration.TargetVM] and [migration.StateLoader].
 type arrival struct {
 	p          *Peer
 	config     *vmm.PackageConfig
@@ -221,6 +221,7 @@ type arrival struct {
 	launched   *instance.Launched
 	header     *heldHeader // of the state device; nil if that does not come
 	kernel     *sealable   // the kernel device; nil if that does not come, or need not be signed
+	loads      bool        // the VMM loads its state as that arrives
 	running    bool
 
 	// The VMM is watched while it waits for its VM. If it dies, the source need not pause the VM.
@@ -424,6 +425,10 @@ func (a *arrival) Start(ctx context.Context) error {
 	if a.launched, err = instance.LaunchMoved(ctx, a.p.config.Host, a.config, storage{a.p}, a.generation); err != nil {
 		return err
 	}
+	err = a.launched.Receive(ctx)
+	if a.loads = err == nil; err != nil && !errors.Is(err, errors.ErrUnsupported) {
+		return err
+	}
 	a.watch.Go(func() {
 		select {
 		case <-a.launched.Done():
@@ -448,6 +453,14 @@ func (a *arrival) Expect(_ context.Context, migration uuid.UUID) error {
 	return deviceset.Named(vmm.State, a.header.expect(migration))
 }
 
+// Load implements [migration.StateLoader].
+func (a *arrival) Load(ctx context.Context, end int64) error {
+	if !a.loads {
+		return nil
+	}
+	return a.launched.Load(ctx, end)
+}
+
 // Restore implements [migration.TargetVM].
 func (a *arrival) Restore(ctx context.Context, migration uuid.UUID) error {
 	a.endWatch()
@@ -460,7 +473,7 @@ func (a *arrival) Restore(ctx context.Context, migration uuid.UUID) error {
 // Resume implements [migration.TargetVM].
 func (a *arrival) Resume(ctx context.Context) error {
 	i, err := a.launched.Go(ctx)
-	if err != nil && a.launched.Ended() {
+	if err != nil && a.launched.Ended() && !errors.Is(err, vmm.ErrNotRun) {
 		err = fmt.Errorf("%w: %w", migrate.ErrMayHaveRun, err)
 	}
 	if err == nil || errors.Is(err, migrate.ErrMayHaveRun) {

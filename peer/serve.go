@@ -182,7 +182,9 @@ func (d *departure) Prepare(ctx context.Context) error {
 }
 
 // Pause implements [migration.SourceVM].
-func (d *departure) Pause(ctx context.Context) error { return d.p.instance.PauseToSave(ctx) }
+func (d *departure) Pause(ctx context.Context) (stopped time.Time, err error) {
+	return d.p.instance.PauseToSave(ctx)
+}
 
 // Leave implements [migration.SourceVM].
 func (d *departure) Leave(_ context.Context, migration uuid.UUID) error {
@@ -193,8 +195,8 @@ func (d *departure) Leave(_ context.Context, migration uuid.UUID) error {
 }
 
 // Save implements [migration.SourceVM].
-func (d *departure) Save(ctx context.Context, migration uuid.UUID) error {
-	return d.p.instance.SaveLeaving(ctx, migration)
+func (d *departure) Save(ctx context.Context, migration uuid.UUID, final func(end int64)) error {
+	return d.p.instance.SaveLeaving(ctx, migration, final)
 }
 
 // Rescue implements [migration.SourceVM].

@@ -143,11 +143,12 @@ func (p *peer) WriteBack(context.Context) error        { return p.call("write ba
 func (p *peer) Flush(context.Context) error            { return p.call("flush") }
 func (p *peer) Prepare(context.Context) error          { return p.call("prepare") }
 func (p *peer) Leave(context.Context, uuid.UUID) error { return p.call("leave") }
-func (p *peer) Pause(context.Context) error            { return p.call("pause") }
 func (p *peer) Rescue(context.Context) error           { return p.call("rescue") }
 func (p *peer) Rescued(context.Context)                { _ = p.call("rescued") }
 
-func (p *peer) Save(_ context.Context, id uuid.UUID) error {
+func (p *peer) Pause(context.Context) (time.Time, error) { return time.Now(), p.call("pause") }
+
+func (p *peer) Save(_ context.Context, id uuid.UUID, _ func(int64)) error {
 	if err := p.call("save"); err != nil {
 		return err
 	}
@@ -374,7 +375,7 @@ func TestInTheWay(t *testing.T) {
 // unsaved is a VM whose state is not saved, whatever it says.
 type unsaved struct{ migration.SourceVM }
 
-func (unsaved) Save(context.Context, uuid.UUID) error { return nil }
+func (unsaved) Save(context.Context, uuid.UUID, func(int64)) error { return nil }
 
 // What cannot be written is refused before anything is touched.
 func TestRefused(t *testing.T) {

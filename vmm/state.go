@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash"
 	"hash/crc32"
 	"io"
 	"time"
@@ -221,6 +222,44 @@ func (h *stateHeader) obstacle() string {
 
 // ReadMigratedState is [ReadState] at the target of a migration.
 func ReadMigratedState(dev StateDevice, id string, migration uuid.UUID) ([]byte, error) {
+	return new(StateReader).Rest(dev, id, migration)
+}
+
+// read reads the state that belongs to the header.
+func (h *stateHeader) read(dev StateDevice, id string) ([]byte, error) {
+	return new(StateReader).rest(dev, id, h)
+}
+
+// StateReader reads a VMM state that is still being made. The zero value is at its beginning.
+type StateReader struct {
+	length int64
+	sum    hash.Hash // nil at the beginning
+}
+
+// Next returns what follows of the state, up to byte end of its device. What it returns is verified
+// by Rest.
+func (r *StateReader) Next(dev StateDevice, end int64) ([]byte, error) {
+	n := end - stateOffset - r.length
+	if n < 0 || end > StateSize {
+		return nil, fmt.Errorf("read state: there is no part of it before byte %d", end)
+	}
+	if r.sum == nil {
+		r.sum = sha256.New()
+	}
+	part := make([]byte, n)
+	if _, err := dev.ReadAt(part, stateOffset+r.length); err != nil {
+		if errors.Is(err, io.EOF) {
+			return nil, fmt.Errorf("the state device is truncated: %d bytes of state were expected", end-stateOffset)
+		}
+		return nil, fmt.Errorf("read state: %w", err)
+	}
+	r.length += n
+	_, _ = r.sum.Write(part) // never fails
+	return part, nil
+}
+
+// Rest returns what follows of a migration's state up to its end, after checking all of the state.
+func (r *StateReader) Rest(dev StateDevice, id string, migration uuid.UUID) ([]byte, error) {
 	h, err := readStateHeader(dev)
 	if err != nil {
 		return nil, err
@@ -228,25 +267,21 @@ func ReadMigratedState(dev StateDevice, id string, migration uuid.UUID) ([]byte,
 	if h.status != Leaving && h.status != Copying || h.migration != migration {
 		return nil, fmt.Errorf("it does not hold the state of migration %s", migration)
 	}
-	return h.read(dev, id)
+	return r.rest(dev, id, h)
 }
 
-// read reads the state that belongs to the header.
-func (h *stateHeader) read(dev StateDevice, id string) ([]byte, error) {
+func (r *StateReader) rest(dev StateDevice, id string, h *stateHeader) ([]byte, error) {
 	if h.id.String() != id {
 		return nil, fmt.Errorf("state and config belong to different packages (%s, %s); use the files of one snapshot", h.id, id)
 	}
-	state := make([]byte, h.length)
-	if _, err := dev.ReadAt(state, stateOffset); err != nil {
-		if errors.Is(err, io.EOF) {
-			return nil, fmt.Errorf("the state device is truncated: %d bytes of state were expected", h.length)
-		}
-		return nil, fmt.Errorf("read state: %w", err)
+	rest, err := r.Next(dev, stateOffset+h.length)
+	if err != nil {
+		return nil, err
 	}
-	if sha256.Sum256(state) != h.sum {
+	if [sha256.Size]byte(r.sum.Sum(nil)) != h.sum {
 		return nil, errors.New("the saved state is damaged: its checksum does not match")
 	}
-	return state, nil
+	return rest, nil
 }
 
 // StateStatus returns the VM's status, its migration, and when it was noted.
@@ -272,30 +307,69 @@ func WriteState(dev StateDevice, id string, state []byte) error {
 	return syncStateHeader(dev, h)
 }
 
-// WriteMigratedState stores a VMM state for the target of a migration. Its status is Leaving, or
-// Copying if the VM stays. Only the target can resume it. Nothing is made durable.
+// WriteMigratedState stores a VMM state for the target of a migration; see [StateWriter.End].
 func WriteMigratedState(dev StateDevice, id string, state []byte, migration uuid.UUID, status Status) error {
-	h, err := putState(dev, id, state)
-	if err != nil {
+	w := NewStateWriter(dev)
+	if _, err := w.Write(state); err != nil {
 		return err
 	}
-	h.status, h.migration = status, migration
-	return writeStateHeader(dev, h)
+	return w.End(id, migration, status)
 }
 
 // putState writes a state and returns the header that belongs to it.
 func putState(dev StateDevice, id string, state []byte) (*stateHeader, error) {
-	if len(state) > StateSize-stateOffset {
-		return nil, fmt.Errorf("the VMM's state is %d bytes, the state device holds %d", len(state), StateSize-stateOffset)
+	w := NewStateWriter(dev)
+	if _, err := w.Write(state); err != nil {
+		return nil, err
 	}
+	return w.header(id)
+}
+
+// StateWriter writes a VMM state to its device as it is made. Nothing is made durable.
+type StateWriter struct {
+	dev    StateDevice
+	length int64
+	sum    hash.Hash
+}
+
+// NewStateWriter returns a writer to a device, which has its previous header until End.
+func NewStateWriter(dev StateDevice) *StateWriter { return &StateWriter{dev: dev, sum: sha256.New()} }
+
+// Write implements io.Writer. It refuses more than a state device holds.
+func (w *StateWriter) Write(p []byte) (int, error) {
+	if int64(len(p)) > StateSize-stateOffset-w.length {
+		return 0, fmt.Errorf("the VMM's state is longer than the %d bytes of a state device", StateSize-stateOffset)
+	}
+	if _, err := w.dev.WriteAt(p, stateOffset+w.length); err != nil {
+		return 0, fmt.Errorf("write state: %w", err)
+	}
+	w.length += int64(len(p))
+	_, _ = w.sum.Write(p) // never fails
+	return len(p), nil
+}
+
+// Final is up to which byte the device has its final content, but for its header. That is a
+// multiple of 4,096, and never all of a state.
+func (w *StateWriter) Final() int64 { return (stateOffset + w.length - 1) / stateOffset * stateOffset }
+
+// End completes a state for the target of a migration, which alone can resume it. Its status is
+// Leaving, or Copying if the VM stays.
+func (w *StateWriter) End(id string, migration uuid.UUID, status Status) error {
+	h, err := w.header(id)
+	if err != nil {
+		return err
+	}
+	h.status, h.migration = status, migration
+	return writeStateHeader(w.dev, h)
+}
+
+// header returns the header that belongs to what was written.
+func (w *StateWriter) header(id string) (*stateHeader, error) {
 	u, err := uuid.Parse(id)
 	if err != nil {
 		return nil, fmt.Errorf("package id %q: %w", id, err)
 	}
-	if _, err := dev.WriteAt(state, stateOffset); err != nil {
-		return nil, fmt.Errorf("write state: %w", err)
-	}
-	return &stateHeader{id: u, length: int64(len(state)), sum: sha256.Sum256(state), changed: time.Now()}, nil
+	return &stateHeader{id: u, length: w.length, sum: [sha256.Size]byte(w.sum.Sum(nil)), changed: time.Now()}, nil
 }
 
 // MarkArriving makes dev, whatever it held, the state device of a VM that is arriving. That is

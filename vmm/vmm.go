@@ -5,6 +5,7 @@ package vmm
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -251,9 +252,25 @@ type FlushPauser interface {
 
 // SavePauser is a [Machine] that can begin to save while it pauses.
 type SavePauser interface {
-	// PauseToSave is Pause, with Save to be called next. Resume takes it back.
-	PauseToSave(ctx context.Context) error
+	// PauseToSave is Pause, with Save to be called next, and returns when the guest stopped. From
+	// then on only Save writes guest memory, and nothing that Restore reads there. Flush may be
+	// called beside Save. Resume takes it back.
+	PauseToSave(ctx context.Context) (stopped time.Time, err error)
 }
+
+// Receiver is a [Machine] that can take its state in parts, while that is made elsewhere.
+type Receiver interface {
+	// Receive gets the machine ready for a state in parts. Its error may be an
+	// [errors.ErrUnsupported]. Otherwise Restore need not have loaded all of the state when it
+	// returns, and the error of Resume may be an [ErrNotRun].
+	Receive(ctx context.Context) error
+	// Load loads the next part of the state; Restore gets the rest, which is not empty. Guest memory
+	// is complete, but for what the save may still write.
+	Load(ctx context.Context, part []byte) error
+}
+
+// ErrNotRun says that a guest has not run, and never will.
+var ErrNotRun = errors.New("the VM has not run")
 
 // Staller is a [Machine] whose VMM stops a guest that cannot use a disk, until it can.
 type Staller interface {

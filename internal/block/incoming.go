@@ -20,8 +20,8 @@ var ErrAbandoned = errors.New("the rest of the device will never arrive")
 //
 // Its user's methods are those of [Device]. They are safe for concurrent use, also beside Arrive.
 type Incoming struct {
-	Device      // where the pages are kept
-	guard  bool // a read of the sealed device is a mistake, as a write is
+	Device             // where the pages are kept
+	guard  atomic.Bool // a read of the sealed device is a mistake, as a write is
 
 	opened     atomic.Bool
 	violations atomic.Int64 // uses while sealed
@@ -49,8 +49,13 @@ type incomingRegion struct {
 // which nobody may cache before it is complete. Without guard a read returns what has arrived until
 // then.
 func NewIncoming(d Device, guard bool) *Incoming {
-	return &Incoming{Device: d, guard: guard, missing: NewBitmap(Pages(d)), complete: make(chan struct{}), abandoned: make(chan struct{})}
+	in := &Incoming{Device: d, missing: NewBitmap(Pages(d)), complete: make(chan struct{}), abandoned: make(chan struct{})}
+	in.guard.Store(guard)
+	return in
 }
+
+// Unguard allows reads of the sealed device. What its user needs has arrived.
+func (d *Incoming) Unguard() { d.guard.Store(false) }
 
 // Violations counts the uses of the device while it was sealed. All of them were refused.
 func (d *Incoming) Violations() int64 { return d.violations.Load() }
@@ -197,7 +202,7 @@ func (d *Incoming) ReadAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	if !d.opened.Load() {
-		if d.guard {
+		if d.guard.Load() {
 			return 0, d.refuse("read", off)
 		}
 		return d.Device.ReadAt(p, off)

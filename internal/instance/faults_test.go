@@ -512,33 +512,33 @@ func TestHandoffFails(t *testing.T) {
 		}, "input/output error", vmm.Leaving, vmm.Running},
 		{"a state that does not save", func(t *testing.T, b *bed, i *Instance, _ *vmmtest.Machine) error {
 			b.driver.FailAt(vmmtest.Save, errBroken)
-			return errors.Join(i.NoteLeaving(id), i.Pause(t.Context()), i.SaveLeaving(t.Context(), id))
+			return errors.Join(i.NoteLeaving(id), i.Pause(t.Context()), i.SaveLeaving(t.Context(), id, nil))
 		}, "broken", vmm.Leaving, vmm.Running},
 		{"a state without room", func(t *testing.T, b *bed, i *Instance, _ *vmmtest.Machine) error {
 			if err := errors.Join(i.NoteLeaving(id), i.Pause(t.Context())); err != nil {
 				return err
 			}
 			b.storage.fail("write state", syscall.ENOSPC)
-			return i.SaveLeaving(t.Context(), id)
+			return i.SaveLeaving(t.Context(), id, nil)
 		}, "no space left on device", vmm.Leaving, vmm.Running},
 		{"a copy", func(t *testing.T, _ *bed, i *Instance, _ *vmmtest.Machine) error {
-			return errors.Join(i.Pause(t.Context()), i.SaveLeaving(t.Context(), id))
+			return errors.Join(i.Pause(t.Context()), i.SaveLeaving(t.Context(), id, nil))
 		}, "", vmm.Copying, vmm.Running},
 		{"a move before it is in doubt", func(t *testing.T, _ *bed, i *Instance, _ *vmmtest.Machine) error {
-			return errors.Join(i.NoteLeaving(id), i.Pause(t.Context()), i.SaveLeaving(t.Context(), id))
+			return errors.Join(i.NoteLeaving(id), i.Pause(t.Context()), i.SaveLeaving(t.Context(), id, nil))
 		}, "", vmm.Leaving, vmm.Running},
 		{"a move", func(t *testing.T, _ *bed, i *Instance, _ *vmmtest.Machine) error {
-			return errors.Join(i.NoteLeaving(id), i.Pause(t.Context()), i.SaveLeaving(t.Context(), id), i.Mark(vmm.InDoubt))
+			return errors.Join(i.NoteLeaving(id), i.Pause(t.Context()), i.SaveLeaving(t.Context(), id, nil), i.Mark(vmm.InDoubt))
 		}, "", vmm.InDoubt, vmm.Running},
 		{"a mark that is not durable", func(t *testing.T, b *bed, i *Instance, _ *vmmtest.Machine) error {
-			if err := errors.Join(i.NoteLeaving(id), i.Pause(t.Context()), i.SaveLeaving(t.Context(), id)); err != nil {
+			if err := errors.Join(i.NoteLeaving(id), i.Pause(t.Context()), i.SaveLeaving(t.Context(), id, nil)); err != nil {
 				return err
 			}
 			b.storage.fail("sync state", syscall.EIO)
 			return i.Mark(vmm.InDoubt)
 		}, "input/output error", vmm.InDoubt, vmm.Running},
 		{"a VMM that ends when it may be settled", func(t *testing.T, _ *bed, i *Instance, m *vmmtest.Machine) error {
-			err := errors.Join(i.NoteLeaving(id), i.Pause(t.Context()), i.SaveLeaving(t.Context(), id), i.Mark(vmm.HandedOver))
+			err := errors.Join(i.NoteLeaving(id), i.Pause(t.Context()), i.SaveLeaving(t.Context(), id, nil), i.Mark(vmm.HandedOver))
 			m.Exit(errBroken)
 			return err
 		}, "", vmm.HandedOver, vmm.HandedOver},

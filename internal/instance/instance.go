@@ -439,8 +439,9 @@ func deviceSize(path string) (int64, error) {
 // Launched is a VMM process that waits for its VM, or in which the VM boots. Everything that can
 // fail for want of a resource has been done.
 type Launched struct {
-	i    *Instance
-	host vmm.Host
+	i     *Instance
+	host  vmm.Host
+	state vmm.StateReader // of a state that a migration brings
 }
 
 // Launch starts the VMM for an instance. If its state can be resumed, memory and disks are not
@@ -497,7 +498,7 @@ func launch(ctx context.Context, h vmm.Host, config *vmm.PackageConfig, storage 
 	if i.why != nil {
 		i.log.Warn("Booting VM from its disks: it is not resumed", "because", i.why)
 	}
-	return &Launched{i, h}, nil
+	return &Launched{i: i, host: h}, nil
 }
 
 // Close gives up a VM that has not run.

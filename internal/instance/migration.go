@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"time"
 
 	"github.com/google/uuid"
@@ -89,15 +90,20 @@ func (i *Instance) Pause(ctx context.Context) error {
 	return i.prefer(i.machine.Pause(ctx))
 }
 
-// PauseToSave is Pause before SaveLeaving. A VMM may begin to save meanwhile. If a disk does not
-// answer, Rescue waits for it.
-func (i *Instance) PauseToSave(ctx context.Context) error {
+// PauseToSave is Pause before SaveLeaving, and returns when the guest stopped. A VMM may begin to
+// save meanwhile. If a disk does not answer, Rescue waits for it.
+func (i *Instance) PauseToSave(ctx context.Context) (stopped time.Time, err error) {
 	p, ok := i.machine.(vmm.SavePauser)
 	if !ok {
-		return i.Pause(ctx)
+		err = i.Pause(ctx)
+		return i.paused, err
 	}
 	i.paused = time.Now() // even if it fails
-	return i.prefer(p.PauseToSave(ctx))
+	if stopped, err = p.PauseToSave(ctx); err != nil {
+		return stopped, i.prefer(err)
+	}
+	i.paused = stopped
+	return stopped, i.prefer(nil)
 }
 
 // NoteLeaving notes durably that the running VM may soon run at the target of a migration.
@@ -108,19 +114,40 @@ func (i *Instance) NoteLeaving(migration uuid.UUID) error {
 }
 
 // SaveLeaving writes the paused VM's state to its device, for the target of a migration, or for a
-// copy unless NoteLeaving was called before. Nothing is made durable. Flush memory afterwards.
-func (i *Instance) SaveLeaving(ctx context.Context, migration uuid.UUID) error {
-	var state vmm.StateBuffer
-	if err := i.machine.Save(ctx, &state); err != nil {
-		return i.prefer(err)
-	}
+// copy unless NoteLeaving was called before. Nothing is made durable. Flush may be called beside
+// it, and again afterwards. While the VMM makes the state, final is called with the byte up to which
+// the device has its final content, if nothing that the VMM will read of memory changes any more;
+// final may be nil.
+func (i *Instance) SaveLeaving(ctx context.Context, migration uuid.UUID, final func(end int64)) error {
 	status := vmm.Leaving
 	if i.status != leaving {
 		i.status, status = copying, vmm.Copying
 	}
+	if _, settled := i.machine.(vmm.SavePauser); !settled || final == nil {
+		final = func(int64) {}
+	}
 	return i.withState(func(dev StateDevice) error {
-		return vmm.WriteMigratedState(dev, i.config.ID, state.Bytes(), migration, status)
+		w := vmm.NewStateWriter(dev)
+		if err := i.machine.Save(ctx, writes{w, func() { final(w.Final()) }}); err != nil {
+			return i.prefer(err)
+		}
+		return w.End(i.config.ID, migration, status)
 	})
+}
+
+// writes is a writer that says when it was written to.
+type writes struct {
+	io.Writer
+	wrote func()
+}
+
+// Write implements io.Writer.
+func (w writes) Write(p []byte) (int, error) {
+	n, err := w.Writer.Write(p)
+	if err == nil {
+		w.wrote()
+	}
+	return n, err
 }
 
 // Mark notes durably the status of a VM that was handed over.
@@ -178,16 +205,37 @@ func (i *Instance) RescueAgent(ctx context.Context, timeout time.Duration) error
 	return i.tellAgent(ctx, timeout, i.stood+sameTime)
 }
 
+// Receive gets the VMM ready for a state that Load loads as it comes. The error of a VMM that cannot
+// do so is an [errors.ErrUnsupported].
+func (l *Launched) Receive(ctx context.Context) error {
+	r, ok := l.i.machine.(vmm.Receiver)
+	if !ok {
+		return fmt.Errorf("receive state in parts: %w", errors.ErrUnsupported)
+	}
+	return r.Receive(ctx)
+}
+
+// Load loads the state up to byte end of its device, ahead of Restore.
+func (l *Launched) Load(ctx context.Context, end int64) error {
+	return l.i.withState(func(dev StateDevice) error {
+		part, err := l.state.Next(dev, end)
+		if err != nil {
+			return err
+		}
+		return l.i.machine.(vmm.Receiver).Load(ctx, part)
+	})
+}
+
 // Restore loads the state that a migration has brought, and notes that the VM runs here. The note
 // is durable once the device is synced. The VM does not run yet; see [Launched.Go].
 func (l *Launched) Restore(ctx context.Context, migration uuid.UUID) error {
 	i := l.i
 	return i.withState(func(dev StateDevice) error {
-		state, err := vmm.ReadMigratedState(dev, i.config.ID, migration)
+		rest, err := l.state.Rest(dev, i.config.ID, migration)
 		if err != nil {
 			return err
 		}
-		if err := i.machine.Restore(ctx, bytes.NewReader(state)); err != nil {
+		if err := i.machine.Restore(ctx, bytes.NewReader(rest)); err != nil {
 			return err
 		}
 		return vmm.NoteTakenOver(dev)

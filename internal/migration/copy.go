@@ -179,6 +179,23 @@ type stashed struct {
 	data       []byte
 }
 
+// freeze pauses the VM and makes all that the target lacks pending.
+func (o *outgoing) freeze(ctx context.Context) (paused time.Time, err error) {
+	vm := o.config.VM
+	if paused, err = vm.Pause(ctx); err != nil {
+		return paused, err
+	}
+	o.figures.update(func(f *figures) { f.paused = paused })
+	if err := vm.Save(ctx, o.id, nil); err != nil {
+		return paused, err
+	}
+	if err := vm.Flush(ctx); err != nil {
+		return paused, err
+	}
+	o.take()
+	return paused, nil
+}
+
 // snapshot pauses the VM until the rest of the copy is put aside.
 func (o *outgoing) snapshot(ctx context.Context) (migrate.Phase, error) {
 	ctx, cancel := o.revocable(ctx, o.first)
@@ -189,11 +206,7 @@ func (o *outgoing) snapshot(ctx context.Context) (migrate.Phase, error) {
 	if err != nil {
 		return "", err
 	}
-	left := int64(0)
-	for _, d := range o.devices {
-		left += d.pending.Count() * block.PageSize
-	}
-	if left > stashLimit {
+	if o.left()*block.PageSize > stashLimit {
 		if err := o.drain(ctx, o.first, time.Time{}); err != nil {
 			return "", o.first.lost(err)
 		}

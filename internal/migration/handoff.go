@@ -89,15 +89,16 @@ func (o *outgoing) handOff(ctx context.Context) (migrate.Phase, error) {
 	// A write that hangs ends with its link.
 	stop := context.AfterFunc(ctx, func() { l.cancel(context.Cause(ctx)) })
 	defer stop()
-	paused, err := o.freeze(ctx)
+	paused, err := o.config.VM.Pause(ctx)
 	if err != nil {
 		return "", err
 	}
+	o.figures.update(func(f *figures) { f.paused = paused })
 	var until time.Time
 	if !o.config.Limits.NoPostCopy {
 		until = paused.Add(o.config.Limits.Downtime / 2)
 	}
-	if err := o.drain(ctx, l, until); err != nil {
+	if err := o.save(ctx, l, until); err != nil {
 		return "", l.lost(err)
 	}
 	missing := make([]*block.Bitmap, len(o.devices))
@@ -121,22 +122,61 @@ func (o *outgoing) handOff(ctx context.Context) (migrate.Phase, error) {
 	return migrate.InDoubt, nil
 }
 
-// freeze pauses the VM and makes all that the target lacks pending.
-func (o *outgoing) freeze(ctx context.Context) (paused time.Time, err error) {
-	paused = time.Now()
-	o.figures.update(func(f *figures) { f.paused = paused })
+// save saves the paused VM, and sends what the target lacks until then. Beside the save, memory is
+// sent. If that was all, the state follows while it is made, so that the target's VMM loads it
+// meanwhile.
+func (o *outgoing) save(ctx context.Context, l *link, until time.Time) error {
 	vm := o.config.VM
-	if err := vm.Pause(ctx); err != nil {
-		return paused, err
+	final := make(chan int64, 1)
+	saved := make(chan error, 1)
+	go func() {
+		defer close(final)
+		saved <- vm.Save(ctx, o.id, func(end int64) {
+			select {
+			case <-final: // an earlier one
+			default:
+			}
+			final <- end
+		})
+	}()
+	err := vm.WriteBack(ctx)
+	if err == nil {
+		o.take()
+		err = o.drain(ctx, l, until)
 	}
-	if err := vm.Save(ctx, o.id); err != nil {
-		return paused, err
+	for end := range final { // until the save has ended
+		if err == nil && o.left() == 0 {
+			err = o.sendState(ctx, l, end)
+		}
 	}
-	if err := vm.Flush(ctx); err != nil {
-		return paused, err
+	if serr := <-saved; serr != nil {
+		err = serr
+	}
+	if err == nil {
+		err = vm.Flush(ctx)
+	}
+	if err != nil {
+		return err
 	}
 	o.take()
-	return paused, nil
+	return o.drain(ctx, l, until)
+}
+
+// sendState sends what was saved until now, and says up to where that is final.
+func (o *outgoing) sendState(ctx context.Context, l *link, end int64) error {
+	o.take()
+	if err := o.drain(ctx, l, time.Time{}); err != nil {
+		return err
+	}
+	return l.Send(wire.State{Final: end})
+}
+
+// left is the number of pages to send.
+func (o *outgoing) left() (pages int64) {
+	for _, d := range o.devices {
+		pages += d.pending.Count()
+	}
+	return pages
 }
 
 // settle waits until it is known who owns the VM.

@@ -82,7 +82,7 @@ func scriptedSize(name string) int64 {
 	case "disk":
 		return diskPages*block.PageSize - 100
 	}
-	return 8 << 10
+	return 3 * block.PageSize
 }
 
 // ledger is what the outside world knows: what the guest has acknowledged, and who runs.
@@ -203,7 +203,7 @@ func (g *scripted) run() {
 			}
 			g.mu.Lock()
 			if !g.paused {
-				if err := g.step(); err != nil && !errors.Is(err, block.ErrAbandoned) {
+				if err := g.step(); err != nil && !errors.Is(err, block.ErrAbandoned) && !g.dead.Load() {
 					g.ledger.t.Errorf("the guest at the %s: %v", g.side, err)
 					g.mu.Unlock()
 					return
@@ -263,9 +263,9 @@ func (g *scripted) Prepare(ctx context.Context) error {
 	return ctx.Err()
 }
 
-func (g *scripted) Pause(context.Context) error {
+func (g *scripted) Pause(context.Context) (time.Time, error) {
 	if err := g.fault("pause"); err != nil {
-		return err
+		return time.Time{}, err
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -273,19 +273,30 @@ func (g *scripted) Pause(context.Context) error {
 	g.ledger.mu.Lock()
 	g.ledger.running = ""
 	g.ledger.mu.Unlock()
-	return nil
+	return time.Now(), nil
 }
 
-func (g *scripted) Save(_ context.Context, id uuid.UUID) error {
+// Save makes a state of three pages, which all begin with the migration's id. The first is a header.
+func (g *scripted) Save(_ context.Context, id uuid.UUID, final func(end int64)) error {
 	if err := g.fault("save"); err != nil {
 		return err
 	}
-	// A VMM touches memory when it saves.
-	if err := g.write("memory", 0); err != nil {
-		return err
+	for _, page := range []int64{1, 2, 0} {
+		// A VMM touches memory when it saves, but nothing that a VMM reads.
+		if err := g.write("memory", 0); err != nil {
+			return err
+		}
+		if _, err := g.devices["state"].WriteAt(id[:], page*block.PageSize); err != nil {
+			return err
+		}
+		if page == 1 && final != nil {
+			final(2 * block.PageSize)
+			if err := g.fault("saved a part"); err != nil {
+				return err
+			}
+		}
 	}
-	_, err := g.devices["state"].WriteAt(id[:], 0)
-	return err
+	return nil
 }
 
 func (g *scripted) Rescue(context.Context) error {
@@ -339,6 +350,8 @@ type receiver struct {
 	backup   func(wire.Device) *Backup // where there is one
 	bases    bool                      // its VMM needs nothing that has to arrive
 	ran      atomic.Bool
+	source   *scripted // whose state it loads; nil if that is not checked
+	loaded   uuid.UUID // what a part of the state begins with; zero when none was loaded
 	done     bool
 }
 
@@ -392,16 +405,50 @@ func (r *receiver) Start(context.Context) error { return r.fault("start") }
 
 func (r *receiver) Expect(context.Context, uuid.UUID) error { return r.fault("expect") }
 
+// Load implements [StateLoader]. It checks that everything is here that a VMM reads when it loads its state.
+func (r *receiver) Load(_ context.Context, end int64) error {
+	if err := r.fault("load"); err != nil {
+		return err
+	}
+	if end != 2*block.PageSize {
+		r.ledger.t.Errorf("the state is loaded to byte %d", end)
+	}
+	if _, err := r.devices["state"].ReadAt(r.loaded[:], block.PageSize); err != nil {
+		return err
+	}
+	if r.source == nil {
+		return nil
+	}
+	r.source.mu.Lock()
+	defer r.source.mu.Unlock()
+	if !r.source.paused { // it has been rescued meanwhile
+		return nil
+	}
+	for name, pages := range map[string]int64{"memory": memoryPages, "disk": diskPages} {
+		for page := int64(1); page < pages; page++ {
+			if err := r.checkPage(name, page); err != nil {
+				r.ledger.t.Errorf("when the state is loaded: %v", err)
+			}
+		}
+	}
+	return nil
+}
+
 func (r *receiver) Restore(_ context.Context, id uuid.UUID) error {
 	if err := r.fault("restore"); err != nil {
 		return err
 	}
-	var got uuid.UUID
-	if _, err := r.devices["state"].ReadAt(got[:], 0); err != nil {
-		return err
+	if r.loaded != (uuid.UUID{}) && r.loaded != id {
+		r.ledger.t.Errorf("the state that was loaded is that of %s, not of %s", r.loaded, id)
 	}
-	if got != id {
-		r.ledger.t.Errorf("the state is that of %s, not of %s", got, id)
+	for page := range int64(3) {
+		var got uuid.UUID
+		if _, err := r.devices["state"].ReadAt(got[:], page*block.PageSize); err != nil {
+			return err
+		}
+		if got != id {
+			r.ledger.t.Errorf("page %d of the state is that of %s, not of %s", page, got, id)
+		}
 	}
 	return nil
 }
@@ -622,6 +669,7 @@ func newPair(t testing.TB, seed uint64, limits bounds, onState func(side string,
 		t.Fatal(err)
 	}
 	p.target = newReceiver(p.ledger, seed)
+	p.target.source = p.guest
 	p.network = &network{ctx: context.Background(), source: p.source}
 	p.guest.run()
 	return p

@@ -229,8 +229,8 @@ func (nobodyVM) WriteBack(context.Context) error                      { return n
 func (nobodyVM) Flush(context.Context) error                          { return nil }
 func (nobodyVM) Prepare(context.Context) error                        { return nil }
 func (nobodyVM) Leave(context.Context, uuid.UUID) error               { return nil }
-func (nobodyVM) Pause(context.Context) error                          { return nil }
-func (nobodyVM) Save(context.Context, uuid.UUID) error                { return nil }
+func (nobodyVM) Pause(context.Context) (time.Time, error)             { return time.Now(), nil }
+func (nobodyVM) Save(context.Context, uuid.UUID, func(int64)) error   { return nil }
 func (nobodyVM) Rescue(context.Context) error                         { return nil }
 func (nobodyVM) Rescued(context.Context)                              {}
 func (nobodyVM) Mark(context.Context, migrate.Phase, uuid.UUID) error { return nil }

@@ -22,7 +22,8 @@ import (
 	"drafter/transport"
 )
 
-// SourceVM is what a source needs of its VM. The source makes one call at a time.
+// SourceVM is what a source needs of its VM. The source makes one call at a time, but WriteBack is
+// also called beside Save.
 type SourceVM interface {
 	// WriteBack flushes dirty memory to the memory device without pausing the guest, so that little
 	// is left to Flush. Pages that are written meanwhile stay dirty. The target is still getting
@@ -36,11 +37,13 @@ type SourceVM interface {
 	// Leave notes durably that the VM may soon run elsewhere. It is called before Pause; Rescue
 	// takes the note back. It is not called for a copy.
 	Leave(ctx context.Context, migration uuid.UUID) error
-	// Pause pauses the guest before it returns.
-	Pause(ctx context.Context) error
+	// Pause pauses the guest before it returns, and tells when the guest stopped.
+	Pause(ctx context.Context) (stopped time.Time, err error)
 	// Save writes the paused VM's state to its device, as the state of a migration that has not
-	// ended. It may itself write guest memory.
-	Save(ctx context.Context, migration uuid.UUID) error
+	// ended. It may itself write guest memory. It may call final, if not nil, meanwhile, with the byte up to
+	// which the device has its final content: never all of the state, and only if a VMM that loads
+	// this reads nothing of memory that may still change.
+	Save(ctx context.Context, migration uuid.UUID, final func(end int64)) error
 	// Rescue lets the guest go on after any of the above, done or failed.
 	Rescue(ctx context.Context) error
 	// Rescued tells the guest, after a Rescue, that it goes on. It has no error: the migration has

@@ -44,6 +44,14 @@ type TargetVM interface {
 	Discard(ctx context.Context) error
 }
 
+// StateLoader is a [TargetVM] that can load its state while its source makes it.
+type StateLoader interface {
+	// Load loads the state up to byte end of its device, after Expect and ahead of Restore. The rest
+	// of the VM is here, but for what its source may still write when it saves. Load is called
+	// beside what still arrives, any number of times or never.
+	Load(ctx context.Context, end int64) error
+}
+
 // TargetDevice is where a device of the manifest arrives.
 type TargetDevice struct {
 	Held   wire.Held
@@ -107,6 +115,7 @@ type Target struct {
 	snapshot  chan wire.Snapshot  // from the reader: all of a copy is there
 	start     task                // of the VMM
 	expect    task                // that the VM comes
+	loading   *loading            // of its state, as it arrives
 	restoring *restoring
 	offered   bool        // Ready was sent, so an authority may be on its way
 	refusal   error       // why the VM was not taken over
@@ -188,6 +197,7 @@ func Receive(ctx context.Context, c TargetConfig) (*Target, error) {
 		authority: make(chan wire.Authority, 1), snapshot: make(chan wire.Snapshot, 1), restoring: newRestoring(),
 	}
 	t.start.done, t.expect.done = make(chan struct{}), make(chan struct{})
+	t.loading = newLoading()
 	// The pages that arrive after the VM runs do not end with the caller's context.
 	lifetime, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	t.cancel = cancel
@@ -496,6 +506,11 @@ func (t *Target) heed(ctx context.Context, l *link, kind wire.Type, message any)
 		t.figures.update(func(f *figures) { f.cycle = m.Number })
 		t.wanting.say(func(w *wanting) { w.stored = m.Number })
 		t.startWhenPossible(ctx, m.Number)
+	case wire.State:
+		if t.Phase() != migrate.Receiving || !t.started() || t.taken.Load() {
+			return fmt.Errorf("%w: a state while %s", wire.ErrProtocol, t.Phase())
+		}
+		t.load(ctx, m.Final)
 	case wire.Authority:
 		if t.Phase() != migrate.Receiving || !t.started() || !t.taken.CompareAndSwap(false, true) {
 			return fmt.Errorf("%w: an authority while %s", wire.ErrProtocol, t.Phase())
@@ -694,11 +709,17 @@ func (t *Target) takeOver(ctx context.Context) (migrate.Phase, error) {
 	began := time.Now()
 	l, _ := t.lanes.get()
 	t.beginExpect(ctx, l) // if the source has not asked for it
-	select {
-	case <-t.expect.done:
-		t.refusal = t.expect.err
-	case <-ctx.Done():
-		t.refusal = context.Cause(ctx)
+	t.loading.end.fire()
+	for _, k := range []*task{&t.expect, &t.loading.task} {
+		if !k.begun.Load() {
+			continue
+		}
+		select {
+		case <-k.done:
+			t.refusal = errors.Join(t.refusal, k.err)
+		case <-ctx.Done():
+			t.refusal = errors.Join(t.refusal, context.Cause(ctx))
+		}
 	}
 	if t.refusal != nil {
 		return "", t.refusal
@@ -722,12 +743,13 @@ func (t *Target) handBack(ctx context.Context) (migrate.Phase, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), t.config.Limits.Settle)
 	defer cancel()
 	t.restoring.end()
+	t.loading.end.fire()
 	for _, d := range t.devices {
 		if d.Device != nil {
 			d.Device.Abandon()
 		}
 	}
-	for _, k := range []*task{&t.start, &t.expect} {
+	for _, k := range []*task{&t.start, &t.expect, &t.loading.task} {
 		if k.begun.Load() {
 			<-k.done // its context has ended, or it is quick
 		}

@@ -47,10 +47,11 @@ const (
 	TypeOperation Type = 18
 	TypeResult    Type = 19 // target, on a forward lane: what became of it
 	TypePrepare   Type = 20 // source: the handoff is near; target: it is ready for that
+	TypeState     Type = 21 // source: so much of the VM's state has been sent, and all else
 )
 
 func (t Type) String() string {
-	names := [...]string{1: "hello", "manifest", "accept", "extent", "want", "cycle", "ready", "authority", "ack", "resume", "complete", "released", "progress", "ping", "error", "snapshot", "contents", "operation", "result", "prepare"}
+	names := [...]string{1: "hello", "manifest", "accept", "extent", "want", "cycle", "ready", "authority", "ack", "resume", "complete", "released", "progress", "ping", "error", "snapshot", "contents", "operation", "result", "prepare", "state"}
 	if int(t) < len(names) && names[t] != "" {
 		return names[t]
 	}
@@ -93,7 +94,7 @@ func maxPayload(t Type) int {
 		return MaxPayload
 	case TypeError, TypeAck:
 		return 4096
-	case TypeWant, TypeCycle, TypeProgress, TypeReady, TypeComplete, TypeReleased, TypePing, TypeSnapshot, TypePrepare:
+	case TypeWant, TypeCycle, TypeProgress, TypeReady, TypeComplete, TypeReleased, TypePing, TypeSnapshot, TypePrepare, TypeState:
 		return 64
 	}
 	return -1

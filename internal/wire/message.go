@@ -166,6 +166,10 @@ type Cycle struct {
 	Bytes  int64
 }
 
+// State says, while the VM is being saved, that the target has all of it but what the save still
+// makes. Its payload: up to which byte the device with the state has its final content, uint64.
+type State struct{ Final int64 }
+
 // Authority hands the VM over. Its payload: how long it has been paused, int64 in nanoseconds;
 // number of devices uint16; then the set of pages of each whose final content has not been sent,
 // see [AppendPages].
@@ -278,6 +282,8 @@ func (c *Conn) Send(message any) error {
 		t, b = TypeSnapshot, le.AppendUint64(b, uint64(m.Paused))
 	case Cycle:
 		t, b = TypeCycle, le.AppendUint64(le.AppendUint32(b, uint32(m.Number)), uint64(m.Bytes))
+	case State:
+		t, b = TypeState, le.AppendUint64(b, uint64(m.Final))
 	case Authority:
 		t, b = TypeAuthority, appendLists(le.AppendUint64(b, uint64(m.Paused)), m.Missing)
 	case Ack:
@@ -372,6 +378,11 @@ func Decode(f Frame, sizes []int64) (any, error) {
 		m = Cycle{Number: int(r.uint32()), Bytes: int64(r.uint64())}
 		if c := m.(Cycle); c.Bytes < 0 {
 			return nil, violation("a cycle of %d bytes", c.Bytes)
+		}
+	case TypeState:
+		m = State{Final: int64(r.uint64())}
+		if s := m.(State); s.Final < 0 {
+			return nil, violation("a state up to byte %d", s.Final)
 		}
 	case TypeAuthority:
 		m = Authority{Paused: r.duration(), Missing: r.lists(sizes)}

@@ -49,6 +49,7 @@ func messages() []any {
 		Want{Device: 1, First: 3, Ends: 9},
 		Cycle{Number: 3, Bytes: 1 << 40},
 		TypeReady,
+		State{Final: 1 << 20},
 		Authority{Paused: time.Second, Missing: []*block.Bitmap{pages(10, 0, 1, 9), pages(1024)}},
 		Ack{Accepted: true}, Ack{Reason: "no"},
 		Resume{Outcome: Accepted, Missing: []*block.Bitmap{pages(10), pages(1024, 7, 1023)}},

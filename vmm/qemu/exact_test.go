@@ -49,16 +49,7 @@ type exactWay struct {
 // What memory says of itself is true of each page, whatever the guest, QEMU and the kernel do to
 // them. The memory device has what the guest has, and what has changed is among what was told.
 func TestExactMemory(t *testing.T) {
-	need.Root(t)
-	need.Program(t, "qemu-system-x86_64")
-	need.Program(t, "gcc")
-	if _, err := os.Stat("/dev/userfaultfd"); err != nil {
-		need.Lacks(t, "userfaultfd", err)
-	}
-	kernel := filepath.Join(t.TempDir(), "guest")
-	if err := testguest.BuildForQEMU(kernel); err != nil {
-		t.Fatal(err)
-	}
+	kernel := exactKernel(t)
 	swapped := int64(0)
 	for _, way := range []exactWay{
 		{name: "private", backing: memory.BackingPrivate, tracking: memory.TrackScan},
@@ -94,6 +85,22 @@ func TestExactMemory(t *testing.T) {
 			t.Error("no page was swapped out")
 		}
 	})
+}
+
+// exactKernel is a kernel whose guest writes at random.
+func exactKernel(t *testing.T) string {
+	t.Helper()
+	need.Root(t)
+	need.Program(t, "qemu-system-x86_64")
+	need.Program(t, "gcc")
+	if _, err := os.Stat("/dev/userfaultfd"); err != nil {
+		need.Lacks(t, "userfaultfd", err)
+	}
+	kernel := filepath.Join(t.TempDir(), "guest")
+	if err := testguest.BuildForQEMU(kernel); err != nil {
+		t.Fatal(err)
+	}
+	return kernel
 }
 
 // setHugePages sets as many bytes of huge pages aside as a test needs, and gives them back.
@@ -249,6 +256,25 @@ func bootExact(t *testing.T, kernel string, way exactWay) *exact {
 func (e *exact) resumed(kernel string, way exactWay) *exact {
 	t := e.t
 	t.Helper()
+	r := e.waiting(kernel, way)
+	switch err := r.m.Receive(t.Context()); {
+	case err == nil && !way.late: // all of memory is here
+		if err := r.m.Load(t.Context(), e.state.Next(rand.IntN(e.state.Len()))); err != nil {
+			t.Fatal(err)
+		}
+	case err != nil && (!errors.Is(err, errors.ErrUnsupported) || way.backing == memory.BackingShared):
+		t.Fatal(err)
+	}
+	if err := r.m.Restore(t.Context(), &e.state); err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+// waiting starts a VM that waits for what was saved.
+func (e *exact) waiting(kernel string, way exactWay) *exact {
+	t := e.t
+	t.Helper()
 	path := filepath.Join(t.TempDir(), "resumed")
 	file, err := block.CreateFile(path, exactSize)
 	if err != nil {
@@ -265,9 +291,6 @@ func (e *exact) resumed(kernel string, way exactWay) *exact {
 	r.start(file, kernel, nil, &hw)
 	if way.late {
 		r.arrive()
-	}
-	if err := r.m.Restore(t.Context(), &e.state); err != nil {
-		t.Fatal(err)
 	}
 	return r
 }
@@ -607,7 +630,7 @@ func (e *exact) end() {
 	}
 	time.Sleep(exactRunning)
 	e.look()
-	if err := e.m.PauseToSave(t.Context()); err != nil {
+	if _, err := e.m.PauseToSave(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	var state io.Writer = &e.state

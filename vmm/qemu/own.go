@@ -27,7 +27,7 @@ func (m *Machine) configureOwn(ctx context.Context, o OwnMigration) error {
 		State      bool   `json:"state"`
 	}
 	err := m.command(ctx, "migrate-set-capabilities", map[string]any{"capabilities": []capability{
-		{"x-ignore-shared", false}, {"events", true}, {"postcopy-ram", o.PostCopy}, {"multifd", o.Channels > 0},
+		{"x-ignore-shared", false}, {"pause-before-switchover", false}, {"events", true}, {"postcopy-ram", o.PostCopy}, {"multifd", o.Channels > 0},
 	}})
 	if err != nil {
 		return err

@@ -145,7 +145,7 @@ func (d Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
 		return nil, errors.New("a machine has either memory of its own or a memory device of Drafter's")
 	}
 	l.Logger = logging.Or(l.Logger)
-	m := &Machine{launch: l, device: device, hardware: hw, ended: make(chan struct{}), migration: make(chan string, 16), stalls: make(chan diskError, 1), stops: make(chan struct{}, 1), resets: newResets()}
+	m := &Machine{launch: l, device: device, hardware: hw, ended: make(chan struct{}), migration: make(chan string, 16), stalls: make(chan diskError, 1), stops: make(chan time.Time, 1), resets: newResets()}
 	root, err := d.jail(&l, path, hw.Accel)
 	if err == nil {
 		err = m.start(ctx, path, args, root)
@@ -234,15 +234,15 @@ type Machine struct {
 	memory   *memory.Handler // serves it; nil likewise
 	private  bool            // it is a private mapping of what the memory device is stored in
 	lost     error           // why memory could not be served
-	incoming *os.File        // where Restore writes the state; nil before await, and after Restore
+	incoming incoming        // the state that Restore loads
 
 	paused   atomic.Bool
 	running  sync.Mutex // held while the vCPUs are let go or stopped
 	saving   sync.Mutex // guards the following
 	outgoing *os.File   // where a save reads the state; nil before prepareSave, and after the save
-	begun    *save      // nil unless PauseToSave was called, and neither Save nor Resume since
+	begun    *save      // that has not ended; else nil
 
-	stops   chan struct{} // of the vCPUs: holds a token after one
+	stops   chan time.Time // of the vCPUs: holds the time of one
 	process *process.Process
 	qmp     *qmp
 	console *console.Console
@@ -374,7 +374,7 @@ func (m *Machine) configureMigration(ctx context.Context) error {
 		State      bool   `json:"state"`
 	}
 	err := m.qmp.execute(ctx, "migrate-set-capabilities", map[string]any{
-		"capabilities": []capability{{"x-ignore-shared", true}, {"events", true}},
+		"capabilities": []capability{{"x-ignore-shared", true}, {"events", true}, {"pause-before-switchover", true}},
 	}, nil)
 	if err != nil {
 		return err
@@ -421,9 +421,11 @@ func (m *Machine) watch() {
 			}
 		case "STOP":
 			select {
-			case m.stops <- struct{}{}:
+			case m.stops <- time.Now():
 			default:
 			}
+		case "RESUME":
+			m.incoming.resumed(m)
 		case "RESET":
 			m.rebooted()
 		case "BLOCK_IO_ERROR":
@@ -433,12 +435,16 @@ func (m *Machine) watch() {
 				Status string `json:"status"`
 			}
 			if json.Unmarshal(e.Data, &data) == nil {
-				select {
-				case m.migration <- data.Status:
-				default: // nobody waits for a migration; a full channel holds only stale values
-				}
+				m.noteMigration(data.Status)
 			}
 		}
+	}
+}
+
+func (m *Machine) noteMigration(status string) {
+	select {
+	case m.migration <- status:
+	default: // nobody waits for a migration; a full channel holds only stale values
 	}
 }
 
@@ -479,7 +485,14 @@ func (m *Machine) Resume(ctx context.Context) error {
 	}
 	m.running.Lock()
 	defer m.running.Unlock()
+	running, err := m.endState(ctx)
+	if err != nil {
+		return err
+	}
 	m.paused.Store(false)
+	if running {
+		return nil
+	}
 	return m.command(ctx, "cont", nil)
 }
 
@@ -504,55 +517,6 @@ func (m *Machine) Flush(ctx context.Context) error {
 	}
 	if err := m.memory.Collect(ctx); err != nil {
 		return m.orExit(err)
-	}
-	return nil
-}
-
-// await lets QEMU wait for the state that Restore writes, so that this is not done while the VM is
-// paused.
-func (m *Machine) await(ctx context.Context) error {
-	r, w, err := statePipe()
-	if err != nil {
-		return fmt.Errorf("wait for state: %w", err)
-	}
-	m.incoming = w
-	const name = "restore"
-	err = m.command(ctx, "getfd", map[string]any{"fdname": name}, r)
-	if err = errors.Join(err, r.Close()); err == nil {
-		err = m.command(ctx, "migrate-incoming", map[string]any{"uri": "fd:" + name})
-	}
-	if err != nil {
-		return fmt.Errorf("wait for state: %w", err)
-	}
-	return nil
-}
-
-// Restore implements [vmm.Machine].
-func (m *Machine) Restore(ctx context.Context, state io.Reader) error {
-	w := m.incoming
-	m.incoming = nil
-	if w == nil {
-		return errors.New("restore state: QEMU does not wait for it")
-	}
-	m.memory.Enter()
-	copied := make(chan error, 1)
-	go func() {
-		_, err := io.Copy(w, state)
-		if errors.Is(err, unix.EPIPE) {
-			// QEMU does not read the JSON description at the end of an older release's state
-			err = nil
-		}
-		copied <- errors.Join(err, w.Close())
-	}()
-	err := m.migrated(ctx)
-	if err != nil {
-		w.SetWriteDeadline(time.Unix(1, 0))
-	}
-	if cerr := <-copied; cerr != nil && err == nil {
-		err = cerr
-	}
-	if err != nil {
-		return fmt.Errorf("restore state: %w%s", err, m.stderr.Quote("QEMU says"))
 	}
 	return nil
 }
@@ -606,7 +570,8 @@ func (m *Machine) Close() error {
 	if m.memory != nil {
 		errs = append(errs, m.memory.Close())
 	}
-	for _, f := range []*os.File{m.incoming, m.outgoing} {
+	errs = append(errs, m.endSave())
+	for _, f := range []*os.File{m.incoming.w.Swap(nil), m.outgoing} {
 		if f != nil {
 			errs = append(errs, f.Close())
 		}

@@ -1,12 +1,13 @@
 package qemu
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -37,10 +38,26 @@ func (m *Machine) prepareSave(ctx context.Context) error {
 
 // save is a state that QEMU writes.
 type save struct {
-	r      *os.File
-	state  bytes.Buffer
-	copied chan error // of r to state
+	r        *os.File
+	stage    stage
+	finished chan struct{} // closed when nothing is read any more
+
+	mu    sync.Mutex // guards the following
+	more  *sync.Cond
+	state []byte // that was read and not taken
+	whole bool   // all has been read
+	err   error  // why there is no more
 }
+
+// stage is how far QEMU has come with a save.
+type stage int
+
+const (
+	saving  stage = iota // it prepares to save, while the VM may run
+	settled              // the VM has stopped, its disk writes are done, and QEMU waits
+	last                 // it writes the state of devices
+	over
+)
 
 // beginSave tells QEMU to write its state. It stops a VM that runs once it is ready to.
 func (m *Machine) beginSave(ctx context.Context) (*save, error) {
@@ -48,34 +65,72 @@ func (m *Machine) beginSave(ctx context.Context) (*save, error) {
 		return nil, err
 	}
 	m.saving.Lock()
-	s := &save{r: m.outgoing, copied: make(chan error, 1)}
+	defer m.saving.Unlock()
+	s := &save{r: m.outgoing, finished: make(chan struct{})}
+	s.more = sync.NewCond(&s.mu)
 	m.outgoing = nil
-	m.saving.Unlock()
 	for len(m.migration) > 0 {
 		<-m.migration // left over from an earlier one
 	}
-	go func() {
-		_, err := io.Copy(&s.state, s.r)
-		s.copied <- errors.Join(err, s.r.Close()) // closed early, QEMU fails with EPIPE and reports it
-	}()
+	go s.read()
 	if err := m.command(ctx, "migrate", map[string]any{"uri": "fd:" + outgoingName}); err != nil {
-		return nil, errors.Join(err, s.abandon())
+		return nil, errors.Join(err, s.close())
 	}
+	m.begun = s
 	return s, nil
 }
 
-// abandon ends the copying. QEMU may hold its end open after a failure.
-func (s *save) abandon() error {
-	s.r.SetReadDeadline(time.Unix(1, 0))
-	if err := <-s.copied; !errors.Is(err, os.ErrDeadlineExceeded) {
-		return err
+// read reads the state as QEMU makes it.
+func (s *save) read() {
+	defer close(s.finished)
+	b := make([]byte, 64<<10)
+	for {
+		n, err := s.r.Read(b)
+		s.mu.Lock()
+		s.state = append(s.state, b[:n]...)
+		s.whole = errors.Is(err, io.EOF)
+		s.mu.Unlock()
+		if err != nil && !s.whole {
+			s.fail(err)
+		}
+		s.more.Broadcast()
+		if err != nil {
+			return
+		}
 	}
-	return nil
 }
 
-// PauseToSave implements [vmm.SavePauser]. QEMU prepares the save while the guest runs, and goes on
-// with it without being told.
-func (m *Machine) PauseToSave(ctx context.Context) error {
+// fail ends the taking of what is read.
+func (s *save) fail(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err == nil {
+		s.err = err
+	}
+	s.more.Broadcast()
+}
+
+// take waits for the next part of the state. There is none at the end.
+func (s *save) take() (part []byte, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for len(s.state) == 0 && !s.whole && s.err == nil {
+		s.more.Wait()
+	}
+	part, s.state = s.state, nil
+	return part, s.err
+}
+
+// close ends the reading. QEMU may hold its end open after a failure.
+func (s *save) close() error {
+	s.r.SetReadDeadline(time.Unix(1, 0))
+	<-s.finished
+	return s.r.Close() // closed early, QEMU fails with EPIPE and reports it
+}
+
+// PauseToSave implements [vmm.SavePauser]. QEMU prepares the save while the guest runs. It then
+// stops the guest, completes its disk writes, and waits.
+func (m *Machine) PauseToSave(ctx context.Context) (stopped time.Time, err error) {
 	m.running.Lock()
 	defer m.running.Unlock()
 	select {
@@ -83,70 +138,69 @@ func (m *Machine) PauseToSave(ctx context.Context) error {
 	default:
 	}
 	s, err := m.beginSave(ctx)
+	if err == nil {
+		err = m.advance(ctx, s, settled)
+	}
 	if err != nil {
-		return fmt.Errorf("pause: %w", err)
+		return stopped, fmt.Errorf("pause: %w", err)
 	}
-	m.saving.Lock()
-	m.begun = s
-	m.saving.Unlock()
-	for {
-		select {
-		case <-m.stops:
-			m.paused.Store(true)
-			return nil
-		case status := <-m.migration:
-			if status == "failed" || status == "cancelled" {
-				m.migration <- status // for giveUpSave; there is room
-				return fmt.Errorf("pause: QEMU: migration %s", status)
-			}
-			if status == "completed" { // a VM that a disk had stopped already
-				m.migration <- status
-				m.paused.Store(true)
-				return nil
-			}
-		case <-m.ended:
-			return m.orExit(errors.New("QEMU has ended"))
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
+	m.paused.Store(true)
+	select {
+	case stopped = <-m.stops:
+	default: // a disk had stopped the VM before
+		stopped = time.Now()
 	}
+	return stopped, nil
 }
 
 var _ vmm.SavePauser = (*Machine)(nil)
 
+// advance lets QEMU go on with a save, and waits until it has come to a stage.
+func (m *Machine) advance(ctx context.Context, s *save, to stage) (err error) {
+	for s.stage < to && err == nil {
+		switch s.stage {
+		case saving:
+			err = m.awaitMigration(ctx, "pre-switchover")
+		case settled:
+			err = m.command(ctx, "migrate-continue", map[string]any{"state": "pre-switchover"})
+		case last:
+			err = m.awaitMigration(ctx, "completed")
+		}
+		switch {
+		case err == nil, s.stage == settled && ctx.Err() != nil: // QEMU may have been told
+			s.stage++
+		case errors.Is(err, errFailed):
+			s.stage = over
+		}
+	}
+	return err
+}
+
 // Save implements [vmm.Machine].
-func (m *Machine) Save(ctx context.Context, state io.Writer) (err error) {
-	m.saving.Lock()
-	s := m.begun
-	m.begun = nil
-	m.saving.Unlock()
+func (m *Machine) Save(ctx context.Context, state io.Writer) error {
+	s := m.begunSave()
+	var err error
 	if s == nil {
 		s, err = m.beginSave(ctx)
 	}
 	if err == nil {
-		err = s.end(m.migrated(ctx))
-	}
-	if err == nil {
-		_, err = state.Write(s.state.Bytes())
+		err = m.writeState(ctx, s, state)
 	}
 	if err != nil {
 		return fmt.Errorf("save state: %w", err)
 	}
-	return nil
+	return m.endSave()
 }
 
-// end waits for the rest of the state of a save that has ended with err.
-func (s *save) end(err error) error {
-	if err != nil {
-		return errors.Join(err, s.abandon())
-	}
-	return <-s.copied
+// begunSave is the save that has not ended, if there is one.
+func (m *Machine) begunSave() *save {
+	m.saving.Lock()
+	defer m.saving.Unlock()
+	return m.begun
 }
 
-// giveUpSave waits for the end of a save that PauseToSave has begun. Otherwise QEMU would stop the VM
-// again later. The save is not cancelled: QEMU (7.2) would let a VM run whose disks it has given up,
-// and end at the next write to one.
-func (m *Machine) giveUpSave(ctx context.Context) error {
+// endSave frees what a save that was begun needed.
+func (m *Machine) endSave() error {
 	m.saving.Lock()
 	s := m.begun
 	m.begun = nil
@@ -154,8 +208,50 @@ func (m *Machine) giveUpSave(ctx context.Context) error {
 	if s == nil {
 		return nil
 	}
-	_ = m.migrated(ctx) // a save that has failed is over, too
-	return errors.Join(s.abandon(), ctx.Err())
+	return s.close()
+}
+
+// writeState writes the state while QEMU makes it.
+func (m *Machine) writeState(ctx context.Context, s *save, state io.Writer) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var failed error // valid once advanced is closed
+	advanced := make(chan struct{})
+	go func() {
+		defer close(advanced)
+		if failed = m.advance(ctx, s, over); failed != nil {
+			s.fail(failed)
+		}
+	}()
+	for {
+		part, err := s.take()
+		if err == nil && len(part) == 0 {
+			<-advanced
+			return failed
+		}
+		if err == nil {
+			_, err = state.Write(part)
+		}
+		if err != nil {
+			cancel()
+			<-advanced
+			return err
+		}
+	}
+}
+
+// giveUpSave waits for the end of a save that has begun. Otherwise QEMU would stop the VM again
+// later. The save is not cancelled: QEMU (7.2) would let a VM run whose disks it has given up, and
+// end at the next write to one.
+func (m *Machine) giveUpSave(ctx context.Context) error {
+	s := m.begunSave()
+	if s == nil {
+		return nil
+	}
+	if err := m.advance(ctx, s, over); err != nil && s.stage != over {
+		return fmt.Errorf("give up saving: %w", err)
+	}
+	return m.endSave()
 }
 
 // statePipe makes a pipe that holds a whole state, so that QEMU and this process need not wait for
@@ -179,22 +275,26 @@ func statePipe() (r, w *os.File, err error) {
 	return r, w, nil
 }
 
-// migrated waits until QEMU reports the end of a migration.
-func (m *Machine) migrated(ctx context.Context) error {
+// errFailed says that QEMU has given up a migration.
+var errFailed = errors.New("QEMU: the migration failed")
+
+// awaitMigration waits until QEMU reports that a migration has come to one of some statuses, or that
+// it failed.
+func (m *Machine) awaitMigration(ctx context.Context, want ...string) error {
 	for {
 		select {
 		case status := <-m.migration:
-			switch status {
-			case "completed":
+			switch {
+			case slices.Contains(want, status):
 				return nil
-			case "failed", "cancelled":
+			case status == "failed" || status == "cancelled":
 				var info struct {
 					Error string `json:"error-desc"`
 				}
 				if err := m.qmp.execute(ctx, "query-migrate", nil, &info); err == nil && info.Error != "" {
-					return fmt.Errorf("QEMU: %s", words(info.Error))
+					return fmt.Errorf("%w: %s", errFailed, words(info.Error))
 				}
-				return m.orExit(fmt.Errorf("QEMU: migration %s", status))
+				return m.orExit(errFailed)
 			}
 		case <-m.ended:
 			return m.orExit(errors.New("QEMU has ended"))
