@@ -50,6 +50,7 @@ func TestArtifact(t *testing.T) {
 		t.Fatal(err)
 	}
 	end(t, vm)
+	end(t, s.start(t, append(args[:len(args)-1], "--experimental-map-private")...))
 	dirs, err := filepath.Glob(filepath.Join(s.dir, "out/packages/*/memory.bin"))
 	if err != nil || len(dirs) != 1 {
 		t.Fatalf("%v, %v", dirs, err)

@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -108,6 +109,74 @@ func TestPeerWithoutOverlay(t *testing.T) {
 			t.Fatal(err)
 		}
 		end(t, vm)
+	}
+}
+
+// Peers that map a package privately leave it as it was, bit for bit, and nothing else but outputs,
+// however they end: suspended, killed, or because their VM has moved away.
+func TestPeerMapPrivate(t *testing.T) {
+	s := newSite(t)
+	before := sums(t, s.pkg)
+	private := func(flags ...string) []string {
+		return append([]string{"peer", "--raddr", "", "--laddr", "", "--chroot-base-dir", "vms", "--package", s.pkg, "--experimental-map-private"}, flags...)
+	}
+	kept, other := s.redisIn(t, "ark0", "127.0.0.1:3333"), s.redisIn(t, "ark1", "127.0.0.1:4444")
+	out := newSmallDisk(t, filepath.Join(s.dir, "kept"), "16m") // too small, at first
+	memory, state := filepath.Join(out.dir, "memory.bin"), filepath.Join(out.dir, "state.bin")
+	first := s.start(t, private("--experimental-map-private-memory-output", memory, "--experimental-map-private-state-output", state)...)
+	second := s.start(t, private("--netns", "ark1")...)
+	for value, c := range map[string]*redis.Client{"kept": kept, "lost": other} {
+		if err := c.Set(t.Context(), "key", value, 0).Err(); err != nil {
+			t.Fatal(err)
+		}
+		save(t, c)
+	}
+	if line := s.refused(t, "--netns", "ark2"); !strings.Contains(line, "in use") {
+		t.Errorf("a runner beside private peers: %s", line)
+	}
+	if line := s.fails(t, private("--netns", "ark2", "--instance", "instance")...); !strings.Contains(line, "--package without --instance") {
+		t.Errorf("with overlays: %s", line)
+	}
+	if err := second.Signal(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	s.awaitKilled(t, second)
+
+	third := s.start(t, private("--netns", "ark1", "--laddr", "localhost:1337")...)
+	if left, err := filepath.Glob(filepath.Join(s.dir, "vms/private/*")); err != nil || len(left) != 2 {
+		t.Errorf("beside those of two peers there are directories of a killed one: %q, %v", left, err)
+	}
+	if got, err := other.Get(t.Context(), "key").Result(); !errors.Is(err, redis.Nil) {
+		t.Errorf("the next one sees what the killed one had: %q, %v", got, err)
+	}
+	if err := other.Set(t.Context(), "key", "moved", 0).Err(); err != nil {
+		t.Fatal(err)
+	}
+	there := s.redisIn(t, "ark2", "127.0.0.1:5555")
+	target := s.peer(t, "instance", "--netns", "ark2", "--raddr", "localhost:1337")
+	if err := third.Wait(); err != nil {
+		t.Errorf("the one whose VM has moved away: %v", err)
+	}
+	if got, err := there.Get(t.Context(), "key").Result(); err != nil || got != "moved" {
+		t.Errorf("where it moved to: %q, %v", got, err)
+	}
+	end(t, target)
+
+	if err := first.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	await(t, first, "The VM is suspended, but its outputs cannot be stored yet")
+	out.resize(t, "2g")
+	if err := first.Wait(); err != nil {
+		t.Errorf("the one with outputs: %v", err)
+	}
+	if after := sums(t, s.pkg); after != before {
+		t.Errorf("the package changed:\n%s\nbefore:\n%s", after, before)
+	}
+	s.pkg = out.dir
+	s.run(t)
+	if got, err := kept.Get(t.Context(), "key").Result(); err != nil || got != "kept" {
+		t.Errorf("after the resume of the outputs: %q, %v", got, err)
 	}
 }
 

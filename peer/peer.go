@@ -42,6 +42,15 @@ type Config struct {
 
 	Verifier *signature.Verifier // accepts packages; nil accepts all
 
+	// MapPrivate runs a VM of a package that it does not change, and that any number of others may
+	// run from. Devices have no overlays of the caller's then. What the VM changes is discarded at
+	// the end, also after kill -9, unless outputs are named. These are a package then: memory and
+	// state under those names, all else beside the memory, under the names of the bases. A VM that
+	// has moved away leaves no outputs. One that comes from another peer is refused.
+	MapPrivate   bool
+	MemoryOutput string // ignored without MapPrivate, as is StateOutput
+	StateOutput  string
+
 	SyncInterval time.Duration // pause between backups to S3; 0: 30 s
 	// S3Credentials is a file with the credentials of devices that name none; see [s3.Place].
 	S3Credentials string
@@ -81,6 +90,9 @@ type Peer struct {
 	vacating sync.WaitGroup // until its clients here were told
 	user     *vmm.User
 	devices  deviceset.Set
+	private  *vmm.Dir        // of the private map; nil without one
+	leave    func() error    // writes the outputs at the end; nil without a private map
+	written  map[string]bool // devices whose outputs are written; nil until that is tried
 	moves    migration.Moves
 	instance *instance.Instance
 	syncer   *syncer // nil unless the instance is backed up
@@ -105,12 +117,16 @@ func New(c Config) (*Peer, error) {
 		return nil, err
 	}
 	c.ResumeTimeout, c.RescueTimeout = cmp.Or(c.ResumeTimeout, time.Minute), cmp.Or(c.RescueTimeout, 10*time.Second)
+	c.Devices = slices.Clone(c.Devices)
 	p := &Peer{config: c, log: c.Host.Logger}
 	p.refusals.Logger, p.failures.Logger = p.log, p.log
 	if len(c.Devices) > 0 || c.Derive == nil {
 		if err := p.checkDevices(); err != nil {
 			return nil, err
 		}
+	}
+	if c.MapPrivate && (c.MemoryOutput == "") != (c.StateOutput == "") {
+		return nil, errors.New("a memory output without a state output, or the other way round, cannot be resumed; name both or none")
 	}
 	way, err := expose.Choose(c.Expose)
 	if err != nil {
@@ -147,7 +163,10 @@ func (p *Peer) checkDevices() error {
 	if _, _, err := p.place(); err != nil {
 		return err
 	}
-	return instance.CheckNames(names, vmm.Config, vmm.Memory, vmm.State)
+	if err := instance.CheckNames(names, vmm.Config, vmm.Memory, vmm.State); err != nil {
+		return err
+	}
+	return p.checkPrivate()
 }
 
 // Resume starts the instance. When it returns nil, the VM runs and its agent has answered. On an
@@ -257,6 +276,9 @@ func ProtectProcess() error { return process.ProtectServer() }
 
 // openDevices opens all devices.
 func (p *Peer) openDevices(ctx context.Context) error {
+	if err := p.mapPrivately(ctx); err != nil {
+		return err
+	}
 	var names []string
 	for _, d := range p.config.Devices {
 		names = append(names, d.Name)
@@ -382,11 +404,15 @@ func (p *Peer) Agent() *agent.Client { return p.instance.Agent() }
 // have ended: a suspend is how a run ends well. If the VM is still arriving, Suspend waits for the
 // rest first. If the instance is backed up, Suspend makes a last backup. A VM that cannot be
 // stored, for example for want of room (see [vmm.Unstored]), runs on, and Suspend can be tried
-// again. Call Close afterwards.
+// again. A VM whose changes are discarded is ended only. Call Close afterwards.
 func (p *Peer) Suspend(ctx context.Context) error {
 	start := time.Now()
 	if err := p.life.Running(); err != nil {
 		return fmt.Errorf("suspend: %w", err)
+	}
+	if p.discards() && p.syncer == nil && p.instance != nil {
+		p.log.Info("Discarding what the VM has changed")
+		return p.instance.Close()
 	}
 	if err := p.awaitArrival(ctx); err != nil {
 		if errors.Is(err, migrate.ErrTakenBack) {
@@ -403,7 +429,10 @@ func (p *Peer) Suspend(ctx context.Context) error {
 	}
 	// What arrived last is durable only since the suspend, if at all before.
 	err = errors.Join(err, p.forgetMissing(), p.instance.Close())
-	p.log.Info("Suspended VM", "took", time.Since(start).Round(time.Millisecond))
+	if p.written == nil {
+		p.log.Info("Suspended VM", "took", time.Since(start).Round(time.Millisecond))
+	}
+	err = errors.Join(err, p.storeOutputs(ctx))
 	if err == nil && p.syncer != nil {
 		err = p.syncer.finish(context.WithoutCancel(ctx), p)
 	}
@@ -411,7 +440,8 @@ func (p *Peer) Suspend(ctx context.Context) error {
 }
 
 // Close ends the VM without saving it, if it still runs, and removes what the run needed on the
-// host. It makes durable what was written to the disks until then, unless the VM has moved away.
+// host. It makes durable what was written to the disks until then, and writes the outputs of a
+// private map, unless the VM has moved away.
 func (p *Peer) Close() error {
 	p.life.Close()
 	moved, err := p.moves.Close()
@@ -421,8 +451,15 @@ func (p *Peer) Close() error {
 	if p.instance != nil {
 		errs = append(errs, p.instance.Close())
 	}
-	errs = append(errs, p.closeStore(), p.closeDevices(!moved), p.endPull(), p.user.Close())
+	if p.instance != nil && !moved && p.leave != nil && p.written == nil {
+		errs = append(errs, p.leave())
+	}
+	errs = append(errs, p.closeStore(), p.closeDevices(!moved && !p.discards()), p.endPull(), p.user.Close())
 	p.user = nil
+	if p.private != nil {
+		errs = append(errs, p.private.Close())
+		p.private = nil
+	}
 	p.vacating.Wait()
 	if p.claim != nil {
 		errs = append(errs, p.claim.Close())

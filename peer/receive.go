@@ -233,6 +233,9 @@ type arrival struct {
 
 // Accept implements [migration.TargetVM].
 func (a *arrival) Accept(ctx context.Context, m wire.Manifest, id uuid.UUID) ([]migration.TargetDevice, error) {
+	if a.p.config.MapPrivate {
+		return nil, errors.New("a VM that comes from another peer cannot be mapped privately, as it would be lost with this process; leave --experimental-map-private out, and name its overlays (--instance)")
+	}
 	if err := a.verify(m); err != nil {
 		return nil, fmt.Errorf("the source's config device: %w", err)
 	}

@@ -47,6 +47,8 @@ func (p *Peer) Serve(ctx context.Context, accept migrate.Accept) (moved bool, er
 		p.log.Info("The VM runs at its target, which still needs what is here; waiting until it has all")
 	})
 	switch {
+	case p.discards() && (errors.Is(err, migrate.ErrInDoubt) || errors.Is(err, migrate.ErrHandedOver)):
+		err = fmt.Errorf("%w; what is here is discarded, as the package is mapped privately and no outputs are named", err)
 	case errors.Is(err, migrate.ErrInDoubt):
 		err = leaveInDoubt()
 	case errors.Is(err, migrate.ErrHandedOver):
@@ -57,7 +59,11 @@ func (p *Peer) Serve(ctx context.Context, accept migrate.Accept) (moved bool, er
 
 // migratable returns the source of the VM, once all of it is here; nil if ctx ends first.
 func (p *Peer) migratable(ctx context.Context) (*migration.Source, error) {
-	if err := p.awaitArrival(ctx); ctx.Err() != nil {
+	err := p.awaitArrival(ctx)
+	if err == nil {
+		err = p.identify(ctx)
+	}
+	if ctx.Err() != nil {
 		return nil, nil //nolint:nilerr // there is nothing to serve, and the end is no failure
 	} else if err != nil {
 		return nil, err

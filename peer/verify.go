@@ -42,7 +42,7 @@ func (p *Peer) checkPlaces() error {
 			return fmt.Errorf("device %s: %w", d.Name, err)
 		}
 	}
-	if slices.ContainsFunc(p.config.Devices, func(d Device) bool { return d.Overlay == "" }) {
+	if !p.config.MapPrivate && slices.ContainsFunc(p.config.Devices, func(d Device) bool { return d.Overlay == "" }) {
 		p.log.Warn("This run changes the package, whose signature will not fit any more; --instance leaves the package as it is")
 	}
 	return p.statement.CheckNames(names)
@@ -59,6 +59,7 @@ func (p *Peer) configBase() string {
 // files are those of a device. Its base is verified if only signed packages are accepted.
 func (p *Peer) files(d *Device) *stack.Files {
 	f := d.files()
+	f.Private = p.config.MapPrivate && p.origin == nil && p.syncer == nil // these know bases by their content
 	if p.statement != nil {
 		f.Check = func(c *block.Contents) error {
 			return p.statement.Check(signature.Device{Name: d.Name, Size: c.Size, Content: c.Device.String()})

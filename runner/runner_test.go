@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
-	"golang.org/x/sys/unix"
 
 	"drafter/internal/vmmtest"
 	"drafter/vmm"
@@ -325,22 +324,6 @@ func TestRefused(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, "not a package config"},
-		{"one output", func(_ *testing.T, r *run) { r.config.MemoryOutput = "memory" }, "name both or none"},
-		{"the other output", func(_ *testing.T, r *run) { r.config.StateOutput = "state" }, "name both or none"},
-		{"an output that is the package's", func(_ *testing.T, r *run) {
-			r.config.MemoryOutput, r.config.StateOutput = r.paths[vmm.Memory], r.paths[vmm.State]+".new"
-		}, "would overwrite the package's"},
-		{"two outputs in one", func(t *testing.T, r *run) {
-			out := filepath.Join(t.TempDir(), "out")
-			r.config.MemoryOutput, r.config.StateOutput = out, out
-		}, "would overwrite the output of"},
-		{"an output that is a FIFO", func(t *testing.T, r *run) {
-			dir := t.TempDir()
-			r.config.MemoryOutput, r.config.StateOutput = filepath.Join(dir, "memory"), filepath.Join(dir, "state")
-			if err := unix.Mkfifo(r.config.StateOutput, 0o600); err != nil {
-				t.Fatal(err)
-			}
-		}, "no regular file; name another output"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r := newRun(t)
@@ -356,173 +339,23 @@ func TestRefused(t *testing.T) {
 	}
 }
 
-// A package is one run's, unless all work on copies of it.
+// A package is one run's.
 func TestInUse(t *testing.T) {
 	r := newRun(t)
 	r.resume(t)
-	for _, private := range []bool{false, true} {
-		c := r.config
-		c.MapPrivate = private
-		other, err := New(c)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := other.Resume(t.Context()); err == nil || !strings.Contains(err.Error(), "run a copy of the package") {
-			t.Errorf("a second run, on copies: %t: %v", private, err)
-		}
-		if err := other.Close(); err != nil {
-			t.Error(err)
-		}
+	other, err := New(r.config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := other.Resume(t.Context()); err == nil || !strings.Contains(err.Error(), "run a copy of the package") {
+		t.Errorf("a second run: %v", err)
+	}
+	if err := other.Close(); err != nil {
+		t.Error(err)
 	}
 	if n := len(r.driver.Machines()); n != 1 {
 		t.Errorf("%d VMMs were started", n)
 	}
-}
-
-// newPrivate is a run on copies, whose outputs are in a directory of their own.
-func newPrivate(t *testing.T) (r *run, out string) {
-	t.Helper()
-	r = newRun(t)
-	out = filepath.Join(t.TempDir(), "out")
-	r.config.MapPrivate = true
-	r.config.MemoryOutput, r.config.StateOutput = filepath.Join(out, "memory.bin"), filepath.Join(out, "state.bin")
-	before := map[string]string{}
-	for name, path := range r.paths {
-		b, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		before[name] = string(b)
-	}
-	t.Cleanup(func() {
-		for name, path := range r.paths {
-			if b, err := os.ReadFile(path); err != nil || string(b) != before[name] {
-				t.Errorf("device %s of the package has changed, or %v", name, err)
-			}
-		}
-	})
-	return r, out
-}
-
-func names(t *testing.T, dir string) (names []string) {
-	t.Helper()
-	entries, err := os.ReadDir(dir)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		t.Fatal(err)
-	}
-	for _, e := range entries {
-		names = append(names, e.Name())
-	}
-	return names
-}
-
-// outputs runs what a run on copies has left.
-func (r *run) outputs(t *testing.T) {
-	t.Helper()
-	next := &run{driver: &vmmtest.Driver{T: t}, paths: map[string]string{}}
-	next.config.Host = vmmtest.Host(t, next.driver)
-	for name, path := range r.paths {
-		next.paths[name] = filepath.Join(filepath.Dir(r.config.MemoryOutput), filepath.Base(path))
-		if name == vmm.State {
-			next.paths[name] = r.config.StateOutput
-		}
-		next.config.Devices = append(next.config.Devices, Device{Name: name, Path: next.paths[name]})
-	}
-	next.again(t, false)
-}
-
-// A run on copies leaves the package as it is, and its outputs are a package that can be resumed,
-// also if they are in two directories.
-func TestPrivate(t *testing.T) {
-	for _, state := range []string{"state.bin", "elsewhere/state.bin"} {
-		t.Run(state, func(t *testing.T) {
-			r, out := newPrivate(t)
-			r.config.StateOutput = filepath.Join(out, state)
-			runner := r.resume(t)
-			if err := runner.Suspend(t.Context()); err != nil {
-				t.Fatal(err)
-			}
-			if err := runner.Close(); err != nil {
-				t.Error(err)
-			}
-			want := []string{"config.json", "memory.bin", "rootfs.ext4", strings.Split(state, "/")[0], "vmlinux"}
-			slices.Sort(want)
-			if got := names(t, out); !slices.Equal(got, want) {
-				t.Errorf("outputs %q; want %q", got, want)
-			}
-			if got := names(t, filepath.Dir(r.config.StateOutput)); !slices.Contains(got, "state.bin") {
-				t.Errorf("beside the state: %q", got)
-			}
-			r.outputs(t)
-		})
-	}
-}
-
-// Outputs that something is in the way of can be stored once it is gone. Until then there is no
-// state, and so nothing that can be resumed without the rest of it.
-func TestPrivateInTheWay(t *testing.T) {
-	r, out := newPrivate(t)
-	runner := r.resume(t)
-	inTheWay := filepath.Join(out, "rootfs.ext4")
-	if err := os.Mkdir(inTheWay, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := runner.Suspend(t.Context()); err == nil || !strings.Contains(err.Error(), "store outputs: ") {
-		t.Errorf("error %v", err)
-	}
-	if slices.Contains(names(t, out), "state.bin") {
-		t.Error("the state is there without a disk")
-	}
-	if err := os.Remove(inTheWay); err != nil {
-		t.Fatal(err)
-	}
-	if err := runner.Suspend(t.Context()); err != nil {
-		t.Errorf("once more: %v", err)
-	}
-	if err := runner.Close(); err != nil {
-		t.Error(err)
-	}
-	r.outputs(t)
-}
-
-// A run on copies that fails leaves neither copies nor outputs.
-func TestPrivateFails(t *testing.T) {
-	for _, step := range []vmmtest.Step{vmmtest.Launch, vmmtest.Restore, vmmtest.Resume} {
-		t.Run(string(step), func(t *testing.T) {
-			r, out := newPrivate(t)
-			r.driver.FailAt(step, errBroken)
-			runner := r.open(t)
-			if err := runner.Resume(t.Context()); !errors.Is(err, errBroken) {
-				t.Errorf("error %v", err)
-			}
-			if err := runner.Close(); err != nil {
-				t.Error(err)
-			}
-			if left := names(t, out); len(left) > 0 {
-				t.Errorf("%q is left", left)
-			}
-		})
-	}
-	t.Run("while it is copied", func(t *testing.T) {
-		r, out := newPrivate(t)
-		for i := range r.config.Devices {
-			r.config.Devices[i].Shared = true // not looked at before
-		}
-		runner := r.open(t)
-		away := r.paths[vmm.Disk] + ".away"
-		if err := os.Rename(r.paths[vmm.Disk], away); err != nil {
-			t.Fatal(err)
-		}
-		if err := runner.Resume(t.Context()); err == nil || !strings.Contains(err.Error(), "copy package: ") {
-			t.Errorf("error %v", err)
-		}
-		if err := errors.Join(runner.Close(), os.Rename(away, r.paths[vmm.Disk])); err != nil {
-			t.Error(err)
-		}
-		if left := names(t, out); len(left) > 0 {
-			t.Errorf("%q is left", left)
-		}
-	})
 }
 
 // A call out of order is refused, and changes nothing.

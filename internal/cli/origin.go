@@ -83,9 +83,11 @@ type openOrigin func(context.Context) (*peer.Origin, error)
 
 // resolveOrigin returns the directory for the files of a package elsewhere, and a function that
 // opens that package; nil if the files are here.
-func resolveOrigin(ctx context.Context, pkg, instance string, maxSize int64, storage *storageFlags, flags *originFlags) (dir string, open openOrigin, err error) {
+func resolveOrigin(ctx context.Context, pkg, instance string, private bool, maxSize int64, storage *storageFlags, flags *originFlags) (dir string, open openOrigin, err error) {
 	switch {
-	case instance == "":
+	case private && strings.HasPrefix(pkg, storageScheme):
+		return "", nil, &usageError{fmt.Errorf("--package %s is kept with the instance, and a package that is mapped privately has none; leave --experimental-map-private out, and pass --instance", pkg)}
+	case instance == "" && !private:
 		return "", nil, &usageError{fmt.Errorf("--package %s needs --instance, for what the instance changes", pkg)}
 	case strings.HasPrefix(pkg, storageScheme):
 		return resolveBackup(pkg, instance, maxSize, storage)

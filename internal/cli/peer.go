@@ -67,6 +67,12 @@ it is there. If the connection is lost during the handoff, this process keeps th
 the target has reconnected. If the target never will, look there and decide with 'drafter peer
 settle'.
 
+With --experimental-map-private the package stays unchanged without --instance, too: what the VM
+changes is kept in a temporary directory below --chroot-base-dir, and discarded at the end, also
+after SIGKILL. With both outputs, the end (a suspend, or a guest that powers itself off) leaves a
+package there: memory and state under these names, all else beside the memory. The VM can move away
+from here, and then leaves nothing; a VM that moves to here needs an --instance.
+
 Signatures: with --verify-key, only a package that one of the keys has signed ('drafter sign') is
 started, wherever it comes from. Of a VM that is received from another peer, the config, the kernel
 and the bases that are here must be those of such a package. The state, and what the VM has written
@@ -107,6 +113,7 @@ type peerCommand struct {
 	storage      storageFlags
 	origin       originFlags
 	backup       syncFlags
+	private      privateFlags
 	verify       verifyFlags
 	config       peer.Config
 	raddr, laddr string
@@ -123,6 +130,7 @@ func (p *peerCommand) add(cmd *cobra.Command) {
 	p.storage.add(cmd)
 	p.origin.add(cmd)
 	p.backup.add(cmd)
+	p.private.add(cmd)
 	p.verify.add(cmd)
 	f := cmd.Flags()
 	f.StringVar(&p.config.Expose, "expose", expose.Auto, "How the devices are exposed to the VMM: auto, fuse or nbd")
@@ -184,6 +192,7 @@ func (p *peerCommand) resolve(cmd *cobra.Command) (open openOrigin, err error) {
 	if p.config.Limits, err = p.limits.resolve(); err != nil {
 		return nil, err
 	}
+	p.private.apply(&p.config)
 	if isReference(p.devices.pkg) {
 		if !cmd.Flags().Changed("raddr") {
 			p.raddr = ""
@@ -191,7 +200,7 @@ func (p *peerCommand) resolve(cmd *cobra.Command) (open openOrigin, err error) {
 		if p.raddr != "" {
 			return nil, &usageError{errors.New("--package says where the VM comes from, and so does --raddr; pass --raddr ''")}
 		}
-		p.devices.pkg, open, err = resolveOrigin(cmd.Context(), p.devices.pkg, p.devices.instance, p.config.Limits.MaxSize, &p.storage, &p.origin)
+		p.devices.pkg, open, err = resolveOrigin(cmd.Context(), p.devices.pkg, p.devices.instance, p.private.on, p.config.Limits.MaxSize, &p.storage, &p.origin)
 		if err != nil {
 			return nil, err
 		}

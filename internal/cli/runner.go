@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"drafter/internal/block"
+	"drafter/peer"
 	"drafter/runner"
 	"drafter/vmm"
 )
@@ -43,15 +44,21 @@ func suspend(ctx context.Context, vm interface{ Suspend(context.Context) error }
 	defer cancel()
 	for began := time.Now(); ; time.Sleep(roomRetry) {
 		err := vm.Suspend(ctx)
-		if !errors.Is(err, vmm.ErrNotSuspended) {
+		late := time.Since(began) > roomPatience
+		var what string
+		switch {
+		case errors.Is(err, peer.ErrNotStored) && late:
+			return fmt.Errorf("the VM ends, and what it has changed is lost: %w", err)
+		case errors.Is(err, peer.ErrNotStored):
+			what = "The VM is suspended, but its outputs cannot be stored yet"
+		case !errors.Is(err, vmm.ErrNotSuspended):
 			return err
-		}
-		if !vmm.Unstored(err) || time.Since(began) > roomPatience {
+		case late || !vmm.Unstored(err):
 			return fmt.Errorf("the VM ends without being suspended, and what it had in memory is lost; its disks are as after a power cut: %w", err)
-		}
-		what := "The VM cannot be suspended while its memory cannot be stored, and runs on"
-		if block.NoRoom(err) {
+		case block.NoRoom(err):
 			what = "The VM cannot be suspended for want of room, and runs on; make room"
+		default:
+			what = "The VM cannot be suspended while its memory cannot be stored, and runs on"
 		}
 		slog.Error(what, "givingUpIn", (roomPatience - time.Since(began)).Round(time.Second), "error", err)
 	}
@@ -97,6 +104,7 @@ func newRunner() *cobra.Command {
 		host    hostFlags
 		devices string
 		c       runner.Config
+		private privateFlags
 		verify  verifyFlags
 	)
 	cmd := &cobra.Command{
@@ -112,6 +120,11 @@ power cut, and says so. A guest that reboots boots again.
 
 With --verify-key, the package is read and checked first. A run changes the package, so its
 signature fits the first run only; with --experimental-map-private it fits all runs.
+
+With --experimental-map-private the package stays unchanged. What the VM changes is kept in a
+temporary directory below --chroot-base-dir, and discarded at the end, also after SIGKILL. With both
+outputs, the end (a suspend, or a guest that powers itself off) leaves a package there: memory and
+state under these names, all else beside the memory.
 ` + exitCodeHelp,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
@@ -127,7 +140,7 @@ signature fits the first run only; with --experimental-map-private it fits all r
 			}
 			defer restore()
 			c.ResumeTimeout, c.RescueTimeout = orAtOnce(host.resumeTimeout), orAtOnce(c.RescueTimeout)
-			r, err := runner.New(c)
+			r, err := newRun(c, &private)
 			if err != nil {
 				return err
 			}
@@ -150,8 +163,48 @@ signature fits the first run only; with --experimental-map-private it fits all r
 		{Name: vmm.Config, Path: "out/package/config.json"},
 	}), "Devices configuration")
 	f.DurationVar(&c.RescueTimeout, "rescue-timeout", 5*time.Second, "Maximum amount of time to wait for the guest's agent before a suspend, such as 30s (0: not at all)")
-	f.BoolVar(&c.MapPrivate, "experimental-map-private", false, "(Experimental) Run on private copies of the devices: the package stays unchanged")
-	f.StringVar(&c.MemoryOutput, "experimental-map-private-memory-output", "", "(Experimental) Path to write the changed memory to; changed disks go beside it (leave empty to discard changes)")
-	f.StringVar(&c.StateOutput, "experimental-map-private-state-output", "", "(Experimental) Path to write the changed state to (leave empty to discard changes)")
+	private.add(cmd)
 	return cmd
+}
+
+// run is a VM of a package on this host.
+type run interface {
+	suspendable
+	io.Closer
+	Resume(context.Context) error
+}
+
+// newRun returns a runner, or, for a package that is mapped privately, a peer that stays here.
+func newRun(c runner.Config, private *privateFlags) (run, error) {
+	if !private.on {
+		return runner.New(c)
+	}
+	if err := peer.ProtectProcess(); err != nil {
+		slog.Warn("This process serves guest memory and may be held up by the kernel", "error", err)
+	}
+	config := peer.Config{Host: c.Host, Verifier: c.Verifier, ResumeTimeout: c.ResumeTimeout, RescueTimeout: c.RescueTimeout}
+	private.apply(&config)
+	for _, d := range c.Devices {
+		device := peer.DefaultDevice(d.Name)
+		device.Base, device.Shared = d.Path, d.Shared
+		config.Devices = append(config.Devices, device)
+	}
+	return peer.New(config)
+}
+
+// privateFlags map a package privately.
+type privateFlags struct {
+	on            bool
+	memory, state string
+}
+
+func (p *privateFlags) add(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.BoolVar(&p.on, "experimental-map-private", false, "(Experimental) Map the package privately: it stays unchanged, and any number of VMs can run from it")
+	f.StringVar(&p.memory, "experimental-map-private-memory-output", "", "(Experimental) Path to write the changed memory to at the end; disks go beside it (leave empty to discard changes; ignored without --experimental-map-private)")
+	f.StringVar(&p.state, "experimental-map-private-state-output", "", "(Experimental) Path to write the changed state to at the end (leave empty to discard changes; ignored without --experimental-map-private)")
+}
+
+func (p *privateFlags) apply(c *peer.Config) {
+	c.MapPrivate, c.MemoryOutput, c.StateOutput = p.on, p.memory, p.state
 }

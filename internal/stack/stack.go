@@ -26,6 +26,7 @@ type Files struct {
 	BlockSize int64  // bytes; of the tracker, and of a new overlay. 0: that of the existing overlay
 	Memory    bool   // it is guest memory; a new overlay has blocks of a page
 	Shared    bool   // others use the base at the same time: it is not locked
+	Private   bool   // the overlay is opened once only: it is not bound to the content of its base
 	Remedy    string // remedy for a device that never wholly arrived, for messages
 
 	// Check, if not nil, refuses a base by its contents. They are then computed afresh from the
@@ -127,6 +128,9 @@ func (f *Files) beneath(ctx context.Context) (base block.Device, under, id block
 	file, err := f.openBase(true)
 	if err != nil {
 		return nil, under, id, err
+	}
+	if f.Private && f.Check == nil {
+		return file, under, id, nil
 	}
 	contents, err := f.contents(ctx, file)
 	if err == nil && baseless && contents.Device != under {
@@ -239,7 +243,11 @@ func (f *Files) openBase(readOnly bool) (*block.File, error) {
 	}
 	if !f.Shared {
 		if err := base.Lock(!readOnly); err != nil {
-			err = fmt.Errorf("%s is %w; give each instance its own overlay and state file", f.Base, err)
+			remedy := "give each instance its own overlay and state file"
+			if f.Private {
+				remedy = "run a copy of the package, or pass --experimental-map-private to both"
+			}
+			err = fmt.Errorf("%s is %w; %s", f.Base, err, remedy)
 			return nil, errors.Join(err, base.Close())
 		}
 	}
