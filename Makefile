@@ -89,7 +89,7 @@ bench: setup build ## measure everything, beside QEMU's own live migration: far 
 	bin/drafter-bench
 	$(MAKE) bench-report
 
-bench-quick: setup build ## measure what the ratios need: some three minutes
+bench-quick: setup build ## measure what the ratios need: some ten minutes
 	bin/drafter-bench --quick
 	$(MAKE) bench-report
 

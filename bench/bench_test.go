@@ -119,6 +119,7 @@ func TestResults(t *testing.T) {
 	add(Key("loopback", 1, "random", "present", "gap_ms"), 45, 50, 55)
 	add(Key("loopback", 8, "random", "present", "gap_ms"), 70, 50)
 	add("resume_ms", 40, 41, 90)
+	add("run_memory_disk_mb", 0, 0)
 	path := filepath.Join(t.TempDir(), "results", "latest.json")
 	if err := b.results().write(path); err != nil {
 		t.Fatal(err)
@@ -131,6 +132,9 @@ func TestResults(t *testing.T) {
 		if got := r.Ratios[key]; got != want {
 			t.Errorf("%s is %v instead of %v", key, got, want)
 		}
+	}
+	if v, ok := r.Ratios["run_memory_disk_mb"]; !ok || v != 0 {
+		t.Errorf("what was measured as 0 is %v: %t", v, ok)
 	}
 	if _, ok := r.Ratios["gap_vs_precopy30"]; ok {
 		t.Error("there is a ratio to what was not measured")

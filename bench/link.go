@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -40,6 +41,7 @@ type proxy struct {
 	to       string
 	listener net.Listener
 	limits   [2]*rate.Limiter
+	carried  atomic.Int64 // bytes, known when the proxy is closed
 	cancel   context.CancelFunc
 	wg       sync.WaitGroup
 }
@@ -100,7 +102,8 @@ func (p *proxy) pass(ctx context.Context, to, from net.Conn, limit *rate.Limiter
 		}
 	}()
 	if p.link.rate == 0 && p.link.delay == 0 {
-		_, _ = io.Copy(to, from)
+		n, _ := io.Copy(to, from)
+		p.carried.Add(n)
 		return
 	}
 	type piece struct {
@@ -125,6 +128,7 @@ func (p *proxy) pass(ctx context.Context, to, from net.Conn, limit *rate.Limiter
 		b := make([]byte, linkChunk)
 		n, err := from.Read(b)
 		if n > 0 {
+			p.carried.Add(int64(n))
 			if limit != nil && limit.WaitN(ctx, n) != nil {
 				return
 			}

@@ -34,8 +34,11 @@ const (
 	tickPort     = 7777
 )
 
-// loadRedis is the load of a Redis with clients; every other load is a pattern of load.c.
-const loadRedis = "redis"
+// Every other load is a pattern of load.c.
+const (
+	loadRedis = "redis" // with clients
+	loadBound = "bound" // writes to pages picked at random, as many as it can
+)
 
 //go:embed load/load.c
 var loadSource []byte
@@ -84,10 +87,14 @@ func (b *bench) loadImage(ctx context.Context, pattern string) (v1.Image, error)
 	if err != nil {
 		return nil, err
 	}
+	rate := loadRate
+	if pattern == loadBound {
+		rate = 0
+	}
 	config = config.DeepCopy()
 	config.OS, config.Architecture = "linux", runtime.GOARCH
 	config.Config = v1.Config{
-		Entrypoint:   []string{"/load", strconv.Itoa(loadResident), strconv.Itoa(loadRate), pattern, tickAddr, strconv.Itoa(tickPort)},
+		Entrypoint:   []string{"/load", strconv.Itoa(loadResident), strconv.Itoa(rate), pattern, tickAddr, strconv.Itoa(tickPort)},
 		ExposedPorts: map[string]struct{}{"7/tcp": {}},
 	}
 	return mutate.ConfigFile(image, config)

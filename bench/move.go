@@ -33,6 +33,8 @@ var opponents = []opponent{
 	{name: "present", where: "present"},
 	{name: "precopy30", own: &qemu.OwnMigration{DowntimeLimit: 30 * time.Millisecond}},
 	{name: "absent", where: "absent"},
+	// as its users have it that bring the disks, too; as ours when the package is absent
+	{name: "precopy300_disks", own: &qemu.OwnMigration{DowntimeLimit: 300 * time.Millisecond, Disks: true}},
 	{name: "postcopy", own: &qemu.OwnMigration{DowntimeLimit: 300 * time.Millisecond, PostCopy: true}},
 	{name: "present_nopostcopy", where: "present", flags: []string{"--disable-postcopy-migration"}},
 	{name: "multifd", own: &qemu.OwnMigration{DowntimeLimit: 300 * time.Millisecond, Channels: 2}},
@@ -51,7 +53,7 @@ type contest struct {
 // quick has what ratios are of, whole everything.
 var (
 	quick = []contest{
-		{"loopback", 1, "random", []string{"precopy300", "present", "precopy30", "absent"}, 3, true},
+		{"loopback", 1, "random", []string{"precopy300", "present", "precopy30", "absent", "precopy300_disks"}, 3, true},
 		{"1gbit_rtt100", 1, "random", []string{"present"}, 2, false},
 		{"loopback", 8, "random", []string{"present"}, 2, false},
 	}
@@ -63,9 +65,9 @@ var (
 		{"loopback", 2, "random", []string{"precopy300", "present"}, 3, false},
 		{"loopback", 4, "random", []string{"precopy300", "present"}, 3, false},
 		{"loopback", 8, "random", []string{"precopy300", "present"}, 5, false},
-		{"loopback", 1, "hot", []string{"precopy300", "present", "absent"}, 3, false},
-		{"loopback", 1, "sequential", []string{"precopy300", "present", "absent"}, 3, false},
-		{"loopback", 1, loadRedis, []string{"precopy300", "present", "absent"}, 3, false},
+		{"loopback", 1, "hot", []string{"precopy300", "present", "absent", "precopy300_disks"}, 3, false},
+		{"loopback", 1, "sequential", []string{"precopy300", "present", "absent", "precopy300_disks"}, 3, false},
+		{"loopback", 1, loadRedis, []string{"precopy300", "present", "absent", "precopy300_disks"}, 3, false},
 	}
 )
 
@@ -142,6 +144,10 @@ func (b *bench) contest(ctx context.Context, c contest) (err error) {
 	for range c.rounds {
 		for _, name := range c.opponents {
 			o := findOpponent(name)
+			if o.own != nil && o.own.PostCopy && !canFault() {
+				fmt.Fprintf(b.progress, "SKIPPED: %s: QEMU, which has no privileges, may not use userfaultfd; set vm.unprivileged_userfaultfd to 1\n", name)
+				continue
+			}
 			move := b.moveOurs
 			if o.own != nil {
 				move = b.moveOwn
@@ -160,6 +166,13 @@ func (b *bench) contest(ctx context.Context, c contest) (err error) {
 		}
 	}
 	return nil
+}
+
+// canFault tells whether a process without privileges may answer faults of the kernel in its own
+// memory, as QEMU does for post-copy.
+func canFault() bool {
+	b, err := os.ReadFile("/proc/sys/vm/unprivileged_userfaultfd")
+	return err != nil || strings.TrimSpace(string(b)) != "0"
 }
 
 // calm lets be written what the move before has left, and read what the next one starts from, so
@@ -210,8 +223,34 @@ func (b *bench) watch(ctx context.Context, load string) (*watcher, error) {
 	return w, nil
 }
 
-// settle is how long a guest runs before it is moved: its load has spread.
-const settle = 2 * time.Second
+// settle is how long a guest runs before it is moved: its load has spread. In the last ownWork of it
+// the guest's own work is measured.
+const (
+	settle  = 2 * time.Second
+	ownWork = 1500 * time.Millisecond
+)
+
+// moveCPU is the CPU time that a move takes in all of its processes.
+type moveCPU struct {
+	*cpuMeter
+	rate  float64 // of the guest's own work, in CPU seconds per second
+	began time.Time
+}
+
+// settleMeasured waits for settle, and starts to measure a move of the guest of these processes.
+func settleMeasured(source int) *moveCPU {
+	time.Sleep(settle - ownWork)
+	m := &moveCPU{cpuMeter: meterCPU(source)}
+	begin := time.Now()
+	time.Sleep(ownWork)
+	m.rate = m.used() / time.Since(begin).Seconds()
+	m.restart()
+	m.began = time.Now()
+	return m
+}
+
+// seconds is what the move has used so far, without what the guest would have used.
+func (m *moveCPU) seconds() float64 { return m.used() - m.rate*time.Since(m.began).Seconds() }
 
 // longestSilence is how long a guest is waited for after a move.
 const longestSilence = 10 * time.Second
@@ -248,7 +287,8 @@ func (b *bench) moveOurs(ctx context.Context, w *watcher, c contest, l link, o o
 	if _, err := source.Await(ctx, "Resumed VM"); err != nil {
 		return err
 	}
-	time.Sleep(settle)
+	cpu := settleMeasured(source.PID())
+	defer cpu.end()
 	used := follow(source)
 	to := args(1, "localhost:1338", "")
 	if o.where == "absent" {
@@ -275,6 +315,7 @@ func (b *bench) moveOurs(ctx context.Context, w *watcher, c contest, l link, o o
 		return err
 	}
 	defer func() { err = errors.Join(err, target.End()) }()
+	cpu.add(target.PID())
 	resumed, err := target.Await(ctx, "Resumed VM")
 	if err != nil {
 		return err
@@ -298,10 +339,12 @@ func (b *bench) moveOurs(ctx context.Context, w *watcher, c contest, l link, o o
 	b.add(c.key(o.name, "total_ms"), ms(done.Took-done.Preflight))
 	b.add(c.key(o.name, "whole_ms"), ms(done.Time.Sub(began)))
 	b.add(c.key(o.name, "mb"), float64(done.Bytes)/1e6)
+	b.add(c.key(o.name, "memory_mb"), float64(done.MemoryBytes)/1e6)
 	b.add(c.key(o.name, "target_peak_rss_mb"), rss)
 	if err := source.Wait(); err != nil {
 		return err
 	}
+	b.add(c.key(o.name, "cpu_s"), cpu.seconds())
 	cpuSource, peak := used()
 	b.add(c.key(o.name, "source_peak_rss_mb"), peak)
 	b.add(c.key(o.name, "cpu_s_per_gb"), (cpuSource+cpuTarget)/(float64(done.Bytes)/1e9))

@@ -6,12 +6,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
 
 	"drafter/internal/block"
 	"drafter/internal/instance"
@@ -44,13 +47,29 @@ func (b *bench) moveOwn(ctx context.Context, w *watcher, c contest, l link, o op
 	if err := source.load(ctx, saved); err != nil {
 		return err
 	}
-	time.Sleep(settle)
+	sourcePID, err := vmmIn(source.dir.Path())
+	if err != nil {
+		return err
+	}
+	cpu := settleMeasured(sourcePID)
+	defer cpu.end()
 	began := time.Now()
-	target, err := g.start(ctx, qemu.Driver{Own: true, Dir: g.dir}, 1, nil)
+	there := g
+	if o.own.Disks {
+		if there, err = g.withoutDisks(); err != nil {
+			return err
+		}
+	}
+	target, err := there.start(ctx, qemu.Driver{Own: true, Dir: g.dir}, 1, nil)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, target.close()) }()
+	targetPID, err := vmmIn(target.dir.Path())
+	if err != nil {
+		return err
+	}
+	cpu.add(targetPID)
 	incoming, outgoing := filepath.Join(g.dir, "incoming"), filepath.Join(g.dir, "outgoing")
 	if err := target.ReceiveOwn(ctx, incoming, *o.own); err != nil {
 		return err
@@ -60,6 +79,16 @@ func (b *bench) moveOwn(ctx context.Context, w *watcher, c contest, l link, o op
 		return err
 	}
 	defer func() { err = errors.Join(err, p.close()) }()
+	starts := time.Now() // the target waits
+	var disks int64
+	endDisks := func() error { return nil }
+	if o.own.Disks {
+		if endDisks, err = mirrorDisks(ctx, l, source, target, &disks); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, endDisks()) }()
+	}
+	mirrored := time.Since(starts)
 	rctx, stop := context.WithCancel(ctx)
 	defer stop()
 	runs := make(chan error, 1)
@@ -73,13 +102,85 @@ func (b *bench) moveOwn(ctx context.Context, w *watcher, c contest, l link, o op
 	if err := <-runs; err != nil {
 		return err
 	}
+	time.Sleep(agentAfter)
+	if err := target.talk(ctx); err != nil {
+		return err
+	}
 	_, _ = w.first(time.Now(), longestSilence) // as with ours
 	time.Sleep(500 * time.Millisecond)
+	b.add(c.key(o.name, "cpu_s"), cpu.seconds())
 	b.add(c.key(o.name, "downtime_ms"), ms(result.Downtime))
-	b.add(c.key(o.name, "total_ms"), ms(result.Total))
+	if err := endDisks(); err != nil {
+		return err
+	}
+	if o.own.Disks {
+		if data, err := g.diskData(); err != nil || disks < data*9/10 {
+			return errors.Join(fmt.Errorf("QEMU has sent %d bytes of disks that hold %d", disks, data), err)
+		}
+		b.add(c.key(o.name, "disks_ms"), ms(mirrored))
+	}
+	b.add(c.key(o.name, "total_ms"), ms(mirrored+result.Total))
 	b.add(c.key(o.name, "whole_ms"), ms(whole))
-	b.add(c.key(o.name, "mb"), float64(result.Bytes)/1e6)
+	b.add(c.key(o.name, "mb"), float64(result.Bytes+disks)/1e6)
+	b.add(c.key(o.name, "memory_mb"), float64(result.Bytes)/1e6)
 	return b.addGaps(c, o, w.between(began, time.Now()), g.console.between(began, time.Now()))
+}
+
+// agentAfter is when a target of ours calls its guest's agent.
+const agentAfter = 150 * time.Millisecond
+
+// mirrorDisks lets QEMU bring the disks to the target over the link, and returns once both have the
+// same. end counts the bytes that it took, also what the guest has written until it was paused.
+func mirrorDisks(ctx context.Context, l link, source, target *ownMachine, carried *int64) (end func() error, err error) {
+	incoming, outgoing := filepath.Join(source.guest.dir, "disks-incoming"), filepath.Join(source.guest.dir, "disks-outgoing")
+	if err := target.ExportOwn(ctx, incoming); err != nil {
+		return nil, err
+	}
+	p, err := l.through(ctx, "unix", outgoing, incoming)
+	if err != nil {
+		return nil, err
+	}
+	end = sync.OnceValue(func() error {
+		err := p.close()
+		*carried = p.carried.Load()
+		return err
+	})
+	if err := source.MirrorOwn(ctx, outgoing); err != nil {
+		return nil, errors.Join(err, end())
+	}
+	return end, nil
+}
+
+// diskData is how many bytes the guest's disks hold, without holes.
+func (g *ownGuest) diskData() (bytes int64, err error) {
+	for _, name := range g.config.Disks() {
+		var st unix.Stat_t
+		if err := unix.Stat(g.paths[name], &st); err != nil {
+			return 0, fmt.Errorf("stat disk %s: %w", name, err)
+		}
+		bytes += st.Blocks * 512 // stat(2)
+	}
+	return bytes, nil
+}
+
+// withoutDisks is the guest where its disks are still to come: they are empty.
+func (g *ownGuest) withoutDisks() (*ownGuest, error) {
+	there := *g
+	there.paths = maps.Clone(g.paths)
+	for _, name := range g.config.Disks() {
+		info, err := os.Stat(g.paths[name])
+		if err != nil {
+			return nil, err
+		}
+		there.paths[name] = g.paths[name] + ".target"
+		if err := os.WriteFile(there.paths[name], nil, 0o600); err != nil {
+			return nil, err
+		}
+		if err := os.Truncate(there.paths[name], info.Size()); err != nil {
+			return nil, err
+		}
+	}
+	return &there, nil
 }
 
 // ownGuest is a guest under QEMU without our engine. Its disks are copies of a package's.
@@ -92,6 +193,7 @@ type ownGuest struct {
 	generation uuid.UUID // which it keeps where it moves to, as with ours
 	console    *pulse
 	paths      instance.Paths // but for memory's
+	backing    string         // of memory of QEMU's own
 }
 
 func (b *bench) ownGuest(ctx context.Context, load string, gib int) (_ *ownGuest, err error) {
@@ -132,6 +234,7 @@ type ownMachine struct {
 	*qemu.Machine
 	guest *ownGuest
 	dir   *vmm.Dir
+	agent net.Conn // nil until talk
 }
 
 func (g *ownGuest) start(ctx context.Context, driver qemu.Driver, number int, memory *memory.Device) (*ownMachine, error) {
@@ -146,9 +249,12 @@ func (g *ownGuest) start(ctx context.Context, driver qemu.Driver, number int, me
 			Recorded: &g.config.Hardware, CPUs: g.config.CPUs, MemorySize: size.Size, Interface: g.config.Interface, MAC: g.config.MAC,
 			Ports: []uint32{g.config.AgentPort, g.config.LivenessPort}, Generation: g.generation,
 		},
-		Devices:     vmm.Devices{Memory: memory, Kernel: g.paths[vmm.Kernel]},
+		Devices:     vmm.Devices{Kernel: g.paths[vmm.Kernel], Backing: g.backing},
 		Confinement: vmm.Confinement{Netns: fmt.Sprintf("ark%d", number), CgroupVersion: 2},
 		Output:      g.console,
+	}
+	if memory != nil { // a nil one would be an interface that is not nil
+		launch.Memory = memory
 	}
 	for _, name := range g.config.Disks() {
 		launch.Disks = append(launch.Disks, vmm.Block{Name: name, Path: g.paths[name]})
@@ -160,10 +266,23 @@ func (g *ownGuest) start(ctx context.Context, driver qemu.Driver, number int, me
 	if err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
-	return &ownMachine{m.(*qemu.Machine), g, d}, nil
+	return &ownMachine{Machine: m.(*qemu.Machine), guest: g, dir: d}, nil
 }
 
-func (m *ownMachine) close() error { return errors.Join(m.Close(), m.dir.Close()) }
+// talk connects with the guest's agent, as ours do. An agent that nobody is connected with asks for
+// that all the time, at the cost of a CPU.
+func (m *ownMachine) talk(ctx context.Context) (err error) {
+	m.agent, err = m.GuestConn(ctx, m.guest.config.AgentPort)
+	return err
+}
+
+func (m *ownMachine) close() error {
+	var err error
+	if m.agent != nil {
+		err = m.agent.Close()
+	}
+	return errors.Join(err, m.Close(), m.dir.Close())
+}
 
 // savedOwn makes, once, what QEMU sends of a guest that it moves as it is in its package, and
 // returns the file. Machines with memory of their own start from that; from a package they would
@@ -253,5 +372,8 @@ func (m *ownMachine) load(ctx context.Context, saved string) (err error) {
 		}
 		sent <- err
 	}()
-	return errors.Join(m.RunOwn(ctx), <-sent)
+	if err := errors.Join(m.RunOwn(ctx), <-sent); err != nil {
+		return err
+	}
+	return m.talk(ctx)
 }

@@ -169,12 +169,17 @@ func watchRedis(ctx context.Context, addrs ...string) *watcher {
 // dialEagerly connects to where nobody may be yet. The kernel repeats an attempt that nobody
 // answers only after a second (RFC 6298), so another one begins every 50 ms.
 func dialEagerly(ctx context.Context, network, addr string) (net.Conn, error) {
+	return dialEvery(ctx, 50*time.Millisecond, network, addr)
+}
+
+// dialEvery begins an attempt to connect after every interval, for at most a second.
+func dialEvery(ctx context.Context, interval time.Duration, network, addr string) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	var attempts sync.WaitGroup
 	defer attempts.Wait()
 	defer cancel()
 	conns := make(chan net.Conn)
-	tick := time.NewTicker(50 * time.Millisecond)
+	tick := time.NewTicker(interval)
 	defer tick.Stop()
 	for {
 		attempts.Go(func() {

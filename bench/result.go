@@ -63,7 +63,7 @@ func (b *bench) results() Result {
 		r.Spread[name] = [2]float64{slices.Min(v), slices.Max(v)}
 	}
 	for _, q := range ratios() {
-		if v := q.value(&r); v > 0 {
+		if v, measured := q.value(&r); measured {
 			r.Ratios[q.key] = v
 		}
 	}

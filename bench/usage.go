@@ -3,9 +3,11 @@ package bench
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -95,4 +97,103 @@ func privateMemory(pid int) (float64, error) {
 	}
 	kib, err := strconv.ParseFloat(fields[0], 64)
 	return kib * 1024 / 1e6, err
+}
+
+// cpuMeter adds up the CPU time of processes and of those below them, also of those that end
+// meanwhile.
+type cpuMeter struct {
+	ended chan struct{}
+	once  sync.Once
+	wg    sync.WaitGroup
+
+	mu          sync.Mutex // guards the following
+	roots       []int
+	known       []int
+	before, now map[int]float64 // by process, in seconds
+}
+
+// meterCPU starts a meter of processes that run.
+func meterCPU(roots ...int) *cpuMeter {
+	m := &cpuMeter{ended: make(chan struct{}), roots: roots}
+	m.find()
+	m.restart()
+	m.wg.Go(func() {
+		tick := time.NewTicker(5 * time.Millisecond)
+		defer tick.Stop()
+		for n := 1; ; n++ {
+			select {
+			case <-tick.C:
+			case <-m.ended:
+				return
+			}
+			if n%10 == 0 { // which costs more than to look
+				m.find()
+			}
+			m.look()
+		}
+	})
+	return m
+}
+
+// add adds a process that was started after the meter: all of its time counts.
+func (m *cpuMeter) add(root int) {
+	m.mu.Lock()
+	m.roots = append(m.roots, root)
+	m.mu.Unlock()
+	m.find()
+}
+
+// find looks for processes below the roots.
+func (m *cpuMeter) find() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.known = m.known[:0]
+	for at := m.roots; len(at) > 0; {
+		m.known = append(m.known, at...)
+		var below []int
+		for _, pid := range at {
+			pids, _ := children(pid) // a process that has ended has none
+			below = append(below, pids...)
+		}
+		at = below
+	}
+}
+
+func (m *cpuMeter) look() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, pid := range m.known {
+		if seconds, err := cpuSeconds(pid); err == nil { // else what was seen last counts
+			m.now[pid] = seconds
+		}
+	}
+}
+
+// used is the time since the start or the last call of restart, in seconds.
+func (m *cpuMeter) used() (seconds float64) {
+	m.look()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for pid, now := range m.now {
+		seconds += now - m.before[pid]
+	}
+	return seconds
+}
+
+func (m *cpuMeter) restart() {
+	m.mu.Lock()
+	m.now = map[int]float64{}
+	m.mu.Unlock()
+	m.look()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.before = maps.Clone(m.now)
+}
+
+// end returns what was used, and stops the meter.
+func (m *cpuMeter) end() (seconds float64) {
+	seconds = m.used()
+	m.once.Do(func() { close(m.ended) })
+	m.wg.Wait()
+	return seconds
 }

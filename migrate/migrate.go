@@ -163,6 +163,7 @@ type DeviceStats struct {
 	Pending  int64 // still to be sent, or missing
 	PostCopy int64 // of Sent: after the handoff
 	Wanted   int64 // of PostCopy: because somebody waited
+	Wire     int64 // at the source: bytes on the wire of its pages, compressed and with their frames
 	Backup   int64 // at the target: fetched from a backup, and not from the source
 }
 

@@ -430,7 +430,7 @@ func (p *Peer) Suspend(ctx context.Context) error {
 	// What arrived last is durable only since the suspend, if at all before.
 	err = errors.Join(err, p.forgetMissing(), p.instance.Close())
 	if p.written == nil {
-		p.log.Info("Suspended VM", "took", time.Since(start).Round(time.Millisecond))
+		p.log.Info("Suspended VM", "took", time.Since(start).Round(time.Millisecond), "paused", p.instance.SuspendPause().Round(10*time.Microsecond))
 	}
 	err = errors.Join(err, p.storeOutputs(ctx))
 	if err == nil && p.syncer != nil {

@@ -189,7 +189,7 @@ func (r *Runner) Suspend(ctx context.Context) error {
 		return err
 	}
 	err = errors.Join(err, r.instance.Close(), r.release())
-	r.config.Host.Logger.Info("Suspended VM", "took", time.Since(start).Round(time.Millisecond))
+	r.config.Host.Logger.Info("Suspended VM", "took", time.Since(start).Round(time.Millisecond), "paused", r.instance.SuspendPause().Round(10*time.Microsecond))
 	return err
 }
 

@@ -46,7 +46,7 @@ A guest holds 300 MiB that cannot be compressed, writes to 20 MiB of pages a sec
 small set of pages, or to one after the other, or are a Redis with clients. The guest's load is built
 with gcc.
 
-Nothing else should run on the host. --quick takes some three minutes on two CPUs with emulation, and
+Nothing else should run on the host. --quick takes some ten minutes on two CPUs with emulation, and
 does not count a first round of moves; all of it takes far longer.
 
 Exit codes: 0 success, 1 failure.`,

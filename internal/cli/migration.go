@@ -12,6 +12,7 @@ import (
 	"drafter/internal/progress"
 	"drafter/migrate"
 	"drafter/peer"
+	"drafter/vmm"
 )
 
 // migrationLog tells a person how a migration goes: in log lines, and on a terminal also by a bar
@@ -117,12 +118,16 @@ func (l *migrationLog) summary(p *peer.Peer) {
 }
 
 func (l *migrationLog) summarize(s migrate.Stats) {
+	memory := int64(0)
 	for _, d := range s.Devices {
+		if d.Name == vmm.Memory {
+			memory = d.Wire
+		}
 		slog.Info("Migrated device", "device", d.Name, "size", humanize.IBytes(uint64(d.Size)), "sent", humanize.IBytes(uint64(d.Sent)), "notNeeded", humanize.IBytes(uint64(d.Saved)),
 			"postCopy", humanize.IBytes(uint64(d.PostCopy)))
 	}
 	_, saved, _ := s.Bytes()
-	slog.Info("Completed migration", "took", s.Total.Round(time.Millisecond), "preflight", s.Preflight.Round(time.Millisecond), "downtime", s.Paused.Round(10*time.Microsecond), "cycles", s.Cycle, "bytes", s.Wire, "bytesSaved", saved)
+	slog.Info("Completed migration", "took", s.Total.Round(time.Millisecond), "preflight", s.Preflight.Round(time.Millisecond), "downtime", s.Paused.Round(10*time.Microsecond), "cycles", s.Cycle, "bytes", s.Wire, "memoryBytes", memory, "bytesSaved", saved)
 }
 
 func (l *migrationLog) close() {

@@ -352,6 +352,36 @@ func TestSuspendOfSilentVMM(t *testing.T) {
 	}
 }
 
+// The pause of a suspend is from when the guest stands still until all of it is stored. What is done
+// while the guest runs is not of it.
+func TestSuspendPause(t *testing.T) {
+	b := newBed(t)
+	i, _ := b.run(t)
+	const ahead, within = 200 * time.Millisecond, 20 * time.Millisecond
+	paused := false
+	b.driver.At = func(_ context.Context, s vmmtest.Step, _ *vmmtest.Machine) error {
+		switch s {
+		case vmmtest.Pause:
+			paused = true
+		case vmmtest.Save:
+			time.Sleep(within)
+		}
+		return nil
+	}
+	b.storage.at = func(call string) error {
+		if call == "sync disk" && !paused {
+			time.Sleep(ahead)
+		}
+		return nil
+	}
+	if saved, err := i.Suspend(t.Context(), time.Minute); !saved || err != nil {
+		t.Fatalf("saved: %t, %v", saved, err)
+	}
+	if got := i.SuspendPause(); got < within || got >= ahead {
+		t.Errorf("the pause is %s", got)
+	}
+}
+
 // A storage that hangs holds a suspend up as long as its caller allows, and the VM runs on.
 func TestSuspendOnHangingStorage(t *testing.T) {
 	b := newBed(t)

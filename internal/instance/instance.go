@@ -148,6 +148,8 @@ type Instance struct {
 	status  status
 	paused  time.Time     // since when, for a migration; zero while it runs
 	stood   time.Duration // how long it was paused last
+	// from the pause of a suspend until all was stored
+	suspendPause time.Duration
 	// how long it stood still for disks since its clock was last set, in nanoseconds
 	missed atomic.Int64
 	// of the goroutine that sets its clock after that; the end of the agent's connection ends it
@@ -821,8 +823,14 @@ func (i *Instance) save(ctx context.Context) error {
 		}
 	}
 	i.status = frozen // even if the write fails: Rescue writes the device again
-	return i.withState(func(dev StateDevice) error { return vmm.WriteState(dev, i.config.ID, state.Bytes()) })
+	err := i.withState(func(dev StateDevice) error { return vmm.WriteState(dev, i.config.ID, state.Bytes()) })
+	i.suspendPause = time.Since(i.paused)
+	return err
 }
+
+// SuspendPause is how long the guest of a suspended VM stood still until all of it was stored. Call
+// it after Suspend.
+func (i *Instance) SuspendPause() time.Duration { return i.suspendPause }
 
 // withState calls use with the open state device.
 func (i *Instance) withState(use func(StateDevice) error) error {

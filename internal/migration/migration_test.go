@@ -38,7 +38,15 @@ func TestMove(t *testing.T) {
 		if err := p.target.verify(); err != nil {
 			t.Error(err)
 		}
-		t.Logf("%+v", p.source.Stats())
+		stats := p.source.Stats()
+		t.Logf("%+v", stats)
+		pages := int64(0)
+		for _, d := range stats.Devices {
+			pages += d.Wire
+		}
+		if pages > stats.Wire || pages < stats.Wire*9/10 { // the rest is what is said about them
+			t.Errorf("pages take %d of %d bytes on the wire", pages, stats.Wire)
+		}
 		if err := p.source.Close(); err != nil {
 			t.Error(err)
 		}

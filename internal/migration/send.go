@@ -332,6 +332,7 @@ func (o *outgoing) sendRun(ctx context.Context, l *link, s *sender, of pages, pa
 			encoding = wire.Same
 		}
 		d.saved.Add(length)
+		d.wire.Add(wire.ExtentOverhead)
 		return l.SendExtent(s.buffer, at, d.index, encoding, off, length, when)
 	}
 	start := time.Now()
@@ -348,8 +349,10 @@ func (o *outgoing) sendRun(ctx context.Context, l *link, s *sender, of pages, pa
 		d.wanted.Add(length)
 	}
 	if s.compression.worth(s.buffer.Data()[at:at+length]) && s.compression.try(s.buffer, at, length) {
+		d.wire.Add(wire.ExtentOverhead + s.buffer.Compressed())
 		return l.SendCompressed(s.buffer, d.index, off, length, when)
 	}
+	d.wire.Add(wire.ExtentOverhead + length)
 	err := l.SendExtent(s.buffer, at, d.index, wire.Raw, off, length, when)
 	if !urgent {
 		s.compression.link.add(length, time.Since(start))

@@ -555,6 +555,7 @@ type outgoingDevice struct {
 	saved    atomic.Int64
 	postCopy atomic.Int64
 	wanted   atomic.Int64
+	wire     atomic.Int64
 }
 
 func newOutgoing(s *Source, h wire.Hello, l *link) (*outgoing, error) {
@@ -631,7 +632,7 @@ func (o *outgoing) Stats() migrate.Stats {
 	for _, d := range o.devices {
 		s.Devices = append(s.Devices, migrate.DeviceStats{
 			Name: d.Name, Size: d.Device.Size(), Sent: d.sent.Load(), Saved: d.saved.Load(), Pending: d.pending.Count() * block.PageSize,
-			PostCopy: d.postCopy.Load(), Wanted: d.wanted.Load(),
+			PostCopy: d.postCopy.Load(), Wanted: d.wanted.Load(), Wire: d.wire.Load(),
 		})
 	}
 	return s

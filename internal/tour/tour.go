@@ -80,12 +80,15 @@ type Line struct {
 	Level      slog.Level    `json:"level"`
 	Message    string        `json:"msg"`
 	Took       time.Duration `json:"took"`
+	Paused     time.Duration `json:"paused"`
 	Preflight  time.Duration `json:"preflight"`
 	AgentAfter time.Duration `json:"agentAfter"`
 	Downtime   time.Duration `json:"downtime"`
 	Bytes      int64         `json:"bytes"`
 	BytesSaved int64         `json:"bytesSaved"`
-	Text       string        `json:"-"` // the whole line
+	// of Bytes: those of memory
+	MemoryBytes int64  `json:"memoryBytes"`
+	Text        string `json:"-"` // the whole line
 }
 
 // Start starts a command. End or Kill it, and Wait.

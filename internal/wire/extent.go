@@ -80,6 +80,12 @@ func (b *ExtentBuffer) Compress(encoder *zstd.Encoder, at, length int64) int {
 	return len(b.compressed) - headerSize - extentHeader
 }
 
+// ExtentOverhead is how many bytes an extent takes on the wire beside its data.
+const ExtentOverhead = headerSize + extentHeader
+
+// Compressed is to how many bytes Compress has compressed last.
+func (b *ExtentBuffer) Compressed() int64 { return int64(len(b.compressed)) - ExtentOverhead }
+
 // SendCompressed sends what Compress has made, which must be shorter than length.
 func (c *Conn) SendCompressed(b *ExtentBuffer, device int, off, length int64, when Urgency) error {
 	return c.sendExtent(b.compressed, device, Zstd, off, length, when)

@@ -86,7 +86,7 @@ func arguments(l *vmm.Launch, hw vmm.Hardware) ([]string, error) {
 	a.add("-m", fmt.Sprintf("%dB", l.MemorySize))
 	size := strconv.FormatInt(l.MemorySize, 10)
 	switch {
-	case l.Memory == nil:
+	case l.Memory == nil && l.Backing != vmm.BackingShared:
 		a.add("-object", options("memory-backend-ram,id=memory", "size", size))
 	case l.HugePages:
 		a.add("-object", options("memory-backend-memfd,id=memory,share=on,hugetlb=on,hugetlbsize=2M", "size", size))

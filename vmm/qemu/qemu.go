@@ -32,8 +32,8 @@ import (
 // Driver is the QEMU driver. The zero value is ready.
 type Driver struct {
 	Bin string // looked up on PATH when it holds no slash; "" for the one of this architecture
-	// machines have memory of their own instead of a memory device, and wait for
-	// [Machine.ReceiveOwn] instead of Restore
+	// machines have memory of their own instead of a memory device, a memfd with
+	// [vmm.BackingShared], and wait for [Machine.ReceiveOwn] instead of Restore
 	Own bool
 	// a directory of the host's that machines may write to, for [Machine.SendOwn] and ReceiveOwn;
 	// "" for none
@@ -232,6 +232,7 @@ type Machine struct {
 
 	device   *memory.Device  // nil for a machine with memory of its own
 	memory   *memory.Handler // serves it; nil likewise
+	exports  bool            // its disks are to be written over NBD, see ExportOwn
 	private  bool            // it is a private mapping of what the memory device is stored in
 	lost     error           // why memory could not be served
 	incoming incoming        // the state that Restore loads
