@@ -104,6 +104,7 @@ type Target struct {
 	sizes   []int64
 
 	cancel   context.CancelCauseFunc
+	waits    *signal // the VMM waits for the VM
 	running  *signal // the VM runs here
 	whole    *signal // nothing is missing here
 	released *signal // the source has taken note
@@ -193,7 +194,7 @@ func Receive(ctx context.Context, c TargetConfig) (*Target, error) {
 	}
 	t := &Target{
 		standing: newStanding(), config: c, id: id, lanes: newLanes(), figures: figures{began: time.Now()}, wanting: newWanting(),
-		running: newSignal(), whole: newSignal(), released: newSignal(), ended: newSignal(),
+		waits: newSignal(), running: newSignal(), whole: newSignal(), released: newSignal(), ended: newSignal(),
 		authority: make(chan wire.Authority, 1), snapshot: make(chan wire.Snapshot, 1), restoring: newRestoring(),
 	}
 	t.start.done, t.expect.done = make(chan struct{}), make(chan struct{})
@@ -437,6 +438,7 @@ func (t *Target) headStart(ctx context.Context, l *link) error {
 	timeout := time.NewTimer(t.config.Limits.HeadStart)
 	defer timeout.Stop()
 	select {
+	case <-t.waits.fired():
 	case <-t.start.done:
 		if err := t.start.err; err != nil {
 			l.refuse(codeOf(err), fmt.Errorf("the target cannot start its VMM: %w", err))
@@ -584,6 +586,7 @@ func (t *Target) startWhenPossible(ctx context.Context, cycle int) {
 		if err := t.config.VM.Start(ctx); err != nil {
 			return err
 		}
+		t.waits.fire()
 		if err := t.awaitBackups(ctx); err != nil {
 			return err
 		}
