@@ -217,7 +217,7 @@ type Checker interface {
 }
 
 // Machine is one running or paused VM. Wait and Close may be called at any time. Callers make the
-// other calls one at a time.
+// other calls one at a time, but Flush, unless it pauses (see [FlushPauser]), also beside Save.
 type Machine interface {
 	Hardware() Hardware
 	// Restore loads what Save wrote; the machine is paused afterwards. Only for machines launched
@@ -253,8 +253,8 @@ type FlushPauser interface {
 // SavePauser is a [Machine] that can begin to save while it pauses.
 type SavePauser interface {
 	// PauseToSave is Pause, with Save to be called next, and returns when the guest stopped. From
-	// then on only Save writes guest memory, and nothing that Restore reads there. Flush may be
-	// called beside Save. Resume takes it back.
+	// then on only Save writes guest memory, and nothing that Restore reads there. Resume takes it
+	// back.
 	PauseToSave(ctx context.Context) (stopped time.Time, err error)
 }
 

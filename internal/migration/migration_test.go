@@ -117,6 +117,24 @@ func TestHeadStart(t *testing.T) {
 	}
 }
 
+// move moves the VM, and checks all of it at its target.
+func (p *pair) move(t *testing.T) {
+	t.Helper()
+	target, err := Receive(t.Context(), p.config(quick(), nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(target.Wait(), target.Close()); err != nil {
+		t.Error(err)
+	}
+	p.network.wg.Wait()
+	p.guest.halt()
+	p.target.halt()
+	if err := errors.Join(p.target.verify(), p.source.Close()); err != nil {
+		t.Error(err)
+	}
+}
+
 // A VM runs on at its source while its target waits for a disk.
 func TestExpect(t *testing.T) {
 	p := newPair(t, 1, quick(), nil)
@@ -132,19 +150,7 @@ func TestExpect(t *testing.T) {
 		}
 		return nil
 	})
-	target, err := Receive(t.Context(), p.config(quick(), nil))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(target.Wait(), target.Close()); err != nil {
-		t.Error(err)
-	}
-	p.network.wg.Wait()
-	p.guest.halt()
-	p.target.halt()
-	if err := errors.Join(p.target.verify(), p.source.Close()); err != nil {
-		t.Error(err)
-	}
+	p.move(t)
 }
 
 // Whoever tries again at once is not refused, however long the source takes to notice that the
@@ -163,19 +169,7 @@ func TestAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.target = newReceiver(p.ledger, 2)
-	target, err := Receive(t.Context(), p.config(quick(), nil))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(target.Wait(), target.Close()); err != nil {
-		t.Error(err)
-	}
-	p.network.wg.Wait()
-	p.guest.halt()
-	p.target.halt()
-	if err := errors.Join(p.target.verify(), p.source.Close()); err != nil {
-		t.Error(err)
-	}
+	p.move(t)
 }
 
 // queue is a connection that takes whatever is sent, as the buffers of TCP do, however slow the one
