@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -213,7 +214,8 @@ func arrivalBytes(p *Peer) (sent, saved, pending int64) {
 // was none.
 func (p *Peer) Stats() (stats migrate.Stats, ok bool) { return p.moves.Stats() }
 
-// arrival is a VM that is arriving. It implements [migration.TargetVM] and [migration.StateLoader].
+// arrival is a VM that is arriving. It implements [migration.TargetVM], [migration.StateLoader]
+// and [migration.MemoryTaker].
 type arrival struct {
 	p          *Peer
 	config     *vmm.PackageConfig
@@ -222,6 +224,7 @@ type arrival struct {
 	header     *heldHeader // of the state device; nil if that does not come
 	kernel     *sealable   // the kernel device; nil if that does not come, or need not be signed
 	loads      bool        // the VMM loads its state as that arrives
+	file       *os.File    // the source's memory, which is not taken yet; else nil
 	running    bool
 
 	// The VMM is watched while it waits for its VM. If it dies, the source need not pause the VM.
@@ -268,13 +271,17 @@ func (a *arrival) Accept(ctx context.Context, m wire.Manifest, id uuid.UUID) ([]
 	if err != nil {
 		return nil, err
 	}
-	if err := a.shareMemory(); err != nil {
+	devices, err := a.devices(ctx, m, held)
+	if err != nil {
+		return nil, err
+	}
+	if err := a.shareMemory(m, devices); err != nil {
 		return nil, err
 	}
 	if err := a.p.expose(ctx, a.config); err != nil {
 		return nil, err
 	}
-	return a.devices(ctx, m, held)
+	return devices, nil
 }
 
 // checkManifest refuses what cannot run here. Nothing has been made yet.
@@ -381,14 +388,37 @@ func (a *arrival) open(ctx context.Context, m wire.Manifest, migration uuid.UUID
 	return held, nil
 }
 
-// shareMemory lets what arrives of memory go to where the VMM will have it.
-func (a *arrival) shareMemory() error {
+// shareMemory lets what arrives of memory go to where the VMM will have it. That is the source's own
+// memory, if it has offered that. What a backup has of memory goes beneath what is shared.
+func (a *arrival) shareMemory(m wire.Manifest, devices []migration.TargetDevice) error {
 	host := &a.p.config.Host
 	driver, err := host.Drivers.Select(host.VMM, a.config.Hardware.VMM)
 	if err != nil || !host.SharesMemory(driver) {
-		return err
+		return errors.Join(err, a.refuseFile())
 	}
-	return a.p.devices.Get(vmm.Memory).Memory.Share()
+	shared := a.p.devices.Get(vmm.Memory).Memory
+	i := slices.IndexFunc(m.Devices, func(d wire.Device) bool { return d.Name == vmm.Memory && d.Open })
+	// A VMM writes the generation to memory before the VM is its own. That must be the one there.
+	if a.file == nil || i < 0 || devices[i].Held == wire.HoldsBackup || m.Generation == uuid.Nil {
+		return errors.Join(shared.Share(), a.refuseFile())
+	}
+	f := a.file
+	a.file = nil
+	devices[i].Memory = shared
+	return shared.Adopt(f)
+}
+
+// Offered implements [migration.MemoryTaker].
+func (a *arrival) Offered(file *os.File) { a.file = file }
+
+// refuseFile closes memory that was offered and is not taken.
+func (a *arrival) refuseFile() error {
+	f := a.file
+	a.file = nil
+	if f == nil {
+		return nil
+	}
+	return f.Close()
 }
 
 func boolInt(b bool) int {
@@ -520,7 +550,7 @@ func (p *Peer) forgetMissing() error {
 // Discard implements [migration.TargetVM].
 func (a *arrival) Discard(context.Context) error {
 	a.endWatch()
-	var errs []error
+	errs := []error{a.refuseFile()}
 	if a.launched != nil {
 		errs = append(errs, a.launched.Close())
 	}

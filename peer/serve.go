@@ -232,10 +232,18 @@ func (d *departure) Mark(_ context.Context, phase migrate.Phase, _ uuid.UUID) er
 		d.p.syncer.hold.hand()
 	}
 	// An operator may decide to go on from what is here.
+	gone := false // memory that has changed hands is the target's
 	for name, s := range d.p.devices.All() {
+		if s.Memory != nil && s.Memory.Offered() {
+			gone = true
+			continue
+		}
 		if err := s.Sync(); err != nil {
 			return fmt.Errorf("device %s: %w", name, err)
 		}
+	}
+	if gone {
+		return d.p.instance.LeaveMemory()
 	}
 	return d.p.instance.Mark(map[migrate.Phase]vmm.Status{migrate.InDoubt: vmm.InDoubt, migrate.Serving: vmm.HandedOver}[phase])
 }

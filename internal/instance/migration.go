@@ -159,6 +159,16 @@ func (i *Instance) Mark(status vmm.Status) error {
 	return i.withState(func(dev StateDevice) error { return vmm.MarkState(dev, status) })
 }
 
+// LeaveMemory is Mark for a VM whose memory has changed hands with it: the note of NoteLeaving says
+// the right thing, that the VM can go on here from its disks alone.
+func (i *Instance) LeaveMemory() error {
+	if i == nil {
+		return ErrNotStarted
+	}
+	i.status = frozen
+	return nil
+}
+
 // Rescue undoes Prepare, Pause and SaveLeaving, whichever of them were done. When it returns nil,
 // the guest runs.
 func (i *Instance) Rescue(ctx context.Context) error {

@@ -57,9 +57,11 @@ func (h *Handler) collect(p, q int64) (next int64, err error) {
 	q = min(q, p+follow/h.unit)
 	s := h.device.stripe(off)
 	s.Lock()
-	there := h.present.Has(p)
-	end := p + 1 // pages that are all present, or all missing
-	for end < q && h.present.Has(end) == there {
+	// A page that nobody has removed is there, whoever has filled it: another process may have, too.
+	filled := func(page int64) bool { return h.present.Has(page) || !h.removed.Has(page) }
+	there := filled(p)
+	end := p + 1 // pages that are all there, or all removed
+	for end < q && filled(end) == there {
 		end++
 	}
 	h.dirty.ClearRange(p, end)
@@ -81,7 +83,7 @@ func (h *Handler) collect(p, q int64) (next int64, err error) {
 		err = fmt.Errorf("protect %d bytes at %d: %w", length, off, err)
 	case there:
 		h.device.Written(off, length)
-	default: // also for pages that are still to come
+	default:
 		if err = block.Trim(h.device.top, off, length); err != nil {
 			err = fmt.Errorf("give back %d bytes at %d: %w", length, off, err)
 		} else {

@@ -46,6 +46,9 @@ type Device struct {
 	present *block.Bitmap           // pages that are in the file
 	stripes [64]sync.Mutex
 
+	adopted atomic.Bool   // the file is still another process'
+	number  atomic.Uint64 // of the migration that the file was offered to; 0: it is not
+
 	guest   atomic.Pointer[Handler] // nil while no process is served
 	entered atomic.Bool             // the guest may have written what is in the file
 	turn    sync.Mutex              // of Store
@@ -94,15 +97,19 @@ func (d *Device) Share() error {
 	if d.file.Load() != nil {
 		return nil
 	}
-	fd, err := unix.MemfdCreate("drafter-memory", unix.MFD_CLOEXEC|unix.MFD_NOEXEC_SEAL)
+	const flags = unix.MFD_CLOEXEC | unix.MFD_ALLOW_SEALING
+	fd, err := unix.MemfdCreate("drafter-memory", flags|unix.MFD_NOEXEC_SEAL)
 	if errors.Is(err, unix.EINVAL) { // before Linux 6.3
-		fd, err = unix.MemfdCreate("drafter-memory", unix.MFD_CLOEXEC)
+		fd, err = unix.MemfdCreate("drafter-memory", flags)
 	}
 	if err != nil {
 		return fmt.Errorf("make memory: %w", err)
 	}
 	f := os.NewFile(uintptr(fd), "memory")
-	if err := f.Truncate(d.Size()); err != nil {
+	if err = f.Truncate(d.fileSize()); err == nil {
+		_, err = unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL)
+	}
+	if err != nil {
 		return errors.Join(fmt.Errorf("make memory of %d bytes: %w", d.Size(), err), f.Close())
 	}
 	d.file.Store(f)
@@ -157,6 +164,8 @@ func (d *Device) Forget() error {
 	d.unsaved.Take()
 	d.blank = false
 	d.entered.Store(false)
+	d.adopted.Store(false)
+	d.number.Store(0)
 	return f.Close()
 }
 
@@ -298,6 +307,10 @@ func (d *Device) WriteAt(p []byte, off int64) (int, error) {
 	if d.file.Load() == nil {
 		return d.stored.WriteAt(p, off)
 	}
+	if d.adopted.Load() {
+		d.replaced(off, int64(len(p)))
+		return d.stored.WriteAt(p, off)
+	}
 	if err := d.checkPages(off, int64(len(p))); err != nil {
 		return 0, err
 	}
@@ -316,6 +329,13 @@ func (d *Device) checkPages(off, length int64) error {
 		return fmt.Errorf("%d bytes of memory at %d: %w", length, off, block.ErrRange)
 	}
 	return nil
+}
+
+// replaced notes that pages have other content than that of the adopted file.
+func (d *Device) replaced(off, length int64) {
+	first, end := off/block.PageSize, (off+length+block.PageSize-1)/block.PageSize
+	d.unsaved.ClearRange(first, end)
+	d.present.ClearRange(first, end)
 }
 
 // put places pages of one stripe, whose lock is held. A process that waits for one is woken.
@@ -350,6 +370,10 @@ func (d *Device) Trim(off, length int64) error {
 	if d.file.Load() == nil {
 		return block.Trim(d.stored, off, length)
 	}
+	if d.adopted.Load() {
+		d.replaced(off, length)
+		return block.Trim(d.stored, off, length)
+	}
 	if err := d.checkPages(off, length); err != nil {
 		return err
 	}
@@ -376,6 +400,10 @@ func (d *Device) Evict(first, end int64) error {
 	if d.file.Load() == nil {
 		return nil
 	}
+	if d.adopted.Load() { // what is missing is not in the file
+		d.replaced(first*block.PageSize, (end-first)*block.PageSize)
+		return nil
+	}
 	return d.eachStripe(first*block.PageSize, (end-first)*block.PageSize, func(file *os.File, off, stop int64) error {
 		d.unsaved.ClearRange(off/block.PageSize, stop/block.PageSize)
 		for page := d.present.Next(off / block.PageSize); page*block.PageSize < stop; page = d.present.Next(page) {
@@ -394,7 +422,7 @@ func (d *Device) Evict(first, end int64) error {
 // Warm places pages of what is stored in a shared device before the guest needs them, until ctx
 // ends. It passes over what has come from elsewhere.
 func (d *Device) Warm(ctx context.Context) error {
-	if d.file.Load() == nil {
+	if d.file.Load() == nil || d.adopted.Load() {
 		return nil
 	}
 	b := make([]byte, fillSize)

@@ -88,6 +88,7 @@ type Handler struct {
 	// noted. So a fill sees every removal before it.
 	events   sync.RWMutex
 	removals atomic.Uint64 // events that were noted
+	held     bool          // nothing is filled that nobody waits for
 
 	present *block.Bitmap // pages that have been filled; the device's if that is shared
 	dirty   *block.Bitmap // pages written since they were last collected, with TrackFaults
@@ -641,7 +642,7 @@ func (h *Handler) bringMore(p, q int64, b buffer, wait bool) bool {
 	}
 	h.events.RLock()
 	defer h.events.RUnlock()
-	if h.removals.Load() != removals {
+	if h.held || h.removals.Load() != removals {
 		return false
 	}
 	for at := int64(0); at < length; {

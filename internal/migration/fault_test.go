@@ -308,24 +308,51 @@ func try(t *testing.T, seed uint64, limits bounds, rate int64, f fault) (p *pair
 
 // What becomes of a VM at every fault in every state, as docs/migration.md says.
 func TestFaultMatrix(t *testing.T) {
-	type outcome struct{ source, target migrate.Phase }
-	kept, moved := outcome{migrate.Kept, migrate.NotTaken}, outcome{migrate.Moved, migrate.Moved}
-	var faults []struct {
-		fault
-		outcome
+	for _, handover := range []bool{false, true} {
+		for _, tt := range faultMatrix(handover) {
+			limits := quick()
+			limits.note = 1 // at once: noting it may fail, too
+			limits.handover = handover
+			t.Run(fmt.Sprintf("%s, within a host %t", tt.name, handover), func(t *testing.T) {
+				p, source, target, err := try(t, 1, limits, 0, tt.fault)
+				if tt.source != "" && source != tt.source || tt.target != "" && target != tt.target && p.dead() != "target" {
+					t.Errorf("source %q, target %q; want %q, %q; %v; %v; %v", source, target, tt.source, tt.target, p.states.String(), err, p.network.err)
+				}
+				if handover && target == migrate.Moved && p.target.memory == nil {
+					t.Error("the memory did not change hands")
+				}
+				if tt.outcome == kept && p.dead() == "" && (err == nil || p.network.err == nil) {
+					t.Errorf("nobody was told: target %v, source %v", err, p.network.err)
+				}
+			})
+		}
 	}
-	add := func(f fault, o outcome) {
-		faults = append(faults, struct {
-			fault
-			outcome
-		}{f, o})
-	}
+}
+
+// outcome is the phases in which the sides end; "" for any.
+type outcome struct{ source, target migrate.Phase }
+
+var kept, moved = outcome{migrate.Kept, migrate.NotTaken}, outcome{migrate.Moved, migrate.Moved}
+
+// expected is a fault and what becomes of the VM.
+type expected struct {
+	fault
+	outcome
+}
+
+func faultMatrix(handover bool) (faults []expected) {
+	add := func(f fault, o outcome) { faults = append(faults, expected{f, o}) }
 	for _, kind := range []string{"cut", "freeze"} {
 		for _, s := range []migrate.Phase{migrate.Preflight, migrate.PreCopying, migrate.Preparing, migrate.HandingOff} {
 			add(linkFault(kind, "source", s), kept)
 		}
 		add(linkFault(kind, "target", migrate.Receiving), kept)
-		for _, s := range []migrate.Phase{migrate.TakingOver, migrate.Fetching, migrate.Confirming} {
+		if handover { // the source asks the memory, and may be quicker
+			add(linkFault(kind, "target", migrate.TakingOver), outcome{})
+		} else {
+			add(linkFault(kind, "target", migrate.TakingOver), moved)
+		}
+		for _, s := range []migrate.Phase{migrate.Fetching, migrate.Confirming} {
 			add(linkFault(kind, "target", s), moved)
 		}
 		// The authority may get through or not.
@@ -351,19 +378,7 @@ func TestFaultMatrix(t *testing.T) {
 	add(killFault("source", "target", migrate.TakingOver), outcome{})
 	add(killFault("target", "target", migrate.Fetching), outcome{migrate.Serving, ""})
 	add(killFault("source", "target", migrate.Fetching), outcome{})
-	for _, tt := range faults {
-		t.Run(tt.name, func(t *testing.T) {
-			limits := quick()
-			limits.note = 1 // at once: noting it may fail, too
-			p, source, target, err := try(t, 1, limits, 0, tt.fault)
-			if tt.source != "" && source != tt.source || tt.target != "" && target != tt.target && p.dead() != "target" {
-				t.Errorf("source %q, target %q; want %q, %q; %v; %v; %v", source, target, tt.source, tt.target, p.states.String(), err, p.network.err)
-			}
-			if tt.outcome == kept && p.dead() == "" && (err == nil || p.network.err == nil) {
-				t.Errorf("nobody was told: target %v, source %v", err, p.network.err)
-			}
-		})
-	}
+	return faults
 }
 
 // A connection that freezes before the first word on it is given up like any other.
@@ -408,6 +423,7 @@ func TestSoak(t *testing.T) {
 		rng := rand.New(rand.NewPCG(seed, 7))
 		limits := quick()
 		limits.NoPostCopy = rng.IntN(4) == 0
+		limits.handover = rng.IntN(3) == 0
 		limits.note = []time.Duration{1, limits.note, time.Minute}[rng.IntN(3)]
 		rate := int64(0)
 		if rng.IntN(3) > 0 {

@@ -101,6 +101,9 @@ func (o *outgoing) handOff(ctx context.Context) (migrate.Phase, error) {
 	if err := o.save(ctx, l, until); err != nil {
 		return "", l.lost(err)
 	}
+	if o.handed != nil {
+		o.handed.Memory.Retain()
+	}
 	missing := make([]*block.Bitmap, len(o.devices))
 	for i, d := range o.devices {
 		missing[i] = d.pending.Clone()
@@ -200,8 +203,17 @@ func (o *outgoing) mark(ctx context.Context, phase migrate.Phase) <-chan struct{
 func (o *outgoing) awaitAnswer(ctx context.Context) (migrate.Phase, error) {
 	note := time.NewTimer(o.config.tuning.note)
 	defer note.Stop()
+	var parted <-chan struct{}
+	if o.handed != nil { // then there is no doubt: either side may ask the memory
+		parted = o.first.ctx.Done()
+	}
 	for {
 		select {
+		case <-parted:
+			parted = nil
+			if next, known, err := o.askMemory(); known || err != nil {
+				return next, err
+			}
 		case a := <-o.acks:
 			if !a.Accepted {
 				o.refused(a.Reason)
@@ -213,6 +225,9 @@ func (o *outgoing) awaitAnswer(ctx context.Context) (migrate.Phase, error) {
 			switch {
 			case d.in != migrate.InDoubt:
 			case d.outcome == undecided:
+				if next, known, err := o.askMemory(); known || err != nil {
+					return next, err
+				}
 				return "", errors.New("the source was ended")
 			case d.outcome == migrate.Here:
 				o.refused("an operator decided so")
@@ -238,6 +253,9 @@ func (o *outgoing) refused(reason string) {
 func (o *outgoing) rescue(ctx context.Context) (migrate.Phase, error) {
 	o.marks.made()
 	ctx = context.WithoutCancel(ctx)
+	if err := o.takeBack(); err != nil {
+		return "", err
+	}
 	if err := o.config.VM.Rescue(ctx); err != nil {
 		return "", err
 	}

@@ -114,6 +114,9 @@ func (t *Target) open(a wire.Authority) error {
 				at = next
 			}
 		}
+		if d.Memory != nil {
+			d.Memory.Settle()
+		}
 		d.opened.Store(true)
 		d.Device.Open(a.Missing[i], func(first, end int64) { t.want(i, first, end) }, d.Persist)
 	}

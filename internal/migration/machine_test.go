@@ -8,6 +8,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -16,8 +17,10 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
 
 	"drafter/internal/block"
+	"drafter/internal/memory"
 	"drafter/internal/wire"
 	"drafter/migrate"
 )
@@ -353,6 +356,27 @@ type receiver struct {
 	source   *scripted // whose state it loads; nil if that is not checked
 	loaded   uuid.UUID // what a part of the state begins with; zero when none was loaded
 	done     bool
+	file     *os.File       // the source's memory, which was offered
+	memory   *memory.Device // which has adopted that; nil if none has
+}
+
+// Offered implements [MemoryTaker].
+func (r *receiver) Offered(file *os.File) { r.file = file }
+
+// adopt takes the source's memory.
+func (r *receiver) adopt(stored block.Device) (*memory.Device, error) {
+	r.memory = memory.New(stored)
+	file := r.file
+	r.file = nil
+	if err := r.memory.Adopt(file); err != nil {
+		return nil, err
+	}
+	r.ledger.t.Cleanup(func() { // whatever became of it
+		if err := r.memory.Close(); err != nil {
+			r.ledger.t.Error(err)
+		}
+	})
+	return r.memory, nil
 }
 
 func newReceiver(l *ledger, seed uint64) *receiver {
@@ -368,10 +392,19 @@ func (r *receiver) Accept(_ context.Context, m wire.Manifest, _ uuid.UUID) ([]Ta
 	var devices []TargetDevice
 	for _, d := range m.Devices {
 		r.under[d.Name] = newRAM(d.Size)
-		in := block.NewIncoming(arriving{r.under[d.Name], r}, d.Name == "memory")
+		var below block.Device = arriving{r.under[d.Name], r}
+		var adopted *memory.Device
+		if d.Open {
+			var err error
+			if adopted, err = r.adopt(below); err != nil {
+				return nil, err
+			}
+			below = adopted
+		}
+		in := block.NewIncoming(below, d.Name == "memory")
 		r.incoming[d.Name] = in
 		tracker := block.NewTracker(in, 64<<10)
-		td := TargetDevice{Held: wire.HoldsNothing, Device: in, First: d.Name == "state" && !r.bases}
+		td := TargetDevice{Held: wire.HoldsNothing, Device: in, First: d.Name == "state" && !r.bases, Memory: adopted}
 		if r.backup != nil && d.Backup != (block.ID{}) {
 			td.Held, td.Backup = wire.HoldsBackup, r.backup(d)
 		}
@@ -381,6 +414,9 @@ func (r *receiver) Accept(_ context.Context, m wire.Manifest, _ uuid.UUID) ([]Ta
 			td.Evict = func(first, end int64) error {
 				_, err := r.under[d.Name].WriteAt(make([]byte, bytesOf(in, first, end)), first*block.PageSize)
 				return err
+			}
+			if adopted != nil {
+				td.Evict = adopted.Evict
 			}
 		}
 		devices = append(devices, td)
@@ -486,6 +522,7 @@ type network struct {
 	wrap   func(n int64, c io.ReadWriteCloser) io.ReadWriteCloser // of the target's end of connection n
 
 	rate int64 // bytes per second that get through; 0: all
+	unix bool  // the connections are UNIX sockets
 
 	mu    sync.Mutex
 	err   error // of the first connection
@@ -510,6 +547,12 @@ func (n *network) dial(context.Context) (io.ReadWriteCloser, error) {
 		return nil, errors.New("there is nobody")
 	}
 	ours, theirs := net.Pipe()
+	if n.unix {
+		var err error
+		if ours, theirs, err = socketPair(); err != nil {
+			return nil, err
+		}
+	}
 	n.conns = append(n.conns, ours, theirs)
 	i := n.count.Add(1) - 1
 	s := n.source
@@ -522,13 +565,74 @@ func (n *network) dial(context.Context) (io.ReadWriteCloser, error) {
 		}
 	})
 	var c io.ReadWriteCloser = ours
+	var files *withFiles
+	if n.unix {
+		files = &withFiles{conn: ours.(*net.UnixConn)}
+		c = files
+	}
 	if n.rate > 0 {
 		c = &slow{c, n.rate}
 	}
 	if n.wrap != nil {
 		c = n.wrap(i, c)
 	}
+	if n.unix {
+		c = &wrapped{c, files}
+	}
 	return c, nil
+}
+
+// socketPair returns the two ends of a UNIX socket.
+func socketPair() (a, b net.Conn, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	var ends [2]net.Conn
+	for i, fd := range fds {
+		f := os.NewFile(uintptr(fd), "socket")
+		if ends[i], err = net.FileConn(f); err != nil {
+			return nil, nil, err
+		}
+		if err := f.Close(); err != nil {
+			return nil, nil, err
+		}
+	}
+	return ends[0], ends[1], nil
+}
+
+// withFiles is a UNIX socket whose Read and Write take what goes along with the bytes from outside:
+// so it can be wrapped.
+type withFiles struct {
+	conn    *net.UnixConn
+	control []byte // what has come with the last Read
+}
+
+func (f *withFiles) Read(p []byte) (int, error) {
+	oob := make([]byte, 64)
+	n, oobn, _, _, err := f.conn.ReadMsgUnix(p, oob)
+	f.control = oob[:oobn]
+	return max(n, 0), err
+}
+
+func (f *withFiles) Write(p []byte) (int, error) { return f.conn.Write(p) }
+func (f *withFiles) Close() error                { return f.conn.Close() }
+
+// wrapped is a stream around a UNIX socket.
+type wrapped struct {
+	io.ReadWriteCloser
+	files *withFiles
+}
+
+func (w *wrapped) ReadMsgUnix(b, oob []byte) (n, oobn, flags int, addr *net.UnixAddr, err error) {
+	n, err = w.Read(b)
+	oobn = copy(oob, w.files.control)
+	w.files.control = nil
+	return n, oobn, 0, nil, err
+}
+
+func (w *wrapped) WriteMsgUnix([]byte, []byte, *net.UnixAddr) (n, oobn int, err error) {
+	return 0, 0, errors.New("a target sends no files")
 }
 
 // faulty is a connection that fails after so many bytes in either direction.
@@ -594,6 +698,7 @@ func freeze(f *faulty) error {
 type bounds struct {
 	migrate.Limits
 	tuning
+	handover bool // both sides are on one host, and memory changes hands as a file
 }
 
 // quick are limits for tests.
@@ -601,6 +706,7 @@ func quick() bounds {
 	return bounds{
 		migrate.Limits{Silence: 250 * time.Millisecond, Reconnect: time.Millisecond, Settle: 5 * time.Second, Prepare: time.Second, Handoff: 2 * time.Second, Downtime: 50 * time.Millisecond},
 		tuning{note: 2 * time.Millisecond, readAhead: memoryPages / 4},
+		false,
 	}
 }
 
@@ -648,10 +754,25 @@ func newPair(t testing.TB, seed uint64, limits bounds, onState func(side string,
 			onState("source", s)
 		}
 	}}
+	var shared *memory.Device
 	for _, name := range scriptedNames {
-		tracker := block.NewTracker(newRAM(scriptedSize(name)), 64<<10)
+		var device block.Device = newRAM(scriptedSize(name))
+		if name == "memory" && limits.handover {
+			shared = memory.New(device)
+			device = shared
+			t.Cleanup(func() {
+				if err := shared.Close(); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		tracker := block.NewTracker(device, 64<<10)
 		devices[name] = tracker
-		c.Devices = append(c.Devices, SourceDevice{Name: name, Device: tracker, First: name == "state", Expiry: time.Millisecond, MaxDirtyBlocks: 1, MinCycles: 3, MaxCycles: 6, CycleThrottle: time.Millisecond})
+		sd := SourceDevice{Name: name, Device: tracker, First: name == "state", Expiry: time.Millisecond, MaxDirtyBlocks: 1, MinCycles: 3, MaxCycles: 6, CycleThrottle: time.Millisecond}
+		if name == "memory" {
+			sd.Memory = shared
+		}
+		c.Devices = append(c.Devices, sd)
 	}
 	p.guest = newScripted(p.ledger, "source", seed, devices)
 	for name := range p.ledger.version {
@@ -664,13 +785,18 @@ func newPair(t testing.TB, seed uint64, limits bounds, onState func(side string,
 		}
 	}
 	c.VM, c.Backup = p.guest, &p.backup
+	if shared != nil { // what was written until now is stored, and the rest will be in the file
+		if err := shared.Share(); err != nil {
+			t.Fatal(err)
+		}
+	}
 	var err error
 	if p.source, err = NewSource(c); err != nil {
 		t.Fatal(err)
 	}
 	p.target = newReceiver(p.ledger, seed)
 	p.target.source = p.guest
-	p.network = &network{ctx: context.Background(), source: p.source}
+	p.network = &network{ctx: context.Background(), source: p.source, unix: limits.handover}
 	p.guest.run()
 	return p
 }

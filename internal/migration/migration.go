@@ -22,6 +22,7 @@ var (
 	errNoDoubt = errors.New("nothing is in doubt")
 	errBusy    = errors.New("the VM is being migrated already")
 	errCopied  = errors.New("a copy of the VM is being made; try again when it is complete")
+	errHanded  = errors.New("the VM has run at its target, which has its memory; end the peer here, and then 'drafter peer settle --here' lets it boot from its disks")
 	errCrowded = errors.New("too many connections wait, and this one has waited longest")
 )
 

@@ -20,7 +20,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // A guest that writes all the time moves, and nothing is lost.
 func TestMove(t *testing.T) {
-	for _, limits := range []bounds{quick(), func() bounds { l := quick(); l.NoPostCopy = true; return l }()} {
+	for _, limits := range []bounds{quick(), func() bounds { l := quick(); l.NoPostCopy = true; return l }(), handover()} {
 		p := newPair(t, 1, limits, nil)
 		target, err := Receive(t.Context(), p.config(limits, nil))
 		if err != nil {

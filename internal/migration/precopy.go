@@ -162,6 +162,9 @@ func (o *outgoing) nextCycle(ctx context.Context, cycle int) (left int64, err er
 		return 0, err
 	}
 	o.take()
+	if err := o.hand(o.first); err != nil {
+		return 0, o.first.sendLost(err)
+	}
 	for _, d := range o.devices {
 		left += d.pending.Count() * block.PageSize
 	}

@@ -80,6 +80,9 @@ func (o *outgoing) drain(ctx context.Context, l *link, until time.Time) error {
 }
 
 func (o *outgoing) drainDevices(ctx context.Context, l *link, until time.Time) error {
+	if err := o.hand(l); err != nil {
+		return err
+	}
 	for _, d := range o.devices {
 		if d.First {
 			if err := o.drainDevice(ctx, l, d, true, time.Time{}); err != nil {

@@ -338,6 +338,8 @@ func (s *Source) Settle(outcome migrate.Outcome) error {
 		return errNoDoubt
 	case o.lanes.connected():
 		return migrate.ErrConnected
+	case outcome == migrate.Here && o.handed != nil:
+		return errHanded
 	}
 	o.decideBy(outcome, phase)
 	return nil
@@ -494,6 +496,7 @@ type outgoing struct {
 
 	devices []*outgoingDevice
 	sizes   []int64
+	handed  *handed        // memory that changes hands as a file; nil if none does
 	limiter *xrate.Limiter // nil for none
 	sender  *sender        // of all but what is wanted
 	sending sync.RWMutex   // held for writing while pending is replaced after the handoff
@@ -526,6 +529,7 @@ type asks struct {
 	force     bool // the target takes it even if the guest does not get ready
 	signature bool // the target takes the signature of the package
 	contents  bool // and sends the contents of bases that it holds
+	file      bool // and takes memory as an open file
 }
 
 // copying is what only a copy has.
@@ -568,6 +572,7 @@ func newOutgoing(s *Source, h wire.Hello, l *link) (*outgoing, error) {
 		asks: asks{
 			copy: h.Copy, force: h.Features&wire.FeatureForce != 0,
 			signature: h.Features&wire.FeatureSignature != 0, contents: h.Features&wire.FeatureContents != 0,
+			file: h.Features&wire.FeatureFile != 0 && !h.Copy && l.Files(),
 		},
 		standing: newStanding(), lanes: newLanes(), figures: figures{began: time.Now()}, marks: newMarks(), cycles: newCycles(),
 		decided: newSignal(), ready: newSignal(), prepared: newSignal(), complete: newSignal(), ended: newSignal(),
@@ -659,7 +664,7 @@ func (o *outgoing) preflight(ctx context.Context) (migrate.Phase, error) {
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { l.cancel(context.Cause(ctx)) })
 	defer stop()
-	if err := l.Send(o.manifest()); err != nil {
+	if err := o.offer(l); err != nil {
 		return "", l.lost(err)
 	}
 	reply, err := o.reply(ctx, l)
@@ -671,13 +676,37 @@ func (o *outgoing) preflight(ctx context.Context) (migrate.Phase, error) {
 		return "", fmt.Errorf("%w: no answer to the manifest", wire.ErrProtocol)
 	}
 	for i, d := range o.devices {
-		if err := d.accepted(accept.Held[i]); err != nil {
+		held := accept.Held[i]
+		if err := d.accepted(held &^ wire.TakesFile); err != nil {
 			return "", fmt.Errorf("%w: device %s %w", wire.ErrProtocol, d.Name, err)
+		}
+		if err := o.takes(d, held&wire.TakesFile != 0); err != nil {
+			return "", err
 		}
 	}
 	o.attachMain(l)
 	o.figures.update(func(f *figures) { f.preflight = time.Since(f.began) })
 	return migrate.PreCopying, nil
+}
+
+// offer sends the manifest, with the memory's file if that can change hands.
+func (o *outgoing) offer(l *link) error {
+	m := o.manifest()
+	for i, d := range o.devices {
+		if d.Memory == nil || !o.asks.file {
+			continue
+		}
+		f, err := d.Memory.Offer(o.id)
+		if err != nil {
+			return err
+		}
+		if f != nil {
+			o.handed = newHanded(d)
+			m.Devices[i].Open = true
+			return l.SendFile(m, f)
+		}
+	}
+	return l.Send(m)
 }
 
 // manifest is what this side offers.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -16,6 +17,7 @@ import (
 
 	"drafter/internal/block"
 	"drafter/internal/logging"
+	"drafter/internal/memory"
 	"drafter/internal/wire"
 	"drafter/migrate"
 )
@@ -52,6 +54,13 @@ type StateLoader interface {
 	Load(ctx context.Context, end int64) error
 }
 
+// MemoryTaker is a [TargetVM] that can take memory as a file, from a source on this host.
+type MemoryTaker interface {
+	// Offered is called before Accept, with the file of the device that is Open, or nil. The VM owns
+	// it, and may adopt it; see [memory.Device.Adopt].
+	Offered(file *os.File)
+}
+
 // TargetDevice is where a device of the manifest arrives.
 type TargetDevice struct {
 	Held   wire.Held
@@ -63,6 +72,8 @@ type TargetDevice struct {
 	// Warm, if not nil, brings what is held nearer to the VM, until ctx ends. It is called before
 	// the handoff.
 	Warm func(ctx context.Context) error
+	// Memory, if not nil, has adopted the file that came with the offer.
+	Memory *memory.Device
 	// Evict, if not nil, makes pages missing that have not arrived, from first on and before end,
 	// whatever is there of them. It is called at the handoff.
 	Evict func(first, end int64) error
@@ -338,6 +349,9 @@ func (t *Target) connect(ctx context.Context, lane wire.Lane, resume bool) (*lin
 	}
 	l := newLink(ctx, stream, t.config.Limits.Silence)
 	hello := wire.Hello{Version: wire.Version, Lane: lane, Resume: resume, Copy: t.config.Copy, Migration: t.id, Features: wire.FeatureSignature | wire.FeatureContents}
+	if _, takes := t.config.VM.(MemoryTaker); takes && lane == wire.Main && !resume {
+		hello.Features |= wire.FeatureFile
+	}
 	if t.config.Force {
 		hello.Features |= wire.FeatureForce
 	}
@@ -356,6 +370,10 @@ func (t *Target) preflight(ctx context.Context) (migrate.Phase, error) {
 		return "", err
 	}
 	t.lanes.setMain(l)
+	taker, takes := t.config.VM.(MemoryTaker)
+	if takes = takes && l.Files(); takes {
+		l.ExpectFile()
+	}
 	reply, err := l.receive(nil)
 	if errors.Is(err, io.EOF) {
 		return "", fmt.Errorf("the source closed the connection without a word, as one does that wants TLS, or has too many connections; its log says why: %w", err)
@@ -375,6 +393,9 @@ func (t *Target) preflight(ctx context.Context) (migrate.Phase, error) {
 		return "", err
 	}
 	t.forwards = m.Features&wire.FeatureForward != 0
+	if takes {
+		taker.Offered(l.TakeFile())
+	}
 	devices, err := t.config.VM.Accept(ctx, m, t.id)
 	if err != nil {
 		l.refuse(wire.CodeIncompatible, err)
@@ -383,7 +404,11 @@ func (t *Target) preflight(ctx context.Context) (migrate.Phase, error) {
 	accept := wire.Accept{}
 	var incoming []*incomingDevice
 	for i, d := range devices {
-		accept.Held = append(accept.Held, d.Held)
+		held := d.Held
+		if d.Memory != nil {
+			held |= wire.TakesFile
+		}
+		accept.Held = append(accept.Held, held)
 		in := &incomingDevice{TargetDevice: d, name: m.Devices[i].Name, index: i}
 		if d.Device != nil {
 			in.asked = block.NewBitmap(block.Pages(d.Device))
@@ -513,6 +538,12 @@ func (t *Target) heed(ctx context.Context, l *link, kind wire.Type, message any)
 			return fmt.Errorf("%w: a state while %s", wire.ErrProtocol, t.Phase())
 		}
 		t.load(ctx, m.Final)
+	case wire.Handed:
+		d := t.devices[m.Device]
+		if !t.receiving() || t.taken.Load() || d.Memory == nil {
+			return fmt.Errorf("%w: pages handed over while %s", wire.ErrProtocol, t.Phase())
+		}
+		return d.Memory.Take(m.Pages)
 	case wire.Authority:
 		if t.Phase() != migrate.Receiving || !t.started() || !t.taken.CompareAndSwap(false, true) {
 			return fmt.Errorf("%w: an authority while %s", wire.ErrProtocol, t.Phase())
@@ -730,15 +761,38 @@ func (t *Target) takeOver(ctx context.Context) (migrate.Phase, error) {
 	if t.refusal = t.config.VM.Restore(ctx, t.id); t.refusal != nil {
 		return "", t.refusal
 	}
+	if t.refusal = t.claim(); t.refusal != nil {
+		return "", t.refusal
+	}
 	if err := t.config.VM.Resume(ctx); err != nil && !errors.Is(err, migrate.ErrMayHaveRun) {
-		t.refusal = err
-		return "", err
+		t.refusal = errors.Join(err, t.release())
+		return "", t.refusal
 	}
 	t.figures.update(func(f *figures) { f.downtime += time.Since(began) })
 	if serr := l.Send(wire.Ack{Accepted: true}); serr != nil {
 		l.cancel(serr) // the source learns it on the next connection
 	}
 	return migrate.Fetching, nil // a VM that has died still has an owner, who will notice
+}
+
+// claim makes memory that has changed hands this side's, unless the source has taken it back.
+func (t *Target) claim() error {
+	for _, d := range t.devices {
+		if d.Memory != nil {
+			return d.Memory.Claim(t.id)
+		}
+	}
+	return nil
+}
+
+// release undoes claim.
+func (t *Target) release() error {
+	for _, d := range t.devices {
+		if d.Memory != nil {
+			return d.Memory.Release(t.id)
+		}
+	}
+	return nil
 }
 
 // handBack discards the VM, and tells the source that it will never run here.

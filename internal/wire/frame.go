@@ -48,10 +48,11 @@ const (
 	TypeResult    Type = 19 // target, on a forward lane: what became of it
 	TypePrepare   Type = 20 // source: the handoff is near; target: it is ready for that
 	TypeState     Type = 21 // source: so much of the VM's state has been sent, and all else
+	TypeHanded    Type = 22 // source: pages that the target has in the file that came with the manifest
 )
 
 func (t Type) String() string {
-	names := [...]string{1: "hello", "manifest", "accept", "extent", "want", "cycle", "ready", "authority", "ack", "resume", "complete", "released", "progress", "ping", "error", "snapshot", "contents", "operation", "result", "prepare", "state"}
+	names := [...]string{1: "hello", "manifest", "accept", "extent", "want", "cycle", "ready", "authority", "ack", "resume", "complete", "released", "progress", "ping", "error", "snapshot", "contents", "operation", "result", "prepare", "state", "handed"}
 	if int(t) < len(names) && names[t] != "" {
 		return names[t]
 	}
@@ -90,7 +91,7 @@ func maxPayload(t Type) int {
 		return operationHeader + MaxExtent
 	case TypeContents:
 		return 12 + MaxContents*len(block.ID{})
-	case TypeAuthority, TypeResume:
+	case TypeAuthority, TypeResume, TypeHanded:
 		return MaxPayload
 	case TypeError, TypeAck:
 		return 4096
@@ -131,6 +132,7 @@ type Frame struct {
 type Conn struct {
 	stream io.ReadWriteCloser
 	reader *bufio.Reader
+	files  *fileReader // below reader, if a file may come; else nil
 	send   priorityLock
 	batch  []byte           // frames that are to be sent, guarded by send
 	header [headerSize]byte // of Read
@@ -157,7 +159,12 @@ func (c *Conn) Bound(bytes int) { c.bound = bytes }
 
 // Close closes the stream, which ends every Read and send. It is idempotent.
 func (c *Conn) Close() error {
-	c.closed.Do(func() { c.closeErr = c.stream.Close() })
+	c.closed.Do(func() {
+		c.closeErr = c.stream.Close()
+		if f := c.TakeFile(); f != nil {
+			c.closeErr = errors.Join(c.closeErr, f.Close())
+		}
+	})
 	return c.closeErr
 }
 

@@ -59,6 +59,10 @@ const FeatureForce uint64 = 8
 // and the source lacks; see [Device].
 const FeatureContents uint64 = 16
 
+// FeatureFile is a feature of a hello: the target takes the VM's memory as an open file, which comes
+// with the manifest; see [Device].
+const FeatureFile uint64 = 32
+
 // Kind is what an [Operation] does.
 type Kind uint8
 
@@ -92,7 +96,8 @@ type Result struct {
 
 // Manifest says what there is to migrate. Its payload: features uint64, config and processor as
 // byte strings, generation [16]byte, number of devices uint16, then for each: name as byte string,
-// size uint64, block size uint32, flags uint8 (1: it needs the base, 2: the source lacks it),
+// size uint64, block size uint32, flags uint8 (1: it needs the base, 2: the source lacks it, 4: it comes
+// as an open file),
 // content ids of the base and of the backup [32]byte each, zero for none. With [FeatureSignature],
 // the signature follows as a byte string. A byte string is its length as uint32 and the bytes.
 type Manifest struct {
@@ -114,6 +119,8 @@ type Device struct {
 	// the source does not have the base: a target that has it sends its [Contents] before it
 	// accepts. With [FeatureContents]
 	Absent bool
+	// The device itself comes with the manifest, as an open file. With [FeatureFile]
+	Open   bool
 	Base   block.ID
 	Backup block.ID // what a backup that the target may reach held of it
 }
@@ -148,6 +155,9 @@ const (
 	Unwanted     Held = 2 // the device is not to be sent
 	// the backup that the manifest names, or it wants what it cannot get of it before it is ready
 	HoldsBackup Held = 3
+
+	// TakesFile is added to one of these: it takes the device itself, which came as an open file.
+	TakesFile Held = 0x80
 )
 
 // Accept says that the target can take the VM. Its payload: one byte per device of the manifest.
@@ -169,6 +179,17 @@ type Cycle struct {
 // State says, while the VM is being saved, that the target has all of it but what the save still
 // makes. Its payload: up to which byte the device with the state has its final content, uint64.
 type State struct{ Final int64 }
+
+// Handed says which pages of the device that came as a file have their content there, and nowhere
+// else at the target. A later extent takes its pages out of this set. Its payload: the set, see
+// [AppendPages]; the device is in the header.
+type Handed struct {
+	Device int
+	Pages  *block.Bitmap
+}
+
+// MaxHanded is the number of pages from the first to the last of one [Handed]: their set is exact.
+const MaxHanded = 4 << 20
 
 // Authority hands the VM over. Its payload: how long it has been paused, int64 in nanoseconds;
 // number of devices uint16; then the set of pages of each whose final content has not been sent,
@@ -230,9 +251,18 @@ type Error struct {
 
 func (e *Error) Error() string { return e.Text }
 
-// Send sends a message: one of the types above, or a bare [Type] for those without payload. Urgent
-// messages overtake others that wait.
+// Send sends a message: one of the types above, or a bare [Type] for those without payload. It
+// overtakes what waits to be sent from other goroutines.
 func (c *Conn) Send(message any) error {
+	b, err := encode(message)
+	if err != nil {
+		return err
+	}
+	return c.write(b, Urgent)
+}
+
+// encode makes a sealed frame of a message.
+func encode(message any) ([]byte, error) {
 	b := make([]byte, headerSize, headerSize+256)
 	le := binary.LittleEndian
 	var t Type
@@ -251,7 +281,7 @@ func (c *Conn) Send(message any) error {
 		b = le.AppendUint16(b, uint16(len(m.Devices)))
 		for _, d := range m.Devices {
 			b = le.AppendUint64(appendString(b, []byte(d.Name)), uint64(d.Size))
-			b = append(le.AppendUint32(b, uint32(d.BlockSize)), oneIf(d.NeedsBase)|oneIf(d.Absent)<<1)
+			b = append(le.AppendUint32(b, uint32(d.BlockSize)), oneIf(d.NeedsBase)|oneIf(d.Absent)<<1|oneIf(d.Open)<<2)
 			b = append(append(b, d.Base[:]...), d.Backup[:]...)
 		}
 		if m.Features&FeatureSignature != 0 {
@@ -284,6 +314,8 @@ func (c *Conn) Send(message any) error {
 		t, b = TypeCycle, le.AppendUint64(le.AppendUint32(b, uint32(m.Number)), uint64(m.Bytes))
 	case State:
 		t, b = TypeState, le.AppendUint64(b, uint64(m.Final))
+	case Handed:
+		t, device, b = TypeHanded, m.Device, AppendPages(b, m.Pages, maxList)
 	case Authority:
 		t, b = TypeAuthority, appendLists(le.AppendUint64(b, uint64(m.Paused)), m.Missing)
 	case Ack:
@@ -295,13 +327,13 @@ func (c *Conn) Send(message any) error {
 	case Error:
 		t, b = TypeError, append(le.AppendUint16(b, uint16(m.Code)), cut(m.Text)...)
 	default:
-		return fmt.Errorf("send: %T is no message", message)
+		return nil, fmt.Errorf("send: %T is no message", message)
 	}
 	if len(b)-headerSize > maxPayload(t) {
-		return fmt.Errorf("send %s: %d bytes are more than the protocol allows", t, len(b)-headerSize)
+		return nil, fmt.Errorf("send %s: %d bytes are more than the protocol allows", t, len(b)-headerSize)
 	}
 	sealFrame(b, t, 0, uint16(device))
-	return c.write(b, Urgent)
+	return b, nil
 }
 
 func oneIf(b bool) byte {
@@ -384,6 +416,11 @@ func Decode(f Frame, sizes []int64) (any, error) {
 		if s := m.(State); s.Final < 0 {
 			return nil, violation("a state up to byte %d", s.Final)
 		}
+	case TypeHanded:
+		if int(f.Device) >= len(sizes) {
+			return nil, violation("pages handed over of device %d, of which there are %d", f.Device, len(sizes))
+		}
+		m = Handed{Device: int(f.Device), Pages: r.pages(pagesOf(sizes[f.Device]))}
 	case TypeAuthority:
 		m = Authority{Paused: r.duration(), Missing: r.lists(sizes)}
 	case TypeAck:
@@ -463,7 +500,7 @@ func (r *reader) manifest() Manifest {
 	for ; n > 0 && r.err == nil; n-- {
 		d := Device{Name: string(r.string()), Size: int64(r.uint64()), BlockSize: int64(r.uint32())}
 		flags := r.uint8()
-		d.NeedsBase, d.Absent = flags&1 != 0, flags&2 != 0
+		d.NeedsBase, d.Absent, d.Open = flags&1 != 0, flags&2 != 0, flags&4 != 0
 		copy(d.Base[:], r.take(len(d.Base)))
 		copy(d.Backup[:], r.take(len(d.Backup)))
 		switch {

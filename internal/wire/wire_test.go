@@ -42,14 +42,15 @@ func messages() []any {
 	return []any{
 		Hello{Version: 1, Lane: Demand, Resume: true, Migration: id, Features: 5},
 		Manifest{Features: 1, Config: []byte(`{"a":1}`), Processor: []byte(`{}`), Generation: id, Devices: []Device{
-			{Name: "memory", Size: testSizes[0], BlockSize: 4096, NeedsBase: true, Base: block.ID{1, 2}}, {Name: "disk", Size: testSizes[1], BlockSize: 65536, Absent: true, Backup: block.ID{3}},
+			{Name: "memory", Size: testSizes[0], BlockSize: 4096, NeedsBase: true, Base: block.ID{1, 2}}, {Name: "disk", Size: testSizes[1], BlockSize: 65536, Absent: true, Open: true, Backup: block.ID{3}},
 		}},
 		Manifest{Features: FeatureSignature, Signature: []byte("signed"), Devices: []Device{{Name: "memory", Size: testSizes[0], BlockSize: 4096}}},
-		Accept{Held: []Held{HoldsBackup, Unwanted}},
+		Accept{Held: []Held{HoldsBackup, Unwanted}}, Accept{Held: []Held{HoldsBase | TakesFile}},
 		Want{Device: 1, First: 3, Ends: 9},
 		Cycle{Number: 3, Bytes: 1 << 40},
 		TypeReady,
 		State{Final: 1 << 20},
+		Handed{Device: 1, Pages: pages(1024, 0, 1, 1000)},
 		Authority{Paused: time.Second, Missing: []*block.Bitmap{pages(10, 0, 1, 9), pages(1024)}},
 		Ack{Accepted: true}, Ack{Reason: "no"},
 		Resume{Outcome: Accepted, Missing: []*block.Bitmap{pages(10), pages(1024, 7, 1023)}},
