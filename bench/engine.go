@@ -33,21 +33,21 @@ func (r ram) Close() error                             { return nil }
 // nobody is a VM that does nothing, at its source and at its target.
 type nobody struct{ device *block.Incoming }
 
-func (nobody) WriteBack(context.Context) error                      { return nil }
-func (nobody) Flush(context.Context) error                          { return nil }
-func (nobody) Prepare(context.Context) error                        { return nil }
-func (nobody) Pause(context.Context) (time.Time, error)             { return time.Now(), nil }
-func (nobody) Save(context.Context, uuid.UUID, func(int64)) error   { return nil }
-func (nobody) Rescue(context.Context) error                         { return nil }
-func (nobody) Rescued(context.Context)                              {}
-func (nobody) Leave(context.Context, uuid.UUID) error               { return nil }
-func (nobody) Mark(context.Context, migrate.Phase, uuid.UUID) error { return nil }
-func (nobody) Start(context.Context) error                          { return nil }
-func (nobody) Expect(context.Context, uuid.UUID) error              { return nil }
-func (nobody) Restore(context.Context, uuid.UUID) error             { return nil }
-func (nobody) Resume(context.Context) error                         { return nil }
-func (nobody) Complete(context.Context) error                       { return nil }
-func (nobody) Discard(context.Context) error                        { return nil }
+func (nobody) WriteBack(context.Context) error                          { return nil }
+func (nobody) Flush(context.Context) error                              { return nil }
+func (nobody) Prepare(context.Context) error                            { return nil }
+func (nobody) Pause(context.Context) (time.Time, error)                 { return time.Now(), nil }
+func (nobody) Save(context.Context, uuid.UUID, func(int64, bool)) error { return nil }
+func (nobody) Rescue(context.Context) error                             { return nil }
+func (nobody) Rescued(context.Context)                                  {}
+func (nobody) Leave(context.Context, uuid.UUID) error                   { return nil }
+func (nobody) Mark(context.Context, migrate.Phase, uuid.UUID) error     { return nil }
+func (nobody) Start(context.Context) error                              { return nil }
+func (nobody) Expect(context.Context, uuid.UUID) error                  { return nil }
+func (nobody) Restore(context.Context, uuid.UUID) error                 { return nil }
+func (nobody) Resume(context.Context) error                             { return nil }
+func (nobody) Complete(context.Context) error                           { return nil }
+func (nobody) Discard(context.Context) error                            { return nil }
 
 func (n nobody) Accept(context.Context, wire.Manifest, uuid.UUID) ([]migration.TargetDevice, error) {
 	return []migration.TargetDevice{{Device: n.device}}, nil

@@ -429,7 +429,7 @@ func (d *departure) Leave(_ context.Context, migration uuid.UUID) error {
 }
 
 // Save implements [migration.SourceVM].
-func (d *departure) Save(context.Context, uuid.UUID, func(int64)) error { return nil }
+func (d *departure) Save(context.Context, uuid.UUID, func(int64, bool)) error { return nil }
 
 // Rescue implements [migration.SourceVM].
 func (d *departure) Rescue(context.Context) error {

@@ -506,7 +506,8 @@ func (a *arrival) Restore(ctx context.Context, migration uuid.UUID) error {
 // Resume implements [migration.TargetVM].
 func (a *arrival) Resume(ctx context.Context) error {
 	i, err := a.launched.Go(ctx)
-	if err != nil && a.launched.Ended() && !errors.Is(err, vmm.ErrNotRun) {
+	// A VMM that was told, and has not answered, may do it yet.
+	if err != nil && (a.launched.Ended() || ctx.Err() != nil) && !errors.Is(err, vmm.ErrNotRun) {
 		err = fmt.Errorf("%w: %w", migrate.ErrMayHaveRun, err)
 	}
 	if err == nil || errors.Is(err, migrate.ErrMayHaveRun) {

@@ -51,6 +51,8 @@ func (p *Peer) Serve(ctx context.Context, accept migrate.Accept) (moved bool, er
 		err = fmt.Errorf("%w; what is here is discarded, as the package is mapped privately and no outputs are named", err)
 	case errors.Is(err, migrate.ErrInDoubt):
 		err = leaveInDoubt()
+	case errors.Is(err, migrate.ErrHandedOver) && p.handsMemory():
+		err = fmt.Errorf("%w; its disks are kept here as they were at the handoff: if the VM is lost there, boot from them with 'drafter peer settle --here', else note it with 'drafter peer settle --away'", err)
 	case errors.Is(err, migrate.ErrHandedOver):
 		err = fmt.Errorf("%w; what was here at the handoff is kept: if the VM is lost there, go on from it with 'drafter peer settle --here', else note it with 'drafter peer settle --away'", err)
 	}
@@ -201,7 +203,7 @@ func (d *departure) Leave(_ context.Context, migration uuid.UUID) error {
 }
 
 // Save implements [migration.SourceVM].
-func (d *departure) Save(ctx context.Context, migration uuid.UUID, final func(end int64)) error {
+func (d *departure) Save(ctx context.Context, migration uuid.UUID, final func(end int64, early bool)) error {
 	return d.p.instance.SaveLeaving(ctx, migration, final)
 }
 
@@ -232,11 +234,10 @@ func (d *departure) Mark(_ context.Context, phase migrate.Phase, _ uuid.UUID) er
 		d.p.syncer.hold.hand()
 	}
 	// An operator may decide to go on from what is here.
-	gone := false // memory that has changed hands is the target's
+	gone := d.p.handsMemory()
 	for name, s := range d.p.devices.All() {
-		if s.Memory != nil && s.Memory.Offered() {
-			gone = true
-			continue
+		if gone && name == vmm.Memory {
+			continue // it is the target's
 		}
 		if err := s.Sync(); err != nil {
 			return fmt.Errorf("device %s: %w", name, err)
@@ -285,6 +286,12 @@ func (s *settling) end() {
 	}
 }
 
+// handsMemory tells whether the VM's memory is, or may be, another process'.
+func (p *Peer) handsMemory() bool {
+	s := p.devices.Get(vmm.Memory)
+	return s != nil && s.Memory != nil && s.Memory.Offered()
+}
+
 // targetPatience is how long a target may be away before the log says so.
 const targetPatience = 2 * time.Second
 
@@ -294,8 +301,14 @@ func (s *settling) follow(p *Peer, phase migrate.Phase) {
 	missed := "The target does not answer: it is in doubt who owns the VM, which stays paused here; waiting for the target, or for 'drafter peer settle'"
 	switch phase {
 	case migrate.InDoubt:
+		if p.handsMemory() {
+			missed = "The target does not answer; the VM, whose memory has changed hands, stays paused here until it does, or is gone"
+		}
 	case migrate.Serving:
 		missed = "The target, where the VM runs, is away and may lack a part of it; waiting for the target, or for 'drafter peer settle': --here if the VM is lost there, else --away"
+		if p.handsMemory() {
+			missed = "The target, where the VM runs with its memory, is away; waiting for the target, or for 'drafter peer settle --away'. If the VM is lost there, end this peer: then --here lets it boot from its disks"
+		}
 	default:
 		return
 	}

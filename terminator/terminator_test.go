@@ -148,7 +148,7 @@ func (p *peer) Rescued(context.Context)                { _ = p.call("rescued") }
 
 func (p *peer) Pause(context.Context) (time.Time, error) { return time.Now(), p.call("pause") }
 
-func (p *peer) Save(_ context.Context, id uuid.UUID, _ func(int64)) error {
+func (p *peer) Save(_ context.Context, id uuid.UUID, _ func(int64, bool)) error {
 	if err := p.call("save"); err != nil {
 		return err
 	}
@@ -375,7 +375,7 @@ func TestInTheWay(t *testing.T) {
 // unsaved is a VM whose state is not saved, whatever it says.
 type unsaved struct{ migration.SourceVM }
 
-func (unsaved) Save(context.Context, uuid.UUID, func(int64)) error { return nil }
+func (unsaved) Save(context.Context, uuid.UUID, func(int64, bool)) error { return nil }
 
 // What cannot be written is refused before anything is touched.
 func TestRefused(t *testing.T) {

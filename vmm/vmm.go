@@ -252,10 +252,17 @@ type FlushPauser interface {
 
 // SavePauser is a [Machine] that can begin to save while it pauses.
 type SavePauser interface {
-	// PauseToSave is Pause, with Save to be called next, and returns when the guest stopped. From
-	// then on only Save writes guest memory, and nothing that Restore reads there. Resume takes it
-	// back.
+	// PauseToSave is Pause, with Save to be called next, and returns when the guest stopped. The VMM
+	// may still complete the guest's disk writes; a Flush beside Save waits for that. From then on
+	// only Save writes guest memory, and nothing that Restore reads there. Resume takes it back.
 	PauseToSave(ctx context.Context) (stopped time.Time, err error)
+}
+
+// EarlyWriter is what Save may be given to write a state to, after PauseToSave.
+type EarlyWriter interface {
+	io.Writer
+	// WriteEarly is Write for a part that can be loaded before guest memory is complete.
+	WriteEarly(p []byte) (int, error)
 }
 
 // Receiver is a [Machine] that can take its state in parts, while that is made elsewhere.
@@ -265,7 +272,7 @@ type Receiver interface {
 	// returns, and the error of Resume may be an [ErrNotRun].
 	Receive(ctx context.Context) error
 	// Load loads the next part of the state; Restore gets the rest, which is not empty. Guest memory
-	// is complete, but for what the save may still write.
+	// is complete, but for what the save may still write, or the part was written early.
 	Load(ctx context.Context, part []byte) error
 }
 

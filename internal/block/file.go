@@ -64,6 +64,15 @@ func (d *File) Reopen() (*os.File, error) {
 	return f, nil
 }
 
+// InMemory tells whether the file lies on a file system that keeps it in memory (tmpfs). There even a
+// page that is only read, of a hole, takes room: while there is none, a mapping of it ends its process
+// (SIGBUS).
+func (d *File) InMemory() bool {
+	var fs unix.Statfs_t
+	err := unix.Fstatfs(int(d.f.Fd()), &fs)
+	return err == nil && (fs.Type == unix.TMPFS_MAGIC || fs.Type == unix.RAMFS_MAGIC)
+}
+
 // Size implements [Device].
 func (d *File) Size() int64 { return d.size }
 

@@ -116,19 +116,19 @@ func (i *Instance) NoteLeaving(migration uuid.UUID) error {
 // SaveLeaving writes the paused VM's state to its device, for the target of a migration, or for a
 // copy unless NoteLeaving was called before. Nothing is made durable. Flush may be called beside
 // it, and again afterwards. While the VMM makes the state, final is called with the byte up to which
-// the device has its final content, if nothing that the VMM will read of memory changes any more;
-// final may be nil.
-func (i *Instance) SaveLeaving(ctx context.Context, migration uuid.UUID, final func(end int64)) error {
+// the device has its final content. What is early can be loaded at once, and what is not, when memory
+// is as Flush then finds it. final may be nil.
+func (i *Instance) SaveLeaving(ctx context.Context, migration uuid.UUID, final func(end int64, early bool)) error {
 	status := vmm.Leaving
 	if i.status != leaving {
 		i.status, status = copying, vmm.Copying
 	}
 	if _, settled := i.machine.(vmm.SavePauser); !settled || final == nil {
-		final = func(int64) {}
+		final = func(int64, bool) {}
 	}
 	return i.withState(func(dev StateDevice) error {
 		w := vmm.NewStateWriter(dev)
-		if err := i.machine.Save(ctx, writes{w, func() { final(w.Final()) }}); err != nil {
+		if err := i.machine.Save(ctx, writes{w, func(early bool) { final(w.Final(), early) }}); err != nil {
 			return i.prefer(err)
 		}
 		return w.End(i.config.ID, migration, status)
@@ -138,14 +138,19 @@ func (i *Instance) SaveLeaving(ctx context.Context, migration uuid.UUID, final f
 // writes is a writer that says when it was written to.
 type writes struct {
 	io.Writer
-	wrote func()
+	wrote func(early bool)
 }
 
 // Write implements io.Writer.
-func (w writes) Write(p []byte) (int, error) {
+func (w writes) Write(p []byte) (int, error) { return w.write(p, false) }
+
+// WriteEarly implements [vmm.EarlyWriter].
+func (w writes) WriteEarly(p []byte) (int, error) { return w.write(p, true) }
+
+func (w writes) write(p []byte, early bool) (int, error) {
 	n, err := w.Writer.Write(p)
 	if err == nil {
-		w.wrote()
+		w.wrote(early)
 	}
 	return n, err
 }

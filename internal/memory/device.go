@@ -78,13 +78,16 @@ func (d *Device) Over(base *block.File, differ func() *block.Bitmap) { d.base, d
 const maxCopied = 64 << 20
 
 // Mappable tells whether a VMM can map the memory privately: it is wholly stored here, most of it in
-// one file.
+// one file, of a file system that is not itself in memory.
 func (d *Device) Mappable() bool {
-	return d.base != nil && d.file.Load() == nil && !d.blank && (d.differ == nil || d.differ().Count()*block.PageSize <= maxCopied)
+	return d.base != nil && !d.base.InMemory() && d.file.Load() == nil && !d.blank && (d.differ == nil || d.differ().Count()*block.PageSize <= maxCopied)
 }
 
 // Base opens the file to map privately, for reading. It is the caller's.
 func (d *Device) Base() (*os.File, error) { return d.base.Reopen() }
+
+// BaseName is the path of the file to map privately.
+func (d *Device) BaseName() string { return d.base.Name() }
 
 // Top is the device with the layers above it.
 func (d *Device) Top() block.Device { return d.top }
@@ -118,7 +121,11 @@ func (d *Device) Share() error {
 
 // File returns another descriptor of a shared device's file, which is the caller's.
 func (d *Device) File() (*os.File, error) {
-	fd, err := unix.FcntlInt(d.file.Load().Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	f := d.file.Load()
+	if f == nil {
+		return nil, fmt.Errorf("share memory: %w", errForgotten)
+	}
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("share memory: %w", err)
 	}

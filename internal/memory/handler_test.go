@@ -569,6 +569,27 @@ func TestUnmapped(t *testing.T) {
 	}
 }
 
+// While the file may be another process' nothing is filled. What the process needs is.
+func TestRetain(t *testing.T) {
+	const pages = 4096
+	d := newDevice(pages)
+	p := start(t, use{Pages: pages, Seed: 1, Shared: true}, d, TrackFaults)
+	p.handler.device.Retain()
+	p.handler.Fill(nil, true)
+	time.Sleep(50 * time.Millisecond)
+	if n := p.handler.present.Count(); n > pages/2 {
+		t.Errorf("%d of %d pages are filled", n, pages)
+	}
+	p.handler.device.hold(false)
+	await.None(t, "all pages are filled", func() string {
+		if n := p.handler.present.Count(); n < pages {
+			return fmt.Sprintf("%d of %d are", n, pages)
+		}
+		return ""
+	})
+	p.run(d, faults()/20, time.Millisecond)
+}
+
 func TestFill(t *testing.T) {
 	const pages = 4096
 	d := newDevice(pages)

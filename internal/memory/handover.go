@@ -38,7 +38,7 @@ func (d *Device) Offer(migration uuid.UUID) (*os.File, error) {
 	if f == nil || d.adopted.Load() {
 		return nil, nil
 	}
-	err := d.claim(func(word *uint64) {
+	err := d.word(func(word *uint64) {
 		d.number.Store(numberOf(migration))
 		atomic.StoreUint64(word, numberOf(migration))
 	})
@@ -51,15 +51,15 @@ func (d *Device) Offer(migration uuid.UUID) (*os.File, error) {
 // Offered tells whether another process may have claimed the guest, or may still do so.
 func (d *Device) Offered() bool { return d.number.Load() != 0 }
 
-// TakeBack ends an offer, unless the guest has been claimed. Without an offer there is nothing to do.
+// TakeBack ends an offer, unless the guest has been claimed.
 func (d *Device) TakeBack() (ours bool, err error) {
 	number := d.number.Load()
 	if number == 0 {
-		return true, nil
+		return false, errors.New("memory is not offered to anybody")
 	}
-	err = d.claim(func(word *uint64) {
-		ours = atomic.CompareAndSwapUint64(word, number, takenBack) || atomic.LoadUint64(word) == takenBack
-	})
+	// No other value is this offer's: whoever has claimed the guest may have offered it to others, and
+	// taken it back since.
+	err = d.word(func(word *uint64) { ours = atomic.CompareAndSwapUint64(word, number, takenBack) })
 	if ours {
 		d.number.Store(0)
 		d.hold(false)
@@ -134,31 +134,53 @@ func (d *Device) Take(pages *block.Bitmap) error {
 // it is taken back.
 func (d *Device) Settle() { d.adopted.Store(false) }
 
+// Claim is a guest that was claimed, and need not run yet. It outlives the device.
+type Claim struct {
+	file   *os.File
+	at     int64
+	number uint64
+}
+
 // Claim claims the guest of a migration whose memory was adopted. It fails if the other process has
 // taken the guest back.
-func (d *Device) Claim(migration uuid.UUID) error {
+func (d *Device) Claim(migration uuid.UUID) (*Claim, error) {
+	own, err := d.File()
+	if err != nil {
+		return nil, err
+	}
+	c := &Claim{file: own, at: d.wordOffset(), number: numberOf(migration)}
 	ours := false
-	number := numberOf(migration)
-	err := d.claim(func(word *uint64) { ours = atomic.CompareAndSwapUint64(word, number, claimed(number)) })
+	err = onWord(c.file, c.at, func(word *uint64) { ours = atomic.CompareAndSwapUint64(word, c.number, claimed(c.number)) })
 	if err == nil && !ours {
 		err = errors.New("its source has taken the VM back")
 	}
-	return err
+	if err != nil {
+		return nil, errors.Join(err, own.Close())
+	}
+	return c, nil
 }
 
-// Release undoes Claim, for a guest that has not run and never will.
-func (d *Device) Release(migration uuid.UUID) error {
-	number := numberOf(migration)
-	return d.claim(func(word *uint64) { atomic.CompareAndSwapUint64(word, claimed(number), number) })
+// Keep says that the guest runs, or may have run.
+func (c *Claim) Keep() { _ = c.file.Close() } // one of several descriptors
+
+// Release gives up a guest that has not run and never will: no process of this side has the memory
+// any more.
+func (c *Claim) Release() error {
+	err := onWord(c.file, c.at, func(word *uint64) { atomic.CompareAndSwapUint64(word, claimed(c.number), c.number) })
+	return errors.Join(err, c.file.Close())
 }
 
-// claim gives f the word.
-func (d *Device) claim(f func(word *uint64)) error {
+// word gives f the word.
+func (d *Device) word(f func(word *uint64)) error {
 	file := d.file.Load()
 	if file == nil {
 		return fmt.Errorf("find out whose memory it is: %w", errForgotten)
 	}
-	page, err := unix.Mmap(int(file.Fd()), d.wordOffset(), 8, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	return onWord(file, d.wordOffset(), f)
+}
+
+func onWord(file *os.File, at int64, f func(word *uint64)) error {
+	page, err := unix.Mmap(int(file.Fd()), at, 8, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
 		return fmt.Errorf("find out whose memory it is: %w", err)
 	}

@@ -227,6 +227,12 @@ func (p *pair) conclude(t *testing.T, source migrate.Phase, arrived *Target) {
 	p.ledger.mu.Lock()
 	running := p.ledger.running
 	p.ledger.mu.Unlock()
+	if source == migrate.Kept && p.shared != nil && p.dead() == "" && p.source.current != nil {
+		<-p.source.current.ended.fired()
+		if p.shared.Offered() {
+			t.Error("the VM goes on here, and its memory may still be another's")
+		}
+	}
 	var check *scripted
 	switch {
 	case p.dead() == "source" && ran, source == migrate.Moved:

@@ -3,6 +3,7 @@ package migration
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"drafter/internal/block"
 	"drafter/internal/wire"
@@ -104,9 +105,16 @@ func (o *outgoing) askMemory() (next migrate.Phase, known bool, err error) {
 	}
 }
 
-// takeBack makes memory that was offered this side's again.
+// askAgain is how often a source asks memory that its target has claimed.
+const askAgain = 200 * time.Millisecond
+
+// released tells whether a target has claimed the VM and then could not resume it. If it has not said
+// so, it may be gone.
+func (o *outgoing) released() (bool, error) { return o.handed.Memory.TakeBack() }
+
+// takeBack makes memory that is still offered this side's again.
 func (o *outgoing) takeBack() error {
-	if o.handed == nil {
+	if o.handed == nil || !o.handed.Memory.Offered() {
 		return nil
 	}
 	ours, err := o.handed.Memory.TakeBack()

@@ -1,8 +1,10 @@
 package migration
 
 import (
+	"context"
 	"errors"
 	"testing"
+	"time"
 
 	"drafter/internal/block"
 	"drafter/migrate"
@@ -96,5 +98,66 @@ func TestNoDoubt(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// A target that has claimed the VM, and then cannot let it run, gives it back, even if the source
+// has heard nothing of that.
+func TestClaimedInVain(t *testing.T) {
+	p := newPair(t, 1, handover(), nil)
+	p.target.onCall("resume", func() error {
+		p.network.kill()
+		for p.source.Phase() != migrate.Serving { // it has asked the memory
+			if t.Context().Err() != nil {
+				return t.Context().Err()
+			}
+			time.Sleep(time.Millisecond)
+		}
+		return errors.New("injected: resume")
+	})
+	limits := handover()
+	limits.Settle = 1
+	if _, err := Receive(t.Context(), p.config(limits, nil)); err == nil {
+		t.Error("the target has the VM")
+	}
+	<-p.source.current.ended.fired()
+	if s := p.source.Phase(); s != migrate.Kept {
+		t.Errorf("the source is %s", s)
+	}
+	p.network.wg.Wait()
+	p.guest.halt()
+	p.target.halt()
+	if err := errors.Join(p.guest.verify(), p.source.Close()); err != nil {
+		t.Error(err)
+	}
+}
+
+// Whoever ends a target while the VM is about to run there waits for that. It is neither lost nor
+// back at its source.
+func TestEndWhileResuming(t *testing.T) {
+	for _, limits := range []bounds{quick(), handover()} {
+		p := newPair(t, 1, limits, nil)
+		ctx, cancel := context.WithCancel(t.Context())
+		p.target.onCall("resume", func() error {
+			cancel()
+			time.Sleep(10 * time.Millisecond) // in which it would end
+			return nil
+		})
+		target, err := Receive(ctx, p.config(limits, nil))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(target.Wait(), target.Close()); err != nil {
+			t.Error(err)
+		}
+		p.network.wg.Wait()
+		if s := p.source.Phase(); s != migrate.Moved {
+			t.Errorf("the source is %s", s)
+		}
+		p.guest.halt()
+		p.target.halt()
+		if err := errors.Join(p.target.verify(), p.source.Close()); err != nil {
+			t.Error(err)
+		}
 	}
 }

@@ -125,31 +125,54 @@ func (o *outgoing) handOff(ctx context.Context) (migrate.Phase, error) {
 	return migrate.InDoubt, nil
 }
 
+// part is up to where a state has its final content. It may be early.
+type part struct {
+	end   int64
+	early bool
+}
+
 // save saves the paused VM, and sends what the target lacks until then. Beside the save, memory is
 // sent. If that was all, the state follows while it is made, so that the target's VMM loads it
-// meanwhile.
+// meanwhile. What is early goes ahead, and all of it does if the target has the memory itself.
 func (o *outgoing) save(ctx context.Context, l *link, until time.Time) error {
 	vm := o.config.VM
-	final := make(chan int64, 1)
+	parts := make(chan part, 1)
 	saved := make(chan error, 1)
 	go func() {
-		defer close(final)
-		saved <- vm.Save(ctx, o.id, func(end int64) {
+		defer close(parts)
+		saved <- vm.Save(ctx, o.id, func(end int64, early bool) {
 			select {
-			case <-final: // an earlier one
+			case <-parts: // an earlier one
 			default:
 			}
-			final <- end
+			parts <- part{end, early}
 		})
 	}()
-	err := vm.WriteBack(ctx)
-	if err == nil {
-		o.take()
-		err = o.drain(ctx, l, until)
+	var written chan error // nil while nothing of memory is to be sent
+	if o.handed == nil {
+		written = make(chan error, 1)
+		go func() { written <- vm.WriteBack(ctx) }()
 	}
-	for end := range final { // until the save has ended
-		if err == nil && o.left() == 0 {
-			err = o.sendState(ctx, l, end)
+	var err error
+	var made part
+	all := o.handed != nil
+	for more := true; more || written != nil; {
+		select {
+		case made, more = <-parts:
+			if !more {
+				parts = nil // the save has ended
+				continue
+			}
+		case werr := <-written:
+			written = nil
+			if err = errors.Join(err, werr); err == nil {
+				o.take()
+				err = o.drain(ctx, l, until)
+			}
+			all = o.left() == 0
+		}
+		if err == nil && made.end > 0 && (made.early || all) {
+			err = o.sendState(ctx, l, made.end)
 		}
 	}
 	if serr := <-saved; serr != nil {
@@ -168,7 +191,15 @@ func (o *outgoing) save(ctx context.Context, l *link, until time.Time) error {
 // sendState sends what was saved until now, and says up to where that is final.
 func (o *outgoing) sendState(ctx context.Context, l *link, end int64) error {
 	o.take()
-	if err := o.drain(ctx, l, time.Time{}); err != nil {
+	for _, d := range o.devices {
+		if !d.First {
+			continue
+		}
+		if err := o.drainDevice(ctx, l, d, true, time.Time{}); err != nil {
+			return err
+		}
+	}
+	if err := l.Flush(); err != nil {
 		return err
 	}
 	return l.Send(wire.State{Final: end})

@@ -115,6 +115,7 @@ type scripted struct {
 	stopped sync.WaitGroup
 	rate    time.Duration // between steps
 
+	early   atomic.Bool                             // the part of its state that is loaded reads no memory
 	dead    atomic.Bool                             // killed
 	failing atomic.Pointer[func(call string) error] // called at the beginning of each call on the machine
 }
@@ -280,7 +281,7 @@ func (g *scripted) Pause(context.Context) (time.Time, error) {
 }
 
 // Save makes a state of three pages, which all begin with the migration's id. The first is a header.
-func (g *scripted) Save(_ context.Context, id uuid.UUID, final func(end int64)) error {
+func (g *scripted) Save(_ context.Context, id uuid.UUID, final func(end int64, early bool)) error {
 	if err := g.fault("save"); err != nil {
 		return err
 	}
@@ -293,7 +294,8 @@ func (g *scripted) Save(_ context.Context, id uuid.UUID, final func(end int64)) 
 			return err
 		}
 		if page == 1 && final != nil {
-			final(2 * block.PageSize)
+			g.early.Store(g.rng.IntN(2) == 0)
+			final(2*block.PageSize, g.early.Load())
 			if err := g.fault("saved a part"); err != nil {
 				return err
 			}
@@ -452,7 +454,7 @@ func (r *receiver) Load(_ context.Context, end int64) error {
 	if _, err := r.devices["state"].ReadAt(r.loaded[:], block.PageSize); err != nil {
 		return err
 	}
-	if r.source == nil {
+	if r.source == nil || r.source.early.Load() || r.memory != nil { // a VMM that has the memory itself needs nothing else
 		return nil
 	}
 	r.source.mu.Lock()
@@ -720,8 +722,9 @@ type pair struct {
 	states  states
 	what    string // for messages
 	backup  Baseline
-	fetched atomic.Int64 // bytes from the backup
-	killed  atomic.Value // string: the side that was killed
+	shared  *memory.Device // that may change hands as a file; nil if there is none
+	fetched atomic.Int64   // bytes from the backup
+	killed  atomic.Value   // string: the side that was killed
 }
 
 // states collects the states that both sides went through.
@@ -754,14 +757,13 @@ func newPair(t testing.TB, seed uint64, limits bounds, onState func(side string,
 			onState("source", s)
 		}
 	}}
-	var shared *memory.Device
 	for _, name := range scriptedNames {
 		var device block.Device = newRAM(scriptedSize(name))
 		if name == "memory" && limits.handover {
-			shared = memory.New(device)
-			device = shared
+			p.shared = memory.New(device)
+			device = p.shared
 			t.Cleanup(func() {
-				if err := shared.Close(); err != nil {
+				if err := p.shared.Close(); err != nil {
 					t.Error(err)
 				}
 			})
@@ -770,7 +772,7 @@ func newPair(t testing.TB, seed uint64, limits bounds, onState func(side string,
 		devices[name] = tracker
 		sd := SourceDevice{Name: name, Device: tracker, First: name == "state", Expiry: time.Millisecond, MaxDirtyBlocks: 1, MinCycles: 3, MaxCycles: 6, CycleThrottle: time.Millisecond}
 		if name == "memory" {
-			sd.Memory = shared
+			sd.Memory = p.shared
 		}
 		c.Devices = append(c.Devices, sd)
 	}
@@ -785,8 +787,8 @@ func newPair(t testing.TB, seed uint64, limits bounds, onState func(side string,
 		}
 	}
 	c.VM, c.Backup = p.guest, &p.backup
-	if shared != nil { // what was written until now is stored, and the rest will be in the file
-		if err := shared.Share(); err != nil {
+	if p.shared != nil { // what was written until now is stored, and the rest will be in the file
+		if err := p.shared.Share(); err != nil {
 			t.Fatal(err)
 		}
 	}

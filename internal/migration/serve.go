@@ -18,6 +18,12 @@ import (
 func (o *outgoing) serve(ctx context.Context) (migrate.Phase, error) {
 	settled := make(chan struct{})
 	noted := o.noteServing(ctx, settled)
+	var ask <-chan time.Time
+	if o.handed != nil {
+		tick := time.NewTicker(askAgain)
+		defer tick.Stop()
+		ask = tick.C
+	}
 	for {
 		l, attached := o.lanes.follow()
 		if err := o.push(ctx, l); err != nil {
@@ -28,6 +34,14 @@ func (o *outgoing) serve(ctx context.Context) (migrate.Phase, error) {
 			<-noted
 			return o.release(ctx)
 		case <-attached:
+		case <-ask:
+			if released, err := o.released(); err != nil {
+				return "", err
+			} else if released {
+				close(settled)
+				<-noted
+				return migrate.Rescuing, nil
+			}
 		case d := <-o.settled:
 			switch {
 			case d.in != migrate.Serving:

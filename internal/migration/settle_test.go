@@ -225,21 +225,21 @@ func (b *based) Accept(_ context.Context, m wire.Manifest, _ uuid.UUID) ([]Targe
 // nobodyVM is a VM of which nothing is asked.
 type nobodyVM struct{}
 
-func (nobodyVM) WriteBack(context.Context) error                      { return nil }
-func (nobodyVM) Flush(context.Context) error                          { return nil }
-func (nobodyVM) Prepare(context.Context) error                        { return nil }
-func (nobodyVM) Leave(context.Context, uuid.UUID) error               { return nil }
-func (nobodyVM) Pause(context.Context) (time.Time, error)             { return time.Now(), nil }
-func (nobodyVM) Save(context.Context, uuid.UUID, func(int64)) error   { return nil }
-func (nobodyVM) Rescue(context.Context) error                         { return nil }
-func (nobodyVM) Rescued(context.Context)                              {}
-func (nobodyVM) Mark(context.Context, migrate.Phase, uuid.UUID) error { return nil }
-func (nobodyVM) Start(context.Context) error                          { return nil }
-func (nobodyVM) Expect(context.Context, uuid.UUID) error              { return nil }
-func (nobodyVM) Restore(context.Context, uuid.UUID) error             { return nil }
-func (nobodyVM) Resume(context.Context) error                         { return nil }
-func (nobodyVM) Complete(context.Context) error                       { return nil }
-func (nobodyVM) Discard(context.Context) error                        { return nil }
+func (nobodyVM) WriteBack(context.Context) error                          { return nil }
+func (nobodyVM) Flush(context.Context) error                              { return nil }
+func (nobodyVM) Prepare(context.Context) error                            { return nil }
+func (nobodyVM) Leave(context.Context, uuid.UUID) error                   { return nil }
+func (nobodyVM) Pause(context.Context) (time.Time, error)                 { return time.Now(), nil }
+func (nobodyVM) Save(context.Context, uuid.UUID, func(int64, bool)) error { return nil }
+func (nobodyVM) Rescue(context.Context) error                             { return nil }
+func (nobodyVM) Rescued(context.Context)                                  {}
+func (nobodyVM) Mark(context.Context, migrate.Phase, uuid.UUID) error     { return nil }
+func (nobodyVM) Start(context.Context) error                              { return nil }
+func (nobodyVM) Expect(context.Context, uuid.UUID) error                  { return nil }
+func (nobodyVM) Restore(context.Context, uuid.UUID) error                 { return nil }
+func (nobodyVM) Resume(context.Context) error                             { return nil }
+func (nobodyVM) Complete(context.Context) error                           { return nil }
+func (nobodyVM) Discard(context.Context) error                            { return nil }
 
 // A source that lacks the base of its device sends what differs from it to a target that has it:
 // the target tells what the base contains.

@@ -40,10 +40,11 @@ type SourceVM interface {
 	// Pause pauses the guest before it returns, and tells when the guest stopped.
 	Pause(ctx context.Context) (stopped time.Time, err error)
 	// Save writes the paused VM's state to its device, as the state of a migration that has not
-	// ended. It may itself write guest memory. It may call final, if not nil, meanwhile, with the byte up to
-	// which the device has its final content: never all of the state, and only if a VMM that loads
-	// this reads nothing of memory that may still change.
-	Save(ctx context.Context, migration uuid.UUID, final func(end int64)) error
+	// ended. It may itself write guest memory. It may call final, if not nil, meanwhile, with the
+	// byte up to which the device has its final content: never all of the state. A VMM that loads
+	// this reads nothing of memory if that is early, and else nothing that changes after a WriteBack
+	// beside this call.
+	Save(ctx context.Context, migration uuid.UUID, final func(end int64, early bool)) error
 	// Rescue lets the guest go on after any of the above, done or failed.
 	Rescue(ctx context.Context) error
 	// Rescued tells the guest, after a Rescue, that it goes on. It has no error: the migration has
@@ -614,6 +615,9 @@ func (o *outgoing) run() error {
 	if err != nil {
 		l, _ := o.lanes.get()
 		cmp.Or(l, o.first).refuse(codeOf(err), err)
+	}
+	if phase == migrate.Kept {
+		err = errors.Join(err, o.takeBack()) // of a migration that has ended before the handoff
 	}
 	o.figures.update(func(f *figures) { f.total = time.Since(f.began) })
 	o.lanes.cancel(errEnded)

@@ -1,6 +1,7 @@
 package migration
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -115,11 +116,12 @@ type Target struct {
 	sizes   []int64
 
 	cancel   context.CancelCauseFunc
-	waits    *signal // the VMM waits for the VM
-	running  *signal // the VM runs here
-	whole    *signal // nothing is missing here
-	released *signal // the source has taken note
-	ended    *signal // all is over; err is set
+	commit   func() bool // the end of the caller's context ends nothing from then on; false: it has ended
+	waits    *signal     // the VMM waits for the VM
+	running  *signal     // the VM runs here
+	whole    *signal     // nothing is missing here
+	released *signal     // the source has taken note
+	ended    *signal     // all is over; err is set
 	err      error
 	wg       sync.WaitGroup
 
@@ -129,9 +131,10 @@ type Target struct {
 	expect    task                // that the VM comes
 	loading   *loading            // of its state, as it arrives
 	restoring *restoring
-	offered   bool        // Ready was sent, so an authority may be on its way
-	refusal   error       // why the VM was not taken over
-	taken     atomic.Bool // an authority has been received
+	claimed   *memory.Claim // memory that has changed hands; nil if none has, or it is not claimed
+	offered   bool          // Ready was sent, so an authority may be on its way
+	refusal   error         // why the VM was not taken over
+	taken     atomic.Bool   // an authority has been received
 }
 
 // wanting is what the source is to be told: pages that somebody waits for, and the answer to a
@@ -213,21 +216,15 @@ func Receive(ctx context.Context, c TargetConfig) (*Target, error) {
 	// The pages that arrive after the VM runs do not end with the caller's context.
 	lifetime, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	t.cancel = cancel
-	stop := context.AfterFunc(ctx, func() { cancel(context.Cause(ctx)) })
+	t.commit = context.AfterFunc(ctx, func() { cancel(context.Cause(ctx)) })
 	go t.run(lifetime)
 	select {
 	case <-t.running.fired():
-		if stop() {
-			return t, nil
-		}
+		return t, nil
 	case <-t.ended.fired():
 	}
-	stop()
-	<-t.ended.fired()
-	if t.Phase() == migrate.Copied {
-		return t, nil
-	}
-	if t.running.has() { // and the context has ended since
+	t.commit()
+	if t.Phase() == migrate.Copied || t.running.has() {
 		return t, nil
 	}
 	return nil, t.err
@@ -761,12 +758,19 @@ func (t *Target) takeOver(ctx context.Context) (migrate.Phase, error) {
 	if t.refusal = t.config.VM.Restore(ctx, t.id); t.refusal != nil {
 		return "", t.refusal
 	}
+	if !t.commit() { // whoever ends this side from here on waits until the VM runs
+		t.refusal = cmp.Or(context.Cause(ctx), errEnded)
+		return "", t.refusal
+	}
 	if t.refusal = t.claim(); t.refusal != nil {
 		return "", t.refusal
 	}
 	if err := t.config.VM.Resume(ctx); err != nil && !errors.Is(err, migrate.ErrMayHaveRun) {
-		t.refusal = errors.Join(err, t.release())
-		return "", t.refusal
+		t.refusal = err
+		return "", err
+	}
+	if t.claimed != nil {
+		t.claimed.Keep()
 	}
 	t.figures.update(func(f *figures) { f.downtime += time.Since(began) })
 	if serr := l.Send(wire.Ack{Accepted: true}); serr != nil {
@@ -776,23 +780,13 @@ func (t *Target) takeOver(ctx context.Context) (migrate.Phase, error) {
 }
 
 // claim makes memory that has changed hands this side's, unless the source has taken it back.
-func (t *Target) claim() error {
+func (t *Target) claim() (err error) {
 	for _, d := range t.devices {
 		if d.Memory != nil {
-			return d.Memory.Claim(t.id)
+			t.claimed, err = d.Memory.Claim(t.id)
 		}
 	}
-	return nil
-}
-
-// release undoes claim.
-func (t *Target) release() error {
-	for _, d := range t.devices {
-		if d.Memory != nil {
-			return d.Memory.Release(t.id)
-		}
-	}
-	return nil
+	return err
 }
 
 // handBack discards the VM, and tells the source that it will never run here.
@@ -812,6 +806,9 @@ func (t *Target) handBack(ctx context.Context) (migrate.Phase, error) {
 		}
 	}
 	err := t.config.VM.Discard(ctx)
+	if t.claimed != nil { // only now can nothing here run with it
+		err = errors.Join(err, t.claimed.Release())
+	}
 	l, _ := t.lanes.get()
 	if l == nil {
 		return migrate.NotTaken, err
@@ -915,6 +912,11 @@ func (t *Target) fetch(ctx context.Context) (migrate.Phase, error) {
 // whileConnected keeps a connection with the source until done is closed.
 func (t *Target) whileConnected(ctx context.Context, done <-chan struct{}) error {
 	for {
+		select {
+		case <-done: // whatever else has ended
+			return nil
+		default:
+		}
 		l, demand := t.lanes.get()
 		var demandLost <-chan struct{}
 		if demand != nil {

@@ -294,6 +294,16 @@ func (p *Process) Wait() error {
 	return p.err
 }
 
+// Signaled tells whether the error of Wait says that a signal has ended the child.
+func Signaled(err error, signal syscall.Signal) bool {
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) {
+		return false
+	}
+	status, ok := exit.Sys().(syscall.WaitStatus)
+	return ok && status.Signaled() && status.Signal() == signal
+}
+
 // Kill ends the child at once. Wait reaps it.
 func (p *Process) Kill() error {
 	if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {

@@ -189,6 +189,9 @@ func (e *exact) start(file *block.File, kernel string, boot *vmm.Boot, hw *vmm.H
 			t.Error(err)
 		}
 	})
+	if e.way.backing == memory.BackingPrivate && file.InMemory() {
+		need.Lacks(t, "private-mapping", errors.New("temporary files are on a tmpfs"))
+	}
 	e.file, e.memory = file, memory.New(file)
 	t.Cleanup(func() {
 		if err := e.memory.Close(); err != nil {

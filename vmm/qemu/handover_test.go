@@ -47,9 +47,11 @@ func TestHandOver(t *testing.T) {
 				t.Fatal(err)
 			}
 			target.memory.Settle()
-			if err := target.memory.Claim(migration); err != nil {
+			claim, err := target.memory.Claim(migration)
+			if err != nil {
 				t.Fatal(err)
 			}
+			claim.Keep()
 			if ours, err := e.memory.TakeBack(); err != nil || ours {
 				t.Fatal(ours, err)
 			}

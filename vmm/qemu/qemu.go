@@ -240,6 +240,7 @@ type Machine struct {
 	paused   atomic.Bool
 	running  sync.Mutex // held while the vCPUs are let go or stopped
 	saving   sync.Mutex // guards the following
+	settles  bool       // QEMU waits during a save, as the last one wanted
 	outgoing *os.File   // where a save reads the state; nil before prepareSave, and after the save
 	begun    *save      // that has not ended; else nil
 
@@ -370,17 +371,20 @@ func tunables() string {
 // configureMigration lets Save and Restore handle everything but the shared memory, at full speed.
 // At QEMU's default bandwidth a save sleeps for 100 ms in its rate limiter.
 func (m *Machine) configureMigration(ctx context.Context) error {
-	type capability struct {
-		Capability string `json:"capability"`
-		State      bool   `json:"state"`
-	}
-	err := m.qmp.execute(ctx, "migrate-set-capabilities", map[string]any{
-		"capabilities": []capability{{"x-ignore-shared", true}, {"events", true}, {"pause-before-switchover", true}},
-	}, nil)
-	if err != nil {
+	if err := m.setCapabilities(ctx, capability{"x-ignore-shared", true}, capability{"events", true}); err != nil {
 		return err
 	}
 	return m.qmp.execute(ctx, "migrate-set-parameters", map[string]any{"max-bandwidth": int64(1) << 40}, nil)
+}
+
+// capability is one of a migration.
+type capability struct {
+	Capability string `json:"capability"`
+	State      bool   `json:"state"`
+}
+
+func (m *Machine) setCapabilities(ctx context.Context, list ...capability) error {
+	return m.command(ctx, "migrate-set-capabilities", map[string]any{"capabilities": list})
 }
 
 // supervise waits for the process, and then for the goroutines that read from it: their ends close
@@ -401,6 +405,9 @@ func (m *Machine) supervise() {
 	case err == nil:
 		m.exit = fmt.Errorf("QEMU exited (%s)%s%s", m.shutdown, m.stderr.Quote("its last words"), m.console.Tail())
 	default:
+		if m.private && process.Signaled(err, unix.SIGBUS) {
+			err = fmt.Errorf("%w: it could not read memory from %s, which was truncated, or whose disk fails", err, m.device.BaseName())
+		}
 		m.exit = fmt.Errorf("QEMU ended unexpectedly: %w%s%s", err, m.stderr.Quote("its last words"), m.console.Tail())
 	}
 	m.mu.Unlock()
@@ -509,12 +516,16 @@ func (m *Machine) Pause(ctx context.Context) error {
 }
 
 // Flush implements [vmm.Machine]. It does not pause the guest. While the guest runs it also prepares
-// Save.
+// Save. Beside a Save it waits for the guest's disk writes.
 func (m *Machine) Flush(ctx context.Context) error {
-	if !m.paused.Load() {
-		if err := m.prepareSave(ctx); err != nil {
-			return err
-		}
+	var err error
+	if m.paused.Load() {
+		err = m.awaitSettled(ctx)
+	} else {
+		err = m.prepareSave(ctx)
+	}
+	if err != nil {
+		return err
 	}
 	if err := m.memory.Collect(ctx); err != nil {
 		return m.orExit(err)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -40,6 +41,10 @@ func (m *Machine) prepareSave(ctx context.Context) error {
 type save struct {
 	r        *os.File
 	stage    stage
+	settles  bool          // QEMU waits once it is settled
+	early    atomic.Bool   // it has not been told to go on then: there is nothing of devices yet
+	settled  chan struct{} // closed when memory is, or never will be
+	once     sync.Once     // closes settled
 	finished chan struct{} // closed when nothing is read any more
 
 	mu    sync.Mutex // guards the following
@@ -59,20 +64,28 @@ const (
 	over
 )
 
-// beginSave tells QEMU to write its state. It stops a VM that runs once it is ready to.
-func (m *Machine) beginSave(ctx context.Context) (*save, error) {
+// beginSave tells QEMU to write its state. It stops a VM that runs once it is ready to. If the save
+// settles, QEMU then waits: before it writes the state of devices, somebody wants to look at memory.
+func (m *Machine) beginSave(ctx context.Context, settles bool) (*save, error) {
 	if err := m.prepareSave(ctx); err != nil {
 		return nil, err
 	}
 	m.saving.Lock()
 	defer m.saving.Unlock()
-	s := &save{r: m.outgoing, finished: make(chan struct{})}
+	s := &save{r: m.outgoing, settles: settles, settled: make(chan struct{}), finished: make(chan struct{})}
 	s.more = sync.NewCond(&s.mu)
+	s.early.Store(settles)
 	m.outgoing = nil
 	for len(m.migration) > 0 {
 		<-m.migration // left over from an earlier one
 	}
 	go s.read()
+	if m.settles != settles {
+		if err := m.setCapabilities(ctx, capability{"pause-before-switchover", settles}); err != nil {
+			return nil, errors.Join(err, s.close())
+		}
+		m.settles = settles
+	}
 	if err := m.command(ctx, "migrate", map[string]any{"uri": "fd:" + outgoingName}); err != nil {
 		return nil, errors.Join(err, s.close())
 	}
@@ -128,8 +141,9 @@ func (s *save) close() error {
 	return s.r.Close() // closed early, QEMU fails with EPIPE and reports it
 }
 
-// PauseToSave implements [vmm.SavePauser]. QEMU prepares the save while the guest runs. It then
-// stops the guest, completes its disk writes, and waits.
+// PauseToSave implements [vmm.SavePauser]. QEMU prepares the save while the guest runs, and stops the
+// guest. If another process has the memory, too, QEMU goes on to save: what it writes to memory
+// needs no copy. Else it first waits once its disk writes are done.
 func (m *Machine) PauseToSave(ctx context.Context) (stopped time.Time, err error) {
 	m.running.Lock()
 	defer m.running.Unlock()
@@ -137,20 +151,43 @@ func (m *Machine) PauseToSave(ctx context.Context) (stopped time.Time, err error
 	case <-m.stops: // an earlier one
 	default:
 	}
-	s, err := m.beginSave(ctx)
+	s, err := m.beginSave(ctx, m.device == nil || !m.device.Offered())
 	if err == nil {
-		err = m.advance(ctx, s, settled)
+		stopped, err = m.awaitStop(ctx, s)
 	}
 	if err != nil {
 		return stopped, fmt.Errorf("pause: %w", err)
 	}
 	m.paused.Store(true)
+	return stopped, nil
+}
+
+// awaitStop waits until a save has stopped the guest. One that a disk had stopped before does not
+// stop again.
+func (m *Machine) awaitStop(ctx context.Context, s *save) (stopped time.Time, err error) {
+	to := over
+	if s.settles {
+		to = settled
+	}
+	advanced := make(chan error, 1)
+	actx, cancel := context.WithCancel(ctx)
+	go func() { advanced <- m.advance(actx, s, to) }()
 	select {
 	case stopped = <-m.stops:
-	default: // a disk had stopped the VM before
+		cancel()
+		if err = <-advanced; errors.Is(err, context.Canceled) {
+			err = nil
+		}
+		return stopped, err
+	case err = <-advanced:
+		cancel()
+	}
+	select {
+	case stopped = <-m.stops:
+	default:
 		stopped = time.Now()
 	}
-	return stopped, nil
+	return stopped, err
 }
 
 var _ vmm.SavePauser = (*Machine)(nil)
@@ -160,9 +197,14 @@ func (m *Machine) advance(ctx context.Context, s *save, to stage) (err error) {
 	for s.stage < to && err == nil {
 		switch s.stage {
 		case saving:
-			err = m.awaitMigration(ctx, "pre-switchover")
+			if s.settles {
+				err = m.awaitMigration(ctx, "pre-switchover")
+			}
 		case settled:
-			err = m.command(ctx, "migrate-continue", map[string]any{"state": "pre-switchover"})
+			if s.settles {
+				s.early.Store(false)
+				err = m.command(ctx, "migrate-continue", map[string]any{"state": "pre-switchover"})
+			}
 		case last:
 			err = m.awaitMigration(ctx, "completed")
 		}
@@ -172,8 +214,29 @@ func (m *Machine) advance(ctx context.Context, s *save, to stage) (err error) {
 		case errors.Is(err, errFailed):
 			s.stage = over
 		}
+		if s.settles && s.stage >= settled || s.stage == over {
+			s.settle()
+		}
 	}
 	return err
+}
+
+// settle notes that memory is settled, or that nobody need wait for that any more.
+func (s *save) settle() { s.once.Do(func() { close(s.settled) }) }
+
+// awaitSettled waits until a save that has paused the VM has settled its memory. Nothing is waited
+// for without one.
+func (m *Machine) awaitSettled(ctx context.Context) error {
+	s := m.begunSave()
+	if s == nil {
+		return nil
+	}
+	select {
+	case <-s.settled:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // Save implements [vmm.Machine].
@@ -181,7 +244,7 @@ func (m *Machine) Save(ctx context.Context, state io.Writer) error {
 	s := m.begunSave()
 	var err error
 	if s == nil {
-		s, err = m.beginSave(ctx)
+		s, err = m.beginSave(ctx, false)
 	}
 	if err == nil {
 		err = m.writeState(ctx, s, state)
@@ -213,6 +276,7 @@ func (m *Machine) endSave() error {
 
 // writeState writes the state while QEMU makes it.
 func (m *Machine) writeState(ctx context.Context, s *save, state io.Writer) error {
+	defer s.settle()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var failed error // valid once advanced is closed
@@ -230,7 +294,7 @@ func (m *Machine) writeState(ctx context.Context, s *save, state io.Writer) erro
 			return failed
 		}
 		if err == nil {
-			_, err = state.Write(part)
+			err = s.pass(part, state)
 		}
 		if err != nil {
 			cancel()
@@ -238,6 +302,16 @@ func (m *Machine) writeState(ctx context.Context, s *save, state io.Writer) erro
 			return err
 		}
 	}
+}
+
+// pass passes a part of the state on.
+func (s *save) pass(part []byte, to io.Writer) (err error) {
+	if w, ok := to.(vmm.EarlyWriter); ok && s.early.Load() {
+		_, err = w.WriteEarly(part)
+	} else {
+		_, err = to.Write(part)
+	}
+	return err
 }
 
 // giveUpSave waits for the end of a save that has begun. Otherwise QEMU would stop the VM again
