@@ -47,6 +47,7 @@ var parts = []part{
 	{"run", "a guest that runs, beside a plain QEMU with memfd: its speed, and what it costs the host", true, 3, (*bench).run},
 	{"suspend", "suspend of a guest that has written 0, 100 and 500 MB of its memory", true, 3, (*bench).suspend},
 	{"clones", "20 clones of a package, one after the other, and the memory of each", true, 3, (*bench).cloneInTurn},
+	{"handover", "moves within this host over a UNIX socket, where memory changes hands", true, 3, (*bench).handOver},
 	{"registry", "start from a registry over 1 Gbit/s, beside a copy of the package", false, 3, (*bench).registry},
 	{"faults", "page faults that are served to a VMM, beside a file that it maps", false, 5, (*bench).faults},
 	{"firecracker", "Firecracker with a test guest, beside what it does by itself", false, 5, (*bench).firecracker},
