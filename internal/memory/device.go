@@ -80,7 +80,10 @@ const maxCopied = 64 << 20
 // Mappable tells whether a VMM can map the memory privately: it is wholly stored here, most of it in
 // one file, of a file system that is not itself in memory.
 func (d *Device) Mappable() bool {
-	return d.base != nil && !d.base.InMemory() && d.file.Load() == nil && !d.blank && (d.differ == nil || d.differ().Count()*block.PageSize <= maxCopied)
+	if d.base == nil || d.base.InMemory() || d.file.Load() != nil || d.blank {
+		return false
+	}
+	return d.differ == nil || d.differ().Count()*block.PageSize <= maxCopied
 }
 
 // Base opens the file to map privately, for reading. It is the caller's.

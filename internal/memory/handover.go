@@ -150,7 +150,9 @@ func (d *Device) Claim(migration uuid.UUID) (*Claim, error) {
 	}
 	c := &Claim{file: own, at: d.wordOffset(), number: numberOf(migration)}
 	ours := false
-	err = onWord(c.file, c.at, func(word *uint64) { ours = atomic.CompareAndSwapUint64(word, c.number, claimed(c.number)) })
+	err = onWord(c.file, c.at, func(word *uint64) {
+		ours = atomic.CompareAndSwapUint64(word, c.number, claimed(c.number))
+	})
 	if err == nil && !ours {
 		err = errors.New("its source has taken the VM back")
 	}
@@ -166,7 +168,9 @@ func (c *Claim) Keep() { _ = c.file.Close() } // one of several descriptors
 // Release gives up a guest that has not run and never will: no process of this side has the memory
 // any more.
 func (c *Claim) Release() error {
-	err := onWord(c.file, c.at, func(word *uint64) { atomic.CompareAndSwapUint64(word, claimed(c.number), c.number) })
+	err := onWord(c.file, c.at, func(word *uint64) {
+		atomic.CompareAndSwapUint64(word, claimed(c.number), c.number)
+	})
 	return errors.Join(err, c.file.Close())
 }
 

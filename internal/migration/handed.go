@@ -27,8 +27,8 @@ func (o *outgoing) takes(d *outgoingDevice, file bool) error {
 	case file && (!offered || d.stored || d.skip):
 		return fmt.Errorf("%w: a file of device %s was taken that was not offered", wire.ErrProtocol, d.Name)
 	case !file && offered:
+		err := o.takeBack()
 		o.handed = nil
-		_, err := d.Memory.TakeBack()
 		return err
 	case file:
 		o.config.Logger.Debug("Memory changes hands as a file")
@@ -107,10 +107,6 @@ func (o *outgoing) askMemory() (next migrate.Phase, known bool, err error) {
 
 // askAgain is how often a source asks memory that its target has claimed.
 const askAgain = 200 * time.Millisecond
-
-// released tells whether a target has claimed the VM and then could not resume it. If it has not said
-// so, it may be gone.
-func (o *outgoing) released() (bool, error) { return o.handed.Memory.TakeBack() }
 
 // takeBack makes memory that is still offered this side's again.
 func (o *outgoing) takeBack() error {

@@ -20,19 +20,7 @@ func handover() bounds {
 // Memory that changes hands as a file is not sent, but for what was stored, at most once.
 func TestHandOver(t *testing.T) {
 	p := newPair(t, 1, handover(), nil)
-	target, err := Receive(t.Context(), p.config(handover(), nil))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(target.Wait(), target.Close()); err != nil {
-		t.Error(err)
-	}
-	p.network.wg.Wait()
-	p.guest.halt()
-	p.target.halt()
-	if err := p.target.verify(); err != nil {
-		t.Error(err)
-	}
+	p.move(t, handover())
 	if p.target.memory == nil {
 		t.Fatal("the target has not taken the memory")
 	}
@@ -40,9 +28,6 @@ func TestHandOver(t *testing.T) {
 		if d.Name == "memory" && (d.Sent > memoryPages*4/5*block.PageSize || d.Saved == 0) {
 			t.Errorf("%d bytes of memory were sent, %d were not", d.Sent, d.Saved)
 		}
-	}
-	if err := p.source.Close(); err != nil {
-		t.Error(err)
 	}
 }
 
@@ -82,21 +67,12 @@ func TestNoDoubt(t *testing.T) {
 				t.Error("the target has the VM, too")
 			}
 			<-p.source.current.ended.fired()
-			if s := p.source.Phase(); s != migrate.Kept {
-				t.Errorf("the source is %s", s)
-			}
 			if kind == "ended" {
 				if err := <-revoked; err != nil {
 					t.Error(err)
 				}
 			}
-			p.network.kill()
-			p.network.wg.Wait()
-			p.guest.halt()
-			p.target.halt()
-			if err := errors.Join(p.guest.verify(), p.source.Close()); err != nil {
-				t.Error(err)
-			}
+			p.kept(t)
 		})
 	}
 }
@@ -120,10 +96,17 @@ func TestClaimedInVain(t *testing.T) {
 	if _, err := Receive(t.Context(), p.config(limits, nil)); err == nil {
 		t.Error("the target has the VM")
 	}
+	p.kept(t)
+}
+
+// kept waits for the end of a migration, and checks that the VM goes on at its source.
+func (p *pair) kept(t *testing.T) {
+	t.Helper()
 	<-p.source.current.ended.fired()
 	if s := p.source.Phase(); s != migrate.Kept {
 		t.Errorf("the source is %s", s)
 	}
+	p.network.kill()
 	p.network.wg.Wait()
 	p.guest.halt()
 	p.target.halt()

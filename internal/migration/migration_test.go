@@ -118,9 +118,9 @@ func TestHeadStart(t *testing.T) {
 }
 
 // move moves the VM, and checks all of it at its target.
-func (p *pair) move(t *testing.T) {
+func (p *pair) move(t *testing.T, limits bounds) {
 	t.Helper()
-	target, err := Receive(t.Context(), p.config(quick(), nil))
+	target, err := Receive(t.Context(), p.config(limits, nil))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -150,7 +150,7 @@ func TestExpect(t *testing.T) {
 		}
 		return nil
 	})
-	p.move(t)
+	p.move(t, quick())
 }
 
 // Whoever tries again at once is not refused, however long the source takes to notice that the
@@ -169,7 +169,7 @@ func TestAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.target = newReceiver(p.ledger, 2)
-	p.move(t)
+	p.move(t, quick())
 }
 
 // queue is a connection that takes whatever is sent, as the buffers of TCP do, however slow the one

@@ -35,9 +35,11 @@ func (o *outgoing) serve(ctx context.Context) (migrate.Phase, error) {
 			return o.release(ctx)
 		case <-attached:
 		case <-ask:
-			if released, err := o.released(); err != nil {
+			ours, err := o.handed.Memory.TakeBack()
+			if err != nil {
 				return "", err
-			} else if released {
+			}
+			if ours { // the target had claimed the VM, and could not resume it
 				close(settled)
 				<-noted
 				return migrate.Rescuing, nil

@@ -159,8 +159,12 @@ func (m *Machine) endState(ctx context.Context) (running bool, err error) {
 	if w := in.w.Swap(nil); w != nil {
 		_ = w.Close() // of a pipe, which loses nothing
 	}
+	ran := in.ran.Load()
+	if ran && ctx.Err() != nil {
+		err = nil // nobody waits any more, but the VM runs
+	}
 	if err == nil {
-		return in.ran.Load(), nil
+		return ran, nil
 	}
 	err = fmt.Errorf("restore state: %w%s", err, m.stderr.Quote("QEMU says"))
 	_ = m.process.Kill() // it shall not run later; this fails only when it has ended
