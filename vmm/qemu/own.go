@@ -119,22 +119,13 @@ type blockJob struct {
 }
 
 func (m *Machine) awaitJobs(ctx context.Context, done func([]blockJob) (bool, error)) error {
-	for {
+	return m.poll(ctx, func() (bool, error) {
 		var jobs []blockJob
 		if err := m.qmp.execute(ctx, "query-block-jobs", nil, &jobs); err != nil {
-			return m.orExit(err)
+			return false, err
 		}
-		if ok, err := done(jobs); ok || err != nil {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-m.ended:
-			return m.orExit(errors.New("QEMU has ended"))
-		case <-time.After(time.Millisecond):
-		}
-	}
+		return done(jobs)
+	})
 }
 
 // RunOwn waits until the machine that ReceiveOwn was called for has what it needs, and lets it run

@@ -238,11 +238,11 @@ type Machine struct {
 	incoming incoming        // the state that Restore loads
 
 	paused   atomic.Bool
-	running  sync.Mutex // held while the vCPUs are let go or stopped
-	saving   sync.Mutex // guards the following
-	settles  bool       // QEMU waits during a save, as the last one wanted
-	outgoing *os.File   // where a save reads the state; nil before prepareSave, and after the save
-	begun    *save      // that has not ended; else nil
+	running  sync.Mutex  // held while the vCPUs are let go or stopped
+	saving   sync.Mutex  // guards the following
+	outgoing *os.File    // where a save reads the state; nil before prepareSave, and after the save
+	begun    *save       // that has not ended; else nil
+	saved    atomic.Bool // since the VM was let go last
 
 	stops   chan time.Time // of the vCPUs: holds the time of one
 	process *process.Process
@@ -500,6 +500,9 @@ func (m *Machine) Resume(ctx context.Context) error {
 	m.paused.Store(false)
 	if running {
 		return nil
+	}
+	if err := m.awaitSaved(ctx); err != nil {
+		return err
 	}
 	return m.command(ctx, "cont", nil)
 }

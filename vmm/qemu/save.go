@@ -80,17 +80,16 @@ func (m *Machine) beginSave(ctx context.Context, settles bool) (*save, error) {
 		<-m.migration // left over from an earlier one
 	}
 	go s.read()
-	if m.settles != settles {
-		if err := m.setCapabilities(ctx, capability{"pause-before-switchover", settles}); err != nil {
-			return nil, errors.Join(err, s.close())
-		}
-		m.settles = settles
-	}
-	if err := m.command(ctx, "migrate", map[string]any{"uri": "fd:" + outgoingName}); err != nil {
+	if err := m.setCapabilities(ctx, capability{"pause-before-switchover", settles}); err != nil {
 		return nil, errors.Join(err, s.close())
 	}
 	m.begun = s
-	return s, nil
+	err := m.command(ctx, "migrate", map[string]any{"uri": "fd:" + outgoingName})
+	if refused := (*qmpError)(nil); errors.As(err, &refused) {
+		m.begun = nil
+		return nil, errors.Join(err, s.close())
+	}
+	return s, err // QEMU may do what nobody waits for any more
 }
 
 // read reads the state as QEMU makes it.
@@ -262,7 +261,7 @@ func (m *Machine) begunSave() *save {
 	return m.begun
 }
 
-// endSave frees what a save that was begun needed.
+// endSave frees what a save needed that is over.
 func (m *Machine) endSave() error {
 	m.saving.Lock()
 	s := m.begun
@@ -271,6 +270,7 @@ func (m *Machine) endSave() error {
 	if s == nil {
 		return nil
 	}
+	m.saved.Store(true)
 	return s.close()
 }
 
@@ -326,6 +326,41 @@ func (m *Machine) giveUpSave(ctx context.Context) error {
 		return fmt.Errorf("give up saving: %w", err)
 	}
 	return m.endSave()
+}
+
+// awaitSaved waits until QEMU has done with a save that is over: it says a moment before that it is,
+// and lets no VM run until then.
+func (m *Machine) awaitSaved(ctx context.Context) error {
+	if !m.saved.Load() {
+		return nil
+	}
+	err := m.poll(ctx, func() (bool, error) {
+		var vm struct {
+			Status string `json:"status"`
+		}
+		err := m.qmp.execute(ctx, "query-status", nil, &vm)
+		return vm.Status != "finish-migrate", err // see RunState in qapi/run-state.json of QEMU
+	})
+	m.saved.Store(err != nil)
+	return err
+}
+
+// poll waits until something is done.
+func (m *Machine) poll(ctx context.Context, done func() (bool, error)) error {
+	for {
+		if ok, err := done(); err != nil {
+			return m.orExit(err)
+		} else if ok {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-m.ended:
+			return m.orExit(errors.New("QEMU has ended"))
+		case <-time.After(time.Millisecond):
+		}
+	}
 }
 
 // statePipe makes a pipe that holds a whole state, so that QEMU and this process need not wait for
