@@ -39,15 +39,18 @@ func (d *smallDisk) resize(t *testing.T, size string) {
 	command(t, ".", "mount", "-o", "remount,size="+size, d.dir)
 }
 
-// fill leaves no room: the file system gets the size that is in use, and some pages.
-func (d *smallDisk) fill(t *testing.T) {
+// fill leaves no room, but for some pages.
+func (d *smallDisk) fill(t *testing.T) { d.leave(t, 16<<10) }
+
+// leave leaves room for some bytes.
+func (d *smallDisk) leave(t *testing.T, room int64) {
 	t.Helper()
 	for deadline := time.Now().Add(time.Minute); ; {
 		var st syscall.Statfs_t
 		if err := syscall.Statfs(d.dir, &st); err != nil {
 			t.Fatal(err)
 		}
-		err := syscall.Mount("tmpfs", d.dir, "tmpfs", syscall.MS_REMOUNT, fmt.Sprint("size=", (int64(st.Blocks-st.Bfree)+4)*st.Bsize))
+		err := syscall.Mount("tmpfs", d.dir, "tmpfs", syscall.MS_REMOUNT, fmt.Sprint("size=", int64(st.Blocks-st.Bfree)*st.Bsize+room))
 		if err == nil {
 			return
 		}
@@ -55,6 +58,16 @@ func (d *smallDisk) fill(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+}
+
+// free is how many bytes there is room for.
+func (d *smallDisk) free(t *testing.T) int64 {
+	t.Helper()
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(d.dir, &st); err != nil {
+		t.Fatal(err)
+	}
+	return int64(st.Bfree) * st.Bsize
 }
 
 // numbered are random values that a guest is made to keep, by their numbers.
@@ -146,12 +159,17 @@ func TestFullHost(t *testing.T) {
 	await(t, target, "The VM goes on")
 	values.checkSums(t, one, "target, after its disk was full")
 
-	memory1.fill(t)
+	const tooLittle = 10 << 20
+	memory1.leave(t, tooLittle)
 	values.add(t, one, 20)
 	if err := target.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
 	await(t, target, "The VM cannot be suspended for want of room, and runs on; make room")
+	if free := memory1.free(t); free < tooLittle/2 {
+		t.Errorf("%d bytes are left to others", free)
+	}
+	values.checkSums(t, one, "target, which could not be suspended")
 	memory1.resize(t, "900m")
 	await(t, target, "Suspended VM")
 	if err := target.Wait(); err != nil {

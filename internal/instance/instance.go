@@ -689,7 +689,11 @@ func (i *Instance) Suspend(ctx context.Context, agentTimeout time.Duration) (sav
 		if !errors.Is(err, vmm.ErrPoweredOff) {
 			err = kind.Of(vmm.ErrNotSuspended, err)
 		}
-		return false, errors.Join(err, agentErr, i.goOn(context.WithoutCancel(ctx), agentTimeout))
+		err = errors.Join(err, agentErr, i.goOn(context.WithoutCancel(ctx), agentTimeout))
+		if i.memory != nil {
+			err = errors.Join(err, i.memory.GiveBack())
+		}
+		return false, err
 	}
 	return true, agentErr
 }

@@ -37,6 +37,7 @@ type Device struct {
 	// Pages that the guest has, and that are not stored. A page is in unsaved or storing until it is
 	// stored; whoever looks for it looks there in this order.
 	unsaved, storing *block.Bitmap
+	stowed           *block.Bitmap // pages that were stored while the guest has them
 
 	base   *block.File          // where memory is stored, but for pages in differ; nil if it is not known
 	differ func() *block.Bitmap // nil for none
@@ -52,6 +53,7 @@ type Device struct {
 	guest   atomic.Pointer[Handler] // nil while no process is served
 	entered atomic.Bool             // the guest may have written what is in the file
 	turn    sync.Mutex              // of Store
+	noRoom  bool                    // what the last Store found; guarded by turn
 }
 
 // stripeSize is the bytes that share a lock.
@@ -60,7 +62,7 @@ const stripeSize = 2 << 20
 // New returns the memory that is stored in a device, and owns it.
 func New(stored block.Device) *Device {
 	n := block.Pages(stored)
-	d := &Device{stored: stored, unsaved: block.NewBitmap(n), storing: block.NewBitmap(n), present: block.NewBitmap(n)}
+	d := &Device{stored: stored, unsaved: block.NewBitmap(n), storing: block.NewBitmap(n), stowed: block.NewBitmap(n), present: block.NewBitmap(n)}
 	d.top, d.note = d, func(int64, int64) {}
 	return d
 }
@@ -164,6 +166,7 @@ func (d *Device) Blank() {
 // that was shared are refused.
 func (d *Device) Forget() error {
 	d.unsaved.Take()
+	d.stowed.Take()
 	d.lockStripes() // whoever places a page has done so
 	f := d.file.Swap(nil)
 	d.unlockStripes()
@@ -222,9 +225,18 @@ func (d *Device) ReadAt(p []byte, off int64) (int, error) {
 		if err != nil {
 			return done, err
 		}
+		if !guest && !d.isStored(at, n) { // no more
+			continue
+		}
 		done += int(n)
 	}
 	return len(p), nil
+}
+
+// isStored tells whether nothing of a range is only in the guest.
+func (d *Device) isStored(off, length int64) bool {
+	guest, n := d.run(off, length)
+	return !guest && n == length
 }
 
 // readGuest reads what the guest has.
@@ -249,7 +261,7 @@ func (d *Device) ReadNow(p []byte, off int64) bool {
 		switch {
 		case guest && (d.file.Load() == nil || d.readGuest(p[:n], off) != nil):
 			return false
-		case !guest && !block.ReadNow(d.stored, p[:n], off):
+		case !guest && (!block.ReadNow(d.stored, p[:n], off) || !d.isStored(off, n)):
 			return false
 		}
 		p, off = p[n:], off+n
@@ -537,9 +549,10 @@ func (d *Device) Store(ctx context.Context) (stored int64, err error) {
 		if err == nil {
 			err = d.storePages(p, off)
 		}
-		if err != nil {
+		if d.noRoom = block.NoRoom(err); err != nil {
 			d.unsaved.SetRange(first, end)
 		}
+		d.stowed.SetRange(first, end)
 		d.storing.ClearRange(first, end)
 		if err != nil {
 			return stored, fmt.Errorf("store memory: %w", err)
@@ -548,6 +561,27 @@ func (d *Device) Store(ctx context.Context) (stored int64, err error) {
 		first = end
 	}
 	return stored, nil
+}
+
+// GiveBack frees the room of what was stored while the guest has its memory, if the last Store had
+// not enough of it: only the guest has that again. Its disks can then have the room.
+func (d *Device) GiveBack() error {
+	d.turn.Lock()
+	defer d.turn.Unlock()
+	if !d.noRoom {
+		return nil
+	}
+	for first := d.stowed.Next(0); first < d.stowed.Len(); first = d.stowed.Next(first) {
+		_, end := d.stowed.Run(first, d.stowed.Len())
+		d.unsaved.SetRange(first, end) // a reader that finds nothing stored sees it; see ReadAt
+		off := first * block.PageSize
+		if err := block.Trim(d.stored, off, min(end*block.PageSize, d.Size())-off); err != nil {
+			return fmt.Errorf("give back room of memory: %w", err)
+		}
+		d.stowed.ClearRange(first, end)
+	}
+	d.noRoom = false
+	return nil
 }
 
 // storePages writes pages. Those of zeros become holes. An error says how much is not stored.

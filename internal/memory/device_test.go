@@ -33,6 +33,9 @@ func (s *stored) WriteAt(b []byte, off int64) (int, error) {
 	return s.device.WriteAt(b, off)
 }
 
+// Trim implements [block.Trimmer]. It needs no room.
+func (s *stored) Trim(off, length int64) error { return block.Trim(s.device, off, length) }
+
 // share returns memory that is shared with nobody, and its file.
 func share(t *testing.T, under block.Device) (*Device, *os.File) {
 	t.Helper()
@@ -203,6 +206,18 @@ func TestStoreRefused(t *testing.T) {
 	if err := d.Sync(); !block.NoRoom(err) {
 		t.Errorf("Sync: %v", err)
 	}
+	if err := d.GiveBack(); err != nil {
+		t.Error(err)
+	}
+	if got := d.Unsaved(); got.Count() != pages/2 {
+		t.Errorf("only %d pages are unsaved", got.Count())
+	}
+	for p := 0; p < full; p += 2 {
+		if !block.IsZero(under.data[p*page : (p+1)*page]) {
+			t.Errorf("page %d still takes room", p)
+		}
+	}
+	hasPages(t, d, want)
 	ctx, cancel := context.WithCancelCause(t.Context())
 	gone := errors.New("nobody waits for it")
 	cancel(gone)
@@ -210,8 +225,11 @@ func TestStoreRefused(t *testing.T) {
 	if n, err := d.Store(ctx); n != 0 || !errors.Is(err, gone) {
 		t.Errorf("stored %d bytes once it had ended: %v", n, err)
 	}
-	if n, err := d.Store(t.Context()); n != (pages-full)/2*page || err != nil {
+	if n, err := d.Store(t.Context()); n != pages/2*page || err != nil {
 		t.Errorf("stored %d bytes: %v", n, err)
+	}
+	if err := d.GiveBack(); err != nil { // there was room
+		t.Error(err)
 	}
 	wantUnsaved(t, d)
 	if !bytes.Equal(under.data, want) {
@@ -468,12 +486,18 @@ func TestCopy(t *testing.T) {
 	hasPages(t, d, want)
 }
 
-// Whoever reads beside a guest that writes, and beside a Store, gets what was told before, or
-// something newer.
+// Whoever reads beside a guest that writes, and beside a Store for which there is not always room,
+// gets what was told before, or something newer.
 func TestDeviceAtOnce(t *testing.T) {
 	const pages = 64
-	under := newDevice(pages)
+	under := &stored{device: newDevice(pages)}
 	clear(under.data)
+	under.write = func(int64, int64) error {
+		if rand.IntN(8) == 0 {
+			return unix.ENOSPC
+		}
+		return nil
+	}
 	d, f := share(t, under)
 	var told [pages]atomic.Uint64 // versions of pages
 	rounds := need.Rounds(20_000, 1_000_000)
@@ -496,7 +520,11 @@ func TestDeviceAtOnce(t *testing.T) {
 	}
 	others.Go(func() {
 		for !stop.Load() {
-			if _, err := d.Store(t.Context()); err != nil {
+			_, err := d.Store(t.Context())
+			if block.NoRoom(err) {
+				err = d.GiveBack()
+			}
+			if err != nil {
 				t.Error(err)
 				return
 			}
@@ -526,6 +554,7 @@ func TestDeviceAtOnce(t *testing.T) {
 	writers.Wait()
 	stop.Store(true)
 	others.Wait()
+	under.write = nil
 	if err := d.Sync(); err != nil {
 		t.Fatal(err)
 	}
