@@ -81,8 +81,8 @@ check-generated: generate ## fail when generated files are stale
 fuzz: ## every fuzz target for FUZZTIME (30s): the decoders of what comes from strangers
 	GO='$(GO)' ./.ci/fuzz $(FUZZTIME)
 
-soak: setup build servers fuzz ## the tests that find more the longer they run: fuzz targets, and real VMs with random faults for an hour and a half at most
-	DRAFTER_SOAK=1 $(GO) test -race -timeout 60m ./internal/migration ./internal/block ./internal/memory ./vmm/qemu
+soak: setup build servers fuzz ## the tests that find more the longer they run: fuzz targets, and real VMs with random faults; some two hours
+	DRAFTER_SOAK=1 $(GO) test -race -timeout 2h ./internal/migration ./internal/block ./internal/memory ./vmm/qemu
 	DRAFTER_SOAK=1 $(GO) test -timeout 90m -v -run 'TestSoakMigrations|TestSoakBadDays|TestKilledPeer' ./e2e
 
 bench: setup build ## measure everything, beside QEMU's own live migration: far longer than bench-quick

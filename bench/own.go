@@ -259,7 +259,7 @@ func (g *ownGuest) start(ctx context.Context, driver qemu.Driver, number int, me
 	for _, name := range g.config.Disks() {
 		launch.Disks = append(launch.Disks, vmm.Block{Name: name, Path: g.paths[name]})
 	}
-	if err := network.GuardGuest(launch.Netns, launch.MAC); err != nil {
+	if err := network.GuardGuest(launch.Netns, network.Guest{MAC: launch.MAC}); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
 	m, err := driver.Launch(ctx, launch)

@@ -232,12 +232,18 @@ func (d *demo) moveVM(ctx context.Context, r *result) (err error) {
 	if err != nil {
 		return err
 	}
-	pulse := tour.StartPulse(ctx, externalAddr, secondAddr)
-	defer pulse.End()
+	pulse, err := tour.StartPulse(ctx, externalAddr)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		_, perr := pulse.End()
+		err = errors.Join(err, perr)
+	}()
 	time.Sleep(500 * time.Millisecond)
 	pulse.Reset()
 
-	say("Moving it to another peer while a client pings it")
+	say("Moving it to another peer while a client pings it on one connection")
 	target, err := peer("ark1", "instance-1", "localhost:1337", "")
 	if err != nil {
 		return err
@@ -251,7 +257,11 @@ func (d *demo) moveVM(ctx context.Context, r *result) (err error) {
 		return err
 	}
 	time.Sleep(500 * time.Millisecond)
-	r.Migration = migration{DowntimeMS: ms(done.Downtime), GapMS: ms(pulse.End()), TotalMS: done.Took.Milliseconds(), Bytes: done.Bytes, BytesSaved: done.BytesSaved}
+	gap, err := pulse.End()
+	if err != nil {
+		return err
+	}
+	r.Migration = migration{DowntimeMS: ms(done.Downtime), GapMS: ms(gap), TotalMS: done.Took.Milliseconds(), Bytes: done.Bytes, BytesSaved: done.BytesSaved}
 
 	say("Reading at the new place what was written at the old one")
 	after := redis.NewClient(&redis.Options{Addr: secondAddr, MaxRetries: 10})

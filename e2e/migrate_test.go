@@ -247,13 +247,14 @@ func TestChain(t *testing.T) {
 		waiting := clientThatWaits(t, addrs[from])
 		next := start(to, "--raddr", ports[from])
 		line := moved(t, vm)
-		// Who is connected with the place that the VM has left hears of it at once, and who
-		// connects as well.
-		if _, err := waiting.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
-			t.Errorf("move %d: a client that waits hears %v", move, err)
+		// Who is connected with the place that the VM has left goes on, and who connects there
+		// reaches it.
+		if got, err := clients[from].LPush(t.Context(), "nothing", "something").Result(); err != nil || got != 1 {
+			t.Errorf("move %d: a client where the VM was: %d, %v", move, got, err)
 		}
-		if c, err := net.DialTimeout("tcp", addrs[from], 10*time.Second); !errors.Is(err, syscall.ECONNREFUSED) {
-			t.Errorf("move %d: a client that connects to where the VM was: %v, %v", move, c, err)
+		answer := make([]byte, len("*2\r\n$7\r\nnothing\r\n$9\r\nsomething\r\n"))
+		if _, err := io.ReadFull(waiting, answer); err != nil {
+			t.Errorf("move %d: a client that waits: %v", move, err)
 		}
 		t.Logf("move %d: took %s, downtime %s, %d bytes", move, line.Took, line.Downtime, line.Bytes)
 		quiet(t, vm)
@@ -294,7 +295,29 @@ func TestChain(t *testing.T) {
 	}
 }
 
-// clientThatWaits blocks in a Redis for what never comes. It gives up after a minute.
+// Without anchors, who is connected with the place that the VM has left hears of it at once, and so
+// does who connects.
+func TestNoAnchor(t *testing.T) {
+	s := emptySite(t)
+	addr := "127.0.0.1:3333"
+	s.redisIn(t, "ark0", addr)
+	for i, flags := range [][2]string{{"--no-anchor", "--no-anchor=false"}, {"--no-anchor=false", "--no-anchor"}} {
+		vm := s.peer(t, fmt.Sprint("source-", i), "--netns", "ark0", "--laddr", "localhost:1337", flags[0])
+		waiting := clientThatWaits(t, addr)
+		next := s.peer(t, fmt.Sprint("target-", i), "--netns", "ark1", "--laddr", "localhost:1338", "--raddr", "localhost:1337", flags[1])
+		moved(t, vm)
+		if _, err := waiting.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("%s: a client that waits hears %v", flags, err)
+		}
+		if c, err := net.DialTimeout("tcp", addr, 10*time.Second); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("%s: a client that connects to where the VM was: %v, %v", flags, c, err)
+		}
+		quiet(t, vm)
+		end(t, next)
+	}
+}
+
+// clientThatWaits blocks in a Redis until there is something. It gives up after a minute.
 func clientThatWaits(t *testing.T, addr string) net.Conn {
 	t.Helper()
 	c, err := net.Dial("tcp", addr)

@@ -36,8 +36,10 @@ func ClaimNamespace(name string) (*Claim, error) {
 	if _, err := os.Stat(filepath.Join(netnsDir, name)); err != nil {
 		return nil, fmt.Errorf("network namespace %q does not exist; start drafter nat, or create it with 'ip netns add %s'", name, name)
 	}
-	if err := rundir.Sweep("netns"); err != nil {
-		return nil, fmt.Errorf("claim network namespace %q: %w", name, err)
+	for _, locks := range []string{"netns", anchorRecords} {
+		if err := rundir.Sweep(locks); err != nil {
+			return nil, fmt.Errorf("claim network namespace %q: %w", name, err)
+		}
 	}
 	lock, err := claimNamespace(name)
 	var held *lockfile.HeldError
@@ -52,15 +54,21 @@ func ClaimNamespace(name string) (*Claim, error) {
 
 func claimNamespace(name string) (*lockfile.Lock, error) { return rundir.Lock("netns/" + name) }
 
-// Close gives the namespace back. It ends the connections of the VM, which must have ended. It is
-// idempotent.
+// Close gives the namespace back. It ends the connections of the VM, which must have ended here. If
+// it has left an anchor here, the connections go on where it is. Close is idempotent.
 func (c *Claim) Close() error {
 	if c.lock == nil {
 		return nil
 	}
-	err := c.Vacate()
+	anchor, err := anchorOf(c.namespace)
+	if anchor == nil {
+		err = errors.Join(err, endAnchorsTo(c.namespace), c.Vacate())
+	}
 	err = errors.Join(err, c.atTap("renew the tap", func(config *NATConfig, l *layout) error { return config.renewTap(l) }))
-	err = errors.Join(err, forgetTenant(c.namespace), c.lock.Release(), rundir.Remove())
+	if anchor == nil {
+		err = errors.Join(err, forgetTenant(c.namespace))
+	}
+	err = errors.Join(err, c.lock.Release(), rundir.Remove())
 	c.lock = nil
 	return err
 }

@@ -40,6 +40,18 @@ func forgetConnections(chosen conntrackFilter) error {
 	return nil
 }
 
+// listConnections lists the IPv4 connections that the calling thread's namespace tracks.
+func listConnections() (flows []*netlink.ConntrackFlow, err error) {
+	err = netlink.ErrDumpInterrupted
+	for tries := 0; tries < 10 && errors.Is(err, netlink.ErrDumpInterrupted); tries++ {
+		flows, err = netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list connections: %w", err)
+	}
+	return flows, nil
+}
+
 type conntrackFilter func(*netlink.ConntrackFlow) bool
 
 // MatchConntrackFlow implements netlink.CustomConntrackFilter.

@@ -327,6 +327,42 @@ func reclaimForwarders(log *slog.Logger) error {
 	return nil
 }
 
+// isPublished tells whether a forwarder that runs leads to a namespace.
+func isPublished(ns string) (bool, error) {
+	lists, err := filepath.Glob(filepath.Join(rundir.Path, forwarderLocks, forwarderPrefix+"*.json"))
+	if err != nil {
+		return false, err
+	}
+	for _, path := range lists {
+		b, err := os.ReadFile(path)
+		if errors.Is(err, os.ErrNotExist) {
+			continue // it has just ended
+		}
+		var list []PortForward
+		if err == nil {
+			err = json.Unmarshal(b, &list)
+		}
+		if err != nil {
+			return false, fmt.Errorf("read forwards: %s: %w", path, err)
+		}
+		if !slices.ContainsFunc(list, func(p PortForward) bool { return p.Netns == ns }) {
+			continue
+		}
+		lock, err := rundir.Lock(forwarderLocks + strings.TrimSuffix(filepath.Base(path), ".json"))
+		var held *lockfile.HeldError
+		if errors.As(err, &held) {
+			return true, nil
+		}
+		if err == nil { // it was killed
+			err = lock.Release()
+		}
+		if err != nil {
+			return false, err
+		}
+	}
+	return false, nil
+}
+
 // listPath is where a forwarder notes its forwards, so that the next one can end their connections
 // after a crash.
 func (f *Forwarder) listPath() string {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+	"github.com/google/uuid"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -298,13 +299,22 @@ func (n *NAT) namespaceRules(i, connections int) error {
 	r.rule(forwarded, fromInterface(namespaceVeth), toInterface("lo"), transport(unix.IPPROTO_TCP), reset())
 	r.rule(forwarded, fromInterface(namespaceVeth), toInterface("lo"), unreachable())
 	r.answers(forwarded)
+	// They were let in at their anchor. The kernel may know them only from now on.
+	r.rule(forwarded, ofAnchor(), accept())
 	r.rule(forwarded, notNewConnection(), drop())
-	fromGuest := [][]expr.Any{fromInterface(c.NamespaceInterface), toInterface(namespaceVeth), fromAddress(host(l.guest))}
-	r.rule(forwarded, append(fromGuest, overRate(openRate(connections)), drop())...)
-	r.rule(forwarded, append(fromGuest, overLimit(connections), drop())...)
-	r.rule(forwarded, append(fromGuest, accept())...)
+	// A guest that has moved may open a connection anew that was known here: one of UDP that was quiet
+	// for a while, say.
+	opened := r.subchain("opened")
+	for _, way := range [][]expr.Any{fromInterface(c.NamespaceInterface), fromSomeLanding()} {
+		r.rule(forwarded, way, toInterface(namespaceVeth), fromAddress(host(l.guest)), continueAt(opened))
+	}
+	r.rule(opened, overRate(openRate(connections)), drop())
+	r.rule(opened, overLimit(connections), drop())
+	r.rule(opened, accept())
 	if c.AllowIncomingTraffic {
-		r.rule(forwarded, fromInterface(namespaceVeth), toInterface(c.NamespaceInterface), toAddress(host(l.guest)), accept())
+		for _, way := range [][]expr.Any{toInterface(c.NamespaceInterface), toSomeLanding()} {
+			r.rule(forwarded, fromInterface(namespaceVeth), way, toAddress(host(l.guest)), accept())
+		}
 	}
 	r.rule(forwarded, drop())
 
@@ -315,13 +325,21 @@ func (n *NAT) namespaceRules(i, connections int) error {
 	return r.apply()
 }
 
+// Guest is a VM that is about to use a namespace.
+type Guest struct {
+	VM    uuid.UUID // its generation
+	MAC   string    // "" for one that is not known
+	Lands bool      // it comes from elsewhere, and may have its anchor here
+}
+
 // GuardGuest lets only the guest's own frames leave the tap of a namespace that a NAT made: IPv4
-// from its address, and ARP for it, both from mac. Everything else is dropped before anybody sees
-// it. An empty mac is not checked. Connections of an earlier VM are ended, because a VM that was
-// killed did not give its claim back. The tap is made anew unless it is in use. Call GuardGuest
-// before a VMM takes the tap; it replaces the guard of an earlier VM. It does nothing, and returns
-// nil, for a namespace that no NAT made: the rules there are its owner's.
-func GuardGuest(ns, mac string) error {
+// from its address, and ARP for it, both from its MAC address, if that is known. Everything else is
+// dropped before anybody sees it. Connections of an earlier VM are ended, because a VM that was
+// killed did not give its claim back; those of a VM that comes back to its anchor stay. Another VM's
+// anchor is refused. The tap is made anew unless it is in use. Call GuardGuest before a VMM takes
+// the tap; it replaces the guard of an earlier VM. It does nothing, and returns nil, for a namespace
+// that no NAT made: the rules there are its owner's.
+func GuardGuest(ns string, g Guest) error {
 	c, err := natOf(ns)
 	if c == nil || err != nil {
 		return err
@@ -331,13 +349,17 @@ func GuardGuest(ns, mac string) error {
 		return err
 	}
 	var hardware net.HardwareAddr
-	if mac != "" {
-		if hardware, err = net.ParseMAC(mac); err != nil || len(hardware) != 6 || hardware[0]&1 != 0 {
-			return fmt.Errorf("MAC address %q of the guest is not that of one interface; write it as 02:0e:d9:fd:68:3d", mac)
+	if g.MAC != "" {
+		if hardware, err = net.ParseMAC(g.MAC); err != nil || len(hardware) != 6 || hardware[0]&1 != 0 {
+			return fmt.Errorf("MAC address %q of the guest is not that of one interface; write it as 02:0e:d9:fd:68:3d", g.MAC)
 		}
 	}
+	home, err := g.home(ns)
+	if err != nil {
+		return err
+	}
 	err = inNamespace(ns, func() error {
-		if !occupied(c.NamespaceInterface) {
+		if !home && !occupied(c.NamespaceInterface) {
 			if err := c.vacate(l); err != nil {
 				return err
 			}
@@ -347,7 +369,7 @@ func GuardGuest(ns, mac string) error {
 		}
 		return c.guardTap(l, hardware)
 	})
-	if err != nil {
+	if err != nil || home {
 		return err
 	}
 	return forgetTenant(ns)

@@ -388,7 +388,7 @@ func TestGuestCannotSpoof(t *testing.T) {
 	startNAT(t, testConfig())
 	guest := attachGuest(t, "ark0")
 	own, foreign := mac(testConfig().NamespaceInterfaceMAC), mac("02:00:00:00:00:66")
-	if err := GuardGuest("ark0", own.String()); err != nil {
+	if err := GuardGuest("ark0", Guest{MAC: own.String()}); err != nil {
 		t.Fatal(err)
 	}
 	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
@@ -445,18 +445,18 @@ func TestGuestCannotSpoof(t *testing.T) {
 	}
 
 	// The next guest may have another MAC address.
-	if err := GuardGuest("ark0", foreign.String()); err != nil {
+	if err := GuardGuest("ark0", Guest{MAC: foreign.String()}); err != nil {
 		t.Fatal(err)
 	}
 	if got := ask(t, guest, "udp4", "192.0.2.254:80"); got != "" {
 		t.Errorf("another MAC address: %q", got)
 	}
 	for _, bad := range []string{"x", "ff:ff:ff:ff:ff:ff", "01:00:5e:00:00:01"} {
-		if err := GuardGuest("ark0", bad); err == nil || !strings.Contains(err.Error(), "is not that of one interface") {
+		if err := GuardGuest("ark0", Guest{MAC: bad}); err == nil || !strings.Contains(err.Error(), "is not that of one interface") {
 			t.Errorf("MAC address %q: %v", bad, err)
 		}
 	}
-	if err := GuardGuest(testhost.Outside, own.String()); err != nil {
+	if err := GuardGuest(testhost.Outside, Guest{MAC: own.String()}); err != nil {
 		t.Errorf("a namespace that no NAT made: %v", err)
 	}
 	err = inNamespace(testhost.Outside, func() error {
@@ -681,7 +681,7 @@ func TestICMPErrors(t *testing.T) {
 	need.Root(t)
 	startNAT(t, testConfig())
 	guest := attachGuest(t, "ark0")
-	if err := GuardGuest("ark0", testConfig().NamespaceInterfaceMAC); err != nil {
+	if err := GuardGuest("ark0", Guest{MAC: testConfig().NamespaceInterfaceMAC}); err != nil {
 		t.Fatal(err)
 	}
 	err := inNamespace(guest, func() error {
@@ -786,7 +786,7 @@ func TestInherit(t *testing.T) {
 				t.Fatal("no connection of the guest is tracked")
 			}
 			if killed {
-				err = errors.Join(claim.lock.Release(), GuardGuest("ark0", testConfig().NamespaceInterfaceMAC))
+				err = errors.Join(claim.lock.Release(), GuardGuest("ark0", Guest{MAC: testConfig().NamespaceInterfaceMAC}))
 			} else {
 				err = claim.Close()
 			}
@@ -987,7 +987,10 @@ func echoServer(t *testing.T, ns, addr string) {
 				return
 			}
 			open = append(open, c)
-			wait.Go(func() { io.Copy(c, c) })
+			wait.Go(func() {
+				io.Copy(c, c)
+				c.Close()
+			})
 		}
 	}()
 	t.Cleanup(func() {
@@ -1178,7 +1181,7 @@ func TestTapRenewed(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := GuardGuest("ark0", testConfig().NamespaceInterfaceMAC); err != nil {
+			if err := GuardGuest("ark0", Guest{MAC: testConfig().NamespaceInterfaceMAC}); err != nil {
 				t.Fatal(err)
 			}
 			err = inNamespace("ark0", func() error {

@@ -10,6 +10,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/rundir"
 )
 
 // lookAtOnce is how many namespaces one look visits. Each costs some 0.5 ms of CPU time.
@@ -38,12 +40,14 @@ func (n *NAT) look() {
 				return err
 			})
 			n.news.mended("nftables table netdev "+guardTable+" in "+name, done, err)
+			n.news.mended("the anchor "+name, false, n.keepAnchor(name))
 		}
 	}
 	n.news.mended("the host's addresses", false, n.sayNetworks())
 	n.news.mended("the host's interfaces", false, n.sayForwarding())
 	n.sayFirewalls()
 	n.sayNameServers()
+	n.news.mended("the locks of anchors", false, rundir.Sweep(anchorRecords))
 }
 
 // sayNetworks names networks that the host has joined since the start and that overlap with the

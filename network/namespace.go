@@ -24,12 +24,9 @@ func inNamespace(name string, f func() error) error {
 	go func() {
 		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
 		done <- func() error {
-			ns, err := netns.GetFromName(name)
+			ns, err := openNamespace(name)
 			if err != nil {
-				if errors.Is(err, os.ErrNotExist) {
-					return fmt.Errorf("network namespace %q does not exist; start drafter nat", name)
-				}
-				return fmt.Errorf("open network namespace %q: %w", name, err)
+				return err
 			}
 			defer ns.Close()
 			if err := netns.Set(ns); err != nil {
@@ -39,6 +36,18 @@ func inNamespace(name string, f func() error) error {
 		}()
 	}()
 	return <-done
+}
+
+// openNamespace opens a namespace. Close it.
+func openNamespace(name string) (netns.NsHandle, error) {
+	ns, err := netns.GetFromName(name)
+	if errors.Is(err, os.ErrNotExist) {
+		return ns, fmt.Errorf("network namespace %q does not exist; start drafter nat", name)
+	}
+	if err != nil {
+		return ns, fmt.Errorf("open network namespace %q: %w", name, err)
+	}
+	return ns, nil
 }
 
 // createNamespace makes a named namespace.

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -52,6 +53,9 @@ type NATConfig struct {
 	// most connections that a guest may have open at a time; 0: an equal share of a third of what
 	// the host can track, up to 8192
 	MaxConnections int
+	// how long connections of a VM that has moved may go on by way of the namespace that it has left;
+	// 0: for ever
+	AnchorTimeout time.Duration
 
 	NamespaceInterface        string // tap interface for the VMM
 	NamespaceInterfaceGateway string // its address, the guest's gateway
@@ -73,7 +77,7 @@ func DefaultNAT() NATConfig {
 		HostVethCIDR: "10.0.8.0/22", NamespaceVethCIDR: "10.0.15.0/24", BlockedSubnetCIDR: "10.0.15.0/24",
 		NamespaceInterface: "tap0", NamespaceInterfaceGateway: "172.16.0.1", NamespaceInterfaceNetmask: 30,
 		NamespaceInterfaceIP: "172.16.0.2", NamespaceInterfaceMAC: "02:0e:d9:fd:68:3d",
-		NamespacePrefix: "ark", NamespaceCount: 16, AllowIncomingTraffic: true,
+		NamespacePrefix: "ark", NamespaceCount: 16, AllowIncomingTraffic: true, AnchorTimeout: 24 * time.Hour,
 	}
 }
 
@@ -178,6 +182,9 @@ func (c *NATConfig) parse() (*layout, error) {
 	}
 	if l.openings, err = c.parseOpenings(); err != nil {
 		return nil, err
+	}
+	if c.AnchorTimeout < 0 {
+		return nil, fmt.Errorf("--anchor-timeout is %s; it must be 0 or more", c.AnchorTimeout)
 	}
 	if c.MaxConnections < 0 {
 		return nil, fmt.Errorf("--max-connections is %d; it must be 0 or more", c.MaxConnections)
@@ -355,9 +362,18 @@ func (n *NAT) reclaim() (kept []string, err error) {
 		if slices.ContainsFunc(others, func(o natRecord) bool { return slices.Contains(o.Namespaces, name) }) {
 			continue
 		}
+		anchor, aerr := anchorOf(name)
 		lock, err := claimNamespace(name)
 		var held *lockfile.HeldError
 		switch {
+		case aerr != nil:
+			return nil, aerr
+		case err == nil && anchor != nil && old.Config.pool() == n.config.pool():
+			kept = append(kept, name)
+			n.changed = n.changed || old.Config.permissions() != n.config.permissions()
+			if err := lock.Release(); err != nil {
+				return nil, err
+			}
 		case errors.As(err, &held):
 			if old.Config.pool() != n.config.pool() {
 				return nil, fmt.Errorf("network namespace %q is in use by %s and laid out by other flags; end that process first", name, held.Holder)
@@ -868,6 +884,11 @@ func (n *NAT) Claim() (string, *Claim, error) {
 		return "", nil, kind.Of(kind.ErrClosed, errors.New("claim network namespace: the NAT is closed"))
 	}
 	for _, name := range n.created {
+		if anchor, err := anchorOf(name); err != nil {
+			return "", nil, err
+		} else if anchor != nil {
+			continue
+		}
 		claim, err := claimNamespace(name)
 		var held *lockfile.HeldError
 		if errors.As(err, &held) {
@@ -908,7 +929,7 @@ func removeNamespace(name string, log *slog.Logger) error {
 			errs = append(errs, fmt.Errorf("remove %s: %w", hostVethName(name), err))
 		}
 	}
-	errs = append(errs, deleteNamespace(name))
+	errs = append(errs, deleteNamespace(name), forgetAnchor(name))
 	return errors.Join(errs...)
 }
 

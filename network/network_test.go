@@ -116,61 +116,9 @@ func attachGuest(t *testing.T, ns string) string {
 			t.Error(err)
 		}
 	})
-	var ends [2]*os.File
-	for i, where := range []struct{ ns, name string }{{ns, "tap0"}, {guest, "eth0"}} {
-		err := inNamespace(where.ns, func() error {
-			fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-			if err != nil {
-				return err
-			}
-			ifr, err := unix.NewIfreq(where.name)
-			if err != nil {
-				return err
-			}
-			ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
-			if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); err != nil {
-				return err
-			}
-			ends[i] = os.NewFile(uintptr(fd), where.name)
-			return nil
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	err := inNamespace(guest, func() error {
-		link, err := netlink.LinkByName("eth0")
-		if err != nil {
-			return err
-		}
-		// The same MAC address as the tap's, as the defaults have it.
-		mac, err := net.ParseMAC(testConfig().NamespaceInterfaceMAC)
-		if err != nil {
-			return err
-		}
-		if err := netlink.LinkSetHardwareAddr(link, mac); err != nil {
-			return err
-		}
-		if err := configureLink(link, subnet("172.16.0.2/30")); err != nil {
-			return err
-		}
-		return netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: net.IPv4(172, 16, 0, 1)})
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	config := testConfig()
-	l, err := config.parse()
-	if err != nil {
-		t.Fatal(err)
-	}
-	await.None(t, "the kernel notices that somebody is behind the tap", func() string {
-		vacant := true
-		if err := inNamespace(ns, func() error { vacant = l.vacant(); return nil }); err != nil || vacant {
-			return fmt.Sprint("vacant: ", vacant, ", ", err)
-		}
-		return ""
-	})
+	ends := [2]*os.File{openTap(t, ns, "tap0"), openTap(t, guest, "eth0")}
+	setUpGuest(t, guest)
+	awaitOccupied(t, ns)
 	done := make(chan struct{}, 2)
 	for i := range ends {
 		go func() {
@@ -198,6 +146,74 @@ func attachGuest(t *testing.T, ns string) string {
 		<-done
 	})
 	return guest
+}
+
+// openTap opens a tap in a namespace.
+func openTap(t *testing.T, ns, name string) (tap *os.File) {
+	t.Helper()
+	err := inNamespace(ns, func() error {
+		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+		if err != nil {
+			return err
+		}
+		ifr, err := unix.NewIfreq(name)
+		if err != nil {
+			return err
+		}
+		ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+		if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); err != nil {
+			return err
+		}
+		tap = os.NewFile(uintptr(fd), name)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tap
+}
+
+// setUpGuest gives a guest's interface its addresses.
+func setUpGuest(t *testing.T, guest string) {
+	t.Helper()
+	err := inNamespace(guest, func() error {
+		link, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		// The same MAC address as the tap's, as the defaults have it.
+		mac, err := net.ParseMAC(testConfig().NamespaceInterfaceMAC)
+		if err != nil {
+			return err
+		}
+		if err := netlink.LinkSetHardwareAddr(link, mac); err != nil {
+			return err
+		}
+		if err := configureLink(link, subnet("172.16.0.2/30")); err != nil {
+			return err
+		}
+		return netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: net.IPv4(172, 16, 0, 1)})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// awaitOccupied waits until the kernel notices that somebody is behind a namespace's tap.
+func awaitOccupied(t *testing.T, ns string) {
+	t.Helper()
+	config := testConfig()
+	l, err := config.parse()
+	if err != nil {
+		t.Fatal(err)
+	}
+	await.None(t, "the kernel notices that somebody is behind the tap", func() string {
+		vacant := true
+		if err := inNamespace(ns, func() error { vacant = l.vacant(); return nil }); err != nil || vacant {
+			return fmt.Sprint("vacant: ", vacant, ", ", err)
+		}
+		return ""
+	})
 }
 
 // listen serves TCP and UDP on addr in a namespace: each connection or packet is answered with name
@@ -293,7 +309,7 @@ func TestGuestReachesOutside(t *testing.T) {
 	startNAT(t, testConfig())
 	guest0, guest1 := attachGuest(t, "ark0"), attachGuest(t, "ark1")
 	for _, ns := range []string{"ark0", "ark1"} {
-		if err := GuardGuest(ns, testConfig().NamespaceInterfaceMAC); err != nil {
+		if err := GuardGuest(ns, Guest{MAC: testConfig().NamespaceInterfaceMAC}); err != nil {
 			t.Fatal(err)
 		}
 	}

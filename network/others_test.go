@@ -232,7 +232,7 @@ func TestTapGuardPutBack(t *testing.T) {
 		return string(out)
 	}
 	for _, mac := range []string{testConfig().NamespaceInterfaceMAC, ""} {
-		if err := GuardGuest("ark0", mac); err != nil {
+		if err := GuardGuest("ark0", Guest{MAC: mac}); err != nil {
 			t.Fatal(err)
 		}
 		before := rules()
@@ -353,13 +353,13 @@ func TestReset(t *testing.T) {
 		},
 		"killed, and another VM follows": func(c *Claim) error {
 			unplug["ark0"]()
-			return errors.Join(c.lock.Release(), GuardGuest("ark0", testConfig().NamespaceInterfaceMAC))
+			return errors.Join(c.lock.Release(), GuardGuest("ark0", Guest{MAC: testConfig().NamespaceInterfaceMAC}))
 		},
 	} {
 		t.Run(how, func(t *testing.T) {
 			claim, err := ClaimNamespace("ark0")
 			if err == nil {
-				err = GuardGuest("ark0", testConfig().NamespaceInterfaceMAC)
+				err = GuardGuest("ark0", Guest{MAC: testConfig().NamespaceInterfaceMAC})
 			}
 			if err != nil {
 				t.Fatal(err)

@@ -27,6 +27,7 @@ const (
 
 	tcpEstablished = 3 // nf_conntrack_tcp.h
 	tcpCloseWait   = 5
+	tcpLastAck     = 6
 
 	// for answers: a client that has just answered waits for 500 ms (tcp_invalid_ratelimit)
 	resetPatience = time.Second
@@ -41,9 +42,12 @@ func (c *Claim) Vacate() error {
 	return c.atTap("reset connections", func(config *NATConfig, l *layout) error { return config.vacate(l) })
 }
 
-// Occupy undoes Vacate, for a VM that goes on here after all. Connections that were reset stay
-// reset.
+// Occupy undoes Vacate, and a departure that has ended, for a VM that goes on here after all.
+// Connections that were reset stay reset.
 func (c *Claim) Occupy() error {
+	if err := takeBack(c.namespace); err != nil {
+		return err
+	}
 	return c.atTap("connect the guest", func(config *NATConfig, _ *layout) error {
 		link, err := netlink.LinkByName(config.NamespaceInterface)
 		if err != nil {

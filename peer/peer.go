@@ -59,6 +59,8 @@ type Config struct {
 	// receive a VM even if its guest does not get ready to be paused; data that the guest has not
 	// flushed is as after a power cut
 	Force bool
+	// connections with the VM end when it moves from here or to here
+	NoAnchor bool
 	// RescueTimeout bounds the answer of the agent before a suspend. After that the VM is suspended
 	// without it. 0: 10 s; below 0: the agent is not waited for.
 	RescueTimeout time.Duration
@@ -88,15 +90,17 @@ type Peer struct {
 	claim    *network.Claim
 	vacated  atomic.Bool    // the VM runs elsewhere
 	vacating sync.WaitGroup // until its clients here were told
-	user     *vmm.User
-	devices  deviceset.Set
-	private  *vmm.Dir        // of the private map; nil without one
-	leave    func() error    // writes the outputs at the end; nil without a private map
-	written  map[string]bool // devices whose outputs are written; nil until that is tried
-	moves    migration.Moves
-	instance *instance.Instance
-	syncer   *syncer // nil unless the instance is backed up
-	endRoom  func()  // ends what watchRoom does; nil before
+	// those that can go on where the VM moves to; nil while none do
+	connections atomic.Pointer[network.Departure]
+	user        *vmm.User
+	devices     deviceset.Set
+	private     *vmm.Dir        // of the private map; nil without one
+	leave       func() error    // writes the outputs at the end; nil without a private map
+	written     map[string]bool // devices whose outputs are written; nil until that is tried
+	moves       migration.Moves
+	instance    *instance.Instance
+	syncer      *syncer // nil unless the instance is backed up
+	endRoom     func()  // ends what watchRoom does; nil before
 
 	refusals, failures logging.Limited // of connections, and of migrations
 	// the goroutines that wait for an operator to settle an arrival, and for devices to be whole
@@ -461,6 +465,7 @@ func (p *Peer) Close() error {
 		p.private = nil
 	}
 	p.vacating.Wait()
+	p.stay()
 	if p.claim != nil {
 		errs = append(errs, p.claim.Close())
 		p.claim = nil

@@ -41,7 +41,11 @@ func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	rctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	a := &arrival{p: p, giveUp: cancel, restoring: make(chan struct{})}
-	target, err := migration.Receive(rctx, migration.TargetConfig{VM: a, Dial: dial, Limits: p.config.Limits, Force: p.config.Force, Logger: p.log, OnPhase: p.config.Hooks.OnPhase, OnProgress: p.config.Hooks.OnProgress})
+	landing, err := p.landing()
+	if err != nil {
+		return err
+	}
+	target, err := migration.Receive(rctx, migration.TargetConfig{VM: a, Dial: dial, Landing: landing, Limits: p.config.Limits, Force: p.config.Force, Logger: p.log, OnPhase: p.config.Hooks.OnPhase, OnProgress: p.config.Hooks.OnProgress})
 	if errors.Is(err, migrate.ErrPackage) {
 		pkg, err := migration.OpenPackage(ctx, dial, p.config.Limits)
 		if err != nil {
@@ -60,6 +64,9 @@ func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	stats := target.Stats()
 	running := time.Since(start)
 	firstMoments(ctx)
+	if err := p.claim.Landed(); err != nil {
+		p.log.Warn("The VM's anchor here is left behind", "error", err)
+	}
 	p.keepWhole(target)
 	// The VM runs and serves its clients. An agent that does not answer is no reason to end it.
 	if err := p.instance.AfterResume(ctx, p.config.ResumeTimeout); err != nil {
@@ -208,6 +215,18 @@ var arrivalPatience = 20 * time.Second
 func arrivalBytes(p *Peer) (sent, saved, pending int64) {
 	stats := p.moves.Arrival().Stats()
 	return stats.Bytes()
+}
+
+// landing is where connections of a VM go on that comes here: nil if they cannot.
+func (p *Peer) landing() ([]byte, error) {
+	if p.config.NoAnchor {
+		return nil, nil
+	}
+	l, err := p.claim.Landing()
+	if l == nil || err != nil {
+		return nil, err
+	}
+	return json.Marshal(l)
 }
 
 // Stats returns the figures of the latest migration from here or to here. ok is false when there

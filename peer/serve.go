@@ -16,6 +16,7 @@ import (
 	"drafter/internal/migration"
 	"drafter/internal/private"
 	"drafter/migrate"
+	"drafter/network"
 	"drafter/transport"
 	"drafter/vmm"
 )
@@ -112,8 +113,11 @@ func (p *Peer) newSource() (*migration.Source, error) {
 	var settling settling
 	c.OnPhase = func(s migrate.Phase) {
 		settling.follow(p, s)
-		if s == migrate.Serving || s == migrate.Moved {
+		switch s {
+		case migrate.Serving, migrate.Moved:
 			p.vacate()
+		case migrate.Kept, migrate.LeftInDoubt:
+			p.stay()
 		}
 		if p.config.Hooks.OnPhase != nil {
 			p.config.Hooks.OnPhase(s)
@@ -152,6 +156,9 @@ func (p *Peer) vacate() {
 		return
 	}
 	p.vacating.Go(func() {
+		if p.stay() {
+			return // they go on at the target
+		}
 		if err := p.claim.Vacate(); err != nil {
 			p.log.Warn("Clients of the VM that has left may wait for it here", "error", err)
 		}
@@ -165,6 +172,19 @@ func (p *Peer) reoccupy() error {
 	}
 	p.vacating.Wait()
 	return p.claim.Occupy()
+}
+
+// stay ends the departure of the VM's connections, and tells whether they go on at the target.
+func (p *Peer) stay() (gone bool) {
+	d := p.connections.Swap(nil)
+	if d == nil {
+		return false
+	}
+	gone = d.Switched()
+	if err := d.Close(); err != nil {
+		p.log.Warn("Links for connections of a VM that moves are left behind until its NAT looks", "error", err)
+	}
+	return gone
 }
 
 // departure is a VM that may leave. It implements [migration.SourceVM].
@@ -189,8 +209,13 @@ func (d *departure) Prepare(ctx context.Context) error {
 	return nil
 }
 
-// Pause implements [migration.SourceVM].
+// Pause implements [migration.SourceVM]. What is sent to the VM from now on waits at the target.
 func (d *departure) Pause(ctx context.Context) (stopped time.Time, err error) {
+	if connections := d.p.connections.Load(); connections != nil {
+		if err := connections.Switch(); err != nil {
+			d.endConnections(err)
+		}
+	}
 	return d.p.instance.PauseToSave(ctx)
 }
 
@@ -202,13 +227,63 @@ func (d *departure) Leave(_ context.Context, migration uuid.UUID) error {
 	return d.p.instance.NoteLeaving(migration)
 }
 
-// Save implements [migration.SourceVM].
+// Land implements [migration.Lander].
+func (d *departure) Land(landing []byte) {
+	if d.p.config.NoAnchor {
+		return
+	}
+	d.p.stay() // of an earlier migration
+	var l network.Landing
+	err := json.Unmarshal(landing, &l)
+	var connections *network.Departure
+	if err == nil {
+		connections, err = d.p.claim.Depart(d.p.instance.Generation(), l)
+	}
+	switch {
+	case errors.Is(err, network.ErrNoAnchor):
+		d.p.log.Info("Connections of the VM end when it moves", "reason", err)
+		return
+	case err != nil:
+		d.p.log.Warn("Connections of the VM end when it moves", "error", err)
+		return
+	}
+	d.p.connections.Store(connections)
+}
+
+// Save implements [migration.SourceVM]. Meanwhile the target's host is told of the VM's connections.
 func (d *departure) Save(ctx context.Context, migration uuid.UUID, final func(end int64, early bool)) error {
-	return d.p.instance.SaveLeaving(ctx, migration, final)
+	connections := d.p.connections.Load()
+	if connections == nil {
+		return d.p.instance.SaveLeaving(ctx, migration, final)
+	}
+	told := make(chan error, 1)
+	go func() { told <- connections.Tell() }()
+	err := d.p.instance.SaveLeaving(ctx, migration, final)
+	if terr := <-told; terr != nil {
+		d.endConnections(terr)
+	}
+	return err
+}
+
+// endConnections lets the VM move without its connections.
+func (d *departure) endConnections(why error) {
+	d.p.log.Warn("Connections of the VM end as it moves", "error", why)
+	d.goBack()
+	d.p.stay()
+}
+
+// goBack leads the VM's connections to it where it is.
+func (d *departure) goBack() {
+	if connections := d.p.connections.Load(); connections != nil {
+		if err := connections.Back(); err != nil {
+			d.p.log.Warn("Connections of the VM, which goes on here, may be lost", "error", err)
+		}
+	}
 }
 
 // Rescue implements [migration.SourceVM].
 func (d *departure) Rescue(ctx context.Context) error {
+	d.goBack()
 	if err := d.p.reoccupy(); err != nil {
 		d.p.log.Warn("The VM goes on here, but without its network", "error", err)
 	}

@@ -139,7 +139,7 @@ runner'.
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return &usageError{fmt.Errorf("%w; see '%s --help'", err, cmd.CommandPath())}
 	})
-	root.AddCommand(newNAT(), newForwarder(), newBlueprint(), newSnapshotter(), newPackager(), newRunner(), newPeer(), newMounter(), newRegistry(), newPush(), newPull(), newSign(), newVerify(), newTerminator(), newCheckpoint(), newDevice(), newVersion())
+	root.AddCommand(newNAT(), newForwarder(), newAnchor(), newBlueprint(), newSnapshotter(), newPackager(), newRunner(), newPeer(), newMounter(), newRegistry(), newPush(), newPull(), newSign(), newVerify(), newTerminator(), newCheckpoint(), newDevice(), newVersion())
 	return root
 }
 

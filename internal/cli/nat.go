@@ -42,6 +42,8 @@ A guest sends with its own IPv4 and MAC address only: TCP, UDP and ICMP, and no 
 leave the host from ports 61000 to 65535. Run no services at these, and keep
 net.ipv4.ip_local_port_range below them, as is the default.
 
+A VM that moves to another namespace of this host keeps its connections: see drafter anchor.
+
 What others remove or change of all this while it runs (rules, links, addresses, routes, forwarding)
 is put back within seconds, and the log says so. Other firewalls of the host are left alone. If one
 drops what guests need, the log names it, with the commands that let guests through. The log also
@@ -79,6 +81,7 @@ names a name server of the host that guests do not reach.
 	f.StringVar(&c.NamespaceInterfaceMAC, "namespace-interface-mac", c.NamespaceInterfaceMAC, "MAC address for the interface inside the namespace")
 	f.StringVar(&c.NamespacePrefix, "namespace-prefix", c.NamespacePrefix, "Prefix of the namespaces' names")
 	f.IntVar(&c.NamespaceCount, "namespace-count", c.NamespaceCount, "Number of namespaces to make (0: as many as the CIDRs hold)")
+	f.DurationVar(&c.AnchorTimeout, "anchor-timeout", c.AnchorTimeout, "How long connections of a VM that has moved may go on by way of the namespace that it has left (0: for ever)")
 	f.BoolVar(&c.AllowIncomingTraffic, "allow-incoming-traffic", c.AllowIncomingTraffic, "Let the host connect to guests, at the addresses of their namespaces (10.0.15.N:PORT by default)")
 	return cmd
 }

@@ -139,6 +139,7 @@ func (p *peerCommand) add(cmd *cobra.Command) {
 	f.StringVar(&p.metrics, "metrics", "", "Address (HOST:PORT) to serve Prometheus metrics from, without authentication: sizes, numbers, times and paths, nothing of a VM's content (leave empty to disable)")
 	f.IntVar(&p.concurrency, "concurrency", 1024, "Number of concurrent workers in migrations (kept for compatibility, without effect)")
 	f.BoolVar(&p.config.Force, "force", false, forceHelp)
+	f.BoolVar(&p.config.NoAnchor, "no-anchor", false, "End the VM's connections when it moves from here or to here, instead of leading them to where it is")
 	f.DurationVar(&p.config.RescueTimeout, "rescue-timeout", 10*time.Second, "Maximum amount of time to wait for the guest's agent before a suspend or a handoff, such as 30s (0: not at all)")
 }
 

@@ -136,6 +136,7 @@ type Instance struct {
 	// It belongs to the VM, not to its package: it stays the same while the VM goes on in one
 	// place. Zero while the VM is booted for a package.
 	generation uuid.UUID
+	moved      bool // it comes from elsewhere
 	storage    Storage
 	memory     *memory.Device // nil while it is a file, of a VMM that boots with one
 	endMemory  func() error
@@ -221,7 +222,7 @@ func Boot(ctx context.Context, h vmm.Host, spec vmm.Spec, id string, names []str
 // machine starts.
 func (i *Instance) launch(h vmm.Host, driver vmm.Driver) (vmm.Launch, error) {
 	if h.Netns != "" && i.config.Interface != "" {
-		if err := network.GuardGuest(h.Netns, i.config.MAC); err != nil {
+		if err := network.GuardGuest(h.Netns, network.Guest{VM: i.generation, MAC: i.config.MAC, Lands: i.moved}); err != nil {
 			return vmm.Launch{}, fmt.Errorf("guard network namespace %q: %w", h.Netns, err)
 		}
 	}
@@ -472,7 +473,7 @@ func launch(ctx context.Context, h vmm.Host, config *vmm.PackageConfig, storage 
 	if err := h.CheckMemory(memory.Size); err != nil {
 		return nil, err
 	}
-	i := &Instance{log: logging.Or(h.Logger), config: config, storage: storage, generation: generation}
+	i := &Instance{log: logging.Or(h.Logger), config: config, storage: storage, generation: generation, moved: !here}
 	l, err := i.launch(h, driver)
 	if err != nil {
 		return nil, err

@@ -56,6 +56,13 @@ type SourceVM interface {
 	Mark(ctx context.Context, phase migrate.Phase, migration uuid.UUID) error
 }
 
+// Lander is a [SourceVM] whose connections can go on at the target.
+type Lander interface {
+	// Land makes ready for that, given what the target says of where the VM will be; see
+	// [TargetConfig]. The migration goes on whether they can or not.
+	Land(landing []byte)
+}
+
 // SourceDevice is a device to migrate.
 type SourceDevice struct {
 	Name    string
@@ -688,6 +695,9 @@ func (o *outgoing) preflight(ctx context.Context) (migrate.Phase, error) {
 			return "", err
 		}
 	}
+	if lander, ok := o.config.VM.(Lander); ok && len(accept.Landing) > 0 {
+		lander.Land(accept.Landing)
+	}
 	o.attachMain(l)
 	o.figures.update(func(f *figures) { f.preflight = time.Since(f.began) })
 	return migrate.PreCopying, nil
@@ -724,6 +734,9 @@ func (o *outgoing) manifest() wire.Manifest {
 	}
 	if !o.asks.copy {
 		m.Generation = o.config.Generation
+		if _, ok := o.config.VM.(Lander); ok {
+			m.Features |= wire.FeatureLanding
+		}
 	}
 	for _, d := range o.devices {
 		if !o.asks.copy {

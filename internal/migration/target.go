@@ -94,6 +94,9 @@ type TargetConfig struct {
 	// take the VM even if its guest does not get ready to be paused; data that the guest has not
 	// flushed is as after a power cut
 	Force bool
+	// where the VM's connections can go on here, in JSON; nil if they cannot. The source must know
+	// what it says.
+	Landing []byte
 
 	// As in [SourceConfig].
 	Logger     *slog.Logger
@@ -399,6 +402,9 @@ func (t *Target) preflight(ctx context.Context) (migrate.Phase, error) {
 		return "", err
 	}
 	accept := wire.Accept{}
+	if m.Features&wire.FeatureLanding != 0 {
+		accept.Landing = t.config.Landing
+	}
 	var incoming []*incomingDevice
 	for i, d := range devices {
 		held := d.Held

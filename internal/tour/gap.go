@@ -3,105 +3,86 @@ package tour
 import (
 	"bufio"
 	"context"
+	"errors"
+	"fmt"
 	"net"
-	"strings"
 	"sync"
 	"time"
 )
 
-// Pulse pings a Redis at several addresses, one of which answers at a time, and notes when.
+// Pulse pings a Redis on one connection, and never makes another. It notes how long the Redis is
+// silent.
 type Pulse struct {
+	conn net.Conn
 	stop context.CancelFunc
-	wg   sync.WaitGroup
+	done chan struct{}
+	err  error // why the connection broke; valid once done is closed
 
 	mu   sync.Mutex // guards the following
 	last time.Time
 	gap  time.Duration
 }
 
-// StartPulse begins. A ping is sent every few milliseconds, on a new connection wherever the old
-// one does not answer.
-func StartPulse(ctx context.Context, addrs ...string) *Pulse {
-	p := &Pulse{}
-	ctx, p.stop = context.WithCancel(ctx)
-	for _, addr := range addrs {
-		p.wg.Go(func() {
-			tick := time.NewTicker(10 * time.Millisecond)
-			defer tick.Stop()
-			busy := make(chan struct{}, 20) // connections at once
-			for ctx.Err() == nil {
-				select {
-				case <-tick.C:
-				case <-ctx.Done():
-					return
-				}
-				select {
-				case busy <- struct{}{}:
-				default:
-					continue
-				}
-				p.wg.Go(func() {
-					defer func() { <-busy }()
-					p.ping(ctx, addr)
-				})
-			}
-		})
+// StartPulse connects, and begins. End it.
+func StartPulse(ctx context.Context, addr string) (*Pulse, error) {
+	conn, err := (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, "tcp", addr)
+	if err != nil {
+		return nil, fmt.Errorf("ping: %w", err)
 	}
-	return p
+	ctx, stop := context.WithCancel(ctx)
+	p := &Pulse{conn: conn, stop: stop, done: make(chan struct{}), last: time.Now()}
+	go func() {
+		defer close(p.done)
+		r := bufio.NewReader(conn)
+		for ctx.Err() == nil && p.err == nil {
+			if p.err = p.ping(r); p.err == nil {
+				p.note()
+				time.Sleep(2 * time.Millisecond)
+			}
+		}
+	}()
+	return p, nil
 }
 
-// ping pings on one connection for as long as it is answered quickly.
-func (p *Pulse) ping(ctx context.Context, addr string) {
-	const patience = 200 * time.Millisecond
-	conn, err := (&net.Dialer{Timeout: patience}).DialContext(ctx, "tcp", addr)
-	if err != nil {
-		return // nobody is there now
+func (p *Pulse) ping(r *bufio.Reader) error {
+	if err := p.conn.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+		return err
 	}
-	defer conn.Close()
-	r := bufio.NewReader(conn)
-	for ctx.Err() == nil {
-		conn.SetDeadline(time.Now().Add(patience))
-		if _, err := conn.Write([]byte("PING\r\n")); err != nil {
-			return
-		}
-		if line, err := r.ReadString('\n'); err != nil || !strings.HasPrefix(line, "+PONG") {
-			return
-		}
-		p.note()
-		time.Sleep(20 * time.Millisecond)
+	if _, err := p.conn.Write([]byte("PING\r\n")); err != nil {
+		return err
 	}
+	line, err := r.ReadString('\n')
+	if err == nil && line != "+PONG\r\n" {
+		err = fmt.Errorf("the answer is %q", line)
+	}
+	return err
 }
 
 func (p *Pulse) note() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	now := time.Now()
-	if !p.last.IsZero() {
-		p.gap = max(p.gap, now.Sub(p.last))
-	}
+	p.gap = max(p.gap, now.Sub(p.last))
 	p.last = now
 }
 
-// Reset forgets the gaps so far. What has not answered yet is silent from here on.
+// Reset forgets the gaps so far.
 func (p *Pulse) Reset() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.gap = 0
-	if p.last.IsZero() {
-		p.last = time.Now()
-	}
 }
 
-// End ends the pings and returns the longest time without an answer, which may have lasted until
-// now.
-func (p *Pulse) End() time.Duration {
-	now := time.Now()
+// End ends the pings and returns the longest silence, and whether the connection broke. It is
+// idempotent.
+func (p *Pulse) End() (gap time.Duration, err error) {
 	p.stop()
-	p.wg.Wait()
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if !p.last.IsZero() {
-		p.gap = max(p.gap, now.Sub(p.last))
+	<-p.done
+	if err := p.conn.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+		return 0, fmt.Errorf("ping: %w", err)
 	}
-	return p.gap
+	if p.err != nil {
+		return 0, fmt.Errorf("the connection with Redis broke: %w", p.err)
+	}
+	return p.gap, nil
 }

@@ -63,6 +63,9 @@ const FeatureContents uint64 = 16
 // with the manifest; see [Device].
 const FeatureFile uint64 = 32
 
+// FeatureLanding is a feature of a manifest: the source takes a landing with the [Accept].
+const FeatureLanding uint64 = 64
+
 // Kind is what an [Operation] does.
 type Kind uint8
 
@@ -160,8 +163,14 @@ const (
 	TakesFile Held = 0x80
 )
 
-// Accept says that the target can take the VM. Its payload: one byte per device of the manifest.
-type Accept struct{ Held []Held }
+// Accept says that the target can take the VM. Its payload: one byte per device of the manifest,
+// then the landing.
+type Accept struct {
+	Held []Held
+	// where the VM's connections can go on, if they can, as the network knows it, in JSON. With
+	// [FeatureLanding]
+	Landing []byte
+}
 
 // Want asks for pages that somebody waits for. Its payload: first page uint64, number of pages
 // uint32; the device is in the header.
@@ -292,6 +301,7 @@ func encode(message any) ([]byte, error) {
 		for _, h := range m.Held {
 			b = append(b, byte(h))
 		}
+		b = append(b, m.Landing...)
 	case Want:
 		t, device = TypeWant, m.Device
 		b = le.AppendUint32(le.AppendUint64(b, uint64(m.First)), uint32(m.Ends-m.First))
@@ -385,8 +395,11 @@ func Decode(f Frame, sizes []int64) (any, error) {
 		m = r.manifest()
 	case TypeAccept:
 		a := Accept{}
-		for len(r.b) > 0 {
+		for len(r.b) > 0 && len(a.Held) < len(sizes) {
 			a.Held = append(a.Held, Held(r.uint8()))
+		}
+		if len(r.b) > 0 {
+			a.Landing = r.rest()
 		}
 		m = a
 	case TypeWant:

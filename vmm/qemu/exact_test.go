@@ -66,13 +66,13 @@ func TestExactMemory(t *testing.T) {
 				setHugePages(t, exactSize)
 			}
 			booted := bootExact(t, kernel, way)
-			booted.rounds(need.Rounds(6, 200))
+			booted.rounds(need.Rounds(6, 100))
 			booted.end()
 			resumed := booted.resumed(kernel, way)
-			resumed.rounds(need.Rounds(16, 1000))
+			resumed.rounds(need.Rounds(16, 400))
 			if way.late {
 				<-resumed.incoming.Complete()
-				resumed.rounds(need.Rounds(8, 200))
+				resumed.rounds(need.Rounds(8, 100))
 			}
 			resumed.end()
 			swapped = max(swapped, booted.swapped, resumed.swapped)
