@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -46,8 +47,10 @@ func endsWell(t *testing.T, cmd *exec.Cmd) {
 			t.Fatal(err)
 		}
 	case <-time.After(time.Minute):
+		// Nobody may read what it prints.
+		stacks, _ := exec.Command("sh", "-c", `for t in /proc/$0/task/*; do cat $t/comm $t/stack; done`, strconv.Itoa(cmd.Process.Pid)).CombinedOutput()
 		_ = cmd.Process.Signal(syscall.SIGQUIT)
-		t.Fatalf("it does not end: %v", <-ended)
+		t.Fatalf("it does not end: %v\n%s", <-ended, stacks)
 	}
 }
 

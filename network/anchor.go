@@ -107,7 +107,8 @@ func forgetAnchor(ns string) error {
 
 // lockAnchors excludes others who change the links and records of the VM in a namespace.
 func lockAnchors(ns string) (*lockfile.Lock, error) {
-	for deadline := time.Now().Add(time.Second); ; time.Sleep(10 * time.Millisecond) {
+	const patience = 2 * time.Second // longer than the end of an anchor takes
+	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
 		lock, err := rundir.Lock(anchorRecords + "/" + ns)
 		var held *lockfile.HeldError
 		if !errors.As(err, &held) || time.Now().After(deadline) {
@@ -157,14 +158,13 @@ type Departure struct {
 	vm       uuid.UUID
 	lock     *lockfile.Lock
 	before   []Anchor // that led to from
-	config   *NATConfig
 	layout   *layout
 	switched bool
 }
 
 // Depart makes the links by which the connections of the claim's VM can go on at a landing. Nothing
-// is sent by them before [Departure.Switch], after which [Departure.Tell] is called. An [ErrNoAnchor] says that they cannot, and why. End
-// the departure with Close.
+// is sent by them yet: call [Departure.Switch] just before the VM is paused, [Departure.Tell] while it
+// is, and Close at the end. An [ErrNoAnchor] says that they cannot go on there, and why.
 func (c *Claim) Depart(vm uuid.UUID, l Landing) (_ *Departure, err error) {
 	if c.lock == nil {
 		return nil, fmt.Errorf("%w: the VM has no network namespace here", ErrNoAnchor)
@@ -191,7 +191,7 @@ func (c *Claim) Depart(vm uuid.UUID, l Landing) (_ *Departure, err error) {
 	case config.guest() != there.guest():
 		return nil, fmt.Errorf("%w: guests of network namespace %q have other addresses", ErrNoAnchor, l.Netns)
 	}
-	d := &Departure{from: c.namespace, to: l.Netns, vm: vm, config: config}
+	d := &Departure{from: c.namespace, to: l.Netns, vm: vm}
 	if d.layout, err = config.parse(); err != nil {
 		return nil, err
 	}

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -104,6 +105,9 @@ func TestStuckOutput(t *testing.T) {
 
 // A terminal that goes away ends a command as SIGTERM does; under nohup it goes on.
 func TestHangup(t *testing.T) {
+	hangups := make(chan os.Signal, 1)
+	signal.Notify(hangups, syscall.SIGHUP) // else a test under nohup starts what ignores it
+	defer signal.Stop(hangups)
 	for _, by := range [][]string{nil, {"nohup"}} {
 		cmd := mounts(t, by...)
 		log, err := cmd.StderrPipe()
