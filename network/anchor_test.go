@@ -108,19 +108,26 @@ func (g *traveller) pause() {
 	g.stop = nil
 }
 
+// departs begins a move to the namespace of a claim.
+func (g *traveller) departs(to *Claim) *Departure {
+	g.t.Helper()
+	landing, err := to.Landing()
+	if err != nil || landing == nil {
+		g.t.Fatal(landing, err)
+	}
+	d, err := g.claim.Depart(g.vm, *landing)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	return d
+}
+
 // move moves the guest, which is away for a moment.
 func (g *traveller) move(to string) {
 	t := g.t
 	t.Helper()
 	claim, tap := g.claims(to, true)
-	landing, err := claim.Landing()
-	if err != nil || landing == nil {
-		t.Fatal(landing, err)
-	}
-	d, err := g.claim.Depart(g.vm, *landing)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := g.departs(claim)
 	if err := d.Switch(); err != nil {
 		t.Fatal(err)
 	}
@@ -325,14 +332,7 @@ func TestDepartureGivenUp(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		landing, err := claim.Landing()
-		if err != nil {
-			t.Fatal(err)
-		}
-		d, err := g.claim.Depart(g.vm, *landing)
-		if err != nil {
-			t.Fatal(err)
-		}
+		d := g.departs(claim)
 		if err := k.goesOn(); err != nil {
 			t.Error(err)
 		}
@@ -361,14 +361,7 @@ func TestTakenBack(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	landing, err := claim.Landing()
-	if err != nil {
-		t.Fatal(err)
-	}
-	d, err := g.claim.Depart(g.vm, *landing)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := g.departs(claim)
 	if err := errors.Join(d.Switch(), d.Tell(), d.Close(), g.claim.Occupy()); err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,233 @@
+package network
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Links between an anchor and a landing have the names of their other ends. Neither end has an
+// address: each knows the other one's by an entry for a neighbour, so nothing need be asked for.
+func toLanding(ns string) string  { return landingLinks + ns }
+func fromAnchor(ns string) string { return anchorLinks + ns }
+
+const (
+	landingLinks = "to-"
+	anchorLinks  = "from-"
+)
+
+var (
+	landingIP  = net.IPv4(169, 254, 77, 2).To4()
+	anchorIP   = net.IPv4(169, 254, 77, 1).To4()
+	landingMAC = net.HardwareAddr{0x02, 0x0e, 0xd9, 0xfd, 0x4d, 2}
+	anchorMAC  = net.HardwareAddr{0x02, 0x0e, 0xd9, 0xfd, 0x4d, 1}
+)
+
+// landingTables is the first routing table of those in which answers go back to an anchor. A link's
+// index is added, which is also the mark of its connections.
+const landingTables = 0x0e000000
+
+// connectAnchor makes the link from an anchor to a landing anew.
+func connectAnchor(anchor, landing, tap string) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("connect network namespaces %q and %q: %w", anchor, landing, err)
+		}
+	}()
+	if err := disconnectAnchor(anchor, landing); err != nil {
+		return err
+	}
+	there, err := openNamespace(landing)
+	if err != nil {
+		return err
+	}
+	defer there.Close()
+	err = inNamespace(anchor, func() error {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name, attrs.Alias, attrs.HardwareAddr = toLanding(landing), namespaceMark, anchorMAC
+		veth := &netlink.Veth{LinkAttrs: attrs, PeerName: fromAnchor(anchor), PeerHardwareAddr: landingMAC, PeerNamespace: netlink.NsFd(there)}
+		if err := netlink.LinkAdd(veth); err != nil {
+			return err
+		}
+		return configureAnchorLink(veth.Name, landingIP, landingMAC)
+	})
+	if err != nil {
+		return err
+	}
+	return inNamespace(landing, func() error { return land(anchor, tap) })
+}
+
+// configureAnchorLink configures an end of a link, at whose other end is a neighbour.
+func configureAnchorLink(name string, ip net.IP, mac net.HardwareAddr) error {
+	link, err := netlink.LinkByName(name)
+	if err != nil {
+		return err
+	}
+	// Packets come in that others would not send this way.
+	if err := looseSources(name); err != nil {
+		return err
+	}
+	if err := netlink.LinkSetUp(link); err != nil {
+		return fmt.Errorf("bring up %s: %w", name, err)
+	}
+	err = netlink.NeighSet(&netlink.Neigh{LinkIndex: link.Attrs().Index, Family: unix.AF_INET, State: netlink.NUD_PERMANENT, IP: ip, HardwareAddr: mac})
+	if err != nil {
+		return fmt.Errorf("set neighbour of %s: %w", name, err)
+	}
+	return nil
+}
+
+// looseSources lets packets with any source in at an interface of the calling thread's namespace.
+// The kernel checks the larger of two parameters (ip-sysctl.rst, rp_filter), so that of all
+// interfaces is spread over the others first.
+func looseSources(name string) error {
+	const all = "/proc/sys/net/ipv4/conf/all/rp_filter"
+	b, err := os.ReadFile(all)
+	if err != nil {
+		return fmt.Errorf("read kernel parameter: %w", err)
+	}
+	if value := strings.TrimSpace(string(b)); value != "0" {
+		links, err := netlink.LinkList()
+		if err != nil {
+			return fmt.Errorf("list interfaces: %w", err)
+		}
+		for _, l := range links {
+			own := "net/ipv4/conf/" + l.Attrs().Name + "/rp_filter"
+			if b, err := os.ReadFile("/proc/sys/" + own); err == nil && strings.TrimSpace(string(b)) < value {
+				if err := setSysctl(own, value); err != nil {
+					return err
+				}
+			}
+		}
+		if err := setSysctl("net/ipv4/conf/all/rp_filter", "0"); err != nil {
+			return err
+		}
+	}
+	return setSysctl("net/ipv4/conf/"+name+"/rp_filter", "0")
+}
+
+// land lets the guest's packets of an anchor's connections go back there, in the calling thread's
+// namespace.
+func land(anchor, tap string) error {
+	name := fromAnchor(anchor)
+	if err := configureAnchorLink(name, anchorIP, anchorMAC); err != nil {
+		return err
+	}
+	link, err := netlink.LinkByName(name)
+	if err != nil {
+		return err
+	}
+	// Its alias may not go with it when it is made.
+	if err := netlink.LinkSetAlias(link, namespaceMark); err != nil {
+		return fmt.Errorf("mark %s: %w", name, err)
+	}
+	mark := uint32(link.Attrs().Index)
+	back := &netlink.Route{LinkIndex: link.Attrs().Index, Gw: anchorIP, Table: landingTables + int(mark), Flags: int(netlink.FLAG_ONLINK)}
+	if err := netlink.RouteReplace(back); err != nil {
+		return fmt.Errorf("set route by %s: %w", name, err)
+	}
+	rule := netlink.NewRule()
+	rule.Mark, rule.Table, rule.Family = mark, landingTables+int(mark), unix.AF_INET
+	if err := netlink.RuleAdd(rule); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("add rule for %s: %w", name, err)
+	}
+	return landingRules(anchor, tap, mark)
+}
+
+// leadGuest is [Departure.lead] in the calling thread's namespace.
+func leadGuest(guest net.IP, ns, to string) error {
+	if to == ns {
+		routes, err := netlink.RouteList(nil, netlink.FAMILY_V4)
+		if err != nil {
+			return err
+		}
+		for _, r := range routes {
+			if r.Dst != nil && r.Dst.String() == host(guest).String() && r.Gw.Equal(landingIP) {
+				if err := netlink.RouteDel(&r); err != nil && !errors.Is(err, unix.ESRCH) {
+					return err
+				}
+			}
+		}
+		return nil
+	}
+	link, err := netlink.LinkByName(toLanding(to))
+	if err != nil {
+		return err
+	}
+	return netlink.RouteReplace(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: host(guest), Gw: landingIP, Flags: int(netlink.FLAG_ONLINK)})
+}
+
+// disconnectAnchor removes the link from an anchor to a landing, and what belongs to it. What does
+// not exist is no error.
+func disconnectAnchor(anchor, landing string) error {
+	var errs []error
+	for _, end := range []struct {
+		ns, name string
+		after    func() error
+	}{
+		{anchor, toLanding(landing), func() error { return nil }},
+		{landing, fromAnchor(anchor), sweepLandings},
+	} {
+		if _, err := os.Stat(filepath.Join(netnsDir, end.ns)); errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		errs = append(errs, inNamespace(end.ns, func() error { return errors.Join(deleteAnchorLink(end.name), end.after()) }))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("disconnect network namespaces %q and %q: %w", anchor, landing, err)
+	}
+	return nil
+}
+
+func deleteAnchorLink(name string) error {
+	link, err := netlink.LinkByName(name)
+	if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
+		return nil
+	}
+	if err == nil {
+		if err = netlink.LinkDel(link); errors.Is(err, unix.ENODEV) { // with its other end
+			err = nil
+		}
+	}
+	return err
+}
+
+// sweepLandings removes rules of the calling thread's namespace whose links are gone.
+func sweepLandings() error {
+	links, err := netlink.LinkList()
+	if err != nil {
+		return fmt.Errorf("list interfaces: %w", err)
+	}
+	there := map[string]bool{}
+	marks := map[uint32]bool{}
+	for _, l := range links {
+		if anchor, ok := strings.CutPrefix(l.Attrs().Name, anchorLinks); ok {
+			there[anchor] = true
+			marks[uint32(l.Attrs().Index)] = true
+		}
+	}
+	rules, err := netlink.RuleList(netlink.FAMILY_V4)
+	if err != nil {
+		return fmt.Errorf("list rules: %w", err)
+	}
+	stale := false
+	for _, r := range rules {
+		if r.Table-landingTables != int(r.Mark) || r.Mark == 0 || marks[r.Mark] {
+			continue
+		}
+		stale = true
+		if err := netlink.RuleDel(&r); err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("remove rule: %w", err)
+		}
+	}
+	if !stale {
+		return nil
+	}
+	return sweepLandingTables(there)
+}
