@@ -58,6 +58,7 @@ type Departure struct {
 	vm       uuid.UUID
 	lock     *lockfile.Lock
 	before   []Anchor // that led to from
+	tap      string
 	layout   *layout
 	switched bool
 }
@@ -91,7 +92,7 @@ func (c *Claim) Depart(vm uuid.UUID, l Landing) (_ *Departure, err error) {
 	case config.guest() != there.guest():
 		return nil, fmt.Errorf("%w: guests of network namespace %q have other addresses", ErrNoAnchor, l.Netns)
 	}
-	d := &Departure{from: c.namespace, to: l.Netns, vm: vm}
+	d := &Departure{from: c.namespace, to: l.Netns, vm: vm, tap: config.NamespaceInterface}
 	if d.layout, err = config.parse(); err != nil {
 		return nil, err
 	}
@@ -141,6 +142,9 @@ func (d *Departure) anchors() []string {
 // Switch leads packets for the VM to the landing, where they wait. The VM is about to be paused: what
 // is still on its way here reaches it before.
 func (d *Departure) Switch() error {
+	if err := inNamespace(d.to, func() error { return awaitTap(d.tap) }); err != nil {
+		return err
+	}
 	d.switched = true
 	now := time.Now()
 	for _, ns := range d.anchors() {
@@ -161,6 +165,26 @@ func (d *Departure) Switch() error {
 		}
 	}
 	return nil
+}
+
+// awaitTap waits until the kernel has noticed that a VMM has the tap of the calling thread's
+// namespace. Until then it does not use the route to the guest, and packets are refused. It looks at
+// carriers once a second (net/core/link_watch.c of Linux), so this takes no longer.
+func awaitTap(tap string) error {
+	link, err := netlink.LinkByName(tap)
+	if err != nil {
+		return err
+	}
+	for deadline := time.Now().Add(1200 * time.Millisecond); time.Now().Before(deadline); time.Sleep(2 * time.Millisecond) {
+		routes, err := netlink.RouteList(link, netlink.FAMILY_V4)
+		if err != nil {
+			return fmt.Errorf("list routes: %w", err)
+		}
+		if slices.ContainsFunc(routes, func(r netlink.Route) bool { return r.Flags&unix.RTNH_F_LINKDOWN == 0 }) {
+			return nil
+		}
+	}
+	return nil // whoever comes late gets what is sent again
 }
 
 // Tell tells the landing which connections the VM has. The VM is paused, and has not gone on.
