@@ -159,7 +159,8 @@ func (d *Departure) Switch() error {
 			return err
 		}
 	}
-	for _, ns := range d.anchors() {
+	// Where the VM is comes last: what the others have sent there must not be sent on.
+	for _, ns := range slices.Backward(d.anchors()) {
 		if err := d.lead(ns, d.to); err != nil {
 			return err
 		}

@@ -26,7 +26,8 @@ const connectionsSet = "connections"
 var connectionType = nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService, nftables.TypeIPAddr, nftables.TypeInetService)
 
 // landingRules mark what belongs to an anchor: connections that come in from there, and those that
-// the guest had before it moved.
+// the guest had before it moved. A packet that was on its way when the VM left may come by another
+// anchor. It says nothing of a connection that is known here, and what the source has told decides.
 func landingRules(anchor, tap string, mark uint32) error {
 	r, err := newRuleset(nftables.TableFamilyIPv4, landingPrefix+anchor)
 	if err != nil {
@@ -37,8 +38,8 @@ func landingRules(anchor, tap string, mark uint32) error {
 		return fmt.Errorf("add set %s: %w", set.Name, err)
 	}
 	c := r.chain(hookMarked)
-	r.rule(c, fromInterface(fromAnchor(anchor)), markConnection(mark))
-	r.rule(c, fromInterface(tap), ofConnection(0), []expr.Any{
+	r.rule(c, fromInterface(fromAnchor(anchor)), connectionState(expr.CtStateBitNEW), markConnection(mark))
+	r.rule(c, fromInterface(tap), []expr.Any{
 		// Each part of a key has a register of four bytes. TCP and UDP have their ports at 0 and 2.
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: unix.NFT_REG32_00},
 		&expr.Payload{DestRegister: unix.NFT_REG32_01, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 2},
