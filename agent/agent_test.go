@@ -359,6 +359,66 @@ func TestClock(t *testing.T) {
 	}
 }
 
+// sluggish is an agent that reads its first calls late, and whose clock is its own.
+type sluggish struct {
+	AgentService
+	lags   []time.Duration // of the calls to come
+	behind time.Duration   // its clock
+	calls  int
+}
+
+func (s *sluggish) told(nowUnixNano, mostStepNano int64) int64 {
+	if s.calls++; s.calls <= len(s.lags) {
+		time.Sleep(s.lags[s.calls-1])
+	}
+	step, most := time.Until(time.Unix(0, nowUnixNano))+s.behind, time.Duration(mostStepNano)
+	if most < 0 || most > 0 && (step <= 0 || step > most) {
+		return 0
+	}
+	s.behind -= step
+	return int64(step)
+}
+
+func (s *sluggish) AfterResume(_ context.Context, r *AfterResumeRequest) (*AfterResumeResponse, error) {
+	return &AfterResumeResponse{ClockStepNano: s.told(r.GetNowUnixNano(), r.GetMostStepNano())}, nil
+}
+
+func (s *sluggish) CatchUp(_ context.Context, r *CatchUpRequest) (*CatchUpResponse, error) {
+	return &CatchUpResponse{ClockStepNano: s.told(r.GetNowUnixNano(), r.GetMostStepNano())}, nil
+}
+
+// A guest that reads late what time it is, is right all the same.
+func TestClockOfSluggishGuest(t *testing.T) {
+	const lag = 4 * prompt
+	for _, tt := range []struct {
+		behind, most time.Duration
+		lags         []time.Duration
+		calls        int
+		want         time.Duration // how far the clock is behind at the end, give or take prompt
+	}{
+		{time.Hour, 0, nil, 1, 0},
+		{time.Hour, 0, []time.Duration{lag}, 2, 0},
+		{-time.Hour, 0, []time.Duration{lag, lag, lag}, 4, 0},
+		{lag / 2, time.Minute, []time.Duration{lag}, 2, 0}, // the first step would have been one back
+		{time.Hour, time.Minute, []time.Duration{lag}, 2, time.Hour},
+		{time.Hour, -1, []time.Duration{lag}, 1, time.Hour},
+	} {
+		s := &sluggish{lags: tt.lags, behind: tt.behind}
+		_, host := net.Pipe()
+		c := NewClient(host)
+		c.calls = s
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		step, err := c.AfterResume(ctx, tt.most, "")
+		cancel()
+		if err != nil || s.calls != tt.calls || step != tt.behind-s.behind || (s.behind-tt.want).Abs() > prompt {
+			t.Errorf("%+v: %d calls, step %s, behind by %s: %v", tt, s.calls, step, s.behind, err)
+		}
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // TestResolvConf writes the name servers as a container sees them: into the file that it has
 // mounted.
 func TestResolvConf(t *testing.T) {

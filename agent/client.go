@@ -46,15 +46,17 @@ func (c *Client) BeforeSuspend(ctx context.Context) error {
 // resolv.conf(5) ("" leaves that unchanged). It gives the guest fresh entropy. It returns by how
 // much the clock was moved. With a mostStep of 0 the clock is set. With a positive one it is set
 // only if it is behind by at most that, as it is after a pause; a clock that keeps another time
-// stays. With a negative one it is never set. Agents of older releases always set it.
+// stays. With a negative one it is never set. A guest that answers late is told the time again, as
+// [Client.CatchUp] does. Agents of older releases always set it.
 func (c *Client) AfterResume(ctx context.Context, mostStep time.Duration, resolvConf string) (time.Duration, error) {
 	// 64 bytes: twice the key of the kernel's generator (random(4)).
 	entropy := make([]byte, 64)
 	if _, err := rand.Read(entropy); err != nil {
 		return 0, fmt.Errorf("agent after-resume: %w", err)
 	}
+	began := time.Now()
 	r, err := c.calls.AfterResume(ctx, &AfterResumeRequest{
-		NowUnixNano: time.Now().UnixNano(), Entropy: entropy, MostStepNano: int64(mostStep), ResolvConf: resolvConf,
+		NowUnixNano: began.UnixNano(), Entropy: entropy, MostStepNano: int64(mostStep), ResolvConf: resolvConf,
 	})
 	if err != nil {
 		return 0, c.explain(ctx, "after-resume", err)
@@ -62,17 +64,44 @@ func (c *Client) AfterResume(ctx context.Context, mostStep time.Duration, resolv
 	if why := r.GetResolvConfError(); why != "" {
 		logging.Or(c.Logger).Warn("The guest keeps the name servers that it had", "error", c.explain(ctx, "after-resume", errors.New(why)))
 	}
-	return time.Duration(r.GetClockStepNano()), nil
+	step, took := time.Duration(r.GetClockStepNano()), time.Since(began)
+	if mostStep < 0 || took <= prompt {
+		return step, nil
+	}
+	if mostStep == 0 {
+		mostStep = took // as it was set, it is behind by no more than that
+	}
+	more, err := c.CatchUp(ctx, mostStep)
+	if status.Code(err) == codes.Unimplemented {
+		err = nil
+	}
+	return step + more, err
 }
 
+// prompt is how long a guest may take to answer, so that the time that it was told is still right.
+// Just after a start, a guest may read a call seconds after it was sent.
+const prompt = 100 * time.Millisecond
+
+// promptTries bounds how often a guest that answers late is told the time.
+const promptTries = 5
+
 // CatchUp sets the clock of a guest that stood still, if it is behind by at most mostStep, and
-// returns by how much it was moved. It runs no command. The agent of an older release keeps its
-// clock.
+// returns by how much it was moved. A guest that answers late is told again what time it is. It runs
+// no command. The agent of an older release keeps its clock.
 func (c *Client) CatchUp(ctx context.Context, mostStep time.Duration) (time.Duration, error) {
-	r, err := c.calls.CatchUp(ctx, &CatchUpRequest{
-		NowUnixNano: time.Now().UnixNano(), MostStepNano: int64(mostStep),
-	})
-	return time.Duration(r.GetClockStepNano()), c.explain(ctx, "catch-up", err)
+	var step time.Duration
+	for range promptTries {
+		began := time.Now()
+		r, err := c.calls.CatchUp(ctx, &CatchUpRequest{NowUnixNano: began.UnixNano(), MostStepNano: int64(mostStep)})
+		if err != nil {
+			return step, c.explain(ctx, "catch-up", err)
+		}
+		step += time.Duration(r.GetClockStepNano())
+		if time.Since(began) <= prompt {
+			break
+		}
+	}
+	return step, nil
 }
 
 // Ready tells whether the guest's service is ready to be packaged, and what it waits for if not.
