@@ -131,12 +131,17 @@ func (a Anchor) Traffic() (t Traffic, err error) {
 	if err != nil {
 		return t, err
 	}
+	tracked, err := connectionsIn(a.Netns)
+	if err != nil {
+		return t, err
+	}
+	defer tracked.Close()
+	flows, err := guestFlows(tracked, l.guest)
+	if err != nil {
+		return t, err
+	}
+	t.Connections = len(flows)
 	err = inNamespace(a.Netns, func() error {
-		flows, err := guestFlows(l.guest)
-		if err != nil {
-			return err
-		}
-		t.Connections = len(flows)
 		link, err := netlink.LinkByName(toLanding(a.To))
 		if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
 			return nil // it has just ended

@@ -61,6 +61,8 @@ type Departure struct {
 	tap      string
 	layout   *layout
 	switched bool
+	tracked  map[string]*netlink.Handle // of each anchor, its connections
+	told     map[string]bool            // keys of connections of which the landing was told
 }
 
 // Depart makes the links by which the connections of the claim's VM can go on at a landing. Nothing
@@ -92,7 +94,10 @@ func (c *Claim) Depart(vm uuid.UUID, l Landing) (_ *Departure, err error) {
 	case config.guest() != there.guest():
 		return nil, fmt.Errorf("%w: guests of network namespace %q have other addresses", ErrNoAnchor, l.Netns)
 	}
-	d := &Departure{from: c.namespace, to: l.Netns, vm: vm, tap: config.NamespaceInterface}
+	d := &Departure{
+		from: c.namespace, to: l.Netns, vm: vm, tap: config.NamespaceInterface,
+		tracked: map[string]*netlink.Handle{}, told: map[string]bool{},
+	}
 	if d.layout, err = config.parse(); err != nil {
 		return nil, err
 	}
@@ -121,6 +126,9 @@ func (c *Claim) Depart(vm uuid.UUID, l Landing) (_ *Departure, err error) {
 		if err := connectAnchor(ns, d.to, config.NamespaceInterface); err != nil {
 			return nil, err
 		}
+		if d.tracked[ns], err = connectionsIn(ns); err != nil {
+			return nil, err
+		}
 	}
 	return d, nil
 }
@@ -139,8 +147,8 @@ func (d *Departure) anchors() []string {
 	return all
 }
 
-// Switch leads packets for the VM to the landing, where they wait. The VM is about to be paused: what
-// is still on its way here reaches it before.
+// Switch leads packets for the VM to the landing, where they wait, and tells it which connections the
+// VM has. The VM is about to be paused: what is still on its way here reaches it before.
 func (d *Departure) Switch() error {
 	if err := inNamespace(d.to, func() error { return awaitTap(d.tap) }); err != nil {
 		return err
@@ -165,7 +173,7 @@ func (d *Departure) Switch() error {
 			return err
 		}
 	}
-	return nil
+	return d.Tell()
 }
 
 // awaitTap waits until the kernel has noticed that a VMM has the tap of the calling thread's
@@ -188,22 +196,20 @@ func awaitTap(tap string) error {
 	return nil // whoever comes late gets what is sent again
 }
 
-// Tell tells the landing which connections the VM has. The VM is paused, and has not gone on.
+// Tell tells the landing which connections the VM has had since Switch. The VM is paused, and has
+// not gone on.
 func (d *Departure) Tell() error {
-	for _, ns := range d.anchors() {
-		if ns == d.to {
-			continue // it knows
-		}
-		var keys [][]byte
-		err := inNamespace(ns, func() (err error) {
-			keys, err = connectionKeys(d.layout.guest)
-			return err
-		})
-		if err == nil {
+	for ns, tracked := range d.tracked {
+		keys, err := connectionKeys(tracked, d.layout.guest)
+		keys = slices.DeleteFunc(keys, func(k []byte) bool { return d.told[ns+string(k)] })
+		if err == nil && len(keys) > 0 {
 			err = inNamespace(d.to, func() error { return addConnections(ns, keys) })
 		}
 		if err != nil {
 			return fmt.Errorf("tell of connections in network namespace %q: %w", ns, err)
+		}
+		for _, k := range keys {
+			d.told[ns+string(k)] = true
 		}
 	}
 	return nil
@@ -258,6 +264,9 @@ func (d *Departure) Close() error {
 		errs = append(errs, inNamespace(d.from, func() error {
 			return forgetConnections(func(f *netlink.ConntrackFlow) bool { return f.Mark != 0 })
 		}))
+	}
+	for _, tracked := range d.tracked {
+		tracked.Close()
 	}
 	errs = append(errs, d.lock.Release(), rundir.Remove())
 	d.lock = nil

@@ -40,11 +40,25 @@ func forgetConnections(chosen conntrackFilter) error {
 	return nil
 }
 
-// listConnections lists the IPv4 connections that the calling thread's namespace tracks.
-func listConnections() (flows []*netlink.ConntrackFlow, err error) {
+// connectionsIn opens what a namespace tracks. Close it.
+func connectionsIn(name string) (*netlink.Handle, error) {
+	ns, err := openNamespace(name)
+	if err != nil {
+		return nil, err
+	}
+	defer ns.Close()
+	tracked, err := netlink.NewHandleAt(ns, unix.NETLINK_NETFILTER)
+	if err != nil {
+		return nil, fmt.Errorf("open connections of network namespace %q: %w", name, err)
+	}
+	return tracked, nil
+}
+
+// listConnections lists the IPv4 connections that a namespace tracks.
+func listConnections(tracked *netlink.Handle) (flows []*netlink.ConntrackFlow, err error) {
 	err = netlink.ErrDumpInterrupted
 	for tries := 0; tries < 10 && errors.Is(err, netlink.ErrDumpInterrupted); tries++ {
-		flows, err = netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+		flows, err = tracked.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("list connections: %w", err)

@@ -135,10 +135,10 @@ func sweepLandingTables(there map[string]bool) error {
 	return nil
 }
 
-// guestFlows returns the guest's connections that the calling thread's namespace tracks, but for
-// those that belong to an anchor.
-func guestFlows(guest net.IP) (flows []*netlink.ConntrackFlow, err error) {
-	all, err := listConnections()
+// guestFlows returns the guest's connections that a namespace tracks, but for those that belong to an
+// anchor.
+func guestFlows(tracked *netlink.Handle, guest net.IP) (flows []*netlink.ConntrackFlow, err error) {
+	all, err := listConnections(tracked)
 	if err != nil {
 		return nil, err
 	}
@@ -154,8 +154,8 @@ func guestFlows(guest net.IP) (flows []*netlink.ConntrackFlow, err error) {
 
 // connectionKeys returns the keys of the guest's TCP and UDP connections. Others need none: an echo
 // that the guest asks for next begins a new connection.
-func connectionKeys(guest net.IP) (keys [][]byte, err error) {
-	flows, err := guestFlows(guest)
+func connectionKeys(tracked *netlink.Handle, guest net.IP) (keys [][]byte, err error) {
+	flows, err := guestFlows(tracked, guest)
 	for _, f := range flows {
 		tuple := f.Forward // as the guest sends
 		if !tuple.SrcIP.Equal(guest) {
