@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -103,6 +104,49 @@ func TestAnchors(t *testing.T) {
 	end(t, vm)
 	if list := s.anchors(t); strings.Contains(list, "ark") {
 		t.Errorf("anchors of a VM that has ended:\n%s", list)
+	}
+}
+
+// Connections go on wherever a VM moves between three hosts, and back, also while the NAT of an anchor
+// is killed and started again.
+func TestAnchorsBetweenHosts(t *testing.T) {
+	s := emptySite(t)
+	tunnel := []string{"--tunnel-port", "7777"}
+	var hosts []*otherHost
+	for number := range 3 {
+		hosts = append(hosts, newHost(t, s, number+1, tunnel...))
+	}
+	at := func(hop int) *otherHost { return hosts[hop%3] }
+	vm := at(0).peer(t, "instance-0", "--laddr", at(0).addr+":1337", "--insecure")
+	var clients []*counter
+	for hop := range 4 {
+		clients = append(clients, count(t, at(hop).addr+":3333", fmt.Sprint("opened-before-", hop)))
+		if hop == 2 {
+			if err := hosts[0].nat.Signal(syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+			<-hosts[0].nat.Done()
+			hosts[0].startNAT(t, tunnel...)
+		}
+		next := at(hop+1).peer(t, fmt.Sprint("instance-", hop+1), "--raddr", at(hop).addr+":1337", "--laddr", at(hop+1).addr+":1337", "--insecure")
+		moved(t, vm)
+		quiet(t, vm)
+		vm = next
+	}
+	here := site{Drafter: hosts[0].Drafter}
+	if list := here.anchors(t); !strings.Contains(list, "ark0 on "+hosts[1].addr) {
+		t.Errorf("anchors are listed as\n%s", list)
+	}
+	time.Sleep(time.Second)
+	for i, c := range clients {
+		c.end(t)
+		t.Logf("client %d: %d answers, the longest silence was %s", i, c.counted, c.longest.Round(time.Millisecond))
+	}
+	end(t, vm)
+	for _, h := range hosts {
+		if list := (&site{Drafter: h.Drafter}).anchors(t); strings.Contains(list, "ark") {
+			t.Errorf("anchors of a VM that has ended:\n%s", list)
+		}
 	}
 }
 

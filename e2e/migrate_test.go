@@ -124,6 +124,7 @@ type otherHost struct {
 	tour.Drafter
 	addr string // of the host
 	host *testhost.Host
+	nat  *tour.Service
 }
 
 // limit lets rate bits per second come to the host.
@@ -134,7 +135,7 @@ func (o *otherHost) limit(t *testing.T, rate uint64) {
 	}
 }
 
-func newHost(t *testing.T, s *site, number int) *otherHost {
+func newHost(t *testing.T, s *site, number int, natFlags ...string) *otherHost {
 	t.Helper()
 	h, err := testhost.NewHost(number, 1_000_000_000)
 	if err != nil {
@@ -147,14 +148,8 @@ func newHost(t *testing.T, s *site, number int) *otherHost {
 	})
 	o := &otherHost{Drafter: s.Drafter, addr: h.Addr, host: h}
 	o.Via = h.Via(s.dir)
-	nat, err := o.Start("nat", "--namespace-count", "1", "--host-interface", "eth0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { end(t, nat) })
-	if _, err := nat.Await(t.Context(), "NAT is up"); err != nil {
-		t.Fatal(err)
-	}
+	o.startNAT(t, natFlags...)
+	t.Cleanup(func() { end(t, o.nat) })
 	forwarder, err := o.Start("forwarder", "--port-forwards", tour.Forward("ark0", "6379", o.addr+":3333"))
 	if err != nil {
 		t.Fatal(err)
@@ -164,6 +159,18 @@ func newHost(t *testing.T, s *site, number int) *otherHost {
 		t.Fatal(err)
 	}
 	return o
+}
+
+// startNAT starts the host's NAT.
+func (o *otherHost) startNAT(t *testing.T, flags ...string) {
+	t.Helper()
+	var err error
+	if o.nat, err = o.Start(append([]string{"nat", "--namespace-count", "1", "--host-interface", "eth0"}, flags...)...); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := o.nat.Await(t.Context(), "NAT is up"); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // peer starts a peer on the host and waits until its VM runs.

@@ -23,18 +23,31 @@ import (
 // kernel knows there of connections stays, and packets for the guest go on, by a link, to the
 // namespace where the VM is. The guest's packets that belong to these connections go back by it:
 //
-//	client ── host ── ark0 ──────────── ark1 ── guest
-//	                  to-ark1  from-ark0
+//	client ── host ── ark0 ─────────────────── ark1 ── guest
+//	                  to-3fa2c1    from-3fa2c1
 //
 // A VM that moves again may leave several anchors. Each leads to where it is. One that comes back to
-// its anchor ends it.
+// its anchor ends it. Between hosts, a link goes through the tunnel of their NATs.
 
 // Anchor is a namespace that a VM has left, and whose connections with it go on.
 type Anchor struct {
-	Netns string    `json:"netns"`
-	VM    uuid.UUID `json:"vm"`    // its generation, which no copy has
-	To    string    `json:"to"`    // namespace where the VM is
-	Since time.Time `json:"since"` // it left
+	Netns string     `json:"netns"`
+	VM    uuid.UUID  `json:"vm"` // its generation, which no copy has
+	To    string     `json:"to"` // namespace where the VM is
+	At    *TunnelEnd `json:"at"` // of the host where that is; nil: this host
+	Link  string     `json:"link"`
+	Since time.Time  `json:"since"` // it left
+}
+
+// Where tells where the VM is: as ark1, or as ark1 on 192.0.2.7.
+func (a Anchor) Where() string { return spot{a.To, a.At}.String() }
+
+// place is what the lock of the anchor's links is for.
+func (a Anchor) place() string {
+	if a.At == nil {
+		return a.To
+	}
+	return a.Link
 }
 
 const anchorRecords = "anchors"
@@ -75,10 +88,10 @@ func Anchors() (all []Anchor, err error) {
 	return all, nil
 }
 
-// anchorsTo returns the anchors of the VM that is in a namespace.
+// anchorsTo returns the anchors of this host that lead to one of its namespaces.
 func anchorsTo(ns string) ([]Anchor, error) {
 	all, err := Anchors()
-	return slices.DeleteFunc(all, func(a Anchor) bool { return a.To != ns }), err
+	return slices.DeleteFunc(all, func(a Anchor) bool { return a.At != nil || a.To != ns }), err
 }
 
 func (a Anchor) write() error {
@@ -142,7 +155,7 @@ func (a Anchor) Traffic() (t Traffic, err error) {
 	}
 	t.Connections = len(flows)
 	err = inNamespace(a.Netns, func() error {
-		link, err := netlink.LinkByName(toLanding(a.To))
+		link, err := netlink.LinkByName(toLanding(a.Link))
 		if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
 			return nil // it has just ended
 		}
@@ -188,7 +201,7 @@ func (g Guest) home(ns string) (bool, error) {
 		} else if gone {
 			break
 		}
-		return false, kind.Of(ErrInUse, fmt.Errorf("connections of a VM that has moved to network namespace %q go on in %q; choose another --netns, or end them with 'drafter anchor remove %s'", a.To, ns, ns))
+		return false, kind.Of(ErrInUse, fmt.Errorf("connections of a VM that has moved to network namespace %s go on in %q; choose another --netns, or end them with 'drafter anchor remove %s'", a.Where(), ns, ns))
 	case g.Lands:
 		return true, nil
 	}
@@ -198,11 +211,26 @@ func (g Guest) home(ns string) (bool, error) {
 // End ends the connections that go on at the anchor, and resets those that it can. Its namespace is
 // free again.
 func (a Anchor) End() error {
-	lock, err := lockAnchors(a.To)
+	lock, err := lockAnchors(a.place())
 	if err != nil {
 		return fmt.Errorf("end anchor %q: %w", a.Netns, err)
 	}
 	return errors.Join(a.end(), lock.Release(), rundir.Remove())
+}
+
+// disconnect removes the anchor's link, and what belongs to it.
+func (a Anchor) disconnect() error {
+	err := dropLink(a.Netns, toLanding(a.Link)) // the route goes with it
+	if a.At == nil {
+		return errors.Join(err, dropLink(a.To, fromAnchor(a.Link)))
+	}
+	access, terr := tunnelOf(a.Netns)
+	if access != nil {
+		defer access.close()
+		// A host that does not hear of it drops its half with the VM.
+		_ = landingThere{access, spot{a.To, a.At}}.leave(a.Link)
+	}
+	return errors.Join(err, terr)
 }
 
 // takeBack ends the anchor of a VM that goes on in its namespace after all. Its other anchors end,
@@ -212,17 +240,17 @@ func takeBack(ns string) error {
 	if a == nil || err != nil {
 		return err
 	}
-	lock, err := lockAnchors(a.To)
+	lock, err := lockAnchors(a.place())
 	if err != nil {
 		return err
 	}
-	all, err := anchorsTo(a.To)
+	all, err := Anchors()
 	for _, other := range all {
 		if other.VM == a.VM && other.Netns != ns {
 			err = errors.Join(err, other.end())
 		}
 	}
-	return errors.Join(err, disconnectAnchor(ns, a.To), forgetAnchor(ns), lock.Release())
+	return errors.Join(err, a.disconnect(), forgetAnchor(ns), lock.Release())
 }
 
 // keepAnchor ends the anchor that a namespace is once nobody needs it, and removes links that a killed
@@ -234,7 +262,7 @@ func (n *NAT) keepAnchor(ns string) error {
 	}
 	place := ns // of the VM whose anchor it is, or may become
 	if a != nil {
-		place = a.To
+		place = a.place()
 	}
 	lock, err := rundir.Lock(anchorRecords + "/" + place)
 	var held *lockfile.HeldError
@@ -244,9 +272,11 @@ func (n *NAT) keepAnchor(ns string) error {
 	if err != nil {
 		return err
 	}
-	if a, strays, err = findAnchor(ns); err == nil && (a == nil || a.To == place) { // it has not moved since
-		for _, to := range strays {
-			err = errors.Join(err, disconnectAnchor(ns, to))
+	if a, strays, err = findAnchor(ns); err == nil && (a == nil || a.place() == place) { // it has not moved since
+		for _, link := range strays {
+			if !n.tunnel.waiting(link) {
+				err = errors.Join(err, dropLink(ns, toLanding(link)))
+			}
 		}
 		if a != nil && err == nil {
 			err = n.keepNeeded(*a)
@@ -255,23 +285,19 @@ func (n *NAT) keepAnchor(ns string) error {
 	return errors.Join(err, lock.Release(), rundir.Remove())
 }
 
-// findAnchor looks for the anchor that a namespace is, and for landings that links lead to although
-// the anchor does not.
+// findAnchor looks for the anchor that a namespace is, and for links to landings that it does not use.
 func findAnchor(ns string) (a *Anchor, strays []string, err error) {
 	if a, err = anchorOf(ns); err != nil {
 		return nil, nil, err
 	}
 	err = inNamespace(ns, func() error {
-		links, err := netlink.LinkList()
-		if err != nil {
-			return fmt.Errorf("list interfaces: %w", err)
-		}
-		for _, l := range links {
-			if to, ok := strings.CutPrefix(l.Attrs().Name, landingLinks); ok && l.Attrs().Alias == namespaceMark && (a == nil || a.To != to) {
-				strays = append(strays, to)
+		links, err := listAnchorLinks(landingLinks)
+		for _, name := range links {
+			if link := strings.TrimPrefix(name, landingLinks); a == nil || a.Link != link {
+				strays = append(strays, link)
 			}
 		}
-		return sweepLandings()
+		return errors.Join(err, sweepLandings())
 	})
 	return a, strays, err
 }
@@ -290,7 +316,7 @@ func (n *NAT) keepNeeded(a Anchor) error {
 	if err != nil {
 		return err
 	}
-	why, args := "", []any{"namespace", a.Netns, "ledTo", a.To, "after", time.Since(a.Since).Round(time.Second)}
+	why, args := "", []any{"namespace", a.Netns, "ledTo", a.Where(), "after", time.Since(a.Since).Round(time.Second)}
 	switch {
 	case gone:
 		why = "The VM has ended, and with it the connections that went on at an anchor"
@@ -305,8 +331,12 @@ func (n *NAT) keepNeeded(a Anchor) error {
 	return a.end()
 }
 
-// vmGone tells whether nobody is there any more where the anchor leads.
+// vmGone tells whether nobody is there any more where the anchor leads. Another host tells by
+// itself.
 func (a Anchor) vmGone() (gone bool, err error) {
+	if a.At != nil {
+		return false, nil
+	}
 	config, err := natOf(a.To)
 	if config == nil || err != nil {
 		return err == nil, err
@@ -324,7 +354,7 @@ func (a Anchor) vmGone() (gone bool, err error) {
 
 // end is End for who has the lock.
 func (a Anchor) end() error {
-	errs := []error{disconnectAnchor(a.Netns, a.To)} // the route goes with the link
+	errs := []error{a.disconnect()}
 	config, err := natOf(a.Netns)
 	errs = append(errs, err)
 	if config != nil {
@@ -347,6 +377,9 @@ func (a Anchor) end() error {
 
 // endAnchorsTo ends the anchors of the VM that was in a namespace.
 func endAnchorsTo(ns string) error {
+	if err := endLandings(ns); err != nil {
+		return err
+	}
 	all, err := anchorsTo(ns)
 	if err != nil || len(all) == 0 {
 		return err

@@ -111,11 +111,11 @@ func (g *traveller) pause() {
 // departs begins a move to the namespace of a claim.
 func (g *traveller) departs(to *Claim) *Departure {
 	g.t.Helper()
-	landing, err := to.Landing()
+	landing, err := to.Landing(nil)
 	if err != nil || landing == nil {
 		g.t.Fatal(landing, err)
 	}
-	d, err := g.claim.Depart(g.vm, *landing)
+	d, err := g.claim.Depart(g.vm, *landing, nil)
 	if err != nil {
 		g.t.Fatal(err)
 	}

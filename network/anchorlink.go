@@ -12,10 +12,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Links between an anchor and a landing have the names of their other ends. Neither end has an
-// address: each knows the other one's by an entry for a neighbour, so nothing need be asked for.
-func toLanding(ns string) string  { return landingLinks + ns }
-func fromAnchor(ns string) string { return anchorLinks + ns }
+// A link between an anchor and a landing has a name of its own. Neither end has an address: each knows
+// the other one's by an entry for a neighbour, so nothing need be asked for.
+func toLanding(link string) string  { return landingLinks + link }
+func fromAnchor(link string) string { return anchorLinks + link }
 
 const (
 	landingLinks = "to-"
@@ -33,14 +33,14 @@ var (
 // index is added, which is also the mark of its connections.
 const landingTables = 0x0e000000
 
-// connectAnchor makes the link from an anchor to a landing anew.
-func connectAnchor(anchor, landing, tap string) (err error) {
+// connectAnchor makes a link from an anchor to a landing on the same host.
+func connectAnchor(anchor, landing, link, tap string) (err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("connect network namespaces %q and %q: %w", anchor, landing, err)
 		}
 	}()
-	if err := disconnectAnchor(anchor, landing); err != nil {
+	if _, err := linkNumber(link); err != nil {
 		return err
 	}
 	there, err := openNamespace(landing)
@@ -50,8 +50,8 @@ func connectAnchor(anchor, landing, tap string) (err error) {
 	defer there.Close()
 	err = inNamespace(anchor, func() error {
 		attrs := netlink.NewLinkAttrs()
-		attrs.Name, attrs.Alias, attrs.HardwareAddr = toLanding(landing), namespaceMark, anchorMAC
-		veth := &netlink.Veth{LinkAttrs: attrs, PeerName: fromAnchor(anchor), PeerHardwareAddr: landingMAC, PeerNamespace: netlink.NsFd(there)}
+		attrs.Name, attrs.HardwareAddr = toLanding(link), anchorMAC
+		veth := &netlink.Veth{LinkAttrs: attrs, PeerName: fromAnchor(link), PeerHardwareAddr: landingMAC, PeerNamespace: netlink.NsFd(there)}
 		if err := netlink.LinkAdd(veth); err != nil {
 			return err
 		}
@@ -60,7 +60,7 @@ func connectAnchor(anchor, landing, tap string) (err error) {
 	if err != nil {
 		return err
 	}
-	return inNamespace(landing, func() error { return land(anchor, tap) })
+	return inNamespace(landing, func() error { return land(link, tap) })
 }
 
 // configureAnchorLink configures an end of a link, at whose other end is a neighbour.
@@ -68,6 +68,9 @@ func configureAnchorLink(name string, ip net.IP, mac net.HardwareAddr) error {
 	link, err := netlink.LinkByName(name)
 	if err != nil {
 		return err
+	}
+	if err := netlink.LinkSetAlias(link, namespaceMark); err != nil {
+		return fmt.Errorf("mark %s: %w", name, err)
 	}
 	// Packets come in that others would not send this way.
 	if err := looseSources(name); err != nil {
@@ -112,23 +115,19 @@ func looseSources(name string) error {
 	return setSysctl("net/ipv4/conf/"+name+"/rp_filter", "0")
 }
 
-// land lets the guest's packets of an anchor's connections go back there, in the calling thread's
-// namespace.
-func land(anchor, tap string) error {
-	name := fromAnchor(anchor)
+// land lets the guest's packets of an anchor's connections go back by its link, in the calling
+// thread's namespace.
+func land(link, tap string) error {
+	name := fromAnchor(link)
 	if err := configureAnchorLink(name, anchorIP, anchorMAC); err != nil {
 		return err
 	}
-	link, err := netlink.LinkByName(name)
+	l, err := netlink.LinkByName(name)
 	if err != nil {
 		return err
 	}
-	// Its alias may not go with it when it is made.
-	if err := netlink.LinkSetAlias(link, namespaceMark); err != nil {
-		return fmt.Errorf("mark %s: %w", name, err)
-	}
-	mark := uint32(link.Attrs().Index)
-	back := &netlink.Route{LinkIndex: link.Attrs().Index, Gw: anchorIP, Table: landingTables + int(mark), Flags: int(netlink.FLAG_ONLINK)}
+	mark := uint32(l.Attrs().Index)
+	back := &netlink.Route{LinkIndex: l.Attrs().Index, Gw: anchorIP, Table: landingTables + int(mark), Flags: int(netlink.FLAG_ONLINK)}
 	if err := netlink.RouteReplace(back); err != nil {
 		return fmt.Errorf("set route by %s: %w", name, err)
 	}
@@ -137,12 +136,13 @@ func land(anchor, tap string) error {
 	if err := netlink.RuleAdd(rule); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("add rule for %s: %w", name, err)
 	}
-	return landingRules(anchor, tap, mark)
+	return landingRules(link, tap, mark)
 }
 
-// leadGuest is [Departure.lead] in the calling thread's namespace.
-func leadGuest(guest net.IP, ns, to string) error {
-	if to == ns {
+// leadGuest lets packets for the guest go by a link, or to the tap if that is "", in the calling
+// thread's namespace.
+func leadGuest(guest net.IP, name string) error {
+	if name == "" {
 		routes, err := netlink.RouteList(nil, netlink.FAMILY_V4)
 		if err != nil {
 			return err
@@ -156,46 +156,63 @@ func leadGuest(guest net.IP, ns, to string) error {
 		}
 		return nil
 	}
-	link, err := netlink.LinkByName(toLanding(to))
+	link, err := netlink.LinkByName(toLanding(name))
 	if err != nil {
 		return err
 	}
 	return netlink.RouteReplace(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: host(guest), Gw: landingIP, Flags: int(netlink.FLAG_ONLINK)})
 }
 
-// disconnectAnchor removes the link from an anchor to a landing, and what belongs to it. What does
-// not exist is no error.
-func disconnectAnchor(anchor, landing string) error {
-	var errs []error
-	for _, end := range []struct {
-		ns, name string
-		after    func() error
-	}{
-		{anchor, toLanding(landing), func() error { return nil }},
-		{landing, fromAnchor(anchor), sweepLandings},
-	} {
-		if _, err := os.Stat(filepath.Join(netnsDir, end.ns)); errors.Is(err, os.ErrNotExist) {
-			continue
-		}
-		errs = append(errs, inNamespace(end.ns, func() error { return errors.Join(deleteAnchorLink(end.name), end.after()) }))
+// dropLink removes an end of a link, and what belongs to it. What does not exist is no error.
+func dropLink(ns, name string) error {
+	if _, err := os.Stat(filepath.Join(netnsDir, ns)); errors.Is(err, os.ErrNotExist) {
+		return nil
 	}
-	if err := errors.Join(errs...); err != nil {
-		return fmt.Errorf("disconnect network namespaces %q and %q: %w", anchor, landing, err)
+	var gone netlink.Link
+	err := inNamespace(ns, func() (err error) {
+		gone, err = deleteAnchorLink(name)
+		return errors.Join(err, sweepLandings())
+	})
+	if vxlan, ok := gone.(*netlink.Vxlan); ok && err == nil {
+		var access *tunnelAccess
+		if access, err = tunnelOf(ns); access != nil {
+			err = inNamespace(access.Netns, func() error { return admitLink(vxlan, false) })
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("remove %s in network namespace %q: %w", name, ns, err)
 	}
 	return nil
 }
 
-func deleteAnchorLink(name string) error {
+// listAnchorLinks lists those interfaces of the calling thread's namespace that are ours and whose
+// names begin like that.
+func listAnchorLinks(prefix string) (names []string, err error) {
+	links, err := netlink.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("list interfaces: %w", err)
+	}
+	for _, l := range links {
+		if strings.HasPrefix(l.Attrs().Name, prefix) && l.Attrs().Alias == namespaceMark {
+			names = append(names, l.Attrs().Name)
+		}
+	}
+	return names, nil
+}
+
+// deleteAnchorLink removes an interface of the calling thread's namespace, and returns it, or nil if
+// there was none.
+func deleteAnchorLink(name string) (netlink.Link, error) {
 	link, err := netlink.LinkByName(name)
 	if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
-		return nil
+		return nil, nil
 	}
 	if err == nil {
 		if err = netlink.LinkDel(link); errors.Is(err, unix.ENODEV) { // with its other end
 			err = nil
 		}
 	}
-	return err
+	return link, err
 }
 
 // sweepLandings removes rules of the calling thread's namespace whose links are gone.
@@ -207,8 +224,8 @@ func sweepLandings() error {
 	there := map[string]bool{}
 	marks := map[uint32]bool{}
 	for _, l := range links {
-		if anchor, ok := strings.CutPrefix(l.Attrs().Name, anchorLinks); ok {
-			there[anchor] = true
+		if link, ok := strings.CutPrefix(l.Attrs().Name, anchorLinks); ok {
+			there[link] = true
 			marks[uint32(l.Attrs().Index)] = true
 		}
 	}

@@ -1,8 +1,11 @@
 package network
 
 import (
+	"crypto/rand"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -19,14 +22,30 @@ import (
 
 // Landing says where a VM that moves will be. It goes to the source of the move.
 type Landing struct {
-	Host  string `json:"host"` // its boot id
-	Netns string `json:"netns"`
-	Inode uint64 `json:"inode"` // of the namespace
+	Host   string     `json:"host"` // its boot id
+	Netns  string     `json:"netns"`
+	Inode  uint64     `json:"inode"`            // of the namespace
+	Guest  string     `json:"guest"`            // what a guest must find alike where it goes on
+	Tunnel *TunnelEnd `json:"tunnel,omitempty"` // nil: its NAT has no tunnel
+	Why    string     `json:"why,omitempty"`    // it has none for this move
+}
+
+// Tunnel returns the end of the tunnel that the claim's namespace has, or nil if it has none. It goes
+// to the target of a move; see [Claim.Landing].
+func (c *Claim) Tunnel() (*TunnelEnd, error) {
+	if c.lock == nil {
+		return nil, nil
+	}
+	access, err := tunnelOf(c.namespace)
+	if access == nil || err != nil {
+		return nil, err
+	}
+	return &access.End, nil
 }
 
 // Landing returns where the VM of this claim will be, or nil if its connections cannot go on there,
-// since no NAT made the namespace.
-func (c *Claim) Landing() (*Landing, error) {
+// since no NAT made the namespace. source is the end of the source's tunnel, nil if it has none.
+func (c *Claim) Landing(source *TunnelEnd) (*Landing, error) {
 	if c.lock == nil {
 		return nil, nil
 	}
@@ -34,7 +53,29 @@ func (c *Claim) Landing() (*Landing, error) {
 	if config == nil || err != nil {
 		return nil, err
 	}
-	return landing(c.namespace)
+	l, err := landing(c.namespace)
+	if err != nil {
+		return nil, err
+	}
+	l.Guest = config.guest()
+	access, err := tunnelOf(c.namespace)
+	switch {
+	case err != nil:
+		return nil, err
+	case access == nil:
+		l.Why = "its NAT has no tunnel; start it with --tunnel-port"
+	case source == nil:
+		l.Why = "this host's NAT has no tunnel; start it with --tunnel-port"
+	case source.Key != access.End.Key:
+		defer access.close()
+		if err := access.call(access.End, "meet", meetCall{*source, c.namespace}, nil); err != nil {
+			l.Why = err.Error()
+		}
+	}
+	if l.Why == "" {
+		l.Tunnel = &access.End
+	}
+	return l, nil
 }
 
 func landing(ns string) (*Landing, error) {
@@ -49,26 +90,91 @@ func landing(ns string) (*Landing, error) {
 	return &Landing{Host: strings.TrimSpace(string(id)), Netns: ns, Inode: st.Ino}, nil
 }
 
+// here tells whether a landing is on this host.
+func (l Landing) here() bool {
+	if _, err := os.Stat(filepath.Join(netnsDir, l.Netns)); err != nil {
+		return false
+	}
+	known, err := landing(l.Netns)
+	return err == nil && known.Host == l.Host && known.Inode == l.Inode
+}
+
+// guest is what a guest must find alike where it goes on.
+func (c NATConfig) guest() string {
+	return fmt.Sprint(c.NamespaceInterfaceIP, c.NamespaceInterfaceGateway, c.NamespaceInterfaceNetmask, c.NamespaceInterfaceMAC)
+}
+
 // ErrNoAnchor says that a VM's connections cannot go on at a landing.
 var ErrNoAnchor = errors.New("connections cannot go on there")
 
 // Departure is a VM's move, as its connections see it. Its methods are called one after the other.
 type Departure struct {
-	from, to string
-	vm       uuid.UUID
+	Lost []error // of anchors whose connections cannot go on, although the others' can
+
+	from     string
+	to       spot
 	lock     *lockfile.Lock
-	before   []Anchor // that led to from
-	tap      string
-	layout   *layout
+	tunnel   *tunnelAccess // nil: there is none
+	landing  landingHalf
+	ways     []*way // of the anchors; the first is where the VM is
 	switched bool
-	tracked  map[string]*netlink.Handle // of each anchor, its connections
-	told     map[string]bool            // keys of connections of which the landing was told
+}
+
+// spot is a namespace of this host, or of the one with that end of a tunnel.
+type spot struct {
+	Netns  string     `json:"netns"`
+	Tunnel *TunnelEnd `json:"tunnel,omitempty"`
+}
+
+func (s spot) same(o spot) bool {
+	return s.Netns == o.Netns && (s.Tunnel == nil) == (o.Tunnel == nil) && (s.Tunnel == nil || s.Tunnel.Key == o.Tunnel.Key)
+}
+
+func (s spot) String() string {
+	if s.Tunnel == nil {
+		return s.Netns
+	}
+	return s.Netns + " on " + s.Tunnel.Address
+}
+
+// way is how packets of an anchor's connections get to the guest and back.
+type way struct {
+	at     spot
+	anchor anchorHalf
+	before string          // link by which it leads to where the VM is; "": that is its own namespace
+	link   string          // link to the landing; "": that is its own namespace
+	told   map[string]bool // keys of its connections of which the landing was told
+}
+
+// anchorHalf is what a move does at an anchor.
+type anchorHalf interface {
+	// connect makes a link to a landing. On another host the landing's half is made already.
+	connect(link string, to spot) error
+	// lead lets packets for the guest go by a link to where it will be, and notes that; or to the tap
+	// if link is "". It returns the keys of the connections.
+	lead(link string, to spot) ([][]byte, error)
+	// connections returns the keys of the guest's connections.
+	connections() ([][]byte, error)
+	disconnect(link string) error
+	close()
+}
+
+// landingHalf is what a move does at a landing.
+type landingHalf interface {
+	// land makes the landing's half of a link from an anchor on another host.
+	land(link string, anchor spot, vm uuid.UUID) error
+	// ready waits until packets for the guest reach the tap.
+	ready() error
+	// tell adds keys of connections that belong to a link's anchor.
+	tell(link string, keys [][]byte) error
+	leave(link string) error
 }
 
 // Depart makes the links by which the connections of the claim's VM can go on at a landing. Nothing
 // is sent by them yet: call [Departure.Switch] just before the VM is paused, [Departure.Tell] while it
-// is, and Close at the end. An [ErrNoAnchor] says that they cannot go on there, and why.
-func (c *Claim) Depart(vm uuid.UUID, l Landing) (_ *Departure, err error) {
+// is, and Close at the end. target is the address of the landing's host, if that is known. An
+// [ErrNoAnchor] says that they cannot go on there, and why.
+func (c *Claim) Depart(vm uuid.UUID, l Landing, target net.Addr) (_ *Departure, err error) {
 	if c.lock == nil {
 		return nil, fmt.Errorf("%w: the VM has no network namespace here", ErrNoAnchor)
 	}
@@ -76,30 +182,28 @@ func (c *Claim) Depart(vm uuid.UUID, l Landing) (_ *Departure, err error) {
 		return nil, err
 	}
 	config, err := natOf(c.namespace)
-	if err != nil {
-		return nil, err
-	}
-	there, err := natOf(l.Netns)
-	if err != nil {
-		return nil, err
-	}
-	if known, err := landing(l.Netns); err != nil || *known != l {
-		return nil, fmt.Errorf("%w: network namespace %q is on another host", ErrNoAnchor, l.Netns)
-	}
 	switch {
-	case config == nil || there == nil:
+	case err != nil:
+		return nil, err
+	case config == nil:
 		return nil, fmt.Errorf("%w: no NAT made network namespace %q", ErrNoAnchor, c.namespace)
-	case l.Netns == c.namespace:
-		return nil, fmt.Errorf("%w: it stays in network namespace %q", ErrNoAnchor, c.namespace)
-	case config.guest() != there.guest():
+	case config.guest() != l.Guest:
 		return nil, fmt.Errorf("%w: guests of network namespace %q have other addresses", ErrNoAnchor, l.Netns)
 	}
-	d := &Departure{
-		from: c.namespace, to: l.Netns, vm: vm, tap: config.NamespaceInterface,
-		tracked: map[string]*netlink.Handle{}, told: map[string]bool{},
-	}
-	if d.layout, err = config.parse(); err != nil {
-		return nil, err
+	d := &Departure{from: c.namespace, to: spot{Netns: l.Netns}}
+	here := l.here()
+	switch {
+	case here && l.Netns == c.namespace:
+		return nil, fmt.Errorf("%w: it stays in network namespace %q", ErrNoAnchor, c.namespace)
+	case here:
+	case l.Tunnel == nil:
+		return nil, fmt.Errorf("%w: network namespace %q is on another host, and %s", ErrNoAnchor, l.Netns, l.Why)
+	default:
+		end := l.Tunnel.At(target)
+		if end.Address == "" {
+			return nil, fmt.Errorf("%w: the address of the landing's host is not known; start its NAT with --tunnel-address", ErrNoAnchor)
+		}
+		d.to.Tunnel = &end
 	}
 	if d.lock, err = lockAnchors(d.from); err != nil {
 		return nil, err
@@ -109,71 +213,166 @@ func (c *Claim) Depart(vm uuid.UUID, l Landing) (_ *Departure, err error) {
 			err = errors.Join(err, d.Close())
 		}
 	}()
-	if d.before, err = anchorsTo(d.from); err != nil {
+	if d.tunnel, err = tunnelOf(c.namespace); err != nil {
 		return nil, err
 	}
-	if a, err := anchorOf(d.to); err != nil {
-		return nil, err
-	} else if a != nil && a.To != d.from { // of a VM that was lost
-		if err := a.End(); err != nil {
+	if d.to.Tunnel != nil {
+		if err := d.tunnel.meet(*d.to.Tunnel); err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrNoAnchor, err)
+		}
+		d.landing = landingThere{d.tunnel, d.to}
+	} else {
+		if d.landing, err = newLandingHere(d.to.Netns, d.tunnel); err != nil {
+			return nil, err
+		}
+		if err := d.clear(); err != nil {
 			return nil, err
 		}
 	}
-	for _, ns := range d.anchors() {
-		if ns == d.to {
+	return d, d.connect(vm)
+}
+
+// clear ends the anchor that the landing is, unless that is the VM's own.
+func (d *Departure) clear() error {
+	a, err := anchorOf(d.to.Netns)
+	if a == nil || err != nil || a.At == nil && a.To == d.from {
+		return err
+	}
+	return a.End() // of a VM that was lost
+}
+
+// connect makes links from all anchors to the landing.
+func (d *Departure) connect(vm uuid.UUID) error {
+	own, err := newAnchorHere(d.from, vm, d.tunnel)
+	if err != nil {
+		return err
+	}
+	d.ways = []*way{{at: spot{Netns: d.from}, anchor: own}}
+	here, err := anchorsTo(d.from)
+	if err != nil {
+		return err
+	}
+	for _, a := range here {
+		half, err := newAnchorHere(a.Netns, vm, d.tunnel)
+		if err != nil {
+			return err
+		}
+		d.ways = append(d.ways, &way{at: spot{Netns: a.Netns}, anchor: half, before: a.Link})
+	}
+	there, err := landingsOf(d.from)
+	if err != nil {
+		return err
+	}
+	for _, l := range there {
+		if l.VM == vm {
+			d.ways = append(d.ways, &way{at: l.Anchor, anchor: anchorThere{d.tunnel, l.Anchor, vm}, before: l.Link})
+		}
+	}
+	for i, w := range slices.Clone(d.ways) {
+		w.told = map[string]bool{}
+		if w.at.same(d.to) {
 			continue // the VM comes home
 		}
-		if err := connectAnchor(ns, d.to, config.NamespaceInterface); err != nil {
-			return nil, err
+		w.link = newLink()
+		err := d.landing.land(w.link, w.at, vm)
+		if err == nil {
+			err = w.anchor.connect(w.link, d.to)
 		}
-		if d.tracked[ns], err = connectionsIn(ns); err != nil {
-			return nil, err
+		if err != nil && i == 0 {
+			if d.to.Tunnel != nil {
+				return fmt.Errorf("%w: %w", ErrNoAnchor, err)
+			}
+			return err
+		}
+		if err != nil {
+			d.Lost = append(d.Lost, fmt.Errorf("those at the anchor %s: %w", w.at, err))
+			d.ways = slices.DeleteFunc(d.ways, func(o *way) bool { return o == w })
+			w.anchor.close()
 		}
 	}
-	return d, nil
+	return nil
 }
 
-// guest is what a guest must find alike where it goes on.
-func (c NATConfig) guest() string {
-	return fmt.Sprint(c.NamespaceInterfaceIP, c.NamespaceInterfaceGateway, c.NamespaceInterfaceNetmask, c.NamespaceInterfaceMAC)
+// newLink names a link: a number of a VXLAN (RFC 7348, 5), of which an end has few.
+func newLink() string {
+	b := make([]byte, 3)
+	rand.Read(b) // it does not fail
+	return hex.EncodeToString(b)
 }
 
-// anchors are the namespaces that lead to where the VM will be.
-func (d *Departure) anchors() []string {
-	all := []string{d.from}
-	for _, a := range d.before {
-		all = append(all, a.Netns)
+// linkNumber is the number that a link's name stands for.
+func linkNumber(link string) (int, error) {
+	b, err := hex.DecodeString(link)
+	if err != nil || len(b) != 3 {
+		return 0, fmt.Errorf("%.20q is no link between an anchor and a landing", link)
 	}
-	return all
+	return int(b[0])<<16 | int(b[1])<<8 | int(b[2]), nil
 }
 
 // Switch leads packets for the VM to the landing, where they wait, and tells it which connections the
 // VM has. The VM is about to be paused: what is still on its way here reaches it before.
 func (d *Departure) Switch() error {
-	if err := inNamespace(d.to, func() error { return awaitTap(d.tap) }); err != nil {
+	if err := d.landing.ready(); err != nil {
 		return err
 	}
 	d.switched = true
-	now := time.Now()
-	for _, ns := range d.anchors() {
-		if ns == d.to {
-			continue
-		}
-		a := Anchor{Netns: ns, VM: d.vm, To: d.to, Since: now}
-		if i := slices.IndexFunc(d.before, func(a Anchor) bool { return a.Netns == ns }); i >= 0 {
-			a.Since = d.before[i].Since
-		}
-		if err := a.write(); err != nil {
-			return err
-		}
-	}
 	// Where the VM is comes last: what the others have sent there must not be sent on.
-	for _, ns := range slices.Backward(d.anchors()) {
-		if err := d.lead(ns, d.to); err != nil {
-			return err
+	for _, w := range slices.Backward(d.ways) {
+		if err := d.lead(w); err != nil {
+			return fmt.Errorf("lead packets for the guest from network namespace %s to %s: %w", w.at, d.to, err)
 		}
 	}
-	return d.Tell()
+	return nil
+}
+
+// lead leads packets of an anchor to the landing. It knows most connections before, because what
+// arrives waits from then on.
+func (d *Departure) lead(w *way) error {
+	if w.link == "" {
+		_, err := w.anchor.lead("", d.to)
+		return err
+	}
+	keys, err := w.anchor.connections()
+	if err == nil {
+		err = d.tell(w, keys)
+	}
+	if err == nil {
+		keys, err = w.anchor.lead(w.link, d.to)
+	}
+	if err != nil {
+		return err
+	}
+	return d.tell(w, keys)
+}
+
+// Tell tells the landing which connections the VM has had since Switch. The VM is paused, and has
+// not gone on.
+func (d *Departure) Tell() error {
+	for _, w := range d.ways {
+		here, ok := w.anchor.(*anchorHere)
+		if !ok || w.link == "" {
+			continue // nothing begins there any more
+		}
+		keys, err := here.connections()
+		if err == nil {
+			err = d.tell(w, keys)
+		}
+		if err != nil {
+			return fmt.Errorf("tell of connections in network namespace %q: %w", here.ns, err)
+		}
+	}
+	return nil
+}
+
+func (d *Departure) tell(w *way, keys [][]byte) error {
+	keys = slices.DeleteFunc(keys, func(k []byte) bool { return w.told[string(k)] })
+	if len(keys) == 0 {
+		return nil
+	}
+	for _, k := range keys {
+		w.told[string(k)] = true
+	}
+	return d.landing.tell(w.link, keys)
 }
 
 // awaitTap waits until the kernel has noticed that a VMM has the tap of the calling thread's
@@ -196,35 +395,6 @@ func awaitTap(tap string) error {
 	return nil // whoever comes late gets what is sent again
 }
 
-// Tell tells the landing which connections the VM has had since Switch. The VM is paused, and has
-// not gone on.
-func (d *Departure) Tell() error {
-	for ns, tracked := range d.tracked {
-		keys, err := connectionKeys(tracked, d.layout.guest)
-		keys = slices.DeleteFunc(keys, func(k []byte) bool { return d.told[ns+string(k)] })
-		if err == nil && len(keys) > 0 {
-			err = inNamespace(d.to, func() error { return addConnections(ns, keys) })
-		}
-		if err != nil {
-			return fmt.Errorf("tell of connections in network namespace %q: %w", ns, err)
-		}
-		for _, k := range keys {
-			d.told[ns+string(k)] = true
-		}
-	}
-	return nil
-}
-
-// lead lets an anchor's packets for the guest go to a namespace: over a link, or to the tap if that
-// is the anchor's own.
-func (d *Departure) lead(ns, to string) error {
-	err := inNamespace(ns, func() error { return leadGuest(d.layout.guest, ns, to) })
-	if err != nil {
-		return fmt.Errorf("lead packets for the guest from network namespace %q to %q: %w", ns, to, err)
-	}
-	return nil
-}
-
 // Switched tells whether the connections go on at the landing.
 func (d *Departure) Switched() bool { return d.switched }
 
@@ -234,11 +404,12 @@ func (d *Departure) Back() error {
 		return nil
 	}
 	d.switched = false
-	errs := []error{d.lead(d.from, d.from), forgetAnchor(d.from)}
-	for _, a := range d.before {
-		errs = append(errs, d.lead(a.Netns, d.from), a.write())
+	var errs []error
+	for _, w := range d.ways {
+		_, err := w.anchor.lead(w.before, spot{Netns: d.from})
+		errs = append(errs, err)
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, forgetAnchor(d.from))...)
 }
 
 // Close ends the departure. If it has switched, the VM is at the landing, and the links to where it
@@ -248,15 +419,22 @@ func (d *Departure) Close() error {
 		return nil
 	}
 	var errs []error
-	for _, ns := range d.anchors() {
-		switch {
-		case !d.switched:
-			errs = append(errs, disconnectAnchor(ns, d.to))
-		case ns == d.to:
-			errs = append(errs, disconnectAnchor(ns, d.from), forgetAnchor(ns))
-		case ns != d.from:
-			errs = append(errs, disconnectAnchor(ns, d.from))
+	own, err := newLandingHere(d.from, d.tunnel)
+	errs = append(errs, err)
+	for _, w := range d.ways {
+		if !d.switched && w.link != "" {
+			errs = append(errs, w.anchor.disconnect(w.link), d.landing.leave(w.link))
 		}
+		if d.switched && w.before != "" {
+			errs = append(errs, w.anchor.disconnect(w.before))
+			if err == nil {
+				errs = append(errs, own.leave(w.before))
+			}
+		}
+		if d.switched && w.link == "" && w.at.Tunnel == nil {
+			errs = append(errs, forgetAnchor(w.at.Netns))
+		}
+		w.anchor.close()
 	}
 	if d.switched {
 		// Where the VM was, nothing more is heard of the other anchors' connections. Should it come
@@ -265,9 +443,7 @@ func (d *Departure) Close() error {
 			return forgetConnections(func(f *netlink.ConntrackFlow) bool { return f.Mark != 0 })
 		}))
 	}
-	for _, tracked := range d.tracked {
-		tracked.Close()
-	}
+	d.tunnel.close()
 	errs = append(errs, d.lock.Release(), rundir.Remove())
 	d.lock = nil
 	return errors.Join(errs...)
@@ -276,9 +452,19 @@ func (d *Departure) Close() error {
 // Landed says that the VM has come here. If it was here before, it has no anchor here any more. The
 // source of its move does the same when it ends, unless it is killed.
 func (c *Claim) Landed() error {
+	if c.lock == nil {
+		return nil
+	}
+	if access, err := tunnelOf(c.namespace); err != nil {
+		return err
+	} else if access != nil {
+		defer access.close()
+		// A NAT that was killed meanwhile expects nobody.
+		_ = access.call(access.End, "landed", landingCall{Netns: c.namespace}, nil)
+	}
 	a, err := anchorOf(c.namespace)
 	if a == nil || err != nil {
 		return err
 	}
-	return errors.Join(disconnectAnchor(c.namespace, a.To), forgetAnchor(c.namespace))
+	return errors.Join(a.disconnect(), forgetAnchor(c.namespace))
 }

@@ -11,13 +11,14 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
 	"github.com/google/nftables/xt"
 	"golang.org/x/sys/unix"
 )
 
 // Each base chain at a hook decides by itself: rules of Docker, ufw or firewalld may drop what the
-// NAT's rules accept. Drafter never changes them. It evaluates them for a packet of each kind that
-// the NAT lets pass, and names the chain that drops one.
+// NAT's rules accept. Drafter evaluates them for a packet of each kind that the NAT lets pass, and
+// names the chain that drops one. It changes them only if it is told to (NATConfig.ManageForward).
 
 // passage is a kind of packets that the NAT lets pass.
 type passage struct {
@@ -67,7 +68,26 @@ func (n *NAT) sayFirewalls() {
 		return
 	}
 	n.news.say("firewalls", "")
-	type culprit struct{ table, chain, open string }
+	dropped := n.culprits(legacy)
+	subjects := map[string]bool{}
+	for c, what := range dropped {
+		subject := "firewall " + c.table + " " + c.chain
+		subjects[subject] = true
+		n.news.say(subject, "Another firewall of this host drops what guests need", "table", c.table, "chain", c.chain, "drops", strings.Join(what, ", "), "open", c.open)
+	}
+	for subject := range n.news.said {
+		if strings.HasPrefix(subject, "firewall ") && !subjects[subject] {
+			n.news.say(subject, "")
+		}
+	}
+}
+
+// culprit is a chain of another firewall, and the commands that open it.
+type culprit struct{ table, chain, open string }
+
+// culprits returns what the chains of others drop of what guests need. With ManageForward it opens
+// those that drop what is forwarded.
+func (n *NAT) culprits(legacy *legacyTable) map[culprit][]string {
 	dropped := map[culprit][]string{}
 	for _, p := range n.passages() {
 		note := func(c culprit) {
@@ -77,6 +97,9 @@ func (n *NAT) sayFirewalls() {
 		}
 		for _, c := range n.firewall.chains {
 			if c.Hooknum != nil && *c.Hooknum == p.hook && c.Type == nftables.ChainTypeFilter && n.firewall.verdict(c, p) == drops {
+				if n.config.ManageForward && p.hook == *nftables.ChainHookForward && n.letThrough(c) {
+					continue
+				}
 				note(culprit{familyName(c.Table.Family) + " " + c.Table.Name, c.Name, n.openFirewall(n.firewall, c)})
 			}
 		}
@@ -89,17 +112,68 @@ func (n *NAT) sayFirewalls() {
 			note(culprit{"filter (iptables-legacy)", chain, n.openIptables("iptables-legacy", into, p.hook)})
 		}
 	}
-	subjects := map[string]bool{}
-	for c, what := range dropped {
-		subject := "firewall " + c.table + " " + c.chain
-		subjects[subject] = true
-		n.news.say(subject, "Another firewall of this host drops what guests need", "table", c.table, "chain", c.chain, "drops", strings.Join(what, ", "), "open", c.open)
+	return dropped
+}
+
+// letThrough puts rules before those of another firewall's chain that let guests through, and tells
+// whether it could.
+func (n *NAT) letThrough(c *nftables.Chain) bool {
+	conn, err := nftables.New()
+	for _, key := range []expr.MetaKey{expr.MetaKeyIIFNAME, expr.MetaKeyOIFNAME} {
+		if err != nil {
+			break
+		}
+		conn.InsertRule(&nftables.Rule{
+			Table: c.Table, Chain: c, UserData: userdata.AppendString(nil, userdata.TypeComment, n.natTable()),
+			Exprs: append([]expr.Any{
+				&expr.Meta{Key: key, Register: 1},
+				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte(n.config.NamespacePrefix)}, // how its name begins
+			}, accept()...),
+		})
 	}
-	for subject := range n.news.said {
-		if strings.HasPrefix(subject, "firewall ") && !subjects[subject] {
-			n.news.say(subject, "")
+	if err == nil {
+		err = conn.Flush()
+	}
+	table := familyName(c.Table.Family) + " " + c.Table.Name
+	if err != nil {
+		n.config.Logger.Warn("Another firewall of this host drops what guests need, and cannot be changed", "table", table, "chain", c.Name, "error", err)
+		return false
+	}
+	n.config.Logger.Warn("Let guests through another firewall of this host, which dropped what they need", "table", table, "chain", c.Name)
+	n.firewall.rules = map[*nftables.Chain][]*nftables.Rule{} // read anew
+	n.firewall.generation = 0
+	return true
+}
+
+// leaveFirewalls removes the rules that letThrough put into other firewalls.
+func (n *NAT) leaveFirewalls() error {
+	f, err := readFirewall()
+	if err != nil {
+		return err
+	}
+	found := false
+	for _, c := range f.chains {
+		rules, err := f.conn.GetRules(c.Table, c)
+		if err != nil {
+			continue // it is gone since
+		}
+		for _, r := range rules {
+			if comment, ok := userdata.GetString(r.UserData, userdata.TypeComment); !ok || comment != n.natTable() {
+				continue
+			}
+			found = true
+			if err := f.conn.DelRule(&nftables.Rule{Table: c.Table, Chain: c, Handle: r.Handle}); err != nil {
+				return fmt.Errorf("remove rule from chain %s of table %s: %w", c.Name, c.Table.Name, err)
+			}
 		}
 	}
+	if !found {
+		return nil
+	}
+	if err := f.conn.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("remove rules from other firewalls: %w", err)
+	}
+	return nil
 }
 
 // dockerUser is the chain that Docker leaves to users.

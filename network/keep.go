@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -192,6 +193,9 @@ func (n *NAT) keepLink(i int) (done bool, err error) {
 	return true, err
 }
 
+// renewal is longer than a tap takes to be made anew, on a busy host.
+const renewal = 100 * time.Millisecond
+
 // keepNamespaceRules keeps a namespace's rules, and resets the connections of a VM whose VMM was
 // killed.
 func (n *NAT) keepNamespaceRules(i int) (done bool, err error) {
@@ -259,6 +263,10 @@ func (n *NAT) connected(i int) (bool, error) {
 	}
 	err = inNamespace(n.name(i), func() error {
 		kept, err := n.config.tapKept()
+		if err == nil && !kept {
+			time.Sleep(renewal) // a VM that leaves may have just taken its tap away
+			kept, err = n.config.tapKept()
+		}
 		if err != nil {
 			return err
 		}

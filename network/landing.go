@@ -15,7 +15,7 @@ import (
 // hookMarked sees packets before they are routed, and once their connections are known.
 var hookMarked = hook{"marked", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityMangle}
 
-// landingPrefix begins the name of a landing's table. The anchor's name follows.
+// landingPrefix begins the name of a landing's table. The link's name follows.
 const landingPrefix = "drafter-from-"
 
 // connectionsSet is the set of those connections of the guest that belong to an anchor. They are
@@ -28,8 +28,8 @@ var connectionType = nftables.MustConcatSetType(nftables.TypeInetProto, nftables
 // landingRules mark what belongs to an anchor: connections that come in from there, and those that
 // the guest had before it moved. A packet that was on its way when the VM left may come by another
 // anchor. It says nothing of a connection that is known here, and what the source has told decides.
-func landingRules(anchor, tap string, mark uint32) error {
-	r, err := newRuleset(nftables.TableFamilyIPv4, landingPrefix+anchor)
+func landingRules(link, tap string, mark uint32) error {
+	r, err := newRuleset(nftables.TableFamilyIPv4, landingPrefix+link)
 	if err != nil {
 		return err
 	}
@@ -38,7 +38,7 @@ func landingRules(anchor, tap string, mark uint32) error {
 		return fmt.Errorf("add set %s: %w", set.Name, err)
 	}
 	c := r.chain(hookMarked)
-	r.rule(c, fromInterface(fromAnchor(anchor)), connectionState(expr.CtStateBitNEW), markConnection(mark))
+	r.rule(c, fromInterface(fromAnchor(link)), connectionState(expr.CtStateBitNEW), markConnection(mark))
 	r.rule(c, fromInterface(tap), []expr.Any{
 		// Each part of a key has a register of four bytes. TCP and UDP have their ports at 0 and 2.
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: unix.NFT_REG32_00},
@@ -88,13 +88,13 @@ func landingLink(key expr.MetaKey) []expr.Any {
 	}
 }
 
-// addConnections adds keys to what belongs to an anchor, in the calling thread's namespace.
-func addConnections(anchor string, keys [][]byte) error {
+// addConnections adds keys to what belongs to a link's anchor, in the calling thread's namespace.
+func addConnections(link string, keys [][]byte) error {
 	conn, err := nftables.New()
 	if err != nil {
 		return fmt.Errorf("open nftables: %w", err)
 	}
-	table := &nftables.Table{Family: nftables.TableFamilyIPv4, Name: landingPrefix + anchor}
+	table := &nftables.Table{Family: nftables.TableFamilyIPv4, Name: landingPrefix + link}
 	set := &nftables.Set{Table: table, Name: connectionsSet, KeyType: connectionType, Concatenation: true}
 	const atOnce = 1000 // one netlink attribute holds 64 KiB
 	for len(keys) > 0 {
@@ -114,7 +114,7 @@ func addConnections(anchor string, keys [][]byte) error {
 	return nil
 }
 
-// sweepLandingTables removes the tables of the calling thread's namespace for anchors that are not
+// sweepLandingTables removes the tables of the calling thread's namespace for links that are not
 // there.
 func sweepLandingTables(there map[string]bool) error {
 	conn, err := nftables.New()
@@ -126,7 +126,7 @@ func sweepLandingTables(there map[string]bool) error {
 		return fmt.Errorf("list nftables tables: %w", err)
 	}
 	for _, t := range tables {
-		if anchor, ok := strings.CutPrefix(t.Name, landingPrefix); ok && !there[anchor] {
+		if link, ok := strings.CutPrefix(t.Name, landingPrefix); ok && !there[link] {
 			if err := deleteTable(t.Name); err != nil {
 				return err
 			}

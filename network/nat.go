@@ -53,9 +53,16 @@ type NATConfig struct {
 	// most connections that a guest may have open at a time; 0: an equal share of a third of what
 	// the host can track, up to 8192
 	MaxConnections int
+	// rules are put into other firewalls of the host that drop what it forwards for guests, until Close
+	ManageForward bool
 	// how long connections of a VM that has moved may go on by way of the namespace that it has left;
 	// 0: for ever
 	AnchorTimeout time.Duration
+	// UDP port of the tunnel by which connections go on of VMs that move to other hosts; 0: there is
+	// no tunnel
+	TunnelPort int
+	// this host's address for other hosts' tunnels; "": that to which its migrations lead
+	TunnelAddress string
 
 	NamespaceInterface        string // tap interface for the VMM
 	NamespaceInterfaceGateway string // its address, the guest's gateway
@@ -102,6 +109,7 @@ type NAT struct {
 	firewall    *firewall // of others
 	next        int       // namespace that the next look visits first
 	news        *news
+	tunnel      *tunnel // nil: there is none
 }
 
 // natRecord is kept on disk while a NAT runs, so that the next NAT can clean up after a crash.
@@ -113,6 +121,8 @@ type natRecord struct {
 	Closed []string `json:"closed"`
 	// whether the namespaces are marked; those of older releases are not
 	Marked bool `json:"marked"`
+	// nil: there is none
+	Tunnel *tunnelAccess `json:"tunnel"`
 }
 
 // layout is a parsed NATConfig.
@@ -185,6 +195,12 @@ func (c *NATConfig) parse() (*layout, error) {
 	}
 	if c.AnchorTimeout < 0 {
 		return nil, fmt.Errorf("--anchor-timeout is %s; it must be 0 or more", c.AnchorTimeout)
+	}
+	if c.TunnelPort < 0 || c.TunnelPort > 65535 {
+		return nil, fmt.Errorf("--tunnel-port is %d; it must be a UDP port, or 0 for none", c.TunnelPort)
+	}
+	if c.TunnelAddress != "" && net.ParseIP(c.TunnelAddress) == nil {
+		return nil, fmt.Errorf("--tunnel-address %q is no IP address", c.TunnelAddress)
 	}
 	if c.MaxConnections < 0 {
 		return nil, fmt.Errorf("--max-connections is %d; it must be 0 or more", c.MaxConnections)
@@ -261,35 +277,44 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
-		name := n.name(i)
-		n.created = append(n.created, name)
-		if !slices.Contains(kept, name) {
-			// Noted one by one, because the next NAT removes what is noted.
-			n.record.Namespaces = append(n.record.Namespaces, name)
-			if err := n.writeRecord(); err != nil {
-				return nil, err
-			}
-			if err := n.createNamespace(i); err != nil {
-				return nil, err
-			}
-		} else if err := n.connect(i); err != nil {
+		if err := n.makeNamespace(i, kept); err != nil {
 			return nil, err
 		}
-		// A namespace that was kept may be of an older release, or have been made with other flags.
-		if err := n.guard(i); err != nil {
-			return nil, fmt.Errorf("guard network namespace %q: %w", name, err)
-		}
-		if n.changed && slices.Contains(kept, name) {
-			// The flags may no longer allow what was let in before.
-			if err := forgetTenant(name); err != nil {
-				return nil, err
-			}
-		}
+	}
+	if err := n.startTunnel(); err != nil { //nolint:contextcheck // it ends with Close
+		return nil, err
 	}
 	n.sayFirewalls()
 	n.sayNameServers()
 	n.watch, err = startWatch(n.look) //nolint:contextcheck // it ends with Close
 	return n, err
+}
+
+// makeNamespace makes a namespace, or what is missing of one that was kept.
+func (n *NAT) makeNamespace(i int, kept []string) error {
+	name := n.name(i)
+	n.created = append(n.created, name)
+	if !slices.Contains(kept, name) {
+		// Noted one by one, because the next NAT removes what is noted.
+		n.record.Namespaces = append(n.record.Namespaces, name)
+		if err := n.writeRecord(); err != nil {
+			return err
+		}
+		if err := n.createNamespace(i); err != nil {
+			return err
+		}
+	} else if err := n.connect(i); err != nil {
+		return err
+	}
+	// A namespace that was kept may be of an older release, or have been made with other flags.
+	if err := n.guard(i); err != nil {
+		return fmt.Errorf("guard network namespace %q: %w", name, err)
+	}
+	if n.changed && slices.Contains(kept, name) {
+		// The flags may no longer allow what was let in before.
+		return forgetTenant(name)
+	}
+	return nil
 }
 
 // publicAddresses has one address of each quarter of the address space: a VPN may route halves or
@@ -392,6 +417,9 @@ func (n *NAT) reclaim() (kept []string, err error) {
 				return nil, err
 			}
 		}
+	}
+	if err := n.leaveFirewalls(); err != nil {
+		return nil, err
 	}
 	n.config.Logger.Info("Removed what a killed NAT left behind", "namespaces", len(old.Namespaces)-len(kept), "inUse", len(kept))
 	n.record.IPForward, n.record.Closed = old.IPForward, old.Closed
@@ -929,7 +957,7 @@ func removeNamespace(name string, log *slog.Logger) error {
 			errs = append(errs, fmt.Errorf("remove %s: %w", hostVethName(name), err))
 		}
 	}
-	errs = append(errs, deleteNamespace(name), forgetAnchor(name))
+	errs = append(errs, deleteNamespace(name), forgetAnchor(name), forgetLandings(name))
 	return errors.Join(errs...)
 }
 
@@ -941,11 +969,12 @@ func (n *NAT) Close() error {
 	}
 	errs := []error{n.watch.Close()}
 	n.watch = nil
+	errs = append(errs, n.tunnel.close())
 	for _, name := range slices.Backward(n.created) {
 		errs = append(errs, removeNamespace(name, n.config.Logger))
 	}
 	if n.record.Namespaces != nil {
-		errs = append(errs, deleteTable(n.natTable()))
+		errs = append(errs, n.removeTunnel(), n.leaveFirewalls(), deleteTable(n.natTable()))
 		if err := errors.Join(errs...); err == nil {
 			errs = append(errs, os.Remove(n.recordPath()))
 		}

@@ -914,6 +914,56 @@ func TestFirewalls(t *testing.T) {
 	}
 }
 
+// With ManageForward, guests get through firewalls that forward nothing, also after these were loaded
+// anew, and nothing of it is left.
+func TestManageForward(t *testing.T) {
+	need.Root(t)
+	log := readLog(t)
+	const docker, mine = "ip filter", "inet mine"
+	load := func() {
+		t.Helper()
+		rules := exec.Command("nft", "-f", "-")
+		rules.Stdin = strings.NewReader(`table ip filter {
+			chain DOCKER-USER { }
+			chain FORWARD { type filter hook forward priority 0; policy drop; jump DOCKER-USER; }
+		}
+		table inet mine {
+			chain forward { type filter hook forward priority -5; policy accept; iifname != "docker0" drop; }
+		}`)
+		if out, err := rules.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	load()
+	t.Cleanup(func() { shell(t, "nft delete table "+docker+"; nft delete table "+mine) })
+	c := testConfig()
+	c.ManageForward = true
+	n := startNAT(t, c)
+	endWatch(t, &n.watch)
+	guest := attachGuest(t, "ark0")
+	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
+	listen(t, guest, "172.16.0.2:80", "guest")
+	startForwarder(t, forwardTo("ark0", "tcp", "192.0.2.1:3333"))
+	through := func(when string) {
+		t.Helper()
+		if ask(t, guest, "tcp4", "192.0.2.254:80") == "" || ask(t, testhost.Outside, "tcp4", "192.0.2.1:3333") == "" {
+			t.Errorf("%s guests are cut off", when)
+		}
+		if said := log.read(); strings.Count(said, "Let guests through") != 2 {
+			t.Errorf("%s the log says:\n%s", when, said)
+		}
+		n.look()
+		if said := log.read(); said != "" {
+			t.Errorf("%s, later, the log says:\n%s", when, said)
+		}
+	}
+	through("at the start")
+	shell(t, "nft delete table "+docker+"; nft delete table "+mine)
+	load()
+	n.look()
+	through("after others were loaded anew")
+}
+
 // legacyRule is an entry of iptables-legacy's for packets from and to interfaces whose names begin
 // so, "" for any: with a verdict, or the end of the table without.
 func legacyRule(in, out string, verdict *int32) []byte {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"slices"
 	"sync"
@@ -20,6 +21,7 @@ import (
 	"drafter/internal/migration"
 	"drafter/internal/wire"
 	"drafter/migrate"
+	"drafter/network"
 	"drafter/vmm"
 )
 
@@ -41,11 +43,7 @@ func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	rctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	a := &arrival{p: p, giveUp: cancel, restoring: make(chan struct{})}
-	landing, err := p.landing()
-	if err != nil {
-		return err
-	}
-	target, err := migration.Receive(rctx, migration.TargetConfig{VM: a, Dial: dial, Landing: landing, Limits: p.config.Limits, Force: p.config.Force, Logger: p.log, OnPhase: p.config.Hooks.OnPhase, OnProgress: p.config.Hooks.OnProgress})
+	target, err := migration.Receive(rctx, migration.TargetConfig{VM: a, Dial: dial, Landing: p.landing, Limits: p.config.Limits, Force: p.config.Force, Logger: p.log, OnPhase: p.config.Hooks.OnPhase, OnProgress: p.config.Hooks.OnProgress})
 	if errors.Is(err, migrate.ErrPackage) {
 		pkg, err := migration.OpenPackage(ctx, dial, p.config.Limits)
 		if err != nil {
@@ -64,7 +62,7 @@ func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	stats := target.Stats()
 	running := time.Since(start)
 	firstMoments(ctx)
-	if err := p.claim.Landed(); err != nil {
+	if err := p.claim.Landed(); err != nil { //nolint:contextcheck // it ends by itself
 		p.log.Warn("The VM's anchor here is left behind", "error", err)
 	}
 	p.keepWhole(target)
@@ -218,15 +216,29 @@ func arrivalBytes(p *Peer) (sent, saved, pending int64) {
 }
 
 // landing is where connections of a VM go on that comes here: nil if they cannot.
-func (p *Peer) landing() ([]byte, error) {
+func (p *Peer) landing(departure []byte, source net.Addr) []byte {
 	if p.config.NoAnchor {
-		return nil, nil
+		return nil
 	}
-	l, err := p.claim.Landing()
-	if l == nil || err != nil {
-		return nil, err
+	var tunnel *network.TunnelEnd
+	err := json.Unmarshal(departure, &tunnel)
+	if tunnel != nil {
+		end := tunnel.At(source)
+		tunnel = &end
 	}
-	return json.Marshal(l)
+	var l *network.Landing
+	if err == nil {
+		l, err = p.claim.Landing(tunnel)
+	}
+	var b []byte
+	if l != nil && err == nil {
+		b, err = json.Marshal(l)
+	}
+	if err != nil {
+		p.log.Warn("Connections of the VM end as it comes here", "error", err)
+		return nil
+	}
+	return b
 }
 
 // Stats returns the figures of the latest migration from here or to here. ok is false when there

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"strings"
 	"time"
@@ -227,8 +228,22 @@ func (d *departure) Leave(_ context.Context, migration uuid.UUID) error {
 	return d.p.instance.NoteLeaving(migration)
 }
 
+// Departure implements [migration.Lander].
+func (d *departure) Departure() []byte {
+	tunnel, err := d.p.claim.Tunnel()
+	var b []byte
+	if err == nil {
+		b, err = json.Marshal(tunnel)
+	}
+	if err != nil {
+		d.p.log.Warn("Connections of the VM end if it moves to another host", "error", err)
+		return []byte("null")
+	}
+	return b
+}
+
 // Land implements [migration.Lander].
-func (d *departure) Land(landing []byte) {
+func (d *departure) Land(landing []byte, target net.Addr) {
 	if d.p.config.NoAnchor {
 		return
 	}
@@ -237,7 +252,7 @@ func (d *departure) Land(landing []byte) {
 	err := json.Unmarshal(landing, &l)
 	var connections *network.Departure
 	if err == nil {
-		connections, err = d.p.claim.Depart(d.p.instance.Generation(), l)
+		connections, err = d.p.claim.Depart(d.p.instance.Generation(), l, target)
 	}
 	switch {
 	case errors.Is(err, network.ErrNoAnchor):
@@ -246,6 +261,9 @@ func (d *departure) Land(landing []byte) {
 	case err != nil:
 		d.p.log.Warn("Connections of the VM end when it moves", "error", err)
 		return
+	}
+	for _, lost := range connections.Lost {
+		d.p.log.Warn("Some connections of the VM end when it moves", "error", lost)
 	}
 	d.p.connections.Store(connections)
 }
@@ -284,7 +302,7 @@ func (d *departure) goBack() {
 // Rescue implements [migration.SourceVM].
 func (d *departure) Rescue(ctx context.Context) error {
 	d.goBack()
-	if err := d.p.reoccupy(); err != nil {
+	if err := d.p.reoccupy(); err != nil { //nolint:contextcheck // it ends by itself
 		d.p.log.Warn("The VM goes on here, but without its network", "error", err)
 	}
 	if d.p.syncer != nil {

@@ -15,9 +15,9 @@ func newAnchor() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "anchor",
 		Short: "Look at connections of VMs that have moved",
-		Long: `A VM that moves to another namespace of the same host keeps its connections. The
-namespace that it leaves becomes an anchor: connections go on there, and packets for the VM are led
-to where it is. Ports that drafter forwarder publishes there lead to the VM, too.
+		Long: `A VM that moves keeps its connections. The namespace that it leaves becomes an anchor:
+connections go on there, and packets for the VM are led to where it is. Ports that drafter forwarder
+publishes there lead to the VM, too. Between hosts, that takes drafter nat --tunnel-port on both.
 
 An anchor ends with its last connection, unless a port is published there; when the VM ends; or when
 the time is over that drafter nat gives it (--anchor-timeout). Its namespace is then free again.
@@ -52,7 +52,7 @@ when, how many connections go on, and how many bytes have passed in both directi
 				if err != nil {
 					return err
 				}
-				fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\n", a.Netns, a.To, a.Since.Local().Format(time.DateTime), t.Connections, humanize.IBytes(t.Bytes))
+				fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\n", a.Netns, a.Where(), a.Since.Local().Format(time.DateTime), t.Connections, humanize.IBytes(t.Bytes))
 			}
 			return w.Flush()
 		},

@@ -42,12 +42,19 @@ A guest sends with its own IPv4 and MAC address only: TCP, UDP and ICMP, and no 
 leave the host from ports 61000 to 65535. Run no services at these, and keep
 net.ipv4.ip_local_port_range below them, as is the default.
 
-A VM that moves to another namespace of this host keeps its connections: see drafter anchor.
+A VM that moves to another namespace of this host keeps its connections: see drafter anchor. So does
+one that moves to another host, if the NATs of both have a tunnel, and each reaches the other's port:
+
+  drafter nat --tunnel-port 7777
+
+The tunnel is encrypted (WireGuard). A NAT exchanges packets only with those of hosts with which VMs
+were moved. The port is a UDP port of the host; open it for those in your firewall.
 
 What others remove or change of all this while it runs (rules, links, addresses, routes, forwarding)
 is put back within seconds, and the log says so. Other firewalls of the host are left alone. If one
-drops what guests need, the log names it, with the commands that let guests through. The log also
-names a name server of the host that guests do not reach.
+drops what guests need, the log names it, with the commands that let guests through. With
+--manage-forward the NAT lets guests through what drops forwarded packets, until it ends. The log
+also names a name server of the host that guests do not reach.
 ` + exitCodeHelp,
 		Example: "  drafter nat --host-interface eth0",
 		Args:    noArgs,
@@ -82,6 +89,9 @@ names a name server of the host that guests do not reach.
 	f.StringVar(&c.NamespacePrefix, "namespace-prefix", c.NamespacePrefix, "Prefix of the namespaces' names")
 	f.IntVar(&c.NamespaceCount, "namespace-count", c.NamespaceCount, "Number of namespaces to make (0: as many as the CIDRs hold)")
 	f.DurationVar(&c.AnchorTimeout, "anchor-timeout", c.AnchorTimeout, "How long connections of a VM that has moved may go on by way of the namespace that it has left (0: for ever)")
+	f.BoolVar(&c.ManageForward, "manage-forward", c.ManageForward, "Put rules into other firewalls of the host (Docker, ufw, firewalld, …) that drop what it forwards for guests; they are removed at the end")
+	f.IntVar(&c.TunnelPort, "tunnel-port", c.TunnelPort, "UDP port of an encrypted tunnel between the NATs of hosts, by which connections go on of VMs that move from one to the other (0: they end then)")
+	f.StringVar(&c.TunnelAddress, "tunnel-address", c.TunnelAddress, "IP address by which other hosts reach that port (default: the one by which they reach the peers here)")
 	f.BoolVar(&c.AllowIncomingTraffic, "allow-incoming-traffic", c.AllowIncomingTraffic, "Let the host connect to guests, at the addresses of their namespaces (10.0.15.N:PORT by default)")
 	return cmd
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"sync"
 	"time"
 
@@ -19,6 +20,7 @@ type link struct {
 	ctx    context.Context // ends with the link; its cause says why
 	cancel context.CancelCauseFunc
 	wg     sync.WaitGroup
+	remote net.Addr // nil if it is not known
 }
 
 // alive tells whether the link is there and has not ended. It may be nil.
@@ -27,6 +29,9 @@ func (l *link) alive() bool { return l != nil && l.ctx.Err() == nil }
 // newLink watches a connection until close.
 func newLink(ctx context.Context, stream io.ReadWriteCloser, silence time.Duration) *link {
 	l := &link{Conn: wire.NewConn(stream)}
+	if conn, ok := stream.(interface{ RemoteAddr() net.Addr }); ok {
+		l.remote = conn.RemoteAddr()
+	}
 	l.ctx, l.cancel = context.WithCancelCause(ctx)
 	l.wg.Go(func() { l.watch(silence) })
 	return l

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -58,9 +59,11 @@ type SourceVM interface {
 
 // Lander is a [SourceVM] whose connections can go on at the target.
 type Lander interface {
-	// Land makes ready for that, given what the target says of where the VM will be; see
-	// [TargetConfig]. The migration goes on whether they can or not.
-	Land(landing []byte)
+	// Departure is what the target must know to say where they can.
+	Departure() []byte
+	// Land makes ready for that, given what the target says of where the VM will be (see
+	// [TargetConfig]), and its address if that is known. The migration goes on whether they can or not.
+	Land(landing []byte, target net.Addr)
 }
 
 // SourceDevice is a device to migrate.
@@ -696,7 +699,7 @@ func (o *outgoing) preflight(ctx context.Context) (migrate.Phase, error) {
 		}
 	}
 	if lander, ok := o.config.VM.(Lander); ok && len(accept.Landing) > 0 {
-		lander.Land(accept.Landing)
+		lander.Land(accept.Landing, l.remote)
 	}
 	o.attachMain(l)
 	o.figures.update(func(f *figures) { f.preflight = time.Since(f.began) })
@@ -734,8 +737,9 @@ func (o *outgoing) manifest() wire.Manifest {
 	}
 	if !o.asks.copy {
 		m.Generation = o.config.Generation
-		if _, ok := o.config.VM.(Lander); ok {
+		if lander, ok := o.config.VM.(Lander); ok {
 			m.Features |= wire.FeatureLanding
+			m.Departure = lander.Departure()
 		}
 	}
 	for _, d := range o.devices {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"slices"
 	"sync"
@@ -94,9 +95,10 @@ type TargetConfig struct {
 	// take the VM even if its guest does not get ready to be paused; data that the guest has not
 	// flushed is as after a power cut
 	Force bool
-	// where the VM's connections can go on here, in JSON; nil if they cannot. The source must know
-	// what it says.
-	Landing []byte
+	// Landing tells where the VM's connections can go on here, in JSON; nil if they cannot. It is
+	// given what [Lander] says, and the source's address if that is known. The source must know what
+	// it says.
+	Landing func(departure []byte, source net.Addr) []byte
 
 	// As in [SourceConfig].
 	Logger     *slog.Logger
@@ -363,6 +365,14 @@ func (t *Target) connect(ctx context.Context, lane wire.Lane, resume bool) (*lin
 	return l, nil
 }
 
+// landing says where the VM's connections can go on, if the source wants to know.
+func (t *Target) landing(m wire.Manifest, l *link) []byte {
+	if m.Features&wire.FeatureLanding == 0 || t.config.Landing == nil {
+		return nil
+	}
+	return t.config.Landing(m.Departure, l.remote)
+}
+
 // preflight learns what the source offers, and whether it can run here.
 func (t *Target) preflight(ctx context.Context) (migrate.Phase, error) {
 	l, err := t.connect(ctx, wire.Main, false)
@@ -401,10 +411,7 @@ func (t *Target) preflight(ctx context.Context) (migrate.Phase, error) {
 		l.refuse(wire.CodeIncompatible, err)
 		return "", err
 	}
-	accept := wire.Accept{}
-	if m.Features&wire.FeatureLanding != 0 {
-		accept.Landing = t.config.Landing
-	}
+	accept := wire.Accept{Landing: t.landing(m, l)}
 	var incoming []*incomingDevice
 	for i, d := range devices {
 		held := d.Held

@@ -63,7 +63,8 @@ const FeatureContents uint64 = 16
 // with the manifest; see [Device].
 const FeatureFile uint64 = 32
 
-// FeatureLanding is a feature of a manifest: the source takes a landing with the [Accept].
+// FeatureLanding is a feature of a manifest, which has a departure: the source takes a landing with
+// the [Accept].
 const FeatureLanding uint64 = 64
 
 // Kind is what an [Operation] does.
@@ -102,7 +103,8 @@ type Result struct {
 // size uint64, block size uint32, flags uint8 (1: it needs the base, 2: the source lacks it, 4: it comes
 // as an open file),
 // content ids of the base and of the backup [32]byte each, zero for none. With [FeatureSignature],
-// the signature follows as a byte string. A byte string is its length as uint32 and the bytes.
+// the signature follows as a byte string, with [FeatureLanding] the departure. A byte string is its
+// length as uint32 and the bytes.
 type Manifest struct {
 	Features  uint64
 	Config    []byte // content of the config device (JSON)
@@ -111,6 +113,9 @@ type Manifest struct {
 	Generation uuid.UUID
 	Devices    []Device
 	Signature  []byte // of the package, with FeatureSignature
+	// how the VM's connections can come from the source, as the network knows it, in JSON; empty if
+	// only from its host. With FeatureLanding
+	Departure []byte
 }
 
 // Device is one device of a manifest.
@@ -295,6 +300,9 @@ func encode(message any) ([]byte, error) {
 		}
 		if m.Features&FeatureSignature != 0 {
 			b = appendString(b, m.Signature)
+		}
+		if m.Features&FeatureLanding != 0 {
+			b = appendString(b, m.Departure)
 		}
 	case Accept:
 		t = TypeAccept
@@ -530,6 +538,9 @@ func (r *reader) manifest() Manifest {
 	}
 	if m.Features&FeatureSignature != 0 {
 		m.Signature = r.string()
+	}
+	if m.Features&FeatureLanding != 0 {
+		m.Departure = r.string()
 	}
 	return m
 }

@@ -44,6 +44,7 @@ func messages() []any {
 		Manifest{Features: 1, Config: []byte(`{"a":1}`), Processor: []byte(`{}`), Generation: id, Devices: []Device{
 			{Name: "memory", Size: testSizes[0], BlockSize: 4096, NeedsBase: true, Base: block.ID{1, 2}}, {Name: "disk", Size: testSizes[1], BlockSize: 65536, Absent: true, Open: true, Backup: block.ID{3}},
 		}},
+		Manifest{Features: FeatureLanding, Departure: []byte("{}"), Devices: []Device{{Name: "memory", Size: testSizes[0], BlockSize: 4096}}},
 		Manifest{Features: FeatureSignature, Signature: []byte("signed"), Devices: []Device{{Name: "memory", Size: testSizes[0], BlockSize: 4096}}},
 		Accept{Held: []Held{HoldsBackup, Unwanted}, Landing: []byte(`{}`)}, Accept{Held: []Held{HoldsBase | TakesFile}},
 		Want{Device: 1, First: 3, Ends: 9},
