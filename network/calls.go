@@ -50,7 +50,9 @@ func (a *tunnelAccess) close() {
 	}
 }
 
-// call calls the NAT at another end of the tunnel, or this host's.
+// call calls the NAT at another end of the tunnel, or this host's. It ends within callTimeout.
+//
+//nolint:contextcheck,nolintlint // for those that call it: the linters disagree
 func (a *tunnelAccess) call(to TunnelEnd, name string, request, response any) (err error) {
 	defer func() {
 		if err != nil && to.Key != a.End.Key {

@@ -281,7 +281,7 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 			return nil, err
 		}
 	}
-	if err := n.startTunnel(); err != nil { //nolint:contextcheck // it ends with Close
+	if err := n.startTunnel(); err != nil {
 		return nil, err
 	}
 	n.sayFirewalls()

@@ -62,7 +62,7 @@ func (p *Peer) Receive(ctx context.Context, dial migrate.Dial) error {
 	stats := target.Stats()
 	running := time.Since(start)
 	firstMoments(ctx)
-	if err := p.claim.Landed(); err != nil { //nolint:contextcheck // it ends by itself
+	if err := p.claim.Landed(); err != nil {
 		p.log.Warn("The VM's anchor here is left behind", "error", err)
 	}
 	p.keepWhole(target)

@@ -302,7 +302,7 @@ func (d *departure) goBack() {
 // Rescue implements [migration.SourceVM].
 func (d *departure) Rescue(ctx context.Context) error {
 	d.goBack()
-	if err := d.p.reoccupy(); err != nil { //nolint:contextcheck // it ends by itself
+	if err := d.p.reoccupy(); err != nil {
 		d.p.log.Warn("The VM goes on here, but without its network", "error", err)
 	}
 	if d.p.syncer != nil {
