@@ -44,7 +44,13 @@ func quiet(t *testing.T, vm *tour.Service) {
 // serverInfo returns a field of Redis' INFO server.
 func serverInfo(t *testing.T, c *redis.Client, field string) string {
 	t.Helper()
-	info, err := c.Info(t.Context(), "server").Result()
+	return redisInfo(t, c, "server", field)
+}
+
+// redisInfo returns a field of a section of Redis' INFO.
+func redisInfo(t *testing.T, c *redis.Client, section, field string) string {
+	t.Helper()
+	info, err := c.Info(t.Context(), section).Result()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -117,6 +117,7 @@ type Departure struct {
 	tunnel   *tunnelAccess // nil: there is none
 	landing  landingHalf
 	ways     []*way // of the anchors; the first is where the VM is
+	lost     []*way // whose connections cannot go on
 	switched bool
 }
 
@@ -144,6 +145,7 @@ type way struct {
 	before string          // link by which it leads to where the VM is; "": that is its own namespace
 	link   string          // link to the landing; "": that is its own namespace
 	told   map[string]bool // keys of its connections of which the landing was told
+	landed bool            // the landing's half of the link is made
 }
 
 // anchorHalf is what a move does at an anchor.
@@ -275,6 +277,7 @@ func (d *Departure) connect(vm uuid.UUID) error {
 		}
 		w.link = newLink()
 		err := d.landing.land(w.link, w.at, vm)
+		w.landed = err == nil
 		if err == nil {
 			err = w.anchor.connect(w.link, d.to)
 		}
@@ -287,7 +290,7 @@ func (d *Departure) connect(vm uuid.UUID) error {
 		if err != nil {
 			d.Lost = append(d.Lost, fmt.Errorf("those at the anchor %s: %w", w.at, err))
 			d.ways = slices.DeleteFunc(d.ways, func(o *way) bool { return o == w })
-			w.anchor.close()
+			d.lost = append(d.lost, w)
 		}
 	}
 	return nil
@@ -422,7 +425,7 @@ func (d *Departure) Close() error {
 	own, err := newLandingHere(d.from, d.tunnel)
 	errs = append(errs, err)
 	for _, w := range d.ways {
-		if !d.switched && w.link != "" {
+		if !d.switched && w.landed {
 			errs = append(errs, w.anchor.disconnect(w.link), d.landing.leave(w.link))
 		}
 		if d.switched && w.before != "" {
@@ -433,6 +436,15 @@ func (d *Departure) Close() error {
 		}
 		if d.switched && w.link == "" && w.at.Tunnel == nil {
 			errs = append(errs, forgetAnchor(w.at.Netns))
+		}
+		w.anchor.close()
+	}
+	for _, w := range d.lost {
+		if w.landed {
+			errs = append(errs, d.landing.leave(w.link))
+		}
+		if d.switched && err == nil {
+			errs = append(errs, own.leave(w.before))
 		}
 		w.anchor.close()
 	}

@@ -92,6 +92,7 @@ type Peer struct {
 	vacating sync.WaitGroup // until its clients here were told
 	// those that can go on where the VM moves to; nil while none do
 	connections atomic.Pointer[network.Departure]
+	departing   sync.WaitGroup // until that is known
 	user        *vmm.User
 	devices     deviceset.Set
 	private     *vmm.Dir        // of the private map; nil without one

@@ -177,6 +177,7 @@ func (p *Peer) reoccupy() error {
 
 // stay ends the departure of the VM's connections, and tells whether they go on at the target.
 func (p *Peer) stay() (gone bool) {
+	p.departing.Wait()
 	d := p.connections.Swap(nil)
 	if d == nil {
 		return false
@@ -199,6 +200,7 @@ func (d *departure) Flush(ctx context.Context) error { return d.p.instance.Flush
 
 // Prepare implements [migration.SourceVM].
 func (d *departure) Prepare(ctx context.Context) error {
+	d.p.departing.Wait() // the guest is not told before, as that may take a while
 	if hook := d.p.config.Hooks.OnBeforeSuspend; hook != nil {
 		if err := hook(ctx); err != nil {
 			return err
@@ -212,6 +214,7 @@ func (d *departure) Prepare(ctx context.Context) error {
 
 // Pause implements [migration.SourceVM]. What is sent to the VM from now on waits at the target.
 func (d *departure) Pause(ctx context.Context) (stopped time.Time, err error) {
+	d.p.departing.Wait()
 	if connections := d.p.connections.Load(); connections != nil {
 		if err := connections.Switch(); err != nil {
 			d.endConnections(err)
@@ -242,30 +245,32 @@ func (d *departure) Departure() []byte {
 	return b
 }
 
-// Land implements [migration.Lander].
+// Land implements [migration.Lander]. The links are made while devices are sent.
 func (d *departure) Land(landing []byte, target net.Addr) {
 	if d.p.config.NoAnchor {
 		return
 	}
 	d.p.stay() // of an earlier migration
-	var l network.Landing
-	err := json.Unmarshal(landing, &l)
-	var connections *network.Departure
-	if err == nil {
-		connections, err = d.p.claim.Depart(d.p.instance.Generation(), l, target)
-	}
-	switch {
-	case errors.Is(err, network.ErrNoAnchor):
-		d.p.log.Info("Connections of the VM end when it moves", "reason", err)
-		return
-	case err != nil:
-		d.p.log.Warn("Connections of the VM end when it moves", "error", err)
-		return
-	}
-	for _, lost := range connections.Lost {
-		d.p.log.Warn("Some connections of the VM end when it moves", "error", lost)
-	}
-	d.p.connections.Store(connections)
+	d.p.departing.Go(func() {
+		var l network.Landing
+		err := json.Unmarshal(landing, &l)
+		var connections *network.Departure
+		if err == nil {
+			connections, err = d.p.claim.Depart(d.p.instance.Generation(), l, target)
+		}
+		switch {
+		case errors.Is(err, network.ErrNoAnchor):
+			d.p.log.Info("Connections of the VM end when it moves", "reason", err)
+			return
+		case err != nil:
+			d.p.log.Warn("Connections of the VM end when it moves", "error", err)
+			return
+		}
+		for _, lost := range connections.Lost {
+			d.p.log.Warn("Some connections of the VM end when it moves", "error", lost)
+		}
+		d.p.connections.Store(connections)
+	})
 }
 
 // Save implements [migration.SourceVM]. Meanwhile the target's host is told of the VM's connections.
