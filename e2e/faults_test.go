@@ -39,7 +39,12 @@ type proxied struct {
 
 func newLink(t *testing.T, to string) *link {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	return newLinkAt(t, "127.0.0.1:0", to)
+}
+
+func newLinkAt(t *testing.T, addr, to string) *link {
+	t.Helper()
+	l, err := net.Listen("tcp", addr)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -127,6 +129,56 @@ func TestTunnelBlocked(t *testing.T) {
 		t.Errorf("the connection ends with %v", err)
 	}
 	end(t, next)
+}
+
+// A VM whose move fails when its connections lead to the target already goes on with them where it
+// was.
+func TestTunnelRescue(t *testing.T) {
+	s := emptySite(t)
+	var hosts []*otherHost
+	for number := 1; number <= 2; number++ {
+		hosts = append(hosts, newHost(t, s, number, "--tunnel-port", "7777", "--tunnel-address", fmt.Sprintf("10.77.%d.2", number)))
+	}
+	from, to := hosts[0], hosts[1]
+	vm := from.peer(t, "instance", "--laddr", from.addr+":1337", "--insecure")
+	c := count(t, from.addr+":3333", "key")
+	anchor := filepath.Join(from.host.Root(), "run/drafter/anchors/ark0.json")
+	for round := range 3 {
+		l := newLinkAt(t, "10.77.2.1:0", from.addr+":1337")
+		target, err := to.Start(s.peerArgs(fmt.Sprint("target-", round), "--raddr", l.addr, "--insecure")...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for {
+			if _, err := os.Stat(anchor); err == nil {
+				break
+			}
+			select {
+			case <-target.Done():
+				t.Fatal("no anchor was made: ", target.Wait())
+			case <-time.After(100 * time.Microsecond):
+			}
+		}
+		l.cut()
+		line, err := vm.Await(t.Context(), "The migration failed; the VM goes on here", "The VM runs at its target; sending what is left")
+		if err != nil || !strings.Contains(line.Text, "goes on here") {
+			t.Fatalf("%s, %v", line.Text, err)
+		}
+		if target.Wait() == nil {
+			t.Error("the target has ended as if nothing had been")
+		}
+		before := c.counted.Load()
+		time.Sleep(time.Second)
+		if c.counted.Load() < before+10 {
+			t.Errorf("round %d: %d answers in a second afterwards", round, c.counted.Load()-before)
+		}
+		if list := (&site{Drafter: from.Drafter}).anchors(t); strings.Contains(list, "ark") {
+			t.Errorf("round %d: anchors of a VM that has not moved:\n%s", round, list)
+		}
+	}
+	c.end(t)
+	t.Logf("%d answers, the longest silence was %s", c.counted.Load(), c.longest.Round(time.Millisecond))
+	end(t, vm)
 }
 
 // A bad way between hosts costs time, and nothing else.

@@ -22,7 +22,8 @@ import (
 
 const (
 	callTimeout = 3 * time.Second
-	mostCall    = 16 << 20 // bytes of one: some 400,000 connections
+	tellTimeout = time.Second // of a call while the VM is paused
+	mostCall    = 16 << 20    // bytes of one: some 400,000 connections
 )
 
 // tunnelAccess is what a process of this host needs to use the NAT's tunnel.
@@ -53,7 +54,11 @@ func (a *tunnelAccess) close() {
 // call calls the NAT at another end of the tunnel, or this host's. It ends within callTimeout.
 //
 //nolint:contextcheck,nolintlint // for those that call it: the linters disagree
-func (a *tunnelAccess) call(to TunnelEnd, name string, request, response any) (err error) {
+func (a *tunnelAccess) call(to TunnelEnd, name string, request, response any) error {
+	return a.callWithin(callTimeout, to, name, request, response)
+}
+
+func (a *tunnelAccess) callWithin(timeout time.Duration, to TunnelEnd, name string, request, response any) (err error) {
 	defer func() {
 		if err != nil && to.Key != a.End.Key {
 			err = fmt.Errorf("the NAT at %s: %w", to.endpoint(), err)
@@ -66,7 +71,7 @@ func (a *tunnelAccess) call(to TunnelEnd, name string, request, response any) (e
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeoutCause(context.Background(), callTimeout, fmt.Errorf("no answer within %s", callTimeout))
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
 	url := fmt.Sprintf("http://%s/%s", netip.AddrPortFrom(to.Key.ip(), tunnelPort), name)
 	r, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(b))
@@ -78,7 +83,7 @@ func (a *tunnelAccess) call(to TunnelEnd, name string, request, response any) (e
 	case err != nil && ctx.Err() != nil && to.Key == a.End.Key:
 		return errors.New("the NAT does not answer; is it running?")
 	case err != nil && ctx.Err() != nil:
-		return fmt.Errorf("no answer through the tunnel within %s; is UDP port %d open there, and is its NAT running?", callTimeout, to.Port)
+		return fmt.Errorf("no answer through the tunnel within %s; is UDP port %d open there, and is its NAT running?", timeout, to.Port)
 	case err != nil:
 		return err
 	}
@@ -175,7 +180,17 @@ func (t *tunnel) handler() http.Handler {
 		t.waits(c.Link, false)
 		return h.lead(c.Link, c.To)
 	})
-	t.serveAnchor(mux, "disconnect", func(h *anchorHere, c anchorCall) (any, error) { return nil, h.disconnect(c.Link) })
+	serve(t, mux, "anchor/disconnect", func(from caller, c anchorCall) (any, error) {
+		// The anchor may have ended meanwhile, as the VM has come home to it.
+		there, theirs, err := t.anchorLink(c.Netns, toLanding(c.Link), from)
+		if err != nil || !there {
+			return nil, err
+		}
+		if !theirs {
+			return nil, errDenied
+		}
+		return nil, dropLink(c.Netns, toLanding(c.Link))
+	})
 	t.serveAnchor(mux, "end", func(h *anchorHere, _ anchorCall) (any, error) {
 		a, err := anchorOf(h.ns)
 		if a == nil || err != nil {
@@ -190,7 +205,7 @@ func (t *tunnel) handler() http.Handler {
 func (t *tunnel) serveLanding(mux *http.ServeMux, name string, act func(landingHere, landingCall) error) {
 	serve(t, mux, "land/"+name, func(from caller, c landingCall) (any, error) {
 		if !t.expects(c.Netns, from) {
-			there, theirs, err := t.landingLink(c.Netns, c.Link, from)
+			there, theirs, err := t.anchorLink(c.Netns, fromAnchor(c.Link), from)
 			switch {
 			case err != nil:
 				return nil, err
@@ -285,12 +300,11 @@ func (t *tunnel) expects(ns string, from caller) bool {
 	return ok && key == from.end.Key
 }
 
-// landingLink tells whether there is a link from an anchor, and whether it comes from the caller.
-func (t *tunnel) landingLink(ns, link string, from caller) (there, theirs bool, err error) {
+// anchorLink tells whether there is an end of a link, and whether the caller has the other one.
+func (t *tunnel) anchorLink(ns, name string, from caller) (there, theirs bool, err error) {
 	err = inNamespace(ns, func() error {
-		links, err := listAnchorLinks(anchorLinks)
-		there = slices.Contains(links, fromAnchor(link))
-		theirs = leadsTo(fromAnchor(link), from.end.Key.ip())
+		links, err := listAnchorLinks(name)
+		there, theirs = len(links) > 0, leadsTo(name, from.end.Key.ip())
 		return err
 	})
 	return there, theirs, err

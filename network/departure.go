@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/google/uuid"
@@ -119,6 +120,8 @@ type Departure struct {
 	ways     []*way // of the anchors; the first is where the VM is
 	lost     []*way // whose connections cannot go on
 	switched bool
+	back     sync.WaitGroup // until anchors on other hosts have heard of Back
+	backErr  error          // guarded by back
 }
 
 // spot is a namespace of this host, or of the one with that end of a tunnel.
@@ -348,9 +351,12 @@ func (d *Departure) lead(w *way) error {
 	return d.tell(w, keys)
 }
 
-// Tell tells the landing which connections the VM has had since Switch. The VM is paused, and has
-// not gone on.
+// Tell tells the landing which connections the VM has had since Switch, if it has switched. The VM is
+// paused, and has not gone on.
 func (d *Departure) Tell() error {
+	if !d.switched {
+		return nil
+	}
 	for _, w := range d.ways {
 		here, ok := w.anchor.(*anchorHere)
 		if !ok || w.link == "" {
@@ -401,17 +407,29 @@ func awaitTap(tap string) error {
 // Switched tells whether the connections go on at the landing.
 func (d *Departure) Switched() bool { return d.switched }
 
-// Back undoes Switch: the VM goes on where it was.
+// Back undoes Switch: the VM goes on where it was. Anchors on other hosts hear of it meanwhile; Close
+// waits for them.
 func (d *Departure) Back() error {
 	if !d.switched {
 		return nil
 	}
 	d.switched = false
 	var errs []error
+	var there []*way
 	for _, w := range d.ways {
+		if w.at.Tunnel != nil {
+			there = append(there, w)
+			continue
+		}
 		_, err := w.anchor.lead(w.before, spot{Netns: d.from})
 		errs = append(errs, err)
 	}
+	d.back.Go(func() {
+		for _, w := range there {
+			_, err := w.anchor.lead(w.before, spot{Netns: d.from})
+			d.backErr = errors.Join(d.backErr, err)
+		}
+	})
 	return errors.Join(append(errs, forgetAnchor(d.from))...)
 }
 
@@ -421,9 +439,9 @@ func (d *Departure) Close() error {
 	if d.lock == nil {
 		return nil
 	}
-	var errs []error
+	d.back.Wait()
 	own, err := newLandingHere(d.from, d.tunnel)
-	errs = append(errs, err)
+	errs := []error{d.backErr, err}
 	for _, w := range d.ways {
 		if !d.switched && w.landed {
 			errs = append(errs, w.anchor.disconnect(w.link), d.landing.leave(w.link))

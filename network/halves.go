@@ -12,6 +12,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/vishvananda/netlink"
 
+	"drafter/internal/lockfile"
 	"drafter/internal/private"
 	"drafter/internal/rundir"
 )
@@ -197,9 +198,13 @@ func (h landingThere) land(link string, anchor spot, vm uuid.UUID) error {
 	return h.tunnel.call(*h.at.Tunnel, "land", landCall{h.at.Netns, link, anchor, vm}, nil)
 }
 
-func (h landingThere) ready() error                          { return h.call("ready", "", nil) }
-func (h landingThere) tell(link string, keys [][]byte) error { return h.call("tell", link, keys) }
-func (h landingThere) leave(link string) error               { return h.call("leave", link, nil) }
+func (h landingThere) ready() error { return h.call("ready", "", nil) }
+
+func (h landingThere) tell(link string, keys [][]byte) error {
+	return h.tunnel.callWithin(tellTimeout, *h.at.Tunnel, "land/tell", landingCall{h.at.Netns, link, keys}, nil)
+}
+
+func (h landingThere) leave(link string) error { return h.call("leave", link, nil) }
 
 // landed is an anchor on another host that leads to a VM here.
 type landed struct {
@@ -258,6 +263,31 @@ func changeLandings(ns string, change func([]landed) []landed) error {
 // forgetLandings removes the record of a namespace's anchors on other hosts.
 func forgetLandings(ns string) error {
 	return changeLandings(ns, func([]landed) []landed { return nil })
+}
+
+// keepLandings ends the anchors on other hosts of a VM that was killed.
+func (n *NAT) keepLandings(ns string) error {
+	if all, err := landingsOf(ns); len(all) == 0 || err != nil {
+		return err
+	}
+	lock, err := claimNamespace(ns)
+	var held *lockfile.HeldError
+	if errors.As(err, &held) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	gone := false
+	err = inNamespace(ns, func() error {
+		gone = n.layout.vacant()
+		return nil
+	})
+	if err == nil && gone {
+		n.config.Logger.Info("The VM has ended, and with it the connections that went on at anchors of other hosts", "namespace", ns)
+		err = endLandings(ns)
+	}
+	return errors.Join(err, lock.Release(), rundir.Remove())
 }
 
 // endLandings tells other hosts that the VM has ended to which their anchors lead.

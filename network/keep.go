@@ -42,12 +42,14 @@ func (n *NAT) look() {
 			})
 			n.news.mended("nftables table netdev "+guardTable+" in "+name, done, err)
 			n.news.mended("the anchor "+name, false, n.keepAnchor(name))
+			n.news.mended("what leads to "+name, false, n.keepLandings(name))
 		}
 	}
 	n.news.mended("the host's addresses", false, n.sayNetworks())
 	n.news.mended("the host's interfaces", false, n.sayForwarding())
 	n.sayFirewalls()
 	n.sayNameServers()
+	n.news.mended("the ends of tunnels", false, n.tunnel.forgetPeers())
 	n.news.mended("the locks of anchors", false, rundir.Sweep(anchorRecords))
 }
 

@@ -106,6 +106,7 @@ type tunnel struct {
 	record   tunnelRecord
 	expected map[string]TunnelKey // namespaces to those from where VMs come
 	pending  map[string]time.Time // links that lead nowhere yet, and since when
+	met      map[TunnelKey]time.Time
 }
 
 // tunnelRecord is kept on disk, so that the next NAT goes on with it.
@@ -126,7 +127,7 @@ func (n *NAT) startTunnel() (err error) {
 	if n.config.TunnelPort == 0 {
 		return n.removeTunnel()
 	}
-	t := &tunnel{nat: n, log: n.config.Logger, expected: map[string]TunnelKey{}, pending: map[string]time.Time{}}
+	t := &tunnel{nat: n, log: n.config.Logger, expected: map[string]TunnelKey{}, pending: map[string]time.Time{}, met: map[TunnelKey]time.Time{}}
 	private, err := t.readRecord()
 	if err != nil {
 		return err
@@ -167,7 +168,8 @@ func (n *NAT) startTunnel() (err error) {
 	if err := n.admitLinks(); err != nil {
 		return errors.Join(err, listener.Close())
 	}
-	for _, end := range t.record.Peers {
+	for key, end := range t.record.Peers {
+		t.met[key] = time.Now()
 		if err := t.addPeer(end); err != nil {
 			return errors.Join(err, listener.Close())
 		}
@@ -297,6 +299,7 @@ func (t *tunnel) close() error {
 func (t *tunnel) meet(end TunnelEnd) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.met[end.Key] = time.Now()
 	known, ok := t.record.Peers[end.Key]
 	if ok && (known == end || end.Address == "") {
 		return nil
@@ -323,6 +326,50 @@ func (t *tunnel) meet(end TunnelEnd) error {
 		t.record.Peers = before
 	}
 	return err
+}
+
+// forgetPeers forgets ends with which nothing is exchanged any more.
+func (t *tunnel) forgetPeers() error {
+	if t == nil {
+		return nil
+	}
+	needed := map[TunnelKey]bool{}
+	anchors, err := Anchors()
+	if err != nil {
+		return err
+	}
+	for _, a := range anchors {
+		if a.At != nil {
+			needed[a.At.Key] = true
+		}
+	}
+	for _, ns := range t.nat.created {
+		landings, err := landingsOf(ns)
+		if err != nil {
+			return err
+		}
+		for _, l := range landings {
+			needed[l.Anchor.Tunnel.Key] = true
+		}
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, key := range t.expected {
+		needed[key] = true
+	}
+	peers := maps.Clone(t.record.Peers)
+	maps.DeleteFunc(peers, func(key TunnelKey, _ TunnelEnd) bool { return !needed[key] && time.Since(t.met[key]) > linkPatience })
+	if len(peers) == len(t.record.Peers) {
+		return nil
+	}
+	for key := range t.record.Peers {
+		if _, ok := peers[key]; !ok {
+			t.device.RemovePeer(device.NoisePublicKey(key))
+			delete(t.met, key)
+		}
+	}
+	t.record.Peers = peers
+	return t.writeRecord()
 }
 
 // addPeer configures an end, as the configuration protocol of WireGuard's programs says

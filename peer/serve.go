@@ -292,7 +292,6 @@ func (d *departure) Save(ctx context.Context, migration uuid.UUID, final func(en
 func (d *departure) endConnections(why error) {
 	d.p.log.Warn("Connections of the VM end as it moves", "error", why)
 	d.goBack()
-	d.p.stay()
 }
 
 // goBack leads the VM's connections to it where it is.

@@ -81,6 +81,9 @@ func (h *Host) Via(dir string) []string {
 	return []string{"nsenter", "--net", "--mount", "--target", strconv.Itoa(h.holder.Process.Pid), "--wdns=" + dir}
 }
 
+// Root leads to what the host has as its root directory.
+func (h *Host) Root() string { return fmt.Sprintf("/proc/%d/root", h.holder.Process.Pid) }
+
 // plug configures one end of a link.
 func plug(n *netlink.Handle, name, cidr string, rate uint64, gateway net.IP) error {
 	link, err := n.LinkByName(name)
