@@ -320,6 +320,8 @@ func (n *NAT) keepNeeded(a Anchor) error {
 	switch {
 	case gone:
 		why = "The VM has ended, and with it the connections that went on at an anchor"
+	case a.At != nil && n.tunnel == nil:
+		why, args = "An anchor has ended, as there is no tunnel any more, and with it its connections", append(args, "connections", t.Connections)
 	case n.config.AnchorTimeout != 0 && time.Since(a.Since) > n.config.AnchorTimeout:
 		why, args = "An anchor has ended, as its time is over, and with it its connections", append(args, "connections", t.Connections)
 	case t.Connections == 0 && !published:

@@ -133,6 +133,33 @@ type (
 	}
 )
 
+// checkRequest refuses names that lead elsewhere.
+func checkRequest(request any) error {
+	check := func(link string, names ...string) error {
+		for _, ns := range names {
+			if err := checkNamespaceName(ns); err != nil && ns != "" {
+				return err
+			}
+		}
+		if link == "" {
+			return nil
+		}
+		_, err := linkNumber(link)
+		return err
+	}
+	switch r := request.(type) {
+	case meetCall:
+		return check("", r.Netns)
+	case landCall:
+		return check(r.Link, r.Netns, r.Anchor.Netns)
+	case landingCall:
+		return check(r.Link, r.Netns)
+	case anchorCall:
+		return check(r.Link, r.Netns, r.To.Netns)
+	}
+	return nil
+}
+
 // caller is the end from which a call comes.
 type caller struct {
 	end  TunnelEnd
@@ -261,7 +288,11 @@ func serve[Request any](t *tunnel, mux *http.ServeMux, name string, f func(calle
 			http.Error(w, errDenied.Error(), http.StatusForbidden)
 			return
 		}
-		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, mostCall)).Decode(&request); err != nil {
+		err = json.NewDecoder(http.MaxBytesReader(w, r.Body, mostCall)).Decode(&request)
+		if err == nil {
+			err = checkRequest(request)
+		}
+		if err != nil {
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}

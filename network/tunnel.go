@@ -72,6 +72,17 @@ type TunnelEnd struct {
 	Port    int       `json:"port"`    // UDP
 }
 
+// check refuses an end that another host has told of.
+func (e TunnelEnd) check() error {
+	if _, err := netip.ParseAddr(e.Address); err != nil && e.Address != "" {
+		return fmt.Errorf("the address %.60q of a tunnel's end is no IP address", e.Address)
+	}
+	if e.Port < 1 || e.Port > 65535 {
+		return fmt.Errorf("the port %d of a tunnel's end is no UDP port", e.Port)
+	}
+	return nil
+}
+
 func (e TunnelEnd) endpoint() string { return net.JoinHostPort(e.Address, fmt.Sprint(e.Port)) }
 
 // At returns the end as it is reached at an address, unless it names its own.
@@ -297,6 +308,9 @@ func (t *tunnel) close() error {
 
 // meet adds another's end.
 func (t *tunnel) meet(end TunnelEnd) error {
+	if err := end.check(); err != nil {
+		return err
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.met[end.Key] = time.Now()
@@ -377,11 +391,11 @@ func (t *tunnel) forgetPeers() error {
 func (t *tunnel) addPeer(end TunnelEnd) error {
 	endpoint := ""
 	if end.Address != "" {
-		addr, err := net.ResolveUDPAddr("udp", end.endpoint())
+		addr, err := netip.ParseAddr(end.Address)
 		if err != nil {
 			return fmt.Errorf("find the other end of a tunnel: %w", err)
 		}
-		endpoint = fmt.Sprintf("endpoint=%s\n", netip.AddrPortFrom(addr.AddrPort().Addr().Unmap(), addr.AddrPort().Port()))
+		endpoint = fmt.Sprintf("endpoint=%s\n", netip.AddrPortFrom(addr.Unmap(), uint16(end.Port)))
 	}
 	err := t.device.IpcSet(fmt.Sprintf("public_key=%s\n%sreplace_allowed_ips=true\nallowed_ip=%s/32\n", hex.EncodeToString(end.Key[:]), endpoint, end.Key.ip()))
 	if err != nil {
