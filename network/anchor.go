@@ -117,10 +117,12 @@ func forgetAnchor(ns string) error {
 }
 
 // lockAnchors excludes others who change the links and records of the VM in a namespace.
-func lockAnchors(ns string) (*lockfile.Lock, error) {
+func lockAnchors(ns string) (*lockfile.Lock, error) { return lockRecord(anchorRecords + "/" + ns) }
+
+func lockRecord(name string) (*lockfile.Lock, error) {
 	const patience = 2 * time.Second // longer than the end of an anchor takes
 	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
-		lock, err := rundir.Lock(anchorRecords + "/" + ns)
+		lock, err := rundir.Lock(name)
 		var held *lockfile.HeldError
 		if !errors.As(err, &held) || time.Now().After(deadline) {
 			return lock, err

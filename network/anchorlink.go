@@ -217,21 +217,20 @@ func deleteAnchorLink(name string) (netlink.Link, error) {
 
 // sweepLandings removes rules of the calling thread's namespace whose links are gone.
 func sweepLandings() error {
+	// A link is made before its rule, so that it is seen if the rule was.
+	rules, err := netlink.RuleList(netlink.FAMILY_V4)
+	if err != nil {
+		return fmt.Errorf("list rules: %w", err)
+	}
 	links, err := netlink.LinkList()
 	if err != nil {
 		return fmt.Errorf("list interfaces: %w", err)
 	}
-	there := map[string]bool{}
 	marks := map[uint32]bool{}
 	for _, l := range links {
-		if link, ok := strings.CutPrefix(l.Attrs().Name, anchorLinks); ok {
-			there[link] = true
+		if strings.HasPrefix(l.Attrs().Name, anchorLinks) {
 			marks[uint32(l.Attrs().Index)] = true
 		}
-	}
-	rules, err := netlink.RuleList(netlink.FAMILY_V4)
-	if err != nil {
-		return fmt.Errorf("list rules: %w", err)
 	}
 	stale := false
 	for _, r := range rules {
@@ -246,5 +245,5 @@ func sweepLandings() error {
 	if !stale {
 		return nil
 	}
-	return sweepLandingTables(there)
+	return sweepLandingTables()
 }

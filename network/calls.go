@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/google/uuid"
@@ -31,6 +32,7 @@ type tunnelAccess struct {
 	Netns string    `json:"netns"`
 	End   TunnelEnd `json:"end"`
 
+	once   sync.Once
 	client *http.Client
 }
 
@@ -45,9 +47,16 @@ func tunnelOf(ns string) (*tunnelAccess, error) {
 	return nil, err
 }
 
+func (a *tunnelAccess) http() *http.Client {
+	a.once.Do(func() {
+		a.client = &http.Client{Transport: &http.Transport{DialContext: a.dial, IdleConnTimeout: time.Minute}}
+	})
+	return a.client
+}
+
 func (a *tunnelAccess) close() {
-	if a != nil && a.client != nil {
-		a.client.CloseIdleConnections()
+	if a != nil {
+		a.http().CloseIdleConnections()
 	}
 }
 
@@ -64,9 +73,6 @@ func (a *tunnelAccess) callWithin(timeout time.Duration, to TunnelEnd, name stri
 			err = fmt.Errorf("the NAT at %s: %w", to.endpoint(), err)
 		}
 	}()
-	if a.client == nil {
-		a.client = &http.Client{Transport: &http.Transport{DialContext: a.dial, IdleConnTimeout: time.Minute}}
-	}
 	b, err := json.Marshal(request)
 	if err != nil {
 		return err
@@ -78,7 +84,7 @@ func (a *tunnelAccess) callWithin(timeout time.Duration, to TunnelEnd, name stri
 	if err != nil {
 		return err
 	}
-	answer, err := a.client.Do(r)
+	answer, err := a.http().Do(r)
 	switch {
 	case err != nil && ctx.Err() != nil && to.Key == a.End.Key:
 		return errors.New("the NAT does not answer; is it running?")

@@ -36,7 +36,7 @@ func ClaimNamespace(name string) (*Claim, error) {
 	if _, err := os.Stat(filepath.Join(netnsDir, name)); err != nil {
 		return nil, fmt.Errorf("network namespace %q does not exist; start drafter nat, or create it with 'ip netns add %s'", name, name)
 	}
-	for _, locks := range []string{"netns", anchorRecords} {
+	for _, locks := range []string{"netns", anchorRecords, landingRecords} {
 		if err := rundir.Sweep(locks); err != nil {
 			return nil, fmt.Errorf("claim network namespace %q: %w", name, err)
 		}

@@ -110,8 +110,6 @@ var ErrNoAnchor = errors.New("connections cannot go on there")
 
 // Departure is a VM's move, as its connections see it. Its methods are called one after the other.
 type Departure struct {
-	Lost []error // of anchors whose connections cannot go on, although the others' can
-
 	from     string
 	to       spot
 	lock     *lockfile.Lock
@@ -119,6 +117,7 @@ type Departure struct {
 	landing  landingHalf
 	ways     []*way // of the anchors; the first is where the VM is
 	lost     []*way // whose connections cannot go on
+	why      []error
 	switched bool
 	back     sync.WaitGroup // until anchors on other hosts have heard of Back
 	backErr  error          // guarded by back
@@ -273,30 +272,52 @@ func (d *Departure) connect(vm uuid.UUID) error {
 			d.ways = append(d.ways, &way{at: l.Anchor, anchor: anchorThere{d.tunnel, l.Anchor, vm}, before: l.Link})
 		}
 	}
-	for i, w := range slices.Clone(d.ways) {
+	errs := make([]error, len(d.ways))
+	var wait sync.WaitGroup
+	for i, w := range d.ways {
 		w.told = map[string]bool{}
-		if w.at.same(d.to) {
-			continue // the VM comes home
-		}
-		w.link = newLink()
-		err := d.landing.land(w.link, w.at, vm)
-		w.landed = err == nil
-		if err == nil {
-			err = w.anchor.connect(w.link, d.to)
-		}
-		if err != nil && i == 0 {
-			if d.to.Tunnel != nil {
-				return fmt.Errorf("%w: %w", ErrNoAnchor, err)
-			}
-			return err
-		}
-		if err != nil {
-			d.Lost = append(d.Lost, fmt.Errorf("those at the anchor %s: %w", w.at, err))
-			d.ways = slices.DeleteFunc(d.ways, func(o *way) bool { return o == w })
-			d.lost = append(d.lost, w)
+		wait.Go(func() { errs[i] = d.connectWay(w, vm) })
+	}
+	wait.Wait()
+	if errs[0] != nil && d.to.Tunnel != nil {
+		return fmt.Errorf("%w: %w", ErrNoAnchor, errs[0])
+	}
+	if errs[0] != nil {
+		return errs[0]
+	}
+	for i, w := range slices.Clone(d.ways) {
+		if errs[i] != nil {
+			d.lose(w, errs[i])
 		}
 	}
 	return nil
+}
+
+func (d *Departure) connectWay(w *way, vm uuid.UUID) error {
+	if w.at.same(d.to) {
+		return nil // the VM comes home
+	}
+	w.link = newLink()
+	if err := d.landing.land(w.link, w.at, vm); err != nil {
+		return err
+	}
+	w.landed = true
+	return w.anchor.connect(w.link, d.to)
+}
+
+// lose goes on without the connections of an anchor.
+func (d *Departure) lose(w *way, why error) {
+	d.why = append(d.why, fmt.Errorf("those at the anchor %s: %w", w.at, why))
+	d.ways = slices.DeleteFunc(d.ways, func(o *way) bool { return o == w })
+	d.lost = append(d.lost, w)
+}
+
+// Lost returns why connections of some anchors cannot go on, although the others' can. It returns
+// each reason once.
+func (d *Departure) Lost() []error {
+	why := d.why
+	d.why = nil
+	return why
 }
 
 // newLink names a link: a number of a VXLAN (RFC 7348, 5), of which an end has few.
@@ -323,8 +344,13 @@ func (d *Departure) Switch() error {
 	}
 	d.switched = true
 	// Where the VM is comes last: what the others have sent there must not be sent on.
-	for _, w := range slices.Backward(d.ways) {
-		if err := d.lead(w); err != nil {
+	for _, w := range slices.Backward(slices.Clone(d.ways)) {
+		err := d.lead(w)
+		if err != nil && w.at.Tunnel != nil {
+			d.lose(w, err)
+			continue
+		}
+		if err != nil {
 			return fmt.Errorf("lead packets for the guest from network namespace %s to %s: %w", w.at, d.to, err)
 		}
 	}

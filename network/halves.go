@@ -233,7 +233,15 @@ func landingsOf(ns string) (all []landed, err error) {
 }
 
 // changeLandings changes the record of a namespace's anchors on other hosts.
-func changeLandings(ns string, change func([]landed) []landed) error {
+func changeLandings(ns string, change func([]landed) []landed) (err error) {
+	if _, err := os.Stat(filepath.Join(rundir.Path, landingRecords)); errors.Is(err, os.ErrNotExist) && len(change(nil)) == 0 {
+		return nil
+	}
+	lock, err := lockRecord(landingRecords + "/" + ns)
+	if err != nil {
+		return fmt.Errorf("record what leads to network namespace %q: %w", ns, err)
+	}
+	defer func() { err = errors.Join(err, lock.Release(), rundir.Remove()) }()
 	all, err := landingsOf(ns)
 	if err != nil {
 		return err

@@ -50,7 +50,7 @@ func (n *NAT) look() {
 	n.sayFirewalls()
 	n.sayNameServers()
 	n.news.mended("the ends of tunnels", false, n.tunnel.forgetPeers())
-	n.news.mended("the locks of anchors", false, rundir.Sweep(anchorRecords))
+	n.news.mended("the locks of anchors", false, errors.Join(rundir.Sweep(anchorRecords), rundir.Sweep(landingRecords)))
 }
 
 // sayNetworks names networks that the host has joined since the start and that overlap with the

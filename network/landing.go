@@ -3,6 +3,7 @@ package network
 import (
 	"fmt"
 	"net"
+	"slices"
 	"strings"
 
 	"github.com/google/nftables"
@@ -33,7 +34,8 @@ func landingRules(link, tap string, mark uint32) error {
 	if err != nil {
 		return err
 	}
-	set := &nftables.Set{Table: r.table, Name: connectionsSet, KeyType: connectionType, Concatenation: true}
+	// The one set of its transaction. The library would count a number up that all goroutines share.
+	set := &nftables.Set{ID: 1, Table: r.table, Name: connectionsSet, KeyType: connectionType, Concatenation: true}
 	if err := r.conn.AddSet(set, nil); err != nil {
 		return fmt.Errorf("add set %s: %w", set.Name, err)
 	}
@@ -116,7 +118,7 @@ func addConnections(link string, keys [][]byte) error {
 
 // sweepLandingTables removes the tables of the calling thread's namespace for links that are not
 // there.
-func sweepLandingTables(there map[string]bool) error {
+func sweepLandingTables() error {
 	conn, err := nftables.New()
 	if err != nil {
 		return fmt.Errorf("open nftables: %w", err)
@@ -125,8 +127,12 @@ func sweepLandingTables(there map[string]bool) error {
 	if err != nil {
 		return fmt.Errorf("list nftables tables: %w", err)
 	}
+	links, err := listAnchorLinks(anchorLinks) // after the tables, as they are made before them
+	if err != nil {
+		return err
+	}
 	for _, t := range tables {
-		if link, ok := strings.CutPrefix(t.Name, landingPrefix); ok && !there[link] {
+		if link, ok := strings.CutPrefix(t.Name, landingPrefix); ok && !slices.Contains(links, fromAnchor(link)) {
 			if err := deleteTable(t.Name); err != nil {
 				return err
 			}

@@ -219,6 +219,7 @@ func (d *departure) Pause(ctx context.Context) (stopped time.Time, err error) {
 		if err := connections.Switch(); err != nil {
 			d.endConnections(err)
 		}
+		d.sayLost(connections)
 	}
 	return d.p.instance.PauseToSave(ctx)
 }
@@ -266,11 +267,16 @@ func (d *departure) Land(landing []byte, target net.Addr) {
 			d.p.log.Warn("Connections of the VM end when it moves", "error", err)
 			return
 		}
-		for _, lost := range connections.Lost {
-			d.p.log.Warn("Some connections of the VM end when it moves", "error", lost)
-		}
+		d.sayLost(connections)
 		d.p.connections.Store(connections)
 	})
+}
+
+// sayLost tells of connections that end although the VM's others go on.
+func (d *departure) sayLost(connections *network.Departure) {
+	for _, why := range connections.Lost() {
+		d.p.log.Warn("Some connections of the VM end when it moves", "error", why)
+	}
 }
 
 // Save implements [migration.SourceVM]. Meanwhile the target's host is told of the VM's connections.
