@@ -219,6 +219,10 @@ type badWay struct {
 	delay, jitter time.Duration // in each direction
 }
 
+// narrowest is the most that a UDP packet holds which passes wherever IPv6 does: 1280 bytes, less
+// headers of 40 and 8.
+const narrowest = 1280 - 48
+
 // relay passes what comes to an address on to a server, and its answers back.
 func (w badWay) relay(t *testing.T, addr, server string) {
 	t.Helper()
@@ -229,6 +233,9 @@ func (w badWay) relay(t *testing.T, addr, server string) {
 	var wait sync.WaitGroup
 	backs := map[string]net.Conn{}
 	pass := func(b []byte, send func([]byte)) {
+		if len(b) > narrowest {
+			t.Errorf("a packet of %d bytes does not pass everywhere", len(b))
+		}
 		if rand.Float64() < w.loss {
 			return
 		}

@@ -381,7 +381,7 @@ func (a Anchor) end() error {
 
 // endAnchorsTo ends the anchors of the VM that was in a namespace.
 func endAnchorsTo(ns string) error {
-	if err := endLandings(ns); err != nil {
+	if err := endLandings(ns, uuid.Nil); err != nil {
 		return err
 	}
 	all, err := anchorsTo(ns)
@@ -396,4 +396,18 @@ func endAnchorsTo(ns string) error {
 		err = errors.Join(err, a.end())
 	}
 	return errors.Join(err, lock.Release())
+}
+
+// endAnchorsOfOthers ends the anchors of a VM that was killed in a namespace, before another comes
+// there.
+func endAnchorsOfOthers(ns string, vm uuid.UUID) error {
+	err := endLandings(ns, vm)
+	all, aerr := anchorsTo(ns)
+	err = errors.Join(err, aerr)
+	for _, a := range all {
+		if a.VM != vm || vm == uuid.Nil {
+			err = errors.Join(err, a.End())
+		}
+	}
+	return err
 }

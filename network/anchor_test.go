@@ -381,6 +381,34 @@ func TestTakenBack(t *testing.T) {
 	reached()
 }
 
+// A VM does not get what was sent to one that was killed where it begins.
+func TestAnchorOfKilledVM(t *testing.T) {
+	need.Root(t)
+	n := startNAT(t, testConfig())
+	endWatch(t, &n.watch) // it would end the anchor, later
+	g := newTraveller(t)
+	echoServer(t, g.ns, "172.16.0.2:7")
+	k := dialTalk(t, "host", "", "tcp4", "10.0.15.1:7")
+	g.move("ark1")
+	if err := k.goesOn(); err != nil {
+		t.Fatal(err)
+	}
+	// Its process is killed: nothing but its lock and its tap end.
+	g.pause()
+	if err := errors.Join(g.claim.lock.Release(), g.tap.Close()); err != nil {
+		t.Fatal(err)
+	}
+	g.vm = uuid.New()
+	g.claim, g.tap = g.claims("ark1", false)
+	g.run()
+	if all, err := Anchors(); err != nil || len(all) > 0 {
+		t.Error(all, err)
+	}
+	if err := k.goesOn(); err == nil {
+		t.Error("the other VM answers on the connection")
+	}
+}
+
 // An anchor ends with its last connection, and its namespace is free again.
 func TestAnchorEnds(t *testing.T) {
 	need.Root(t)

@@ -293,14 +293,15 @@ func (n *NAT) keepLandings(ns string) error {
 	})
 	if err == nil && gone {
 		n.config.Logger.Info("The VM has ended, and with it the connections that went on at anchors of other hosts", "namespace", ns)
-		err = endLandings(ns)
+		err = endLandings(ns, uuid.Nil)
 	}
 	return errors.Join(err, lock.Release(), rundir.Remove())
 }
 
-// endLandings tells other hosts that the VM has ended to which their anchors lead.
-func endLandings(ns string) error {
+// endLandings tells other hosts that a VM has ended to which their anchors lead: any but the given one.
+func endLandings(ns string, but uuid.UUID) error {
 	all, err := landingsOf(ns)
+	all = slices.DeleteFunc(all, func(l landed) bool { return l.VM == but })
 	if len(all) == 0 || err != nil {
 		return err
 	}
