@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+
+	"drafter/internal/lockfile"
 )
 
 // NATs call one another through the tunnel: HTTP with JSON. The tunnel tells who calls. Processes of
@@ -49,7 +51,11 @@ func tunnelOf(ns string) (*tunnelAccess, error) {
 
 func (a *tunnelAccess) http() *http.Client {
 	a.once.Do(func() {
-		a.client = &http.Client{Transport: &http.Transport{DialContext: a.dial, IdleConnTimeout: time.Minute}}
+		a.client = &http.Client{
+			Transport: &http.Transport{DialContext: a.dial, IdleConnTimeout: time.Minute},
+			// Another host must not lead a call to this one's NAT.
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		}
 	})
 	return a.client
 }
@@ -141,7 +147,12 @@ type (
 
 // checkRequest refuses names that lead elsewhere.
 func checkRequest(request any) error {
-	check := func(link string, names ...string) error {
+	check := func(link string, end *TunnelEnd, names ...string) error {
+		if end != nil {
+			if err := end.check(); err != nil {
+				return err
+			}
+		}
 		for _, ns := range names {
 			if err := checkNamespaceName(ns); err != nil && ns != "" {
 				return err
@@ -155,13 +166,13 @@ func checkRequest(request any) error {
 	}
 	switch r := request.(type) {
 	case meetCall:
-		return check("", r.Netns)
+		return check("", nil, r.Netns)
 	case landCall:
-		return check(r.Link, r.Netns, r.Anchor.Netns)
+		return check(r.Link, r.Anchor.Tunnel, r.Netns, r.Anchor.Netns)
 	case landingCall:
-		return check(r.Link, r.Netns)
+		return check(r.Link, nil, r.Netns)
 	case anchorCall:
-		return check(r.Link, r.Netns, r.To.Netns)
+		return check(r.Link, r.To.Tunnel, r.Netns, r.To.Netns)
 	}
 	return nil
 }
@@ -204,12 +215,12 @@ func (t *tunnel) handler() http.Handler {
 	t.serveLanding(mux, "ready", func(h landingHere, _ landingCall) error { return h.ready() })
 	t.serveLanding(mux, "tell", func(h landingHere, c landingCall) error { return h.tell(c.Link, c.Keys) })
 	t.serveLanding(mux, "leave", func(h landingHere, c landingCall) error { return h.leave(c.Link) })
-	t.serveAnchor(mux, "connect", func(h *anchorHere, c anchorCall) (any, error) {
+	t.serveAnchor(mux, "connect", func(_ caller, h *anchorHere, c anchorCall) (any, error) {
 		t.waits(c.Link, true)
 		return nil, h.connect(c.Link, c.To)
 	})
-	t.serveAnchor(mux, "connections", func(h *anchorHere, _ anchorCall) (any, error) { return h.connections() })
-	t.serveAnchor(mux, "lead", func(h *anchorHere, c anchorCall) (any, error) {
+	t.serveAnchor(mux, "connections", func(_ caller, h *anchorHere, _ anchorCall) (any, error) { return h.connections() })
+	t.serveAnchor(mux, "lead", func(_ caller, h *anchorHere, c anchorCall) (any, error) {
 		t.waits(c.Link, false)
 		return h.lead(c.Link, c.To)
 	})
@@ -224,10 +235,13 @@ func (t *tunnel) handler() http.Handler {
 		}
 		return nil, dropLink(c.Netns, toLanding(c.Link))
 	})
-	t.serveAnchor(mux, "end", func(h *anchorHere, _ anchorCall) (any, error) {
+	t.serveAnchor(mux, "end", func(from caller, h *anchorHere, _ anchorCall) (any, error) {
 		a, err := anchorOf(h.ns)
 		if a == nil || err != nil {
 			return nil, err
+		}
+		if a.At == nil || a.At.Key != from.end.Key {
+			return nil, errDenied // the VM is not there, or has not come
 		}
 		return nil, a.End()
 	})
@@ -257,7 +271,7 @@ func (t *tunnel) serveLanding(mux *http.ServeMux, name string, act func(landingH
 }
 
 // serveAnchor handles calls from where an anchor leads.
-func (t *tunnel) serveAnchor(mux *http.ServeMux, name string, act func(*anchorHere, anchorCall) (any, error)) {
+func (t *tunnel) serveAnchor(mux *http.ServeMux, name string, act func(caller, *anchorHere, anchorCall) (any, error)) {
 	serve(t, mux, "anchor/"+name, func(from caller, c anchorCall) (any, error) {
 		a, err := anchorOf(c.Netns)
 		if err != nil {
@@ -272,7 +286,10 @@ func (t *tunnel) serveAnchor(mux *http.ServeMux, name string, act func(*anchorHe
 		}
 		defer half.close()
 		c.To = t.seen(c.To, from)
-		return act(half, c)
+		if c.Link != "" && c.To.Netns != "" && c.To.Tunnel == nil && !t.expects(c.To.Netns, from) {
+			return nil, errDenied // the VM is not to come there
+		}
+		return act(from, half, c)
 	})
 }
 
@@ -327,14 +344,34 @@ func (t *tunnel) seen(s spot, from caller) spot {
 func (t *tunnel) expect(ns string, from TunnelKey) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if from == (TunnelKey{}) {
+		delete(t.expected, ns)
+		return
+	}
 	t.expected[ns] = from
 }
 
+// expects tells whether a VM may come from the caller to a namespace, to which somebody lays claim.
 func (t *tunnel) expects(ns string, from caller) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	key, ok := t.expected[ns]
-	return ok && key == from.end.Key
+	if !ok || from.here || key != from.end.Key {
+		return false
+	}
+	lock, err := claimNamespace(ns)
+	var held *lockfile.HeldError
+	if errors.As(err, &held) {
+		return true
+	}
+	if err == nil {
+		err = lock.Release()
+	}
+	if err != nil {
+		t.log.Warn("A claim on a network namespace cannot be looked at", "namespace", ns, "error", err)
+	}
+	delete(t.expected, ns)
+	return false
 }
 
 // anchorLink tells whether there is an end of a link, and whether the caller has the other one.

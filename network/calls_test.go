@@ -49,6 +49,11 @@ func TestCalls(t *testing.T) {
 		}
 		return names
 	}
+	claim, err := ClaimNamespace("ark0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer claim.Close()
 	own, vm := n.tunnel.End.Key, uuid.New()
 	land := landCall{Netns: "ark0", Link: "3fa2c1", VM: vm, Anchor: spot{Netns: "ark7"}}
 	bad := friend
@@ -62,6 +67,7 @@ func TestCalls(t *testing.T) {
 	}{
 		{"a stranger", friend.Key, "greet", "{}", http.StatusForbidden},
 		{"an end without an IP address", own, "meet", text(meetCall{End: bad}), http.StatusConflict},
+		{"an address with lines for WireGuard", own, "meet", text(meetCall{End: TunnelEnd{Key: friend.Key, Address: "fe80::1%lo]:1\nallowed_ip=0.0.0.0/0\nendpoint=[fe80::1%lo", Port: 7777}}), http.StatusConflict},
 		{"a VM is to come from a friend", own, "meet", text(meetCall{friend, "ark0"}), http.StatusOK},
 		{"one is to go to another", own, "meet", text(meetCall{End: other}), http.StatusOK},
 		{"a friend greets", friend.Key, "greet", "{}", http.StatusOK},

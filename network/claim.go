@@ -61,6 +61,7 @@ func (c *Claim) Close() error {
 		return nil
 	}
 	anchor, err := anchorOf(c.namespace)
+	err = errors.Join(err, c.expectNobody())
 	if anchor == nil {
 		err = errors.Join(err, endAnchorsTo(c.namespace), c.Vacate())
 	}

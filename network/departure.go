@@ -511,16 +511,24 @@ func (c *Claim) Landed() error {
 	if c.lock == nil {
 		return nil
 	}
-	if access, err := tunnelOf(c.namespace); err != nil {
+	if err := c.expectNobody(); err != nil {
 		return err
-	} else if access != nil {
-		defer access.close()
-		// A NAT that was killed meanwhile expects nobody.
-		_ = access.call(access.End, "landed", landingCall{Netns: c.namespace}, nil)
 	}
 	a, err := anchorOf(c.namespace)
 	if a == nil || err != nil {
 		return err
 	}
 	return errors.Join(a.disconnect(), forgetAnchor(c.namespace))
+}
+
+// expectNobody says that no VM is to come to the claim's namespace any more.
+func (c *Claim) expectNobody() error {
+	access, err := tunnelOf(c.namespace)
+	if access == nil || err != nil {
+		return err
+	}
+	defer access.close()
+	// A NAT that was killed meanwhile expects nobody.
+	_ = access.call(access.End, "landed", landingCall{Netns: c.namespace}, nil)
+	return nil
 }

@@ -281,8 +281,10 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 			return nil, err
 		}
 	}
-	if err := n.startTunnel(); err != nil {
+	if err := n.startTunnel(); err != nil && len(kept) == 0 {
 		return nil, err
+	} else if err != nil {
+		n.config.Logger.Error("The NAT has no tunnel; it goes on for the VMs that use its namespaces", "error", err)
 	}
 	n.sayFirewalls()
 	n.sayNameServers()

@@ -45,16 +45,14 @@ func (c *Claim) Vacate() error {
 // Occupy undoes Vacate, and a departure that has ended, for a VM that goes on here after all.
 // Connections that were reset stay reset.
 func (c *Claim) Occupy() error {
-	if err := takeBack(c.namespace); err != nil {
-		return err
-	}
-	return c.atTap("connect the guest", func(config *NATConfig, _ *layout) error {
+	err := takeBack(c.namespace)
+	return errors.Join(err, c.atTap("connect the guest", func(config *NATConfig, _ *layout) error {
 		link, err := netlink.LinkByName(config.NamespaceInterface)
 		if err != nil {
 			return err
 		}
 		return netlink.LinkSetUp(link)
-	})
+	}))
 }
 
 // vacate is [Claim.Vacate] within the namespace.

@@ -74,8 +74,10 @@ type TunnelEnd struct {
 
 // check refuses an end that another host has told of.
 func (e TunnelEnd) check() error {
-	if _, err := netip.ParseAddr(e.Address); err != nil && e.Address != "" {
-		return fmt.Errorf("the address %.60q of a tunnel's end is no IP address", e.Address)
+	// A zone may hold anything, also lines for WireGuard.
+	addr, err := netip.ParseAddr(e.Address)
+	if e.Address != "" && (err != nil || addr.Zone() != "" || addr.IsUnspecified() || addr.IsMulticast() || addr.IsLoopback()) {
+		return fmt.Errorf("the address %.60q of a tunnel's end is no IP address of a host", e.Address)
 	}
 	if e.Port < 1 || e.Port > 65535 {
 		return fmt.Errorf("the port %d of a tunnel's end is no UDP port", e.Port)
@@ -171,7 +173,7 @@ func (n *NAT) startTunnel() (err error) {
 		return err
 	}
 	if err := t.device.IpcSet(fmt.Sprintf("private_key=%s\nlisten_port=%d\n", hex.EncodeToString(private.Bytes()), t.End.Port)); err != nil {
-		return errors.Join(err, listener.Close())
+		return errors.Join(fmt.Errorf("listen on UDP port %d: %w; choose another --tunnel-port", t.End.Port, err), listener.Close())
 	}
 	if err := t.device.Up(); err != nil {
 		return errors.Join(fmt.Errorf("listen on UDP port %d: %w; choose another --tunnel-port", t.End.Port, err), listener.Close())
