@@ -335,10 +335,10 @@ type Guest struct {
 // GuardGuest lets only the guest's own frames leave the tap of a namespace that a NAT made: IPv4
 // from its address, and ARP for it, both from its MAC address, if that is known. Everything else is
 // dropped before anybody sees it. Connections of an earlier VM are ended, because a VM that was
-// killed did not give its claim back; so are its anchors. Those of a VM that comes back to its anchor stay. Another VM's
-// anchor is refused. The tap is made anew unless it is in use. Call GuardGuest before a VMM takes
-// the tap; it replaces the guard of an earlier VM. It does nothing, and returns nil, for a namespace
-// that no NAT made: the rules there are its owner's.
+// killed did not give its claim back; so are its anchors. Those of a VM that comes back to its anchor
+// stay. Another VM's anchor is refused. The tap is made anew unless it is in use. Call GuardGuest
+// before a VMM takes the tap; it replaces the guard of an earlier VM. It does nothing, and returns
+// nil, for a namespace that no NAT made: the rules there are its owner's.
 func GuardGuest(ns string, g Guest) error {
 	c, err := natOf(ns)
 	if c == nil || err != nil {

@@ -172,10 +172,12 @@ func (n *NAT) startTunnel() (err error) {
 	if err != nil {
 		return err
 	}
-	if err := t.device.IpcSet(fmt.Sprintf("private_key=%s\nlisten_port=%d\n", hex.EncodeToString(private.Bytes()), t.End.Port)); err != nil {
-		return errors.Join(fmt.Errorf("listen on UDP port %d: %w; choose another --tunnel-port", t.End.Port, err), listener.Close())
+	err = t.device.IpcSet(fmt.Sprintf("private_key=%s\nlisten_port=%d\n",
+		hex.EncodeToString(private.Bytes()), t.End.Port))
+	if err == nil {
+		err = t.device.Up()
 	}
-	if err := t.device.Up(); err != nil {
+	if err != nil {
 		return errors.Join(fmt.Errorf("listen on UDP port %d: %w; choose another --tunnel-port", t.End.Port, err), listener.Close())
 	}
 	if err := n.admitLinks(); err != nil {
