@@ -92,13 +92,26 @@ func scriptedSize(name string) int64 {
 type ledger struct {
 	t       testing.TB
 	mu      sync.Mutex
-	version map[string][]uint64 // of every page
+	version map[string][]uint64 // of every page; a socket between the sides orders nothing in the memory model
 	running string              // which side the guest runs on
 	leaving bool                // the source has noted that the guest may be at its target
 }
 
 func newLedger(t testing.TB) *ledger {
 	return &ledger{t: t, running: "source", version: map[string][]uint64{"memory": make([]uint64, memoryPages), "disk": make([]uint64, diskPages)}}
+}
+
+// latest is the version that a page has been told to have.
+func (l *ledger) latest(name string, page int64) uint64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.version[name][page]
+}
+
+func (l *ledger) note(name string, page int64, version uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.version[name][page] = version
 }
 
 // scripted is a machine without a VMM: its guest writes pages that say what they must hold, and
@@ -163,7 +176,7 @@ func pageLen(name string, page int64) int64 {
 
 // write writes a page and then tells the world.
 func (g *scripted) write(name string, page int64) error {
-	version := g.ledger.version[name][page]
+	version := g.ledger.latest(name, page)
 	if g.rng.IntN(4) > 0 { // else the content stays the same
 		version++
 	}
@@ -176,12 +189,12 @@ func (g *scripted) write(name string, page int64) error {
 	if err != nil {
 		return err
 	}
-	g.ledger.version[name][page] = version
+	g.ledger.note(name, page, version)
 	return nil
 }
 
 func (g *scripted) checkPage(name string, page int64) error {
-	version := g.ledger.version[name][page]
+	version := g.ledger.latest(name, page)
 	want, got := make([]byte, pageLen(name, page)), make([]byte, pageLen(name, page))
 	encodePage(want, name, page, version)
 	if version == 0 {
