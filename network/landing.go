@@ -23,6 +23,9 @@ const landingPrefix = "drafter-from-"
 // told apart by protocol, the guest's port, and the other end's address and port.
 const connectionsSet = "connections"
 
+// mostConnectionKeys bounds the kernel's memory for what another host tells of.
+const mostConnectionKeys = 1 << 17
+
 // connectionType is the type of a key of connectionsSet.
 var connectionType = nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService, nftables.TypeIPAddr, nftables.TypeInetService)
 
@@ -35,7 +38,7 @@ func landingRules(link, tap string, mark uint32) error {
 		return err
 	}
 	// The one set of its transaction. The library would count a number up that all goroutines share.
-	set := &nftables.Set{ID: 1, Table: r.table, Name: connectionsSet, KeyType: connectionType, Concatenation: true}
+	set := &nftables.Set{ID: 1, Table: r.table, Name: connectionsSet, KeyType: connectionType, Concatenation: true, Size: mostConnectionKeys}
 	if err := r.conn.AddSet(set, nil); err != nil {
 		return fmt.Errorf("add set %s: %w", set.Name, err)
 	}
@@ -173,6 +176,9 @@ func connectionKeys(tracked *netlink.Handle, guest net.IP) (keys [][]byte, err e
 	}
 	return keys, err
 }
+
+// connectionKeyLen is the length in bytes of a connectionKey.
+const connectionKeyLen = 16
 
 // connectionKey is the key of a connection in connectionsSet, each part filled up to four bytes.
 func connectionKey(t netlink.IPTuple) []byte {

@@ -46,13 +46,22 @@ func (c *Claim) Vacate() error {
 // Connections that were reset stay reset.
 func (c *Claim) Occupy() error {
 	err := takeBack(c.namespace)
-	return errors.Join(err, c.atTap("connect the guest", func(config *NATConfig, _ *layout) error {
-		link, err := netlink.LinkByName(config.NamespaceInterface)
-		if err != nil {
-			return err
-		}
-		return netlink.LinkSetUp(link)
-	}))
+	return errors.Join(err, c.atTap("connect the guest", func(config *NATConfig, _ *layout) error { return setUp(config.NamespaceInterface) }))
+}
+
+// setUp brings up an interface of the calling thread's namespace. One that is not there is no error.
+func setUp(name string) error {
+	link, err := netlink.LinkByName(name)
+	if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
+		return nil
+	}
+	if err == nil {
+		err = netlink.LinkSetUp(link)
+	}
+	if err != nil {
+		return fmt.Errorf("bring up %s: %w", name, err)
+	}
+	return nil
 }
 
 // vacate is [Claim.Vacate] within the namespace.

@@ -1,6 +1,7 @@
 package network
 
 import (
+	"context"
 	"crypto/ecdh"
 	"crypto/rand"
 	"crypto/sha256"
@@ -110,16 +111,17 @@ const (
 // tunnel is a NAT's end of the tunnels to others.
 type tunnel struct {
 	*tunnelAccess
-	nat      *NAT
-	log      *slog.Logger
-	device   *device.Device
-	server   *http.Server
-	serve    sync.WaitGroup
-	mu       sync.Mutex // guards what follows
-	record   tunnelRecord
-	expected map[string]TunnelKey // namespaces to those from where VMs come
-	pending  map[string]time.Time // links that lead nowhere yet, and since when
-	met      map[TunnelKey]time.Time
+	nat        *NAT
+	log        *slog.Logger
+	device     *device.Device
+	server     *http.Server
+	serve      sync.WaitGroup
+	mu         sync.Mutex // guards what follows
+	record     tunnelRecord
+	met        map[TunnelKey]time.Time
+	calls      map[netip.Addr]int // that are answered, by who calls
+	delivering map[TunnelKey]bool // hosts to which notices are given
+	closed     bool
 }
 
 // tunnelRecord is kept on disk, so that the next NAT goes on with it.
@@ -140,7 +142,7 @@ func (n *NAT) startTunnel() (err error) {
 	if n.config.TunnelPort == 0 {
 		return n.removeTunnel()
 	}
-	t := &tunnel{nat: n, log: n.config.Logger, expected: map[string]TunnelKey{}, pending: map[string]time.Time{}, met: map[TunnelKey]time.Time{}}
+	t := &tunnel{nat: n, log: n.config.Logger, met: map[TunnelKey]time.Time{}, calls: map[netip.Addr]int{}, delivering: map[TunnelKey]bool{}}
 	private, err := t.readRecord()
 	if err != nil {
 		return err
@@ -195,7 +197,7 @@ func (n *NAT) startTunnel() (err error) {
 			}
 		}
 	}
-	t.server = &http.Server{Handler: t.handler(), ReadHeaderTimeout: callTimeout, IdleTimeout: time.Minute}
+	t.server = &http.Server{Handler: t.handler(), ReadTimeout: callTimeout, MaxHeaderBytes: 4 << 10, IdleTimeout: time.Minute}
 	t.serve.Go(func() {
 		if err := t.server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
 			t.log.Error("The tunnel takes no calls any more; VMs that move to other hosts lose their connections", "error", err)
@@ -230,6 +232,17 @@ func (t *tunnel) configure() (net.Listener, error) {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
 		return nil, err
+	}
+	links, err := netlink.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("list interfaces: %w", err)
+	}
+	for _, l := range links {
+		if _, half := l.(*netlink.Vxlan); half { // somebody was killed before it was where it belongs
+			if err := netlink.LinkDel(l); err != nil {
+				return nil, fmt.Errorf("remove %s: %w", l.Attrs().Name, err)
+			}
+		}
 	}
 	own := &net.IPNet{IP: t.End.Key.ip().AsSlice(), Mask: net.CIDRMask(32, 32)}
 	if err := errors.Join(disableIPv6("all"), configureLink(lo), configureLink(wg, own)); err != nil {
@@ -284,7 +297,7 @@ func (n *NAT) removeTunnel() error {
 	if _, err := os.Stat(n.config.tunnelRecordPath()); errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
-	err := removeNamespace(tunnelName(n.config.NamespacePrefix), n.config.Logger)
+	err := errors.Join(removeNamespace(tunnelName(n.config.NamespacePrefix), n.config.Logger), forgetList(noticeRecords, n.config.NamespacePrefix))
 	if rerr := os.Remove(n.config.tunnelRecordPath()); rerr != nil && !errors.Is(rerr, os.ErrNotExist) {
 		err = errors.Join(err, fmt.Errorf("forget tunnel: %w", rerr))
 	}
@@ -292,13 +305,22 @@ func (n *NAT) removeTunnel() error {
 }
 
 // close ends the tunnel. Its namespace and its record stay.
+//
+//nolint:contextcheck,nolintlint // for those that call it: the linters disagree
 func (t *tunnel) close() error {
 	if t == nil {
 		return nil
 	}
 	var err error
+	t.mu.Lock()
+	t.closed = true
+	t.mu.Unlock()
 	if t.server != nil {
-		err = t.server.Close()
+		ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
+		defer cancel()
+		if err = t.server.Shutdown(ctx); errors.Is(err, context.DeadlineExceeded) {
+			err = t.server.Close() // a call may hold on to its answer
+		}
 	}
 	t.serve.Wait()
 	if t.device != nil {
@@ -310,16 +332,22 @@ func (t *tunnel) close() error {
 	return err
 }
 
-// meet adds another's end.
+// mostPeers is of ends that are known at a time.
+const mostPeers = 1000
+
+// meet adds another's end. An end that is known and answers stays where it is: to know its public key
+// does not prove to be it.
 func (t *tunnel) meet(end TunnelEnd) error {
-	if err := end.check(); err != nil {
-		return err
+	t.mu.Lock()
+	known, ok := t.record.Peers[end.Key]
+	t.mu.Unlock()
+	if ok && known != end && end.Address != "" && heard(t.call(known, "greet", struct{}{}, nil)) {
+		end = known
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.met[end.Key] = time.Now()
-	known, ok := t.record.Peers[end.Key]
 	if ok && (known == end || end.Address == "") {
+		t.met[end.Key] = time.Now()
 		return nil
 	}
 	if end.Key == t.End.Key {
@@ -333,6 +361,9 @@ func (t *tunnel) meet(end TunnelEnd) error {
 	if end.Key.ip() == t.End.Key.ip() {
 		return errors.New("the other end of the tunnel has the same address; restart one of the NATs")
 	}
+	if len(t.record.Peers) >= mostPeers {
+		return fmt.Errorf("this host's NAT knows %d others; it takes no more for a day", mostPeers)
+	}
 	before := t.record.Peers
 	t.record.Peers = maps.Clone(before)
 	t.record.Peers[end.Key] = end
@@ -342,8 +373,10 @@ func (t *tunnel) meet(end TunnelEnd) error {
 	}
 	if err != nil {
 		t.record.Peers = before
+		return err
 	}
-	return err
+	t.met[end.Key] = time.Now()
+	return nil
 }
 
 // forgetPeers forgets ends with which nothing is exchanged any more.
@@ -370,11 +403,15 @@ func (t *tunnel) forgetPeers() error {
 			needed[l.Anchor.Tunnel.Key] = true
 		}
 	}
+	notices, err := t.notices()
+	if err != nil {
+		return err
+	}
+	for _, n := range notices {
+		needed[n.To.Tunnel.Key] = true
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for _, key := range t.expected {
-		needed[key] = true
-	}
 	peers := maps.Clone(t.record.Peers)
 	maps.DeleteFunc(peers, func(key TunnelKey, _ TunnelEnd) bool { return !needed[key] && time.Since(t.met[key]) > linkPatience })
 	if len(peers) == len(t.record.Peers) {
@@ -406,18 +443,6 @@ func (t *tunnel) addPeer(end TunnelEnd) error {
 		return fmt.Errorf("add the other end of a tunnel: %w", err)
 	}
 	return nil
-}
-
-// peerAt returns the end with an address in the tunnel.
-func (t *tunnel) peerAt(ip netip.Addr) (TunnelEnd, bool) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for _, end := range t.record.Peers {
-		if end.Key.ip() == ip {
-			return end, true
-		}
-	}
-	return TunnelEnd{}, false
 }
 
 // tunnelLink makes one end of a link by the tunnel in a namespace.
