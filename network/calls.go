@@ -194,75 +194,82 @@ func (t *tunnel) handler() http.Handler {
 	serve(t, mux, "greet", func(caller, struct{}) (any, error) { return nil, nil })
 	serveHere(t, mux, "meet", t.meet)
 	serveHere(t, mux, "notices", func(struct{}) error { return t.deliver() })
-	serve(t, mux, "land", func(from caller, c landCall) (any, error) {
-		if !t.expects(c.Netns, from) {
-			return nil, errDenied
-		}
-		half, err := t.landingHere(c.Netns)
-		if err != nil {
-			return nil, err
-		}
-		return nil, half.land(c.Link, t.seen(c.Anchor, from), c.VM)
-	})
-	serve(t, mux, "land/ready", func(from caller, c linkCall) (any, error) {
-		if !t.expects(c.Netns, from) {
-			return nil, errDenied
-		}
-		half, err := t.landingHere(c.Netns)
-		if err != nil {
-			return nil, err
-		}
-		return nil, half.ready()
-	})
-	serve(t, mux, "land/tell", func(from caller, c tellCall) (any, error) {
-		_, theirs, err := t.link(c.Netns, fromAnchor(c.Link), from)
-		if err != nil {
-			return nil, err
-		}
-		if !theirs && !t.expects(c.Netns, from) {
-			return nil, errDenied
-		}
-		half, err := t.landingHere(c.Netns)
-		if err != nil {
-			return nil, err
-		}
-		return nil, half.tell(c.Link, c.Keys)
-	})
-	serve(t, mux, "land/leave", func(from caller, c linkCall) (any, error) {
-		there, theirs, err := t.link(c.Netns, fromAnchor(c.Link), from)
-		if err != nil || !there {
-			return nil, err // it has left before
-		}
-		if !theirs && !t.expects(c.Netns, from) {
-			return nil, errDenied
-		}
-		half, err := t.landingHere(c.Netns)
-		if err != nil {
-			return nil, err
-		}
-		return nil, half.leave(c.Link)
-	})
+	t.serveLanding(mux)
 	t.serveAnchor(mux, "connect", func(h *anchorHere, c anchorCall) (any, error) { return nil, h.connect(c.Link, c.To) })
 	t.serveAnchor(mux, "connections", func(h *anchorHere, _ anchorCall) (any, error) {
 		return answerKeys(h.connections())
 	})
 	t.serveAnchor(mux, "lead", func(h *anchorHere, c anchorCall) (any, error) { return answerKeys(h.lead(c.Link, c.To)) })
 	serve(t, mux, "anchor/leave", func(from caller, c linkCall) (any, error) {
-		return nil, withAnchor(c.Netns, lockAnchors, func(a *Anchor) error {
-			there, theirs, err := t.link(c.Netns, toLanding(c.Link), from)
-			if err != nil || !there {
-				return err // it has left before
-			}
-			if !theirs && !a.leadsTo(from) {
-				return errDenied
-			}
-			if a != nil && a.Link == c.Link {
-				return a.end()
-			}
-			return errors.Join(dropLink(c.Netns, toLanding(c.Link)), a.forget(c.Link))
-		})
+		return nil, withAnchor(c.Netns, lockAnchors, func(a *Anchor) error { return t.leaveAnchor(a, from, c) })
 	})
 	return mux
+}
+
+// serveLanding handles calls from where a VM comes, or is linked to.
+func (t *tunnel) serveLanding(mux *http.ServeMux) {
+	serve(t, mux, "land", func(from caller, c landCall) (any, error) {
+		half, err := t.landingFor(c.Netns, "", from)
+		if err != nil {
+			return nil, err
+		}
+		return nil, half.land(c.Link, t.seen(c.Anchor, from), c.VM)
+	})
+	serve(t, mux, "land/ready", func(from caller, c linkCall) (any, error) {
+		half, err := t.landingFor(c.Netns, "", from)
+		if err != nil {
+			return nil, err
+		}
+		return nil, half.ready()
+	})
+	serve(t, mux, "land/tell", func(from caller, c tellCall) (any, error) {
+		half, err := t.landingFor(c.Netns, c.Link, from)
+		if err != nil {
+			return nil, err
+		}
+		return nil, half.tell(c.Link, c.Keys)
+	})
+	serve(t, mux, "land/leave", func(from caller, c linkCall) (any, error) {
+		if there, _, err := t.link(c.Netns, fromAnchor(c.Link), from); err != nil || !there {
+			return nil, err // it has left before
+		}
+		half, err := t.landingFor(c.Netns, c.Link, from)
+		if err != nil {
+			return nil, err
+		}
+		return nil, half.leave(c.Link)
+	})
+}
+
+// landingFor returns a landing for a caller from which a VM is to come, or who has the other end of the
+// link.
+func (t *tunnel) landingFor(ns, link string, from caller) (landingHere, error) {
+	allowed := t.expects(ns, from)
+	if !allowed && link != "" {
+		_, theirs, err := t.link(ns, fromAnchor(link), from)
+		if err != nil {
+			return landingHere{}, err
+		}
+		allowed = theirs
+	}
+	if !allowed {
+		return landingHere{}, errDenied
+	}
+	return t.landingHere(ns)
+}
+
+// leaveAnchor drops an anchor's end of a link. An anchor that leads by it ends.
+func (t *tunnel) leaveAnchor(a *Anchor, from caller, c linkCall) error {
+	there, theirs, err := t.link(c.Netns, toLanding(c.Link), from)
+	switch {
+	case err != nil || !there:
+		return err // it has left before
+	case !theirs && !a.leadsTo(from):
+		return errDenied
+	case a != nil && a.Link == c.Link:
+		return a.end()
+	}
+	return errors.Join(dropLink(c.Netns, toLanding(c.Link)), a.forget(c.Link))
 }
 
 // serveAnchor handles calls from where an anchor leads, or has led as long as the VM's move is not
