@@ -190,7 +190,7 @@ func (k *talk) goesOn() error {
 func echoPackets(t *testing.T, ns, addr string) {
 	t.Helper()
 	var p net.PacketConn
-	if err := inNamespace(ns, func() (err error) { p, err = net.ListenPacket("udp4", addr); return err }); err != nil {
+	if err := inNamespace(ns, func() (err error) { p, err = net.ListenPacket("udp", addr); return err }); err != nil {
 		t.Fatal(err)
 	}
 	done := make(chan struct{})

@@ -134,7 +134,7 @@ func (e *refusedError) Error() string { return fmt.Sprintf("%s: %.500q", e.call,
 // dial connects inside the tunnel's namespace. It may go on when the call has ended that needs it.
 func (a *tunnelAccess) dial(ctx context.Context, network, addr string) (conn net.Conn, err error) {
 	err = inNamespace(a.Netns, func() error {
-		conn, err = (&net.Dialer{Timeout: callTimeout}).DialContext(ctx, network, addr)
+		conn, err = (&net.Dialer{Timeout: 2 * callTimeout}).DialContext(ctx, network, addr)
 		return err
 	})
 	return conn, err
@@ -148,6 +148,12 @@ type (
 		VM          uuid.UUID
 	}
 	linkCall struct{ Netns, Link string }
+	// makeCall makes an end of a link.
+	makeCall struct {
+		linkCall
+		Name  string
+		Other TunnelEnd
+	}
 	tellCall struct {
 		linkCall
 		Keys connectionKeyList
@@ -193,6 +199,7 @@ func (t *tunnel) handler() http.Handler {
 	mux := http.NewServeMux()
 	serve(t, mux, "greet", func(caller, struct{}) (any, error) { return nil, nil })
 	serveHere(t, mux, "meet", t.meet)
+	serveHere(t, mux, "link", func(c makeCall) error { return t.makeLink(c.Netns, c.Name, c.Link, c.Other) })
 	serveHere(t, mux, "notices", func(struct{}) error { return t.deliver() })
 	t.serveLanding(mux)
 	t.serveAnchor(mux, "connect", func(h *anchorHere, c anchorCall) (any, error) { return nil, h.connect(c.Link, c.To) })
@@ -392,7 +399,7 @@ func (t *tunnel) link(ns, name string, from caller) (there, theirs bool, err err
 	}
 	err = inNamespace(ns, func() error {
 		links, err := listAnchorLinks(name)
-		there, theirs = len(links) > 0, leadsTo(name, from.end.Key.ip())
+		there, theirs = len(links) > 0, leadsTo(name, from.end.Key)
 		return err
 	})
 	return there, theirs, err

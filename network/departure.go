@@ -303,7 +303,7 @@ func (d *Departure) Lost() []error {
 	return why
 }
 
-// newLink names a link: a number of a VXLAN (RFC 7348, 5), of which an end has few.
+// newLink names a link with a number of three bytes, of which an end has few.
 func newLink() string {
 	b := make([]byte, 3)
 	rand.Read(b) // it does not fail

@@ -21,6 +21,19 @@ func (a *tunnelAccess) meet(end TunnelEnd) error {
 	return a.call(a.End, "meet", end, nil)
 }
 
+// makeLink makes this host's end of a link.
+func (a *tunnelAccess) makeLink(ns, name, link string, other TunnelEnd) error {
+	if a == nil {
+		return errors.New("this host's NAT has no tunnel; start it with --tunnel-port")
+	}
+	return a.call(a.End, "link", makeCall{linkCall{ns, link}, name, other}, nil)
+}
+
+// linker makes this host's ends of links: the NAT itself, or a process that calls it.
+type linker interface {
+	makeLink(ns, name, link string, other TunnelEnd) error
+}
+
 // anchorHere is an anchor on this host.
 type anchorHere struct {
 	ns      string
@@ -28,13 +41,13 @@ type anchorHere struct {
 	config  *NATConfig
 	layout  *layout
 	tunnel  *tunnelAccess
-	meet    func(TunnelEnd) error
+	linker  linker
 	tracked *netlink.Handle // its connections
 	by      string          // see [anchorMove]
 }
 
 func newAnchorHere(ns string, vm uuid.UUID, tunnel *tunnelAccess) (_ *anchorHere, err error) {
-	h := &anchorHere{ns: ns, vm: vm, tunnel: tunnel, meet: tunnel.meet}
+	h := &anchorHere{ns: ns, vm: vm, tunnel: tunnel, linker: tunnel}
 	if h.config, h.layout, err = layoutOf(ns); err != nil {
 		return nil, err
 	}
@@ -46,7 +59,7 @@ func newAnchorHere(ns string, vm uuid.UUID, tunnel *tunnelAccess) (_ *anchorHere
 func (t *tunnel) anchorHere(ns string, vm uuid.UUID) (*anchorHere, error) {
 	h, err := newAnchorHere(ns, vm, t.tunnelAccess)
 	if err == nil {
-		h.meet = t.meet
+		h.linker = t
 	}
 	return h, err
 }
@@ -78,10 +91,7 @@ func (h *anchorHere) connect(link string, to spot) error {
 	if to.Tunnel == nil {
 		return connectAnchor(h.ns, to.Netns, link, h.config.NamespaceInterface)
 	}
-	if err := h.meet(*to.Tunnel); err != nil {
-		return err
-	}
-	if err := h.tunnel.tunnelLink(h.ns, toLanding(link), link, *to.Tunnel, anchorMAC); err != nil {
+	if err := h.linker.makeLink(h.ns, toLanding(link), link, *to.Tunnel); err != nil {
 		return err
 	}
 	if err := inNamespace(h.ns, func() error { return configureAnchorLink(toLanding(link), landingIP, landingMAC) }); err != nil {
@@ -174,19 +184,18 @@ func (h anchorThere) lead(link string, to spot) ([][]byte, error) {
 type landingHere struct {
 	ns     string
 	config *NATConfig
-	tunnel *tunnelAccess
-	meet   func(TunnelEnd) error
+	linker linker
 }
 
 func newLandingHere(ns string, tunnel *tunnelAccess) (landingHere, error) {
 	config, _, err := layoutOf(ns)
-	return landingHere{ns, config, tunnel, tunnel.meet}, err
+	return landingHere{ns, config, tunnel}, err
 }
 
 // landingHere is newLandingHere for the NAT itself.
 func (t *tunnel) landingHere(ns string) (landingHere, error) {
-	h, err := newLandingHere(ns, t.tunnelAccess)
-	h.meet = t.meet
+	h, err := newLandingHere(ns, nil)
+	h.linker = t
 	return h, err
 }
 
@@ -196,9 +205,6 @@ const mostLandings = 64
 func (h landingHere) land(link string, anchor spot, vm uuid.UUID) error {
 	if anchor.Tunnel == nil {
 		return nil // whoever makes the link does it
-	}
-	if err := h.meet(*anchor.Tunnel); err != nil {
-		return err
 	}
 	// Noted before the link is there, so that nobody forgets it.
 	many := false
@@ -214,7 +220,7 @@ func (h landingHere) land(link string, anchor spot, vm uuid.UUID) error {
 	if err != nil {
 		return err
 	}
-	if err := h.tunnel.tunnelLink(h.ns, fromAnchor(link), link, *anchor.Tunnel, landingMAC); err != nil {
+	if err := h.linker.makeLink(h.ns, fromAnchor(link), link, *anchor.Tunnel); err != nil {
 		return err
 	}
 	return inNamespace(h.ns, func() error { return land(link, h.config.NamespaceInterface) })

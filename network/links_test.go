@@ -234,7 +234,7 @@ func TestAnchorFollows(t *testing.T) {
 	}
 	// The VM has moved to the friend.
 	const at, next = "aaaaaa", "bbbbbb"
-	if err := n.tunnel.tunnelLink("ark0", toLanding(at), at, friendEnd, anchorMAC); err != nil {
+	if err := n.tunnel.makeLink("ark0", toLanding(at), at, friendEnd); err != nil {
 		t.Fatal(err)
 	}
 	err := inNamespace("ark0", func() error {
