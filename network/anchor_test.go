@@ -151,7 +151,7 @@ type talk struct {
 	said int
 }
 
-func dialTalk(t *testing.T, name, ns, network, addr string) *talk {
+func dialTalk(t testing.TB, name, ns, network, addr string) *talk {
 	t.Helper()
 	k := &talk{name: name}
 	dial := func() (err error) { k.c, err = net.DialTimeout(network, addr, 2*time.Second); return err }

@@ -30,7 +30,7 @@ type wireEnd struct {
 	ns string
 }
 
-func newWireEnd(t *testing.T, ns string, own, peer netip.Addr, addresses ...string) wireEnd {
+func newWireEnd(t testing.TB, ns string, own, peer netip.Addr, addresses ...string) wireEnd {
 	t.Helper()
 	if err := createNamespace(ns); err != nil {
 		t.Fatal(err)
