@@ -7,11 +7,13 @@ import (
 	"io"
 	"net"
 	"os"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/vishvananda/netlink"
 
 	"drafter/internal/await"
@@ -425,6 +427,14 @@ func TestAnchorEnds(t *testing.T) {
 	}
 	if _, _, err := n.Claim(); !errors.Is(err, ErrInUse) {
 		t.Errorf("an anchor was taken for free: %v", err)
+	}
+	const want = `
+		# HELP drafter_anchor_connections Connections of a VM that has moved that go on by way of the namespace that it has left.
+		# TYPE drafter_anchor_connections gauge
+		drafter_anchor_connections{namespace="ark0",to="ark1"} 1
+	`
+	if err := testutil.CollectAndCompare(n.Metrics(), strings.NewReader(want), "drafter_anchor_connections"); err != nil {
+		t.Error(err)
 	}
 	if err := GuardGuest("ark0", Guest{VM: uuid.New()}); !errors.Is(err, ErrInUse) {
 		t.Errorf("another VM took an anchor: %v", err)
