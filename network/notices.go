@@ -28,8 +28,8 @@ const noticePatience = 24 * time.Hour
 
 const noticeRecords = "notices"
 
-// giveNotice records notices for the NAT of a namespace. It is called, so that it gives them at once; one that does not run
-// does so when it starts.
+// giveNotice records notices for the NAT of a namespace. The NAT is called, so that it gives them at
+// once; one that does not run does so when it starts.
 func giveNotice(ns string, notices ...notice) error {
 	if len(notices) == 0 {
 		return nil
@@ -100,11 +100,14 @@ func (t *tunnel) giveHost(notices []notice) error {
 			what = "anchor/leave"
 		}
 		err := t.call(*n.To.Tunnel, what, linkCall{n.To.Netns, n.Link}, nil)
-		silent := !heard(err) && time.Since(n.Since) < noticePatience
-		if silent && n.Said {
+		silent := !heard(err)
+		switch {
+		case silent && time.Since(n.Since) > noticePatience:
+			t.log.Warn("Another host has not heard for a day that a link has ended here; it is not told again", "namespace", n.To.Netns, "error", err)
+			silent = false
+		case silent && n.Said:
 			return nil
-		}
-		if silent {
+		case silent:
 			t.log.Warn("Another host does not hear that a link has ended here; it is told again", "namespace", n.To.Netns, "error", err)
 		}
 		n.Said = true

@@ -87,7 +87,14 @@ func newWire(own netip.Addr, calls wgtun.Device, log *slog.Logger) *wire {
 		events: make(chan wgtun.Event), links: map[linkEnd]*port{},
 	}
 	w.spare.New = func() any { return new(outbound) }
-	w.wait.Go(func() { w.read(w.calls) })
+	w.wait.Go(func() {
+		w.read(w.calls)
+		select {
+		case <-w.closed:
+		default:
+			log.Error("Somebody has removed the tunnel's interface; VMs that move to other hosts lose their connections. Start the NAT again")
+		}
+	})
 	return w
 }
 
