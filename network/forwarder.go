@@ -150,7 +150,7 @@ func (f *Forwarder) look() {
 	if err == nil && !intact {
 		err = f.apply()
 	}
-	f.news.mended("nftables table ip "+f.name, !intact, err)
+	f.news.mended("nftables table inet "+f.name, !intact, err)
 	for _, p := range f.forwards {
 		line := ""
 		if own, err := hostAddress(p.external.Addr().AsSlice()); err == nil && !own {
@@ -278,7 +278,7 @@ func checkLoopback(p forward) error {
 }
 
 func (f *Forwarder) applyRules(forwards []forward) error {
-	r, err := newRuleset(nftables.TableFamilyIPv4, f.name)
+	r, err := newRuleset(nftables.TableFamilyINet, f.name)
 	if err != nil {
 		return err
 	}

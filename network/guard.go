@@ -153,7 +153,7 @@ func (o opening) match() (parts [][]expr.Any) {
 // interfaces of others.
 func (n *NAT) hostRules(connections int) error {
 	l := n.layout
-	r, err := newRuleset(nftables.TableFamilyIPv4, n.natTable())
+	r, err := newRuleset(nftables.TableFamilyINet, n.natTable())
 	if err != nil {
 		return err
 	}
@@ -201,8 +201,8 @@ func (n *NAT) hostRules(connections int) error {
 	r.forgetClosed(limited)
 	// For other protocols the connection tracking knows no ports. It would take everything that a
 	// server sends to the host for answers to the guest.
-	for _, p := range []byte{unix.IPPROTO_TCP, unix.IPPROTO_UDP, unix.IPPROTO_ICMP} {
-		r.rule(limited, transport(p), accept())
+	for _, known := range [][]expr.Any{transport(unix.IPPROTO_TCP), transport(unix.IPPROTO_UDP), icmp(), icmp6()} {
+		r.rule(limited, known, accept())
 	}
 	r.rule(limited, drop())
 
@@ -212,6 +212,7 @@ func (n *NAT) hostRules(connections int) error {
 		// Only the guest opens connections, not the VMM in the namespace. Only connections get a
 		// new source address.
 		r.rule(c, notFromAddress(l.namespaceVeth), drop())
+		r.rule(c, protocolIPv6(), drop())
 		r.rule(c, notNewConnection(), drop())
 	}
 	narrowFirst := func(a, b opening) int { return b.bits() - a.bits() }
@@ -256,7 +257,7 @@ func (n *NAT) hostRules(connections int) error {
 	forwarded := r.chain(hookForwarded)
 	r.rule(forwarded, fromInterfaces(links), continueAt(fromGuest))
 	r.rule(forwarded, toInterfaces(links), continueAt(toGuest))
-	r.rule(forwarded, fromInterfaces(closed), continueAt(between))
+	r.rule(forwarded, protocolIPv4(), fromInterfaces(closed), continueAt(between))
 	r.rule(r.chain(hookDelivered), fromInterfaces(links), continueAt(toHost))
 	if err := r.apply(); err != nil {
 		return err
@@ -273,6 +274,7 @@ func openRate(connections int) int { return max(1, connections/4) }
 func (r *ruleset) answers(c *nftables.Chain) {
 	r.rule(c, connectionState(expr.CtStateBitESTABLISHED), accept())
 	r.rule(c, connectionState(expr.CtStateBitRELATED), icmp(), accept())
+	r.rule(c, connectionState(expr.CtStateBitRELATED), icmp6(), accept())
 }
 
 // namespaceTable is the name of a namespace's table.
@@ -282,7 +284,7 @@ const namespaceTable = "drafter"
 // the guest, and nothing else.
 func (n *NAT) namespaceRules(i, connections int) error {
 	c, l := n.config, n.layout
-	r, err := newRuleset(nftables.TableFamilyIPv4, namespaceTable)
+	r, err := newRuleset(nftables.TableFamilyINet, namespaceTable)
 	if err != nil {
 		return err
 	}
@@ -401,7 +403,7 @@ func (c NATConfig) guardTap(l *layout, hardware net.HardwareAddr) error {
 	if hardware != nil {
 		r.rule(frames, notFromMAC(hardware), drop())
 	}
-	r.rule(frames, protocolIPv4(), fromAddress(host(l.guest)), accept())
+	r.rule(frames, fromAddress(host(l.guest)), accept())
 	r.rule(frames, protocolARP(), arpFrom(hardware, l.guest), accept())
 	r.rule(frames, drop())
 	return r.apply()

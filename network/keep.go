@@ -26,7 +26,7 @@ func (n *NAT) look() {
 	err = n.followRoute()
 	n.news.mended("the way out", false, err)
 	done, err = n.keepHostRules()
-	n.news.mended("nftables table ip "+n.natTable(), done, err)
+	n.news.mended("nftables table inet "+n.natTable(), done, err)
 	for range min(n.layout.count, lookAtOnce) {
 		i := n.next
 		n.next = (n.next + 1) % n.layout.count
@@ -35,7 +35,7 @@ func (n *NAT) look() {
 		n.news.mended("link "+hostVethName(name), done, err)
 		if err == nil {
 			done, err = n.keepNamespaceRules(i)
-			n.news.mended("nftables table ip "+namespaceTable+" in "+name, done, err)
+			n.news.mended("nftables table inet "+namespaceTable+" in "+name, done, err)
 			err = inNamespace(name, func() (err error) {
 				done, err = n.config.keepTapGuard(n.layout)
 				return err

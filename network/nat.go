@@ -488,12 +488,14 @@ func (n *NAT) checkTable([]string) error {
 	if _, err := os.Stat(n.recordPath()); !errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
-	table, err := tableState(unix.NFPROTO_IPV4, n.natTable())
-	if err != nil {
-		return err
-	}
-	if len(table) > 0 {
-		return fmt.Errorf("nftables table ip %[1]s exists and is not ours; remove it ('nft delete table ip %[1]s'), or choose another --namespace-prefix", n.natTable())
+	for family, name := range map[byte]string{unix.NFPROTO_INET: "inet", unix.NFPROTO_IPV4: "ip"} { // older releases' is of ip
+		table, err := tableState(family, n.natTable())
+		if err != nil {
+			return err
+		}
+		if len(table) > 0 {
+			return fmt.Errorf("nftables table %[1]s %[2]s exists and is not ours; remove it ('nft delete table %[1]s %[2]s'), or choose another --namespace-prefix", name, n.natTable())
+		}
 	}
 	return nil
 }

@@ -19,6 +19,7 @@ import (
 
 	"drafter/internal/await"
 	"drafter/internal/need"
+	"drafter/internal/rundir"
 	"drafter/internal/testhost"
 )
 
@@ -600,6 +601,53 @@ func TestKilledNAT(t *testing.T) {
 	}
 }
 
+// TestOlderTables starts a NAT and a forwarder after those of an older release were killed, whose
+// tables are of family ip: no rule of these stays.
+func TestOlderTables(t *testing.T) {
+	need.Root(t)
+	killNAT(t)
+	claim, err := ClaimNamespace("ark0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	guest := attachGuest(t, "ark0")
+	const dead = forwarderPrefix + "1"
+	lock, err := rundir.Lock(forwarderLocks + dead)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := lock.Abandon(); err != nil { // as after kill -9
+		t.Fatal(err)
+	}
+	const rules = "add table ip %[1]s; add chain ip %[1]s old { type filter hook forward priority 0; policy drop; }"
+	for _, table := range []string{dead, "drafter-nat-ark"} {
+		shell(t, fmt.Sprintf("nft '"+rules+"'", table))
+	}
+	shell(t, fmt.Sprintf("ip netns exec ark0 nft '"+rules+"'", namespaceTable))
+	n, err := StartNAT(context.Background(), testConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	listen(t, guest, "172.16.0.2:80", "guest")
+	listen(t, "outside", "192.0.2.254:80", "outside")
+	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: []PortForward{forwardTo("ark0", "tcp", "192.0.2.1:3333")}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, ns := range []string{"", "ip netns exec ark0 "} {
+		shell(t, "! "+ns+"nft list tables | grep 'table ip '")
+	}
+	if got := ask(t, guest, "tcp4", "192.0.2.254:80"); got != "outside to 192.0.2.1" {
+		t.Errorf("the guest reaches outside: %q", got)
+	}
+	if got := ask(t, "outside", "tcp4", "192.0.2.1:3333"); got != "guest to 192.0.2.254" {
+		t.Errorf("the guest is reached: %q", got)
+	}
+	if err := errors.Join(f.Close(), claim.Close(), n.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // A namespace that somebody has made in the place of ours stays, at the end of a NAT and after a
 // kill.
 func TestSomebodysNamespace(t *testing.T) {
@@ -666,7 +714,8 @@ func TestSomebodysThings(t *testing.T) {
 		"FIFO":                       {"mkdir -p /run/netns; mkfifo /run/netns/ark1", "test -p /run/netns/ark1", "rm /run/netns/ark1; rmdir /run/netns 2>/dev/null || true", `"ark1" exists and is not ours`},
 		"bridge":                     {"ip link add ark1-veth type bridge", "ip -d link show ark1-veth | grep 'bridge forward'", "ip link del ark1-veth", "interface ark1-veth exists and is not ours"},
 		"link":                       {"ip link add ark1-veth type veth peer name theirs", "ip link show theirs", "ip link del theirs", "interface ark1-veth exists and is not ours"},
-		"table":                      {"nft 'add table ip drafter-nat-ark; add chain ip drafter-nat-ark theirs'", "nft list chain ip drafter-nat-ark theirs", "nft delete table ip drafter-nat-ark", "drafter-nat-ark exists and is not ours"},
+		"table":                      {"nft 'add table inet drafter-nat-ark; add chain inet drafter-nat-ark theirs'", "nft list chain inet drafter-nat-ark theirs", "nft delete table inet drafter-nat-ark", "table inet drafter-nat-ark exists and is not ours"},
+		"table of IPv4":              {"nft 'add table ip drafter-nat-ark; add chain ip drafter-nat-ark theirs'", "nft list chain ip drafter-nat-ark theirs", "nft delete table ip drafter-nat-ark", "table ip drafter-nat-ark exists and is not ours"},
 	} {
 		shell(t, tt.make)
 		if n, err := StartNAT(context.Background(), testConfig()); err == nil || !strings.Contains(err.Error(), tt.want) {
@@ -676,7 +725,7 @@ func TestSomebodysThings(t *testing.T) {
 			}
 		}
 		shell(t, tt.check+"; "+tt.remove)
-		if name == "table" {
+		if strings.HasPrefix(name, "table") {
 			continue // its record says whose it is
 		}
 		killNAT(t)
