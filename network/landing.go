@@ -30,7 +30,7 @@ var connectionType = nftables.MustConcatSetType(nftables.TypeInetProto, nftables
 // the guest had before it moved. A packet that was on its way when the VM left may come by another
 // anchor. It says nothing of a connection that is known here, and what the source has told decides.
 func landingRules(link, tap string, mark uint32) error {
-	r, err := newRuleset(nftables.TableFamilyINet, landingPrefix+link)
+	r, err := newRuleset(rulesFamily(), landingPrefix+link)
 	if err != nil {
 		return err
 	}
@@ -96,7 +96,7 @@ func addConnections(link string, keys [][]byte) error {
 	if err != nil {
 		return fmt.Errorf("open nftables: %w", err)
 	}
-	table := &nftables.Table{Family: nftables.TableFamilyINet, Name: landingPrefix + link}
+	table := &nftables.Table{Family: rulesFamily(), Name: landingPrefix + link}
 	set := &nftables.Set{Table: table, Name: connectionsSet, KeyType: connectionType, Concatenation: true}
 	const atOnce = 1000 // one netlink attribute holds 64 KiB
 	for len(keys) > 0 {

@@ -174,33 +174,49 @@ func deleteNamespace(name string) error {
 // GuestAddress returns the guest's address and gateway behind an interface in a namespace: the
 // gateway is the interface's own address, and the guest has the next address of the same subnet.
 func GuestAddress(ns, iface string) (gateway net.IP, guest *net.IPNet, err error) {
+	gateway, guest, err = guestAddress(ns, iface, netlink.FAMILY_V4)
+	if err == nil && guest == nil {
+		err = fmt.Errorf("interface %s in network namespace %q has no IPv4 address", iface, ns)
+	}
+	return gateway, guest, err
+}
+
+// GuestAddress6 is GuestAddress for IPv6; guest is nil if guests there have none.
+func GuestAddress6(ns, iface string) (gateway net.IP, guest *net.IPNet, err error) {
+	return guestAddress(ns, iface, netlink.FAMILY_V6)
+}
+
+func guestAddress(ns, iface string, family int) (gateway net.IP, guest *net.IPNet, err error) {
 	err = inNamespace(ns, func() error {
 		link, err := netlink.LinkByName(iface)
 		if err != nil {
 			return fmt.Errorf("interface %s does not exist in network namespace %q; start drafter nat", iface, ns)
 		}
-		addrs, err := netlink.AddrList(link, netlink.FAMILY_V4)
+		addrs, err := netlink.AddrList(link, family)
 		if err != nil {
 			return fmt.Errorf("read address of %s: %w", iface, err)
 		}
-		if len(addrs) == 0 {
-			return fmt.Errorf("interface %s in network namespace %q has no IPv4 address", iface, ns)
+		for _, a := range addrs {
+			if a.IP.IsLinkLocalUnicast() && family == netlink.FAMILY_V6 {
+				continue
+			}
+			gateway = a.IP
+			guest, err = neighbour(a.IPNet)
+			return err
 		}
-		gateway = addrs[0].IP
-		guest, err = neighbour(addrs[0].IPNet)
-		return err
+		return nil
 	})
 	return gateway, guest, err
 }
 
 // neighbour returns the address after a in its subnet, or the one before a if a is the last.
 func neighbour(a *net.IPNet) (*net.IPNet, error) {
+	last := slices.Clone(a.IP.Mask(a.Mask)) // of IPv4: broadcast
+	for i := range last {
+		last[i] |= ^a.Mask[i]
+	}
 	usable := func(ip net.IP) bool {
-		broadcast := make(net.IP, 4)
-		for i := range broadcast {
-			broadcast[i] = a.IP.To4()[i] | ^a.Mask[i]
-		}
-		return a.Contains(ip) && !ip.Equal(broadcast) && !ip.Equal(a.IP.Mask(a.Mask))
+		return a.Contains(ip) && !ip.Equal(last) && !ip.Equal(a.IP.Mask(a.Mask))
 	}
 	for _, step := range []int{1, -1} {
 		if ip := addIP(a.IP, step); usable(ip) {
@@ -208,12 +224,4 @@ func neighbour(a *net.IPNet) (*net.IPNet, error) {
 		}
 	}
 	return nil, fmt.Errorf("subnet %s has no address for a guest", a)
-}
-
-// addIP returns the IPv4 address n after ip.
-func addIP(ip net.IP, n int) net.IP {
-	b := ip.To4()
-	v := uint32(b[0])<<24 | uint32(b[1])<<16 | uint32(b[2])<<8 | uint32(b[3])
-	v += uint32(n)
-	return net.IPv4(byte(v>>24), byte(v>>16), byte(v>>8), byte(v)).To4()
 }

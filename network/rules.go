@@ -1,6 +1,7 @@
 package network
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -17,6 +18,14 @@ import (
 type ruleset struct {
 	conn  *nftables.Conn
 	table *nftables.Table
+}
+
+// rulesFamily is the family of our tables. A kernel without IPv6 has no tables of inet.
+func rulesFamily() nftables.TableFamily {
+	if _, err := os.Stat(ipv6Settings); errors.Is(err, os.ErrNotExist) {
+		return nftables.TableFamilyIPv4
+	}
+	return nftables.TableFamilyINet
 }
 
 // newRuleset starts a ruleset for the calling thread's network namespace. A table of the same
@@ -50,7 +59,7 @@ func (r *ruleset) apply() error {
 
 // deleteTable removes a table of ours; one that does not exist is no error.
 func deleteTable(table string) error {
-	r, err := newRuleset(nftables.TableFamilyINet, table)
+	r, err := newRuleset(rulesFamily(), table)
 	if err != nil {
 		return err
 	}
@@ -376,6 +385,68 @@ func transport(number byte) []expr.Any {
 func icmp() []expr.Any  { return append(protocolIPv4(), transport(unix.IPPROTO_ICMP)...) }
 func icmp6() []expr.Any { return append(protocolIPv6(), transport(unix.IPPROTO_ICMPV6)...) }
 
+// Types of ICMPv6 (RFC 2710, RFC 4861). Errors and echoes have lower ones.
+const (
+	multicastListenerQuery = 130
+	neighbourSolicitation  = 135
+	neighbourAdvertisement = 136
+)
+
+// icmpType matches a type, icmpTypeFrom that and all above.
+func icmpType(number byte) []expr.Any { return icmpTypeThat(expr.CmpOpEq, number) }
+
+func icmpTypeFrom(number byte) []expr.Any { return icmpTypeThat(expr.CmpOpGte, number) }
+
+func icmpTypeThat(op expr.CmpOp, number byte) []expr.Any {
+	return []expr.Any{
+		headerField(expr.PayloadBaseTransportHeader, 0, 1),
+		&expr.Cmp{Op: op, Register: 1, Data: []byte{number}},
+	}
+}
+
+// ndp matches a message of neighbour discovery that follows the IPv6 header at once (RFC 8200: payload
+// length at 4, next header at 6). Its option, if there is one, tells that the sender has a MAC address,
+// if mac is not nil (RFC 4861, 4.6.1).
+func ndp(message byte, option byte, mac net.HardwareAddr) []expr.Any {
+	const withoutOption, withOption = 24, 32 // bytes
+	length := binaryutil.BigEndian.PutUint16(withoutOption)
+	if option != 0 {
+		length = binaryutil.BigEndian.PutUint16(withOption)
+	}
+	e := append(protocolIPv6(),
+		headerField(expr.PayloadBaseNetworkHeader, 4, 3),
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: append(length, unix.IPPROTO_ICMPV6)})
+	e = append(e, icmpType(message)...)
+	if option == 0 || mac == nil {
+		return e
+	}
+	return append(e, headerField(expr.PayloadBaseTransportHeader, withoutOption, 8),
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: append([]byte{option, 1}, mac...)})
+}
+
+// solicitation matches a question for a neighbour's MAC address, with the sender's.
+func solicitation(mac net.HardwareAddr) []expr.Any {
+	const sourceAddress = 1
+	return ndp(neighbourSolicitation, sourceAddress, mac)
+}
+
+// advertisement matches the answer about an address, with the MAC address or without.
+func advertisement(ip net.IP, mac net.HardwareAddr, with bool) []expr.Any {
+	const targetAddress = 2
+	option := byte(0)
+	if with {
+		option = targetAddress
+	}
+	return append(ndp(neighbourAdvertisement, option, mac),
+		headerField(expr.PayloadBaseTransportHeader, 8, net.IPv6len),
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: ip})
+}
+
+// linkLocalOf is the address that a kernel makes of a MAC address (RFC 4291, appendix A).
+func linkLocalOf(mac net.HardwareAddr) net.IP {
+	return net.IP{0xfe, 0x80, 0, 0, 0, 0, 0, 0, mac[0] ^ 2, mac[1], mac[2], 0xff, 0xfe, mac[3], mac[4], mac[5]}
+}
+
 // connection matches a bit of what the connection tracking knows about a packet's connection: that
 // it is set (CmpOpNeq to 0), or not.
 func connection(key expr.CtKey, bit uint32, op expr.CmpOp) []expr.Any {
@@ -453,11 +524,15 @@ func (r *ruleset) forgetClosed(c *nftables.Chain) {
 func drop() []expr.Any   { return []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}} }
 func accept() []expr.Any { return []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}} }
 
-// reset answers a TCP segment with RST, unreachable anything else with port unreachable, of ICMP (RFC
-// 792) or ICMPv6 (RFC 4443).
+// reset answers a TCP segment with RST, unreachable anything else with port unreachable, which is code
+// 3 of ICMP (RFC 792), and unreachable6 the same by IPv6, as code 4 of ICMPv6 (RFC 4443).
 func reset() []expr.Any { return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}} }
 func unreachable() []expr.Any {
-	return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_PORT_UNREACH}}
+	return append(protocolIPv4(), &expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: 3})
+}
+
+func unreachable6() []expr.Any {
+	return append(protocolIPv6(), &expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: 4})
 }
 
 // continueAt goes on in another chain and does not come back.
@@ -468,16 +543,26 @@ func continueAt(c *nftables.Chain) []expr.Any {
 func masquerade() []expr.Any { return []expr.Any{&expr.Masq{}} }
 
 func sourceNAT(ip net.IP) []expr.Any {
+	to := host(ip)
 	return []expr.Any{
-		&expr.Immediate{Register: 1, Data: ip.To4()},
-		&expr.NAT{Type: expr.NATTypeSourceNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: 1},
+		&expr.Immediate{Register: 1, Data: to.IP},
+		&expr.NAT{Type: expr.NATTypeSourceNAT, Family: netfilterOf(to), RegAddrMin: 1},
 	}
+}
+
+// netfilterOf is netfilter's number of a subnet's protocol.
+func netfilterOf(n *net.IPNet) uint32 {
+	if len(n.Mask) == net.IPv4len {
+		return unix.NFPROTO_IPV4
+	}
+	return unix.NFPROTO_IPV6
 }
 
 // destinationNAT rewrites the destination; port 0 keeps the port.
 func destinationNAT(ip net.IP, port uint16) []expr.Any {
-	e := []expr.Any{&expr.Immediate{Register: 1, Data: ip.To4()}}
-	n := &expr.NAT{Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: 1}
+	to := host(ip)
+	e := []expr.Any{&expr.Immediate{Register: 1, Data: to.IP}}
+	n := &expr.NAT{Type: expr.NATTypeDestNAT, Family: netfilterOf(to), RegAddrMin: 1}
 	if port != 0 {
 		e = append(e, &expr.Immediate{Register: 2, Data: binaryutil.BigEndian.PutUint16(port)})
 		n.RegProtoMin = 2
@@ -486,9 +571,14 @@ func destinationNAT(ip net.IP, port uint16) []expr.Any {
 }
 
 // host is the subnet of one address.
-func host(ip net.IP) *net.IPNet { return &net.IPNet{IP: ip.To4(), Mask: net.CIDRMask(32, 32)} }
+func host(ip net.IP) *net.IPNet {
+	if ip4 := ip.To4(); ip4 != nil {
+		return &net.IPNet{IP: ip4, Mask: net.CIDRMask(32, 32)}
+	}
+	return &net.IPNet{IP: ip, Mask: net.CIDRMask(128, 128)}
+}
 
-// loopback is 127.0.0.0/8.
+// loopback is 127.0.0.0/8. The kernel itself lets nothing in or out that has IPv6's.
 var loopback = cidr("127.0.0.0/8")
 
 // setSysctl sets a kernel parameter of the calling thread's network namespace.
