@@ -174,49 +174,47 @@ func deleteNamespace(name string) error {
 // GuestAddress returns the guest's address and gateway behind an interface in a namespace: the
 // gateway is the interface's own address, and the guest has the next address of the same subnet.
 func GuestAddress(ns, iface string) (gateway net.IP, guest *net.IPNet, err error) {
-	gateway, guest, err = guestAddress(ns, iface, netlink.FAMILY_V4)
-	if err == nil && guest == nil {
-		err = fmt.Errorf("interface %s in network namespace %q has no IPv4 address", iface, ns)
-	}
-	return gateway, guest, err
-}
-
-// GuestAddress6 is GuestAddress for IPv6; guest is nil if guests there have none.
-func GuestAddress6(ns, iface string) (gateway net.IP, guest *net.IPNet, err error) {
-	return guestAddress(ns, iface, netlink.FAMILY_V6)
-}
-
-func guestAddress(ns, iface string, family int) (gateway net.IP, guest *net.IPNet, err error) {
 	err = inNamespace(ns, func() error {
 		link, err := netlink.LinkByName(iface)
 		if err != nil {
 			return fmt.Errorf("interface %s does not exist in network namespace %q; start drafter nat", iface, ns)
 		}
-		addrs, err := netlink.AddrList(link, family)
+		addrs, err := netlink.AddrList(link, netlink.FAMILY_V4)
 		if err != nil {
 			return fmt.Errorf("read address of %s: %w", iface, err)
 		}
-		for _, a := range addrs {
-			if a.IP.IsLinkLocalUnicast() && family == netlink.FAMILY_V6 {
-				continue
-			}
-			gateway = a.IP
-			guest, err = neighbour(a.IPNet)
-			return err
+		if len(addrs) == 0 {
+			return fmt.Errorf("interface %s in network namespace %q has no IPv4 address", iface, ns)
 		}
-		return nil
+		gateway = addrs[0].IP
+		guest, err = neighbour(addrs[0].IPNet)
+		return err
 	})
 	return gateway, guest, err
 }
 
+// GuestAddress6 returns the guest's IPv6 address and gateway in a namespace; guest is nil unless a NAT
+// gives it any.
+func GuestAddress6(ns string) (gateway net.IP, guest *net.IPNet, err error) {
+	c, err := natOf(ns)
+	if c == nil || err != nil {
+		return nil, nil, err
+	}
+	l, err := c.parse()
+	if err != nil || l.ip6 == nil {
+		return nil, nil, err
+	}
+	return l.ip6.gateway, &net.IPNet{IP: l.ip6.guest, Mask: l.ip6.mask}, nil
+}
+
 // neighbour returns the address after a in its subnet, or the one before a if a is the last.
 func neighbour(a *net.IPNet) (*net.IPNet, error) {
-	last := slices.Clone(a.IP.Mask(a.Mask)) // of IPv4: broadcast
-	for i := range last {
-		last[i] |= ^a.Mask[i]
-	}
 	usable := func(ip net.IP) bool {
-		return a.Contains(ip) && !ip.Equal(last) && !ip.Equal(a.IP.Mask(a.Mask))
+		broadcast := make(net.IP, 4)
+		for i := range broadcast {
+			broadcast[i] = a.IP.To4()[i] | ^a.Mask[i]
+		}
+		return a.Contains(ip) && !ip.Equal(broadcast) && !ip.Equal(a.IP.Mask(a.Mask))
 	}
 	for _, step := range []int{1, -1} {
 		if ip := addIP(a.IP, step); usable(ip) {

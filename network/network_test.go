@@ -884,6 +884,13 @@ func TestGuestAddress(t *testing.T) {
 	if err != nil || gateway.String() != "172.16.0.1" || guest.String() != "172.16.0.2/30" {
 		t.Errorf("%s, %s, %v", gateway, guest, err)
 	}
+	gateway, guest, err = GuestAddress6("ark0")
+	if err != nil || gateway.String() != ipv6("172.16.0.1") || guest.String() != ipv6("172.16.0.2/30") {
+		t.Errorf("%s, %s, %v", gateway, guest, err)
+	}
+	if _, guest, err = GuestAddress6("outside"); guest != nil || err != nil {
+		t.Errorf("a namespace that no NAT made: %s, %v", guest, err)
+	}
 	if _, _, err := GuestAddress("ark0", "tap9"); err == nil || !strings.Contains(err.Error(), "tap9 does not exist") {
 		t.Errorf("a missing interface: %v", err)
 	}
