@@ -469,7 +469,7 @@ func (a Anchor) end() error {
 				if err := config.vacate(l); err != nil {
 					return err
 				}
-				return setUp(config.NamespaceInterface)
+				return l.bringUpTap(config.NamespaceInterface)
 			})
 		}
 		errs = append(errs, err, forgetTenant(a.Netns))

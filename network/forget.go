@@ -28,14 +28,16 @@ func forgetGuest(ns string, addresses ...net.IP) error {
 	})
 }
 
-// forgetConnections ends the host's IPv4 connections that a function chooses. It reads all of them.
+// forgetConnections ends the host's connections that a function chooses. It reads all of them.
 func forgetConnections(chosen conntrackFilter) error {
-	var err error = netlink.ErrDumpInterrupted
-	for tries := 0; tries < 10 && errors.Is(err, netlink.ErrDumpInterrupted); tries++ {
-		_, err = netlink.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, chosen)
-	}
-	if err != nil {
-		return fmt.Errorf("forget connections: %w", err)
+	for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
+		var err error = netlink.ErrDumpInterrupted
+		for tries := 0; tries < 10 && errors.Is(err, netlink.ErrDumpInterrupted); tries++ {
+			_, err = netlink.ConntrackDeleteFilters(netlink.ConntrackTable, family, chosen)
+		}
+		if err != nil {
+			return fmt.Errorf("forget connections: %w", err)
+		}
 	}
 	return nil
 }
@@ -88,5 +90,9 @@ func forgetTenant(ns string) error {
 	if err != nil {
 		return fmt.Errorf("network namespace %q is none of prefix %s", ns, c.NamespacePrefix)
 	}
-	return forgetGuest(ns, l.namespaceSide(i), l.namespaceIP(i))
+	var addresses []net.IP
+	for _, p := range l.pools() {
+		addresses = append(addresses, p.namespaceSide(i), p.namespaceIP(i))
+	}
+	return forgetGuest(ns, addresses...)
 }

@@ -1,6 +1,7 @@
 package network
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,7 +15,6 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -28,14 +28,18 @@ type PortForward struct {
 	Netns        string `json:"netns"`        // namespace the guest is in
 	InternalPort string `json:"internalPort"` // port in the guest
 	Protocol     string `json:"protocol"`     // "tcp" or "udp"
-	// IPv4 address and port (below 61000) on the host; no wildcard
+	// address and port (below 61000) on the host; no wildcard
 	ExternalAddr string `json:"externalAddr"`
+	// "ipv4" or "ipv6": by which the guest is reached; "" for that of ExternalAddr. Another one, and
+	// the loopback address of IPv6, take TCP only
+	InternalFamily string `json:"internalFamily,omitempty"`
 }
 
 // ForwarderConfig says what to forward.
 type ForwarderConfig struct {
-	HostVethCIDR string // the NAT's
-	PortForwards []PortForward
+	HostVethCIDR  string // the NAT's
+	HostVethCIDR6 string // likewise; "" for HostVethCIDR behind the prefix of a NAT's defaults
+	PortForwards  []PortForward
 
 	Logger *slog.Logger // nil: slog.Default()
 }
@@ -61,20 +65,25 @@ type forward struct {
 	internal   uint16
 	target     net.IP // the namespace's end of its link
 	targetLink string // the host's end
+	relayed    bool   // by this process, because the kernel cannot
 }
 
 // StartForwarder puts the forwards in force. It first removes what a killed forwarder left behind.
 func StartForwarder(c ForwarderConfig) (_ *Forwarder, err error) {
-	_, hostVeth, err := net.ParseCIDR(c.HostVethCIDR)
-	if err != nil || hostVeth.IP.To4() == nil {
-		return nil, fmt.Errorf("--host-veth-cidr %q is no IPv4 subnet; write it as 10.0.8.0/22", c.HostVethCIDR)
+	links := &hostVeths{}
+	if links.ip4, err = parseSubnet("host-veth-cidr", c.HostVethCIDR, false); err != nil {
+		return nil, err
+	}
+	links.ip6, err = parseSubnet("host-veth-cidr6", cmp.Or(c.HostVethCIDR6, behindPrefix6(links.ip4).String()), true)
+	if err != nil {
+		return nil, err
 	}
 	if len(c.PortForwards) == 0 {
 		return nil, errors.New("no port forwards are given; pass --port-forwards")
 	}
 	var forwards []forward
 	for _, p := range c.PortForwards {
-		f, err := p.resolve(hostVeth)
+		f, err := p.resolve(links)
 		if err != nil {
 			return nil, fmt.Errorf("port forward %s to %s:%s: %w", p.ExternalAddr, p.Netns, p.InternalPort, err)
 		}
@@ -107,10 +116,16 @@ func StartForwarder(c ForwarderConfig) (_ *Forwarder, err error) {
 		return nil, fmt.Errorf("note forwards: %w", err)
 	}
 	for _, p := range forwards {
-		if err := f.reserve(p); err != nil {
+		if p.relayed {
+			err = f.relay(p, c.Logger)
+		} else {
+			err = f.reserve(p)
+		}
+		if err != nil {
 			return nil, err
 		}
 	}
+	f.forwards = slices.DeleteFunc(f.forwards, func(p forward) bool { return p.relayed })
 	if err := f.apply(); err != nil {
 		return nil, err
 	}
@@ -138,10 +153,9 @@ func (f *Forwarder) apply() error {
 
 // takes tells whether a connection was opened to the external address of p.
 func (p PortForward) takes(c *netlink.ConntrackFlow) bool {
-	to, _ := netip.AddrFromSlice(c.Forward.DstIP)
 	external, err := netip.ParseAddrPort(p.ExternalAddr)
 	protocol := map[uint8]string{unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp"}[c.Forward.Protocol]
-	return err == nil && external == netip.AddrPortFrom(to.Unmap(), c.Forward.DstPort) && p.Protocol == protocol
+	return err == nil && external == netip.AddrPortFrom(addrOf(c.Forward.DstIP), c.Forward.DstPort) && p.Protocol == protocol
 }
 
 // look puts the forwards back in force if somebody has removed or changed them.
@@ -150,7 +164,7 @@ func (f *Forwarder) look() {
 	if err == nil && !intact {
 		err = f.apply()
 	}
-	f.news.mended("nftables table ip "+f.name, !intact, err)
+	f.news.mended("nftables table inet "+f.name, !intact, err)
 	for _, p := range f.forwards {
 		line := ""
 		if own, err := hostAddress(p.external.Addr().AsSlice()); err == nil && !own {
@@ -164,7 +178,10 @@ func (f *Forwarder) look() {
 // of its forwards, both named like its table.
 const forwarderLocks = "forwarders/"
 
-func (p PortForward) resolve(hostVeth *net.IPNet) (forward, error) {
+// hostVeths are the subnets of links between host and namespaces, each with its flag's name.
+type hostVeths struct{ ip4, ip6 *net.IPNet }
+
+func (p PortForward) resolve(links *hostVeths) (forward, error) {
 	f := forward{PortForward: p}
 	if p.Protocol != "tcp" && p.Protocol != "udp" {
 		return f, fmt.Errorf("protocol %q is not supported; choose tcp or udp", p.Protocol)
@@ -186,10 +203,23 @@ func (p PortForward) resolve(hostVeth *net.IPNet) (forward, error) {
 	if f.external.Addr().IsUnspecified() {
 		return f, errWildcard
 	}
-	if !f.external.Addr().Is4() {
-		return f, errors.New("IPv6 is not supported yet; put a proxy on the IPv6 address and forward an IPv4 one to the guest")
+	addr := f.external.Addr()
+	if addr.Is4In6() || addr.Zone() != "" || addr.IsLinkLocalUnicast() && addr.Is6() || addr.IsMulticast() {
+		return f, fmt.Errorf("%s cannot be forwarded; name an address that is IPv4, or IPv6 and not link-local", addr)
 	}
-	if f.target, err = namespaceAddress(p.Netns, hostVeth); err != nil {
+	ip6 := addr.Is6()
+	switch p.InternalFamily {
+	case "":
+	case "ipv4", "ipv6":
+		ip6 = p.InternalFamily == "ipv6"
+	default:
+		return f, fmt.Errorf("internal family %q is not supported; choose ipv4 or ipv6", p.InternalFamily)
+	}
+	f.relayed = ip6 != addr.Is6() || ip6 && addr.IsLoopback()
+	if f.relayed && p.Protocol != "tcp" {
+		return f, fmt.Errorf("%s to the guest by %s takes TCP only; forward an address that is no loopback address and of the same protocol", addr, familyOf(ip6))
+	}
+	if f.target, err = links.namespaceAddress(p.Netns, ip6); err != nil {
 		return f, err
 	}
 	if f.targetLink, err = linkTowards(f.target); err != nil {
@@ -198,14 +228,25 @@ func (p PortForward) resolve(hostVeth *net.IPNet) (forward, error) {
 	return f, checkLoopback(f)
 }
 
+func familyOf(ip6 bool) string {
+	if ip6 {
+		return "IPv6"
+	}
+	return "IPv4"
+}
+
 // errWildcard refuses wildcard addresses: the rules rewrite packets by destination address, and
 // every address of the host also carries other traffic.
 var errWildcard = errors.New("wildcard addresses cannot be forwarded: they would take the port on every address, those of other VMs included; name each address")
 
 // namespaceAddress finds a namespace's end of its link with the host.
-func namespaceAddress(ns string, hostVeth *net.IPNet) (ip net.IP, err error) {
+func (h *hostVeths) namespaceAddress(ns string, ip6 bool) (ip net.IP, err error) {
+	hostVeth, flag := h.ip4, "--host-veth-cidr"
+	if ip6 {
+		hostVeth, flag = h.ip6, "--host-veth-cidr6, and start it with IPv6"
+	}
 	err = inNamespace(ns, func() error {
-		addrs, err := netlink.AddrList(nil, netlink.FAMILY_V4)
+		addrs, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
 		if err != nil {
 			return fmt.Errorf("list addresses in network namespace %q: %w", ns, err)
 		}
@@ -215,7 +256,7 @@ func namespaceAddress(ns string, hostVeth *net.IPNet) (ip net.IP, err error) {
 				return nil
 			}
 		}
-		return fmt.Errorf("network namespace %q has no address in %s; pass the NAT's --host-veth-cidr", ns, hostVeth)
+		return fmt.Errorf("network namespace %q has no address in %s; pass the NAT's %s", ns, hostVeth, flag)
 	})
 	return ip, err
 }
@@ -239,31 +280,58 @@ func (f *Forwarder) reserve(p forward) error {
 	if p.Protocol == "udp" {
 		kind = unix.SOCK_DGRAM
 	}
-	fd, err := unix.Socket(unix.AF_INET, kind|unix.SOCK_CLOEXEC, 0)
+	family := unix.AF_INET
+	if p.external.Addr().Is6() {
+		family = unix.AF_INET6
+	}
+	fd, err := unix.Socket(family, kind|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("reserve %s/%s: %w", p.external, p.Protocol, err)
 	}
 	socket := os.NewFile(uintptr(fd), p.external.String())
-	err = unix.Bind(fd, &unix.SockaddrInet4{Port: int(p.external.Port()), Addr: p.external.Addr().As4()})
-	switch {
-	case errors.Is(err, unix.EADDRINUSE):
-		err = fmt.Errorf("port %s/%s is taken by another process; choose another external address", p.external, p.Protocol)
-	case errors.Is(err, unix.EADDRNOTAVAIL):
-		err = fmt.Errorf("%s is no address of this host; see 'ip address' for those there are", p.external.Addr())
-	case err != nil:
-		err = fmt.Errorf("reserve %s/%s: %w", p.external, p.Protocol, err)
+	if port := int(p.external.Port()); family == unix.AF_INET {
+		err = unix.Bind(fd, &unix.SockaddrInet4{Port: port, Addr: p.external.Addr().As4()})
+	} else {
+		err = unix.Bind(fd, &unix.SockaddrInet6{Port: port, Addr: p.external.Addr().As16()})
 	}
 	if err != nil {
-		return errors.Join(err, socket.Close())
+		return errors.Join(p.explain(err), socket.Close())
 	}
 	f.reserved = append(f.reserved, socket)
 	return nil
 }
 
+// relay forwards in this process.
+func (f *Forwarder) relay(p forward, log *slog.Logger) error {
+	to := netip.AddrPortFrom(addrOf(p.target), p.internal)
+	r, err := startRelay(p.external.String(), to.String(), log)
+	if err != nil {
+		return p.explain(err)
+	}
+	f.reserved = append(f.reserved, r)
+	return nil
+}
+
+func addrOf(ip net.IP) netip.Addr {
+	addr, _ := netip.AddrFromSlice(ip)
+	return addr.Unmap()
+}
+
+// explain tells why the external address cannot be had.
+func (p forward) explain(err error) error {
+	switch {
+	case errors.Is(err, unix.EADDRINUSE):
+		return fmt.Errorf("port %s/%s is taken by another process; choose another external address", p.external, p.Protocol)
+	case errors.Is(err, unix.EADDRNOTAVAIL):
+		return fmt.Errorf("%s is no address of this host; see 'ip address' for those there are", p.external.Addr())
+	}
+	return fmt.Errorf("reserve %s/%s: %w", p.external, p.Protocol, err)
+}
+
 // checkLoopback refuses a loopback address if packets with a loopback source cannot leave through
 // the link. The NAT allows that on its links.
 func checkLoopback(p forward) error {
-	if !p.external.Addr().IsLoopback() {
+	if !p.external.Addr().IsLoopback() || p.relayed {
 		return nil
 	}
 	name := "/proc/sys/net/ipv4/conf/" + p.targetLink + "/route_localnet"
@@ -278,7 +346,7 @@ func checkLoopback(p forward) error {
 }
 
 func (f *Forwarder) applyRules(forwards []forward) error {
-	r, err := newRuleset(nftables.TableFamilyIPv4, f.name)
+	r, err := newRuleset(rulesFamily(), f.name)
 	if err != nil {
 		return err
 	}

@@ -24,7 +24,7 @@ import (
 // A guest reaches what lies beyond the host's outgoing interface, and is reached by the host and
 // through port forwards. Everything else is dropped, in three places:
 //
-//   - at the tap ([GuardGuest]): frames that do not carry the guest's own addresses, and all that is not IPv4 or ARP;
+//   - at the tap ([GuardGuest]): frames that do not carry the guest's own addresses, and all that is not IP or ARP;
 //   - in the namespace (namespaceRules): what is meant for the namespace itself, and new connections beyond the limit;
 //   - on the host (hostRules): what is meant for the host, for guests and for [guarded] addresses, new connections beyond the limit, and
 //     what comes from outside without a forward. If the host forwarded nothing before the NAT, what is between its other interfaces, too.
@@ -95,11 +95,12 @@ func (c *NATConfig) parseOpenings() ([]opening, error) {
 		openings = append(openings, o)
 	}
 	for _, s := range c.AllowCIDRs {
-		addresses, port, hasPort := strings.Cut(s, ":")
-		_, to, err := net.ParseCIDR(addresses)
+		address, rest, _ := strings.Cut(s, "/")
+		bits, port, hasPort := strings.Cut(rest, ":")
+		_, to, err := net.ParseCIDR(address + "/" + bits)
 		o := opening{to: to}
-		if err != nil || to.IP.To4() == nil || hasPort && !o.parsePort(port) {
-			return nil, fmt.Errorf("--allow-cidr %q is no IPv4 subnet; write it as 192.168.1.0/24 or 169.254.169.254/32:53/udp", s)
+		if err != nil || len(to.Mask) != len(host(to.IP).IP) || hasPort && !o.parsePort(port) {
+			return nil, fmt.Errorf("--allow-cidr %q is no subnet; write it as 192.168.1.0/24, fd00:1::/64 or 169.254.169.254/32:53/udp", s)
 		}
 		openings = append(openings, o)
 	}
@@ -118,8 +119,11 @@ func (o opening) host() bool {
 	if o.to == nil {
 		return true
 	}
-	return o.bits() == 32
+	return o.bits() == 8*len(o.to.Mask)
 }
+
+// concerns tells whether it opens addresses of a pool's protocol.
+func (o opening) concerns(p *pool) bool { return o.to != nil && len(o.to.Mask) == len(p.hostVeth.Mask) }
 
 // bits is how narrow it is.
 func (o opening) bits() int {
@@ -153,7 +157,7 @@ func (o opening) match() (parts [][]expr.Any) {
 // interfaces of others.
 func (n *NAT) hostRules(connections int) error {
 	l := n.layout
-	r, err := newRuleset(nftables.TableFamilyIPv4, n.natTable())
+	r, err := newRuleset(rulesFamily(), n.natTable())
 	if err != nil {
 		return err
 	}
@@ -166,6 +170,10 @@ func (n *NAT) hostRules(connections int) error {
 		return err
 	}
 	outgoing, err := r.interfaces("outgoing", n.outgoing)
+	if err != nil {
+		return err
+	}
+	outgoing6, err := r.interfaces("outgoing6", n.outgoing6)
 	if err != nil {
 		return err
 	}
@@ -189,11 +197,15 @@ func (n *NAT) hostRules(connections int) error {
 	// A guest's packets leave with the host's address. The rule is added below; until then none
 	// leave.
 	asHost := r.subchain("as-host")
-	leaving := r.chain(hookOutgoing)
-	r.rule(leaving, fromAddress(l.namespaceVeth), notToInterfaces(links), continueAt(asHost))
-	// The namespace takes nothing from its own address.
-	r.rule(leaving, fromAddress(l.namespaceVeth), betweenInterfaces(back), masquerade())
-	r.rule(r.chain(hookLeaving), fromAddress(l.namespaceVeth), fromInterfaces(links), notToInterfaces(links), drop())
+	leaving, left := r.chain(hookOutgoing), r.chain(hookLeaving)
+	for _, p := range l.pools() {
+		if p == &l.pool || !n.config.IPv6Routed {
+			r.rule(leaving, fromAddress(p.namespaceVeth), notToInterfaces(links), continueAt(asHost))
+			r.rule(left, fromAddress(p.namespaceVeth), fromInterfaces(links), notToInterfaces(links), drop())
+		}
+		// The namespace takes nothing from its own address.
+		r.rule(leaving, fromAddress(p.namespaceVeth), betweenInterfaces(back), masquerade())
+	}
 
 	limited := r.subchain("limited")
 	r.rule(limited, overLinkRate(opened, openRate(connections)), drop())
@@ -201,8 +213,8 @@ func (n *NAT) hostRules(connections int) error {
 	r.forgetClosed(limited)
 	// For other protocols the connection tracking knows no ports. It would take everything that a
 	// server sends to the host for answers to the guest.
-	for _, p := range []byte{unix.IPPROTO_TCP, unix.IPPROTO_UDP, unix.IPPROTO_ICMP} {
-		r.rule(limited, transport(p), accept())
+	for _, known := range [][]expr.Any{transport(unix.IPPROTO_TCP), transport(unix.IPPROTO_UDP), icmp(), icmp6()} {
+		r.rule(limited, known, accept())
 	}
 	r.rule(limited, drop())
 
@@ -211,31 +223,24 @@ func (n *NAT) hostRules(connections int) error {
 		r.answers(c)
 		// Only the guest opens connections, not the VMM in the namespace. Only connections get a
 		// new source address.
-		r.rule(c, notFromAddress(l.namespaceVeth), drop())
+		for _, p := range l.pools() {
+			r.rule(c, notFromAddress(p.namespaceVeth), drop())
+		}
+		if l.ip6 == nil {
+			r.rule(c, protocolIPv6(), drop())
+		}
 		r.rule(c, notNewConnection(), drop())
 	}
-	narrowFirst := func(a, b opening) int { return b.bits() - a.bits() }
-	for _, o := range slices.SortedStableFunc(slices.Values(l.openings), narrowFirst) {
-		if o.host() {
-			r.rule(toHost, append(o.match(), continueAt(limited))...)
-		}
-		if o.to == nil {
-			continue
-		}
-		for _, own := range []*net.IPNet{l.hostVeth, l.namespaceVeth} {
-			if !o.host() && !contains(own, o.to) {
-				// Guests in the subnet, or behind a forward at an address in it, stay closed.
-				r.rule(fromGuest, append(o.match(), toAddress(own), drop())...)
-			}
-		}
-		r.rule(fromGuest, append(o.match(), continueAt(limited))...)
-	}
+	l.openRules(r, fromGuest, toHost, limited)
 	r.rule(toHost, drop())
 	r.rule(fromGuest, forwardedByRule(), betweenInterfaces(back), continueAt(limited))
-	for _, closed := range append([]*net.IPNet{l.hostVeth, l.namespaceVeth, l.blocked}, guarded...) {
-		r.rule(fromGuest, toAddress(closed), drop())
+	for _, p := range l.pools() {
+		for _, closed := range p.closed() {
+			r.rule(fromGuest, toAddress(closed), drop())
+		}
 	}
-	r.rule(fromGuest, toInterfaces(outgoing), continueAt(limited))
+	r.rule(fromGuest, protocolIPv4(), toInterfaces(outgoing), continueAt(limited))
+	r.rule(fromGuest, protocolIPv6(), toInterfaces(outgoing6), continueAt(limited))
 	r.rule(fromGuest, drop())
 
 	r.answers(toGuest)
@@ -252,16 +257,46 @@ func (n *NAT) hostRules(connections int) error {
 	if err != nil {
 		return err
 	}
+	closed6, err := r.interfaces("closed6", n.record.Closed6)
+	if err != nil {
+		return err
+	}
 
 	forwarded := r.chain(hookForwarded)
 	r.rule(forwarded, fromInterfaces(links), continueAt(fromGuest))
 	r.rule(forwarded, toInterfaces(links), continueAt(toGuest))
-	r.rule(forwarded, fromInterfaces(closed), continueAt(between))
+	r.rule(forwarded, protocolIPv4(), fromInterfaces(closed), continueAt(between))
+	r.rule(forwarded, protocolIPv6(), fromInterfaces(closed6), continueAt(between))
 	r.rule(r.chain(hookDelivered), fromInterfaces(links), continueAt(toHost))
 	if err := r.apply(); err != nil {
 		return err
 	}
 	return r.masqueradeAt(asHost, firstGuestPort, lastGuestPort)
+}
+
+// openRules let guests reach what is opened.
+func (l *layout) openRules(r *ruleset, fromGuest, toHost, limited *nftables.Chain) {
+	narrowFirst := func(a, b opening) int { return b.bits() - a.bits() }
+	for _, o := range slices.SortedStableFunc(slices.Values(l.openings), narrowFirst) {
+		if o.to == nil {
+			r.rule(toHost, append(o.match(), continueAt(limited))...)
+		}
+		for _, p := range l.pools() {
+			if !o.concerns(p) {
+				continue
+			}
+			if o.host() {
+				r.rule(toHost, append(o.match(), continueAt(limited))...)
+			}
+			for _, own := range []*net.IPNet{p.hostVeth, p.namespaceVeth} {
+				if !o.host() && !contains(own, o.to) {
+					// Guests in the subnet, or behind a forward at an address in it, stay closed.
+					r.rule(fromGuest, append(o.match(), toAddress(own), drop())...)
+				}
+			}
+			r.rule(fromGuest, append(o.match(), continueAt(limited))...)
+		}
+	}
 }
 
 // openRate is how many connections a second a guest may open that may have so many open at a time.
@@ -273,6 +308,7 @@ func openRate(connections int) int { return max(1, connections/4) }
 func (r *ruleset) answers(c *nftables.Chain) {
 	r.rule(c, connectionState(expr.CtStateBitESTABLISHED), accept())
 	r.rule(c, connectionState(expr.CtStateBitRELATED), icmp(), accept())
+	r.rule(c, connectionState(expr.CtStateBitRELATED), icmp6(), accept())
 }
 
 // namespaceTable is the name of a namespace's table.
@@ -282,22 +318,28 @@ const namespaceTable = "drafter"
 // the guest, and nothing else.
 func (n *NAT) namespaceRules(i, connections int) error {
 	c, l := n.config, n.layout
-	r, err := newRuleset(nftables.TableFamilyIPv4, namespaceTable)
+	r, err := newRuleset(rulesFamily(), namespaceTable)
 	if err != nil {
 		return err
 	}
-	r.rule(r.chain(hookOutgoing), fromAddress(host(l.guest)), toInterface(namespaceVeth), sourceNAT(l.namespaceIP(i)))
-	if c.AllowIncomingTraffic {
-		incoming := r.chain(hookIncoming)
-		for _, ip := range []net.IP{l.namespaceSide(i), l.namespaceIP(i)} {
-			r.rule(incoming, fromInterface(namespaceVeth), toAddress(host(ip)), destinationNAT(l.guest, 0))
+	outgoing, incoming, forwarded := r.chain(hookOutgoing), r.chain(hookIncoming), r.chain(hookForwarded)
+	for _, p := range l.pools() {
+		r.rule(outgoing, fromAddress(host(p.guest)), toInterface(namespaceVeth), sourceNAT(p.namespaceIP(i)))
+		for _, ip := range []net.IP{p.namespaceSide(i), p.namespaceIP(i)} {
+			if c.AllowIncomingTraffic {
+				r.rule(incoming, fromInterface(namespaceVeth), toAddress(host(ip)), destinationNAT(p.guest, 0))
+			}
 		}
 	}
 
-	forwarded := r.chain(hookForwarded)
 	// While nobody is behind the tap, packets for the guest take the route of vacantMetric.
 	r.rule(forwarded, fromInterface(namespaceVeth), toInterface("lo"), transport(unix.IPPROTO_TCP), reset())
 	r.rule(forwarded, fromInterface(namespaceVeth), toInterface("lo"), unreachable())
+	if l.ip6 != nil {
+		vacant := [][]expr.Any{fromInterface(namespaceVeth), toInterface(namespaceVeth), toAddress(host(l.ip6.guest))}
+		r.rule(forwarded, append(slices.Clone(vacant), transport(unix.IPPROTO_TCP), reset())...)
+		r.rule(forwarded, append(vacant, unreachable6())...)
+	}
 	r.answers(forwarded)
 	// They were let in at their anchor. The kernel may know them only from now on.
 	r.rule(forwarded, ofAnchor(), accept())
@@ -305,15 +347,19 @@ func (n *NAT) namespaceRules(i, connections int) error {
 	// A guest that has moved may open a connection anew that was known here: one of UDP that was quiet
 	// for a while, say.
 	opened := r.subchain("opened")
-	for _, way := range [][]expr.Any{fromInterface(c.NamespaceInterface), fromSomeLanding()} {
-		r.rule(forwarded, way, toInterface(namespaceVeth), fromAddress(host(l.guest)), continueAt(opened))
+	for _, p := range l.pools() {
+		for _, way := range [][]expr.Any{fromInterface(c.NamespaceInterface), fromSomeLanding()} {
+			r.rule(forwarded, way, toInterface(namespaceVeth), fromAddress(host(p.guest)), continueAt(opened))
+		}
 	}
 	r.rule(opened, overRate(openRate(connections)), drop())
 	r.rule(opened, overLimit(connections), drop())
 	r.rule(opened, accept())
-	if c.AllowIncomingTraffic {
+	for _, p := range l.pools() {
 		for _, way := range [][]expr.Any{toInterface(c.NamespaceInterface), toSomeLanding()} {
-			r.rule(forwarded, fromInterface(namespaceVeth), way, toAddress(host(l.guest)), accept())
+			if c.AllowIncomingTraffic {
+				r.rule(forwarded, fromInterface(namespaceVeth), way, toAddress(host(p.guest)), accept())
+			}
 		}
 	}
 	r.rule(forwarded, drop())
@@ -321,6 +367,9 @@ func (n *NAT) namespaceRules(i, connections int) error {
 	delivered := r.chain(hookDelivered)
 	r.answers(delivered)
 	r.rule(delivered, fromInterface("lo"), accept())
+	for _, message := range []byte{neighbourSolicitation, neighbourAdvertisement} {
+		r.rule(delivered, fromInterface(c.NamespaceInterface), icmp6(), icmpType(message), accept())
+	}
 	r.rule(delivered, drop())
 	return r.apply()
 }
@@ -332,9 +381,9 @@ type Guest struct {
 	Lands bool      // it comes from elsewhere, and may have its anchor here
 }
 
-// GuardGuest lets only the guest's own frames leave the tap of a namespace that a NAT made: IPv4
-// from its address, and ARP for it, both from its MAC address, if that is known. Everything else is
-// dropped before anybody sees it. Connections of an earlier VM are ended, because a VM that was
+// GuardGuest lets only the guest's own frames leave the tap of a namespace that a NAT made: IPv4 and
+// IPv6 from its addresses, and ARP and neighbour discovery for them, all from its MAC address, if that
+// is known. Everything else is dropped before anybody sees it. Connections of an earlier VM are ended, because a VM that was
 // killed did not give its claim back; so are its anchors. Those of a VM that comes back to its anchor
 // stay. Another VM's anchor is refused. The tap is made anew unless it is in use. Call GuardGuest
 // before a VMM takes the tap; it replaces the guard of an earlier VM. It does nothing, and returns
@@ -398,13 +447,37 @@ func (c NATConfig) guardTap(l *layout, hardware net.HardwareAddr) error {
 		return err
 	}
 	frames := r.chainOn(hookReceived, c.NamespaceInterface)
-	if hardware != nil {
-		r.rule(frames, notFromMAC(hardware), drop())
+	for _, rule := range l.tapRules(hardware) {
+		r.rule(frames, rule...)
 	}
-	r.rule(frames, protocolIPv4(), fromAddress(host(l.guest)), accept())
-	r.rule(frames, protocolARP(), arpFrom(hardware, l.guest), accept())
-	r.rule(frames, drop())
 	return r.apply()
+}
+
+// tapRules are the rules at the tap.
+func (l *layout) tapRules(hardware net.HardwareAddr) (rules [][][]expr.Any) {
+	rule := func(parts ...[]expr.Any) { rules = append(rules, parts) }
+	if hardware != nil {
+		rule(notFromMAC(hardware), drop())
+	}
+	rule(fromAddress(host(l.guest)), accept())
+	rule(protocolARP(), arpFrom(hardware, l.guest), accept())
+	if l.ip6 != nil {
+		guest := host(l.ip6.guest)
+		rule(fromAddress(guest), solicitation(hardware), accept())
+		if hardware != nil {
+			// The kernel asks from there whether the gateway is still where it was.
+			rule(fromAddress(host(linkLocalOf(hardware))), solicitation(hardware), accept())
+		}
+		for _, with := range []bool{true, false} {
+			rule(fromAddress(guest), advertisement(guest.IP, hardware, with), accept())
+		}
+		// Nothing else of neighbour discovery, above all no router advertisement, and no multicast
+		// membership: these are at 130 and above. Errors and echoes are below.
+		rule(icmp6(), icmpTypeFrom(multicastListenerQuery), drop())
+		rule(fromAddress(guest), accept())
+	}
+	rule(drop())
+	return rules
 }
 
 // keepTapGuard puts the rules at the tap of the calling thread's namespace back if any of them is
@@ -421,16 +494,14 @@ func (c NATConfig) keepTapGuard(l *layout) (done bool, err error) {
 	if !guarded {
 		return false, nil
 	}
-	whole := 5 // the table, its chain and three rules
 	var hardware net.HardwareAddr
 	if mac != "" {
 		if hardware, err = net.ParseMAC(mac); err != nil {
 			return false, fmt.Errorf("read alias of %s: %w", c.NamespaceInterface, err)
 		}
-		whole++
 	}
 	state, err := tableState(unix.NFPROTO_NETDEV, guardTable)
-	if err != nil || len(state) == whole {
+	if whole := 2 + len(l.tapRules(hardware)); err != nil || len(state) == whole { // with the table and its chain
 		return false, err
 	}
 	return true, c.guardTap(l, hardware)

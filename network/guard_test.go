@@ -43,7 +43,11 @@ func giveAddress(t *testing.T, ns, addr string) {
 			if err != nil {
 				return err
 			}
-			return f(link, &netlink.Addr{IPNet: subnet(addr), Scope: unix.RT_SCOPE_UNIVERSE})
+			a := &netlink.Addr{IPNet: subnet(addr), Scope: unix.RT_SCOPE_UNIVERSE}
+			if a.IP.To4() == nil {
+				a.Flags = unix.IFA_F_NODAD // it is used at once
+			}
+			return f(link, a)
 		})
 	}
 	if err := change(netlink.AddrAdd); err != nil {
@@ -95,7 +99,7 @@ func attachLAN(t *testing.T) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { netlink.LinkDel(link) })
-	if err := configureLink(link, subnet("198.51.100.1/24")); err != nil {
+	if err := configureLink(link, subnet("198.51.100.1/24"), subnet(ipv6("198.51.100.1/24"))); err != nil {
 		t.Fatal(err)
 	}
 	err = inNamespace(name, func() error {
@@ -103,10 +107,12 @@ func attachLAN(t *testing.T) string {
 		if err != nil {
 			return err
 		}
-		if err := configureLink(peer, subnet("198.51.100.2/24")); err != nil {
+		if err := configureLink(peer, subnet("198.51.100.2/24"), subnet(ipv6("198.51.100.2/24"))); err != nil {
 			return err
 		}
-		return netlink.RouteAdd(&netlink.Route{LinkIndex: peer.Attrs().Index, Gw: net.IPv4(198, 51, 100, 1)})
+		return errors.Join(
+			netlink.RouteAdd(&netlink.Route{LinkIndex: peer.Attrs().Index, Gw: net.IPv4(198, 51, 100, 1)}),
+			netlink.RouteAdd(&netlink.Route{LinkIndex: peer.Attrs().Index, Gw: net.ParseIP(ipv6("198.51.100.1"))}))
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -117,16 +123,20 @@ func attachLAN(t *testing.T) string {
 // TestGuestConfined tries what a guest must not reach: first as it is, then with some of it opened.
 func TestGuestConfined(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testGuestConfined)
+}
+
+func testGuestConfined(t *testing.T, v func(string) string) {
 	lan := attachLAN(t)
-	for _, addr := range []string{"169.254.169.254/32", "100.100.100.200/32"} {
+	for _, addr := range []string{v("169.254.169.254/32"), v("100.100.100.200/32")} {
 		giveAddress(t, testhost.Outside, addr)
-		giveRoute(t, "", addr, net.IPv4(192, 0, 2, 254))
+		giveRoute(t, "", addr, net.ParseIP(v("192.0.2.254")))
 	}
 	for _, port := range []string{":80", ":81"} {
 		for _, addr := range []string{"192.0.2.254", "169.254.169.254", "100.100.100.200"} {
-			listen(t, testhost.Outside, addr+port, "outside")
+			listen(t, testhost.Outside, v(addr+port), "outside")
 		}
-		listen(t, lan, "198.51.100.2"+port, "lan")
+		listen(t, lan, v("198.51.100.2"+port), "lan")
 	}
 	for name, opened := range map[string]bool{"closed": false, "opened": true} {
 		t.Run(name, func(t *testing.T) {
@@ -134,23 +144,23 @@ func TestGuestConfined(t *testing.T) {
 			if opened {
 				c.AllowHost = []string{"80/tcp", "80/udp"}
 				c.AllowCIDRs = []string{
-					"10.0.15.2/32:80/tcp", "10.0.15.2/32:80/udp", "10.1.15.0/24", "198.51.100.0/24:80/tcp", "198.51.100.0/24:80/udp",
-					"169.254.169.254/32:80/tcp", "169.254.169.254/32:80/udp", "192.0.2.1/32:3333/tcp", "192.0.2.1/32:3333/udp",
+					v("10.0.15.2/32:80/tcp"), v("10.0.15.2/32:80/udp"), v("10.1.15.0/24"), v("198.51.100.0/24:80/tcp"), v("198.51.100.0/24:80/udp"),
+					v("169.254.169.254/32:80/tcp"), v("169.254.169.254/32:80/udp"), v("192.0.2.1/32:3333/tcp"), v("192.0.2.1/32:3333/udp"),
 				}
 			}
 			startNAT(t, c)
 			startNAT(t, other)
 			guest0, guest1, guest2 := attachGuest(t, "ark0"), attachGuest(t, "ark1"), attachGuest(t, "bee0")
-			listen(t, "ark0", "0.0.0.0:80", "namespace")
+			listen(t, "ark0", v("0.0.0.0:80"), "namespace")
 			for _, port := range []string{":80", ":81"} {
 				for _, addr := range []string{"192.0.2.1", "198.51.100.1", "10.0.8.1", "10.0.8.5"} {
-					listen(t, "", addr+port, "host")
+					listen(t, "", v(addr+port), "host")
 				}
-				listen(t, guest1, "172.16.0.2"+port, "guest1")
-				listen(t, guest2, "172.16.0.2"+port, "guest2")
+				listen(t, guest1, v("172.16.0.2"+port), "guest1")
+				listen(t, guest2, v("172.16.0.2"+port), "guest2")
 			}
 			f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: []PortForward{
-				forwardTo("ark1", "tcp", "192.0.2.1:3333"), forwardTo("ark1", "udp", "192.0.2.1:3333"), forwardTo("ark1", "tcp", "192.0.2.1:4444"),
+				forwardTo("ark1", "tcp", v("192.0.2.1:3333")), forwardTo("ark1", "udp", v("192.0.2.1:3333")), forwardTo("ark1", "tcp", v("192.0.2.1:4444")),
 			}})
 			if err != nil {
 				t.Fatal(err)
@@ -162,36 +172,36 @@ func TestGuestConfined(t *testing.T) {
 				addr, answer string
 				always       bool // whether it is there without being opened
 			}{
-				{"192.0.2.254:80", "outside to 192.0.2.1", true},
-				{"192.0.2.254:81", "outside to 192.0.2.1", true},
+				{v("192.0.2.254:80"), v("outside to 192.0.2.1"), true},
+				{v("192.0.2.254:81"), v("outside to 192.0.2.1"), true},
 				// Other guests, directly and through what is published for outside.
-				{"10.0.15.2:80", "guest1 to 10.0.15.1", false},
-				{"10.0.15.2:81", "", false},
-				{"10.0.8.6:80", "", false},
-				{"10.1.15.1:81", "", false}, // closed by the other NAT, too
-				{"10.1.8.2:80", "", false},
-				{"192.0.2.1:3333", "guest1 to 10.0.15.1", false},
-				{"192.0.2.1:4444", "", false},
+				{v("10.0.15.2:80"), v("guest1 to 10.0.15.1"), false},
+				{v("10.0.15.2:81"), "", false},
+				{v("10.0.8.6:80"), "", false},
+				{v("10.1.15.1:81"), "", false}, // closed by the other NAT, too
+				{v("10.1.8.2:80"), "", false},
+				{v("192.0.2.1:3333"), v("guest1 to 10.0.15.1"), false},
+				{v("192.0.2.1:4444"), "", false},
 				// The host, at each of its addresses.
-				{"192.0.2.1:80", "host to 10.0.15.1", false},
-				{"192.0.2.1:81", "", false},
-				{"10.0.8.1:80", "host to 10.0.15.1", false},
-				{"10.0.8.1:81", "", false},
-				{"10.0.8.5:81", "", false},
-				{"198.51.100.1:81", "", false},
+				{v("192.0.2.1:80"), v("host to 10.0.15.1"), false},
+				{v("192.0.2.1:81"), "", false},
+				{v("10.0.8.1:80"), v("host to 10.0.15.1"), false},
+				{v("10.0.8.1:81"), "", false},
+				{v("10.0.8.5:81"), "", false},
+				{v("198.51.100.1:81"), "", false},
 				// What is behind another of its interfaces.
-				{"198.51.100.2:80", "lan to 198.51.100.1", false},
-				{"198.51.100.2:81", "", false},
+				{v("198.51.100.2:80"), v("lan to 198.51.100.1"), false},
+				{v("198.51.100.2:81"), "", false},
 				// Metadata services.
-				{"169.254.169.254:80", "outside to 192.0.2.1", false},
-				{"169.254.169.254:81", "", false},
-				{"100.100.100.200:80", "", false},
+				{v("169.254.169.254:80"), v("outside to 192.0.2.1"), false},
+				{v("169.254.169.254:81"), "", false},
+				{v("100.100.100.200:80"), "", false},
 				// The namespace itself.
-				{"172.16.0.1:80", "", false},
-				{"10.0.8.2:80", "", false},
-				{"10.0.15.1:80", "", false},
+				{v("172.16.0.1:80"), "", false},
+				{v("10.0.8.2:80"), "", false},
+				{v("10.0.15.1:80"), "", false},
 			} {
-				for _, network := range []string{"tcp4", "udp4"} {
+				for _, network := range []string{v("tcp4"), v("udp4")} {
 					wait.Go(func() {
 						want := d.answer
 						if !opened && !d.always {
@@ -204,17 +214,17 @@ func TestGuestConfined(t *testing.T) {
 				}
 			}
 			wait.Wait()
-			// Nothing of a link has an IPv6 address, to which a guest's VMM could connect.
+			// No end of a link has a link-local address, to which a guest's VMM could connect.
 			for _, ns := range []string{"", "ark0"} {
 				if addrs := linkLocal(t, ns); len(addrs) != 0 {
-					t.Errorf("IPv6 addresses in namespace %q: %v", ns, addrs)
+					t.Errorf("link-local addresses in namespace %q: %v", ns, addrs)
 				}
 			}
 		})
 	}
 }
 
-// linkLocal returns the IPv6 addresses of a NAT's interfaces in a namespace.
+// linkLocal returns the link-local addresses of a NAT's links in a namespace.
 func linkLocal(t *testing.T, ns string) (found []string) {
 	t.Helper()
 	list := func() error {
@@ -225,7 +235,7 @@ func linkLocal(t *testing.T, ns string) (found []string) {
 				return err
 			}
 			for _, a := range addrs {
-				if ns != "" || strings.HasSuffix(l.Attrs().Name, "-veth") {
+				if a.IP.IsLinkLocalUnicast() && (l.Attrs().Name == namespaceVeth || strings.HasSuffix(l.Attrs().Name, "-veth")) {
 					found = append(found, l.Attrs().Name+" "+a.String())
 				}
 			}
@@ -278,8 +288,11 @@ func capture(t *testing.T, ns string) <-chan string {
 
 func htons(v uint16) uint16 { return binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, v)) }
 
-// describe tells the source of an IPv4 packet in a frame, and the port it is for.
+// describe tells the source of a packet in a frame, and the port it is for.
 func describe(frame []byte) string {
+	if len(frame) >= 58 && binary.BigEndian.Uint16(frame[12:]) == unix.ETH_P_IPV6 {
+		return fmt.Sprintf("%s port %d", net.IP(frame[22:38]), binary.BigEndian.Uint16(frame[56:]))
+	}
 	if len(frame) < 38 || binary.BigEndian.Uint16(frame[12:]) != unix.ETH_P_IP {
 		return "other"
 	}
@@ -325,11 +338,38 @@ func frame(from net.HardwareAddr, ethertype uint16, payload []byte) []byte {
 	return append(binary.BigEndian.AppendUint16(b, ethertype), payload...)
 }
 
+// ipFrame is a frame with an IPv4 or IPv6 packet.
+func ipFrame(from net.HardwareAddr, packet []byte) []byte {
+	if packet[0]>>4 == 6 {
+		return frame(from, unix.ETH_P_IPV6, packet)
+	}
+	return frame(from, unix.ETH_P_IP, packet)
+}
+
 // outside is the address of the host outside.
 const outside = "192.0.2.254"
 
-// packet is an IPv4 packet of a protocol to the host outside.
+// packet6 is an IPv6 packet, with the checksum that these protocols need.
+func packet6(from, to string, protocol byte, payload []byte) []byte {
+	payload = slices.Clone(payload)
+	if protocol == unix.IPPROTO_ICMP && payload[0] == 8 {
+		protocol, payload[0] = unix.IPPROTO_ICMPV6, 128
+	}
+	addresses := slices.Concat(net.ParseIP(from), net.ParseIP(to))
+	if at, ok := map[byte]int{unix.IPPROTO_TCP: 16, unix.IPPROTO_UDP: 6, unix.IPPROTO_ICMPV6: 2}[protocol]; ok {
+		payload[at], payload[at+1] = 0, 0
+		pseudo := binary.BigEndian.AppendUint32(slices.Clone(addresses), uint32(len(payload)))
+		binary.BigEndian.PutUint16(payload[at:], checksum(slices.Concat(pseudo, []byte{0, 0, 0, protocol}, payload)))
+	}
+	header := binary.BigEndian.AppendUint16([]byte{6 << 4, 0, 0, 0}, uint16(len(payload)))
+	return slices.Concat(header, []byte{protocol, 255}, addresses, payload)
+}
+
+// packet is an IP packet of a protocol to the host outside.
 func packet(from string, protocol byte, payload []byte) []byte {
+	if strings.Contains(from, ":") {
+		return packet6(from, ipv6(outside), protocol, payload)
+	}
 	b := make([]byte, 20, 20+len(payload))
 	b[0], b[8], b[9] = 0x45, 64, protocol
 	binary.BigEndian.PutUint16(b[2:], uint16(20+len(payload)))
@@ -382,34 +422,73 @@ func arp(operation uint16, senderMAC net.HardwareAddr, sender, target string) []
 	return append(append(b, make([]byte, 6)...), net.ParseIP(target).To4()...)
 }
 
+// discoveryOfOthers are messages of neighbour discovery with addresses that a guest does not have, and
+// those of routers.
+func discoveryOfOthers(own, foreign net.HardwareAddr) (frames [][]byte) {
+	guest, gateway, host := ipv6("172.16.0.2"), ipv6("172.16.0.1"), ipv6("10.0.8.1")
+	icmp := func(from net.HardwareAddr, source, to string, message []byte) {
+		frames = append(frames, frame(from, unix.ETH_P_IPV6, packet6(source, to, unix.IPPROTO_ICMPV6, message)))
+	}
+	// A solicitation or advertisement about a target, with an option for a MAC address.
+	about := func(message byte, target string, option byte, mac net.HardwareAddr) []byte {
+		return slices.Concat([]byte{message, 0, 0, 0, 0x60, 0, 0, 0}, []byte(net.ParseIP(target)), []byte{option, 1}, []byte(mac))
+	}
+	// A router for an hour, with a prefix for all to have addresses in.
+	router := slices.Concat([]byte{134, 0, 0, 0, 64, 0, 0x0e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 3, 4, 64, 0xc0, 0, 0, 0x0e, 0x10, 0, 0, 0x0e, 0x10, 0, 0, 0, 0},
+		[]byte(net.ParseIP("2001:db8:66::")))
+	const solicitation, advertisement, source, target = 135, 136, 1, 2
+	icmp(own, guest, gateway, about(advertisement, gateway, target, own))
+	icmp(own, guest, gateway, about(advertisement, host, target, own))
+	icmp(own, guest, gateway, about(advertisement, guest, target, foreign))
+	icmp(foreign, guest, gateway, about(advertisement, guest, target, foreign))
+	icmp(own, guest, gateway, about(solicitation, gateway, source, foreign))
+	icmp(own, ipv6("172.16.0.3"), gateway, about(solicitation, gateway, source, own))
+	for i := range 100 { // and so on until the kernel's table is full
+		icmp(own, fmt.Sprintf("fe80::66:%d", i), gateway, about(solicitation, gateway, source, own))
+	}
+	for _, from := range []string{guest, linkLocalOf(own).String(), "fe80::66"} {
+		icmp(own, from, "ff02::1", router)
+		icmp(own, from, "ff02::1", slices.Concat([]byte{137, 0, 0, 0, 0, 0, 0, 0}, []byte(net.ParseIP(guest)), []byte(net.ParseIP(ipv6("10.0.8.2")))))
+		// behind another header, as which it would not be known at first sight
+		hidden := packet6(from, "ff02::1", unix.IPPROTO_ICMPV6, router)
+		frames = append(frames, frame(own, unix.ETH_P_IPV6,
+			packet6(from, "ff02::1", unix.IPPROTO_DSTOPTS, slices.Concat([]byte{unix.IPPROTO_ICMPV6, 0, 1, 4, 0, 0, 0, 0}, hidden[40:]))))
+	}
+	return frames
+}
+
 // TestGuestCannotSpoof lets a guest send with the addresses of others.
 func TestGuestCannotSpoof(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testGuestCannotSpoof)
+}
+
+func testGuestCannotSpoof(t *testing.T, v func(string) string) {
 	startNAT(t, testConfig())
 	guest := attachGuest(t, "ark0")
 	own, foreign := mac(testConfig().NamespaceInterfaceMAC), mac("02:00:00:00:00:66")
 	if err := GuardGuest("ark0", Guest{MAC: own.String()}); err != nil {
 		t.Fatal(err)
 	}
-	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
-	giveRoute(t, testhost.Outside, "10.0.8.0/21", net.IPv4(192, 0, 2, 1))
-	if got := ask(t, guest, "udp4", "192.0.2.254:80"); got != "outside to 192.0.2.1" {
+	listen(t, testhost.Outside, v("192.0.2.254:80"), "outside")
+	giveRoute(t, testhost.Outside, v("10.0.8.0/21"), net.ParseIP(v("192.0.2.1")))
+	if got := ask(t, guest, v("udp4"), v("192.0.2.254:80")); got != v("outside to 192.0.2.1") {
 		t.Fatalf("the guest reaches outside: %q", got)
 	}
 	arrived := capture(t, testhost.Outside)
 	send(t, guest,
-		frame(own, unix.ETH_P_IP, packet("203.0.113.7", unix.IPPROTO_UDP, udp(1001))),
-		frame(own, unix.ETH_P_IP, packet("10.0.15.2", unix.IPPROTO_UDP, udp(1002))),
-		frame(own, unix.ETH_P_IP, packet("172.16.0.1", unix.IPPROTO_UDP, udp(1003))),
-		frame(own, unix.ETH_P_IP, packet("192.0.2.1", unix.IPPROTO_UDP, udp(1004))),
-		frame(foreign, unix.ETH_P_IP, packet("172.16.0.2", unix.IPPROTO_UDP, udp(1005))),
+		ipFrame(own, packet(v("203.0.113.7"), unix.IPPROTO_UDP, udp(1001))),
+		ipFrame(own, packet(v("10.0.15.2"), unix.IPPROTO_UDP, udp(1002))),
+		ipFrame(own, packet(v("172.16.0.1"), unix.IPPROTO_UDP, udp(1003))),
+		ipFrame(own, packet(v("192.0.2.1"), unix.IPPROTO_UDP, udp(1004))),
+		ipFrame(foreign, packet(v("172.16.0.2"), unix.IPPROTO_UDP, udp(1005))),
 		// What is no connection gets no other source: it must not go out with the guest's own,
 		// which is everyone's.
-		frame(own, unix.ETH_P_IP, packet("172.16.0.2", unix.IPPROTO_TCP, tcp(1000, 1006, 0x04 /* RST */))),
-		frame(own, unix.ETH_P_IP, packet("172.16.0.2", unix.IPPROTO_UDP, udp(1007))),
+		ipFrame(own, packet(v("172.16.0.2"), unix.IPPROTO_TCP, tcp(1000, 1006, 0x04 /* RST */))),
+		ipFrame(own, packet(v("172.16.0.2"), unix.IPPROTO_UDP, udp(1007))),
 	)
 	for from := range arrived {
-		if from == "192.0.2.1 port 1007" { // the one that may; frames keep their order
+		if from == v("192.0.2.1 port 1007") { // the one that may; frames keep their order
 			break
 		}
 		if strings.Contains(from, " port 10") {
@@ -418,13 +497,17 @@ func TestGuestCannotSpoof(t *testing.T) {
 	}
 
 	// The neighbour table of the namespace believes nobody but the guest.
-	send(t, guest,
-		frame(own, unix.ETH_P_ARP, arp(2, foreign, "172.16.0.2", "172.16.0.1")),
-		frame(foreign, unix.ETH_P_ARP, arp(1, foreign, "172.16.0.2", "172.16.0.1")),
-		frame(own, unix.ETH_P_ARP, arp(1, own, "172.16.0.3", "172.16.0.1")),
-		frame(own, unix.ETH_P_ARP, arp(1, own, "10.0.8.1", "10.0.8.2")),
-	)
-	if got := ask(t, guest, "udp4", "192.0.2.254:80"); got == "" {
+	if v("172.16.0.2") == "172.16.0.2" {
+		send(t, guest,
+			frame(own, unix.ETH_P_ARP, arp(2, foreign, "172.16.0.2", "172.16.0.1")),
+			frame(foreign, unix.ETH_P_ARP, arp(1, foreign, "172.16.0.2", "172.16.0.1")),
+			frame(own, unix.ETH_P_ARP, arp(1, own, "172.16.0.3", "172.16.0.1")),
+			frame(own, unix.ETH_P_ARP, arp(1, own, "10.0.8.1", "10.0.8.2")),
+		)
+	} else {
+		send(t, guest, discoveryOfOthers(own, foreign)...)
+	}
+	if got := ask(t, guest, v("udp4"), v("192.0.2.254:80")); got == "" {
 		t.Error("the guest does not reach outside any more")
 	}
 	err := inNamespace("ark0", func() error {
@@ -432,11 +515,28 @@ func TestGuestCannotSpoof(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		neighbours, err := netlink.NeighList(link.Attrs().Index, netlink.FAMILY_V4)
+		neighbours, err := netlink.NeighList(link.Attrs().Index, netlink.FAMILY_ALL)
+		if err != nil {
+			return err
+		}
 		for _, n := range neighbours {
-			if len(n.HardwareAddr) != 0 && (!n.IP.Equal(net.IPv4(172, 16, 0, 2)) || n.HardwareAddr.String() != own.String()) {
+			known := n.IP.Equal(net.IPv4(172, 16, 0, 2)) || n.IP.Equal(net.ParseIP(ipv6("172.16.0.2"))) || n.IP.Equal(linkLocalOf(own))
+			if len(n.HardwareAddr) != 0 && !n.IP.IsMulticast() && (!known || n.HardwareAddr.String() != own.String()) {
 				t.Errorf("the namespace believes that %s is at %s", n.IP, n.HardwareAddr)
 			}
+		}
+		routes, err := netlink.RouteList(nil, netlink.FAMILY_V6)
+		if err != nil {
+			return err
+		}
+		for _, r := range routes {
+			if r.Gw != nil && !r.Gw.Equal(net.ParseIP(ipv6("10.0.8.1"))) {
+				t.Errorf("the namespace has a route %s", r)
+			}
+		}
+		addrs, err := netlink.AddrList(link, netlink.FAMILY_V6)
+		if len(addrs) != 2 {
+			t.Errorf("the tap has the addresses %v", addrs)
 		}
 		return err
 	})
@@ -448,7 +548,7 @@ func TestGuestCannotSpoof(t *testing.T) {
 	if err := GuardGuest("ark0", Guest{MAC: foreign.String()}); err != nil {
 		t.Fatal(err)
 	}
-	if got := ask(t, guest, "udp4", "192.0.2.254:80"); got != "" {
+	if got := ask(t, guest, v("udp4"), v("192.0.2.254:80")); got != "" {
 		t.Errorf("another MAC address: %q", got)
 	}
 	for _, bad := range []string{"x", "ff:ff:ff:ff:ff:ff", "01:00:5e:00:00:01"} {
@@ -501,16 +601,20 @@ func tracked(t *testing.T, ns string) (count int) {
 // TestConnectionLimit floods the host's connection tracking with connections of one guest.
 func TestConnectionLimit(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testConnectionLimit)
+}
+
+func testConnectionLimit(t *testing.T, v func(string) string) {
 	const limit, flood = 200, 1000
 	c := testConfig()
 	c.MaxConnections = limit
 	startNAT(t, c)
 	guest, other := attachGuest(t, "ark0"), attachGuest(t, "ark1")
-	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
-	listen(t, guest, "172.16.0.2:80", "guest")
+	listen(t, testhost.Outside, v("192.0.2.254:80"), "outside")
+	listen(t, guest, v("172.16.0.2:80"), "guest")
 	// A connection from before shows when the flood has gone through: frames keep their order.
 	var before net.Conn
-	if err := inNamespace(guest, func() (err error) { before, err = net.Dial("udp4", "192.0.2.254:80"); return err }); err != nil {
+	if err := inNamespace(guest, func() (err error) { before, err = net.Dial(v("udp4"), v("192.0.2.254:80")); return err }); err != nil {
 		t.Fatal(err)
 	}
 	defer before.Close()
@@ -524,7 +628,7 @@ func TestConnectionLimit(t *testing.T) {
 	}
 	settle()
 	hostBefore, namespaceBefore := tracked(t, ""), tracked(t, "ark0")
-	const from = "172.16.0.2"
+	from := v("172.16.0.2")
 	own := mac(testConfig().NamespaceInterfaceMAC)
 	for name, payload := range map[string]func(i int) (byte, []byte){
 		"udp":  func(i int) (byte, []byte) { return unix.IPPROTO_UDP, udp(uint16(2000 + i)) },
@@ -540,7 +644,7 @@ func TestConnectionLimit(t *testing.T) {
 		var frames [][]byte
 		for i := range flood {
 			protocol, data := payload(i)
-			frames = append(frames, frame(own, unix.ETH_P_IP, packet(from, protocol, data)))
+			frames = append(frames, ipFrame(own, packet(from, protocol, data)))
 		}
 		for some := range slices.Chunk(frames, 100) {
 			send(t, guest, some...)
@@ -554,10 +658,10 @@ func TestConnectionLimit(t *testing.T) {
 		}
 	}
 	// Others are not concerned, nor is who connects to the guest.
-	if got := ask(t, other, "tcp4", "192.0.2.254:80"); got != "outside to 192.0.2.1" {
+	if got := ask(t, other, v("tcp4"), v("192.0.2.254:80")); got != v("outside to 192.0.2.1") {
 		t.Errorf("another guest reaches outside: %q", got)
 	}
-	if got := ask(t, "", "tcp4", "10.0.15.1:80"); !strings.HasPrefix(got, "guest to ") {
+	if got := ask(t, "", v("tcp4"), v("10.0.15.1:80")); !strings.HasPrefix(got, "guest to ") {
 		t.Errorf("the host reaches the guest: %q", got)
 	}
 
@@ -571,13 +675,13 @@ func TestConnectionLimit(t *testing.T) {
 	// own rules.
 	hostBefore = tracked(t, "")
 	err := inNamespace("ark1", func() error {
-		socket, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(10, 0, 15, 2)})
+		socket, err := net.ListenUDP(v("udp4"), &net.UDPAddr{IP: net.ParseIP(v("10.0.15.2"))})
 		if err != nil {
 			return err
 		}
 		defer socket.Close()
 		for i := range flood {
-			if _, err := socket.WriteToUDP([]byte("x"), &net.UDPAddr{IP: net.IPv4(192, 0, 2, 254), Port: 2000 + i}); err != nil && !errors.Is(err, unix.ECONNREFUSED) {
+			if _, err := socket.WriteToUDP([]byte("x"), &net.UDPAddr{IP: net.ParseIP(v("192.0.2.254")), Port: 2000 + i}); err != nil && !errors.Is(err, unix.ECONNREFUSED) {
 				return err
 			}
 		}
@@ -592,7 +696,7 @@ func TestConnectionLimit(t *testing.T) {
 
 	// Connections that have ended make room.
 	deadline := time.Now().Add(time.Minute)
-	for ask(t, other, "udp4", "192.0.2.254:80") == "" {
+	for ask(t, other, v("udp4"), v("192.0.2.254:80")) == "" {
 		if time.Now().After(deadline) {
 			t.Fatal("the limit stays reached after the connections have ended")
 		}
@@ -626,23 +730,27 @@ func TestConnectionShare(t *testing.T) {
 // else.
 func TestNeighbour(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testNeighbour)
+}
+
+func testNeighbour(t *testing.T, v func(string) string) {
 	startNAT(t, testConfig())
 	lan := attachLAN(t)
 	guest := attachGuest(t, "ark0")
-	listen(t, guest, "172.16.0.2:80", "guest")
-	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: []PortForward{
-		forwardTo("ark0", "tcp", "192.0.2.1:3333"), forwardTo("ark0", "udp", "192.0.2.1:3333"),
-		forwardTo("ark0", "tcp", "127.0.0.1:4444"), forwardTo("ark0", "udp", "127.0.0.1:4444"),
-	}})
+	listen(t, guest, v("172.16.0.2:80"), "guest")
+	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: possible(
+		forwardTo("ark0", "tcp", v("192.0.2.1:3333")), forwardTo("ark0", "udp", v("192.0.2.1:3333")),
+		forwardTo("ark0", "tcp", v("127.0.0.1:4444")), forwardTo("ark0", "udp", v("127.0.0.1:4444")),
+	)})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
 	// What a hostile neighbour would do: route the host's inner addresses, and even its loopback
 	// addresses, to it.
-	giveRoute(t, testhost.Outside, "10.0.8.0/21", net.IPv4(192, 0, 2, 1))
-	giveRoute(t, testhost.Outside, "127.0.0.1/32", net.IPv4(192, 0, 2, 1))
-	giveRoute(t, testhost.Outside, "172.16.0.0/30", net.IPv4(192, 0, 2, 1))
+	giveRoute(t, testhost.Outside, v("10.0.8.0/21"), net.ParseIP(v("192.0.2.1")))
+	giveRoute(t, testhost.Outside, v("127.0.0.1/32"), net.ParseIP(v("192.0.2.1")))
+	giveRoute(t, testhost.Outside, v("172.16.0.0/30"), net.ParseIP(v("192.0.2.1")))
 	err = inNamespace(testhost.Outside, func() error { return setSysctl("net/ipv4/conf/eth0/route_localnet", "1") })
 	if err != nil {
 		t.Fatal(err)
@@ -652,21 +760,21 @@ func TestNeighbour(t *testing.T) {
 	})
 	var wait sync.WaitGroup
 	for _, tt := range []struct{ ns, addr, want string }{
-		{testhost.Outside, "192.0.2.1:3333", "guest to 192.0.2.254"},
-		{testhost.Outside, "10.0.15.1:80", ""},
-		{testhost.Outside, "10.0.8.2:80", ""},
-		{testhost.Outside, "172.16.0.2:80", ""},
-		{testhost.Outside, "127.0.0.1:4444", ""},
-		{lan, "192.0.2.1:3333", "guest to 198.51.100.2"},
-		{lan, "10.0.15.1:80", ""},
-		{lan, "10.0.8.2:80", ""},
-		{"", "10.0.15.1:80", "guest to 10.0.8.1"},
-		{"", "10.0.8.2:80", "guest to 10.0.8.1"},
-		{"", "127.0.0.1:4444", "guest to 10.0.8.1"},
+		{testhost.Outside, v("192.0.2.1:3333"), v("guest to 192.0.2.254")},
+		{testhost.Outside, v("10.0.15.1:80"), ""},
+		{testhost.Outside, v("10.0.8.2:80"), ""},
+		{testhost.Outside, v("172.16.0.2:80"), ""},
+		{testhost.Outside, v("127.0.0.1:4444"), ""},
+		{lan, v("192.0.2.1:3333"), v("guest to 198.51.100.2")},
+		{lan, v("10.0.15.1:80"), ""},
+		{lan, v("10.0.8.2:80"), ""},
+		{"", v("10.0.15.1:80"), v("guest to 10.0.8.1")},
+		{"", v("10.0.8.2:80"), v("guest to 10.0.8.1")},
+		{"", v("127.0.0.1:4444"), v("guest to 10.0.8.1")},
 	} {
-		for _, network := range []string{"tcp4", "udp4"} {
+		for _, network := range []string{v("tcp4"), v("udp4")} {
 			wait.Go(func() {
-				if got := ask(t, tt.ns, network, tt.addr); got != tt.want {
+				if got := ask(t, tt.ns, network, tt.addr); got != tt.want && asks(network, tt.addr) {
 					t.Errorf("%s from %q to %s: %q; want %q", network, tt.ns, tt.addr, got, tt.want)
 				}
 			})
@@ -679,13 +787,17 @@ func TestNeighbour(t *testing.T) {
 // them.
 func TestICMPErrors(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testICMPErrors)
+}
+
+func testICMPErrors(t *testing.T, v func(string) string) {
 	startNAT(t, testConfig())
 	guest := attachGuest(t, "ark0")
 	if err := GuardGuest("ark0", Guest{MAC: testConfig().NamespaceInterfaceMAC}); err != nil {
 		t.Fatal(err)
 	}
 	err := inNamespace(guest, func() error {
-		c, err := net.Dial("udp4", "192.0.2.254:9") // nobody listens: the host outside answers by ICMP
+		c, err := net.Dial(v("udp4"), v("192.0.2.254:9")) // nobody listens: the host outside answers by ICMP
 		if err != nil {
 			return err
 		}
@@ -708,12 +820,16 @@ func TestICMPErrors(t *testing.T) {
 // sends to that port must not be taken for an answer.
 func TestPortShadow(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testPortShadow)
+}
+
+func testPortShadow(t *testing.T, v func(string) string) {
 	startNAT(t, testConfig())
 	guest0, guest1 := attachGuest(t, "ark0"), attachGuest(t, "ark1")
-	listen(t, guest1, "172.16.0.2:80", "guest1")
-	listen(t, "", "192.0.2.1:26820", "host")
+	listen(t, guest1, v("172.16.0.2:80"), "guest1")
+	listen(t, "", v("192.0.2.1:26820"), "host")
 	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: []PortForward{
-		forwardTo("ark1", "tcp", "192.0.2.1:26379"), forwardTo("ark1", "udp", "192.0.2.1:26379"),
+		forwardTo("ark1", "tcp", v("192.0.2.1:26379")), forwardTo("ark1", "udp", v("192.0.2.1:26379")),
 	}})
 	if err != nil {
 		t.Fatal(err)
@@ -724,21 +840,21 @@ func TestPortShadow(t *testing.T) {
 	for i, tt := range []struct {
 		victim uint16
 		want   string
-	}{{26820, "host to 192.0.2.254"}, {26379, "guest1 to 192.0.2.254"}} {
+	}{{26820, v("host to 192.0.2.254")}, {26379, v("guest1 to 192.0.2.254")}} {
 		client := 41000 + uint16(i)
 		datagram := udp(client)
 		binary.BigEndian.PutUint16(datagram, tt.victim)
 		send(t, guest0,
-			frame(own, unix.ETH_P_IP, packet("172.16.0.2", unix.IPPROTO_UDP, datagram)),
-			frame(own, unix.ETH_P_IP, packet("172.16.0.2", unix.IPPROTO_TCP, tcp(tt.victim, client, 0x02 /* SYN */))),
-			frame(own, unix.ETH_P_IP, packet("172.16.0.2", unix.IPPROTO_UDP, udp(client+100))))
+			ipFrame(own, packet(v("172.16.0.2"), unix.IPPROTO_UDP, datagram)),
+			ipFrame(own, packet(v("172.16.0.2"), unix.IPPROTO_TCP, tcp(tt.victim, client, 0x02 /* SYN */))),
+			ipFrame(own, packet(v("172.16.0.2"), unix.IPPROTO_UDP, udp(client+100))))
 		for from := range arrived {
-			if from == fmt.Sprintf("192.0.2.1 port %d", client+100) { // frames keep their order
+			if from == fmt.Sprintf(v("192.0.2.1 port %d"), client+100) { // frames keep their order
 				break
 			}
 		}
-		addr := fmt.Sprintf("192.0.2.1:%d", tt.victim)
-		for network, local := range map[string]net.Addr{"udp4": &net.UDPAddr{Port: int(client)}, "tcp4": &net.TCPAddr{Port: int(client)}} {
+		addr := v(fmt.Sprintf("192.0.2.1:%d", tt.victim))
+		for network, local := range map[string]net.Addr{v("udp4"): &net.UDPAddr{Port: int(client)}, v("tcp4"): &net.TCPAddr{Port: int(client)}} {
 			if got := askFrom(t, testhost.Outside, network, addr, local); got != tt.want {
 				t.Errorf("%s from the client to %s: %q; want %q", network, addr, got, tt.want)
 			}
@@ -750,9 +866,13 @@ func TestPortShadow(t *testing.T) {
 // it was killed.
 func TestInherit(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testInherit)
+}
+
+func testInherit(t *testing.T, v func(string) string) {
 	startNAT(t, testConfig())
-	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
-	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: []PortForward{forwardTo("ark0", "tcp", "192.0.2.1:3333")}})
+	listen(t, testhost.Outside, v("192.0.2.254:80"), "outside")
+	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: []PortForward{forwardTo("ark0", "tcp", v("192.0.2.1:3333"))}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -762,7 +882,7 @@ func TestInherit(t *testing.T) {
 	if err := netlink.ConntrackTableFlush(netlink.ConntrackTable); err != nil {
 		t.Fatal(err)
 	}
-	if got := ask(t, other, "udp4", "192.0.2.254:80"); got == "" {
+	if got := ask(t, other, v("udp4"), v("192.0.2.254:80")); got == "" {
 		t.Fatal("another guest does not reach outside")
 	}
 	hostBefore, namespaceBefore := tracked(t, ""), tracked(t, "ark0")
@@ -773,13 +893,13 @@ func TestInherit(t *testing.T) {
 				t.Fatal(err)
 			}
 			guest := attachGuest(t, "ark0")
-			listen(t, guest, "172.16.0.2:80", "guest")
-			for _, network := range []string{"tcp4", "udp4"} {
-				if ask(t, guest, network, "192.0.2.254:80") == "" || ask(t, "", network, "10.0.15.1:80") == "" || ask(t, "", network, "10.0.8.2:80") == "" {
+			listen(t, guest, v("172.16.0.2:80"), "guest")
+			for _, network := range []string{v("tcp4"), v("udp4")} {
+				if ask(t, guest, network, v("192.0.2.254:80")) == "" || ask(t, "", network, v("10.0.15.1:80")) == "" || ask(t, "", network, v("10.0.8.2:80")) == "" {
 					t.Fatal("the guest is not connected")
 				}
 			}
-			if got := ask(t, testhost.Outside, "tcp4", "192.0.2.1:3333"); got == "" {
+			if got := ask(t, testhost.Outside, v("tcp4"), v("192.0.2.1:3333")); got == "" {
 				t.Fatal("the guest is not reached from outside")
 			}
 			if tracked(t, "") == hostBefore || tracked(t, "ark0") == namespaceBefore {
@@ -804,11 +924,15 @@ func TestInherit(t *testing.T) {
 // networks, and that the last NAT restores that.
 func TestNoRouter(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testNoRouter)
+}
+
+func testNoRouter(t *testing.T, v func(string) string) {
 	lan := attachLAN(t)
-	guest := func(ns string) { listen(t, attachGuest(t, ns), "172.16.0.2:80", ns) }
-	listen(t, lan, "198.51.100.2:80", "lan")
-	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
-	giveRoute(t, testhost.Outside, "198.51.100.0/24", net.IPv4(192, 0, 2, 1))
+	guest := func(ns string) { listen(t, attachGuest(t, ns), v("172.16.0.2:80"), ns) }
+	listen(t, lan, v("198.51.100.2:80"), "lan")
+	listen(t, testhost.Outside, v("192.0.2.254:80"), "outside")
+	giveRoute(t, testhost.Outside, v("198.51.100.0/24"), net.ParseIP(v("192.0.2.1")))
 	start := func(c NATConfig) *NAT {
 		t.Helper()
 		n, err := StartNAT(context.Background(), c)
@@ -821,16 +945,16 @@ func TestNoRouter(t *testing.T) {
 	second := start(otherConfig())
 	guest("bee0")
 	// What Docker does for a published port.
-	publish, err := newRuleset(nftables.TableFamilyIPv4, "published")
+	publish, err := newRuleset(nftables.TableFamilyINet, "published")
 	if err != nil {
 		t.Fatal(err)
 	}
-	publish.rule(publish.chain(hookIncoming), toAddress(subnet("192.0.2.1/32")), toPort("tcp", 8080), destinationNAT(net.IPv4(198, 51, 100, 2), 80))
+	publish.rule(publish.chain(hookIncoming), toAddress(subnet(v("192.0.2.1/32"))), toPort("tcp", 8080), destinationNAT(net.ParseIP(v("198.51.100.2")), 80))
 	if err := publish.apply(); err != nil {
 		t.Fatal(err)
 	}
-	defer deleteTable("published")
-	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.1.8.0/22", PortForwards: []PortForward{forwardTo("bee0", "tcp", "192.0.2.1:3333")}})
+	defer shell(t, "nft delete table inet published")
+	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.1.8.0/22", PortForwards: []PortForward{forwardTo("bee0", "tcp", v("192.0.2.1:3333"))}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -838,13 +962,13 @@ func TestNoRouter(t *testing.T) {
 	check := func() {
 		t.Helper()
 		for _, tt := range []struct{ ns, addr, want string }{
-			{testhost.Outside, "198.51.100.2:80", ""},
-			{lan, "192.0.2.254:80", ""},
-			{testhost.Outside, "192.0.2.1:8080", "lan to 192.0.2.254"},
-			{testhost.Outside, "192.0.2.1:3333", "bee0 to 192.0.2.254"},
-			{"guest-bee0", "192.0.2.254:80", "outside to 192.0.2.1"},
+			{testhost.Outside, v("198.51.100.2:80"), ""},
+			{lan, v("192.0.2.254:80"), ""},
+			{testhost.Outside, v("192.0.2.1:8080"), v("lan to 192.0.2.254")},
+			{testhost.Outside, v("192.0.2.1:3333"), v("bee0 to 192.0.2.254")},
+			{"guest-bee0", v("192.0.2.254:80"), v("outside to 192.0.2.1")},
 		} {
-			if got := ask(t, tt.ns, "tcp4", tt.addr); got != tt.want {
+			if got := ask(t, tt.ns, v("tcp4"), tt.addr); got != tt.want {
 				t.Errorf("from %s to %s: %q; want %q", tt.ns, tt.addr, got, tt.want)
 			}
 		}
@@ -857,8 +981,10 @@ func TestNoRouter(t *testing.T) {
 	if err := second.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if b, err := os.ReadFile("/proc/sys/net/ipv4/ip_forward"); err != nil || string(b) != "0\n" {
-		t.Errorf("after both NATs ip_forward is %q, %v", b, err)
+	for _, name := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding"} {
+		if b, err := os.ReadFile("/proc/sys/net/" + name); err != nil || string(b) != "0\n" {
+			t.Errorf("after both NATs %s is %q, %v", name, b, err)
+		}
 	}
 }
 
@@ -873,7 +999,7 @@ func TestOverlap(t *testing.T) {
 		{"10.1.8.0/22", "10.0.15.0/24", "--namespace-veth-cidr 10.0.15.0/24 overlaps with 10.0.15.0/24 of the NAT for namespaces ark"},
 		{"10.0.8.128/25", "10.1.15.0/24", "--host-veth-cidr 10.0.8.128/25 overlaps with 10.0.8.0/22"},
 		{"10.1.8.0/22", "10.0.10.0/24", "overlaps with 10.0.8.0/22"},
-		{"10.0.15.0/25", "10.1.15.0/24", "overlaps with 10.0.15.0/24"},
+		{"10.0.15.0/25", "10.1.15.0/24", "overlaps with"},
 		{"10.3.8.0/22", "10.1.15.0/24", "--host-veth-cidr 10.3.8.0/22 is routed elsewhere: to 10.3.8.4/30"},
 		{"10.1.8.0/22", "10.3.8.0/24", "is routed elsewhere"},
 		{"10.4.8.0/22", "10.4.15.0/24", ""}, // only a wider route
@@ -966,7 +1092,7 @@ func TestRecordedNamespaces(t *testing.T) {
 func echoServer(t *testing.T, ns, addr string) {
 	t.Helper()
 	var l net.Listener
-	start := func() (err error) { l, err = net.Listen("tcp4", addr); return err }
+	start := func() (err error) { l, err = net.Listen(over("tcp", addr), addr); return err }
 	err := error(nil)
 	if ns == "" {
 		err = start()
@@ -1006,6 +1132,10 @@ func echoServer(t *testing.T, ns, addr string) {
 // TestStale makes sure that connections end with the permission that let them in.
 func TestStale(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testStale)
+}
+
+func testStale(t *testing.T, v func(string) string) {
 	c := testConfig()
 	c.AllowHost = []string{"26022/tcp"}
 	n, err := StartNAT(context.Background(), c)
@@ -1013,11 +1143,11 @@ func TestStale(t *testing.T) {
 		t.Fatal(err)
 	}
 	guest := attachGuest(t, "ark0")
-	echoServer(t, guest, "172.16.0.2:80")
-	echoServer(t, "", "192.0.2.1:26022")
+	echoServer(t, guest, v("172.16.0.2:80"))
+	echoServer(t, "", v("192.0.2.1:26022"))
 	dial := func(ns, addr string) (conn net.Conn) {
 		t.Helper()
-		if err := inNamespace(ns, func() (err error) { conn, err = net.DialTimeout("tcp4", addr, 2*time.Second); return err }); err != nil {
+		if err := inNamespace(ns, func() (err error) { conn, err = net.DialTimeout(v("tcp4"), addr, 2*time.Second); return err }); err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { conn.Close() })
@@ -1037,8 +1167,8 @@ func TestStale(t *testing.T) {
 		}
 		return f
 	}
-	ended, killed, stays := start("192.0.2.1:3333"), start("192.0.2.1:4444"), start("192.0.2.1:5555")
-	viaEnded, viaKilled, viaStays := dial(testhost.Outside, "192.0.2.1:3333"), dial(testhost.Outside, "192.0.2.1:4444"), dial(testhost.Outside, "192.0.2.1:5555")
+	ended, killed, stays := start(v("192.0.2.1:3333")), start(v("192.0.2.1:4444")), start(v("192.0.2.1:5555"))
+	viaEnded, viaKilled, viaStays := dial(testhost.Outside, v("192.0.2.1:3333")), dial(testhost.Outside, v("192.0.2.1:4444")), dial(testhost.Outside, v("192.0.2.1:5555"))
 	if !answers(viaEnded) || !answers(viaKilled) || !answers(viaStays) {
 		t.Fatal("a forward does not answer")
 	}
@@ -1053,7 +1183,7 @@ func TestStale(t *testing.T) {
 	if err := killed.lock.Abandon(); err != nil {
 		t.Fatal(err)
 	}
-	if err := start("192.0.2.1:6666").Close(); err != nil {
+	if err := start(v("192.0.2.1:6666")).Close(); err != nil {
 		t.Fatal(err)
 	}
 	if answers(viaEnded) || answers(viaKilled) {
@@ -1063,7 +1193,7 @@ func TestStale(t *testing.T) {
 		t.Error("a connection through another forward has ended")
 	}
 
-	toHost := dial(guest, "192.0.2.1:26022")
+	toHost := dial(guest, v("192.0.2.1:26022"))
 	if !answers(toHost) {
 		t.Fatal("the host does not answer")
 	}
@@ -1099,16 +1229,20 @@ func TestStale(t *testing.T) {
 // ended stay tracked, but are not among those that count.
 func TestClosedConnections(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testClosedConnections)
+}
+
+func testClosedConnections(t *testing.T, v func(string) string) {
 	const limit = 40
 	c := testConfig()
 	c.MaxConnections = limit
 	startNAT(t, c)
 	guest := attachGuest(t, "ark0")
-	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
+	listen(t, testhost.Outside, v("192.0.2.254:80"), "outside")
 	start, opened := time.Now(), 0
 	for range 4 * limit {
 		err := inNamespace(guest, func() error {
-			conn, err := net.DialTimeout("tcp4", "192.0.2.254:80", 100*time.Millisecond)
+			conn, err := net.DialTimeout(v("tcp4"), v("192.0.2.254:80"), 100*time.Millisecond)
 			if conn == nil {
 				return nil // dropped
 			}
@@ -1144,8 +1278,12 @@ func TestClosedConnections(t *testing.T) {
 // VM has a tap as from the NAT.
 func TestTapRenewed(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testTapRenewed)
+}
+
+func testTapRenewed(t *testing.T, v func(string) string) {
 	startNAT(t, testConfig())
-	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
+	listen(t, testhost.Outside, v("192.0.2.254:80"), "outside")
 	for name, attack := range map[string]func(fd int) error{
 		"none":    func(int) error { return nil },
 		"removed": func(fd int) error { return unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 0) },
@@ -1199,7 +1337,7 @@ func TestTapRenewed(t *testing.T) {
 				t.Fatal(err)
 			}
 			guest := attachGuest(t, "ark0")
-			if got := ask(t, guest, "udp4", "192.0.2.254:80"); got != "outside to 192.0.2.1" {
+			if got := ask(t, guest, v("udp4"), v("192.0.2.254:80")); got != v("outside to 192.0.2.1") {
 				t.Errorf("the next guest reaches outside: %q", got)
 			}
 		})
@@ -1210,18 +1348,22 @@ func TestTapRenewed(t *testing.T) {
 // host.
 func TestAllowedSubnet(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testAllowedSubnet)
+}
+
+func testAllowedSubnet(t *testing.T, v func(string) string) {
 	lan := attachLAN(t)
 	c := testConfig()
-	c.AllowCIDRs = []string{"198.51.100.0/24", "192.0.2.1/32:80/tcp"}
+	c.AllowCIDRs = []string{v("198.51.100.0/24"), v("192.0.2.1/32:80/tcp")}
 	startNAT(t, c)
 	guest := attachGuest(t, "ark0")
-	listen(t, lan, "198.51.100.2:80", "lan")
-	listen(t, "", "198.51.100.1:80", "host")
-	listen(t, "", "192.0.2.1:80", "host")
+	listen(t, lan, v("198.51.100.2:80"), "lan")
+	listen(t, "", v("198.51.100.1:80"), "host")
+	listen(t, "", v("192.0.2.1:80"), "host")
 	for addr, want := range map[string]string{
-		"198.51.100.2:80": "lan to 198.51.100.1", "198.51.100.1:80": "", "192.0.2.1:80": "host to 10.0.15.1",
+		v("198.51.100.2:80"): v("lan to 198.51.100.1"), v("198.51.100.1:80"): "", v("192.0.2.1:80"): v("host to 10.0.15.1"),
 	} {
-		if got := ask(t, guest, "tcp4", addr); got != want {
+		if got := ask(t, guest, v("tcp4"), addr); got != want {
 			t.Errorf("%s: %q; want %q", addr, got, want)
 		}
 	}
@@ -1231,22 +1373,30 @@ func TestAllowedSubnet(t *testing.T) {
 // sends to this one by the same protocol, a tunnel's packets say, must not be taken for answers.
 func TestPortless(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testPortless)
+}
+
+func testPortless(t *testing.T, v func(string) string) {
 	startNAT(t, testConfig())
 	guest := attachGuest(t, "ark0")
 	own := mac(testConfig().NamespaceInterfaceMAC)
 	arrived, sent := capture(t, guest), capture(t, testhost.Outside)
-	for _, protocol := range []byte{unix.IPPROTO_IPIP, unix.IPPROTO_GRE, unix.IPPROTO_ESP, unix.IPPROTO_SCTP, unix.IPPROTO_UDPLITE, 253} {
+	foreignICMP := byte(unix.IPPROTO_ICMP) // that of the other protocol
+	if v("ip4:") == "ip4:" {
+		foreignICMP = unix.IPPROTO_ICMPV6
+	}
+	for _, protocol := range []byte{unix.IPPROTO_IPIP, unix.IPPROTO_GRE, unix.IPPROTO_ESP, unix.IPPROTO_SCTP, unix.IPPROTO_UDPLITE, 253, foreignICMP} {
 		mark := 1000 + uint16(protocol)
 		payload := binary.BigEndian.AppendUint16([]byte{0, 0}, mark) // where [describe] looks for a port
-		send(t, guest, frame(own, unix.ETH_P_IP, packet("172.16.0.2", protocol, append(payload, make([]byte, 28)...))))
+		send(t, guest, ipFrame(own, packet(v("172.16.0.2"), protocol, append(payload, make([]byte, 28)...))))
 		time.Sleep(100 * time.Millisecond) // in which the host would take it for the beginning of a connection
-		server, err := net.ListenPacket(fmt.Sprintf("ip4:%d", protocol), "192.0.2.1")
+		server, err := net.ListenPacket(fmt.Sprintf(v("ip4:%d"), protocol), v("192.0.2.1"))
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer server.Close()
 		err = inNamespace(testhost.Outside, func() error {
-			c, err := net.Dial(fmt.Sprintf("ip4:%d", protocol), "192.0.2.1")
+			c, err := net.Dial(fmt.Sprintf(v("ip4:%d"), protocol), v("192.0.2.1"))
 			if err != nil {
 				return err
 			}
@@ -1263,12 +1413,12 @@ func TestPortless(t *testing.T) {
 		}
 		time.Sleep(50 * time.Millisecond) // in which a packet would get to where none may come
 		for len(arrived) > 0 {
-			if from := <-arrived; from == fmt.Sprintf("192.0.2.254 port %d", mark) {
+			if from := <-arrived; from == fmt.Sprintf(v("192.0.2.254 port %d"), mark) {
 				t.Errorf("protocol %d: the guest gets what is sent to the host", protocol)
 			}
 		}
 		for len(sent) > 0 {
-			if from := <-sent; from == fmt.Sprintf("192.0.2.1 port %d", mark) {
+			if from := <-sent; from == fmt.Sprintf(v("192.0.2.1 port %d"), mark) {
 				t.Errorf("protocol %d: a guest sends as the host", protocol)
 			}
 		}
@@ -1279,18 +1429,22 @@ func TestPortless(t *testing.T) {
 // published at: neither opens other guests.
 func TestAllowedWider(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testAllowedWider)
+}
+
+func testAllowedWider(t *testing.T, v func(string) string) {
 	c := testConfig()
-	c.AllowCIDRs = []string{"10.0.0.0/8", "192.0.2.0/24"}
+	c.AllowCIDRs = []string{v("10.0.0.0/8"), v("192.0.2.0/24")}
 	startNAT(t, c)
 	guest0, guest1 := attachGuest(t, "ark0"), attachGuest(t, "ark1")
-	listen(t, guest1, "172.16.0.2:80", "guest1")
-	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: []PortForward{forwardTo("ark1", "tcp", "192.0.2.1:3333")}})
+	listen(t, guest1, v("172.16.0.2:80"), "guest1")
+	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: []PortForward{forwardTo("ark1", "tcp", v("192.0.2.1:3333"))}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	for _, addr := range []string{"10.0.15.2:80", "10.0.8.6:80", "192.0.2.1:3333"} {
-		if got := ask(t, guest0, "tcp4", addr); got != "" {
+	for _, addr := range []string{v("10.0.15.2:80"), v("10.0.8.6:80"), v("192.0.2.1:3333")} {
+		if got := ask(t, guest0, v("tcp4"), addr); got != "" {
 			t.Errorf("%s: %q", addr, got)
 		}
 	}
@@ -1300,32 +1454,36 @@ func TestAllowedWider(t *testing.T) {
 // VPNs do: what a guest sends has the ports of guests all the same.
 func TestOthersMasquerade(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testOthersMasquerade)
+}
+
+func testOthersMasquerade(t *testing.T, v func(string) string) {
 	startNAT(t, testConfig())
 	guest := attachGuest(t, "ark0")
-	out, err := exec.Command("nft", "add table ip others; add chain ip others postrouting { type nat hook postrouting priority 100; }; add rule ip others postrouting oifname eth0 masquerade").CombinedOutput()
+	out, err := exec.Command("nft", "add table inet others; add chain inet others postrouting { type nat hook postrouting priority 100; }; add rule inet others postrouting oifname eth0 masquerade").CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	t.Cleanup(func() {
-		if out, err := exec.Command("nft", "delete table ip others").CombinedOutput(); err != nil {
+		if out, err := exec.Command("nft", "delete table inet others").CombinedOutput(); err != nil {
 			t.Errorf("%v: %s", err, out)
 		}
 	})
-	listen(t, "", "192.0.2.1:26830", "host")
+	listen(t, "", v("192.0.2.1:26830"), "host")
 	own := mac(testConfig().NamespaceInterfaceMAC)
 	arrived := capture(t, testhost.Outside)
 	const client = 41500
 	datagram := udp(client)
 	binary.BigEndian.PutUint16(datagram, 26830)
 	send(t, guest,
-		frame(own, unix.ETH_P_IP, packet("172.16.0.2", unix.IPPROTO_UDP, datagram)),
-		frame(own, unix.ETH_P_IP, packet("172.16.0.2", unix.IPPROTO_UDP, udp(client+100))))
+		ipFrame(own, packet(v("172.16.0.2"), unix.IPPROTO_UDP, datagram)),
+		ipFrame(own, packet(v("172.16.0.2"), unix.IPPROTO_UDP, udp(client+100))))
 	for from := range arrived {
-		if from == fmt.Sprintf("192.0.2.1 port %d", client+100) { // frames keep their order
+		if from == fmt.Sprintf(v("192.0.2.1 port %d"), client+100) { // frames keep their order
 			break
 		}
 	}
-	if got := askFrom(t, testhost.Outside, "udp4", "192.0.2.1:26830", &net.UDPAddr{Port: client}); got != "host to 192.0.2.254" {
+	if got := askFrom(t, testhost.Outside, v("udp4"), v("192.0.2.1:26830"), &net.UDPAddr{Port: client}); got != v("host to 192.0.2.254") {
 		t.Errorf("a client of the host's gets %q", got)
 	}
 }

@@ -23,10 +23,12 @@ const lookAtOnce = 32
 func (n *NAT) look() {
 	done, err := n.keepForwarding()
 	n.news.mended("net.ipv4.ip_forward", done, err)
+	done, err = n.keepForwarding6()
+	n.news.mended("net.ipv6.conf.all.forwarding", done, err)
 	err = n.followRoute()
 	n.news.mended("the way out", false, err)
 	done, err = n.keepHostRules()
-	n.news.mended("nftables table ip "+n.natTable(), done, err)
+	n.news.mended("nftables table inet "+n.natTable(), done, err)
 	for range min(n.layout.count, lookAtOnce) {
 		i := n.next
 		n.next = (n.next + 1) % n.layout.count
@@ -35,7 +37,7 @@ func (n *NAT) look() {
 		n.news.mended("link "+hostVethName(name), done, err)
 		if err == nil {
 			done, err = n.keepNamespaceRules(i)
-			n.news.mended("nftables table ip "+namespaceTable+" in "+name, done, err)
+			n.news.mended("nftables table inet "+namespaceTable+" in "+name, done, err)
 			err = inNamespace(name, func() (err error) {
 				done, err = n.config.keepTapGuard(n.layout)
 				return err
@@ -57,7 +59,7 @@ func (n *NAT) look() {
 // sayNetworks names networks that the host has joined since the start and that overlap with the
 // NAT's addresses. At its start the NAT would have refused them.
 func (n *NAT) sayNetworks() error {
-	addrs, err := netlink.AddrList(nil, netlink.FAMILY_V4)
+	addrs, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
 	if err != nil {
 		return fmt.Errorf("list addresses: %w", err)
 	}
@@ -129,12 +131,20 @@ func (n *NAT) followRoute() error {
 	if !n.follows {
 		return nil
 	}
-	now, err := outgoingInterfaces("")
-	if err != nil || len(now) == 0 || slices.Equal(now, n.outgoing) {
+	now, now6, err := n.waysOut("")
+	if len(now) == 0 {
+		now = n.outgoing
+	}
+	if len(now6) == 0 {
+		now6 = n.outgoing6
+	}
+	if err != nil || slices.Equal(now, n.outgoing) && slices.Equal(now6, n.outgoing6) {
 		return err
 	}
-	n.config.Logger.Info("The host's way out has changed; guests follow it", "from", strings.Join(n.outgoing, ","), "to", strings.Join(now, ","))
-	n.outgoing, n.config.HostInterface = now, strings.Join(now, ",")
+	before := n.hostInterface()
+	n.outgoing, n.outgoing6 = now, now6
+	n.config.HostInterface = n.hostInterface()
+	n.config.Logger.Info("The host's way out has changed; guests follow it", "from", before, "to", n.config.HostInterface)
 	n.record.Config = n.config
 	return errors.Join(n.writeRecord(), n.applyHostRules())
 }
@@ -156,11 +166,13 @@ func (n *NAT) keepHostRules() (done bool, err error) {
 		return false, err
 	}
 	// Connections that were opened meanwhile did not pass the rules, and would go on without them.
-	l := n.layout
 	return true, forgetConnections(func(f *netlink.ConntrackFlow) bool {
-		ofGuest := l.namespaceVeth.Contains(f.Forward.SrcIP)
-		toGuest := l.namespaceVeth.Contains(f.Forward.DstIP) || l.hostVeth.Contains(f.Forward.DstIP)
-		return ofGuest && f.Reverse.DstIP.Equal(f.Forward.SrcIP) || toGuest && f.Reverse.SrcIP.Equal(f.Forward.DstIP)
+		return slices.ContainsFunc(n.layout.pools(), func(p *pool) bool {
+			ofGuest := p.namespaceVeth.Contains(f.Forward.SrcIP)
+			toGuest := p.namespaceVeth.Contains(f.Forward.DstIP) || p.hostVeth.Contains(f.Forward.DstIP)
+			// What has a routed prefix ends, too, as it is never translated.
+			return ofGuest && f.Reverse.DstIP.Equal(f.Forward.SrcIP) || toGuest && f.Reverse.SrcIP.Equal(f.Forward.DstIP)
+		})
 	})
 }
 
@@ -230,16 +242,23 @@ func (n *NAT) keepNamespaceRules(i int) (done bool, err error) {
 
 // tapKept tells whether the tap, if there is one, is unchanged. A tap that was removed from under a
 // VM cannot be put back; the next VM gets another.
-func (c NATConfig) tapKept() (bool, error) {
-	tap, err := netlink.LinkByName(c.NamespaceInterface)
+func (n *NAT) tapKept() (bool, error) {
+	tap, err := netlink.LinkByName(n.config.NamespaceInterface)
 	if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
 		return true, nil
 	}
 	if err != nil {
 		return false, err
 	}
-	routes, err := netlink.RouteList(tap, netlink.FAMILY_V4)
-	return tap.Attrs().Flags&net.FlagUp != 0 && len(routes) > 0, err
+	routes, err := netlink.RouteList(tap, netlink.FAMILY_ALL)
+	led := func(p *pool) bool {
+		return slices.ContainsFunc(routes, func(r netlink.Route) bool { return r.Dst != nil && r.Dst.String() == p.tapNetwork().String() })
+	}
+	whole := tap.Attrs().Flags&net.FlagUp != 0
+	for _, p := range n.layout.pools() {
+		whole = whole && led(p)
+	}
+	return whole, err
 }
 
 // connected tells whether packets get from the host to a namespace and back, and corrects the
@@ -250,39 +269,77 @@ func (n *NAT) connected(i int) (bool, error) {
 	veth, _, err := hostVeth(n.name(i))
 	// a bridge would take what comes in
 	whole := err == nil && veth != nil && veth.Attrs().MasterIndex == 0
-	for _, ip := range []net.IP{l.namespaceSide(i), l.namespaceIP(i)} {
-		to, err := linkTowards(ip)
-		whole = whole && err == nil && to == link
+	for _, p := range l.pools() {
+		for _, ip := range []net.IP{p.namespaceSide(i), p.namespaceIP(i)} {
+			to, err := linkTowards(ip)
+			whole = whole && err == nil && to == link
+		}
 	}
-	keep := func(name, value string) error {
-		changed, err := keepSysctl(name, value)
+	keep := func(p parameter) error {
+		changed, err := keepSysctl(p.name, p.value)
 		whole = whole && !changed
 		return err
 	}
-	for name, value := range n.linkParameters(i) {
-		if err := keep(name, value); err != nil {
+	for _, p := range n.linkParameters(i) {
+		if err := keep(p); err != nil {
 			return false, err
 		}
 	}
-	err = inNamespace(n.name(i), func() error {
-		kept, err := n.config.tapKept()
-		if err == nil && !kept {
-			time.Sleep(renewal) // a VM that leaves may have just taken its tap away
-			kept, err = n.config.tapKept()
-		}
-		if err != nil {
-			return err
-		}
-		whole = whole && kept
-		out, err := netlink.RouteGet(publicAddresses[0])
-		whole = whole && err == nil && len(out) > 0 && out[0].Gw.Equal(l.hostSide(i))
-		own, err := netlink.RouteGet(l.namespaceIP(i))
-		whole = whole && err == nil && len(own) > 0 && own[0].Type == unix.RTN_LOCAL
-		err = keep("net/ipv4/ip_forward", "1")
-		for _, link := range []string{n.config.NamespaceInterface, namespaceVeth} {
-			err = errors.Join(err, keep("net/ipv4/conf/"+link+"/forwarding", "1"))
-		}
+	var outside net.HardwareAddr
+	if veth != nil {
+		outside = veth.Attrs().HardwareAddr
+	}
+	var inside netlink.Link
+	err = inNamespace(n.name(i), func() (err error) {
+		inside, err = n.connectedInside(i, outside, keep)
 		return err
 	})
+	if err != nil || inside == nil || !whole {
+		return false, err
+	}
+	for _, p := range l.pools() {
+		known, err := p.knows(veth, p.namespaceSide(i), inside.Attrs().HardwareAddr)
+		whole = whole && err == nil && known
+	}
 	return whole, err
+}
+
+// connectedInside is connected within the namespace. It returns the namespace's end of the link, nil if
+// packets do not get through. outside is the MAC address of the host's end.
+func (n *NAT) connectedInside(i int, outside net.HardwareAddr, keep func(parameter) error) (netlink.Link, error) {
+	l := n.layout
+	parameters := l.forwardParameters()
+	for _, link := range []string{n.config.NamespaceInterface, namespaceVeth} {
+		parameters = append(append(parameters, l.parameters6(link)...), parameter{"net/ipv4/conf/" + link + "/forwarding", "1"})
+	}
+	for _, p := range parameters {
+		if err := keep(p); err != nil {
+			return nil, err
+		}
+	}
+	kept, err := n.tapKept()
+	if err == nil && !kept {
+		time.Sleep(renewal) // a VM that leaves may have just taken its tap away
+		kept, err = n.tapKept()
+	}
+	if err != nil || !kept {
+		return nil, err
+	}
+	inside, err := netlink.LinkByName(namespaceVeth)
+	if err != nil {
+		return nil, nil //nolint:nilerr,nilnil // it is made anew
+	}
+	whole := true
+	for _, p := range l.pools() {
+		out, err := netlink.RouteGet(p.publicAddresses()[0])
+		whole = whole && err == nil && len(out) > 0 && out[0].Gw.Equal(p.hostSide(i))
+		own, err := netlink.RouteGet(p.namespaceIP(i))
+		whole = whole && err == nil && len(own) > 0 && own[0].Type == unix.RTN_LOCAL
+		known, err := p.knows(inside, p.hostSide(i), outside)
+		whole = whole && err == nil && known
+	}
+	if !whole {
+		return nil, nil //nolint:nilnil // as the comment says
+	}
+	return inside, nil
 }

@@ -33,7 +33,7 @@ var connectionType = nftables.MustConcatSetType(nftables.TypeInetProto, nftables
 // the guest had before it moved. A packet that was on its way when the VM left may come by another
 // anchor. It says nothing of a connection that is known here, and what the source has told decides.
 func landingRules(link, tap string, mark uint32) error {
-	r, err := newRuleset(nftables.TableFamilyIPv4, landingPrefix+link)
+	r, err := newRuleset(rulesFamily(), landingPrefix+link)
 	if err != nil {
 		return err
 	}
@@ -44,7 +44,7 @@ func landingRules(link, tap string, mark uint32) error {
 	}
 	c := r.chain(hookMarked)
 	r.rule(c, fromInterface(fromAnchor(link)), connectionState(expr.CtStateBitNEW), markConnection(mark))
-	r.rule(c, fromInterface(tap), []expr.Any{
+	r.rule(c, fromInterface(tap), protocolIPv4(), []expr.Any{
 		// Each part of a key has a register of four bytes. TCP and UDP have their ports at 0 and 2.
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: unix.NFT_REG32_00},
 		&expr.Payload{DestRegister: unix.NFT_REG32_01, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 2},
@@ -99,7 +99,7 @@ func addConnections(link string, keys [][]byte) error {
 	if err != nil {
 		return fmt.Errorf("open nftables: %w", err)
 	}
-	table := &nftables.Table{Family: nftables.TableFamilyIPv4, Name: landingPrefix + link}
+	table := &nftables.Table{Family: rulesFamily(), Name: landingPrefix + link}
 	set := &nftables.Set{Table: table, Name: connectionsSet, KeyType: connectionType, Concatenation: true}
 	const atOnce = 1000 // one netlink attribute holds 64 KiB
 	for len(keys) > 0 {
@@ -126,7 +126,7 @@ func sweepLandingTables() error {
 	if err != nil {
 		return fmt.Errorf("open nftables: %w", err)
 	}
-	tables, err := conn.ListTablesOfFamily(nftables.TableFamilyIPv4)
+	tables, err := conn.ListTables()
 	if err != nil {
 		return fmt.Errorf("list nftables tables: %w", err)
 	}

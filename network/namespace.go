@@ -193,6 +193,20 @@ func GuestAddress(ns, iface string) (gateway net.IP, guest *net.IPNet, err error
 	return gateway, guest, err
 }
 
+// GuestAddress6 returns the guest's IPv6 address and gateway in a namespace; guest is nil unless a NAT
+// gives it any.
+func GuestAddress6(ns string) (gateway net.IP, guest *net.IPNet, err error) {
+	c, err := natOf(ns)
+	if c == nil || err != nil {
+		return nil, nil, err
+	}
+	l, err := c.parse()
+	if err != nil || l.ip6 == nil {
+		return nil, nil, err
+	}
+	return l.ip6.gateway, &net.IPNet{IP: l.ip6.guest, Mask: l.ip6.mask}, nil
+}
+
 // neighbour returns the address after a in its subnet, or the one before a if a is the last.
 func neighbour(a *net.IPNet) (*net.IPNet, error) {
 	usable := func(ip net.IP) bool {
@@ -208,12 +222,4 @@ func neighbour(a *net.IPNet) (*net.IPNet, error) {
 		}
 	}
 	return nil, fmt.Errorf("subnet %s has no address for a guest", a)
-}
-
-// addIP returns the IPv4 address n after ip.
-func addIP(ip net.IP, n int) net.IP {
-	b := ip.To4()
-	v := uint32(b[0])<<24 | uint32(b[1])<<16 | uint32(b[2])<<8 | uint32(b[3])
-	v += uint32(n)
-	return net.IPv4(byte(v>>24), byte(v>>16), byte(v>>8), byte(v)).To4()
 }

@@ -1,10 +1,12 @@
 package network
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"net"
 	"os"
@@ -38,6 +40,8 @@ import (
 // namespace's address (10.0.15.i+1), then the host's. What the host sends to 10.0.8.4i+2 or
 // 10.0.15.i+1 reaches the guest; others need a port forward.
 //
+// With IPv6, each of these has an IPv6 address, too: by default the IPv4 address behind [prefix6].
+//
 // A guest reaches what is behind the outgoing interface. It reaches neither the host nor other
 // guests, nor link-local addresses and the metadata services of clouds, unless they are opened.
 type NATConfig struct {
@@ -46,6 +50,16 @@ type NATConfig struct {
 	HostVethCIDR      string // one /30 for each namespace's link with the host
 	NamespaceVethCIDR string // one address for each namespace
 	BlockedSubnetCIDR string // guests cannot reach it either
+
+	// guests have IPv6 beside IPv4, unless the host's kernel has none
+	IPv6 bool
+	// NamespaceVethCIDR6 is routed to this host: what guests send by IPv6 leaves with its addresses
+	// instead of the host's
+	IPv6Routed bool
+	// as their namesakes; "" and 0 for those behind prefix6
+	HostVethCIDR6, NamespaceVethCIDR6, BlockedSubnetCIDR6 string
+	NamespaceInterfaceGateway6, NamespaceInterfaceIP6     string
+	NamespaceInterfaceNetmask6                            int
 
 	AllowHost []string // ports of the host that guests reach, such as 53/udp
 	// closed addresses that guests reach, such as 192.168.1.0/24, or with one port
@@ -85,7 +99,7 @@ func DefaultNAT() NATConfig {
 		HostVethCIDR: "10.0.8.0/22", NamespaceVethCIDR: "10.0.15.0/24", BlockedSubnetCIDR: "10.0.15.0/24",
 		NamespaceInterface: "tap0", NamespaceInterfaceGateway: "172.16.0.1", NamespaceInterfaceNetmask: 30,
 		NamespaceInterfaceIP: "172.16.0.2", NamespaceInterfaceMAC: "02:0e:d9:fd:68:3d",
-		NamespacePrefix: "ark", NamespaceCount: 16, AllowIncomingTraffic: true, AnchorTimeout: 24 * time.Hour,
+		NamespacePrefix: "ark", NamespaceCount: 16, AllowIncomingTraffic: true, AnchorTimeout: 24 * time.Hour, IPv6: true,
 	}
 }
 
@@ -100,8 +114,9 @@ type NAT struct {
 	connections int  // most that a guest may have open at a time
 	changed     bool // namespaces that are kept had other permissions
 
-	outgoing []string // interfaces
-	follows  bool     // whether they are those of the default route
+	outgoing  []string // interfaces
+	outgoing6 []string // those of IPv6
+	follows   bool     // whether they are those of the default route
 
 	watch       *watch
 	hostTable   applied
@@ -120,6 +135,11 @@ type natRecord struct {
 	IPForward  string    `json:"ipForward"`  // its value before any NAT
 	// interfaces between which nothing was forwarded before any NAT
 	Closed []string `json:"closed"`
+	// of IPv6; "" if no NAT has changed it
+	IPv6Forward string   `json:"ipv6Forward,omitempty"`
+	Closed6     []string `json:"closed6,omitempty"`
+	// interfaces that took router advertisements only while the host forwarded nothing
+	AcceptRA []string `json:"acceptRA,omitempty"`
 	// whether the namespaces are marked; those of older releases are not
 	Marked bool `json:"marked"`
 	// nil: there is none
@@ -128,12 +148,11 @@ type natRecord struct {
 
 // layout is a parsed NATConfig.
 type layout struct {
-	hostVeth, namespaceVeth, blocked *net.IPNet
-	gateway, guest                   net.IP
-	mask                             net.IPMask
-	mac                              net.HardwareAddr
-	openings                         []opening
-	count                            int
+	pool           // of IPv4
+	ip6      *pool // nil: guests have no IPv6
+	mac      net.HardwareAddr
+	openings []opening
+	count    int
 }
 
 // namespacePrefix leaves room for a number and "-veth" in an interface name of 15 bytes.
@@ -141,40 +160,25 @@ var namespacePrefix = regexp.MustCompile(`^[a-z][a-z0-9]{0,5}$`)
 
 func (c *NATConfig) parse() (*layout, error) {
 	l := &layout{}
-	for _, p := range []struct {
-		flag, value string
-		into        **net.IPNet
-	}{
-		{"host-veth-cidr", c.HostVethCIDR, &l.hostVeth},
-		{"namespace-veth-cidr", c.NamespaceVethCIDR, &l.namespaceVeth},
-		{"blocked-subnet-cidr", c.BlockedSubnetCIDR, &l.blocked},
-	} {
-		_, n, err := net.ParseCIDR(p.value)
-		if err != nil || n.IP.To4() == nil {
-			return nil, fmt.Errorf("--%s %q is no IPv4 subnet; write it as 10.0.8.0/22", p.flag, p.value)
-		}
-		n.IP = n.IP.To4()
-		*p.into = n
+	err := l.parse(poolFlags{
+		"", c.HostVethCIDR, c.NamespaceVethCIDR, c.BlockedSubnetCIDR, c.NamespaceInterfaceGateway, c.NamespaceInterfaceIP, c.NamespaceInterfaceNetmask,
+	})
+	if err != nil {
+		return nil, err
 	}
-	for _, p := range []struct {
-		flag, value string
-		into        *net.IP
-	}{
-		{"namespace-interface-gateway", c.NamespaceInterfaceGateway, &l.gateway},
-		{"namespace-interface-ip", c.NamespaceInterfaceIP, &l.guest},
-	} {
-		if *p.into = net.ParseIP(p.value).To4(); *p.into == nil {
-			return nil, fmt.Errorf("--%s %q is no IPv4 address", p.flag, p.value)
+	if c.IPv6 {
+		l.ip6 = &pool{}
+		err := l.ip6.parse(poolFlags{
+			"6", cmp.Or(c.HostVethCIDR6, behindPrefix6(l.hostVeth).String()), cmp.Or(c.NamespaceVethCIDR6, behindPrefix6(l.namespaceVeth).String()),
+			cmp.Or(c.BlockedSubnetCIDR6, behindPrefix6(l.blocked).String()),
+			cmp.Or(c.NamespaceInterfaceGateway6, behindPrefix6(host(l.gateway)).IP.String()),
+			cmp.Or(c.NamespaceInterfaceIP6, behindPrefix6(host(l.guest)).IP.String()),
+			cmp.Or(c.NamespaceInterfaceNetmask6, prefix6Bits+c.NamespaceInterfaceNetmask),
+		})
+		if err != nil {
+			return nil, err
 		}
 	}
-	if c.NamespaceInterfaceNetmask < 1 || c.NamespaceInterfaceNetmask > 30 {
-		return nil, fmt.Errorf("--namespace-interface-netmask is %d; it must be 1 to 30 bits", c.NamespaceInterfaceNetmask)
-	}
-	l.mask = net.CIDRMask(c.NamespaceInterfaceNetmask, 32)
-	if tap := (&net.IPNet{IP: l.gateway, Mask: l.mask}); !tap.Contains(l.guest) || l.guest.Equal(l.gateway) {
-		return nil, fmt.Errorf("--namespace-interface-ip %s must be another address in the subnet of the gateway %s", l.guest, tap)
-	}
-	var err error
 	if l.mac, err = net.ParseMAC(c.NamespaceInterfaceMAC); err != nil || len(l.mac) != 6 {
 		return nil, fmt.Errorf("--namespace-interface-mac %q is no MAC address", c.NamespaceInterfaceMAC)
 	}
@@ -184,12 +188,10 @@ func (c *NATConfig) parse() (*layout, error) {
 	if n := c.NamespaceInterface; n == "" || len(n) > 15 {
 		return nil, fmt.Errorf("--namespace-interface %q is no interface name", n)
 	}
-	hostBits, _ := l.hostVeth.Mask.Size()
-	nsBits, _ := l.namespaceVeth.Mask.Size()
-	// A subnet's first and last address are not used.
-	room := min(1<<(32-hostBits)/4, 1<<(32-nsBits)-2, 9999)
+	tightest := slices.MinFunc(l.pools(), func(a, b *pool) int { return a.room() - b.room() })
+	room := tightest.room()
 	if room < 1 {
-		return nil, fmt.Errorf("the subnets %s and %s have no room for a namespace", l.hostVeth, l.namespaceVeth)
+		return nil, fmt.Errorf("the subnets %s and %s have no room for a namespace", tightest.hostVeth, tightest.namespaceVeth)
 	}
 	if l.openings, err = c.parseOpenings(); err != nil {
 		return nil, err
@@ -211,14 +213,18 @@ func (c *NATConfig) parse() (*layout, error) {
 		l.count = room
 	}
 	if l.count < 0 || l.count > room {
-		return nil, fmt.Errorf("--namespace-count is %d; the subnets %s and %s have room for 1 to %d", c.NamespaceCount, l.hostVeth, l.namespaceVeth, room)
+		return nil, fmt.Errorf("--namespace-count is %d; the subnets %s and %s have room for 1 to %d", c.NamespaceCount, tightest.hostVeth, tightest.namespaceVeth, room)
 	}
 	return l, nil
 }
 
-func (l *layout) hostSide(i int) net.IP      { return addIP(l.hostVeth.IP, 4*i+1) }
-func (l *layout) namespaceSide(i int) net.IP { return addIP(l.hostVeth.IP, 4*i+2) }
-func (l *layout) namespaceIP(i int) net.IP   { return addIP(l.namespaceVeth.IP, i+1) }
+// pools are the addresses of IPv4, and those of IPv6 if there are any.
+func (l *layout) pools() []*pool {
+	if l.ip6 == nil {
+		return []*pool{&l.pool}
+	}
+	return []*pool{&l.pool, l.ip6}
+}
 
 func (n *NAT) name(i int) string { return fmt.Sprintf("%s%d", n.config.NamespacePrefix, i) }
 func (n *NAT) natTable() string  { return "drafter-nat-" + n.config.NamespacePrefix }
@@ -237,11 +243,15 @@ const namespaceVeth = "veth0"
 // StartNAT makes the namespaces and the host's rules. It first removes what a killed NAT left
 // behind, except for namespaces that a VM still uses: these are taken over unchanged.
 func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
+	c.Logger = logging.Or(c.Logger)
+	if c.IPv6 && !hasIPv6() {
+		c.Logger.Info("This host has no IPv6; guests have none, either")
+		c.IPv6 = false
+	}
 	l, err := c.parse()
 	if err != nil {
 		return nil, err
 	}
-	c.Logger = logging.Or(c.Logger)
 	n := &NAT{config: c, layout: l, guestTables: make([]applied, l.count), vacant: make([]bool, l.count), news: newNews(c.Logger)}
 	lock, err := rundir.Lock("nat-" + c.NamespacePrefix)
 	var held *lockfile.HeldError
@@ -257,13 +267,13 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 			err = errors.Join(err, n.Close())
 		}
 	}()
-	if n.outgoing, err = outgoingInterfaces(c.HostInterface); err != nil {
+	if n.outgoing, n.outgoing6, err = n.waysOut(c.HostInterface); err != nil {
 		return nil, err
 	}
-	if len(n.outgoing) == 0 {
+	if len(n.outgoing) == 0 && len(n.outgoing6) == 0 {
 		n.config.Logger.Warn("This host has no default route: until it has, guests reach only what --allow-host and --allow-cidr open. Name a --host-interface to change that")
 	}
-	n.follows, n.config.HostInterface = c.HostInterface == "", strings.Join(n.outgoing, ",")
+	n.follows, n.config.HostInterface = c.HostInterface == "", n.hostInterface()
 	kept, err := n.reclaim()
 	if err != nil {
 		return nil, fmt.Errorf("clean up after an earlier NAT: %w", err)
@@ -324,20 +334,35 @@ func (n *NAT) makeNamespace(i int, kept []string) error {
 // quarters.
 var publicAddresses = []net.IP{net.IPv4(8, 8, 8, 8), net.IPv4(65, 0, 0, 1), net.IPv4(130, 0, 0, 1), net.IPv4(193, 0, 0, 1)}
 
-// outgoingInterfaces checks given interfaces, such as eth0 or eth0,eth1, or finds those through
-// which the host reaches the Internet at the moment. A route with several next hops has several. A
-// host without such a route has no way out.
-func outgoingInterfaces(names string) (found []string, err error) {
+// waysOut checks given interfaces, such as eth0 or eth0,eth1, or finds those through which the host
+// reaches the Internet at the moment, by IPv4 and by IPv6.
+func (n *NAT) waysOut(names string) (out, out6 []string, err error) {
 	if names != "" {
-		found = strings.Split(names, ",")
-		for _, name := range found {
+		out = strings.Split(names, ",")
+		for _, name := range out {
 			if _, err := netlink.LinkByName(name); err != nil {
-				return nil, fmt.Errorf("--host-interface %q does not exist; see 'ip link' for those there are", name)
+				return nil, nil, fmt.Errorf("--host-interface %q does not exist; see 'ip link' for those there are", name)
 			}
 		}
-		return found, nil
+		return out, out, nil
 	}
-	for _, ip := range publicAddresses {
+	if out, err = outgoingInterfaces(publicAddresses); err == nil && n.layout.ip6 != nil {
+		out6, err = outgoingInterfaces(publicAddresses6)
+	}
+	return out, out6, err
+}
+
+// hostInterface is what --host-interface would name.
+func (n *NAT) hostInterface() string {
+	all := slices.Concat(n.outgoing, n.outgoing6)
+	slices.Sort(all)
+	return strings.Join(slices.Compact(all), ",")
+}
+
+// outgoingInterfaces finds those through which the host reaches public addresses at the moment. A
+// route with several next hops has several. A host without such a route has no way out.
+func outgoingInterfaces(addresses []net.IP) (found []string, err error) {
+	for _, ip := range addresses {
 		// The kernel decides, by metrics, rules and tables.
 		routes, err := netlink.RouteGetWithOptions(ip, &netlink.RouteGetOptions{FIBMatch: true})
 		if err != nil {
@@ -396,14 +421,14 @@ func (n *NAT) reclaim() (kept []string, err error) {
 		switch {
 		case aerr != nil:
 			return nil, aerr
-		case err == nil && anchor != nil && old.Config.pool() == n.config.pool():
+		case err == nil && anchor != nil && old.Config.samePool(n.config):
 			kept = append(kept, name)
 			n.changed = n.changed || old.Config.permissions() != n.config.permissions()
 			if err := lock.Release(); err != nil {
 				return nil, err
 			}
 		case errors.As(err, &held):
-			if old.Config.pool() != n.config.pool() {
+			if !old.Config.samePool(n.config) {
 				return nil, fmt.Errorf("network namespace %q is in use by %s and laid out by other flags; end that process first", name, held.Holder)
 			}
 			kept = append(kept, name)
@@ -426,10 +451,21 @@ func (n *NAT) reclaim() (kept []string, err error) {
 	}
 	n.config.Logger.Info("Removed what a killed NAT left behind", "namespaces", len(old.Namespaces)-len(kept), "inUse", len(kept))
 	n.record.IPForward, n.record.Closed = old.IPForward, old.Closed
+	n.record.IPv6Forward, n.record.Closed6, n.record.AcceptRA = old.IPv6Forward, old.Closed6, old.AcceptRA
 	return kept, nil
 }
 
-// pool is the layout of the namespaces. Everything else is set anew for those that are kept.
+// samePool tells whether namespaces that were laid out by c can be kept: they may gain or lose IPv6.
+func (c NATConfig) samePool(now NATConfig) bool {
+	if c.pool() != now.pool() {
+		return false
+	}
+	before, err := c.parse()
+	after, nerr := now.parse()
+	return err == nil && nerr == nil && (before.ip6 == nil || after.ip6 == nil || before.ip6.String() == after.ip6.String())
+}
+
+// pool is the layout of the namespaces by IPv4. Everything else is set anew for those that are kept.
 func (c NATConfig) pool() [8]string {
 	return [...]string{
 		c.HostVethCIDR, c.NamespaceVethCIDR, c.NamespaceInterface, c.NamespaceInterfaceGateway, strconv.Itoa(c.NamespaceInterfaceNetmask),
@@ -439,7 +475,7 @@ func (c NATConfig) pool() [8]string {
 
 // permissions are what guests may reach, and who may reach them.
 func (c NATConfig) permissions() string {
-	return fmt.Sprintf("%q %q %q %q %v", c.HostInterface, c.BlockedSubnetCIDR, c.AllowHost, c.AllowCIDRs, c.AllowIncomingTraffic)
+	return fmt.Sprintf("%q %q %q %q %v %q %v", c.HostInterface, c.BlockedSubnetCIDR, c.AllowHost, c.AllowCIDRs, c.AllowIncomingTraffic, c.BlockedSubnetCIDR6, c.IPv6Routed)
 }
 
 // checkFree refuses to start where the names or addresses belong to somebody else.
@@ -489,12 +525,14 @@ func (n *NAT) checkTable([]string) error {
 	if _, err := os.Stat(n.recordPath()); !errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
-	table, err := tableState(unix.NFPROTO_IPV4, n.natTable())
-	if err != nil {
-		return err
-	}
-	if len(table) > 0 {
-		return fmt.Errorf("nftables table ip %[1]s exists and is not ours; remove it ('nft delete table ip %[1]s'), or choose another --namespace-prefix", n.natTable())
+	for family, name := range map[byte]string{unix.NFPROTO_INET: "inet", unix.NFPROTO_IPV4: "ip"} { // older releases' is of ip
+		table, err := tableState(family, n.natTable())
+		if err != nil {
+			return err
+		}
+		if len(table) > 0 {
+			return fmt.Errorf("nftables table %[1]s %[2]s exists and is not ours; remove it ('nft delete table %[1]s %[2]s'), or choose another --namespace-prefix", name, n.natTable())
+		}
 	}
 	return nil
 }
@@ -502,7 +540,7 @@ func (n *NAT) checkTable([]string) error {
 // checkAddresses refuses subnets that an interface of this host has an address in, or is in the
 // network of.
 func (n *NAT) checkAddresses(kept []string) error {
-	addrs, err := netlink.AddrList(nil, netlink.FAMILY_V4)
+	addrs, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
 	if err != nil {
 		return fmt.Errorf("list addresses: %w", err)
 	}
@@ -514,8 +552,10 @@ func (n *NAT) checkAddresses(kept []string) error {
 		if isHostVeth(link, kept) {
 			continue
 		}
-		if n.layout.hostVeth.Contains(a.IP) || n.layout.namespaceVeth.Contains(a.IP) {
-			return fmt.Errorf("address %s of interface %s is inside the NAT's subnets; choose other --host-veth-cidr and --namespace-veth-cidr", a.IP, link.Attrs().Name)
+		for _, p := range n.layout.pools() {
+			if p.hostVeth.Contains(a.IP) || p.namespaceVeth.Contains(a.IP) {
+				return fmt.Errorf("address %s of interface %s is inside the NAT's subnets; choose other --host-veth-cidr%[3]s and --namespace-veth-cidr%[3]s", a.IP, link.Attrs().Name, p.suffix)
+			}
 		}
 		network := &net.IPNet{IP: a.IP.Mask(a.Mask), Mask: a.Mask}
 		for flag, subnet := range n.subnets() {
@@ -534,9 +574,15 @@ func isHostVeth(link netlink.Link, kept []string) bool {
 	return slices.ContainsFunc(kept, func(name string) bool { return hostVethName(name) == link.Attrs().Name })
 }
 
-// subnets are the addresses that the NAT takes, by flag.
-func (n *NAT) subnets() map[string]*net.IPNet {
-	return map[string]*net.IPNet{"host-veth-cidr": n.layout.hostVeth, "namespace-veth-cidr": n.layout.namespaceVeth}
+// subnets are the addresses that the NAT takes, by flag, those of IPv4 first.
+func (n *NAT) subnets() iter.Seq2[string, *net.IPNet] {
+	return func(yield func(string, *net.IPNet) bool) {
+		for _, p := range n.layout.pools() {
+			if !yield("host-veth-cidr"+p.suffix, p.hostVeth) || !yield("namespace-veth-cidr"+p.suffix, p.namespaceVeth) {
+				return
+			}
+		}
+	}
 }
 
 // checkOthers refuses subnets of another NAT.
@@ -551,9 +597,11 @@ func (n *NAT) checkOthers([]string) error {
 			return fmt.Errorf("read record of the NAT for namespaces %s…: %w", o.Config.NamespacePrefix, err)
 		}
 		for flag, subnet := range n.subnets() {
-			for _, taken := range []*net.IPNet{l.hostVeth, l.namespaceVeth} {
-				if subnet.Contains(taken.IP) || taken.Contains(subnet.IP) {
-					return fmt.Errorf("--%s %s overlaps with %s of the NAT for namespaces %s…; choose another", flag, subnet, taken, o.Config.NamespacePrefix)
+			for _, p := range l.pools() {
+				for _, taken := range []*net.IPNet{p.hostVeth, p.namespaceVeth} {
+					if subnet.Contains(taken.IP) || taken.Contains(subnet.IP) {
+						return fmt.Errorf("--%s %s overlaps with %s of the NAT for namespaces %s…; choose another", flag, subnet, taken, o.Config.NamespacePrefix)
+					}
 				}
 			}
 		}
@@ -564,14 +612,14 @@ func (n *NAT) checkOthers([]string) error {
 // checkRoutes refuses subnets of which the host already routes a part elsewhere. A route that is
 // wider than a subnet is none of these: the NAT's own are more specific. What they hide is said.
 func (n *NAT) checkRoutes(kept []string) error {
-	routes, err := netlink.RouteList(nil, netlink.FAMILY_V4)
+	routes, err := netlink.RouteList(nil, netlink.FAMILY_ALL)
 	if err != nil {
 		return fmt.Errorf("list routes: %w", err)
 	}
 	for flag, subnet := range n.subnets() {
 		wide, _ := subnet.Mask.Size()
 		for _, r := range routes {
-			if r.Dst == nil || !subnet.Contains(r.Dst.IP) && !r.Dst.Contains(subnet.IP) {
+			if r.Dst == nil || len(r.Dst.Mask) != len(subnet.Mask) || !subnet.Contains(r.Dst.IP) && !r.Dst.Contains(subnet.IP) {
 				continue
 			}
 			if link, err := netlink.LinkByIndex(r.LinkIndex); err == nil && isHostVeth(link, kept) {
@@ -608,6 +656,9 @@ func (n *NAT) prepareHost(kept []string) error {
 		return err
 	}
 	if err := setSysctl(forward, "1"); err != nil {
+		return err
+	}
+	if _, err := n.keepForwarding6(); err != nil {
 		return err
 	}
 	if err := checkGuestPorts(n.config.Logger); err != nil {
@@ -744,6 +795,9 @@ func (n *NAT) connect(i int) (err error) {
 		if err = netlink.LinkAdd(veth); err != nil {
 			return fmt.Errorf("create %s: %w", attrs.Name, err)
 		}
+		if veth, err = netlink.LinkByName(attrs.Name); err != nil { // with its MAC address
+			return err
+		}
 	case !ours:
 		return errSomebodysLink(name)
 	}
@@ -752,39 +806,56 @@ func (n *NAT) connect(i int) (err error) {
 			return fmt.Errorf("take %s out of a bridge: %w", hostVethName(name), err)
 		}
 	}
-	if err := configureLink(veth, &net.IPNet{IP: l.hostSide(i), Mask: net.CIDRMask(30, 32)}); err != nil {
-		return err
-	}
-	for parameter, value := range n.linkParameters(i) {
-		if _, err := keepSysctl(parameter, value); err != nil {
+	for _, p := range n.linkParameters(i) {
+		if _, err := keepSysctl(p.name, p.value); err != nil {
 			return err
 		}
 	}
-	if err := inNamespace(name, func() error { return n.configureNamespace(i) }); err != nil {
+	var addrs []*net.IPNet
+	for _, p := range l.pools() {
+		addrs = append(addrs, p.linkNetwork(p.hostSide(i)))
+	}
+	if err := configureLink(veth, addrs...); err != nil {
 		return err
 	}
-	if err := netlink.RouteReplace(&netlink.Route{LinkIndex: veth.Attrs().Index, Dst: host(l.namespaceIP(i)), Gw: l.namespaceSide(i)}); err != nil {
-		return fmt.Errorf("set route to %s: %w", l.namespaceIP(i), err)
+	var inside net.HardwareAddr
+	err = inNamespace(name, func() (err error) {
+		inside, err = n.configureNamespace(i, veth.Attrs().HardwareAddr)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	for _, p := range l.pools() {
+		if err := p.setNeighbour(veth, p.namespaceSide(i), inside); err != nil {
+			return err
+		}
+		if err := netlink.RouteReplace(&netlink.Route{LinkIndex: veth.Attrs().Index, Dst: host(p.namespaceIP(i)), Gw: p.namespaceSide(i)}); err != nil {
+			return fmt.Errorf("set route to %s: %w", p.namespaceIP(i), err)
+		}
 	}
 	return nil
 }
 
+// parameter is a kernel parameter and its value.
+type parameter struct{ name, value string }
+
 // linkParameters are the kernel parameters of the host's end of a link. They go with the link.
-func (n *NAT) linkParameters(i int) map[string]string {
+func (n *NAT) linkParameters(i int) []parameter {
 	name := hostVethName(n.name(i))
-	return map[string]string{
-		"net/ipv4/conf/" + name + "/forwarding": "1",
+	return append(n.layout.parameters6(name),
+		parameter{"net/ipv4/conf/" + name + "/forwarding", "1"},
 		// For forwards from loopback addresses. The host's raw rule guards it.
-		"net/ipv4/conf/" + name + "/route_localnet": "1",
-		// Nothing is routed by IPv6. Without this, link-local addresses would reach whatever
-		// listens on the host's [::].
-		"net/ipv6/conf/" + name + "/disable_ipv6": "1",
-	}
+		parameter{"net/ipv4/conf/" + name + "/route_localnet", "1"})
 }
 
 func configureLink(link netlink.Link, addrs ...*net.IPNet) error {
 	for _, a := range addrs {
-		if err := netlink.AddrReplace(link, &netlink.Addr{IPNet: a}); err != nil {
+		addr := &netlink.Addr{IPNet: a}
+		if a.IP.To4() == nil {
+			addr.Flags = unix.IFA_F_NODAD // nobody else has it, and it is needed at once
+		}
+		if err := netlink.AddrReplace(link, addr); err != nil {
 			return fmt.Errorf("set address of %s to %s: %w", link.Attrs().Name, a, err)
 		}
 	}
@@ -794,8 +865,8 @@ func configureLink(link netlink.Link, addrs ...*net.IPNet) error {
 	for _, a := range addrs {
 		// The kernel makes it with the address, but not again for an address that is there.
 		network := &net.IPNet{IP: a.IP.Mask(a.Mask), Mask: a.Mask}
-		if bits, _ := a.Mask.Size(); bits == 32 {
-			continue
+		if bits, _ := a.Mask.Size(); bits == 32 || a.IP.To4() == nil {
+			continue // that of IPv6 is made again
 		}
 		route := &netlink.Route{
 			LinkIndex: link.Attrs().Index, Dst: network, Src: a.IP, Scope: netlink.SCOPE_LINK, Protocol: unix.RTPROT_KERNEL,
@@ -811,35 +882,51 @@ func configureLink(link netlink.Link, addrs ...*net.IPNet) error {
 // the tap.
 const vacantMetric = 1000
 
-// configureNamespace runs inside the namespace.
-func (n *NAT) configureNamespace(i int) error {
+// configureNamespace runs inside the namespace. outside is the MAC address of the host's end of its
+// link; that of its own end is returned.
+func (n *NAT) configureNamespace(i int, outside net.HardwareAddr) (inside net.HardwareAddr, err error) {
 	l := n.layout
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
-		return err
+		return nil, err
 	}
 	veth, err := netlink.LinkByName(namespaceVeth)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	err = errors.Join(
-		configureLink(lo),
-		configureLink(veth, &net.IPNet{IP: l.namespaceSide(i), Mask: net.CIDRMask(30, 32)}, host(l.namespaceIP(i))),
-	)
+	for _, p := range append(l.forwardParameters(), l.parameters6(namespaceVeth)...) {
+		if _, err := keepSysctl(p.name, p.value); err != nil {
+			return nil, err
+		}
+	}
+	var addrs []*net.IPNet
+	for _, p := range l.pools() {
+		addrs = append(addrs, p.linkNetwork(p.namespaceSide(i)), host(p.namespaceIP(i)))
+	}
+	err = errors.Join(configureLink(lo), configureLink(veth, addrs...))
 	if tap, missing := netlink.LinkByName(n.config.NamespaceInterface); missing == nil {
-		err = errors.Join(err, configureLink(tap, &net.IPNet{IP: l.gateway, Mask: l.mask}))
+		err = errors.Join(err, l.configureTap(tap))
 	}
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if err := netlink.RouteReplace(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: l.hostSide(i)}); err != nil {
-		return fmt.Errorf("set default route: %w", err)
+	for _, p := range l.pools() {
+		if err := p.setNeighbour(veth, p.hostSide(i), outside); err != nil {
+			return nil, err
+		}
+		if err := netlink.RouteReplace(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: p.hostSide(i)}); err != nil {
+			return nil, fmt.Errorf("set default route: %w", err)
+		}
+		vacant := &netlink.Route{LinkIndex: lo.Attrs().Index, Dst: p.tapNetwork(), Priority: vacantMetric, Scope: netlink.SCOPE_LINK}
+		if p == l.ip6 {
+			// By IPv6 the kernel forwards nothing to lo, but answers by itself, and not with RST.
+			vacant.LinkIndex, vacant.Scope = veth.Attrs().Index, netlink.SCOPE_UNIVERSE
+		}
+		if err := netlink.RouteReplace(vacant); err != nil {
+			return nil, fmt.Errorf("set route for a guest that is not there: %w", err)
+		}
 	}
-	vacant := &net.IPNet{IP: l.gateway.Mask(l.mask), Mask: l.mask}
-	if err := netlink.RouteReplace(&netlink.Route{LinkIndex: lo.Attrs().Index, Dst: vacant, Priority: vacantMetric, Scope: netlink.SCOPE_LINK}); err != nil {
-		return fmt.Errorf("set route for a guest that is not there: %w", err)
-	}
-	return setSysctl("net/ipv4/ip_forward", "1")
+	return veth.Attrs().HardwareAddr, nil
 }
 
 // createTap makes the tap inside the namespace.
@@ -853,11 +940,25 @@ func (c NATConfig) createTap(l *layout) error {
 	if err := netlink.LinkSetHardwareAddr(tap, l.mac); err != nil {
 		return fmt.Errorf("set MAC address of %s: %w", c.NamespaceInterface, err)
 	}
+	return l.configureTap(tap)
+}
+
+// configureTap configures the tap inside the namespace.
+func (l *layout) configureTap(tap netlink.Link) error {
+	name := tap.Attrs().Name
 	// Without a VMM behind the tap its route does not count, so clients are refused at once.
-	if err := setSysctl("net/ipv4/conf/"+c.NamespaceInterface+"/ignore_routes_with_linkdown", "1"); err != nil {
-		return err
+	parameters := append(l.parameters6(name), parameter{"net/ipv4/conf/" + name + "/ignore_routes_with_linkdown", "1"})
+	addrs := []*net.IPNet{{IP: l.gateway, Mask: l.mask}}
+	if l.ip6 != nil {
+		parameters = append(parameters, parameter{"net/ipv6/conf/" + name + "/ignore_routes_with_linkdown", "1"})
+		addrs = append(addrs, &net.IPNet{IP: l.ip6.gateway, Mask: l.ip6.mask}, tapLinkLocal)
 	}
-	return configureLink(tap, &net.IPNet{IP: l.gateway, Mask: l.mask})
+	for _, p := range parameters {
+		if _, err := keepSysctl(p.name, p.value); err != nil {
+			return err
+		}
+	}
+	return configureLink(tap, addrs...)
 }
 
 // renewTap replaces the tap unless a VMM has it. A VMM that was broken into may have changed or
@@ -881,7 +982,10 @@ func (c NATConfig) renewTap(l *layout) error {
 // guard puts the rules for guests in force, for a namespace and its link.
 func (n *NAT) guard(i int) error {
 	return inNamespace(n.name(i), func() error {
-		err := errors.Join(markNamespace(), disableIPv6("all"), n.namespaceRules(i, n.connections))
+		err := errors.Join(markNamespace(), n.namespaceRules(i, n.connections))
+		if n.layout.ip6 == nil {
+			err = errors.Join(err, disableIPv6("all"))
+		}
 		for _, state := range []string{"time_wait", "close"} {
 			err = errors.Join(err, setSysctl("net/netfilter/nf_conntrack_tcp_timeout_"+state, strconv.Itoa(closedTimeout)))
 		}
@@ -1005,6 +1109,7 @@ func (n *NAT) Close() error {
 		if n.record.IPForward == "0" && len(others) == 0 && err == nil {
 			errs = append(errs, setSysctl("net/ipv4/ip_forward", "0"))
 		}
+		errs = append(errs, n.restoreForwarding6())
 	}
 	errs = append(errs, n.lock.Release(), rundir.Remove())
 	n.lock = nil

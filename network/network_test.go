@@ -9,7 +9,9 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -20,6 +22,7 @@ import (
 
 	"drafter/internal/await"
 	"drafter/internal/need"
+	"drafter/internal/rundir"
 	"drafter/internal/testhost"
 )
 
@@ -55,8 +58,51 @@ func subnet(s string) *net.IPNet {
 	if err != nil {
 		panic(err)
 	}
-	n.IP = ip.To4()
+	n.IP = ip
+	if ip4 := ip.To4(); ip4 != nil {
+		n.IP = ip4
+	}
 	return n
+}
+
+// byBoth runs a test twice: by IPv4, and by IPv6 with every text that names IPv4 addresses and networks
+// translated.
+func byBoth(t *testing.T, test func(t *testing.T, v func(string) string)) {
+	t.Run("IPv4", func(t *testing.T) { test(t, func(s string) string { return s }) })
+	t.Run("IPv6", func(t *testing.T) { test(t, ipv6) })
+}
+
+var (
+	ipv4Networks  = strings.NewReplacer("tcp4", "tcp6", "udp4", "udp6", "ip4:", "ip6:")
+	ipv4Addresses = regexp.MustCompile(`\b(\d+\.\d+\.\d+\.\d+)(/\d+)?(:\d+)?`)
+	ipv6Services  = map[string]string{
+		"127.0.0.1": "::1", "0.0.0.0": "::", "169.254.169.254": "fd00:ec2::254", "100.100.100.200": "fd20:ce::254",
+	}
+)
+
+// ipv6 translates addresses: those of the NAT are behind its prefix, those of others behind
+// 2001:db8::/96, and services have their own.
+func ipv6(s string) string {
+	return ipv4Addresses.ReplaceAllStringFunc(ipv4Networks.Replace(s), func(s string) string {
+		part := ipv4Addresses.FindStringSubmatch(s)
+		addr, ok := ipv6Services[part[1]]
+		if !ok {
+			ip := net.ParseIP(part[1])
+			prefix := net.ParseIP("2001:db8::")
+			if ip.IsPrivate() {
+				prefix = prefix6
+			}
+			addr = slices.Concat(prefix[:12], ip.To4()).String()
+		}
+		if part[2] != "" {
+			bits, _ := strconv.Atoi(part[2][1:])
+			return fmt.Sprintf("%s/%d%s", addr, bits+prefix6Bits, part[3])
+		}
+		if part[3] != "" {
+			return "[" + addr + "]" + part[3]
+		}
+		return addr
+	})
 }
 
 func testConfig() NATConfig {
@@ -64,7 +110,7 @@ func testConfig() NATConfig {
 		HostVethCIDR: "10.0.8.0/22", NamespaceVethCIDR: "10.0.15.0/24", BlockedSubnetCIDR: "10.0.15.0/24",
 		NamespaceInterface: "tap0", NamespaceInterfaceGateway: "172.16.0.1", NamespaceInterfaceNetmask: 30,
 		NamespaceInterfaceIP: "172.16.0.2", NamespaceInterfaceMAC: "02:0e:d9:fd:68:3d",
-		NamespacePrefix: "ark", NamespaceCount: 2, AllowIncomingTraffic: true,
+		NamespacePrefix: "ark", NamespaceCount: 2, AllowIncomingTraffic: true, IPv6: true,
 	}
 }
 
@@ -78,7 +124,7 @@ func runNAT() {
 // inventory is all that a NAT or forwarder could leave on a host, but for what is only counted.
 func inventory(t *testing.T) string {
 	t.Helper()
-	out, err := exec.Command("sh", "-c", `ip -o link | cut -d: -f2 | sort; ip netns list | sort; ip -4 route | sed 's/ linkdown//'; nft --terse list ruleset; find /run/drafter; cat /proc/sys/net/ipv4/ip_forward`).CombinedOutput()
+	out, err := exec.Command("sh", "-c", `ip -o link | cut -d: -f2 | sort; ip netns list | sort; (ip -4 route; ip -6 route) | sed 's/ linkdown//; s/ expires [0-9a-z]*//'; nft --terse list ruleset; find /run/drafter; cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding /proc/sys/net/ipv6/conf/eth0/accept_ra`).CombinedOutput()
 	if err != nil && !strings.Contains(string(out), "No such file") {
 		t.Fatalf("%v: %s", err, out)
 	}
@@ -191,10 +237,12 @@ func setUpGuest(t *testing.T, guest string) {
 		if err := netlink.LinkSetHardwareAddr(link, mac); err != nil {
 			return err
 		}
-		if err := configureLink(link, subnet("172.16.0.2/30")); err != nil {
+		if err := configureLink(link, subnet("172.16.0.2/30"), subnet(ipv6("172.16.0.2/30"))); err != nil {
 			return err
 		}
-		return netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: net.IPv4(172, 16, 0, 1)})
+		return errors.Join(
+			netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: net.IPv4(172, 16, 0, 1)}),
+			netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: net.ParseIP(ipv6("172.16.0.1"))}))
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -225,10 +273,10 @@ func listen(t *testing.T, ns, addr, name string) {
 	var l net.Listener
 	var p net.PacketConn
 	start := func() (err error) {
-		if l, err = net.Listen("tcp4", addr); err != nil {
+		if l, err = net.Listen(over("tcp", addr), addr); err != nil {
 			return err
 		}
-		p, err = net.ListenPacket("udp4", addr)
+		p, err = net.ListenPacket(over("udp", addr), addr)
 		return err
 	}
 	err := error(nil)
@@ -264,6 +312,14 @@ func listen(t *testing.T, ns, addr, name string) {
 		done <- struct{}{}
 	}()
 	t.Cleanup(func() { l.Close(); p.Close(); <-done; <-done })
+}
+
+// over is a network by the protocol of an address, such as tcp6.
+func over(network, addr string) string {
+	if strings.HasPrefix(addr, "[") {
+		return network + "6"
+	}
+	return network + "4"
 }
 
 type packetWriter struct {
@@ -308,6 +364,10 @@ func askFrom(t *testing.T, ns, network, addr string, local net.Addr) (answer str
 
 func TestGuestReachesOutside(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testGuestReachesOutside)
+}
+
+func testGuestReachesOutside(t *testing.T, v func(string) string) {
 	startNAT(t, testConfig())
 	guest0, guest1 := attachGuest(t, "ark0"), attachGuest(t, "ark1")
 	for _, ns := range []string{"ark0", "ark1"} {
@@ -315,14 +375,14 @@ func TestGuestReachesOutside(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	listen(t, "outside", "192.0.2.254:80", "outside")
-	listen(t, guest1, "172.16.0.2:80", "guest1")
-	for _, network := range []string{"tcp4", "udp4"} {
-		if got := ask(t, guest0, network, "192.0.2.254:80"); got != "outside to 192.0.2.1" {
+	listen(t, "outside", v("192.0.2.254:80"), "outside")
+	listen(t, guest1, v("172.16.0.2:80"), "guest1")
+	for _, network := range []string{v("tcp4"), v("udp4")} {
+		if got := ask(t, guest0, network, v("192.0.2.254:80")); got != v("outside to 192.0.2.1") {
 			t.Errorf("%s outside: %q", network, got)
 		}
 		// The host needs no forwarder: a guest has its own address there.
-		for _, addr := range []string{"10.0.15.2:80", "10.0.8.6:80"} {
+		for _, addr := range []string{v("10.0.15.2:80"), v("10.0.8.6:80")} {
 			if got := ask(t, "", network, addr); !strings.HasPrefix(got, "guest1 to ") {
 				t.Errorf("%s from the host to %s: %q", network, addr, got)
 			}
@@ -332,16 +392,20 @@ func TestGuestReachesOutside(t *testing.T) {
 
 func TestNoIncomingTraffic(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testNoIncomingTraffic)
+}
+
+func testNoIncomingTraffic(t *testing.T, v func(string) string) {
 	c := testConfig()
 	c.AllowIncomingTraffic = false
 	startNAT(t, c)
 	guest := attachGuest(t, "ark0")
-	listen(t, guest, "172.16.0.2:80", "guest")
-	listen(t, "outside", "192.0.2.254:80", "outside")
-	if got := ask(t, "", "tcp4", "10.0.15.1:80"); got != "" {
+	listen(t, guest, v("172.16.0.2:80"), "guest")
+	listen(t, "outside", v("192.0.2.254:80"), "outside")
+	if got := ask(t, "", v("tcp4"), v("10.0.15.1:80")); got != "" {
 		t.Errorf("the guest was reached: %q", got)
 	}
-	if got := ask(t, guest, "tcp4", "192.0.2.254:80"); got != "outside to 192.0.2.1" {
+	if got := ask(t, guest, v("tcp4"), v("192.0.2.254:80")); got != v("outside to 192.0.2.1") {
 		t.Errorf("the guest reaches outside: %q", got)
 	}
 }
@@ -350,34 +414,48 @@ func forwardTo(ns, protocol, external string) PortForward {
 	return PortForward{Netns: ns, InternalPort: "80", Protocol: protocol, ExternalAddr: external}
 }
 
+// possible are those forwards and questions that there are: nobody takes UDP at the loopback address of
+// IPv6.
+func possible(forwards ...PortForward) []PortForward {
+	return slices.DeleteFunc(forwards, func(p PortForward) bool { return !asks(p.Protocol, p.ExternalAddr) })
+}
+
+func asks(network, addr string) bool {
+	return !strings.HasPrefix(network, "udp") || !strings.HasPrefix(addr, "[::1]")
+}
+
 func TestForwarder(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testForwarder)
+}
+
+func testForwarder(t *testing.T, v func(string) string) {
 	startNAT(t, testConfig())
 	guest0, guest1 := attachGuest(t, "ark0"), attachGuest(t, "ark1")
-	listen(t, guest0, "172.16.0.2:80", "guest0")
-	listen(t, guest1, "172.16.0.2:80", "guest1")
+	listen(t, guest0, v("172.16.0.2:80"), "guest0")
+	listen(t, guest1, v("172.16.0.2:80"), "guest1")
 	before := inventory(t)
 	start := func(forwards ...PortForward) *Forwarder {
 		t.Helper()
-		f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: forwards})
+		f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: possible(forwards...)})
 		if err != nil {
 			t.Fatal(err)
 		}
 		return f
 	}
-	first := start(forwardTo("ark0", "tcp", "127.0.0.1:3333"), forwardTo("ark0", "udp", "127.0.0.1:3333"), forwardTo("ark0", "tcp", "192.0.2.1:3333"), forwardTo("ark0", "udp", "192.0.2.1:3333"))
-	second := start(forwardTo("ark1", "tcp", "127.0.0.1:4444"), forwardTo("ark1", "tcp", "192.0.2.1:4444"))
+	first := start(forwardTo("ark0", "tcp", v("127.0.0.1:3333")), forwardTo("ark0", "udp", v("127.0.0.1:3333")), forwardTo("ark0", "tcp", v("192.0.2.1:3333")), forwardTo("ark0", "udp", v("192.0.2.1:3333")))
+	second := start(forwardTo("ark1", "tcp", v("127.0.0.1:4444")), forwardTo("ark1", "tcp", v("192.0.2.1:4444")))
 	for _, tt := range []struct{ ns, network, addr, want string }{
-		{"", "tcp4", "127.0.0.1:3333", "guest0 to 10.0.8.1"},
-		{"", "udp4", "127.0.0.1:3333", "guest0 to 10.0.8.1"},
-		{"", "tcp4", "192.0.2.1:3333", "guest0 to 192.0.2.1"},
-		{"outside", "tcp4", "192.0.2.1:3333", "guest0 to 192.0.2.254"},
-		{"outside", "udp4", "192.0.2.1:3333", "guest0 to 192.0.2.254"},
-		{"", "tcp4", "127.0.0.1:4444", "guest1 to 10.0.8.5"},
-		{"outside", "tcp4", "192.0.2.1:4444", "guest1 to 192.0.2.254"},
-		{"outside", "tcp4", "192.0.2.1:5555", ""},
+		{"", v("tcp4"), v("127.0.0.1:3333"), v("guest0 to 10.0.8.1")},
+		{"", v("udp4"), v("127.0.0.1:3333"), v("guest0 to 10.0.8.1")},
+		{"", v("tcp4"), v("192.0.2.1:3333"), v("guest0 to 192.0.2.1")},
+		{"outside", v("tcp4"), v("192.0.2.1:3333"), v("guest0 to 192.0.2.254")},
+		{"outside", v("udp4"), v("192.0.2.1:3333"), v("guest0 to 192.0.2.254")},
+		{"", v("tcp4"), v("127.0.0.1:4444"), v("guest1 to 10.0.8.5")},
+		{"outside", v("tcp4"), v("192.0.2.1:4444"), v("guest1 to 192.0.2.254")},
+		{"outside", v("tcp4"), v("192.0.2.1:5555"), ""},
 	} {
-		if got := ask(t, tt.ns, tt.network, tt.addr); got != tt.want {
+		if got := ask(t, tt.ns, tt.network, tt.addr); got != tt.want && asks(tt.network, tt.addr) {
 			t.Errorf("%s from %q to %s: %q; want %q", tt.network, tt.ns, tt.addr, got, tt.want)
 		}
 	}
@@ -385,28 +463,32 @@ func TestForwarder(t *testing.T) {
 	if err := second.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if got := ask(t, "", "tcp4", "127.0.0.1:4444"); got != "" {
+	if got := ask(t, "", v("tcp4"), v("127.0.0.1:4444")); got != "" {
 		t.Errorf("a closed forward answers %q", got)
 	}
-	if got := ask(t, "", "tcp4", "127.0.0.1:3333"); got == "" {
+	if got := ask(t, "", v("tcp4"), v("127.0.0.1:3333")); got == "" {
 		t.Error("another forwarder's end ended this one's forwards")
 	}
 	for name, tt := range map[string]struct {
 		forward PortForward
 		want    string
 	}{
-		"taken by a forwarder": {forwardTo("ark1", "tcp", "127.0.0.1:3333"), "taken by another process"},
-		"wildcard":             {forwardTo("ark0", "tcp", "0.0.0.0:3333"), "wildcard addresses cannot be forwarded"},
+		"taken by a forwarder": {forwardTo("ark1", "tcp", v("127.0.0.1:3333")), "taken by another process"},
+		"wildcard":             {forwardTo("ark0", "tcp", v("0.0.0.0:3333")), "wildcard addresses cannot be forwarded"},
 		"wildcard port":        {forwardTo("ark0", "tcp", ":3333"), "wildcard addresses cannot be forwarded"},
-		"IPv6":                 {forwardTo("ark0", "tcp", "[::1]:3333"), "IPv6 is not supported yet"},
+		"UDP of IPv6 loopback": {forwardTo("ark0", "udp", "[::1]:7777"), "takes TCP only"},
+		"UDP to IPv6":          {PortForward{Netns: "ark0", InternalPort: "80", Protocol: "udp", ExternalAddr: "192.0.2.1:7777", InternalFamily: "ipv6"}, "takes TCP only"},
+		"no family":            {PortForward{Netns: "ark0", InternalPort: "80", Protocol: "tcp", ExternalAddr: "192.0.2.1:7777", InternalFamily: "6"}, "choose ipv4 or ipv6"},
+		"link-local":           {forwardTo("ark0", "tcp", "[fe80::1%eth0]:3333"), "not link-local"},
+		"IPv4 in IPv6":         {forwardTo("ark0", "tcp", "[::ffff:192.0.2.1]:3333"), "cannot be forwarded"},
 		"IPv6 wildcard":        {forwardTo("ark0", "tcp", "[::]:3333"), "wildcard"},
-		"no address of ours":   {forwardTo("ark0", "tcp", "198.51.100.1:3333"), "no address of this host"},
+		"no address of ours":   {forwardTo("ark0", "tcp", v("198.51.100.1:3333")), "no address of this host"},
 		"host name":            {forwardTo("ark0", "tcp", "localhost:3333"), "no address and port"},
-		"no namespace":         {forwardTo("ark77", "tcp", "127.0.0.1:7777"), `"ark77" does not exist; start drafter nat`},
-		"protocol":             {forwardTo("ark0", "sctp", "127.0.0.1:7777"), `"sctp" is not supported`},
-		"port of guests":       {forwardTo("ark0", "tcp", "127.0.0.1:61000"), "external ports from 61000 on"},
-		"internal port":        {PortForward{"ark0", "0", "tcp", "127.0.0.1:7777"}, "not in 1…65535"},
-		"not a NAT's":          {forwardTo("outside", "tcp", "127.0.0.1:7777"), "no address in 10.0.8.0/22"},
+		"no namespace":         {forwardTo("ark77", "tcp", v("127.0.0.1:7777")), `"ark77" does not exist; start drafter nat`},
+		"protocol":             {forwardTo("ark0", "sctp", v("127.0.0.1:7777")), `"sctp" is not supported`},
+		"port of guests":       {forwardTo("ark0", "tcp", v("127.0.0.1:61000")), "external ports from 61000 on"},
+		"internal port":        {PortForward{Netns: "ark0", InternalPort: "0", Protocol: "tcp", ExternalAddr: v("127.0.0.1:7777")}, "not in 1…65535"},
+		"not a NAT's":          {forwardTo("outside", "tcp", v("127.0.0.1:7777")), v("no address in 10.0.8.0/22")},
 	} {
 		f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: []PortForward{tt.forward}})
 		if err == nil || !strings.Contains(err.Error(), tt.want) {
@@ -428,20 +510,24 @@ func TestForwarder(t *testing.T) {
 // a forward's link.
 func TestLoopbackGuarded(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testLoopbackGuarded)
+}
+
+func testLoopbackGuarded(t *testing.T, v func(string) string) {
 	startNAT(t, testConfig())
 	guest := attachGuest(t, "ark0")
-	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: []PortForward{forwardTo("ark0", "tcp", "127.0.0.1:3333")}})
+	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: []PortForward{forwardTo("ark0", "tcp", v("127.0.0.1:3333"))}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	listen(t, "", "127.0.0.1:9999", "secret")
+	listen(t, "", v("127.0.0.1:9999"), "secret")
 	for _, ns := range []string{"ark0", guest} {
 		err := inNamespace(ns, func() error {
 			// What a hostile guest would do: route loopback addresses to the wire.
-			name, via := "veth0", net.IPv4(10, 0, 8, 1)
+			name, via := "veth0", net.ParseIP(v("10.0.8.1"))
 			if ns == guest {
-				name, via = "eth0", net.IPv4(172, 16, 0, 1)
+				name, via = "eth0", net.ParseIP(v("172.16.0.1"))
 			}
 			if err := setSysctl("net/ipv4/conf/"+name+"/route_localnet", "1"); err != nil {
 				return err
@@ -450,12 +536,12 @@ func TestLoopbackGuarded(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			return netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: subnet("127.0.0.1/32"), Gw: via})
+			return netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: subnet(v("127.0.0.1/32")), Gw: via})
 		})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := ask(t, ns, "tcp4", "127.0.0.1:9999"); got != "" {
+		if got := ask(t, ns, v("tcp4"), v("127.0.0.1:9999")); got != "" {
 			t.Errorf("from %s: %q", ns, got)
 		}
 	}
@@ -479,8 +565,16 @@ func TestNATRefused(t *testing.T) {
 		"no room":               {func(c *NATConfig) { c.HostVethCIDR = "10.0.8.0/31" }, "no room"},
 		"port without protocol": {func(c *NATConfig) { c.AllowHost = []string{"53"} }, `--allow-host "53" is no port and protocol`},
 		"port of nothing":       {func(c *NATConfig) { c.AllowHost = []string{"0/udp"} }, `--allow-host "0/udp"`},
-		"address opened":        {func(c *NATConfig) { c.AllowCIDRs = []string{"192.0.2.1"} }, `--allow-cidr "192.0.2.1" is no IPv4 subnet`},
-		"IPv6 opened":           {func(c *NATConfig) { c.AllowCIDRs = []string{"fd00::/8"} }, `--allow-cidr "fd00::/8" is no IPv4 subnet`},
+		"address opened":        {func(c *NATConfig) { c.AllowCIDRs = []string{"192.0.2.1"} }, `--allow-cidr "192.0.2.1" is no subnet`},
+		"IPv4 in IPv6 opened":   {func(c *NATConfig) { c.AllowCIDRs = []string{"::ffff:192.0.2.0/120"} }, `--allow-cidr "::ffff:192.0.2.0/120" is no subnet`},
+		"no subnet of IPv6":     {func(c *NATConfig) { c.HostVethCIDR6 = "10.0.8.0/22" }, `--host-veth-cidr6 "10.0.8.0/22" is no IPv6 subnet`},
+		"IPv4 in IPv6":          {func(c *NATConfig) { c.BlockedSubnetCIDR6 = "::ffff:10.0.8.0/120" }, `--blocked-subnet-cidr6 "::ffff:10.0.8.0/120"`},
+		"link-local subnet":     {func(c *NATConfig) { c.NamespaceVethCIDR6 = "fe80::/64" }, `--namespace-veth-cidr6 "fe80::/64"`},
+		"no gateway of IPv6":    {func(c *NATConfig) { c.NamespaceInterfaceGateway6 = "172.16.0.1" }, `--namespace-interface-gateway6 "172.16.0.1" is no IPv6 address`},
+		"guest of IPv6 away":    {func(c *NATConfig) { c.NamespaceInterfaceIP6 = "fd00::2" }, "--namespace-interface-ip6 fd00::2"},
+		"netmask of IPv6":       {func(c *NATConfig) { c.NamespaceInterfaceNetmask6 = 127 }, "--namespace-interface-netmask6 is 127"},
+		"no room by IPv6":       {func(c *NATConfig) { c.NamespaceVethCIDR6 = "fd00:1::/127" }, "no room"},
+		"IPv6 of other":         {func(c *NATConfig) { c.HostVethCIDR6 = "2001:db8::/64" }, "address 2001:db8::c000:201 of interface eth0"},
 		"opened for a name":     {func(c *NATConfig) { c.AllowCIDRs = []string{"192.0.2.1/32:dns/udp"} }, `--allow-cidr "192.0.2.1/32:dns/udp"`},
 		"less than none":        {func(c *NATConfig) { c.MaxConnections = -1 }, "--max-connections is -1"},
 		"addresses of other":    {func(c *NATConfig) { c.HostVethCIDR = "192.0.2.0/24" }, "address 192.0.2.1 of interface eth0"},
@@ -602,6 +696,53 @@ func TestKilledNAT(t *testing.T) {
 	}
 }
 
+// TestOlderTables starts a NAT and a forwarder after those of an older release were killed, whose
+// tables are of family ip: no rule of these stays.
+func TestOlderTables(t *testing.T) {
+	need.Root(t)
+	killNAT(t)
+	claim, err := ClaimNamespace("ark0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	guest := attachGuest(t, "ark0")
+	const dead = forwarderPrefix + "1"
+	lock, err := rundir.Lock(forwarderLocks + dead)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := lock.Abandon(); err != nil { // as after kill -9
+		t.Fatal(err)
+	}
+	const rules = "add table ip %[1]s; add chain ip %[1]s old { type filter hook forward priority 0; policy drop; }"
+	for _, table := range []string{dead, "drafter-nat-ark"} {
+		shell(t, fmt.Sprintf("nft '"+rules+"'", table))
+	}
+	shell(t, fmt.Sprintf("ip netns exec ark0 nft '"+rules+"'", namespaceTable))
+	n, err := StartNAT(context.Background(), testConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	listen(t, guest, "172.16.0.2:80", "guest")
+	listen(t, "outside", "192.0.2.254:80", "outside")
+	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: "10.0.8.0/22", PortForwards: []PortForward{forwardTo("ark0", "tcp", "192.0.2.1:3333")}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, ns := range []string{"", "ip netns exec ark0 "} {
+		shell(t, "! "+ns+"nft list tables | grep 'table ip '")
+	}
+	if got := ask(t, guest, "tcp4", "192.0.2.254:80"); got != "outside to 192.0.2.1" {
+		t.Errorf("the guest reaches outside: %q", got)
+	}
+	if got := ask(t, "outside", "tcp4", "192.0.2.1:3333"); got != "guest to 192.0.2.254" {
+		t.Errorf("the guest is reached: %q", got)
+	}
+	if err := errors.Join(f.Close(), claim.Close(), n.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // A namespace that somebody has made in the place of ours stays, at the end of a NAT and after a
 // kill.
 func TestSomebodysNamespace(t *testing.T) {
@@ -668,7 +809,8 @@ func TestSomebodysThings(t *testing.T) {
 		"FIFO":                       {"mkdir -p /run/netns; mkfifo /run/netns/ark1", "test -p /run/netns/ark1", "rm /run/netns/ark1; rmdir /run/netns 2>/dev/null || true", `"ark1" exists and is not ours`},
 		"bridge":                     {"ip link add ark1-veth type bridge", "ip -d link show ark1-veth | grep 'bridge forward'", "ip link del ark1-veth", "interface ark1-veth exists and is not ours"},
 		"link":                       {"ip link add ark1-veth type veth peer name theirs", "ip link show theirs", "ip link del theirs", "interface ark1-veth exists and is not ours"},
-		"table":                      {"nft 'add table ip drafter-nat-ark; add chain ip drafter-nat-ark theirs'", "nft list chain ip drafter-nat-ark theirs", "nft delete table ip drafter-nat-ark", "drafter-nat-ark exists and is not ours"},
+		"table":                      {"nft 'add table inet drafter-nat-ark; add chain inet drafter-nat-ark theirs'", "nft list chain inet drafter-nat-ark theirs", "nft delete table inet drafter-nat-ark", "table inet drafter-nat-ark exists and is not ours"},
+		"table of IPv4":              {"nft 'add table ip drafter-nat-ark; add chain ip drafter-nat-ark theirs'", "nft list chain ip drafter-nat-ark theirs", "nft delete table ip drafter-nat-ark", "table ip drafter-nat-ark exists and is not ours"},
 	} {
 		shell(t, tt.make)
 		if n, err := StartNAT(context.Background(), testConfig()); err == nil || !strings.Contains(err.Error(), tt.want) {
@@ -678,7 +820,7 @@ func TestSomebodysThings(t *testing.T) {
 			}
 		}
 		shell(t, tt.check+"; "+tt.remove)
-		if name == "table" {
+		if strings.HasPrefix(name, "table") {
 			continue // its record says whose it is
 		}
 		killNAT(t)
@@ -742,6 +884,13 @@ func TestGuestAddress(t *testing.T) {
 	gateway, guest, err := GuestAddress("ark0", "tap0")
 	if err != nil || gateway.String() != "172.16.0.1" || guest.String() != "172.16.0.2/30" {
 		t.Errorf("%s, %s, %v", gateway, guest, err)
+	}
+	gateway, guest, err = GuestAddress6("ark0")
+	if err != nil || gateway.String() != ipv6("172.16.0.1") || guest.String() != ipv6("172.16.0.2/30") {
+		t.Errorf("%s, %s, %v", gateway, guest, err)
+	}
+	if _, guest, err = GuestAddress6("outside"); guest != nil || err != nil {
+		t.Errorf("a namespace that no NAT made: %s, %v", guest, err)
 	}
 	if _, _, err := GuestAddress("ark0", "tap9"); err == nil || !strings.Contains(err.Error(), "tap9 does not exist") {
 		t.Errorf("a missing interface: %v", err)

@@ -101,13 +101,18 @@ func TestPutBack(t *testing.T) {
 	guest := attachGuest(t, "ark0")
 	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
 	listen(t, guest, "172.16.0.2:80", "guest")
-	startForwarder(t, forwardTo("ark0", "tcp", "127.0.0.1:3333"), forwardTo("ark0", "udp", "192.0.2.1:3333"))
+	listen(t, testhost.Outside, ipv6("192.0.2.254:80"), "outside")
+	listen(t, guest, ipv6("172.16.0.2:80"), "guest")
+	startForwarder(t, forwardTo("ark0", "tcp", "127.0.0.1:3333"), forwardTo("ark0", "udp", "192.0.2.1:3333"), forwardTo("ark0", "udp", ipv6("192.0.2.1:3333")))
 	whole := func() string {
 		for _, d := range []struct{ ns, network, addr, want string }{
 			{guest, "udp4", "192.0.2.254:80", "outside to 192.0.2.1"},
 			{"", "tcp4", "10.0.15.1:80", "guest to 10.0.8.1"},
 			{"", "tcp4", "127.0.0.1:3333", "guest to 10.0.8.1"},
 			{testhost.Outside, "udp4", "192.0.2.1:3333", "guest to 192.0.2.254"},
+			{guest, "udp6", ipv6("192.0.2.254:80"), ipv6("outside to 192.0.2.1")},
+			{"", "tcp6", ipv6("10.0.15.1:80"), ipv6("guest to 10.0.8.1")},
+			{testhost.Outside, "udp6", ipv6("192.0.2.1:3333"), ipv6("guest to 192.0.2.254")},
 		} {
 			if got := ask(t, d.ns, d.network, d.addr); got != d.want {
 				return fmt.Sprintf("%s from %q to %s: %q; want %q", d.network, d.ns, d.addr, got, d.want)
@@ -123,15 +128,29 @@ func TestPutBack(t *testing.T) {
 		t.Fatalf("nobody has changed anything:\n%s", before)
 	}
 	for _, tt := range []struct{ name, command, said string }{
-		{"all rules", "nft flush ruleset", "nftables table ip drafter-nat-ark"},
-		{"one table", "nft delete table ip drafter-nat-ark", "nftables table ip drafter-nat-ark"},
-		{"a chain's rules", "nft flush chain ip drafter-nat-ark outgoing", "nftables table ip drafter-nat-ark"},
-		{"a policy", "nft chain ip drafter-nat-ark forwarded '{ policy drop; }'", "nftables table ip drafter-nat-ark"},
-		{"an element", "nft delete element ip drafter-nat-ark links '{ ark0-veth }'", "nftables table ip drafter-nat-ark"},
-		{"a further rule", "nft insert rule ip drafter-nat-ark forwarded drop", "nftables table ip drafter-nat-ark"},
-		{"a dormant table", "nft add table ip drafter-nat-ark '{ flags dormant; }'", "nftables table ip drafter-nat-ark"},
-		{"the forwarder's", "nft delete table ip $(nft list tables | sed -n 's/.*\\(drafter-forwarder-.*\\)/\\1/p')", "nftables table ip drafter-forwarder-"},
+		{"all rules", "nft flush ruleset", "nftables table inet drafter-nat-ark"},
+		{"one table", "nft delete table inet drafter-nat-ark", "nftables table inet drafter-nat-ark"},
+		{"a chain's rules", "nft flush chain inet drafter-nat-ark outgoing", "nftables table inet drafter-nat-ark"},
+		{"a policy", "nft chain inet drafter-nat-ark forwarded '{ policy drop; }'", "nftables table inet drafter-nat-ark"},
+		{"an element", "nft delete element inet drafter-nat-ark links '{ ark0-veth }'", "nftables table inet drafter-nat-ark"},
+		{"a further rule", "nft insert rule inet drafter-nat-ark forwarded drop", "nftables table inet drafter-nat-ark"},
+		{"a dormant table", "nft add table inet drafter-nat-ark '{ flags dormant; }'", "nftables table inet drafter-nat-ark"},
+		{"the forwarder's", "nft delete table inet $(nft list tables | sed -n 's/.*\\(drafter-forwarder-.*\\)/\\1/p')", "nftables table inet drafter-forwarder-"},
 		{"forwarding", "sysctl -qw net.ipv4.ip_forward=0", "net.ipv4.ip_forward"},
+		{"forwarding by IPv6", "sysctl -qw net.ipv6.conf.all.forwarding=0", "net.ipv6.conf.all.forwarding"},
+		{"IPv6 of a link", "sysctl -qw net.ipv6.conf.ark0-veth.disable_ipv6=1", "link ark0-veth"},
+		{"IPv6 addresses", "ip -6 addr flush dev ark0-veth", "link ark0-veth"},
+		{"a route of IPv6", "ip -6 route del " + ipv6("10.0.15.1"), "link ark0-veth"},
+		{"a route of IPv6 elsewhere", "ip -6 route replace " + ipv6("10.0.15.1 via 192.0.2.254"), "link ark0-veth"},
+		{"a neighbour", "ip -6 neigh del " + ipv6("10.0.8.2") + " dev ark0-veth", "link ark0-veth"},
+		{"another neighbour", "ip -6 neigh replace " + ipv6("10.0.8.2") + " lladdr 02:00:00:00:00:66 nud permanent dev ark0-veth", "link ark0-veth"},
+		{"another MAC address", "ip -n ark0 link set veth0 address 02:00:00:00:00:66", "link ark0-veth"},
+		{"the namespace's neighbour", "ip -n ark0 -6 neigh del " + ipv6("10.0.8.1") + " dev veth0", "link ark0-veth"},
+		{"the namespace's routes of IPv6", "ip -n ark0 -6 route del default", "link ark0-veth"},
+		{"all routes of IPv6 of the namespace", "ip -n ark0 -6 route flush table main", "link ark0-veth"},
+		{"the tap's addresses of IPv6", "ip -n ark0 -6 addr flush dev tap0", "link ark0-veth"},
+		{"the namespace's forwarding by IPv6", "ip netns exec ark0 sysctl -qw net.ipv6.conf.all.forwarding=0", "link ark0-veth"},
+		{"the namespace's IPv6", "ip netns exec ark0 sysctl -qw net.ipv6.conf.all.disable_ipv6=1", "link ark0-veth"},
 		{"forwarding of a link", "sysctl -qw net.ipv4.conf.ark0-veth.forwarding=0", "link ark0-veth"},
 		{"loopback forwards", "sysctl -qw net.ipv4.conf.ark0-veth.route_localnet=0", "link ark0-veth"},
 		{"a link", "ip link del ark0-veth", "link ark0-veth"},
@@ -140,7 +159,7 @@ func TestPutBack(t *testing.T) {
 		{"routes of the link", "ip route flush dev ark0-veth", "link ark0-veth"},
 		{"a route", "ip route del 10.0.15.1", "link ark0-veth"},
 		{"a route elsewhere", "ip route replace 10.0.15.1 via 192.0.2.254", "link ark0-veth"},
-		{"the namespace's rules", "ip netns exec ark0 nft flush ruleset", "nftables table ip drafter in ark0"},
+		{"the namespace's rules", "ip netns exec ark0 nft flush ruleset", "nftables table inet drafter in ark0"},
 		{"the namespace's routes", "ip -n ark0 route del default", "link ark0-veth"},
 		{"the namespace's routes", "ip -n ark0 route flush dev veth0", "link ark0-veth"},
 		{"all routes of the namespace", "ip -n ark0 route flush table main", "link ark0-veth"},
@@ -180,33 +199,37 @@ func TestPutBack(t *testing.T) {
 // are, without translation and without a guard.
 func TestOpenedMeanwhile(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testOpenedMeanwhile)
+}
+
+func testOpenedMeanwhile(t *testing.T, v func(string) string) {
 	n := startNAT(t, testConfig())
 	guest := attachGuest(t, "ark0")
-	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
-	listen(t, guest, "172.16.0.2:80", "guest")
-	echoServer(t, "", "192.0.2.1:26022")
-	f := startForwarder(t, forwardTo("ark0", "udp", "192.0.2.1:3333"))
+	listen(t, testhost.Outside, v("192.0.2.254:80"), "outside")
+	listen(t, guest, v("172.16.0.2:80"), "guest")
+	echoServer(t, "", v("192.0.2.1:26022"))
+	f := startForwarder(t, forwardTo("ark0", "udp", v("192.0.2.1:3333")))
 	endWatch(t, &n.watch)
 	endWatch(t, &f.watch)
 	shell(t, "nft flush ruleset")
 	from := &net.UDPAddr{Port: 40000}
-	if got := askFrom(t, guest, "udp4", "192.0.2.254:80", from); got != "" {
+	if got := askFrom(t, guest, v("udp4"), v("192.0.2.254:80"), from); got != "" {
 		t.Fatalf("without rules a guest reaches outside: %q", got)
 	}
-	if got := askFrom(t, testhost.Outside, "udp4", "192.0.2.1:3333", from); got != "" {
+	if got := askFrom(t, testhost.Outside, v("udp4"), v("192.0.2.1:3333"), from); got != "" {
 		t.Fatalf("without rules a forward answers: %q", got)
 	}
 	var toHost net.Conn
-	if err := inNamespace(guest, func() (err error) { toHost, err = net.Dial("tcp4", "192.0.2.1:26022"); return err }); err != nil {
+	if err := inNamespace(guest, func() (err error) { toHost, err = net.Dial(v("tcp4"), v("192.0.2.1:26022")); return err }); err != nil {
 		t.Fatal(err)
 	}
 	defer toHost.Close()
 	n.look()
 	f.look()
-	if got := askFrom(t, guest, "udp4", "192.0.2.254:80", from); got != "outside to 192.0.2.1" {
+	if got := askFrom(t, guest, v("udp4"), v("192.0.2.254:80"), from); got != v("outside to 192.0.2.1") {
 		t.Errorf("the guest reaches outside from the same port: %q", got)
 	}
-	if got := askFrom(t, testhost.Outside, "udp4", "192.0.2.1:3333", from); got != "guest to 192.0.2.254" {
+	if got := askFrom(t, testhost.Outside, v("udp4"), v("192.0.2.1:3333"), from); got != v("guest to 192.0.2.254") {
 		t.Errorf("the forward answers the same port: %q", got)
 	}
 	toHost.SetDeadline(time.Now().Add(time.Second))
@@ -254,18 +277,22 @@ func TestTapGuardPutBack(t *testing.T) {
 // it leads elsewhere.
 func TestUDPFollows(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testUDPFollows)
+}
+
+func testUDPFollows(t *testing.T, v func(string) string) {
 	startNAT(t, testConfig())
 	for _, ns := range []string{"ark0", "ark1"} {
-		listen(t, attachGuest(t, ns), "172.16.0.2:80", ns)
+		listen(t, attachGuest(t, ns), v("172.16.0.2:80"), ns)
 	}
-	const external = "192.0.2.1:3333"
-	client, onHost := &net.UDPAddr{Port: 40001}, &net.UDPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 40002}
+	external := v("192.0.2.1:3333")
+	client, onHost := &net.UDPAddr{Port: 40001}, &net.UDPAddr{IP: net.ParseIP(v("192.0.2.1")), Port: 40002}
 	check := func(want string) {
 		t.Helper()
 		var got, host string
 		var wait sync.WaitGroup
-		wait.Go(func() { got = askFrom(t, testhost.Outside, "udp4", external, client) })
-		wait.Go(func() { host = askFrom(t, "", "udp4", external, onHost) })
+		wait.Go(func() { got = askFrom(t, testhost.Outside, v("udp4"), external, client) })
+		wait.Go(func() { host = askFrom(t, "", v("udp4"), external, onHost) })
 		wait.Wait()
 		if !strings.HasPrefix(got, want) || !strings.HasPrefix(host, want) || want == "" && got+host != "" {
 			t.Errorf("from outside %q, from the host %q; want %q", got, host, want)
@@ -301,19 +328,23 @@ func TestUDPFollows(t *testing.T) {
 // TestOwnPort lets a guest connect to a port of its own that is published, as other guests may not.
 func TestOwnPort(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testOwnPort)
+}
+
+func testOwnPort(t *testing.T, v func(string) string) {
 	startNAT(t, testConfig())
 	guests := map[string]string{}
 	for _, ns := range []string{"ark0", "ark1"} {
 		guests[ns] = attachGuest(t, ns)
-		listen(t, guests[ns], "172.16.0.2:80", ns)
+		listen(t, guests[ns], v("172.16.0.2:80"), ns)
 	}
-	startForwarder(t, forwardTo("ark0", "tcp", "192.0.2.1:3333"), forwardTo("ark0", "udp", "192.0.2.1:3333"), forwardTo("ark1", "tcp", "192.0.2.1:4444"))
+	startForwarder(t, forwardTo("ark0", "tcp", v("192.0.2.1:3333")), forwardTo("ark0", "udp", v("192.0.2.1:3333")), forwardTo("ark1", "tcp", v("192.0.2.1:4444")))
 	for _, tt := range []struct{ ns, network, addr, want string }{
-		{"ark0", "tcp4", "192.0.2.1:3333", "ark0 to 10.0.8.1"},
-		{"ark0", "udp4", "192.0.2.1:3333", "ark0 to 10.0.8.1"},
-		{"ark1", "tcp4", "192.0.2.1:4444", "ark1 to 10.0.8.5"},
-		{"ark1", "tcp4", "192.0.2.1:3333", ""},
-		{"ark0", "tcp4", "192.0.2.1:4444", ""},
+		{"ark0", v("tcp4"), v("192.0.2.1:3333"), v("ark0 to 10.0.8.1")},
+		{"ark0", v("udp4"), v("192.0.2.1:3333"), v("ark0 to 10.0.8.1")},
+		{"ark1", v("tcp4"), v("192.0.2.1:4444"), v("ark1 to 10.0.8.5")},
+		{"ark1", v("tcp4"), v("192.0.2.1:3333"), ""},
+		{"ark0", v("tcp4"), v("192.0.2.1:4444"), ""},
 	} {
 		if got := ask(t, guests[tt.ns], tt.network, tt.addr); got != tt.want {
 			t.Errorf("%s from the guest of %s to %s: %q; want %q", tt.network, tt.ns, tt.addr, got, tt.want)
@@ -325,11 +356,15 @@ func TestOwnPort(t *testing.T) {
 // waits, and those who connect hear at once that it is gone.
 func TestReset(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testReset)
+}
+
+func testReset(t *testing.T, v func(string) string) {
 	n := startNAT(t, testConfig())
 	endWatch(t, &n.watch)
-	startForwarder(t, forwardTo("ark0", "tcp", "127.0.0.1:3333"), forwardTo("ark0", "tcp", "192.0.2.1:3333"), forwardTo("ark0", "udp", "192.0.2.1:3333"))
+	startForwarder(t, forwardTo("ark0", "tcp", v("127.0.0.1:3333")), forwardTo("ark0", "tcp", v("192.0.2.1:3333")), forwardTo("ark0", "udp", v("192.0.2.1:3333")))
 	var server net.Listener
-	err := inNamespace(testhost.Outside, func() (err error) { server, err = net.Listen("tcp4", "192.0.2.254:7"); return err })
+	err := inNamespace(testhost.Outside, func() (err error) { server, err = net.Listen(v("tcp4"), v("192.0.2.254:7")); return err })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -365,7 +400,7 @@ func TestReset(t *testing.T) {
 				t.Fatal(err)
 			}
 			guest := attachGuest(t, "ark0")
-			echoServer(t, guest, "172.16.0.2:80")
+			echoServer(t, guest, v("172.16.0.2:80"))
 			dial := func(ns, network, addr string) (c net.Conn, err error) {
 				f := func() (err error) { c, err = net.DialTimeout(network, addr, 10*time.Second); return err }
 				if ns == "" {
@@ -375,12 +410,12 @@ func TestReset(t *testing.T) {
 			}
 			waiting := map[string]net.Conn{}
 			for who, to := range map[string][2]string{
-				"the host's client":   {"", "127.0.0.1:3333"},
-				"one without forward": {"", "10.0.15.1:80"},
-				"one from outside":    {testhost.Outside, "192.0.2.1:3333"},
-				"the guest":           {guest, "192.0.2.254:7"},
+				"the host's client":   {"", v("127.0.0.1:3333")},
+				"one without forward": {"", v("10.0.15.1:80")},
+				"one from outside":    {testhost.Outside, v("192.0.2.1:3333")},
+				"the guest":           {guest, v("192.0.2.254:7")},
 			} {
-				c, err := dial(to[0], "tcp4", to[1])
+				c, err := dial(to[0], v("tcp4"), to[1])
 				if err == nil && who == "the guest" {
 					who = "the guest's server"
 					defer c.Close()
@@ -401,20 +436,20 @@ func TestReset(t *testing.T) {
 					t.Errorf("%s waits, and hears %v", who, err)
 				}
 			}
-			for _, to := range [][2]string{{"", "127.0.0.1:3333"}, {"", "10.0.15.1:80"}, {testhost.Outside, "192.0.2.1:3333"}} {
+			for _, to := range [][2]string{{"", v("127.0.0.1:3333")}, {"", v("10.0.15.1:80")}, {testhost.Outside, v("192.0.2.1:3333")}} {
 				await.None(t, "a new connection to "+to[1], func() string {
 					start := time.Now()
-					c, err := dial(to[0], "tcp4", to[1])
+					c, err := dial(to[0], v("tcp4"), to[1])
 					if err == nil {
 						c.Close()
 					}
-					if !errors.Is(err, syscall.ECONNREFUSED) {
+					if !errors.Is(err, syscall.ECONNREFUSED) && (err != nil || to[1] != "[::1]:3333") { // a relay accepts first
 						return fmt.Sprintf("%v after %s", err, time.Since(start))
 					}
 					return ""
 				})
 			}
-			c, err := dial(testhost.Outside, "udp4", "192.0.2.1:3333")
+			c, err := dial(testhost.Outside, v("udp4"), v("192.0.2.1:3333"))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -429,7 +464,7 @@ func TestReset(t *testing.T) {
 					t.Error(err)
 				}
 				await.None(t, "the guest is there again", func() string {
-					c, err := dial(testhost.Outside, "tcp4", "192.0.2.1:3333")
+					c, err := dial(testhost.Outside, v("tcp4"), v("192.0.2.1:3333"))
 					if err != nil {
 						return err.Error()
 					}
@@ -448,10 +483,14 @@ func TestReset(t *testing.T) {
 // TestResetSparesOthers makes sure that a guest which is there loses nothing.
 func TestResetSparesOthers(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testResetSparesOthers)
+}
+
+func testResetSparesOthers(t *testing.T, v func(string) string) {
 	startNAT(t, testConfig())
 	guest := attachGuest(t, "ark0")
-	echoServer(t, guest, "172.16.0.2:80")
-	c, err := net.Dial("tcp4", "10.0.15.1:80")
+	echoServer(t, guest, v("172.16.0.2:80"))
+	c, err := net.Dial(v("tcp4"), v("10.0.15.1:80"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -478,7 +517,11 @@ func TestRoutes(t *testing.T) {
 	lan := attachLAN(t)
 	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
 	listen(t, lan, "198.51.100.2:80", "lan")
-	restore := "ip route replace default via 192.0.2.254 dev eth0"
+	listen(t, lan, ipv6("198.51.100.2:80"), "lan")
+	restore := "ip route replace default via 192.0.2.254 dev eth0; ip -6 route del default; ip -6 route add default via " + ipv6("192.0.2.254") + " dev eth0"
+	want6 := map[string]string{
+		"none": "", "unreachable": "", "none but IPv6": "lan0", "IPv6 elsewhere": "lan0", "several next hops of IPv6": "eth0,lan0", "a VPN's halves of IPv6": "lan0",
+	}
 	for _, tt := range []struct{ name, set, undo, want string }{
 		{"one", "true", "true", "eth0"},
 		{"several next hops", "ip route replace default nexthop via 192.0.2.254 dev eth0 nexthop via 198.51.100.2 dev lan0", "true", "eth0,lan0"},
@@ -489,8 +532,12 @@ func TestRoutes(t *testing.T) {
 		{"a table of one source", "ip route add default via 198.51.100.2 table 77; ip rule add from 198.51.100.1 table 77", "ip rule del table 77; ip route flush table 77", "eth0"},
 		{"on link", "ip route replace default via 203.0.113.1 dev eth0 onlink", "true", "eth0"},
 		{"no gateway", "ip route replace default dev lan0", "true", "lan0"},
-		{"none", "ip route del default", "true", ""},
-		{"unreachable", "ip route del default; ip route add unreachable default", "ip route del unreachable default", ""},
+		{"none", "ip route del default; ip -6 route del default", "true", ""},
+		{"unreachable", "ip route del default; ip -6 route del default; ip route add unreachable default", "ip route del unreachable default", ""},
+		{"none but IPv6", "ip route del default; ip -6 route replace default via " + ipv6("198.51.100.2") + " dev lan0", "true", ""},
+		{"IPv6 elsewhere", "ip -6 route replace default via " + ipv6("198.51.100.2") + " dev lan0", "true", "eth0"},
+		{"several next hops of IPv6", "ip -6 route del default; ip -6 route add default nexthop via " + ipv6("192.0.2.254") + " dev eth0 nexthop via " + ipv6("198.51.100.2") + " dev lan0", "true", "eth0"},
+		{"a VPN's halves of IPv6", "ip -6 route add ::/1 via " + ipv6("198.51.100.2"), "ip -6 route del ::/1", "eth0"},
 		{"a next hop object", "ip nexthop add id 1 via 198.51.100.2 dev lan0; ip route replace default nhid 1", "ip route del default; ip nexthop del id 1", "lan0"},
 		{"a next hop of IPv6", "ip -4 route replace 0.0.0.0/0 via inet6 fe80::1 dev lan0", "true", "lan0"},
 	} {
@@ -506,7 +553,14 @@ func TestRoutes(t *testing.T) {
 			if got := strings.Join(n.outgoing, ","); got != tt.want {
 				t.Errorf("guests go out through %q; want %q", got, tt.want)
 			}
-			if said := log.read(); (tt.want == "") != strings.Contains(said, "no default route") {
+			want6, ok := want6[tt.name]
+			if !ok {
+				want6 = "eth0"
+			}
+			if got := strings.Join(n.outgoing6, ","); got != want6 {
+				t.Errorf("by IPv6 guests go out through %q; want %q", got, want6)
+			}
+			if said := log.read(); (tt.want+want6 == "") != strings.Contains(said, "no default route") {
 				t.Errorf("the log says:\n%s", said)
 			}
 		})
@@ -514,11 +568,23 @@ func TestRoutes(t *testing.T) {
 	t.Run("it changes", func(t *testing.T) {
 		n := startNAT(t, testConfig())
 		guest := attachGuest(t, "ark0")
+		for _, d := range [][2]string{{"udp4", "198.51.100.2:80"}, {"udp6", ipv6("198.51.100.2:80")}} {
+			if got := ask(t, guest, d[0], d[1]); got != "" {
+				t.Fatalf("a network behind another interface: %q", got)
+			}
+		}
+		defer shell(t, restore)
+		shell(t, "ip -6 route replace default via "+ipv6("198.51.100.2")+" dev lan0")
+		await.None(t, "guests go out as the host does by IPv6", func() string {
+			if got := ask(t, guest, "udp6", ipv6("198.51.100.2:80")); got != ipv6("lan to 198.51.100.1") {
+				return got + "?"
+			}
+			return ""
+		})
 		if got := ask(t, guest, "udp4", "198.51.100.2:80"); got != "" {
-			t.Fatalf("a network behind another interface: %q", got)
+			t.Errorf("the way out of IPv6 is one of IPv4: %q", got)
 		}
 		shell(t, "ip route replace default via 198.51.100.2 dev lan0")
-		defer shell(t, restore)
 		await.None(t, "guests go out as the host does", func() string {
 			if got := ask(t, guest, "udp4", "198.51.100.2:80"); got != "lan to 198.51.100.1" {
 				return got + "?"
@@ -607,14 +673,18 @@ func TestHostForwarding(t *testing.T) {
 // TestLinkForwarding turns forwarding off for the interfaces of a namespace only.
 func TestLinkForwarding(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testLinkForwarding)
+}
+
+func testLinkForwarding(t *testing.T, v func(string) string) {
 	n := startNAT(t, testConfig())
 	endWatch(t, &n.watch)
 	guest := attachGuest(t, "ark0")
-	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
+	listen(t, testhost.Outside, v("192.0.2.254:80"), "outside")
 	for _, link := range []string{"tap0", "veth0"} {
 		shell(t, "echo 0 | ip netns exec ark0 tee /proc/sys/net/ipv4/conf/"+link+"/forwarding")
 		n.look()
-		if got := ask(t, guest, "udp4", "192.0.2.254:80"); got != "outside to 192.0.2.1" {
+		if got := ask(t, guest, v("udp4"), v("192.0.2.254:80")); got != v("outside to 192.0.2.1") {
 			t.Errorf("without forwarding of %s: %q", link, got)
 		}
 	}
@@ -623,14 +693,18 @@ func TestLinkForwarding(t *testing.T) {
 // TestLinkInBridge puts the host's end of a link into a bridge.
 func TestLinkInBridge(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testLinkInBridge)
+}
+
+func testLinkInBridge(t *testing.T, v func(string) string) {
 	n := startNAT(t, testConfig())
 	endWatch(t, &n.watch)
 	guest := attachGuest(t, "ark0")
-	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
+	listen(t, testhost.Outside, v("192.0.2.254:80"), "outside")
 	shell(t, "ip link add foreign0 type bridge && ip link set foreign0 up && ip link set ark0-veth master foreign0")
 	defer shell(t, "ip link del foreign0")
 	n.look()
-	if got := ask(t, guest, "udp4", "192.0.2.254:80"); got != "outside to 192.0.2.1" {
+	if got := ask(t, guest, v("udp4"), v("192.0.2.254:80")); got != v("outside to 192.0.2.1") {
 		t.Errorf("out of the bridge: %q", got)
 	}
 }

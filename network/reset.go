@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -46,22 +47,22 @@ func (c *Claim) Vacate() error {
 // Connections that were reset stay reset.
 func (c *Claim) Occupy() error {
 	err := takeBack(c.namespace)
-	return errors.Join(err, c.atTap("connect the guest", func(config *NATConfig, _ *layout) error { return setUp(config.NamespaceInterface) }))
+	return errors.Join(err, c.atTap("connect the guest", func(config *NATConfig, l *layout) error {
+		return l.bringUpTap(config.NamespaceInterface)
+	}))
 }
 
-// setUp brings up an interface of the calling thread's namespace. One that is not there is no error.
-func setUp(name string) error {
+// bringUpTap brings up the tap of the calling thread's namespace again. One that is not there is no
+// error.
+func (l *layout) bringUpTap(name string) error {
 	link, err := netlink.LinkByName(name)
 	if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
 		return nil
 	}
-	if err == nil {
-		err = netlink.LinkSetUp(link)
-	}
 	if err != nil {
 		return fmt.Errorf("bring up %s: %w", name, err)
 	}
-	return nil
+	return l.configureTap(link) // the kernel has forgotten its IPv6 addresses
 }
 
 // vacate is [Claim.Vacate] within the namespace.
@@ -117,39 +118,24 @@ func (l *layout) vacant() bool {
 // resetConnections resets the TCP connections of the calling thread's namespace that have nobody
 // behind the tap.
 func (l *layout) resetConnections() error {
-	socket, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
-	if err != nil {
-		return err
+	sockets := map[*pool]int{}
+	for _, p := range l.pools() {
+		socket, err := unix.Socket(p.family(), unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(socket)
+		sockets[p] = socket
 	}
-	defer unix.Close(socket)
 	asked := false
 	for deadline := time.Now().Add(resetPatience); ; time.Sleep(10 * time.Millisecond) {
-		flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
-		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return fmt.Errorf("list connections: %w", err)
-		}
 		open := false
-		for _, f := range flows {
-			state, ok := f.ProtoInfo.(*netlink.ProtoInfoTCP)
-			if !ok || state.State < tcpEstablished || state.State > tcpCloseWait {
-				continue
+		for p, socket := range sockets {
+			some, err := p.askClients(socket)
+			if err != nil {
+				return err
 			}
-			var ask []byte
-			// a SYN from the end that opened the connection, a SYN+ACK from the other
-			switch guest := l.guest; {
-			case f.Forward.SrcIP.Equal(guest):
-				ask = segment(f.Forward.SrcIP, f.Forward.DstIP, f.Forward.SrcPort, f.Forward.DstPort, tcpSYN)
-			case f.Reverse.SrcIP.Equal(guest):
-				ask = segment(f.Reverse.SrcIP, f.Reverse.DstIP, f.Reverse.SrcPort, f.Reverse.DstPort, tcpSYNACK)
-			default:
-				continue
-			}
-			open = true
-			var to [4]byte
-			copy(to[:], ask[16:20])
-			if err := unix.Sendto(socket, ask, 0, &unix.SockaddrInet4{Addr: to}); err != nil {
-				return fmt.Errorf("send to %s: %w", net.IP(to[:]), err)
-			}
+			open = open || some
 		}
 		asked = asked || open
 		if !open || time.Now().After(deadline) {
@@ -162,24 +148,62 @@ func (l *layout) resetConnections() error {
 	return nil
 }
 
-// segment is an IPv4 packet (RFC 791) with a TCP segment (RFC 9293) without data.
+// askClients lets the other ends of the guest's open connections send something, and tells whether
+// there are any.
+func (p *pool) askClients(socket int) (open bool, err error) {
+	flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, netlink.InetFamily(p.family()))
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return false, fmt.Errorf("list connections: %w", err)
+	}
+	for _, f := range flows {
+		state, ok := f.ProtoInfo.(*netlink.ProtoInfoTCP)
+		if !ok || state.State < tcpEstablished || state.State > tcpCloseWait {
+			continue
+		}
+		// a SYN from the end that opened the connection, a SYN+ACK from the other
+		tuple, flags := f.Forward, byte(tcpSYN)
+		if f.Reverse.SrcIP.Equal(p.guest) && !f.Forward.SrcIP.Equal(p.guest) {
+			tuple, flags = f.Reverse, tcpSYNACK
+		}
+		if !tuple.SrcIP.Equal(p.guest) {
+			continue
+		}
+		open = true
+		ask := segment(tuple.SrcIP, tuple.DstIP, tuple.SrcPort, tuple.DstPort, flags)
+		var to unix.Sockaddr = &unix.SockaddrInet6{Addr: [16]byte(tuple.DstIP.To16())}
+		if ip := tuple.DstIP.To4(); ip != nil {
+			to = &unix.SockaddrInet4{Addr: [4]byte(ip)}
+		}
+		if err := unix.Sendto(socket, ask, 0, to); err != nil {
+			return false, fmt.Errorf("send to %s: %w", tuple.DstIP, err)
+		}
+	}
+	return open, nil
+}
+
+// segment is an IPv4 packet (RFC 791) or an IPv6 packet (RFC 8200) with a TCP segment (RFC 9293)
+// without data.
 func segment(from, to net.IP, fromPort, toPort uint16, flags byte) []byte {
-	const header = 20 // bytes, of either
-	p := make([]byte, 2*header)
-	// the kernel fills in length and checksum (raw(7))
-	p[0], p[8], p[9] = 4<<4|header/4, 64, unix.IPPROTO_TCP
-	copy(p[12:], from.To4())
-	copy(p[16:], to.To4())
-	tcp := p[header:]
+	const size = 20 // bytes of TCP's header, and of IPv4's
+	var header []byte
+	addresses := slices.Concat(from.To4(), to.To4())
+	if len(addresses) > 0 {
+		// the kernel fills in length and checksum (raw(7))
+		header = append(header, 4<<4|size/4, 0, 0, 0, 0, 0, 0, 0, 64, unix.IPPROTO_TCP, 0, 0)
+	} else {
+		addresses = slices.Concat(from.To16(), to.To16())
+		header = append(header, 6<<4, 0, 0, 0, 0, size, unix.IPPROTO_TCP, 64)
+	}
+	tcp := make([]byte, size)
 	binary.BigEndian.PutUint16(tcp, fromPort)
 	binary.BigEndian.PutUint16(tcp[2:], toPort)
-	tcp[12], tcp[13] = header/4<<4, flags
-	// the pseudo header's, with the addresses that are before
-	sum := uint32(unix.IPPROTO_TCP + header)
-	for at := 12; at < len(p); at += 2 {
-		sum += uint32(binary.BigEndian.Uint16(p[at:]))
+	tcp[12], tcp[13] = size/4<<4, flags
+	sum := uint32(unix.IPPROTO_TCP + size) // the pseudo header's, with the addresses
+	covered := slices.Concat(addresses, tcp)
+	for at := 0; at < len(covered); at += 2 {
+		sum += uint32(binary.BigEndian.Uint16(covered[at:]))
 	}
 	sum = sum&0xffff + sum>>16
 	binary.BigEndian.PutUint16(tcp[16:], ^uint16(sum+sum>>16))
-	return p
+	return slices.Concat(header, addresses, tcp)
 }

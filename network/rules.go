@@ -1,6 +1,7 @@
 package network
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -19,16 +20,32 @@ type ruleset struct {
 	table *nftables.Table
 }
 
+// rulesFamily is the family of our tables. A kernel without IPv6 has no tables of inet.
+func rulesFamily() nftables.TableFamily {
+	if _, err := os.Stat(ipv6Settings); errors.Is(err, os.ErrNotExist) {
+		return nftables.TableFamilyIPv4
+	}
+	return nftables.TableFamilyINet
+}
+
 // newRuleset starts a ruleset for the calling thread's network namespace. A table of the same
-// family and name is replaced.
+// family and name is replaced. A table of family inet also replaces one of family ip, which older
+// releases had.
 func newRuleset(family nftables.TableFamily, table string) (*ruleset, error) {
 	conn, err := nftables.New()
 	if err != nil {
 		return nil, fmt.Errorf("open nftables: %w", err)
 	}
+	replaced := []nftables.TableFamily{family}
+	if family == nftables.TableFamilyINet {
+		replaced = append(replaced, nftables.TableFamilyIPv4)
+	}
+	for _, f := range replaced {
+		t := &nftables.Table{Family: f, Name: table}
+		conn.AddTable(t) // so that the next line cannot fail
+		conn.DelTable(t)
+	}
 	t := &nftables.Table{Family: family, Name: table}
-	conn.AddTable(t) // so that the next line cannot fail
-	conn.DelTable(t)
 	conn.AddTable(t)
 	return &ruleset{conn, t}, nil
 }
@@ -40,9 +57,9 @@ func (r *ruleset) apply() error {
 	return nil
 }
 
-// deleteTable removes an IPv4 table of ours; one that does not exist is no error.
+// deleteTable removes a table of ours; one that does not exist is no error.
 func deleteTable(table string) error {
-	r, err := newRuleset(nftables.TableFamilyIPv4, table)
+	r, err := newRuleset(rulesFamily(), table)
 	if err != nil {
 		return err
 	}
@@ -204,8 +221,7 @@ func (r *ruleset) masqueradeAt(c *nftables.Chain, first, last uint16) error {
 	return nil
 }
 
-// Matches and actions. Registers 1 and 2 are scratch. IPv4 header offsets are those of RFC 791:
-// source at 12, destination at 16.
+// Matches and actions. Registers 1 and 2 are scratch.
 
 func interfaceName(name string) []byte {
 	b := make([]byte, unix.IFNAMSIZ)
@@ -248,12 +264,29 @@ func betweenInterfaces(pairs *nftables.Set) []expr.Any {
 	}
 }
 
+// address matches packets of the subnet's protocol whose loaded address is in the subnet, or not.
 func address(load expr.Any, op expr.CmpOp, n *net.IPNet) []expr.Any {
-	return []expr.Any{
+	size := uint32(len(n.Mask))
+	return append(protocolOf(n),
 		load,
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: n.Mask, Xor: make([]byte, 4)},
-		&expr.Cmp{Op: op, Register: 1, Data: n.IP.Mask(n.Mask).To4()},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: size, Mask: n.Mask, Xor: make([]byte, size)},
+		&expr.Cmp{Op: op, Register: 1, Data: n.IP.Mask(n.Mask)})
+}
+
+// source and destination load an address of a subnet's protocol. Offsets are those of RFC 791 and
+// RFC 8200.
+func source(n *net.IPNet) expr.Any {
+	if len(n.Mask) == net.IPv4len {
+		return headerField(expr.PayloadBaseNetworkHeader, 12, net.IPv4len)
 	}
+	return headerField(expr.PayloadBaseNetworkHeader, 8, net.IPv6len)
+}
+
+func destination(n *net.IPNet) expr.Any {
+	if len(n.Mask) == net.IPv4len {
+		return headerField(expr.PayloadBaseNetworkHeader, 16, net.IPv4len)
+	}
+	return headerField(expr.PayloadBaseNetworkHeader, 24, net.IPv6len)
 }
 
 func headerField(base expr.PayloadBase, offset, length uint32) expr.Any {
@@ -261,15 +294,16 @@ func headerField(base expr.PayloadBase, offset, length uint32) expr.Any {
 }
 
 func fromAddress(n *net.IPNet) []expr.Any {
-	return address(headerField(expr.PayloadBaseNetworkHeader, 12, 4), expr.CmpOpEq, n)
+	return address(source(n), expr.CmpOpEq, n)
 }
 
+// notFromAddress matches packets of the subnet's protocol only.
 func notFromAddress(n *net.IPNet) []expr.Any {
-	return address(headerField(expr.PayloadBaseNetworkHeader, 12, 4), expr.CmpOpNeq, n)
+	return address(source(n), expr.CmpOpNeq, n)
 }
 
 func toAddress(n *net.IPNet) []expr.Any {
-	return address(headerField(expr.PayloadBaseNetworkHeader, 16, 4), expr.CmpOpEq, n)
+	return address(destination(n), expr.CmpOpEq, n)
 }
 
 // toOriginalAddress matches the destination that a connection's first packet had before anything
@@ -294,7 +328,16 @@ func protocol(ethertype uint16) []expr.Any {
 }
 
 func protocolIPv4() []expr.Any { return protocol(unix.ETH_P_IP) }
+func protocolIPv6() []expr.Any { return protocol(unix.ETH_P_IPV6) }
 func protocolARP() []expr.Any  { return protocol(unix.ETH_P_ARP) }
+
+// protocolOf matches the protocol that has a subnet.
+func protocolOf(n *net.IPNet) []expr.Any {
+	if len(n.Mask) == net.IPv4len {
+		return protocolIPv4()
+	}
+	return protocolIPv6()
+}
 
 // arpFrom matches ARP for IPv4 over Ethernet from a sender: hardware type 1, protocol 0x0800 and
 // their lengths 6 and 4, then after the operation the sender's addresses at 8 and 14 (RFC 826). A
@@ -338,7 +381,71 @@ func transport(number byte) []expr.Any {
 	}
 }
 
-func icmp() []expr.Any { return transport(unix.IPPROTO_ICMP) }
+// icmp matches ICMP of IPv4, icmp6 that of IPv6.
+func icmp() []expr.Any  { return append(protocolIPv4(), transport(unix.IPPROTO_ICMP)...) }
+func icmp6() []expr.Any { return append(protocolIPv6(), transport(unix.IPPROTO_ICMPV6)...) }
+
+// Types of ICMPv6 (RFC 2710, RFC 4861). Errors and echoes have lower ones.
+const (
+	multicastListenerQuery = 130
+	neighbourSolicitation  = 135
+	neighbourAdvertisement = 136
+)
+
+// icmpType matches a type, icmpTypeFrom that and all above.
+func icmpType(number byte) []expr.Any { return icmpTypeThat(expr.CmpOpEq, number) }
+
+func icmpTypeFrom(number byte) []expr.Any { return icmpTypeThat(expr.CmpOpGte, number) }
+
+func icmpTypeThat(op expr.CmpOp, number byte) []expr.Any {
+	return []expr.Any{
+		headerField(expr.PayloadBaseTransportHeader, 0, 1),
+		&expr.Cmp{Op: op, Register: 1, Data: []byte{number}},
+	}
+}
+
+// ndp matches a message of neighbour discovery that follows the IPv6 header at once (RFC 8200: payload
+// length at 4, next header at 6). Its option, if there is one, tells that the sender has a MAC address,
+// if mac is not nil (RFC 4861, 4.6.1).
+func ndp(message byte, option byte, mac net.HardwareAddr) []expr.Any {
+	const withoutOption, withOption = 24, 32 // bytes
+	length := binaryutil.BigEndian.PutUint16(withoutOption)
+	if option != 0 {
+		length = binaryutil.BigEndian.PutUint16(withOption)
+	}
+	e := append(protocolIPv6(),
+		headerField(expr.PayloadBaseNetworkHeader, 4, 3),
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: append(length, unix.IPPROTO_ICMPV6)})
+	e = append(e, icmpType(message)...)
+	if option == 0 || mac == nil {
+		return e
+	}
+	return append(e, headerField(expr.PayloadBaseTransportHeader, withoutOption, 8),
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: append([]byte{option, 1}, mac...)})
+}
+
+// solicitation matches a question for a neighbour's MAC address, with the sender's.
+func solicitation(mac net.HardwareAddr) []expr.Any {
+	const sourceAddress = 1
+	return ndp(neighbourSolicitation, sourceAddress, mac)
+}
+
+// advertisement matches the answer about an address, with the MAC address or without.
+func advertisement(ip net.IP, mac net.HardwareAddr, with bool) []expr.Any {
+	const targetAddress = 2
+	option := byte(0)
+	if with {
+		option = targetAddress
+	}
+	return append(ndp(neighbourAdvertisement, option, mac),
+		headerField(expr.PayloadBaseTransportHeader, 8, net.IPv6len),
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: ip})
+}
+
+// linkLocalOf is the address that a kernel makes of a MAC address (RFC 4291, appendix A).
+func linkLocalOf(mac net.HardwareAddr) net.IP {
+	return net.IP{0xfe, 0x80, 0, 0, 0, 0, 0, 0, mac[0] ^ 2, mac[1], mac[2], 0xff, 0xfe, mac[3], mac[4], mac[5]}
+}
 
 // connection matches a bit of what the connection tracking knows about a packet's connection: that
 // it is set (CmpOpNeq to 0), or not.
@@ -398,27 +505,34 @@ func overLinkRate(counters *nftables.Set, limit int) []expr.Any {
 // not count it any more then.
 const closedTimeout = 1
 
-// forgetClosed adds a rule that gives new TCP connections closedTimeout, and otherwise the
+// forgetClosed adds rules that give new TCP connections closedTimeout, and otherwise the
 // kernel's own timeouts (nf_conntrack-sysctl).
 func (r *ruleset) forgetClosed(c *nftables.Chain) {
-	const name = "tcp"
-	r.conn.AddObj(&nftables.NamedObj{Table: r.table, Name: name, Type: nftables.ObjTypeCtTimeout, Obj: &expr.CtTimeout{
-		L3Proto: unix.NFPROTO_IPV4, L4Proto: unix.IPPROTO_TCP,
-		Policy: expr.CtStatePolicyTimeout{
-			expr.CtStateTCPESTABLISHED: 5 * 24 * 60 * 60, expr.CtStateTCPTIMEWAIT: closedTimeout, expr.CtStateTCPCLOSE: closedTimeout,
-		},
-	}})
-	r.rule(c, transport(unix.IPPROTO_TCP), []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_CT_TIMEOUT, Name: name}})
+	timeout := func(name string, family uint16, protocol []expr.Any) {
+		r.conn.AddObj(&nftables.NamedObj{Table: r.table, Name: name, Type: nftables.ObjTypeCtTimeout, Obj: &expr.CtTimeout{
+			L3Proto: family, L4Proto: unix.IPPROTO_TCP,
+			Policy: expr.CtStatePolicyTimeout{
+				expr.CtStateTCPESTABLISHED: 5 * 24 * 60 * 60, expr.CtStateTCPTIMEWAIT: closedTimeout, expr.CtStateTCPCLOSE: closedTimeout,
+			},
+		}})
+		r.rule(c, protocol, transport(unix.IPPROTO_TCP), []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_CT_TIMEOUT, Name: name}})
+	}
+	timeout("tcp", unix.NFPROTO_IPV4, protocolIPv4())
+	timeout("tcp6", unix.NFPROTO_IPV6, protocolIPv6())
 }
 
 func drop() []expr.Any   { return []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}} }
 func accept() []expr.Any { return []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}} }
 
-// reset answers a TCP segment with RST, unreachable anything else with ICMP's port unreachable (RFC
-// 792, code 3).
+// reset answers a TCP segment with RST, unreachable anything else with port unreachable, which is code
+// 3 of ICMP (RFC 792), and unreachable6 the same by IPv6, as code 4 of ICMPv6 (RFC 4443).
 func reset() []expr.Any { return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}} }
 func unreachable() []expr.Any {
-	return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: 3}}
+	return append(protocolIPv4(), &expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: 3})
+}
+
+func unreachable6() []expr.Any {
+	return append(protocolIPv6(), &expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: 4})
 }
 
 // continueAt goes on in another chain and does not come back.
@@ -429,16 +543,26 @@ func continueAt(c *nftables.Chain) []expr.Any {
 func masquerade() []expr.Any { return []expr.Any{&expr.Masq{}} }
 
 func sourceNAT(ip net.IP) []expr.Any {
+	to := host(ip)
 	return []expr.Any{
-		&expr.Immediate{Register: 1, Data: ip.To4()},
-		&expr.NAT{Type: expr.NATTypeSourceNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: 1},
+		&expr.Immediate{Register: 1, Data: to.IP},
+		&expr.NAT{Type: expr.NATTypeSourceNAT, Family: netfilterOf(to), RegAddrMin: 1},
 	}
+}
+
+// netfilterOf is netfilter's number of a subnet's protocol.
+func netfilterOf(n *net.IPNet) uint32 {
+	if len(n.Mask) == net.IPv4len {
+		return unix.NFPROTO_IPV4
+	}
+	return unix.NFPROTO_IPV6
 }
 
 // destinationNAT rewrites the destination; port 0 keeps the port.
 func destinationNAT(ip net.IP, port uint16) []expr.Any {
-	e := []expr.Any{&expr.Immediate{Register: 1, Data: ip.To4()}}
-	n := &expr.NAT{Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: 1}
+	to := host(ip)
+	e := []expr.Any{&expr.Immediate{Register: 1, Data: to.IP}}
+	n := &expr.NAT{Type: expr.NATTypeDestNAT, Family: netfilterOf(to), RegAddrMin: 1}
 	if port != 0 {
 		e = append(e, &expr.Immediate{Register: 2, Data: binaryutil.BigEndian.PutUint16(port)})
 		n.RegProtoMin = 2
@@ -447,9 +571,14 @@ func destinationNAT(ip net.IP, port uint16) []expr.Any {
 }
 
 // host is the subnet of one address.
-func host(ip net.IP) *net.IPNet { return &net.IPNet{IP: ip.To4(), Mask: net.CIDRMask(32, 32)} }
+func host(ip net.IP) *net.IPNet {
+	if ip4 := ip.To4(); ip4 != nil {
+		return &net.IPNet{IP: ip4, Mask: net.CIDRMask(32, 32)}
+	}
+	return &net.IPNet{IP: ip, Mask: net.CIDRMask(128, 128)}
+}
 
-// loopback is 127.0.0.0/8.
+// loopback is 127.0.0.0/8. The kernel itself lets nothing in or out that has IPv6's.
 var loopback = cidr("127.0.0.0/8")
 
 // setSysctl sets a kernel parameter of the calling thread's network namespace.

@@ -152,7 +152,7 @@ func (a *applied) note() (err error) {
 	if a.generation, err = generation(); err != nil {
 		return err
 	}
-	a.state, err = tableState(unix.NFPROTO_IPV4, a.table)
+	a.state, err = tableState(byte(rulesFamily()), a.table)
 	return err
 }
 
@@ -162,7 +162,7 @@ func (a *applied) intact() (bool, error) {
 	if err != nil || now == a.generation {
 		return true, err
 	}
-	state, err := tableState(unix.NFPROTO_IPV4, a.table)
+	state, err := tableState(byte(rulesFamily()), a.table)
 	if err != nil || !slices.Equal(state, a.state) {
 		return false, err
 	}

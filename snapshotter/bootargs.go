@@ -12,7 +12,7 @@ import (
 )
 
 // guestArgs appends the guest's settings to args: its network configuration (ip=, see nfsroot.rst
-// of Linux) unless the user gave one, its ports, the ports of its service, and whether it keeps its
+// of Linux, and its like for IPv6) unless the user gave one, its ports, the ports of its service, and whether it keeps its
 // own time. The guest's address is that behind the interface in the namespace.
 func guestArgs(args, netns, iface string, agentPort, livenessPort uint32, readyPorts string, keepClock bool) (string, error) {
 	words := strings.Fields(args)
@@ -30,6 +30,13 @@ func guestArgs(args, netns, iface string, agentPort, livenessPort uint32, readyP
 			return "", err
 		}
 		words = append(words, fmt.Sprintf("ip=%s::%s:%s::eth0:off", address.IP, gateway, net.IP(address.Mask)))
+		gateway, address, err = network.GuestAddress6(netns)
+		if err != nil {
+			return "", err
+		}
+		if address != nil && !has(guest.IPv6Argument) {
+			words = append(words, fmt.Sprintf("%s=%s,%s", guest.IPv6Argument, address, gateway))
+		}
 	}
 	if agentPort != 0 && agentPort != vmm.DefaultAgentPort && !has(guest.AgentPortArgument) {
 		words = append(words, fmt.Sprintf("%s=%d", guest.AgentPortArgument, agentPort))

@@ -36,6 +36,18 @@ func TestParseIPArgument(t *testing.T) {
 	}
 }
 
+func TestParseIPv6Argument(t *testing.T) {
+	address, gateway, err := parseIPv6Argument("fd00:1::2/126,fd00:1::1")
+	if err != nil || address.String() != "fd00:1::2/126" || gateway.String() != "fd00:1::1" {
+		t.Errorf("%s, %s, %v", address, gateway, err)
+	}
+	for _, bad := range []string{"", ",", "fd00:1::2/126", "fd00:1::2,fd00:1::1", "172.16.0.2/30,172.16.0.1", "fd00:1::2/126,172.16.0.1", "fd00:1::2/126,fd00:1::1,"} {
+		if address, gateway, err := parseIPv6Argument(bad); err == nil {
+			t.Errorf("%q: %s, %s", bad, address, gateway)
+		}
+	}
+}
+
 func TestMountOptions(t *testing.T) {
 	for options, want := range map[string]struct {
 		flags uintptr

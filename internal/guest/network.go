@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // networkConfig is what the ip= argument says (Documentation/admin-guide/nfs/nfsroot.rst of Linux):
@@ -83,7 +84,44 @@ func configureNetwork(cmd cmdline) error {
 			return fmt.Errorf("set default route to %s: %w", c.gateway, err)
 		}
 	}
+	if arg := cmd.get(IPv6Argument, ""); arg != "" {
+		if err := configureIPv6(link, arg); err != nil {
+			return err
+		}
+	}
 	return writeResolvConf(c.dns)
+}
+
+// parseIPv6Argument reads the value of [IPv6Argument].
+func parseIPv6Argument(s string) (address *net.IPNet, gateway net.IP, err error) {
+	own, via, _ := strings.Cut(s, ",")
+	ip, address, err := net.ParseCIDR(own)
+	gateway = net.ParseIP(via)
+	if err != nil || ip.To4() != nil || gateway == nil || gateway.To4() != nil {
+		return nil, nil, fmt.Errorf("%s=%s: write it as fd00:1::2/126,fd00:1::1", IPv6Argument, s)
+	}
+	address.IP = ip
+	return address, gateway, nil
+}
+
+// configureIPv6 gives an interface that is up its IPv6 address. A kernel of the user's may be without.
+func configureIPv6(link netlink.Link, arg string) error {
+	address, gateway, err := parseIPv6Argument(arg)
+	if err != nil {
+		return err
+	}
+	name := link.Attrs().Name
+	if _, err := os.Stat("/proc/sys/net/ipv6/conf/" + name); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	// Nobody else is there who could have it, and the service may need it at once.
+	if err := netlink.AddrReplace(link, &netlink.Addr{IPNet: address, Flags: unix.IFA_F_NODAD}); err != nil {
+		return fmt.Errorf("set address of %s to %s: %w", name, address, err)
+	}
+	if err := netlink.RouteReplace(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: gateway}); err != nil {
+		return fmt.Errorf("set default route to %s: %w", gateway, err)
+	}
+	return nil
 }
 
 // writeResolvConf makes the file even if it stays empty: bundles bind it.

@@ -1,6 +1,6 @@
 // Package testhost gives a test binary a host of its own: mount, network and cgroup namespaces,
-// with an empty /run, a temporary directory, a loopback interface, and an uplink (eth0, 192.0.2.1)
-// to a network namespace "outside" (192.0.2.254). What the tests do to it, the real host never
+// with an empty /run, a temporary directory, a loopback interface, and an uplink (eth0, 192.0.2.1 and
+// 2001:db8::192.0.2.1) to a network namespace "outside" (192.0.2.254 and 2001:db8::192.0.2.254). What the tests do to it, the real host never
 // sees, and what else the real host does, the tests never see.
 package testhost
 
@@ -103,13 +103,16 @@ func SetUp(work string) error {
 	if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(outside)}); err != nil {
 		return err
 	}
-	if err := configure("192.0.2.1/24", net.IPv4(192, 0, 2, 254)); err != nil {
+	err = errors.Join(
+		configure("192.0.2.1/24", net.IPv4(192, 0, 2, 254)),
+		configure("2001:db8::192.0.2.1/120", net.ParseIP("2001:db8::192.0.2.254")))
+	if err != nil {
 		return err
 	}
 	if err := netns.Set(outside); err != nil {
 		return err
 	}
-	return errors.Join(configure("192.0.2.254/24", nil), netns.Set(here))
+	return errors.Join(configure("192.0.2.254/24", nil), configure("2001:db8::192.0.2.254/120", nil), netns.Set(here))
 }
 
 // mountTemporary gives the host a temporary directory of its own, with work in it.
@@ -146,6 +149,9 @@ func configure(cidr string, gateway net.IP) error {
 	addr, err := netlink.ParseAddr(cidr)
 	if err != nil {
 		return err
+	}
+	if addr.IP.To4() == nil {
+		addr.Flags = unix.IFA_F_NODAD // it is used at once
 	}
 	if err := errors.Join(netlink.AddrAdd(link, addr), netlink.LinkSetUp(link)); err != nil || gateway == nil {
 		return err
