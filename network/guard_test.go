@@ -1073,10 +1073,7 @@ func TestStale(t *testing.T) {
 	}
 	restart := func() {
 		t.Helper()
-		endWatch(t, &n.watch)
-		if err := n.lock.Abandon(); err != nil {
-			t.Fatal(err)
-		}
+		abandon(t, n)
 		if n, err = StartNAT(context.Background(), c); err != nil {
 			t.Fatal(err)
 		}

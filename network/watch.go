@@ -142,6 +142,7 @@ func keepSysctl(name, value string) (changed bool, err error) {
 
 // applied is a table of ours as the kernel had it when it was applied.
 type applied struct {
+	family     byte
 	table      string
 	state      []string
 	generation uint32 // when it was last like that
@@ -152,7 +153,7 @@ func (a *applied) note() (err error) {
 	if a.generation, err = generation(); err != nil {
 		return err
 	}
-	a.state, err = tableState(unix.NFPROTO_IPV4, a.table)
+	a.state, err = tableState(a.family, a.table)
 	return err
 }
 
@@ -162,7 +163,7 @@ func (a *applied) intact() (bool, error) {
 	if err != nil || now == a.generation {
 		return true, err
 	}
-	state, err := tableState(unix.NFPROTO_IPV4, a.table)
+	state, err := tableState(a.family, a.table)
 	if err != nil || !slices.Equal(state, a.state) {
 		return false, err
 	}
