@@ -32,6 +32,8 @@ type traveller struct {
 	where string
 	stop  chan struct{} // closed to pause
 	wait  sync.WaitGroup
+
+	egress []string // where it goes next
 }
 
 // newTraveller starts a guest in ark0.
@@ -67,7 +69,7 @@ func (g *traveller) claims(ns string, lands bool) (*Claim, *os.File) {
 	g.t.Helper()
 	claim, err := ClaimNamespace(ns)
 	if err == nil {
-		err = GuardGuest(ns, Guest{VM: g.vm, MAC: testConfig().NamespaceInterfaceMAC, Lands: lands})
+		err = GuardGuest(ns, Guest{VM: g.vm, MAC: testConfig().NamespaceInterfaceMAC, Lands: lands, Egress: g.egress})
 	}
 	if err != nil {
 		g.t.Fatal(err)

@@ -71,7 +71,7 @@ func (c *Claim) Close() error {
 	}
 	err = errors.Join(err, c.atTap("renew the tap", func(config *NATConfig, l *layout) error { return config.renewTap(l) }))
 	if anchor == nil {
-		err = errors.Join(err, forgetTenant(c.namespace))
+		err = errors.Join(err, forgetTenant(c.namespace), c.endEgress())
 	}
 	err = errors.Join(err, c.lock.Release(), rundir.Remove())
 	c.lock = nil

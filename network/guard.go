@@ -370,6 +370,9 @@ func (n *NAT) namespaceRules(i, connections int) error {
 	for _, message := range []byte{neighbourSolicitation, neighbourAdvertisement} {
 		r.rule(delivered, fromInterface(c.NamespaceInterface), icmp6(), icmpType(message), accept())
 	}
+	for _, protocol := range []string{"udp", "tcp"} { // the DNS forwarder; see egress.apply
+		r.rule(delivered, fromInterface(c.NamespaceInterface), forwardedByRule(), toPort(protocol, dnsPort), accept())
+	}
 	r.rule(delivered, drop())
 	return r.apply()
 }
@@ -379,6 +382,8 @@ type Guest struct {
 	VM    uuid.UUID // its generation
 	MAC   string    // "" for one that is not known
 	Lands bool      // it comes from elsewhere, and may have its anchor here
+	// what it may open connections to, of what [NATConfig.Egress] lets guests; nil: all of that
+	Egress []string
 }
 
 // GuardGuest lets only the guest's own frames leave the tap of a namespace that a NAT made: IPv4 and
@@ -386,10 +391,17 @@ type Guest struct {
 // is known. Everything else is dropped before anybody sees it. Connections of an earlier VM are ended, because a VM that was
 // killed did not give its claim back; so are its anchors. Those of a VM that comes back to its anchor
 // stay. Another VM's anchor is refused. The tap is made anew unless it is in use. Call GuardGuest
-// before a VMM takes the tap; it replaces the guard of an earlier VM. It does nothing, and returns
+// before a VMM takes the tap; it replaces the guard and the egress of an earlier VM. It does nothing, and returns
 // nil, for a namespace that no NAT made: the rules there are its owner's.
 func GuardGuest(ns string, g Guest) error {
+	policy, err := parseEgress(g.Egress)
+	if err != nil {
+		return err
+	}
 	c, err := natOf(ns)
+	if c == nil && err == nil && policy != nil {
+		return fmt.Errorf("--egress: no NAT made network namespace %q; use one of drafter nat, or leave --egress out", ns)
+	}
 	if c == nil || err != nil {
 		return err
 	}
@@ -408,6 +420,9 @@ func GuardGuest(ns string, g Guest) error {
 		return err
 	}
 	if err := endAnchorsOfOthers(ns, g.VM); err != nil {
+		return err
+	}
+	if err := c.setEgress(ns, g.Egress, true); err != nil {
 		return err
 	}
 	err = inNamespace(ns, func() error {

@@ -1203,10 +1203,7 @@ func testStale(t *testing.T, v func(string) string) {
 	}
 	restart := func() {
 		t.Helper()
-		endWatch(t, &n.watch)
-		if err := n.lock.Abandon(); err != nil {
-			t.Fatal(err)
-		}
+		abandon(t, n)
 		if n, err = StartNAT(context.Background(), c); err != nil {
 			t.Fatal(err)
 		}

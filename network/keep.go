@@ -43,6 +43,8 @@ func (n *NAT) look() {
 				return err
 			})
 			n.news.mended("nftables table netdev "+guardTable+" in "+name, done, err)
+			done, err = n.egress.keep(name)
+			n.news.mended("nftables table inet "+egressTable+" in "+name, done, err)
 			n.news.mended("the anchor "+name, false, n.keepAnchor(name))
 			n.news.mended("what leads to "+name, false, n.keepLandings(name))
 		}
@@ -186,7 +188,7 @@ func (n *NAT) keepLink(i int) (done bool, err error) {
 			return false, fmt.Errorf("somebody has removed network namespace %s under its VM, which is cut off until it is resumed: %w", name, err)
 		}
 		err = errors.Join(removeNamespace(name, n.config.Logger), n.createNamespace(i), claim.Release())
-		return true, errors.Join(err, n.guard(i))
+		return true, errors.Join(err, n.guard(i), n.egress.enforce(name, false, false))
 	}
 	connected, err := n.connected(i)
 	if connected {

@@ -204,7 +204,7 @@ func TestNotices(t *testing.T) {
 // restartKilled ends a NAT as a kill would, and starts the next one.
 func restartKilled(t *testing.T, n *NAT) *NAT {
 	t.Helper()
-	if err := errors.Join(n.watch.Close(), n.tunnel.close(), n.lock.Abandon()); err != nil {
+	if err := errors.Join(n.watch.Close(), n.egress.Close(), n.tunnel.close(), n.lock.Abandon()); err != nil {
 		t.Fatal(err)
 	}
 	n.watch, n.lock = nil, nil

@@ -70,6 +70,10 @@ type NATConfig struct {
 	MaxConnections int
 	// rules are put into other firewalls of the host that drop what it forwards for guests, until Close
 	ManageForward bool
+	// what guests may open connections to, of what they reach at all: subnets and names, such as
+	// 192.0.2.0/24 and *.example.com:443/tcp; or only "allow", as nil, or "deny". A VM may have less:
+	// see [Guest].
+	Egress []string
 	// how long connections of a VM that has moved may go on by way of the namespace that it has left;
 	// 0: for ever
 	AnchorTimeout time.Duration
@@ -126,6 +130,7 @@ type NAT struct {
 	next        int       // namespace that the next look visits first
 	news        *news
 	tunnel      *tunnel // nil: there is none
+	egress      *egressControl
 }
 
 // natRecord is kept on disk while a NAT runs, so that the next NAT can clean up after a crash.
@@ -152,6 +157,7 @@ type layout struct {
 	ip6      *pool // nil: guests have no IPv6
 	mac      net.HardwareAddr
 	openings []opening
+	egress   egressPolicy
 	count    int
 }
 
@@ -194,6 +200,9 @@ func (c *NATConfig) parse() (*layout, error) {
 		return nil, fmt.Errorf("the subnets %s and %s have no room for a namespace", tightest.hostVeth, tightest.namespaceVeth)
 	}
 	if l.openings, err = c.parseOpenings(); err != nil {
+		return nil, err
+	}
+	if l.egress, err = parseEgress(c.Egress); err != nil {
 		return nil, err
 	}
 	if c.AnchorTimeout < 0 {
@@ -284,6 +293,9 @@ func StartNAT(ctx context.Context, c NATConfig) (_ *NAT, err error) {
 	if err := n.prepareHost(kept); err != nil {
 		return nil, err
 	}
+	if n.egress, err = startEgressControl(n); err != nil {
+		return nil, err
+	}
 	for i := range l.count {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
@@ -323,7 +335,13 @@ func (n *NAT) makeNamespace(i int, kept []string) error {
 	if err := n.guard(i); err != nil {
 		return fmt.Errorf("guard network namespace %q: %w", name, err)
 	}
-	if n.changed && slices.Contains(kept, name) {
+	isKept := slices.Contains(kept, name)
+	if isKept || len(n.config.Egress) > 0 {
+		if err := n.egress.enforce(name, isKept, isKept && !n.changed); err != nil {
+			return err
+		}
+	}
+	if n.changed && isKept {
 		// The flags may no longer allow what was let in before.
 		return forgetTenant(name)
 	}
@@ -475,7 +493,7 @@ func (c NATConfig) pool() [8]string {
 
 // permissions are what guests may reach, and who may reach them.
 func (c NATConfig) permissions() string {
-	return fmt.Sprintf("%q %q %q %q %v %q %v", c.HostInterface, c.BlockedSubnetCIDR, c.AllowHost, c.AllowCIDRs, c.AllowIncomingTraffic, c.BlockedSubnetCIDR6, c.IPv6Routed)
+	return fmt.Sprintf("%q %q %q %q %q %v %q %v", c.HostInterface, c.BlockedSubnetCIDR, c.AllowHost, c.AllowCIDRs, c.Egress, c.AllowIncomingTraffic, c.BlockedSubnetCIDR6, c.IPv6Routed)
 }
 
 // checkFree refuses to start where the names or addresses belong to somebody else.
@@ -1010,6 +1028,9 @@ func disableIPv6(iface string) error {
 // Namespaces returns the names of the pool's namespaces.
 func (n *NAT) Namespaces() []string { return slices.Clone(n.created) }
 
+// Egress returns what guests may open connections to, as it is written for --egress.
+func (n *NAT) Egress() string { return n.layout.egress.String() }
+
 // ConnectionLimit returns how many connections each guest may have open at a time.
 func (n *NAT) ConnectionLimit() int { return n.connections }
 
@@ -1064,7 +1085,7 @@ func removeNamespace(name string, log *slog.Logger) error {
 			errs = append(errs, fmt.Errorf("remove %s: %w", hostVethName(name), err))
 		}
 	}
-	errs = append(errs, deleteNamespace(name), forgetAnchor(name), expectNobody(name), forgetList(landingRecords, name))
+	errs = append(errs, deleteNamespace(name), forgetAnchor(name), expectNobody(name), forgetList(landingRecords, name), forgetEgress(name))
 	return errors.Join(errs...)
 }
 
@@ -1093,7 +1114,7 @@ func (n *NAT) Close() error {
 	}
 	errs := []error{n.watch.Close()}
 	n.watch = nil
-	errs = append(errs, n.endLinks(), n.tunnel.close())
+	errs = append(errs, n.egress.Close(), n.endLinks(), n.tunnel.close())
 	for _, name := range slices.Backward(n.created) {
 		errs = append(errs, removeNamespace(name, n.config.Logger))
 	}

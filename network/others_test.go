@@ -74,6 +74,15 @@ func endWatch(t *testing.T, w **watch) {
 	*w = nil
 }
 
+// abandon does to a NAT what kill -9 does: its sockets and locks end, and nothing else.
+func abandon(t *testing.T, n *NAT) {
+	t.Helper()
+	endWatch(t, &n.watch)
+	if err := errors.Join(n.egress.Close(), n.lock.Abandon()); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // startForwarder forwards until the test ends.
 func startForwarder(t *testing.T, forwards ...PortForward) *Forwarder {
 	t.Helper()

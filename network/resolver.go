@@ -107,8 +107,12 @@ func (r Resolver) String() string {
 	return b.String()
 }
 
-// sayNameServers names the host's name servers that guests do not reach, and what opens them.
+// sayNameServers names the host's name servers that guests do not reach, and what opens them. With an
+// egress that is not allow they need none, or those that it has.
 func (n *NAT) sayNameServers() {
+	if n.layout.egress != nil {
+		return
+	}
 	r, err := ResolverFor(nil)
 	if err != nil {
 		n.news.say("name servers", "Guests have no name server unless --dns names one", "error", err)

@@ -28,13 +28,26 @@ func rulesFamily() nftables.TableFamily {
 	return nftables.TableFamilyINet
 }
 
+// openRulesets opens nftables of the calling thread's network namespace, for transactions of thousands
+// of messages. The kernel acknowledges each before the first acknowledgement is read.
+func openRulesets() (*nftables.Conn, error) {
+	const buffer = 4 << 20 // bytes
+	conn, err := nftables.New(nftables.WithSockOptions(func(c *netlink.Conn) error {
+		return errors.Join(c.SetReadBuffer(buffer), c.SetWriteBuffer(buffer))
+	}))
+	if err != nil {
+		return nil, fmt.Errorf("open nftables: %w", err)
+	}
+	return conn, nil
+}
+
 // newRuleset starts a ruleset for the calling thread's network namespace. A table of the same
 // family and name is replaced. A table of family inet also replaces one of family ip, which older
 // releases had.
 func newRuleset(family nftables.TableFamily, table string) (*ruleset, error) {
-	conn, err := nftables.New()
+	conn, err := openRulesets()
 	if err != nil {
-		return nil, fmt.Errorf("open nftables: %w", err)
+		return nil, err
 	}
 	replaced := []nftables.TableFamily{family}
 	if family == nftables.TableFamilyINet {

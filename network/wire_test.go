@@ -144,7 +144,7 @@ func TestWire(t *testing.T) {
 				if i == 1 && address == "fd09::2" {
 					close(lossy)
 				}
-				if err := exchange(t, a.ns, b.ns, net.JoinHostPort(address, fmt.Sprint(100+i)), size); err != nil {
+				if err := sendBoth(t, a.ns, b.ns, net.JoinHostPort(address, fmt.Sprint(100+i)), size); err != nil {
 					t.Error(err)
 				}
 			}
@@ -152,8 +152,8 @@ func TestWire(t *testing.T) {
 	}
 }
 
-// exchange sends as much in both directions at once, and compares.
-func exchange(t *testing.T, from, to, address string, size int) error {
+// sendBoth sends as much in both directions at once, and compares.
+func sendBoth(t *testing.T, from, to, address string, size int) error {
 	var listener net.Listener
 	err := inNamespace(to, func() (err error) { listener, err = net.Listen("tcp", address); return err })
 	if err != nil {

@@ -38,6 +38,8 @@ type Host struct {
 	Boot bool
 
 	NameServers []string // IPv4 addresses that guests ask; none for the host's own
+	// what the guest may open connections to, as network.Guest has it; nil: what the NAT lets guests
+	Egress []string
 
 	// guest console; nil discards. A writer that blocks or fails misses some of it, and delays
 	// nobody

@@ -37,6 +37,25 @@ If the host did not forward packets before, it now forwards for its guests only.
 two other interfaces is dropped unless somebody translates it (a published port of Docker, say). The
 last NAT that ends turns forwarding off again.
 
+With --egress guests open connections only to what you name:
+
+  drafter nat --egress 192.0.2.0/24,example.com:443/tcp,*.example.org
+
+Each entry is a subnet or address, IPv4 or IPv6, or a name, and may end with a port and protocol.
+example.com is that name only. *.example.org is every name below it, at any depth, and not
+example.org. With deny they open none. Answers to connections that came in always go out. What is
+closed without --egress stays closed. An owner of a VM narrows it down with --egress of drafter
+runner, peer and snapshotter: a connection must then be in both lists. That holds on this host only;
+where a VM moves to, it has what is said there.
+
+If a list has names, DNS queries of the guest (port 53) go to a forwarder in this process, whichever
+name server they are for. It asks the host's name servers for names in the list. Others do not exist
+(NXDOMAIN), and the log names each once. The addresses in an answer, also by way of aliases (CNAME), are
+open from then on, until a minute after its TTL, of which a guest sees at most an hour. Connections go
+on after that. Addresses that are private, the host's, or closed are not opened by names: list them as
+subnets, too. A guest that has moved, or was resumed, asks anew. Lists without names answer no names,
+so two lists need names in both. DNS over TLS and HTTPS are connections as all others.
+
 A port that drafter forwarder publishes is one of the host's. To let other guests use it, open its
 address (--allow-cidr 192.0.2.1/32:3333/tcp). The guest that it leads to reaches it without that.
 
@@ -75,7 +94,7 @@ also names a name server of the host that guests do not reach.
 			}
 			defer func() { err = errors.Join(err, stopMetrics()) }()
 			names := nat.Namespaces()
-			slog.Info("NAT is up", "namespaces", len(names), "first", names[0], "last", names[len(names)-1], "connectionLimit", nat.ConnectionLimit())
+			slog.Info("NAT is up", "namespaces", len(names), "first", names[0], "last", names[len(names)-1], "connectionLimit", nat.ConnectionLimit(), "egress", nat.Egress())
 			<-cmd.Context().Done()
 			slog.Info("Shutting down")
 			return nil
@@ -88,6 +107,7 @@ also names a name server of the host that guests do not reach.
 	f.StringVar(&c.BlockedSubnetCIDR, "blocked-subnet-cidr", c.BlockedSubnetCIDR, "Further CIDR to block for the namespace")
 	f.StringSliceVar(&c.AllowHost, "allow-host", nil, "Ports of the host that guests may reach, at any of its addresses, as PORT/PROTOCOL (53/udp,53/tcp)")
 	f.StringSliceVar(&c.AllowCIDRs, "allow-cidr", nil, "CIDRs that guests may reach although they are closed by default, or one port there (192.168.1.0/24,169.254.169.254/32:53/udp)")
+	f.StringSliceVar(&c.Egress, "egress", nil, "What guests may open connections to, of what they reach at all: allow, deny, or a list of subnets and names, each for all ports or with one (192.0.2.0/24,*.example.com,example.org:443/tcp) (default allow)")
 	f.IntVar(&c.MaxConnections, "max-connections", 0, "Most connections that a guest may have open at a time, of all protocols; it may open a quarter as many a second (0: an equal share of a third of what the host can track, up to 8192)")
 	f.StringVar(&c.NamespaceInterface, "namespace-interface", c.NamespaceInterface, "Name for the interface inside the namespace")
 	f.StringVar(&c.NamespaceInterfaceGateway, "namespace-interface-gateway", c.NamespaceInterfaceGateway, "Gateway for the interface inside the namespace")

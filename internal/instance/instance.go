@@ -222,7 +222,7 @@ func Boot(ctx context.Context, h vmm.Host, spec vmm.Spec, id string, names []str
 // machine starts.
 func (i *Instance) launch(h vmm.Host, driver vmm.Driver) (vmm.Launch, error) {
 	if h.Netns != "" && i.config.Interface != "" {
-		if err := network.GuardGuest(h.Netns, network.Guest{VM: i.generation, MAC: i.config.MAC, Lands: i.moved}); err != nil {
+		if err := network.GuardGuest(h.Netns, network.Guest{VM: i.generation, MAC: i.config.MAC, Lands: i.moved, Egress: h.Egress}); err != nil {
 			return vmm.Launch{}, fmt.Errorf("guard network namespace %q: %w", h.Netns, err)
 		}
 	}
