@@ -17,9 +17,9 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// A guest whose policy has names asks the DNS forwarder, whichever name server it believes to ask. It
-// gets the answers of the host's name servers, for the names that the policy has. The addresses in an
-// answer are open before the guest has it. Other names do not exist.
+// A guest whose policy has names asks the DNS forwarder, whichever name server it believes to ask.
+// It gets the answers of the host's name servers, for the names that the policy has. The addresses
+// in an answer are open before the guest has it. Other names do not exist.
 
 const (
 	// Bounds of what one guest can cause.
@@ -217,7 +217,8 @@ type answered struct {
 }
 
 // addresses returns those that an answer has for a name: its own, and those of the names that it is
-// an alias for (CNAME). The answer's other records say nothing. No TTL remains longer than longestTTL.
+// an alias for (CNAME). The answer's other records say nothing. No TTL remains longer than
+// longestTTL.
 func addresses(name string, answer *dns.Msg) (found []answered) {
 	for _, section := range [][]dns.RR{answer.Answer, answer.Ns, answer.Extra} {
 		for _, r := range section {

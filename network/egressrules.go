@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// egressTable is the name of the table with the rules for what a guest opens, in its namespace. It is
-// for IPv4 and IPv6. There is none if both policies are allow.
+// egressTable is the name of the table with the rules for what a guest opens, in its namespace. It
+// is for IPv4 and IPv6. There is none if both policies are allow.
 const egressTable = "drafter-egress"
 
 // Chains of the table, one for each policy.
@@ -23,8 +23,11 @@ const (
 )
 
 var (
-	hookOpened = hook{"opened", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityRef(*nftables.ChainPriorityFilter - 1)}
-	hookSent   = hook{"sent", nftables.ChainTypeFilter, nftables.ChainHookOutput, nftables.ChainPriorityFilter}
+	// before hookForwarded
+	hookOpened = hook{
+		"opened", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityRef(*nftables.ChainPriorityFilter - 1),
+	}
+	hookSent = hook{"sent", nftables.ChainTypeFilter, nftables.ChainHookOutput, nftables.ChainPriorityFilter}
 )
 
 const (
@@ -81,7 +84,9 @@ func (s openedSet) name(v6 bool) string {
 }
 
 func (s openedSet) set(table *nftables.Table, v6 bool) *nftables.Set {
-	set := &nftables.Set{Table: table, Name: s.name(v6), KeyType: nftables.TypeIPAddr, HasTimeout: true, Dynamic: true, Size: mostOpened}
+	// A dynamic set is one of those whose elements a look does not compare; see tableState.
+	set := &nftables.Set{Table: table, Name: s.name(v6), HasTimeout: true, Dynamic: true, Size: mostOpened}
+	set.KeyType = nftables.TypeIPAddr
 	if v6 {
 		set.KeyType = nftables.TypeIP6Addr
 	}
@@ -172,8 +177,8 @@ func addOpened(conn *nftables.Conn, table *nftables.Table, opened openedAddresse
 	for f, all := range elements {
 		set := f.set.set(table, f.v6)
 		for chunk := range slices.Chunk(all, 500) { // one netlink attribute holds 64 KiB
-			err := errors.Join(conn.SetAddElements(set, chunk), conn.SetDeleteElements(set, chunk), conn.SetAddElements(set, chunk))
-			if err != nil {
+			err := errors.Join(conn.SetAddElements(set, chunk), conn.SetDeleteElements(set, chunk))
+			if err = errors.Join(err, conn.SetAddElements(set, chunk)); err != nil {
 				return fmt.Errorf("fill set %s: %w", set.Name, err)
 			}
 		}
@@ -197,8 +202,8 @@ func openAddresses(opened openedAddresses) error {
 	return nil
 }
 
-// readOpened returns the addresses that are open in the calling thread's namespace. There are none in
-// a set that is not there.
+// readOpened returns the addresses that are open in the calling thread's namespace. There are none
+// in a set that is not there.
 func (e egress) readOpened() (openedAddresses, error) {
 	conn, err := nftables.New()
 	if err != nil {
