@@ -10,10 +10,12 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/miekg/dns"
 	"golang.org/x/net/netutil"
+	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
 )
 
@@ -57,12 +59,13 @@ func startDNSForwarder(g *guestEgress, addr net.IP) (*dnsForwarder, error) {
 	f := &dnsForwarder{guest: g, rate: rate.NewLimiter(queriesPerSecond, 2*queriesPerSecond), waiting: make(chan struct{}, queriesAtOnce)}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	at := net.JoinHostPort(addr.String(), strconv.Itoa(dnsPort))
-	packets, err := net.ListenPacket("udp", at)
+	config := net.ListenConfig{Control: bindFreely}
+	packets, err := config.ListenPacket(f.ctx, "udp", at)
 	if err != nil {
 		f.cancel()
 		return nil, fmt.Errorf("start DNS forwarder: %w", err)
 	}
-	listener, err := net.Listen("tcp", at)
+	listener, err := config.Listen(f.ctx, "tcp", at)
 	if err != nil {
 		f.cancel()
 		return nil, errors.Join(fmt.Errorf("start DNS forwarder: %w", err), packets.Close())
@@ -79,6 +82,13 @@ func startDNSForwarder(g *guestEgress, addr net.IP) (*dnsForwarder, error) {
 		<-started
 	}
 	return f, nil
+}
+
+// bindFreely lets a socket have an address that is not there yet, or not any more: the tap is made
+// anew for each VM, and a VMM may remove it.
+func bindFreely(_, _ string, socket syscall.RawConn) (err error) {
+	cerr := socket.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_FREEBIND, 1) })
+	return errors.Join(err, cerr)
 }
 
 // Close waits for the last answer.

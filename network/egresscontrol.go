@@ -121,7 +121,7 @@ const mostEgressCall = 1 << 12 // bytes
 func (c *NATConfig) askNAT(call egressCall) (runs bool, err error) {
 	defer func() {
 		if err != nil {
-			err = fmt.Errorf("ask the NAT to set the egress of network namespace %q: %w", call.Netns, err)
+			err = fmt.Errorf("ask the NAT: %w", err)
 		}
 	}()
 	conn, err := net.Dial("unix", c.controlPath())
