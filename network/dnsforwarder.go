@@ -39,8 +39,8 @@ const (
 	longestTTL = time.Hour
 )
 
-// openedLonger is how long an address is open beyond its TTL: a guest may connect a moment after it
-// has asked. A variable for the tests.
+// openedLonger is how long an address is open beyond its TTL, at most, and half of that at least: a
+// guest may connect a moment after it has asked. A variable for the tests.
 var openedLonger = time.Minute
 
 // dnsForwarder answers the queries of a namespace's guest.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -343,37 +344,40 @@ func (g *guestEgress) openAnswer(name string, sets []openedSet, answer *dns.Msg)
 			}
 		}
 	}
-	if len(fresh) == 0 {
-		return nil
-	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	held := map[string]int{}
 	for o, until := range g.opened {
-		if !until.After(now) {
+		if until.Before(now.Add(-expiryPatience)) {
 			delete(g.opened, o)
 			continue
 		}
-		if _, again := fresh[o]; !again {
-			held[o.set.name(o.addr.Is6())]++
-		} else if until.After(fresh[o]) {
-			fresh[o] = until
+		if again, ok := fresh[o]; ok && again.Before(until.Add(openedLonger/2)) {
+			delete(fresh, o) // it is open for long enough
 		}
+		held[o.set.name(o.addr.Is6())]++
 	}
 	for o := range fresh {
 		set := o.set.name(o.addr.Is6())
-		if held[set]++; held[set] > mostOpened {
+		if _, again := g.opened[o]; !again {
+			held[set]++
+		}
+		if held[set] > mostOpened {
 			return fmt.Errorf("%d addresses are open, which is all that can be; more are when the first have expired", mostOpened)
 		}
 	}
-	if err := inNamespace(g.netns, func() error { return openAddresses(fresh) }); err != nil {
+	if len(fresh) == 0 {
+		return nil
+	}
+	if err := inNamespace(g.netns, func() error { return openAddresses(fresh, g.opened) }); err != nil {
 		return err
 	}
-	for o, until := range fresh {
-		g.opened[o] = until
-	}
+	maps.Copy(g.opened, fresh)
 	return nil
 }
+
+// expiryPatience is longer than the kernel takes to see that an element has expired.
+const expiryPatience = time.Second
 
 // mostSaid is about how many names of a guest something is said.
 const mostSaid = 256
