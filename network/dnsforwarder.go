@@ -25,13 +25,17 @@ import (
 
 const (
 	// Bounds of what one guest can cause.
-	queriesPerSecond   = 100
-	queriesAtOnce      = 64 // that wait for an answer
-	dnsConnections     = 16 // by TCP
+	queriesPerSecond   = 100 // or fewer, so that the host tracks as many as the guest may have connections
+	queriesAtOnce      = 64  // that wait for an answer
+	dnsConnections     = 16  // by TCP
 	openedByOneAnswer  = 64
 	longestAliasChain  = 16
 	nameServerPatience = 2 * time.Second // with one name server
 	queryPatience      = 5 * time.Second // with all of them
+
+	// queryTracked is for how many seconds the host tracks what it asks for a guest: 30 by UDP, and 10
+	// by TCP after RST (nf_conntrack-sysctl).
+	queryTracked = 30 + 10
 
 	// dnsDatagram is the size of datagrams that no network fragments (dnsflagday.net/2020).
 	dnsDatagram = 1232
@@ -56,7 +60,8 @@ type dnsForwarder struct {
 
 // startDNSForwarder listens at an address of the calling thread's namespace.
 func startDNSForwarder(g *guestEgress, addr net.IP) (*dnsForwarder, error) {
-	f := &dnsForwarder{guest: g, rate: rate.NewLimiter(queriesPerSecond, 2*queriesPerSecond), waiting: make(chan struct{}, queriesAtOnce)}
+	perSecond := min(queriesPerSecond, max(1, g.control.nat.connections/queryTracked))
+	f := &dnsForwarder{guest: g, rate: rate.NewLimiter(rate.Limit(perSecond), 2*perSecond), waiting: make(chan struct{}, queriesAtOnce)}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	at := net.JoinHostPort(addr.String(), strconv.Itoa(dnsPort))
 	config := net.ListenConfig{Control: bindFreely}
@@ -209,6 +214,9 @@ func exchange(ctx context.Context, network, server string, q dns.Question, unche
 		return nil, err
 	}
 	defer conn.Close()
+	if tcp, ok := conn.Conn.(*net.TCPConn); ok {
+		_ = tcp.SetLinger(0) // RST: else the host tracks it for two minutes
+	}
 	defer context.AfterFunc(ctx, func() { conn.Close() })()
 	answer, _, err := client.ExchangeWithConnContext(ctx, query, conn)
 	if err != nil {

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"drafter/internal/await"
@@ -704,11 +705,18 @@ func TestEgressPutBack(t *testing.T) {
 func TestEgressBounds(t *testing.T) {
 	need.Root(t)
 	server := serveNames(t)
-	n := startNAT(t, testConfig())
+	c := testConfig()
+	c.MaxConnections = 10 * queryTracked
+	n := startNAT(t, c)
 	guest := startVM(t, "ark0", "*.b.test")
+	g := n.egress.guests["ark0"]
+	if got := g.dns.rate.Limit(); got != 10 {
+		t.Errorf("a guest with %d connections may ask %v times a second", c.MaxConnections, got)
+	}
+	g.dns.rate.SetLimit(queriesPerSecond)
+	g.dns.rate.SetBurst(2 * queriesPerSecond)
 
 	// Addresses: those of one answer, and those of all.
-	g := n.egress.guests["ark0"]
 	for i := range 40 {
 		var records []string
 		for j := range 100 {
@@ -730,6 +738,23 @@ func TestEgressBounds(t *testing.T) {
 		t.Errorf("the kernel has %d addresses, %v", inKernel, err)
 	}
 
+	// What the host tracks of it: the answers were too long for UDP.
+	flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+	if err != nil {
+		t.Fatal(err)
+	}
+	byTCP := 0
+	for _, f := range flows {
+		if f.Forward.DstPort == dnsPort && f.Forward.Protocol == unix.IPPROTO_TCP {
+			if byTCP++; f.TimeOut > 10 {
+				t.Errorf("the host tracks a query for long: %s", f)
+			}
+		}
+	}
+	if byTCP == 0 {
+		t.Error("the host tracks no query by TCP")
+	}
+
 	// Queries a second, one after the other and all at once.
 	limited := 0
 	for range 300 {
@@ -740,7 +765,7 @@ func TestEgressBounds(t *testing.T) {
 	if limited < 50 {
 		t.Errorf("of 300 queries %d were too many", limited)
 	}
-	err := inNamespace(guest, func() error {
+	err = inNamespace(guest, func() error {
 		conn, err := net.Dial("udp4", "9.9.9.9:53")
 		if err != nil {
 			return err
