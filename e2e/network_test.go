@@ -1,17 +1,24 @@
 package e2e
 
 import (
+	"errors"
 	"io"
+	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strings"
 	"testing"
 
+	"github.com/miekg/dns"
 	"github.com/redis/go-redis/v9"
+	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	until "drafter/internal/await"
+	"drafter/internal/testhost"
 	"drafter/internal/tour"
 )
 
@@ -40,17 +47,11 @@ func (s *site) flushRules(t *testing.T) {
 	})
 }
 
-// A guest asks the name servers of the host that it is on, as they are at each start: behind a stub
-// those that the stub asks.
-func TestNameServers(t *testing.T) {
-	s := newSite(t)
+// setNameServer gives the host a name server until the test ends.
+func (s *site) setNameServer(t *testing.T, addr string) {
+	t.Helper()
 	etc := filepath.Join(s.dir, "resolv.conf")
-	const behind = "/run/systemd/resolve/resolv.conf"
-	if err := os.MkdirAll(filepath.Dir(behind), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll("/run/systemd") })
-	write(t, etc, "nameserver 127.0.0.53\n")
+	write(t, etc, "nameserver "+addr+"\n")
 	if err := unix.Mount(etc, "/etc/resolv.conf", "", unix.MS_BIND, ""); err != nil {
 		t.Fatal(err)
 	}
@@ -59,6 +60,18 @@ func TestNameServers(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// A guest asks the name servers of the host that it is on, as they are at each start: behind a stub
+// those that the stub asks.
+func TestNameServers(t *testing.T) {
+	s := newSite(t)
+	const behind = "/run/systemd/resolve/resolv.conf"
+	if err := os.MkdirAll(filepath.Dir(behind), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll("/run/systemd") })
+	s.setNameServer(t, "127.0.0.53")
 	for _, tt := range []struct {
 		behind, want string
 		flags        []string
@@ -83,4 +96,82 @@ func TestNameServers(t *testing.T) {
 		}
 		end(t, vm)
 	}
+}
+
+// A guest opens connections to what its egress has, and is reached as ever.
+func TestEgress(t *testing.T) {
+	s := newSite(t)
+	s.setNameServer(t, outside)
+	serveOutside(t)
+	for _, tt := range []struct{ egress, byAddress, byName string }{
+		{"allow", "PONG", "PONG"},
+		{"deny", "refused", "resolution"},
+		{"192.0.2.0/24:6380/tcp", "PONG", "resolution"},
+		// The address is closed until the guest has asked for the name.
+		{"redis.test:6380/tcp", "refused", "PONG"},
+		{"*.redis.test", "refused", "not known"},
+	} {
+		vm := s.run(t, "--enable-input", "--egress", tt.egress)
+		io.WriteString(vm.Input, "\n")
+		s.waitOutput(t, vm, "drafter# ")
+		io.WriteString(vm.Input, "echo 'be''gin'; ping() { chroot /proc/$(pidof redis-server)/root /usr/bin/redis-cli -p 6380 -h $1 ping 2>&1; }; ping "+outside+"; ping redis.test; echo 'e''nd'\n")
+		out := s.waitOutput(t, vm, "\nend\n")
+		out = out[strings.LastIndex(out, "\nbegin\n")+1:]
+		if !regexp.MustCompile(`(?s)begin\n.*` + tt.byAddress + `.*\n.*` + tt.byName + `.*\nend`).MatchString(out) {
+			t.Errorf("with --egress %s the console shows\n%s\nwant %q by the address, %q by the name", tt.egress, out, tt.byAddress, tt.byName)
+		}
+		end(t, vm)
+	}
+	if line := s.fails(t, s.runnerArgs("--egress", "alow")...); !strings.Contains(line, `--egress "alow" is neither allow, deny`) {
+		t.Errorf("a policy that is none: %s", line)
+	}
+}
+
+// outside is the address of the host outside.
+const outside = "192.0.2.254"
+
+// serveOutside starts a Redis outside, at port 6380, and a name server that knows it as redis.test.
+func serveOutside(t *testing.T) {
+	t.Helper()
+	cmd := exec.Command("ip", "netns", "exec", testhost.Outside, "redis-server", "--port", "6380", "--bind", outside, "--protected-mode", "no", "--save", "")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	listening := make(chan error)
+	var packets net.PacketConn
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+		ns, err := netns.GetFromName(testhost.Outside)
+		if err == nil {
+			err = errors.Join(netns.Set(ns), ns.Close())
+		}
+		if err == nil {
+			packets, err = net.ListenPacket("udp4", outside+":53")
+		}
+		listening <- err
+	}()
+	if err := <-listening; err != nil {
+		t.Fatal(err)
+	}
+	answer := func(w dns.ResponseWriter, query *dns.Msg) {
+		m := new(dns.Msg).SetReply(query)
+		if q := query.Question[0]; q.Name != "redis.test." {
+			m.Rcode = dns.RcodeNameError
+		} else if q.Qtype == dns.TypeA {
+			m.Answer = []dns.RR{&dns.A{Hdr: dns.RR_Header{Name: q.Name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 60}, A: net.ParseIP(outside)}}
+		}
+		w.WriteMsg(m)
+	}
+	started, ended := make(chan struct{}), make(chan struct{})
+	server := &dns.Server{PacketConn: packets, Handler: dns.HandlerFunc(answer), NotifyStartedFunc: func() { close(started) }}
+	go func() {
+		defer close(ended)
+		server.ActivateAndServe()
+	}()
+	<-started
+	t.Cleanup(func() { server.Shutdown(); <-ended })
 }

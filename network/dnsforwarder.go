@@ -10,26 +10,32 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/miekg/dns"
 	"golang.org/x/net/netutil"
+	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
 )
 
-// A guest whose policy has names asks the DNS forwarder, whichever name server it believes to ask. It
-// gets the answers of the host's name servers, for the names that the policy has. The addresses in an
-// answer are open before the guest has it. Other names do not exist.
+// A guest whose policy has names asks the DNS forwarder, whichever name server it believes to ask.
+// It gets the answers of the host's name servers, for the names that the policy has. The addresses
+// in an answer are open before the guest has it. Other names do not exist.
 
 const (
 	// Bounds of what one guest can cause.
-	queriesPerSecond   = 100
-	queriesAtOnce      = 64 // that wait for an answer
-	dnsConnections     = 16 // by TCP
+	queriesPerSecond   = 100 // or fewer, so that the host tracks as many as the guest may have connections
+	queriesAtOnce      = 64  // that wait for an answer
+	dnsConnections     = 16  // by TCP
 	openedByOneAnswer  = 64
 	longestAliasChain  = 16
 	nameServerPatience = 2 * time.Second // with one name server
 	queryPatience      = 5 * time.Second // with all of them
+
+	// queryTracked is for how many seconds the host tracks what it asks for a guest: 30 by UDP, and 10
+	// by TCP after RST (nf_conntrack-sysctl).
+	queryTracked = 30 + 10
 
 	// dnsDatagram is the size of datagrams that no network fragments (dnsflagday.net/2020).
 	dnsDatagram = 1232
@@ -37,8 +43,8 @@ const (
 	longestTTL = time.Hour
 )
 
-// openedLonger is how long an address is open beyond its TTL: a guest may connect a moment after it
-// has asked. A variable for the tests.
+// openedLonger is how long an address is open beyond its TTL, at most, and half of that at least: a
+// guest may connect a moment after it has asked. A variable for the tests.
 var openedLonger = time.Minute
 
 // dnsForwarder answers the queries of a namespace's guest.
@@ -54,7 +60,8 @@ type dnsForwarder struct {
 
 // startDNSForwarder listens at the gateways of the calling thread's namespace.
 func startDNSForwarder(g *guestEgress, pools []*pool) (_ *dnsForwarder, err error) {
-	f := &dnsForwarder{guest: g, rate: rate.NewLimiter(queriesPerSecond, 2*queriesPerSecond), waiting: make(chan struct{}, queriesAtOnce)}
+	perSecond := min(queriesPerSecond, max(1, g.control.nat.connections/queryTracked))
+	f := &dnsForwarder{guest: g, rate: rate.NewLimiter(rate.Limit(perSecond), 2*perSecond), waiting: make(chan struct{}, queriesAtOnce)}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
@@ -70,11 +77,12 @@ func startDNSForwarder(g *guestEgress, pools []*pool) (_ *dnsForwarder, err erro
 }
 
 func (f *dnsForwarder) listen(at string) error {
-	packets, err := net.ListenPacket("udp", at)
+	config := net.ListenConfig{Control: bindFreely}
+	packets, err := config.ListenPacket(f.ctx, "udp", at)
 	if err != nil {
 		return err
 	}
-	listener, err := net.Listen("tcp", at)
+	listener, err := config.Listen(f.ctx, "tcp", at)
 	if err != nil {
 		return errors.Join(err, packets.Close())
 	}
@@ -91,6 +99,13 @@ func (f *dnsForwarder) listen(at string) error {
 		<-started
 	}
 	return nil
+}
+
+// bindFreely lets a socket have an address that is not there yet, or not any more: the tap is made
+// anew for each VM, and a VMM may remove it.
+func bindFreely(_, _ string, socket syscall.RawConn) (err error) {
+	cerr := socket.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_FREEBIND, 1) })
+	return errors.Join(err, cerr)
 }
 
 // Close waits for the last answer.
@@ -211,6 +226,9 @@ func exchange(ctx context.Context, network, server string, q dns.Question, unche
 		return nil, err
 	}
 	defer conn.Close()
+	if tcp, ok := conn.Conn.(*net.TCPConn); ok {
+		_ = tcp.SetLinger(0) // RST: else the host tracks it for two minutes
+	}
 	defer context.AfterFunc(ctx, func() { conn.Close() })()
 	answer, _, err := client.ExchangeWithConnContext(ctx, query, conn)
 	if err != nil {
@@ -229,7 +247,8 @@ type answered struct {
 }
 
 // addresses returns those that an answer has for a name: its own, and those of the names that it is
-// an alias for (CNAME). The answer's other records say nothing. No TTL remains longer than longestTTL.
+// an alias for (CNAME). The answer's other records say nothing. No TTL remains longer than
+// longestTTL.
 func addresses(name string, answer *dns.Msg) (found []answered) {
 	for _, section := range [][]dns.RR{answer.Answer, answer.Ns, answer.Extra} {
 		for _, r := range section {

@@ -10,8 +10,8 @@ import (
 )
 
 // What a guest may open connections to is its egress: all that it reaches anyway (allow), nothing
-// (deny), or what a list has. A namespace has the policy of its NAT, and one of its VM. A connection
-// must be in both. A policy opens nothing that is closed without it.
+// (deny), or what a list has. A namespace has the policy of its NAT, and one of its VM. A
+// connection must be in both. A policy opens nothing that is closed without it.
 
 // The values of a policy that is no list.
 const (
@@ -54,7 +54,8 @@ func parseEgress(values []string) (egressPolicy, error) {
 		return egressPolicy{}, nil
 	}
 	if len(values) > mostEgress {
-		return nil, fmt.Errorf("--egress has %d entries; at most %d are possible: use wider subnets or *.NAME", len(values), mostEgress)
+		return nil, fmt.Errorf("--egress has %d entries; at most %d are possible: use wider subnets or *.NAME",
+			len(values), mostEgress)
 	}
 	p := egressPolicy{}
 	for _, s := range values {
@@ -97,14 +98,15 @@ func parseEgressEntry(s string) (e egressEntry, err error) {
 	name, below := strings.CutPrefix(target, "*.")
 	if !isEgressName(name) || !below && !strings.Contains(strings.TrimSuffix(name, "."), ".") {
 		// A word without a dot may be a slip of the pen for allow.
-		return e, errors.New("is neither allow, deny, a subnet nor a name; write it as 192.0.2.0/24, example.com, *.example.com or example.com:443/tcp")
+		return e, errors.New("is neither allow, deny, a subnet nor a name; " +
+			"write it as 192.0.2.0/24, example.com, *.example.com or example.com:443/tcp")
 	}
 	e.name, e.below = dns.CanonicalName(name), below
 	return e, nil
 }
 
-// isEgressName tells whether a host name is one that a list may have: of letters, digits, - and _. Its
-// last part is no number (RFC 3696, 2).
+// isEgressName tells whether a host name is one that a list may have: of letters, digits, - and _.
+// Its last part is no number (RFC 3696, 2).
 func isEgressName(name string) bool {
 	name = strings.TrimSuffix(name, ".")
 	labels := strings.Split(name, ".")

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -23,9 +24,9 @@ import (
 	"drafter/internal/rundir"
 )
 
-// Who starts a VM writes its policy to a record, and asks the NAT to put it in force. The NAT has the
-// DNS forwarders, and puts back what somebody removes. If it was killed, who starts the VM puts the
-// policy in force alone, and the next NAT goes on from there.
+// Who starts a VM writes its policy to a record, and asks the NAT to put it in force. The NAT has
+// the DNS forwarders, and puts back what somebody removes. If it was killed, who starts the VM puts
+// the policy in force alone, and the next NAT goes on from there.
 
 const egressRecords = "egress"
 
@@ -122,7 +123,7 @@ const mostEgressCall = 1 << 12 // bytes
 func (c *NATConfig) askNAT(call egressCall) (runs bool, err error) {
 	defer func() {
 		if err != nil {
-			err = fmt.Errorf("ask the NAT to set the egress of network namespace %q: %w", call.Netns, err)
+			err = fmt.Errorf("ask the NAT: %w", err)
 		}
 	}()
 	conn, err := net.Dial("unix", c.controlPath())
@@ -252,7 +253,8 @@ func (c *egressControl) enforce(ns string, vm, kept bool) error {
 		return fmt.Errorf("set egress of network namespace %q: %w", ns, err)
 	}
 	if vm && !e.open() {
-		c.nat.config.Logger.Info("The egress of a guest is restricted", "namespace", ns, "of", fmt.Sprintf("%.300s", e.vm), "within", fmt.Sprintf("%.300s", e.nat))
+		c.nat.config.Logger.Info("The egress of a guest is restricted", "namespace", ns,
+			"to", fmt.Sprintf("%.300s", e.vm), "within", fmt.Sprintf("%.300s", e.nat))
 	}
 	return nil
 }
@@ -344,37 +346,40 @@ func (g *guestEgress) openAnswer(name string, sets []openedSet, answer *dns.Msg)
 			}
 		}
 	}
-	if len(fresh) == 0 {
-		return nil
-	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	held := map[string]int{}
 	for o, until := range g.opened {
-		if !until.After(now) {
+		if until.Before(now.Add(-expiryPatience)) {
 			delete(g.opened, o)
 			continue
 		}
-		if _, again := fresh[o]; !again {
-			held[o.set.name(o.addr.Is6())]++
-		} else if until.After(fresh[o]) {
-			fresh[o] = until
+		if again, ok := fresh[o]; ok && again.Before(until.Add(openedLonger/2)) {
+			delete(fresh, o) // it is open for long enough
 		}
+		held[o.set.name(o.addr.Is6())]++
 	}
 	for o := range fresh {
 		set := o.set.name(o.addr.Is6())
-		if held[set]++; held[set] > mostOpened {
-			return fmt.Errorf("the guest has asked for %d addresses; it gets more when the first of them have expired", mostOpened)
+		if _, again := g.opened[o]; !again {
+			held[set]++
+		}
+		if held[set] > mostOpened {
+			return fmt.Errorf("%d addresses are open, which is all that can be; more are when the first have expired", mostOpened)
 		}
 	}
-	if err := inNamespace(g.netns, func() error { return openAddresses(fresh) }); err != nil {
+	if len(fresh) == 0 {
+		return nil
+	}
+	if err := inNamespace(g.netns, func() error { return openAddresses(fresh, g.opened) }); err != nil {
 		return err
 	}
-	for o, until := range fresh {
-		g.opened[o] = until
-	}
+	maps.Copy(g.opened, fresh)
 	return nil
 }
+
+// expiryPatience is longer than the kernel takes to see that an element has expired.
+const expiryPatience = time.Second
 
 // mostSaid is about how many names of a guest something is said.
 const mostSaid = 256
@@ -394,17 +399,23 @@ func (g *guestEgress) say(name, line string) {
 }
 
 // privateRanges are what no public name has a reason to lead to.
-var privateRanges = []netip.Prefix{
-	netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("172.16.0.0/12"), netip.MustParsePrefix("192.168.0.0/16"), // RFC 1918
-	netip.MustParsePrefix("100.64.0.0/10"), // shared by providers (RFC 6598)
-	// ULA (RFC 4193), link-local, site-local, multicast and IPv4 in IPv6: NAT64 (RFC 6052), 6to4 (RFC 3056),
-	// mapped and compatible (RFC 4291)
-	netip.MustParsePrefix("fc00::/7"), netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("fec0::/10"), netip.MustParsePrefix("ff00::/8"),
-	netip.MustParsePrefix("64:ff9b::/96"), netip.MustParsePrefix("64:ff9b:1::/48"), netip.MustParsePrefix("2002::/16"), netip.MustParsePrefix("::/96"),
+var privateRanges = prefixes(
+	"10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", // RFC 1918
+	"100.64.0.0/10",                      // shared by customers of a provider (RFC 6598)
+	"fc00::/7",                           // ULA (RFC 4193)
+	"fe80::/10", "fec0::/10", "ff00::/8", // link-local, site-local, multicast (RFC 4291)
+	"::/96", "64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", // IPv4 in IPv6 (RFC 4291, 6052, 8215, 3056)
+)
+
+func prefixes(list ...string) (all []netip.Prefix) {
+	for _, s := range list {
+		all = append(all, netip.MustParsePrefix(s))
+	}
+	return all
 }
 
-// closed tells whether a name opens no way to an address: a name's owner could lead it anywhere (DNS
-// rebinding).
+// closed tells whether a name opens no way to an address: a name's owner could lead it anywhere
+// (DNS rebinding).
 func (c *egressControl) closed(addr netip.Addr) bool {
 	for _, p := range privateRanges {
 		if p.Contains(addr) {
