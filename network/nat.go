@@ -165,6 +165,9 @@ func (c *NATConfig) parse() (*layout, error) {
 	if err != nil {
 		return nil, err
 	}
+	if c.IPv6Routed && c.NamespaceVethCIDR6 == "" {
+		return nil, errors.New("--ipv6-routed needs the --namespace-veth-cidr6 that is routed to this host")
+	}
 	if c.IPv6 {
 		l.ip6 = &pool{}
 		err := l.ip6.parse(poolFlags{
