@@ -27,6 +27,7 @@ type Landing struct {
 	Netns  string     `json:"netns"`
 	Inode  uint64     `json:"inode"`            // of the namespace
 	Guest  string     `json:"guest"`            // what a guest must find alike where it goes on
+	Guest6 string     `json:"guest6,omitempty"` // likewise by IPv6; "": there is none
 	Tunnel *TunnelEnd `json:"tunnel,omitempty"` // nil: its NAT has no tunnel
 	Why    string     `json:"why,omitempty"`    // it has none for this move
 }
@@ -58,7 +59,7 @@ func (c *Claim) Landing(source *TunnelEnd) (*Landing, error) {
 	if err != nil {
 		return nil, err
 	}
-	l.Guest = config.guest()
+	l.Guest, l.Guest6 = config.guest(), config.guest6()
 	access, err := tunnelOf(c.namespace)
 	switch {
 	case err != nil:
@@ -105,6 +106,15 @@ func (c NATConfig) guest() string {
 	return fmt.Sprint(c.NamespaceInterfaceIP, c.NamespaceInterfaceGateway, c.NamespaceInterfaceNetmask, c.NamespaceInterfaceMAC)
 }
 
+// guest6 is guest for IPv6, "" if guests have none.
+func (c NATConfig) guest6() string {
+	l, err := c.parse()
+	if err != nil || l.ip6 == nil {
+		return ""
+	}
+	return fmt.Sprint(l.ip6.guest, l.ip6.gateway, l.ip6.mask)
+}
+
 // ErrNoAnchor says that a VM's connections cannot go on at a landing.
 var ErrNoAnchor = errors.New("connections cannot go on there")
 
@@ -119,6 +129,7 @@ type Departure struct {
 	lost     []*way // whose connections cannot go on
 	why      []error
 	switched bool
+	only4    bool           // connections by IPv6 cannot go on there
 	back     sync.WaitGroup // until anchors on other hosts have heard of Back
 	backErr  error          // guarded by back
 }
@@ -194,7 +205,7 @@ func (c *Claim) Depart(vm uuid.UUID, l Landing, target net.Addr) (_ *Departure, 
 	case config.guest() != l.Guest:
 		return nil, fmt.Errorf("%w: guests of network namespace %q have other addresses", ErrNoAnchor, l.Netns)
 	}
-	d := &Departure{from: c.namespace, to: spot{Netns: l.Netns}}
+	d := &Departure{from: c.namespace, to: spot{Netns: l.Netns}, only4: l.Guest6 == "" || l.Guest6 != config.guest6()}
 	here := l.here()
 	switch {
 	case here && l.Netns == c.namespace:
@@ -400,7 +411,7 @@ func (d *Departure) Tell() error {
 }
 
 func (d *Departure) tell(w *way, keys [][]byte) error {
-	keys = slices.DeleteFunc(keys, func(k []byte) bool { return w.told[string(k)] })
+	keys = slices.DeleteFunc(keys, func(k []byte) bool { return w.told[string(k)] || d.only4 && len(k) != keyParts+net.IPv4len })
 	if len(keys) == 0 {
 		return nil
 	}

@@ -77,7 +77,7 @@ func (h *anchorHere) connect(link string, to spot) error {
 	if err := h.tunnel.tunnelLink(h.ns, toLanding(link), link, *to.Tunnel, anchorMAC); err != nil {
 		return err
 	}
-	if err := inNamespace(h.ns, func() error { return configureAnchorLink(toLanding(link), landingIP, landingMAC) }); err != nil {
+	if err := inNamespace(h.ns, func() error { return configureAnchorLink(toLanding(link), landingMAC, landingIP, landingIP6) }); err != nil {
 		return err
 	}
 	return h.tunnel.call(*to.Tunnel, "greet", struct{}{}, nil)
@@ -95,14 +95,14 @@ func (h *anchorHere) lead(link string, to spot) ([][]byte, error) {
 			return nil, err
 		}
 	}
-	if err := inNamespace(h.ns, func() error { return leadGuest(h.layout.guest, link) }); err != nil {
+	if err := inNamespace(h.ns, func() error { return leadGuest(h.layout, link) }); err != nil {
 		return nil, err
 	}
 	return h.connections()
 }
 
 func (h *anchorHere) connections() ([][]byte, error) {
-	return connectionKeys(h.tracked, h.layout.guest)
+	return connectionKeys(h.tracked, h.layout)
 }
 
 func (h *anchorHere) disconnect(link string) error { return dropLink(h.ns, toLanding(link)) }
