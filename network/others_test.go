@@ -402,7 +402,9 @@ func testReset(t *testing.T, v func(string) string) {
 			guest := attachGuest(t, "ark0")
 			echoServer(t, guest, v("172.16.0.2:80"))
 			dial := func(ns, network, addr string) (c net.Conn, err error) {
-				f := func() (err error) { c, err = net.DialTimeout(network, addr, 10*time.Second); return err }
+				// Nobody sends anything by himself.
+				dialer := net.Dialer{Timeout: 10 * time.Second, KeepAlive: -1}
+				f := func() (err error) { c, err = dialer.Dial(network, addr); return err }
 				if ns == "" {
 					return c, f()
 				}
@@ -419,7 +421,9 @@ func testReset(t *testing.T, v func(string) string) {
 				if err == nil && who == "the guest" {
 					who = "the guest's server"
 					defer c.Close()
-					c, err = server.Accept()
+					if c, err = server.Accept(); err == nil {
+						err = c.(*net.TCPConn).SetKeepAlive(false)
+					}
 				}
 				if err != nil {
 					t.Fatalf("%s: %v", who, err)
