@@ -12,6 +12,9 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	until "drafter/internal/await"
+	"drafter/internal/tour"
 )
 
 // counter is a client of Redis that counts on one connection, and never makes another.
@@ -81,6 +84,21 @@ func (c *counter) once(r *bufio.Reader, key string) error {
 	return nil
 }
 
+// goesOn waits until the client has had many more answers.
+func (c *counter) goesOn(t *testing.T) {
+	t.Helper()
+	const many = 100
+	before := c.counted.Load()
+	until.TrueWithin(t, tour.StepTimeout, "the connection goes on", func() bool {
+		select {
+		case <-c.done:
+			return true // end says why
+		default:
+			return c.counted.Load() >= before+many
+		}
+	})
+}
+
 // end stops counting.
 func (c *counter) end(t *testing.T) {
 	t.Helper()
@@ -115,8 +133,8 @@ func TestAnchors(t *testing.T) {
 			}
 		}
 	}
-	time.Sleep(time.Second)
 	for i, c := range clients {
+		c.goesOn(t)
 		c.end(t)
 		t.Logf("client %d: %d answers, the longest silence was %s", i, c.counted.Load(), c.longest.Round(time.Millisecond))
 	}

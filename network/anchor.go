@@ -32,11 +32,22 @@ import (
 // Anchor is a namespace that a VM has left, and whose connections with it go on.
 type Anchor struct {
 	Netns string     `json:"netns"`
-	VM    uuid.UUID  `json:"vm"` // its generation, which no copy has
-	To    string     `json:"to"` // namespace where the VM is
-	At    *TunnelEnd `json:"at"` // of the host where that is; nil: this host
-	Link  string     `json:"link"`
+	VM    uuid.UUID  `json:"vm"`    // its generation, which no copy has
+	To    string     `json:"to"`    // namespace where the VM is
+	At    *TunnelEnd `json:"at"`    // of the host where that is; nil: this host
+	Link  string     `json:"link"`  // "": the VM is about to come home
 	Since time.Time  `json:"since"` // it left
+
+	Move *anchorMove `json:"move,omitempty"` // nil: the VM's last move is over
+}
+
+// anchorMove is what an anchor keeps for a move of its VM that is not over.
+type anchorMove struct {
+	By     string    `json:"by,omitempty"`     // namespace of this host that the VM leaves; "": of another
+	Next   string    `json:"next,omitempty"`   // link to where the VM may go
+	Before string    `json:"before,omitempty"` // link to where it was, and may go back
+	From   spot      `json:"from"`             // that place
+	Since  time.Time `json:"since"`
 }
 
 // Where tells where the VM is: as ark1, or as ark1 on 192.0.2.7.
@@ -47,7 +58,56 @@ func (a Anchor) place() string {
 	if a.At == nil {
 		return a.To
 	}
-	return a.Link
+	return a.Netns
+}
+
+// needs tells whether the anchor leads by a link, or may in a move.
+func (a *Anchor) needs(link string) bool {
+	return a != nil && (a.Link == link || a.Move != nil && (a.Move.Next == link || a.Move.Before == link))
+}
+
+// leadsTo tells whether the VM is at the caller's host, or may go back there.
+func (a *Anchor) leadsTo(from caller) bool {
+	is := func(end *TunnelEnd) bool { return end != nil && end.Key == from.end.Key }
+	return a != nil && (is(a.At) || a.Move != nil && a.Move.Before != "" && is(a.Move.From.Tunnel))
+}
+
+// forget forgets a link of a move.
+func (a *Anchor) forget(link string) error {
+	if a == nil || a.Move == nil || a.Move.Next != link && a.Move.Before != link {
+		return nil
+	}
+	move := *a.Move
+	if move.Next == link {
+		move.Next = ""
+	} else {
+		move.Before = ""
+	}
+	if a.Move = &move; move.Next == "" && move.Before == "" {
+		a.Move = nil
+	}
+	return a.write()
+}
+
+// withAnchor calls f for the anchor that a namespace is, or nil, while nobody else changes it: with
+// lockAnchors, or tryAnchors.
+func withAnchor(ns string, lockIt func(place string) (*lockfile.Lock, error), f func(*Anchor) error) error {
+	a, err := anchorOf(ns)
+	for err == nil {
+		place := ns // of the VM whose anchor it may become
+		if a != nil {
+			place = a.place()
+		}
+		var lock *lockfile.Lock
+		if lock, err = lockIt(place); err != nil {
+			return err
+		}
+		if a, err = anchorOf(ns); err == nil && (a == nil || a.place() == place) { // it has not moved since
+			return errors.Join(f(a), lock.Release(), rundir.Remove())
+		}
+		err = errors.Join(err, lock.Release())
+	}
+	return err
 }
 
 const anchorRecords = "anchors"
@@ -91,7 +151,7 @@ func Anchors() (all []Anchor, err error) {
 // anchorsTo returns the anchors of this host that lead to one of its namespaces.
 func anchorsTo(ns string) ([]Anchor, error) {
 	all, err := Anchors()
-	return slices.DeleteFunc(all, func(a Anchor) bool { return a.At != nil || a.To != ns }), err
+	return slices.DeleteFunc(all, func(a Anchor) bool { return a.At != nil || a.To != ns || a.Netns == ns }), err
 }
 
 func (a Anchor) write() error {
@@ -118,6 +178,9 @@ func forgetAnchor(ns string) error {
 
 // lockAnchors excludes others who change the links and records of the VM in a namespace.
 func lockAnchors(ns string) (*lockfile.Lock, error) { return lockRecord(anchorRecords + "/" + ns) }
+
+// tryAnchors is lockAnchors without patience.
+func tryAnchors(ns string) (*lockfile.Lock, error) { return rundir.Lock(anchorRecords + "/" + ns) }
 
 func lockRecord(name string) (*lockfile.Lock, error) {
 	const patience = 2 * time.Second // longer than the end of an anchor takes
@@ -213,11 +276,16 @@ func (g Guest) home(ns string) (bool, error) {
 // End ends the connections that go on at the anchor, and resets those that it can. Its namespace is
 // free again.
 func (a Anchor) End() error {
-	lock, err := lockAnchors(a.place())
+	err := withAnchor(a.Netns, lockAnchors, func(now *Anchor) error {
+		if now == nil || now.VM != a.VM {
+			return nil // it has ended meanwhile
+		}
+		return now.end()
+	})
 	if err != nil {
 		return fmt.Errorf("end anchor %q: %w", a.Netns, err)
 	}
-	return errors.Join(a.end(), lock.Release(), rundir.Remove())
+	return nil
 }
 
 // disconnect removes the anchor's link, and what belongs to it.
@@ -226,13 +294,7 @@ func (a Anchor) disconnect() error {
 	if a.At == nil {
 		return errors.Join(err, dropLink(a.To, fromAnchor(a.Link)))
 	}
-	access, terr := tunnelOf(a.Netns)
-	if access != nil {
-		defer access.close()
-		// A host that does not hear of it drops its half with the VM.
-		_ = landingThere{access, spot{a.To, a.At}}.leave(a.Link)
-	}
-	return errors.Join(err, terr)
+	return errors.Join(err, giveNotice(a.Netns, notice{To: spot{a.To, a.At}, Link: a.Link}))
 }
 
 // takeBack ends the anchor of a VM that goes on in its namespace after all. Its other anchors end,
@@ -242,52 +304,74 @@ func takeBack(ns string) error {
 	if a == nil || err != nil {
 		return err
 	}
-	lock, err := lockAnchors(a.place())
-	if err != nil {
-		return err
-	}
 	all, err := Anchors()
 	for _, other := range all {
 		if other.VM == a.VM && other.Netns != ns {
-			err = errors.Join(err, other.end())
+			err = errors.Join(err, other.End())
 		}
 	}
-	return errors.Join(err, a.disconnect(), forgetAnchor(ns), lock.Release())
+	return errors.Join(err, withAnchor(ns, lockAnchors, func(a *Anchor) error {
+		if a == nil {
+			return nil
+		}
+		return errors.Join(a.disconnect(), forgetAnchor(ns))
+	}))
 }
 
 // keepAnchor ends the anchor that a namespace is once nobody needs it, and removes links that a killed
 // process left.
 func (n *NAT) keepAnchor(ns string) error {
-	a, strays, err := findAnchor(ns)
-	if err != nil || a == nil && len(strays) == 0 {
+	if a, strays, err := findAnchor(ns); err != nil || a == nil && len(strays) == 0 {
 		return err
 	}
-	place := ns // of the VM whose anchor it is, or may become
-	if a != nil {
-		place = a.place()
-	}
-	lock, err := rundir.Lock(anchorRecords + "/" + place)
+	err := withAnchor(ns, tryAnchors, func(a *Anchor) error {
+		if a != nil && a.Move != nil {
+			if over, err := a.moveOver(); err != nil {
+				return err
+			} else if over {
+				a.Move = nil
+				if err := a.write(); err != nil {
+					return err
+				}
+			}
+		}
+		a, strays, err := findAnchor(ns)
+		for _, link := range strays {
+			err = errors.Join(err, dropLink(ns, toLanding(link)))
+		}
+		if a == nil || err != nil {
+			return err
+		}
+		return n.keepNeeded(*a)
+	})
 	var held *lockfile.HeldError
 	if errors.As(err, &held) {
 		return nil // the VM is about to move
 	}
-	if err != nil {
-		return err
-	}
-	if a, strays, err = findAnchor(ns); err == nil && (a == nil || a.place() == place) { // it has not moved since
-		for _, link := range strays {
-			if !n.tunnel.waiting(link) {
-				err = errors.Join(err, dropLink(ns, toLanding(link)))
-			}
-		}
-		if a != nil && err == nil {
-			err = n.keepNeeded(*a)
-		}
-	}
-	return errors.Join(err, lock.Release(), rundir.Remove())
+	return err
 }
 
-// findAnchor looks for the anchor that a namespace is, and for links to landings that it does not use.
+// linkPatience is how long a link may wait for a VM that is to move: a migration may take hours.
+const linkPatience = 24 * time.Hour
+
+// moveOver tells whether nobody moves the VM any more, for whom the anchor's lock is held. A process
+// of this host has a lock meanwhile.
+func (a Anchor) moveOver() (bool, error) {
+	if a.Move.By == "" || a.Move.By == a.place() {
+		return a.Move.By != "" || time.Since(a.Move.Since) > linkPatience, nil
+	}
+	lock, err := tryAnchors(a.Move.By)
+	var held *lockfile.HeldError
+	if errors.As(err, &held) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	return true, lock.Release()
+}
+
+// findAnchor looks for the anchor that a namespace is, and for links to landings that it does not need.
 func findAnchor(ns string) (a *Anchor, strays []string, err error) {
 	if a, err = anchorOf(ns); err != nil {
 		return nil, nil, err
@@ -295,7 +379,7 @@ func findAnchor(ns string) (a *Anchor, strays []string, err error) {
 	err = inNamespace(ns, func() error {
 		links, err := listAnchorLinks(landingLinks)
 		for _, name := range links {
-			if link := strings.TrimPrefix(name, landingLinks); a == nil || a.Link != link {
+			if link := strings.TrimPrefix(name, landingLinks); !a.needs(link) {
 				strays = append(strays, link)
 			}
 		}
@@ -317,6 +401,20 @@ func (n *NAT) keepNeeded(a Anchor) error {
 	gone, err := a.vmGone()
 	if err != nil {
 		return err
+	}
+	if a.Link == "" { // unless the process was killed that the VM comes to
+		lock, err := claimNamespace(a.Netns)
+		var held *lockfile.HeldError
+		if errors.As(err, &held) {
+			return nil
+		}
+		if err == nil {
+			err = lock.Release()
+		}
+		if err != nil {
+			return err
+		}
+		gone = true
 	}
 	why, args := "", []any{"namespace", a.Netns, "ledTo", a.Where(), "after", time.Since(a.Since).Round(time.Second)}
 	switch {
@@ -368,7 +466,10 @@ func (a Anchor) end() error {
 				if occupied(config.NamespaceInterface) {
 					return nil
 				}
-				return config.vacate(l)
+				if err := config.vacate(l); err != nil {
+					return err
+				}
+				return l.bringUpTap(config.NamespaceInterface)
 			})
 		}
 		errs = append(errs, err, forgetTenant(a.Netns))
@@ -381,21 +482,13 @@ func (a Anchor) end() error {
 
 // endAnchorsTo ends the anchors of the VM that was in a namespace.
 func endAnchorsTo(ns string) error {
-	if err := endLandings(ns, uuid.Nil); err != nil {
-		return err
-	}
-	all, err := anchorsTo(ns)
-	if err != nil || len(all) == 0 {
-		return err
-	}
-	lock, err := lockAnchors(ns)
-	if err != nil {
-		return err
-	}
+	err := endLandings(ns, uuid.Nil)
+	all, aerr := anchorsTo(ns)
+	err = errors.Join(err, aerr)
 	for _, a := range all {
-		err = errors.Join(err, a.end())
+		err = errors.Join(err, a.End())
 	}
-	return errors.Join(err, lock.Release())
+	return err
 }
 
 // endAnchorsOfOthers ends the anchors of a VM that was killed in a namespace, before another comes

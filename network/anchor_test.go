@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/vishvananda/netlink"
 
 	"drafter/internal/await"
@@ -152,7 +153,7 @@ type talk struct {
 	said int
 }
 
-func dialTalk(t *testing.T, name, ns, network, addr string) *talk {
+func dialTalk(t testing.TB, name, ns, network, addr string) *talk {
 	t.Helper()
 	k := &talk{name: name}
 	dial := func() (err error) { k.c, err = net.DialTimeout(network, addr, 2*time.Second); return err }
@@ -452,6 +453,14 @@ func testAnchorEnds(t *testing.T, v func(string) string) {
 	}
 	if _, _, err := n.Claim(); !errors.Is(err, ErrInUse) {
 		t.Errorf("an anchor was taken for free: %v", err)
+	}
+	const want = `
+		# HELP drafter_anchor_connections Connections of a VM that has moved that go on by way of the namespace that it has left.
+		# TYPE drafter_anchor_connections gauge
+		drafter_anchor_connections{namespace="ark0",to="ark1"} 1
+	`
+	if err := testutil.CollectAndCompare(n.Metrics(), strings.NewReader(want), "drafter_anchor_connections"); err != nil {
+		t.Error(err)
 	}
 	if err := GuardGuest("ark0", Guest{VM: uuid.New()}); !errors.Is(err, ErrInUse) {
 		t.Errorf("another VM took an anchor: %v", err)

@@ -71,8 +71,10 @@ func configureAnchorLink(name string, mac net.HardwareAddr, addresses ...net.IP)
 	if err != nil {
 		return err
 	}
-	if err := netlink.LinkSetAlias(link, namespaceMark); err != nil {
-		return fmt.Errorf("mark %s: %w", name, err)
+	if !markedLink(link) {
+		if err := netlink.LinkSetAlias(link, namespaceMark); err != nil {
+			return fmt.Errorf("mark %s: %w", name, err)
+		}
 	}
 	// Packets come in that others would not send this way.
 	if err := looseSources(name); err != nil {
@@ -80,6 +82,9 @@ func configureAnchorLink(name string, mac net.HardwareAddr, addresses ...net.IP)
 	}
 	if err := netlink.LinkSetUp(link); err != nil {
 		return fmt.Errorf("bring up %s: %w", name, err)
+	}
+	if link.Attrs().RawFlags&unix.IFF_NOARP != 0 {
+		return nil // through a tunnel
 	}
 	for _, ip := range addresses {
 		if ip.To4() == nil && !hasIPv6() {
@@ -197,17 +202,7 @@ func dropLink(ns, name string) error {
 	if _, err := os.Stat(filepath.Join(netnsDir, ns)); errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
-	var gone netlink.Link
-	err := inNamespace(ns, func() (err error) {
-		gone, err = deleteAnchorLink(name)
-		return errors.Join(err, sweepLandings())
-	})
-	if vxlan, ok := gone.(*netlink.Vxlan); ok && err == nil {
-		var access *tunnelAccess
-		if access, err = tunnelOf(ns); access != nil {
-			err = inNamespace(access.Netns, func() error { return admitLink(vxlan, false) })
-		}
-	}
+	err := inNamespace(ns, func() error { return errors.Join(deleteAnchorLink(name), sweepLandings()) })
 	if err != nil {
 		return fmt.Errorf("remove %s in network namespace %q: %w", name, ns, err)
 	}
@@ -222,26 +217,32 @@ func listAnchorLinks(prefix string) (names []string, err error) {
 		return nil, fmt.Errorf("list interfaces: %w", err)
 	}
 	for _, l := range links {
-		if strings.HasPrefix(l.Attrs().Name, prefix) && l.Attrs().Alias == namespaceMark {
+		if strings.HasPrefix(l.Attrs().Name, prefix) && markedLink(l) {
 			names = append(names, l.Attrs().Name)
 		}
 	}
 	return names, nil
 }
 
-// deleteAnchorLink removes an interface of the calling thread's namespace, and returns it, or nil if
-// there was none.
-func deleteAnchorLink(name string) (netlink.Link, error) {
+// markedLink tells whether an end of a link is ours. One that goes through a tunnel says to whom.
+func markedLink(l netlink.Link) bool {
+	_, tunnels := peerOf(l)
+	return tunnels || l.Attrs().Alias == namespaceMark
+}
+
+// deleteAnchorLink removes an interface of the calling thread's namespace. What does not exist is no
+// error.
+func deleteAnchorLink(name string) error {
 	link, err := netlink.LinkByName(name)
 	if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
-		return nil, nil
+		return nil
 	}
 	if err == nil {
 		if err = netlink.LinkDel(link); errors.Is(err, unix.ENODEV) { // with its other end
 			err = nil
 		}
 	}
-	return link, err
+	return err
 }
 
 // sweepLandings removes rules of the calling thread's namespace whose links are gone.

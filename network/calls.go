@@ -10,14 +10,14 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/google/uuid"
-
-	"drafter/internal/lockfile"
 )
 
 // NATs call one another through the tunnel: HTTP with JSON. The tunnel tells who calls. Processes of
@@ -26,7 +26,9 @@ import (
 const (
 	callTimeout = 3 * time.Second
 	tellTimeout = time.Second // of a call while the VM is paused
-	mostCall    = 16 << 20    // bytes of one: some 400,000 connections
+	mostCall    = 64 << 10    // bytes of one that tells of no connections
+	mostKeys    = 4 << 20     // and of one that does
+	mostCalls   = 16          // of one host at a time
 )
 
 // tunnelAccess is what a process of this host needs to use the NAT's tunnel.
@@ -67,12 +69,13 @@ func (a *tunnelAccess) close() {
 }
 
 // call calls the NAT at another end of the tunnel, or this host's. It ends within callTimeout.
-//
-//nolint:contextcheck,nolintlint // for those that call it: the linters disagree
 func (a *tunnelAccess) call(to TunnelEnd, name string, request, response any) error {
 	return a.callWithin(callTimeout, to, name, request, response)
 }
 
+// callWithin is call with another end.
+//
+//nolint:contextcheck,nolintlint // for those that call it: the linters disagree
 func (a *tunnelAccess) callWithin(timeout time.Duration, to TunnelEnd, name string, request, response any) (err error) {
 	defer func() {
 		if err != nil && to.Key != a.End.Key {
@@ -85,6 +88,7 @@ func (a *tunnelAccess) callWithin(timeout time.Duration, to TunnelEnd, name stri
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
+	own := to.Key == a.End.Key
 	url := fmt.Sprintf("http://%s/%s", netip.AddrPortFrom(to.Key.ip(), tunnelPort), name)
 	r, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(b))
 	if err != nil {
@@ -92,20 +96,20 @@ func (a *tunnelAccess) callWithin(timeout time.Duration, to TunnelEnd, name stri
 	}
 	answer, err := a.http().Do(r)
 	switch {
-	case err != nil && ctx.Err() != nil && to.Key == a.End.Key:
-		return errors.New("the NAT does not answer; is it running?")
+	case err != nil && own:
+		return fmt.Errorf("%w: %w", errNoNAT, err)
 	case err != nil && ctx.Err() != nil:
 		return fmt.Errorf("no answer through the tunnel within %s; is UDP port %d open there, and is its NAT running?", timeout, to.Port)
 	case err != nil:
 		return err
 	}
 	defer answer.Body.Close()
-	b, err = io.ReadAll(io.LimitReader(answer.Body, mostCall))
+	b, err = io.ReadAll(io.LimitReader(answer.Body, mostKeys))
 	if err != nil {
 		return err
 	}
 	if answer.StatusCode != http.StatusOK {
-		return fmt.Errorf("%s: %.500q", name, strings.TrimSpace(string(b)))
+		return &refusedError{name, strings.TrimSpace(string(b))}
 	}
 	if response == nil {
 		return nil
@@ -113,10 +117,24 @@ func (a *tunnelAccess) callWithin(timeout time.Duration, to TunnelEnd, name stri
 	return json.Unmarshal(b, response)
 }
 
-// dial connects inside the tunnel's namespace.
+// errNoNAT says that this host's NAT does not answer.
+var errNoNAT = errors.New("the NAT does not answer; is it running?")
+
+// refusedError is the answer of a NAT that does not do what it was called for.
+type refusedError struct{ call, why string }
+
+// heard tells whether a call was answered.
+func heard(err error) bool {
+	var refused *refusedError
+	return err == nil || errors.As(err, &refused)
+}
+
+func (e *refusedError) Error() string { return fmt.Sprintf("%s: %.500q", e.call, e.why) }
+
+// dial connects inside the tunnel's namespace. It may go on when the call has ended that needs it.
 func (a *tunnelAccess) dial(ctx context.Context, network, addr string) (conn net.Conn, err error) {
 	err = inNamespace(a.Netns, func() error {
-		conn, err = (&net.Dialer{}).DialContext(ctx, network, addr)
+		conn, err = (&net.Dialer{Timeout: 2 * callTimeout}).DialContext(ctx, network, addr)
 		return err
 	})
 	return conn, err
@@ -124,57 +142,51 @@ func (a *tunnelAccess) dial(ctx context.Context, network, addr string) (conn net
 
 // The calls' requests.
 type (
-	// meetCall says that a VM may come from another end to a namespace, or go there if that is "".
-	meetCall struct {
-		End   TunnelEnd
-		Netns string
-	}
 	landCall struct {
 		Netns, Link string
 		Anchor      spot
 		VM          uuid.UUID
 	}
-	landingCall struct {
-		Netns, Link string
-		Keys        [][]byte
+	linkCall struct{ Netns, Link string }
+	// makeCall makes an end of a link.
+	makeCall struct {
+		linkCall
+		Name  string
+		Other TunnelEnd
+	}
+	tellCall struct {
+		linkCall
+		Keys connectionKeyList
 	}
 	anchorCall struct {
-		Netns, Link string
-		VM          uuid.UUID
-		To          spot
+		linkCall
+		VM uuid.UUID
+		To spot
 	}
 )
 
-// checkRequest refuses names that lead elsewhere.
-func checkRequest(request any) error {
-	check := func(link string, end *TunnelEnd, names ...string) error {
-		if end != nil {
-			if err := end.check(); err != nil {
-				return err
-			}
-		}
-		for _, ns := range names {
-			if err := checkNamespaceName(ns); err != nil && ns != "" {
-				return err
-			}
-		}
-		if link == "" {
-			return nil
-		}
-		_, err := linkNumber(link)
+// check refuses names that lead elsewhere.
+func (c linkCall) check() error {
+	if err := checkNamespaceName(c.Netns); err != nil || c.Link == "" {
 		return err
 	}
-	switch r := request.(type) {
-	case meetCall:
-		return check("", nil, r.Netns)
-	case landCall:
-		return check(r.Link, r.Anchor.Tunnel, r.Netns, r.Anchor.Netns)
-	case landingCall:
-		return check(r.Link, nil, r.Netns)
-	case anchorCall:
-		return check(r.Link, r.To.Tunnel, r.Netns, r.To.Netns)
+	_, err := linkNumber(c.Link)
+	return err
+}
+
+func (c landCall) check() error {
+	return errors.Join(linkCall{c.Netns, c.Link}.check(), c.Anchor.check())
+}
+
+func (c anchorCall) check() error { return errors.Join(c.linkCall.check(), c.To.check()) }
+
+func (s spot) check() error {
+	if s.Tunnel != nil {
+		if err := s.Tunnel.check(); err != nil {
+			return err
+		}
 	}
-	return nil
+	return checkNamespaceName(s.Netns)
 }
 
 // caller is the end from which a call comes.
@@ -186,110 +198,111 @@ type caller struct {
 func (t *tunnel) handler() http.Handler {
 	mux := http.NewServeMux()
 	serve(t, mux, "greet", func(caller, struct{}) (any, error) { return nil, nil })
-	serve(t, mux, "meet", func(from caller, c meetCall) (any, error) {
-		if !from.here {
-			return nil, errDenied
-		}
-		if c.Netns != "" {
-			t.expect(c.Netns, c.End.Key)
-		}
-		return nil, t.meet(c.End)
+	serveHere(t, mux, "meet", t.meet)
+	serveHere(t, mux, "link", func(c makeCall) error { return t.makeLink(c.Netns, c.Name, c.Link, c.Other) })
+	serveHere(t, mux, "notices", func(struct{}) error { return t.deliver() })
+	t.serveLanding(mux)
+	t.serveAnchor(mux, "connect", func(h *anchorHere, c anchorCall) (any, error) { return nil, h.connect(c.Link, c.To) })
+	t.serveAnchor(mux, "connections", func(h *anchorHere, _ anchorCall) (any, error) {
+		return answerKeys(h.connections())
 	})
-	serve(t, mux, "landed", func(from caller, c landingCall) (any, error) {
-		if from.here {
-			t.expect(c.Netns, TunnelKey{})
-			return nil, nil
-		}
-		return nil, errDenied
-	})
-	serve(t, mux, "land", func(from caller, c landCall) (any, error) {
-		if !t.expects(c.Netns, from) {
-			return nil, errDenied
-		}
-		half, err := t.landingHere(c.Netns)
-		if err != nil {
-			return nil, err
-		}
-		return nil, half.land(c.Link, t.seen(c.Anchor, from), c.VM)
-	})
-	t.serveLanding(mux, "ready", func(h landingHere, _ landingCall) error { return h.ready() })
-	t.serveLanding(mux, "tell", func(h landingHere, c landingCall) error { return h.tell(c.Link, c.Keys) })
-	t.serveLanding(mux, "leave", func(h landingHere, c landingCall) error { return h.leave(c.Link) })
-	t.serveAnchor(mux, "connect", func(_ caller, h *anchorHere, c anchorCall) (any, error) {
-		t.waits(c.Link, true)
-		return nil, h.connect(c.Link, c.To)
-	})
-	t.serveAnchor(mux, "connections", func(_ caller, h *anchorHere, _ anchorCall) (any, error) { return h.connections() })
-	t.serveAnchor(mux, "lead", func(_ caller, h *anchorHere, c anchorCall) (any, error) {
-		t.waits(c.Link, false)
-		return h.lead(c.Link, c.To)
-	})
-	serve(t, mux, "anchor/disconnect", func(from caller, c anchorCall) (any, error) {
-		// The anchor may have ended meanwhile, as the VM has come home to it.
-		there, theirs, err := t.anchorLink(c.Netns, toLanding(c.Link), from)
-		if err != nil || !there {
-			return nil, err
-		}
-		if !theirs {
-			return nil, errDenied
-		}
-		return nil, dropLink(c.Netns, toLanding(c.Link))
-	})
-	t.serveAnchor(mux, "end", func(from caller, h *anchorHere, _ anchorCall) (any, error) {
-		a, err := anchorOf(h.ns)
-		if a == nil || err != nil {
-			return nil, err
-		}
-		if a.At == nil || a.At.Key != from.end.Key {
-			return nil, errDenied // the VM is not there, or has not come
-		}
-		return nil, a.End()
+	t.serveAnchor(mux, "lead", func(h *anchorHere, c anchorCall) (any, error) { return answerKeys(h.lead(c.Link, c.To)) })
+	serve(t, mux, "anchor/leave", func(from caller, c linkCall) (any, error) {
+		return nil, withAnchor(c.Netns, lockAnchors, func(a *Anchor) error { return t.leaveAnchor(a, from, c) })
 	})
 	return mux
 }
 
 // serveLanding handles calls from where a VM comes, or is linked to.
-func (t *tunnel) serveLanding(mux *http.ServeMux, name string, act func(landingHere, landingCall) error) {
-	serve(t, mux, "land/"+name, func(from caller, c landingCall) (any, error) {
-		if !t.expects(c.Netns, from) {
-			there, theirs, err := t.anchorLink(c.Netns, fromAnchor(c.Link), from)
-			switch {
-			case err != nil:
-				return nil, err
-			case !there && name == "leave":
-				return nil, nil // it has left before
-			case !theirs:
-				return nil, errDenied
-			}
-		}
-		half, err := t.landingHere(c.Netns)
+func (t *tunnel) serveLanding(mux *http.ServeMux) {
+	serve(t, mux, "land", func(from caller, c landCall) (any, error) {
+		half, err := t.landingFor(c.Netns, "", from)
 		if err != nil {
 			return nil, err
 		}
-		return nil, act(half, c)
+		return nil, half.land(c.Link, t.seen(c.Anchor, from), c.VM)
+	})
+	serve(t, mux, "land/ready", func(from caller, c linkCall) (any, error) {
+		half, err := t.landingFor(c.Netns, "", from)
+		if err != nil {
+			return nil, err
+		}
+		return nil, half.ready()
+	})
+	serve(t, mux, "land/tell", func(from caller, c tellCall) (any, error) {
+		half, err := t.landingFor(c.Netns, c.Link, from)
+		if err != nil {
+			return nil, err
+		}
+		return nil, half.tell(c.Link, c.Keys)
+	})
+	serve(t, mux, "land/leave", func(from caller, c linkCall) (any, error) {
+		if there, _, err := t.link(c.Netns, fromAnchor(c.Link), from); err != nil || !there {
+			return nil, err // it has left before
+		}
+		half, err := t.landingFor(c.Netns, c.Link, from)
+		if err != nil {
+			return nil, err
+		}
+		return nil, half.leave(c.Link)
 	})
 }
 
-// serveAnchor handles calls from where an anchor leads.
-func (t *tunnel) serveAnchor(mux *http.ServeMux, name string, act func(caller, *anchorHere, anchorCall) (any, error)) {
-	serve(t, mux, "anchor/"+name, func(from caller, c anchorCall) (any, error) {
-		a, err := anchorOf(c.Netns)
+// landingFor returns a landing for a caller from which a VM is to come, or who has the other end of the
+// link.
+func (t *tunnel) landingFor(ns, link string, from caller) (landingHere, error) {
+	allowed := t.expects(ns, from)
+	if !allowed && link != "" {
+		_, theirs, err := t.link(ns, fromAnchor(link), from)
 		if err != nil {
-			return nil, err
+			return landingHere{}, err
 		}
-		if a == nil || a.VM != c.VM || !t.isAnchor(c.Netns, from) {
-			return nil, errDenied
-		}
-		half, err := t.anchorHere(c.Netns, c.VM)
-		if err != nil {
-			return nil, err
-		}
-		defer half.close()
-		c.To = t.seen(c.To, from)
-		if c.Link != "" && c.To.Netns != "" && c.To.Tunnel == nil && !t.expects(c.To.Netns, from) {
-			return nil, errDenied // the VM is not to come there
-		}
-		return act(from, half, c)
+		allowed = theirs
+	}
+	if !allowed {
+		return landingHere{}, errDenied
+	}
+	return t.landingHere(ns)
+}
+
+// leaveAnchor drops an anchor's end of a link. An anchor that leads by it ends.
+func (t *tunnel) leaveAnchor(a *Anchor, from caller, c linkCall) error {
+	there, theirs, err := t.link(c.Netns, toLanding(c.Link), from)
+	switch {
+	case err != nil || !there:
+		return err // it has left before
+	case !theirs && !a.leadsTo(from):
+		return errDenied
+	case a != nil && a.Link == c.Link:
+		return a.end()
+	}
+	return errors.Join(dropLink(c.Netns, toLanding(c.Link)), a.forget(c.Link))
+}
+
+// serveAnchor handles calls from where an anchor leads, or has led as long as the VM's move is not
+// over.
+func (t *tunnel) serveAnchor(mux *http.ServeMux, name string, act func(*anchorHere, anchorCall) (any, error)) {
+	serve(t, mux, "anchor/"+name, func(from caller, c anchorCall) (response any, err error) {
+		err = withAnchor(c.Netns, lockAnchors, func(a *Anchor) error {
+			if a == nil || a.VM != c.VM || !a.leadsTo(from) {
+				return errDenied
+			}
+			c.To = t.seen(c.To, from)
+			switch {
+			case name == "connect" && c.To.Tunnel == nil && !t.expects(c.To.Netns, from),
+				name == "lead" && c.Link == "" && !t.expects(c.Netns, from),
+				name == "lead" && c.Link != "" && !a.needs(c.Link):
+				return errDenied // the VM is not to come there
+			}
+			half, err := t.anchorHere(c.Netns, c.VM)
+			if err != nil {
+				return err
+			}
+			defer half.close()
+			response, err = act(half, c)
+			return err
+		})
+		return response, err
 	})
 }
 
@@ -297,23 +310,26 @@ var errDenied = errors.New("this is none of the caller's")
 
 // serve handles a call.
 func serve[Request any](t *tunnel, mux *http.ServeMux, name string, f func(caller, Request) (any, error)) {
+	most := int64(mostCall)
+	if name == "land/tell" {
+		most = mostKeys
+	}
 	mux.HandleFunc("POST /"+name, func(w http.ResponseWriter, r *http.Request) {
-		var request Request
 		from, err := netip.ParseAddrPort(r.RemoteAddr)
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
-		who := caller{here: from.Addr() == t.End.Key.ip()}
-		if end, ok := t.peerAt(from.Addr()); ok {
-			who.end = end
-		} else if !who.here {
-			http.Error(w, errDenied.Error(), http.StatusForbidden)
+		who, done, err := t.admit(from.Addr())
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusForbidden)
 			return
 		}
-		err = json.NewDecoder(http.MaxBytesReader(w, r.Body, mostCall)).Decode(&request)
-		if err == nil {
-			err = checkRequest(request)
+		defer done()
+		var request Request
+		err = json.NewDecoder(http.MaxBytesReader(w, r.Body, most)).Decode(&request)
+		if checked, ok := any(request).(interface{ check() error }); ok && err == nil {
+			err = checked.check()
 		}
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusBadRequest)
@@ -329,6 +345,42 @@ func serve[Request any](t *tunnel, mux *http.ServeMux, name string, f func(calle
 	})
 }
 
+// serveHere handles a call of processes of this host.
+func serveHere[Request any](t *tunnel, mux *http.ServeMux, name string, f func(Request) error) {
+	serve(t, mux, name, func(from caller, r Request) (any, error) {
+		if !from.here {
+			return nil, errDenied
+		}
+		return nil, f(r)
+	})
+}
+
+// admit tells who calls from an address. Call done at the end of the call.
+func (t *tunnel) admit(ip netip.Addr) (who caller, done func(), err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	who.here = ip == t.End.Key.ip()
+	for _, end := range t.record.Peers {
+		if end.Key.ip() == ip {
+			who.end = end
+		}
+	}
+	switch {
+	case !who.here && who.end.Key == TunnelKey{}:
+		return who, nil, errDenied
+	case !who.here && t.calls[ip] >= mostCalls:
+		return who, nil, fmt.Errorf("%d calls are answered at a time", mostCalls)
+	}
+	t.calls[ip]++
+	return who, func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if t.calls[ip]--; t.calls[ip] == 0 {
+			delete(t.calls, ip)
+		}
+	}, nil
+}
+
 // seen is a spot as this host sees it, of which a caller has told.
 func (t *tunnel) seen(s spot, from caller) spot {
 	switch {
@@ -340,89 +392,48 @@ func (t *tunnel) seen(s spot, from caller) spot {
 	return s
 }
 
-// expect notes from where a VM may come to a namespace.
-func (t *tunnel) expect(ns string, from TunnelKey) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if from == (TunnelKey{}) {
-		delete(t.expected, ns)
-		return
+// link tells whether a namespace has an end of a link, and whether the caller has the other one.
+func (t *tunnel) link(ns, name string, from caller) (there, theirs bool, err error) {
+	if _, err := os.Stat(filepath.Join(netnsDir, ns)); errors.Is(err, os.ErrNotExist) {
+		return false, false, nil
 	}
-	t.expected[ns] = from
-}
-
-// expects tells whether a VM may come from the caller to a namespace, to which somebody lays claim.
-func (t *tunnel) expects(ns string, from caller) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	key, ok := t.expected[ns]
-	if !ok || from.here || key != from.end.Key {
-		return false
-	}
-	lock, err := claimNamespace(ns)
-	var held *lockfile.HeldError
-	if errors.As(err, &held) {
-		return true
-	}
-	if err == nil {
-		err = lock.Release()
-	}
-	if err != nil {
-		t.log.Warn("A claim on a network namespace cannot be looked at", "namespace", ns, "error", err)
-	}
-	delete(t.expected, ns)
-	return false
-}
-
-// anchorLink tells whether there is an end of a link, and whether the caller has the other one.
-func (t *tunnel) anchorLink(ns, name string, from caller) (there, theirs bool, err error) {
 	err = inNamespace(ns, func() error {
 		links, err := listAnchorLinks(name)
-		there, theirs = len(links) > 0, leadsTo(name, from.end.Key.ip())
+		there, theirs = len(links) > 0, leadsTo(name, from.end.Key)
 		return err
 	})
 	return there, theirs, err
 }
 
-// isAnchor tells whether an anchor has a link that leads to the caller.
-func (t *tunnel) isAnchor(ns string, from caller) bool {
-	found := false
-	err := inNamespace(ns, func() error {
-		links, err := listAnchorLinks(landingLinks)
-		for _, name := range links {
-			found = found || leadsTo(name, from.end.Key.ip())
-		}
+// connectionKeyList are keys of connections. As JSON it is one string, so that what another host sends
+// takes no more memory than that: base64 of the keys, each after its length in one byte.
+type connectionKeyList [][]byte
+
+// answerKeys is an answer with the keys of connections.
+func answerKeys(keys [][]byte, err error) (any, error) { return connectionKeyList(keys), err }
+
+// MarshalJSON implements json.Marshaler.
+func (l connectionKeyList) MarshalJSON() ([]byte, error) {
+	var b []byte
+	for _, k := range l {
+		b = append(append(b, byte(len(k))), k...)
+	}
+	return json.Marshal(b)
+}
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (l *connectionKeyList) UnmarshalJSON(text []byte) error {
+	var b []byte
+	if err := json.Unmarshal(text, &b); err != nil {
 		return err
-	})
-	return found && err == nil
-}
-
-// linkPatience is how long a link may wait for a VM that is to move: a migration may take hours.
-const linkPatience = 24 * time.Hour
-
-// waits notes a link that leads nowhere yet, or does.
-func (t *tunnel) waits(link string, waits bool) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if waits {
-		t.pending[link] = time.Now()
-	} else {
-		delete(t.pending, link)
 	}
-}
-
-// waiting tells whether a VM may still move by a link.
-func (t *tunnel) waiting(link string) bool {
-	if t == nil {
-		return false
-	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for l, since := range t.pending {
-		if time.Since(since) > linkPatience {
-			delete(t.pending, l)
+	for len(b) > 0 {
+		n := int(b[0])
+		if n != keyParts+net.IPv4len && n != keyParts+net.IPv6len || len(b) <= n {
+			return fmt.Errorf("%d bytes are no key of a connection", n)
 		}
+		*l = append(*l, b[1:1+n])
+		b = b[1+n:]
 	}
-	_, ok := t.pending[link]
-	return ok
+	return nil
 }

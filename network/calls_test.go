@@ -1,7 +1,6 @@
 package network
 
 import (
-	"bytes"
 	"encoding/json"
 	"net/http"
 	"net/http/httptest"
@@ -54,6 +53,12 @@ func TestCalls(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer claim.Close()
+	if _, err := claim.expect(&friend); err != nil {
+		t.Fatal(err)
+	}
+	tell := func(key []byte) string {
+		return text(tellCall{linkCall{"ark0", "3fa2c1"}, connectionKeyList{key}})
+	}
 	own, vm := n.tunnel.End.Key, uuid.New()
 	land := landCall{Netns: "ark0", Link: "3fa2c1", VM: vm, Anchor: spot{Netns: "ark7"}}
 	bad := friend
@@ -66,26 +71,26 @@ func TestCalls(t *testing.T) {
 		code int
 	}{
 		{"a stranger", friend.Key, "greet", "{}", http.StatusForbidden},
-		{"an end without an IP address", own, "meet", text(meetCall{End: bad}), http.StatusConflict},
-		{"an address with lines for WireGuard", own, "meet", text(meetCall{End: TunnelEnd{Key: friend.Key, Address: "fe80::1%lo]:1\nallowed_ip=0.0.0.0/0\nendpoint=[fe80::1%lo", Port: 7777}}), http.StatusConflict},
-		{"a VM is to come from a friend", own, "meet", text(meetCall{friend, "ark0"}), http.StatusOK},
-		{"one is to go to another", own, "meet", text(meetCall{End: other}), http.StatusOK},
+		{"an end without an IP address", own, "meet", text(bad), http.StatusBadRequest},
+		{"an address with lines for WireGuard", own, "meet", text(TunnelEnd{Key: friend.Key, Address: "fe80::1%lo]:1\nallowed_ip=0.0.0.0/0\nendpoint=[fe80::1%lo", Port: 7777}), http.StatusBadRequest},
+		{"a VM is to come from a friend", own, "meet", text(friend), http.StatusOK},
+		{"one is to go to another", own, "meet", text(other), http.StatusOK},
 		{"a friend greets", friend.Key, "greet", "{}", http.StatusOK},
-		{"a friend introduces somebody", friend.Key, "meet", text(meetCall{End: other}), http.StatusConflict},
+		{"a friend introduces somebody", friend.Key, "meet", text(other), http.StatusConflict},
 		{"no JSON", friend.Key, "land", "{", http.StatusBadRequest},
 		{"a path", friend.Key, "land", text(landCall{Netns: "../ark0", Link: "3fa2c1"}), http.StatusBadRequest},
 		{"no link", friend.Key, "land", text(landCall{Netns: "ark0", Link: "tap0"}), http.StatusBadRequest},
 		{"nobody's landing", friend.Key, "land", text(landCall{Netns: "ark1", Link: "3fa2c1"}), http.StatusConflict},
 		{"another's landing", other.Key, "land", text(land), http.StatusConflict},
 		{"the friend's landing", friend.Key, "land", text(land), http.StatusOK},
-		{"connections of another's link", other.Key, "land/tell", text(landingCall{Netns: "ark0", Link: "3fa2c1", Keys: [][]byte{bytes.Repeat([]byte{1}, 16)}}), http.StatusConflict},
-		{"connections", friend.Key, "land/tell", text(landingCall{Netns: "ark0", Link: "3fa2c1", Keys: [][]byte{bytes.Repeat([]byte{1}, 16)}}), http.StatusOK},
-		{"no connection", friend.Key, "land/tell", text(landingCall{Netns: "ark0", Link: "3fa2c1", Keys: [][]byte{{1}}}), http.StatusConflict},
-		{"the VM is there", own, "landed", text(landingCall{Netns: "ark0"}), http.StatusOK},
-		{"a landing afterwards", friend.Key, "land", text(landCall{Netns: "ark0", Link: "3fa2c2"}), http.StatusConflict},
-		{"another ends the link", other.Key, "land/leave", text(landingCall{Netns: "ark0", Link: "3fa2c1"}), http.StatusConflict},
-		{"no anchor", friend.Key, "anchor/lead", text(anchorCall{Netns: "ark1", Link: "3fa2c1", VM: vm}), http.StatusConflict},
-		{"no anchor's end", friend.Key, "anchor/end", text(anchorCall{Netns: "ark1", VM: vm}), http.StatusConflict},
+		{"connections of another's link", other.Key, "land/tell", tell([]byte("sixteen bytes.00")), http.StatusConflict},
+		{"connections", friend.Key, "land/tell", tell([]byte("sixteen bytes.00")), http.StatusOK},
+		{"no connection", friend.Key, "land/tell", tell([]byte{1}), http.StatusBadRequest},
+		{"a name that moves the cursor", friend.Key, "land", text(landCall{Netns: "ark0", Link: "3fa2c2", Anchor: spot{Netns: "ark7\x1b[2J"}}), http.StatusBadRequest},
+		{"more than a call takes", friend.Key, "land", text(landCall{Netns: strings.Repeat("a", mostCall), Link: "3fa2c2"}), http.StatusBadRequest},
+		{"another ends the link", other.Key, "land/leave", text(linkCall{"ark0", "3fa2c1"}), http.StatusConflict},
+		{"no anchor", friend.Key, "anchor/lead", text(anchorCall{linkCall{"ark1", "3fa2c1"}, vm, spot{Netns: "ark7"}}), http.StatusConflict},
+		{"no anchor's end", friend.Key, "anchor/leave", text(linkCall{"ark1", "3fa2c1"}), http.StatusOK},
 	} {
 		if code := call(tt.from, tt.name, tt.body); code != tt.code {
 			t.Errorf("%s: %s is answered with %d; want %d", tt.what, tt.name, code, tt.code)
@@ -94,7 +99,13 @@ func TestCalls(t *testing.T) {
 	if names := links(); !slices.Equal(names, []string{"from-3fa2c1"}) {
 		t.Errorf("there are links %v", names)
 	}
-	if code := call(friend.Key, "land/leave", text(landingCall{Netns: "ark0", Link: "3fa2c1"})); code != http.StatusOK || len(links()) > 0 {
+	if err := claim.Landed(); err != nil {
+		t.Fatal(err)
+	}
+	if code := call(friend.Key, "land", text(landCall{Netns: "ark0", Link: "3fa2c2"})); code != http.StatusConflict {
+		t.Errorf("a landing after the VM has come is answered with %d", code)
+	}
+	if code := call(friend.Key, "land/leave", text(linkCall{"ark0", "3fa2c1"})); code != http.StatusOK || len(links()) > 0 {
 		t.Errorf("the link's end is answered with %d, and leaves %v", code, links())
 	}
 }

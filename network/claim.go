@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"unicode"
 
 	"drafter/internal/kind"
 	"drafter/internal/lockfile"
@@ -36,7 +37,7 @@ func ClaimNamespace(name string) (*Claim, error) {
 	if _, err := os.Stat(filepath.Join(netnsDir, name)); err != nil {
 		return nil, fmt.Errorf("network namespace %q does not exist; start drafter nat, or create it with 'ip netns add %s'", name, name)
 	}
-	for _, locks := range []string{"netns", anchorRecords, landingRecords} {
+	for _, locks := range []string{"netns", anchorRecords, landingRecords, noticeRecords} {
 		if err := rundir.Sweep(locks); err != nil {
 			return nil, fmt.Errorf("claim network namespace %q: %w", name, err)
 		}
@@ -48,6 +49,9 @@ func ClaimNamespace(name string) (*Claim, error) {
 	}
 	if err != nil {
 		return nil, fmt.Errorf("claim network namespace %q: %w", name, err)
+	}
+	if err := expectNobody(name); err != nil {
+		return nil, errors.Join(err, lock.Release())
 	}
 	return &Claim{name, lock}, nil
 }
@@ -61,7 +65,7 @@ func (c *Claim) Close() error {
 		return nil
 	}
 	anchor, err := anchorOf(c.namespace)
-	err = errors.Join(err, c.expectNobody())
+	err = errors.Join(err, expectNobody(c.namespace))
 	if anchor == nil {
 		err = errors.Join(err, endAnchorsTo(c.namespace), c.Vacate())
 	}
@@ -76,7 +80,7 @@ func (c *Claim) Close() error {
 
 // checkNamespaceName keeps names inside netnsDir.
 func checkNamespaceName(name string) error {
-	if strings.ContainsAny(name, "/\x00") || name == "." || name == ".." || len(name) > 64 {
+	if strings.ContainsFunc(name, func(r rune) bool { return r == '/' || !unicode.IsPrint(r) }) || name == "." || name == ".." || len(name) > 64 {
 		return fmt.Errorf("network namespace name %q is not valid", name)
 	}
 	return nil

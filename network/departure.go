@@ -6,10 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
-	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -23,9 +20,8 @@ import (
 
 // Landing says where a VM that moves will be. It goes to the source of the move.
 type Landing struct {
-	Host   string     `json:"host"` // its boot id
 	Netns  string     `json:"netns"`
-	Inode  uint64     `json:"inode"`            // of the namespace
+	Ticket string     `json:"ticket"`           // proves to a source on the same host that it is there
 	Guest  string     `json:"guest"`            // what a guest must find alike where it goes on
 	Guest6 string     `json:"guest6,omitempty"` // likewise by IPv6; "": there is none
 	Tunnel *TunnelEnd `json:"tunnel,omitempty"` // nil: its NAT has no tunnel
@@ -55,11 +51,10 @@ func (c *Claim) Landing(source *TunnelEnd) (*Landing, error) {
 	if config == nil || err != nil {
 		return nil, err
 	}
-	l, err := landing(c.namespace)
-	if err != nil {
+	l := &Landing{Netns: c.namespace, Guest: config.guest(), Guest6: config.guest6()}
+	if l.Ticket, err = c.expect(source); err != nil {
 		return nil, err
 	}
-	l.Guest, l.Guest6 = config.guest(), config.guest6()
 	access, err := tunnelOf(c.namespace)
 	switch {
 	case err != nil:
@@ -70,7 +65,7 @@ func (c *Claim) Landing(source *TunnelEnd) (*Landing, error) {
 		l.Why = "this host's NAT has no tunnel; start it with --tunnel-port"
 	case source.Key != access.End.Key:
 		defer access.close()
-		if err := access.call(access.End, "meet", meetCall{*source, c.namespace}, nil); err != nil {
+		if err := access.meet(*source); err != nil {
 			l.Why = err.Error()
 		}
 	}
@@ -78,27 +73,6 @@ func (c *Claim) Landing(source *TunnelEnd) (*Landing, error) {
 		l.Tunnel = &access.End
 	}
 	return l, nil
-}
-
-func landing(ns string) (*Landing, error) {
-	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return nil, fmt.Errorf("identify host: %w", err)
-	}
-	var st unix.Stat_t
-	if err := unix.Stat(filepath.Join(netnsDir, ns), &st); err != nil {
-		return nil, fmt.Errorf("identify network namespace %q: %w", ns, err)
-	}
-	return &Landing{Host: strings.TrimSpace(string(id)), Netns: ns, Inode: st.Ino}, nil
-}
-
-// here tells whether a landing is on this host.
-func (l Landing) here() bool {
-	if _, err := os.Stat(filepath.Join(netnsDir, l.Netns)); err != nil {
-		return false
-	}
-	known, err := landing(l.Netns)
-	return err == nil && known.Host == l.Host && known.Inode == l.Inode
 }
 
 // guest is what a guest must find alike where it goes on.
@@ -158,7 +132,6 @@ type way struct {
 	before string          // link by which it leads to where the VM is; "": that is its own namespace
 	link   string          // link to the landing; "": that is its own namespace
 	told   map[string]bool // keys of its connections of which the landing was told
-	landed bool            // the landing's half of the link is made
 }
 
 // anchorHalf is what a move does at an anchor.
@@ -170,7 +143,6 @@ type anchorHalf interface {
 	lead(link string, to spot) ([][]byte, error)
 	// connections returns the keys of the guest's connections.
 	connections() ([][]byte, error)
-	disconnect(link string) error
 	close()
 }
 
@@ -182,7 +154,6 @@ type landingHalf interface {
 	ready() error
 	// tell adds keys of connections that belong to a link's anchor.
 	tell(link string, keys [][]byte) error
-	leave(link string) error
 }
 
 // Depart makes the links by which the connections of the claim's VM can go on at a landing. Nothing
@@ -206,8 +177,10 @@ func (c *Claim) Depart(vm uuid.UUID, l Landing, target net.Addr) (_ *Departure, 
 		return nil, fmt.Errorf("%w: guests of network namespace %q have other addresses", ErrNoAnchor, l.Netns)
 	}
 	d := &Departure{from: c.namespace, to: spot{Netns: l.Netns}, only4: l.Guest6 == "" || l.Guest6 != config.guest6()}
-	here := l.here()
+	here, err := l.here()
 	switch {
+	case err != nil:
+		return nil, err
 	case here && l.Netns == c.namespace:
 		return nil, fmt.Errorf("%w: it stays in network namespace %q", ErrNoAnchor, c.namespace)
 	case here:
@@ -268,10 +241,15 @@ func (d *Departure) connect(vm uuid.UUID) error {
 		return err
 	}
 	for _, a := range here {
+		if a.VM != vm {
+			continue // of one that was killed
+		}
 		half, err := newAnchorHere(a.Netns, vm, d.tunnel)
 		if err != nil {
-			return err
+			d.why = append(d.why, fmt.Errorf("those at the anchor %s: %w", a.Netns, err))
+			continue
 		}
+		half.by = d.from
 		d.ways = append(d.ways, &way{at: spot{Netns: a.Netns}, anchor: half, before: a.Link})
 	}
 	there, err := landingsOf(d.from)
@@ -283,13 +261,7 @@ func (d *Departure) connect(vm uuid.UUID) error {
 			d.ways = append(d.ways, &way{at: l.Anchor, anchor: anchorThere{d.tunnel, l.Anchor, vm}, before: l.Link})
 		}
 	}
-	errs := make([]error, len(d.ways))
-	var wait sync.WaitGroup
-	for i, w := range d.ways {
-		w.told = map[string]bool{}
-		wait.Go(func() { errs[i] = d.connectWay(w, vm) })
-	}
-	wait.Wait()
+	errs := d.each(d.ways, func(w *way) error { return d.connectWay(w, vm) })
 	if errs[0] != nil && d.to.Tunnel != nil {
 		return fmt.Errorf("%w: %w", ErrNoAnchor, errs[0])
 	}
@@ -304,7 +276,19 @@ func (d *Departure) connect(vm uuid.UUID) error {
 	return nil
 }
 
+// each calls f for ways at the same time, so that hosts that do not answer are waited for once.
+func (d *Departure) each(ways []*way, f func(*way) error) []error {
+	errs := make([]error, len(ways))
+	var wait sync.WaitGroup
+	for i, w := range ways {
+		wait.Go(func() { errs[i] = f(w) })
+	}
+	wait.Wait()
+	return errs
+}
+
 func (d *Departure) connectWay(w *way, vm uuid.UUID) error {
+	w.told = map[string]bool{}
 	if w.at.same(d.to) {
 		return nil // the VM comes home
 	}
@@ -312,7 +296,6 @@ func (d *Departure) connectWay(w *way, vm uuid.UUID) error {
 	if err := d.landing.land(w.link, w.at, vm); err != nil {
 		return err
 	}
-	w.landed = true
 	return w.anchor.connect(w.link, d.to)
 }
 
@@ -331,7 +314,7 @@ func (d *Departure) Lost() []error {
 	return why
 }
 
-// newLink names a link: a number of a VXLAN (RFC 7348, 5), of which an end has few.
+// newLink names a link with a number of three bytes, of which an end has few.
 func newLink() string {
 	b := make([]byte, 3)
 	rand.Read(b) // it does not fail
@@ -354,16 +337,15 @@ func (d *Departure) Switch() error {
 		return err
 	}
 	d.switched = true
-	// Where the VM is comes last: what the others have sent there must not be sent on.
-	for _, w := range slices.Backward(slices.Clone(d.ways)) {
-		err := d.lead(w)
-		if err != nil && w.at.Tunnel != nil {
-			d.lose(w, err)
-			continue
-		}
+	own, others := d.ways[0], slices.Clone(d.ways[1:])
+	for i, err := range d.each(others, d.lead) {
 		if err != nil {
-			return fmt.Errorf("lead packets for the guest from network namespace %s to %s: %w", w.at, d.to, err)
+			d.lose(others[i], err)
 		}
+	}
+	// Where the VM is comes last: what the others have sent there must not be sent on.
+	if err := d.lead(own); err != nil {
+		return fmt.Errorf("lead packets for the guest from network namespace %s to %s: %w", own.at, d.to, err)
 	}
 	return nil
 }
@@ -451,56 +433,48 @@ func (d *Departure) Back() error {
 		return nil
 	}
 	d.switched = false
-	var errs []error
-	var there []*way
+	there, here := []*way{}, []*way{}
 	for _, w := range d.ways {
 		if w.at.Tunnel != nil {
 			there = append(there, w)
-			continue
+		} else {
+			here = append(here, w)
 		}
-		_, err := w.anchor.lead(w.before, spot{Netns: d.from})
-		errs = append(errs, err)
 	}
-	d.back.Go(func() {
-		for _, w := range there {
-			_, err := w.anchor.lead(w.before, spot{Netns: d.from})
-			d.backErr = errors.Join(d.backErr, err)
-		}
-	})
+	back := func(w *way) error {
+		_, err := w.anchor.lead(w.before, spot{Netns: d.from})
+		return err
+	}
+	errs := d.each(here, back)
+	d.back.Go(func() { d.backErr = errors.Join(d.each(there, back)...) })
 	return errors.Join(append(errs, forgetAnchor(d.from))...)
 }
 
 // Close ends the departure. If it has switched, the VM is at the landing, and the links to where it
-// was are removed; else those to the landing.
+// was are removed; else those to the landing. Other hosts are told by the NAT.
 func (d *Departure) Close() error {
 	if d.lock == nil {
 		return nil
 	}
 	d.back.Wait()
-	own, err := newLandingHere(d.from, d.tunnel)
-	errs := []error{d.backErr, err}
+	errs := []error{d.backErr}
 	for _, w := range d.ways {
-		if !d.switched && w.landed {
-			errs = append(errs, w.anchor.disconnect(w.link), d.landing.leave(w.link))
-		}
-		if d.switched && w.before != "" {
-			errs = append(errs, w.anchor.disconnect(w.before))
-			if err == nil {
-				errs = append(errs, own.leave(w.before))
-			}
+		if d.switched {
+			errs = append(errs, d.dropBefore(w))
+		} else {
+			errs = append(errs, d.dropLink(w))
 		}
 		if d.switched && w.link == "" && w.at.Tunnel == nil {
 			errs = append(errs, forgetAnchor(w.at.Netns))
 		}
-		w.anchor.close()
 	}
 	for _, w := range d.lost {
-		if w.landed {
-			errs = append(errs, d.landing.leave(w.link))
+		errs = append(errs, d.dropLink(w))
+		if d.switched && w.at.Tunnel != nil { // one of this host ends when nobody is here any more
+			errs = append(errs, d.dropBefore(w))
 		}
-		if d.switched && err == nil {
-			errs = append(errs, own.leave(w.before))
-		}
+	}
+	for _, w := range slices.Concat(d.ways, d.lost) {
 		w.anchor.close()
 	}
 	if d.switched {
@@ -516,30 +490,50 @@ func (d *Departure) Close() error {
 	return errors.Join(errs...)
 }
 
+// dropLink drops the link to the landing.
+func (d *Departure) dropLink(w *way) error {
+	if w.link == "" {
+		return nil
+	}
+	var errs []error
+	var notices []notice
+	if here, ok := w.anchor.(*anchorHere); ok {
+		errs = append(errs, here.disconnect(w.link))
+	} else {
+		notices = append(notices, notice{To: w.at, Link: w.link, Anchor: true})
+	}
+	if here, ok := d.landing.(landingHere); ok {
+		errs = append(errs, here.leave(w.link))
+	} else {
+		notices = append(notices, notice{To: d.to, Link: w.link})
+	}
+	return errors.Join(append(errs, giveNotice(d.from, notices...))...)
+}
+
+// dropBefore drops the link to where the VM was.
+func (d *Departure) dropBefore(w *way) error {
+	if w.before == "" {
+		return nil
+	}
+	if here, ok := w.anchor.(*anchorHere); ok {
+		return here.disconnect(w.before)
+	}
+	own, err := newLandingHere(d.from, d.tunnel)
+	if err != nil {
+		return err
+	}
+	return own.leave(w.before)
+}
+
 // Landed says that the VM has come here. If it was here before, it has no anchor here any more. The
 // source of its move does the same when it ends, unless it is killed.
 func (c *Claim) Landed() error {
 	if c.lock == nil {
 		return nil
 	}
-	if err := c.expectNobody(); err != nil {
-		return err
-	}
 	a, err := anchorOf(c.namespace)
-	if a == nil || err != nil {
-		return err
+	if a != nil {
+		err = errors.Join(a.disconnect(), forgetAnchor(c.namespace))
 	}
-	return errors.Join(a.disconnect(), forgetAnchor(c.namespace))
-}
-
-// expectNobody says that no VM is to come to the claim's namespace any more.
-func (c *Claim) expectNobody() error {
-	access, err := tunnelOf(c.namespace)
-	if access == nil || err != nil {
-		return err
-	}
-	defer access.close()
-	// A NAT that was killed meanwhile expects nobody.
-	_ = access.call(access.End, "landed", landingCall{Netns: c.namespace}, nil)
-	return nil
+	return errors.Join(err, expectNobody(c.namespace), rundir.Remove())
 }

@@ -1,11 +1,8 @@
 package network
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
 	"time"
 
@@ -13,7 +10,6 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"drafter/internal/lockfile"
-	"drafter/internal/private"
 	"drafter/internal/rundir"
 )
 
@@ -22,7 +18,20 @@ func (a *tunnelAccess) meet(end TunnelEnd) error {
 	if a == nil {
 		return errors.New("this host's NAT has no tunnel; start it with --tunnel-port")
 	}
-	return a.call(a.End, "meet", meetCall{End: end}, nil)
+	return a.call(a.End, "meet", end, nil)
+}
+
+// makeLink makes this host's end of a link.
+func (a *tunnelAccess) makeLink(ns, name, link string, other TunnelEnd) error {
+	if a == nil {
+		return errors.New("this host's NAT has no tunnel; start it with --tunnel-port")
+	}
+	return a.call(a.End, "link", makeCall{linkCall{ns, link}, name, other}, nil)
+}
+
+// linker makes this host's ends of links: the NAT itself, or a process that calls it.
+type linker interface {
+	makeLink(ns, name, link string, other TunnelEnd) error
 }
 
 // anchorHere is an anchor on this host.
@@ -32,12 +41,13 @@ type anchorHere struct {
 	config  *NATConfig
 	layout  *layout
 	tunnel  *tunnelAccess
-	meet    func(TunnelEnd) error
+	linker  linker
 	tracked *netlink.Handle // its connections
+	by      string          // see [anchorMove]
 }
 
 func newAnchorHere(ns string, vm uuid.UUID, tunnel *tunnelAccess) (_ *anchorHere, err error) {
-	h := &anchorHere{ns: ns, vm: vm, tunnel: tunnel, meet: tunnel.meet}
+	h := &anchorHere{ns: ns, vm: vm, tunnel: tunnel, linker: tunnel}
 	if h.config, h.layout, err = layoutOf(ns); err != nil {
 		return nil, err
 	}
@@ -49,7 +59,7 @@ func newAnchorHere(ns string, vm uuid.UUID, tunnel *tunnelAccess) (_ *anchorHere
 func (t *tunnel) anchorHere(ns string, vm uuid.UUID) (*anchorHere, error) {
 	h, err := newAnchorHere(ns, vm, t.tunnelAccess)
 	if err == nil {
-		h.meet = t.meet
+		h.linker = t
 	}
 	return h, err
 }
@@ -68,13 +78,20 @@ func layoutOf(ns string) (*NATConfig, *layout, error) {
 }
 
 func (h *anchorHere) connect(link string, to spot) error {
+	a, err := h.anchor()
+	if err != nil {
+		return err
+	}
+	if a != nil { // noted before the link is there, because links that nobody needs are removed
+		a.Move = &anchorMove{By: h.by, Next: link, Since: time.Now()}
+		if err := a.write(); err != nil {
+			return err
+		}
+	}
 	if to.Tunnel == nil {
 		return connectAnchor(h.ns, to.Netns, link, h.config.NamespaceInterface)
 	}
-	if err := h.meet(*to.Tunnel); err != nil {
-		return err
-	}
-	if err := h.tunnel.tunnelLink(h.ns, toLanding(link), link, *to.Tunnel, anchorMAC); err != nil {
+	if err := h.linker.makeLink(h.ns, toLanding(link), link, *to.Tunnel); err != nil {
 		return err
 	}
 	if err := inNamespace(h.ns, func() error { return configureAnchorLink(toLanding(link), landingMAC, landingIP, landingIP6) }); err != nil {
@@ -83,30 +100,59 @@ func (h *anchorHere) connect(link string, to spot) error {
 	return h.tunnel.call(*to.Tunnel, "greet", struct{}{}, nil)
 }
 
-func (h *anchorHere) lead(link string, to spot) ([][]byte, error) {
-	if link != "" {
-		a := Anchor{Netns: h.ns, VM: h.vm, To: to.Netns, At: to.Tunnel, Link: link, Since: time.Now()}
-		if before, err := anchorOf(h.ns); err != nil {
-			return nil, err
-		} else if before != nil && before.VM == h.vm {
-			a.Since = before.Since
-		}
-		if err := a.write(); err != nil {
-			return nil, err
-		}
+// anchor returns the VM's anchor that the namespace is already, or nil.
+func (h *anchorHere) anchor() (*Anchor, error) {
+	a, err := anchorOf(h.ns)
+	if a != nil && a.VM != h.vm {
+		a = nil
 	}
-	if err := inNamespace(h.ns, func() error { return leadGuest(h.layout, link) }); err != nil {
+	return a, err
+}
+
+func (h *anchorHere) lead(link string, to spot) ([][]byte, error) {
+	before, err := h.anchor()
+	if err == nil {
+		err = h.leadGuest(link)
+	}
+	if err != nil {
 		return nil, err
 	}
+	if before == nil || before.Link != link {
+		a := Anchor{Netns: h.ns, VM: h.vm, To: to.Netns, At: to.Tunnel, Link: link, Since: time.Now()}
+		was := "" // the tap
+		if before != nil {
+			was, a.Since = before.Link, before.Since
+			a.Move = &anchorMove{By: h.by, Before: before.Link, From: spot{before.To, before.At}, Since: time.Now()}
+			if before.Move != nil && before.Move.Before == link { // it goes back
+				a.Move = &anchorMove{By: h.by, Next: before.Link, Since: time.Now()}
+			}
+		}
+		if err := a.write(); err != nil {
+			return nil, errors.Join(err, h.leadGuest(was))
+		}
+	}
 	return h.connections()
+}
+
+func (h *anchorHere) leadGuest(link string) error {
+	return inNamespace(h.ns, func() error { return leadGuest(h.layout, link) })
 }
 
 func (h *anchorHere) connections() ([][]byte, error) {
 	return connectionKeys(h.tracked, h.layout)
 }
 
-func (h *anchorHere) disconnect(link string) error { return dropLink(h.ns, toLanding(link)) }
-func (h *anchorHere) close()                       { h.tracked.Close() }
+// disconnect drops a link of a move that is over.
+func (h *anchorHere) disconnect(link string) error {
+	err := dropLink(h.ns, toLanding(link))
+	a, aerr := h.anchor()
+	if a != nil {
+		aerr = a.forget(link)
+	}
+	return errors.Join(err, aerr)
+}
+
+func (h *anchorHere) close() { h.tracked.Close() }
 
 // anchorThere is an anchor on another host.
 type anchorThere struct {
@@ -116,20 +162,21 @@ type anchorThere struct {
 }
 
 func (h anchorThere) call(name, link string, to spot, response any) error {
-	return h.tunnel.call(*h.at.Tunnel, "anchor/"+name, anchorCall{h.at.Netns, link, h.vm, to}, response)
+	return h.tunnel.call(*h.at.Tunnel, "anchor/"+name, anchorCall{linkCall{h.at.Netns, link}, h.vm, to}, response)
 }
 
 func (h anchorThere) connect(link string, to spot) error { return h.call("connect", link, to, nil) }
-func (h anchorThere) disconnect(link string) error       { return h.call("disconnect", link, spot{}, nil) }
 func (h anchorThere) close()                             {}
 
-func (h anchorThere) connections() (keys [][]byte, err error) {
-	err = h.call("connections", "", spot{}, &keys)
+func (h anchorThere) connections() ([][]byte, error) {
+	var keys connectionKeyList
+	err := h.call("connections", "", spot{}, &keys)
 	return keys, err
 }
 
-func (h anchorThere) lead(link string, to spot) (keys [][]byte, err error) {
-	err = h.call("lead", link, to, &keys)
+func (h anchorThere) lead(link string, to spot) ([][]byte, error) {
+	var keys connectionKeyList
+	err := h.call("lead", link, to, &keys)
 	return keys, err
 }
 
@@ -137,36 +184,46 @@ func (h anchorThere) lead(link string, to spot) (keys [][]byte, err error) {
 type landingHere struct {
 	ns     string
 	config *NATConfig
-	tunnel *tunnelAccess
-	meet   func(TunnelEnd) error
+	linker linker
 }
 
 func newLandingHere(ns string, tunnel *tunnelAccess) (landingHere, error) {
 	config, _, err := layoutOf(ns)
-	return landingHere{ns, config, tunnel, tunnel.meet}, err
+	return landingHere{ns, config, tunnel}, err
 }
 
 // landingHere is newLandingHere for the NAT itself.
 func (t *tunnel) landingHere(ns string) (landingHere, error) {
-	h, err := newLandingHere(ns, t.tunnelAccess)
-	h.meet = t.meet
+	h, err := newLandingHere(ns, nil)
+	h.linker = t
 	return h, err
 }
+
+// mostLandings is of anchors on other hosts that lead to one namespace.
+const mostLandings = 64
 
 func (h landingHere) land(link string, anchor spot, vm uuid.UUID) error {
 	if anchor.Tunnel == nil {
 		return nil // whoever makes the link does it
 	}
-	if err := h.meet(*anchor.Tunnel); err != nil {
+	// Noted before the link is there, so that nobody forgets it.
+	many := false
+	err := changeList(landingRecords, h.ns, func(all []landed) []landed {
+		if many = len(all) >= mostLandings; many {
+			return all
+		}
+		return append(all, landed{link, vm, anchor})
+	})
+	if err == nil && many {
+		err = fmt.Errorf("%d anchors on other hosts lead to network namespace %q; no more can", mostLandings, h.ns)
+	}
+	if err != nil {
 		return err
 	}
-	if err := h.tunnel.tunnelLink(h.ns, fromAnchor(link), link, *anchor.Tunnel, landingMAC); err != nil {
+	if err := h.linker.makeLink(h.ns, fromAnchor(link), link, *anchor.Tunnel); err != nil {
 		return err
 	}
-	if err := inNamespace(h.ns, func() error { return land(link, h.config.NamespaceInterface) }); err != nil {
-		return err
-	}
-	return changeLandings(h.ns, func(all []landed) []landed { return append(all, landed{link, vm, anchor}) })
+	return inNamespace(h.ns, func() error { return land(link, h.config.NamespaceInterface) })
 }
 
 func (h landingHere) ready() error {
@@ -177,11 +234,19 @@ func (h landingHere) tell(link string, keys [][]byte) error {
 	return inNamespace(h.ns, func() error { return addConnections(link, keys) })
 }
 
+// leave drops the landing's half of a link.
 func (h landingHere) leave(link string) error {
-	err := dropLink(h.ns, fromAnchor(link))
-	return errors.Join(err, changeLandings(h.ns, func(all []landed) []landed {
+	all, err := landingsOf(h.ns)
+	errs := []error{err, dropLink(h.ns, fromAnchor(link))}
+	for _, l := range all {
+		if l.Link == link {
+			errs = append(errs, giveNotice(h.ns, notice{To: l.Anchor, Link: link, Anchor: true}))
+		}
+	}
+	errs = append(errs, changeList(landingRecords, h.ns, func(all []landed) []landed {
 		return slices.DeleteFunc(all, func(l landed) bool { return l.Link == link })
 	}))
+	return errors.Join(errs...)
 }
 
 // landingThere is a landing on another host.
@@ -190,21 +255,17 @@ type landingThere struct {
 	at     spot
 }
 
-func (h landingThere) call(name, link string, keys [][]byte) error {
-	return h.tunnel.call(*h.at.Tunnel, "land/"+name, landingCall{h.at.Netns, link, keys}, nil)
-}
-
 func (h landingThere) land(link string, anchor spot, vm uuid.UUID) error {
 	return h.tunnel.call(*h.at.Tunnel, "land", landCall{h.at.Netns, link, anchor, vm}, nil)
 }
 
-func (h landingThere) ready() error { return h.call("ready", "", nil) }
-
-func (h landingThere) tell(link string, keys [][]byte) error {
-	return h.tunnel.callWithin(tellTimeout, *h.at.Tunnel, "land/tell", landingCall{h.at.Netns, link, keys}, nil)
+func (h landingThere) ready() error {
+	return h.tunnel.call(*h.at.Tunnel, "land/ready", linkCall{Netns: h.at.Netns}, nil)
 }
 
-func (h landingThere) leave(link string) error { return h.call("leave", link, nil) }
+func (h landingThere) tell(link string, keys [][]byte) error {
+	return h.tunnel.callWithin(tellTimeout, *h.at.Tunnel, "land/tell", tellCall{linkCall{h.at.Netns, link}, keys}, nil)
+}
 
 // landed is an anchor on another host that leads to a VM here.
 type landed struct {
@@ -215,63 +276,8 @@ type landed struct {
 
 const landingRecords = "landings"
 
-func landingsPath(ns string) string { return filepath.Join(rundir.Path, landingRecords, ns+".json") }
-
 // landingsOf returns the anchors on other hosts that lead to a namespace.
-func landingsOf(ns string) (all []landed, err error) {
-	b, err := os.ReadFile(landingsPath(ns))
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, nil
-	}
-	if err == nil {
-		err = json.Unmarshal(b, &all)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read what leads to network namespace %q: %w", ns, err)
-	}
-	return all, nil
-}
-
-// changeLandings changes the record of a namespace's anchors on other hosts.
-func changeLandings(ns string, change func([]landed) []landed) (err error) {
-	if _, err := os.Stat(filepath.Join(rundir.Path, landingRecords)); errors.Is(err, os.ErrNotExist) && len(change(nil)) == 0 {
-		return nil
-	}
-	lock, err := lockRecord(landingRecords + "/" + ns)
-	if err != nil {
-		return fmt.Errorf("record what leads to network namespace %q: %w", ns, err)
-	}
-	defer func() { err = errors.Join(err, lock.Release(), rundir.Remove()) }()
-	all, err := landingsOf(ns)
-	if err != nil {
-		return err
-	}
-	before := len(all)
-	all = change(all)
-	if len(all) == before {
-		return nil
-	}
-	if len(all) == 0 {
-		err = os.Remove(landingsPath(ns))
-	} else {
-		var b []byte
-		if b, err = json.Marshal(all); err == nil {
-			err = private.MkdirAll(filepath.Dir(landingsPath(ns)))
-		}
-		if err == nil {
-			err = replaceFile(landingsPath(ns), b)
-		}
-	}
-	if err != nil {
-		return fmt.Errorf("record what leads to network namespace %q: %w", ns, err)
-	}
-	return nil
-}
-
-// forgetLandings removes the record of a namespace's anchors on other hosts.
-func forgetLandings(ns string) error {
-	return changeLandings(ns, func([]landed) []landed { return nil })
-}
+func landingsOf(ns string) ([]landed, error) { return readList[landed](landingRecords, ns) }
 
 // keepLandings ends the anchors on other hosts of a VM that was killed.
 func (n *NAT) keepLandings(ns string) error {
@@ -298,28 +304,12 @@ func (n *NAT) keepLandings(ns string) error {
 	return errors.Join(err, lock.Release(), rundir.Remove())
 }
 
-// endLandings tells other hosts that a VM has ended to which their anchors lead: any but the given one.
+// endLandings ends what leads from other hosts to VMs that have ended: any but the given one.
 func endLandings(ns string, but uuid.UUID) error {
 	all, err := landingsOf(ns)
 	all = slices.DeleteFunc(all, func(l landed) bool { return l.VM == but })
-	if len(all) == 0 || err != nil {
-		return err
-	}
-	access, err := tunnelOf(ns)
-	if err != nil {
-		return err
-	}
-	defer access.close()
-	h, err := newLandingHere(ns, access)
-	if err != nil {
-		return err
-	}
 	for _, l := range all {
-		if access != nil {
-			// One that does not hear of it has an end by itself.
-			_ = anchorThere{access, l.Anchor, l.VM}.call("end", "", spot{}, nil)
-		}
-		err = errors.Join(err, h.leave(l.Link))
+		err = errors.Join(err, landingHere{ns: ns}.leave(l.Link))
 	}
 	return err
 }

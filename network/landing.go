@@ -23,7 +23,7 @@ const landingPrefix = "drafter-from-"
 // IPv6. They are told apart by protocol, the guest's port, and the other end's address and port. There
 // are no other sets in a transaction: the library would count a number up that all goroutines share.
 func connectionsOf(table *nftables.Table, size int) *nftables.Set {
-	set := &nftables.Set{ID: 1, Table: table, Name: "connections", KeyType: connectionType, Concatenation: true}
+	set := &nftables.Set{ID: 1, Table: table, Name: "connections", KeyType: connectionType, Concatenation: true, Size: mostConnectionKeys}
 	if size == net.IPv6len {
 		set.ID, set.Name, set.KeyType = 2, "connections6", connectionType6
 	}
@@ -38,6 +38,9 @@ var (
 
 // keyParts are the bytes of a key but for the address: protocol and two ports, each filled up to four.
 const keyParts = 3 * 4
+
+// mostConnectionKeys bounds the kernel's memory for what another host tells of.
+const mostConnectionKeys = 1 << 17
 
 // landingRules mark what belongs to an anchor: connections that come in from there, and those that
 // the guest had before it moved. A packet that was on its way when the VM left may come by another

@@ -17,6 +17,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
@@ -1067,7 +1068,24 @@ func removeNamespace(name string, log *slog.Logger) error {
 			errs = append(errs, fmt.Errorf("remove %s: %w", hostVethName(name), err))
 		}
 	}
-	errs = append(errs, deleteNamespace(name), forgetAnchor(name), forgetLandings(name))
+	errs = append(errs, deleteNamespace(name), forgetAnchor(name), expectNobody(name), forgetList(landingRecords, name))
+	return errors.Join(errs...)
+}
+
+// endLinks ends what goes on by the tunnel, and tells the other hosts.
+func (n *NAT) endLinks() error {
+	if n.tunnel == nil {
+		return nil
+	}
+	var errs []error
+	for _, ns := range n.created {
+		errs = append(errs, endLandings(ns, uuid.Nil))
+		a, err := anchorOf(ns)
+		if a != nil && a.At != nil {
+			err = a.disconnect()
+		}
+		errs = append(errs, err)
+	}
 	return errors.Join(errs...)
 }
 
@@ -1079,7 +1097,7 @@ func (n *NAT) Close() error {
 	}
 	errs := []error{n.watch.Close()}
 	n.watch = nil
-	errs = append(errs, n.tunnel.close())
+	errs = append(errs, n.endLinks(), n.tunnel.close())
 	for _, name := range slices.Backward(n.created) {
 		errs = append(errs, removeNamespace(name, n.config.Logger))
 	}

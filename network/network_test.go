@@ -35,7 +35,8 @@ func TestMain(m *testing.M) {
 		fmt.Println(runFirst())
 		return
 	}
-	if os.Geteuid() == 0 && !testhost.Listing() {
+	fuzzes := slices.ContainsFunc(os.Args, func(a string) bool { return strings.HasPrefix(a, "-test.fuzz") })
+	if os.Geteuid() == 0 && !testhost.Listing() && !fuzzes {
 		if !testhost.Inside() {
 			code, err := testhost.EnterShared(os.Stdout, 6)
 			if err != nil {

@@ -48,12 +48,21 @@ func (c *Claim) Vacate() error {
 func (c *Claim) Occupy() error {
 	err := takeBack(c.namespace)
 	return errors.Join(err, c.atTap("connect the guest", func(config *NATConfig, l *layout) error {
-		link, err := netlink.LinkByName(config.NamespaceInterface)
-		if err != nil {
-			return err
-		}
-		return l.configureTap(link) // the kernel has forgotten its IPv6 addresses
+		return l.bringUpTap(config.NamespaceInterface)
 	}))
+}
+
+// bringUpTap brings up the tap of the calling thread's namespace again. One that is not there is no
+// error.
+func (l *layout) bringUpTap(name string) error {
+	link, err := netlink.LinkByName(name)
+	if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("bring up %s: %w", name, err)
+	}
+	return l.configureTap(link) // the kernel has forgotten its IPv6 addresses
 }
 
 // vacate is [Claim.Vacate] within the namespace.

@@ -1,6 +1,7 @@
 package network
 
 import (
+	"context"
 	"crypto/ecdh"
 	"crypto/rand"
 	"crypto/sha256"
@@ -16,14 +17,12 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/conn"
 	"golang.zx2c4.com/wireguard/device"
 	"golang.zx2c4.com/wireguard/tun"
@@ -32,14 +31,13 @@ import (
 )
 
 // A VM that moves to another host keeps its connections, too. NATs send what belongs to anchors to
-// one another with WireGuard, which has a network namespace of its own, so that its addresses are
-// nobody else's. Each link from an anchor to a landing is a VXLAN in it (RFC 7348), because all
-// guests have the same address:
+// one another with WireGuard. Each link from an anchor to a landing has a TUN interface at both ends,
+// because all guests have the same address:
 //
-//	ark0 ── to-3fa2c1 ── ark-tunnel ══ UDP between the hosts ══ ark-tunnel ── from-3fa2c1 ── ark0
+//	ark0 ── to-3fa2c1 ── NAT ══ UDP between the hosts ══ NAT ── from-3fa2c1 ── ark0
 //
-// A packet of 1500 bytes goes as two fragments: the way between hosts may be as narrow as IPv6
-// allows.
+// NATs call one another through the tunnel, too. Its own interface has a network namespace, so that
+// its addresses are nobody else's.
 
 // TunnelKey is the public key of a tunnel's end.
 type TunnelKey [32]byte
@@ -103,23 +101,24 @@ const (
 	guestMTU = 1500
 	// tunnelPort is that of calls between NATs, in the tunnel.
 	tunnelPort = 7
-	vxlanPort  = 4789 // RFC 7348, 8.1
 	tunnelTUN  = "wg0"
 )
 
 // tunnel is a NAT's end of the tunnels to others.
 type tunnel struct {
 	*tunnelAccess
-	nat      *NAT
-	log      *slog.Logger
-	device   *device.Device
-	server   *http.Server
-	serve    sync.WaitGroup
-	mu       sync.Mutex // guards what follows
-	record   tunnelRecord
-	expected map[string]TunnelKey // namespaces to those from where VMs come
-	pending  map[string]time.Time // links that lead nowhere yet, and since when
-	met      map[TunnelKey]time.Time
+	nat        *NAT
+	log        *slog.Logger
+	device     *device.Device
+	wire       *wire
+	server     *http.Server
+	serve      sync.WaitGroup
+	mu         sync.Mutex // guards what follows
+	record     tunnelRecord
+	met        map[TunnelKey]time.Time
+	calls      map[netip.Addr]int // that are answered, by who calls
+	delivering map[TunnelKey]bool // hosts to which notices are given
+	closed     bool
 }
 
 // tunnelRecord is kept on disk, so that the next NAT goes on with it.
@@ -140,7 +139,7 @@ func (n *NAT) startTunnel() (err error) {
 	if n.config.TunnelPort == 0 {
 		return n.removeTunnel()
 	}
-	t := &tunnel{nat: n, log: n.config.Logger, expected: map[string]TunnelKey{}, pending: map[string]time.Time{}, met: map[TunnelKey]time.Time{}}
+	t := &tunnel{nat: n, log: n.config.Logger, met: map[TunnelKey]time.Time{}, calls: map[netip.Addr]int{}, delivering: map[TunnelKey]bool{}}
 	private, err := t.readRecord()
 	if err != nil {
 		return err
@@ -161,11 +160,12 @@ func (n *NAT) startTunnel() (err error) {
 	}
 	var listener net.Listener
 	err = inNamespace(name, func() error {
-		wire, err := tun.CreateTUN(tunnelTUN, tunnelMTU)
+		calls, err := openTUN(tunnelTUN, false)
 		if err != nil {
-			return fmt.Errorf("create %s: %w; is the kernel's tun module there?", tunnelTUN, err)
+			return err
 		}
-		t.device = device.NewDevice(tunnelWire{wire}, conn.NewDefaultBind(), t.logger())
+		t.wire = newWire(t.End.Key.ip(), calls, t.log)
+		t.device = device.NewDevice(t.wire, conn.NewDefaultBind(), t.logger())
 		listener, err = t.configure()
 		return err
 	})
@@ -180,7 +180,7 @@ func (n *NAT) startTunnel() (err error) {
 	if err != nil {
 		return errors.Join(fmt.Errorf("listen on UDP port %d: %w; choose another --tunnel-port", t.End.Port, err), listener.Close())
 	}
-	if err := n.admitLinks(); err != nil {
+	if err := t.takeLinks(); err != nil {
 		return errors.Join(err, listener.Close())
 	}
 	for key, end := range t.record.Peers {
@@ -195,7 +195,7 @@ func (n *NAT) startTunnel() (err error) {
 			}
 		}
 	}
-	t.server = &http.Server{Handler: t.handler(), ReadHeaderTimeout: callTimeout, IdleTimeout: time.Minute}
+	t.server = &http.Server{Handler: t.handler(), ReadTimeout: callTimeout, MaxHeaderBytes: 4 << 10, IdleTimeout: time.Minute}
 	t.serve.Go(func() {
 		if err := t.server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
 			t.log.Error("The tunnel takes no calls any more; VMs that move to other hosts lose their connections", "error", err)
@@ -204,13 +204,6 @@ func (n *NAT) startTunnel() (err error) {
 	n.tunnel, n.record.Tunnel = t, t.tunnelAccess
 	return n.writeRecord()
 }
-
-// tunnelWire has the MTU that it was made with. WireGuard would look for the interface in the host's
-// namespace.
-type tunnelWire struct{ tun.Device }
-
-// MTU implements tun.Device.
-func (tunnelWire) MTU() (int, error) { return tunnelMTU, nil }
 
 func (t *tunnel) logger() *device.Logger {
 	return &device.Logger{
@@ -231,6 +224,17 @@ func (t *tunnel) configure() (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
+	links, err := netlink.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("list interfaces: %w", err)
+	}
+	for _, l := range links {
+		if _, tuntap := l.(*netlink.Tuntap); tuntap && l.Attrs().Name != tunnelTUN { // on its way to a namespace
+			if err := netlink.LinkDel(l); err != nil {
+				return nil, fmt.Errorf("remove %s: %w", l.Attrs().Name, err)
+			}
+		}
+	}
 	own := &net.IPNet{IP: t.End.Key.ip().AsSlice(), Mask: net.CIDRMask(32, 32)}
 	if err := errors.Join(disableIPv6("all"), configureLink(lo), configureLink(wg, own)); err != nil {
 		return nil, err
@@ -238,9 +242,8 @@ func (t *tunnel) configure() (net.Listener, error) {
 	if err := netlink.RouteReplace(&netlink.Route{LinkIndex: wg.Attrs().Index, Dst: &net.IPNet{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}}); err != nil {
 		return nil, fmt.Errorf("set route into the tunnel: %w", err)
 	}
-	// The rest of a packet that was lost must not become a part of a later one.
-	if err := setSysctl("net/ipv4/ipfrag_time", "1"); err != nil {
-		return nil, err
+	if err := netlink.LinkSetMTU(wg, tunnelMTU); err != nil {
+		return nil, fmt.Errorf("set MTU of %s: %w", tunnelTUN, err)
 	}
 	if err := tunnelRules(); err != nil {
 		return nil, err
@@ -284,7 +287,7 @@ func (n *NAT) removeTunnel() error {
 	if _, err := os.Stat(n.config.tunnelRecordPath()); errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
-	err := removeNamespace(tunnelName(n.config.NamespacePrefix), n.config.Logger)
+	err := errors.Join(removeNamespace(tunnelName(n.config.NamespacePrefix), n.config.Logger), forgetList(noticeRecords, n.config.NamespacePrefix))
 	if rerr := os.Remove(n.config.tunnelRecordPath()); rerr != nil && !errors.Is(rerr, os.ErrNotExist) {
 		err = errors.Join(err, fmt.Errorf("forget tunnel: %w", rerr))
 	}
@@ -292,13 +295,22 @@ func (n *NAT) removeTunnel() error {
 }
 
 // close ends the tunnel. Its namespace and its record stay.
+//
+//nolint:contextcheck,nolintlint // for those that call it: the linters disagree
 func (t *tunnel) close() error {
 	if t == nil {
 		return nil
 	}
 	var err error
+	t.mu.Lock()
+	t.closed = true
+	t.mu.Unlock()
 	if t.server != nil {
-		err = t.server.Close()
+		ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
+		defer cancel()
+		if err = t.server.Shutdown(ctx); errors.Is(err, context.DeadlineExceeded) {
+			err = t.server.Close() // a call may hold on to its answer
+		}
 	}
 	t.serve.Wait()
 	if t.device != nil {
@@ -310,16 +322,22 @@ func (t *tunnel) close() error {
 	return err
 }
 
-// meet adds another's end.
+// mostPeers is of ends that are known at a time.
+const mostPeers = 1000
+
+// meet adds another's end. An end that is known and answers stays where it is: to know its public key
+// does not prove to be it.
 func (t *tunnel) meet(end TunnelEnd) error {
-	if err := end.check(); err != nil {
-		return err
+	t.mu.Lock()
+	known, ok := t.record.Peers[end.Key]
+	t.mu.Unlock()
+	if ok && known != end && end.Address != "" && heard(t.call(known, "greet", struct{}{}, nil)) {
+		end = known
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.met[end.Key] = time.Now()
-	known, ok := t.record.Peers[end.Key]
 	if ok && (known == end || end.Address == "") {
+		t.met[end.Key] = time.Now()
 		return nil
 	}
 	if end.Key == t.End.Key {
@@ -333,6 +351,9 @@ func (t *tunnel) meet(end TunnelEnd) error {
 	if end.Key.ip() == t.End.Key.ip() {
 		return errors.New("the other end of the tunnel has the same address; restart one of the NATs")
 	}
+	if len(t.record.Peers) >= mostPeers {
+		return fmt.Errorf("this host's NAT knows %d others; it takes no more for a day", mostPeers)
+	}
 	before := t.record.Peers
 	t.record.Peers = maps.Clone(before)
 	t.record.Peers[end.Key] = end
@@ -342,8 +363,10 @@ func (t *tunnel) meet(end TunnelEnd) error {
 	}
 	if err != nil {
 		t.record.Peers = before
+		return err
 	}
-	return err
+	t.met[end.Key] = time.Now()
+	return nil
 }
 
 // forgetPeers forgets ends with which nothing is exchanged any more.
@@ -370,11 +393,15 @@ func (t *tunnel) forgetPeers() error {
 			needed[l.Anchor.Tunnel.Key] = true
 		}
 	}
+	notices, err := t.notices()
+	if err != nil {
+		return err
+	}
+	for _, n := range notices {
+		needed[n.To.Tunnel.Key] = true
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for _, key := range t.expected {
-		needed[key] = true
-	}
 	peers := maps.Clone(t.record.Peers)
 	maps.DeleteFunc(peers, func(key TunnelKey, _ TunnelEnd) bool { return !needed[key] && time.Since(t.met[key]) > linkPatience })
 	if len(peers) == len(t.record.Peers) {
@@ -408,21 +435,17 @@ func (t *tunnel) addPeer(end TunnelEnd) error {
 	return nil
 }
 
-// peerAt returns the end with an address in the tunnel.
-func (t *tunnel) peerAt(ip netip.Addr) (TunnelEnd, bool) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for _, end := range t.record.Peers {
-		if end.Key.ip() == ip {
-			return end, true
+// makeLink makes this host's end of a link in a namespace.
+func (t *tunnel) makeLink(ns, name, link string, other TunnelEnd) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("create %s: %w", name, err)
 		}
+	}()
+	number, err := linkNumber(link)
+	if err == nil {
+		err = t.meet(other)
 	}
-	return TunnelEnd{}, false
-}
-
-// tunnelLink makes one end of a link by the tunnel in a namespace.
-func (a *tunnelAccess) tunnelLink(ns, name, link string, other TunnelEnd, mac net.HardwareAddr) error {
-	vni, err := linkNumber(link)
 	if err != nil {
 		return err
 	}
@@ -431,121 +454,98 @@ func (a *tunnelAccess) tunnelLink(ns, name, link string, other TunnelEnd, mac ne
 		return err
 	}
 	defer there.Close()
-	err = inNamespace(a.Netns, func() error {
-		attrs := netlink.NewLinkAttrs()
-		attrs.Name, attrs.HardwareAddr, attrs.MTU = name, mac, guestMTU
-		vxlan := &netlink.Vxlan{
-			LinkAttrs: attrs, VxlanId: vni, SrcAddr: a.End.Key.ip().AsSlice(), Group: other.Key.ip().AsSlice(), Port: vxlanPort, UDPCSum: true,
-		}
-		if err := netlink.LinkAdd(vxlan); err != nil {
+	var device tun.Device
+	// Made here, because an open interface keeps the namespace alive from which it was opened.
+	err = inNamespace(t.Netns, func() error {
+		if device, err = openTUN(name, true); err != nil {
 			return err
 		}
-		err := netlink.LinkSetNsFd(vxlan, int(there))
-		if err == nil {
-			err = admitLink(vxlan, true)
-		}
+		l, err := netlink.LinkByName(name)
 		if err != nil {
-			err = errors.Join(err, netlink.LinkDel(vxlan))
+			return err
 		}
-		return err
+		if err := netlink.LinkSetAlias(l, namespaceMark+" "+other.Key.String()); err != nil { // for the next NAT
+			return err
+		}
+		if err := netlink.LinkSetMTU(l, guestMTU); err != nil {
+			return err
+		}
+		return netlink.LinkSetNsFd(l, int(there))
 	})
-	if err != nil {
-		return fmt.Errorf("create %s: %w", name, err)
+	if err == nil {
+		err = t.wire.add(linkEnd{other.Key.ip(), uint32(number)}, device)
 	}
-	return nil
+	if err != nil && device != nil {
+		drop := func() error { return deleteAnchorLink(name) }
+		err = errors.Join(err, device.Close(), inNamespace(t.Netns, drop), inNamespace(ns, drop))
+	}
+	return err
 }
 
-// linksSet is the set of the tunnel's links, told apart by their other end's address and their number.
-// The kernel itself takes what has the number from anybody.
-const linksSet = "links"
-
-// linkType is the type of a key of linksSet.
-var linkType = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeMark)
-
-// tunnelRules let in, in the calling thread's namespace, calls and what comes from links' other ends.
-func tunnelRules() error {
-	r, err := newRuleset(nftables.TableFamilyIPv4, namespaceTable)
-	if err != nil {
-		return err
-	}
-	set := &nftables.Set{Table: r.table, Name: linksSet, KeyType: linkType, Concatenation: true}
-	if err := r.conn.AddSet(set, nil); err != nil {
-		return fmt.Errorf("add set %s: %w", set.Name, err)
-	}
-	delivered := r.chain(hookDelivered)
-	r.rule(delivered, fromInterface("lo"), accept())
-	r.rule(delivered, toPort("tcp", tunnelPort), accept())
-	r.rule(delivered, toPort("udp", vxlanPort), []expr.Any{
-		&expr.Payload{DestRegister: unix.NFT_REG32_00, Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 4},
-		// The number is the fifth to seventh byte of VXLAN's header (RFC 7348, 5), after 8 of UDP's.
-		&expr.Payload{DestRegister: unix.NFT_REG32_01, Base: expr.PayloadBaseTransportHeader, Offset: 8 + 4, Len: 3},
-		&expr.Lookup{SourceRegister: unix.NFT_REG32_00, SetName: set.Name, SetID: set.ID},
-	}, accept())
-	r.answers(delivered)
-	r.rule(delivered, drop())
-	return r.apply()
-}
-
-// admitLinks lets in what comes by the links that a killed NAT has left.
-func (n *NAT) admitLinks() error {
-	var links []*netlink.Vxlan
-	for _, ns := range n.created {
+// takeLinks takes up the links that a killed NAT has left.
+func (t *tunnel) takeLinks() error {
+	for _, ns := range t.nat.created {
 		err := inNamespace(ns, func() error {
-			all, err := netlink.LinkList()
-			for _, l := range all {
-				if vxlan, ok := l.(*netlink.Vxlan); ok && l.Attrs().Alias == namespaceMark {
-					links = append(links, vxlan)
+			links, err := netlink.LinkList()
+			if err != nil {
+				return fmt.Errorf("list interfaces: %w", err)
+			}
+			for _, l := range links {
+				if peer, ok := peerOf(l); ok {
+					err = errors.Join(err, t.takeLink(l.Attrs().Name, peer))
 				}
 			}
 			return err
 		})
 		if err != nil {
-			return fmt.Errorf("list interfaces of network namespace %q: %w", ns, err)
+			return fmt.Errorf("take up the links of network namespace %q: %w", ns, err)
 		}
-	}
-	return inNamespace(tunnelName(n.config.NamespacePrefix), func() error {
-		for _, l := range links {
-			if err := admitLink(l, true); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-}
-
-// admitLink lets in what comes by a link, or not any more, in the calling thread's namespace.
-func admitLink(link *netlink.Vxlan, in bool) error {
-	conn, err := nftables.New()
-	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
-	}
-	set := &nftables.Set{Table: &nftables.Table{Family: nftables.TableFamilyIPv4, Name: namespaceTable}, Name: linksSet, KeyType: linkType, Concatenation: true}
-	vni := link.VxlanId
-	elements := []nftables.SetElement{{Key: append(slices.Clone(link.Group.To4()), byte(vni>>16), byte(vni>>8), byte(vni), 0)}}
-	if in {
-		err = conn.SetAddElements(set, elements)
-	} else {
-		err = conn.SetDeleteElements(set, elements)
-	}
-	if err == nil {
-		err = conn.Flush()
-	}
-	if errors.Is(err, unix.ENOENT) && !in {
-		err = nil // the tunnel was made anew meanwhile
-	}
-	if err != nil {
-		return fmt.Errorf("change set %s: %w", set.Name, err)
 	}
 	return nil
 }
 
-// leadsTo tells whether a link of the calling thread's namespace goes through the tunnel to an
-// address there.
-func leadsTo(name string, ip netip.Addr) bool {
+func (t *tunnel) takeLink(name string, peer TunnelKey) error {
+	_, link, _ := strings.Cut(name, "-")
+	number, err := linkNumber(link)
+	if err != nil {
+		return err
+	}
+	device, err := openTUN(name, true)
+	if err != nil {
+		return err
+	}
+	if err := t.wire.add(linkEnd{peer.ip(), uint32(number)}, device); err != nil {
+		return errors.Join(err, device.Close())
+	}
+	return nil
+}
+
+// peerOf returns to whom a link of a namespace goes through the tunnel.
+func peerOf(link netlink.Link) (peer TunnelKey, ok bool) {
+	text, ok := strings.CutPrefix(link.Attrs().Alias, namespaceMark+" ")
+	return peer, ok && peer.UnmarshalText([]byte(text)) == nil
+}
+
+// leadsTo tells whether a link of the calling thread's namespace goes through the tunnel to a host.
+func leadsTo(name string, host TunnelKey) bool {
 	link, err := netlink.LinkByName(name)
 	if err != nil {
 		return false
 	}
-	vxlan, ok := link.(*netlink.Vxlan)
-	return ok && vxlan.Group.Equal(ip.AsSlice())
+	peer, ok := peerOf(link)
+	return ok && peer == host
+}
+
+// tunnelRules let calls in, in the calling thread's namespace.
+func tunnelRules() error {
+	r, err := newRuleset(nftables.TableFamilyIPv4, namespaceTable)
+	if err != nil {
+		return err
+	}
+	delivered := r.chain(hookDelivered)
+	r.rule(delivered, fromInterface("lo"), accept())
+	r.rule(delivered, toPort("tcp", tunnelPort), accept())
+	r.answers(delivered)
+	r.rule(delivered, drop())
+	return r.apply()
 }

@@ -92,7 +92,8 @@ type Peer struct {
 	vacating sync.WaitGroup // until its clients here were told
 	// those that can go on where the VM moves to; nil while none do
 	connections atomic.Pointer[network.Departure]
-	departing   sync.WaitGroup // until that is known
+	linked      atomic.Pointer[chan struct{}] // closed when that is known; nil before a migration
+	departing   sync.WaitGroup                // until that is known
 	user        *vmm.User
 	devices     deviceset.Set
 	private     *vmm.Dir        // of the private map; nil without one

@@ -200,7 +200,6 @@ func (d *departure) Flush(ctx context.Context) error { return d.p.instance.Flush
 
 // Prepare implements [migration.SourceVM].
 func (d *departure) Prepare(ctx context.Context) error {
-	d.p.departing.Wait() // the guest is not told before, as that may take a while
 	if hook := d.p.config.Hooks.OnBeforeSuspend; hook != nil {
 		if err := hook(ctx); err != nil {
 			return err
@@ -214,7 +213,6 @@ func (d *departure) Prepare(ctx context.Context) error {
 
 // Pause implements [migration.SourceVM]. What is sent to the VM from now on waits at the target.
 func (d *departure) Pause(ctx context.Context) (stopped time.Time, err error) {
-	d.p.departing.Wait()
 	if connections := d.p.connections.Load(); connections != nil {
 		if err := connections.Switch(); err != nil {
 			d.endConnections(err)
@@ -252,7 +250,10 @@ func (d *departure) Land(landing []byte, target net.Addr) {
 		return
 	}
 	d.p.stay() // of an earlier migration
+	linked := make(chan struct{})
+	d.p.linked.Store(&linked)
 	d.p.departing.Go(func() {
+		defer close(linked)
 		var l network.Landing
 		err := json.Unmarshal(landing, &l)
 		var connections *network.Departure
@@ -270,6 +271,20 @@ func (d *departure) Land(landing []byte, target net.Addr) {
 		d.sayLost(connections)
 		d.p.connections.Store(connections)
 	})
+}
+
+// AwaitLinks implements [migration.Lander].
+func (d *departure) AwaitLinks(ctx context.Context) error {
+	linked := d.p.linked.Load()
+	if linked == nil {
+		return nil
+	}
+	select {
+	case <-*linked:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // sayLost tells of connections that end although the VM's others go on.

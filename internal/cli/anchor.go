@@ -34,7 +34,8 @@ func newAnchorList() *cobra.Command {
 		Use:   "list",
 		Short: "List the anchors of this host",
 		Long: `Lists the anchors of this host: the namespace that a VM has left, where the VM is, since
-when, how many connections go on, and how many bytes have passed in both directions.
+when, how many connections go on, and how many bytes have passed in both directions. A VM on another
+host is at a namespace and that host's address, such as ark1 on 192.0.2.7.
 ` + exitCodeHelp,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"errors"
 	"log/slog"
 
 	"github.com/spf13/cobra"
@@ -10,6 +11,7 @@ import (
 
 func newNAT() *cobra.Command {
 	c := network.DefaultNAT()
+	metrics := ""
 	cmd := &cobra.Command{
 		Use:   "nat",
 		Short: "Give VMs network namespaces with a way to the outside",
@@ -68,7 +70,7 @@ also names a name server of the host that guests do not reach.
 ` + exitCodeHelp,
 		Example: "  drafter nat --host-interface eth0",
 		Args:    noArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
+		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			if err := requireRoot(); err != nil {
 				return err
 			}
@@ -76,11 +78,17 @@ also names a name server of the host that guests do not reach.
 			if err != nil {
 				return err
 			}
+			defer func() { err = errors.Join(err, nat.Close()) }()
+			stopMetrics, err := serveMetrics(cmd.Context(), metrics, nat.Metrics())
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, stopMetrics()) }()
 			names := nat.Namespaces()
 			slog.Info("NAT is up", "namespaces", len(names), "first", names[0], "last", names[len(names)-1], "connectionLimit", nat.ConnectionLimit())
 			<-cmd.Context().Done()
 			slog.Info("Shutting down")
-			return nat.Close()
+			return nil
 		},
 	}
 	f := cmd.Flags()
@@ -110,6 +118,7 @@ also names a name server of the host that guests do not reach.
 	f.BoolVar(&c.ManageForward, "manage-forward", c.ManageForward, "Put rules into other firewalls of the host (Docker, ufw, firewalld, …) that drop what it forwards for guests; they are removed at the end")
 	f.IntVar(&c.TunnelPort, "tunnel-port", c.TunnelPort, "UDP port of an encrypted tunnel between the NATs of hosts, by which connections go on of VMs that move from one to the other (0: they end then)")
 	f.StringVar(&c.TunnelAddress, "tunnel-address", c.TunnelAddress, "IP address by which other hosts reach that port (default: the one by which they reach the peers here)")
+	f.StringVar(&metrics, "metrics", "", "Address (HOST:PORT) to serve Prometheus metrics of anchors and the tunnel from, without authentication: names, addresses and numbers (leave empty to disable)")
 	f.BoolVar(&c.AllowIncomingTraffic, "allow-incoming-traffic", c.AllowIncomingTraffic, "Let the host connect to guests, at the addresses of their namespaces (10.0.15.N:PORT by default)")
 	return cmd
 }

@@ -4,11 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"log"
 	"log/slog"
-	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -18,9 +14,6 @@ import (
 	"time"
 
 	"github.com/dustin/go-humanize"
-	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/spf13/cobra"
 
 	"drafter/internal/expose"
@@ -173,7 +166,7 @@ func (p *peerCommand) run(cmd *cobra.Command) (err error) {
 		}
 		defer listener.Close()
 	}
-	stopMetrics, err := serveMetrics(ctx, p.metrics, vm)
+	stopMetrics, err := serveMetrics(ctx, p.metrics, vm.Metrics())
 	if err != nil {
 		return err
 	}
@@ -436,40 +429,6 @@ func orClosed[T any](c chan T) chan T {
 		close(c)
 	}
 	return c
-}
-
-// metricsConnections is how many connections may ask for metrics at a time, because this process
-// needs its descriptors for a VM.
-const metricsConnections = 64
-
-// serveMetrics serves a peer's metrics and the process' own until stop is called.
-func serveMetrics(ctx context.Context, addr string, p *peer.Peer) (stop func() error, err error) {
-	if addr == "" {
-		return func() error { return nil }, nil
-	}
-	registry := prometheus.NewRegistry()
-	for _, c := range []prometheus.Collector{p.Metrics(), collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{})} {
-		if err := registry.Register(c); err != nil {
-			return nil, fmt.Errorf("register metrics: %w", err)
-		}
-	}
-	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
-	if err != nil {
-		return nil, fmt.Errorf("--metrics %s: %w", addr, err)
-	}
-	mux := http.NewServeMux()
-	mux.Handle("/metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: 8}))
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second, MaxHeaderBytes: 16 << 10, ErrorLog: log.New(io.Discard, "", 0)}
-	done := make(chan error, 1)
-	go func() { done <- server.Serve(transport.Bound(l, metricsConnections)) }()
-	slog.Info("Serving metrics", "url", "http://"+l.Addr().String()+"/metrics")
-	return func() error {
-		err := server.Close()
-		if serr := <-done; !errors.Is(serr, http.ErrServerClosed) {
-			err = errors.Join(err, serr)
-		}
-		return err
-	}, nil
 }
 
 func newPeerSettle() *cobra.Command {

@@ -15,6 +15,11 @@ import (
 func (o *outgoing) prepare(ctx context.Context) (migrate.Phase, error) {
 	ctx, cancel := o.revocable(ctx, o.first)
 	defer cancel()
+	if lander, ok := o.config.VM.(Lander); ok {
+		if err := lander.AwaitLinks(ctx); err != nil {
+			return "", err
+		}
+	}
 	if !o.asks.copy {
 		if err := o.first.Send(wire.TypePrepare); err != nil {
 			return "", o.first.sendLost(err)

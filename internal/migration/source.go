@@ -64,6 +64,8 @@ type Lander interface {
 	// Land makes ready for that, given what the target says of where the VM will be (see
 	// [TargetConfig]), and its address if that is known. The migration goes on whether they can or not.
 	Land(landing []byte, target net.Addr)
+	// AwaitLinks waits until what Land began has ended. The guest is not told of the move before.
+	AwaitLinks(ctx context.Context) error
 }
 
 // SourceDevice is a device to migrate.
