@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -48,6 +49,26 @@ func TestRoutedPrefix(t *testing.T) {
 	c.NamespaceVethCIDR6 = ""
 	if _, err := c.parse(); err == nil || !strings.Contains(err.Error(), "--namespace-veth-cidr6") {
 		t.Errorf("a routed prefix that is not named: %v", err)
+	}
+}
+
+// TestGuarded6 has addresses that no guest reaches by IPv6, and others.
+func TestGuarded6(t *testing.T) {
+	for addr, closed := range map[string]bool{
+		"::1": true, "::ffff:192.0.2.1": true, "fe80::1": true, "ff02::1": true, "fd00:ec2::254": true, "fd20:ce::254": true, "fd00:c1::a9fe:a9fe": true,
+		"fd00:42::42": true, "fd00:a9fe:a9fe::1": true, "64:ff9b::169.254.169.254": true, "64:ff9b::127.0.0.1": true,
+		"64:ff9b::198.51.100.1": false, "2001:4860:4860::8888": false, "fd12:3456::1": false,
+	} {
+		// Of an IPv4 address in IPv6, package net would think that it is one of IPv4.
+		b := net.ParseIP(addr).To16()
+		in := slices.ContainsFunc(guarded6, func(n *net.IPNet) bool {
+			ones, _ := n.Mask.Size()
+			whole, rest := ones/8, ones%8
+			return slices.Equal(b[:whole], n.IP.To16()[:whole]) && (rest == 0 || (b[whole]^n.IP.To16()[whole])>>(8-rest) == 0)
+		})
+		if in != closed {
+			t.Errorf("%s is closed: %v; want %v", addr, in, closed)
+		}
 	}
 }
 
@@ -379,5 +400,29 @@ func TestRelay(t *testing.T) {
 	}
 	if got := ask(t, "", "tcp6", "[::1]:5555"); got != "" {
 		t.Errorf("a closed forward answers %q", got)
+	}
+}
+
+// TestNoWayOutByIPv6 has a host without a default route of IPv6: a guest hears at once that there is
+// none, and goes on to IPv4.
+func TestNoWayOutByIPv6(t *testing.T) {
+	need.Root(t)
+	via := ipv6("192.0.2.254")
+	shell(t, "ip -6 route del default")
+	t.Cleanup(func() { shell(t, "ip -6 route add default via "+via+" dev eth0") })
+	startNAT(t, testConfig())
+	guest := attachGuest(t, "ark0")
+	if err := GuardGuest("ark0", Guest{MAC: testConfig().NamespaceInterfaceMAC}); err != nil {
+		t.Fatal(err)
+	}
+	err := inNamespace(guest, func() error {
+		c, err := net.DialTimeout("tcp6", "[2001:4860:4860::8888]:80", 10*time.Second)
+		if err == nil {
+			c.Close()
+		}
+		return err
+	})
+	if !errors.Is(err, unix.ENETUNREACH) {
+		t.Errorf("the guest hears %v", err)
 	}
 }
