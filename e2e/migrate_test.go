@@ -156,6 +156,13 @@ func newHost(t *testing.T, s *site, number int, natFlags ...string) *otherHost {
 	o.Via = h.Via(s.dir)
 	o.startNAT(t, natFlags...)
 	t.Cleanup(func() { end(t, o.nat) })
+	o.forward(t)
+	return o
+}
+
+// forward publishes the guest's Redis.
+func (o *otherHost) forward(t *testing.T) {
+	t.Helper()
 	forwarder, err := o.Start("forwarder", "--port-forwards", tour.Forward("ark0", "6379", o.addr+":3333"))
 	if err != nil {
 		t.Fatal(err)
@@ -164,7 +171,6 @@ func newHost(t *testing.T, s *site, number int, natFlags ...string) *otherHost {
 	if _, err := forwarder.Await(t.Context(), "Forwarding"); err != nil {
 		t.Fatal(err)
 	}
-	return o
 }
 
 // startNAT starts the host's NAT.

@@ -2,8 +2,10 @@ package e2e
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,6 +13,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/miekg/dns"
 	"github.com/redis/go-redis/v9"
@@ -174,4 +177,69 @@ func serveOutside(t *testing.T) {
 	}()
 	<-started
 	t.Cleanup(func() { server.Shutdown(); <-ended })
+}
+
+// A guest reaches others by IPv6, and is reached, as soon as it has booted and after a resume.
+func TestIPv6(t *testing.T) {
+	s := newSite(t)
+	listener := make(chan net.Listener)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread is in another namespace now
+		ns, err := netns.GetFromName(testhost.Outside)
+		if err == nil {
+			err = errors.Join(netns.Set(ns), ns.Close())
+		}
+		var l net.Listener
+		if err == nil {
+			l, err = net.Listen("tcp6", "[2001:db8::192.0.2.254]:8080")
+		}
+		if err != nil {
+			t.Error(err)
+		}
+		listener <- l
+	}()
+	l := <-listener
+	if l == nil {
+		t.FailNow()
+	}
+	server := &http.Server{
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			host, _, _ := net.SplitHostPort(r.RemoteAddr)
+			fmt.Fprintf(w, "you are %s\n", host)
+		}),
+		ReadHeaderTimeout: time.Minute,
+	}
+	go server.Serve(l)
+	t.Cleanup(func() { server.Close() })
+	const external = "[2001:db8::c000:201]:3333"
+	f, err := s.Start("forwarder", "--port-forwards", tour.Forward("ark0", "8080", external))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer end(t, f)
+	if _, err := f.Await(t.Context(), "Forwarding"); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // the second one resumes what the first one suspended
+		vm := s.run(t, "--enable-input")
+		io.WriteString(vm.Input, "\n")
+		s.waitOutput(t, vm, "drafter# ")
+		io.WriteString(vm.Input, "pkill nc; wget -qO- 'http://[2001:db8::c000:2fe]:8080/'; nc -ll -p 8080 -e echo six & sleep 1; echo 'e''nd'\n")
+		if out := s.waitOutput(t, vm, "\nend\n"); !strings.Contains(out, "you are 2001:db8::c000:201\n") {
+			t.Errorf("the guest asks by IPv6, and the console shows\n%s", out)
+		}
+		until.NoneWithin(t, tour.StepTimeout, "the guest answers", func() string {
+			c, err := net.DialTimeout("tcp6", external, time.Second)
+			if err != nil {
+				return err.Error()
+			}
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(time.Second))
+			if b, err := io.ReadAll(c); string(b) != "six\n" {
+				return fmt.Sprintf("%q, %v", b, err)
+			}
+			return ""
+		})
+		end(t, vm)
+	}
 }

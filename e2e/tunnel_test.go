@@ -74,10 +74,44 @@ func TestAnchorsBetweenHosts(t *testing.T) {
 	}
 }
 
+// A VM moves between two hosts that have IPv6 only, and its connections go on.
+func TestIPv6OnlyHosts(t *testing.T) {
+	s := emptySite(t)
+	var hosts []*otherHost
+	for number := range 2 {
+		h := newHost(t, s, number+1, "--tunnel-port", "7777")
+		h.addr = "[" + h.host.Addr6 + "]"
+		h.forward(t)
+		words := append(slices.Clone(h.Via), "ip", "-4", "addr", "flush", "dev", "eth0")
+		command(t, s.dir, words[0], words[1:]...)
+		hosts = append(hosts, h)
+	}
+	vm := hosts[0].peer(t, "instance-0", "--laddr", hosts[0].addr+":1337", "--insecure")
+	master := startRedis(t, "["+hosts[0].host.Gateway6+"]:6390")
+	replicate(t, hosts[0].addr+":3333", master)
+	clients := []*counter{count(t, hosts[0].addr+":3333", "opened-before")}
+	next := hosts[1].peer(t, "instance-1", "--raddr", hosts[0].addr+":1337", "--laddr", hosts[1].addr+":1337", "--insecure")
+	moved(t, vm)
+	quiet(t, vm)
+	clients = append(clients, count(t, hosts[1].addr+":3333", "opened-after"))
+	time.Sleep(time.Second)
+	if synced := redisInfo(t, master, "stats", "sync_full"); synced != "1" {
+		t.Errorf("the guest has asked for all of its master's data %s times: its own connection broke", synced)
+	}
+	for i, c := range clients {
+		c.end(t)
+		t.Logf("client %d: %d answers, the longest silence was %s", i, c.counted.Load(), c.longest.Round(time.Millisecond))
+	}
+	end(t, next)
+}
+
 // startRedis starts a Redis of this host that guests reach.
 func startRedis(t *testing.T, addr string) *redis.Client {
 	t.Helper()
-	host, port, _ := strings.Cut(addr, ":")
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		t.Fatal(err)
+	}
 	server := exec.Command("redis-server", "--bind", host, "--port", port, "--protected-mode", "no", "--save", "", "--dir", t.TempDir(), "--repl-diskless-sync-delay", "0")
 	if err := server.Start(); err != nil {
 		t.Fatal(err)

@@ -214,7 +214,7 @@ func (a Anchor) Traffic() (t Traffic, err error) {
 		return t, err
 	}
 	defer tracked.Close()
-	flows, err := guestFlows(tracked, l.guest)
+	flows, err := guestFlows(tracked, l)
 	if err != nil {
 		return t, err
 	}

@@ -194,7 +194,7 @@ func (k *talk) goesOn() error {
 func echoPackets(t *testing.T, ns, addr string) {
 	t.Helper()
 	var p net.PacketConn
-	if err := inNamespace(ns, func() (err error) { p, err = net.ListenPacket("udp", addr); return err }); err != nil {
+	if err := inNamespace(ns, func() (err error) { p, err = net.ListenPacket(over("udp", addr), addr); return err }); err != nil {
 		t.Fatal(err)
 	}
 	done := make(chan struct{})
@@ -216,23 +216,27 @@ func echoPackets(t *testing.T, ns, addr string) {
 // both at its anchors and where it is.
 func TestAnchors(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testAnchors)
+}
+
+func testAnchors(t *testing.T, v func(string) string) {
 	c := testConfig()
 	c.NamespaceCount = 3
 	startNAT(t, c)
 	g := newTraveller(t)
-	echoServer(t, g.ns, "172.16.0.2:7")
-	echoPackets(t, g.ns, "172.16.0.2:7")
-	echoServer(t, testhost.Outside, "192.0.2.254:7")
-	echoPackets(t, testhost.Outside, "192.0.2.254:7")
+	echoServer(t, g.ns, v("172.16.0.2:7"))
+	echoPackets(t, g.ns, v("172.16.0.2:7"))
+	echoServer(t, testhost.Outside, v("192.0.2.254:7"))
+	echoPackets(t, testhost.Outside, v("192.0.2.254:7"))
 	var forwards []PortForward
 	for i, ns := range []string{"ark0", "ark1", "ark2"} {
 		for _, protocol := range []string{"tcp", "udp"} {
 			for _, ip := range []string{"127.0.0.1", "192.0.2.1"} {
-				forwards = append(forwards, PortForward{Netns: ns, InternalPort: "7", Protocol: protocol, ExternalAddr: fmt.Sprintf("%s:%d", ip, 7000+i)})
+				forwards = append(forwards, PortForward{Netns: ns, InternalPort: "7", Protocol: protocol, ExternalAddr: v(fmt.Sprintf("%s:%d", ip, 7000+i))})
 			}
 		}
 	}
-	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: c.HostVethCIDR, PortForwards: forwards})
+	f, err := StartForwarder(ForwarderConfig{HostVethCIDR: c.HostVethCIDR, PortForwards: possible(forwards...)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -245,12 +249,16 @@ func TestAnchors(t *testing.T) {
 	open := func(port int) {
 		t.Helper()
 		at := fmt.Sprintf(" at %d in %s", port, g.where)
-		for _, network := range []string{"tcp4", "udp4"} {
+		for _, network := range []string{v("tcp4"), v("udp4")} {
+			toHost := v(fmt.Sprintf("127.0.0.1:%d", port))
+			if !asks(network, toHost) {
+				toHost = v(fmt.Sprintf("192.0.2.1:%d", port))
+			}
 			talks = append(
 				talks,
-				dialTalk(t, network+" of the host"+at, "", network, fmt.Sprintf("127.0.0.1:%d", port)),
-				dialTalk(t, network+" of others"+at, testhost.Outside, network, fmt.Sprintf("192.0.2.1:%d", port)),
-				dialTalk(t, network+" of the guest"+at, g.ns, network, "192.0.2.254:7"),
+				dialTalk(t, network+" of the host"+at, "", network, toHost),
+				dialTalk(t, network+" of others"+at, testhost.Outside, network, v(fmt.Sprintf("192.0.2.1:%d", port))),
+				dialTalk(t, network+" of the guest"+at, g.ns, network, v("192.0.2.254:7")),
 			)
 		}
 	}
@@ -284,7 +292,7 @@ func TestAnchors(t *testing.T) {
 		}
 	}
 	for _, k := range talks {
-		if _, udp := k.c.(*net.UDPConn); udp && k.c.LocalAddr().(*net.UDPAddr).IP.String() == "172.16.0.2" {
+		if _, udp := k.c.(*net.UDPConn); udp && k.c.LocalAddr().(*net.UDPAddr).IP.String() == v("172.16.0.2") {
 			if err := k.goesOn(); err != nil {
 				t.Errorf("after it was quiet: %s: %v", k.name, err)
 			}
@@ -308,17 +316,19 @@ func TestAnchorAfterKilledNAT(t *testing.T) {
 	})
 	g := newTraveller(t)
 	echoServer(t, g.ns, "172.16.0.2:7")
+	echoServer(t, g.ns, ipv6("172.16.0.2:7"))
 	k := dialTalk(t, "host", "", "tcp4", "10.0.15.1:7")
+	k6 := dialTalk(t, "host", "", "tcp6", ipv6("10.0.15.1:7"))
 	g.move("ark1")
 	var err error
 	if n, err = StartNAT(context.Background(), testConfig()); err != nil {
 		t.Fatal(err)
 	}
-	if err := k.goesOn(); err != nil {
+	if err := errors.Join(k.goesOn(), k6.goesOn()); err != nil {
 		t.Error(err)
 	}
 	g.move("ark0")
-	if err := k.goesOn(); err != nil {
+	if err := errors.Join(k.goesOn(), k6.goesOn()); err != nil {
 		t.Error(err)
 	}
 }
@@ -326,10 +336,14 @@ func TestAnchorAfterKilledNAT(t *testing.T) {
 // A move that is given up, before the guest is there, changes nothing.
 func TestDepartureGivenUp(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testDepartureGivenUp)
+}
+
+func testDepartureGivenUp(t *testing.T, v func(string) string) {
 	startNAT(t, testConfig())
 	g := newTraveller(t)
-	echoServer(t, g.ns, "172.16.0.2:7")
-	k := dialTalk(t, "host", "", "tcp4", "10.0.15.1:7")
+	echoServer(t, g.ns, v("172.16.0.2:7"))
+	k := dialTalk(t, "host", "", v("tcp4"), v("10.0.15.1:7"))
 	for _, switched := range []bool{false, true} {
 		before := inventory(t)
 		claim, err := ClaimNamespace("ark1")
@@ -358,9 +372,13 @@ func TestDepartureGivenUp(t *testing.T) {
 // A VM that was lost where it moved to goes on where it was, and is reached there.
 func TestTakenBack(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testTakenBack)
+}
+
+func testTakenBack(t *testing.T, v func(string) string) {
 	startNAT(t, testConfig())
 	g := newTraveller(t)
-	echoServer(t, g.ns, "172.16.0.2:7")
+	echoServer(t, g.ns, v("172.16.0.2:7"))
 	claim, err := ClaimNamespace("ark1")
 	if err != nil {
 		t.Fatal(err)
@@ -371,7 +389,7 @@ func TestTakenBack(t *testing.T) {
 	}
 	reached := func() {
 		t.Helper()
-		if err := dialTalk(t, "host", "", "tcp4", "10.0.15.1:7").goesOn(); err != nil {
+		if err := dialTalk(t, "host", "", v("tcp4"), v("10.0.15.1:7")).goesOn(); err != nil {
 			t.Error(err)
 		}
 		if all, err := Anchors(); err != nil || len(all) > 0 {
@@ -388,11 +406,15 @@ func TestTakenBack(t *testing.T) {
 // A VM does not get what was sent to one that was killed where it begins.
 func TestAnchorOfKilledVM(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testAnchorOfKilledVM)
+}
+
+func testAnchorOfKilledVM(t *testing.T, v func(string) string) {
 	n := startNAT(t, testConfig())
 	endWatch(t, &n.watch) // it would end the anchor, later
 	g := newTraveller(t)
-	echoServer(t, g.ns, "172.16.0.2:7")
-	k := dialTalk(t, "host", "", "tcp4", "10.0.15.1:7")
+	echoServer(t, g.ns, v("172.16.0.2:7"))
+	k := dialTalk(t, "host", "", v("tcp4"), v("10.0.15.1:7"))
 	g.move("ark1")
 	if err := k.goesOn(); err != nil {
 		t.Fatal(err)
@@ -416,10 +438,14 @@ func TestAnchorOfKilledVM(t *testing.T) {
 // An anchor ends with its last connection, and its namespace is free again.
 func TestAnchorEnds(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testAnchorEnds)
+}
+
+func testAnchorEnds(t *testing.T, v func(string) string) {
 	n := startNAT(t, testConfig())
 	g := newTraveller(t)
-	echoServer(t, g.ns, "172.16.0.2:7")
-	k := dialTalk(t, "host", "", "tcp4", "10.0.15.1:7")
+	echoServer(t, g.ns, v("172.16.0.2:7"))
+	k := dialTalk(t, "host", "", v("tcp4"), v("10.0.15.1:7"))
 	g.move("ark1")
 	if err := k.goesOn(); err != nil {
 		t.Fatal(err)
@@ -455,5 +481,33 @@ func TestAnchorEnds(t *testing.T) {
 	}
 	if err := claim.Close(); err != nil {
 		t.Error(err)
+	}
+}
+
+// A VM that moves to where guests have no IPv6 keeps its connections by IPv4.
+func TestAnchorWithoutIPv6(t *testing.T) {
+	need.Root(t)
+	startNAT(t, testConfig())
+	without := otherConfig()
+	without.IPv6 = false
+	startNAT(t, without)
+	g := newTraveller(t)
+	for _, addr := range []string{"172.16.0.2:7", ipv6("172.16.0.2:7")} {
+		echoServer(t, g.ns, addr)
+	}
+	k, k6 := dialTalk(t, "host", "", "tcp4", "10.0.15.1:7"), dialTalk(t, "host by IPv6", "", "tcp6", ipv6("10.0.15.1:7"))
+	for _, to := range []string{"bee0", "ark0"} {
+		g.move(to)
+		if err := k.goesOn(); err != nil {
+			t.Errorf("in %s: %v", to, err)
+		}
+	}
+	k6.c.Close()
+	if err := dialTalk(t, "host by IPv6", "", "tcp6", ipv6("10.0.15.1:7")).goesOn(); err != nil {
+		t.Error(err)
+	}
+	err := inNamespace("ark0", func() error { return addConnections("000000", [][]byte{make([]byte, 20)}) })
+	if err == nil || !strings.Contains(err.Error(), "no key of a connection") {
+		t.Errorf("a key that is none: %v", err)
 	}
 }

@@ -25,6 +25,8 @@ const (
 var (
 	landingIP  = net.IPv4(169, 254, 77, 2).To4()
 	anchorIP   = net.IPv4(169, 254, 77, 1).To4()
+	landingIP6 = net.ParseIP("fe80::4d:2")
+	anchorIP6  = net.ParseIP("fe80::4d:1")
 	landingMAC = net.HardwareAddr{0x02, 0x0e, 0xd9, 0xfd, 0x4d, 2}
 	anchorMAC  = net.HardwareAddr{0x02, 0x0e, 0xd9, 0xfd, 0x4d, 1}
 )
@@ -55,7 +57,7 @@ func connectAnchor(anchor, landing, link, tap string) (err error) {
 		if err := netlink.LinkAdd(veth); err != nil {
 			return err
 		}
-		return configureAnchorLink(veth.Name, landingIP, landingMAC)
+		return configureAnchorLink(veth.Name, landingMAC, landingIP, landingIP6)
 	})
 	if err != nil {
 		return err
@@ -64,7 +66,7 @@ func connectAnchor(anchor, landing, link, tap string) (err error) {
 }
 
 // configureAnchorLink configures an end of a link, at whose other end is a neighbour.
-func configureAnchorLink(name string, ip net.IP, mac net.HardwareAddr) error {
+func configureAnchorLink(name string, mac net.HardwareAddr, addresses ...net.IP) error {
 	link, err := netlink.LinkByName(name)
 	if err != nil {
 		return err
@@ -84,11 +86,23 @@ func configureAnchorLink(name string, ip net.IP, mac net.HardwareAddr) error {
 	if link.Attrs().RawFlags&unix.IFF_NOARP != 0 {
 		return nil // through a tunnel
 	}
-	err = netlink.NeighSet(&netlink.Neigh{LinkIndex: link.Attrs().Index, Family: unix.AF_INET, State: netlink.NUD_PERMANENT, IP: ip, HardwareAddr: mac})
-	if err != nil {
-		return fmt.Errorf("set neighbour of %s: %w", name, err)
+	for _, ip := range addresses {
+		if ip.To4() == nil && !hasIPv6() {
+			continue
+		}
+		err = netlink.NeighSet(&netlink.Neigh{LinkIndex: link.Attrs().Index, Family: familyOfIP(ip), State: netlink.NUD_PERMANENT, IP: ip, HardwareAddr: mac})
+		if err != nil {
+			return fmt.Errorf("set neighbour of %s: %w", name, err)
+		}
 	}
 	return nil
+}
+
+func familyOfIP(ip net.IP) int {
+	if ip.To4() == nil {
+		return unix.AF_INET6
+	}
+	return unix.AF_INET
 }
 
 // looseSources lets packets with any source in at an interface of the calling thread's namespace.
@@ -124,7 +138,7 @@ func looseSources(name string) error {
 // thread's namespace.
 func land(link, tap string) error {
 	name := fromAnchor(link)
-	if err := configureAnchorLink(name, anchorIP, anchorMAC); err != nil {
+	if err := configureAnchorLink(name, anchorMAC, anchorIP, anchorIP6); err != nil {
 		return err
 	}
 	l, err := netlink.LinkByName(name)
@@ -132,28 +146,33 @@ func land(link, tap string) error {
 		return err
 	}
 	mark := uint32(l.Attrs().Index)
-	back := &netlink.Route{LinkIndex: l.Attrs().Index, Gw: anchorIP, Table: landingTables + int(mark), Flags: int(netlink.FLAG_ONLINK)}
-	if err := netlink.RouteReplace(back); err != nil {
-		return fmt.Errorf("set route by %s: %w", name, err)
-	}
-	rule := netlink.NewRule()
-	rule.Mark, rule.Table, rule.Family = mark, landingTables+int(mark), unix.AF_INET
-	if err := netlink.RuleAdd(rule); err != nil && !errors.Is(err, unix.EEXIST) {
-		return fmt.Errorf("add rule for %s: %w", name, err)
+	for _, ip := range []net.IP{anchorIP, anchorIP6} {
+		if ip.To4() == nil && !hasIPv6() {
+			continue
+		}
+		back := &netlink.Route{LinkIndex: l.Attrs().Index, Gw: ip, Table: landingTables + int(mark), Flags: int(netlink.FLAG_ONLINK)}
+		if err := netlink.RouteReplace(back); err != nil {
+			return fmt.Errorf("set route by %s: %w", name, err)
+		}
+		rule := netlink.NewRule()
+		rule.Mark, rule.Table, rule.Family = mark, landingTables+int(mark), familyOfIP(ip)
+		if err := netlink.RuleAdd(rule); err != nil && !errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("add rule for %s: %w", name, err)
+		}
 	}
 	return landingRules(link, tap, mark)
 }
 
 // leadGuest lets packets for the guest go by a link, or to the tap if that is "", in the calling
 // thread's namespace.
-func leadGuest(guest net.IP, name string) error {
+func leadGuest(l *layout, name string) error {
 	if name == "" {
-		routes, err := netlink.RouteList(nil, netlink.FAMILY_V4)
+		routes, err := netlink.RouteList(nil, netlink.FAMILY_ALL)
 		if err != nil {
 			return err
 		}
 		for _, r := range routes {
-			if r.Dst != nil && r.Dst.String() == host(guest).String() && r.Gw.Equal(landingIP) {
+			if r.Dst != nil && (r.Gw.Equal(landingIP) || r.Gw.Equal(landingIP6)) {
 				if err := netlink.RouteDel(&r); err != nil && !errors.Is(err, unix.ESRCH) {
 					return err
 				}
@@ -165,7 +184,17 @@ func leadGuest(guest net.IP, name string) error {
 	if err != nil {
 		return err
 	}
-	return netlink.RouteReplace(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: host(guest), Gw: landingIP, Flags: int(netlink.FLAG_ONLINK)})
+	for _, p := range l.pools() {
+		via := landingIP
+		if p == l.ip6 {
+			via = landingIP6
+		}
+		route := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: host(p.guest), Gw: via, Flags: int(netlink.FLAG_ONLINK)}
+		if err := netlink.RouteReplace(route); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // dropLink removes an end of a link, and what belongs to it. What does not exist is no error.
@@ -219,7 +248,7 @@ func deleteAnchorLink(name string) error {
 // sweepLandings removes rules of the calling thread's namespace whose links are gone.
 func sweepLandings() error {
 	// A link is made before its rule, so that it is seen if the rule was.
-	rules, err := netlink.RuleList(netlink.FAMILY_V4)
+	rules, err := netlink.RuleList(netlink.FAMILY_ALL)
 	if err != nil {
 		return fmt.Errorf("list rules: %w", err)
 	}

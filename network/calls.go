@@ -429,8 +429,8 @@ func (l *connectionKeyList) UnmarshalJSON(text []byte) error {
 	}
 	for len(b) > 0 {
 		n := int(b[0])
-		if n != connectionKeyLen || len(b) <= n {
-			return fmt.Errorf("a connection's key has %d bytes; want %d", n, connectionKeyLen)
+		if n != keyParts+net.IPv4len && n != keyParts+net.IPv6len || len(b) <= n {
+			return fmt.Errorf("%d bytes are no key of a connection", n)
 		}
 		*l = append(*l, b[1:1+n])
 		b = b[1+n:]

@@ -1,5 +1,5 @@
 // Package network connects VMs: a NAT with a pool of network namespaces, claims on those, and a
-// port forwarder. It has nftables tables of its own, and never changes others. IPv4 only.
+// port forwarder, for IPv4 and IPv6. It has nftables tables of its own, and never changes others.
 package network
 
 import (

@@ -23,6 +23,7 @@ type Landing struct {
 	Netns  string     `json:"netns"`
 	Ticket string     `json:"ticket"`           // proves to a source on the same host that it is there
 	Guest  string     `json:"guest"`            // what a guest must find alike where it goes on
+	Guest6 string     `json:"guest6,omitempty"` // likewise by IPv6; "": there is none
 	Tunnel *TunnelEnd `json:"tunnel,omitempty"` // nil: its NAT has no tunnel
 	Why    string     `json:"why,omitempty"`    // it has none for this move
 }
@@ -50,7 +51,7 @@ func (c *Claim) Landing(source *TunnelEnd) (*Landing, error) {
 	if config == nil || err != nil {
 		return nil, err
 	}
-	l := &Landing{Netns: c.namespace, Guest: config.guest()}
+	l := &Landing{Netns: c.namespace, Guest: config.guest(), Guest6: config.guest6()}
 	if l.Ticket, err = c.expect(source); err != nil {
 		return nil, err
 	}
@@ -79,6 +80,15 @@ func (c NATConfig) guest() string {
 	return fmt.Sprint(c.NamespaceInterfaceIP, c.NamespaceInterfaceGateway, c.NamespaceInterfaceNetmask, c.NamespaceInterfaceMAC)
 }
 
+// guest6 is guest for IPv6, "" if guests have none.
+func (c NATConfig) guest6() string {
+	l, err := c.parse()
+	if err != nil || l.ip6 == nil {
+		return ""
+	}
+	return fmt.Sprint(l.ip6.guest, l.ip6.gateway, l.ip6.mask)
+}
+
 // ErrNoAnchor says that a VM's connections cannot go on at a landing.
 var ErrNoAnchor = errors.New("connections cannot go on there")
 
@@ -93,6 +103,7 @@ type Departure struct {
 	lost     []*way // whose connections cannot go on
 	why      []error
 	switched bool
+	only4    bool           // connections by IPv6 cannot go on there
 	back     sync.WaitGroup // until anchors on other hosts have heard of Back
 	backErr  error          // guarded by back
 }
@@ -165,7 +176,7 @@ func (c *Claim) Depart(vm uuid.UUID, l Landing, target net.Addr) (_ *Departure, 
 	case config.guest() != l.Guest:
 		return nil, fmt.Errorf("%w: guests of network namespace %q have other addresses", ErrNoAnchor, l.Netns)
 	}
-	d := &Departure{from: c.namespace, to: spot{Netns: l.Netns}}
+	d := &Departure{from: c.namespace, to: spot{Netns: l.Netns}, only4: l.Guest6 == "" || l.Guest6 != config.guest6()}
 	here, err := l.here()
 	switch {
 	case err != nil:
@@ -382,7 +393,7 @@ func (d *Departure) Tell() error {
 }
 
 func (d *Departure) tell(w *way, keys [][]byte) error {
-	keys = slices.DeleteFunc(keys, func(k []byte) bool { return w.told[string(k)] })
+	keys = slices.DeleteFunc(keys, func(k []byte) bool { return w.told[string(k)] || d.only4 && len(k) != keyParts+net.IPv4len })
 	if len(keys) == 0 {
 		return nil
 	}

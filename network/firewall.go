@@ -32,21 +32,37 @@ type passage struct {
 
 // passages returns what a guest needs.
 func (n *NAT) passages() (list []passage) {
-	l := n.layout
-	link, guest, outside := hostVethName(n.name(0)), l.namespaceIP(0), publicAddresses[0]
+	for _, p := range n.layout.pools() {
+		list = append(list, n.passagesOf(p)...)
+	}
+	return list
+}
+
+// passagesOf returns what a guest needs by one protocol.
+func (n *NAT) passagesOf(p *pool) (list []passage) {
+	link, guest, outside := hostVethName(n.name(0)), p.namespaceIP(0), p.publicAddresses()[0]
 	const opened, established = expr.CtStateBitNEW, expr.CtStateBitESTABLISHED
-	for _, out := range n.outgoing {
+	ways := n.outgoing
+	if p == n.layout.ip6 {
+		ways = n.outgoing6
+	}
+	for _, out := range ways {
 		list = append(list,
 			passage{"connections of guests", *nftables.ChainHookForward, link, out, guest, outside, opened, 0},
 			passage{"connections of guests", *nftables.ChainHookPostrouting, link, out, guest, outside, opened, 0},
 			passage{"answers to guests", *nftables.ChainHookForward, out, link, outside, guest, established, 0},
-			passage{"what drafter forwarder publishes", *nftables.ChainHookForward, out, link, outside, l.namespaceSide(0), opened, ipsDstNAT})
+			passage{"what drafter forwarder publishes", *nftables.ChainHookForward, out, link, outside, p.namespaceSide(0), opened, ipsDstNAT})
 	}
-	list = append(list, passage{"connections of the host to guests", *nftables.ChainHookOutput, "", link, l.hostSide(0), guest, opened, 0})
-	if slices.ContainsFunc(l.openings, opening.host) {
-		list = append(list, passage{"what --allow-host opens", *nftables.ChainHookInput, link, "", guest, l.hostSide(0), opened, 0})
+	list = append(list, passage{"connections of the host to guests", *nftables.ChainHookOutput, "", link, p.hostSide(0), guest, opened, 0})
+	if slices.ContainsFunc(n.layout.openings, func(o opening) bool { return o.host() && (o.to == nil || o.concerns(p)) }) {
+		list = append(list, passage{"what --allow-host opens", *nftables.ChainHookInput, link, "", guest, p.hostSide(0), opened, 0})
 	}
 	return list
+}
+
+// family is nftables' of the packets' protocol.
+func (p passage) family() nftables.TableFamily {
+	return nftables.TableFamily(netfilterOf(host(p.src)))
 }
 
 // sayFirewalls names the chains of others that cut guests off, and the commands that let guests
@@ -96,14 +112,15 @@ func (n *NAT) culprits(legacy *legacyTable) map[culprit][]string {
 			}
 		}
 		for _, c := range n.firewall.chains {
-			if c.Hooknum != nil && *c.Hooknum == p.hook && c.Type == nftables.ChainTypeFilter && n.firewall.verdict(c, p) == drops {
+			sees := c.Table.Family == nftables.TableFamilyINet || c.Table.Family == p.family()
+			if sees && c.Hooknum != nil && *c.Hooknum == p.hook && c.Type == nftables.ChainTypeFilter && n.firewall.verdict(c, p) == drops {
 				if n.config.ManageForward && p.hook == *nftables.ChainHookForward && n.letThrough(c) {
 					continue
 				}
 				note(culprit{familyName(c.Table.Family) + " " + c.Table.Name, c.Name, n.openFirewall(n.firewall, c)})
 			}
 		}
-		if legacy != nil && legacy.verdict(p) == drops {
+		if legacy != nil && p.family() == nftables.TableFamilyIPv4 && legacy.verdict(p) == drops {
 			chain := chainNames[p.hook]
 			into := chain
 			if chain == "FORWARD" && legacy.has(dockerUser) {
@@ -198,36 +215,48 @@ func (n *NAT) openIptables(program, chain string, hook nftables.ChainHook) strin
 
 // openFirewall returns commands that let guests through another firewall's chain.
 func (n *NAT) openFirewall(f *firewall, c *nftables.Chain) string {
-	l, hook := n.layout, *c.Hooknum
-	has := func(match func(string) bool) bool {
-		return slices.ContainsFunc(f.chains, func(o *nftables.Chain) bool { return o.Table.Name == c.Table.Name && match(o.Name) })
+	p, program, hook := &n.layout.pool, "iptables", *c.Hooknum
+	if c.Table.Family == nftables.TableFamilyIPv6 {
+		p, program = n.layout.ip6, "ip6tables"
 	}
-	ufw := has(func(name string) bool { return strings.HasPrefix(name, "ufw-") })
+	has := func(match func(string) bool) bool {
+		return slices.ContainsFunc(f.chains, func(o *nftables.Chain) bool {
+			return o.Table.Name == c.Table.Name && o.Table.Family == c.Table.Family && match(o.Name)
+		})
+	}
+	ufw := has(func(name string) bool { return strings.HasPrefix(name, "ufw-") || strings.HasPrefix(name, "ufw6-") })
 	forward := hook == *nftables.ChainHookForward
 	switch {
 	case c.Table.Name == "firewalld":
-		return fmt.Sprintf("firewall-cmd --zone=trusted --add-source=%s --add-source=%s", l.namespaceVeth, l.hostVeth)
+		command := "firewall-cmd --zone=trusted"
+		for _, p := range n.layout.pools() {
+			command += fmt.Sprintf(" --add-source=%s --add-source=%s", p.namespaceVeth, p.hostVeth)
+		}
+		return command
 	case ufw && forward:
-		return fmt.Sprintf("ufw route allow from %s; ufw route allow to %s", l.namespaceVeth, l.hostVeth)
+		return fmt.Sprintf("ufw route allow from %s; ufw route allow to %s", p.namespaceVeth, p.hostVeth)
 	case ufw:
-		return eachWay(hook, fmt.Sprintf("ufw allow from %s", l.namespaceVeth), fmt.Sprintf("ufw allow out to %s; ufw allow out to %s", l.namespaceVeth, l.hostVeth))
+		return eachWay(hook, fmt.Sprintf("ufw allow from %s", p.namespaceVeth), fmt.Sprintf("ufw allow out to %s; ufw allow out to %s", p.namespaceVeth, p.hostVeth))
 	case forward && has(func(name string) bool { return name == dockerUser }):
-		return n.openIptables("iptables", dockerUser, hook)
+		return n.openIptables(program, dockerUser, hook)
 	case c.Table.Name == "filter" && chainNames[hook] == c.Name:
-		return n.openIptables("iptables", c.Name, hook)
+		return n.openIptables(program, c.Name, hook)
 	}
 	insert := fmt.Sprintf("nft insert rule %s %s %s", familyName(c.Table.Family), c.Table.Name, c.Name)
 	return eachWay(hook, fmt.Sprintf(`%s iifname "%s*" accept`, insert, n.config.NamespacePrefix), fmt.Sprintf(`%s oifname "%s*" accept`, insert, n.config.NamespacePrefix))
 }
 
 func familyName(f nftables.TableFamily) string {
-	if f == nftables.TableFamilyINet {
+	switch f {
+	case nftables.TableFamilyINet:
 		return "inet"
+	case nftables.TableFamilyIPv6:
+		return "ip6"
 	}
 	return "ip"
 }
 
-// firewall holds the rules of others for IPv4.
+// firewall holds the rules of others.
 type firewall struct {
 	conn   *nftables.Conn
 	chains []*nftables.Chain
@@ -244,7 +273,7 @@ func readFirewall() (*firewall, error) {
 		return nil, fmt.Errorf("open nftables: %w", err)
 	}
 	f := &firewall{conn: conn, rules: map[*nftables.Chain][]*nftables.Rule{}, sets: map[string][]nftables.SetElement{}}
-	for _, family := range []nftables.TableFamily{nftables.TableFamilyIPv4, nftables.TableFamilyINet} {
+	for _, family := range []nftables.TableFamily{nftables.TableFamilyIPv4, nftables.TableFamilyIPv6, nftables.TableFamilyINet} {
 		chains, err := conn.ListChainsOfTableFamily(family)
 		if err != nil && !errors.Is(err, unix.ENOENT) {
 			return nil, fmt.Errorf("read nftables chains: %w", err)
@@ -372,8 +401,11 @@ func (p passage) meta(key expr.MetaKey) []byte {
 	case expr.MetaKeyOIFNAME:
 		return interfaceName(p.oif)
 	case expr.MetaKeyNFPROTO:
-		return []byte{unix.NFPROTO_IPV4}
+		return []byte{byte(p.family())}
 	case expr.MetaKeyPROTOCOL:
+		if p.family() == nftables.TableFamilyIPv6 {
+			return binaryutil.BigEndian.PutUint16(unix.ETH_P_IPV6)
+		}
 		return binaryutil.BigEndian.PutUint16(unix.ETH_P_IP)
 	case expr.MetaKeyMARK:
 		return make([]byte, 4)
@@ -396,14 +428,15 @@ func (p passage) connection(key expr.CtKey) []byte {
 // field is a source or destination address, or its first bytes: rules match prefixes of whole bytes
 // so.
 func (p passage) field(e *expr.Payload) []byte {
-	if e.Base != expr.PayloadBaseNetworkHeader || e.Len > 4 || e.OperationType != expr.PayloadLoad {
+	src, dst := host(p.src), host(p.dst)
+	if e.Base != expr.PayloadBaseNetworkHeader || int(e.Len) > len(src.IP) || e.OperationType != expr.PayloadLoad {
 		return nil
 	}
 	switch e.Offset {
-	case 12:
-		return p.src.To4()[:e.Len]
-	case 16:
-		return p.dst.To4()[:e.Len]
+	case source(src).Offset:
+		return src.IP[:e.Len]
+	case destination(dst).Offset:
+		return dst.IP[:e.Len]
 	}
 	return nil
 }

@@ -56,11 +56,11 @@ func connectionsIn(name string) (*netlink.Handle, error) {
 	return tracked, nil
 }
 
-// listConnections lists the IPv4 connections that a namespace tracks.
-func listConnections(tracked *netlink.Handle) (flows []*netlink.ConntrackFlow, err error) {
+// listConnections lists the connections of a family that a namespace tracks.
+func listConnections(tracked *netlink.Handle, family int) (flows []*netlink.ConntrackFlow, err error) {
 	err = netlink.ErrDumpInterrupted
 	for tries := 0; tries < 10 && errors.Is(err, netlink.ErrDumpInterrupted); tries++ {
-		flows, err = tracked.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+		flows, err = tracked.ConntrackTableList(netlink.ConntrackTable, netlink.InetFamily(family))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("list connections: %w", err)

@@ -198,6 +198,7 @@ func testGuestConfined(t *testing.T, v func(string) string) {
 				{v("100.100.100.200:80"), "", false},
 				// The namespace itself.
 				{v("172.16.0.1:80"), "", false},
+				{"[fe80::1%eth0]:80", "", false},
 				{v("10.0.8.2:80"), "", false},
 				{v("10.0.15.1:80"), "", false},
 			} {

@@ -94,7 +94,7 @@ func (h *anchorHere) connect(link string, to spot) error {
 	if err := h.linker.makeLink(h.ns, toLanding(link), link, *to.Tunnel); err != nil {
 		return err
 	}
-	if err := inNamespace(h.ns, func() error { return configureAnchorLink(toLanding(link), landingIP, landingMAC) }); err != nil {
+	if err := inNamespace(h.ns, func() error { return configureAnchorLink(toLanding(link), landingMAC, landingIP, landingIP6) }); err != nil {
 		return err
 	}
 	return h.tunnel.call(*to.Tunnel, "greet", struct{}{}, nil)
@@ -135,11 +135,11 @@ func (h *anchorHere) lead(link string, to spot) ([][]byte, error) {
 }
 
 func (h *anchorHere) leadGuest(link string) error {
-	return inNamespace(h.ns, func() error { return leadGuest(h.layout.guest, link) })
+	return inNamespace(h.ns, func() error { return leadGuest(h.layout, link) })
 }
 
 func (h *anchorHere) connections() ([][]byte, error) {
-	return connectionKeys(h.tracked, h.layout.guest)
+	return connectionKeys(h.tracked, h.layout)
 }
 
 // disconnect drops a link of a move that is over.

@@ -35,6 +35,7 @@ var guarded6 = append([]*net.IPNet{
 	cidr("fd20:ce::254/128"),       // metadata service of Google's
 	cidr("fd00:c1::a9fe:a9fe/128"), // of Oracle's
 	cidr("fd00:42::42/128"),        // of Scaleway's
+	cidr("fd00:a9fe:a9fe::1/128"),  // of Akamai's
 }, translated(guarded)...)
 
 // translated are IPv4 addresses as a NAT64 of the network would reach them (RFC 6052, 2.1).

@@ -19,15 +19,28 @@ var hookMarked = hook{"marked", nftables.ChainTypeFilter, nftables.ChainHookPrer
 // landingPrefix begins the name of a landing's table. The link's name follows.
 const landingPrefix = "drafter-from-"
 
-// connectionsSet is the set of those connections of the guest that belong to an anchor. They are
-// told apart by protocol, the guest's port, and the other end's address and port.
-const connectionsSet = "connections"
+// connectionsOf returns the set of those connections of the guest that belong to an anchor, by IPv4 or
+// IPv6. They are told apart by protocol, the guest's port, and the other end's address and port. There
+// are no other sets in a transaction: the library would count a number up that all goroutines share.
+func connectionsOf(table *nftables.Table, size int) *nftables.Set {
+	set := &nftables.Set{ID: 1, Table: table, Name: "connections", KeyType: connectionType, Concatenation: true, Size: mostConnectionKeys}
+	if size == net.IPv6len {
+		set.ID, set.Name, set.KeyType = 2, "connections6", connectionType6
+	}
+	return set
+}
+
+// connectionType and connectionType6 are the types of the keys of these sets.
+var (
+	connectionType  = nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService, nftables.TypeIPAddr, nftables.TypeInetService)
+	connectionType6 = nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService, nftables.TypeIP6Addr, nftables.TypeInetService)
+)
+
+// keyParts are the bytes of a key but for the address: protocol and two ports, each filled up to four.
+const keyParts = 3 * 4
 
 // mostConnectionKeys bounds the kernel's memory for what another host tells of.
 const mostConnectionKeys = 1 << 17
-
-// connectionType is the type of a key of connectionsSet.
-var connectionType = nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService, nftables.TypeIPAddr, nftables.TypeInetService)
 
 // landingRules mark what belongs to an anchor: connections that come in from there, and those that
 // the guest had before it moved. A packet that was on its way when the VM left may come by another
@@ -37,21 +50,25 @@ func landingRules(link, tap string, mark uint32) error {
 	if err != nil {
 		return err
 	}
-	// The one set of its transaction. The library would count a number up that all goroutines share.
-	set := &nftables.Set{ID: 1, Table: r.table, Name: connectionsSet, KeyType: connectionType, Concatenation: true, Size: mostConnectionKeys}
-	if err := r.conn.AddSet(set, nil); err != nil {
-		return fmt.Errorf("add set %s: %w", set.Name, err)
-	}
 	c := r.chain(hookMarked)
 	r.rule(c, fromInterface(fromAnchor(link)), connectionState(expr.CtStateBitNEW), markConnection(mark))
-	r.rule(c, fromInterface(tap), protocolIPv4(), []expr.Any{
-		// Each part of a key has a register of four bytes. TCP and UDP have their ports at 0 and 2.
-		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: unix.NFT_REG32_00},
-		&expr.Payload{DestRegister: unix.NFT_REG32_01, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 2},
-		&expr.Payload{DestRegister: unix.NFT_REG32_02, Base: expr.PayloadBaseNetworkHeader, Offset: 16, Len: 4},
-		&expr.Payload{DestRegister: unix.NFT_REG32_03, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
-		&expr.Lookup{SourceRegister: unix.NFT_REG32_00, SetName: set.Name, SetID: set.ID},
-	}, markConnection(mark))
+	for _, all := range []*net.IPNet{cidr("0.0.0.0/0"), cidr("::/0")} {
+		size := len(all.Mask)
+		set := connectionsOf(r.table, size)
+		if err := r.conn.AddSet(set, nil); err != nil {
+			return fmt.Errorf("add set %s: %w", set.Name, err)
+		}
+		// Each part of a key has registers of four bytes. TCP and UDP have their ports at 0 and 2.
+		to := destination(all)
+		to.DestRegister = unix.NFT_REG32_02
+		r.rule(c, fromInterface(tap), protocolOf(all), []expr.Any{
+			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: unix.NFT_REG32_00},
+			&expr.Payload{DestRegister: unix.NFT_REG32_01, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 2},
+			to,
+			&expr.Payload{DestRegister: unix.NFT_REG32_02 + uint32(size/4), Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+			&expr.Lookup{SourceRegister: unix.NFT_REG32_00, SetName: set.Name, SetID: set.ID},
+		}, markConnection(mark))
+	}
 	r.rule(c, fromInterface(tap), ofConnection(mark), []expr.Any{
 		&expr.Ct{Key: expr.CtKeyMARK, Register: 1},
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1, SourceRegister: true},
@@ -100,21 +117,25 @@ func addConnections(link string, keys [][]byte) error {
 		return fmt.Errorf("open nftables: %w", err)
 	}
 	table := &nftables.Table{Family: rulesFamily(), Name: landingPrefix + link}
-	set := &nftables.Set{Table: table, Name: connectionsSet, KeyType: connectionType, Concatenation: true}
+	elements := map[int][]nftables.SetElement{net.IPv4len: nil, net.IPv6len: nil} // by the address's size
+	for _, k := range keys {
+		size := len(k) - keyParts
+		if _, ok := elements[size]; !ok {
+			return fmt.Errorf("fill table %s: %.40x is no key of a connection", table.Name, k)
+		}
+		elements[size] = append(elements[size], nftables.SetElement{Key: k})
+	}
 	const atOnce = 1000 // one netlink attribute holds 64 KiB
-	for len(keys) > 0 {
-		n := min(len(keys), atOnce)
-		var elements []nftables.SetElement
-		for _, k := range keys[:n] {
-			elements = append(elements, nftables.SetElement{Key: k})
+	for size, all := range elements {
+		set := connectionsOf(table, size)
+		for some := range slices.Chunk(all, atOnce) {
+			if err := conn.SetAddElements(set, some); err != nil {
+				return fmt.Errorf("fill set %s: %w", set.Name, err)
+			}
 		}
-		if err := conn.SetAddElements(set, elements); err != nil {
-			return fmt.Errorf("fill set %s: %w", set.Name, err)
-		}
-		keys = keys[n:]
 	}
 	if err := conn.Flush(); err != nil {
-		return fmt.Errorf("fill set %s of table %s: %w", set.Name, table.Name, err)
+		return fmt.Errorf("fill the sets of table %s: %w", table.Name, err)
 	}
 	return nil
 }
@@ -146,16 +167,18 @@ func sweepLandingTables() error {
 
 // guestFlows returns the guest's connections that a namespace tracks, but for those that belong to an
 // anchor.
-func guestFlows(tracked *netlink.Handle, guest net.IP) (flows []*netlink.ConntrackFlow, err error) {
-	all, err := listConnections(tracked)
-	if err != nil {
-		return nil, err
-	}
-	for _, f := range all {
-		tcp, _ := f.ProtoInfo.(*netlink.ProtoInfoTCP)
-		ended := tcp != nil && tcp.State > tcpLastAck
-		if f.Mark == 0 && !ended && (f.Forward.SrcIP.Equal(guest) || f.Reverse.SrcIP.Equal(guest)) {
-			flows = append(flows, f)
+func guestFlows(tracked *netlink.Handle, l *layout) (flows []*netlink.ConntrackFlow, err error) {
+	for _, p := range l.pools() {
+		all, err := listConnections(tracked, p.family())
+		if err != nil {
+			return nil, err
+		}
+		for _, f := range all {
+			tcp, _ := f.ProtoInfo.(*netlink.ProtoInfoTCP)
+			ended := tcp != nil && tcp.State > tcpLastAck
+			if f.Mark == 0 && !ended && (f.Forward.SrcIP.Equal(p.guest) || f.Reverse.SrcIP.Equal(p.guest)) {
+				flows = append(flows, f)
+			}
 		}
 	}
 	return flows, nil
@@ -163,11 +186,11 @@ func guestFlows(tracked *netlink.Handle, guest net.IP) (flows []*netlink.Conntra
 
 // connectionKeys returns the keys of the guest's TCP and UDP connections. Others need none: an echo
 // that the guest asks for next begins a new connection.
-func connectionKeys(tracked *netlink.Handle, guest net.IP) (keys [][]byte, err error) {
-	flows, err := guestFlows(tracked, guest)
+func connectionKeys(tracked *netlink.Handle, l *layout) (keys [][]byte, err error) {
+	flows, err := guestFlows(tracked, l)
 	for _, f := range flows {
 		tuple := f.Forward // as the guest sends
-		if !tuple.SrcIP.Equal(guest) {
+		if !slices.ContainsFunc(l.pools(), func(p *pool) bool { return tuple.SrcIP.Equal(p.guest) }) {
 			tuple = f.Reverse
 		}
 		if tuple.Protocol == unix.IPPROTO_TCP || tuple.Protocol == unix.IPPROTO_UDP {
@@ -177,14 +200,11 @@ func connectionKeys(tracked *netlink.Handle, guest net.IP) (keys [][]byte, err e
 	return keys, err
 }
 
-// connectionKeyLen is the length in bytes of a connectionKey.
-const connectionKeyLen = 16
-
-// connectionKey is the key of a connection in connectionsSet, each part filled up to four bytes.
+// connectionKey is the key of a connection in its set, each part filled up to four bytes.
 func connectionKey(t netlink.IPTuple) []byte {
 	port := binaryutil.BigEndian.PutUint16
 	k := []byte{t.Protocol, 0, 0, 0}
 	k = append(append(k, port(t.SrcPort)...), 0, 0)
-	k = append(k, t.DstIP.To4()...)
+	k = append(k, host(t.DstIP).IP...)
 	return append(append(k, port(t.DstPort)...), 0, 0)
 }

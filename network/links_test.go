@@ -238,7 +238,7 @@ func TestAnchorFollows(t *testing.T) {
 		t.Fatal(err)
 	}
 	err := inNamespace("ark0", func() error {
-		return errors.Join(configureAnchorLink(toLanding(at), landingIP, landingMAC), leadGuest(n.layout.guest, at))
+		return errors.Join(configureAnchorLink(toLanding(at), landingMAC, landingIP, landingIP6), leadGuest(n.layout, at))
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -345,7 +345,7 @@ func TestAnchorFollows(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer tracked.Close()
-	if flows, err := guestFlows(tracked, n.layout.guest); len(flows) != 1 || err != nil {
+	if flows, err := guestFlows(tracked, n.layout); len(flows) != 1 || err != nil {
 		t.Errorf("there are connections %v, %v", flows, err)
 	}
 	if err := claim.Landed(); err != nil {

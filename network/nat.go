@@ -40,7 +40,8 @@ import (
 // namespace's address (10.0.15.i+1), then the host's. What the host sends to 10.0.8.4i+2 or
 // 10.0.15.i+1 reaches the guest; others need a port forward.
 //
-// With IPv6, each of these has an IPv6 address, too: by default the IPv4 address behind [prefix6].
+// With IPv6, each of these has an IPv6 address, too: by default the IPv4 address behind
+// fd0e:d9fd:683d::/96.
 //
 // A guest reaches what is behind the outgoing interface. It reaches neither the host nor other
 // guests, nor link-local addresses and the metadata services of clouds, unless they are opened.
@@ -171,6 +172,9 @@ func (c *NATConfig) parse() (*layout, error) {
 	})
 	if err != nil {
 		return nil, err
+	}
+	if c.IPv6Routed && c.NamespaceVethCIDR6 == "" {
+		return nil, errors.New("--ipv6-routed needs the --namespace-veth-cidr6 that is routed to this host")
 	}
 	if c.IPv6 {
 		l.ip6 = &pool{}

@@ -411,7 +411,9 @@ func testReset(t *testing.T, v func(string) string) {
 			guest := attachGuest(t, "ark0")
 			echoServer(t, guest, v("172.16.0.2:80"))
 			dial := func(ns, network, addr string) (c net.Conn, err error) {
-				f := func() (err error) { c, err = net.DialTimeout(network, addr, 10*time.Second); return err }
+				// Nobody sends anything by himself.
+				dialer := net.Dialer{Timeout: 10 * time.Second, KeepAlive: -1}
+				f := func() (err error) { c, err = dialer.Dial(network, addr); return err }
 				if ns == "" {
 					return c, f()
 				}
@@ -428,7 +430,9 @@ func testReset(t *testing.T, v func(string) string) {
 				if err == nil && who == "the guest" {
 					who = "the guest's server"
 					defer c.Close()
-					c, err = server.Accept()
+					if c, err = server.Accept(); err == nil {
+						err = c.(*net.TCPConn).SetKeepAlive(false)
+					}
 				}
 				if err != nil {
 					t.Fatalf("%s: %v", who, err)
@@ -452,7 +456,7 @@ func testReset(t *testing.T, v func(string) string) {
 					if err == nil {
 						c.Close()
 					}
-					if !errors.Is(err, syscall.ECONNREFUSED) && (err != nil || to[1] != "[::1]:3333") { // a relay accepts first
+					if !errors.Is(err, syscall.ECONNREFUSED) && to[1] != "[::1]:3333" { // a relay accepts first
 						return fmt.Sprintf("%v after %s", err, time.Since(start))
 					}
 					return ""
@@ -911,15 +915,26 @@ func TestClosedNameServer(t *testing.T) {
 // through.
 func TestFirewalls(t *testing.T) {
 	need.Root(t)
+	byBoth(t, testFirewalls)
+}
+
+func pointers(list []string) (all []*string) {
+	for i := range list {
+		all = append(all, &list[i])
+	}
+	return all
+}
+
+func testFirewalls(t *testing.T, v func(string) string) {
 	log := readLog(t)
 	n := startNAT(t, testConfig())
 	endWatch(t, &n.watch)
 	guest := attachGuest(t, "ark0")
-	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
-	listen(t, guest, "172.16.0.2:80", "guest")
-	startForwarder(t, forwardTo("ark0", "tcp", "192.0.2.1:3333"))
+	listen(t, testhost.Outside, v("192.0.2.254:80"), "outside")
+	listen(t, guest, v("172.16.0.2:80"), "guest")
+	startForwarder(t, forwardTo("ark0", "tcp", v("192.0.2.1:3333")))
 	through := func() bool {
-		return ask(t, guest, "tcp4", "192.0.2.254:80") != "" && ask(t, testhost.Outside, "tcp4", "192.0.2.1:3333") != "" && ask(t, "", "tcp4", "10.0.15.1:80") != ""
+		return ask(t, guest, v("tcp4"), v("192.0.2.254:80")) != "" && ask(t, testhost.Outside, v("tcp4"), v("192.0.2.1:3333")) != "" && ask(t, "", v("tcp4"), v("10.0.15.1:80")) != ""
 	}
 	for _, tt := range []struct {
 		name, rules  string
@@ -943,8 +958,8 @@ func TestFirewalls(t *testing.T) {
 			set trusted { type ipv4_addr; flags interval; elements = { 172.30.0.0/16 }; }
 			chain filter_FORWARD { type filter hook forward priority 10; policy accept;
 				ct state established,related accept; ct status dnat accept; iifname "lo" accept; ip saddr @trusted accept; reject with icmpx admin-prohibited; }
-		}`, true, "chain=filter_FORWARD", "firewall-cmd --zone=trusted --add-source=10.0.15.0/24 --add-source=10.0.8.0/22",
-			[]string{"inet firewalld filter_FORWARD ip saddr 10.0.15.0/24 accept"}},
+		}`, true, "chain=filter_FORWARD", " --add-source=10.0.15.0/24 --add-source=10.0.8.0/22",
+			[]string{"inet firewalld filter_FORWARD ip saddr 10.0.15.0/24 accept", "inet firewalld filter_FORWARD ip6 saddr " + ipv6("10.0.15.0/24") + " accept"}},
 		{"an administrator's own", `table inet mine {
 			chain forward { type filter hook forward priority -5; policy drop; ct state vmap { established : accept, related : accept, invalid : drop }; }
 		}`, true, "chain=forward", `nft insert rule inet mine forward iifname "ark*" accept; nft insert rule inet mine forward oifname "ark*" accept`,
@@ -967,6 +982,13 @@ func TestFirewalls(t *testing.T) {
 			false, "", "", nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
+			if v("tcp4") == "tcp6" {
+				of6 := strings.NewReplacer("ip filter ufw-", "ip6 filter ufw6-", "ip filter", "ip6 filter", "ip mine", "ip6 mine", "ip saddr 10", "ip6 saddr 10", "ip daddr 10", "ip6 daddr 10",
+					"ip saddr @", "ip6 saddr @", "ipv4_addr", "ipv6_addr", "iptables", "ip6tables", "chain ufw-", "chain ufw6-", "jump ufw-", "jump ufw6-")
+				for _, text := range append([]*string{&tt.rules, &tt.opens}, pointers(tt.open)...) {
+					*text = ipv6(of6.Replace(*text))
+				}
+			}
 			log.read()
 			rules := exec.Command("nft", "-f", "-")
 			rules.Stdin = strings.NewReader(tt.rules)
@@ -1002,13 +1024,16 @@ func TestFirewalls(t *testing.T) {
 func TestManageForward(t *testing.T) {
 	need.Root(t)
 	log := readLog(t)
-	const docker, mine = "ip filter", "inet mine"
+	const docker, docker6, mine = "ip filter", "ip6 filter", "inet mine"
 	load := func() {
 		t.Helper()
 		rules := exec.Command("nft", "-f", "-")
 		rules.Stdin = strings.NewReader(`table ip filter {
 			chain DOCKER-USER { }
 			chain FORWARD { type filter hook forward priority 0; policy drop; jump DOCKER-USER; }
+		}
+		table ip6 filter {
+			chain FORWARD { type filter hook forward priority 0; policy drop; }
 		}
 		table inet mine {
 			chain forward { type filter hook forward priority -5; policy accept; iifname != "docker0" drop; }
@@ -1018,21 +1043,22 @@ func TestManageForward(t *testing.T) {
 		}
 	}
 	load()
-	t.Cleanup(func() { shell(t, "nft delete table "+docker+"; nft delete table "+mine) })
+	t.Cleanup(func() { shell(t, "nft delete table "+docker+"; nft delete table "+docker6+"; nft delete table "+mine) })
 	c := testConfig()
 	c.ManageForward = true
 	n := startNAT(t, c)
 	endWatch(t, &n.watch)
 	guest := attachGuest(t, "ark0")
 	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
+	listen(t, testhost.Outside, ipv6("192.0.2.254:80"), "outside")
 	listen(t, guest, "172.16.0.2:80", "guest")
 	startForwarder(t, forwardTo("ark0", "tcp", "192.0.2.1:3333"))
 	through := func(when string) {
 		t.Helper()
-		if ask(t, guest, "tcp4", "192.0.2.254:80") == "" || ask(t, testhost.Outside, "tcp4", "192.0.2.1:3333") == "" {
+		if ask(t, guest, "tcp4", "192.0.2.254:80") == "" || ask(t, testhost.Outside, "tcp4", "192.0.2.1:3333") == "" || ask(t, guest, "tcp6", ipv6("192.0.2.254:80")) == "" {
 			t.Errorf("%s guests are cut off", when)
 		}
-		if said := log.read(); strings.Count(said, "Let guests through") != 2 {
+		if said := log.read(); strings.Count(said, "Let guests through") != 3 {
 			t.Errorf("%s the log says:\n%s", when, said)
 		}
 		n.look()
@@ -1041,7 +1067,7 @@ func TestManageForward(t *testing.T) {
 		}
 	}
 	through("at the start")
-	shell(t, "nft delete table "+docker+"; nft delete table "+mine)
+	shell(t, "nft delete table "+docker+"; nft delete table "+docker6+"; nft delete table "+mine)
 	load()
 	n.look()
 	through("after others were loaded anew")

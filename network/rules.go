@@ -288,21 +288,21 @@ func address(load expr.Any, op expr.CmpOp, n *net.IPNet) []expr.Any {
 
 // source and destination load an address of a subnet's protocol. Offsets are those of RFC 791 and
 // RFC 8200.
-func source(n *net.IPNet) expr.Any {
+func source(n *net.IPNet) *expr.Payload {
 	if len(n.Mask) == net.IPv4len {
 		return headerField(expr.PayloadBaseNetworkHeader, 12, net.IPv4len)
 	}
 	return headerField(expr.PayloadBaseNetworkHeader, 8, net.IPv6len)
 }
 
-func destination(n *net.IPNet) expr.Any {
+func destination(n *net.IPNet) *expr.Payload {
 	if len(n.Mask) == net.IPv4len {
 		return headerField(expr.PayloadBaseNetworkHeader, 16, net.IPv4len)
 	}
 	return headerField(expr.PayloadBaseNetworkHeader, 24, net.IPv6len)
 }
 
-func headerField(base expr.PayloadBase, offset, length uint32) expr.Any {
+func headerField(base expr.PayloadBase, offset, length uint32) *expr.Payload {
 	return &expr.Payload{DestRegister: 1, Base: base, Offset: offset, Len: length}
 }
 

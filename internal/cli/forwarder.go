@@ -9,7 +9,7 @@ import (
 )
 
 func newForwarder() *cobra.Command {
-	var hostVeth, forwards string
+	var hostVeth, hostVeth6, forwards string
 	cmd := &cobra.Command{
 		Use:   "forwarder",
 		Short: "Make ports of VMs reachable on the host",
@@ -21,6 +21,10 @@ of drafter nat says what allows them. Forwards that others remove are put back.
 While no VM is behind a forward, new connections are refused. Connections of a VM that was
 suspended, has moved away or was killed are reset. Guests send from ports 61000 to 65535; these
 cannot be forwarded.
+
+An IPv6 address leads to the guest's IPv6 address, and one of IPv4 to its IPv4 address. Say
+"internalFamily":"ipv4" (or "ipv6") to lead it to the other one. Such forwards, and those of [::1], take
+TCP only: this process passes on what is sent, and the guest sees the host as its client.
 ` + exitCodeHelp,
 		Example: `  drafter forwarder --port-forwards '[{"netns":"ark0","internalPort":"6379","protocol":"tcp","externalAddr":"127.0.0.1:3333"}]'`,
 		Args:    noArgs,
@@ -32,7 +36,7 @@ cannot be forwarded.
 			if err := requireRoot(); err != nil {
 				return err
 			}
-			f, err := network.StartForwarder(network.ForwarderConfig{HostVethCIDR: hostVeth, PortForwards: list})
+			f, err := network.StartForwarder(network.ForwarderConfig{HostVethCIDR: hostVeth, HostVethCIDR6: hostVeth6, PortForwards: list})
 			if err != nil {
 				return err
 			}
@@ -45,6 +49,7 @@ cannot be forwarded.
 		},
 	}
 	cmd.Flags().StringVar(&hostVeth, "host-veth-cidr", "10.0.8.0/22", "CIDR for the veths outside the namespace")
+	cmd.Flags().StringVar(&hostVeth6, "host-veth-cidr6", "", "IPv6 CIDR for the veths outside the namespace (default: --host-veth-cidr behind fd0e:d9fd:683d::/96)")
 	cmd.Flags().StringVar(&forwards, "port-forwards", defaultJSON([]network.PortForward{
 		{Netns: "ark0", InternalPort: "6379", Protocol: "tcp", ExternalAddr: "127.0.0.1:3333"},
 	}), "Port forwards configuration (wildcard IPs like 0.0.0.0 are not valid, be explicit)")

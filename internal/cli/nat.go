@@ -23,9 +23,18 @@ removes all of it. The next start removes what a killed NAT left behind.
 The guest is 172.16.0.2 in every namespace, so that one package runs in any of them. From the host,
 namespace N is 10.0.15.(N+1). From anywhere else a guest is reached through drafter forwarder only.
 
+Guests have IPv6 beside IPv4, unless the host's kernel has none, or with --ipv6=false. By default each
+IPv6 address is the IPv4 address behind fd0e:d9fd:683d::/96: the guest is fd0e:d9fd:683d::172.16.0.2,
+and namespace N fd0e:d9fd:683d::10.0.15.(N+1). What guests send leaves with an IPv6 address of the
+host (NAT66). If a prefix is routed to the host, guests can send with addresses of it instead:
+
+  drafter nat --namespace-veth-cidr6 2001:db8:1:2::/64 --ipv6-routed
+
+All that follows is true of both protocols.
+
 A guest cannot reach the host itself, other guests, networks behind other interfaces of the host,
-link-local addresses (169.254.0.0/16) and the metadata services of clouds. Open what your guests
-need, for example the host's own name server, or that of a cloud:
+link-local addresses (169.254.0.0/16, fe80::/10) and the metadata services of clouds. Open what your
+guests need, for example the host's own name server, or that of a cloud:
 
   drafter nat --allow-host 53/udp,53/tcp --allow-cidr 169.254.169.254/32:53/udp
 
@@ -35,7 +44,8 @@ subnet wider than the NAT's own does not open other guests: name those (10.0.15.
 
 If the host did not forward packets before, it now forwards for its guests only. A packet between
 two other interfaces is dropped unless somebody translates it (a published port of Docker, say). The
-last NAT that ends turns forwarding off again.
+last NAT that ends turns forwarding off again. A host that forwards IPv6 takes router advertisements
+only where the kernel parameter accept_ra is 2; so it is 2 meanwhile where it was 1.
 
 With --egress guests open connections only to what you name:
 
@@ -59,7 +69,7 @@ a name must be in both lists. DNS over TLS and DNS over HTTPS are connections as
 A port that drafter forwarder publishes is one of the host's. To let other guests use it, open its
 address (--allow-cidr 192.0.2.1/32:3333/tcp). The guest that it leads to reaches it without that.
 
-A guest sends with its own IPv4 and MAC address only: TCP, UDP and ICMP, and no IPv6. Its packets
+A guest sends with its own IP and MAC addresses only: TCP, UDP and ICMP. Its packets
 leave the host from ports 61000 to 65535. Run no services at these, and keep
 net.ipv4.ip_local_port_range below them, as is the default.
 
@@ -105,14 +115,22 @@ also names a name server of the host that guests do not reach.
 	f.StringVar(&c.HostVethCIDR, "host-veth-cidr", c.HostVethCIDR, "CIDR for the veths outside the namespace")
 	f.StringVar(&c.NamespaceVethCIDR, "namespace-veth-cidr", c.NamespaceVethCIDR, "CIDR for the veths inside the namespace")
 	f.StringVar(&c.BlockedSubnetCIDR, "blocked-subnet-cidr", c.BlockedSubnetCIDR, "Further CIDR to block for the namespace")
+	f.BoolVar(&c.IPv6, "ipv6", c.IPv6, "Give guests IPv6 beside IPv4, unless the host's kernel has none")
+	f.BoolVar(&c.IPv6Routed, "ipv6-routed", c.IPv6Routed, "The CIDR of --namespace-veth-cidr6 is routed to this host: what guests send leaves with its addresses, not with one of the host")
+	f.StringVar(&c.HostVethCIDR6, "host-veth-cidr6", "", "IPv6 CIDR for the veths outside the namespace (default: --host-veth-cidr behind fd0e:d9fd:683d::/96)")
+	f.StringVar(&c.NamespaceVethCIDR6, "namespace-veth-cidr6", "", "IPv6 CIDR for the veths inside the namespace (default: --namespace-veth-cidr behind fd0e:d9fd:683d::/96)")
+	f.StringVar(&c.BlockedSubnetCIDR6, "blocked-subnet-cidr6", "", "Further IPv6 CIDR to block for the namespace (default: --blocked-subnet-cidr behind fd0e:d9fd:683d::/96)")
 	f.StringSliceVar(&c.AllowHost, "allow-host", nil, "Ports of the host that guests may reach, at any of its addresses, as PORT/PROTOCOL (53/udp,53/tcp)")
-	f.StringSliceVar(&c.AllowCIDRs, "allow-cidr", nil, "CIDRs that guests may reach although they are closed by default, or one port there (192.168.1.0/24,169.254.169.254/32:53/udp)")
+	f.StringSliceVar(&c.AllowCIDRs, "allow-cidr", nil, "CIDRs that guests may reach although they are closed by default, or one port there (192.168.1.0/24,fd00:1::/64,169.254.169.254/32:53/udp)")
 	f.StringSliceVar(&c.Egress, "egress", nil, "What guests may open connections to, of what they reach at all: allow, deny, or a list of subnets and names, each for all ports or with one (192.0.2.0/24,*.example.com,example.org:443/tcp) (default allow)")
 	f.IntVar(&c.MaxConnections, "max-connections", 0, "Most connections that a guest may have open at a time, of all protocols; it may open a quarter as many a second (0: an equal share of a third of what the host can track, up to 8192)")
 	f.StringVar(&c.NamespaceInterface, "namespace-interface", c.NamespaceInterface, "Name for the interface inside the namespace")
 	f.StringVar(&c.NamespaceInterfaceGateway, "namespace-interface-gateway", c.NamespaceInterfaceGateway, "Gateway for the interface inside the namespace")
 	f.IntVar(&c.NamespaceInterfaceNetmask, "namespace-interface-netmask", c.NamespaceInterfaceNetmask, "Length of the network prefix for the interface inside the namespace, in bits")
 	f.StringVar(&c.NamespaceInterfaceIP, "namespace-interface-ip", c.NamespaceInterfaceIP, "IP for the guest behind the interface inside the namespace")
+	f.StringVar(&c.NamespaceInterfaceGateway6, "namespace-interface-gateway6", "", "IPv6 gateway for the interface inside the namespace (default: --namespace-interface-gateway behind fd0e:d9fd:683d::/96)")
+	f.IntVar(&c.NamespaceInterfaceNetmask6, "namespace-interface-netmask6", 0, "Length of the IPv6 network prefix for the interface inside the namespace, in bits (0: that of --namespace-interface-netmask behind /96)")
+	f.StringVar(&c.NamespaceInterfaceIP6, "namespace-interface-ip6", "", "IPv6 address for the guest behind the interface inside the namespace (default: --namespace-interface-ip behind fd0e:d9fd:683d::/96)")
 	f.StringVar(&c.NamespaceInterfaceMAC, "namespace-interface-mac", c.NamespaceInterfaceMAC, "MAC address for the interface inside the namespace")
 	f.StringVar(&c.NamespacePrefix, "namespace-prefix", c.NamespacePrefix, "Prefix of the namespaces' names")
 	f.IntVar(&c.NamespaceCount, "namespace-count", c.NamespaceCount, "Number of namespaces to make (0: as many as the CIDRs hold)")

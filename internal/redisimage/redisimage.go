@@ -64,7 +64,7 @@ func Build(ctx context.Context, cache, dir string) (_ v1.Image, err error) {
 	return Pack(root, filepath.Join(dir, "redis-layer.tar"), v1.Config{
 		User:         "redis",
 		Entrypoint:   []string{"/usr/bin/redis-server"},
-		Cmd:          []string{"--bind", "0.0.0.0", "--protected-mode", "no", "--dir", "/data", "--appendonly", "yes"},
+		Cmd:          []string{"--bind", "0.0.0.0", "-::", "--protected-mode", "no", "--dir", "/data", "--appendonly", "yes"},
 		WorkingDir:   "/data",
 		ExposedPorts: map[string]struct{}{"6379/tcp": {}},
 		StopSignal:   "SIGTERM",

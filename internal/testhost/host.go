@@ -11,21 +11,25 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 )
 
 // Host is a further host: network and mount namespaces with an empty /run, linked to this one.
 type Host struct {
 	Addr    string // its address, reachable from here and from the other hosts
 	Gateway string // this host's address on its link
+	// the same by IPv6, reachable from here
+	Addr6, Gateway6 string
 
 	holder *exec.Cmd
 	link   string
 }
 
-// NewHost makes a host at 10.77.number.2. Its link takes rate bits per second in both directions; 0
+// NewHost makes a host at 10.77.number.2 and fd00:77:number::2. Its link takes rate bits per second in both directions; 0
 // does not limit it. Close it.
 func NewHost(number int, rate uint64) (_ *Host, err error) {
-	h := &Host{Addr: fmt.Sprintf("10.77.%d.2", number), Gateway: fmt.Sprintf("10.77.%d.1", number), link: fmt.Sprintf("host%d", number)}
+	h := &Host{Addr: fmt.Sprintf("10.77.%d.2", number), Gateway: fmt.Sprintf("10.77.%d.1", number), link: fmt.Sprintf("host%d", number),
+		Addr6: fmt.Sprintf("fd00:77:%d::2", number), Gateway6: fmt.Sprintf("fd00:77:%d::1", number)}
 	h.holder = exec.Command("unshare", "--net", "--mount", "sh", "-c", "mount -t tmpfs tmpfs /run && echo ready && exec cat")
 	stdin, err := h.holder.StdinPipe() // it ends with this process
 	if err != nil {
@@ -73,6 +77,8 @@ func NewHost(number int, rate uint64) (_ *Host, err error) {
 	return h, errors.Join(
 		plug(here, h.link, h.Gateway+"/24", rate, nil),
 		plug(there, "eth0", h.Addr+"/24", rate, net.ParseIP(h.Gateway)),
+		plug(here, h.link, h.Gateway6+"/64", 0, nil),
+		plug(there, "eth0", h.Addr6+"/64", 0, net.ParseIP(h.Gateway6)),
 		plug(there, "lo", "127.0.0.1/8", 0, nil))
 }
 
@@ -93,6 +99,9 @@ func plug(n *netlink.Handle, name, cidr string, rate uint64, gateway net.IP) err
 	addr, err := netlink.ParseAddr(cidr)
 	if err != nil {
 		return err
+	}
+	if addr.IP.To4() == nil {
+		addr.Flags = unix.IFA_F_NODAD // it is used at once
 	}
 	if err := n.AddrAdd(link, addr); err != nil && !os.IsExist(err) {
 		return fmt.Errorf("address of %s: %w", name, err)

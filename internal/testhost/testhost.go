@@ -150,8 +150,11 @@ func configure(cidr string, gateway net.IP) error {
 	if err != nil {
 		return err
 	}
-	if addr.IP.To4() == nil {
-		addr.Flags = unix.IFA_F_NODAD // it is used at once
+	// Addresses are used at once, without asking whether somebody else has them.
+	for _, of := range []string{"eth0", "default"} {
+		if err := os.WriteFile("/proc/sys/net/ipv6/conf/"+of+"/accept_dad", []byte("0"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
 	}
 	if err := errors.Join(netlink.AddrAdd(link, addr), netlink.LinkSetUp(link)); err != nil || gateway == nil {
 		return err
