@@ -138,7 +138,7 @@ type program struct {
 func launch(t *testing.T, name string, args ...string) *program {
 	t.Helper()
 	p := &program{cmd: exec.Command(name, args...)}
-	p.cmd.Stderr = &p.stderr
+	p.cmd.Dir, p.cmd.Stderr = work, &p.stderr
 	var err error
 	if p.stdin, err = p.cmd.StdinPipe(); err != nil {
 		t.Fatal(err)

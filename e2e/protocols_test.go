@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	_ "embed"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -276,7 +277,9 @@ func redisCLI(t *testing.T, host string) *client {
 
 // query asks PostgreSQL on a connection of its own.
 func query(host, sql string) (string, error) {
-	out, err := exec.Command("psql", "-h", host, "-U", "postgres", "-XAtq", "-v", "ON_ERROR_STOP=1", "-c", sql).CombinedOutput()
+	cmd := exec.Command("psql", "-h", host, "-U", "postgres", "-XAtq", "-v", "ON_ERROR_STOP=1", "-c", sql)
+	cmd.Dir = work
+	out, err := cmd.CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("psql: %w: %s", err, out)
 	}
@@ -320,6 +323,7 @@ func pgbench(t *testing.T, host, dir string) *client {
 	write(t, script, "UPDATE counters SET n = n + 1, process = pg_backend_pid() WHERE id = :client_id AND coalesce(process, pg_backend_pid()) = pg_backend_pid();\n")
 	return hold(t, "pgbench", func(ctx context.Context, c *client) error {
 		cmd := exec.CommandContext(ctx, "pgbench", "-h", host, "-U", "postgres", "-n", "-f", script, "-c", fmt.Sprint(clients), "-R", "20", "-T", "3600", "-P", "1", "-l", "--log-prefix", log, "postgres")
+		cmd.Dir = dir
 		cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGALRM) } // its time is over
 		var stdout bytes.Buffer
 		cmd.Stdout = &stdout
@@ -418,11 +422,12 @@ func ssh(t *testing.T, host string) *client {
 // upload is one of the guest, to a server outside.
 func upload(t *testing.T, host, outside string) *client {
 	t.Helper()
+	l, err := net.Listen("tcp", net.JoinHostPort(outside, "0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := launch(t, "ssh", secureShell(host, "seq 1 999999999 | curl -sS --limit-rate 200k -T - http://"+l.Addr().String())...)
 	return hold(t, "upload", func(ctx context.Context, c *client) error {
-		l, err := net.Listen("tcp", net.JoinHostPort(outside, "0"))
-		if err != nil {
-			return err
-		}
 		ctx, cancel := context.WithCancelCause(ctx)
 		defer cancel(nil)
 		var connections atomic.Int64
@@ -442,10 +447,9 @@ func upload(t *testing.T, host, outside string) *client {
 		defer handlers.Wait()
 		defer server.Close()
 		go server.Serve(l)
-		p := launch(t, "ssh", secureShell(host, "seq 1 999999999 | curl -sS --limit-rate 200k -T - http://"+l.Addr().String())...)
 		<-ctx.Done()
 		_ = p.cmd.Process.Kill()
-		err = p.end()
+		err := p.end()
 		if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
 			return errors.Join(cause, err)
 		}
@@ -526,10 +530,13 @@ func (r *repetition) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
+//go:embed testdata/websocket-client
+var websocketClient string
+
 // websocket has payloads sent back as messages. The server counts them, and tells the connection.
 func websocket(t *testing.T, host string) *client {
 	t.Helper()
-	p := launch(t, python, "testdata/websocket-client", "ws://"+net.JoinHostPort(host, "8765"))
+	p := launch(t, python, "-c", websocketClient, "ws://"+net.JoinHostPort(host, "8765"))
 	return converse(t, "websocket", 50*time.Millisecond, func(n int) error {
 		payload := payload(1 + n%20*1000)
 		return p.expect(payload, fmt.Sprintf("1 %d %s", n, payload))
@@ -709,28 +716,12 @@ func dialFrom(t *testing.T, network, local, addr string) net.Conn {
 // namedRedis names a VM's Redis, and asks it for its name, and to count.
 func namedRedis(t *testing.T, name string, conn net.Conn) *client {
 	t.Helper()
-	lines := bufio.NewReader(conn)
-	expect := func(command string, want ...string) error {
-		conn.SetDeadline(time.Now().Add(impatience))
-		if _, err := io.WriteString(conn, command+"\r\n"); err != nil {
-			return err
-		}
-		for _, w := range want {
-			got, err := lines.ReadString('\n')
-			if err == nil {
-				err = compare(got, w+"\r\n")
-			}
-			if err != nil {
-				return err
-			}
-		}
-		return nil
-	}
-	if err := expect("SET name "+name, "+OK"); err != nil {
+	r := newRedisConn(conn)
+	if err := r.expect("SET name "+name, "+OK"); err != nil {
 		t.Fatal(err)
 	}
 	return converse(t, "Redis "+name, 10*time.Millisecond, func(n int) error {
-		return errors.Join(expect("GET name", "$1", name), expect("INCR count", fmt.Sprint(":", n)))
+		return errors.Join(r.expect("GET name", "$1", name), r.expect("INCR count", fmt.Sprint(":", n)))
 	}, conn.Close)
 }
 

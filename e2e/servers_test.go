@@ -66,39 +66,38 @@ func serversBundle(ctx context.Context, cache, dir, bundle string) error {
 	hash := sha256.New()
 	fmt.Fprint(hash, serverPackages, files) // a map is printed in order
 	kept := filepath.Join(cache, fmt.Sprintf("servers-%x.ext4", hash.Sum(nil)[:8]))
-	if _, err := os.Stat(kept); errors.Is(err, os.ErrNotExist) {
-		if err := makeServersBundle(ctx, cache, dir, kept, files); err != nil {
-			return err
-		}
-	}
-	if out, err := exec.CommandContext(ctx, "cp", "--sparse=always", kept, bundle).CombinedOutput(); err != nil {
-		return fmt.Errorf("copy bundle: %w: %s", err, out)
-	}
-	return nil
-}
-
-func makeServersBundle(ctx context.Context, cache, dir, kept string, files map[string][]byte) error {
-	old, err := filepath.Glob(filepath.Join(cache, "servers-*.ext4*"))
-	if err != nil {
-		return err
-	}
-	for _, path := range old {
-		if err := os.Remove(path); err != nil {
-			return err
-		}
+	if _, err := os.Stat(kept); err == nil {
+		return copySparse(ctx, kept, bundle)
 	}
 	layout := filepath.Join(dir, "servers-image")
-	err = debianImage(ctx, cache, layout, v1.Config{
+	err := debianImage(ctx, cache, layout, v1.Config{
 		WorkingDir: "/data", Env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}, Entrypoint: []string{"/start"}, ExposedPorts: serverPorts,
 	}, files, serverPackages...)
 	if err != nil {
 		return err
 	}
 	d := tour.Drafter{Bin: filepath.Join(dir, "bin/plain/drafter"), Dir: dir}
-	if err := d.Run(ctx, io.Discard, "blueprint", "oci", "oci:"+layout, "--output", kept+".partial"); err != nil {
+	if err := d.Run(ctx, io.Discard, "blueprint", "oci", "oci:"+layout, "--output", bundle); err != nil {
 		return err
 	}
-	return errors.Join(os.Rename(kept+".partial", kept), os.RemoveAll(layout), os.Remove(layout+".tar"))
+	old, err := filepath.Glob(filepath.Join(cache, "servers-*.ext4"))
+	if err != nil {
+		return err
+	}
+	for _, path := range old {
+		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	partial := fmt.Sprintf("%s.%d", kept, os.Getpid()) // others may do the same
+	return errors.Join(copySparse(ctx, bundle, partial), os.Rename(partial, kept))
+}
+
+func copySparse(ctx context.Context, from, to string) error {
+	if out, err := exec.CommandContext(ctx, "cp", "--sparse=always", from, to).CombinedOutput(); err != nil {
+		return fmt.Errorf("copy bundle: %w: %s", err, out)
+	}
+	return nil
 }
 
 // debianImage makes an OCI layout of Debian's packages, a directory /data of a user 999, and files. One

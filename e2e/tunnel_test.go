@@ -34,7 +34,7 @@ func TestAnchorsBetweenHosts(t *testing.T) {
 	vm := at(0).peer(t, "instance-0", "--laddr", at(0).addr+":1337", "--insecure")
 	master := startRedis(t, "10.77.1.1:6390")
 	replicate(t, at(0).addr+":3333", master)
-	var clients []*counter
+	var clients []*client
 	for hop := range 4 {
 		clients = append(clients, count(t, at(hop).addr+":3333", fmt.Sprint("opened-before-", hop)))
 		if hop == 2 {
@@ -59,7 +59,7 @@ func TestAnchorsBetweenHosts(t *testing.T) {
 	}
 	for i, c := range clients {
 		c.end(t)
-		t.Logf("client %d: %d answers, the longest silence was %s", i, c.counted.Load(), c.longest.Round(time.Millisecond))
+		t.Logf("client %d: %d answers, the longest silence was %s", i, c.answers.Load(), c.silence())
 	}
 	end(t, vm)
 	for _, h := range hosts {
@@ -167,17 +167,17 @@ func TestTunnelRescue(t *testing.T) {
 		if target.Wait() == nil {
 			t.Error("the target has ended as if nothing had been")
 		}
-		before := c.counted.Load()
+		before := c.answers.Load()
 		time.Sleep(time.Second)
-		if c.counted.Load() < before+10 {
-			t.Errorf("round %d: %d answers in a second afterwards", round, c.counted.Load()-before)
+		if c.answers.Load() < before+10 {
+			t.Errorf("round %d: %d answers in a second afterwards", round, c.answers.Load()-before)
 		}
 		if list := (&site{Drafter: from.Drafter}).anchors(t); strings.Contains(list, "ark") {
 			t.Errorf("round %d: anchors of a VM that has not moved:\n%s", round, list)
 		}
 	}
 	c.end(t)
-	t.Logf("%d answers, the longest silence was %s", c.counted.Load(), c.longest.Round(time.Millisecond))
+	t.Logf("%d answers, the longest silence was %s", c.answers.Load(), c.silence())
 	end(t, vm)
 }
 
@@ -199,14 +199,14 @@ func TestBadTunnel(t *testing.T) {
 				t.Log(moved(t, vm).Text)
 				quiet(t, vm)
 				vm = next
-				before := c.counted.Load()
+				before := c.answers.Load()
 				time.Sleep(3 * time.Second)
-				if hop == 0 && c.counted.Load() == before {
+				if hop == 0 && c.answers.Load() == before {
 					t.Error("nothing passes by the anchor")
 				}
 			}
 			c.end(t)
-			t.Logf("%d answers, the longest silence was %s", c.counted.Load(), c.longest.Round(time.Millisecond))
+			t.Logf("%d answers, the longest silence was %s", c.answers.Load(), c.silence())
 			end(t, vm)
 		})
 	}
