@@ -83,7 +83,7 @@ fuzz: ## every fuzz target for FUZZTIME (30s): the decoders of what comes from s
 
 soak: setup build servers fuzz ## the tests that find more the longer they run: fuzz targets, and real VMs with random faults; some two hours
 	DRAFTER_SOAK=1 $(GO) test -race -timeout 2h ./internal/migration ./internal/block ./internal/memory ./vmm/qemu
-	DRAFTER_SOAK=1 $(GO) test -timeout 90m -v -run 'TestSoakMigrations|TestSoakBadDays|TestKilledPeer' ./e2e
+	DRAFTER_SOAK=1 $(GO) test -timeout 90m -v -run 'TestSoakMigrations|TestSoakBadDays|TestKilledPeer|TestProtocols|TestThousandConnections|TestTwoMovesAtOnce' ./e2e
 
 bench: setup build ## measure everything, beside QEMU's own live migration: far longer than bench-quick
 	bin/drafter-bench

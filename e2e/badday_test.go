@@ -26,24 +26,14 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/redis/go-redis/v9"
 
-	"drafter/blueprint"
 	"drafter/internal/need"
-	"drafter/internal/redisimage"
 	"drafter/internal/s3test"
 	"drafter/internal/tour"
 )
 
 // databases makes an OCI layout of Redis and PostgreSQL in one container. Both acknowledge a write
 // once it is on their disk.
-func databases(ctx context.Context, cache, layout string) (err error) {
-	root, err := os.MkdirTemp("", "drafter-databases-")
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(root)) }()
-	if err := blueprint.UnpackDebian(ctx, root, cache, nil, nil, "redis-server", "postgresql-15", "dash", "coreutils"); err != nil {
-		return err
-	}
+func databases(ctx context.Context, cache, layout string) error {
 	const start = `set -e
 if ! test -e pg/PG_VERSION; then
 	/usr/lib/postgresql/15/bin/initdb -k -A trust -E UTF8 --no-locale -D pg
@@ -53,28 +43,13 @@ rm -f pg/postmaster.pid
 /usr/lib/postgresql/15/bin/postgres -D pg -h '*' -c unix_socket_directories= -c shared_buffers=16MB -c max_connections=40 -c jit=off -c max_wal_size=64MB -c min_wal_size=32MB -c synchronous_commit=on &
 exec redis-server --bind 0.0.0.0 --protected-mode no --dir /data --appendonly yes --appendfsync always --save ''
 `
-	script := "rm -rf usr/share/doc usr/share/man usr/share/locale usr/lib/*/libLLVM*; test -e bin/sh || ln -s dash bin/sh; install -d -o 999 -g 999 data"
-	cmd := exec.CommandContext(ctx, "sh", "-c", script)
-	cmd.Dir = root
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("%w: %s", err, out)
-	}
-	for name, text := range map[string]string{
-		"etc/passwd": "root:x:0:0:root:/root:/bin/sh\npostgres:x:999:999::/data:/bin/sh\n", "etc/group": "root:x:0:\npostgres:x:999:\n", "start": start,
-	} {
-		if err := os.WriteFile(filepath.Join(root, name), []byte(text), 0o644); err != nil {
-			return err
-		}
-	}
-	image, err := redisimage.Pack(root, layout+".tar", v1.Config{
+	return debianImage(ctx, cache, layout, v1.Config{
 		User: "postgres", WorkingDir: "/data", Env: []string{"PATH=/usr/bin:/bin"},
 		Entrypoint:   []string{"/bin/sh", "/start"},
 		ExposedPorts: map[string]struct{}{"6379/tcp": {}, "5432/tcp": {}},
-	})
-	if err != nil {
-		return err
-	}
-	return redisimage.WriteLayout(image, layout)
+	}, map[string][]byte{
+		"etc/passwd": []byte("root:x:0:0:root:/root:/bin/sh\npostgres:x:999:999::/data:/bin/sh\n"), "etc/group": []byte("root:x:0:\npostgres:x:999:\n"), "start": []byte(start),
+	}, "redis-server", "postgresql-15", "dash", "coreutils")
 }
 
 // database is a connection with one of the guest's.

@@ -33,7 +33,7 @@ import (
 //
 //	bin/            drafter (with the race detector), its links, and drafter-guest
 //	bin/plain/      drafter without the race detector
-//	out/blueprint/  the blueprint of a Redis guest
+//	out/blueprint/  the blueprint of a Redis guest, and a bundle with many servers
 //	out/package/    the package made of it
 //	redis-image/    the OCI layout of Redis
 //	debian/         a foreign root file system
@@ -159,6 +159,7 @@ func build() error {
 	}
 	return errors.Join(
 		d.Run(ctx, os.Stderr, "blueprint", "oci", "oci:redis-image", "--output", "out/blueprint/oci.ext4"),
+		serversBundle(ctx, cache, work, filepath.Join(work, serversBlueprint)),
 		debootstrap(ctx, filepath.Join(work, "debian"), cache))
 }
 

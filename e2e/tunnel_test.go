@@ -34,7 +34,7 @@ func TestAnchorsBetweenHosts(t *testing.T) {
 	vm := at(0).peer(t, "instance-0", "--laddr", at(0).addr+":1337", "--insecure")
 	master := startRedis(t, "10.77.1.1:6390")
 	replicate(t, at(0).addr+":3333", master)
-	var clients []*counter
+	var clients []*client
 	for hop := range 4 {
 		clients = append(clients, count(t, at(hop).addr+":3333", fmt.Sprint("opened-before-", hop)))
 		if hop == 2 {
@@ -53,15 +53,13 @@ func TestAnchorsBetweenHosts(t *testing.T) {
 	if list := here.anchors(t); !strings.Contains(list, "ark0 on "+hosts[1].addr) {
 		t.Errorf("anchors are listed as\n%s", list)
 	}
-	for _, c := range clients {
-		c.goesOn(t)
-	}
+	goOn(t, clients...)
 	if synced := redisInfo(t, master, "stats", "sync_full"); synced != "1" {
 		t.Errorf("the guest has asked for all of its master's data %s times: its own connection broke", synced)
 	}
 	for i, c := range clients {
 		c.end(t)
-		t.Logf("client %d: %d answers, the longest silence was %s", i, c.counted.Load(), c.longest.Round(time.Millisecond))
+		t.Logf("client %d: %d answers, the longest silence was %s", i, c.answers.Load(), c.silence())
 	}
 	end(t, vm)
 	for _, h := range hosts {
@@ -89,18 +87,18 @@ func TestIPv6OnlyHosts(t *testing.T) {
 	vm := hosts[0].peer(t, "instance-0", "--laddr", hosts[0].addr+":1337", "--insecure")
 	master := startRedis(t, "["+hosts[0].host.Gateway6+"]:6390")
 	replicate(t, hosts[0].addr+":3333", master)
-	clients := []*counter{count(t, hosts[0].addr+":3333", "opened-before")}
+	clients := []*client{count(t, hosts[0].addr+":3333", "opened-before")}
 	next := hosts[1].peer(t, "instance-1", "--raddr", hosts[0].addr+":1337", "--laddr", hosts[1].addr+":1337", "--insecure")
 	moved(t, vm)
 	quiet(t, vm)
 	clients = append(clients, count(t, hosts[1].addr+":3333", "opened-after"))
-	time.Sleep(time.Second)
+	goOn(t, clients...)
 	if synced := redisInfo(t, master, "stats", "sync_full"); synced != "1" {
 		t.Errorf("the guest has asked for all of its master's data %s times: its own connection broke", synced)
 	}
 	for i, c := range clients {
 		c.end(t)
-		t.Logf("client %d: %d answers, the longest silence was %s", i, c.counted.Load(), c.longest.Round(time.Millisecond))
+		t.Logf("client %d: %d answers, the longest silence was %s", i, c.answers.Load(), c.silence())
 	}
 	end(t, next)
 }
@@ -206,13 +204,13 @@ func TestTunnelRescue(t *testing.T) {
 		if target.Wait() == nil {
 			t.Error("the target has ended as if nothing had been")
 		}
-		c.goesOn(t)
+		goOn(t, c)
 		if list := (&site{Drafter: from.Drafter}).anchors(t); strings.Contains(list, "ark") {
 			t.Errorf("round %d: anchors of a VM that has not moved:\n%s", round, list)
 		}
 	}
 	c.end(t)
-	t.Logf("%d answers, the longest silence was %s", c.counted.Load(), c.longest.Round(time.Millisecond))
+	t.Logf("%d answers, the longest silence was %s", c.answers.Load(), c.silence())
 	end(t, vm)
 }
 
@@ -234,10 +232,10 @@ func TestBadTunnel(t *testing.T) {
 				t.Log(moved(t, vm).Text)
 				quiet(t, vm)
 				vm = next
-				c.goesOn(t)
+				goOn(t, c)
 			}
 			c.end(t)
-			t.Logf("%d answers, the longest silence was %s", c.counted.Load(), c.longest.Round(time.Millisecond))
+			t.Logf("%d answers, the longest silence was %s", c.answers.Load(), c.silence())
 			end(t, vm)
 		})
 	}

@@ -24,21 +24,26 @@ const (
 // packages are those of Debian that programs are in.
 var packages = map[string]string{
 	"bzip2":              "bzip2",
+	"curl":               "curl",
 	"debootstrap":        "debootstrap",
 	"fio":                "fio",
 	"gcc":                "gcc",
 	"ip":                 "iproute2",
+	"iperf3":             "iperf3",
 	"jq":                 "jq",
 	"mke2fs":             "e2fsprogs",
 	"nbdcopy":            "libnbd-bin",
 	"nbdinfo":            "libnbd-bin",
 	"nft":                "nftables",
 	"openssl":            "openssl",
+	"pgbench":            "postgresql-15",
+	"psql":               "postgresql-15",
 	"qemu-img":           "qemu-utils",
 	"qemu-io":            "qemu-utils",
 	"qemu-system-x86_64": "qemu-system-x86",
 	"redis-cli":          "redis-tools",
 	"redis-server":       "redis-server",
+	"ssh":                "openssh-client",
 	"zstd":               "zstd",
 }
 
