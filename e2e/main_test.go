@@ -254,9 +254,9 @@ func inventory() string {
 	for _, c := range []struct{ name, command string }{
 		{"links", "ip -o link | cut -d: -f2"},
 		{"namespaces", "ip netns list"},
-		{"routes", "ip -4 route"},
+		{"routes", "ip -4 route; ip -6 route"},
 		{"rules", "nft --terse list ruleset"},
-		{"forwarding", "cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv4/conf/all/route_localnet"},
+		{"forwarding", "cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv4/conf/all/route_localnet /proc/sys/net/ipv6/conf/all/forwarding /proc/sys/net/ipv6/conf/eth0/accept_ra"},
 		{"run", "find /run/drafter 2>/dev/null; true"},
 		{"mounts", "cut -d' ' -f5 /proc/self/mountinfo | grep -v /run/netns/; true"},
 		{"cgroups", "find /sys/fs/cgroup -type d -path '*/drafter*'"},

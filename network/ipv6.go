@@ -147,9 +147,16 @@ func (n *NAT) noteForwarding6(off bool, links []netlink.Link) (changed bool, err
 		// As with IPv4: the last NAT that ends turns it off, too.
 		r.IPv6Forward, changed = "0", true
 	}
+	// Interfaces come and go, such as those of containers.
+	gone := func(name string) bool {
+		return !slices.ContainsFunc(links, func(l netlink.Link) bool { return l.Attrs().Name == name })
+	}
+	before := len(r.AcceptRA)
+	r.AcceptRA = slices.DeleteFunc(r.AcceptRA, gone)
+	changed = changed || len(r.AcceptRA) != before
 	for _, o := range others {
 		for _, name := range o.AcceptRA {
-			if !slices.Contains(r.AcceptRA, name) {
+			if !slices.Contains(r.AcceptRA, name) && !gone(name) {
 				r.AcceptRA, changed = append(r.AcceptRA, name), true
 			}
 		}

@@ -150,7 +150,13 @@ func TestRouterAdvertisements(t *testing.T) {
 	// One that is plugged in later takes them, too, as it would have.
 	shell(t, "ip link add late0 type veth peer name late1; sysctl -qw net.ipv6.conf.late0.accept_ra=1")
 	defer shell(t, "ip link del late0")
+	shell(t, "ip link add gone0 type veth peer name gone1")
 	n.look()
+	shell(t, "ip link del gone0")
+	n.look()
+	if got := strings.Join(n.record.AcceptRA, " "); !strings.Contains(got, "late0") || strings.Contains(got, "gone") {
+		t.Errorf("noted are %s", got)
+	}
 	other, err := StartNAT(context.Background(), otherConfig())
 	if err != nil {
 		t.Fatal(err)

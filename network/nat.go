@@ -57,7 +57,7 @@ type NATConfig struct {
 	// NamespaceVethCIDR6 is routed to this host: what guests send by IPv6 leaves with its addresses
 	// instead of the host's
 	IPv6Routed bool
-	// as their namesakes; "" and 0 for those behind prefix6
+	// as their namesakes; "" and 0 for those behind fd0e:d9fd:683d::/96
 	HostVethCIDR6, NamespaceVethCIDR6, BlockedSubnetCIDR6 string
 	NamespaceInterfaceGateway6, NamespaceInterfaceIP6     string
 	NamespaceInterfaceNetmask6                            int
