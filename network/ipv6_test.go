@@ -284,10 +284,7 @@ func TestIPv6Later(t *testing.T) {
 	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
 	listen(t, testhost.Outside, ipv6("192.0.2.254:80"), "outside")
 	for _, ip6 := range []bool{false, true, false, true} {
-		endWatch(t, &n.watch)
-		if err := n.lock.Abandon(); err != nil { // as after kill -9
-			t.Fatal(err)
-		}
+		abandon(t, n)
 		c.IPv6 = ip6
 		if n, err = StartNAT(context.Background(), c); err != nil {
 			t.Fatal(err)
@@ -308,10 +305,7 @@ func TestIPv6Later(t *testing.T) {
 	if _, err := StartNAT(context.Background(), changed); err == nil {
 		t.Error("a second NAT")
 	}
-	endWatch(t, &n.watch)
-	if err := n.lock.Abandon(); err != nil {
-		t.Fatal(err)
-	}
+	abandon(t, n)
 	if _, err := StartNAT(context.Background(), changed); err == nil || !strings.Contains(err.Error(), "laid out by other flags") {
 		t.Errorf("another layout of IPv6 under a running VM: %v", err)
 	}
@@ -334,11 +328,11 @@ func TestRelay(t *testing.T) {
 	to := func(family, port, external string) PortForward {
 		return PortForward{Netns: "ark0", InternalPort: port, Protocol: "tcp", ExternalAddr: external, InternalFamily: family}
 	}
-	f := startForwarder(t, to("ipv6", "80", "192.0.2.1:3333"), to("ipv4", "80", ipv6("192.0.2.1:4444")), to("", "80", "[::1]:5555"), to("ipv4", "7", "[::1]:7777"),
+	f := startForwarder(t, to("ipv6", "80", "192.0.2.1:2222"), to("ipv4", "80", ipv6("192.0.2.1:4444")), to("", "80", "[::1]:5555"), to("ipv4", "7", "[::1]:7777"),
 		to("ipv4", "9", "[::1]:9999"))
 	for _, tt := range []struct{ ns, network, addr, want string }{
-		{"", "tcp4", "192.0.2.1:3333", ipv6("six to 10.0.8.1")},
-		{testhost.Outside, "tcp4", "192.0.2.1:3333", ipv6("six to 10.0.8.1")},
+		{"", "tcp4", "192.0.2.1:2222", ipv6("six to 10.0.8.1")},
+		{testhost.Outside, "tcp4", "192.0.2.1:2222", ipv6("six to 10.0.8.1")},
 		{testhost.Outside, "tcp6", ipv6("192.0.2.1:4444"), "four to 10.0.8.1"},
 		{"", "tcp6", "[::1]:5555", ipv6("six to 10.0.8.1")},
 		{"", "tcp6", "[::1]:9999", ""}, // nobody listens

@@ -204,10 +204,8 @@ func TestNotices(t *testing.T) {
 // restartKilled ends a NAT as a kill would, and starts the next one.
 func restartKilled(t *testing.T, n *NAT) *NAT {
 	t.Helper()
-	if err := errors.Join(n.watch.Close(), n.egress.Close(), n.tunnel.close(), n.lock.Abandon()); err != nil {
-		t.Fatal(err)
-	}
-	n.watch, n.lock = nil, nil
+	abandon(t, n)
+	n.lock = nil // there is nothing left to close
 	next, err := StartNAT(t.Context(), n.config)
 	if err != nil {
 		t.Fatal(err)

@@ -78,7 +78,7 @@ func endWatch(t *testing.T, w **watch) {
 func abandon(t *testing.T, n *NAT) {
 	t.Helper()
 	endWatch(t, &n.watch)
-	if err := errors.Join(n.egress.Close(), n.lock.Abandon()); err != nil {
+	if err := errors.Join(n.egress.Close(), n.tunnel.close(), n.lock.Abandon()); err != nil {
 		t.Fatal(err)
 	}
 }
