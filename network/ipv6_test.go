@@ -328,12 +328,13 @@ func TestRelay(t *testing.T) {
 	to := func(family, port, external string) PortForward {
 		return PortForward{Netns: "ark0", InternalPort: port, Protocol: "tcp", ExternalAddr: external, InternalFamily: family}
 	}
-	f := startForwarder(t, to("ipv6", "80", "192.0.2.1:2222"), to("ipv4", "80", ipv6("192.0.2.1:4444")), to("", "80", "[::1]:5555"), to("ipv4", "7", "[::1]:7777"),
+	// Ports of their own: where a relay took connections, the kernel keeps them for a minute.
+	f := startForwarder(t, to("ipv6", "80", "192.0.2.1:23333"), to("ipv4", "80", ipv6("192.0.2.1:24444")), to("", "80", "[::1]:5555"), to("ipv4", "7", "[::1]:7777"),
 		to("ipv4", "9", "[::1]:9999"))
 	for _, tt := range []struct{ ns, network, addr, want string }{
-		{"", "tcp4", "192.0.2.1:2222", ipv6("six to 10.0.8.1")},
-		{testhost.Outside, "tcp4", "192.0.2.1:2222", ipv6("six to 10.0.8.1")},
-		{testhost.Outside, "tcp6", ipv6("192.0.2.1:4444"), "four to 10.0.8.1"},
+		{"", "tcp4", "192.0.2.1:23333", ipv6("six to 10.0.8.1")},
+		{testhost.Outside, "tcp4", "192.0.2.1:23333", ipv6("six to 10.0.8.1")},
+		{testhost.Outside, "tcp6", ipv6("192.0.2.1:24444"), "four to 10.0.8.1"},
 		{"", "tcp6", "[::1]:5555", ipv6("six to 10.0.8.1")},
 		{"", "tcp6", "[::1]:9999", ""}, // nobody listens
 	} {

@@ -203,14 +203,19 @@ func (n *NAT) keepLink(i int) (done bool, err error) {
 	if err := n.connect(i); err != nil {
 		return false, err
 	}
-	connected, err = n.connected(i)
+	// The kernel takes up an IPv6 address a moment after it was told.
+	for deadline := time.Now().Add(renewal); ; time.Sleep(5 * time.Millisecond) {
+		if connected, err = n.connected(i); err != nil || connected || time.Now().After(deadline) {
+			break
+		}
+	}
 	if err == nil && !connected {
 		err = fmt.Errorf("packets for it take another way: see 'ip route get %s'", n.layout.namespaceIP(i))
 	}
 	return true, err
 }
 
-// renewal is longer than a tap takes to be made anew, on a busy host.
+// renewal is longer than a tap takes to be made anew, or an address to be taken up, on a busy host.
 const renewal = 100 * time.Millisecond
 
 // keepNamespaceRules keeps a namespace's rules, and resets the connections of a VM whose VMM was

@@ -984,7 +984,7 @@ func testFirewalls(t *testing.T, v func(string) string) {
 		t.Run(tt.name, func(t *testing.T) {
 			if v("tcp4") == "tcp6" {
 				of6 := strings.NewReplacer("ip filter ufw-", "ip6 filter ufw6-", "ip filter", "ip6 filter", "ip mine", "ip6 mine", "ip saddr 10", "ip6 saddr 10", "ip daddr 10", "ip6 daddr 10",
-					"ip saddr @", "ip6 saddr @", "ipv4_addr", "ipv6_addr", "iptables", "ip6tables", "chain ufw-", "chain ufw6-", "jump ufw-", "jump ufw6-")
+					"ip saddr @", "ip6 saddr @", `oifname "lo" accept;`, `oifname "lo" accept; meta l4proto ipv6-icmp accept;`, "ipv4_addr", "ipv6_addr", "iptables", "ip6tables", "chain ufw-", "chain ufw6-", "jump ufw-", "jump ufw6-")
 				for _, text := range append([]*string{&tt.rules, &tt.opens}, pointers(tt.open)...) {
 					*text = ipv6(of6.Replace(*text))
 				}
