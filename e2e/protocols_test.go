@@ -618,45 +618,59 @@ func udpEcho(t *testing.T, host string) *client {
 // udpClient has packets sent back. The server tells its own name and the client's address, and counts.
 type udpClient struct {
 	net.Conn
-	server    string
-	counted   int // by the server
-	requests  int // that were lost
-	responses int
+	server   string
+	number   int // of the last request
+	sent     int // packets
+	counted  int // by the server
+	received int
 }
 
-// echo has a packet sent back. One that is lost is sent again.
+// echo has a packet sent back. It is sent again each second: UDP may lose it, and its answer.
 func (u *udpClient) echo(payload string) error {
-	for begin := time.Now(); time.Since(begin) < impatience; u.requests++ {
-		if _, err := io.WriteString(u, payload); err != nil {
+	u.number++
+	for begin := time.Now(); time.Since(begin) < impatience; {
+		u.sent++
+		if _, err := fmt.Fprint(u, u.number, " ", payload); err != nil {
 			return err
 		}
-		u.SetReadDeadline(time.Now().Add(time.Second))
-		answer := make([]byte, 1<<16)
-		n, err := u.Read(answer)
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			continue
+		for sent := time.Now(); ; {
+			u.SetReadDeadline(sent.Add(time.Second))
+			number, err := u.receive(payload)
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				break
+			}
+			if err != nil || number == u.number {
+				return err
+			}
 		}
-		if err != nil {
-			return err
-		}
-		var server, addr string
-		var counted int
-		if _, err := fmt.Sscan(string(answer[:n]), &server, &addr, &counted); err != nil {
-			return fmt.Errorf("the answer is %.100q: %w", answer[:n], err)
-		}
-		missed := counted - u.counted - 1 // requests whose responses were lost
-		u.requests, u.responses = u.requests-missed, u.responses+missed
-		u.counted = counted
-		return compare(string(answer[:n]), fmt.Sprintf("%s %s %d %s", u.server, u.LocalAddr(), counted, payload))
 	}
 	return errors.New("no answer comes")
+}
+
+// receive reads an answer. One to an earlier request, which was sent again, may come late.
+func (u *udpClient) receive(payload string) (number int, err error) {
+	answer := make([]byte, 1<<16)
+	n, err := u.Read(answer)
+	if err != nil {
+		return 0, err
+	}
+	var server, addr string
+	var counted int
+	if _, err := fmt.Sscan(string(answer[:n]), &server, &addr, &counted, &number); err != nil {
+		return 0, fmt.Errorf("the answer is %.100q: %w", answer[:n], err)
+	}
+	u.received, u.counted = u.received+1, max(u.counted, counted)
+	if number < u.number {
+		payload = string(answer[:n])[strings.LastIndexByte(string(answer[:n]), ' ')+1:] // which is not known any more
+	}
+	return number, compare(string(answer[:n]), fmt.Sprintf("%s %s %d %d %s", u.server, u.LocalAddr(), counted, number, payload))
 }
 
 // end says what was lost, which UDP allows for.
 func (u *udpClient) end(t *testing.T) error {
 	t.Helper()
-	if u.requests != 0 || u.responses != 0 {
-		t.Logf("%d requests to %s were lost, and %d responses", u.requests, u.RemoteAddr(), u.responses)
+	if u.sent != u.counted || u.counted != u.received {
+		t.Logf("%s got %d of %d packets; %d answers arrived", u.RemoteAddr(), u.counted, u.sent, u.received)
 	}
 	return u.Close()
 }
@@ -728,8 +742,12 @@ func namedRedis(t *testing.T, name string, conn net.Conn) *client {
 // namedUDP names a VM's server of packets, and has them sent back with that name.
 func namedUDP(t *testing.T, name string, conn net.Conn) *client {
 	t.Helper()
-	u := &udpClient{Conn: conn, server: name}
-	if err := u.echo("name=" + name); err != nil {
+	u := &udpClient{Conn: conn, server: name, sent: 1, received: 1}
+	conn.SetReadDeadline(time.Now().Add(impatience))
+	if _, err := io.WriteString(conn, "name="+name); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Read(make([]byte, 1<<10)); err != nil {
 		t.Fatal(err)
 	}
 	return converse(t, "UDP "+name, 10*time.Millisecond, func(n int) error { return u.echo(payload(100 + n%1000)) }, func() error { return u.end(t) })
