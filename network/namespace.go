@@ -153,8 +153,13 @@ func hostVeth(name string) (link netlink.Link, ours bool, err error) {
 		return link, false, nil
 	}
 	defer ns.Close()
+	return link, leadsInto(link, ns), nil
+}
+
+// leadsInto tells whether the other end of a link of the calling thread's namespace is in a namespace.
+func leadsInto(link netlink.Link, ns netns.NsHandle) bool {
 	id, err := netlink.GetNetNsIdByFd(int(ns))
-	return link, err == nil && id >= 0 && id == link.Attrs().NetNsID, err
+	return err == nil && id >= 0 && id == link.Attrs().NetNsID
 }
 
 // deleteNamespace removes a named namespace. One that does not exist is no error.

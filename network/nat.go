@@ -807,15 +807,24 @@ func (n *NAT) connect(i int) (err error) {
 	}
 	defer ns.Close()
 	veth, ours, err := hostVeth(name)
+	if veth != nil && ours && !leadsInto(veth, ns) { // but into one that was removed, and is still in use
+		if err := netlink.LinkDel(veth); err != nil && !errors.Is(err, unix.ENODEV) {
+			return fmt.Errorf("remove %s: %w", hostVethName(name), err)
+		}
+		veth = nil
+	}
 	switch {
 	case err != nil:
 		return err
 	case veth == nil:
 		attrs := netlink.NewLinkAttrs()
-		attrs.Name, attrs.Alias = hostVethName(name), namespaceMark
+		attrs.Name = hostVethName(name)
 		veth = &netlink.Veth{LinkAttrs: attrs, PeerName: namespaceVeth, PeerNamespace: netlink.NsFd(ns)}
 		if err = netlink.LinkAdd(veth); err != nil {
 			return fmt.Errorf("create %s: %w", attrs.Name, err)
+		}
+		if err := netlink.LinkSetAlias(veth, namespaceMark); err != nil {
+			return fmt.Errorf("mark %s: %w", attrs.Name, err)
 		}
 		if veth, err = netlink.LinkByName(attrs.Name); err != nil { // with its MAC address
 			return err

@@ -151,7 +151,7 @@ func (p *pool) publicAddresses() []net.IP {
 	return publicAddresses
 }
 
-// neighbour is the other end of a link as the kernel is told of it. By IPv4 it asks.
+// neighbour is the other end of a link as the kernel is told of it.
 func (p *pool) neighbour(link netlink.Link, ip net.IP, mac net.HardwareAddr) *netlink.Neigh {
 	return &netlink.Neigh{LinkIndex: link.Attrs().Index, Family: p.family(), State: netlink.NUD_PERMANENT, IP: ip, HardwareAddr: mac}
 }
@@ -159,9 +159,6 @@ func (p *pool) neighbour(link netlink.Link, ip net.IP, mac net.HardwareAddr) *ne
 // setNeighbour tells the kernel of the other end of a link, so that no rule has to let neighbour
 // discovery through.
 func (p *pool) setNeighbour(link netlink.Link, ip net.IP, mac net.HardwareAddr) error {
-	if p.suffix == "" {
-		return nil
-	}
 	if err := netlink.NeighSet(p.neighbour(link, ip, mac)); err != nil {
 		return fmt.Errorf("set neighbour of %s: %w", link.Attrs().Name, err)
 	}
@@ -170,10 +167,7 @@ func (p *pool) setNeighbour(link netlink.Link, ip net.IP, mac net.HardwareAddr) 
 
 // knows tells whether setNeighbour's work is there.
 func (p *pool) knows(link netlink.Link, ip net.IP, mac net.HardwareAddr) (bool, error) {
-	if p.suffix == "" {
-		return true, nil
-	}
-	all, err := netlink.NeighList(link.Attrs().Index, netlink.FAMILY_V6)
+	all, err := netlink.NeighList(link.Attrs().Index, p.family())
 	return slices.ContainsFunc(all, func(n netlink.Neigh) bool {
 		return n.IP.Equal(ip) && n.State == netlink.NUD_PERMANENT && slices.Equal(n.HardwareAddr, mac)
 	}), err
