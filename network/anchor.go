@@ -45,6 +45,7 @@ type Anchor struct {
 type anchorMove struct {
 	By     string    `json:"by,omitempty"`     // namespace of this host that the VM leaves; "": of another
 	Next   string    `json:"next,omitempty"`   // link to where the VM may go
+	To     spot      `json:"to"`               // that place
 	Before string    `json:"before,omitempty"` // link to where it was, and may go back
 	From   spot      `json:"from"`             // that place
 	Since  time.Time `json:"since"`
@@ -64,6 +65,19 @@ func (a Anchor) place() string {
 // needs tells whether the anchor leads by a link, or may in a move.
 func (a *Anchor) needs(link string) bool {
 	return a != nil && (a.Link == link || a.Move != nil && (a.Move.Next == link || a.Move.Before == link))
+}
+
+// behind is where a link leads that the anchor needs; "" leads home.
+func (a *Anchor) behind(link string) spot {
+	switch {
+	case link == "":
+		return spot{Netns: a.Netns}
+	case a.Move != nil && link == a.Move.Next:
+		return a.Move.To
+	case a.Move != nil && link == a.Move.Before:
+		return a.Move.From
+	}
+	return spot{a.To, a.At}
 }
 
 // leadsTo tells whether the VM is at the caller's host, or may go back there.

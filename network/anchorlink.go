@@ -202,7 +202,20 @@ func dropLink(ns, name string) error {
 	if _, err := os.Stat(filepath.Join(netnsDir, ns)); errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
-	err := inNamespace(ns, func() error { return errors.Join(deleteAnchorLink(name), sweepLandings()) })
+	err := inNamespace(ns, func() error {
+		link, err := netlink.LinkByName(name)
+		if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
+			return sweepLandings()
+		}
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(deleteAnchorLink(name), sweepLandings()); err != nil || !strings.HasPrefix(name, anchorLinks) {
+			return err
+		}
+		// Another link may get its number, and so their mark.
+		return forgetConnections(func(f *netlink.ConntrackFlow) bool { return f.Mark == uint32(link.Attrs().Index) })
+	})
 	if err != nil {
 		return fmt.Errorf("remove %s in network namespace %q: %w", name, ns, err)
 	}

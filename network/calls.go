@@ -18,6 +18,9 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"golang.org/x/sync/semaphore"
+
+	"drafter/internal/lockfile"
 )
 
 // NATs call one another through the tunnel: HTTP with JSON. The tunnel tells who calls. Processes of
@@ -109,7 +112,7 @@ func (a *tunnelAccess) callWithin(timeout time.Duration, to TunnelEnd, name stri
 		return err
 	}
 	if answer.StatusCode != http.StatusOK {
-		return &refusedError{name, strings.TrimSpace(string(b))}
+		return &refusedError{name, strings.TrimSpace(string(b)), answer.StatusCode == http.StatusServiceUnavailable}
 	}
 	if response == nil {
 		return nil
@@ -121,12 +124,15 @@ func (a *tunnelAccess) callWithin(timeout time.Duration, to TunnelEnd, name stri
 var errNoNAT = errors.New("the NAT does not answer; is it running?")
 
 // refusedError is the answer of a NAT that does not do what it was called for.
-type refusedError struct{ call, why string }
+type refusedError struct {
+	call, why string
+	later     bool // it may do it later
+}
 
-// heard tells whether a call was answered.
+// heard tells whether a call was answered for good.
 func heard(err error) bool {
 	var refused *refusedError
-	return err == nil || errors.As(err, &refused)
+	return err == nil || errors.As(err, &refused) && !refused.later
 }
 
 func (e *refusedError) Error() string { return fmt.Sprintf("%s: %.500q", e.call, e.why) }
@@ -175,6 +181,9 @@ func (c linkCall) check() error {
 }
 
 func (c landCall) check() error {
+	if c.VM == uuid.Nil { // it stands for all
+		return errors.New("no VM is named")
+	}
 	return errors.Join(linkCall{c.Netns, c.Link}.check(), c.Anchor.check())
 }
 
@@ -191,8 +200,9 @@ func (s spot) check() error {
 
 // caller is the end from which a call comes.
 type caller struct {
-	end  TunnelEnd
-	here bool // it is a process of this host
+	end   TunnelEnd
+	here  bool                // it is a process of this host
+	slots *semaphore.Weighted // for its calls
 }
 
 func (t *tunnel) handler() http.Handler {
@@ -230,7 +240,7 @@ func (t *tunnel) serveLanding(mux *http.ServeMux) {
 		return nil, half.ready()
 	})
 	serve(t, mux, "land/tell", func(from caller, c tellCall) (any, error) {
-		half, err := t.landingFor(c.Netns, c.Link, from)
+		half, err := t.landingFor(c.Netns, "", from)
 		if err != nil {
 			return nil, err
 		}
@@ -273,10 +283,21 @@ func (t *tunnel) leaveAnchor(a *Anchor, from caller, c linkCall) error {
 		return err // it has left before
 	case !theirs && !a.leadsTo(from):
 		return errDenied
-	case a != nil && a.Link == c.Link:
+	case a == nil || a.Link != c.Link:
+		return errors.Join(dropLink(c.Netns, toLanding(c.Link)), a.forget(c.Link))
+	case a.Move == nil || a.Move.Before == "":
 		return a.end()
 	}
-	return errors.Join(dropLink(c.Netns, toLanding(c.Link)), a.forget(c.Link))
+	// The VM did not come there: it goes on where it was.
+	half, err := t.anchorHere(c.Netns, a.VM)
+	if err != nil {
+		return err
+	}
+	defer half.close()
+	if _, err := half.lead(a.Move.Before, a.Move.From); err != nil {
+		return err
+	}
+	return half.disconnect(c.Link)
 }
 
 // serveAnchor handles calls from where an anchor leads, or has led as long as the VM's move is not
@@ -293,6 +314,8 @@ func (t *tunnel) serveAnchor(mux *http.ServeMux, name string, act func(*anchorHe
 				name == "lead" && c.Link == "" && !t.expects(c.Netns, from),
 				name == "lead" && c.Link != "" && !a.needs(c.Link):
 				return errDenied // the VM is not to come there
+			case name == "lead":
+				c.To = a.behind(c.Link)
 			}
 			half, err := t.anchorHere(c.Netns, c.VM)
 			if err != nil {
@@ -320,12 +343,12 @@ func serve[Request any](t *tunnel, mux *http.ServeMux, name string, f func(calle
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
-		who, done, err := t.admit(from.Addr())
+		who, err := t.admit(r.Context(), from.Addr())
 		if err != nil {
-			http.Error(w, err.Error(), http.StatusForbidden)
+			http.Error(w, err.Error(), codeOf(err, http.StatusForbidden))
 			return
 		}
-		defer done()
+		defer who.slots.Release(1)
 		var request Request
 		err = json.NewDecoder(http.MaxBytesReader(w, r.Body, most)).Decode(&request)
 		if checked, ok := any(request).(interface{ check() error }); ok && err == nil {
@@ -338,7 +361,7 @@ func serve[Request any](t *tunnel, mux *http.ServeMux, name string, f func(calle
 		response, err := f(who, request)
 		if err != nil {
 			t.log.Warn("A NAT cannot do what another asks for, which takes part in a VM's move", "call", name, "from", who.end.endpoint(), "error", err)
-			http.Error(w, err.Error(), http.StatusConflict)
+			http.Error(w, err.Error(), codeOf(err, http.StatusConflict))
 			return
 		}
 		json.NewEncoder(w).Encode(response) //nolint:errcheck,errchkjson // who has asked hears of it
@@ -355,30 +378,42 @@ func serveHere[Request any](t *tunnel, mux *http.ServeMux, name string, f func(R
 	})
 }
 
-// admit tells who calls from an address. Call done at the end of the call.
-func (t *tunnel) admit(ip netip.Addr) (who caller, done func(), err error) {
+// errBusy says that a call may be done later.
+var errBusy = fmt.Errorf("%d calls are answered at a time", mostCalls)
+
+// codeOf is the status of an answer, unless the call may be done later.
+func codeOf(err error, code int) int {
+	var held *lockfile.HeldError
+	if errors.Is(err, errBusy) || errors.As(err, &held) {
+		return http.StatusServiceUnavailable
+	}
+	return code
+}
+
+// admit tells who calls from an address, and waits until that may be answered. Release its slot.
+func (t *tunnel) admit(ctx context.Context, ip netip.Addr) (who caller, err error) {
 	t.mu.Lock()
-	defer t.mu.Unlock()
 	who.here = ip == t.End.Key.ip()
 	for _, end := range t.record.Peers {
 		if end.Key.ip() == ip {
 			who.end = end
 		}
 	}
-	switch {
-	case !who.here && who.end.Key == TunnelKey{}:
-		return who, nil, errDenied
-	case !who.here && t.calls[ip] >= mostCalls:
-		return who, nil, fmt.Errorf("%d calls are answered at a time", mostCalls)
+	known := who.here || who.end.Key != TunnelKey{}
+	if known && t.calls[ip] == nil {
+		t.calls[ip] = semaphore.NewWeighted(mostCalls)
 	}
-	t.calls[ip]++
-	return who, func() {
-		t.mu.Lock()
-		defer t.mu.Unlock()
-		if t.calls[ip]--; t.calls[ip] == 0 {
-			delete(t.calls, ip)
-		}
-	}, nil
+	who.slots = t.calls[ip]
+	t.mu.Unlock()
+	if !known {
+		return who, errDenied
+	}
+	ctx, cancel := context.WithTimeout(ctx, tellTimeout)
+	defer cancel()
+	if err := who.slots.Acquire(ctx, 1); err != nil {
+		return who, errBusy
+	}
+	return who, nil
 }
 
 // seen is a spot as this host sees it, of which a caller has told.

@@ -80,12 +80,14 @@ func TestCalls(t *testing.T) {
 		{"no JSON", friend.Key, "land", "{", http.StatusBadRequest},
 		{"a path", friend.Key, "land", text(landCall{Netns: "../ark0", Link: "3fa2c1"}), http.StatusBadRequest},
 		{"no link", friend.Key, "land", text(landCall{Netns: "ark0", Link: "tap0"}), http.StatusBadRequest},
-		{"nobody's landing", friend.Key, "land", text(landCall{Netns: "ark1", Link: "3fa2c1"}), http.StatusConflict},
+		{"nobody's landing", friend.Key, "land", text(landCall{Netns: "ark1", Link: "3fa2c1", VM: vm}), http.StatusConflict},
 		{"another's landing", other.Key, "land", text(land), http.StatusConflict},
 		{"the friend's landing", friend.Key, "land", text(land), http.StatusOK},
 		{"connections of another's link", other.Key, "land/tell", tell([]byte("sixteen bytes.00")), http.StatusConflict},
 		{"connections", friend.Key, "land/tell", tell([]byte("sixteen bytes.00")), http.StatusOK},
 		{"no connection", friend.Key, "land/tell", tell([]byte{1}), http.StatusBadRequest},
+		{"no VM", friend.Key, "land", text(landCall{Netns: "ark0", Link: "3fa2c2", Anchor: spot{Netns: "ark7"}}), http.StatusBadRequest},
+		{"the same link", friend.Key, "land", text(land), http.StatusConflict},
 		{"a name that moves the cursor", friend.Key, "land", text(landCall{Netns: "ark0", Link: "3fa2c2", Anchor: spot{Netns: "ark7\x1b[2J"}}), http.StatusBadRequest},
 		{"more than a call takes", friend.Key, "land", text(landCall{Netns: strings.Repeat("a", mostCall), Link: "3fa2c2"}), http.StatusBadRequest},
 		{"another ends the link", other.Key, "land/leave", text(linkCall{"ark0", "3fa2c1"}), http.StatusConflict},
@@ -102,7 +104,10 @@ func TestCalls(t *testing.T) {
 	if err := claim.Landed(); err != nil {
 		t.Fatal(err)
 	}
-	if code := call(friend.Key, "land", text(landCall{Netns: "ark0", Link: "3fa2c2"})); code != http.StatusConflict {
+	if code := call(friend.Key, "land/tell", tell([]byte("sixteen bytes.00"))); code != http.StatusConflict {
+		t.Errorf("connections after the VM has come are answered with %d", code)
+	}
+	if code := call(friend.Key, "land", text(landCall{Netns: "ark0", Link: "3fa2c2", VM: vm})); code != http.StatusConflict {
 		t.Errorf("a landing after the VM has come is answered with %d", code)
 	}
 	if code := call(friend.Key, "land/leave", text(linkCall{"ark0", "3fa2c1"})); code != http.StatusOK || len(links()) > 0 {

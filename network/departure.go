@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"drafter/internal/lockfile"
@@ -279,11 +280,15 @@ func (d *Departure) connect(vm uuid.UUID) error {
 // each calls f for ways at the same time, so that hosts that do not answer are waited for once.
 func (d *Departure) each(ways []*way, f func(*way) error) []error {
 	errs := make([]error, len(ways))
-	var wait sync.WaitGroup
+	var g errgroup.Group
+	g.SetLimit(mostCalls / 2) // another VM may leave for the same host
 	for i, w := range ways {
-		wait.Go(func() { errs[i] = f(w) })
+		g.Go(func() error {
+			errs[i] = f(w)
+			return nil
+		})
 	}
-	wait.Wait()
+	_ = g.Wait() // errs has them
 	return errs
 }
 
@@ -531,9 +536,11 @@ func (c *Claim) Landed() error {
 	if c.lock == nil {
 		return nil
 	}
-	a, err := anchorOf(c.namespace)
-	if a != nil {
-		err = errors.Join(a.disconnect(), forgetAnchor(c.namespace))
-	}
+	err := withAnchor(c.namespace, lockAnchors, func(a *Anchor) error {
+		if a == nil {
+			return nil
+		}
+		return errors.Join(a.disconnect(), forgetAnchor(c.namespace))
+	})
 	return errors.Join(err, expectNobody(c.namespace), rundir.Remove())
 }

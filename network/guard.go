@@ -342,7 +342,10 @@ func (n *NAT) namespaceRules(i, connections int) error {
 	}
 	r.answers(forwarded)
 	// They were let in at their anchor. The kernel may know them only from now on.
-	r.rule(forwarded, ofAnchor(), accept())
+	for _, p := range l.pools() {
+		r.rule(forwarded, ofAnchor(), fromSomeAnchor(), toInterface(c.NamespaceInterface), toAddress(host(p.guest)), accept())
+		r.rule(forwarded, ofAnchor(), fromInterface(c.NamespaceInterface), toSomeAnchor(), fromAddress(host(p.guest)), accept())
+	}
 	r.rule(forwarded, notNewConnection(), drop())
 	// A guest that has moved may open a connection anew that was known here: one of UDP that was quiet
 	// for a while, say.

@@ -59,7 +59,7 @@ func newAnchorHere(ns string, vm uuid.UUID, tunnel *tunnelAccess) (_ *anchorHere
 func (t *tunnel) anchorHere(ns string, vm uuid.UUID) (*anchorHere, error) {
 	h, err := newAnchorHere(ns, vm, t.tunnelAccess)
 	if err == nil {
-		h.linker = t
+		h.linker = introducing{t}
 	}
 	return h, err
 }
@@ -83,7 +83,7 @@ func (h *anchorHere) connect(link string, to spot) error {
 		return err
 	}
 	if a != nil { // noted before the link is there, because links that nobody needs are removed
-		a.Move = &anchorMove{By: h.by, Next: link, Since: time.Now()}
+		a.Move = &anchorMove{By: h.by, Next: link, To: to, Since: time.Now()}
 		if err := a.write(); err != nil {
 			return err
 		}
@@ -123,8 +123,8 @@ func (h *anchorHere) lead(link string, to spot) ([][]byte, error) {
 		if before != nil {
 			was, a.Since = before.Link, before.Since
 			a.Move = &anchorMove{By: h.by, Before: before.Link, From: spot{before.To, before.At}, Since: time.Now()}
-			if before.Move != nil && before.Move.Before == link { // it goes back
-				a.Move = &anchorMove{By: h.by, Next: before.Link, Since: time.Now()}
+			if link != "" && before.Move != nil && before.Move.Before == link { // it goes back
+				a.Move = &anchorMove{By: h.by, Next: before.Link, To: spot{before.To, before.At}, Since: time.Now()}
 			}
 		}
 		if err := a.write(); err != nil {
@@ -195,7 +195,7 @@ func newLandingHere(ns string, tunnel *tunnelAccess) (landingHere, error) {
 // landingHere is newLandingHere for the NAT itself.
 func (t *tunnel) landingHere(ns string) (landingHere, error) {
 	h, err := newLandingHere(ns, nil)
-	h.linker = t
+	h.linker = introducing{t}
 	return h, err
 }
 
@@ -207,17 +207,20 @@ func (h landingHere) land(link string, anchor spot, vm uuid.UUID) error {
 		return nil // whoever makes the link does it
 	}
 	// Noted before the link is there, so that nobody forgets it.
-	many := false
+	var refused error
 	err := changeList(landingRecords, h.ns, func(all []landed) []landed {
-		if many = len(all) >= mostLandings; many {
+		if len(all) >= mostLandings {
+			refused = fmt.Errorf("%d anchors on other hosts lead to network namespace %q; no more can", mostLandings, h.ns)
+		}
+		if slices.ContainsFunc(all, func(l landed) bool { return l.Link == link }) {
+			refused = fmt.Errorf("a link %s leads to network namespace %q already", link, h.ns)
+		}
+		if refused != nil {
 			return all
 		}
 		return append(all, landed{link, vm, anchor})
 	})
-	if err == nil && many {
-		err = fmt.Errorf("%d anchors on other hosts lead to network namespace %q; no more can", mostLandings, h.ns)
-	}
-	if err != nil {
+	if err := errors.Join(err, refused); err != nil {
 		return err
 	}
 	if err := h.linker.makeLink(h.ns, fromAnchor(link), link, *anchor.Tunnel); err != nil {

@@ -100,13 +100,18 @@ func ofAnchor() []expr.Any {
 
 // toSomeLanding matches packets that leave by a link to a landing, and fromSomeLanding those that
 // come by one.
-func toSomeLanding() []expr.Any   { return landingLink(expr.MetaKeyOIFNAME) }
-func fromSomeLanding() []expr.Any { return landingLink(expr.MetaKeyIIFNAME) }
+func toSomeLanding() []expr.Any   { return interfacesLike(expr.MetaKeyOIFNAME, landingLinks) }
+func fromSomeLanding() []expr.Any { return interfacesLike(expr.MetaKeyIIFNAME, landingLinks) }
 
-func landingLink(key expr.MetaKey) []expr.Any {
+// toSomeAnchor and fromSomeAnchor are the same for links to anchors.
+func toSomeAnchor() []expr.Any   { return interfacesLike(expr.MetaKeyOIFNAME, anchorLinks) }
+func fromSomeAnchor() []expr.Any { return interfacesLike(expr.MetaKeyIIFNAME, anchorLinks) }
+
+// interfacesLike matches interfaces whose names begin like that.
+func interfacesLike(key expr.MetaKey, prefix string) []expr.Any {
 	return []expr.Any{
 		&expr.Meta{Key: key, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte(landingLinks)}, // how its name begins
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte(prefix)},
 	}
 }
 
@@ -129,13 +134,14 @@ func addConnections(link string, keys [][]byte) error {
 	for size, all := range elements {
 		set := connectionsOf(table, size)
 		for some := range slices.Chunk(all, atOnce) {
-			if err := conn.SetAddElements(set, some); err != nil {
-				return fmt.Errorf("fill set %s: %w", set.Name, err)
+			err := conn.SetAddElements(set, some)
+			if err == nil {
+				err = conn.Flush() // one message holds some 5,000
+			}
+			if err != nil {
+				return fmt.Errorf("fill set %s of table %s: %w", set.Name, table.Name, err)
 			}
 		}
-	}
-	if err := conn.Flush(); err != nil {
-		return fmt.Errorf("fill the sets of table %s: %w", table.Name, err)
 	}
 	return nil
 }

@@ -1,6 +1,7 @@
 package network
 
 import (
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -21,6 +22,7 @@ import (
 
 	"drafter/internal/await"
 	"drafter/internal/need"
+	"drafter/internal/testhost"
 )
 
 // otherNAT answers calls as another host's NAT would, at its address in the tunnel.
@@ -300,6 +302,16 @@ func TestAnchorFollows(t *testing.T) {
 	leads(at, at, next)
 	call(friendEnd.Key, "lead", next, there, http.StatusOK)
 	leads(next, at, next)
+	// The other host says that the VM has not come, before the friend does.
+	if code := calls(t, n, otherEnd.Key, "anchor/leave", linkCall{"ark0", next}); code != http.StatusOK {
+		t.Errorf("the end of the landing is answered with %d", code)
+	}
+	leads(at, at)
+	call(friendEnd.Key, "connect", next, there, http.StatusOK)
+	call(friendEnd.Key, "lead", next, spot{Netns: "ark1"}, http.StatusOK) // it leads to where it was made for
+	if a, err := anchorOf("ark0"); err != nil || a.Where() != "ark3 on 192.0.2.8" {
+		t.Errorf("it leads to %+v, %v", a, err)
+	}
 	call(friendEnd.Key, "lead", at, spot{Netns: "ark7"}, http.StatusOK) // a rescue
 	leads(at, at, next)
 	// It comes home, as far as the friend can tell, whose link ends before it is there.
@@ -373,5 +385,83 @@ func TestKnownEnd(t *testing.T) {
 	newOtherNAT(t, friendEnd)
 	if calls(t, n, n.tunnel.End.Key, "meet", friendEnd) != http.StatusOK || known() != moved.Address {
 		t.Errorf("one that answers is at %s", known())
+	}
+}
+
+// What comes by a link reaches the guest, and nobody else by way of its namespace.
+func TestLandingReachesGuestOnly(t *testing.T) {
+	need.Root(t)
+	n := startTunnelNAT(t)
+	claim, err := ClaimNamespace("ark0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := claim.expect(&friendEnd); err != nil {
+		t.Fatal(err)
+	}
+	land := landCall{Netns: "ark0", Link: "3fa2c1", VM: uuid.New(), Anchor: spot{Netns: "ark7"}}
+	if calls(t, n, n.tunnel.End.Key, "meet", friendEnd) != http.StatusOK || calls(t, n, friendEnd.Key, "land", land) != http.StatusOK {
+		t.Fatal("no landing")
+	}
+	var packets net.PacketConn
+	if err := inNamespace(testhost.Outside, func() (err error) { packets, err = net.ListenPacket("udp4", "192.0.2.254:9"); return err }); err != nil {
+		t.Fatal(err)
+	}
+	defer packets.Close()
+	friend := &port{linkEnd: linkEnd{n.tunnel.End.Key.ip(), 0x3fa2c1}}
+	for _, from := range []net.IP{n.layout.guest, net.IPv4(192, 0, 2, 254)} {
+		packet := udpPacket(from, net.IPv4(192, 0, 2, 254), 9)
+		b := make([]byte, wireOffset+linkHeader, 65535)
+		friend.head(friendEnd.Key.ip(), b[wireOffset:], len(packet), 0, 0, false)
+		if _, err := n.tunnel.wire.Write([][]byte{append(b, packet...)}, wireOffset); err != nil {
+			t.Error(err)
+		}
+	}
+	packets.SetReadDeadline(time.Now().Add(300 * time.Millisecond))
+	if _, from, err := packets.ReadFrom(make([]byte, 100)); err == nil {
+		t.Errorf("what came by the link arrives outside from %s", from)
+	}
+	if err := claim.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// udpPacket is an IPv4 packet (RFC 791) with a datagram (RFC 768) that has no checksum.
+func udpPacket(from, to net.IP, port uint16) []byte {
+	p := make([]byte, 20+8+5)
+	p[0], p[3], p[8], p[9] = 4<<4|5, byte(len(p)), 64, unix.IPPROTO_UDP
+	copy(p[12:], from.To4())
+	copy(p[16:], to.To4())
+	sum := uint32(0)
+	for i := 0; i < 20; i += 2 {
+		sum += uint32(p[i])<<8 | uint32(p[i+1])
+	}
+	sum = sum&0xffff + sum>>16
+	binary.BigEndian.PutUint16(p[10:], ^uint16(sum+sum>>16))
+	binary.BigEndian.PutUint16(p[20:], 1000)
+	binary.BigEndian.PutUint16(p[22:], port)
+	binary.BigEndian.PutUint16(p[24:], 8+5)
+	return p
+}
+
+// A guest may have more connections than one message of nftables holds.
+func TestTellMany(t *testing.T) {
+	need.Root(t)
+	startNAT(t, testConfig())
+	if err := connectAnchor("ark0", "ark1", "3fa2c1", "tap0"); err != nil {
+		t.Fatal(err)
+	}
+	var keys [][]byte
+	for i := range 2 * mostConnections {
+		keys = append(keys, connectionKey(netlink.IPTuple{Protocol: unix.IPPROTO_TCP, SrcPort: 80, DstIP: net.IPv4(10, 0, byte(i>>8), byte(i)), DstPort: 1000}))
+	}
+	if err := inNamespace("ark1", func() error { return addConnections("3fa2c1", keys) }); err != nil {
+		t.Error(err)
+	}
+	if err := dropLink("ark0", toLanding("3fa2c1")); err != nil {
+		t.Error(err)
+	}
+	if err := dropLink("ark1", fromAnchor("3fa2c1")); err != nil {
+		t.Error(err)
 	}
 }

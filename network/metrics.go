@@ -2,10 +2,12 @@ package network
 
 import (
 	"bufio"
+	"encoding/hex"
 	"fmt"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 )
@@ -17,8 +19,8 @@ var (
 	describeBytes       = prometheus.NewDesc("drafter_anchor_bytes_total", "Bytes that have passed by an anchor in both directions, since the VM is where it is.", anchorLabels, nil)
 	describeSince       = prometheus.NewDesc("drafter_anchor_since_timestamp_seconds", "When the VM has left an anchor, in seconds since 1970.", anchorLabels, nil)
 
-	describeTunnel    = prometheus.NewDesc("drafter_tunnel_bytes_total", "Bytes to and from another host's NAT through the tunnel.", []string{"host", "direction"}, nil)
-	describeHandshake = prometheus.NewDesc("drafter_tunnel_handshake_timestamp_seconds", "When the last handshake with another host's NAT was, in seconds since 1970; 0 before the first.", []string{"host"}, nil)
+	describeTunnel    = prometheus.NewDesc("drafter_tunnel_bytes_total", "Bytes to and from another host's NAT through the tunnel.", []string{"host", "key", "direction"}, nil)
+	describeHandshake = prometheus.NewDesc("drafter_tunnel_handshake_timestamp_seconds", "When the last handshake with another host's NAT was, in seconds since 1970; 0 before the first.", []string{"host", "key"}, nil)
 	describeNotices   = prometheus.NewDesc("drafter_tunnel_notices", "Links that have ended here of which other hosts have not heard yet.", nil, nil)
 )
 
@@ -68,34 +70,71 @@ func (n *NAT) collectAnchors(out chan<- prometheus.Metric) error {
 	return nil
 }
 
-// collect reads what WireGuard counts, as its configuration protocol tells it
-// (https://www.wireguard.com/xplatform/).
+// collect collects the figures of the tunnel. A host whose NAT was started anew has two keys for a while.
 func (t *tunnel) collect(out chan<- prometheus.Metric) error {
 	notices, err := t.notices()
 	if err != nil {
 		return err
 	}
 	out <- prometheus.MustNewConstMetric(describeNotices, prometheus.GaugeValue, float64(len(notices)))
-	state, err := t.device.IpcGet()
+	peers, err := t.peers()
 	if err != nil {
-		return fmt.Errorf("read state of the tunnel: %w", err)
+		return err
 	}
-	host := ""
-	for lines := bufio.NewScanner(strings.NewReader(state)); lines.Scan(); {
-		key, value, _ := strings.Cut(lines.Text(), "=")
-		number, _ := strconv.ParseFloat(value, 64) // of those below
-		switch key {
-		case "public_key":
-			host = value // one that no address is known of
-		case "endpoint":
-			host = value
-		case "last_handshake_time_sec":
-			out <- prometheus.MustNewConstMetric(describeHandshake, prometheus.GaugeValue, number, host)
-		case "tx_bytes":
-			out <- prometheus.MustNewConstMetric(describeTunnel, prometheus.CounterValue, number, host, "sent")
-		case "rx_bytes":
-			out <- prometheus.MustNewConstMetric(describeTunnel, prometheus.CounterValue, number, host, "received")
+	for key, p := range peers {
+		handshake := 0.0
+		if !p.handshake.IsZero() {
+			handshake = float64(p.handshake.Unix())
 		}
+		out <- prometheus.MustNewConstMetric(describeHandshake, prometheus.GaugeValue, handshake, p.endpoint, key.String())
+		out <- prometheus.MustNewConstMetric(describeTunnel, prometheus.CounterValue, p.sent, p.endpoint, key.String(), "sent")
+		out <- prometheus.MustNewConstMetric(describeTunnel, prometheus.CounterValue, p.received, p.endpoint, key.String(), "received")
 	}
 	return nil
+}
+
+// peer is what WireGuard knows of another end.
+type peer struct {
+	endpoint       string
+	handshake      time.Time // the last one; zero before the first
+	sent, received float64   // bytes
+}
+
+// peers reads what WireGuard knows, as its configuration protocol tells it
+// (https://www.wireguard.com/xplatform/).
+func (t *tunnel) peers() (map[TunnelKey]peer, error) {
+	state, err := t.device.IpcGet()
+	if err != nil {
+		return nil, fmt.Errorf("read state of the tunnel: %w", err)
+	}
+	peers := map[TunnelKey]peer{}
+	var key TunnelKey
+	for lines := bufio.NewScanner(strings.NewReader(state)); lines.Scan(); {
+		name, value, _ := strings.Cut(lines.Text(), "=")
+		if name == "public_key" {
+			b, err := hex.DecodeString(value)
+			if err != nil || len(b) != len(key) {
+				return nil, fmt.Errorf("read state of the tunnel: %q is no key", value)
+			}
+			key = TunnelKey(b)
+		}
+		number, _ := strconv.ParseInt(value, 10, 64) // of those below
+		p := peers[key]
+		switch name {
+		case "endpoint":
+			p.endpoint = value
+		case "last_handshake_time_sec":
+			if number > 0 {
+				p.handshake = time.Unix(number, 0)
+			}
+		case "tx_bytes":
+			p.sent = float64(number)
+		case "rx_bytes":
+			p.received = float64(number)
+		default:
+			continue
+		}
+		peers[key] = p
+	}
+	return peers, nil
 }

@@ -26,6 +26,9 @@ type notice struct {
 // noticePatience is how long another host may be down.
 const noticePatience = 24 * time.Hour
 
+// mostNotices is how many a NAT has to give at a time. The oldest go first.
+const mostNotices = 1000
+
 const noticeRecords = "notices"
 
 // giveNotice records notices for the NAT of a namespace. The NAT is called, so that it gives them at
@@ -46,7 +49,10 @@ func giveNotice(ns string, notices ...notice) error {
 	if config == nil || err != nil {
 		return err
 	}
-	err = changeList(noticeRecords, config.NamespacePrefix, func(all []notice) []notice { return append(all, notices...) })
+	err = changeList(noticeRecords, config.NamespacePrefix, func(all []notice) []notice {
+		all = append(all, notices...)
+		return all[max(0, len(all)-mostNotices):]
+	})
 	if err != nil {
 		return err
 	}
@@ -95,9 +101,15 @@ func (t *tunnel) notices() ([]notice, error) {
 // giveHost gives notices to one host, until it does not answer.
 func (t *tunnel) giveHost(notices []notice) error {
 	for _, n := range notices {
+		if t.ended() {
+			return nil // the next NAT gives the others, if there is one
+		}
 		what := "land/leave"
 		if n.Anchor {
 			what = "anchor/leave"
+		}
+		if t.unheardOf(n.To.Tunnel.Key) {
+			n.Since = time.Time{} // it has never answered: nobody may be there
 		}
 		err := t.call(*n.To.Tunnel, what, linkCall{n.To.Netns, n.Link}, nil)
 		silent := !heard(err)
@@ -123,6 +135,22 @@ func (t *tunnel) giveHost(notices []notice) error {
 		}
 	}
 	return nil
+}
+
+// ended tells whether the tunnel's time to give notices is over.
+func (t *tunnel) ended() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.closed && time.Now().After(t.end)
+}
+
+// unheardOf tells whether another host has told of an end that has never answered.
+func (t *tunnel) unheardOf(key TunnelKey) bool {
+	t.mu.Lock()
+	introduced := t.introduced[key]
+	t.mu.Unlock()
+	peers, err := t.peers()
+	return introduced && err == nil && peers[key].handshake.IsZero()
 }
 
 // readList returns what a record lists.

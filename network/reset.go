@@ -24,6 +24,7 @@ import (
 
 const (
 	tcpSYN    = 0x02
+	tcpURG    = 0x20
 	tcpSYNACK = 0x12
 
 	tcpEstablished = 3 // nf_conntrack_tcp.h

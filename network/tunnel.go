@@ -23,6 +23,8 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/net/netutil"
+	"golang.org/x/sync/semaphore"
 	"golang.zx2c4.com/wireguard/conn"
 	"golang.zx2c4.com/wireguard/device"
 	"golang.zx2c4.com/wireguard/tun"
@@ -74,7 +76,9 @@ type TunnelEnd struct {
 func (e TunnelEnd) check() error {
 	// A zone may hold anything, also lines for WireGuard.
 	addr, err := netip.ParseAddr(e.Address)
-	if e.Address != "" && (err != nil || addr.Zone() != "" || addr.IsUnspecified() || addr.IsMulticast() || addr.IsLoopback()) {
+	addr = addr.Unmap()
+	here := addr.Is4() && (addr.As4()[0] == 0 || addr.As4() == [4]byte{255, 255, 255, 255}) // RFC 1122, 3.2.1.3
+	if e.Address != "" && (err != nil || addr.Zone() != "" || addr.IsUnspecified() || addr.IsMulticast() || addr.IsLoopback() || here) {
 		return fmt.Errorf("the address %.60q of a tunnel's end is no IP address of a host", e.Address)
 	}
 	if e.Port < 1 || e.Port > 65535 {
@@ -116,9 +120,11 @@ type tunnel struct {
 	mu         sync.Mutex // guards what follows
 	record     tunnelRecord
 	met        map[TunnelKey]time.Time
-	calls      map[netip.Addr]int // that are answered, by who calls
-	delivering map[TunnelKey]bool // hosts to which notices are given
+	introduced map[TunnelKey]bool                 // of which another host has told: they are known as long as there is a link
+	calls      map[netip.Addr]*semaphore.Weighted // of who calls
+	delivering map[TunnelKey]bool                 // hosts to which notices are given
 	closed     bool
+	end        time.Time // of notices, once it is closed
 }
 
 // tunnelRecord is kept on disk, so that the next NAT goes on with it.
@@ -139,7 +145,7 @@ func (n *NAT) startTunnel() (err error) {
 	if n.config.TunnelPort == 0 {
 		return n.removeTunnel()
 	}
-	t := &tunnel{nat: n, log: n.config.Logger, met: map[TunnelKey]time.Time{}, calls: map[netip.Addr]int{}, delivering: map[TunnelKey]bool{}}
+	t := &tunnel{nat: n, log: n.config.Logger, met: map[TunnelKey]time.Time{}, introduced: map[TunnelKey]bool{}, calls: map[netip.Addr]*semaphore.Weighted{}, delivering: map[TunnelKey]bool{}}
 	private, err := t.readRecord()
 	if err != nil {
 		return err
@@ -195,7 +201,10 @@ func (n *NAT) startTunnel() (err error) {
 			}
 		}
 	}
-	t.server = &http.Server{Handler: t.handler(), ReadTimeout: callTimeout, MaxHeaderBytes: 4 << 10, IdleTimeout: time.Minute}
+	t.server = &http.Server{
+		Handler: t.handler(), ReadTimeout: callTimeout, WriteTimeout: 5 * callTimeout, IdleTimeout: 2 * callTimeout, MaxHeaderBytes: 4 << 10,
+	}
+	listener = netutil.LimitListener(listener, mostCallers)
 	t.serve.Go(func() {
 		if err := t.server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
 			t.log.Error("The tunnel takes no calls any more; VMs that move to other hosts lose their connections", "error", err)
@@ -304,6 +313,7 @@ func (t *tunnel) close() error {
 	var err error
 	t.mu.Lock()
 	t.closed = true
+	t.end = time.Now().Add(callTimeout) // what is left to say goes then
 	t.mu.Unlock()
 	if t.server != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
@@ -322,8 +332,10 @@ func (t *tunnel) close() error {
 	return err
 }
 
-// mostPeers is of ends that are known at a time.
-const mostPeers = 1000
+const (
+	mostPeers   = 1000 // ends that are known at a time
+	mostCallers = 256  // connections to the calls' server
+)
 
 // meet adds another's end. An end that is known and answers stays where it is: to know its public key
 // does not prove to be it.
@@ -400,10 +412,17 @@ func (t *tunnel) forgetPeers() error {
 	for _, n := range notices {
 		needed[n.To.Tunnel.Key] = true
 	}
+	linked := t.wire.peers()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	peers := maps.Clone(t.record.Peers)
-	maps.DeleteFunc(peers, func(key TunnelKey, _ TunnelEnd) bool { return !needed[key] && time.Since(t.met[key]) > linkPatience })
+	maps.DeleteFunc(peers, func(key TunnelKey, _ TunnelEnd) bool {
+		patience := linkPatience
+		if t.introduced[key] {
+			patience = 2 * callTimeout // its link is about to be made
+		}
+		return !needed[key] && !linked[key.ip()] && time.Since(t.met[key]) > patience
+	})
 	if len(peers) == len(t.record.Peers) {
 		return nil
 	}
@@ -411,6 +430,8 @@ func (t *tunnel) forgetPeers() error {
 		if _, ok := peers[key]; !ok {
 			t.device.RemovePeer(device.NoisePublicKey(key))
 			delete(t.met, key)
+			delete(t.introduced, key)
+			delete(t.calls, key.ip())
 		}
 	}
 	t.record.Peers = peers
@@ -433,6 +454,18 @@ func (t *tunnel) addPeer(end TunnelEnd) error {
 		return fmt.Errorf("add the other end of a tunnel: %w", err)
 	}
 	return nil
+}
+
+// introducing makes links to ends of which another host has told.
+type introducing struct{ *tunnel }
+
+func (t introducing) makeLink(ns, name, link string, other TunnelEnd) error {
+	t.mu.Lock()
+	if _, known := t.record.Peers[other.Key]; !known {
+		t.introduced[other.Key] = true
+	}
+	t.mu.Unlock()
+	return t.tunnel.makeLink(ns, name, link, other)
 }
 
 // makeLink makes this host's end of a link in a namespace.

@@ -124,6 +124,17 @@ func (w *wire) add(end linkEnd, device wgtun.Device) error {
 	return nil
 }
 
+// peers are the addresses of all that links lead to.
+func (w *wire) peers() map[netip.Addr]bool {
+	w.mu.RLock()
+	defer w.mu.RUnlock()
+	peers := map[netip.Addr]bool{}
+	for end := range w.links {
+		peers[end.peer] = true
+	}
+	return peers
+}
+
 // read reads from an interface until that is closed, or gone.
 func (w *wire) read(p *port) {
 	for {
@@ -191,7 +202,9 @@ func split(b []byte, size int, bufs [][]byte, sizes []int, offset int) (int, err
 	header, packet := b[:virtioHeader], b[virtioHeader:]
 	large := header[1] != unix.VIRTIO_NET_HDR_GSO_NONE
 	options, whole := tcpSegment(packet)
-	if whole && len(packet) > size && (large || packet[options.CsumStart+13]&tcpSYN == 0) {
+	// Both are said of the whole packet. In a large segment they are the kernel's to say so.
+	single := whole && packet[options.CsumStart+13]&(tcpSYN|tcpURG) != 0
+	if whole && len(packet) > size && (large || !single) {
 		options.GSOSize = uint16(size) - options.HdrLen
 		return tun.GSOSplit(packet, options, bufs, sizes, offset)
 	}
@@ -295,7 +308,7 @@ func (w *wire) portOf(b []byte) *port {
 	if b[9] != linkProtocol {
 		return w.calls
 	}
-	if len(b) < linkHeader {
+	if len(b) <= linkHeader {
 		return nil
 	}
 	w.mu.RLock()

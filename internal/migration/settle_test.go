@@ -135,9 +135,7 @@ func TestWholeWithoutSource(t *testing.T) {
 	case <-time.After(time.Minute):
 		t.Fatalf("the target is %s", arrived.Phase())
 	}
-	if arrived.Phase() != migrate.Confirming {
-		t.Errorf("the target is %s, and cannot have been told", arrived.Phase())
-	}
+	await.True(t, "the target confirms, and cannot have been told", func() bool { return arrived.Phase() == migrate.Confirming })
 	p.target.mu.Lock()
 	err = p.target.verify()
 	p.target.mu.Unlock()
