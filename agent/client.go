@@ -135,8 +135,8 @@ func (c *Client) explain(ctx context.Context, call string, err error) error {
 	if err = c.conn.reason(err); err == nil {
 		return nil
 	}
-	// The guest may have ended the connection for that reason, and have said so, just before.
-	if errors.Is(err, context.DeadlineExceeded) || errors.Is(ctx.Err(), context.DeadlineExceeded) {
+	// The guest may have ended the call or the connection for that reason, and have said so, just before.
+	if errors.Is(err, context.DeadlineExceeded) || errors.Is(ctx.Err(), context.DeadlineExceeded) || status.Code(err) == codes.DeadlineExceeded {
 		return fmt.Errorf("agent %s: the guest did not answer in time: %w", call, err)
 	}
 	return fmt.Errorf("agent %s: %w", call, &guestError{err})

@@ -66,7 +66,9 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 
 // BeforeSuspend implements [AgentService].
 func (s *Server) BeforeSuspend(ctx context.Context, _ *BeforeSuspendRequest) (*BeforeSuspendResponse, error) {
-	if err := s.command(ctx, s.BeforeSuspendCmd); err != nil {
+	if err := s.command(ctx, s.BeforeSuspendCmd); ctx.Err() != nil {
+		return nil, ctx.Err() // whatever it says, it was ended as the host's time was over
+	} else if err != nil {
 		return nil, fmt.Errorf("before-suspend command: %w", err)
 	}
 	unix.Sync()
@@ -175,7 +177,9 @@ func (s *Server) AfterResume(ctx context.Context, r *AfterResumeRequest) (*After
 	if err := s.writeResolvConf(r.GetResolvConf()); err != nil {
 		response.ResolvConfError = err.Error() // the guest runs on without
 	}
-	if err := s.command(ctx, s.AfterResumeCmd); err != nil {
+	if err := s.command(ctx, s.AfterResumeCmd); ctx.Err() != nil {
+		return nil, ctx.Err()
+	} else if err != nil {
 		return nil, fmt.Errorf("after-resume command: %w", err)
 	}
 	return response, nil
