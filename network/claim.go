@@ -37,10 +37,13 @@ func ClaimNamespace(name string) (*Claim, error) {
 	if _, err := os.Stat(filepath.Join(netnsDir, name)); err != nil {
 		return nil, fmt.Errorf("network namespace %q does not exist; start drafter nat, or create it with 'ip netns add %s'", name, name)
 	}
-	for _, locks := range []string{"netns", anchorRecords, landingRecords, noticeRecords} {
+	for _, locks := range []string{anchorRecords, landingRecords, noticeRecords} {
 		if err := rundir.Sweep(locks); err != nil {
 			return nil, fmt.Errorf("claim network namespace %q: %w", name, err)
 		}
+	}
+	if err := sweepExpected(); err != nil {
+		return nil, fmt.Errorf("claim network namespace %q: %w", name, err)
 	}
 	lock, err := claimNamespace(name)
 	var held *lockfile.HeldError
@@ -56,7 +59,10 @@ func ClaimNamespace(name string) (*Claim, error) {
 	return &Claim{name, lock}, nil
 }
 
-func claimNamespace(name string) (*lockfile.Lock, error) { return rundir.Lock("netns/" + name) }
+// claimLocks is the directory of claims' locks.
+const claimLocks = "netns"
+
+func claimNamespace(name string) (*lockfile.Lock, error) { return rundir.Lock(claimLocks + "/" + name) }
 
 // Close gives the namespace back. It ends the connections of the VM, which must have ended here. If
 // it has left an anchor here, the connections go on where it is. Close is idempotent.

@@ -8,13 +8,14 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"drafter/internal/private"
 	"drafter/internal/rundir"
 )
 
 // expectation is of a VM that is to come to a claimed namespace. Its record goes when the VM has come,
-// with the claim, or, if the process was killed, with the next claim.
+// with the claim, or, if the process was killed, with the next claim of any namespace.
 type expectation struct {
 	// Ticket proves to a source on this host that its target has the claim: only root reads it here.
 	Ticket string     `json:"ticket"`
@@ -52,6 +53,26 @@ func expectNobody(ns string) error {
 		return fmt.Errorf("forget that a VM may come to network namespace %q: %w", ns, err)
 	}
 	return nil
+}
+
+// sweepExpected removes the records of claims whose processes were killed.
+func sweepExpected() error {
+	if err := rundir.Sweep(claimLocks); err != nil {
+		return err
+	}
+	paths, err := filepath.Glob(expectationPath("*"))
+	if err != nil {
+		return err
+	}
+	for _, path := range paths {
+		ns := strings.TrimSuffix(filepath.Base(path), ".json")
+		if _, err := os.Stat(filepath.Join(rundir.Path, claimLocks, ns+".lock")); errors.Is(err, os.ErrNotExist) {
+			if err := expectNobody(ns); err != nil {
+				return err
+			}
+		}
+	}
+	return rundir.Remove()
 }
 
 // expected returns what is expected in a namespace.

@@ -53,12 +53,15 @@ const StateRoom = 2 << 20
 // Reserve sets room aside for all of the memory and the state, so that the VM can be suspended when
 // the file system is full.
 func (p Paths) Reserve() error {
-	for name, length := range map[string]int64{vmm.Memory: math.MaxInt64, vmm.State: StateRoom} {
-		if p[name] == "" {
+	for _, room := range []struct { // the larger first: a user makes room once
+		device string
+		bytes  int64
+	}{{vmm.Memory, math.MaxInt64}, {vmm.State, StateRoom}} {
+		if p[room.device] == "" {
 			continue
 		}
-		if err := block.Reserve(p[name], length); err != nil {
-			return fmt.Errorf("set room aside for device %s: %w", name, err)
+		if err := block.Reserve(p[room.device], room.bytes); err != nil {
+			return fmt.Errorf("set room aside for device %s: %w", room.device, err)
 		}
 	}
 	return nil
