@@ -389,13 +389,14 @@ type Guest struct {
 	Egress []string
 }
 
-// GuardGuest lets only the guest's own frames leave the tap of a namespace that a NAT made: IPv4 and
-// IPv6 from its addresses, and ARP and neighbour discovery for them, all from its MAC address, if that
-// is known. Everything else is dropped before anybody sees it. Connections of an earlier VM are ended, because a VM that was
-// killed did not give its claim back; so are its anchors. Those of a VM that comes back to its anchor
-// stay. Another VM's anchor is refused. The tap is made anew unless it is in use. Call GuardGuest
-// before a VMM takes the tap; it replaces the guard and the egress of an earlier VM. It does nothing, and returns
-// nil, for a namespace that no NAT made: the rules there are its owner's.
+// GuardGuest lets only the guest's own frames leave the tap of a namespace that a NAT made: IPv4
+// and IPv6 from its addresses, and ARP and neighbour discovery for them, all from its MAC address,
+// if that is known. Everything else is dropped before anybody sees it. Connections of an earlier
+// VM are ended, because a VM that was killed did not give its claim back; so are its anchors.
+// Those of a VM that comes back to its anchor stay. Another VM's anchor is refused. The tap is
+// made anew unless it is in use. Call GuardGuest before a VMM takes the tap; it replaces the guard
+// and the egress of an earlier VM. It does nothing, and returns nil, for a namespace that no NAT
+// made: the rules there are its owner's.
 func GuardGuest(ns string, g Guest) error {
 	policy, err := parseEgress(g.Egress)
 	if err != nil {

@@ -108,10 +108,10 @@ func (t *tunnel) giveHost(notices []notice) error {
 		if n.Anchor {
 			what = "anchor/leave"
 		}
-		if t.unheardOf(n.To.Tunnel.Key) {
-			n.Since = time.Time{} // it has never answered: nobody may be there
+		var err error
+		if !t.unheardOf(n.To.Tunnel.Key) { // else nobody may be there, and calls would only pile up
+			err = t.call(*n.To.Tunnel, what, linkCall{n.To.Netns, n.Link}, nil)
 		}
-		err := t.call(*n.To.Tunnel, what, linkCall{n.To.Netns, n.Link}, nil)
 		silent := !heard(err)
 		switch {
 		case silent && time.Since(n.Since) > noticePatience:
