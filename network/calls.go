@@ -39,6 +39,7 @@ type tunnelAccess struct {
 	Netns string    `json:"netns"`
 	End   TunnelEnd `json:"end"`
 
+	nat    *tunnel // in the NAT itself
 	once   sync.Once
 	client *http.Client
 }
@@ -57,7 +58,7 @@ func tunnelOf(ns string) (*tunnelAccess, error) {
 func (a *tunnelAccess) http() *http.Client {
 	a.once.Do(func() {
 		a.client = &http.Client{
-			Transport: &http.Transport{DialContext: a.dial, IdleConnTimeout: time.Minute},
+			Transport: &http.Transport{DialContext: a.dial, IdleConnTimeout: idleCaller},
 			// Another host must not lead a call to this one's NAT.
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		}
@@ -101,7 +102,7 @@ func (a *tunnelAccess) callWithin(timeout time.Duration, to TunnelEnd, name stri
 	switch {
 	case err != nil && own:
 		return fmt.Errorf("%w: %w", errNoNAT, err)
-	case err != nil && ctx.Err() != nil:
+	case err != nil && (ctx.Err() != nil || errors.Is(err, errNoAnswer)):
 		return fmt.Errorf("no answer through the tunnel within %s; is UDP port %d open there, and is its NAT running?", timeout, to.Port)
 	case err != nil:
 		return err
@@ -136,15 +137,6 @@ func heard(err error) bool {
 }
 
 func (e *refusedError) Error() string { return fmt.Sprintf("%s: %.500q", e.call, e.why) }
-
-// dial connects inside the tunnel's namespace. It may go on when the call has ended that needs it.
-func (a *tunnelAccess) dial(ctx context.Context, network, addr string) (conn net.Conn, err error) {
-	err = inNamespace(a.Netns, func() error {
-		conn, err = (&net.Dialer{Timeout: 2 * callTimeout}).DialContext(ctx, network, addr)
-		return err
-	})
-	return conn, err
-}
 
 // The calls' requests.
 type (
@@ -209,6 +201,12 @@ func (t *tunnel) handler() http.Handler {
 	mux := http.NewServeMux()
 	serve(t, mux, "greet", func(caller, struct{}) (any, error) { return nil, nil })
 	serveHere(t, mux, "meet", t.meet)
+	serve(t, mux, "rouse", func(from caller, c rouseCall) (any, error) {
+		if !from.here {
+			return nil, errDenied
+		}
+		return t.rouse(c.IP)
+	})
 	serveHere(t, mux, "link", func(c makeCall) error { return t.makeLink(c.Netns, c.Name, c.Link, c.Other) })
 	serveHere(t, mux, "notices", func(struct{}) error { return t.deliver() })
 	t.serveLanding(mux)

@@ -124,7 +124,7 @@ func runNAT() {
 // inventory is all that a NAT or forwarder could leave on a host, but for what is only counted.
 func inventory(t *testing.T) string {
 	t.Helper()
-	out, err := exec.Command("sh", "-c", `ip -o link | cut -d: -f2 | sort; ip netns list | sort; (ip -4 route; ip -6 route) | sed 's/ linkdown//; s/ expires [0-9a-z]*//'; nft --terse list ruleset; find /run/drafter; cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding /proc/sys/net/ipv6/conf/eth0/accept_ra`).CombinedOutput()
+	out, err := exec.Command("sh", "-c", `ip -o link | cut -d: -f2 | sort; ip netns list | sort; (ip -4 route; ip -6 route) | sed 's/ linkdown//; s/ expires [0-9a-z]*//'; nft --terse list ruleset; find /run/drafter | sort; cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding /proc/sys/net/ipv6/conf/eth0/accept_ra`).CombinedOutput()
 	if err != nil && !strings.Contains(string(out), "No such file") {
 		t.Fatalf("%v: %s", err, out)
 	}

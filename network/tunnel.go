@@ -25,6 +25,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/net/netutil"
 	"golang.org/x/sync/semaphore"
+	"golang.org/x/sync/singleflight"
 	"golang.zx2c4.com/wireguard/conn"
 	"golang.zx2c4.com/wireguard/device"
 	"golang.zx2c4.com/wireguard/tun"
@@ -117,6 +118,7 @@ type tunnel struct {
 	wire       *wire
 	server     *http.Server
 	serve      sync.WaitGroup
+	rousing    singleflight.Group
 	mu         sync.Mutex // guards what follows
 	record     tunnelRecord
 	met        map[TunnelKey]time.Time
@@ -155,7 +157,7 @@ func (n *NAT) startTunnel() (err error) {
 			err = errors.Join(fmt.Errorf("start tunnel: %w", err), t.close())
 		}
 	}()
-	t.tunnelAccess = &tunnelAccess{Netns: name, End: TunnelEnd{Key: TunnelKey(private.PublicKey().Bytes()), Address: n.config.TunnelAddress, Port: n.config.TunnelPort}}
+	t.tunnelAccess = &tunnelAccess{Netns: name, End: TunnelEnd{Key: TunnelKey(private.PublicKey().Bytes()), Address: n.config.TunnelAddress, Port: n.config.TunnelPort}, nat: t}
 	if ours, merr := madeHere(name); merr != nil || !ours {
 		if _, err := os.Lstat(filepath.Join(netnsDir, name)); err == nil {
 			return fmt.Errorf("network namespace %q exists and is not ours; remove it, or choose another --namespace-prefix", name)
@@ -202,7 +204,7 @@ func (n *NAT) startTunnel() (err error) {
 		}
 	}
 	t.server = &http.Server{
-		Handler: t.handler(), ReadTimeout: callTimeout, WriteTimeout: 5 * callTimeout, IdleTimeout: 2 * callTimeout, MaxHeaderBytes: 4 << 10,
+		Handler: t.handler(), ReadTimeout: callTimeout, WriteTimeout: 5 * callTimeout, IdleTimeout: 2 * idleCaller, MaxHeaderBytes: 4 << 10,
 	}
 	listener = netutil.LimitListener(listener, mostCallers)
 	t.serve.Go(func() {
@@ -248,7 +250,13 @@ func (t *tunnel) configure() (net.Listener, error) {
 	if err := errors.Join(disableIPv6("all"), configureLink(lo), configureLink(wg, own)); err != nil {
 		return nil, err
 	}
-	if err := netlink.RouteReplace(&netlink.Route{LinkIndex: wg.Attrs().Index, Dst: &net.IPNet{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}}); err != nil {
+	// A call that is lost is sent again soon; see handshake.go. The least that the kernel waits for
+	// else is 200 ms, and twice as long each time.
+	if err := setSysctl("net/ipv4/tcp_thin_linear_timeouts", "1"); err != nil {
+		return nil, err
+	}
+	route := &netlink.Route{LinkIndex: wg.Attrs().Index, Dst: &net.IPNet{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}, RtoMin: 50, RtoMinLock: true} // ms
+	if err := netlink.RouteReplace(route); err != nil {
 		return nil, fmt.Errorf("set route into the tunnel: %w", err)
 	}
 	if err := netlink.LinkSetMTU(wg, tunnelMTU); err != nil {
@@ -335,6 +343,7 @@ func (t *tunnel) close() error {
 const (
 	mostPeers   = 1000 // ends that are known at a time
 	mostCallers = 256  // connections to the calls' server
+	idleCaller  = time.Minute
 )
 
 // meet adds another's end. An end that is known and answers stays where it is: to know its public key
