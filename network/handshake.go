@@ -33,29 +33,28 @@ func (a *tunnelAccess) dial(ctx context.Context, network, addr string) (conn net
 	if err != nil {
 		return nil, err
 	}
-	if to.Addr() != a.End.Key.ip() {
+	for patience := firstSYN; ; patience += patience / 4 {
+		err = inNamespace(a.Netns, func() error {
+			conn, err = (&net.Dialer{Timeout: patience}).DialContext(ctx, network, addr)
+			return err
+		})
+		var timeout net.Error
+		switch {
+		case err == nil, ctx.Err() != nil, !errors.As(err, &timeout), !timeout.Timeout():
+			return conn, err
+		case to.Addr() == a.End.Key.ip():
+			continue
+		}
 		rouse := a.callRouse
 		if a.nat != nil {
 			rouse = a.nat.rouse
 		}
-		answered, err := rouse(to.Addr())
-		if err == nil && !answered {
-			err = errNoAnswer
-		}
-		if err != nil {
+		if answered, err := rouse(to.Addr()); err != nil {
 			return nil, err
+		} else if !answered {
+			return nil, errNoAnswer
 		}
 	}
-	err = inNamespace(a.Netns, func() error {
-		for patience := firstSYN; ; patience += patience / 4 {
-			conn, err = (&net.Dialer{Timeout: patience}).DialContext(ctx, network, addr)
-			var timeout net.Error
-			if ctx.Err() != nil || !errors.As(err, &timeout) || !timeout.Timeout() {
-				return err
-			}
-		}
-	})
-	return conn, err
 }
 
 // rouseCall asks this host's NAT for a session with the end that has an address in the tunnel.
