@@ -10,7 +10,7 @@ TESTTIMEOUT ?= 40m
 FUZZTIME ?= 30s
 SLOWEST := ./network ./internal/migration ./internal/block ./peer # begin first, so that nobody waits for them at the end
 COMMANDS := nat forwarder snapshotter packager runner peer registry mounter terminator checkpoint
-GENERATED := agent docs/cli docs/man docs/licenses.md
+GENERATED := agent internal/control docs/cli docs/man docs/licenses.md
 
 # Runs tests, and says afterwards which were skipped. Tests that run in parallel wait, and need no CPU
 # of their own. Without GORACE each program, helpers of tests included, would wait for a second at
@@ -70,8 +70,8 @@ licenses: $(TOOLS)/go-licenses ## make docs/licenses.md anew, and fail on a lice
 
 generate: tools build licenses ## make generated files anew: protobuf, CLI reference, man pages, list of licences
 	protoc -I . --plugin=$(TOOLS)/protoc-gen-go --plugin=$(TOOLS)/protoc-gen-go-ttrpc \
-		--go_out=. --go_opt=module=drafter --go-ttrpc_out=. --go-ttrpc_opt=module=drafter agent/agent.proto
-	sed -i 's,^package agent$$,\n&,' agent/agent_ttrpc.pb.go # else its first comment is the package's
+		--go_out=. --go_opt=module=drafter --go-ttrpc_out=. --go-ttrpc_opt=module=drafter agent/agent.proto internal/control/control.proto
+	sed -i 's,^package [a-z]*$$,\n&,' agent/agent_ttrpc.pb.go internal/control/control_ttrpc.pb.go # else its first comment is the package's
 	$(GO) run ./internal/cli/docs
 
 check-generated: generate ## fail when generated files are stale

@@ -232,6 +232,10 @@ func (p *Peer) resume(ctx context.Context, start time.Time) error {
 	return err
 }
 
+// Booted returns why the instance booted from its disks when it started here; nil if it was resumed,
+// or came from elsewhere.
+func (p *Peer) Booted() error { return p.instance.Booted() }
+
 // forgetMemory removes the memory of an instance that will boot. It no longer fits anything.
 func (p *Peer) forgetMemory(ctx context.Context) error {
 	for i := range p.config.Devices {

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"context"
 	"log/slog"
 
 	"github.com/spf13/cobra"
@@ -10,6 +11,7 @@ import (
 
 func newForwarder() *cobra.Command {
 	var hostVeth, hostVeth6, forwards string
+	var lock lockFlag
 	cmd := &cobra.Command{
 		Use:   "forwarder",
 		Short: "Make ports of VMs reachable on the host",
@@ -36,22 +38,30 @@ TCP only: this process passes on what is sent, and the guest sees the host as it
 			if err := requireRoot(); err != nil {
 				return err
 			}
-			f, err := network.StartForwarder(network.ForwarderConfig{HostVethCIDR: hostVeth, HostVethCIDR6: hostVeth6, PortForwards: list})
-			if err != nil {
-				return err
-			}
-			for _, p := range list {
-				slog.Info("Forwarding", "from", p.ExternalAddr, "to", p.Netns+":"+p.InternalPort, "protocol", p.Protocol)
-			}
-			<-cmd.Context().Done()
-			slog.Info("Shutting down")
-			return f.Close()
+			config := network.ForwarderConfig{HostVethCIDR: hostVeth, HostVethCIDR6: hostVeth6, PortForwards: list}
+			return lock.with(func() error { return runForwarder(cmd.Context(), config) })
 		},
 	}
+	lock.add(cmd)
 	cmd.Flags().StringVar(&hostVeth, "host-veth-cidr", "10.0.8.0/22", "CIDR for the veths outside the namespace")
 	cmd.Flags().StringVar(&hostVeth6, "host-veth-cidr6", "", "IPv6 CIDR for the veths outside the namespace (default: --host-veth-cidr behind fd0e:d9fd:683d::/96)")
 	cmd.Flags().StringVar(&forwards, "port-forwards", defaultJSON([]network.PortForward{
 		{Netns: "ark0", InternalPort: "6379", Protocol: "tcp", ExternalAddr: "127.0.0.1:3333"},
 	}), "Port forwards configuration (wildcard IPs like 0.0.0.0 are not valid, be explicit)")
 	return cmd
+}
+
+// runForwarder forwards until ctx ends.
+func runForwarder(ctx context.Context, c network.ForwarderConfig) error {
+	f, err := network.StartForwarder(c) //nolint:contextcheck // it ends with Close
+	if err != nil {
+		return err
+	}
+	for _, p := range c.PortForwards {
+		slog.Info("Forwarding", "from", p.ExternalAddr, "to", p.Netns+":"+p.InternalPort, "protocol", p.Protocol)
+	}
+	notifyReady()
+	<-ctx.Done()
+	slog.Info("Shutting down")
+	return f.Close()
 }

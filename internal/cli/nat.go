@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 
@@ -12,6 +13,7 @@ import (
 func newNAT() *cobra.Command {
 	c := network.DefaultNAT()
 	metrics := ""
+	var lock lockFlag
 	cmd := &cobra.Command{
 		Use:   "nat",
 		Short: "Give VMs network namespaces with a way to the outside",
@@ -89,27 +91,14 @@ also names a name server of the host that guests do not reach.
 ` + exitCodeHelp,
 		Example: "  drafter nat --host-interface eth0",
 		Args:    noArgs,
-		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := requireRoot(); err != nil {
 				return err
 			}
-			nat, err := network.StartNAT(cmd.Context(), c)
-			if err != nil {
-				return err
-			}
-			defer func() { err = errors.Join(err, nat.Close()) }()
-			stopMetrics, err := serveMetrics(cmd.Context(), metrics, nat.Metrics())
-			if err != nil {
-				return err
-			}
-			defer func() { err = errors.Join(err, stopMetrics()) }()
-			names := nat.Namespaces()
-			slog.Info("NAT is up", "namespaces", len(names), "first", names[0], "last", names[len(names)-1], "connectionLimit", nat.ConnectionLimit(), "egress", nat.Egress())
-			<-cmd.Context().Done()
-			slog.Info("Shutting down")
-			return nil
+			return lock.with(func() error { return runNAT(cmd.Context(), c, metrics) })
 		},
 	}
+	lock.add(cmd)
 	f := cmd.Flags()
 	f.StringVar(&c.HostInterface, "host-interface", "", "Host gateway interface, or several (eth0,eth1) (default: those of the current default route)")
 	f.StringVar(&c.HostVethCIDR, "host-veth-cidr", c.HostVethCIDR, "CIDR for the veths outside the namespace")
@@ -141,4 +130,24 @@ also names a name server of the host that guests do not reach.
 	f.StringVar(&metrics, "metrics", "", "Address (HOST:PORT) to serve Prometheus metrics of anchors and the tunnel from, without authentication: names, addresses and numbers (leave empty to disable)")
 	f.BoolVar(&c.AllowIncomingTraffic, "allow-incoming-traffic", c.AllowIncomingTraffic, "Let the host connect to guests, at the addresses of their namespaces (10.0.15.N:PORT by default)")
 	return cmd
+}
+
+// runNAT is a NAT until ctx ends.
+func runNAT(ctx context.Context, c network.NATConfig, metrics string) (err error) {
+	nat, err := network.StartNAT(ctx, c)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, nat.Close()) }()
+	stopMetrics, err := serveMetrics(ctx, metrics, nat.Metrics())
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stopMetrics()) }()
+	names := nat.Namespaces()
+	slog.Info("NAT is up", "namespaces", len(names), "first", names[0], "last", names[len(names)-1], "connectionLimit", nat.ConnectionLimit(), "egress", nat.Egress())
+	notifyReady()
+	<-ctx.Done()
+	slog.Info("Shutting down")
+	return nil
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
 
+	"drafter/internal/control"
 	"drafter/internal/expose"
 	"drafter/migrate"
 	"drafter/peer"
@@ -111,6 +112,7 @@ type peerCommand struct {
 	config       peer.Config
 	raddr, laddr string
 	metrics      string
+	control      string
 	concurrency  int
 }
 
@@ -130,6 +132,7 @@ func (p *peerCommand) add(cmd *cobra.Command) {
 	f.StringVar(&p.raddr, "raddr", "localhost:1337", "Remote address to connect to: HOST:PORT or unix:PATH (leave empty to disable)")
 	f.StringVar(&p.laddr, "laddr", "localhost:1337", "Local address to listen on: HOST:PORT or unix:PATH (leave empty to disable)")
 	f.StringVar(&p.metrics, "metrics", "", "Address (HOST:PORT) to serve Prometheus metrics from, without authentication: sizes, numbers, times and paths, nothing of a VM's content (leave empty to disable)")
+	f.StringVar(&p.control, "control", "", "Directory by which other programs find and control the VM: a lock, a socket (ttrpc) and, at the end, end.json that says how it ended (leave empty to disable)")
 	f.IntVar(&p.concurrency, "concurrency", 1024, "Number of concurrent workers in migrations (kept for compatibility, without effect)")
 	f.BoolVar(&p.config.Force, "force", false, forceHelp)
 	f.BoolVar(&p.config.NoAnchor, "no-anchor", false, "End the VM's connections when it moves from here or to here, instead of leading them to where it is")
@@ -148,6 +151,11 @@ func (p *peerCommand) run(cmd *cobra.Command) (err error) {
 		return err
 	}
 	defer restore()
+	controlled, ctx, err := newControlled(ctx, p.control)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, controlled.close(err)) }()
 	if err := peer.ProtectProcess(); err != nil {
 		slog.Warn("This process serves guest memory and may be held up by the kernel", "error", err)
 	}
@@ -174,7 +182,8 @@ func (p *peerCommand) run(cmd *cobra.Command) (err error) {
 	if err := p.start(ctx, vm, open); err != nil {
 		return err
 	}
-	return runPeer(ctx, vm, listener, show)
+	controlled.running(vm.Booted())
+	return runPeer(ctx, vm, listener, show, controlled)
 }
 
 // resolve makes the flags the configuration of a peer. open is not nil if --package names another
@@ -306,8 +315,8 @@ func parseBytes(flag, text string) (int64, error) {
 
 // runPeer runs a VM until it ends, moves away, or is suspended because ctx ends. Targets reach it
 // over listener, unless that is nil.
-func runPeer(ctx context.Context, vm *peer.Peer, listener *transport.Listener, show *migrationLog) error {
-	r := running{vm: vm, show: show, served: make(chan serveEnd, 1), synced: make(chan error, 1)}
+func runPeer(ctx context.Context, vm *peer.Peer, listener *transport.Listener, show *migrationLog, c *controlled) error {
+	r := running{vm: vm, show: show, control: c, served: make(chan serveEnd, 1), synced: make(chan error, 1)}
 	sctx, stop := context.WithCancel(ctx)
 	defer stop()
 	if listener != nil {
@@ -353,6 +362,7 @@ func runPeer(ctx context.Context, vm *peer.Peer, listener *transport.Listener, s
 				return r.left(ctx, e)
 			}
 			r.endSync()
+			r.control.ending(control.Suspended)
 			return suspend(ctx, vm)
 		}
 	}
@@ -360,10 +370,11 @@ func runPeer(ctx context.Context, vm *peer.Peer, listener *transport.Listener, s
 
 // running is a VM that runs, and what goes on beside it.
 type running struct {
-	vm     *peer.Peer
-	show   *migrationLog
-	served chan serveEnd // nil: it has been received from
-	synced chan error    // likewise
+	vm      *peer.Peer
+	show    *migrationLog
+	control *controlled
+	served  chan serveEnd // nil: it has been received from
+	synced  chan error    // likewise
 }
 
 // serveEnd is how a VM's migration, or its readiness for one, has ended.
@@ -385,6 +396,7 @@ func (r *running) notSynced(err error) {
 // left is the end of a VM that has moved, or may have.
 func (r *running) left(ctx context.Context, e serveEnd) error {
 	if e.moved {
+		r.control.ending(control.Moved)
 		r.show.summary(r.vm)
 		if e.err == nil {
 			lull(ctx)
@@ -396,8 +408,10 @@ func (r *running) left(ctx context.Context, e serveEnd) error {
 // ended is the end of a VM whose VMM has ended by itself.
 func (r *running) ended(e serveEnd) error {
 	if e.moved {
+		r.control.ending(control.Moved)
 		return e.err
 	}
+	r.control.ending(control.PoweredOff)
 	if elsewhere(e.err) { // this comes first: the VM may run there
 		return errors.Join(e.err, r.vm.Wait())
 	}

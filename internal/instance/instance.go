@@ -879,6 +879,9 @@ func (i *Instance) Generation() uuid.UUID { return i.generation }
 // Config is the config of the instance's package.
 func (i *Instance) Config() *vmm.PackageConfig { return i.config }
 
+// Booted returns why the VM booted from its disks here; nil if it was resumed, or came from elsewhere.
+func (i *Instance) Booted() error { return i.why }
+
 // Agent is the connection with the guest's agent, nil before AfterResume and after Suspend. It ends
 // when the guest reboots.
 func (i *Instance) Agent() *agent.Client {

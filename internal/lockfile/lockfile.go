@@ -59,16 +59,26 @@ func Try(path string) (*Lock, error) {
 		if b, err := content(f); err != nil || len(bytes.Trim(b, "\x00")) > 0 && !bytes.HasPrefix(b, []byte(holder)) {
 			return nil, errors.Join(fmt.Errorf("%s is no lock of this program's; move it away", path), err, f.Close())
 		}
-		who := fmt.Sprintf(holder+"%d (%s)\n", os.Getpid(), filepath.Base(os.Args[0]))
-		if _, err := f.WriteAt([]byte(who), 0); err != nil {
-			return nil, errors.Join(err, f.Close())
-		}
-		if err := f.Truncate(int64(len(who))); err != nil {
-			return nil, errors.Join(err, f.Close())
-		}
-		return &Lock{f}, nil
+		return Adopt(f)
 	}
 }
+
+// Adopt makes a file that is locked this process' lock: a process that was started with it has the
+// lock from its first instruction.
+func Adopt(f *os.File) (*Lock, error) {
+	who := fmt.Sprintf(holder+"%d (%s)\n", os.Getpid(), filepath.Base(os.Args[0]))
+	_, err := f.WriteAt([]byte(who), 0)
+	if err == nil {
+		err = f.Truncate(int64(len(who)))
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return &Lock{f}, nil
+}
+
+// File is the locked file. A process that is started with it shares the lock.
+func (l *Lock) File() *os.File { return l.file }
 
 func isCurrent(f *os.File, path string) (bool, error) {
 	ours, err := f.Stat()

@@ -1,0 +1,105 @@
+// Package api holds what 'drafter daemon' and its clients say to each other: the resources of its
+// REST API, version 1. Package client calls it, and package daemon serves it.
+package api
+
+import "time"
+
+// States of a VM.
+const (
+	Creating = "creating" // its package is made, or it starts for the first time
+	Stopped  = "stopped"  // it is suspended: the next start resumes it
+	Starting = "starting"
+	Running  = "running"
+	Stopping = "stopping"
+	Exited   = "exited" // its service has ended, or its guest powered itself off: the next start boots it
+	Failed   = "failed" // the next start boots it from its disks if it cannot be resumed
+	Removing = "removing"
+)
+
+// VM is a virtual machine of a host.
+type VM struct {
+	ID        string            `json:"id" doc:"Never changes, and is unique"`
+	Name      string            `json:"name" doc:"Unique on its host"`
+	Image     string            `json:"image" doc:"Reference of the OCI image"`
+	Digest    string            `json:"digest,omitempty" doc:"Digest of the image"`
+	Command   []string          `json:"command,omitempty" doc:"In place of the image's"`
+	Package   string            `json:"package,omitempty" doc:"Key of the package that it runs from"`
+	State     string            `json:"state" enum:"creating,stopped,starting,running,stopping,exited,failed,removing"`
+	Error     string            `json:"error,omitempty" doc:"Why it failed"`
+	Booted    string            `json:"booted,omitempty" doc:"Why it booted from its disks at its last start, if it was not resumed"`
+	Ports     []Port            `json:"ports,omitempty"`
+	Memory    int64             `json:"memory" doc:"Bytes"`
+	CPUs      int               `json:"cpus"`
+	Remove    bool              `json:"remove,omitempty" doc:"It is removed when it has ended"`
+	Labels    map[string]string `json:"labels,omitempty"`
+	Namespace string            `json:"namespace,omitempty" doc:"Network namespace, while it has one"`
+	PID       int               `json:"pid,omitempty" doc:"Of the process that owns it, while it runs"`
+	Created   time.Time         `json:"created"`
+	Started   *time.Time        `json:"started,omitempty" doc:"When it was started last"`
+	Ended     *time.Time        `json:"ended,omitempty" doc:"When it ended last"`
+}
+
+// Port is a published port.
+type Port struct {
+	Address  string `json:"address,omitempty" doc:"Of the host; none for all of them"`
+	Host     int    `json:"host" minimum:"1" maximum:"65535"`
+	Guest    int    `json:"guest" minimum:"1" maximum:"65535"`
+	Protocol string `json:"protocol,omitempty" enum:"tcp,udp" default:"tcp"`
+}
+
+// Run asks for a VM of an image.
+type Run struct {
+	Image    string            `json:"image" minLength:"1" doc:"docker://NAME[:TAG|@DIGEST] or any reference that 'drafter blueprint oci' takes"`
+	Name     string            `json:"name,omitempty" pattern:"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$" doc:"Of the VM; made up if there is none"`
+	Command  []string          `json:"command,omitempty" doc:"In place of the image's command, behind its entrypoint"`
+	Ports    []Port            `json:"ports,omitempty"`
+	Memory   int64             `json:"memory,omitempty" doc:"Bytes; 0: 1 GiB"`
+	CPUs     int               `json:"cpus,omitempty" minimum:"0" doc:"0: 1"`
+	Platform string            `json:"platform,omitempty" doc:"Of the image, such as linux/arm64"`
+	Pull     string            `json:"pull,omitempty" enum:"missing,always,never" default:"missing"`
+	Remove   bool              `json:"remove,omitempty" doc:"Remove the VM when it has ended"`
+	Labels   map[string]string `json:"labels,omitempty"`
+}
+
+// States of an operation.
+const (
+	Working   = "working"
+	Done      = "done"
+	Broken    = "failed"
+	Cancelled = "cancelled"
+)
+
+// Operation is work that takes time.
+type Operation struct {
+	ID       string     `json:"id"`
+	Kind     string     `json:"kind" doc:"run, start, stop or remove"`
+	VM       string     `json:"vm,omitempty" doc:"ID of the VM"`
+	State    string     `json:"state" enum:"working,done,failed,cancelled"`
+	Error    string     `json:"error,omitempty"`
+	Progress []Progress `json:"progress,omitempty" doc:"Steps, in the order in which they began"`
+	Began    time.Time  `json:"began"`
+	Ended    *time.Time `json:"ended,omitempty"`
+}
+
+// Progress is how far a step of an operation is.
+type Progress struct {
+	Step  string `json:"step"`
+	Done  int64  `json:"done"`
+	Total int64  `json:"total" doc:"In the step's own unit, mostly bytes; 0: not known"`
+}
+
+// Event says that something has changed.
+type Event struct {
+	ID   int64     `json:"id" doc:"Grows by one with each event"`
+	Time time.Time `json:"time"`
+	Type string    `json:"type" doc:"Such as vm.running"`
+	VM   *VM       `json:"vm,omitempty"`
+}
+
+// Host is what a daemon says of itself.
+type Host struct {
+	Name    string `json:"name"`
+	Version string `json:"version"`
+	VMs     int    `json:"vms"`
+	Running int    `json:"running"`
+}

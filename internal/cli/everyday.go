@@ -1,0 +1,361 @@
+package cli
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"text/template"
+	"time"
+
+	"github.com/dustin/go-humanize"
+	"github.com/spf13/cobra"
+
+	"drafter/api"
+	"drafter/client"
+	"drafter/internal/progress"
+)
+
+// everyday is a command that calls the daemon.
+type everyday struct{ socket string }
+
+func (e *everyday) add(cmd *cobra.Command) *cobra.Command {
+	cmd.Flags().StringVar(&e.socket, "socket", cmp.Or(os.Getenv("DRAFTER_SOCKET"), client.Socket), "UNIX socket of the daemon (also: DRAFTER_SOCKET)")
+	return cmd
+}
+
+// names completes the names of VMs.
+func (e *everyday) names(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+	c := client.New(e.socket)
+	defer c.Close()
+	list, err := c.VMs(cmd.Context())
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveError
+	}
+	var names []string
+	for _, vm := range list {
+		names = append(names, vm.Name+"\t"+vm.Image)
+	}
+	return names, cobra.ShellCompDirectiveNoFileComp
+}
+
+// awaitOperation shows an operation until it has ended.
+func awaitOperation(cmd *cobra.Command, c *client.Client, o api.Operation) (api.Operation, error) {
+	bars := progress.New(cmd.ErrOrStderr())
+	defer bars.Close()
+	return c.Await(cmd.Context(), o, func(p api.Progress) { bars.Report(p.Step, p.Done, p.Total) })
+}
+
+func newRunVM() *cobra.Command {
+	var e everyday
+	var r api.Run
+	var ports, labels []string
+	var memory string
+	var detach bool
+	cmd := &cobra.Command{
+		Use:   "run [flags] IMAGE [COMMAND [ARG…]]",
+		Short: "Run an OCI image as a VM",
+		Long: `Makes a VM of an OCI image and starts it. The first run of an image boots it, waits until
+its service is ready, and keeps the suspended VM as a package. Every further run of the same image,
+command, memory and CPUs resumes that package, in a fraction of a second.
+` + referenceHelp + `A name alone (valkey/valkey) means docker://NAME.
+` + exitCodeHelp,
+		Example: `  drafter run -d --name cache -p 6379:6379 docker://valkey/valkey
+  drafter run -d --rm -m 512MB docker://nginx nginx -g 'daemon off;'`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			r.Image, r.Command = args[0], args[1:]
+			if !strings.Contains(r.Image, ":/") && !strings.HasPrefix(r.Image, "oci:") && !strings.HasPrefix(r.Image, "dir:") {
+				r.Image = "docker://" + r.Image
+			}
+			var err error
+			if r.Memory, err = parseBytes("memory", memory); err != nil {
+				return err
+			}
+			if r.Ports, err = parsePorts(ports); err != nil {
+				return err
+			}
+			if r.Labels, err = parseLabels(labels); err != nil {
+				return err
+			}
+			if !detach {
+				return &usageError{errors.New("give --detach (-d): a VM in the foreground is not there yet")}
+			}
+			c := client.New(e.socket)
+			defer c.Close()
+			o, err := c.Run(cmd.Context(), r)
+			if err != nil {
+				return err
+			}
+			if o, err = awaitOperation(cmd, c, o); err != nil {
+				return err
+			}
+			_, err = fmt.Fprintln(cmd.OutOrStdout(), o.VM)
+			return err
+		},
+	}
+	f := cmd.Flags()
+	f.SetInterspersed(false)
+	f.BoolVarP(&detach, "detach", "d", false, "Return once the VM runs, and print its ID")
+	f.StringVar(&r.Name, "name", "", "Name of the VM (default: the image's)")
+	f.StringArrayVarP(&ports, "publish", "p", nil, "Publish a port of the VM, as [ADDRESS:]PORT:VM-PORT[/tcp|udp] (repeatable)")
+	f.StringArrayVarP(&labels, "label", "l", nil, "A label, as KEY=VALUE (repeatable)")
+	f.StringVarP(&memory, "memory", "m", "", "Memory of the VM, such as 512MB (default 1GiB)")
+	f.IntVar(&r.CPUs, "cpus", 1, "Number of virtual CPUs")
+	f.StringVar(&r.Platform, "platform", "", "Platform of the image, such as linux/arm64 (default: this host's)")
+	f.StringVar(&r.Pull, "pull", "missing", "When to look for the image anew: missing, always or never")
+	f.BoolVar(&r.Remove, "rm", false, "Remove the VM when it has ended")
+	return e.add(cmd)
+}
+
+// parsePorts parses ports as docker writes them.
+func parsePorts(texts []string) (ports []api.Port, err error) {
+	for _, text := range texts {
+		rest, protocol, ok := strings.Cut(text, "/")
+		p := api.Port{Protocol: "tcp"}
+		if ok {
+			p.Protocol = protocol
+		}
+		i := strings.LastIndex(rest, ":")
+		if i >= 0 {
+			p.Guest, err = strconv.Atoi(rest[i+1:])
+			if j := strings.LastIndex(rest[:i], ":"); j >= 0 {
+				p.Address, rest = strings.Trim(rest[:j], "[]"), rest[j+1:i]
+			} else {
+				rest = rest[:i]
+			}
+		}
+		var herr error
+		p.Host, herr = strconv.Atoi(rest)
+		if i < 0 || err != nil || herr != nil || p.Protocol != "tcp" && p.Protocol != "udp" {
+			return nil, &usageError{fmt.Errorf("--publish %q is not of the form [ADDRESS:]PORT:VM-PORT[/tcp|udp], such as 8080:80", text)}
+		}
+		ports = append(ports, p)
+	}
+	return ports, nil
+}
+
+func parseLabels(texts []string) (map[string]string, error) {
+	labels := map[string]string{}
+	for _, text := range texts {
+		key, value, ok := strings.Cut(text, "=")
+		if !ok || key == "" {
+			return nil, &usageError{fmt.Errorf("--label %q is not of the form KEY=VALUE", text)}
+		}
+		labels[key] = value
+	}
+	return labels, nil
+}
+
+// onEach makes a command that does the same to each VM that is named.
+func onEach(use, short, long string, do func(*cobra.Command, *client.Client, string) (api.Operation, error)) *cobra.Command {
+	var e everyday
+	return e.add(&cobra.Command{
+		Use: use + " VM…", Short: short, Long: long + "\n" + exitCodeHelp, Args: cobra.MinimumNArgs(1), ValidArgsFunction: e.names,
+		Example: "  drafter " + use + " cache",
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			c := client.New(e.socket)
+			defer c.Close()
+			for _, name := range args {
+				o, oerr := do(cmd, c, name)
+				if oerr == nil {
+					_, oerr = awaitOperation(cmd, c, o)
+				}
+				if oerr == nil {
+					_, oerr = fmt.Fprintln(cmd.OutOrStdout(), name)
+				}
+				err = errors.Join(err, oerr)
+			}
+			return err
+		},
+	})
+}
+
+func newStart() *cobra.Command {
+	return onEach("start", "Start VMs", "Starts VMs. One that was stopped is resumed and goes on where it was. Any other boots from its own\ndisks.",
+		func(cmd *cobra.Command, c *client.Client, name string) (api.Operation, error) {
+			return c.Start(cmd.Context(), name)
+		})
+}
+
+func newStop() *cobra.Command {
+	return onEach("stop", "Suspend VMs", "Suspends VMs: 'drafter start' resumes them, and their programs go on where they were.",
+		func(cmd *cobra.Command, c *client.Client, name string) (api.Operation, error) {
+			return c.Stop(cmd.Context(), name)
+		})
+}
+
+func newKill() *cobra.Command {
+	return onEach("kill", "End VMs as a power cut does", "Ends VMs at once. Their disks hold what their programs have synced; the next start boots them.",
+		func(cmd *cobra.Command, c *client.Client, name string) (api.Operation, error) {
+			return c.Kill(cmd.Context(), name)
+		})
+}
+
+func newRemove() *cobra.Command {
+	var force bool
+	cmd := onEach("rm", "Remove VMs", "Removes VMs and all that they have written. The package that they were started from stays.",
+		func(cmd *cobra.Command, c *client.Client, name string) (api.Operation, error) {
+			return c.Remove(cmd.Context(), name, force)
+		})
+	cmd.Flags().BoolVarP(&force, "force", "f", false, "Also VMs that run")
+	return cmd
+}
+
+// format is how a command shows what it has found.
+type format string
+
+func (f *format) add(cmd *cobra.Command) {
+	cmd.Flags().StringVar((*string)(f), "format", "table", "How to show it: table, json, or a Go template such as '{{.Name}} {{.State}}'")
+}
+
+// show writes all as JSON or by a template, or calls table.
+func show[T any](f format, out io.Writer, all []T, table func(io.Writer)) error {
+	switch f {
+	case "table":
+		w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
+		table(w)
+		return w.Flush()
+	case "json":
+		to := json.NewEncoder(out)
+		to.SetIndent("", "  ")
+		return to.Encode(all)
+	}
+	t, err := template.New("format").Option("missingkey=error").Parse(string(f))
+	if err != nil {
+		return &usageError{fmt.Errorf("--format: %w", err)}
+	}
+	for _, one := range all {
+		if err := t.Execute(out, one); err != nil {
+			return &usageError{fmt.Errorf("--format: %w", err)}
+		}
+		if _, err := fmt.Fprintln(out); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func newPS() *cobra.Command {
+	var e everyday
+	var f format
+	var all, quiet bool
+	cmd := &cobra.Command{
+		Use: "ps", Short: "List VMs", Long: "Lists VMs that run, the newest first.\n" + exitCodeHelp, Args: noArgs,
+		Example: "  drafter ps -a --format '{{.Name}} {{.State}}'",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c := client.New(e.socket)
+			defer c.Close()
+			vms, err := c.VMs(cmd.Context())
+			if err != nil {
+				return err
+			}
+			shown := []api.VM{}
+			for _, vm := range vms {
+				if all || vm.PID != 0 || vm.State == api.Starting || vm.State == api.Creating {
+					shown = append(shown, vm)
+				}
+			}
+			if quiet {
+				f = "{{.ID}}"
+			}
+			return show(f, cmd.OutOrStdout(), shown, func(w io.Writer) {
+				fmt.Fprintln(w, "ID\tNAME\tIMAGE\tSTATE\tSINCE\tPORTS")
+				for _, vm := range shown {
+					fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", vm.ID, vm.Name, vm.Image, vm.State, humanize.Time(since(vm)), portText(vm.Ports))
+				}
+			})
+		},
+	}
+	cmd.Flags().BoolVarP(&all, "all", "a", false, "Also VMs that do not run")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "Only IDs")
+	f.add(cmd)
+	return e.add(cmd)
+}
+
+func since(vm api.VM) time.Time {
+	switch {
+	case vm.PID == 0 && vm.Ended != nil:
+		return *vm.Ended
+	case vm.Started != nil:
+		return *vm.Started
+	}
+	return vm.Created
+}
+
+func portText(ports []api.Port) string {
+	var texts []string
+	for _, p := range ports {
+		texts = append(texts, fmt.Sprintf("%s:%d->%d/%s", cmp.Or(p.Address, "*"), p.Host, p.Guest, p.Protocol))
+	}
+	return strings.Join(texts, ", ")
+}
+
+func newInspect() *cobra.Command {
+	var e everyday
+	var f format
+	cmd := &cobra.Command{
+		Use: "inspect VM…", Short: "Tell all of VMs", Long: "Tells all that is known of VMs, as JSON.\n" + exitCodeHelp, Args: cobra.MinimumNArgs(1), ValidArgsFunction: e.names,
+		Example: "  drafter inspect cache --format '{{.State}}'",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c := client.New(e.socket)
+			defer c.Close()
+			var vms []api.VM
+			for _, name := range args {
+				vm, err := c.VM(cmd.Context(), name)
+				if err != nil {
+					return err
+				}
+				vms = append(vms, vm)
+			}
+			if f == "table" {
+				f = "json"
+			}
+			return show(f, cmd.OutOrStdout(), vms, nil)
+		},
+	}
+	f.add(cmd)
+	cmd.Flags().Lookup("format").DefValue = "json"
+	f = "json"
+	return e.add(cmd)
+}
+
+func newLogs() *cobra.Command {
+	var e everyday
+	cmd := &cobra.Command{
+		Use: "logs VM", Short: "Show what a VM has printed", Long: "Shows what a VM has printed on its console.\n" + exitCodeHelp, Args: oneArg("VM"), ValidArgsFunction: e.names,
+		Example: "  drafter logs cache",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c := client.New(e.socket)
+			defer c.Close()
+			return c.Logs(cmd.Context(), args[0], cmd.OutOrStdout())
+		},
+	}
+	return e.add(cmd)
+}
+
+func newEvents() *cobra.Command {
+	var e everyday
+	var last int64
+	cmd := &cobra.Command{
+		Use: "events", Short: "Follow what happens to VMs", Long: "Prints events as they happen, one JSON object a line, until it is ended (Ctrl-C).\n" + exitCodeHelp, Args: noArgs,
+		Example: "  drafter events --after 0",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c := client.New(e.socket)
+			defer c.Close()
+			to := json.NewEncoder(cmd.OutOrStdout())
+			err := c.Events(cmd.Context(), last, func(e api.Event) error { return to.Encode(e) })
+			if cmd.Context().Err() != nil {
+				return nil
+			}
+			return err
+		},
+	}
+	cmd.Flags().Int64Var(&last, "after", -1, "ID of the event to go on after (-1: from now on)")
+	return e.add(cmd)
+}

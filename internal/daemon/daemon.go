@@ -1,0 +1,239 @@
+// Package daemon looks after the VMs of a host. Each VM is owned by a 'drafter peer' process of its
+// own, its published ports by a 'drafter forwarder', and all namespaces by one 'drafter nat'. None
+// of these is a child that ends with the daemon: it may end, be killed or be replaced, and the next
+// one finds them by the locks that they hold.
+//
+// What must be remembered is in a directory of small JSON records. Each is replaced atomically. A
+// record is written before what it stands for is made, and removed after that is gone.
+package daemon
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+
+	"drafter/api"
+	"drafter/internal/detached"
+	"drafter/internal/lockfile"
+	"drafter/internal/logging"
+	"drafter/internal/private"
+	"drafter/vmm"
+)
+
+// Config says how a daemon works.
+type Config struct {
+	// Dir holds records, packages and VMs. Only root may be able to enter it.
+	Dir string
+	// Program is the drafter binary that runs VMs, and Guest the drafter-guest binary for them.
+	Program, Guest string
+	// Blueprint is the directory of an OS blueprint; "" for one that is made when it is needed first.
+	Blueprint string
+	Version   string
+
+	// The NAT's namespaces; see 'drafter nat'.
+	NamespacePrefix, HostVethCIDR, NamespaceVethCIDR string
+	NamespaceCount                                   int
+	HostInterface                                    string
+
+	Drivers vmm.Drivers  // that make packages
+	Logger  *slog.Logger // nil: slog.Default()
+}
+
+// Daemon is a running daemon. Its methods are safe for concurrent use.
+type Daemon struct {
+	config Config
+	log    *slog.Logger
+	lock   *lockfile.Lock
+	ctx    context.Context // ends what it does
+	cancel context.CancelFunc
+	work   sync.WaitGroup // operations, and who watches processes
+	making templateLocks
+	events *events
+
+	mu         sync.Mutex // guards the following
+	vms        map[string]*vm
+	borrowed   map[string]bool // namespaces that packages are made in
+	operations map[string]*operation
+	nat        *detached.Process
+	natMu      sync.Mutex // held by whoever starts it
+}
+
+// ErrNotFound says that there is no such resource.
+var ErrNotFound = errors.New("not found")
+
+// ErrConflict says that the state of a resource does not allow what was asked for.
+var ErrConflict = errors.New("conflict")
+
+// ErrInvalid says that a request cannot be carried out, ever.
+var ErrInvalid = errors.New("invalid")
+
+// Open takes up a daemon's directory, makes it if need be, and finds again what the last daemon has
+// left: VMs that run, and those that have ended meanwhile. Close the daemon.
+func Open(c Config) (_ *Daemon, err error) {
+	c.NamespacePrefix = cmp.Or(c.NamespacePrefix, "vm")
+	d := &Daemon{
+		config: c, log: logging.Or(c.Logger), vms: map[string]*vm{}, borrowed: map[string]bool{}, operations: map[string]*operation{},
+	}
+	for _, dir := range []string{d.dir("vms"), d.dir("packages"), d.dir("images"), d.dir("vmm")} {
+		if err := private.MkdirAll(dir); err != nil {
+			return nil, fmt.Errorf("open the daemon's directory: %w", err)
+		}
+	}
+	if d.lock, err = lockfile.Try(d.dir("daemon.lock")); err != nil {
+		return nil, fmt.Errorf("open the daemon's directory %s: %w", c.Dir, err)
+	}
+	d.ctx, d.cancel = context.WithCancel(context.Background())
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, d.Close())
+		}
+	}()
+	if d.events, err = openEvents(d.dir("events")); err != nil {
+		return nil, err
+	}
+	if err := errors.Join(d.sweepPackages(), d.reclaim()); err != nil {
+		return nil, err
+	}
+	if d.nat, err = detached.Find(d.natLock()); err != nil {
+		return nil, err
+	}
+	return d, d.recover()
+}
+
+func (d *Daemon) dir(elem ...string) string {
+	return filepath.Join(append([]string{d.config.Dir}, elem...)...)
+}
+
+// reclaim removes what VMs have left whose processes were killed.
+func (d *Daemon) reclaim() error { return vmm.ReclaimAll(d.dir("vmm"), d.log) }
+
+// recover reads the records of VMs and compares them with what is there.
+func (d *Daemon) recover() error {
+	entries, err := os.ReadDir(d.dir("vms"))
+	if err != nil {
+		return fmt.Errorf("find VMs: %w", err)
+	}
+	for _, e := range entries {
+		v := &vm{d: d, dir: d.dir("vms", e.Name())}
+		there, err := v.read()
+		if err != nil {
+			return err
+		}
+		if there {
+			d.vms[v.record.ID] = v
+		}
+		// Without a record, the last daemon was killed before it made the VM, or after it removed it.
+		if !there || v.record.State == api.Creating || v.record.State == api.Removing {
+			if err := v.destroy(d.ctx); err != nil {
+				return err
+			}
+		}
+	}
+	for _, v := range d.vms {
+		if err := v.recover(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Close ends the daemon. VMs go on. The NAT ends if no VM runs.
+func (d *Daemon) Close() error {
+	d.cancel()
+	d.work.Wait()
+	var errs []error
+	needed := false
+	for _, v := range d.vms {
+		needed = needed || v.process != nil
+		errs = append(errs, v.forgetProcess())
+	}
+	if d.nat != nil {
+		if !needed {
+			errs = append(errs, d.endNAT())
+		}
+		errs = append(errs, d.nat.Close())
+	}
+	if d.events != nil {
+		errs = append(errs, d.events.close())
+	}
+	return errors.Join(append(errs, d.lock.Release())...)
+}
+
+// VMs returns all VMs, the newest first.
+func (d *Daemon) VMs() []api.VM {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	list := []api.VM{}
+	for _, v := range d.vms {
+		list = append(list, v.record)
+	}
+	slices.SortFunc(list, func(a, b api.VM) int { return cmp.Or(b.Created.Compare(a.Created), cmp.Compare(a.ID, b.ID)) })
+	return list
+}
+
+// VM returns a VM by its name, its ID, or the beginning of its ID if that is one VM's.
+func (d *Daemon) VM(name string) (api.VM, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	v, err := d.find(name)
+	if err != nil {
+		return api.VM{}, err
+	}
+	return v.record, nil
+}
+
+// find is VM with d.mu held.
+func (d *Daemon) find(name string) (*vm, error) {
+	var found []*vm
+	for id, v := range d.vms {
+		if id == name || v.record.Name == name {
+			return v, nil
+		}
+		if len(name) > 0 && len(id) > len(name) && id[:len(name)] == name {
+			found = append(found, v)
+		}
+	}
+	switch len(found) {
+	case 1:
+		return found[0], nil
+	case 0:
+		return nil, fmt.Errorf("VM %q: %w; 'drafter ps -a' lists all", name, ErrNotFound)
+	}
+	return nil, fmt.Errorf("VM %q: %d VMs have an ID that begins so: %w; give more of it", name, len(found), ErrNotFound)
+}
+
+// Host tells of the daemon itself.
+func (d *Daemon) Host() api.Host {
+	h := api.Host{Version: d.config.Version}
+	h.Name, _ = os.Hostname() // "" if the kernel has none
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, v := range d.vms {
+		h.VMs++
+		if v.record.State == api.Running {
+			h.Running++
+		}
+	}
+	return h
+}
+
+// namespace reserves a free namespace of the NAT, with d.mu held.
+func (d *Daemon) namespace() (string, error) {
+	used := maps.Clone(d.borrowed)
+	for _, v := range d.vms {
+		used[v.record.Namespace] = true
+	}
+	for i := range d.config.NamespaceCount {
+		if name := fmt.Sprint(d.config.NamespacePrefix, i); !used[name] {
+			return name, nil
+		}
+	}
+	return "", fmt.Errorf("all %d network namespaces are in use: %w; stop a VM, or start the daemon with more --namespace-count", d.config.NamespaceCount, ErrConflict)
+}

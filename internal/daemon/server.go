@@ -1,0 +1,159 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"os"
+	"time"
+
+	"github.com/danielgtaylor/huma/v2"
+	"github.com/danielgtaylor/huma/v2/adapters/humago"
+	"github.com/danielgtaylor/huma/v2/sse"
+
+	"drafter/api"
+)
+
+// Handler serves the daemon's API, and its description at /openapi.json (OpenAPI 3.1).
+func (d *Daemon) Handler() http.Handler {
+	mux := http.NewServeMux()
+	describe(humago.New(mux, config(d.config.Version)), d)
+	return mux
+}
+
+func config(version string) huma.Config {
+	c := huma.DefaultConfig("Drafter", version)
+	c.Info.Description = "The virtual machines of a host. What takes time answers 202 with an operation."
+	c.DocsPath, c.SchemasPath = "", "/v1/schemas" // a page would load scripts from elsewhere
+	c.CreateHooks = nil                           // no links to schemas in answers
+	return c
+}
+
+type (
+	body[T any] struct{ Body T }
+	vmInput     struct {
+		VM string `path:"vm" doc:"Name, ID, or the beginning of an ID"`
+	}
+	removeInput struct {
+		VM    string `path:"vm" doc:"Name, ID, or the beginning of an ID"`
+		Force bool   `query:"force" doc:"Also one that runs"`
+	}
+	awaitInput struct {
+		ID   string `path:"operation"`
+		Wait int64  `query:"wait" minimum:"0" maximum:"60000" doc:"Milliseconds to wait for its end"`
+	}
+	operationInput struct {
+		ID string `path:"operation"`
+	}
+)
+
+// describe registers all that the API can do. d is nil if it is only described.
+func describe(a huma.API, d *Daemon) {
+	get(a, "/v1/host", "get-host", "Tell of the host", func(context.Context, *struct{}) (api.Host, error) { return d.Host(), nil })
+	get(a, "/v1/vms", "list-vms", "List VMs, the newest first", func(context.Context, *struct{}) ([]api.VM, error) { return d.VMs(), nil })
+	get(a, "/v1/vms/{vm}", "get-vm", "Tell of a VM", func(_ context.Context, in *vmInput) (api.VM, error) { return d.VM(in.VM) })
+	work(a, http.MethodPost, "/v1/vms", "run", "Make a VM of an image and start it", func(in *struct{ Body api.Run }) (api.Operation, error) {
+		return d.Run(in.Body)
+	})
+	work(a, http.MethodPost, "/v1/vms/{vm}/start", "start", "Start a VM: it is resumed if it can be, else it boots from its disks", func(in *vmInput) (api.Operation, error) {
+		return d.Start(in.VM)
+	})
+	work(a, http.MethodPost, "/v1/vms/{vm}/stop", "stop", "Suspend a VM", func(in *vmInput) (api.Operation, error) { return d.Stop(in.VM) })
+	work(a, http.MethodPost, "/v1/vms/{vm}/kill", "kill", "End a VM as a power cut does", func(in *vmInput) (api.Operation, error) { return d.Kill(in.VM) })
+	work(a, http.MethodDelete, "/v1/vms/{vm}", "remove", "Remove a VM and all that it has written", func(in *removeInput) (api.Operation, error) {
+		return d.Remove(in.VM, in.Force)
+	})
+	get(a, "/v1/operations/{operation}", "get-operation", "Tell of an operation", func(ctx context.Context, in *awaitInput) (api.Operation, error) {
+		return d.Operation(ctx, in.ID, time.Duration(in.Wait)*time.Millisecond)
+	})
+	huma.Register(a, endpoint(http.MethodDelete, "/v1/operations/{operation}", "cancel", "Let an operation end early"), func(_ context.Context, in *operationInput) (*struct{}, error) {
+		return nil, problem(d.Cancel(in.ID))
+	})
+	huma.Register(a, endpoint(http.MethodGet, "/v1/vms/{vm}/logs", "get-logs", "Read what a VM has printed on its console"), func(_ context.Context, in *vmInput) (*huma.StreamResponse, error) {
+		return d.logs(in.VM)
+	})
+	sse.Register(a, endpoint(http.MethodGet, "/v1/events", "follow-events", "Follow what happens; Last-Event-ID goes on where a client has stopped"),
+		map[string]any{"message": api.Event{}}, d.follow)
+}
+
+func endpoint(method, path, id, summary string) huma.Operation {
+	return huma.Operation{OperationID: id, Method: method, Path: path, Summary: summary}
+}
+
+func get[In, Out any](a huma.API, path, id, summary string, f func(context.Context, *In) (Out, error)) {
+	huma.Register(a, endpoint(http.MethodGet, path, id, summary), func(ctx context.Context, in *In) (*body[Out], error) {
+		out, err := f(ctx, in)
+		return &body[Out]{out}, problem(err)
+	})
+}
+
+func work[In any](a huma.API, method, path, id, summary string, f func(*In) (api.Operation, error)) {
+	o := endpoint(method, path, id, summary)
+	o.DefaultStatus = http.StatusAccepted
+	huma.Register(a, o, func(_ context.Context, in *In) (*body[api.Operation], error) {
+		out, err := f(in)
+		return &body[api.Operation]{out}, problem(err)
+	})
+}
+
+// problem is an error as RFC 9457 has it.
+func problem(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, ErrNotFound):
+		return huma.Error404NotFound(err.Error())
+	case errors.Is(err, ErrConflict):
+		return huma.Error409Conflict(err.Error())
+	case errors.Is(err, ErrInvalid):
+		return huma.Error422UnprocessableEntity(err.Error())
+	}
+	return huma.Error500InternalServerError(err.Error())
+}
+
+// follow sends events until its client has gone.
+func (d *Daemon) follow(ctx context.Context, in *struct {
+	Last int64 `header:"Last-Event-ID" default:"-1" doc:"ID of the last event that the client knows; -1 for what happens from now on"`
+}, send sse.Sender) {
+	id := in.Last
+	for {
+		list, last, more := d.events.after(id)
+		for _, e := range list {
+			if err := send(sse.Message{ID: int(e.ID), Data: e}); err != nil {
+				return
+			}
+		}
+		id = last
+		select {
+		case <-more:
+		case <-ctx.Done():
+			return
+		case <-d.ctx.Done():
+			return
+		}
+	}
+}
+
+// logs sends what a VM has printed.
+func (d *Daemon) logs(name string) (*huma.StreamResponse, error) {
+	d.mu.Lock()
+	v, err := d.find(name)
+	d.mu.Unlock()
+	if err != nil {
+		return nil, problem(err)
+	}
+	return &huma.StreamResponse{Body: func(ctx huma.Context) {
+		ctx.SetHeader("Content-Type", "text/plain; charset=utf-8")
+		f, err := os.Open(v.path(consoleLog))
+		if errors.Is(err, os.ErrNotExist) {
+			return // it has printed nothing
+		}
+		if err == nil {
+			defer f.Close()
+			_, err = f.WriteTo(ctx.BodyWriter())
+		}
+		if err != nil {
+			d.log.Debug("A reader of a VM's log has gone", "error", err)
+		}
+	}}, nil
+}

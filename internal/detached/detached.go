@@ -1,0 +1,221 @@
+// Package detached starts processes that outlive the one that starts them, and finds them again.
+// Such a process holds a lock while it lives, so nobody needs to remember its number.
+package detached
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sys/unix"
+
+	"drafter/internal/lockfile"
+)
+
+// Process is a process that holds a lock.
+type Process struct {
+	PID  int
+	file *os.File // pidfd_open(2)
+	done chan struct{}
+	wait sync.WaitGroup
+
+	status syscall.WaitStatus // of a child that has ended
+}
+
+// Find returns the process that holds the lock at path, or nil if none does. Close it.
+func Find(path string) (*Process, error) {
+	for {
+		lock, err := lockfile.Try(path)
+		if errors.Is(err, os.ErrNotExist) { // its directory is not there
+			return nil, nil
+		}
+		if err == nil {
+			return nil, lock.Release()
+		}
+		var held *lockfile.HeldError
+		if !errors.As(err, &held) {
+			return nil, err
+		}
+		if held.PID == 0 {
+			time.Sleep(time.Millisecond) // it has just taken it, or another looks as we do
+			continue
+		}
+		p, err := open(held.PID)
+		if errors.Is(err, unix.ESRCH) {
+			time.Sleep(time.Millisecond) // who has started it was killed, and it has not adopted the lock yet
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		// The number may have become another process's before it was opened.
+		if again, err := lockfile.Try(path); err == nil {
+			return nil, errors.Join(again.Release(), p.Close())
+		} else if errors.As(err, &held) && held.PID == p.PID {
+			return p, nil
+		}
+		if err := p.Close(); err != nil {
+			return nil, err
+		}
+	}
+}
+
+func open(pid int) (*Process, error) {
+	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
+	if err != nil {
+		return nil, fmt.Errorf("open process %d: %w", pid, err)
+	}
+	p := &Process{PID: pid, file: os.NewFile(uintptr(fd), fmt.Sprintf("process %d", pid)), done: make(chan struct{})}
+	conn, err := p.file.SyscallConn()
+	if err != nil {
+		return nil, errors.Join(err, p.file.Close())
+	}
+	p.wait.Go(func() {
+		defer close(p.done)
+		err := conn.Read(func(fd uintptr) bool { // returns early if the file is closed
+			poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+			n, err := unix.Poll(poll, 0)
+			return err == nil && n > 0
+		})
+		if err == nil {
+			_, _ = syscall.Wait4(pid, &p.status, syscall.WNOHANG, nil) // others' children are theirs
+		}
+	})
+	return p, nil
+}
+
+// Done is closed when the process has ended, or p was closed.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Signal sends a signal. A process that has ended is no error.
+func (p *Process) Signal(s syscall.Signal) error {
+	conn, err := p.file.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var serr error
+	if err := conn.Control(func(fd uintptr) { serr = unix.PidfdSendSignal(int(fd), s, nil, 0) }); err != nil {
+		return err
+	}
+	if serr != nil && !errors.Is(serr, unix.ESRCH) {
+		return fmt.Errorf("send %s to process %d: %w", s, p.PID, serr)
+	}
+	return nil
+}
+
+// Close forgets the process, which goes on.
+func (p *Process) Close() error {
+	err := p.file.Close()
+	p.wait.Wait()
+	return err
+}
+
+// Command is what to start.
+type Command struct {
+	Lock           string // that the process holds, from its first instruction; see [Lock]
+	Program        string
+	Args           []string
+	Stdout, Stderr *os.File // nil discards
+}
+
+// Start starts a process with a session of its own and returns it once it is ready, which it says as
+// sd_notify(3) does. One that ends before is an error. Close the process.
+func Start(ctx context.Context, c Command) (_ *Process, err error) {
+	dir, err := os.MkdirTemp("", "drafter-notify-")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	path := filepath.Join(dir, "socket")
+	socket, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		return nil, err
+	}
+	ready := make(chan struct{})
+	var listen sync.WaitGroup
+	listen.Go(func() { awaitReady(socket, ready) })
+	defer listen.Wait()
+	defer socket.Close()
+	// Should this process be killed now, there is either no other, or one that has the lock.
+	lock, err := lockfile.Try(c.Lock)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, lock.Abandon()) }()
+	cmd := exec.Command(c.Program, c.Args...)
+	cmd.ExtraFiles = []*os.File{lock.File()}
+	if c.Stdout != nil {
+		cmd.Stdout = c.Stdout
+	}
+	if c.Stderr != nil {
+		cmd.Stderr = c.Stderr
+	}
+	cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+path, lockVariable+"="+c.Lock)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	p, err := open(cmd.Process.Pid)
+	if err != nil { // it cannot have ended: nobody has waited for it
+		return nil, errors.Join(err, cmd.Process.Kill(), cmd.Wait())
+	}
+	if err := cmd.Process.Release(); err != nil {
+		return nil, errors.Join(err, p.Close())
+	}
+	select {
+	case <-ready:
+		return p, nil
+	case <-p.Done():
+		return nil, errors.Join(fmt.Errorf("%s %s: it has ended (%s)", filepath.Base(c.Program), c.Args[0], describe(p.status)), p.Close())
+	case <-ctx.Done():
+		err := p.Signal(syscall.SIGTERM)
+		if err == nil {
+			<-p.Done()
+		}
+		return nil, errors.Join(context.Cause(ctx), err, p.Close())
+	}
+}
+
+// lockVariable names the lock that a process was started with, as file 3.
+const lockVariable = "DRAFTER_LOCK"
+
+// Lock takes the lock at path for this process, which may have been started with it.
+func Lock(path string) (*lockfile.Lock, error) {
+	if os.Getenv(lockVariable) != path {
+		return lockfile.Try(path)
+	}
+	unix.CloseOnExec(3)
+	return lockfile.Adopt(os.NewFile(3, path))
+}
+
+// awaitReady closes ready when a process says that it is ready, and returns when the socket is closed.
+func awaitReady(socket *net.UnixConn, ready chan struct{}) {
+	b := make([]byte, 4096)
+	for said := false; ; {
+		n, err := socket.Read(b)
+		if err != nil {
+			return
+		}
+		if !said && slices.Contains(strings.Split(string(b[:n]), "\n"), daemon.SdNotifyReady) {
+			said = true
+			close(ready)
+		}
+	}
+}
+
+func describe(s syscall.WaitStatus) string {
+	if s.Signaled() {
+		return s.Signal().String()
+	}
+	return fmt.Sprintf("exit status %d", s.ExitStatus())
+}
