@@ -232,25 +232,42 @@ func openTTY(size *WindowSize, uid int) (_, program *os.File, err error) {
 	if err := unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
 		return nil, nil, fmt.Errorf("unlock terminal: %w", err)
 	}
-	n, err := unix.IoctlGetUint32(fd, unix.TIOCGPTN)
-	if err != nil {
-		return nil, nil, fmt.Errorf("name terminal: %w", err)
+	if program, err = peerOf(fd); err != nil {
+		return nil, nil, err
 	}
-	name := fmt.Sprintf("/dev/pts/%d", n)
-	peer, err := unix.Open(name, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, nil, fmt.Errorf("open terminal %s: %w", name, err)
-	}
-	program = os.NewFile(uintptr(peer), name)
-	if uid != os.Getuid() {
-		if err := program.Chown(uid, -1); err != nil {
-			program.Close()
-			return nil, nil, err
-		}
-	}
-	if err := setSize(ours, size); err != nil {
-		program.Close()
-		return nil, nil, fmt.Errorf("size of terminal %s: %w", name, err)
+	if err := errors.Join(setSize(ours, size), own(program, uid)); err != nil {
+		return nil, nil, errors.Join(err, program.Close())
 	}
 	return ours, program, nil
+}
+
+// peerOf opens the other end of a terminal.
+func peerOf(fd int) (*os.File, error) {
+	peer, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.TIOCGPTPEER, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC)
+	if errno != 0 {
+		return nil, fmt.Errorf("open terminal: %w", errno)
+	}
+	return os.NewFile(peer, "terminal"), nil
+}
+
+func own(tty *os.File, uid int) error {
+	if uid == os.Getuid() {
+		return nil
+	}
+	return tty.Chown(uid, -1)
+}
+
+// GiveTTY lets a user open a terminal, of which the caller has the other end, by its name.
+func GiveTTY(tty *os.File, uid int) error {
+	raw, err := tty.SyscallConn()
+	if err != nil {
+		return err
+	}
+	cerr := raw.Control(func(fd uintptr) {
+		var peer *os.File
+		if peer, err = peerOf(int(fd)); err == nil {
+			err = errors.Join(own(peer, uid), peer.Close())
+		}
+	})
+	return errors.Join(cerr, err)
 }
