@@ -23,6 +23,905 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// Place is where a program runs, or a file lies.
+type Place int32
+
+const (
+	// The workload's container if the guest has one, or else the guest's system.
+	Place_WORKLOAD Place = 0
+	Place_SYSTEM   Place = 1
+)
+
+// Enum value maps for Place.
+var (
+	Place_name = map[int32]string{
+		0: "WORKLOAD",
+		1: "SYSTEM",
+	}
+	Place_value = map[string]int32{
+		"WORKLOAD": 0,
+		"SYSTEM":   1,
+	}
+)
+
+func (x Place) Enum() *Place {
+	p := new(Place)
+	*p = x
+	return p
+}
+
+func (x Place) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Place) Descriptor() protoreflect.EnumDescriptor {
+	return file_agent_agent_proto_enumTypes[0].Descriptor()
+}
+
+func (Place) Type() protoreflect.EnumType {
+	return &file_agent_agent_proto_enumTypes[0]
+}
+
+func (x Place) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Place.Descriptor instead.
+func (Place) EnumDescriptor() ([]byte, []int) {
+	return file_agent_agent_proto_rawDescGZIP(), []int{0}
+}
+
+type RunRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Message:
+	//
+	//	*RunRequest_Program
+	//	*RunRequest_CopyOut
+	//	*RunRequest_CopyIn
+	//	*RunRequest_Stdin
+	//	*RunRequest_EndOfInput
+	//	*RunRequest_WindowSize
+	//	*RunRequest_Signal
+	//	*RunRequest_StdoutTaken
+	//	*RunRequest_StderrTaken
+	Message       isRunRequest_Message `protobuf_oneof:"message"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RunRequest) Reset() {
+	*x = RunRequest{}
+	mi := &file_agent_agent_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RunRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RunRequest) ProtoMessage() {}
+
+func (x *RunRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agent_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RunRequest.ProtoReflect.Descriptor instead.
+func (*RunRequest) Descriptor() ([]byte, []int) {
+	return file_agent_agent_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *RunRequest) GetMessage() isRunRequest_Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *RunRequest) GetProgram() *Program {
+	if x != nil {
+		if x, ok := x.Message.(*RunRequest_Program); ok {
+			return x.Program
+		}
+	}
+	return nil
+}
+
+func (x *RunRequest) GetCopyOut() *Files {
+	if x != nil {
+		if x, ok := x.Message.(*RunRequest_CopyOut); ok {
+			return x.CopyOut
+		}
+	}
+	return nil
+}
+
+func (x *RunRequest) GetCopyIn() *Files {
+	if x != nil {
+		if x, ok := x.Message.(*RunRequest_CopyIn); ok {
+			return x.CopyIn
+		}
+	}
+	return nil
+}
+
+func (x *RunRequest) GetStdin() []byte {
+	if x != nil {
+		if x, ok := x.Message.(*RunRequest_Stdin); ok {
+			return x.Stdin
+		}
+	}
+	return nil
+}
+
+func (x *RunRequest) GetEndOfInput() *EndOfInput {
+	if x != nil {
+		if x, ok := x.Message.(*RunRequest_EndOfInput); ok {
+			return x.EndOfInput
+		}
+	}
+	return nil
+}
+
+func (x *RunRequest) GetWindowSize() *WindowSize {
+	if x != nil {
+		if x, ok := x.Message.(*RunRequest_WindowSize); ok {
+			return x.WindowSize
+		}
+	}
+	return nil
+}
+
+func (x *RunRequest) GetSignal() int32 {
+	if x != nil {
+		if x, ok := x.Message.(*RunRequest_Signal); ok {
+			return x.Signal
+		}
+	}
+	return 0
+}
+
+func (x *RunRequest) GetStdoutTaken() *Taken {
+	if x != nil {
+		if x, ok := x.Message.(*RunRequest_StdoutTaken); ok {
+			return x.StdoutTaken
+		}
+	}
+	return nil
+}
+
+func (x *RunRequest) GetStderrTaken() *Taken {
+	if x != nil {
+		if x, ok := x.Message.(*RunRequest_StderrTaken); ok {
+			return x.StderrTaken
+		}
+	}
+	return nil
+}
+
+type isRunRequest_Message interface {
+	isRunRequest_Message()
+}
+
+type RunRequest_Program struct {
+	// The first message is one of these.
+	Program *Program `protobuf:"bytes,1,opt,name=program,proto3,oneof"`
+}
+
+type RunRequest_CopyOut struct {
+	CopyOut *Files `protobuf:"bytes,2,opt,name=copy_out,json=copyOut,proto3,oneof"`
+}
+
+type RunRequest_CopyIn struct {
+	CopyIn *Files `protobuf:"bytes,3,opt,name=copy_in,json=copyIn,proto3,oneof"`
+}
+
+type RunRequest_Stdin struct {
+	// The others are of these. At most 16 KiB of input.
+	Stdin []byte `protobuf:"bytes,4,opt,name=stdin,proto3,oneof"`
+}
+
+type RunRequest_EndOfInput struct {
+	EndOfInput *EndOfInput `protobuf:"bytes,5,opt,name=end_of_input,json=endOfInput,proto3,oneof"`
+}
+
+type RunRequest_WindowSize struct {
+	WindowSize *WindowSize `protobuf:"bytes,6,opt,name=window_size,json=windowSize,proto3,oneof"`
+}
+
+type RunRequest_Signal struct {
+	// A signal for the program, by its number on Linux (x86-64 and arm64 have the same).
+	Signal int32 `protobuf:"varint,7,opt,name=signal,proto3,oneof"`
+}
+
+type RunRequest_StdoutTaken struct {
+	// What the host has read, so that the guest may send as much more.
+	StdoutTaken *Taken `protobuf:"bytes,8,opt,name=stdout_taken,json=stdoutTaken,proto3,oneof"`
+}
+
+type RunRequest_StderrTaken struct {
+	StderrTaken *Taken `protobuf:"bytes,9,opt,name=stderr_taken,json=stderrTaken,proto3,oneof"`
+}
+
+func (*RunRequest_Program) isRunRequest_Message() {}
+
+func (*RunRequest_CopyOut) isRunRequest_Message() {}
+
+func (*RunRequest_CopyIn) isRunRequest_Message() {}
+
+func (*RunRequest_Stdin) isRunRequest_Message() {}
+
+func (*RunRequest_EndOfInput) isRunRequest_Message() {}
+
+func (*RunRequest_WindowSize) isRunRequest_Message() {}
+
+func (*RunRequest_Signal) isRunRequest_Message() {}
+
+func (*RunRequest_StdoutTaken) isRunRequest_Message() {}
+
+func (*RunRequest_StderrTaken) isRunRequest_Message() {}
+
+type RunResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Message:
+	//
+	//	*RunResponse_Started
+	//	*RunResponse_Stdout
+	//	*RunResponse_Stderr
+	//	*RunResponse_StdinTaken
+	//	*RunResponse_End
+	Message       isRunResponse_Message `protobuf_oneof:"message"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RunResponse) Reset() {
+	*x = RunResponse{}
+	mi := &file_agent_agent_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RunResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RunResponse) ProtoMessage() {}
+
+func (x *RunResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agent_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RunResponse.ProtoReflect.Descriptor instead.
+func (*RunResponse) Descriptor() ([]byte, []int) {
+	return file_agent_agent_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *RunResponse) GetMessage() isRunResponse_Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *RunResponse) GetStarted() *Started {
+	if x != nil {
+		if x, ok := x.Message.(*RunResponse_Started); ok {
+			return x.Started
+		}
+	}
+	return nil
+}
+
+func (x *RunResponse) GetStdout() []byte {
+	if x != nil {
+		if x, ok := x.Message.(*RunResponse_Stdout); ok {
+			return x.Stdout
+		}
+	}
+	return nil
+}
+
+func (x *RunResponse) GetStderr() []byte {
+	if x != nil {
+		if x, ok := x.Message.(*RunResponse_Stderr); ok {
+			return x.Stderr
+		}
+	}
+	return nil
+}
+
+func (x *RunResponse) GetStdinTaken() *Taken {
+	if x != nil {
+		if x, ok := x.Message.(*RunResponse_StdinTaken); ok {
+			return x.StdinTaken
+		}
+	}
+	return nil
+}
+
+func (x *RunResponse) GetEnd() *End {
+	if x != nil {
+		if x, ok := x.Message.(*RunResponse_End); ok {
+			return x.End
+		}
+	}
+	return nil
+}
+
+type isRunResponse_Message interface {
+	isRunResponse_Message()
+}
+
+type RunResponse_Started struct {
+	Started *Started `protobuf:"bytes,1,opt,name=started,proto3,oneof"`
+}
+
+type RunResponse_Stdout struct {
+	// At most 16 KiB. With a terminal, all output is stdout; of copy_out it is a tar archive.
+	Stdout []byte `protobuf:"bytes,2,opt,name=stdout,proto3,oneof"`
+}
+
+type RunResponse_Stderr struct {
+	Stderr []byte `protobuf:"bytes,3,opt,name=stderr,proto3,oneof"`
+}
+
+type RunResponse_StdinTaken struct {
+	StdinTaken *Taken `protobuf:"bytes,4,opt,name=stdin_taken,json=stdinTaken,proto3,oneof"`
+}
+
+type RunResponse_End struct {
+	// The last message.
+	End *End `protobuf:"bytes,5,opt,name=end,proto3,oneof"`
+}
+
+func (*RunResponse_Started) isRunResponse_Message() {}
+
+func (*RunResponse_Stdout) isRunResponse_Message() {}
+
+func (*RunResponse_Stderr) isRunResponse_Message() {}
+
+func (*RunResponse_StdinTaken) isRunResponse_Message() {}
+
+func (*RunResponse_End) isRunResponse_Message() {}
+
+type Program struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Place Place                  `protobuf:"varint,1,opt,name=place,proto3,enum=drafter.agent.v1.Place" json:"place,omitempty"`
+	// Program and arguments; the program is looked up on the PATH of its environment.
+	Args []string `protobuf:"bytes,2,rep,name=args,proto3" json:"args,omitempty"`
+	// Added to the environment, as NAME=value.
+	Env []string `protobuf:"bytes,3,rep,name=env,proto3" json:"env,omitempty"`
+	// Working directory; "" for the container's, or / in the guest's system.
+	Dir string `protobuf:"bytes,4,opt,name=dir,proto3" json:"dir,omitempty"`
+	// "name", "uid", "name:group" or "uid:gid" by the place's own passwd(5) and group(5); "" for the container's user, or root in the guest's system.
+	User string `protobuf:"bytes,5,opt,name=user,proto3" json:"user,omitempty"`
+	// The program has a terminal of this size.
+	Tty        bool        `protobuf:"varint,6,opt,name=tty,proto3" json:"tty,omitempty"`
+	WindowSize *WindowSize `protobuf:"bytes,7,opt,name=window_size,json=windowSize,proto3" json:"window_size,omitempty"`
+	// The host sends input. Otherwise there is none.
+	Stdin         bool `protobuf:"varint,8,opt,name=stdin,proto3" json:"stdin,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Program) Reset() {
+	*x = Program{}
+	mi := &file_agent_agent_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Program) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Program) ProtoMessage() {}
+
+func (x *Program) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agent_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Program.ProtoReflect.Descriptor instead.
+func (*Program) Descriptor() ([]byte, []int) {
+	return file_agent_agent_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Program) GetPlace() Place {
+	if x != nil {
+		return x.Place
+	}
+	return Place_WORKLOAD
+}
+
+func (x *Program) GetArgs() []string {
+	if x != nil {
+		return x.Args
+	}
+	return nil
+}
+
+func (x *Program) GetEnv() []string {
+	if x != nil {
+		return x.Env
+	}
+	return nil
+}
+
+func (x *Program) GetDir() string {
+	if x != nil {
+		return x.Dir
+	}
+	return ""
+}
+
+func (x *Program) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *Program) GetTty() bool {
+	if x != nil {
+		return x.Tty
+	}
+	return false
+}
+
+func (x *Program) GetWindowSize() *WindowSize {
+	if x != nil {
+		return x.WindowSize
+	}
+	return nil
+}
+
+func (x *Program) GetStdin() bool {
+	if x != nil {
+		return x.Stdin
+	}
+	return false
+}
+
+type WindowSize struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Rows          uint32                 `protobuf:"varint,1,opt,name=rows,proto3" json:"rows,omitempty"`
+	Columns       uint32                 `protobuf:"varint,2,opt,name=columns,proto3" json:"columns,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WindowSize) Reset() {
+	*x = WindowSize{}
+	mi := &file_agent_agent_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WindowSize) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WindowSize) ProtoMessage() {}
+
+func (x *WindowSize) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agent_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WindowSize.ProtoReflect.Descriptor instead.
+func (*WindowSize) Descriptor() ([]byte, []int) {
+	return file_agent_agent_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *WindowSize) GetRows() uint32 {
+	if x != nil {
+		return x.Rows
+	}
+	return 0
+}
+
+func (x *WindowSize) GetColumns() uint32 {
+	if x != nil {
+		return x.Columns
+	}
+	return 0
+}
+
+type Files struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Place Place                  `protobuf:"varint,1,opt,name=place,proto3,enum=drafter.agent.v1.Place" json:"place,omitempty"`
+	// copy_out: a file, or a directory with all below it. copy_in: the directory that the archive is unpacked in.
+	Path          string `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Files) Reset() {
+	*x = Files{}
+	mi := &file_agent_agent_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Files) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Files) ProtoMessage() {}
+
+func (x *Files) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agent_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Files.ProtoReflect.Descriptor instead.
+func (*Files) Descriptor() ([]byte, []int) {
+	return file_agent_agent_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Files) GetPlace() Place {
+	if x != nil {
+		return x.Place
+	}
+	return Place_WORKLOAD
+}
+
+func (x *Files) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+type EndOfInput struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EndOfInput) Reset() {
+	*x = EndOfInput{}
+	mi := &file_agent_agent_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EndOfInput) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EndOfInput) ProtoMessage() {}
+
+func (x *EndOfInput) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agent_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EndOfInput.ProtoReflect.Descriptor instead.
+func (*EndOfInput) Descriptor() ([]byte, []int) {
+	return file_agent_agent_proto_rawDescGZIP(), []int{5}
+}
+
+type Started struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Started) Reset() {
+	*x = Started{}
+	mi := &file_agent_agent_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Started) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Started) ProtoMessage() {}
+
+func (x *Started) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agent_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Started.ProtoReflect.Descriptor instead.
+func (*Started) Descriptor() ([]byte, []int) {
+	return file_agent_agent_proto_rawDescGZIP(), []int{6}
+}
+
+type Taken struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As both sides count them: see Run.
+	Bytes         uint32 `protobuf:"varint,1,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Taken) Reset() {
+	*x = Taken{}
+	mi := &file_agent_agent_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Taken) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Taken) ProtoMessage() {}
+
+func (x *Taken) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agent_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Taken.ProtoReflect.Descriptor instead.
+func (*Taken) Descriptor() ([]byte, []int) {
+	return file_agent_agent_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Taken) GetBytes() uint32 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+type End struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As from wait(2): 0 to 255, or 128 plus the signal's number.
+	ExitStatus int32 `protobuf:"varint,1,opt,name=exit_status,json=exitStatus,proto3" json:"exit_status,omitempty"`
+	// Why nothing was started (exit_status is 126 or 127, as a shell has it), or not done to the end.
+	Error         string `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *End) Reset() {
+	*x = End{}
+	mi := &file_agent_agent_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *End) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*End) ProtoMessage() {}
+
+func (x *End) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agent_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use End.ProtoReflect.Descriptor instead.
+func (*End) Descriptor() ([]byte, []int) {
+	return file_agent_agent_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *End) GetExitStatus() int32 {
+	if x != nil {
+		return x.ExitStatus
+	}
+	return 0
+}
+
+func (x *End) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+type StatRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Place Place                  `protobuf:"varint,1,opt,name=place,proto3,enum=drafter.agent.v1.Place" json:"place,omitempty"`
+	Path  string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	// A symbolic link is described, not what it leads to.
+	NoFollow      bool `protobuf:"varint,3,opt,name=no_follow,json=noFollow,proto3" json:"no_follow,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatRequest) Reset() {
+	*x = StatRequest{}
+	mi := &file_agent_agent_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatRequest) ProtoMessage() {}
+
+func (x *StatRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agent_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatRequest.ProtoReflect.Descriptor instead.
+func (*StatRequest) Descriptor() ([]byte, []int) {
+	return file_agent_agent_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *StatRequest) GetPlace() Place {
+	if x != nil {
+		return x.Place
+	}
+	return Place_WORKLOAD
+}
+
+func (x *StatRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *StatRequest) GetNoFollow() bool {
+	if x != nil {
+		return x.NoFollow
+	}
+	return false
+}
+
+type StatResponse struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Exists bool                   `protobuf:"varint,1,opt,name=exists,proto3" json:"exists,omitempty"`
+	// As in stat(2).
+	Mode             uint32 `protobuf:"varint,2,opt,name=mode,proto3" json:"mode,omitempty"`
+	Size             int64  `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`
+	ModifiedUnixNano int64  `protobuf:"varint,4,opt,name=modified_unix_nano,json=modifiedUnixNano,proto3" json:"modified_unix_nano,omitempty"`
+	// Where a symbolic link leads; with no_follow only.
+	LinkTarget    string `protobuf:"bytes,5,opt,name=link_target,json=linkTarget,proto3" json:"link_target,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatResponse) Reset() {
+	*x = StatResponse{}
+	mi := &file_agent_agent_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatResponse) ProtoMessage() {}
+
+func (x *StatResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agent_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatResponse.ProtoReflect.Descriptor instead.
+func (*StatResponse) Descriptor() ([]byte, []int) {
+	return file_agent_agent_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *StatResponse) GetExists() bool {
+	if x != nil {
+		return x.Exists
+	}
+	return false
+}
+
+func (x *StatResponse) GetMode() uint32 {
+	if x != nil {
+		return x.Mode
+	}
+	return 0
+}
+
+func (x *StatResponse) GetSize() int64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *StatResponse) GetModifiedUnixNano() int64 {
+	if x != nil {
+		return x.ModifiedUnixNano
+	}
+	return 0
+}
+
+func (x *StatResponse) GetLinkTarget() string {
+	if x != nil {
+		return x.LinkTarget
+	}
+	return ""
+}
+
 type BeforeSuspendRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -31,7 +930,7 @@ type BeforeSuspendRequest struct {
 
 func (x *BeforeSuspendRequest) Reset() {
 	*x = BeforeSuspendRequest{}
-	mi := &file_agent_agent_proto_msgTypes[0]
+	mi := &file_agent_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -43,7 +942,7 @@ func (x *BeforeSuspendRequest) String() string {
 func (*BeforeSuspendRequest) ProtoMessage() {}
 
 func (x *BeforeSuspendRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[0]
+	mi := &file_agent_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -56,7 +955,7 @@ func (x *BeforeSuspendRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeforeSuspendRequest.ProtoReflect.Descriptor instead.
 func (*BeforeSuspendRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{0}
+	return file_agent_agent_proto_rawDescGZIP(), []int{11}
 }
 
 type BeforeSuspendResponse struct {
@@ -67,7 +966,7 @@ type BeforeSuspendResponse struct {
 
 func (x *BeforeSuspendResponse) Reset() {
 	*x = BeforeSuspendResponse{}
-	mi := &file_agent_agent_proto_msgTypes[1]
+	mi := &file_agent_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -79,7 +978,7 @@ func (x *BeforeSuspendResponse) String() string {
 func (*BeforeSuspendResponse) ProtoMessage() {}
 
 func (x *BeforeSuspendResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[1]
+	mi := &file_agent_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -92,7 +991,7 @@ func (x *BeforeSuspendResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeforeSuspendResponse.ProtoReflect.Descriptor instead.
 func (*BeforeSuspendResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{1}
+	return file_agent_agent_proto_rawDescGZIP(), []int{12}
 }
 
 type AfterResumeRequest struct {
@@ -112,7 +1011,7 @@ type AfterResumeRequest struct {
 
 func (x *AfterResumeRequest) Reset() {
 	*x = AfterResumeRequest{}
-	mi := &file_agent_agent_proto_msgTypes[2]
+	mi := &file_agent_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -124,7 +1023,7 @@ func (x *AfterResumeRequest) String() string {
 func (*AfterResumeRequest) ProtoMessage() {}
 
 func (x *AfterResumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[2]
+	mi := &file_agent_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -137,7 +1036,7 @@ func (x *AfterResumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AfterResumeRequest.ProtoReflect.Descriptor instead.
 func (*AfterResumeRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{2}
+	return file_agent_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *AfterResumeRequest) GetNowUnixNano() int64 {
@@ -180,7 +1079,7 @@ type AfterResumeResponse struct {
 
 func (x *AfterResumeResponse) Reset() {
 	*x = AfterResumeResponse{}
-	mi := &file_agent_agent_proto_msgTypes[3]
+	mi := &file_agent_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -192,7 +1091,7 @@ func (x *AfterResumeResponse) String() string {
 func (*AfterResumeResponse) ProtoMessage() {}
 
 func (x *AfterResumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[3]
+	mi := &file_agent_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -205,7 +1104,7 @@ func (x *AfterResumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AfterResumeResponse.ProtoReflect.Descriptor instead.
 func (*AfterResumeResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{3}
+	return file_agent_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *AfterResumeResponse) GetClockStepNano() int64 {
@@ -233,7 +1132,7 @@ type CatchUpRequest struct {
 
 func (x *CatchUpRequest) Reset() {
 	*x = CatchUpRequest{}
-	mi := &file_agent_agent_proto_msgTypes[4]
+	mi := &file_agent_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -245,7 +1144,7 @@ func (x *CatchUpRequest) String() string {
 func (*CatchUpRequest) ProtoMessage() {}
 
 func (x *CatchUpRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[4]
+	mi := &file_agent_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -258,7 +1157,7 @@ func (x *CatchUpRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CatchUpRequest.ProtoReflect.Descriptor instead.
 func (*CatchUpRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{4}
+	return file_agent_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *CatchUpRequest) GetNowUnixNano() int64 {
@@ -285,7 +1184,7 @@ type CatchUpResponse struct {
 
 func (x *CatchUpResponse) Reset() {
 	*x = CatchUpResponse{}
-	mi := &file_agent_agent_proto_msgTypes[5]
+	mi := &file_agent_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -297,7 +1196,7 @@ func (x *CatchUpResponse) String() string {
 func (*CatchUpResponse) ProtoMessage() {}
 
 func (x *CatchUpResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[5]
+	mi := &file_agent_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -310,7 +1209,7 @@ func (x *CatchUpResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CatchUpResponse.ProtoReflect.Descriptor instead.
 func (*CatchUpResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{5}
+	return file_agent_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CatchUpResponse) GetClockStepNano() int64 {
@@ -328,7 +1227,7 @@ type ReadyRequest struct {
 
 func (x *ReadyRequest) Reset() {
 	*x = ReadyRequest{}
-	mi := &file_agent_agent_proto_msgTypes[6]
+	mi := &file_agent_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -340,7 +1239,7 @@ func (x *ReadyRequest) String() string {
 func (*ReadyRequest) ProtoMessage() {}
 
 func (x *ReadyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[6]
+	mi := &file_agent_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -353,7 +1252,7 @@ func (x *ReadyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadyRequest.ProtoReflect.Descriptor instead.
 func (*ReadyRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{6}
+	return file_agent_agent_proto_rawDescGZIP(), []int{17}
 }
 
 type ReadyResponse struct {
@@ -369,7 +1268,7 @@ type ReadyResponse struct {
 
 func (x *ReadyResponse) Reset() {
 	*x = ReadyResponse{}
-	mi := &file_agent_agent_proto_msgTypes[7]
+	mi := &file_agent_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -381,7 +1280,7 @@ func (x *ReadyResponse) String() string {
 func (*ReadyResponse) ProtoMessage() {}
 
 func (x *ReadyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[7]
+	mi := &file_agent_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -394,7 +1293,7 @@ func (x *ReadyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadyResponse.ProtoReflect.Descriptor instead.
 func (*ReadyResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{7}
+	return file_agent_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ReadyResponse) GetReady() bool {
@@ -429,7 +1328,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_agent_agent_proto_msgTypes[8]
+	mi := &file_agent_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -441,7 +1340,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[8]
+	mi := &file_agent_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -454,7 +1353,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{8}
+	return file_agent_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ExecRequest) GetArgs() []string {
@@ -484,7 +1383,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_agent_agent_proto_msgTypes[9]
+	mi := &file_agent_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -496,7 +1395,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[9]
+	mi := &file_agent_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -509,7 +1408,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{9}
+	return file_agent_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ExecResponse) GetExitStatus() int32 {
@@ -537,7 +1436,66 @@ var File_agent_agent_proto protoreflect.FileDescriptor
 
 const file_agent_agent_proto_rawDesc = "" +
 	"\n" +
-	"\x11agent/agent.proto\x12\x10drafter.agent.v1\"\x16\n" +
+	"\x11agent/agent.proto\x12\x10drafter.agent.v1\"\xe9\x03\n" +
+	"\n" +
+	"RunRequest\x125\n" +
+	"\aprogram\x18\x01 \x01(\v2\x19.drafter.agent.v1.ProgramH\x00R\aprogram\x124\n" +
+	"\bcopy_out\x18\x02 \x01(\v2\x17.drafter.agent.v1.FilesH\x00R\acopyOut\x122\n" +
+	"\acopy_in\x18\x03 \x01(\v2\x17.drafter.agent.v1.FilesH\x00R\x06copyIn\x12\x16\n" +
+	"\x05stdin\x18\x04 \x01(\fH\x00R\x05stdin\x12@\n" +
+	"\fend_of_input\x18\x05 \x01(\v2\x1c.drafter.agent.v1.EndOfInputH\x00R\n" +
+	"endOfInput\x12?\n" +
+	"\vwindow_size\x18\x06 \x01(\v2\x1c.drafter.agent.v1.WindowSizeH\x00R\n" +
+	"windowSize\x12\x18\n" +
+	"\x06signal\x18\a \x01(\x05H\x00R\x06signal\x12<\n" +
+	"\fstdout_taken\x18\b \x01(\v2\x17.drafter.agent.v1.TakenH\x00R\vstdoutTaken\x12<\n" +
+	"\fstderr_taken\x18\t \x01(\v2\x17.drafter.agent.v1.TakenH\x00R\vstderrTakenB\t\n" +
+	"\amessage\"\xea\x01\n" +
+	"\vRunResponse\x125\n" +
+	"\astarted\x18\x01 \x01(\v2\x19.drafter.agent.v1.StartedH\x00R\astarted\x12\x18\n" +
+	"\x06stdout\x18\x02 \x01(\fH\x00R\x06stdout\x12\x18\n" +
+	"\x06stderr\x18\x03 \x01(\fH\x00R\x06stderr\x12:\n" +
+	"\vstdin_taken\x18\x04 \x01(\v2\x17.drafter.agent.v1.TakenH\x00R\n" +
+	"stdinTaken\x12)\n" +
+	"\x03end\x18\x05 \x01(\v2\x15.drafter.agent.v1.EndH\x00R\x03endB\t\n" +
+	"\amessage\"\xeb\x01\n" +
+	"\aProgram\x12-\n" +
+	"\x05place\x18\x01 \x01(\x0e2\x17.drafter.agent.v1.PlaceR\x05place\x12\x12\n" +
+	"\x04args\x18\x02 \x03(\tR\x04args\x12\x10\n" +
+	"\x03env\x18\x03 \x03(\tR\x03env\x12\x10\n" +
+	"\x03dir\x18\x04 \x01(\tR\x03dir\x12\x12\n" +
+	"\x04user\x18\x05 \x01(\tR\x04user\x12\x10\n" +
+	"\x03tty\x18\x06 \x01(\bR\x03tty\x12=\n" +
+	"\vwindow_size\x18\a \x01(\v2\x1c.drafter.agent.v1.WindowSizeR\n" +
+	"windowSize\x12\x14\n" +
+	"\x05stdin\x18\b \x01(\bR\x05stdin\":\n" +
+	"\n" +
+	"WindowSize\x12\x12\n" +
+	"\x04rows\x18\x01 \x01(\rR\x04rows\x12\x18\n" +
+	"\acolumns\x18\x02 \x01(\rR\acolumns\"J\n" +
+	"\x05Files\x12-\n" +
+	"\x05place\x18\x01 \x01(\x0e2\x17.drafter.agent.v1.PlaceR\x05place\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\"\f\n" +
+	"\n" +
+	"EndOfInput\"\t\n" +
+	"\aStarted\"\x1d\n" +
+	"\x05Taken\x12\x14\n" +
+	"\x05bytes\x18\x01 \x01(\rR\x05bytes\"<\n" +
+	"\x03End\x12\x1f\n" +
+	"\vexit_status\x18\x01 \x01(\x05R\n" +
+	"exitStatus\x12\x14\n" +
+	"\x05error\x18\x02 \x01(\tR\x05error\"m\n" +
+	"\vStatRequest\x12-\n" +
+	"\x05place\x18\x01 \x01(\x0e2\x17.drafter.agent.v1.PlaceR\x05place\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x1b\n" +
+	"\tno_follow\x18\x03 \x01(\bR\bnoFollow\"\x9d\x01\n" +
+	"\fStatResponse\x12\x16\n" +
+	"\x06exists\x18\x01 \x01(\bR\x06exists\x12\x12\n" +
+	"\x04mode\x18\x02 \x01(\rR\x04mode\x12\x12\n" +
+	"\x04size\x18\x03 \x01(\x03R\x04size\x12,\n" +
+	"\x12modified_unix_nano\x18\x04 \x01(\x03R\x10modifiedUnixNano\x12\x1f\n" +
+	"\vlink_target\x18\x05 \x01(\tR\n" +
+	"linkTarget\"\x16\n" +
 	"\x14BeforeSuspendRequest\"\x17\n" +
 	"\x15BeforeSuspendResponse\"\x99\x01\n" +
 	"\x12AfterResumeRequest\x12\"\n" +
@@ -566,13 +1524,20 @@ const file_agent_agent_proto_rawDesc = "" +
 	"\vexit_status\x18\x01 \x01(\x05R\n" +
 	"exitStatus\x12\x16\n" +
 	"\x06stdout\x18\x02 \x01(\fR\x06stdout\x12\x16\n" +
-	"\x06stderr\x18\x03 \x01(\fR\x06stderr2\xa6\x03\n" +
+	"\x06stderr\x18\x03 \x01(\fR\x06stderr*!\n" +
+	"\x05Place\x12\f\n" +
+	"\bWORKLOAD\x10\x00\x12\n" +
+	"\n" +
+	"\x06SYSTEM\x10\x012\xa6\x03\n" +
 	"\x05Agent\x12`\n" +
 	"\rBeforeSuspend\x12&.drafter.agent.v1.BeforeSuspendRequest\x1a'.drafter.agent.v1.BeforeSuspendResponse\x12Z\n" +
 	"\vAfterResume\x12$.drafter.agent.v1.AfterResumeRequest\x1a%.drafter.agent.v1.AfterResumeResponse\x12N\n" +
 	"\aCatchUp\x12 .drafter.agent.v1.CatchUpRequest\x1a!.drafter.agent.v1.CatchUpResponse\x12H\n" +
 	"\x05Ready\x12\x1e.drafter.agent.v1.ReadyRequest\x1a\x1f.drafter.agent.v1.ReadyResponse\x12E\n" +
-	"\x04Exec\x12\x1d.drafter.agent.v1.ExecRequest\x1a\x1e.drafter.agent.v1.ExecResponseB\x15Z\x13drafter/agent;agentb\x06proto3"
+	"\x04Exec\x12\x1d.drafter.agent.v1.ExecRequest\x1a\x1e.drafter.agent.v1.ExecResponse2\x99\x01\n" +
+	"\bWorkload\x12F\n" +
+	"\x03Run\x12\x1c.drafter.agent.v1.RunRequest\x1a\x1d.drafter.agent.v1.RunResponse(\x010\x01\x12E\n" +
+	"\x04Stat\x12\x1d.drafter.agent.v1.StatRequest\x1a\x1e.drafter.agent.v1.StatResponseB\x15Z\x13drafter/agent;agentb\x06proto3"
 
 var (
 	file_agent_agent_proto_rawDescOnce sync.Once
@@ -586,35 +1551,66 @@ func file_agent_agent_proto_rawDescGZIP() []byte {
 	return file_agent_agent_proto_rawDescData
 }
 
-var file_agent_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_agent_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_agent_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_agent_agent_proto_goTypes = []any{
-	(*BeforeSuspendRequest)(nil),  // 0: drafter.agent.v1.BeforeSuspendRequest
-	(*BeforeSuspendResponse)(nil), // 1: drafter.agent.v1.BeforeSuspendResponse
-	(*AfterResumeRequest)(nil),    // 2: drafter.agent.v1.AfterResumeRequest
-	(*AfterResumeResponse)(nil),   // 3: drafter.agent.v1.AfterResumeResponse
-	(*CatchUpRequest)(nil),        // 4: drafter.agent.v1.CatchUpRequest
-	(*CatchUpResponse)(nil),       // 5: drafter.agent.v1.CatchUpResponse
-	(*ReadyRequest)(nil),          // 6: drafter.agent.v1.ReadyRequest
-	(*ReadyResponse)(nil),         // 7: drafter.agent.v1.ReadyResponse
-	(*ExecRequest)(nil),           // 8: drafter.agent.v1.ExecRequest
-	(*ExecResponse)(nil),          // 9: drafter.agent.v1.ExecResponse
+	(Place)(0),                    // 0: drafter.agent.v1.Place
+	(*RunRequest)(nil),            // 1: drafter.agent.v1.RunRequest
+	(*RunResponse)(nil),           // 2: drafter.agent.v1.RunResponse
+	(*Program)(nil),               // 3: drafter.agent.v1.Program
+	(*WindowSize)(nil),            // 4: drafter.agent.v1.WindowSize
+	(*Files)(nil),                 // 5: drafter.agent.v1.Files
+	(*EndOfInput)(nil),            // 6: drafter.agent.v1.EndOfInput
+	(*Started)(nil),               // 7: drafter.agent.v1.Started
+	(*Taken)(nil),                 // 8: drafter.agent.v1.Taken
+	(*End)(nil),                   // 9: drafter.agent.v1.End
+	(*StatRequest)(nil),           // 10: drafter.agent.v1.StatRequest
+	(*StatResponse)(nil),          // 11: drafter.agent.v1.StatResponse
+	(*BeforeSuspendRequest)(nil),  // 12: drafter.agent.v1.BeforeSuspendRequest
+	(*BeforeSuspendResponse)(nil), // 13: drafter.agent.v1.BeforeSuspendResponse
+	(*AfterResumeRequest)(nil),    // 14: drafter.agent.v1.AfterResumeRequest
+	(*AfterResumeResponse)(nil),   // 15: drafter.agent.v1.AfterResumeResponse
+	(*CatchUpRequest)(nil),        // 16: drafter.agent.v1.CatchUpRequest
+	(*CatchUpResponse)(nil),       // 17: drafter.agent.v1.CatchUpResponse
+	(*ReadyRequest)(nil),          // 18: drafter.agent.v1.ReadyRequest
+	(*ReadyResponse)(nil),         // 19: drafter.agent.v1.ReadyResponse
+	(*ExecRequest)(nil),           // 20: drafter.agent.v1.ExecRequest
+	(*ExecResponse)(nil),          // 21: drafter.agent.v1.ExecResponse
 }
 var file_agent_agent_proto_depIdxs = []int32{
-	0, // 0: drafter.agent.v1.Agent.BeforeSuspend:input_type -> drafter.agent.v1.BeforeSuspendRequest
-	2, // 1: drafter.agent.v1.Agent.AfterResume:input_type -> drafter.agent.v1.AfterResumeRequest
-	4, // 2: drafter.agent.v1.Agent.CatchUp:input_type -> drafter.agent.v1.CatchUpRequest
-	6, // 3: drafter.agent.v1.Agent.Ready:input_type -> drafter.agent.v1.ReadyRequest
-	8, // 4: drafter.agent.v1.Agent.Exec:input_type -> drafter.agent.v1.ExecRequest
-	1, // 5: drafter.agent.v1.Agent.BeforeSuspend:output_type -> drafter.agent.v1.BeforeSuspendResponse
-	3, // 6: drafter.agent.v1.Agent.AfterResume:output_type -> drafter.agent.v1.AfterResumeResponse
-	5, // 7: drafter.agent.v1.Agent.CatchUp:output_type -> drafter.agent.v1.CatchUpResponse
-	7, // 8: drafter.agent.v1.Agent.Ready:output_type -> drafter.agent.v1.ReadyResponse
-	9, // 9: drafter.agent.v1.Agent.Exec:output_type -> drafter.agent.v1.ExecResponse
-	5, // [5:10] is the sub-list for method output_type
-	0, // [0:5] is the sub-list for method input_type
-	0, // [0:0] is the sub-list for extension type_name
-	0, // [0:0] is the sub-list for extension extendee
-	0, // [0:0] is the sub-list for field type_name
+	3,  // 0: drafter.agent.v1.RunRequest.program:type_name -> drafter.agent.v1.Program
+	5,  // 1: drafter.agent.v1.RunRequest.copy_out:type_name -> drafter.agent.v1.Files
+	5,  // 2: drafter.agent.v1.RunRequest.copy_in:type_name -> drafter.agent.v1.Files
+	6,  // 3: drafter.agent.v1.RunRequest.end_of_input:type_name -> drafter.agent.v1.EndOfInput
+	4,  // 4: drafter.agent.v1.RunRequest.window_size:type_name -> drafter.agent.v1.WindowSize
+	8,  // 5: drafter.agent.v1.RunRequest.stdout_taken:type_name -> drafter.agent.v1.Taken
+	8,  // 6: drafter.agent.v1.RunRequest.stderr_taken:type_name -> drafter.agent.v1.Taken
+	7,  // 7: drafter.agent.v1.RunResponse.started:type_name -> drafter.agent.v1.Started
+	8,  // 8: drafter.agent.v1.RunResponse.stdin_taken:type_name -> drafter.agent.v1.Taken
+	9,  // 9: drafter.agent.v1.RunResponse.end:type_name -> drafter.agent.v1.End
+	0,  // 10: drafter.agent.v1.Program.place:type_name -> drafter.agent.v1.Place
+	4,  // 11: drafter.agent.v1.Program.window_size:type_name -> drafter.agent.v1.WindowSize
+	0,  // 12: drafter.agent.v1.Files.place:type_name -> drafter.agent.v1.Place
+	0,  // 13: drafter.agent.v1.StatRequest.place:type_name -> drafter.agent.v1.Place
+	12, // 14: drafter.agent.v1.Agent.BeforeSuspend:input_type -> drafter.agent.v1.BeforeSuspendRequest
+	14, // 15: drafter.agent.v1.Agent.AfterResume:input_type -> drafter.agent.v1.AfterResumeRequest
+	16, // 16: drafter.agent.v1.Agent.CatchUp:input_type -> drafter.agent.v1.CatchUpRequest
+	18, // 17: drafter.agent.v1.Agent.Ready:input_type -> drafter.agent.v1.ReadyRequest
+	20, // 18: drafter.agent.v1.Agent.Exec:input_type -> drafter.agent.v1.ExecRequest
+	1,  // 19: drafter.agent.v1.Workload.Run:input_type -> drafter.agent.v1.RunRequest
+	10, // 20: drafter.agent.v1.Workload.Stat:input_type -> drafter.agent.v1.StatRequest
+	13, // 21: drafter.agent.v1.Agent.BeforeSuspend:output_type -> drafter.agent.v1.BeforeSuspendResponse
+	15, // 22: drafter.agent.v1.Agent.AfterResume:output_type -> drafter.agent.v1.AfterResumeResponse
+	17, // 23: drafter.agent.v1.Agent.CatchUp:output_type -> drafter.agent.v1.CatchUpResponse
+	19, // 24: drafter.agent.v1.Agent.Ready:output_type -> drafter.agent.v1.ReadyResponse
+	21, // 25: drafter.agent.v1.Agent.Exec:output_type -> drafter.agent.v1.ExecResponse
+	2,  // 26: drafter.agent.v1.Workload.Run:output_type -> drafter.agent.v1.RunResponse
+	11, // 27: drafter.agent.v1.Workload.Stat:output_type -> drafter.agent.v1.StatResponse
+	21, // [21:28] is the sub-list for method output_type
+	14, // [14:21] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_agent_agent_proto_init() }
@@ -622,18 +1618,37 @@ func file_agent_agent_proto_init() {
 	if File_agent_agent_proto != nil {
 		return
 	}
+	file_agent_agent_proto_msgTypes[0].OneofWrappers = []any{
+		(*RunRequest_Program)(nil),
+		(*RunRequest_CopyOut)(nil),
+		(*RunRequest_CopyIn)(nil),
+		(*RunRequest_Stdin)(nil),
+		(*RunRequest_EndOfInput)(nil),
+		(*RunRequest_WindowSize)(nil),
+		(*RunRequest_Signal)(nil),
+		(*RunRequest_StdoutTaken)(nil),
+		(*RunRequest_StderrTaken)(nil),
+	}
+	file_agent_agent_proto_msgTypes[1].OneofWrappers = []any{
+		(*RunResponse_Started)(nil),
+		(*RunResponse_Stdout)(nil),
+		(*RunResponse_Stderr)(nil),
+		(*RunResponse_StdinTaken)(nil),
+		(*RunResponse_End)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_agent_proto_rawDesc), len(file_agent_agent_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   10,
+			NumEnums:      1,
+			NumMessages:   21,
 			NumExtensions: 0,
-			NumServices:   1,
+			NumServices:   2,
 		},
 		GoTypes:           file_agent_agent_proto_goTypes,
 		DependencyIndexes: file_agent_agent_proto_depIdxs,
+		EnumInfos:         file_agent_agent_proto_enumTypes,
 		MessageInfos:      file_agent_agent_proto_msgTypes,
 	}.Build()
 	File_agent_agent_proto = out.File

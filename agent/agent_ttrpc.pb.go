@@ -107,3 +107,110 @@ func (c *agentClient) Exec(ctx context.Context, req *ExecRequest) (*ExecResponse
 	}
 	return &resp, nil
 }
+
+type WorkloadService interface {
+	Run(context.Context, Workload_RunServer) error
+	Stat(context.Context, *StatRequest) (*StatResponse, error)
+}
+
+type Workload_RunServer interface {
+	Send(*RunResponse) error
+	Recv() (*RunRequest, error)
+	ttrpc.StreamServer
+}
+
+type workloadRunServer struct {
+	ttrpc.StreamServer
+}
+
+func (x *workloadRunServer) Send(m *RunResponse) error {
+	return x.StreamServer.SendMsg(m)
+}
+
+func (x *workloadRunServer) Recv() (*RunRequest, error) {
+	m := new(RunRequest)
+	if err := x.StreamServer.RecvMsg(m); err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+func RegisterWorkloadService(srv *ttrpc.Server, svc WorkloadService) {
+	srv.RegisterService("drafter.agent.v1.Workload", &ttrpc.ServiceDesc{
+		Methods: map[string]ttrpc.Method{
+			"Stat": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req StatRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Stat(ctx, &req)
+			},
+		},
+		Streams: map[string]ttrpc.Stream{
+			"Run": {
+				Handler: func(ctx context.Context, stream ttrpc.StreamServer) (interface{}, error) {
+					return nil, svc.Run(ctx, &workloadRunServer{stream})
+				},
+				StreamingClient: true,
+				StreamingServer: true,
+			},
+		},
+	})
+}
+
+type WorkloadClient interface {
+	Run(context.Context) (Workload_RunClient, error)
+	Stat(context.Context, *StatRequest) (*StatResponse, error)
+}
+
+type workloadClient struct {
+	client *ttrpc.Client
+}
+
+func NewWorkloadClient(client *ttrpc.Client) WorkloadClient {
+	return &workloadClient{
+		client: client,
+	}
+}
+
+func (c *workloadClient) Run(ctx context.Context) (Workload_RunClient, error) {
+	stream, err := c.client.NewStream(ctx, &ttrpc.StreamDesc{
+		StreamingClient: true,
+		StreamingServer: true,
+	}, "drafter.agent.v1.Workload", "Run", nil)
+	if err != nil {
+		return nil, err
+	}
+	x := &workloadRunClient{stream}
+	return x, nil
+}
+
+type Workload_RunClient interface {
+	Send(*RunRequest) error
+	Recv() (*RunResponse, error)
+	ttrpc.ClientStream
+}
+
+type workloadRunClient struct {
+	ttrpc.ClientStream
+}
+
+func (x *workloadRunClient) Send(m *RunRequest) error {
+	return x.ClientStream.SendMsg(m)
+}
+
+func (x *workloadRunClient) Recv() (*RunResponse, error) {
+	m := new(RunResponse)
+	if err := x.ClientStream.RecvMsg(m); err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+func (c *workloadClient) Stat(ctx context.Context, req *StatRequest) (*StatResponse, error) {
+	var resp StatResponse
+	if err := c.client.Call(ctx, "drafter.agent.v1.Workload", "Stat", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/ttrpc"
@@ -25,6 +26,9 @@ type Client struct {
 	ttrpc *ttrpc.Client
 	calls AgentService
 
+	workload WorkloadClient
+	sessions atomic.Int32 // under way
+
 	// Logger is nil for [slog.Default]. It is set before the first call.
 	Logger *slog.Logger
 }
@@ -33,7 +37,7 @@ type Client struct {
 func NewClient(conn net.Conn) *Client {
 	a := newAnswers(conn)
 	c := ttrpc.NewClient(a)
-	return &Client{conn: a, ttrpc: c, calls: NewAgentClient(c)}
+	return &Client{conn: a, ttrpc: c, calls: NewAgentClient(c), workload: NewWorkloadClient(c)}
 }
 
 // BeforeSuspend tells the guest that it is about to be suspended and waits until it is ready.

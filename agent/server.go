@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -38,9 +39,14 @@ type Server struct {
 	ReadyCmd        string
 	ReadyCmdTimeout time.Duration // of one run
 
+	// Container is where programs run and files lie that a host asks for; nil: the guest's system.
+	Container Container
+
 	Logger *slog.Logger // nil: slog.Default()
 
-	check check
+	check    check
+	sessions atomic.Int32
+	running  sync.WaitGroup // sessions
 }
 
 var _ AgentService = (*Server)(nil)
@@ -55,9 +61,11 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		return fmt.Errorf("serve agent: %w", err)
 	}
 	RegisterAgentService(server, s)
+	RegisterWorkloadService(server, s)
 	stop := context.AfterFunc(ctx, func() { server.Close() })
 	defer stop()
 	defer s.check.open(ctx)()
+	defer s.running.Wait()
 	if err := server.Serve(ctx, l); ctx.Err() == nil {
 		return fmt.Errorf("serve agent: %w", err)
 	}
@@ -284,16 +292,9 @@ func (s *Server) Exec(ctx context.Context, r *ExecRequest) (*ExecResponse, error
 	stdout, stderr := &boundedBuffer{}, &boundedBuffer{}
 	cmd := program(ctx, r.GetArgs()[0], r.GetArgs()[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(r.GetStdin()), stdout, stderr
-	status := 0
-	if err := cmd.Run(); err != nil {
-		var exit *exec.ExitError
-		if !errors.As(err, &exit) {
-			return nil, fmt.Errorf("exec: %w", err)
-		}
-		status = exit.ExitCode()
-		if ws, ok := exit.Sys().(syscall.WaitStatus); ok && ws.Signaled() {
-			status = 128 + int(ws.Signal())
-		}
+	status, err := ExitStatus(cmd.Run())
+	if err != nil {
+		return nil, fmt.Errorf("exec: %w", err)
 	}
 	return &ExecResponse{ExitStatus: int32(status), Stdout: stdout.kept, Stderr: stderr.kept}, nil
 }

@@ -92,9 +92,17 @@ func runAgent(ctx context.Context, args []string) error {
 	outside := f.Bool("ready-from-outside", false, "Ignore listeners on loopback addresses")
 	f.StringVar(&s.ReadyCmd, "ready-cmd", "", "Command that succeeds once the service is ready, tried again until it does (leave empty to disable)")
 	f.DurationVar(&s.ReadyCmdTimeout, "ready-cmd-timeout", 30*time.Second, "Maximum amount of time for one run of --ready-cmd, such as 1m")
+	inContainer := f.Bool("container", false, "Run programs, and look for files, in the container of Drafter's OS unless the host says otherwise")
 	port, timeout := portFlags(f, vmm.DefaultAgentPort)
 	if err := parse(f, args); err != nil {
 		return err
+	}
+	if *inContainer {
+		c, err := guest.OpenContainer()
+		if err != nil {
+			return fmt.Errorf("--container: %w", err)
+		}
+		s.Container = c
 	}
 	if *ports != "" {
 		ready, err := guest.NewReadiness(*ports)

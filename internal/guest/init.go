@@ -139,7 +139,7 @@ func agentArgs(cmd cmdline, b *bundle) []string {
 			slog.Warn("No port is waited for", "error", err)
 			ports = NoPorts
 		}
-		args = append(args, "--before-suspend-cmd", b.annotation(BeforeSuspendAnnotation), "--after-resume-cmd", b.annotation(AfterResumeAnnotation), "--ready-ports", ports)
+		args = append(args, "--container", "--before-suspend-cmd", b.annotation(BeforeSuspendAnnotation), "--after-resume-cmd", b.annotation(AfterResumeAnnotation), "--ready-ports", ports)
 		if named == "" {
 			args = append(args, "--ready-from-outside")
 		}
