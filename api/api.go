@@ -103,3 +103,47 @@ type Host struct {
 	VMs     int    `json:"vms"`
 	Running int    `json:"running"`
 }
+
+// Exec is a program to run in a VM, over a WebSocket at /v1/vms/{vm}/exec. The request has it as
+// JSON in the query parameter exec. Each binary message begins with one byte, its channel, as below.
+type Exec struct {
+	Args    []string `json:"args"` // program and arguments
+	Env     []string `json:"env,omitempty"`
+	Dir     string   `json:"dir,omitempty"`
+	User    string   `json:"user,omitempty"` // name, uid, name:group or uid:gid
+	TTY     bool     `json:"tty,omitempty"`
+	Rows    uint16   `json:"rows,omitempty"`
+	Columns uint16   `json:"columns,omitempty"`
+	Stdin   bool     `json:"stdin,omitempty"`  // there will be input
+	System  bool     `json:"system,omitempty"` // in the guest's system, not in the image's container
+}
+
+// Channels of an exec's messages.
+const (
+	ChannelStdin  = 0 // to the program; an empty message ends its input
+	ChannelStdout = 1
+	ChannelStderr = 2
+	ChannelStatus = 3 // ExecStatus as JSON, the last message
+	ChannelSize   = 4 // WindowSize as JSON
+	ChannelSignal = 5 // a number of a signal on Linux, in decimal
+)
+
+// ExecStatus is how a program has ended.
+type ExecStatus struct {
+	ExitStatus int    `json:"exitStatus" doc:"As a shell has it: 128 and the signal's number, 126 or 127 for a program that was not started"`
+	Error      string `json:"error,omitempty" doc:"Why it was not started, or was cut off"`
+}
+
+// WindowSize is the size of a terminal.
+type WindowSize struct {
+	Rows    uint16 `json:"rows"`
+	Columns uint16 `json:"columns"`
+}
+
+// File describes a file of a VM.
+type File struct {
+	Directory bool      `json:"directory"`
+	Mode      string    `json:"mode" doc:"As ls shows it"`
+	Size      int64     `json:"size"`
+	Modified  time.Time `json:"modified"`
+}

@@ -63,9 +63,33 @@ func (e *Error) Error() string {
 	return text
 }
 
+// Stat describes a file of a VM. A file that is not there is an [Error] with the status 404.
+func (c *Client) Stat(ctx context.Context, name, path string) (f api.File, err error) {
+	err = c.call(ctx, http.MethodGet, vmPath(name)+"/file?path="+url.QueryEscape(path), nil, &f)
+	return f, err
+}
+
+// CopyOut returns a file of a VM, with all below it, as a tar archive. Close it.
+func (c *Client) CopyOut(ctx context.Context, name, path string) (io.ReadCloser, error) {
+	answer, err := c.do(ctx, http.MethodGet, vmPath(name)+"/files?path="+url.QueryEscape(path), nil, nil)
+	if err != nil {
+		return nil, err
+	}
+	return answer.Body, nil
+}
+
+// CopyIn unpacks a tar archive in a directory of a VM.
+func (c *Client) CopyIn(ctx context.Context, name, dir string, archive io.Reader) error {
+	answer, err := c.do(ctx, http.MethodPut, vmPath(name)+"/files?path="+url.QueryEscape(dir), nil, archive)
+	if err != nil {
+		return err
+	}
+	return answer.Body.Close()
+}
+
 func (c *Client) do(ctx context.Context, method, path string, header http.Header, request any) (*http.Response, error) {
-	var b io.Reader
-	if request != nil {
+	b, stream := request.(io.Reader)
+	if request != nil && !stream {
 		text, err := json.Marshal(request)
 		if err != nil {
 			return nil, err
@@ -79,7 +103,7 @@ func (c *Client) do(ctx context.Context, method, path string, header http.Header
 	if header != nil {
 		r.Header = header
 	}
-	if request != nil {
+	if request != nil && !stream {
 		r.Header.Set("Content-Type", "application/json")
 	}
 	answer, err := c.http.Do(r)
@@ -93,12 +117,17 @@ func (c *Client) do(ctx context.Context, method, path string, header http.Header
 	if answer.StatusCode < 300 {
 		return answer, nil
 	}
+	return nil, refusal(answer)
+}
+
+// refusal is the problem in an answer, which it closes.
+func refusal(answer *http.Response) error {
 	defer answer.Body.Close()
 	e := &Error{Status: answer.StatusCode}
 	if err := json.NewDecoder(io.LimitReader(answer.Body, 1<<20)).Decode(e); err != nil || e.Detail == "" {
 		e.Detail = answer.Status
 	}
-	return nil, e
+	return e
 }
 
 func (c *Client) call(ctx context.Context, method, path string, request, response any) error {

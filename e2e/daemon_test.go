@@ -1,16 +1,22 @@
 package e2e
 
 import (
+	"bufio"
 	"bytes"
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/creack/pty"
 	"github.com/redis/go-redis/v9"
 
 	"drafter/api"
@@ -42,7 +48,12 @@ func newHouse(t *testing.T, number int) *house {
 	h := &house{Drafter: s.Drafter, host: host, dir: s.dir}
 	h.Via, h.Env = host.Via(s.dir), []string{"DRAFTER_SOCKET=" + filepath.Join(s.dir, "socket")}
 	h.start(t)
-	t.Cleanup(func() { end(t, h.daemon) })
+	t.Cleanup(func() {
+		if left := h.drafter(t, "ps", "-aq"); left != "" { // the test has failed
+			h.drafter(t, append([]string{"rm", "--force"}, strings.Fields(left)...)...)
+		}
+		end(t, h.daemon)
+	})
 	return h
 }
 
@@ -73,7 +84,7 @@ func (h *house) kill(t *testing.T) {
 func (h *house) drafter(t *testing.T, args ...string) string {
 	t.Helper()
 	var out bytes.Buffer
-	if err := h.Run(t.Context(), &out, args...); err != nil {
+	if err := h.Run(context.WithoutCancel(t.Context()), &out, args...); err != nil {
 		t.Fatal(err)
 	}
 	return strings.TrimSpace(out.String())
@@ -114,6 +125,9 @@ func TestDaemon(t *testing.T) {
 			t.Errorf("the key is %q, %v", v, err)
 		}
 	}
+
+	testExec(t, h, "cache")
+	testCopy(t, h, "cache")
 
 	// The daemon's death.
 	conn := c.Conn()
@@ -209,4 +223,121 @@ func (h *house) inspectLast(t *testing.T, id string) (vm api.VM) {
 		t.Fatal(err)
 	}
 	return vm
+}
+
+// command is a command of drafter on the house's host.
+func (h *house) command(t *testing.T, args ...string) *exec.Cmd {
+	t.Helper()
+	words := slices.Concat(h.Via, []string{h.Bin}, args)
+	cmd := exec.CommandContext(t.Context(), words[0], words[1:]...)
+	cmd.Env = append(os.Environ(), h.Env...)
+	cmd.Stderr = os.Stderr
+	return cmd
+}
+
+// Programs run in a VM as they would here: with input, output, exit status, signals and a terminal.
+// The image has no shell.
+func testExec(t *testing.T, h *house, vm string) {
+	cmd := h.command(t, "exec", "-i", "--system", "-e", "NAME=value", vm, "sh", "-c", `cat; echo "$NAME"; exit 7`)
+	cmd.Stdin = strings.NewReader("input\n")
+	out, err := cmd.Output()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != 7 || string(out) != "input\nvalue\n" {
+		t.Errorf("%q, %v", out, err)
+	}
+	if out := h.drafter(t, "exec", vm, "redis-cli", "get", "key"); out != "value" {
+		t.Errorf("the server beside it says %q", out)
+	}
+	cmd = h.command(t, "exec", vm, "no-such-program")
+	if err := cmd.Run(); !errors.As(err, &exit) || exit.ExitCode() != 127 {
+		t.Error(err)
+	}
+
+	cmd = h.command(t, "exec", "--system", vm, "sh", "-c", "trap 'echo ended; exit 3' TERM; echo ready; while :; do sleep 0.1; done")
+	from, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewScanner(from)
+	if !lines.Scan() || lines.Text() != "ready" {
+		t.Fatal(lines.Text(), lines.Err())
+	}
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if !lines.Scan() || lines.Text() != "ended" {
+		t.Error(lines.Text(), lines.Err())
+	}
+	if err := cmd.Wait(); !errors.As(err, &exit) || exit.ExitCode() != 3 {
+		t.Error(err)
+	}
+
+	// nsenter leaves the terminal to drafter.
+	terminal, err := pty.StartWithSize(h.command(t, "exec", "-it", "--system", vm, "sh"), &pty.Winsize{Rows: 30, Cols: 100})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer terminal.Close()
+	defer time.AfterFunc(time.Minute, func() { terminal.Close() }).Stop() // instead of waiting for ever
+	enter := func(text string) {
+		t.Helper()
+		if _, err := terminal.WriteString(text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	screen := &bytes.Buffer{}
+	shows := func(text string) {
+		t.Helper()
+		buf := make([]byte, 1024)
+		for !strings.Contains(screen.String(), text) {
+			n, err := terminal.Read(buf)
+			if err != nil {
+				t.Fatalf("%v after %q", err, screen)
+			}
+			screen.Write(buf[:n])
+		}
+		screen.Reset()
+	}
+	enter("stty size; echo $((6*7))\r")
+	shows("30 100")
+	shows("42")
+	if err := pty.Setsize(terminal, &pty.Winsize{Rows: 40, Cols: 120}); err != nil {
+		t.Fatal(err)
+	}
+	enter("until [ \"$(stty size)\" = '40 120' ]; do sleep 0.1; done; echo res''ized\r")
+	shows("resized")
+	enter("sh -c \"echo sl''eeps; exec sleep 1000\"\r")
+	shows("sleeps")
+	enter("\x03") // Ctrl-C
+	enter("echo still he''re; exit\r")
+	shows("still here")
+}
+
+// A tree goes into a VM and comes back as it was.
+func testCopy(t *testing.T, h *house, vm string) {
+	tree, back := filepath.Join(h.dir, "tree"), filepath.Join(h.dir, "back")
+	write(t, filepath.Join(tree, "below/file"), "content")
+	if err := errors.Join(os.Symlink("below/file", filepath.Join(tree, "link")), os.Chmod(filepath.Join(tree, "below/file"), 0o741)); err != nil {
+		t.Fatal(err)
+	}
+	h.drafter(t, "cp", tree, vm+":/tmp")
+	h.drafter(t, "cp", vm+":/tmp/tree", back)
+	if out, err := exec.Command("diff", "-r", "--no-dereference", tree, back).CombinedOutput(); err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
+	if info, err := os.Stat(filepath.Join(back, "below/file")); err != nil || info.Mode() != 0o741 {
+		t.Error(info, err)
+	}
+	h.drafter(t, "cp", filepath.Join(tree, "below/file"), vm+":/tmp/other")
+	h.drafter(t, "cp", vm+":/tmp/other", back)
+	if b, err := os.ReadFile(filepath.Join(back, "other")); err != nil || string(b) != "content" {
+		t.Errorf("%q, %v", b, err)
+	}
+	var out bytes.Buffer
+	if err := h.Run(t.Context(), &out, "cp", vm+":/no/such/file", back); err == nil {
+		t.Error("a file that is not there was copied")
+	}
 }

@@ -3,16 +3,20 @@ package cli
 import (
 	"cmp"
 	"context"
+	"sync/atomic"
 	"time"
 
+	"drafter/agent"
 	"drafter/internal/control"
+	"drafter/peer"
 )
 
 // controlled is a VM's process, as 'drafter daemon' sees it. Without a control directory it does
 // nothing.
 type controlled struct {
-	server  *control.Server // nil without a directory
-	outcome string          // of a VM that ran
+	server  *control.Server           // nil without a directory
+	vm      atomic.Pointer[peer.Peer] // once it runs
+	outcome string                    // of a VM that ran
 }
 
 // control takes a control directory. The context ends when somebody asks for the VM's suspend.
@@ -21,25 +25,34 @@ func newControlled(ctx context.Context, dir string) (*controlled, context.Contex
 		return &controlled{}, ctx, nil
 	}
 	ctx, suspend := context.WithCancel(ctx)
-	server, err := control.Serve(dir, suspend)
-	if err != nil {
+	c := &controlled{}
+	var err error
+	if c.server, err = control.Serve(dir, suspend, c.guest); err != nil {
 		suspend()
 		return nil, ctx, err
 	}
-	return &controlled{server: server}, ctx, nil
+	return c, ctx, nil
 }
 
-// running says that the VM runs. booted is why it is not resumed; nil if it is.
-func (c *controlled) running(booted error) {
+// guest is the connection with the guest's agent, if there is one.
+func (c *controlled) guest() *agent.Client {
+	if vm := c.vm.Load(); vm != nil {
+		return vm.Agent()
+	}
+	return nil
+}
+
+// running says that the VM runs.
+func (c *controlled) running(vm *peer.Peer) {
+	if c.server != nil {
+		c.vm.Store(vm)
+		why := ""
+		if booted := vm.Booted(); booted != nil {
+			why = booted.Error()
+		}
+		c.server.Set(control.Running, why)
+	}
 	notifyReady()
-	if c.server == nil {
-		return
-	}
-	why := ""
-	if booted != nil {
-		why = booted.Error()
-	}
-	c.server.Set(control.Running, why)
 }
 
 // ending says that the VM ends, and how if nothing fails.

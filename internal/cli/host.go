@@ -116,7 +116,7 @@ func (h *hostFlags) resolve(stdout io.Writer) (host vmm.Host, restore func(), er
 	}
 	restore = func() {}
 	if h.enableInput {
-		input, r, err := openInput()
+		input, r, err := openInput(false)
 		if err != nil {
 			return host, nil, err
 		}
@@ -157,8 +157,8 @@ func requireRoot() error {
 }
 
 // openInput makes stdin readable without blocking for ever. A terminal passes each key on at once
-// and leaves echoing to the guest; Ctrl-C still is ours.
-func openInput() (*os.File, func(), error) {
+// and leaves echoing to the guest; Ctrl-C still is ours, unless the terminal is to be raw.
+func openInput(raw bool) (*os.File, func(), error) {
 	const stdin = 0
 	flags, err := unix.FcntlInt(stdin, unix.F_GETFL, 0)
 	if err != nil {
@@ -170,6 +170,12 @@ func openInput() (*os.File, func(), error) {
 		keys := *t
 		keys.Lflag &^= unix.ICANON | unix.ECHO
 		keys.Cc[unix.VMIN], keys.Cc[unix.VTIME] = 1, 0
+		if raw { // as cfmakeraw(3) has it
+			keys.Iflag &^= unix.IGNBRK | unix.BRKINT | unix.PARMRK | unix.ISTRIP | unix.INLCR | unix.IGNCR | unix.ICRNL | unix.IXON
+			keys.Oflag &^= unix.OPOST
+			keys.Lflag &^= unix.ECHONL | unix.ISIG | unix.IEXTEN
+			keys.Cflag = keys.Cflag&^(unix.CSIZE|unix.PARENB) | unix.CS8
+		}
 		if err := unix.IoctlSetTermios(stdin, unix.TCSETS, &keys); err != nil {
 			return nil, nil, fmt.Errorf("configure terminal: %w", err)
 		}

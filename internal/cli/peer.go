@@ -182,7 +182,7 @@ func (p *peerCommand) run(cmd *cobra.Command) (err error) {
 	if err := p.start(ctx, vm, open); err != nil {
 		return err
 	}
-	controlled.running(vm.Booted())
+	controlled.running(vm)
 	return runPeer(ctx, vm, listener, show, controlled)
 }
 

@@ -11,6 +11,7 @@ import (
 
 	"github.com/containerd/ttrpc"
 
+	"drafter/agent"
 	"drafter/internal/newfile"
 	"drafter/internal/private"
 )
@@ -37,6 +38,16 @@ func Dial(ctx context.Context, dir string) (*Client, error) {
 	c.ttrpc = ttrpc.NewClient(conn, ttrpc.WithOnClose(func() { close(c.gone) }))
 	c.ControlService = NewControlClient(c.ttrpc)
 	return c, nil
+}
+
+// Guest connects with the guest of the VM of a control directory, to run programs and copy files. Close
+// the client.
+func Guest(ctx context.Context, dir string) (*agent.Client, error) {
+	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", filepath.Join(dir, socketFile))
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrNone, err)
+	}
+	return agent.NewClient(conn), nil
 }
 
 // Gone is closed when the process has ended, or the client was closed.

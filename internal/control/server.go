@@ -18,6 +18,7 @@ import (
 
 	"github.com/containerd/ttrpc"
 
+	"drafter/agent"
 	"drafter/internal/detached"
 	"drafter/internal/lockfile"
 	"drafter/internal/newfile"
@@ -73,9 +74,10 @@ type Server struct {
 var _ ControlService = (*Server)(nil)
 
 // Serve takes a VM's control directory, makes it if need be, and answers there. suspend lets the VM
-// be suspended and the process end; it returns at once. A directory whose process lives is refused
+// be suspended and the process end; it returns at once. guest returns the connection with the guest's
+// agent, or nil; programs of this host can call the agent by the same socket. A directory whose process lives is refused
 // with an error that is [kind.ErrInUse]. Close the server.
-func Serve(dir string, suspend func()) (_ *Server, err error) {
+func Serve(dir string, suspend func(), guest func() *agent.Client) (_ *Server, err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("control directory %s: %w", dir, err)
@@ -108,6 +110,7 @@ func Serve(dir string, suspend func()) (_ *Server, err error) {
 		return nil, errors.Join(err, listener.Close())
 	}
 	RegisterControlService(s.ttrpc, s)
+	agent.RegisterWorkloadService(s.ttrpc, agent.Relay{Client: guest})
 	ctx, cancel := context.WithCancel(context.Background())
 	s.cancel = cancel
 	s.serving.Go(func() {

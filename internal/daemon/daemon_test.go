@@ -21,6 +21,7 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 	"go.uber.org/goleak"
 
+	"drafter/agent"
 	"drafter/api"
 	"drafter/client"
 	"drafter/internal/await"
@@ -54,7 +55,7 @@ func standIn(command string, args []string) error {
 	case "daemon":
 		return standInDaemon(ctx, args[0])
 	case "peer":
-		s, err := control.Serve(flag("control"), stop)
+		s, err := control.Serve(flag("control"), stop, func() *agent.Client { return nil })
 		if err != nil {
 			return err
 		}

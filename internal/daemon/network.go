@@ -62,7 +62,8 @@ func (d *Daemon) endNAT() error {
 
 // publish lets a forwarder publish the VM's ports, unless one does.
 func (v *vm) publish(ctx context.Context) error {
-	if len(v.record.Ports) == 0 {
+	r := v.look()
+	if len(r.Ports) == 0 {
 		return nil
 	}
 	process, err := detached.Find(v.path(forwardsLock))
@@ -72,7 +73,7 @@ func (v *vm) publish(ctx context.Context) error {
 	if process != nil {
 		return process.Close()
 	}
-	forwards, err := portForwards(v.record.Namespace, v.record.Ports)
+	forwards, err := portForwards(r.Namespace, r.Ports)
 	if err != nil {
 		return err
 	}
@@ -90,7 +91,7 @@ func (v *vm) publish(ctx context.Context) error {
 		Args: []string{"forwarder", "--lock", v.path(forwardsLock), "--host-veth-cidr", v.d.config.HostVethCIDR, "--port-forwards", string(text)},
 	})
 	if err != nil {
-		return fmt.Errorf("publish the ports of VM %s: %w; see %s", v.record.Name, err, log.Name())
+		return fmt.Errorf("publish the ports of VM %s: %w; see %s", r.Name, err, log.Name())
 	}
 	return process.Close()
 }

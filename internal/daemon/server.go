@@ -18,6 +18,9 @@ import (
 func (d *Daemon) Handler() http.Handler {
 	mux := http.NewServeMux()
 	describe(humago.New(mux, config(d.config.Version)), d)
+	mux.HandleFunc("GET /v1/vms/{vm}/exec", d.exec)
+	mux.HandleFunc("GET /v1/vms/{vm}/files", d.files)
+	mux.HandleFunc("PUT /v1/vms/{vm}/files", d.files)
 	return mux
 }
 
@@ -37,6 +40,10 @@ type (
 	removeInput struct {
 		VM    string `path:"vm" doc:"Name, ID, or the beginning of an ID"`
 		Force bool   `query:"force" doc:"Also one that runs"`
+	}
+	fileInput struct {
+		VM   string `path:"vm" doc:"Name, ID, or the beginning of an ID"`
+		Path string `query:"path" required:"true" doc:"Absolute, in the image's container"`
 	}
 	awaitInput struct {
 		ID   string `path:"operation"`
@@ -65,6 +72,9 @@ func describe(a huma.API, d *Daemon) {
 	})
 	get(a, "/v1/operations/{operation}", "get-operation", "Tell of an operation", func(ctx context.Context, in *awaitInput) (api.Operation, error) {
 		return d.Operation(ctx, in.ID, time.Duration(in.Wait)*time.Millisecond)
+	})
+	get(a, "/v1/vms/{vm}/file", "stat-file", "Describe a file of a VM", func(ctx context.Context, in *fileInput) (api.File, error) {
+		return d.stat(ctx, in.VM, in.Path)
 	})
 	huma.Register(a, endpoint(http.MethodDelete, "/v1/operations/{operation}", "cancel", "Let an operation end early"), func(_ context.Context, in *operationInput) (*struct{}, error) {
 		return nil, problem(d.Cancel(in.ID))

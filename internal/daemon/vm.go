@@ -91,10 +91,11 @@ func (v *vm) changeLocked(f func(*api.VM)) error {
 	return nil
 }
 
-func (v *vm) state() string {
+// look returns the record.
+func (v *vm) look() api.VM {
 	v.d.mu.Lock()
 	defer v.d.mu.Unlock()
-	return v.record.State
+	return v.record
 }
 
 // recover finds the VM's process, if it lives, and else how it has ended.
@@ -103,14 +104,15 @@ func (v *vm) recover() error {
 	if err != nil {
 		return err
 	}
+	record := v.look()
 	if process == nil {
-		if v.record.State == api.Stopped || v.record.State == api.Exited || v.record.State == api.Failed {
+		if record.State == api.Stopped || record.State == api.Exited || record.State == api.Failed {
 			return nil
 		}
 		return v.hasEnded(v.d.ctx)
 	}
 	v.own(process)
-	if v.record.State == api.Running {
+	if record.State == api.Running {
 		return nil
 	}
 	// The last daemon was killed as it started or stopped the VM. It goes on.
@@ -118,7 +120,7 @@ func (v *vm) recover() error {
 		v.busy.Lock()
 		defer v.busy.Unlock()
 		if err := v.awaitRunning(v.d.ctx); err != nil && v.d.ctx.Err() == nil {
-			v.d.log.Error("A VM that the last daemon has started does not answer", "vm", v.record.Name, "error", err)
+			v.d.log.Error("A VM that the last daemon has started does not answer", "vm", record.Name, "error", err)
 		}
 	})
 	return nil
@@ -143,15 +145,21 @@ func (v *vm) awaitRunning(ctx context.Context) error {
 	if err := v.publish(ctx); err != nil {
 		return err
 	}
-	return v.change(func(r *api.VM) {
+	v.d.mu.Lock()
+	if v.process == nil { // it has ended meanwhile, and that is noted
+		v.d.mu.Unlock()
+		return errors.Join(errors.New("the VM has ended at once"), v.unpublish(ctx))
+	}
+	defer v.d.mu.Unlock()
+	return v.changeLocked(func(r *api.VM) {
 		r.State, r.Booted, r.PID, r.Error = api.Running, status.GetBooted(), int(status.GetPid()), ""
 	})
 }
 
 // start starts the VM, whose busy is held.
 func (v *vm) start(ctx context.Context) (err error) {
-	if s := v.state(); s == api.Running {
-		return fmt.Errorf("VM %s runs already: %w", v.record.Name, ErrConflict)
+	if r := v.look(); r.State == api.Running {
+		return fmt.Errorf("VM %s runs already: %w", r.Name, ErrConflict)
 	}
 	if err := v.d.startNAT(ctx); err != nil {
 		return err
@@ -186,6 +194,7 @@ func (v *vm) own(p *detached.Process) {
 
 // launch starts the VM's process, and returns once the VM runs.
 func (v *vm) launch(ctx context.Context) (_ *detached.Process, err error) {
+	r := v.look()
 	logs := [2]*os.File{}
 	for i, name := range []string{consoleLog, processLog} {
 		if logs[i], err = os.OpenFile(v.path(name), os.O_CREATE|os.O_WRONLY|os.O_APPEND, newfile.Mode); err != nil {
@@ -203,12 +212,12 @@ func (v *vm) launch(ctx context.Context) (_ *detached.Process, err error) {
 	process, err := detached.Start(ctx, detached.Command{
 		Lock: control.LockFile(v.path(controlDir)), Program: v.d.config.Program, Stdout: logs[0], Stderr: logs[1],
 		Args: []string{
-			"peer", "--raddr", "", "--laddr", "", "--netns", v.record.Namespace, "--chroot-base-dir", v.d.dir("vmm"),
-			"--package", v.d.dir("packages", v.record.Package), "--instance", v.path(instanceDir), "--control", v.path(controlDir),
+			"peer", "--raddr", "", "--laddr", "", "--netns", r.Namespace, "--chroot-base-dir", v.d.dir("vmm"),
+			"--package", v.d.dir("packages", r.Package), "--instance", v.path(instanceDir), "--control", v.path(controlDir),
 		},
 	})
 	if err != nil {
-		return nil, fmt.Errorf("start VM %s: %w: %s", v.record.Name, err, v.lastWords())
+		return nil, fmt.Errorf("start VM %s: %w: %s", r.Name, err, v.lastWords())
 	}
 	return process, nil
 }
@@ -299,7 +308,7 @@ func (v *vm) stop(ctx context.Context) error {
 		return err
 	}
 	if end, err := control.LastEnd(v.path(controlDir)); err != nil || end != nil && end.Error != "" {
-		return errors.Join(err, fmt.Errorf("suspend VM %s: %s", v.record.Name, end.Error))
+		return errors.Join(err, fmt.Errorf("suspend VM %s: %s", v.look().Name, end.Error))
 	}
 	return nil
 }
@@ -328,7 +337,8 @@ func (p *process) awaitEnd(ctx context.Context) error {
 
 // destroy removes the VM, which may run, and all that is left of it.
 func (v *vm) destroy(ctx context.Context) error {
-	if v.record.ID != "" {
+	r := v.look() // zero for one without a record
+	if r.ID != "" {
 		if err := v.change(func(r *api.VM) { r.State = api.Removing }); err != nil {
 			return err
 		}
@@ -371,15 +381,15 @@ func (v *vm) destroy(ctx context.Context) error {
 		}
 	}
 	v.d.mu.Lock()
-	delete(v.d.vms, v.record.ID)
+	delete(v.d.vms, r.ID)
 	v.d.mu.Unlock()
 	if err := errors.Join(newfile.Remove(v.path(recordFile)), os.Remove(v.dir)); err != nil {
 		return err
 	}
-	if v.record.ID == "" {
+	if r.ID == "" {
 		return nil
 	}
-	return v.d.events.add("vm.removed", &v.record)
+	return v.d.events.add("vm.removed", &r)
 }
 
 // forgetProcess lets the VM's process go on without the daemon.
