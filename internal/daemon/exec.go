@@ -54,7 +54,7 @@ func (d *Daemon) exec(w http.ResponseWriter, r *http.Request) {
 	defer d.work.Done()
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
-	defer context.AfterFunc(d.ctx, cancel)()
+	defer context.AfterFunc(d.ctx, cancel)() //nolint:contextcheck // it ends with the daemon, too
 	var e api.Exec
 	if err := json.Unmarshal([]byte(r.URL.Query().Get("exec")), &e); err != nil || len(e.Args) == 0 {
 		refuse(w, fmt.Errorf("exec: no program is named, or it is malformed: %w", ErrInvalid))

@@ -18,7 +18,7 @@ func (d *Daemon) files(w http.ResponseWriter, r *http.Request) {
 	defer d.work.Done()
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
-	defer context.AfterFunc(d.ctx, cancel)()
+	defer context.AfterFunc(d.ctx, cancel)() //nolint:contextcheck // it ends with the daemon, too
 	guest, err := d.guest(ctx, r.PathValue("vm"))
 	if err != nil {
 		refuse(w, err)
