@@ -1,6 +1,7 @@
 package network
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -789,6 +791,60 @@ func TestEgressBounds(t *testing.T) {
 	out, err := exec.Command("ip", "netns", "exec", "ark0", "nft", "list", "chain", "inet", egressTable, "delivered").CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "limit rate over 500/second") {
 		t.Errorf("the kernel's bound: %s, %v", out, err)
+	}
+}
+
+// TestEgressDeafGuest lets a guest ask by TCP and read no answers: the NAT serves others meanwhile, and
+// the namespace gets its next VM.
+func TestEgressDeafGuest(t *testing.T) {
+	need.Root(t)
+	server := serveNames(t)
+	startNAT(t, testConfig())
+	guest := startVM(t, "ark0", "many.test")
+	var conn net.Conn
+	err := inNamespace(guest, func() (err error) {
+		dialer := net.Dialer{Control: func(_, _ string, socket syscall.RawConn) (err error) {
+			cerr := socket.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 2048) })
+			return errors.Join(err, cerr)
+		}}
+		conn, err = dialer.Dial("tcp4", "9.9.9.9:53")
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	query, err := new(dns.Msg).SetQuestion("many.test.", dns.TypeA).Pack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	query = append([]byte{0, byte(len(query))}, query...)
+	if _, err := conn.Write(bytes.Repeat(query, 100)); err != nil { // with answers of 320 KB
+		t.Fatal(err)
+	}
+	queries := func() int {
+		server.mu.Lock()
+		defer server.mu.Unlock()
+		return len(server.asked)
+	}
+	before, since := 0, time.Now()
+	await.True(t, "the forwarder cannot send any more", func() bool {
+		if now := queries(); now != before {
+			before, since = now, time.Now()
+		}
+		return before > 0 && time.Since(since) > 200*time.Millisecond
+	})
+	if before == 100 {
+		t.Fatal("the guest has taken all answers")
+	}
+	begin := time.Now()
+	for _, ns := range []string{"ark0", "ark1"} {
+		if err := GuardGuest(ns, Guest{MAC: testConfig().NamespaceInterfaceMAC, Egress: []string{"a.test"}}); err != nil {
+			t.Errorf("the next VM in %s: %v", ns, err)
+		}
+	}
+	if took := time.Since(begin); took > egressPatience/2 {
+		t.Errorf("the next VMs waited for %s", took)
 	}
 }
 
