@@ -135,17 +135,25 @@ func (n *NAT) noteForwarding6(off bool, links []netlink.Link) (changed bool, err
 	r := &n.record
 	switch {
 	case r.IPv6Forward == "" && len(others) > 0:
-		r.IPv6Forward, r.Closed6, changed = "0", others[0].Closed6, true
+		r.IPv6Forward, r.Closed6, r.Settings6, changed = "0", others[0].Closed6, others[0].Settings6, true
 	case r.IPv6Forward == "" && !off:
 		r.IPv6Forward, changed = "1", true
 	case r.IPv6Forward == "":
 		r.IPv6Forward, changed = "0", true
+		if r.Settings6, err = forwardingSettings("ipv6"); err != nil {
+			return false, err
+		}
 		for _, l := range links {
-			r.Closed6 = append(r.Closed6, l.Attrs().Name)
+			if name := l.Attrs().Name; r.Settings6["net/ipv6/conf/"+name+"/force_forwarding"] == "" {
+				r.Closed6 = append(r.Closed6, name)
+			}
 		}
 	case off && r.IPv6Forward != "0":
 		// As with IPv4: the last NAT that ends turns it off, too.
 		r.IPv6Forward, changed = "0", true
+		if r.Settings6, err = forwardingSettings("ipv6"); err != nil {
+			return false, err
+		}
 	}
 	// Interfaces come and go, such as those of containers.
 	gone := func(name string) bool {
@@ -182,7 +190,7 @@ func (n *NAT) restoreForwarding6() error {
 	if err != nil || n.record.IPv6Forward != "0" || slices.ContainsFunc(others, func(o natRecord) bool { return o.IPv6Forward != "" }) {
 		return err
 	}
-	if err := setSysctl(forwarding6, "0"); err != nil {
+	if err := turnOff(forwarding6, n.record.Settings6); err != nil {
 		return err
 	}
 	for _, name := range n.record.AcceptRA {

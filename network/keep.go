@@ -101,12 +101,19 @@ func (n *NAT) sayNetworks() error {
 // keepForwarding turns forwarding on again. If somebody has turned it off, the last NAT that ends
 // turns it off, too.
 func (n *NAT) keepForwarding() (done bool, err error) {
-	done, err = keepSysctl("net/ipv4/ip_forward", "1")
-	if done && n.record.IPForward != "0" {
+	b, err := os.ReadFile("/proc/sys/" + forwarding4)
+	if err != nil {
+		return false, fmt.Errorf("read kernel parameter: %w", err)
+	}
+	if strings.TrimSpace(string(b)) == "1" {
+		return false, nil
+	}
+	if n.record.IPForward != "0" {
 		n.record.IPForward = "0"
+		n.record.Settings, err = forwardingSettings("ipv4")
 		err = errors.Join(err, n.writeRecord())
 	}
-	return done, err
+	return true, errors.Join(err, setSysctl(forwarding4, "1"))
 }
 
 // sayForwarding names interfaces from which the host does not forward. That is the host's decision.

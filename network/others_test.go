@@ -813,6 +813,71 @@ func TestForwardingRestored(t *testing.T) {
 	forwarding("0")
 }
 
+// TestForwardingSettings starts NATs on a host that takes no ICMP redirects, and forwards what comes in
+// at one interface only: it goes on to, and does so after them.
+func TestForwardingSettings(t *testing.T) {
+	need.Root(t)
+	lan := attachLAN(t)
+	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
+	giveRoute(t, testhost.Outside, "198.51.100.0/24", net.IPv4(192, 0, 2, 1))
+	giveRoute(t, testhost.Outside, ipv6("198.51.100.0/24"), net.ParseIP(ipv6("192.0.2.1")))
+	settings := []string{"ipv4.conf.all.accept_redirects=0", "ipv4.conf.lan0.forwarding=1", "ipv6.conf.lan0.forwarding=1"}
+	routes := []string{"192.0.2.254:80"}
+	if _, err := os.Stat("/proc/sys/net/ipv6/conf/lan0/force_forwarding"); err == nil { // Linux 6.17
+		settings = append(settings, "ipv6.conf.lan0.force_forwarding=1")
+		listen(t, testhost.Outside, ipv6("192.0.2.254:80"), "outside")
+		routes = append(routes, ipv6("192.0.2.254:80"))
+	}
+	// The LAN may ask, and so the interface to it is the one that forwards. Answers come in at the other.
+	shell(t, "sysctl -qw net.ipv4.conf.eth0.forwarding=1 net.ipv6.conf.eth0.forwarding=0")
+	t.Cleanup(func() { shell(t, "sysctl -qw net.ipv4.conf.eth0.forwarding=0 net.ipv4.conf.all.accept_redirects=1") })
+	settings = append(settings, "ipv4.conf.eth0.forwarding=1")
+	for _, s := range settings {
+		shell(t, "sysctl -qw net."+s)
+	}
+	if len(routes) == 2 {
+		shell(t, "sysctl -qw net.ipv6.conf.eth0.force_forwarding=1")
+		settings = append(settings, "ipv6.conf.eth0.force_forwarding=1")
+		t.Cleanup(func() { shell(t, "sysctl -qw net.ipv6.conf.eth0.force_forwarding=0") })
+	}
+	forwards := func(when string) {
+		t.Helper()
+		for _, addr := range routes {
+			if got := ask(t, lan, over("tcp", addr), addr); !strings.HasPrefix(got, "outside to ") {
+				t.Errorf("%s, from the LAN to %s: %q", when, addr, got)
+			}
+		}
+	}
+	forwards("before")
+	first, err := StartNAT(context.Background(), testConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	second, err := StartNAT(context.Background(), otherConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	forwards("with two NATs")
+	abandon(t, first)
+	if first, err = StartNAT(context.Background(), testConfig()); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []*NAT{second, first} {
+		forwards("with a NAT")
+		if err := n.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	forwards("after the NATs")
+	for _, s := range settings {
+		name, want, _ := strings.Cut(s, "=")
+		b, err := os.ReadFile("/proc/sys/net/" + strings.ReplaceAll(name, ".", "/"))
+		if err != nil || strings.TrimSpace(string(b)) != want {
+			t.Errorf("%s: it is %s, %v", s, b, err)
+		}
+	}
+}
+
 // TestResolver reads what hosts have as their name servers.
 func TestResolver(t *testing.T) {
 	files := resolverFiles
