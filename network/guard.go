@@ -122,6 +122,10 @@ func (o opening) host() bool {
 	return o.bits() == 8*len(o.to.Mask)
 }
 
+// spares tells whether what is closed stays so, although it is a part of o, or behind a forward at an
+// address in it: guests, metadata services and others have to be named.
+func (o opening) spares(closed *net.IPNet) bool { return !o.host() && !contains(closed, o.to) }
+
 // concerns tells whether it opens addresses of a pool's protocol.
 func (o opening) concerns(p *pool) bool { return o.to != nil && len(o.to.Mask) == len(p.hostVeth.Mask) }
 
@@ -288,10 +292,9 @@ func (l *layout) openRules(r *ruleset, fromGuest, toHost, limited *nftables.Chai
 			if o.host() {
 				r.rule(toHost, append(o.match(), continueAt(limited))...)
 			}
-			for _, own := range []*net.IPNet{p.hostVeth, p.namespaceVeth} {
-				if !o.host() && !contains(own, o.to) {
-					// Guests in the subnet, or behind a forward at an address in it, stay closed.
-					r.rule(fromGuest, append(o.match(), toAddress(own), drop())...)
+			for _, closed := range p.closed() {
+				if o.spares(closed) {
+					r.rule(fromGuest, append(o.match(), toAddress(closed), drop())...)
 				}
 			}
 			r.rule(fromGuest, append(o.match(), continueAt(limited))...)

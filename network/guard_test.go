@@ -1423,8 +1423,8 @@ func testPortless(t *testing.T, v func(string) string) {
 	}
 }
 
-// TestAllowedWider opens subnets that the NAT's own are part of, or the address that a forward is
-// published at: neither opens other guests.
+// TestAllowedWider opens subnets that closed ones are part of, or the address that a forward is
+// published at: neither opens other guests, metadata services, or what the user has closed.
 func TestAllowedWider(t *testing.T) {
 	need.Root(t)
 	byBoth(t, testAllowedWider)
@@ -1432,7 +1432,13 @@ func TestAllowedWider(t *testing.T) {
 
 func testAllowedWider(t *testing.T, v func(string) string) {
 	c := testConfig()
-	c.AllowCIDRs = []string{v("10.0.0.0/8"), v("192.0.2.0/24")}
+	c.AllowCIDRs = []string{v("10.0.0.0/8"), v("192.0.2.0/24"), "0.0.0.0/0", "fd00::/8"}
+	c.BlockedSubnetCIDR, c.BlockedSubnetCIDR6 = "10.9.0.0/16", ipv6("10.9.0.0/16")
+	for _, addr := range []string{"169.254.169.254", "10.9.0.1", "10.10.0.1"} {
+		giveAddress(t, testhost.Outside, v(addr+"/32"))
+		giveRoute(t, "", v(addr+"/32"), net.ParseIP(v("192.0.2.254")))
+		listen(t, testhost.Outside, v(addr+":80"), "outside")
+	}
 	startNAT(t, c)
 	guest0, guest1 := attachGuest(t, "ark0"), attachGuest(t, "ark1")
 	listen(t, guest1, v("172.16.0.2:80"), "guest1")
@@ -1441,10 +1447,13 @@ func testAllowedWider(t *testing.T, v func(string) string) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	for _, addr := range []string{v("10.0.15.2:80"), v("10.0.8.6:80"), v("192.0.2.1:3333")} {
+	for _, addr := range []string{v("10.0.15.2:80"), v("10.0.8.6:80"), v("192.0.2.1:3333"), v("169.254.169.254:80"), v("10.9.0.1:80")} {
 		if got := ask(t, guest0, v("tcp4"), addr); got != "" {
 			t.Errorf("%s: %q", addr, got)
 		}
+	}
+	if got := ask(t, guest0, v("tcp4"), v("10.10.0.1:80")); got != v("outside to 192.0.2.1") {
+		t.Errorf("what is opened: %q", got)
 	}
 }
 

@@ -134,7 +134,13 @@ func (n *NAT) opens(ip net.IP) string {
 	to, err := hostAddress(ip)
 	closed := err == nil && to
 	opened := slices.ContainsFunc(l.openings, func(o opening) bool {
-		return (o.port == 0 || o.port == 53 && o.protocol == "udp") && (o.to == nil && closed || o.to != nil && o.to.Contains(ip) && (!closed || o.host()))
+		if o.port != 0 && (o.port != dnsPort || o.protocol != "udp") {
+			return false
+		}
+		if o.to == nil || closed {
+			return closed && o.host() && (o.to == nil || o.to.Contains(ip))
+		}
+		return o.to.Contains(ip) && !slices.ContainsFunc(l.closed(), func(c *net.IPNet) bool { return c.Contains(ip) && o.spares(c) })
 	})
 	switch tap := (&net.IPNet{IP: l.gateway, Mask: l.mask}); {
 	case tap.Contains(ip):
@@ -144,7 +150,7 @@ func (n *NAT) opens(ip net.IP) string {
 	case closed:
 		return "--allow-host 53/udp,53/tcp"
 	}
-	for _, c := range append([]*net.IPNet{l.hostVeth, l.namespaceVeth, l.blocked}, guarded...) {
+	for _, c := range l.closed() {
 		closed = closed || c.Contains(ip)
 	}
 	if link, err := linkTowards(ip); err == nil && !slices.Contains(n.outgoing, link) {

@@ -39,12 +39,13 @@ guests need, for example the host's own name server, or that of a cloud:
   drafter nat --allow-host 53/udp,53/tcp --allow-cidr 169.254.169.254/32:53/udp
 
 Guests reach a subnet of --allow-cidr through whichever interface the host reaches it. Such a subnet
-does not open the host's own addresses in it: use --allow-host, or name the address with /32. A
-subnet wider than the NAT's own does not open other guests: name those (10.0.15.0/24).
+does not open the host's own addresses in it: use --allow-host, or name the address with /32. Nor
+does it open a narrower one that is closed, such as other guests (10.0.15.0/24), metadata services, or
+--blocked-subnet-cidr: name those, too.
 
-If the host did not forward packets before, it now forwards for its guests only. A packet between
-two other interfaces is dropped unless somebody translates it (a published port of Docker, say). The
-last NAT that ends turns forwarding off again. A host that forwards IPv6 takes router advertisements
+If the host did not forward packets before, it now forwards for its guests only. A packet that comes
+in at an interface which was there then, and leaves at another, is dropped unless somebody translates
+it (a published port of Docker, say). The last NAT that ends turns forwarding off again. A host that forwards IPv6 takes router advertisements
 only where the kernel parameter accept_ra is 2; so it is 2 meanwhile where it was 1.
 
 With --egress guests open connections only to what you name:
