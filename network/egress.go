@@ -45,10 +45,14 @@ func CheckEgress(values []string) error {
 	return err
 }
 
-// parseEgress reads the values of --egress. None are allow.
+// parseEgress reads the values of --egress. Where it is not said, it is allow. An empty value may be a
+// variable of a script that was not set.
 func parseEgress(values []string) (egressPolicy, error) {
-	if len(values) == 0 || len(values) == 1 && values[0] == egressAllow {
+	if values == nil || len(values) == 1 && values[0] == egressAllow {
 		return nil, nil
+	}
+	if len(values) == 0 {
+		return nil, errors.New("--egress is empty; write allow, deny or a list, or leave it out")
 	}
 	if len(values) == 1 && values[0] == egressDeny {
 		return egressPolicy{}, nil

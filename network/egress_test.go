@@ -954,6 +954,16 @@ func TestParseEgress(t *testing.T) {
 	}
 }
 
+// TestEmptyEgress has a list without entries: it is not taken for allow.
+func TestEmptyEgress(t *testing.T) {
+	if err := CheckEgress([]string{}); err == nil || !strings.Contains(err.Error(), "--egress is empty") {
+		t.Errorf("an empty list: %v", err)
+	}
+	if err := CheckEgress(nil); err != nil {
+		t.Errorf("no list: %v", err)
+	}
+}
+
 func TestEgressMatches(t *testing.T) {
 	for _, tt := range []struct {
 		entry, name string
