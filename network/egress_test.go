@@ -150,6 +150,12 @@ func startVM(t *testing.T, ns string, egress ...string) string {
 // lookUp asks for a name from a guest's namespace, as if a name server were at 9.9.9.9.
 func lookUp(t *testing.T, guest, network, name string, qtype uint16, change func(*dns.Msg)) *dns.Msg {
 	t.Helper()
+	return lookUpAt(t, guest, network, "9.9.9.9:53", name, qtype, change)
+}
+
+// lookUpAt is lookUp with a name server elsewhere.
+func lookUpAt(t *testing.T, guest, network, server, name string, qtype uint16, change func(*dns.Msg)) *dns.Msg {
+	t.Helper()
 	var answer *dns.Msg
 	err := inNamespace(guest, func() (err error) {
 		query := new(dns.Msg).SetQuestion(name, qtype)
@@ -157,11 +163,11 @@ func lookUp(t *testing.T, guest, network, name string, qtype uint16, change func
 			change(query)
 		}
 		client := &dns.Client{Net: network, Timeout: 10 * time.Second}
-		answer, _, err = client.Exchange(query, "9.9.9.9:53")
+		answer, _, err = client.Exchange(query, server)
 		return err
 	})
 	if err != nil {
-		t.Fatalf("%s by %s: %v", name, network, err)
+		t.Fatalf("%s by %s at %s: %v", name, network, server, err)
 	}
 	return answer
 }
@@ -331,6 +337,17 @@ func TestEgressNames(t *testing.T) {
 	find("alias.test.", dns.TypeA, "NOERROR 203.0.113.4 203.0.113.5")
 	open("203.0.113.4:80")
 	closed("203.0.113.5:80") // in the answer, but of another name
+
+	// Whichever name server the guest asks, its gateway among them.
+	for _, addr := range []string{"172.16.0.1:53", "192.0.2.1:53", "169.254.169.254:53"} {
+		for _, server := range []string{addr, ipv6(addr)} {
+			for _, network := range []string{"udp", "tcp"} {
+				if answer := lookUpAt(t, guest, network, server, "a.test.", dns.TypeA, nil); len(answer.Answer) != 1 {
+					t.Errorf("%s by %s: %v", server, network, answer)
+				}
+			}
+		}
+	}
 
 	// Names that the list does not have are not asked for.
 	for _, name := range []string{"b.test.", "two.cdn.test.", "unknown.example.", `x\.b.test.`, "z.example.", "test."} {

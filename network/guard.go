@@ -376,8 +376,10 @@ func (n *NAT) namespaceRules(i, connections int) error {
 	for _, message := range []byte{neighbourSolicitation, neighbourAdvertisement} {
 		r.rule(delivered, fromInterface(c.NamespaceInterface), icmp6(), icmpType(message), accept())
 	}
-	for _, protocol := range []string{"udp", "tcp"} { // the DNS forwarder; see egress.apply
-		r.rule(delivered, fromInterface(c.NamespaceInterface), forwardedByRule(), toPort(protocol, dnsPort), accept())
+	for _, p := range l.pools() {
+		for _, protocol := range []string{"udp", "tcp"} { // the DNS forwarder; see egress.apply
+			r.rule(delivered, fromInterface(c.NamespaceInterface), toAddress(host(p.gateway)), toPort(protocol, dnsPort), accept())
+		}
 	}
 	r.rule(delivered, drop())
 	return r.apply()
