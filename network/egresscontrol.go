@@ -441,7 +441,7 @@ func (c *egressControl) nameServers() ([]string, error) {
 		return c.servers, nil
 	}
 	var servers []string
-	r, err := ResolverFor(nil)
+	r, err := ResolverFor(nil, true)
 	if err == nil {
 		for _, ip := range r.NameServers {
 			servers = append(servers, ip.String())

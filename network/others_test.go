@@ -895,6 +895,10 @@ func TestResolver(t *testing.T) {
 		"the host itself":                {"nameserver 0.0.0.0\n", "", "", "", "names none"},
 		"only a stub":                    {stub, stub, "", "", "--dns"},
 		"only IPv6":                      {"nameserver 2001:db8::1\nnameserver fe80::1%eth0\n", "", "", "", "--dns"},
+		"IPv6: both":                     {real, "", "", "nameserver 192.0.2.53\nnameserver 2001:db8::1\nsearch a.test b.test\n", ""},
+		"IPv6: no other":                 {"nameserver 2001:db8::1\nnameserver fe80::1%eth0\n", "", "", "nameserver 2001:db8::1\n", ""},
+		"IPv6: only of this host":        {"nameserver ::1\nnameserver fe80::1%eth0\nnameserver ::\nnameserver fe80::1\n", "", "", "", "link-local"},
+		"IPv6: behind a stub":            {stub, "nameserver fd00::53\n", "", "nameserver fd00::53\nsearch a.test\n", ""},
 		"empty":                          {"\n", "", "", "", "names none"},
 		"missing":                        {"", "", "", "", "no such file"},
 	} {
@@ -909,16 +913,16 @@ func TestResolver(t *testing.T) {
 				}
 			}
 		}
-		r, err := ResolverFor(nil)
+		r, err := ResolverFor(nil, strings.HasPrefix(name, "IPv6"))
 		if got := r.String(); got != tt.want || (err == nil) != (tt.err == "") || err != nil && (!strings.Contains(err.Error(), tt.err) || strings.Contains(err.Error(), "\n")) {
 			t.Errorf("%s: %q, %v; want %q, %q", name, got, err, tt.want, tt.err)
 		}
 	}
-	if r, err := ResolverFor([]string{"9.9.9.9", "1.1.1.1"}); err != nil || r.String() != "nameserver 9.9.9.9\nnameserver 1.1.1.1\n" {
+	if r, err := ResolverFor([]string{"9.9.9.9", "2620:fe::fe"}, false); err != nil || r.String() != "nameserver 9.9.9.9\nnameserver 2620:fe::fe\n" {
 		t.Errorf("given ones: %q, %v", r, err)
 	}
-	for _, bad := range [][]string{{"127.0.0.53"}, {"0.0.0.0"}, {"::1"}, {"dns.test"}, {""}, {"1.1.1.1", "1.1.1.2", "1.1.1.3", "1.1.1.4"}} {
-		if r, err := ResolverFor(bad); err == nil || !strings.Contains(err.Error(), "--dns") {
+	for _, bad := range [][]string{{"127.0.0.53"}, {"0.0.0.0"}, {"::1"}, {"fe80::1"}, {"fe80::1%eth0"}, {"dns.test"}, {""}, {"1.1.1.1", "1.1.1.2", "1.1.1.3", "1.1.1.4"}} {
+		if r, err := ResolverFor(bad, true); err == nil || !strings.Contains(err.Error(), "--dns") {
 			t.Errorf("%q: %q, %v", bad, r, err)
 		}
 	}
@@ -940,6 +944,11 @@ func TestClosedNameServer(t *testing.T) {
 		{"168.63.129.16", "--allow-cidr 168.63.129.16/32"},                                      // Azure
 		{"192.0.2.1", "--allow-host 53/udp,53/tcp"},
 		{"198.51.100.2", "--allow-cidr 198.51.100.2/32"},
+		{"2001:db8:53::1", ""},
+		{ipv6("192.0.2.254"), ""},
+		{"fd00:ec2::253", "--allow-cidr fd00:ec2::253/128:53/udp,fd00:ec2::253/128:53/tcp"}, // Amazon's
+		{ipv6("192.0.2.1"), "--allow-host 53/udp,53/tcp"},
+		{ipv6("198.51.100.2"), "--allow-cidr " + ipv6("198.51.100.2") + "/128"},
 		{"172.16.0.2", "--namespace-interface-ip"}, // Amazon's in 172.16.0.0/16
 	} {
 		if err := os.WriteFile(resolverFiles[0], []byte("nameserver "+tt.server+"\n"), 0o600); err != nil {
