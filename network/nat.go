@@ -528,7 +528,17 @@ func (n *NAT) prepareHost(kept []string) error {
 	if n.connections, err = n.connectionLimit(); err != nil {
 		return err
 	}
-	return n.applyHostRules()
+	before, err := tableState(byte(rulesFamily()), n.natTable())
+	if err != nil {
+		return err
+	}
+	if err := n.applyHostRules(); err != nil {
+		return err
+	}
+	if len(kept) > 0 && len(before) != len(n.hostTable.state) { // somebody has removed rules of the killed one
+		return n.forgetUnruled()
+	}
+	return nil
 }
 
 const forwarding4 = "net/ipv4/ip_forward"

@@ -282,6 +282,87 @@ func TestTapGuardPutBack(t *testing.T) {
 	}
 }
 
+// TestTranslatedMeanwhile removes the NAT's table on a host on which another program translates what
+// guests send: what they opened meanwhile ends, and what they had goes on.
+func TestTranslatedMeanwhile(t *testing.T) {
+	need.Root(t)
+	byBoth(t, testTranslatedMeanwhile)
+}
+
+func testTranslatedMeanwhile(t *testing.T, v func(string) string) {
+	for _, addr := range []string{"169.254.169.254", "203.0.113.1"} {
+		giveAddress(t, testhost.Outside, v(addr+"/32"))
+		giveRoute(t, "", v(addr+"/32"), net.ParseIP(v("192.0.2.254")))
+		echoServer(t, testhost.Outside, v(addr+":7"))
+	}
+	n := startNAT(t, testConfig())
+	guest := attachGuest(t, "ark0")
+	shell(t, "nft 'add table inet others; add chain inet others postrouting { type nat hook postrouting priority 100; }; add rule inet others postrouting oifname eth0 masquerade'")
+	t.Cleanup(func() { shell(t, "nft delete table inet others") })
+	dial := func(addr string) *talk {
+		t.Helper()
+		k := dialTalk(t, addr, guest, v("tcp4"), v(addr+":7"))
+		if err := k.goesOn(); err != nil {
+			t.Fatal(err)
+		}
+		return k
+	}
+	stays := dial("203.0.113.1")
+	endWatch(t, &n.watch)
+	shell(t, "nft delete table inet "+n.natTable())
+	ends := dial("169.254.169.254")
+	n.look()
+	if ends.goesOn() == nil {
+		t.Error("a guest still talks with a metadata service")
+	}
+	if err := stays.goesOn(); err != nil {
+		t.Errorf("a connection that was open: %v", err)
+	}
+}
+
+// TestUnruledOfKilledNAT removes rules while no NAT runs: what a guest has opened then ends with the
+// next one, and without that all goes on.
+func TestUnruledOfKilledNAT(t *testing.T) {
+	need.Root(t)
+	byBoth(t, testUnruledOfKilledNAT)
+}
+
+func testUnruledOfKilledNAT(t *testing.T, v func(string) string) {
+	echoServer(t, "", v("192.0.2.1:7"))
+	shell(t, "nft 'add table inet others; add chain inet others input { type filter hook input priority 0; }; add rule inet others input ct state invalid drop'")
+	t.Cleanup(func() { shell(t, "nft delete table inet others") })
+	killNAT(t)
+	claim, err := ClaimNamespace("ark0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	guest := attachGuest(t, "ark0")
+	echoServer(t, guest, v("172.16.0.2:7"))
+	toGuest := dialTalk(t, "the guest", "", v("tcp4"), v("10.0.15.1:7"))
+	n, err := StartNAT(context.Background(), testConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := toGuest.goesOn(); err != nil {
+		t.Errorf("a connection with a NAT that was killed: %v", err)
+	}
+	abandon(t, n)
+	shell(t, "nft delete table inet "+n.natTable())
+	toHost := dialTalk(t, "the host", guest, v("tcp4"), v("192.0.2.1:7"))
+	if err := toHost.goesOn(); err != nil {
+		t.Fatal(err)
+	}
+	if n, err = StartNAT(context.Background(), testConfig()); err != nil {
+		t.Fatal(err)
+	}
+	if toHost.goesOn() == nil {
+		t.Error("a guest still talks with the host")
+	}
+	if err := errors.Join(claim.Close(), n.Close()); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestUDPFollows sends from one port all the time: before there is a forward, through it, and after
 // it leads elsewhere.
 func TestUDPFollows(t *testing.T) {
