@@ -38,12 +38,17 @@ var guarded6 = append([]*net.IPNet{
 	cidr("fd00:a9fe:a9fe::1/128"),  // of Akamai's
 }, translated(guarded)...)
 
-// translated are IPv4 addresses as a NAT64 of the network would reach them (RFC 6052, 2.1).
+// translated are IPv4 addresses as a NAT64 of the network would reach them (RFC 6052, 2.1; RFC 8215), or
+// a router of 6to4 (RFC 3056).
 func translated(addresses []*net.IPNet) (all []*net.IPNet) {
-	prefix := net.ParseIP("64:ff9b::")
-	for _, a := range addresses {
-		bits, _ := a.Mask.Size()
-		all = append(all, &net.IPNet{IP: slices.Concat(prefix[:12], a.IP.To4()), Mask: net.CIDRMask(96+bits, 128)})
+	for _, before := range []*net.IPNet{cidr("64:ff9b::/96"), cidr("64:ff9b:1::/96"), cidr("2002::/16")} {
+		length, _ := before.Mask.Size()
+		for _, a := range addresses {
+			bits, _ := a.Mask.Size()
+			ip := slices.Clone(before.IP)
+			copy(ip[length/8:], a.IP.To4())
+			all = append(all, &net.IPNet{IP: ip, Mask: net.CIDRMask(length+bits, 128)})
+		}
 	}
 	return all
 }
