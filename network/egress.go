@@ -84,6 +84,9 @@ func parseEgressEntry(s string) (e egressEntry, err error) {
 		}
 		target, e.egressPort = s[:i], egressPort{o.protocol, o.port}
 	}
+	if inner, ok := strings.CutPrefix(target, "["); ok && strings.HasSuffix(inner, "]") && strings.Contains(inner, ":") {
+		target = strings.TrimSuffix(inner, "]") // as IPv6 addresses are written before a port
+	}
 	addr, err := netip.ParseAddr(target)
 	if err == nil {
 		e.prefix = netip.PrefixFrom(addr, addr.BitLen())

@@ -1022,6 +1022,32 @@ func TestOverlap(t *testing.T) {
 	}
 }
 
+// TestOverlapWithKilled starts a NAT with the subnets of one that was killed, by another name.
+func TestOverlapWithKilled(t *testing.T) {
+	need.Root(t)
+	c := testConfig()
+	c.NamespacePrefix = "bee"
+	refused := func(want string) {
+		t.Helper()
+		if _, err := StartNAT(context.Background(), c); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v; want %q", err, want)
+		}
+	}
+	n, err := StartNAT(context.Background(), testConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	refused("of the NAT for namespaces ark…; choose another")
+	abandon(t, n)
+	refused("of the NAT for namespaces ark…; it was killed: start it again with --namespace-prefix ark")
+	if n, err = StartNAT(context.Background(), testConfig()); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // checkedContext checks something whenever it is asked whether it has ended.
 type checkedContext struct {
 	context.Context

@@ -52,7 +52,8 @@ With --egress guests open connections only to what you name:
 
   drafter nat --egress 192.0.2.0/24,example.com:443/tcp,*.example.org
 
-Each entry is a subnet or address, IPv4 or IPv6, or a name, and may end with a port and protocol.
+Each entry is a subnet or address, IPv4 or IPv6, or a name, and may end with a port and protocol, as
+in [2001:db8::7]:443/tcp.
 example.com is that name only. *.example.org is every name below it, at any depth, and not
 example.org. With deny they open none. Answers to connections that came in always go out. What is
 closed without --egress stays closed. An owner of a VM narrows it down with --egress of drafter
