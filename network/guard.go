@@ -257,6 +257,14 @@ func (n *NAT) hostRules(connections int) error {
 	r.answers(between)
 	r.rule(between, forwardedByRule(), accept())
 	r.rule(between, drop())
+	bridges, err := bridges()
+	if err != nil {
+		return err
+	}
+	bridged, err := r.interfacePairs("bridged", bridges)
+	if err != nil {
+		return err
+	}
 	closed, err := r.interfaces("closed", n.record.Closed)
 	if err != nil {
 		return err
@@ -269,6 +277,8 @@ func (n *NAT) hostRules(connections int) error {
 	forwarded := r.chain(hookForwarded)
 	r.rule(forwarded, fromInterfaces(links), continueAt(fromGuest))
 	r.rule(forwarded, toInterfaces(links), continueAt(toGuest))
+	// What stays within a bridge is not routed, but comes here, too (br_netfilter).
+	r.rule(forwarded, betweenInterfaces(bridged), accept())
 	r.rule(forwarded, protocolIPv4(), fromInterfaces(closed), continueAt(between))
 	r.rule(forwarded, protocolIPv6(), fromInterfaces(closed6), continueAt(between))
 	r.rule(r.chain(hookDelivered), fromInterfaces(links), continueAt(toHost))
@@ -276,6 +286,20 @@ func (n *NAT) hostRules(connections int) error {
 		return err
 	}
 	return r.masqueradeAt(asHost, firstGuestPort, lastGuestPort)
+}
+
+// bridges are the host's.
+func bridges() (names []string, err error) {
+	links, err := netlink.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("list interfaces: %w", err)
+	}
+	for _, l := range links {
+		if l.Type() == "bridge" {
+			names = append(names, l.Attrs().Name)
+		}
+	}
+	return names, nil
 }
 
 // openRules let guests reach what is opened.

@@ -989,6 +989,35 @@ func testNoRouter(t *testing.T, v func(string) string) {
 	}
 }
 
+// TestBridged has a bridge on the host, whose packets pass netfilter's rules (br_netfilter): what it
+// connects stays so, although the host forwards nothing between its interfaces.
+func TestBridged(t *testing.T) {
+	need.Root(t)
+	if _, err := os.Stat("/proc/sys/net/bridge"); err != nil {
+		t.Log("this kernel shows netfilter no packets of bridges")
+	} else {
+		shell(t, "sysctl -qw net.bridge.bridge-nf-call-iptables=1 net.bridge.bridge-nf-call-ip6tables=1")
+	}
+	shell(t, "ip link add others0 type bridge && ip link set others0 up")
+	t.Cleanup(func() { shell(t, "ip link del others0") })
+	for i, name := range []string{"left", "right"} {
+		shell(t, fmt.Sprintf("ip netns add %[1]s && ip link add port%[2]d type veth peer name eth0 netns %[1]s && ip link set port%[2]d master others0 up", name, i))
+		t.Cleanup(func() { shell(t, "ip netns del "+name) })
+		for _, addr := range []string{fmt.Sprintf("198.51.100.%d/24", i+1), ipv6(fmt.Sprintf("198.51.100.%d/24", i+1)) + " nodad"} {
+			shell(t, "ip -n "+name+" address add "+addr+" dev eth0 && ip -n "+name+" link set eth0 up")
+		}
+	}
+	listen(t, "right", "198.51.100.2:80", "right")
+	listen(t, "right", ipv6("198.51.100.2:80"), "right")
+	startNAT(t, testConfig())
+	startNAT(t, otherConfig())
+	for _, addr := range []string{"198.51.100.2:80", ipv6("198.51.100.2:80")} {
+		if got := ask(t, "left", over("tcp", addr), addr); !strings.HasPrefix(got, "right to ") {
+			t.Errorf("over the bridge to %s: %q", addr, got)
+		}
+	}
+}
+
 // TestOverlap starts a NAT with subnets of another one, or to which the host has a route already.
 func TestOverlap(t *testing.T) {
 	need.Root(t)
