@@ -20,9 +20,32 @@ import (
 
 // checkFree refuses to start where the names or addresses belong to somebody else.
 func (n *NAT) checkFree(kept []string) error {
-	for _, check := range []func(kept []string) error{n.checkNamespaces, n.checkTable, n.checkOthers, n.checkAddresses, n.checkRoutes} {
+	for _, check := range []func(kept []string) error{n.checkOwn, n.checkNamespaces, n.checkTable, n.checkOthers, n.checkAddresses, n.checkRoutes} {
 		if err := check(kept); err != nil {
 			return err
+		}
+	}
+	return nil
+}
+
+// checkOwn refuses subnets of the NAT of which one is a part of another.
+func (n *NAT) checkOwn([]string) error {
+	for _, p := range n.layout.pools() {
+		type part struct {
+			flag   string
+			subnet *net.IPNet
+		}
+		parts := []part{
+			{"--host-veth-cidr" + p.suffix, p.hostVeth},
+			{"--namespace-veth-cidr" + p.suffix, p.namespaceVeth},
+			{"the network of --namespace-interface-gateway" + p.suffix, p.tapNetwork()},
+		}
+		for i, a := range parts {
+			for _, b := range parts[i+1:] {
+				if a.subnet.Contains(b.subnet.IP) || b.subnet.Contains(a.subnet.IP) {
+					return fmt.Errorf("%s %s overlaps with %s %s; choose another", a.flag, a.subnet, b.flag, b.subnet)
+				}
+			}
 		}
 	}
 	return nil
