@@ -62,11 +62,12 @@ where a VM moves to, it has what is said there.
 
 If a list has names, DNS queries of the guest (port 53) go to a forwarder in this process, whichever
 name server they are for. It asks the host's name servers for names in the list. Others do not exist
-(NXDOMAIN), and the log names each once. The addresses in an answer, also those of aliases (CNAME),
-are open for its TTL, of which the guest sees at most an hour, and up to a minute longer. Connections
-go on after that. A name opens no address that is private, the host's or closed: list it as a subnet,
-too. A guest that has moved, or was resumed, has to ask again. A list without names answers none, so
-a name must be in both lists. DNS over TLS and DNS over HTTPS are connections as all others.
+(NXDOMAIN), and the log names each once. The first 64 addresses in an answer, also those of aliases
+(CNAME), are open for its TTL, of which the guest sees at most an hour, and up to a minute longer; at
+most 1024 are open at a time, and then names get no answer. Connections go on after that. A name opens
+no address that is private, the host's or closed: list it as a subnet, too. A guest that has moved, or
+was resumed, has to ask again. A list without names answers none, so a name must be in both lists. DNS
+over TLS and DNS over HTTPS are connections as all others.
 
 A port that drafter forwarder publishes is one of the host's. To let other guests use it, open its
 address (--allow-cidr 192.0.2.1/32:3333/tcp). The guest that it leads to reaches it without that.
