@@ -1002,7 +1002,7 @@ func TestBridged(t *testing.T) {
 	t.Cleanup(func() { shell(t, "ip link del others0") })
 	for i, name := range []string{"left", "right"} {
 		shell(t, fmt.Sprintf("ip netns add %[1]s && ip link add port%[2]d type veth peer name eth0 netns %[1]s && ip link set port%[2]d master others0 up", name, i))
-		t.Cleanup(func() { shell(t, "ip netns del "+name) })
+		t.Cleanup(func() { shell(t, fmt.Sprintf("ip link del port%d; ip netns del %s", i, name)) })
 		for _, addr := range []string{fmt.Sprintf("198.51.100.%d/24", i+1), ipv6(fmt.Sprintf("198.51.100.%d/24", i+1)) + " nodad"} {
 			shell(t, "ip -n "+name+" address add "+addr+" dev eth0 && ip -n "+name+" link set eth0 up")
 		}

@@ -96,6 +96,9 @@ also names a name server of the host that guests do not reach.
 			if err := requireRoot(); err != nil {
 				return err
 			}
+			if err := network.CheckEgress(c.Egress); err != nil {
+				return &usageError{err}
+			}
 			nat, err := network.StartNAT(cmd.Context(), c)
 			if err != nil {
 				return err
