@@ -62,7 +62,7 @@ type NATConfig struct {
 
 	AllowHost []string // ports of the host that guests reach, such as 53/udp
 	// closed addresses that guests reach, such as 192.168.1.0/24, or with one port
-	// 169.254.169.254/32:53/udp; the host's own only as /32
+	// 169.254.169.254/32:53/udp; the host's own only as /32, and narrower closed ones only by themselves
 	AllowCIDRs []string
 	// most connections that a guest may have open at a time; 0: an equal share of a third of what
 	// the host can track, up to 8192
