@@ -130,7 +130,7 @@ var sites = []string{"203.0.113.1", "203.0.113.2", "203.0.113.3", "203.0.113.4",
 func serveSites(t *testing.T) {
 	t.Helper()
 	for _, addr := range sites {
-		giveAddress(t, testhost.Outside, addr+"/32")
+		giveAddress(t, addr+"/32")
 		giveRoute(t, "", addr+"/32", net.IPv4(192, 0, 2, 254))
 		listen(t, testhost.Outside, addr+":80", "site")
 		listen(t, testhost.Outside, addr+":81", "site")

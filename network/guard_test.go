@@ -34,11 +34,11 @@ func otherConfig() NATConfig {
 	return c
 }
 
-// giveAddress gives eth0 in a namespace a further address until the test ends.
-func giveAddress(t *testing.T, ns, addr string) {
+// giveAddress gives the host outside a further address until the test ends.
+func giveAddress(t *testing.T, addr string) {
 	t.Helper()
 	change := func(f func(netlink.Link, *netlink.Addr) error) error {
-		return inNamespace(ns, func() error {
+		return inNamespace(testhost.Outside, func() error {
 			link, err := netlink.LinkByName("eth0")
 			if err != nil {
 				return err
@@ -129,7 +129,7 @@ func TestGuestConfined(t *testing.T) {
 func testGuestConfined(t *testing.T, v func(string) string) {
 	lan := attachLAN(t)
 	for _, addr := range []string{v("169.254.169.254/32"), v("100.100.100.200/32")} {
-		giveAddress(t, testhost.Outside, addr)
+		giveAddress(t, addr)
 		giveRoute(t, "", addr, net.ParseIP(v("192.0.2.254")))
 	}
 	for _, port := range []string{":80", ":81"} {
@@ -1490,7 +1490,7 @@ func testAllowedWider(t *testing.T, v func(string) string) {
 	c.AllowCIDRs = []string{v("10.0.0.0/8"), v("192.0.2.0/24"), "0.0.0.0/0", "fd00::/8"}
 	c.BlockedSubnetCIDR, c.BlockedSubnetCIDR6 = "10.9.0.0/16", ipv6("10.9.0.0/16")
 	for _, addr := range []string{"169.254.169.254", "10.9.0.1", "10.10.0.1"} {
-		giveAddress(t, testhost.Outside, v(addr+"/32"))
+		giveAddress(t, v(addr+"/32"))
 		giveRoute(t, "", v(addr+"/32"), net.ParseIP(v("192.0.2.254")))
 		listen(t, testhost.Outside, v(addr+":80"), "outside")
 	}

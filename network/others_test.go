@@ -291,7 +291,7 @@ func TestTranslatedMeanwhile(t *testing.T) {
 
 func testTranslatedMeanwhile(t *testing.T, v func(string) string) {
 	for _, addr := range []string{"169.254.169.254", "203.0.113.1"} {
-		giveAddress(t, testhost.Outside, v(addr+"/32"))
+		giveAddress(t, v(addr+"/32"))
 		giveRoute(t, "", v(addr+"/32"), net.ParseIP(v("192.0.2.254")))
 		echoServer(t, testhost.Outside, v(addr+":7"))
 	}
