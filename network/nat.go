@@ -528,14 +528,18 @@ func (n *NAT) prepareHost(kept []string) error {
 	if n.connections, err = n.connectionLimit(); err != nil {
 		return err
 	}
-	before, err := tableState(byte(rulesFamily()), n.natTable())
-	if err != nil {
-		return err
+	ruled := false
+	for _, family := range []byte{unix.NFPROTO_INET, unix.NFPROTO_IPV4} { // older releases' is of ip
+		table, err := tableState(family, n.natTable())
+		if err != nil {
+			return err
+		}
+		ruled = ruled || len(table) > 0
 	}
 	if err := n.applyHostRules(); err != nil {
 		return err
 	}
-	if len(kept) > 0 && len(before) != len(n.hostTable.state) { // somebody has removed rules of the killed one
+	if len(kept) > 0 && !ruled { // somebody has removed the table since the earlier NAT was killed
 		return n.forgetUnruled()
 	}
 	return nil
