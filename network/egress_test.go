@@ -646,6 +646,18 @@ func TestEgressOfKilledNAT(t *testing.T) {
 		t.Errorf("the next NAT answers: %v", answer)
 	}
 	abandon(t, n)
+	shell(t, "ip netns exec ark1 nft delete table inet drafter-egress")
+	meanwhile, stays := connectEcho(t, other, "203.0.113.1"), connectEcho(t, other, "203.0.113.2")
+	if n, err = StartNAT(context.Background(), testConfig()); err != nil {
+		t.Fatal(err)
+	}
+	if meanwhile.goesOn() == nil {
+		t.Error("a connection goes on that began while the rules were gone")
+	}
+	if err := errors.Join(stays.goesOn(), conn.goesOn()); err != nil {
+		t.Errorf("connections that the policies let open: %v", err)
+	}
+	abandon(t, n)
 	stricter := testConfig()
 	stricter.Egress = []string{"deny"}
 	if n, err = StartNAT(context.Background(), stricter); err != nil {

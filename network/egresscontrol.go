@@ -236,13 +236,24 @@ func (c *egressControl) enforce(ns string, vm, kept bool) error {
 	}
 	c.guests[ns] = g
 	err = inNamespace(ns, func() error {
+		removed := false // since the earlier NAT was killed
 		if kept {
+			table, err := tableState(byte(rulesFamily()), egressTable)
+			if err != nil {
+				return err
+			}
+			removed = len(table) == 0 && !e.open()
 			if g.opened, err = e.readOpened(); err != nil {
 				return err
 			}
 		}
 		if err := g.apply(); err != nil {
 			return err
+		}
+		if removed {
+			if err := g.endClosed(); err != nil {
+				return err
+			}
 		}
 		if vm && e.hasNames() {
 			g.dns, err = startDNSForwarder(g, c.nat.layout.pools())
