@@ -11,15 +11,41 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"drafter/internal/lockfile"
+	"drafter/internal/rundir"
 )
 
 // At its start, a NAT refuses names and addresses that are others'.
 
 // checkFree refuses to start where the names or addresses belong to somebody else.
 func (n *NAT) checkFree(kept []string) error {
-	for _, check := range []func(kept []string) error{n.checkNamespaces, n.checkTable, n.checkAddresses, n.checkOthers, n.checkRoutes} {
+	for _, check := range []func(kept []string) error{n.checkOwn, n.checkNamespaces, n.checkTable, n.checkOthers, n.checkAddresses, n.checkRoutes} {
 		if err := check(kept); err != nil {
 			return err
+		}
+	}
+	return nil
+}
+
+// checkOwn refuses subnets of the NAT of which one is a part of another.
+func (n *NAT) checkOwn([]string) error {
+	for _, p := range n.layout.pools() {
+		type part struct {
+			flag   string
+			subnet *net.IPNet
+		}
+		parts := []part{
+			{"--host-veth-cidr" + p.suffix, p.hostVeth},
+			{"--namespace-veth-cidr" + p.suffix, p.namespaceVeth},
+			{"the network of --namespace-interface-gateway" + p.suffix, p.tapNetwork()},
+		}
+		for i, a := range parts {
+			for _, b := range parts[i+1:] {
+				if a.subnet.Contains(b.subnet.IP) || b.subnet.Contains(a.subnet.IP) {
+					return fmt.Errorf("%s %s overlaps with %s %s; choose another", a.flag, a.subnet, b.flag, b.subnet)
+				}
+			}
 		}
 	}
 	return nil
@@ -137,13 +163,30 @@ func (n *NAT) checkOthers([]string) error {
 			for _, p := range l.pools() {
 				for _, taken := range []*net.IPNet{p.hostVeth, p.namespaceVeth} {
 					if subnet.Contains(taken.IP) || taken.Contains(subnet.IP) {
-						return fmt.Errorf("--%s %s overlaps with %s of the NAT for namespaces %s…; choose another", flag, subnet, taken, o.Config.NamespacePrefix)
+						mend := "choose another"
+						if running, err := o.running(); err == nil && !running {
+							mend = fmt.Sprintf("it was killed: start it again with --namespace-prefix %s, or choose another", o.Config.NamespacePrefix)
+						}
+						return fmt.Errorf("--%s %s overlaps with %s of the NAT for namespaces %s…; %s", flag, subnet, taken, o.Config.NamespacePrefix, mend)
 					}
 				}
 			}
 		}
 	}
 	return nil
+}
+
+// running tells whether a NAT runs.
+func (r natRecord) running() (bool, error) {
+	lock, err := rundir.Lock("nat-" + r.Config.NamespacePrefix)
+	var held *lockfile.HeldError
+	if errors.As(err, &held) {
+		return true, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	return false, lock.Release()
 }
 
 // checkRoutes refuses subnets of which the host already routes a part elsewhere. A route that is

@@ -32,6 +32,7 @@ const (
 	longestAliasChain  = 16
 	nameServerPatience = 2 * time.Second // with one name server
 	queryPatience      = 5 * time.Second // with all of them
+	guestPatience      = 2 * time.Second // until a guest reads an answer by TCP
 
 	// queryTracked is for how many seconds the host tracks what it asks for a guest: 30 by UDP, and 10
 	// by TCP after RST (nf_conntrack-sysctl).
@@ -86,7 +87,8 @@ func (f *dnsForwarder) listen(at string) error {
 	if err != nil {
 		return errors.Join(err, packets.Close())
 	}
-	for _, s := range []*dns.Server{{PacketConn: packets}, {Listener: netutil.LimitListener(listener, dnsConnections)}} {
+	streams := guestStreams{netutil.LimitListener(listener, dnsConnections), f.ctx}
+	for _, s := range []*dns.Server{{PacketConn: packets}, {Listener: streams}} {
 		started := make(chan struct{})
 		s.Handler, s.UDPSize, s.NotifyStartedFunc = f, 4096, func() { close(started) }
 		f.servers = append(f.servers, s)
@@ -101,6 +103,40 @@ func (f *dnsForwarder) listen(at string) error {
 	return nil
 }
 
+// guestStreams are the TCP connections of a guest. One that does not read its answers holds nobody up.
+type guestStreams struct {
+	net.Listener
+	ctx context.Context // all of them end with it
+}
+
+// Accept implements net.Listener.
+func (l guestStreams) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return &guestStream{conn, context.AfterFunc(l.ctx, func() { conn.Close() })}, nil
+}
+
+type guestStream struct {
+	net.Conn
+	forget func() bool
+}
+
+// Write implements net.Conn.
+func (s *guestStream) Write(b []byte) (int, error) {
+	if err := s.SetWriteDeadline(time.Now().Add(guestPatience)); err != nil {
+		return 0, err
+	}
+	return s.Conn.Write(b)
+}
+
+// Close implements net.Conn.
+func (s *guestStream) Close() error {
+	s.forget()
+	return s.Conn.Close()
+}
+
 // bindFreely lets a socket have an address that is not there yet, or not any more: the tap is made
 // anew for each VM, and a VMM may remove it.
 func bindFreely(_, _ string, socket syscall.RawConn) (err error) {
@@ -108,7 +144,7 @@ func bindFreely(_, _ string, socket syscall.RawConn) (err error) {
 	return errors.Join(err, cerr)
 }
 
-// Close waits for the last answer.
+// Close waits until nothing is answered any more. Answers that are under way fail.
 func (f *dnsForwarder) Close() {
 	if f == nil {
 		return
@@ -137,7 +173,9 @@ func (f *dnsForwarder) ServeDNS(w dns.ResponseWriter, query *dns.Msg) {
 	}
 	answer.RecursionAvailable, answer.Compress = true, true
 	answer.Truncate(size)
-	_ = w.WriteMsg(answer) // a guest that has gone does not wait for it
+	if err := w.WriteMsg(answer); err != nil {
+		_ = w.Close() // a guest that has gone, or does not read, does not wait for it
+	}
 }
 
 // answer returns what a guest gets. What it opens is open.

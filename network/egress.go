@@ -45,10 +45,14 @@ func CheckEgress(values []string) error {
 	return err
 }
 
-// parseEgress reads the values of --egress. None are allow.
+// parseEgress reads the values of --egress. Where it is not said, it is allow. An empty value may be a
+// variable of a script that was not set.
 func parseEgress(values []string) (egressPolicy, error) {
-	if len(values) == 0 || len(values) == 1 && values[0] == egressAllow {
+	if values == nil || len(values) == 1 && values[0] == egressAllow {
 		return nil, nil
+	}
+	if len(values) == 0 {
+		return nil, errors.New("--egress is empty; write allow, deny or a list, or leave it out")
 	}
 	if len(values) == 1 && values[0] == egressDeny {
 		return egressPolicy{}, nil
@@ -79,6 +83,9 @@ func parseEgressEntry(s string) (e egressEntry, err error) {
 			return e, errors.New("has no port before its protocol; write it as example.com:443/tcp")
 		}
 		target, e.egressPort = s[:i], egressPort{o.protocol, o.port}
+	}
+	if inner, ok := strings.CutPrefix(target, "["); ok && strings.HasSuffix(inner, "]") && strings.Contains(inner, ":") {
+		target = strings.TrimSuffix(inner, "]") // as IPv6 addresses are written before a port
 	}
 	addr, err := netip.ParseAddr(target)
 	if err == nil {

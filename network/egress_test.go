@@ -1,6 +1,7 @@
 package network
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -128,7 +130,7 @@ var sites = []string{"203.0.113.1", "203.0.113.2", "203.0.113.3", "203.0.113.4",
 func serveSites(t *testing.T) {
 	t.Helper()
 	for _, addr := range sites {
-		giveAddress(t, testhost.Outside, addr+"/32")
+		giveAddress(t, addr+"/32")
 		giveRoute(t, "", addr+"/32", net.IPv4(192, 0, 2, 254))
 		listen(t, testhost.Outside, addr+":80", "site")
 		listen(t, testhost.Outside, addr+":81", "site")
@@ -148,6 +150,12 @@ func startVM(t *testing.T, ns string, egress ...string) string {
 // lookUp asks for a name from a guest's namespace, as if a name server were at 9.9.9.9.
 func lookUp(t *testing.T, guest, network, name string, qtype uint16, change func(*dns.Msg)) *dns.Msg {
 	t.Helper()
+	return lookUpAt(t, guest, network, "9.9.9.9:53", name, qtype, change)
+}
+
+// lookUpAt is lookUp with a name server elsewhere.
+func lookUpAt(t *testing.T, guest, network, server, name string, qtype uint16, change func(*dns.Msg)) *dns.Msg {
+	t.Helper()
 	var answer *dns.Msg
 	err := inNamespace(guest, func() (err error) {
 		query := new(dns.Msg).SetQuestion(name, qtype)
@@ -155,11 +163,11 @@ func lookUp(t *testing.T, guest, network, name string, qtype uint16, change func
 			change(query)
 		}
 		client := &dns.Client{Net: network, Timeout: 10 * time.Second}
-		answer, _, err = client.Exchange(query, "9.9.9.9:53")
+		answer, _, err = client.Exchange(query, server)
 		return err
 	})
 	if err != nil {
-		t.Fatalf("%s by %s: %v", name, network, err)
+		t.Fatalf("%s by %s at %s: %v", name, network, server, err)
 	}
 	return answer
 }
@@ -329,6 +337,17 @@ func TestEgressNames(t *testing.T) {
 	find("alias.test.", dns.TypeA, "NOERROR 203.0.113.4 203.0.113.5")
 	open("203.0.113.4:80")
 	closed("203.0.113.5:80") // in the answer, but of another name
+
+	// Whichever name server the guest asks, its gateway among them.
+	for _, addr := range []string{"172.16.0.1:53", "192.0.2.1:53", "169.254.169.254:53"} {
+		for _, server := range []string{addr, ipv6(addr)} {
+			for _, network := range []string{"udp", "tcp"} {
+				if answer := lookUpAt(t, guest, network, server, "a.test.", dns.TypeA, nil); len(answer.Answer) != 1 {
+					t.Errorf("%s by %s: %v", server, network, answer)
+				}
+			}
+		}
+	}
 
 	// Names that the list does not have are not asked for.
 	for _, name := range []string{"b.test.", "two.cdn.test.", "unknown.example.", `x\.b.test.`, "z.example.", "test."} {
@@ -627,6 +646,18 @@ func TestEgressOfKilledNAT(t *testing.T) {
 		t.Errorf("the next NAT answers: %v", answer)
 	}
 	abandon(t, n)
+	shell(t, "ip netns exec ark1 nft delete table inet drafter-egress")
+	meanwhile, stays := connectEcho(t, other, "203.0.113.1"), connectEcho(t, other, "203.0.113.2")
+	if n, err = StartNAT(context.Background(), testConfig()); err != nil {
+		t.Fatal(err)
+	}
+	if meanwhile.goesOn() == nil {
+		t.Error("a connection goes on that began while the rules were gone")
+	}
+	if err := errors.Join(stays.goesOn(), conn.goesOn()); err != nil {
+		t.Errorf("connections that the policies let open: %v", err)
+	}
+	abandon(t, n)
 	stricter := testConfig()
 	stricter.Egress = []string{"deny"}
 	if n, err = StartNAT(context.Background(), stricter); err != nil {
@@ -792,6 +823,60 @@ func TestEgressBounds(t *testing.T) {
 	}
 }
 
+// TestEgressDeafGuest lets a guest ask by TCP and read no answers: the NAT serves others meanwhile, and
+// the namespace gets its next VM.
+func TestEgressDeafGuest(t *testing.T) {
+	need.Root(t)
+	server := serveNames(t)
+	startNAT(t, testConfig())
+	guest := startVM(t, "ark0", "many.test")
+	var conn net.Conn
+	err := inNamespace(guest, func() (err error) {
+		dialer := net.Dialer{Control: func(_, _ string, socket syscall.RawConn) (err error) {
+			cerr := socket.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 2048) })
+			return errors.Join(err, cerr)
+		}}
+		conn, err = dialer.Dial("tcp4", "9.9.9.9:53")
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	query, err := new(dns.Msg).SetQuestion("many.test.", dns.TypeA).Pack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	query = append([]byte{0, byte(len(query))}, query...)
+	if _, err := conn.Write(bytes.Repeat(query, 100)); err != nil { // with answers of 320 KB
+		t.Fatal(err)
+	}
+	queries := func() int {
+		server.mu.Lock()
+		defer server.mu.Unlock()
+		return len(server.asked)
+	}
+	before, since := 0, time.Now()
+	await.True(t, "the forwarder cannot send any more", func() bool {
+		if now := queries(); now != before {
+			before, since = now, time.Now()
+		}
+		return before > 0 && time.Since(since) > 200*time.Millisecond
+	})
+	if before == 100 {
+		t.Fatal("the guest has taken all answers")
+	}
+	begin := time.Now()
+	for _, ns := range []string{"ark0", "ark1"} {
+		if err := GuardGuest(ns, Guest{MAC: testConfig().NamespaceInterfaceMAC, Egress: []string{"a.test"}}); err != nil {
+			t.Errorf("the next VM in %s: %v", ns, err)
+		}
+	}
+	if took := time.Since(begin); took > egressPatience/2 {
+		t.Errorf("the next VMs waited for %s", took)
+	}
+}
+
 // TestEgressOfTraveller moves a VM between namespaces with different policies.
 func TestEgressOfTraveller(t *testing.T) {
 	need.Root(t)
@@ -857,6 +942,7 @@ func TestParseEgress(t *testing.T) {
 		{"192.0.2.7", "192.0.2.7/32", ""},
 		{"192.0.2.7/24", "192.0.2.0/24", ""},
 		{"192.0.2.7:53/udp,2001:db8::/32,2001:db8::7,2001:db8::/32:443/tcp", "192.0.2.7/32:53/udp,2001:db8::/32,2001:db8::7/128,2001:db8::/32:443/tcp", ""},
+		{"[2001:db8::7]:443/tcp,[2001:db8::7]", "2001:db8::7/128:443/tcp,2001:db8::7/128", ""},
 		{"Example.COM,*.example.com.:443/tcp,_x.a-b.example,*.example", "example.com,*.example.com:443/tcp,_x.a-b.example,*.example", ""},
 		{"0.0.0.0/0", "0.0.0.0/0", ""},
 		{"alow", "", `--egress "alow" is neither allow, deny, a subnet nor a name; write it as`},
@@ -882,6 +968,11 @@ func TestParseEgress(t *testing.T) {
 		{strings.Repeat("a", 64) + ".example", "", "is neither"},
 		{"fe80::1%eth0", "", "is no address for guests"},
 		{"::ffff:192.0.2.1", "", "is no address for guests"},
+		{"[2001:db8::7]:443", "", "is neither"},
+		{"[192.0.2.7]:443/tcp", "", "is neither"},
+		{"[example.com]:443/tcp", "", "is neither"},
+		{"[2001:db8::7:443/tcp", "", "is neither"},
+		{"[::ffff:192.0.2.1]", "", "is no address for guests"},
 		{"example.com,", "", `--egress "" is neither`},
 		{strings.Repeat("a.example,", 256) + "a.example", "", "--egress has 257 entries; at most 256 are possible"},
 	} {
@@ -895,6 +986,16 @@ func TestParseEgress(t *testing.T) {
 		} else if err == nil && p.String() != tt.want {
 			t.Errorf("%s: %q; want %q", tt.values, p, tt.want)
 		}
+	}
+}
+
+// TestEmptyEgress has a list without entries: it is not taken for allow.
+func TestEmptyEgress(t *testing.T) {
+	if err := CheckEgress([]string{}); err == nil || !strings.Contains(err.Error(), "--egress is empty") {
+		t.Errorf("an empty list: %v", err)
+	}
+	if err := CheckEgress(nil); err != nil {
+		t.Errorf("no list: %v", err)
 	}
 }
 

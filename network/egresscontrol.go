@@ -236,13 +236,24 @@ func (c *egressControl) enforce(ns string, vm, kept bool) error {
 	}
 	c.guests[ns] = g
 	err = inNamespace(ns, func() error {
+		removed := false // since the earlier NAT was killed
 		if kept {
+			table, err := tableState(byte(rulesFamily()), egressTable)
+			if err != nil {
+				return err
+			}
+			removed = len(table) == 0 && !e.open()
 			if g.opened, err = e.readOpened(); err != nil {
 				return err
 			}
 		}
 		if err := g.apply(); err != nil {
 			return err
+		}
+		if removed {
+			if err := g.endClosed(); err != nil {
+				return err
+			}
 		}
 		if vm && e.hasNames() {
 			g.dns, err = startDNSForwarder(g, c.nat.layout.pools())
@@ -441,7 +452,7 @@ func (c *egressControl) nameServers() ([]string, error) {
 		return c.servers, nil
 	}
 	var servers []string
-	r, err := ResolverFor(nil)
+	r, err := ResolverFor(nil, true)
 	if err == nil {
 		for _, ip := range r.NameServers {
 			servers = append(servers, ip.String())

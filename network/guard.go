@@ -122,6 +122,10 @@ func (o opening) host() bool {
 	return o.bits() == 8*len(o.to.Mask)
 }
 
+// spares tells whether what is closed stays so, although it is a part of o, or behind a forward at an
+// address in it: guests, metadata services and others have to be named.
+func (o opening) spares(closed *net.IPNet) bool { return !o.host() && !contains(closed, o.to) }
+
 // concerns tells whether it opens addresses of a pool's protocol.
 func (o opening) concerns(p *pool) bool { return o.to != nil && len(o.to.Mask) == len(p.hostVeth.Mask) }
 
@@ -253,6 +257,14 @@ func (n *NAT) hostRules(connections int) error {
 	r.answers(between)
 	r.rule(between, forwardedByRule(), accept())
 	r.rule(between, drop())
+	bridges, err := bridges()
+	if err != nil {
+		return err
+	}
+	bridged, err := r.interfacePairs("bridged", bridges)
+	if err != nil {
+		return err
+	}
 	closed, err := r.interfaces("closed", n.record.Closed)
 	if err != nil {
 		return err
@@ -265,6 +277,8 @@ func (n *NAT) hostRules(connections int) error {
 	forwarded := r.chain(hookForwarded)
 	r.rule(forwarded, fromInterfaces(links), continueAt(fromGuest))
 	r.rule(forwarded, toInterfaces(links), continueAt(toGuest))
+	// What stays within a bridge is not routed, but comes here, too (br_netfilter).
+	r.rule(forwarded, betweenInterfaces(bridged), accept())
 	r.rule(forwarded, protocolIPv4(), fromInterfaces(closed), continueAt(between))
 	r.rule(forwarded, protocolIPv6(), fromInterfaces(closed6), continueAt(between))
 	r.rule(r.chain(hookDelivered), fromInterfaces(links), continueAt(toHost))
@@ -272,6 +286,20 @@ func (n *NAT) hostRules(connections int) error {
 		return err
 	}
 	return r.masqueradeAt(asHost, firstGuestPort, lastGuestPort)
+}
+
+// bridges are the host's.
+func bridges() (names []string, err error) {
+	links, err := netlink.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("list interfaces: %w", err)
+	}
+	for _, l := range links {
+		if l.Type() == "bridge" {
+			names = append(names, l.Attrs().Name)
+		}
+	}
+	return names, nil
 }
 
 // openRules let guests reach what is opened.
@@ -288,10 +316,9 @@ func (l *layout) openRules(r *ruleset, fromGuest, toHost, limited *nftables.Chai
 			if o.host() {
 				r.rule(toHost, append(o.match(), continueAt(limited))...)
 			}
-			for _, own := range []*net.IPNet{p.hostVeth, p.namespaceVeth} {
-				if !o.host() && !contains(own, o.to) {
-					// Guests in the subnet, or behind a forward at an address in it, stay closed.
-					r.rule(fromGuest, append(o.match(), toAddress(own), drop())...)
+			for _, closed := range p.closed() {
+				if o.spares(closed) {
+					r.rule(fromGuest, append(o.match(), toAddress(closed), drop())...)
 				}
 			}
 			r.rule(fromGuest, append(o.match(), continueAt(limited))...)
@@ -373,8 +400,10 @@ func (n *NAT) namespaceRules(i, connections int) error {
 	for _, message := range []byte{neighbourSolicitation, neighbourAdvertisement} {
 		r.rule(delivered, fromInterface(c.NamespaceInterface), icmp6(), icmpType(message), accept())
 	}
-	for _, protocol := range []string{"udp", "tcp"} { // the DNS forwarder; see egress.apply
-		r.rule(delivered, fromInterface(c.NamespaceInterface), forwardedByRule(), toPort(protocol, dnsPort), accept())
+	for _, p := range l.pools() {
+		for _, protocol := range []string{"udp", "tcp"} { // the DNS forwarder; see egress.apply
+			r.rule(delivered, fromInterface(c.NamespaceInterface), toAddress(host(p.gateway)), toPort(protocol, dnsPort), accept())
+		}
 	}
 	r.rule(delivered, drop())
 	return r.apply()

@@ -34,11 +34,11 @@ func otherConfig() NATConfig {
 	return c
 }
 
-// giveAddress gives eth0 in a namespace a further address until the test ends.
-func giveAddress(t *testing.T, ns, addr string) {
+// giveAddress gives the host outside a further address until the test ends.
+func giveAddress(t *testing.T, addr string) {
 	t.Helper()
 	change := func(f func(netlink.Link, *netlink.Addr) error) error {
-		return inNamespace(ns, func() error {
+		return inNamespace(testhost.Outside, func() error {
 			link, err := netlink.LinkByName("eth0")
 			if err != nil {
 				return err
@@ -129,7 +129,7 @@ func TestGuestConfined(t *testing.T) {
 func testGuestConfined(t *testing.T, v func(string) string) {
 	lan := attachLAN(t)
 	for _, addr := range []string{v("169.254.169.254/32"), v("100.100.100.200/32")} {
-		giveAddress(t, testhost.Outside, addr)
+		giveAddress(t, addr)
 		giveRoute(t, "", addr, net.ParseIP(v("192.0.2.254")))
 	}
 	for _, port := range []string{":80", ":81"} {
@@ -989,6 +989,35 @@ func testNoRouter(t *testing.T, v func(string) string) {
 	}
 }
 
+// TestBridged has a bridge on the host, whose packets pass netfilter's rules (br_netfilter): what it
+// connects stays so, although the host forwards nothing between its interfaces.
+func TestBridged(t *testing.T) {
+	need.Root(t)
+	if _, err := os.Stat("/proc/sys/net/bridge"); err != nil {
+		t.Log("this kernel shows netfilter no packets of bridges")
+	} else {
+		shell(t, "sysctl -qw net.bridge.bridge-nf-call-iptables=1 net.bridge.bridge-nf-call-ip6tables=1")
+	}
+	shell(t, "ip link add others0 type bridge && ip link set others0 up")
+	t.Cleanup(func() { shell(t, "ip link del others0") })
+	for i, name := range []string{"left", "right"} {
+		shell(t, fmt.Sprintf("ip netns add %[1]s && ip link add port%[2]d type veth peer name eth0 netns %[1]s && ip link set port%[2]d master others0 up", name, i))
+		t.Cleanup(func() { shell(t, fmt.Sprintf("ip link del port%d; ip netns del %s", i, name)) })
+		for _, addr := range []string{fmt.Sprintf("198.51.100.%d/24", i+1), ipv6(fmt.Sprintf("198.51.100.%d/24", i+1)) + " nodad"} {
+			shell(t, "ip -n "+name+" address add "+addr+" dev eth0 && ip -n "+name+" link set eth0 up")
+		}
+	}
+	listen(t, "right", "198.51.100.2:80", "right")
+	listen(t, "right", ipv6("198.51.100.2:80"), "right")
+	startNAT(t, testConfig())
+	startNAT(t, otherConfig())
+	for _, addr := range []string{"198.51.100.2:80", ipv6("198.51.100.2:80")} {
+		if got := ask(t, "left", over("tcp", addr), addr); !strings.HasPrefix(got, "right to ") {
+			t.Errorf("over the bridge to %s: %q", addr, got)
+		}
+	}
+}
+
 // TestOverlap starts a NAT with subnets of another one, or to which the host has a route already.
 func TestOverlap(t *testing.T) {
 	need.Root(t)
@@ -1019,6 +1048,32 @@ func TestOverlap(t *testing.T) {
 		if after := inventory(t); err != nil || after != before {
 			t.Errorf("%v; left behind:\n%s\nbefore:\n%s", err, after, before)
 		}
+	}
+}
+
+// TestOverlapWithKilled starts a NAT with the subnets of one that was killed, by another name.
+func TestOverlapWithKilled(t *testing.T) {
+	need.Root(t)
+	c := testConfig()
+	c.NamespacePrefix = "bee"
+	refused := func(want string) {
+		t.Helper()
+		if _, err := StartNAT(context.Background(), c); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v; want %q", err, want)
+		}
+	}
+	n, err := StartNAT(context.Background(), testConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	refused("of the NAT for namespaces ark…; choose another")
+	abandon(t, n)
+	refused("of the NAT for namespaces ark…; it was killed: start it again with --namespace-prefix ark")
+	if n, err = StartNAT(context.Background(), testConfig()); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Close(); err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -1423,8 +1478,8 @@ func testPortless(t *testing.T, v func(string) string) {
 	}
 }
 
-// TestAllowedWider opens subnets that the NAT's own are part of, or the address that a forward is
-// published at: neither opens other guests.
+// TestAllowedWider opens subnets that closed ones are part of, or the address that a forward is
+// published at: neither opens other guests, metadata services, or what the user has closed.
 func TestAllowedWider(t *testing.T) {
 	need.Root(t)
 	byBoth(t, testAllowedWider)
@@ -1432,7 +1487,13 @@ func TestAllowedWider(t *testing.T) {
 
 func testAllowedWider(t *testing.T, v func(string) string) {
 	c := testConfig()
-	c.AllowCIDRs = []string{v("10.0.0.0/8"), v("192.0.2.0/24")}
+	c.AllowCIDRs = []string{v("10.0.0.0/8"), v("192.0.2.0/24"), "0.0.0.0/0", "fd00::/8"}
+	c.BlockedSubnetCIDR, c.BlockedSubnetCIDR6 = "10.9.0.0/16", ipv6("10.9.0.0/16")
+	for _, addr := range []string{"169.254.169.254", "10.9.0.1", "10.10.0.1"} {
+		giveAddress(t, v(addr+"/32"))
+		giveRoute(t, "", v(addr+"/32"), net.ParseIP(v("192.0.2.254")))
+		listen(t, testhost.Outside, v(addr+":80"), "outside")
+	}
 	startNAT(t, c)
 	guest0, guest1 := attachGuest(t, "ark0"), attachGuest(t, "ark1")
 	listen(t, guest1, v("172.16.0.2:80"), "guest1")
@@ -1441,10 +1502,13 @@ func testAllowedWider(t *testing.T, v func(string) string) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	for _, addr := range []string{v("10.0.15.2:80"), v("10.0.8.6:80"), v("192.0.2.1:3333")} {
+	for _, addr := range []string{v("10.0.15.2:80"), v("10.0.8.6:80"), v("192.0.2.1:3333"), v("169.254.169.254:80"), v("10.9.0.1:80")} {
 		if got := ask(t, guest0, v("tcp4"), addr); got != "" {
 			t.Errorf("%s: %q", addr, got)
 		}
+	}
+	if got := ask(t, guest0, v("tcp4"), v("10.10.0.1:80")); got != v("outside to 192.0.2.1") {
+		t.Errorf("what is opened: %q", got)
 	}
 }
 

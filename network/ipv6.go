@@ -38,12 +38,17 @@ var guarded6 = append([]*net.IPNet{
 	cidr("fd00:a9fe:a9fe::1/128"),  // of Akamai's
 }, translated(guarded)...)
 
-// translated are IPv4 addresses as a NAT64 of the network would reach them (RFC 6052, 2.1).
+// translated are IPv4 addresses as a NAT64 of the network would reach them (RFC 6052, 2.1; RFC 8215), or
+// a router of 6to4 (RFC 3056).
 func translated(addresses []*net.IPNet) (all []*net.IPNet) {
-	prefix := net.ParseIP("64:ff9b::")
-	for _, a := range addresses {
-		bits, _ := a.Mask.Size()
-		all = append(all, &net.IPNet{IP: slices.Concat(prefix[:12], a.IP.To4()), Mask: net.CIDRMask(96+bits, 128)})
+	for _, before := range []*net.IPNet{cidr("64:ff9b::/96"), cidr("64:ff9b:1::/96"), cidr("2002::/16")} {
+		length, _ := before.Mask.Size()
+		for _, a := range addresses {
+			bits, _ := a.Mask.Size()
+			ip := slices.Clone(before.IP)
+			copy(ip[length/8:], a.IP.To4())
+			all = append(all, &net.IPNet{IP: ip, Mask: net.CIDRMask(length+bits, 128)})
+		}
 	}
 	return all
 }
@@ -135,17 +140,25 @@ func (n *NAT) noteForwarding6(off bool, links []netlink.Link) (changed bool, err
 	r := &n.record
 	switch {
 	case r.IPv6Forward == "" && len(others) > 0:
-		r.IPv6Forward, r.Closed6, changed = "0", others[0].Closed6, true
+		r.IPv6Forward, r.Closed6, r.Settings6, changed = "0", others[0].Closed6, others[0].Settings6, true
 	case r.IPv6Forward == "" && !off:
 		r.IPv6Forward, changed = "1", true
 	case r.IPv6Forward == "":
 		r.IPv6Forward, changed = "0", true
+		if r.Settings6, err = forwardingSettings("ipv6"); err != nil {
+			return false, err
+		}
 		for _, l := range links {
-			r.Closed6 = append(r.Closed6, l.Attrs().Name)
+			if name := l.Attrs().Name; r.Settings6["net/ipv6/conf/"+name+"/force_forwarding"] == "" {
+				r.Closed6 = append(r.Closed6, name)
+			}
 		}
 	case off && r.IPv6Forward != "0":
 		// As with IPv4: the last NAT that ends turns it off, too.
 		r.IPv6Forward, changed = "0", true
+		if r.Settings6, err = forwardingSettings("ipv6"); err != nil {
+			return false, err
+		}
 	}
 	// Interfaces come and go, such as those of containers.
 	gone := func(name string) bool {
@@ -182,7 +195,7 @@ func (n *NAT) restoreForwarding6() error {
 	if err != nil || n.record.IPv6Forward != "0" || slices.ContainsFunc(others, func(o natRecord) bool { return o.IPv6Forward != "" }) {
 		return err
 	}
-	if err := setSysctl(forwarding6, "0"); err != nil {
+	if err := turnOff(forwarding6, n.record.Settings6); err != nil {
 		return err
 	}
 	for _, name := range n.record.AcceptRA {

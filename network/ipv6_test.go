@@ -57,6 +57,7 @@ func TestGuarded6(t *testing.T) {
 	for addr, closed := range map[string]bool{
 		"::1": true, "::ffff:192.0.2.1": true, "fe80::1": true, "ff02::1": true, "fd00:ec2::254": true, "fd20:ce::254": true, "fd00:c1::a9fe:a9fe": true,
 		"fd00:42::42": true, "fd00:a9fe:a9fe::1": true, "64:ff9b::169.254.169.254": true, "64:ff9b::127.0.0.1": true,
+		"64:ff9b:1::169.254.169.254": true, "2002:a9fe:a9fe::1": true, "2002:7f00:1::": true, "64:ff9b:1::198.51.100.1": false, "2002:c633:6401::1": false,
 		"64:ff9b::198.51.100.1": false, "2001:4860:4860::8888": false, "fd12:3456::1": false,
 	} {
 		// Of an IPv4 address in IPv6, package net would think that it is one of IPv4.

@@ -101,12 +101,19 @@ func (n *NAT) sayNetworks() error {
 // keepForwarding turns forwarding on again. If somebody has turned it off, the last NAT that ends
 // turns it off, too.
 func (n *NAT) keepForwarding() (done bool, err error) {
-	done, err = keepSysctl("net/ipv4/ip_forward", "1")
-	if done && n.record.IPForward != "0" {
+	b, err := os.ReadFile("/proc/sys/" + forwarding4)
+	if err != nil {
+		return false, fmt.Errorf("read kernel parameter: %w", err)
+	}
+	if strings.TrimSpace(string(b)) == "1" {
+		return false, nil
+	}
+	if n.record.IPForward != "0" {
 		n.record.IPForward = "0"
+		n.record.Settings, err = forwardingSettings("ipv4")
 		err = errors.Join(err, n.writeRecord())
 	}
-	return done, err
+	return true, errors.Join(err, setSysctl(forwarding4, "1"))
 }
 
 // sayForwarding names interfaces from which the host does not forward. That is the host's decision.
@@ -167,13 +174,19 @@ func (n *NAT) keepHostRules() (done bool, err error) {
 	if err := n.applyHostRules(); err != nil {
 		return false, err
 	}
-	// Connections that were opened meanwhile did not pass the rules, and would go on without them.
-	return true, forgetConnections(func(f *netlink.ConntrackFlow) bool {
+	return true, n.forgetUnruled()
+}
+
+// forgetUnruled ends connections that were opened while the host's rules were gone: they did not pass
+// them, and would go on without them. What somebody else has translated does not have a port of guests.
+func (n *NAT) forgetUnruled() error {
+	return forgetConnections(func(f *netlink.ConntrackFlow) bool {
 		return slices.ContainsFunc(n.layout.pools(), func(p *pool) bool {
 			ofGuest := p.namespaceVeth.Contains(f.Forward.SrcIP)
 			toGuest := p.namespaceVeth.Contains(f.Forward.DstIP) || p.hostVeth.Contains(f.Forward.DstIP)
 			// What has a routed prefix ends, too, as it is never translated.
-			return ofGuest && f.Reverse.DstIP.Equal(f.Forward.SrcIP) || toGuest && f.Reverse.SrcIP.Equal(f.Forward.DstIP)
+			asHost := !f.Reverse.DstIP.Equal(f.Forward.SrcIP) && f.Reverse.DstPort >= firstGuestPort
+			return ofGuest && !asHost || toGuest && f.Reverse.SrcIP.Equal(f.Forward.DstIP)
 		})
 	})
 }

@@ -62,7 +62,7 @@ type NATConfig struct {
 
 	AllowHost []string // ports of the host that guests reach, such as 53/udp
 	// closed addresses that guests reach, such as 192.168.1.0/24, or with one port
-	// 169.254.169.254/32:53/udp; the host's own only as /32
+	// 169.254.169.254/32:53/udp; the host's own only as /32, and narrower closed ones only by themselves
 	AllowCIDRs []string
 	// most connections that a guest may have open at a time; 0: an equal share of a third of what
 	// the host can track, up to 8192
@@ -144,6 +144,10 @@ type natRecord struct {
 	Closed6     []string `json:"closed6,omitempty"`
 	// interfaces that took router advertisements only while the host forwarded nothing
 	AcceptRA []string `json:"acceptRA,omitempty"`
+	// kernel parameters that do not come back when forwarding is turned off again, and their values
+	// before any NAT; those of IPv6
+	Settings  map[string]string `json:"settings,omitempty"`
+	Settings6 map[string]string `json:"settings6,omitempty"`
 	// whether the namespaces are marked; those of older releases are not
 	Marked bool `json:"marked"`
 	// nil: there is none
@@ -470,8 +474,8 @@ func (n *NAT) reclaim() (kept []string, err error) {
 		return nil, err
 	}
 	n.config.Logger.Info("Removed what a killed NAT left behind", "namespaces", len(old.Namespaces)-len(kept), "inUse", len(kept))
-	n.record.IPForward, n.record.Closed = old.IPForward, old.Closed
-	n.record.IPv6Forward, n.record.Closed6, n.record.AcceptRA = old.IPv6Forward, old.Closed6, old.AcceptRA
+	n.record.IPForward, n.record.Closed, n.record.Settings = old.IPForward, old.Closed, old.Settings
+	n.record.IPv6Forward, n.record.Closed6, n.record.Settings6, n.record.AcceptRA = old.IPv6Forward, old.Closed6, old.Settings6, old.AcceptRA
 	return kept, nil
 }
 
@@ -500,8 +504,7 @@ func (c NATConfig) permissions() string {
 
 // prepareHost notes the host's settings, then turns forwarding on.
 func (n *NAT) prepareHost(kept []string) error {
-	const forward = "net/ipv4/ip_forward"
-	b, err := os.ReadFile("/proc/sys/" + forward)
+	b, err := os.ReadFile("/proc/sys/" + forwarding4)
 	if err != nil {
 		return fmt.Errorf("read kernel parameter: %w", err)
 	}
@@ -513,7 +516,7 @@ func (n *NAT) prepareHost(kept []string) error {
 	if err := n.writeRecord(); err != nil {
 		return err
 	}
-	if err := setSysctl(forward, "1"); err != nil {
+	if err := setSysctl(forwarding4, "1"); err != nil {
 		return err
 	}
 	if _, err := n.keepForwarding6(); err != nil {
@@ -525,8 +528,24 @@ func (n *NAT) prepareHost(kept []string) error {
 	if n.connections, err = n.connectionLimit(); err != nil {
 		return err
 	}
-	return n.applyHostRules()
+	ruled := false
+	for _, family := range []byte{unix.NFPROTO_INET, unix.NFPROTO_IPV4} { // older releases' is of ip
+		table, err := tableState(family, n.natTable())
+		if err != nil {
+			return err
+		}
+		ruled = ruled || len(table) > 0
+	}
+	if err := n.applyHostRules(); err != nil {
+		return err
+	}
+	if len(kept) > 0 && !ruled { // somebody has removed the table since the earlier NAT was killed
+		return n.forgetUnruled()
+	}
+	return nil
 }
+
+const forwarding4 = "net/ipv4/ip_forward"
 
 // noteForwarding notes what Close restores, given the present value of ip_forward: if another NAT
 // has turned it on, the value from before that.
@@ -541,7 +560,7 @@ func (n *NAT) noteForwarding(value string) error {
 	n.record.IPForward = value
 	for _, o := range others {
 		if o.IPForward == "0" {
-			n.record.IPForward, n.record.Closed = o.IPForward, o.Closed
+			n.record.IPForward, n.record.Closed, n.record.Settings = o.IPForward, o.Closed, o.Settings
 			return nil
 		}
 	}
@@ -552,10 +571,47 @@ func (n *NAT) noteForwarding(value string) error {
 	if err != nil {
 		return fmt.Errorf("list interfaces: %w", err)
 	}
+	n.record.Settings, err = forwardingSettings("ipv4")
 	for _, l := range links {
-		n.record.Closed = append(n.record.Closed, l.Attrs().Name)
+		if name := l.Attrs().Name; n.record.Settings["net/ipv4/conf/"+name+"/forwarding"] == "" {
+			n.record.Closed = append(n.record.Closed, name)
+		}
 	}
-	return nil
+	return err
+}
+
+// forwardingSettings are the kernel parameters of a protocol that a host has lost when forwarding was
+// turned on for all its interfaces and off again (inet_forward_change and addrconf_fixup_forwarding of
+// Linux): that some interfaces forward, and that none takes ICMP redirects.
+func forwardingSettings(protocol string) (map[string]string, error) {
+	settings := map[string]string{}
+	const root = "/proc/sys/"
+	for name, value := range map[string]string{"*/forwarding": "1", "*/force_forwarding": "1", "all/accept_redirects": "0"} {
+		paths, err := filepath.Glob(root + "net/" + protocol + "/conf/" + name)
+		if err != nil {
+			return nil, err
+		}
+		for _, path := range paths {
+			b, err := os.ReadFile(path)
+			if err != nil && !errors.Is(err, os.ErrNotExist) {
+				return nil, fmt.Errorf("read kernel parameter: %w", err)
+			}
+			if strings.TrimSpace(string(b)) == value {
+				settings[strings.TrimPrefix(path, root)] = value
+			}
+		}
+	}
+	return settings, nil
+}
+
+// turnOff turns forwarding off, and leaves settings as they were.
+func turnOff(forward string, settings map[string]string) error {
+	errs := []error{setSysctl(forward, "0")}
+	for name, value := range settings {
+		_, err := keepSysctl(name, value)
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
 }
 
 // others are the records of the NATs with other prefixes.
@@ -721,7 +777,7 @@ func (n *NAT) Close() error {
 		others, err := n.others()
 		errs = append(errs, err)
 		if n.record.IPForward == "0" && len(others) == 0 && err == nil {
-			errs = append(errs, setSysctl("net/ipv4/ip_forward", "0"))
+			errs = append(errs, turnOff(forwarding4, n.record.Settings))
 		}
 		errs = append(errs, n.restoreForwarding6())
 	}

@@ -578,6 +578,8 @@ func TestNATRefused(t *testing.T) {
 		"opened for a name":     {func(c *NATConfig) { c.AllowCIDRs = []string{"192.0.2.1/32:dns/udp"} }, `--allow-cidr "192.0.2.1/32:dns/udp"`},
 		"less than none":        {func(c *NATConfig) { c.MaxConnections = -1 }, "--max-connections is -1"},
 		"addresses of other":    {func(c *NATConfig) { c.HostVethCIDR = "192.0.2.0/24" }, "address 192.0.2.1 of interface eth0"},
+		"subnet in another":     {func(c *NATConfig) { c.NamespaceVethCIDR = "10.0.9.0/24" }, "--host-veth-cidr 10.0.8.0/22 overlaps with --namespace-veth-cidr 10.0.9.0/24"},
+		"guest in a subnet":     {func(c *NATConfig) { c.NamespaceVethCIDR6 = "fd0e:d9fd:683d::ac10:0/112" }, "overlaps with the network of --namespace-interface-gateway6"},
 		"names of other":        {func(c *NATConfig) { c.NamespacePrefix = "taken" }, `"taken0" exists and is not ours`},
 	} {
 		if name == "names of other" {

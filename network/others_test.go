@@ -282,6 +282,87 @@ func TestTapGuardPutBack(t *testing.T) {
 	}
 }
 
+// TestTranslatedMeanwhile removes the NAT's table on a host on which another program translates what
+// guests send: what they opened meanwhile ends, and what they had goes on.
+func TestTranslatedMeanwhile(t *testing.T) {
+	need.Root(t)
+	byBoth(t, testTranslatedMeanwhile)
+}
+
+func testTranslatedMeanwhile(t *testing.T, v func(string) string) {
+	for _, addr := range []string{"169.254.169.254", "203.0.113.1"} {
+		giveAddress(t, v(addr+"/32"))
+		giveRoute(t, "", v(addr+"/32"), net.ParseIP(v("192.0.2.254")))
+		echoServer(t, testhost.Outside, v(addr+":7"))
+	}
+	n := startNAT(t, testConfig())
+	guest := attachGuest(t, "ark0")
+	shell(t, "nft 'add table inet others; add chain inet others postrouting { type nat hook postrouting priority 100; }; add rule inet others postrouting oifname eth0 masquerade'")
+	t.Cleanup(func() { shell(t, "nft delete table inet others") })
+	dial := func(addr string) *talk {
+		t.Helper()
+		k := dialTalk(t, addr, guest, v("tcp4"), v(addr+":7"))
+		if err := k.goesOn(); err != nil {
+			t.Fatal(err)
+		}
+		return k
+	}
+	stays := dial("203.0.113.1")
+	endWatch(t, &n.watch)
+	shell(t, "nft delete table inet "+n.natTable())
+	ends := dial("169.254.169.254")
+	n.look()
+	if ends.goesOn() == nil {
+		t.Error("a guest still talks with a metadata service")
+	}
+	if err := stays.goesOn(); err != nil {
+		t.Errorf("a connection that was open: %v", err)
+	}
+}
+
+// TestUnruledOfKilledNAT removes rules while no NAT runs: what a guest has opened then ends with the
+// next one, and without that all goes on.
+func TestUnruledOfKilledNAT(t *testing.T) {
+	need.Root(t)
+	byBoth(t, testUnruledOfKilledNAT)
+}
+
+func testUnruledOfKilledNAT(t *testing.T, v func(string) string) {
+	echoServer(t, "", v("192.0.2.1:7"))
+	shell(t, "nft 'add table inet others; add chain inet others input { type filter hook input priority 0; }; add rule inet others input ct state invalid drop'")
+	t.Cleanup(func() { shell(t, "nft delete table inet others") })
+	killNAT(t)
+	claim, err := ClaimNamespace("ark0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	guest := attachGuest(t, "ark0")
+	echoServer(t, guest, v("172.16.0.2:7"))
+	toGuest := dialTalk(t, "the guest", "", v("tcp4"), v("10.0.15.1:7"))
+	n, err := StartNAT(context.Background(), testConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := toGuest.goesOn(); err != nil {
+		t.Errorf("a connection with a NAT that was killed: %v", err)
+	}
+	abandon(t, n)
+	shell(t, "nft delete table inet "+n.natTable())
+	toHost := dialTalk(t, "the host", guest, v("tcp4"), v("192.0.2.1:7"))
+	if err := toHost.goesOn(); err != nil {
+		t.Fatal(err)
+	}
+	if n, err = StartNAT(context.Background(), testConfig()); err != nil {
+		t.Fatal(err)
+	}
+	if toHost.goesOn() == nil {
+		t.Error("a guest still talks with the host")
+	}
+	if err := errors.Join(claim.Close(), n.Close()); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestUDPFollows sends from one port all the time: before there is a forward, through it, and after
 // it leads elsewhere.
 func TestUDPFollows(t *testing.T) {
@@ -813,6 +894,71 @@ func TestForwardingRestored(t *testing.T) {
 	forwarding("0")
 }
 
+// TestForwardingSettings starts NATs on a host that takes no ICMP redirects, and forwards what comes in
+// at one interface only: it goes on to, and does so after them.
+func TestForwardingSettings(t *testing.T) {
+	need.Root(t)
+	lan := attachLAN(t)
+	listen(t, testhost.Outside, "192.0.2.254:80", "outside")
+	giveRoute(t, testhost.Outside, "198.51.100.0/24", net.IPv4(192, 0, 2, 1))
+	giveRoute(t, testhost.Outside, ipv6("198.51.100.0/24"), net.ParseIP(ipv6("192.0.2.1")))
+	settings := []string{"ipv4.conf.all.accept_redirects=0", "ipv4.conf.lan0.forwarding=1", "ipv6.conf.lan0.forwarding=1"}
+	routes := []string{"192.0.2.254:80"}
+	if _, err := os.Stat("/proc/sys/net/ipv6/conf/lan0/force_forwarding"); err == nil { // Linux 6.17
+		settings = append(settings, "ipv6.conf.lan0.force_forwarding=1")
+		listen(t, testhost.Outside, ipv6("192.0.2.254:80"), "outside")
+		routes = append(routes, ipv6("192.0.2.254:80"))
+	}
+	// The LAN may ask, and so the interface to it is the one that forwards. Answers come in at the other.
+	shell(t, "sysctl -qw net.ipv4.conf.eth0.forwarding=1 net.ipv6.conf.eth0.forwarding=0")
+	t.Cleanup(func() { shell(t, "sysctl -qw net.ipv4.conf.eth0.forwarding=0 net.ipv4.conf.all.accept_redirects=1") })
+	settings = append(settings, "ipv4.conf.eth0.forwarding=1")
+	for _, s := range settings {
+		shell(t, "sysctl -qw net."+s)
+	}
+	if len(routes) == 2 {
+		shell(t, "sysctl -qw net.ipv6.conf.eth0.force_forwarding=1")
+		settings = append(settings, "ipv6.conf.eth0.force_forwarding=1")
+		t.Cleanup(func() { shell(t, "sysctl -qw net.ipv6.conf.eth0.force_forwarding=0") })
+	}
+	forwards := func(when string) {
+		t.Helper()
+		for _, addr := range routes {
+			if got := ask(t, lan, over("tcp", addr), addr); !strings.HasPrefix(got, "outside to ") {
+				t.Errorf("%s, from the LAN to %s: %q", when, addr, got)
+			}
+		}
+	}
+	forwards("before")
+	first, err := StartNAT(context.Background(), testConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	second, err := StartNAT(context.Background(), otherConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	forwards("with two NATs")
+	abandon(t, first)
+	if first, err = StartNAT(context.Background(), testConfig()); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []*NAT{second, first} {
+		forwards("with a NAT")
+		if err := n.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	forwards("after the NATs")
+	for _, s := range settings {
+		name, want, _ := strings.Cut(s, "=")
+		b, err := os.ReadFile("/proc/sys/net/" + strings.ReplaceAll(name, ".", "/"))
+		if err != nil || strings.TrimSpace(string(b)) != want {
+			t.Errorf("%s: it is %s, %v", s, b, err)
+		}
+	}
+}
+
 // TestResolver reads what hosts have as their name servers.
 func TestResolver(t *testing.T) {
 	files := resolverFiles
@@ -830,6 +976,10 @@ func TestResolver(t *testing.T) {
 		"the host itself":                {"nameserver 0.0.0.0\n", "", "", "", "names none"},
 		"only a stub":                    {stub, stub, "", "", "--dns"},
 		"only IPv6":                      {"nameserver 2001:db8::1\nnameserver fe80::1%eth0\n", "", "", "", "--dns"},
+		"IPv6: both":                     {real, "", "", "nameserver 192.0.2.53\nnameserver 2001:db8::1\nsearch a.test b.test\n", ""},
+		"IPv6: no other":                 {"nameserver 2001:db8::1\nnameserver fe80::1%eth0\n", "", "", "nameserver 2001:db8::1\n", ""},
+		"IPv6: only of this host":        {"nameserver ::1\nnameserver fe80::1%eth0\nnameserver ::\nnameserver fe80::1\n", "", "", "", "link-local"},
+		"IPv6: behind a stub":            {stub, "nameserver fd00::53\n", "", "nameserver fd00::53\nsearch a.test\n", ""},
 		"empty":                          {"\n", "", "", "", "names none"},
 		"missing":                        {"", "", "", "", "no such file"},
 	} {
@@ -844,16 +994,16 @@ func TestResolver(t *testing.T) {
 				}
 			}
 		}
-		r, err := ResolverFor(nil)
+		r, err := ResolverFor(nil, strings.HasPrefix(name, "IPv6"))
 		if got := r.String(); got != tt.want || (err == nil) != (tt.err == "") || err != nil && (!strings.Contains(err.Error(), tt.err) || strings.Contains(err.Error(), "\n")) {
 			t.Errorf("%s: %q, %v; want %q, %q", name, got, err, tt.want, tt.err)
 		}
 	}
-	if r, err := ResolverFor([]string{"9.9.9.9", "1.1.1.1"}); err != nil || r.String() != "nameserver 9.9.9.9\nnameserver 1.1.1.1\n" {
+	if r, err := ResolverFor([]string{"9.9.9.9", "2620:fe::fe"}, false); err != nil || r.String() != "nameserver 9.9.9.9\nnameserver 2620:fe::fe\n" {
 		t.Errorf("given ones: %q, %v", r, err)
 	}
-	for _, bad := range [][]string{{"127.0.0.53"}, {"0.0.0.0"}, {"::1"}, {"dns.test"}, {""}, {"1.1.1.1", "1.1.1.2", "1.1.1.3", "1.1.1.4"}} {
-		if r, err := ResolverFor(bad); err == nil || !strings.Contains(err.Error(), "--dns") {
+	for _, bad := range [][]string{{"127.0.0.53"}, {"0.0.0.0"}, {"::1"}, {"fe80::1"}, {"fe80::1%eth0"}, {"dns.test"}, {""}, {"1.1.1.1", "1.1.1.2", "1.1.1.3", "1.1.1.4"}} {
+		if r, err := ResolverFor(bad, true); err == nil || !strings.Contains(err.Error(), "--dns") {
 			t.Errorf("%q: %q, %v", bad, r, err)
 		}
 	}
@@ -875,6 +1025,11 @@ func TestClosedNameServer(t *testing.T) {
 		{"168.63.129.16", "--allow-cidr 168.63.129.16/32"},                                      // Azure
 		{"192.0.2.1", "--allow-host 53/udp,53/tcp"},
 		{"198.51.100.2", "--allow-cidr 198.51.100.2/32"},
+		{"2001:db8:53::1", ""},
+		{ipv6("192.0.2.254"), ""},
+		{"fd00:ec2::253", "--allow-cidr fd00:ec2::253/128:53/udp,fd00:ec2::253/128:53/tcp"}, // Amazon's
+		{ipv6("192.0.2.1"), "--allow-host 53/udp,53/tcp"},
+		{ipv6("198.51.100.2"), "--allow-cidr " + ipv6("198.51.100.2") + "/128"},
 		{"172.16.0.2", "--namespace-interface-ip"}, // Amazon's in 172.16.0.0/16
 	} {
 		if err := os.WriteFile(resolverFiles[0], []byte("nameserver "+tt.server+"\n"), 0o600); err != nil {

@@ -21,19 +21,19 @@ const maxNameServers = 3
 
 // Resolver is whom a guest asks for names.
 type Resolver struct {
-	NameServers []net.IP // IPv4, at most three, no loopback address
+	NameServers []net.IP // at most three, no loopback address
 	Search      []string // domains
 }
 
 // ResolverFor returns the resolver for guests: with the given name servers, or else with the host's
-// own at the moment, which are not its stubs on loopback addresses.
-func ResolverFor(nameServers []string) (Resolver, error) {
+// own at the moment, which are not its stubs on loopback addresses. ip6 tells whether guests have IPv6.
+func ResolverFor(nameServers []string, ip6 bool) (Resolver, error) {
 	if len(nameServers) > 0 {
 		var r Resolver
 		for _, s := range nameServers {
-			ip := net.ParseIP(s).To4()
-			if !usable(ip) {
-				return r, fmt.Errorf("--dns %q is no IPv4 address of a name server that a guest can ask", s)
+			ip := net.ParseIP(s)
+			if !usable(ip, true) {
+				return r, fmt.Errorf("--dns %q is no address of a name server that a guest can ask", s)
 			}
 			r.NameServers = append(r.NameServers, ip)
 		}
@@ -52,7 +52,7 @@ func ResolverFor(nameServers []string) (Resolver, error) {
 			}
 			continue
 		}
-		r := parseResolver(string(b))
+		r := parseResolver(string(b), ip6)
 		if len(found.Search) == 0 {
 			found.Search = r.Search
 		}
@@ -62,7 +62,11 @@ func ResolverFor(nameServers []string) (Resolver, error) {
 		}
 		errs = append(errs, fmt.Errorf("%s names none", path))
 	}
-	return Resolver{}, fmt.Errorf("this host has no name server that a guest could ask (IPv4, not on a loopback address): %w; name one with --dns", joined(errs))
+	reachable := "not on a loopback or link-local address"
+	if !ip6 {
+		reachable = "IPv4, not on a loopback address"
+	}
+	return Resolver{}, fmt.Errorf("this host has no name server that a guest could ask (%s): %w; name one with --dns", reachable, joined(errs))
 }
 
 // joined is errors.Join in one line.
@@ -74,10 +78,16 @@ func joined(errs []error) error {
 	return errors.New(strings.Join(lines, ", "))
 }
 
-func usable(ip net.IP) bool { return ip != nil && !ip.IsLoopback() && !ip.IsUnspecified() }
+// usable tells whether guests may reach an address, those with IPv6 or those without.
+func usable(ip net.IP, ip6 bool) bool {
+	if ip == nil || ip.IsLoopback() || ip.IsUnspecified() || ip.IsMulticast() {
+		return false
+	}
+	return ip.To4() != nil || ip6 && !ip.IsLinkLocalUnicast()
+}
 
 // parseResolver reads a resolv.conf(5): the last of search and domain counts.
-func parseResolver(text string) (r Resolver) {
+func parseResolver(text string, ip6 bool) (r Resolver) {
 	for line := range strings.Lines(text) {
 		fields := strings.Fields(line)
 		if len(fields) < 2 {
@@ -85,7 +95,7 @@ func parseResolver(text string) (r Resolver) {
 		}
 		switch fields[0] {
 		case "nameserver":
-			if ip := net.ParseIP(fields[1]).To4(); usable(ip) && len(r.NameServers) < maxNameServers {
+			if ip := net.ParseIP(fields[1]); usable(ip, ip6) && len(r.NameServers) < maxNameServers {
 				r.NameServers = append(r.NameServers, ip)
 			}
 		case "search", "domain":
@@ -113,7 +123,7 @@ func (n *NAT) sayNameServers() {
 	if n.layout.egress != nil {
 		return
 	}
-	r, err := ResolverFor(nil)
+	r, err := ResolverFor(nil, n.layout.ip6 != nil)
 	if err != nil {
 		n.news.say("name servers", "Guests have no name server unless --dns names one", "error", err)
 		return
@@ -130,28 +140,37 @@ func (n *NAT) sayNameServers() {
 
 // opens returns the flags that let guests reach a name server; "" if they do.
 func (n *NAT) opens(ip net.IP) string {
-	l := n.layout
+	p, outgoing := &n.layout.pool, n.outgoing
+	if ip.To4() == nil {
+		p, outgoing = n.layout.ip6, n.outgoing6
+	}
 	to, err := hostAddress(ip)
 	closed := err == nil && to
-	opened := slices.ContainsFunc(l.openings, func(o opening) bool {
-		return (o.port == 0 || o.port == 53 && o.protocol == "udp") && (o.to == nil && closed || o.to != nil && o.to.Contains(ip) && (!closed || o.host()))
+	opened := slices.ContainsFunc(n.layout.openings, func(o opening) bool {
+		if o.port != 0 && (o.port != dnsPort || o.protocol != "udp") {
+			return false
+		}
+		if o.to == nil || closed {
+			return closed && o.host() && (o.to == nil || o.to.Contains(ip))
+		}
+		return o.to.Contains(ip) && !slices.ContainsFunc(p.closed(), func(c *net.IPNet) bool { return c.Contains(ip) && o.spares(c) })
 	})
-	switch tap := (&net.IPNet{IP: l.gateway, Mask: l.mask}); {
-	case tap.Contains(ip):
-		return "other --namespace-interface-gateway and --namespace-interface-ip: these hide it"
+	switch {
+	case p.tapNetwork().Contains(ip):
+		return fmt.Sprintf("other --namespace-interface-gateway%[1]s and --namespace-interface-ip%[1]s: these hide it", p.suffix)
 	case opened:
 		return ""
 	case closed:
 		return "--allow-host 53/udp,53/tcp"
 	}
-	for _, c := range append([]*net.IPNet{l.hostVeth, l.namespaceVeth, l.blocked}, guarded...) {
+	for _, c := range p.closed() {
 		closed = closed || c.Contains(ip)
 	}
-	if link, err := linkTowards(ip); err == nil && !slices.Contains(n.outgoing, link) {
+	if link, err := linkTowards(ip); err == nil && !slices.Contains(outgoing, link) {
 		closed = true
 	}
 	if closed {
-		return fmt.Sprintf("--allow-cidr %[1]s/32:53/udp,%[1]s/32:53/tcp", ip)
+		return fmt.Sprintf("--allow-cidr %[1]s:53/udp,%[1]s:53/tcp", host(ip))
 	}
 	return ""
 }

@@ -37,7 +37,7 @@ type Host struct {
 	// boot from the disks a VM that is started here, even if it could be resumed
 	Boot bool
 
-	NameServers []string // IPv4 addresses that guests ask; none for the host's own
+	NameServers []string // addresses that guests ask; none for the host's own
 	// what the guest may open connections to, as network.Guest has it; nil: what the NAT lets guests
 	Egress []string
 

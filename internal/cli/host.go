@@ -45,7 +45,7 @@ func (h *hostFlags) add(cmd *cobra.Command) {
 	f.StringVar(&h.jailerBin, "jailer-bin", "jailer", "Jailer binary (from Firecracker)")
 	f.StringVar(&h.host.BaseDir, "chroot-base-dir", "out/vms", "Directory in which each VM gets one of its own")
 	f.StringVar(&h.host.Netns, "netns", "ark0", "Network namespace to run the VMM in (leave empty for a VM without network)")
-	f.StringSliceVar(&h.host.NameServers, "dns", nil, "Name servers that the guest asks, at most three IPv4 addresses (default: the host's own at each start, also those behind a stub such as systemd-resolved's)")
+	f.StringSliceVar(&h.host.NameServers, "dns", nil, "Name servers that the guest asks, at most three addresses (default: the host's own at each start, also those behind a stub such as systemd-resolved's)")
 	f.StringSliceVar(&h.host.Egress, "egress", nil, "What the guest may open connections to, of what the NAT lets it: allow, deny, or a list of subnets and names, each for all ports or with one (192.0.2.0/24,*.example.com,example.org:443/tcp); it holds on this host only, not where the VM moves to; see drafter nat (default allow)")
 	f.IntVar(&h.host.UID, "uid", 0, "User ID for the VMM process (0, with --gid 0: one of --uid-range for each VM)")
 	f.IntVar(&h.host.GID, "gid", 0, "Group ID for the VMM process")
@@ -89,7 +89,7 @@ func (h *hostFlags) resolve(stdout io.Writer) (host vmm.Host, restore func(), er
 		return host, nil, &usageError{err}
 	}
 	if len(host.NameServers) > 0 {
-		if _, err := network.ResolverFor(host.NameServers); err != nil {
+		if _, err := network.ResolverFor(host.NameServers, true); err != nil {
 			return host, nil, &usageError{err}
 		}
 	}

@@ -41,19 +41,21 @@ guests need, for example the host's own name server, or that of a cloud:
   drafter nat --allow-host 53/udp,53/tcp --allow-cidr 169.254.169.254/32:53/udp
 
 Guests reach a subnet of --allow-cidr through whichever interface the host reaches it. Such a subnet
-does not open the host's own addresses in it: use --allow-host, or name the address with /32. A
-subnet wider than the NAT's own does not open other guests: name those (10.0.15.0/24).
+does not open the host's own addresses in it: use --allow-host, or name the address with /32. Nor
+does it open a narrower one that is closed, such as other guests (10.0.15.0/24), metadata services, or
+--blocked-subnet-cidr: name those, too.
 
-If the host did not forward packets before, it now forwards for its guests only. A packet between
-two other interfaces is dropped unless somebody translates it (a published port of Docker, say). The
-last NAT that ends turns forwarding off again. A host that forwards IPv6 takes router advertisements
+If the host did not forward packets before, it now forwards for its guests only. A packet that comes
+in at an interface which was there then, and leaves at another, is dropped unless somebody translates
+it (a published port of Docker, say). The last NAT that ends turns forwarding off again. A host that forwards IPv6 takes router advertisements
 only where the kernel parameter accept_ra is 2; so it is 2 meanwhile where it was 1.
 
 With --egress guests open connections only to what you name:
 
   drafter nat --egress 192.0.2.0/24,example.com:443/tcp,*.example.org
 
-Each entry is a subnet or address, IPv4 or IPv6, or a name, and may end with a port and protocol.
+Each entry is a subnet or address, IPv4 or IPv6, or a name, and may end with a port and protocol, as
+in [2001:db8::7]:443/tcp.
 example.com is that name only. *.example.org is every name below it, at any depth, and not
 example.org. With deny they open none. Answers to connections that came in always go out. What is
 closed without --egress stays closed. An owner of a VM narrows it down with --egress of drafter
@@ -62,11 +64,12 @@ where a VM moves to, it has what is said there.
 
 If a list has names, DNS queries of the guest (port 53) go to a forwarder in this process, whichever
 name server they are for. It asks the host's name servers for names in the list. Others do not exist
-(NXDOMAIN), and the log names each once. The addresses in an answer, also those of aliases (CNAME),
-are open for its TTL, of which the guest sees at most an hour, and up to a minute longer. Connections
-go on after that. A name opens no address that is private, the host's or closed: list it as a subnet,
-too. A guest that has moved, or was resumed, has to ask again. A list without names answers none, so
-a name must be in both lists. DNS over TLS and DNS over HTTPS are connections as all others.
+(NXDOMAIN), and the log names each once. The first 64 addresses in an answer, also those of aliases
+(CNAME), are open for its TTL, of which the guest sees at most an hour, and up to a minute longer; at
+most 1024 are open at a time, and then names get no answer. Connections go on after that. A name opens
+no address that is private, the host's or closed: list it as a subnet, too. A guest that has moved, or
+was resumed, has to ask again. A list without names answers none, so a name must be in both lists. DNS
+over TLS and DNS over HTTPS are connections as all others.
 
 A port that drafter forwarder publishes is one of the host's. To let other guests use it, open its
 address (--allow-cidr 192.0.2.1/32:3333/tcp). The guest that it leads to reaches it without that.
@@ -94,6 +97,9 @@ also names a name server of the host that guests do not reach.
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := requireRoot(); err != nil {
 				return err
+			}
+			if err := network.CheckEgress(c.Egress); err != nil {
+				return &usageError{err}
 			}
 			return lock.with(func() error { return runNAT(cmd.Context(), c, metrics) })
 		},

@@ -37,13 +37,17 @@ func TestParseIPArgument(t *testing.T) {
 }
 
 func TestParseIPv6Argument(t *testing.T) {
-	address, gateway, err := parseIPv6Argument("fd00:1::2/126,fd00:1::1")
-	if err != nil || address.String() != "fd00:1::2/126" || gateway.String() != "fd00:1::1" {
-		t.Errorf("%s, %s, %v", address, gateway, err)
+	for s, dns := range map[string]string{
+		"fd00:1::2/126,fd00:1::1": "[]", "fd00:1::2/126,fd00:1::1,2001:db8::53,2001:db8::54": "[2001:db8::53 2001:db8::54]",
+	} {
+		c, err := parseIPv6Argument(s)
+		if err != nil || c.address.String() != "fd00:1::2/126" || c.gateway.String() != "fd00:1::1" || fmt.Sprint(c.dns) != dns {
+			t.Errorf("%q: %+v, %v", s, c, err)
+		}
 	}
-	for _, bad := range []string{"", ",", "fd00:1::2/126", "fd00:1::2,fd00:1::1", "172.16.0.2/30,172.16.0.1", "fd00:1::2/126,172.16.0.1", "fd00:1::2/126,fd00:1::1,"} {
-		if address, gateway, err := parseIPv6Argument(bad); err == nil {
-			t.Errorf("%q: %s, %s", bad, address, gateway)
+	for _, bad := range []string{"", ",", "fd00:1::2/126", "fd00:1::2,fd00:1::1", "172.16.0.2/30,172.16.0.1", "fd00:1::2/126,172.16.0.1", "fd00:1::2/126,fd00:1::1,", "fd00:1::2/126,fd00:1::1,9.9.9.9"} {
+		if c, err := parseIPv6Argument(bad); err == nil {
+			t.Errorf("%q: %+v", bad, c)
 		}
 	}
 }

@@ -162,7 +162,8 @@ const (
 )
 
 // IPv6Argument is ip= for IPv6, which the kernel does not have: an address with the length of its
-// prefix, and the gateway (fd00:1::2/126,fd00:1::1), for the interface that ip= names.
+// prefix, the gateway, and name servers (fd00:1::2/126,fd00:1::1,2001:db8::53), for the interface that
+// ip= names.
 const IPv6Argument = "drafter.ip6"
 
 // KeepClockArgument is the word on the kernel command line that says that the guest keeps its own

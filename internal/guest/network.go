@@ -85,41 +85,62 @@ func configureNetwork(cmd cmdline) error {
 		}
 	}
 	if arg := cmd.get(IPv6Argument, ""); arg != "" {
-		if err := configureIPv6(link, arg); err != nil {
+		c6, err := parseIPv6Argument(arg)
+		if err == nil {
+			err = c6.configureIPv6(link)
+		}
+		if err != nil {
 			return err
 		}
+		c.dns = append(c.dns, c6.dns...)
 	}
 	return writeResolvConf(c.dns)
 }
 
 // parseIPv6Argument reads the value of [IPv6Argument].
-func parseIPv6Argument(s string) (address *net.IPNet, gateway net.IP, err error) {
-	own, via, _ := strings.Cut(s, ",")
-	ip, address, err := net.ParseCIDR(own)
-	gateway = net.ParseIP(via)
-	if err != nil || ip.To4() != nil || gateway == nil || gateway.To4() != nil {
-		return nil, nil, fmt.Errorf("%s=%s: write it as fd00:1::2/126,fd00:1::1", IPv6Argument, s)
+func parseIPv6Argument(s string) (*networkConfig, error) {
+	ip6 := func(s string) net.IP {
+		if ip := net.ParseIP(s); ip.To4() == nil {
+			return ip
+		}
+		return nil
+	}
+	fields := strings.Split(s, ",")
+	ip, address, err := net.ParseCIDR(fields[0])
+	if err != nil || ip.To4() != nil || len(fields) < 2 {
+		return nil, errIPv6Argument(s)
 	}
 	address.IP = ip
-	return address, gateway, nil
+	c := &networkConfig{address: address, gateway: ip6(fields[1])}
+	if c.gateway == nil {
+		return nil, errIPv6Argument(s)
+	}
+	for _, f := range fields[2:] {
+		ip := ip6(f)
+		if ip == nil {
+			return nil, errIPv6Argument(s)
+		}
+		c.dns = append(c.dns, ip)
+	}
+	return c, nil
+}
+
+func errIPv6Argument(s string) error {
+	return fmt.Errorf("%s=%s: write it as fd00:1::2/126,fd00:1::1", IPv6Argument, s)
 }
 
 // configureIPv6 gives an interface that is up its IPv6 address. A kernel of the user's may be without.
-func configureIPv6(link netlink.Link, arg string) error {
-	address, gateway, err := parseIPv6Argument(arg)
-	if err != nil {
-		return err
-	}
+func (c *networkConfig) configureIPv6(link netlink.Link) error {
 	name := link.Attrs().Name
 	if _, err := os.Stat("/proc/sys/net/ipv6/conf/" + name); errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
 	// Nobody else is there who could have it, and the service may need it at once.
-	if err := netlink.AddrReplace(link, &netlink.Addr{IPNet: address, Flags: unix.IFA_F_NODAD}); err != nil {
-		return fmt.Errorf("set address of %s to %s: %w", name, address, err)
+	if err := netlink.AddrReplace(link, &netlink.Addr{IPNet: c.address, Flags: unix.IFA_F_NODAD}); err != nil {
+		return fmt.Errorf("set address of %s to %s: %w", name, c.address, err)
 	}
-	if err := netlink.RouteReplace(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: gateway}); err != nil {
-		return fmt.Errorf("set default route to %s: %w", gateway, err)
+	if err := netlink.RouteReplace(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: c.gateway}); err != nil {
+		return fmt.Errorf("set default route to %s: %w", c.gateway, err)
 	}
 	return nil
 }

@@ -11,6 +11,7 @@ import (
 	"io"
 	"log/slog"
 	"math"
+	"net"
 	"os"
 	"runtime"
 	"slices"
@@ -25,6 +26,7 @@ import (
 	"drafter/agent"
 	"drafter/internal/block"
 	"drafter/internal/console"
+	"drafter/internal/guest"
 	"drafter/internal/kind"
 	"drafter/internal/logging"
 	"drafter/internal/memory"
@@ -261,7 +263,13 @@ func (i *Instance) launch(h vmm.Host, driver vmm.Driver) (vmm.Launch, error) {
 	}
 	if h.Netns != "" && i.config.Interface != "" {
 		l.Interface = i.config.Interface
-		i.resolver = func() (network.Resolver, error) { return network.ResolverFor(h.NameServers) }
+		i.resolver = func() (network.Resolver, error) {
+			_, guest6, err := network.GuestAddress6(h.Netns)
+			if err != nil {
+				return network.Resolver{}, err
+			}
+			return network.ResolverFor(h.NameServers, guest6 != nil)
+		}
 	}
 	for _, name := range i.config.Disks() {
 		l.Disks = append(l.Disks, vmm.Block{Name: name, Path: i.storage.Path(name)})
@@ -653,19 +661,28 @@ func (i *Instance) nameServers() network.Resolver {
 	return r
 }
 
-// withNameServers adds name servers to the address among kernel arguments (ip=, see nfsroot.rst of
-// Linux), which has room for two, unless the user gave some. They do not become part of a package,
-// because they are this host's, today.
+// withNameServers adds name servers to the addresses among kernel arguments (ip=, see nfsroot.rst of
+// Linux, which has room for two, and [guest.IPv6Argument]), unless the user gave some. They do not
+// become part of a package, because they are this host's, today.
 func (i *Instance) withNameServers(args string) string {
 	words := strings.Fields(args)
+	servers := sync.OnceValue(func() []net.IP { return i.nameServers().NameServers })
 	for at, w := range words {
-		const fields = 7 // before the name servers
-		if !strings.HasPrefix(w, "ip=") || strings.Count(w, ":") != fields-1 {
+		const fields, fields6 = 7, 2 // before the name servers
+		ip4 := strings.HasPrefix(w, "ip=") && strings.Count(w, ":") == fields-1
+		ip6 := strings.HasPrefix(w, guest.IPv6Argument+"=") && strings.Count(w, ",") == fields6-1
+		if !ip4 && !ip6 {
 			continue
 		}
-		servers := i.nameServers().NameServers
-		for _, ip := range servers[:min(2, len(servers))] {
-			words[at] += ":" + ip.String()
+		separator, room := ":", 2
+		if ip6 {
+			separator, room = ",", 3
+		}
+		for _, ip := range servers() {
+			if (ip.To4() != nil) == ip4 && room > 0 {
+				words[at] += separator + ip.String()
+				room--
+			}
 		}
 	}
 	return strings.Join(words, " ")
