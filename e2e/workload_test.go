@@ -15,6 +15,9 @@ import (
 	"time"
 
 	"drafter/agent"
+	"drafter/internal/tour"
+	"drafter/peer"
+	"drafter/vmm"
 )
 
 // outcome runs a program in a guest to its end.
@@ -74,7 +77,7 @@ func TestWorkload(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := c.CopyIn(ctx, agent.File{Path: "/usr/local/bin"}, busybox); err != nil {
+	if err := c.CopyIn(ctx, agent.File{Path: "/usr/bin"}, busybox); err != nil {
 		t.Fatal(err)
 	}
 	if err := busybox.Close(); err != nil {
@@ -161,6 +164,9 @@ func TestWorkload(t *testing.T) {
 
 	copyTree(t, c)
 
+	// What the service prints.
+	boot, printed := logsUntil(t, c, 0, "Ready to accept connections")
+
 	// What nobody reads.
 	var sessions []*agent.Session
 	for n := range 20 {
@@ -206,6 +212,96 @@ func TestWorkload(t *testing.T) {
 	guest(t, p, "while ps | grep -v grep | grep -qE 'sleep 4713|cat /dev/zero'; do sleep 0.1; done")
 	if stdout, stderr, status := outcome(t, p.Agent(), "", shell("echo $PATH | busybox wc -l")); status != 0 || stdout != "1\n" {
 		t.Errorf("after the resume: %q, %q, %d", stdout, stderr, status)
+	}
+
+	// Its log goes on where it was, and tells what is of before. The guest powers off when the service
+	// ends, and has said how.
+	part, err := p.Agent().Logs(ctx, 0)
+	if err != nil || part.Boot != boot || part.Resumed < printed || part.Resumed > part.Next {
+		t.Errorf("%+v, %v; want boot %s, resumed at %d", part, err, boot, printed)
+	}
+	guest(t, p, "kill -9 $(cat /run/oci.pid)")
+	for part != nil && !part.Ended {
+		if part, err = p.Agent().Logs(ctx, part.Next); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if part.ExitStatus != 137 {
+		t.Errorf("the service ends with %d", part.ExitStatus)
+	}
+	if err := p.Wait(); err != nil {
+		t.Error(err)
+	}
+}
+
+// logsUntil reads what a guest's service prints until that has text.
+func logsUntil(t *testing.T, c *agent.Client, position int64, text string) (boot string, next int64) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	for got := ""; !strings.Contains(got, text); {
+		part, err := c.Logs(ctx, position)
+		if err != nil {
+			t.Fatalf("%q, then %v; want %q", got, err, text)
+		}
+		for _, chunk := range part.Chunks {
+			got += string(chunk.Data)
+		}
+		boot, position = part.Boot, part.Next
+	}
+	return boot, position
+}
+
+// A guest that holds its service is packaged without secrets, and its instances are given them.
+func TestHeld(t *testing.T) {
+	s := emptySite(t)
+	dir := filepath.Join(s.dir, "held")
+	if err := s.Run(t.Context(), io.Discard, "snapshotter", "--netns", "ark0", "--enable-output=false", "--chroot-base-dir", filepath.Join(s.dir, "vms"), "--boot-args", vmm.DefaultBootArgs+" drafter.hold",
+		"--devices", tour.SnapshotterDevices(filepath.Join(work, "out/blueprint"), dir)); err != nil {
+		t.Fatal(err)
+	}
+	instance := filepath.Join(s.dir, "instance")
+	devices, err := peer.PackageDevices(dir, instance)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := newPeer("ark0", instance, func(c *peer.Config) { c.Devices = devices })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := p.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	ctx := t.Context()
+	if err := p.Resume(ctx); err != nil {
+		t.Fatal(err)
+	}
+	c := p.Agent()
+	if r, err := c.Ready(ctx); err != nil || !r.GetHeld() || r.GetReady() {
+		t.Errorf("%v, %v", r, err)
+	}
+	if s, err := c.Run(ctx, agent.Command{Args: []string{"redis-cli"}}); err == nil || !strings.Contains(err.Error(), "does not run") {
+		t.Errorf("%v, %v", s, err)
+	}
+	if err := c.Start(ctx, []string{"SECRET=rosebud"}); err != nil {
+		t.Fatal(err)
+	}
+	logsUntil(t, c, 0, "Ready to accept connections")
+	for r := (*agent.ReadyResponse)(nil); !r.GetReady(); {
+		if r, err = c.Ready(ctx); err != nil || r.GetHeld() {
+			t.Fatalf("%v, %v", r, err)
+		}
+	}
+	if env := guest(t, p, "tr '\\0' '\\n' < /proc/$(cat /run/oci.pid)/environ; ls /run/config.json 2>&1"); !strings.Contains(env, "SECRET=rosebud\n") || !strings.Contains(env, "No such file") {
+		t.Errorf("the service's environment: %s", env)
+	}
+	if stdout, stderr, status := outcome(t, c, "PING\n", agent.Command{Args: []string{"redis-cli"}}); status != 0 || stdout != "PONG\n" {
+		t.Errorf("%q, %q, %d", stdout, stderr, status)
+	}
+	if err := c.Start(ctx, nil); err == nil {
+		t.Error("it was started twice")
 	}
 }
 

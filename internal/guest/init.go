@@ -51,13 +51,20 @@ func RunInit() error {
 	if err != nil {
 		return err
 	}
-	var container <-chan syscall.WaitStatus // nil without a bundle: never ready
+	var container <-chan syscall.WaitStatus // nil without a container: never ready
+	var control *control                    // nil without a bundle
+	var starts <-chan *start                // nil but while the container is held
 	if bundle != nil {
-		if container, err = bundle.start(children); err != nil {
+		if control, err = newControl(); err != nil {
+			return err
+		}
+		if cmd.has(HoldArgument) {
+			starts = control.starts
+		} else if container, err = bundle.start(children, nil, control.stdout[1], control.stderr[1]); err != nil {
 			return err
 		}
 	}
-	if err := startAgent(children, cmd, bundle); err != nil {
+	if err := startAgent(children, cmd, bundle, control); err != nil {
 		return err
 	}
 	if err := startLiveness(children, cmd); err != nil {
@@ -68,19 +75,31 @@ func RunInit() error {
 	end := unix.LINUX_REBOOT_CMD_POWER_OFF
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGTERM, syscall.SIGINT, syscall.SIGPWR)
-	select {
-	case status := <-container:
-		slog.Info("The container has ended", "status", describe(status))
-	case s := <-stop:
-		if s == syscall.SIGTERM || s == syscall.SIGINT {
-			end = unix.LINUX_REBOOT_CMD_RESTART
-		}
-		slog.Info("Ending the system", "signal", s)
-		if bundle != nil {
-			bundle.stop(children, container)
+	for {
+		select {
+		case request := <-starts:
+			container, err = bundle.start(children, request.Env, control.stdout[1], control.stderr[1])
+			control.answer(err)
+			if err == nil {
+				starts = nil
+			}
+		case status := <-container:
+			slog.Info("The container has ended", "status", describe(status))
+			control.tell(status)
+			return halt(end)
+		case s := <-stop:
+			if s == syscall.SIGTERM || s == syscall.SIGINT {
+				end = unix.LINUX_REBOOT_CMD_RESTART
+			}
+			slog.Info("Ending the system", "signal", s)
+			if container != nil {
+				if status, ended := bundle.stop(children, container); ended {
+					control.tell(status)
+				}
+			}
+			return halt(end)
 		}
 	}
-	return halt(end)
 }
 
 func describe(ws syscall.WaitStatus) string {
@@ -119,9 +138,24 @@ func self(name string, args ...string) *exec.Cmd {
 	return cmd
 }
 
-func startAgent(children *reaper, cmd cmdline, b *bundle) error {
-	if _, err := children.start(self("drafter-agent", agentArgs(cmd, b)...)); err != nil {
+// startAgent starts the agent, to which control belongs if there is a bundle.
+func startAgent(children *reaper, cmd cmdline, b *bundle, control *control) error {
+	agent := self("drafter-agent", agentArgs(cmd, b)...)
+	if control != nil {
+		agent.ExtraFiles = control.agentFiles()
+	}
+	done, err := children.start(agent)
+	if err != nil {
 		return fmt.Errorf("start agent: %w", err)
+	}
+	if control != nil {
+		go control.listen()
+		go func() {
+			if status := <-done; status != 0 { // it ends well when the system does
+				slog.Error("The agent has ended", "status", describe(status))
+			}
+			control.drain()
+		}()
 	}
 	return nil
 }
@@ -138,6 +172,9 @@ func agentArgs(cmd cmdline, b *bundle) []string {
 		if _, err := NewReadiness(ports); err != nil {
 			slog.Warn("No port is waited for", "error", err)
 			ports = NoPorts
+		}
+		if cmd.has(HoldArgument) {
+			args = append(args, "--held")
 		}
 		args = append(args, "--container", "--before-suspend-cmd", b.annotation(BeforeSuspendAnnotation), "--after-resume-cmd", b.annotation(AfterResumeAnnotation), "--ready-ports", ports)
 		if named == "" {
@@ -160,6 +197,10 @@ const (
 	LivenessPortArgument = "drafter.liveness_port"
 	ReadyPortsArgument   = "drafter.ready_ports"
 )
+
+// HoldArgument is the word on the kernel command line that says that the container is held until a
+// host starts it.
+const HoldArgument = "drafter.hold"
 
 // IPv6Argument is ip= for IPv6, which the kernel does not have: an address with the length of its
 // prefix, and the gateway (fd00:1::2/126,fd00:1::1), for the interface that ip= names.
