@@ -51,53 +51,68 @@ func RunInit() error {
 	if err != nil {
 		return err
 	}
-	var container <-chan syscall.WaitStatus // nil without a container: never ready
-	var control *control                    // nil without a bundle
-	var starts <-chan *start                // nil but while the container is held
+	service := &service{bundle: bundle, children: children}
 	if bundle != nil {
-		if control, err = newControl(); err != nil {
+		if service.control, err = newControl(); err != nil {
 			return err
 		}
 		if cmd.has(HoldArgument) {
-			starts = control.starts
-		} else if container, err = bundle.start(children, nil, control.stdout[1], control.stderr[1]); err != nil {
+			service.starts = service.control.starts
+		} else if err := service.start(nil); err != nil {
 			return err
 		}
 	}
-	if err := startAgent(children, cmd, bundle, control); err != nil {
+	if err := startAgent(children, cmd, bundle, service.control); err != nil {
 		return err
 	}
 	if err := startLiveness(children, cmd); err != nil {
 		return err
 	}
 	go consoleShell(children)
+	return halt(service.run())
+}
 
-	end := unix.LINUX_REBOOT_CMD_POWER_OFF
+// service is what the system is for, if it has a bundle.
+type service struct {
+	bundle    *bundle // nil: there is none
+	children  *reaper
+	control   *control                  // nil without a bundle
+	starts    <-chan *start             // nil unless the container is held
+	container <-chan syscall.WaitStatus // nil while there is no container: never ready
+}
+
+func (s *service) start(env []string) (err error) {
+	s.container, err = s.bundle.start(s.children, env, s.control.stdout[1], s.control.stderr[1])
+	return err
+}
+
+// run returns what reboot(2) is to do, once the container has ended, or the system is told to.
+func (s *service) run() int {
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGTERM, syscall.SIGINT, syscall.SIGPWR)
 	for {
 		select {
-		case request := <-starts:
-			container, err = bundle.start(children, request.Env, control.stdout[1], control.stderr[1])
-			control.answer(err)
+		case request := <-s.starts:
+			err := s.start(request.Env)
 			if err == nil {
-				starts = nil
+				s.starts = nil
 			}
-		case status := <-container:
+			s.control.answer(err)
+		case status := <-s.container:
 			slog.Info("The container has ended", "status", describe(status))
-			control.tell(status)
-			return halt(end)
-		case s := <-stop:
-			if s == syscall.SIGTERM || s == syscall.SIGINT {
-				end = unix.LINUX_REBOOT_CMD_RESTART
-			}
-			slog.Info("Ending the system", "signal", s)
-			if container != nil {
-				if status, ended := bundle.stop(children, container); ended {
-					control.tell(status)
+			s.control.tell(status)
+			return unix.LINUX_REBOOT_CMD_POWER_OFF
+		case signal := <-stop:
+			slog.Info("Ending the system", "signal", signal)
+			if s.container != nil {
+				if status, ended := s.bundle.stop(s.children, s.container); ended {
+					s.control.tell(status)
 				}
 			}
-			return halt(end)
+			if signal == syscall.SIGTERM || signal == syscall.SIGINT {
+				return unix.LINUX_REBOOT_CMD_RESTART
+			}
+			return unix.LINUX_REBOOT_CMD_POWER_OFF
 		}
 	}
 }
