@@ -303,6 +303,14 @@ type serialConn struct {
 }
 
 func (c *serialConn) Read(p []byte) (int, error) {
+	n, err := c.read(p)
+	if err != nil {
+		c.file.SetWriteDeadline(time.Unix(1, 0)) // a write that no host takes any more ends, too
+	}
+	return n, err
+}
+
+func (c *serialConn) read(p []byte) (int, error) {
 	c.reading.Lock()
 	defer c.reading.Unlock()
 	for {

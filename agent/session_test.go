@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -236,7 +235,7 @@ func TestEndOfSession(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				var pids [3]int
+				var pids [3]string
 				if _, err := fmt.Fscan(s.Stdout, &pids[0], &pids[1], &pids[2]); err != nil {
 					t.Fatal(err)
 				}
@@ -247,23 +246,54 @@ func TestEndOfSession(t *testing.T) {
 				if _, err := io.Copy(io.Discard, s.Stdout); err == nil {
 					t.Error("the output is complete")
 				}
-				for deadline := time.Now().Add(10 * time.Second); ; runtime.Gosched() {
-					left := 0
-					for _, pid := range pids {
-						// A process whose parent does not reap it is no more, either.
-						stat, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-						if err == nil && !strings.Contains(string(stat), ") Z ") {
-							left++
-						}
-					}
-					if left == 0 {
-						break
-					}
-					if time.Now().After(deadline) {
-						t.Fatalf("%d of %v go on", left, pids)
-					}
-				}
+				awaitGone(t, pids[:]...)
 			})
+		}
+	}
+}
+
+// A host that is gone, but whose port is full of what it did not read, ends its programs all the same.
+func TestHostGoneFromFullPort(t *testing.T) {
+	port, host := serialPair(t)
+	serve(t, &Server{}, port)
+	greet(t, host)
+	c := NewClient(noClose{host})
+	defer c.Close()
+	var pids []string
+	for range 8 {
+		s, err := c.Run(within(t, 20*time.Second), Command{Args: []string{"sh", "-c", "echo $$ >&2; sleep 0.2; exec cat /dev/zero"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := make([]byte, 10)
+		n, err := s.Stderr.Read(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pids = append(pids, strings.TrimSpace(string(p[:n])))
+	}
+	c.ttrpc.Close() // it reads no more
+	if err := host.(*net.UnixConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	awaitGone(t, pids...)
+}
+
+// awaitGone waits for processes to end. One whose parent does not reap it has.
+func awaitGone(t *testing.T, pids ...string) {
+	t.Helper()
+	for ctx := within(t, 10*time.Second); ; runtime.Gosched() {
+		var left []string
+		for _, pid := range pids {
+			if stat, err := os.ReadFile("/proc/" + pid + "/stat"); err == nil && !strings.Contains(string(stat), ") Z ") {
+				left = append(left, pid)
+			}
+		}
+		if len(left) == 0 {
+			return
+		}
+		if ctx.Err() != nil {
+			t.Fatalf("%v go on", left)
 		}
 	}
 }
