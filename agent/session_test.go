@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -565,4 +566,102 @@ func FuzzTake(f *testing.F) {
 			t.Errorf("%d, %d, %d", g.stdin.unread, g.stdout.spent, g.stderr.spent)
 		}
 	})
+}
+
+// A session that is ended before the guest has begun is ended there once it has. Until then the
+// guest is sent nothing: an agent of an older release would take it for a call of its own.
+func TestEndBeforeStart(t *testing.T) {
+	begin, ended := make(chan struct{}), make(chan error, 1)
+	h := &hostile{answer: func(stream Workload_RunServer) {
+		<-begin
+		stream.Send(&RunResponse{Message: &RunResponse_Started{Started: &Started{}}})
+		_, err := stream.Recv()
+		ended <- err
+	}}
+	host := &counting{Conn: serveAs(t, func(server *ttrpc.Server) { RegisterWorkloadService(server, h) })}
+	c := NewClient(host)
+	defer c.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := c.Run(ctx, Command{Args: []string{"true"}}); !errors.Is(err, context.Canceled) || host.written.Load() > 0 {
+		t.Errorf("before it began: %v", err)
+	}
+	ctx, cancel = context.WithCancel(t.Context())
+	go func() {
+		for host.written.Load() == 0 {
+			runtime.Gosched()
+		}
+		cancel()
+	}()
+	if _, err := c.Run(ctx, Command{Args: []string{"true"}}); !errors.Is(err, context.Canceled) {
+		t.Errorf("while it begins: %v", err)
+	}
+	if n := host.written.Load(); n != 1 {
+		t.Errorf("%d messages", n)
+	}
+	close(begin)
+	if err := <-ended; !errors.Is(err, io.EOF) {
+		t.Errorf("the guest gets %v", err)
+	}
+}
+
+// counting counts messages.
+type counting struct {
+	net.Conn
+	written atomic.Int32
+}
+
+func (c *counting) Write(p []byte) (int, error) {
+	c.written.Add(1)
+	return c.Conn.Write(p)
+}
+
+// Programs, directories and users are looked up below the root, whatever its links say.
+func TestResolve(t *testing.T) {
+	root, outside := t.TempDir(), t.TempDir()
+	must := func(errs ...error) {
+		t.Helper()
+		if err := errors.Join(errs...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(os.MkdirAll(filepath.Join(root, "real/bin"), 0o755), os.Mkdir(filepath.Join(root, "etc"), 0o755), os.WriteFile(filepath.Join(root, "real/bin/program"), nil, 0o755),
+		os.Symlink("/real/bin", filepath.Join(root, "bin")), os.Symlink("../../../../../../../../real/bin/program", filepath.Join(root, "up")),
+		os.WriteFile(filepath.Join(outside, "program"), nil, 0o755), os.WriteFile(filepath.Join(outside, "passwd"), []byte("evil:x:0:0::/:/bin/sh\n"), 0o644),
+		os.Symlink(outside, filepath.Join(root, "out")), os.Symlink(filepath.Join(outside, "passwd"), filepath.Join(root, "etc/passwd")))
+	base := Execution{Env: []string{"PATH=/out:/bin", "A=1"}, Dir: "/"}
+	for _, tt := range []struct {
+		program *Program
+		path    string // "" for an error
+	}{
+		{&Program{Args: []string{"program"}}, "/bin/program"},
+		{&Program{Args: []string{"/up"}}, "/up"},
+		{&Program{Args: []string{"./program"}, Dir: "bin"}, "/bin/program"},
+		{&Program{Args: []string{"program"}, Env: []string{"PATH=real/bin"}}, "/real/bin/program"},
+		{&Program{Args: []string{"/out/program"}}, ""},
+		{&Program{Args: []string{filepath.Join(outside, "program")}}, ""},
+		{&Program{Args: []string{"program"}, Dir: "/out"}, ""},
+		{&Program{Args: []string{"program"}, User: "evil"}, ""},
+		{&Program{Args: []string{"program"}, User: "12:34"}, "/bin/program"},
+	} {
+		e, err := Resolve(root, tt.program, base)
+		if tt.path == "" {
+			var start *StartError
+			if !errors.As(err, &start) {
+				t.Errorf("%v: %+v, %v", tt.program, e, err)
+			}
+			continue
+		}
+		if err != nil || e.Path != tt.path {
+			t.Errorf("%v: %+v, %v", tt.program, e, err)
+		}
+	}
+	if len(base.Env) != 2 || base.Env[0] != "PATH=/out:/bin" {
+		t.Errorf("the base became %q", base.Env)
+	}
+	// Something that is no file keeps nobody waiting.
+	must(os.Remove(filepath.Join(root, "etc/passwd")), syscall.Mkfifo(filepath.Join(root, "etc/passwd"), 0o644))
+	if _, err := Resolve(root, &Program{Args: []string{"program"}, User: "12"}, base); err == nil || !strings.Contains(err.Error(), "no regular file") {
+		t.Errorf("a pipe for a file: %v", err)
+	}
 }
