@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/containerd/ttrpc"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
 	"drafter/internal/need"
@@ -274,6 +275,20 @@ func TestHostGoneFromFullPort(t *testing.T) {
 		pids = append(pids, strings.TrimSpace(string(p[:n])))
 	}
 	c.ttrpc.Close() // it reads no more
+	raw, err := host.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Until the guest cannot write any more.
+	for last, since := 0, time.Now(); last == 0 || time.Since(since) < 200*time.Millisecond; runtime.Gosched() {
+		var waiting int
+		if err := raw.Control(func(fd uintptr) { waiting, err = unix.IoctlGetInt(int(fd), unix.TIOCINQ) }); err != nil {
+			t.Fatal(err)
+		}
+		if waiting != last {
+			last, since = waiting, time.Now()
+		}
+	}
 	if err := host.(*net.UnixConn).CloseWrite(); err != nil {
 		t.Fatal(err)
 	}
@@ -328,7 +343,7 @@ func TestFlow(t *testing.T) {
 			})
 		}
 	}
-	if s, err := c.Run(ctx, Command{Args: []string{"true"}}); err == nil || !strings.Contains(err.Error(), "end one of them first") {
+	if s, err := c.Run(ctx, Command{Args: []string{"true"}}); !errors.Is(err, errTooMany) {
 		t.Errorf("one more: %v, %v", s, err)
 	}
 	// Until nothing moves any more.
@@ -459,6 +474,40 @@ func TestHostileSession(t *testing.T) {
 				t.Errorf("it ends with %v, and %v", cut, err)
 			}
 		})
+	}
+}
+
+// A guest cannot make the host read a message that is longer than any of a session.
+func TestLongMessage(t *testing.T) {
+	host, guest := net.Pipe()
+	defer guest.Close()
+	c := NewClient(host)
+	defer c.Close()
+	go func() {
+		io.ReadFull(guest, make([]byte, headerLen))
+		go io.Copy(io.Discard, guest)
+		guest.Write(message(typeData, 1, maxData+1))
+	}()
+	if _, err := c.Run(within(t, 10*time.Second), Command{Args: []string{"true"}}); err == nil || !strings.Contains(err.Error(), "the guest sent what nobody asked for") {
+		t.Errorf("%v", err)
+	}
+}
+
+// A guest runs no more than it has room for, whatever its host asks.
+func TestGuestIsFull(t *testing.T) {
+	s := &Server{}
+	c := converse(t, s)
+	s.sessions.Store(maxSessions)
+	if _, err := c.Run(within(t, 10*time.Second), Command{Args: []string{"true"}}); err == nil || !strings.Contains(err.Error(), errTooMany.Error()) {
+		t.Errorf("one more: %v", err)
+	}
+	s.sessions.Store(maxSessions - 1)
+	session, err := c.Run(within(t, 10*time.Second), Command{Args: []string{"true"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, status, err := outcome(t, session); err != nil || status != 0 {
+		t.Errorf("%d, %v", status, err)
 	}
 }
 

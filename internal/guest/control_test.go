@@ -71,14 +71,29 @@ func TestSupervised(t *testing.T) {
 	if err != nil || len(r.GetChunks()) != 1 || string(r.GetChunks()[0].GetData()) != "out\n" {
 		t.Errorf("%v, %v", r, err)
 	}
+	// The end is behind all output, even of what is told later.
+	killed := 137
+	init.send(message{Ended: &killed})
+	asked := make(chan *agent.LogsResponse, 1)
+	go func(at int64) {
+		r, err := s.Logs(ctx, &agent.LogsRequest{Position: at})
+		if err != nil {
+			t.Error(err)
+		}
+		asked <- r
+	}(r.GetNextPosition())
+	select {
+	case r := <-asked:
+		t.Fatalf("it has ended, and may print: %v", r)
+	case <-time.After(50 * time.Millisecond):
+	}
 	if _, err := init.stderr[1].WriteString("last words\n"); err != nil {
 		t.Fatal(err)
 	}
-	told := make(chan struct{})
-	go func() {
-		defer close(told)
-		init.tell(syscall.WaitStatus(9)) // killed
-	}()
+	init.closeOutput()
+	if r = <-asked; r == nil {
+		return
+	}
 	for at := r.GetNextPosition(); !r.GetEnded(); at = r.GetNextPosition() {
 		if r, err = s.Logs(ctx, &agent.LogsRequest{Position: at}); err != nil {
 			t.Fatal(err)
@@ -95,7 +110,6 @@ func TestSupervised(t *testing.T) {
 	case <-time.After(10 * time.Second):
 		t.Error("the init does not learn that the host knows")
 	}
-	<-told
 }
 
 // A guest without a host does not wait for long.
@@ -105,7 +119,11 @@ func TestNobodyHears(t *testing.T) {
 		t.Fatal(err)
 	}
 	began := time.Now()
-	init.tell(0)
+	init.tell(syscall.WaitStatus(9)) // killed
+	var m message
+	if err := json.NewDecoder(init.socket[1]).Decode(&m); err != nil || m.Ended == nil || *m.Ended != 137 {
+		t.Errorf("%+v, %v", m, err)
+	}
 	if took := time.Since(began); took < hearTimeout || took > 5*hearTimeout {
 		t.Errorf("it took %s", took)
 	}
