@@ -200,8 +200,9 @@ func TestHeld(t *testing.T) {
 	}}
 	c := converse(t, s)
 	ctx := within(t, 10*time.Second)
-	if r, err := c.Ready(ctx); err != nil || r.GetReady() || !r.GetHeld() {
-		t.Errorf("%v, %v", r, err)
+	asked := time.Now()
+	if r, err := c.Ready(ctx); err != nil || r.GetReady() || !r.GetHeld() || time.Since(asked) >= readyWait {
+		t.Errorf("%v, %v after %s", r, err, time.Since(asked))
 	}
 	if err := c.Start(ctx, nil); err == nil || !strings.Contains(err.Error(), "it needs a secret") {
 		t.Errorf("a start that fails: %v", err)

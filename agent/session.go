@@ -200,6 +200,8 @@ func (s *Session) take(m *RunResponse) error {
 		status, reason := int(uint8(m.End.GetExitStatus())), Words(m.End.GetError())
 		var err error
 		switch {
+		case reason == "" && !started:
+			return errUnasked
 		case reason != "" && !started && (status == CannotExecute || status == NotFound):
 			err = &StartError{status, reason}
 		case reason != "":

@@ -447,6 +447,7 @@ func TestHostileSession(t *testing.T) {
 		"a message too long":  {started, stdout(maxData)},
 		"started twice":       {started, started},
 		"more after the end":  {started, end, stdout(1)},
+		"ends well at once":   {end},
 		"ends twice":          {started, end, end},
 		"read what was not":   {started, {Message: &RunResponse_StdinTaken{StdinTaken: &Taken{Bytes: 1}}}},
 		"read nothing":        {started, {Message: &RunResponse_StdinTaken{}}},
