@@ -303,6 +303,11 @@ type serialConn struct {
 }
 
 func (c *serialConn) Read(p []byte) (int, error) {
+	c.reading.Lock()
+	defer c.reading.Unlock()
+	if c.closed.Load() {
+		return 0, net.ErrClosed // the file is another conversation's
+	}
 	n, err := c.read(p)
 	if err != nil {
 		c.file.SetWriteDeadline(time.Unix(1, 0)) // a write that no host takes any more ends, too
@@ -311,8 +316,6 @@ func (c *serialConn) Read(p []byte) (int, error) {
 }
 
 func (c *serialConn) read(p []byte) (int, error) {
-	c.reading.Lock()
-	defer c.reading.Unlock()
 	for {
 		if c.closed.Load() {
 			return 0, net.ErrClosed

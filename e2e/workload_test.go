@@ -57,7 +57,8 @@ func TestWorkload(t *testing.T) {
 	dir := filepath.Join(s.dir, "instance")
 	p := resume(t, "ark0", dir)
 	c := p.Agent()
-	ctx := t.Context()
+	ctx, end := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer end()
 
 	// The image has no shell. Its files are copied into it.
 	if _, err := c.Run(ctx, agent.Command{Args: []string{"sh"}}); err == nil {
@@ -162,7 +163,7 @@ func TestWorkload(t *testing.T) {
 	}
 	guest(t, p, "while ps | grep -v grep | grep -q 'sleep 471[12]'; do sleep 0.1; done")
 
-	copyTree(t, c)
+	copyTree(ctx, t, c)
 
 	// What the service prints.
 	boot, printed := logsUntil(t, c, 0, "Ready to accept connections")
@@ -279,6 +280,8 @@ func TestHeld(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := p.Agent()
+	ctx, end := context.WithTimeout(ctx, 3*time.Minute)
+	defer end()
 	if r, err := c.Ready(ctx); err != nil || !r.GetHeld() || r.GetReady() {
 		t.Errorf("%v, %v", r, err)
 	}
@@ -313,9 +316,8 @@ func (zeros) Read(p []byte) (int, error) {
 }
 
 // copyTree copies a tree with links into a container and out again.
-func copyTree(t *testing.T, c *agent.Client) {
+func copyTree(ctx context.Context, t *testing.T, c *agent.Client) {
 	t.Helper()
-	ctx := t.Context()
 	var archive bytes.Buffer
 	w := tar.NewWriter(&archive)
 	content := bytes.Repeat([]byte("0123456789abcdef"), 1<<16)
