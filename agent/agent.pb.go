@@ -922,6 +922,299 @@ func (x *StatResponse) GetLinkTarget() string {
 	return ""
 }
 
+type LogsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Where to go on: the next_position of the last answer, or 0.
+	Position int64 `protobuf:"varint,1,opt,name=position,proto3" json:"position,omitempty"`
+	// The host has heard that the workload has ended: it is all that is said.
+	Heard         bool `protobuf:"varint,2,opt,name=heard,proto3" json:"heard,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogsRequest) Reset() {
+	*x = LogsRequest{}
+	mi := &file_agent_agent_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogsRequest) ProtoMessage() {}
+
+func (x *LogsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agent_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
+func (*LogsRequest) Descriptor() ([]byte, []int) {
+	return file_agent_agent_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *LogsRequest) GetPosition() int64 {
+	if x != nil {
+		return x.Position
+	}
+	return 0
+}
+
+func (x *LogsRequest) GetHeard() bool {
+	if x != nil {
+		return x.Heard
+	}
+	return false
+}
+
+type LogsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of this boot of the guest. Positions of another one are of other output. Clones of a VM have it in common, and all that it had printed.
+	Boot []byte `protobuf:"bytes,1,opt,name=boot,proto3" json:"boot,omitempty"`
+	// In bytes of output since the boot. What lies between the position that was asked for and that of the first chunk is no longer kept.
+	Chunks       []*LogEntry `protobuf:"bytes,2,rep,name=chunks,proto3" json:"chunks,omitempty"`
+	NextPosition int64       `protobuf:"varint,3,opt,name=next_position,json=nextPosition,proto3" json:"next_position,omitempty"`
+	// Where the output was when the VM that was last resumed was suspended. What lies before is the same for all clones of it.
+	ResumedPosition int64 `protobuf:"varint,4,opt,name=resumed_position,json=resumedPosition,proto3" json:"resumed_position,omitempty"`
+	// The workload has ended, and this is the end of its output.
+	Ended bool `protobuf:"varint,5,opt,name=ended,proto3" json:"ended,omitempty"`
+	// As from wait(2).
+	ExitStatus    int32 `protobuf:"varint,6,opt,name=exit_status,json=exitStatus,proto3" json:"exit_status,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogsResponse) Reset() {
+	*x = LogsResponse{}
+	mi := &file_agent_agent_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogsResponse) ProtoMessage() {}
+
+func (x *LogsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agent_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
+func (*LogsResponse) Descriptor() ([]byte, []int) {
+	return file_agent_agent_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *LogsResponse) GetBoot() []byte {
+	if x != nil {
+		return x.Boot
+	}
+	return nil
+}
+
+func (x *LogsResponse) GetChunks() []*LogEntry {
+	if x != nil {
+		return x.Chunks
+	}
+	return nil
+}
+
+func (x *LogsResponse) GetNextPosition() int64 {
+	if x != nil {
+		return x.NextPosition
+	}
+	return 0
+}
+
+func (x *LogsResponse) GetResumedPosition() int64 {
+	if x != nil {
+		return x.ResumedPosition
+	}
+	return 0
+}
+
+func (x *LogsResponse) GetEnded() bool {
+	if x != nil {
+		return x.Ended
+	}
+	return false
+}
+
+func (x *LogsResponse) GetExitStatus() int32 {
+	if x != nil {
+		return x.ExitStatus
+	}
+	return 0
+}
+
+type LogEntry struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Position int64                  `protobuf:"varint,1,opt,name=position,proto3" json:"position,omitempty"`
+	// By the guest's clock, when it was read.
+	TimeUnixNano  int64  `protobuf:"varint,2,opt,name=time_unix_nano,json=timeUnixNano,proto3" json:"time_unix_nano,omitempty"`
+	Stderr        bool   `protobuf:"varint,3,opt,name=stderr,proto3" json:"stderr,omitempty"`
+	Data          []byte `protobuf:"bytes,4,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogEntry) Reset() {
+	*x = LogEntry{}
+	mi := &file_agent_agent_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogEntry) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogEntry) ProtoMessage() {}
+
+func (x *LogEntry) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agent_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogEntry.ProtoReflect.Descriptor instead.
+func (*LogEntry) Descriptor() ([]byte, []int) {
+	return file_agent_agent_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *LogEntry) GetPosition() int64 {
+	if x != nil {
+		return x.Position
+	}
+	return 0
+}
+
+func (x *LogEntry) GetTimeUnixNano() int64 {
+	if x != nil {
+		return x.TimeUnixNano
+	}
+	return 0
+}
+
+func (x *LogEntry) GetStderr() bool {
+	if x != nil {
+		return x.Stderr
+	}
+	return false
+}
+
+func (x *LogEntry) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type StartRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Added to the environment, as NAME=value. It is not written to a disk.
+	Env           []string `protobuf:"bytes,1,rep,name=env,proto3" json:"env,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StartRequest) Reset() {
+	*x = StartRequest{}
+	mi := &file_agent_agent_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StartRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StartRequest) ProtoMessage() {}
+
+func (x *StartRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agent_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
+func (*StartRequest) Descriptor() ([]byte, []int) {
+	return file_agent_agent_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *StartRequest) GetEnv() []string {
+	if x != nil {
+		return x.Env
+	}
+	return nil
+}
+
+type StartResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StartResponse) Reset() {
+	*x = StartResponse{}
+	mi := &file_agent_agent_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StartResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StartResponse) ProtoMessage() {}
+
+func (x *StartResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agent_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StartResponse.ProtoReflect.Descriptor instead.
+func (*StartResponse) Descriptor() ([]byte, []int) {
+	return file_agent_agent_proto_rawDescGZIP(), []int{15}
+}
+
 type BeforeSuspendRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -930,7 +1223,7 @@ type BeforeSuspendRequest struct {
 
 func (x *BeforeSuspendRequest) Reset() {
 	*x = BeforeSuspendRequest{}
-	mi := &file_agent_agent_proto_msgTypes[11]
+	mi := &file_agent_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -942,7 +1235,7 @@ func (x *BeforeSuspendRequest) String() string {
 func (*BeforeSuspendRequest) ProtoMessage() {}
 
 func (x *BeforeSuspendRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[11]
+	mi := &file_agent_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -955,7 +1248,7 @@ func (x *BeforeSuspendRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeforeSuspendRequest.ProtoReflect.Descriptor instead.
 func (*BeforeSuspendRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{11}
+	return file_agent_agent_proto_rawDescGZIP(), []int{16}
 }
 
 type BeforeSuspendResponse struct {
@@ -966,7 +1259,7 @@ type BeforeSuspendResponse struct {
 
 func (x *BeforeSuspendResponse) Reset() {
 	*x = BeforeSuspendResponse{}
-	mi := &file_agent_agent_proto_msgTypes[12]
+	mi := &file_agent_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -978,7 +1271,7 @@ func (x *BeforeSuspendResponse) String() string {
 func (*BeforeSuspendResponse) ProtoMessage() {}
 
 func (x *BeforeSuspendResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[12]
+	mi := &file_agent_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -991,7 +1284,7 @@ func (x *BeforeSuspendResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeforeSuspendResponse.ProtoReflect.Descriptor instead.
 func (*BeforeSuspendResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{12}
+	return file_agent_agent_proto_rawDescGZIP(), []int{17}
 }
 
 type AfterResumeRequest struct {
@@ -1011,7 +1304,7 @@ type AfterResumeRequest struct {
 
 func (x *AfterResumeRequest) Reset() {
 	*x = AfterResumeRequest{}
-	mi := &file_agent_agent_proto_msgTypes[13]
+	mi := &file_agent_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1023,7 +1316,7 @@ func (x *AfterResumeRequest) String() string {
 func (*AfterResumeRequest) ProtoMessage() {}
 
 func (x *AfterResumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[13]
+	mi := &file_agent_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1036,7 +1329,7 @@ func (x *AfterResumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AfterResumeRequest.ProtoReflect.Descriptor instead.
 func (*AfterResumeRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{13}
+	return file_agent_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *AfterResumeRequest) GetNowUnixNano() int64 {
@@ -1079,7 +1372,7 @@ type AfterResumeResponse struct {
 
 func (x *AfterResumeResponse) Reset() {
 	*x = AfterResumeResponse{}
-	mi := &file_agent_agent_proto_msgTypes[14]
+	mi := &file_agent_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1091,7 +1384,7 @@ func (x *AfterResumeResponse) String() string {
 func (*AfterResumeResponse) ProtoMessage() {}
 
 func (x *AfterResumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[14]
+	mi := &file_agent_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1104,7 +1397,7 @@ func (x *AfterResumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AfterResumeResponse.ProtoReflect.Descriptor instead.
 func (*AfterResumeResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{14}
+	return file_agent_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *AfterResumeResponse) GetClockStepNano() int64 {
@@ -1132,7 +1425,7 @@ type CatchUpRequest struct {
 
 func (x *CatchUpRequest) Reset() {
 	*x = CatchUpRequest{}
-	mi := &file_agent_agent_proto_msgTypes[15]
+	mi := &file_agent_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1144,7 +1437,7 @@ func (x *CatchUpRequest) String() string {
 func (*CatchUpRequest) ProtoMessage() {}
 
 func (x *CatchUpRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[15]
+	mi := &file_agent_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1157,7 +1450,7 @@ func (x *CatchUpRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CatchUpRequest.ProtoReflect.Descriptor instead.
 func (*CatchUpRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{15}
+	return file_agent_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *CatchUpRequest) GetNowUnixNano() int64 {
@@ -1184,7 +1477,7 @@ type CatchUpResponse struct {
 
 func (x *CatchUpResponse) Reset() {
 	*x = CatchUpResponse{}
-	mi := &file_agent_agent_proto_msgTypes[16]
+	mi := &file_agent_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1196,7 +1489,7 @@ func (x *CatchUpResponse) String() string {
 func (*CatchUpResponse) ProtoMessage() {}
 
 func (x *CatchUpResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[16]
+	mi := &file_agent_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1209,7 +1502,7 @@ func (x *CatchUpResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CatchUpResponse.ProtoReflect.Descriptor instead.
 func (*CatchUpResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{16}
+	return file_agent_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CatchUpResponse) GetClockStepNano() int64 {
@@ -1227,7 +1520,7 @@ type ReadyRequest struct {
 
 func (x *ReadyRequest) Reset() {
 	*x = ReadyRequest{}
-	mi := &file_agent_agent_proto_msgTypes[17]
+	mi := &file_agent_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1239,7 +1532,7 @@ func (x *ReadyRequest) String() string {
 func (*ReadyRequest) ProtoMessage() {}
 
 func (x *ReadyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[17]
+	mi := &file_agent_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1252,7 +1545,7 @@ func (x *ReadyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadyRequest.ProtoReflect.Descriptor instead.
 func (*ReadyRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{17}
+	return file_agent_agent_proto_rawDescGZIP(), []int{22}
 }
 
 type ReadyResponse struct {
@@ -1261,14 +1554,16 @@ type ReadyResponse struct {
 	// The TCP ports that the service is to open and has not opened yet.
 	ClosedPorts []uint32 `protobuf:"varint,2,rep,packed,name=closed_ports,json=closedPorts,proto3" json:"closed_ports,omitempty"`
 	// How the check of the service failed when it was last tried; "" if it did not, or was not tried yet.
-	Failure       string `protobuf:"bytes,3,opt,name=failure,proto3" json:"failure,omitempty"`
+	Failure string `protobuf:"bytes,3,opt,name=failure,proto3" json:"failure,omitempty"`
+	// The service is held: it starts with the call Start, and is not ready before.
+	Held          bool `protobuf:"varint,4,opt,name=held,proto3" json:"held,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ReadyResponse) Reset() {
 	*x = ReadyResponse{}
-	mi := &file_agent_agent_proto_msgTypes[18]
+	mi := &file_agent_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1280,7 +1575,7 @@ func (x *ReadyResponse) String() string {
 func (*ReadyResponse) ProtoMessage() {}
 
 func (x *ReadyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[18]
+	mi := &file_agent_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1293,7 +1588,7 @@ func (x *ReadyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadyResponse.ProtoReflect.Descriptor instead.
 func (*ReadyResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{18}
+	return file_agent_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ReadyResponse) GetReady() bool {
@@ -1317,6 +1612,13 @@ func (x *ReadyResponse) GetFailure() string {
 	return ""
 }
 
+func (x *ReadyResponse) GetHeld() bool {
+	if x != nil {
+		return x.Held
+	}
+	return false
+}
+
 type ExecRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Program and arguments; the program is looked up on the guest's PATH.
@@ -1328,7 +1630,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_agent_agent_proto_msgTypes[19]
+	mi := &file_agent_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1340,7 +1642,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[19]
+	mi := &file_agent_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1353,7 +1655,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{19}
+	return file_agent_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ExecRequest) GetArgs() []string {
@@ -1383,7 +1685,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_agent_agent_proto_msgTypes[20]
+	mi := &file_agent_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1395,7 +1697,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agent_proto_msgTypes[20]
+	mi := &file_agent_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1408,7 +1710,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agent_proto_rawDescGZIP(), []int{20}
+	return file_agent_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ExecResponse) GetExitStatus() int32 {
@@ -1495,7 +1797,26 @@ const file_agent_agent_proto_rawDesc = "" +
 	"\x04size\x18\x03 \x01(\x03R\x04size\x12,\n" +
 	"\x12modified_unix_nano\x18\x04 \x01(\x03R\x10modifiedUnixNano\x12\x1f\n" +
 	"\vlink_target\x18\x05 \x01(\tR\n" +
-	"linkTarget\"\x16\n" +
+	"linkTarget\"?\n" +
+	"\vLogsRequest\x12\x1a\n" +
+	"\bposition\x18\x01 \x01(\x03R\bposition\x12\x14\n" +
+	"\x05heard\x18\x02 \x01(\bR\x05heard\"\xdd\x01\n" +
+	"\fLogsResponse\x12\x12\n" +
+	"\x04boot\x18\x01 \x01(\fR\x04boot\x122\n" +
+	"\x06chunks\x18\x02 \x03(\v2\x1a.drafter.agent.v1.LogEntryR\x06chunks\x12#\n" +
+	"\rnext_position\x18\x03 \x01(\x03R\fnextPosition\x12)\n" +
+	"\x10resumed_position\x18\x04 \x01(\x03R\x0fresumedPosition\x12\x14\n" +
+	"\x05ended\x18\x05 \x01(\bR\x05ended\x12\x1f\n" +
+	"\vexit_status\x18\x06 \x01(\x05R\n" +
+	"exitStatus\"x\n" +
+	"\bLogEntry\x12\x1a\n" +
+	"\bposition\x18\x01 \x01(\x03R\bposition\x12$\n" +
+	"\x0etime_unix_nano\x18\x02 \x01(\x03R\ftimeUnixNano\x12\x16\n" +
+	"\x06stderr\x18\x03 \x01(\bR\x06stderr\x12\x12\n" +
+	"\x04data\x18\x04 \x01(\fR\x04data\" \n" +
+	"\fStartRequest\x12\x10\n" +
+	"\x03env\x18\x01 \x03(\tR\x03env\"\x0f\n" +
+	"\rStartResponse\"\x16\n" +
 	"\x14BeforeSuspendRequest\"\x17\n" +
 	"\x15BeforeSuspendResponse\"\x99\x01\n" +
 	"\x12AfterResumeRequest\x12\"\n" +
@@ -1512,11 +1833,12 @@ const file_agent_agent_proto_rawDesc = "" +
 	"\x0emost_step_nano\x18\x02 \x01(\x03R\fmostStepNano\"9\n" +
 	"\x0fCatchUpResponse\x12&\n" +
 	"\x0fclock_step_nano\x18\x01 \x01(\x03R\rclockStepNano\"\x0e\n" +
-	"\fReadyRequest\"b\n" +
+	"\fReadyRequest\"v\n" +
 	"\rReadyResponse\x12\x14\n" +
 	"\x05ready\x18\x01 \x01(\bR\x05ready\x12!\n" +
 	"\fclosed_ports\x18\x02 \x03(\rR\vclosedPorts\x12\x18\n" +
-	"\afailure\x18\x03 \x01(\tR\afailure\"7\n" +
+	"\afailure\x18\x03 \x01(\tR\afailure\x12\x12\n" +
+	"\x04held\x18\x04 \x01(\bR\x04held\"7\n" +
 	"\vExecRequest\x12\x12\n" +
 	"\x04args\x18\x01 \x03(\tR\x04args\x12\x14\n" +
 	"\x05stdin\x18\x02 \x01(\fR\x05stdin\"_\n" +
@@ -1534,10 +1856,12 @@ const file_agent_agent_proto_rawDesc = "" +
 	"\vAfterResume\x12$.drafter.agent.v1.AfterResumeRequest\x1a%.drafter.agent.v1.AfterResumeResponse\x12N\n" +
 	"\aCatchUp\x12 .drafter.agent.v1.CatchUpRequest\x1a!.drafter.agent.v1.CatchUpResponse\x12H\n" +
 	"\x05Ready\x12\x1e.drafter.agent.v1.ReadyRequest\x1a\x1f.drafter.agent.v1.ReadyResponse\x12E\n" +
-	"\x04Exec\x12\x1d.drafter.agent.v1.ExecRequest\x1a\x1e.drafter.agent.v1.ExecResponse2\x99\x01\n" +
+	"\x04Exec\x12\x1d.drafter.agent.v1.ExecRequest\x1a\x1e.drafter.agent.v1.ExecResponse2\xaa\x02\n" +
 	"\bWorkload\x12F\n" +
 	"\x03Run\x12\x1c.drafter.agent.v1.RunRequest\x1a\x1d.drafter.agent.v1.RunResponse(\x010\x01\x12E\n" +
-	"\x04Stat\x12\x1d.drafter.agent.v1.StatRequest\x1a\x1e.drafter.agent.v1.StatResponseB\x15Z\x13drafter/agent;agentb\x06proto3"
+	"\x04Stat\x12\x1d.drafter.agent.v1.StatRequest\x1a\x1e.drafter.agent.v1.StatResponse\x12E\n" +
+	"\x04Logs\x12\x1d.drafter.agent.v1.LogsRequest\x1a\x1e.drafter.agent.v1.LogsResponse\x12H\n" +
+	"\x05Start\x12\x1e.drafter.agent.v1.StartRequest\x1a\x1f.drafter.agent.v1.StartResponseB\x15Z\x13drafter/agent;agentb\x06proto3"
 
 var (
 	file_agent_agent_proto_rawDescOnce sync.Once
@@ -1552,7 +1876,7 @@ func file_agent_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_agent_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_agent_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_agent_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_agent_agent_proto_goTypes = []any{
 	(Place)(0),                    // 0: drafter.agent.v1.Place
 	(*RunRequest)(nil),            // 1: drafter.agent.v1.RunRequest
@@ -1566,16 +1890,21 @@ var file_agent_agent_proto_goTypes = []any{
 	(*End)(nil),                   // 9: drafter.agent.v1.End
 	(*StatRequest)(nil),           // 10: drafter.agent.v1.StatRequest
 	(*StatResponse)(nil),          // 11: drafter.agent.v1.StatResponse
-	(*BeforeSuspendRequest)(nil),  // 12: drafter.agent.v1.BeforeSuspendRequest
-	(*BeforeSuspendResponse)(nil), // 13: drafter.agent.v1.BeforeSuspendResponse
-	(*AfterResumeRequest)(nil),    // 14: drafter.agent.v1.AfterResumeRequest
-	(*AfterResumeResponse)(nil),   // 15: drafter.agent.v1.AfterResumeResponse
-	(*CatchUpRequest)(nil),        // 16: drafter.agent.v1.CatchUpRequest
-	(*CatchUpResponse)(nil),       // 17: drafter.agent.v1.CatchUpResponse
-	(*ReadyRequest)(nil),          // 18: drafter.agent.v1.ReadyRequest
-	(*ReadyResponse)(nil),         // 19: drafter.agent.v1.ReadyResponse
-	(*ExecRequest)(nil),           // 20: drafter.agent.v1.ExecRequest
-	(*ExecResponse)(nil),          // 21: drafter.agent.v1.ExecResponse
+	(*LogsRequest)(nil),           // 12: drafter.agent.v1.LogsRequest
+	(*LogsResponse)(nil),          // 13: drafter.agent.v1.LogsResponse
+	(*LogEntry)(nil),              // 14: drafter.agent.v1.LogEntry
+	(*StartRequest)(nil),          // 15: drafter.agent.v1.StartRequest
+	(*StartResponse)(nil),         // 16: drafter.agent.v1.StartResponse
+	(*BeforeSuspendRequest)(nil),  // 17: drafter.agent.v1.BeforeSuspendRequest
+	(*BeforeSuspendResponse)(nil), // 18: drafter.agent.v1.BeforeSuspendResponse
+	(*AfterResumeRequest)(nil),    // 19: drafter.agent.v1.AfterResumeRequest
+	(*AfterResumeResponse)(nil),   // 20: drafter.agent.v1.AfterResumeResponse
+	(*CatchUpRequest)(nil),        // 21: drafter.agent.v1.CatchUpRequest
+	(*CatchUpResponse)(nil),       // 22: drafter.agent.v1.CatchUpResponse
+	(*ReadyRequest)(nil),          // 23: drafter.agent.v1.ReadyRequest
+	(*ReadyResponse)(nil),         // 24: drafter.agent.v1.ReadyResponse
+	(*ExecRequest)(nil),           // 25: drafter.agent.v1.ExecRequest
+	(*ExecResponse)(nil),          // 26: drafter.agent.v1.ExecResponse
 }
 var file_agent_agent_proto_depIdxs = []int32{
 	3,  // 0: drafter.agent.v1.RunRequest.program:type_name -> drafter.agent.v1.Program
@@ -1592,25 +1921,30 @@ var file_agent_agent_proto_depIdxs = []int32{
 	4,  // 11: drafter.agent.v1.Program.window_size:type_name -> drafter.agent.v1.WindowSize
 	0,  // 12: drafter.agent.v1.Files.place:type_name -> drafter.agent.v1.Place
 	0,  // 13: drafter.agent.v1.StatRequest.place:type_name -> drafter.agent.v1.Place
-	12, // 14: drafter.agent.v1.Agent.BeforeSuspend:input_type -> drafter.agent.v1.BeforeSuspendRequest
-	14, // 15: drafter.agent.v1.Agent.AfterResume:input_type -> drafter.agent.v1.AfterResumeRequest
-	16, // 16: drafter.agent.v1.Agent.CatchUp:input_type -> drafter.agent.v1.CatchUpRequest
-	18, // 17: drafter.agent.v1.Agent.Ready:input_type -> drafter.agent.v1.ReadyRequest
-	20, // 18: drafter.agent.v1.Agent.Exec:input_type -> drafter.agent.v1.ExecRequest
-	1,  // 19: drafter.agent.v1.Workload.Run:input_type -> drafter.agent.v1.RunRequest
-	10, // 20: drafter.agent.v1.Workload.Stat:input_type -> drafter.agent.v1.StatRequest
-	13, // 21: drafter.agent.v1.Agent.BeforeSuspend:output_type -> drafter.agent.v1.BeforeSuspendResponse
-	15, // 22: drafter.agent.v1.Agent.AfterResume:output_type -> drafter.agent.v1.AfterResumeResponse
-	17, // 23: drafter.agent.v1.Agent.CatchUp:output_type -> drafter.agent.v1.CatchUpResponse
-	19, // 24: drafter.agent.v1.Agent.Ready:output_type -> drafter.agent.v1.ReadyResponse
-	21, // 25: drafter.agent.v1.Agent.Exec:output_type -> drafter.agent.v1.ExecResponse
-	2,  // 26: drafter.agent.v1.Workload.Run:output_type -> drafter.agent.v1.RunResponse
-	11, // 27: drafter.agent.v1.Workload.Stat:output_type -> drafter.agent.v1.StatResponse
-	21, // [21:28] is the sub-list for method output_type
-	14, // [14:21] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	14, // 14: drafter.agent.v1.LogsResponse.chunks:type_name -> drafter.agent.v1.LogEntry
+	17, // 15: drafter.agent.v1.Agent.BeforeSuspend:input_type -> drafter.agent.v1.BeforeSuspendRequest
+	19, // 16: drafter.agent.v1.Agent.AfterResume:input_type -> drafter.agent.v1.AfterResumeRequest
+	21, // 17: drafter.agent.v1.Agent.CatchUp:input_type -> drafter.agent.v1.CatchUpRequest
+	23, // 18: drafter.agent.v1.Agent.Ready:input_type -> drafter.agent.v1.ReadyRequest
+	25, // 19: drafter.agent.v1.Agent.Exec:input_type -> drafter.agent.v1.ExecRequest
+	1,  // 20: drafter.agent.v1.Workload.Run:input_type -> drafter.agent.v1.RunRequest
+	10, // 21: drafter.agent.v1.Workload.Stat:input_type -> drafter.agent.v1.StatRequest
+	12, // 22: drafter.agent.v1.Workload.Logs:input_type -> drafter.agent.v1.LogsRequest
+	15, // 23: drafter.agent.v1.Workload.Start:input_type -> drafter.agent.v1.StartRequest
+	18, // 24: drafter.agent.v1.Agent.BeforeSuspend:output_type -> drafter.agent.v1.BeforeSuspendResponse
+	20, // 25: drafter.agent.v1.Agent.AfterResume:output_type -> drafter.agent.v1.AfterResumeResponse
+	22, // 26: drafter.agent.v1.Agent.CatchUp:output_type -> drafter.agent.v1.CatchUpResponse
+	24, // 27: drafter.agent.v1.Agent.Ready:output_type -> drafter.agent.v1.ReadyResponse
+	26, // 28: drafter.agent.v1.Agent.Exec:output_type -> drafter.agent.v1.ExecResponse
+	2,  // 29: drafter.agent.v1.Workload.Run:output_type -> drafter.agent.v1.RunResponse
+	11, // 30: drafter.agent.v1.Workload.Stat:output_type -> drafter.agent.v1.StatResponse
+	13, // 31: drafter.agent.v1.Workload.Logs:output_type -> drafter.agent.v1.LogsResponse
+	16, // 32: drafter.agent.v1.Workload.Start:output_type -> drafter.agent.v1.StartResponse
+	24, // [24:33] is the sub-list for method output_type
+	15, // [15:24] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_agent_agent_proto_init() }
@@ -1642,7 +1976,7 @@ func file_agent_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_agent_proto_rawDesc), len(file_agent_agent_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   21,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

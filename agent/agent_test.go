@@ -569,3 +569,32 @@ func TestOldAgent(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A conversation that has ended leaves the port to the next one.
+func TestEndedConversation(t *testing.T) {
+	port, host := serialPair(t)
+	var conversations []net.Conn
+	for range 2 {
+		greeted := make(chan error, 1)
+		go func() { greeted <- Greet(t.Context(), host) }()
+		c, err := port.accept(t.Context())
+		if err = errors.Join(err, <-greeted); err != nil {
+			t.Fatal(err)
+		}
+		conversations = append(conversations, c)
+		if len(conversations) == 1 {
+			if err := c.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if _, err := conversations[0].Read(make([]byte, 1)); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("a read in the first one: %v", err)
+	}
+	if _, err := conversations[1].Write([]byte("hello")); err != nil {
+		t.Errorf("a write in the second one: %v", err)
+	}
+	if err := conversations[1].Close(); err != nil {
+		t.Error(err)
+	}
+}

@@ -111,6 +111,8 @@ func (c *agentClient) Exec(ctx context.Context, req *ExecRequest) (*ExecResponse
 type WorkloadService interface {
 	Run(context.Context, Workload_RunServer) error
 	Stat(context.Context, *StatRequest) (*StatResponse, error)
+	Logs(context.Context, *LogsRequest) (*LogsResponse, error)
+	Start(context.Context, *StartRequest) (*StartResponse, error)
 }
 
 type Workload_RunServer interface {
@@ -145,6 +147,20 @@ func RegisterWorkloadService(srv *ttrpc.Server, svc WorkloadService) {
 				}
 				return svc.Stat(ctx, &req)
 			},
+			"Logs": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req LogsRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Logs(ctx, &req)
+			},
+			"Start": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req StartRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Start(ctx, &req)
+			},
 		},
 		Streams: map[string]ttrpc.Stream{
 			"Run": {
@@ -161,6 +177,8 @@ func RegisterWorkloadService(srv *ttrpc.Server, svc WorkloadService) {
 type WorkloadClient interface {
 	Run(context.Context) (Workload_RunClient, error)
 	Stat(context.Context, *StatRequest) (*StatResponse, error)
+	Logs(context.Context, *LogsRequest) (*LogsResponse, error)
+	Start(context.Context, *StartRequest) (*StartResponse, error)
 }
 
 type workloadClient struct {
@@ -210,6 +228,22 @@ func (x *workloadRunClient) Recv() (*RunResponse, error) {
 func (c *workloadClient) Stat(ctx context.Context, req *StatRequest) (*StatResponse, error) {
 	var resp StatResponse
 	if err := c.client.Call(ctx, "drafter.agent.v1.Workload", "Stat", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *workloadClient) Logs(ctx context.Context, req *LogsRequest) (*LogsResponse, error) {
+	var resp LogsResponse
+	if err := c.client.Call(ctx, "drafter.agent.v1.Workload", "Logs", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *workloadClient) Start(ctx context.Context, req *StartRequest) (*StartResponse, error) {
+	var resp StartResponse
+	if err := c.client.Call(ctx, "drafter.agent.v1.Workload", "Start", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

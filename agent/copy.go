@@ -294,6 +294,9 @@ func (p *packer) add(path, name string, d fs.DirEntry) error {
 			return &fs.PathError{Op: "statfs", Path: path, Err: err}
 		}
 		if fsys.Type == unix.PROC_SUPER_MAGIC || fsys.Type == unix.SYSFS_MAGIC {
+			if _, err := p.header(path, name, info, ""); err != nil {
+				return err
+			}
 			return fs.SkipDir
 		}
 	}

@@ -192,6 +192,19 @@ type failing struct{ err error }
 
 func (f failing) Read([]byte) (int, error) { return 0, f.err }
 
+// What a kernel shows of itself is no content.
+func TestCopyOfProc(t *testing.T) {
+	for path, want := range map[string]string{"/proc": "proc/", "/proc/": "proc/", "/sys": "sys/"} {
+		var b bytes.Buffer
+		if err := pack(&b, path); err != nil {
+			t.Error(err)
+		}
+		if got := entries(t, &b); len(got) != 1 || got[want] != "5 " {
+			t.Errorf("%s: %d entries, %q", path, len(got), got[want])
+		}
+	}
+}
+
 // A file that shrinks while it is copied is filled up, and one that grows is cut, so that the
 // archive stays whole.
 func TestCopyOfChangingFile(t *testing.T) {

@@ -3,6 +3,7 @@ package agent_test
 import (
 	"context"
 	"fmt"
+	"io"
 	"log"
 	"net"
 	"os"
@@ -52,6 +53,44 @@ func run(ctx context.Context) error {
 	cancel()
 	<-served
 	return nil
+}
+
+// A host runs a program in a guest, on whose terminal somebody types.
+func ExampleClient_Run() {
+	program := func(ctx context.Context, guest *agent.Client) (status int, err error) {
+		s, err := guest.Run(ctx, agent.Command{Args: []string{"sh"}, TTY: true, Rows: 24, Columns: 80, Stdin: true})
+		if err != nil {
+			return 0, err // an agent.StartError says with which status a shell would end
+		}
+		go func() {
+			_, _ = io.Copy(s.Stdin, os.Stdin)
+			_ = s.Stdin.Close()
+		}()
+		if _, err := io.Copy(os.Stdout, s.Stdout); err != nil {
+			return 0, err
+		}
+		return s.Wait()
+	}
+	_ = program
+}
+
+// A host follows what the service of a guest prints, until that has ended.
+func ExampleClient_Logs() {
+	follow := func(ctx context.Context, guest *agent.Client, position int64) (status int, err error) {
+		for {
+			part, err := guest.Logs(ctx, position)
+			if err != nil {
+				return 0, err
+			}
+			for _, chunk := range part.Chunks {
+				fmt.Printf("%s %v %q\n", chunk.Time, chunk.Stderr, chunk.Data)
+			}
+			if position = part.Next; part.Ended {
+				return part.ExitStatus, nil
+			}
+		}
+	}
+	_ = follow
 }
 
 // A guest with an init of its own says that it is up, and serves an agent of its own.

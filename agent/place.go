@@ -46,12 +46,10 @@ func Resolve(root string, p *Program, base Execution) (*Execution, error) {
 	if p.GetTty() && getenv(e.Env, "TERM") == "" {
 		e.Env = setenv(e.Env, "TERM=xterm")
 	}
-	for _, v := range p.GetEnv() {
-		if name, _, ok := strings.Cut(v, "="); !ok || name == "" {
-			return nil, &StartError{CannotExecute, fmt.Sprintf("environment: %q is not NAME=value", v)}
-		}
-		e.Env = setenv(e.Env, v)
+	if err := CheckEnv(p.GetEnv()); err != nil {
+		return nil, &StartError{CannotExecute, err.Error()}
 	}
+	e.Env = WithEnv(e.Env, p.GetEnv())
 	dir, err := openIn(root, e.Dir, unix.O_PATH|unix.O_DIRECTORY)
 	if err != nil {
 		return nil, &StartError{CannotExecute, fmt.Sprintf("working directory: %s", err)}
@@ -59,6 +57,25 @@ func Resolve(root string, p *Program, base Execution) (*Execution, error) {
 	dir.Close()
 	e.Path, err = findProgram(root, e, p.GetArgs()[0])
 	return e, err
+}
+
+// CheckEnv refuses what is not NAME=value. It does not repeat it, because it may be a secret.
+func CheckEnv(env []string) error {
+	for n, v := range env {
+		if name, _, ok := strings.Cut(v, "="); !ok || name == "" {
+			return fmt.Errorf("environment: entry %d is not NAME=value", n+1)
+		}
+	}
+	return nil
+}
+
+// WithEnv returns an environment with more variables. Of several values the last counts.
+func WithEnv(env, more []string) []string {
+	env = slices.Clone(env)
+	for _, v := range more {
+		env = setenv(env, v)
+	}
+	return env
 }
 
 func setenv(env []string, v string) []string {

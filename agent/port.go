@@ -305,6 +305,17 @@ type serialConn struct {
 func (c *serialConn) Read(p []byte) (int, error) {
 	c.reading.Lock()
 	defer c.reading.Unlock()
+	if c.closed.Load() {
+		return 0, net.ErrClosed // the file is another conversation's
+	}
+	n, err := c.read(p)
+	if err != nil {
+		c.file.SetWriteDeadline(time.Unix(1, 0)) // a write that no host takes any more ends, too
+	}
+	return n, err
+}
+
+func (c *serialConn) read(p []byte) (int, error) {
 	for {
 		if c.closed.Load() {
 			return 0, net.ErrClosed

@@ -20,14 +20,14 @@ var _ WorkloadService = (*Server)(nil)
 type Container interface {
 	// Root is its root directory.
 	Root() (string, error)
-	// Start starts a program with these files as its input and outputs, as the leader of a session. A
-	// program with a terminal gets none of them. The error is a [StartError].
+	// Start starts a program with these files as its input and outputs, in a session of processes of its
+	// own. A program with a terminal gets none of them. The error is a [StartError].
 	Start(p *Program, stdin, stdout, stderr *os.File) (*Process, error)
 }
 
 // Process is a program that was started.
 type Process struct {
-	PID  int                            // leads a session
+	PID  int
 	TTY  *os.File                       // the other end of its terminal; it can be polled
 	Wait func() (status int, err error) // is called once
 }
@@ -192,7 +192,8 @@ func (g *served) run(ctx context.Context, c Container, p *Program) (status int32
 		in, outs = process.TTY, []*os.File{process.TTY}
 	}
 	g.setProcess(process)
-	defer context.AfterFunc(ctx, func() { g.withProcess(func(p *Process) { killSession(p.PID) }) })()
+	session := sessionOf(process.PID)
+	defer context.AfterFunc(ctx, func() { g.withProcess(func(p *Process) { killSession(p.PID, session) }) })()
 
 	var outputs, input sync.WaitGroup
 	sends := []func([]byte) error{g.sendStdout, g.sendStderr}
@@ -354,18 +355,29 @@ func setSize(tty *os.File, size *WindowSize) error {
 	return errors.Join(cerr, err)
 }
 
-// killSession kills all that runs in a session, and what these have started in it meanwhile.
-func killSession(id int) {
+// sessionOf returns the session of a process. A program that a runtime starts does not lead its own.
+func sessionOf(pid int) int {
+	own, _ := unix.Getsid(0) // never fails
+	if id, err := unix.Getsid(pid); err == nil && id != own {
+		return id
+	}
+	return pid // it has ended
+}
+
+// killSession kills a program, all that runs in its session, and what these have started in it
+// meanwhile.
+func killSession(pid, session int) {
 	for range maxSessions { // it is not for ever if something cannot be killed
-		if !signalSession(id) {
+		if !signalSession(pid, session) {
 			return
 		}
 		time.Sleep(time.Millisecond)
 	}
 }
 
-// signalSession kills what is in a session now, and tells whether there was anything.
-func signalSession(id int) bool {
+// signalSession kills what is there now, and tells whether there was anything. A program may have
+// become the leader of a session since it was started.
+func signalSession(program, id int) bool {
 	found := false
 	processes, _ := os.ReadDir("/proc")
 	for _, p := range processes {
@@ -378,7 +390,7 @@ func signalSession(id int) bool {
 		// "PID (COMMAND) STATE PPID GROUP SESSION …", where the command may hold anything.
 		end := strings.LastIndex(string(stat), ")")
 		head, tail := string(stat[:max(end, 0)]), string(stat[end+1:])
-		if _, err := fmt.Sscan(tail, &state, &ppid, &group, &session); err != nil || session != id || state == "Z" || state == "X" {
+		if _, err := fmt.Sscan(tail, &state, &ppid, &group, &session); err != nil || session != id && session != program || state == "Z" || state == "X" {
 			continue
 		}
 		if _, err := fmt.Sscan(head, &pid); err == nil && syscall.Kill(pid, syscall.SIGKILL) == nil {

@@ -42,6 +42,14 @@ type Server struct {
 	// Container is where programs run and files lie that a host asks for; nil: the guest's system.
 	Container Container
 
+	// Log is what the workload prints; nil if that is not kept.
+	Log *Log
+
+	// StartWorkload starts a workload that is held; nil if none ever was.
+	StartWorkload func(env []string) error
+	// Held tells whether the workload is still held; nil if it never was.
+	Held func() bool
+
 	Logger *slog.Logger // nil: slog.Default()
 
 	check    check
@@ -80,6 +88,9 @@ func (s *Server) BeforeSuspend(ctx context.Context, _ *BeforeSuspendRequest) (*B
 		return nil, fmt.Errorf("before-suspend command: %w", err)
 	}
 	unix.Sync()
+	if s.Log != nil {
+		s.Log.suspends()
+	}
 	return &BeforeSuspendResponse{}, nil
 }
 
@@ -95,7 +106,7 @@ func (s *Server) Ready(ctx context.Context, _ *ReadyRequest) (*ReadyResponse, er
 	deadline := time.Now().Add(readyWait)
 	for {
 		r, err := s.ready() //nolint:contextcheck // the check goes on after the call that has it run
-		if err != nil || r.Ready || time.Now().After(deadline) {
+		if err != nil || r.Ready || r.Held || time.Now().After(deadline) {
 			return r, err
 		}
 		select {
@@ -107,6 +118,9 @@ func (s *Server) Ready(ctx context.Context, _ *ReadyRequest) (*ReadyResponse, er
 }
 
 func (s *Server) ready() (*ReadyResponse, error) {
+	if s.Held != nil && s.Held() {
+		return &ReadyResponse{Held: true}, nil
+	}
 	r := &ReadyResponse{Ready: true}
 	var err error
 	if s.Service != nil {
@@ -180,6 +194,9 @@ func (s *Server) AfterResume(ctx context.Context, r *AfterResumeRequest) (*After
 	step, err := s.stepClock(r.GetNowUnixNano(), r.GetMostStepNano())
 	if err != nil {
 		return nil, err
+	}
+	if s.Log != nil && r.GetMostStepNano() <= 0 { // the VM was away
+		s.Log.wasResumed()
 	}
 	response := &AfterResumeResponse{ClockStepNano: int64(step)}
 	if err := s.writeResolvConf(r.GetResolvConf()); err != nil {

@@ -27,7 +27,7 @@ type Command struct {
 	TTY           bool // with a terminal of this size; 0 for one that is not known
 	Rows, Columns uint16
 
-	Stdin  bool // there will be input; without, the program has none
+	Stdin  bool // there will be input; a program with a terminal always may have some
 	System bool // in the guest's system, even if the guest has a container for its workload
 }
 
@@ -35,11 +35,17 @@ type Command struct {
 // error is a [StartError]. When ctx ends, the program and what it started are killed, as they are
 // when the client or the guest's host goes.
 func (c *Client) Run(ctx context.Context, command Command) (*Session, error) {
-	return c.session(ctx, "run", &RunRequest{Message: &RunRequest_Program{Program: &Program{
+	s, err := c.session(ctx, "run", &RunRequest{Message: &RunRequest_Program{Program: &Program{
 		Place: place(command.System), Args: command.Args, Env: command.Env, Dir: command.Dir, User: command.User,
 		Tty: command.TTY, WindowSize: &WindowSize{Rows: uint32(command.Rows), Columns: uint32(command.Columns)}, Stdin: command.Stdin,
 	}}})
+	if err == nil && !command.Stdin && !command.TTY {
+		s.stdin.end(errNoStdin)
+	}
+	return s, err
 }
+
+var errNoStdin = errors.New("the program was started without input")
 
 func place(system bool) Place {
 	if system {
@@ -194,6 +200,8 @@ func (s *Session) take(m *RunResponse) error {
 		status, reason := int(uint8(m.End.GetExitStatus())), Words(m.End.GetError())
 		var err error
 		switch {
+		case reason == "" && !started:
+			return errUnasked
 		case reason != "" && !started && (status == CannotExecute || status == NotFound):
 			err = &StartError{status, reason}
 		case reason != "":

@@ -10,14 +10,15 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/containerd/ttrpc"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
 	"drafter/internal/need"
@@ -236,7 +237,7 @@ func TestEndOfSession(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				var pids [3]int
+				var pids [3]string
 				if _, err := fmt.Fscan(s.Stdout, &pids[0], &pids[1], &pids[2]); err != nil {
 					t.Fatal(err)
 				}
@@ -247,23 +248,68 @@ func TestEndOfSession(t *testing.T) {
 				if _, err := io.Copy(io.Discard, s.Stdout); err == nil {
 					t.Error("the output is complete")
 				}
-				for deadline := time.Now().Add(10 * time.Second); ; runtime.Gosched() {
-					left := 0
-					for _, pid := range pids {
-						// A process whose parent does not reap it is no more, either.
-						stat, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-						if err == nil && !strings.Contains(string(stat), ") Z ") {
-							left++
-						}
-					}
-					if left == 0 {
-						break
-					}
-					if time.Now().After(deadline) {
-						t.Fatalf("%d of %v go on", left, pids)
-					}
-				}
+				awaitGone(t, pids[:]...)
 			})
+		}
+	}
+}
+
+// A host that is gone, but whose port is full of what it did not read, ends its programs all the same.
+func TestHostGoneFromFullPort(t *testing.T) {
+	port, host := serialPair(t)
+	serve(t, &Server{}, port)
+	greet(t, host)
+	c := NewClient(noClose{host})
+	defer c.Close()
+	var pids []string
+	for range 8 {
+		s, err := c.Run(within(t, 20*time.Second), Command{Args: []string{"sh", "-c", "echo $$ >&2; sleep 0.2; exec cat /dev/zero"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := make([]byte, 10)
+		n, err := s.Stderr.Read(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pids = append(pids, strings.TrimSpace(string(p[:n])))
+	}
+	c.ttrpc.Close() // it reads no more
+	raw, err := host.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Until the guest cannot write any more.
+	for last, since := 0, time.Now(); last == 0 || time.Since(since) < 200*time.Millisecond; runtime.Gosched() {
+		var waiting int
+		if err := raw.Control(func(fd uintptr) { waiting, err = unix.IoctlGetInt(int(fd), unix.TIOCINQ) }); err != nil {
+			t.Fatal(err)
+		}
+		if waiting != last {
+			last, since = waiting, time.Now()
+		}
+	}
+	if err := host.(*net.UnixConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	awaitGone(t, pids...)
+}
+
+// awaitGone waits for processes to end. One whose parent does not reap it has.
+func awaitGone(t *testing.T, pids ...string) {
+	t.Helper()
+	for ctx := within(t, 10*time.Second); ; runtime.Gosched() {
+		var left []string
+		for _, pid := range pids {
+			if stat, err := os.ReadFile("/proc/" + pid + "/stat"); err == nil && !strings.Contains(string(stat), ") Z ") {
+				left = append(left, pid)
+			}
+		}
+		if len(left) == 0 {
+			return
+		}
+		if ctx.Err() != nil {
+			t.Fatalf("%v go on", left)
 		}
 	}
 }
@@ -297,7 +343,7 @@ func TestFlow(t *testing.T) {
 			})
 		}
 	}
-	if s, err := c.Run(ctx, Command{Args: []string{"true"}}); err == nil || !strings.Contains(err.Error(), "end one of them first") {
+	if s, err := c.Run(ctx, Command{Args: []string{"true"}}); !errors.Is(err, errTooMany) {
 		t.Errorf("one more: %v, %v", s, err)
 	}
 	// Until nothing moves any more.
@@ -401,6 +447,7 @@ func TestHostileSession(t *testing.T) {
 		"a message too long":  {started, stdout(maxData)},
 		"started twice":       {started, started},
 		"more after the end":  {started, end, stdout(1)},
+		"ends well at once":   {end},
 		"ends twice":          {started, end, end},
 		"read what was not":   {started, {Message: &RunResponse_StdinTaken{StdinTaken: &Taken{Bytes: 1}}}},
 		"read nothing":        {started, {Message: &RunResponse_StdinTaken{}}},
@@ -428,6 +475,40 @@ func TestHostileSession(t *testing.T) {
 				t.Errorf("it ends with %v, and %v", cut, err)
 			}
 		})
+	}
+}
+
+// A guest cannot make the host read a message that is longer than any of a session.
+func TestLongMessage(t *testing.T) {
+	host, guest := net.Pipe()
+	defer guest.Close()
+	c := NewClient(host)
+	defer c.Close()
+	go func() {
+		io.ReadFull(guest, make([]byte, headerLen))
+		go io.Copy(io.Discard, guest)
+		guest.Write(message(typeData, 1, maxData+1))
+	}()
+	if _, err := c.Run(within(t, 10*time.Second), Command{Args: []string{"true"}}); err == nil || !strings.Contains(err.Error(), "the guest sent what nobody asked for") {
+		t.Errorf("%v", err)
+	}
+}
+
+// A guest runs no more than it has room for, whatever its host asks.
+func TestGuestIsFull(t *testing.T) {
+	s := &Server{}
+	c := converse(t, s)
+	s.sessions.Store(maxSessions)
+	if _, err := c.Run(within(t, 10*time.Second), Command{Args: []string{"true"}}); err == nil || !strings.Contains(err.Error(), errTooMany.Error()) {
+		t.Errorf("one more: %v", err)
+	}
+	s.sessions.Store(maxSessions - 1)
+	session, err := c.Run(within(t, 10*time.Second), Command{Args: []string{"true"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, status, err := outcome(t, session); err != nil || status != 0 {
+		t.Errorf("%d, %v", status, err)
 	}
 }
 
@@ -535,4 +616,102 @@ func FuzzTake(f *testing.F) {
 			t.Errorf("%d, %d, %d", g.stdin.unread, g.stdout.spent, g.stderr.spent)
 		}
 	})
+}
+
+// A session that is ended before the guest has begun is ended there once it has. Until then the
+// guest is sent nothing: an agent of an older release would take it for a call of its own.
+func TestEndBeforeStart(t *testing.T) {
+	begin, ended := make(chan struct{}), make(chan error, 1)
+	h := &hostile{answer: func(stream Workload_RunServer) {
+		<-begin
+		stream.Send(&RunResponse{Message: &RunResponse_Started{Started: &Started{}}})
+		_, err := stream.Recv()
+		ended <- err
+	}}
+	host := &counting{Conn: serveAs(t, func(server *ttrpc.Server) { RegisterWorkloadService(server, h) })}
+	c := NewClient(host)
+	defer c.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := c.Run(ctx, Command{Args: []string{"true"}}); !errors.Is(err, context.Canceled) || host.written.Load() > 0 {
+		t.Errorf("before it began: %v", err)
+	}
+	ctx, cancel = context.WithCancel(t.Context())
+	go func() {
+		for host.written.Load() == 0 {
+			runtime.Gosched()
+		}
+		cancel()
+	}()
+	if _, err := c.Run(ctx, Command{Args: []string{"true"}}); !errors.Is(err, context.Canceled) {
+		t.Errorf("while it begins: %v", err)
+	}
+	if n := host.written.Load(); n != 1 {
+		t.Errorf("%d messages", n)
+	}
+	close(begin)
+	if err := <-ended; !errors.Is(err, io.EOF) {
+		t.Errorf("the guest gets %v", err)
+	}
+}
+
+// counting counts messages.
+type counting struct {
+	net.Conn
+	written atomic.Int32
+}
+
+func (c *counting) Write(p []byte) (int, error) {
+	c.written.Add(1)
+	return c.Conn.Write(p)
+}
+
+// Programs, directories and users are looked up below the root, whatever its links say.
+func TestResolve(t *testing.T) {
+	root, outside := t.TempDir(), t.TempDir()
+	must := func(errs ...error) {
+		t.Helper()
+		if err := errors.Join(errs...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(os.MkdirAll(filepath.Join(root, "real/bin"), 0o755), os.Mkdir(filepath.Join(root, "etc"), 0o755), os.WriteFile(filepath.Join(root, "real/bin/program"), nil, 0o755),
+		os.Symlink("/real/bin", filepath.Join(root, "bin")), os.Symlink("../../../../../../../../real/bin/program", filepath.Join(root, "up")),
+		os.WriteFile(filepath.Join(outside, "program"), nil, 0o755), os.WriteFile(filepath.Join(outside, "passwd"), []byte("evil:x:0:0::/:/bin/sh\n"), 0o644),
+		os.Symlink(outside, filepath.Join(root, "out")), os.Symlink(filepath.Join(outside, "passwd"), filepath.Join(root, "etc/passwd")))
+	base := Execution{Env: []string{"PATH=/out:/bin", "A=1"}, Dir: "/"}
+	for _, tt := range []struct {
+		program *Program
+		path    string // "" for an error
+	}{
+		{&Program{Args: []string{"program"}}, "/bin/program"},
+		{&Program{Args: []string{"/up"}}, "/up"},
+		{&Program{Args: []string{"./program"}, Dir: "bin"}, "/bin/program"},
+		{&Program{Args: []string{"program"}, Env: []string{"PATH=real/bin"}}, "/real/bin/program"},
+		{&Program{Args: []string{"/out/program"}}, ""},
+		{&Program{Args: []string{filepath.Join(outside, "program")}}, ""},
+		{&Program{Args: []string{"program"}, Dir: "/out"}, ""},
+		{&Program{Args: []string{"program"}, User: "evil"}, ""},
+		{&Program{Args: []string{"program"}, User: "12:34"}, "/bin/program"},
+	} {
+		e, err := Resolve(root, tt.program, base)
+		if tt.path == "" {
+			var start *StartError
+			if !errors.As(err, &start) {
+				t.Errorf("%v: %+v, %v", tt.program, e, err)
+			}
+			continue
+		}
+		if err != nil || e.Path != tt.path {
+			t.Errorf("%v: %+v, %v", tt.program, e, err)
+		}
+	}
+	if len(base.Env) != 2 || base.Env[0] != "PATH=/out:/bin" {
+		t.Errorf("the base became %q", base.Env)
+	}
+	// Something that is no file keeps nobody waiting.
+	must(os.Remove(filepath.Join(root, "etc/passwd")), syscall.Mkfifo(filepath.Join(root, "etc/passwd"), 0o644))
+	if _, err := Resolve(root, &Program{Args: []string{"program"}, User: "12"}, base); err == nil || !strings.Contains(err.Error(), "no regular file") {
+		t.Errorf("a pipe for a file: %v", err)
+	}
 }

@@ -15,6 +15,9 @@ import (
 	"time"
 
 	"drafter/agent"
+	"drafter/internal/tour"
+	"drafter/peer"
+	"drafter/vmm"
 )
 
 // outcome runs a program in a guest to its end.
@@ -54,7 +57,8 @@ func TestWorkload(t *testing.T) {
 	dir := filepath.Join(s.dir, "instance")
 	p := resume(t, "ark0", dir)
 	c := p.Agent()
-	ctx := t.Context()
+	ctx, end := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer end()
 
 	// The image has no shell. Its files are copied into it.
 	if _, err := c.Run(ctx, agent.Command{Args: []string{"sh"}}); err == nil {
@@ -74,7 +78,7 @@ func TestWorkload(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := c.CopyIn(ctx, agent.File{Path: "/usr/local/bin"}, busybox); err != nil {
+	if err := c.CopyIn(ctx, agent.File{Path: "/usr/bin"}, busybox); err != nil {
 		t.Fatal(err)
 	}
 	if err := busybox.Close(); err != nil {
@@ -159,7 +163,10 @@ func TestWorkload(t *testing.T) {
 	}
 	guest(t, p, "while ps | grep -v grep | grep -q 'sleep 471[12]'; do sleep 0.1; done")
 
-	copyTree(t, c)
+	copyTree(ctx, t, c)
+
+	// What the service prints.
+	boot, printed := logsUntil(t, c, 0, "Ready to accept connections")
 
 	// What nobody reads.
 	var sessions []*agent.Session
@@ -207,6 +214,98 @@ func TestWorkload(t *testing.T) {
 	if stdout, stderr, status := outcome(t, p.Agent(), "", shell("echo $PATH | busybox wc -l")); status != 0 || stdout != "1\n" {
 		t.Errorf("after the resume: %q, %q, %d", stdout, stderr, status)
 	}
+
+	// Its log goes on where it was, and tells what is of before. The guest powers off when the service
+	// ends, and has said how.
+	part, err := p.Agent().Logs(ctx, 0)
+	if err != nil || part.Boot != boot || part.Resumed < printed || part.Resumed > part.Next {
+		t.Errorf("%+v, %v; want boot %s, resumed at %d", part, err, boot, printed)
+	}
+	guest(t, p, "kill -9 $(cat /run/oci.pid)")
+	for part != nil && !part.Ended {
+		if part, err = p.Agent().Logs(ctx, part.Next); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if part.ExitStatus != 137 {
+		t.Errorf("the service ends with %d", part.ExitStatus)
+	}
+	if err := p.Wait(); err != nil {
+		t.Error(err)
+	}
+}
+
+// logsUntil reads what a guest's service prints until that has text.
+func logsUntil(t *testing.T, c *agent.Client, position int64, text string) (boot string, next int64) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	for got := ""; !strings.Contains(got, text); {
+		part, err := c.Logs(ctx, position)
+		if err != nil {
+			t.Fatalf("%q, then %v; want %q", got, err, text)
+		}
+		for _, chunk := range part.Chunks {
+			got += string(chunk.Data)
+		}
+		boot, position = part.Boot, part.Next
+	}
+	return boot, position
+}
+
+// A guest that holds its service is packaged without secrets, and its instances are given them.
+func TestHeld(t *testing.T) {
+	s := emptySite(t)
+	dir := filepath.Join(s.dir, "held")
+	if err := s.Run(t.Context(), io.Discard, "snapshotter", "--netns", "ark0", "--enable-output=false", "--chroot-base-dir", filepath.Join(s.dir, "vms"), "--boot-args", vmm.DefaultBootArgs+" drafter.hold",
+		"--devices", tour.SnapshotterDevices(filepath.Join(work, "out/blueprint"), dir)); err != nil {
+		t.Fatal(err)
+	}
+	instance := filepath.Join(s.dir, "instance")
+	devices, err := peer.PackageDevices(dir, instance)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := newPeer("ark0", instance, func(c *peer.Config) { c.Devices = devices })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := p.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	ctx := t.Context()
+	if err := p.Resume(ctx); err != nil {
+		t.Fatal(err)
+	}
+	c := p.Agent()
+	ctx, end := context.WithTimeout(ctx, 3*time.Minute)
+	defer end()
+	if r, err := c.Ready(ctx); err != nil || !r.GetHeld() || r.GetReady() {
+		t.Errorf("%v, %v", r, err)
+	}
+	if s, err := c.Run(ctx, agent.Command{Args: []string{"redis-cli"}}); err == nil || !strings.Contains(err.Error(), "does not run") {
+		t.Errorf("%v, %v", s, err)
+	}
+	if err := c.Start(ctx, []string{"SECRET=rosebud"}); err != nil {
+		t.Fatal(err)
+	}
+	logsUntil(t, c, 0, "Ready to accept connections")
+	for r := (*agent.ReadyResponse)(nil); !r.GetReady(); {
+		if r, err = c.Ready(ctx); err != nil || r.GetHeld() {
+			t.Fatalf("%v, %v", r, err)
+		}
+	}
+	if env := guest(t, p, "tr '\\0' '\\n' < /proc/$(cat /run/oci.pid)/environ; test ! -e /run/config.json"); !strings.Contains(env, "SECRET=rosebud") {
+		t.Errorf("the service's environment: %s", env)
+	}
+	if stdout, stderr, status := outcome(t, c, "PING\n", agent.Command{Args: []string{"redis-cli"}}); status != 0 || stdout != "PONG\n" {
+		t.Errorf("%q, %q, %d", stdout, stderr, status)
+	}
+	if err := c.Start(ctx, nil); err == nil {
+		t.Error("it was started twice")
+	}
 }
 
 type zeros struct{}
@@ -217,9 +316,8 @@ func (zeros) Read(p []byte) (int, error) {
 }
 
 // copyTree copies a tree with links into a container and out again.
-func copyTree(t *testing.T, c *agent.Client) {
+func copyTree(ctx context.Context, t *testing.T, c *agent.Client) {
 	t.Helper()
-	ctx := t.Context()
 	var archive bytes.Buffer
 	w := tar.NewWriter(&archive)
 	content := bytes.Repeat([]byte("0123456789abcdef"), 1<<16)

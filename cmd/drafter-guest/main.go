@@ -92,17 +92,16 @@ func runAgent(ctx context.Context, args []string) error {
 	outside := f.Bool("ready-from-outside", false, "Ignore listeners on loopback addresses")
 	f.StringVar(&s.ReadyCmd, "ready-cmd", "", "Command that succeeds once the service is ready, tried again until it does (leave empty to disable)")
 	f.DurationVar(&s.ReadyCmdTimeout, "ready-cmd-timeout", 30*time.Second, "Maximum amount of time for one run of --ready-cmd, such as 1m")
-	inContainer := f.Bool("container", false, "Run programs, and look for files, in the container of Drafter's OS unless the host says otherwise")
+	container := f.Bool("container", false, "Serve the container of Drafter's OS, whose init starts the agent with this flag")
+	held := f.Bool("held", false, "The container waits for the host to start it")
 	port, timeout := portFlags(f, vmm.DefaultAgentPort)
 	if err := parse(f, args); err != nil {
 		return err
 	}
-	if *inContainer {
-		c, err := guest.OpenContainer()
-		if err != nil {
+	if *container {
+		if err := guest.Supervised(ctx, s, *held); err != nil {
 			return fmt.Errorf("--container: %w", err)
 		}
-		s.Container = c
 	}
 	if *ports != "" {
 		ready, err := guest.NewReadiness(*ports)
@@ -111,6 +110,12 @@ func runAgent(ctx context.Context, args []string) error {
 		}
 		ready.Outside = *outside
 		s.Service = ready.Check
+		if start := s.StartWorkload; start != nil {
+			s.StartWorkload = func(env []string) error {
+				ready.Begin()
+				return start(env)
+			}
+		}
 	}
 	return s.Serve(ctx, agent.Listen(uint32(*port), *timeout))
 }

@@ -16,6 +16,8 @@ import (
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"drafter/agent"
 )
 
 // Annotations of a bundle's config.json. The first two are what the OCI image specification's
@@ -84,20 +86,29 @@ func readBundle() (*bundle, error) {
 
 func (b *bundle) annotation(key string) string { return b.spec.Annotations[key] }
 
-// start runs the container with the console as its output. It returns once the container runs, or
-// has failed to start.
-func (b *bundle) start(children *reaper) (<-chan syscall.WaitStatus, error) {
-	// The user may open /dev/stdout and /dev/stderr; the runtime sees to that for pipes, not for a
-	// console.
-	if u := b.spec.Process.User; u.UID != 0 {
-		if err := os.Stdout.Chown(int(u.UID), int(u.GID)); err != nil {
-			slog.Warn("The container's user cannot open its output", "error", err)
-		}
-	}
+// start runs the container, with more variables in its environment than the bundle says. It returns
+// once the container runs, or has failed to start.
+func (b *bundle) start(children *reaper, env []string, stdout, stderr *os.File) (<-chan syscall.WaitStatus, error) {
 	// After a crash the runtime's record of the dead container is gone with /run, so the name is
 	// always free.
-	cmd := crun("run", "--pid-file", containerPID, "--bundle", bundleDir, containerName)
-	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	args := []string{"run", "--pid-file", containerPID, "--bundle", bundleDir}
+	if len(env) > 0 {
+		b.spec.Process.Env = agent.WithEnv(b.spec.Process.Env, env)
+		if _, _, err := b.healthCheck(); err != nil { // it runs as the service does
+			slog.Warn("The service's health is checked without its secrets", "error", err)
+		}
+		config, err := configWith(filepath.Join(bundleDir, "config.json"), env)
+		if err == nil {
+			err = os.WriteFile(startConfig, config, 0o600)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("start container: %w", err)
+		}
+		defer os.Remove(startConfig) // the runtime has read it
+		args = append(args, "--config", startConfig)
+	}
+	cmd := crun(append(args, containerName)...)
+	cmd.Stdout, cmd.Stderr = stdout, stderr
 	done, err := children.start(cmd)
 	if err != nil {
 		return nil, fmt.Errorf("start container: %w", err)
@@ -116,6 +127,37 @@ func (b *bundle) start(children *reaper) (<-chan syscall.WaitStatus, error) {
 	}
 }
 
+// startConfig is the config of a container that is started with secrets. It is in memory.
+const startConfig = "/run/config.json"
+
+// configWith reads a bundle's config, and adds variables to its environment.
+func configWith(path string, env []string) ([]byte, error) {
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	var config, process map[string]json.RawMessage // what we do not know stays
+	var have []string
+	if err := json.Unmarshal(raw, &config); err != nil {
+		return nil, fmt.Errorf("config.json: %w", err)
+	}
+	if err := json.Unmarshal(config["process"], &process); err != nil {
+		return nil, fmt.Errorf("config.json: process: %w", err)
+	}
+	if len(process["env"]) > 0 {
+		if err := json.Unmarshal(process["env"], &have); err != nil {
+			return nil, fmt.Errorf("config.json: env: %w", err)
+		}
+	}
+	if process["env"], err = json.Marshal(agent.WithEnv(have, env)); err != nil {
+		return nil, err
+	}
+	if config["process"], err = json.Marshal(process); err != nil {
+		return nil, err
+	}
+	return json.Marshal(config)
+}
+
 func crun(args ...string) *exec.Cmd {
 	cmd := exec.Command("/usr/bin/crun", append([]string{"--root", "/run/crun"}, args...)...)
 	cmd.Env = []string{"PATH=" + Path}
@@ -123,7 +165,8 @@ func crun(args ...string) *exec.Cmd {
 }
 
 // stop asks the container to end with its stop signal, and kills it when it does not in time.
-func (b *bundle) stop(children *reaper, container <-chan syscall.WaitStatus) {
+// It returns how the container has ended, if it has.
+func (b *bundle) stop(children *reaper, container <-chan syscall.WaitStatus) (status syscall.WaitStatus, ended bool) {
 	signal, err := ParseSignal(b.annotation(StopSignalAnnotation))
 	if err != nil {
 		slog.Warn("The stop signal is not known; it is SIGTERM", "error", err)
@@ -134,11 +177,12 @@ func (b *bundle) stop(children *reaper, container <-chan syscall.WaitStatus) {
 			slog.Error("Container not stopped", "signal", s, "error", err)
 		}
 		select {
-		case <-container:
-			return
+		case status := <-container:
+			return status, true
 		case <-time.After(stopTimeout):
 		}
 	}
+	return 0, false
 }
 
 // Real-time signals as glibc counts them: it keeps the first two of the kernel's for itself.

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/moby/sys/user"
@@ -23,8 +24,10 @@ import (
 
 // Container is the bundle's container, for the agent.
 type Container struct {
+	mu      sync.Mutex
 	process specs.Process // of the service
-	dir     string        // for files of the runtime
+
+	dir     string // for files of the runtime
 	pidFile string
 	runtime func(args ...string) *exec.Cmd
 }
@@ -36,6 +39,13 @@ func OpenContainer() (*Container, error) {
 		return nil, fmt.Errorf("OCI bundle: %w", err)
 	}
 	return &Container{process: *b.spec.Process, dir: "/run", pidFile: containerPID, runtime: crun}, nil
+}
+
+// addEnv gives programs what the service was started with, too.
+func (c *Container) addEnv(env []string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.process.Env = agent.WithEnv(c.process.Env, env)
 }
 
 var errNoContainer = errors.New("the container does not run")
@@ -84,7 +94,9 @@ func (c *Container) Start(p *agent.Program, stdin, stdout, stderr *os.File) (*ag
 
 // describe is the program for the runtime. It has the rights of the service.
 func (c *Container) describe(root string, p *agent.Program) (*specs.Process, error) {
+	c.mu.Lock()
 	process := c.process
+	c.mu.Unlock()
 	e, err := agent.Resolve(root, p, agent.Execution{Env: process.Env, Dir: process.Cwd, User: user.ExecUser{Uid: int(process.User.UID), Gid: int(process.User.GID)}})
 	if err != nil {
 		return nil, err

@@ -51,36 +51,70 @@ func RunInit() error {
 	if err != nil {
 		return err
 	}
-	var container <-chan syscall.WaitStatus // nil without a bundle: never ready
+	service := &service{bundle: bundle, children: children}
 	if bundle != nil {
-		if container, err = bundle.start(children); err != nil {
+		if service.control, err = newControl(); err != nil {
+			return err
+		}
+		if cmd.has(HoldArgument) {
+			service.starts = service.control.starts
+		} else if err := service.start(nil); err != nil {
 			return err
 		}
 	}
-	if err := startAgent(children, cmd, bundle); err != nil {
+	if err := startAgent(children, cmd, bundle, service.control); err != nil {
 		return err
 	}
 	if err := startLiveness(children, cmd); err != nil {
 		return err
 	}
 	go consoleShell(children)
+	return halt(service.run())
+}
 
-	end := unix.LINUX_REBOOT_CMD_POWER_OFF
+// service is what the system is for, if it has a bundle.
+type service struct {
+	bundle    *bundle // nil: there is none
+	children  *reaper
+	control   *control                  // nil without a bundle
+	starts    <-chan *start             // nil unless the container is held
+	container <-chan syscall.WaitStatus // nil while there is no container: never ready
+}
+
+func (s *service) start(env []string) (err error) {
+	s.container, err = s.bundle.start(s.children, env, s.control.stdout[1], s.control.stderr[1])
+	return err
+}
+
+// run returns what reboot(2) is to do, once the container has ended, or the system is told to.
+func (s *service) run() int {
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGTERM, syscall.SIGINT, syscall.SIGPWR)
-	select {
-	case status := <-container:
-		slog.Info("The container has ended", "status", describe(status))
-	case s := <-stop:
-		if s == syscall.SIGTERM || s == syscall.SIGINT {
-			end = unix.LINUX_REBOOT_CMD_RESTART
-		}
-		slog.Info("Ending the system", "signal", s)
-		if bundle != nil {
-			bundle.stop(children, container)
+	for {
+		select {
+		case request := <-s.starts:
+			err := s.start(request.Env)
+			if err == nil {
+				s.starts = nil
+			}
+			s.control.answer(err)
+		case status := <-s.container:
+			slog.Info("The container has ended", "status", describe(status))
+			s.control.tell(status)
+			return unix.LINUX_REBOOT_CMD_POWER_OFF
+		case signal := <-stop:
+			slog.Info("Ending the system", "signal", signal)
+			if s.container != nil {
+				if status, ended := s.bundle.stop(s.children, s.container); ended {
+					s.control.tell(status)
+				}
+			}
+			if signal == syscall.SIGTERM || signal == syscall.SIGINT {
+				return unix.LINUX_REBOOT_CMD_RESTART
+			}
+			return unix.LINUX_REBOOT_CMD_POWER_OFF
 		}
 	}
-	return halt(end)
 }
 
 func describe(ws syscall.WaitStatus) string {
@@ -119,9 +153,24 @@ func self(name string, args ...string) *exec.Cmd {
 	return cmd
 }
 
-func startAgent(children *reaper, cmd cmdline, b *bundle) error {
-	if _, err := children.start(self("drafter-agent", agentArgs(cmd, b)...)); err != nil {
+// startAgent starts the agent, to which control belongs if there is a bundle.
+func startAgent(children *reaper, cmd cmdline, b *bundle, control *control) error {
+	agent := self("drafter-agent", agentArgs(cmd, b)...)
+	if control != nil {
+		agent.ExtraFiles = control.agentFiles()
+	}
+	done, err := children.start(agent)
+	if err != nil {
 		return fmt.Errorf("start agent: %w", err)
+	}
+	if control != nil {
+		go control.listen()
+		go func() {
+			if status := <-done; status != 0 { // it ends well when the system does
+				slog.Error("The agent has ended", "status", describe(status))
+			}
+			control.drain()
+		}()
 	}
 	return nil
 }
@@ -138,6 +187,9 @@ func agentArgs(cmd cmdline, b *bundle) []string {
 		if _, err := NewReadiness(ports); err != nil {
 			slog.Warn("No port is waited for", "error", err)
 			ports = NoPorts
+		}
+		if cmd.has(HoldArgument) {
+			args = append(args, "--held")
 		}
 		args = append(args, "--container", "--before-suspend-cmd", b.annotation(BeforeSuspendAnnotation), "--after-resume-cmd", b.annotation(AfterResumeAnnotation), "--ready-ports", ports)
 		if named == "" {
@@ -160,6 +212,10 @@ const (
 	LivenessPortArgument = "drafter.liveness_port"
 	ReadyPortsArgument   = "drafter.ready_ports"
 )
+
+// HoldArgument is the word on the kernel command line that says that the container is held until a
+// host starts it.
+const HoldArgument = "drafter.hold"
 
 // IPv6Argument is ip= for IPv6, which the kernel does not have: an address with the length of its
 // prefix, the gateway, and name servers (fd00:1::2/126,fd00:1::1,2001:db8::53), for the interface that

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -24,6 +25,8 @@ type Readiness struct {
 	Outside bool
 
 	ports []uint16
+
+	mu    sync.Mutex
 	began time.Time
 }
 
@@ -55,9 +58,18 @@ func NewReadiness(list string) (*Readiness, error) {
 	return r, nil
 }
 
+// Begin tells that the service is only being started now.
+func (r *Readiness) Begin() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.began = time.Now()
+}
+
 // Check tells whether the service is ready, and which ports it has not opened yet.
 func (r *Readiness) Check() (ready bool, closed []uint32, err error) {
 	if len(r.ports) == 0 {
+		r.mu.Lock()
+		defer r.mu.Unlock()
 		return time.Since(r.began) >= settleTime, nil, nil
 	}
 	open, err := listeningPorts(r.Outside)

@@ -353,7 +353,7 @@ func (i *Instance) AwaitReady(ctx context.Context, timeout time.Duration) (err e
 	for ; ; time.Sleep(10 * time.Millisecond) {
 		r, err := i.agent.Load().Ready(ctx)
 		switch {
-		case err == nil && r.GetReady():
+		case err == nil && (r.GetReady() || r.GetHeld()): // a service that is held starts later
 			return nil
 		case err == nil:
 			now, said := r.GetClosedPorts(), agent.Words(r.GetFailure())
