@@ -69,3 +69,23 @@ func (r Relay) Stat(ctx context.Context, q *StatRequest) (*StatResponse, error) 
 	s, err := c.workload.Stat(ctx, q)
 	return s, c.conn.reason(err)
 }
+
+// Logs implements [WorkloadService].
+func (r Relay) Logs(ctx context.Context, q *LogsRequest) (*LogsResponse, error) {
+	c := r.Client()
+	if c == nil {
+		return nil, errNoGuest
+	}
+	l, err := c.workload.Logs(ctx, q)
+	return l, c.conn.reason(err)
+}
+
+// Start implements [WorkloadService].
+func (r Relay) Start(ctx context.Context, q *StartRequest) (*StartResponse, error) {
+	c := r.Client()
+	if c == nil {
+		return nil, errNoGuest
+	}
+	s, err := c.workload.Start(ctx, q)
+	return s, c.conn.reason(err)
+}

@@ -18,25 +18,26 @@ const (
 
 // VM is a virtual machine of a host.
 type VM struct {
-	ID        string            `json:"id" doc:"Never changes, and is unique"`
-	Name      string            `json:"name" doc:"Unique on its host"`
-	Image     string            `json:"image" doc:"Reference of the OCI image"`
-	Digest    string            `json:"digest,omitempty" doc:"Digest of the image"`
-	Command   []string          `json:"command,omitempty" doc:"In place of the image's"`
-	Package   string            `json:"package,omitempty" doc:"Key of the package that it runs from"`
-	State     string            `json:"state" enum:"creating,stopped,starting,running,stopping,exited,failed,removing"`
-	Error     string            `json:"error,omitempty" doc:"Why it failed"`
-	Booted    string            `json:"booted,omitempty" doc:"Why it booted from its disks at its last start, if it was not resumed"`
-	Ports     []Port            `json:"ports,omitempty"`
-	Memory    int64             `json:"memory" doc:"Bytes"`
-	CPUs      int               `json:"cpus"`
-	Remove    bool              `json:"remove,omitempty" doc:"It is removed when it has ended"`
-	Labels    map[string]string `json:"labels,omitempty"`
-	Namespace string            `json:"namespace,omitempty" doc:"Network namespace, while it has one"`
-	PID       int               `json:"pid,omitempty" doc:"Of the process that owns it, while it runs"`
-	Created   time.Time         `json:"created"`
-	Started   *time.Time        `json:"started,omitempty" doc:"When it was started last"`
-	Ended     *time.Time        `json:"ended,omitempty" doc:"When it ended last"`
+	ID         string            `json:"id" doc:"Never changes, and is unique"`
+	Name       string            `json:"name" doc:"Unique on its host"`
+	Image      string            `json:"image" doc:"Reference of the OCI image"`
+	Digest     string            `json:"digest,omitempty" doc:"Digest of the image"`
+	Command    []string          `json:"command,omitempty" doc:"In place of the image's"`
+	Package    string            `json:"package,omitempty" doc:"Key of the package that it runs from"`
+	State      string            `json:"state" enum:"creating,stopped,starting,running,stopping,exited,failed,removing"`
+	Error      string            `json:"error,omitempty" doc:"Why it failed"`
+	ExitStatus *int              `json:"exitStatus,omitempty" doc:"Of its service, if that has ended"`
+	Booted     string            `json:"booted,omitempty" doc:"Why it booted from its disks at its last start, if it was not resumed"`
+	Ports      []Port            `json:"ports,omitempty"`
+	Memory     int64             `json:"memory" doc:"Bytes"`
+	CPUs       int               `json:"cpus"`
+	Remove     bool              `json:"remove,omitempty" doc:"It is removed when it has ended"`
+	Labels     map[string]string `json:"labels,omitempty"`
+	Namespace  string            `json:"namespace,omitempty" doc:"Network namespace, while it has one"`
+	PID        int               `json:"pid,omitempty" doc:"Of the process that owns it, while it runs"`
+	Created    time.Time         `json:"created"`
+	Started    *time.Time        `json:"started,omitempty" doc:"When it was started last"`
+	Ended      *time.Time        `json:"ended,omitempty" doc:"When it ended last"`
 }
 
 // Port is a published port.
@@ -102,6 +103,13 @@ type Host struct {
 	Version string `json:"version"`
 	VMs     int    `json:"vms"`
 	Running int    `json:"running"`
+}
+
+// LogLine is a piece of what a VM's service has printed: mostly a line.
+type LogLine struct {
+	Time   time.Time `json:"time"`
+	Stream string    `json:"stream"` // stdout or stderr
+	Text   string    `json:"text"`
 }
 
 // Exec is a program to run in a VM, over a WebSocket at /v1/vms/{vm}/exec. The request has it as

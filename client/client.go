@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"time"
 
 	"drafter/api"
 )
@@ -221,15 +222,35 @@ func (c *Client) Await(ctx context.Context, o api.Operation, progress func(api.P
 	return o, nil
 }
 
-// Logs writes what a VM has printed on its console.
-func (c *Client) Logs(ctx context.Context, name string, to io.Writer) error {
-	answer, err := c.do(ctx, http.MethodGet, vmPath(name)+"/logs", nil, nil)
+// LogOptions says which part of a log to read.
+type LogOptions struct {
+	Follow bool // go on until the VM has ended
+	Tail   int  // at most so many lines of before; below 0: all
+	Since  time.Time
+}
+
+// Logs calls f with what a VM's service has printed.
+func (c *Client) Logs(ctx context.Context, name string, o LogOptions, f func(api.LogLine) error) error {
+	query := url.Values{"follow": {strconv.FormatBool(o.Follow)}, "tail": {strconv.Itoa(max(o.Tail, -1))}}
+	if !o.Since.IsZero() {
+		query.Set("since", o.Since.Format(time.RFC3339Nano))
+	}
+	answer, err := c.do(ctx, http.MethodGet, vmPath(name)+"/logs?"+query.Encode(), nil, nil)
 	if err != nil {
 		return err
 	}
 	defer answer.Body.Close()
-	_, err = io.Copy(to, answer.Body)
-	return err
+	for lines := json.NewDecoder(answer.Body); ; {
+		var l api.LogLine
+		if err := lines.Decode(&l); errors.Is(err, io.EOF) {
+			return nil
+		} else if err != nil {
+			return fmt.Errorf("read log: %w", err)
+		}
+		if err := f(l); err != nil {
+			return err
+		}
+	}
 }
 
 // Events calls f with what happens after the event with an ID (-1: from now on) until ctx ends, f

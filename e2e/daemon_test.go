@@ -128,6 +128,12 @@ func TestDaemon(t *testing.T) {
 
 	testExec(t, h, "cache")
 	testCopy(t, h, "cache")
+	if log := h.drafter(t, "logs", "cache"); !strings.Contains(log, "Ready to accept connections") {
+		t.Errorf("logs: %q", log)
+	}
+	if log := h.drafter(t, "logs", "--tail", "1", "cache"); strings.Contains(log, "\n") || log == "" {
+		t.Errorf("the last line: %q", log)
+	}
 
 	// The daemon's death.
 	conn := c.Conn()
@@ -323,16 +329,16 @@ func testCopy(t *testing.T, h *house, vm string) {
 	if err := errors.Join(os.Symlink("below/file", filepath.Join(tree, "link")), os.Chmod(filepath.Join(tree, "below/file"), 0o741)); err != nil {
 		t.Fatal(err)
 	}
-	h.drafter(t, "cp", tree, vm+":/tmp")
-	h.drafter(t, "cp", vm+":/tmp/tree", back)
+	h.drafter(t, "cp", tree, vm+":/")
+	h.drafter(t, "cp", vm+":/tree", back)
 	if out, err := exec.Command("diff", "-r", "--no-dereference", tree, back).CombinedOutput(); err != nil {
 		t.Errorf("%v: %s", err, out)
 	}
 	if info, err := os.Stat(filepath.Join(back, "below/file")); err != nil || info.Mode() != 0o741 {
 		t.Error(info, err)
 	}
-	h.drafter(t, "cp", filepath.Join(tree, "below/file"), vm+":/tmp/other")
-	h.drafter(t, "cp", vm+":/tmp/other", back)
+	h.drafter(t, "cp", filepath.Join(tree, "below/file"), vm+":/other")
+	h.drafter(t, "cp", vm+":/other", back)
 	if b, err := os.ReadFile(filepath.Join(back, "other")); err != nil || string(b) != "content" {
 		t.Errorf("%q, %v", b, err)
 	}

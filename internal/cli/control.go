@@ -3,6 +3,8 @@ package cli
 import (
 	"cmp"
 	"context"
+	"errors"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -17,6 +19,12 @@ type controlled struct {
 	server  *control.Server           // nil without a directory
 	vm      atomic.Pointer[peer.Peer] // once it runs
 	outcome string                    // of a VM that ran
+
+	dir    string
+	log    sync.WaitGroup // keeps what the VM's service prints
+	endLog context.CancelFunc
+	exited *int // status of the service
+	logErr error
 }
 
 // control takes a control directory. The context ends when somebody asks for the VM's suspend.
@@ -25,7 +33,7 @@ func newControlled(ctx context.Context, dir string) (*controlled, context.Contex
 		return &controlled{}, ctx, nil
 	}
 	ctx, suspend := context.WithCancel(ctx)
-	c := &controlled{}
+	c := &controlled{dir: dir}
 	var err error
 	if c.server, err = control.Serve(dir, suspend, c.guest); err != nil {
 		suspend()
@@ -51,6 +59,9 @@ func (c *controlled) running(vm *peer.Peer) {
 			why = booted.Error()
 		}
 		c.server.Set(control.Running, why)
+		ctx, cancel := context.WithCancel(context.Background())
+		c.endLog = cancel
+		c.log.Go(func() { c.exited, c.logErr = control.Log(ctx, c.dir, c.guest) })
 	}
 	notifyReady()
 }
@@ -68,12 +79,17 @@ func (c *controlled) close(err error) error {
 	if c.server == nil {
 		return nil
 	}
-	end := control.End{Outcome: cmp.Or(c.outcome, control.Failed), At: time.Now().UTC()}
+	if c.endLog != nil {
+		c.endLog()
+		c.log.Wait()
+	}
+	err = errors.Join(err, c.logErr)
+	end := control.End{Outcome: cmp.Or(c.outcome, control.Failed), At: time.Now().UTC(), ExitStatus: c.exited}
 	if err != nil {
 		end.Error = err.Error()
 		if c.outcome != control.Moved {
 			end.Outcome = control.Failed
 		}
 	}
-	return c.server.Close(end)
+	return errors.Join(c.logErr, c.server.Close(end))
 }

@@ -2,10 +2,12 @@ package cli
 
 import (
 	"cmp"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"strconv"
 	"strings"
@@ -83,9 +85,6 @@ command, memory and CPUs resumes that package, in a fraction of a second.
 			if r.Labels, err = parseLabels(labels); err != nil {
 				return err
 			}
-			if !detach {
-				return &usageError{errors.New("give --detach (-d): a VM in the foreground is not there yet")}
-			}
 			c := client.New(e.socket)
 			defer c.Close()
 			o, err := c.Run(cmd.Context(), r)
@@ -95,13 +94,16 @@ command, memory and CPUs resumes that package, in a fraction of a second.
 			if o, err = awaitOperation(cmd, c, o); err != nil {
 				return err
 			}
-			_, err = fmt.Fprintln(cmd.OutOrStdout(), o.VM)
-			return err
+			if detach {
+				_, err = fmt.Fprintln(cmd.OutOrStdout(), o.VM)
+				return err
+			}
+			return watchVM(cmd, c, o.VM)
 		},
 	}
 	f := cmd.Flags()
 	f.SetInterspersed(false)
-	f.BoolVarP(&detach, "detach", "d", false, "Return once the VM runs, and print its ID")
+	f.BoolVarP(&detach, "detach", "d", false, "Return once the VM runs, and print its ID (default: show what its service prints until it has ended; Ctrl-C stops the VM)")
 	f.StringVar(&r.Name, "name", "", "Name of the VM (default: the image's)")
 	f.StringArrayVarP(&ports, "publish", "p", nil, "Publish a port of the VM, as [ADDRESS:]PORT:VM-PORT[/tcp|udp] (repeatable)")
 	f.StringArrayVarP(&labels, "label", "l", nil, "A label, as KEY=VALUE (repeatable)")
@@ -111,6 +113,48 @@ command, memory and CPUs resumes that package, in a fraction of a second.
 	f.StringVar(&r.Pull, "pull", "missing", "When to look for the image anew: missing, always or never")
 	f.BoolVar(&r.Remove, "rm", false, "Remove the VM when it has ended")
 	return e.add(cmd)
+}
+
+// watchVM shows what a VM's service prints until the VM has ended, and ends with the service's exit
+// status. When this process is told to end, the VM is stopped.
+func watchVM(cmd *cobra.Command, c *client.Client, id string) error {
+	err := c.Logs(cmd.Context(), id, client.LogOptions{Follow: true, Tail: -1}, printLog(cmd))
+	if cmd.Context().Err() != nil {
+		ctx := context.WithoutCancel(cmd.Context())
+		o, err := c.Stop(ctx, id)
+		if err == nil {
+			_, err = c.Await(ctx, o, nil)
+		}
+		return err
+	}
+	if err != nil {
+		return err
+	}
+	vm, err := c.VM(cmd.Context(), id)
+	var refused *client.Error
+	switch {
+	case errors.As(err, &refused) && refused.Status == http.StatusNotFound: // --rm
+		return nil
+	case err != nil:
+		return err
+	case vm.Error != "":
+		return errors.New(vm.Error)
+	case vm.ExitStatus != nil && *vm.ExitStatus != 0:
+		return exitStatus(*vm.ExitStatus)
+	}
+	return nil
+}
+
+// printLog prints what a service has printed, where it printed it.
+func printLog(cmd *cobra.Command) func(api.LogLine) error {
+	return func(l api.LogLine) error {
+		to := cmd.OutOrStdout()
+		if l.Stream == "stderr" {
+			to = cmd.ErrOrStderr()
+		}
+		_, err := io.WriteString(to, l.Text)
+		return err
+	}
 }
 
 // parsePorts parses ports as docker writes them.
@@ -327,16 +371,47 @@ func newInspect() *cobra.Command {
 
 func newLogs() *cobra.Command {
 	var e everyday
+	o := client.LogOptions{}
+	var since string
 	cmd := &cobra.Command{
-		Use: "logs VM", Short: "Show what a VM has printed", Long: "Shows what a VM has printed on its console.\n" + exitCodeHelp, Args: oneArg("VM"), ValidArgsFunction: e.names,
-		Example: "  drafter logs cache",
-		RunE: func(cmd *cobra.Command, args []string) error {
+		Use: "logs VM", Short: "Show what a VM's service has printed",
+		Long: "Shows what the service of a VM's image has printed: its stdout on stdout, and its stderr on stderr.\n" + exitCodeHelp,
+		Args: oneArg("VM"), ValidArgsFunction: e.names,
+		Example: `  drafter logs -f --tail 20 cache
+  drafter logs --since 10m cache`,
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			if o.Since, err = parseSince(since); err != nil {
+				return err
+			}
 			c := client.New(e.socket)
 			defer c.Close()
-			return c.Logs(cmd.Context(), args[0], cmd.OutOrStdout())
+			err = c.Logs(cmd.Context(), args[0], o, printLog(cmd))
+			if cmd.Context().Err() != nil {
+				return nil
+			}
+			return err
 		},
 	}
+	f := cmd.Flags()
+	f.BoolVarP(&o.Follow, "follow", "f", false, "Go on with what it prints, until the VM has ended")
+	f.IntVarP(&o.Tail, "tail", "n", -1, "Only the last lines, so many of them (-1: all)")
+	f.StringVar(&since, "since", "", "Only what is newer: a time (2026-01-02T15:04:05Z), or how long ago (10m)")
 	return e.add(cmd)
+}
+
+// parseSince parses a time, or how long ago it was.
+func parseSince(text string) (time.Time, error) {
+	if text == "" {
+		return time.Time{}, nil
+	}
+	if ago, err := time.ParseDuration(text); err == nil {
+		return time.Now().Add(-ago), nil
+	}
+	at, err := time.Parse(time.RFC3339, text)
+	if err != nil {
+		return at, &usageError{fmt.Errorf("--since %q is neither a time (2026-01-02T15:04:05Z) nor how long ago (10m)", text)}
+	}
+	return at, nil
 }
 
 func newEvents() *cobra.Command {

@@ -55,6 +55,8 @@ type End struct {
 	Outcome string    `json:"outcome"`
 	Error   string    `json:"error,omitempty"`
 	At      time.Time `json:"at"`
+	// ExitStatus is that of the VM's service, if it has ended and that is known.
+	ExitStatus *int `json:"exitStatus,omitempty"`
 }
 
 // Server answers calls to the process that owns a VM.

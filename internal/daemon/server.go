@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"net/http"
-	"os"
 	"time"
 
 	"github.com/danielgtaylor/huma/v2"
@@ -45,6 +44,12 @@ type (
 		VM   string `path:"vm" doc:"Name, ID, or the beginning of an ID"`
 		Path string `query:"path" required:"true" doc:"Absolute, in the image's container"`
 	}
+	logInput struct {
+		VM     string    `path:"vm" doc:"Name, ID, or the beginning of an ID"`
+		Follow bool      `query:"follow" doc:"Go on until the VM has ended"`
+		Tail   int       `query:"tail" minimum:"-1" default:"-1" doc:"At most so many lines of before; -1: all"`
+		Since  time.Time `query:"since" doc:"Not what is older"`
+	}
 	awaitInput struct {
 		ID   string `path:"operation"`
 		Wait int64  `query:"wait" minimum:"0" maximum:"60000" doc:"Milliseconds to wait for its end"`
@@ -79,8 +84,8 @@ func describe(a huma.API, d *Daemon) {
 	huma.Register(a, endpoint(http.MethodDelete, "/v1/operations/{operation}", "cancel", "Let an operation end early"), func(_ context.Context, in *operationInput) (*struct{}, error) {
 		return nil, problem(d.Cancel(in.ID))
 	})
-	huma.Register(a, endpoint(http.MethodGet, "/v1/vms/{vm}/logs", "get-logs", "Read what a VM has printed on its console"), func(_ context.Context, in *vmInput) (*huma.StreamResponse, error) {
-		return d.logs(in.VM)
+	huma.Register(a, endpoint(http.MethodGet, "/v1/vms/{vm}/logs", "get-logs", "Read what a VM's service has printed, one JSON object a line"), func(_ context.Context, in *logInput) (*huma.StreamResponse, error) {
+		return d.logs(in) //nolint:contextcheck // the answer has the request's context
 	})
 	sse.Register(a, endpoint(http.MethodGet, "/v1/events", "follow-events", "Follow what happens; Last-Event-ID goes on where a client has stopped"),
 		map[string]any{"message": api.Event{}}, d.follow)
@@ -142,28 +147,4 @@ func (d *Daemon) follow(ctx context.Context, in *struct {
 			return
 		}
 	}
-}
-
-// logs sends what a VM has printed.
-func (d *Daemon) logs(name string) (*huma.StreamResponse, error) {
-	d.mu.Lock()
-	v, err := d.find(name)
-	d.mu.Unlock()
-	if err != nil {
-		return nil, problem(err)
-	}
-	return &huma.StreamResponse{Body: func(ctx huma.Context) {
-		ctx.SetHeader("Content-Type", "text/plain; charset=utf-8")
-		f, err := os.Open(v.path(consoleLog))
-		if errors.Is(err, os.ErrNotExist) {
-			return // it has printed nothing
-		}
-		if err == nil {
-			defer f.Close()
-			_, err = f.WriteTo(ctx.BodyWriter())
-		}
-		if err != nil {
-			d.log.Debug("A reader of a VM's log has gone", "error", err)
-		}
-	}}, nil
 }

@@ -278,7 +278,7 @@ func (v *vm) hasEnded(ctx context.Context) error {
 		default:
 			r.State, r.Error = api.Failed, end.Error
 		}
-		r.Namespace, r.PID, r.Ended = "", 0, &end.At
+		r.Namespace, r.PID, r.Ended, r.ExitStatus = "", 0, &end.At, end.ExitStatus
 	}))
 }
 
