@@ -1,11 +1,13 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -381,21 +383,28 @@ func signalSession(program, id int) bool {
 	found := false
 	processes, _ := os.ReadDir("/proc")
 	for _, p := range processes {
-		stat, err := os.ReadFile("/proc/" + p.Name() + "/stat")
+		pid, err := strconv.Atoi(p.Name())
 		if err != nil {
-			continue // no process, or none any more
-		}
-		var pid, ppid, group, session int
-		var state string
-		// "PID (COMMAND) STATE PPID GROUP SESSION …", where the command may hold anything.
-		end := strings.LastIndex(string(stat), ")")
-		head, tail := string(stat[:max(end, 0)]), string(stat[end+1:])
-		if _, err := fmt.Sscan(tail, &state, &ppid, &group, &session); err != nil || session != id && session != program || state == "Z" || state == "X" {
 			continue
 		}
-		if _, err := fmt.Sscan(head, &pid); err == nil && syscall.Kill(pid, syscall.SIGKILL) == nil {
+		// There may be many, of which few are in the session.
+		if session, err := unix.Getsid(pid); err != nil || session != id && session != program || hasEnded(pid) {
+			continue
+		}
+		if syscall.Kill(pid, syscall.SIGKILL) == nil {
 			found = true
 		}
 	}
 	return found
+}
+
+// hasEnded tells whether a process waits for its parent to learn that it has ended, or is no more.
+func hasEnded(pid int) bool {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return true
+	}
+	// "PID (COMMAND) STATE …", where the command may hold anything.
+	_, state, _ := strings.Cut(string(stat[max(bytes.LastIndexByte(stat, ')'), 0):]), " ")
+	return strings.HasPrefix(state, "Z") || strings.HasPrefix(state, "X")
 }
