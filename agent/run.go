@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -48,6 +50,7 @@ type served struct {
 	stdin          *inbox
 	stdout, stderr *allowance
 	cancel         context.CancelFunc
+	killer         *killer
 
 	begin    sync.Once
 	received chan struct{} // closed when the host has hung up, or is gone
@@ -62,7 +65,7 @@ func (s *Server) Run(ctx context.Context, stream Workload_RunServer) error {
 	defer s.running.Done()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	g := &served{stream: stream, stdout: newAllowance(), stderr: newAllowance(), cancel: cancel, received: make(chan struct{})}
+	g := &served{stream: stream, stdout: newAllowance(), stderr: newAllowance(), cancel: cancel, received: make(chan struct{}), killer: &s.killer}
 	g.stdin = newInbox(func(n uint32) {
 		_ = stream.Send(&RunResponse{Message: &RunResponse_StdinTaken{StdinTaken: &Taken{Bytes: n}}})
 	})
@@ -195,7 +198,7 @@ func (g *served) run(ctx context.Context, c Container, p *Program) (status int32
 	}
 	g.setProcess(process)
 	session := sessionOf(process.PID)
-	defer context.AfterFunc(ctx, func() { g.withProcess(func(p *Process) { killSession(p.PID, session) }) })()
+	defer context.AfterFunc(ctx, func() { g.withProcess(func(p *Process) { g.killer.kill(p.PID, session) }) })()
 
 	var outputs, input sync.WaitGroup
 	sends := []func([]byte) error{g.sendStdout, g.sendStderr}
@@ -366,20 +369,54 @@ func sessionOf(pid int) int {
 	return pid // it has ended
 }
 
-// killSession kills a program, all that runs in its session, and what these have started in it
-// meanwhile.
-func killSession(pid, session int) {
-	for range maxSessions { // it is not for ever if something cannot be killed
-		if !signalSession(pid, session) {
+// killer kills sessions. When a host goes, many of them end at once; to find what is in one of them
+// takes as long as to find what is in all.
+type killer struct {
+	mu       sync.Mutex
+	sessions map[int]bool // to be killed
+
+	scanning sync.Mutex
+}
+
+// kill kills a program, all that runs in its session, and what these have started in it meanwhile. A
+// program may have become the leader of a session since it was started.
+func (k *killer) kill(program, session int) {
+	k.set(true, program, session)
+	defer k.set(false, program, session) // if something cannot be killed
+	k.scanning.Lock()
+	defer k.scanning.Unlock()
+	for range maxSessions {
+		k.mu.Lock()
+		doomed := maps.Clone(k.sessions)
+		k.mu.Unlock()
+		if !doomed[session] {
+			return // another call has seen to it
+		}
+		if !killAll(doomed) {
+			k.set(false, slices.Collect(maps.Keys(doomed))...)
 			return
 		}
 		time.Sleep(time.Millisecond)
 	}
 }
 
-// signalSession kills what is there now, and tells whether there was anything. A program may have
-// become the leader of a session since it was started.
-func signalSession(program, id int) bool {
+func (k *killer) set(doomed bool, sessions ...int) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, id := range sessions {
+		if doomed {
+			if k.sessions == nil {
+				k.sessions = map[int]bool{}
+			}
+			k.sessions[id] = true
+		} else {
+			delete(k.sessions, id)
+		}
+	}
+}
+
+// killAll kills what is in some sessions now, and tells whether there was anything.
+func killAll(sessions map[int]bool) bool {
 	found := false
 	processes, _ := os.ReadDir("/proc")
 	for _, p := range processes {
@@ -387,8 +424,8 @@ func signalSession(program, id int) bool {
 		if err != nil {
 			continue
 		}
-		// There may be many, of which few are in the session.
-		if session, err := unix.Getsid(pid); err != nil || session != id && session != program || hasEnded(pid) {
+		// There may be many, of which few are meant.
+		if id, err := unix.Getsid(pid); err != nil || !sessions[id] || hasEnded(pid) {
 			continue
 		}
 		if syscall.Kill(pid, syscall.SIGKILL) == nil {
