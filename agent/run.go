@@ -1,11 +1,15 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -46,6 +50,7 @@ type served struct {
 	stdin          *inbox
 	stdout, stderr *allowance
 	cancel         context.CancelFunc
+	killer         *killer
 
 	begin    sync.Once
 	received chan struct{} // closed when the host has hung up, or is gone
@@ -60,7 +65,7 @@ func (s *Server) Run(ctx context.Context, stream Workload_RunServer) error {
 	defer s.running.Done()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	g := &served{stream: stream, stdout: newAllowance(), stderr: newAllowance(), cancel: cancel, received: make(chan struct{})}
+	g := &served{stream: stream, stdout: newAllowance(), stderr: newAllowance(), cancel: cancel, received: make(chan struct{}), killer: &s.killer}
 	g.stdin = newInbox(func(n uint32) {
 		_ = stream.Send(&RunResponse{Message: &RunResponse_StdinTaken{StdinTaken: &Taken{Bytes: n}}})
 	})
@@ -193,7 +198,7 @@ func (g *served) run(ctx context.Context, c Container, p *Program) (status int32
 	}
 	g.setProcess(process)
 	session := sessionOf(process.PID)
-	defer context.AfterFunc(ctx, func() { g.withProcess(func(p *Process) { killSession(p.PID, session) }) })()
+	defer context.AfterFunc(ctx, func() { g.withProcess(func(p *Process) { g.killer.kill(p.PID, session) }) })()
 
 	var outputs, input sync.WaitGroup
 	sends := []func([]byte) error{g.sendStdout, g.sendStderr}
@@ -364,38 +369,79 @@ func sessionOf(pid int) int {
 	return pid // it has ended
 }
 
-// killSession kills a program, all that runs in its session, and what these have started in it
-// meanwhile.
-func killSession(pid, session int) {
-	for range maxSessions { // it is not for ever if something cannot be killed
-		if !signalSession(pid, session) {
+// killer kills sessions. When a host goes, many of them end at once; to find what is in one of them
+// takes as long as to find what is in all.
+type killer struct {
+	mu       sync.Mutex
+	sessions map[int]bool // to be killed
+
+	scanning sync.Mutex
+}
+
+// kill kills a program, all that runs in its session, and what these have started in it meanwhile. A
+// program may have become the leader of a session since it was started.
+func (k *killer) kill(program, session int) {
+	k.set(true, program, session)
+	defer k.set(false, program, session) // if something cannot be killed
+	k.scanning.Lock()
+	defer k.scanning.Unlock()
+	for range maxSessions {
+		k.mu.Lock()
+		doomed := maps.Clone(k.sessions)
+		k.mu.Unlock()
+		if !doomed[session] {
+			return // another call has seen to it
+		}
+		if !killAll(doomed) {
+			k.set(false, slices.Collect(maps.Keys(doomed))...)
 			return
 		}
 		time.Sleep(time.Millisecond)
 	}
 }
 
-// signalSession kills what is there now, and tells whether there was anything. A program may have
-// become the leader of a session since it was started.
-func signalSession(program, id int) bool {
+func (k *killer) set(doomed bool, sessions ...int) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, id := range sessions {
+		if doomed {
+			if k.sessions == nil {
+				k.sessions = map[int]bool{}
+			}
+			k.sessions[id] = true
+		} else {
+			delete(k.sessions, id)
+		}
+	}
+}
+
+// killAll kills what is in some sessions now, and tells whether there was anything.
+func killAll(sessions map[int]bool) bool {
 	found := false
 	processes, _ := os.ReadDir("/proc")
 	for _, p := range processes {
-		stat, err := os.ReadFile("/proc/" + p.Name() + "/stat")
+		pid, err := strconv.Atoi(p.Name())
 		if err != nil {
-			continue // no process, or none any more
-		}
-		var pid, ppid, group, session int
-		var state string
-		// "PID (COMMAND) STATE PPID GROUP SESSION …", where the command may hold anything.
-		end := strings.LastIndex(string(stat), ")")
-		head, tail := string(stat[:max(end, 0)]), string(stat[end+1:])
-		if _, err := fmt.Sscan(tail, &state, &ppid, &group, &session); err != nil || session != id && session != program || state == "Z" || state == "X" {
 			continue
 		}
-		if _, err := fmt.Sscan(head, &pid); err == nil && syscall.Kill(pid, syscall.SIGKILL) == nil {
+		// There may be many, of which few are meant.
+		if id, err := unix.Getsid(pid); err != nil || !sessions[id] || hasEnded(pid) {
+			continue
+		}
+		if syscall.Kill(pid, syscall.SIGKILL) == nil {
 			found = true
 		}
 	}
 	return found
+}
+
+// hasEnded tells whether a process waits for its parent to learn that it has ended, or is no more.
+func hasEnded(pid int) bool {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return true
+	}
+	// "PID (COMMAND) STATE …", where the command may hold anything.
+	_, state, _ := strings.Cut(string(stat[max(bytes.LastIndexByte(stat, ')'), 0):]), " ")
+	return strings.HasPrefix(state, "Z") || strings.HasPrefix(state, "X")
 }

@@ -54,6 +54,7 @@ type Server struct {
 
 	check    check
 	sessions atomic.Int32
+	killer   killer
 	running  sync.WaitGroup // sessions
 }
 

@@ -297,9 +297,8 @@ func TestHeld(t *testing.T) {
 			t.Fatalf("%v, %v", r, err)
 		}
 	}
-	if env := guest(t, p, "tr '\\0' '\\n' < /proc/$(cat /run/oci.pid)/environ; test ! -e /run/config.json"); !strings.Contains(env, "SECRET=rosebud") {
-		t.Errorf("the service's environment: %s", env)
-	}
+	// Redis has overwritten its own environment.
+	guest(t, p, "grep -q SECRET=rosebud /run/crun/oci/config.json && ! grep -q rosebud /run/bundle/config.json && test ! -e /run/config.json")
 	if stdout, stderr, status := outcome(t, c, "PING\n", agent.Command{Args: []string{"redis-cli"}}); status != 0 || stdout != "PONG\n" {
 		t.Errorf("%q, %q, %d", stdout, stderr, status)
 	}
@@ -324,7 +323,7 @@ func copyTree(ctx context.Context, t *testing.T, c *agent.Client) {
 	for _, h := range []*tar.Header{
 		{Name: "tree/", Typeflag: tar.TypeDir, Mode: 0o750, Uid: 999, Gid: 999},
 		{Name: "tree/file", Typeflag: tar.TypeReg, Mode: 0o640, Uid: 999, Gid: 1, Size: int64(len(content)), ModTime: time.Unix(1234567890, 0)},
-		{Name: "tree/hard", Typeflag: tar.TypeLink, Linkname: "tree/file"},
+		{Name: "tree/hard", Typeflag: tar.TypeLink, Linkname: "tree/file", Mode: 0o640, Uid: 999, Gid: 1, ModTime: time.Unix(1234567890, 0)},
 		{Name: "tree/out", Typeflag: tar.TypeSymlink, Linkname: "/run/bundle"}, // which the guest's system has
 	} {
 		if err := w.WriteHeader(h); err != nil {
