@@ -53,6 +53,7 @@ type Run struct {
 	Image    string            `json:"image" minLength:"1" doc:"docker://NAME[:TAG|@DIGEST] or any reference that 'drafter blueprint oci' takes"`
 	Name     string            `json:"name,omitempty" pattern:"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$" doc:"Of the VM; made up if there is none"`
 	Command  []string          `json:"command,omitempty" doc:"In place of the image's command, behind its entrypoint"`
+	Env      []string          `json:"env,omitempty" doc:"Added to the environment of its service, as NAME=value; kept for this VM only, not in a package"`
 	Ports    []Port            `json:"ports,omitempty"`
 	Memory   int64             `json:"memory,omitempty" doc:"Bytes; 0: 1 GiB"`
 	CPUs     int               `json:"cpus,omitempty" minimum:"0" doc:"0: 1"`

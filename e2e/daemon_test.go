@@ -205,6 +205,26 @@ func TestDaemon(t *testing.T) {
 		t.Error(err)
 	}
 
+	// A secret is the VM's own: it is not in the package, and still there when the guest has booted again.
+	h.drafter(t, "stop", other)
+	t.Setenv("SECRET", "rosebud")
+	h.drafter(t, "run", "-d", "--name", "secret", "-e", "SECRET", "-p", "6381:6379", image)
+	knows := func() {
+		t.Helper()
+		h.drafter(t, "exec", "--system", "secret", "grep", "-q", "SECRET=rosebud", "/run/crun/oci/config.json")
+		h.drafter(t, "exec", "secret", "redis-cli", "ping")
+	}
+	knows()
+	h.drafter(t, "kill", "secret")
+	h.drafter(t, "start", "secret")
+	knows()
+	if vm := h.inspect(t, "secret"); vm.Booted == "" {
+		t.Error("it was to boot again")
+	} else if out, err := exec.Command("grep", "-r", "--binary-files=text", "-l", "rosebud", filepath.Join(h.dir, "lib/packages", vm.Package)).CombinedOutput(); len(out) > 0 {
+		t.Errorf("the secret is in the package: %s, %v", out, err)
+	}
+	h.drafter(t, "rm", "--force", "secret")
+
 	// All goes.
 	if err := h.Run(t.Context(), &out, "rm", "cache"); err == nil {
 		t.Error("a VM that runs was removed without --force")

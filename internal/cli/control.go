@@ -20,11 +20,13 @@ type controlled struct {
 	vm      atomic.Pointer[peer.Peer] // once it runs
 	outcome string                    // of a VM that ran
 
-	dir    string
-	log    sync.WaitGroup // keeps what the VM's service prints
-	endLog context.CancelFunc
-	exited *int // status of the service
-	logErr error
+	dir     string
+	suspend context.CancelFunc
+	work    sync.WaitGroup // keeps what the VM's service prints, and starts one that is held
+	endWork context.CancelFunc
+	exited  *int // status of the service
+	logErr  error
+	heldErr error
 }
 
 // control takes a control directory. The context ends when somebody asks for the VM's suspend.
@@ -33,7 +35,7 @@ func newControlled(ctx context.Context, dir string) (*controlled, context.Contex
 		return &controlled{}, ctx, nil
 	}
 	ctx, suspend := context.WithCancel(ctx)
-	c := &controlled{dir: dir}
+	c := &controlled{dir: dir, suspend: suspend}
 	var err error
 	if c.server, err = control.Serve(dir, suspend, c.guest); err != nil {
 		suspend()
@@ -50,20 +52,29 @@ func (c *controlled) guest() *agent.Client {
 	return nil
 }
 
-// running says that the VM runs.
+// running says that the VM runs, once its service does.
 func (c *controlled) running(vm *peer.Peer) {
-	if c.server != nil {
-		c.vm.Store(vm)
-		why := ""
-		if booted := vm.Booted(); booted != nil {
-			why = booted.Error()
-		}
-		c.server.Set(control.Running, why)
-		ctx, cancel := context.WithCancel(context.Background())
-		c.endLog = cancel
-		c.log.Go(func() { c.exited, c.logErr = control.Log(ctx, c.dir, c.guest) })
+	if c.server == nil {
+		notifyReady()
+		return
 	}
-	notifyReady()
+	c.vm.Store(vm)
+	why := ""
+	if booted := vm.Booted(); booted != nil {
+		why = booted.Error()
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	c.endWork = cancel
+	c.work.Go(func() { c.exited, c.logErr = control.Log(ctx, c.dir, c.guest) })
+	c.work.Go(func() {
+		c.heldErr = control.Release(ctx, c.dir, c.guest, func() {
+			c.server.Set(control.Running, why)
+			notifyReady()
+		})
+		if c.heldErr != nil {
+			c.suspend() // nobody could use it
+		}
+	})
 }
 
 // ending says that the VM ends, and how if nothing fails.
@@ -79,11 +90,12 @@ func (c *controlled) close(err error) error {
 	if c.server == nil {
 		return nil
 	}
-	if c.endLog != nil {
-		c.endLog()
-		c.log.Wait()
+	if c.endWork != nil {
+		c.endWork()
+		c.work.Wait()
 	}
-	err = errors.Join(err, c.logErr)
+	own := errors.Join(c.logErr, c.heldErr)
+	err = errors.Join(err, own)
 	end := control.End{Outcome: cmp.Or(c.outcome, control.Failed), At: time.Now().UTC(), ExitStatus: c.exited}
 	if err != nil {
 		end.Error = err.Error()
@@ -91,5 +103,5 @@ func (c *controlled) close(err error) error {
 			end.Outcome = control.Failed
 		}
 	}
-	return errors.Join(c.logErr, c.server.Close(end))
+	return errors.Join(own, c.server.Close(end))
 }

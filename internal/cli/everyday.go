@@ -56,7 +56,7 @@ func awaitOperation(cmd *cobra.Command, c *client.Client, o api.Operation) (api.
 func newRunVM() *cobra.Command {
 	var e everyday
 	var r api.Run
-	var ports, labels []string
+	var ports, labels, envFiles []string
 	var memory string
 	var detach bool
 	cmd := &cobra.Command{
@@ -65,6 +65,9 @@ func newRunVM() *cobra.Command {
 		Long: `Makes a VM of an OCI image and starts it. The first run of an image boots it, waits until
 its service is ready, and keeps the suspended VM as a package. Every further run of the same image,
 command, memory and CPUs resumes that package, in a fraction of a second.
+
+With --env the package is one whose service has not started: it starts in the VM, with these variables.
+So the package has no secrets in it, and the service takes its time.
 ` + referenceHelp + `A name alone (valkey/valkey) means docker://NAME.
 ` + exitCodeHelp,
 		Example: `  drafter run -d --name cache -p 6379:6379 docker://valkey/valkey
@@ -83,6 +86,9 @@ command, memory and CPUs resumes that package, in a fraction of a second.
 				return err
 			}
 			if r.Labels, err = parseLabels(labels); err != nil {
+				return err
+			}
+			if r.Env, err = environmentWith(r.Env, envFiles); err != nil {
 				return err
 			}
 			c := client.New(e.socket)
@@ -106,6 +112,8 @@ command, memory and CPUs resumes that package, in a fraction of a second.
 	f.BoolVarP(&detach, "detach", "d", false, "Return once the VM runs, and print its ID (default: show what its service prints until it has ended; Ctrl-C stops the VM)")
 	f.StringVar(&r.Name, "name", "", "Name of the VM (default: the image's)")
 	f.StringArrayVarP(&ports, "publish", "p", nil, "Publish a port of the VM, as [ADDRESS:]PORT:VM-PORT[/tcp|udp] (repeatable)")
+	f.StringArrayVarP(&r.Env, "env", "e", nil, "Environment variable, as NAME=value, or NAME for its value here (repeatable); it is kept for this VM, not in the package")
+	f.StringArrayVar(&envFiles, "env-file", nil, "File with a variable on each line; lines that begin with # are left out (repeatable)")
 	f.StringArrayVarP(&labels, "label", "l", nil, "A label, as KEY=VALUE (repeatable)")
 	f.StringVarP(&memory, "memory", "m", "", "Memory of the VM, such as 512MB (default 1GiB)")
 	f.IntVar(&r.CPUs, "cpus", 1, "Number of virtual CPUs")

@@ -125,6 +125,22 @@ func environment(env []string) (all []string) {
 	return all
 }
 
+// environmentWith is the environment that flags and files give; flags come last, and so prevail.
+func environmentWith(env, files []string) (all []string, err error) {
+	for _, path := range files {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return nil, &usageError{fmt.Errorf("--env-file: %w", err)}
+		}
+		for line := range strings.Lines(string(b)) {
+			if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "#") {
+				all = append(all, line)
+			}
+		}
+	}
+	return environment(append(all, env...)), nil
+}
+
 // windowSize is that of the terminal; 0 if there is none.
 func windowSize() (rows, columns uint16) {
 	w, h, err := term.GetSize(0)

@@ -32,6 +32,29 @@ const (
 	endFile    = "end.json"
 )
 
+// envFile has the environment of a service that is held, as a JSON list of NAME=value.
+const envFile = "env.json"
+
+// WriteEnv notes what to add to the environment of a VM's service, which its package holds: the VM's
+// process starts it with that, whenever the guest boots or is resumed for the first time. Only root
+// can read it.
+func WriteEnv(dir string, env []string) error {
+	if err := private.MkdirAll(dir); err != nil {
+		return err
+	}
+	b, err := json.Marshal(env)
+	if err == nil {
+		err = newfile.Write(filepath.Join(dir, envFile), func(f *os.File) error {
+			_, err := f.Write(b)
+			return err
+		})
+	}
+	if err != nil {
+		return fmt.Errorf("note the environment of the VM's service: %w", err)
+	}
+	return nil
+}
+
 // LockFile is the lock of a control directory; see package detached.
 func LockFile(dir string) string { return filepath.Join(dir, lockFile) }
 

@@ -104,6 +104,9 @@ func Open(c Config) (_ *Daemon, err error) {
 	if d.nat, err = detached.Find(d.natLock()); err != nil {
 		return nil, err
 	}
+	if d.nat != nil {
+		d.watchNAT(d.nat)
+	}
 	return d, d.recover()
 }
 
@@ -121,7 +124,7 @@ func (d *Daemon) recover() error {
 		return fmt.Errorf("find VMs: %w", err)
 	}
 	for _, e := range entries {
-		v := &vm{d: d, dir: d.dir("vms", e.Name())}
+		v := d.newVM(e.Name())
 		there, err := v.read()
 		if err != nil {
 			return err

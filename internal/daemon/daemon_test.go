@@ -253,6 +253,51 @@ func TestRemoveAtEnd(t *testing.T) {
 	}
 }
 
+// A NAT that is killed while a VM runs is started again; so is a forwarder, by the next daemon.
+func TestHelpersStartAgain(t *testing.T) {
+	dir := testDir(t)
+	d := open(t, dir)
+	o, err := d.Run(api.Run{Image: "docker://image", Ports: []api.Port{{Host: 1000, Guest: 80}}})
+	if err := d.done(t, o, err); err != nil {
+		t.Fatal(err)
+	}
+	find := func(name string) (pid int) {
+		t.Helper()
+		for _, p := range standIns(t, dir) {
+			if rest, ok := strings.CutPrefix(p, name+" "); ok {
+				pid, _ = strconv.Atoi(rest)
+			}
+		}
+		return pid
+	}
+	kill := func(name string) (pid int) {
+		t.Helper()
+		pid = find(name)
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+			t.Fatal(name, err)
+		}
+		return pid
+	}
+	nat := kill("nat")
+	await.True(t, "there is another NAT", func() bool { now := find("nat"); return now != 0 && now != nat })
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	forwarder := kill("forwarder")
+	d = open(t, dir)
+	await.True(t, "there is another forwarder", func() bool { now := find("forwarder"); return now != 0 && now != forwarder })
+	o, err = d.Remove("image", true)
+	if err := d.done(t, o, err); err != nil {
+		t.Error(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+	if left := standIns(t, dir); len(left) != 0 {
+		t.Error("left:", left)
+	}
+}
+
 // standIns returns the processes that stand in for what a daemon in a directory has started.
 func standIns(t testing.TB, dir string) (all []string) {
 	t.Helper()

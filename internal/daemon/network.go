@@ -48,7 +48,28 @@ func (d *Daemon) startNAT(ctx context.Context) error {
 	if d.nat, err = detached.Start(ctx, detached.Command{Lock: d.natLock(), Program: d.config.Program, Args: args, Stderr: log}); err != nil {
 		return fmt.Errorf("start the NAT: %w; see %s", err, log.Name())
 	}
+	d.watchNAT(d.nat)
 	return nil
+}
+
+// watchNAT starts the NAT again if it ends while VMs need it.
+func (d *Daemon) watchNAT(nat *detached.Process) {
+	d.work.Go(func() {
+		select {
+		case <-nat.Done():
+		case <-d.ctx.Done():
+			return
+		}
+		for _, vm := range d.VMs() {
+			if vm.Namespace == "" {
+				continue
+			}
+			if err := d.startNAT(d.ctx); err != nil && d.ctx.Err() == nil {
+				d.log.Error("The NAT cannot be started again; VMs have no network beyond what they have", "error", err)
+			}
+			return
+		}
+	})
 }
 
 // endNAT ends the NAT and waits for that.

@@ -15,6 +15,7 @@ import (
 	"github.com/google/uuid"
 
 	"drafter/api"
+	"drafter/internal/control"
 )
 
 var namePattern = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
@@ -28,6 +29,11 @@ func (d *Daemon) Run(r api.Run) (api.Operation, error) {
 			return api.Operation{}, fmt.Errorf("port %d: %q is no address of this host: %w", p.Host, p.Address, ErrInvalid)
 		}
 	}
+	for _, e := range r.Env {
+		if name, _, ok := strings.Cut(e, "="); !ok || name == "" || strings.ContainsRune(e, 0) {
+			return api.Operation{}, fmt.Errorf("a variable of the environment is not of the form NAME=value: %w", ErrInvalid) // it may be a secret
+		}
+	}
 	if r.Memory != 0 && r.Memory < 64<<20 {
 		return api.Operation{}, fmt.Errorf("a VM needs 64 MiB of memory or more: %w", ErrInvalid)
 	}
@@ -35,12 +41,17 @@ func (d *Daemon) Run(r api.Run) (api.Operation, error) {
 	if err != nil {
 		return api.Operation{}, err
 	}
-	v.busy.Lock()
-	return d.begin("run", v.record.ID, func(ctx context.Context, o *operation) error {
-		defer v.busy.Unlock()
+	if err := v.busy.Acquire(d.ctx, 1); err != nil {
+		return api.Operation{}, err
+	}
+	return d.begin("run", v.look().ID, func(ctx context.Context, o *operation) error {
+		defer v.busy.Release(1)
 		key, digest, err := d.template(ctx, r, o)
 		if err == nil {
 			err = v.change(func(r *api.VM) { r.Package, r.Digest = key, digest })
+		}
+		if err == nil && len(r.Env) > 0 {
+			err = control.WriteEnv(v.path(controlDir), r.Env)
 		}
 		if err == nil {
 			o.progress("Starting", 0, 1)
@@ -84,7 +95,7 @@ func (d *Daemon) create(r api.Run) (*vm, error) {
 		return nil, err
 	}
 	id := strings.ReplaceAll(uuid.NewString(), "-", "")[:12]
-	v := &vm{d: d, dir: d.dir("vms", id)}
+	v := d.newVM(id)
 	if err := os.Mkdir(v.dir, 0o700); err != nil {
 		return nil, fmt.Errorf("create VM: %w", err)
 	}
@@ -138,11 +149,18 @@ func (d *Daemon) act(kind, name string, f func(context.Context, *vm) error) (api
 	if err != nil {
 		return api.Operation{}, err
 	}
-	if !v.busy.TryLock() {
-		return api.Operation{}, fmt.Errorf("another operation changes VM %s: %w; try again when it has ended", name, ErrConflict)
-	}
-	return d.begin(kind, v.record.ID, func(ctx context.Context, _ *operation) error {
-		defer v.busy.Unlock()
+	id := v.look().ID
+	return d.begin(kind, id, func(ctx context.Context, _ *operation) error {
+		if err := v.busy.Acquire(ctx, 1); err != nil { // after the one that changes it now
+			return err
+		}
+		defer v.busy.Release(1)
+		d.mu.Lock()
+		there := d.vms[id] == v
+		d.mu.Unlock()
+		if !there {
+			return fmt.Errorf("VM %s was removed: %w", name, ErrNotFound)
+		}
 		return f(ctx, v)
 	}), nil
 }

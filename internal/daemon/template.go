@@ -21,6 +21,7 @@ import (
 
 	"drafter/api"
 	"drafter/blueprint"
+	"drafter/internal/guest"
 	"drafter/internal/newfile"
 	"drafter/internal/private"
 	"drafter/snapshotter"
@@ -36,6 +37,7 @@ type templateKey struct {
 	Command   []string
 	Memory    int64
 	CPUs      int
+	Held      bool   // the service has not started: it gets an environment of its own
 	Blueprint string // of the OS
 	VMM       string
 }
@@ -62,7 +64,7 @@ func (d *Daemon) template(ctx context.Context, r api.Run, o *operation) (key, di
 	if err != nil {
 		return "", "", err
 	}
-	k := templateKey{Command: r.Command, Memory: cmp.Or(r.Memory, 1<<30), CPUs: cmp.Or(r.CPUs, 1), Blueprint: blueprintKey, VMM: driver.Name()}
+	k := templateKey{Command: r.Command, Held: len(r.Env) > 0, Memory: cmp.Or(r.Memory, 1<<30), CPUs: cmp.Or(r.CPUs, 1), Blueprint: blueprintKey, VMM: driver.Name()}
 	known := d.dir("images", digestOf([]string{r.Image, r.Platform})+".json")
 	if r.Pull != "always" {
 		if k.Digest, err = readDigest(known); err != nil {
@@ -163,6 +165,10 @@ func (d *Daemon) makeTemplate(ctx context.Context, image v1.Image, k templateKey
 		delete(d.borrowed, host.Netns)
 		d.mu.Unlock()
 	}()
+	bootArgs := vmm.DefaultBootArgs
+	if k.Held {
+		bootArgs += " " + guest.HoldArgument
+	}
 	devices, err := snapshotter.BlueprintDevices(blueprintDir, filepath.Join(making, "package"))
 	if err != nil {
 		return err
@@ -172,7 +178,7 @@ func (d *Daemon) makeTemplate(ctx context.Context, image v1.Image, k templateKey
 	s, err := snapshotter.New(snapshotter.Config{
 		Host: host, Devices: devices, Progress: o.progress,
 		Spec: vmm.Spec{
-			CPUs: k.CPUs, MemorySize: k.Memory, Interface: "tap0", MAC: "02:0e:d9:fd:68:3d",
+			CPUs: k.CPUs, MemorySize: k.Memory, BootArgs: bootArgs, Interface: "tap0", MAC: "02:0e:d9:fd:68:3d",
 			AgentPort: vmm.DefaultAgentPort, LivenessPort: vmm.DefaultLivenessPort,
 		},
 	})
@@ -223,13 +229,13 @@ func (d *Daemon) blueprint(ctx context.Context, o *operation) (dir, key string, 
 		}
 		return d.config.Blueprint, digestOf(files), nil
 	}
-	guest, err := os.Open(d.config.Guest)
+	program, err := os.Open(d.config.Guest)
 	if err != nil {
 		return "", "", fmt.Errorf("drafter-guest: %w", err)
 	}
-	defer guest.Close()
+	defer program.Close()
 	h := sha256.New()
-	if _, err := io.Copy(h, guest); err != nil {
+	if _, err := io.Copy(h, program); err != nil {
 		return "", "", fmt.Errorf("drafter-guest: %w", err)
 	}
 	key = digestOf([]string{hex.EncodeToString(h.Sum(nil)), blueprint.DefaultKernel, runtime.GOARCH})

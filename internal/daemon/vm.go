@@ -7,9 +7,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sync/semaphore"
 
 	"drafter/api"
 	"drafter/internal/control"
@@ -22,7 +23,7 @@ import (
 type vm struct {
 	d    *Daemon
 	dir  string
-	busy sync.Mutex // held by the operation that changes it
+	busy *semaphore.Weighted // of 1: the operation that changes it
 
 	// guarded by d.mu
 	record  api.VM
@@ -45,6 +46,10 @@ const (
 	consoleLog   = "console.log"
 	processLog   = "process.log"
 )
+
+func (d *Daemon) newVM(dir string) *vm {
+	return &vm{d: d, dir: d.dir("vms", dir), busy: semaphore.NewWeighted(1)}
+}
 
 func (v *vm) path(name string) string { return filepath.Join(v.dir, name) }
 
@@ -112,14 +117,16 @@ func (v *vm) recover() error {
 		return v.hasEnded(v.d.ctx)
 	}
 	v.own(process)
-	if record.State == api.Running {
-		return nil
-	}
-	// The last daemon was killed as it started or stopped the VM. It goes on.
+	// The last daemon may have been killed as it started or stopped the VM. It goes on.
 	v.d.work.Go(func() {
-		v.busy.Lock()
-		defer v.busy.Unlock()
-		if err := v.awaitRunning(v.d.ctx); err != nil && v.d.ctx.Err() == nil {
+		err := v.busy.Acquire(v.d.ctx, 1)
+		if err == nil {
+			defer v.busy.Release(1)
+			if err = v.d.startNAT(v.d.ctx); err == nil {
+				err = v.awaitRunning(v.d.ctx)
+			}
+		}
+		if err != nil && v.d.ctx.Err() == nil {
 			v.d.log.Error("A VM that the last daemon has started does not answer", "vm", record.Name, "error", err)
 		}
 	})
@@ -176,8 +183,11 @@ func (v *vm) start(ctx context.Context) (err error) {
 	}
 	process, err := v.launch(ctx)
 	if err != nil {
-		why := v.hasEnded(context.WithoutCancel(ctx))
-		return errors.Join(err, why)
+		return errors.Join(err, v.hasEnded(context.WithoutCancel(ctx)), v.change(func(r *api.VM) {
+			if r.State == api.Failed {
+				r.Error = err.Error()
+			}
+		}))
 	}
 	v.own(process)
 	return v.awaitRunning(ctx)
@@ -250,9 +260,10 @@ func (v *vm) watch(p *process) {
 	remove, name := v.record.Remove && v.record.State != api.Removing, v.record.Name
 	v.d.mu.Unlock()
 	if remove && err == nil {
-		v.busy.Lock()
-		err = v.destroy(v.d.ctx)
-		v.busy.Unlock()
+		if err = v.busy.Acquire(v.d.ctx, 1); err == nil {
+			err = v.destroy(v.d.ctx)
+			v.busy.Release(1)
+		}
 	}
 	if err != nil && v.d.ctx.Err() == nil {
 		v.d.log.Error("What a VM has left is not put in order", "vm", name, "error", err)
