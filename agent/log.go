@@ -31,8 +31,8 @@ type LogChunk struct {
 
 // LogPart is what a workload has printed from some position on.
 type LogPart struct {
-	// Boot identifies the boot of the guest. Positions of another one are of other output. Clones of a
-	// VM have it in common, and all that it had printed.
+	// Boot identifies the boot of the guest. Positions of another one are of other output: whoever sees
+	// it change asks anew from 0. Clones of a VM have it in common, and all that it had printed.
 	Boot string
 	// Chunks lie one behind the other. What lies between the position that was asked for and that of
 	// the first one is no longer kept.

@@ -74,7 +74,7 @@ func TestRun(t *testing.T) {
 		"environment":    {Command{Args: []string{"sh", "-c", "echo $A-$B; pwd"}, Env: []string{"A=1", "B=2", "A=3"}, Dir: dir}, "", "3-2\n" + dir + "\n", "", 0, 0},
 		"no reader":      {Command{Args: []string{"true"}, Stdin: true}, strings.Repeat("x", 1<<20), "", "", 0, 0},
 		"much":           {Command{Args: []string{"cat"}, Stdin: true}, strings.Repeat("x", 3<<20), strings.Repeat("x", 3<<20), "", 0, 0},
-		"output at exit": {Command{Args: []string{"sh", "-c", "head -c 60000 /dev/zero; sleep 1000 & exit 4"}}, "", strings.Repeat("\x00", 60000), "", 4, 0},
+		"output at exit": {Command{Args: []string{"sh", "-c", "head -c 60000 /dev/zero; sleep 10 & exit 4"}}, "", strings.Repeat("\x00", 60000), "", 4, 0},
 		"missing":        {Command{Args: []string{"no-such-program"}}, "", "", "", 0, NotFound},
 		"missing path":   {Command{Args: []string{dir + "/none"}}, "", "", "", 0, NotFound},
 		"no program":     {Command{}, "", "", "", 0, NotFound},
