@@ -307,25 +307,27 @@ func testExec(t *testing.T, h *house, vm string) {
 		t.Fatal(err)
 	}
 	defer terminal.Close()
-	defer time.AfterFunc(time.Minute, func() { terminal.Close() }).Stop() // instead of waiting for ever
+	if err := terminal.SetReadDeadline(time.Now().Add(tour.StepTimeout)); err != nil {
+		t.Fatal(err)
+	}
 	enter := func(text string) {
 		t.Helper()
 		if _, err := terminal.WriteString(text); err != nil {
 			t.Fatal(err)
 		}
 	}
-	screen := &bytes.Buffer{}
+	screen := ""
 	shows := func(text string) {
 		t.Helper()
 		buf := make([]byte, 1024)
-		for !strings.Contains(screen.String(), text) {
+		for !strings.Contains(screen, text) {
 			n, err := terminal.Read(buf)
 			if err != nil {
 				t.Fatalf("%v after %q", err, screen)
 			}
-			screen.Write(buf[:n])
+			screen += string(buf[:n])
 		}
-		screen.Reset()
+		_, screen, _ = strings.Cut(screen, text)
 	}
 	enter("stty size; echo $((6*7))\r")
 	shows("30 100")

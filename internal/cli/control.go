@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"log/slog"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -65,7 +66,11 @@ func (c *controlled) running(vm *peer.Peer) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	c.endWork = cancel
-	c.work.Go(func() { c.exited, c.logErr = control.Log(ctx, c.dir, c.guest) })
+	c.work.Go(func() {
+		if c.exited, c.logErr = control.Log(ctx, c.dir, c.guest); c.logErr != nil {
+			slog.Error("What the VM's service prints is not kept any more", "error", c.logErr)
+		}
+	})
 	c.work.Go(func() {
 		c.heldErr = control.Release(ctx, c.dir, c.guest, func() {
 			c.server.Set(control.Running, why)
