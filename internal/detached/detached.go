@@ -131,27 +131,31 @@ type Command struct {
 // Start starts a process with a session of its own and returns it once it is ready, which it says as
 // sd_notify(3) does. One that ends before is an error. Close the process.
 func Start(ctx context.Context, c Command) (_ *Process, err error) {
-	dir, err := os.MkdirTemp("", "drafter-notify-")
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	path := filepath.Join(dir, "socket")
-	socket, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
-	if err != nil {
-		return nil, err
-	}
-	ready := make(chan struct{})
-	var listen sync.WaitGroup
-	listen.Go(func() { awaitReady(socket, ready) })
-	defer listen.Wait()
-	defer socket.Close()
 	// Should this process be killed now, there is either no other, or one that has the lock.
 	lock, err := lockfile.Try(c.Lock)
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, lock.Abandon()) }()
+	release := lock.Release // unless another process has it
+	defer func() { err = errors.Join(err, release()) }()
+	path := c.Lock + ".notify"
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) { // of one that was killed
+		return nil, err
+	}
+	socket, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if rerr := os.Remove(path); !errors.Is(rerr, os.ErrNotExist) {
+			err = errors.Join(err, rerr)
+		}
+	}()
+	ready := make(chan struct{})
+	var listen sync.WaitGroup
+	listen.Go(func() { awaitReady(socket, ready) })
+	defer listen.Wait()
+	defer socket.Close()
 	cmd := exec.Command(c.Program, c.Args...)
 	cmd.ExtraFiles = []*os.File{lock.File()}
 	if c.Stdout != nil {
@@ -165,6 +169,7 @@ func Start(ctx context.Context, c Command) (_ *Process, err error) {
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
+	release = lock.Abandon
 	p, err := open(cmd.Process.Pid)
 	if err != nil { // it cannot have ended: nobody has waited for it
 		return nil, errors.Join(err, cmd.Process.Kill(), cmd.Wait())

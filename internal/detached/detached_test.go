@@ -37,6 +37,9 @@ func TestFind(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer started.Close()
+	if _, err := os.Lstat(path + ".notify"); err == nil {
+		t.Error("its socket is left")
+	}
 	found, err := Find(path)
 	if err != nil || found == nil || found.PID != started.PID {
 		t.Fatal(found, err)
