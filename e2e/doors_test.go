@@ -117,10 +117,10 @@ func TestConfinedVMM(t *testing.T) {
 	}
 }
 
-// sharedMemory is a path to the memory of the one VM that shares it with its peer.
-func sharedMemory(t *testing.T) string {
+// sharedMemory is a path to the memory that a VM shares with its peer, which is the process pid.
+func sharedMemory(t *testing.T, pid int) string {
 	t.Helper()
-	fds, err := filepath.Glob("/proc/[0-9]*/fd/*")
+	fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -149,7 +149,7 @@ func TestLocalUser(t *testing.T) {
 		t.Fatalf("disk: %v, %v", disk, err)
 	}
 	pid := s.vmmPID(t)
-	memory := sharedMemory(t)
+	memory := sharedMemory(t, vm.PID())
 	if b, err := os.ReadFile(memory); err != nil || !bytes.Contains(b, []byte("one-hundred-and-two")) {
 		t.Fatalf("root does not find the balance in the VM's memory: %v", err)
 	}

@@ -148,7 +148,10 @@ func (h *Host) Close() error {
 	_ = h.holder.Wait() // it was killed
 	link, lerr := netlink.LinkByName(h.link)
 	if lerr == nil {
-		err = errors.Join(err, netlink.LinkDel(link))
+		lerr = netlink.LinkDel(link)
+		if !errors.Is(lerr, unix.ENODEV) { // it may go with the namespace of its other end
+			err = errors.Join(err, lerr)
+		}
 	}
 	return err
 }
