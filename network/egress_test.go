@@ -100,6 +100,7 @@ func serveNames(t *testing.T) *nameServer {
 		t.Fatal(err)
 	}
 	var serve sync.WaitGroup
+	t.Cleanup(serve.Wait) // the sockets are closed then: Shutdown may return before
 	for _, server := range []*dns.Server{{PacketConn: packets}, {Listener: listener}} {
 		started := make(chan struct{})
 		server.Handler, server.NotifyStartedFunc = s, func() { close(started) }
