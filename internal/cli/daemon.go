@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/user"
 	"strconv"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -99,10 +100,17 @@ func runDaemon(ctx context.Context, c daemon.Config, socket string) (err error) 
 	return err
 }
 
-// listenAt listens at a UNIX socket for root and the group drafter. The daemon's directory is locked,
-// so the socket of a killed one is nobody's.
+// listenAt listens at a UNIX socket for root and the group drafter. The socket of a daemon that was
+// killed is removed: nobody answers there.
 func listenAt(socket string) (net.Listener, error) {
 	if info, err := os.Lstat(socket); err == nil && info.Mode().Type() == os.ModeSocket {
+		conn, err := net.Dial("unix", socket)
+		if err == nil {
+			return nil, errors.Join(fmt.Errorf("another process answers at %s; choose another --socket", socket), conn.Close())
+		}
+		if !errors.Is(err, syscall.ECONNREFUSED) {
+			return nil, err
+		}
 		if err := os.Remove(socket); err != nil {
 			return nil, err
 		}
