@@ -15,6 +15,7 @@ import (
 
 	"drafter/internal/kind"
 	"drafter/internal/lockfile"
+	"drafter/internal/newfile"
 	"drafter/internal/private"
 	"drafter/internal/rundir"
 )
@@ -174,7 +175,7 @@ func (a Anchor) write() error {
 		err = private.MkdirAll(filepath.Dir(anchorPath(a.Netns)))
 	}
 	if err == nil {
-		err = replaceFile(anchorPath(a.Netns), b)
+		err = newfile.WriteBytes(anchorPath(a.Netns), b)
 	}
 	if err != nil {
 		return fmt.Errorf("record anchor %q: %w", a.Netns, err)

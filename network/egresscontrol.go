@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"drafter/internal/logging"
+	"drafter/internal/newfile"
 	"drafter/internal/private"
 	"drafter/internal/rundir"
 )
@@ -102,7 +103,7 @@ func writeEgress(ns string, values []string) error {
 		err = private.MkdirAll(filepath.Dir(egressPath(ns)))
 	}
 	if err == nil {
-		err = replaceFile(egressPath(ns), b)
+		err = newfile.WriteBytes(egressPath(ns), b)
 	}
 	if err != nil {
 		return fmt.Errorf("record egress of network namespace %q: %w", ns, err)

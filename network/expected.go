@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"drafter/internal/newfile"
 	"drafter/internal/private"
 	"drafter/internal/rundir"
 )
@@ -39,7 +40,7 @@ func (c *Claim) expect(from *TunnelEnd) (ticket string, err error) {
 		err = private.MkdirAll(filepath.Dir(expectationPath(c.namespace)))
 	}
 	if err == nil {
-		err = replaceFile(expectationPath(c.namespace), b)
+		err = newfile.WriteBytes(expectationPath(c.namespace), b)
 	}
 	if err != nil {
 		return "", fmt.Errorf("record that a VM may come to network namespace %q: %w", c.namespace, err)

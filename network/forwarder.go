@@ -20,6 +20,7 @@ import (
 
 	"drafter/internal/lockfile"
 	"drafter/internal/logging"
+	"drafter/internal/newfile"
 	"drafter/internal/rundir"
 )
 
@@ -110,7 +111,7 @@ func StartForwarder(c ForwarderConfig) (_ *Forwarder, err error) {
 	}()
 	list, err := json.Marshal(c.PortForwards)
 	if err == nil {
-		err = replaceFile(f.listPath(), list)
+		err = newfile.WriteBytes(f.listPath(), list)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("note forwards: %w", err)
@@ -181,43 +182,58 @@ const forwarderLocks = "forwarders/"
 // hostVeths are the subnets of links between host and namespaces, each with its flag's name.
 type hostVeths struct{ ip4, ip6 *net.IPNet }
 
-func (p PortForward) resolve(links *hostVeths) (forward, error) {
-	f := forward{PortForward: p}
+// Check refuses a forward that no host can have. Whether this one can is known at the start.
+func (p PortForward) Check() error {
+	_, _, err := p.parse()
+	return err
+}
+
+// parse returns the forward as far as that needs no namespace, and whether it leads to IPv6.
+func (p PortForward) parse() (f forward, ip6 bool, err error) {
+	f = forward{PortForward: p}
 	if p.Protocol != "tcp" && p.Protocol != "udp" {
-		return f, fmt.Errorf("protocol %q is not supported; choose tcp or udp", p.Protocol)
+		return f, false, fmt.Errorf("protocol %q is not supported; choose tcp or udp", p.Protocol)
 	}
 	port, err := strconv.ParseUint(p.InternalPort, 10, 16)
 	if err != nil || port == 0 {
-		return f, fmt.Errorf("internal port %q is not in 1…65535", p.InternalPort)
+		return f, false, fmt.Errorf("internal port %q is not in 1…65535", p.InternalPort)
 	}
 	f.internal = uint16(port)
 	if strings.HasPrefix(p.ExternalAddr, ":") {
-		return f, errWildcard
+		return f, false, errWildcard
 	}
 	if f.external, err = netip.ParseAddrPort(p.ExternalAddr); err != nil || f.external.Port() == 0 {
-		return f, fmt.Errorf("external address %q is no address and port; write it as 127.0.0.1:3333", p.ExternalAddr)
+		return f, false, fmt.Errorf("external address %q is no address and port; write it as 127.0.0.1:3333", p.ExternalAddr)
 	}
 	if f.external.Port() >= firstGuestPort {
-		return f, fmt.Errorf("external ports from %d on are those that guests send from; choose one below", firstGuestPort)
+		return f, false, fmt.Errorf("external ports from %d on are those that guests send from; choose one below", firstGuestPort)
 	}
 	if f.external.Addr().IsUnspecified() {
-		return f, errWildcard
+		return f, false, errWildcard
 	}
 	addr := f.external.Addr()
 	if addr.Is4In6() || addr.Zone() != "" || addr.IsLinkLocalUnicast() && addr.Is6() || addr.IsMulticast() {
-		return f, fmt.Errorf("%s cannot be forwarded; name an address that is IPv4, or IPv6 and not link-local", addr)
+		return f, false, fmt.Errorf("%s cannot be forwarded; name an address that is IPv4, or IPv6 and not link-local", addr)
 	}
-	ip6 := addr.Is6()
+	ip6 = addr.Is6()
 	switch p.InternalFamily {
 	case "":
 	case "ipv4", "ipv6":
 		ip6 = p.InternalFamily == "ipv6"
 	default:
-		return f, fmt.Errorf("internal family %q is not supported; choose ipv4 or ipv6", p.InternalFamily)
+		return f, false, fmt.Errorf("internal family %q is not supported; choose ipv4 or ipv6", p.InternalFamily)
 	}
 	f.relayed = ip6 != addr.Is6() || ip6 && addr.IsLoopback()
 	if f.relayed && p.Protocol != "tcp" {
-		return f, fmt.Errorf("%s to the guest by %s takes TCP only; forward an address that is no loopback address and of the same protocol", addr, familyOf(ip6))
+		return f, false, fmt.Errorf("%s to the guest by %s takes TCP only; forward an address that is no loopback address and of the same protocol", addr, familyOf(ip6))
+	}
+	return f, ip6, nil
+}
+
+func (p PortForward) resolve(links *hostVeths) (forward, error) {
+	f, ip6, err := p.parse()
+	if err != nil {
+		return f, err
 	}
 	if f.target, err = links.namespaceAddress(p.Netns, ip6); err != nil {
 		return f, err

@@ -654,24 +654,12 @@ func (n *NAT) connectionLimit() (int, error) {
 func (n *NAT) writeRecord() error {
 	b, err := json.Marshal(n.record)
 	if err == nil {
-		err = replaceFile(n.recordPath(), b)
+		err = newfile.WriteBytes(n.recordPath(), b)
 	}
 	if err != nil {
 		return fmt.Errorf("record NAT: %w", err)
 	}
 	return nil
-}
-
-// replaceFile replaces a file in one step. If the name is a link, what it leads to stays unchanged.
-func replaceFile(path string, b []byte) error {
-	f, err := newfile.Create(path)
-	if err != nil {
-		return err
-	}
-	if _, err := f.Write(b); err != nil {
-		return errors.Join(err, f.Discard())
-	}
-	return f.Publish()
 }
 
 // Namespaces returns the names of the pool's namespaces.

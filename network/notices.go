@@ -9,6 +9,7 @@ import (
 	"slices"
 	"time"
 
+	"drafter/internal/newfile"
 	"drafter/internal/private"
 	"drafter/internal/rundir"
 )
@@ -203,7 +204,7 @@ func changeList[T any](records, name string, change func([]T) []T) (err error) {
 		err = private.MkdirAll(filepath.Dir(listPath(records, name)))
 	}
 	if err == nil {
-		err = replaceFile(listPath(records, name), b)
+		err = newfile.WriteBytes(listPath(records, name), b)
 	}
 	return err
 }

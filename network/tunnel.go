@@ -30,6 +30,7 @@ import (
 	"golang.zx2c4.com/wireguard/device"
 	"golang.zx2c4.com/wireguard/tun"
 
+	"drafter/internal/newfile"
 	"drafter/internal/rundir"
 )
 
@@ -291,7 +292,7 @@ func (t *tunnel) readRecord() (*ecdh.PrivateKey, error) {
 func (t *tunnel) writeRecord() error {
 	b, err := json.Marshal(t.record)
 	if err == nil {
-		err = replaceFile(t.nat.config.tunnelRecordPath(), b)
+		err = newfile.WriteBytes(t.nat.config.tunnelRecordPath(), b)
 	}
 	if err != nil {
 		return fmt.Errorf("record tunnel: %w", err)

@@ -32,7 +32,8 @@ type Process struct {
 	status syscall.WaitStatus // of a child that has ended
 }
 
-// Find returns the process that holds the lock at path, or nil if none does. Close it.
+// Find returns the process that holds the lock at path, or nil if none does. Close it. It never
+// returns this process, which holds the lock as it starts one.
 func Find(path string) (*Process, error) {
 	for {
 		lock, err := lockfile.Try(path)
@@ -46,28 +47,53 @@ func Find(path string) (*Process, error) {
 		if !errors.As(err, &held) {
 			return nil, err
 		}
-		if held.PID == 0 {
-			time.Sleep(time.Millisecond) // it has just taken it, or another looks as we do
-			continue
+		if held.PID != 0 && held.PID != os.Getpid() {
+			p, err := holder(held.PID, path)
+			if p != nil || err != nil {
+				return p, err
+			}
 		}
-		p, err := open(held.PID)
-		if errors.Is(err, unix.ESRCH) {
-			time.Sleep(time.Millisecond) // who has started it was killed, and it has not adopted the lock yet
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		// The number may have become another process's before it was opened.
-		if again, err := lockfile.Try(path); err == nil {
-			return nil, errors.Join(again.Release(), p.Close())
-		} else if errors.As(err, &held) && held.PID == p.PID {
-			return p, nil
-		}
-		if err := p.Close(); err != nil {
-			return nil, err
+		// The holder has not written itself into the file yet, or another looks as we do.
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// holder opens a process if it has the file at path open. The number may be another process' now.
+func holder(pid int, path string) (*Process, error) {
+	p, err := open(pid)
+	if errors.Is(err, unix.ESRCH) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	holds, err := hasOpen(pid, path)
+	if holds {
+		return p, nil
+	}
+	return nil, errors.Join(err, p.Close())
+}
+
+// hasOpen tells whether a process has a file open.
+func hasOpen(pid int, path string) (bool, error) {
+	want, err := os.Stat(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	files, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil // the process has ended
+	}
+	for _, f := range files {
+		if is, err := os.Stat(filepath.Join(dir, f.Name())); err == nil && os.SameFile(is, want) {
+			return true, nil
 		}
 	}
+	return false, err
 }
 
 func open(pid int) (*Process, error) {
@@ -128,8 +154,15 @@ type Command struct {
 	Stdout, Stderr *os.File // nil discards
 }
 
+// ErrLeave is the cause of a context whose end leaves a process that starts alone.
+var ErrLeave = errors.New("this program ends; what it has started goes on")
+
+// patience is how long a process may take to end that is not to start after all.
+const patience = 30 * time.Second
+
 // Start starts a process with a session of its own and returns it once it is ready, which it says as
-// sd_notify(3) does. One that ends before is an error. Close the process.
+// sd_notify(3) does. One that ends before is an error. When ctx ends, so does the process, unless the
+// cause is [ErrLeave]. Close the process.
 func Start(ctx context.Context, c Command) (_ *Process, err error) {
 	// Should this process be killed now, there is either no other, or one that has the lock.
 	lock, err := lockfile.Try(c.Lock)
@@ -183,12 +216,29 @@ func Start(ctx context.Context, c Command) (_ *Process, err error) {
 	case <-p.Done():
 		return nil, errors.Join(fmt.Errorf("%s %s: it has ended (%s)", filepath.Base(c.Program), c.Args[0], describe(p.status)), p.Close())
 	case <-ctx.Done():
-		err := p.Signal(syscall.SIGTERM)
-		if err == nil {
-			<-p.Done()
+		err := context.Cause(ctx)
+		if !errors.Is(err, ErrLeave) {
+			err = errors.Join(err, p.End(patience))
 		}
-		return nil, errors.Join(context.Cause(ctx), err, p.Close())
+		return nil, errors.Join(err, p.Close())
 	}
+}
+
+// End lets the process end, kills it when it has not in time, and waits for that.
+func (p *Process) End(within time.Duration) error {
+	if err := p.Signal(syscall.SIGTERM); err != nil {
+		return err
+	}
+	select {
+	case <-p.Done():
+		return nil
+	case <-time.After(within):
+	}
+	if err := p.Signal(syscall.SIGKILL); err != nil {
+		return err
+	}
+	<-p.Done()
+	return nil
 }
 
 // lockVariable names the lock that a process was started with, as file 3.

@@ -1,14 +1,19 @@
 package detached
 
 import (
+	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"go.uber.org/goleak"
+
+	"drafter/internal/lockfile"
 )
 
 func TestMain(m *testing.M) {
@@ -19,8 +24,12 @@ func TestMain(m *testing.M) {
 		if _, err := Lock(path); err != nil {
 			os.Exit(1)
 		}
-		daemon.SdNotify(false, daemon.SdNotifyReady)
-		select {}
+		if os.Getenv("DETACHED_TEST_SLOW") == "" {
+			daemon.SdNotify(false, daemon.SdNotifyReady)
+		}
+		for {
+			time.Sleep(time.Hour)
+		}
 	}
 	goleak.VerifyTestMain(m)
 }
@@ -66,5 +75,66 @@ func TestNotReady(t *testing.T) {
 	_, err := Start(t.Context(), Command{Lock: path, Program: os.Args[0], Args: []string{"-test.run=^$"}})
 	if err == nil || !strings.Contains(err.Error(), "exit status 3") {
 		t.Error(err)
+	}
+}
+
+// A lock that names this process, or one that has not got it, is nobody's process to signal.
+func TestFindNobodyElse(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "lock")
+	lock, err := lockfile.Try(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := make(chan *Process)
+	go func() {
+		p, err := Find(path)
+		if err != nil {
+			t.Error(err)
+		}
+		found <- p
+	}()
+	select {
+	case p := <-found:
+		t.Fatal("it was found: ", p.PID)
+	case <-time.After(20 * time.Millisecond):
+	}
+	// as one does whose number was given to process 1 before it could write its own
+	if _, err := lock.File().WriteAt([]byte("process 1 (init)\n"), 0); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case p := <-found:
+		t.Fatal("it was found: ", p.PID)
+	case <-time.After(20 * time.Millisecond):
+	}
+	if err := lock.Release(); err != nil {
+		t.Error(err)
+	}
+	if p := <-found; p != nil {
+		t.Error(p.PID)
+	}
+}
+
+// A process that starts is ended with the context, and left alone if that is what its end means.
+func TestStartCutOff(t *testing.T) {
+	for _, cause := range []error{ErrLeave, errors.New("it was cancelled")} {
+		path := filepath.Join(t.TempDir(), "lock")
+		t.Setenv("DETACHED_TEST_LOCK", path)
+		t.Setenv("DETACHED_TEST_SLOW", "x")
+		ctx, cancel := context.WithCancelCause(t.Context())
+		stop := time.AfterFunc(50*time.Millisecond, func() { cancel(cause) })
+		if _, err := Start(ctx, Command{Lock: path, Program: os.Args[0], Args: []string{"-test.run=^$"}}); !errors.Is(err, cause) {
+			t.Error(err)
+		}
+		stop.Stop()
+		p, err := Find(path)
+		if err != nil || (p != nil) != errors.Is(cause, ErrLeave) {
+			t.Fatal(p, err)
+		}
+		if p != nil {
+			if err := errors.Join(p.End(time.Minute), p.Close()); err != nil {
+				t.Error(err)
+			}
+		}
 	}
 }

@@ -36,6 +36,14 @@ func Write(path string, write func(*os.File) error) error {
 	return f.Publish()
 }
 
+// WriteBytes makes a file that holds b.
+func WriteBytes(path string, b []byte) error {
+	return Write(path, func(f *os.File) error {
+		_, err := f.Write(b)
+		return err
+	})
+}
+
 // Rename gives a file that has been synced another name, durably, and replaces the file with that
 // name.
 func Rename(from, to string) error {
