@@ -127,6 +127,10 @@ type Exec struct {
 	System  bool     `json:"system,omitempty"` // in the guest's system, not in the image's container
 }
 
+// InputWindow is how many bytes of input a client of an exec may have sent of which the daemon has not
+// said that the program takes them (ChannelTaken).
+const InputWindow = 256 << 10
+
 // Channels of an exec's messages.
 const (
 	ChannelStdin  = 0 // to the program; an empty message ends its input
@@ -135,6 +139,7 @@ const (
 	ChannelStatus = 3 // ExecStatus as JSON, the last message
 	ChannelSize   = 4 // WindowSize as JSON
 	ChannelSignal = 5 // a number of a signal on Linux, in decimal
+	ChannelTaken  = 6 // how many more bytes of input were taken, in decimal
 )
 
 // ExecStatus is how a program has ended.

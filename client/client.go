@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"drafter/api"
@@ -35,10 +36,13 @@ func New(socket string) *Client {
 	}
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
 		conn, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
-		if err != nil {
-			return nil, fmt.Errorf("%w; start it with 'drafter daemon', or as a service with 'systemctl start drafter'", err)
+		switch {
+		case errors.Is(err, syscall.EACCES):
+			err = fmt.Errorf("%w; use sudo, or become a member of the group drafter", err)
+		case errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.ECONNREFUSED):
+			err = fmt.Errorf("%w; start it with 'drafter daemon', or as a service with 'systemctl start drafter'", err)
 		}
-		return conn, nil
+		return conn, err
 	}
 	return &Client{http: &http.Client{Transport: &http.Transport{DialContext: dial}}, base: "http://drafter"}
 }
@@ -206,7 +210,11 @@ func (c *Client) Cancel(ctx context.Context, id string) error {
 func (c *Client) Await(ctx context.Context, o api.Operation, progress func(api.Progress)) (api.Operation, error) {
 	path, wait := "/v1/operations/"+url.PathEscape(o.ID), 20
 	for o.State == api.Working {
-		if err := c.call(ctx, http.MethodGet, path+"?wait="+strconv.Itoa(wait), nil, &o); err != nil {
+		err := c.call(ctx, http.MethodGet, path+"?wait="+strconv.Itoa(wait), nil, &o)
+		if refused := (*Error)(nil); errors.As(err, &refused) && refused.Status == http.StatusNotFound {
+			return o, fmt.Errorf("the daemon has ended meanwhile, and does not know how far it got; see 'drafter ps -a': %w", err)
+		}
+		if err != nil {
 			return o, err
 		}
 		wait = min(2*wait, 200)
@@ -245,7 +253,7 @@ func (c *Client) Logs(ctx context.Context, name string, o LogOptions, f func(api
 		if err := lines.Decode(&l); errors.Is(err, io.EOF) {
 			return nil
 		} else if err != nil {
-			return fmt.Errorf("read log: %w", err)
+			return fmt.Errorf("the log was cut off; the VM goes on: %w", err)
 		}
 		if err := f(l); err != nil {
 			return err

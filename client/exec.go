@@ -13,6 +13,7 @@ import (
 	"syscall"
 
 	"github.com/coder/websocket"
+	"golang.org/x/sync/semaphore"
 
 	"drafter/api"
 )
@@ -48,8 +49,9 @@ func (c *Client) Exec(ctx context.Context, name string, e api.Exec, std Streams)
 	send := func(channel byte, b []byte) error {
 		return conn.Write(ctx, websocket.MessageBinary, append([]byte{channel}, b...))
 	}
+	window := semaphore.NewWeighted(api.InputWindow)
 	if std.Stdin != nil {
-		go sendInput(std.Stdin, send) // it ends with its reader
+		go sendInput(ctx, std.Stdin, window, send) // it ends with its reader
 	}
 	done := make(chan struct{})
 	defer func() { <-done }()
@@ -72,6 +74,12 @@ func (c *Client) Exec(ctx context.Context, name string, e api.Exec, std Streams)
 			to = std.Stdout
 		case api.ChannelStderr:
 			to = std.Stderr
+		case api.ChannelTaken:
+			n, err := strconv.ParseInt(string(b[1:]), 10, 64)
+			if err != nil || n < 0 || n > api.InputWindow {
+				return 0, fmt.Errorf("the daemon says that %.20q bytes of input were taken", b[1:])
+			}
+			window.Release(n)
 		case api.ChannelStatus:
 			var status api.ExecStatus
 			if err := json.Unmarshal(b[1:], &status); err != nil {
@@ -90,11 +98,12 @@ func (c *Client) Exec(ctx context.Context, name string, e api.Exec, std Streams)
 	}
 }
 
-func sendInput(from io.Reader, send func(byte, []byte) error) {
+// sendInput sends what from yields, as far as the program takes it.
+func sendInput(ctx context.Context, from io.Reader, window *semaphore.Weighted, send func(byte, []byte) error) {
 	buf := make([]byte, 16<<10)
 	for {
 		n, err := from.Read(buf)
-		if n > 0 && send(api.ChannelStdin, buf[:n]) != nil {
+		if n > 0 && (window.Acquire(ctx, int64(n)) != nil || send(api.ChannelStdin, buf[:n]) != nil) {
 			return
 		}
 		if errors.Is(err, os.ErrClosed) {

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -299,6 +300,35 @@ func testExec(t *testing.T, h *house, vm string) {
 	}
 	if err := cmd.Wait(); !errors.As(err, &exit) || exit.ExitCode() != 3 {
 		t.Error(err)
+	}
+
+	// Input that the program does not read holds up no signal.
+	zero, err := os.Open("/dev/zero")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer zero.Close()
+	cmd = h.command(t, "exec", "-i", "--system", vm, "sh", "-c", "echo ready; exec sleep 1000")
+	cmd.Stdin = zero
+	if from, err = cmd.StdoutPipe(); err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if lines := bufio.NewScanner(from); !lines.Scan() || lines.Text() != "ready" {
+		t.Fatal(lines.Text(), lines.Err())
+	}
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); !errors.As(err, &exit) || exit.ExitCode() != 128+int(syscall.SIGTERM) {
+		t.Error(err)
+	}
+	cmd = h.command(t, "exec", "-i", "--system", vm, "wc", "-c")
+	cmd.Stdin = io.LimitReader(zero, 3<<20)
+	if out, err := cmd.Output(); err != nil || strings.TrimSpace(string(out)) != fmt.Sprint(3<<20) {
+		t.Errorf("%q, %v", out, err)
 	}
 
 	// nsenter leaves the terminal to drafter.

@@ -67,7 +67,7 @@ func (c *controlled) running(vm *peer.Peer) {
 	ctx, cancel := context.WithCancel(context.Background())
 	c.endWork = cancel
 	c.work.Go(func() {
-		if c.exited, c.logErr = control.Log(ctx, c.dir, c.guest); c.logErr != nil {
+		if c.exited, c.logErr = control.Log(ctx, c.dir, c.guest, slog.Default()); c.logErr != nil {
 			slog.Error("What the VM's service prints is not kept any more", "error", c.logErr)
 		}
 	})
@@ -99,8 +99,7 @@ func (c *controlled) close(err error) error {
 		c.endWork()
 		c.work.Wait()
 	}
-	own := errors.Join(c.logErr, c.heldErr)
-	err = errors.Join(err, own)
+	err = errors.Join(err, c.heldErr)
 	end := control.End{Outcome: cmp.Or(c.outcome, control.Failed), At: time.Now().UTC(), ExitStatus: c.exited}
 	if err != nil {
 		end.Error = err.Error()
@@ -108,5 +107,5 @@ func (c *controlled) close(err error) error {
 			end.Outcome = control.Failed
 		}
 	}
-	return errors.Join(own, c.server.Close(end))
+	return errors.Join(c.heldErr, c.logErr, c.server.Close(end))
 }

@@ -93,7 +93,11 @@ func runDaemon(ctx context.Context, c daemon.Config, socket string) (err error) 
 	}
 	slog.Info("Shutting down; VMs go on")
 	stop() // streams end
-	err = server.Shutdown(context.WithoutCancel(ctx))
+	closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	if err = server.Shutdown(closing); errors.Is(err, context.DeadlineExceeded) {
+		err = server.Close() // a client does not read its answer
+	}
 	if served := <-done; !errors.Is(served, http.ErrServerClosed) {
 		err = errors.Join(err, served)
 	}

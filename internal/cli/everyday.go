@@ -46,6 +46,19 @@ func (e *everyday) names(cmd *cobra.Command, _ []string, _ string) ([]string, co
 	return names, cobra.ShellCompDirectiveNoFileComp
 }
 
+// awaitOrCancel is awaitOperation for one that is cancelled when this process is told to end.
+func awaitOrCancel(cmd *cobra.Command, c *client.Client, o api.Operation) (api.Operation, error) {
+	o, err := awaitOperation(cmd, c, o)
+	if cmd.Context().Err() == nil {
+		return o, err
+	}
+	ctx := context.WithoutCancel(cmd.Context())
+	if err := c.Cancel(ctx, o.ID); err != nil {
+		return o, err
+	}
+	return c.Await(ctx, o, nil)
+}
+
 // awaitOperation shows an operation until it has ended.
 func awaitOperation(cmd *cobra.Command, c *client.Client, o api.Operation) (api.Operation, error) {
 	bars := progress.New(cmd.ErrOrStderr())
@@ -97,7 +110,7 @@ So the package has no secrets in it, and the service takes its time.
 			if err != nil {
 				return err
 			}
-			if o, err = awaitOperation(cmd, c, o); err != nil {
+			if o, err = awaitOrCancel(cmd, c, o); err != nil {
 				return err
 			}
 			if detach {
@@ -138,11 +151,8 @@ func watchVM(cmd *cobra.Command, c *client.Client, id string) error {
 	if err != nil {
 		return err
 	}
-	vm, err := c.VM(cmd.Context(), id)
-	var refused *client.Error
+	vm, err := ended(cmd.Context(), c, id)
 	switch {
-	case errors.As(err, &refused) && refused.Status == http.StatusNotFound: // --rm
-		return nil
 	case err != nil:
 		return err
 	case vm.Error != "":
@@ -151,6 +161,30 @@ func watchVM(cmd *cobra.Command, c *client.Client, id string) error {
 		return exitStatus(*vm.ExitStatus)
 	}
 	return nil
+}
+
+// ended returns a VM that has ended, also if it was removed then: its last event has it.
+func ended(ctx context.Context, c *client.Client, id string) (vm api.VM, err error) {
+	vm, err = c.VM(ctx, id)
+	if refused := (*client.Error)(nil); !errors.As(err, &refused) || refused.Status != http.StatusNotFound {
+		return vm, err
+	}
+	removed := errors.New("it was removed")
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	err = c.Events(ctx, 0, func(e api.Event) error {
+		if e.VM == nil || e.VM.ID != id {
+			return nil
+		}
+		if vm = *e.VM; e.Type == "vm.removed" {
+			return removed
+		}
+		return nil
+	})
+	if errors.Is(err, removed) {
+		err = nil
+	}
+	return vm, err
 }
 
 // printLog prints what a service has printed, where it printed it.

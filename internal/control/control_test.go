@@ -1,8 +1,11 @@
 package control
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -116,8 +119,15 @@ func talk(t *testing.T, log *agent.Log) *agent.Client {
 func read(t *testing.T, dir string) (text string) {
 	t.Helper()
 	for _, path := range LogFiles(dir) {
-		if err := ReadLog(path, func(l Line) error { text += l.Stream + ":" + l.Text; return nil }); err != nil {
+		b, err := os.ReadFile(path)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			t.Fatal(err)
+		}
+		for line := range bytes.Lines(b) {
+			var l Line
+			if json.Unmarshal(line, &l) == nil {
+				text += l.Stream + ":" + l.Text
+			}
 		}
 	}
 	return text
@@ -141,7 +151,7 @@ func TestLog(t *testing.T) {
 		defer cancel()
 		var keeping sync.WaitGroup
 		keeping.Go(func() {
-			if _, err := Log(ctx, dir, func() *agent.Client { return c }); err != nil {
+			if _, err := Log(ctx, dir, func() *agent.Client { return c }, slog.Default()); err != nil {
 				t.Error(err)
 			}
 		})
@@ -165,6 +175,10 @@ func TestLog(t *testing.T) {
 		t.Fatal(err)
 	}
 	keep(c, "two\n")
+	print("a\xc3", false) // "aé", written in two parts
+	keep(c, "a")
+	print("\xa9\n", false)
+	keep(c, "\n")
 	other := agent.NewLog()
 	if err := other.Copy(strings.NewReader("booted again\n"), false); err != nil {
 		t.Fatal(err)
@@ -172,11 +186,11 @@ func TestLog(t *testing.T) {
 	c = talk(t, other)
 	keep(c, "booted again\n")
 	other.End(7)
-	ended, err := Log(t.Context(), dir, func() *agent.Client { return c })
+	ended, err := Log(t.Context(), dir, func() *agent.Client { return c }, slog.Default())
 	if err != nil || ended == nil || *ended != 7 {
 		t.Error(ended, err)
 	}
-	if got, want := read(t, dir), "stdout:one\nstderr:two\nstdout:booted again\n"; got != want {
+	if got, want := read(t, dir), "stdout:one\nstderr:two\nstdout:astdout:é\nstdout:booted again\n"; got != want {
 		t.Errorf("%q, want %q", got, want)
 	}
 }

@@ -1,16 +1,18 @@
 package control
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
+	"unicode/utf8"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -33,7 +35,8 @@ const (
 	logFile   = "log"
 	olderLog  = "log.1"
 	mostLog   = 16 << 20 // bytes of each
-	mostPiece = 1 << 20  // of a line
+	mostText  = 16 << 10 // of a line's text
+	mostPiece = 1 << 20  // more than any line has
 )
 
 // LogFiles are the log's files in a control directory, the older one first.
@@ -43,51 +46,148 @@ func LogFiles(dir string) []string {
 
 // Log writes what a VM's service prints to the log of a control directory, from where the log ends,
 // until ctx ends or the service has. It returns the service's exit status; nil if that is not known.
-// guest returns the connection with the guest's agent, or nil while there is none.
-func Log(ctx context.Context, dir string, guest func() *agent.Client) (ended *int, err error) {
-	path := filepath.Join(dir, logFile)
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|os.O_APPEND, newfile.Mode)
-	if err != nil {
-		return nil, fmt.Errorf("open the VM's log: %w", err)
-	}
-	defer func() { err = errors.Join(err, f.Close()) }()
-	boot, position, err := end(f)
-	if err != nil {
+// What cannot be written is written later, if the guest still has it then. guest returns the
+// connection with the guest's agent, or nil while there is none.
+func Log(ctx context.Context, dir string, guest func() *agent.Client, log *slog.Logger) (ended *int, err error) {
+	w := &logWriter{path: filepath.Join(dir, logFile), older: filepath.Join(dir, olderLog)}
+	if err := w.open(); err != nil {
 		return nil, err
 	}
-	for ctx.Err() == nil {
-		part := ask(ctx, guest, position)
-		if part != nil && part.Boot != boot {
-			boot = part.Boot
+	defer func() { err = errors.Join(err, w.file.Close()) }()
+	if err := w.findEnd(); err != nil {
+		return nil, err
+	}
+	for failing := false; ; {
+		part := ask(ctx, guest, w.position)
+		if part != nil && part.Boot != w.boot {
+			w.boot, w.position, w.held = part.Boot, 0, [2][]byte{}
 			part = ask(ctx, guest, 0)
 		}
 		if part == nil {
 			return nil, nil
 		}
-		for _, c := range part.Chunks {
-			line := Line{Time: c.Time, Stream: "stdout", Text: string(c.Data), Boot: boot, Next: c.Position + int64(len(c.Data))}
-			if c.Stderr {
-				line.Stream = "stderr"
-			}
-			if err := json.NewEncoder(f).Encode(line); err != nil {
-				return nil, fmt.Errorf("write the VM's log: %w", err)
-			}
-		}
-		position = part.Next
-		if part.Ended {
+		err := w.write(part)
+		if err == nil && part.Ended {
 			return &part.ExitStatus, nil
 		}
-		if info, err := f.Stat(); err != nil || info.Size() < mostLog {
+		if err == nil {
+			failing = false
 			continue
 		}
-		if err := errors.Join(f.Close(), os.Rename(path, filepath.Join(dir, olderLog))); err != nil {
-			return nil, fmt.Errorf("rotate the VM's log: %w", err)
+		if !failing {
+			log.Error("What the VM's service prints cannot be kept; trying again", "error", err)
 		}
-		if f, err = os.OpenFile(path, os.O_CREATE|os.O_RDWR|os.O_APPEND, newfile.Mode); err != nil {
-			return nil, fmt.Errorf("open the VM's log: %w", err)
+		failing = true
+		select {
+		case <-ctx.Done():
+			return nil, nil
+		case <-time.After(time.Second):
 		}
 	}
-	return nil, nil
+}
+
+// logWriter writes the log.
+type logWriter struct {
+	path, older string
+	file        *os.File
+	boot        string
+	position    int64     // up to which the guest's output is in the log
+	held        [2][]byte // of stdout and stderr: the beginning of a character
+	torn        bool      // the file may end with a part of a line
+}
+
+func (w *logWriter) open() (err error) {
+	if w.file, err = os.OpenFile(w.path, os.O_CREATE|os.O_RDWR|os.O_APPEND, newfile.Mode); err != nil {
+		return fmt.Errorf("open the VM's log: %w", err)
+	}
+	return nil
+}
+
+// findEnd tells where the log has got to. Its last line may have been written in part.
+func (w *logWriter) findEnd() error {
+	info, err := w.file.Stat()
+	if err != nil {
+		return fmt.Errorf("read the VM's log: %w", err)
+	}
+	from := max(0, info.Size()-mostPiece)
+	b, err := io.ReadAll(io.NewSectionReader(w.file, from, info.Size()-from))
+	if err != nil {
+		return fmt.Errorf("read the VM's log: %w", err)
+	}
+	w.torn = len(b) > 0 && b[len(b)-1] != '\n'
+	for len(b) > 0 {
+		b = b[:max(0, bytes.LastIndexByte(b, '\n'))]
+		var last Line
+		if json.Unmarshal(b[bytes.LastIndexByte(b, '\n')+1:], &last) == nil {
+			w.boot, w.position = last.Boot, last.Next
+			return nil
+		}
+	}
+	return nil
+}
+
+// write writes what is new of a guest's output.
+func (w *logWriter) write(part *agent.LogPart) error {
+	for _, c := range part.Chunks {
+		for at := 0; at < len(c.Data); at += mostText {
+			piece := c.Data[at:min(at+mostText, len(c.Data))]
+			next := c.Position + int64(at+len(piece))
+			if next <= w.position {
+				continue // before a failure
+			}
+			if err := w.writePiece(c, piece, next); err != nil {
+				return err
+			}
+		}
+	}
+	w.position = part.Next
+	if info, err := w.file.Stat(); err != nil || info.Size() < mostLog {
+		return err
+	}
+	if err := errors.Join(w.file.Close(), os.Rename(w.path, w.older)); err != nil {
+		return fmt.Errorf("rotate the VM's log: %w", errors.Join(err, w.open()))
+	}
+	return w.open()
+}
+
+func (w *logWriter) writePiece(c agent.LogChunk, piece []byte, next int64) error {
+	line, stream := Line{Time: c.Time, Stream: "stdout", Boot: w.boot}, 0
+	if c.Stderr {
+		line.Stream, stream = "stderr", 1
+	}
+	text := slices.Concat(w.held[stream], piece)
+	whole := len(text) - partOfRune(text)
+	line.Text, line.Next = string(text[:whole]), next-int64(len(text)-whole)
+	if whole > 0 {
+		b, err := json.Marshal(line)
+		if err != nil {
+			return err
+		}
+		b = append(b, '\n')
+		if w.torn {
+			b = append([]byte{'\n'}, b...)
+		}
+		if _, err := w.file.Write(b); err != nil {
+			w.torn = true
+			return fmt.Errorf("write the VM's log: %w", err)
+		}
+		w.torn = false
+	}
+	w.held[stream], w.position = text[whole:], next
+	return nil
+}
+
+// partOfRune is how many bytes at the end of a text begin a character that is not whole.
+func partOfRune(text []byte) int {
+	for n := 1; n < utf8.UTFMax && n <= len(text); n++ {
+		if utf8.RuneStart(text[len(text)-n]) {
+			if utf8.FullRune(text[len(text)-n:]) {
+				return 0
+			}
+			return n
+		}
+	}
+	return 0
 }
 
 // ask asks the guest for more, as soon as there is one that can be asked. It returns nil when ctx
@@ -96,7 +196,7 @@ func ask(ctx context.Context, guest func() *agent.Client, position int64) *agent
 	for {
 		if c := guest(); c != nil {
 			part, err := c.Logs(ctx, position)
-			if err == nil {
+			if err == nil && (len(part.Chunks) > 0 || part.Ended) {
 				return part
 			}
 			if status.Code(err) == codes.Unimplemented {
@@ -109,54 +209,4 @@ func ask(ctx context.Context, guest func() *agent.Client, position int64) *agent
 		case <-time.After(100 * time.Millisecond):
 		}
 	}
-}
-
-// end tells where the log has got to, and removes what a killed process has written only in part.
-func end(f *os.File) (boot string, position int64, err error) {
-	info, err := f.Stat()
-	if err != nil {
-		return "", 0, err
-	}
-	from := max(0, info.Size()-mostPiece)
-	b, err := io.ReadAll(io.NewSectionReader(f, from, info.Size()-from))
-	if err != nil {
-		return "", 0, fmt.Errorf("read the VM's log: %w", err)
-	}
-	whole := bytes.LastIndexByte(b, '\n') + 1
-	if whole < len(b) {
-		if err := f.Truncate(from + int64(whole)); err != nil {
-			return "", 0, fmt.Errorf("mend the VM's log: %w", err)
-		}
-	}
-	last := bytes.TrimSuffix(b[:whole], []byte("\n"))
-	last = last[bytes.LastIndexByte(last, '\n')+1:]
-	var line Line
-	if len(last) > 0 {
-		err = json.Unmarshal(last, &line)
-	}
-	return line.Boot, line.Next, err
-}
-
-// ReadLog calls f for each line of a log's file. One that is not there has none.
-func ReadLog(path string, f func(Line) error) error {
-	file, err := os.Open(path)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer file.Close()
-	lines := bufio.NewScanner(file)
-	lines.Buffer(nil, mostPiece)
-	for lines.Scan() {
-		var line Line
-		if json.Unmarshal(lines.Bytes(), &line) != nil {
-			continue // it is being written
-		}
-		if err := f(line); err != nil {
-			return err
-		}
-	}
-	return lines.Err()
 }

@@ -38,9 +38,7 @@ func Release(ctx context.Context, dir string, guest func() *agent.Client, ready 
 				if err := c.Start(ctx, env); err != nil {
 					return fmt.Errorf("start the VM's service: %w", err)
 				}
-				continue
-			}
-			if err == nil && r.GetReady() {
+			} else if err == nil && r.GetReady() {
 				if last = c; !said {
 					said = true
 					ready()

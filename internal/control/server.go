@@ -44,10 +44,7 @@ func WriteEnv(dir string, env []string) error {
 	}
 	b, err := json.Marshal(env)
 	if err == nil {
-		err = newfile.Write(filepath.Join(dir, envFile), func(f *os.File) error {
-			_, err := f.Write(b)
-			return err
-		})
+		err = newfile.WriteBytes(filepath.Join(dir, envFile), b)
 	}
 	if err != nil {
 		return fmt.Errorf("note the environment of the VM's service: %w", err)
@@ -194,10 +191,7 @@ func (s *Server) Close(end End) error {
 func writeEnd(dir string, end End) error {
 	b, err := json.Marshal(end)
 	if err == nil {
-		err = newfile.Write(filepath.Join(dir, endFile), func(f *os.File) error {
-			_, err := f.Write(b)
-			return err
-		})
+		err = newfile.WriteBytes(filepath.Join(dir, endFile), b)
 	}
 	if err != nil {
 		return fmt.Errorf("note how the VM has ended: %w", err)

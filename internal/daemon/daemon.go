@@ -16,6 +16,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"sync"
 
@@ -52,7 +53,8 @@ type Daemon struct {
 	log    *slog.Logger
 	lock   *lockfile.Lock
 	ctx    context.Context // ends what it does
-	cancel context.CancelFunc
+	cancel context.CancelCauseFunc
+	opened bool           // and so it knows which VMs run
 	work   sync.WaitGroup // operations, and who watches processes
 	making templateLocks
 	events *events
@@ -89,13 +91,13 @@ func Open(c Config) (_ *Daemon, err error) {
 	if d.lock, err = lockfile.Try(d.dir("daemon.lock")); err != nil {
 		return nil, fmt.Errorf("open the daemon's directory %s: %w", c.Dir, err)
 	}
-	d.ctx, d.cancel = context.WithCancel(context.Background())
+	d.ctx, d.cancel = context.WithCancelCause(context.Background())
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.Close())
 		}
 	}()
-	if d.events, err = openEvents(d.dir("events")); err != nil {
+	if d.events, err = openEvents(d.dir("events"), d.log); err != nil {
 		return nil, err
 	}
 	if err := errors.Join(d.sweepPackages(), d.reclaim()); err != nil {
@@ -107,7 +109,11 @@ func Open(c Config) (_ *Daemon, err error) {
 	if d.nat != nil {
 		d.watchNAT(d.nat)
 	}
-	return d, d.recover()
+	if err := d.recover(); err != nil {
+		return nil, err
+	}
+	d.opened = true
+	return d, nil
 }
 
 func (d *Daemon) dir(elem ...string) string {
@@ -117,48 +123,78 @@ func (d *Daemon) dir(elem ...string) string {
 // reclaim removes what VMs have left whose processes were killed.
 func (d *Daemon) reclaim() error { return vmm.ReclaimAll(d.dir("vmm"), d.log) }
 
-// recover reads the records of VMs and compares them with what is there.
+var idPattern = regexp.MustCompile(`^[0-9a-f]{12}$`)
+
+// recover reads the records of VMs and compares them with what is there. One that cannot be put in
+// order does not keep the others waiting.
 func (d *Daemon) recover() error {
 	entries, err := os.ReadDir(d.dir("vms"))
 	if err != nil {
 		return fmt.Errorf("find VMs: %w", err)
 	}
+	complain := func(v *vm, err error) {
+		if err != nil {
+			d.log.Error("A VM is left as it is, because it cannot be put in order", "directory", v.dir, "error", err)
+		}
+	}
+	var destroyed []*vm
 	for _, e := range entries {
+		if !idPattern.MatchString(e.Name()) || !e.IsDir() {
+			d.log.Warn("Something among the VMs is none, and is left alone", "path", d.dir("vms", e.Name()))
+			continue
+		}
 		v := d.newVM(e.Name())
 		there, err := v.read()
-		if err != nil {
-			return err
-		}
-		if there {
+		switch {
+		case err != nil:
+			complain(v, err)
+			continue
+		case there:
 			d.vms[v.record.ID] = v
 		}
 		// Without a record, the last daemon was killed before it made the VM, or after it removed it.
 		if !there || v.record.State == api.Creating || v.record.State == api.Removing {
-			if err := v.destroy(d.ctx); err != nil {
-				return err
-			}
+			destroyed = append(destroyed, v)
 		}
 	}
-	for _, v := range d.vms {
-		if err := v.recover(); err != nil {
-			return err
+	d.missedEvents()
+	for _, v := range destroyed {
+		complain(v, v.destroy(d.ctx))
+		v.record.State = api.Removing // also if that has failed: it is nothing else any more
+	}
+	for _, v := range slices.Collect(maps.Values(d.vms)) {
+		if v.record.State != api.Removing {
+			complain(v, v.recover())
 		}
 	}
 	return nil
 }
 
+// missedEvents tells of what the last daemon has recorded, and was killed before it could tell.
+func (d *Daemon) missedEvents() {
+	for id, last := range d.events.last() {
+		v, there := d.vms[id]
+		switch {
+		case there && v.record.State != last.VM.State:
+			d.events.add("vm."+v.record.State, v.record)
+		case !there && last.Type != removedEvent && !exists(d.dir("vms", id)):
+			d.events.add(removedEvent, *last.VM)
+		}
+	}
+}
+
 // Close ends the daemon. VMs go on. The NAT ends if no VM runs.
 func (d *Daemon) Close() error {
-	d.cancel()
+	d.cancel(detached.ErrLeave)
 	d.work.Wait()
 	var errs []error
 	needed := false
 	for _, v := range d.vms {
-		needed = needed || v.process != nil
-		errs = append(errs, v.forgetProcess())
+		needed = needed || v.process != nil || v.record.Namespace != ""
+		errs = append(errs, v.forget())
 	}
 	if d.nat != nil {
-		if !needed {
+		if d.opened && !needed {
 			errs = append(errs, d.endNAT())
 		}
 		errs = append(errs, d.nat.Close())

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -27,6 +28,7 @@ import (
 	"drafter/internal/await"
 	"drafter/internal/control"
 	"drafter/internal/detached"
+	"drafter/internal/newfile"
 	"drafter/vmm"
 )
 
@@ -61,6 +63,14 @@ func standIn(command string, args []string) error {
 		}
 		if os.Getenv("STAND_IN_FAILS") != "" {
 			return errors.Join(s.Close(control.End{Outcome: control.Failed, Error: "no memory is left", At: time.Now()}), errors.New("failed"))
+		}
+		if path := os.Getenv("STAND_IN_WAITS"); path != "" {
+			for _, err := os.Stat(path); err != nil && ctx.Err() == nil; _, err = os.Stat(path) {
+				time.Sleep(time.Millisecond)
+			}
+			if ctx.Err() != nil { // as a guest that hangs: SIGTERM is not enough
+				time.Sleep(time.Hour)
+			}
 		}
 		s.Set(control.Running, "")
 		daemon.SdNotify(false, daemon.SdNotifyReady)
@@ -105,6 +115,12 @@ func testConfig(dir string) Config {
 // testDir makes a directory in which there is a package of the image "docker://image" already.
 func testDir(t testing.TB) string {
 	t.Helper()
+	return testDirOn(t, func(string) {})
+}
+
+// testDirOn is testDir with a disk that is mounted.
+func testDirOn(t testing.TB, mount func(lib string)) string {
+	t.Helper()
 	dir, err := os.MkdirTemp("", "d") // the names of tests make socket paths too long
 	if err != nil {
 		t.Fatal(err)
@@ -114,6 +130,10 @@ func testDir(t testing.TB) string {
 			os.RemoveAll(dir)
 		}
 	})
+	if err := os.Mkdir(filepath.Join(dir, "lib"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	mount(filepath.Join(dir, "lib"))
 	for _, name := range []string{"blueprint", "lib/packages", "lib/images"} {
 		if err := os.MkdirAll(filepath.Join(dir, name), 0o700); err != nil {
 			t.Fatal(err)
@@ -133,7 +153,7 @@ func testDir(t testing.TB) string {
 	if err := os.Mkdir(d.dir("packages", k.String()), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := writeFile(d.dir("images", digestOf([]string{"docker://image", ""})+".json"), []byte(`{"digest":"sha256:1"}`)); err != nil {
+	if err := newfile.WriteBytes(d.dir("images", digestOf([]string{"docker://image", ""})+".json"), []byte(`{"digest":"sha256:1"}`)); err != nil {
 		t.Fatal(err)
 	}
 	return dir
@@ -455,7 +475,7 @@ func check(t *testing.T, c *client.Client, dir string) {
 // eventsGoOn checks that events go on where they were, and returns the ID of the last one.
 func eventsGoOn(t *testing.T, dir string, last int64) int64 {
 	t.Helper()
-	e, err := openEvents(filepath.Join(dir, "lib/events"))
+	e, err := openEvents(filepath.Join(dir, "lib/events"), slog.Default())
 	if err != nil {
 		t.Fatal(err)
 	}

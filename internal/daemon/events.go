@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"os"
 	"sync"
 	"time"
@@ -16,35 +18,43 @@ import (
 // events are what has happened, in order. They are kept in a file, so that a client that follows
 // them misses none when the daemon is replaced.
 type events struct {
+	log   *slog.Logger
 	mu    sync.Mutex
 	file  *os.File
 	list  []api.Event // the last ones
 	more  chan struct{}
-	lines int // in the file
+	lines int  // in the file
+	torn  bool // the file may end with a part of a line
 }
 
 // keptEvents bounds how many a client can miss; the file has at most twice as many.
 const keptEvents = 1000
 
-func openEvents(path string) (*events, error) {
-	e := &events{more: make(chan struct{})}
+const removedEvent = "vm.removed"
+
+func openEvents(path string, log *slog.Logger) (*events, error) {
+	e := &events{log: log, more: make(chan struct{})}
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|os.O_APPEND, newfile.Mode)
 	if err != nil {
 		return nil, fmt.Errorf("open events: %w", err)
 	}
 	e.file = f
-	lines := bufio.NewScanner(f)
-	lines.Buffer(nil, 1<<20)
-	for lines.Scan() {
+	for lines := bufio.NewReader(f); err == nil; {
+		var line []byte
+		line, err = lines.ReadBytes('\n')
 		var event api.Event
-		if json.Unmarshal(lines.Bytes(), &event) == nil { // or the last daemon was killed as it wrote it
+		if json.Unmarshal(line, &event) == nil && event.VM != nil { // or it was written in part only
 			e.keep(event)
 		}
 	}
-	if err := lines.Err(); err != nil {
+	if !errors.Is(err, io.EOF) {
 		return nil, errors.Join(fmt.Errorf("read events: %w", err), f.Close())
 	}
-	return e, e.rewrite()
+	if err := e.rewrite(); err != nil {
+		e.torn = true // on a full disk, say
+		log.Error("The file of events stays as it was", "error", err)
+	}
+	return e, nil
 }
 
 func (e *events) keep(event api.Event) {
@@ -75,28 +85,53 @@ func (e *events) rewrite() error {
 		return fmt.Errorf("open events: %w", err)
 	}
 	err = e.file.Close()
-	e.file, e.lines = f, len(e.list)
+	e.file, e.lines, e.torn = f, len(e.list), false
 	return err
 }
 
-// add adds an event that concerns a VM.
-func (e *events) add(kind string, v *api.VM) error {
+// add adds an event that concerns a VM. Who follows hears of it also if it cannot be written.
+func (e *events) add(kind string, v api.VM) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	event := api.Event{ID: 1, Time: time.Now().UTC(), Type: kind, VM: v}
+	event := api.Event{ID: 1, Time: time.Now().UTC(), Type: kind, VM: &v}
 	if n := len(e.list); n > 0 {
 		event.ID = e.list[n-1].ID + 1
 	}
-	if err := json.NewEncoder(e.file).Encode(event); err != nil {
-		return fmt.Errorf("write event: %w", err)
-	}
+	err := e.write(event)
 	e.keep(event)
 	close(e.more)
 	e.more = make(chan struct{})
 	if e.lines >= 2*keptEvents {
-		return e.rewrite()
+		err = errors.Join(err, e.rewrite())
 	}
-	return nil
+	if err != nil {
+		e.log.Error("The next daemon will not know of an event", "event", kind, "vm", v.Name, "error", err)
+	}
+}
+
+func (e *events) write(event api.Event) error {
+	b, err := json.Marshal(event)
+	if err != nil {
+		return err
+	}
+	b = append(b, '\n')
+	if e.torn {
+		b = append([]byte{'\n'}, b...)
+	}
+	_, err = e.file.Write(b)
+	e.torn = err != nil
+	return err
+}
+
+// last returns the last event of each VM.
+func (e *events) last() map[string]api.Event {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	last := map[string]api.Event{}
+	for _, event := range e.list {
+		last[event.VM.ID] = event
+	}
+	return last
 }
 
 // after returns the events that follow the one with an ID, and a channel that is closed when there

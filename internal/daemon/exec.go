@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/coder/websocket"
@@ -23,13 +24,16 @@ import (
 func (d *Daemon) guest(ctx context.Context, name string) (*agent.Client, error) {
 	d.mu.Lock()
 	v, err := d.find(name)
-	running := err == nil && v.record.State == api.Running
+	state := ""
+	if err == nil {
+		state = v.record.State
+	}
 	d.mu.Unlock()
 	if err != nil {
 		return nil, err
 	}
-	if !running {
-		return nil, fmt.Errorf("VM %s does not run: %w; start it ('drafter start %s')", name, ErrConflict, name)
+	if state != api.Running {
+		return nil, fmt.Errorf("VM %s is %s: %w; it has to run ('drafter start %s')", name, state, ErrConflict, name)
 	}
 	return control.Guest(ctx, v.path(controlDir))
 }
@@ -103,10 +107,13 @@ func (d *Daemon) execOver(ctx context.Context, cancel func(), conn *websocket.Co
 	if err != nil {
 		return 0, err
 	}
+	in := input{pieces: make(chan []byte, mostPieces)}
 	d.work.Go(func() {
 		defer cancel() // who has gone does not need the program
-		takeInput(ctx, conn, s)
+		defer close(in.pieces)
+		in.receive(ctx, conn, s)
 	})
+	d.work.Go(func() { in.pass(ctx, conn, s) })
 	var outputs sync.WaitGroup
 	for channel, from := range map[byte]io.Reader{api.ChannelStdout: s.Stdout, api.ChannelStderr: s.Stderr} {
 		outputs.Go(func() { sendOutput(ctx, conn, channel, from) })
@@ -131,8 +138,18 @@ func sendOutput(ctx context.Context, conn *websocket.Conn, channel byte, from io
 	}
 }
 
-// takeInput takes a client's messages until it has gone.
-func takeInput(ctx context.Context, conn *websocket.Conn, s *agent.Session) {
+// mostPieces bounds the messages of input that the program has not taken.
+const mostPieces = 64
+
+// input is what a client sends to a program. It waits apart from signals and sizes of the terminal.
+type input struct {
+	pieces chan []byte // an empty one ends it
+	room   atomic.Int64
+}
+
+// receive takes a client's messages until it has gone, or sends more than there is room for.
+func (in *input) receive(ctx context.Context, conn *websocket.Conn, s *agent.Session) {
+	in.room.Store(api.InputWindow)
 	for {
 		_, b, err := conn.Read(ctx)
 		if err != nil || len(b) == 0 {
@@ -141,10 +158,13 @@ func takeInput(ctx context.Context, conn *websocket.Conn, s *agent.Session) {
 		channel, b := b[0], b[1:]
 		switch channel {
 		case api.ChannelStdin:
-			if len(b) > 0 {
-				_, _ = s.Stdin.Write(b) // a program that has ended does not read any more
-			} else {
-				_ = s.Stdin.Close()
+			if in.room.Add(-int64(len(b))) < 0 {
+				return
+			}
+			select {
+			case in.pieces <- b:
+			default:
+				return
 			}
 		case api.ChannelSize:
 			var size api.WindowSize
@@ -159,6 +179,25 @@ func takeInput(ctx context.Context, conn *websocket.Conn, s *agent.Session) {
 		}
 		if err != nil {
 			return
+		}
+	}
+}
+
+// pass lets the program take the input, and tells the client of that. A program that has ended takes
+// none.
+func (in *input) pass(ctx context.Context, conn *websocket.Conn, s *agent.Session) {
+	var err error
+	for b := range in.pieces {
+		switch {
+		case err != nil:
+		case len(b) == 0:
+			err = s.Stdin.Close()
+		default:
+			if _, err = s.Stdin.Write(b); err == nil {
+				in.room.Add(int64(len(b)))
+				taken := strconv.AppendInt([]byte{api.ChannelTaken}, int64(len(b)), 10)
+				err = conn.Write(ctx, websocket.MessageBinary, taken)
+			}
 		}
 	}
 }

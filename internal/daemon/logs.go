@@ -1,10 +1,12 @@
 package daemon
 
 import (
-	"context"
+	"bufio"
 	"encoding/json"
+	"errors"
+	"io"
+	"net/http"
 	"os"
-	"slices"
 	"strings"
 	"time"
 
@@ -26,6 +28,7 @@ func (d *Daemon) logs(in *logInput) (*huma.StreamResponse, error) {
 		ctx.SetHeader("Content-Type", "application/x-ndjson")
 		if err := v.sendLog(ctx, in); err != nil {
 			d.log.Debug("A reader of a VM's log was cut off", "error", err)
+			panic(http.ErrAbortHandler) // an answer that ends well would be taken for all of it
 		}
 	}}, nil
 }
@@ -33,126 +36,178 @@ func (d *Daemon) logs(in *logInput) (*huma.StreamResponse, error) {
 // logPause is how often a log is looked at that is followed.
 const logPause = 100 * time.Millisecond
 
-func (v *vm) sendLog(ctx huma.Context, in *logInput) error {
-	to := json.NewEncoder(ctx.BodyWriter())
-	last := place{}
-	list, err := v.logAfter(&last)
+var errDaemonEnds = errors.New("the daemon ends")
+
+func (v *vm) sendLog(ctx huma.Context, in *logInput) (err error) {
+	out := json.NewEncoder(ctx.BodyWriter())
+	log := logReader{dir: v.path(controlDir)}
+	defer func() { err = errors.Join(err, log.close()) }()
+	last := tail{most: in.Tail}
+	err = log.read(func(l api.LogLine) error {
+		switch {
+		case l.Time.Before(in.Since):
+			return nil
+		case in.Tail >= 0:
+			last.add(l)
+			return nil
+		}
+		return out.Encode(l)
+	})
 	if err != nil {
 		return err
 	}
-	for _, l := range tail(list, in.Tail) {
-		if l.Time.Before(in.Since) {
-			continue
-		}
-		if err := to.Encode(l); err != nil {
+	for _, l := range last.lines {
+		if err := out.Encode(l); err != nil {
 			return err
 		}
 	}
 	for in.Follow {
-		flush(ctx)
-		running := v.runsNow()
-		if list, err = v.logAfter(&last); err != nil {
+		if f, ok := ctx.BodyWriter().(http.Flusher); ok {
+			f.Flush()
+		}
+		ended := v.owner() == nil // before the rest is read
+		if err := log.read(func(l api.LogLine) error { return out.Encode(l) }); err != nil {
 			return err
 		}
-		for _, l := range list {
-			if err := to.Encode(l); err != nil {
-				return err
-			}
-		}
-		if !running {
-			return nil // and all of it was read
+		if ended {
+			return nil
 		}
 		select {
 		case <-time.After(logPause):
 		case <-ctx.Context().Done():
-			return context.Cause(ctx.Context())
+			return ctx.Context().Err()
 		case <-v.d.ctx.Done():
-			return nil
+			return errDaemonEnds
 		}
 	}
 	return nil
 }
 
-func (v *vm) runsNow() bool {
-	_, err := v.runs()
-	return err == nil
+// logReader reads a log from its beginning on, and goes on when there is more.
+type logReader struct {
+	dir   string
+	files []*os.File // the rest of the older file, and the newer one
+	part  []byte     // of a line that is not whole yet
 }
 
-// flush sends what is written so far.
-func flush(ctx huma.Context) {
-	if f, ok := ctx.BodyWriter().(interface{ Flush() }); ok {
-		f.Flush()
-	}
-}
-
-// place is a place in a log, and how large its files were.
-type place struct {
-	boot  string
-	next  int64
-	sizes []int64
-}
-
-// logAfter returns what lies behind a place in the log, and moves it on.
-func (v *vm) logAfter(at *place) (list []api.LogLine, err error) {
-	files := control.LogFiles(v.path(controlDir))
-	var sizes []int64
-	for _, path := range files {
-		size := int64(-1)
-		if info, err := os.Stat(path); err == nil {
-			size = info.Size()
+// read calls f with each line that was not read yet.
+func (r *logReader) read(f func(api.LogLine) error) error {
+	for {
+		if err := r.open(); err != nil || len(r.files) == 0 {
+			return err
 		}
-		sizes = append(sizes, size)
-	}
-	if slices.Equal(sizes, at.sizes) {
-		return nil, nil
-	}
-	from := *at
-	behind := from.boot == ""
-	for _, path := range files {
-		err := control.ReadLog(path, func(l control.Line) error {
-			*at = place{l.Boot, l.Next, sizes}
-			switch {
-			case behind:
-				list = append(list, api.LogLine{Time: l.Time, Stream: l.Stream, Text: l.Text})
-			case l.Boot == from.boot && l.Next == from.next:
-				behind = true
-			}
+		if err := r.drain(f); err != nil {
+			return err
+		}
+		if len(r.files) == 1 {
 			return nil
-		})
-		if err != nil {
-			return nil, err
 		}
+		// What is written goes to the newer file, since that is there.
+		if err := r.files[0].Close(); err != nil {
+			return err
+		}
+		r.files, r.part = r.files[1:], nil
 	}
-	if !behind { // so much was printed that it is gone
-		*at = place{}
-		return v.logAfter(at)
-	}
-	return list, nil
 }
 
-// tail returns the last n lines of a log; all if n is below 0.
-func tail(list []api.LogLine, n int) []api.LogLine {
-	switch {
-	case n < 0:
-		return list
-	case n == 0:
-		return nil
+// open opens the files that are there and were not opened yet.
+func (r *logReader) open() error {
+	paths := control.LogFiles(r.dir)
+	if len(r.files) > 0 {
+		paths = paths[1:] // what is open may be the older one by now
 	}
-	for i := len(list) - 1; i >= 0; i-- {
-		text := list[i].Text
-		for end := len(text); ; {
-			at := strings.LastIndexByte(text[:end], '\n')
-			if at < 0 {
-				break
+	for _, path := range paths {
+		f, err := os.Open(path)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		same := false
+		if n := len(r.files); n > 0 {
+			if same, err = isSame(f, r.files[n-1]); err != nil {
+				return errors.Join(err, f.Close())
 			}
-			if i < len(list)-1 || at < len(text)-1 { // this newline ends a line of before
-				if n--; n <= 0 {
-					list[i].Text = text[at+1:]
-					return list[i:]
-				}
-			}
-			end = at
+		}
+		if !same {
+			r.files = append(r.files, f)
+		} else if err := f.Close(); err != nil {
+			return err
 		}
 	}
-	return list
+	return nil
+}
+
+func isSame(a, b *os.File) (bool, error) {
+	ours, err := a.Stat()
+	if err != nil {
+		return false, err
+	}
+	theirs, err := b.Stat()
+	return err == nil && os.SameFile(ours, theirs), err
+}
+
+// drain reads the first file to its end.
+func (r *logReader) drain(f func(api.LogLine) error) error {
+	lines := bufio.NewReader(r.files[0])
+	for {
+		b, err := lines.ReadBytes('\n')
+		r.part = append(r.part, b...)
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		var l control.Line
+		err = json.Unmarshal(r.part, &l)
+		if r.part = nil; err != nil {
+			continue // a killed process has written it in part
+		}
+		if err := f(api.LogLine{Time: l.Time, Stream: l.Stream, Text: l.Text}); err != nil {
+			return err
+		}
+	}
+}
+
+func (r *logReader) close() error {
+	var errs []error
+	for _, f := range r.files {
+		errs = append(errs, f.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// tail keeps the last lines of a log, of which each has ended but perhaps the last one.
+type tail struct {
+	most  int
+	lines []api.LogLine
+	ends  int // of lines among them
+}
+
+func (t *tail) add(l api.LogLine) {
+	t.lines = append(t.lines, l)
+	t.ends += strings.Count(l.Text, "\n")
+	for len(t.lines) > 0 {
+		last := t.lines[len(t.lines)-1].Text
+		whole := t.ends
+		if !strings.HasSuffix(last, "\n") {
+			whole++
+		}
+		if whole <= t.most {
+			return
+		}
+		// The first line is one too many.
+		first := &t.lines[0]
+		at := strings.IndexByte(first.Text, '\n')
+		if at < 0 || at == len(first.Text)-1 {
+			t.lines = t.lines[1:]
+		} else {
+			first.Text = first.Text[at+1:]
+		}
+		if at >= 0 {
+			t.ends--
+		}
+	}
 }

@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
+	"slices"
 	"strconv"
+	"sync"
 	"syscall"
+	"time"
 
 	"drafter/api"
 	"drafter/internal/detached"
@@ -60,81 +62,146 @@ func (d *Daemon) watchNAT(nat *detached.Process) {
 		case <-d.ctx.Done():
 			return
 		}
-		for _, vm := range d.VMs() {
-			if vm.Namespace == "" {
-				continue
+		d.insist("start the NAT that has ended", func() error {
+			if !slices.ContainsFunc(d.VMs(), func(vm api.VM) bool { return vm.Namespace != "" }) {
+				return nil
 			}
-			if err := d.startNAT(d.ctx); err != nil && d.ctx.Err() == nil {
-				d.log.Error("The NAT cannot be started again; VMs have no network beyond what they have", "error", err)
-			}
+			return d.startNAT(d.ctx)
+		})
+	})
+}
+
+// insist calls f until it succeeds or the daemon ends, less and less often.
+func (d *Daemon) insist(aim string, f func() error) {
+	for pause := time.Second; ; pause = min(2*pause, time.Minute) {
+		err := f()
+		if err == nil || d.ctx.Err() != nil {
 			return
 		}
-	})
+		d.log.Error("The daemon tries again", "to", aim, "error", err)
+		select {
+		case <-time.After(pause):
+		case <-d.ctx.Done():
+			return
+		}
+	}
 }
 
 // endNAT ends the NAT and waits for that.
-func (d *Daemon) endNAT() error {
-	if err := d.nat.Signal(syscall.SIGTERM); err != nil {
+func (d *Daemon) endNAT() error { return d.nat.End(endPatience) }
+
+// ports are what publishes a VM's ports.
+type ports struct {
+	mu        sync.Mutex        // held by who starts or ends it
+	forwarder *detached.Process // nil: none does
+}
+
+// publish lets a forwarder publish the VM's ports, unless one does. A VM that has ended publishes none.
+func (v *vm) publish(ctx context.Context) error {
+	v.ports.mu.Lock()
+	defer v.ports.mu.Unlock()
+	return v.publishLocked(ctx)
+}
+
+func (v *vm) publishLocked(ctx context.Context) (err error) {
+	v.d.mu.Lock()
+	r, owner := v.record, v.process
+	v.d.mu.Unlock()
+	if owner == nil || closed(owner.Done()) {
+		return errEnded
+	}
+	if len(r.Ports) == 0 || v.ports.forwarder != nil {
+		return nil
+	}
+	if v.ports.forwarder, err = detached.Find(v.path(forwardsLock)); err != nil {
 		return err
 	}
-	<-d.nat.Done()
+	if v.ports.forwarder == nil {
+		if v.ports.forwarder, err = v.startForwarder(ctx, r); err != nil {
+			return fmt.Errorf("publish the ports of VM %s: %w; see %s", r.Name, err, v.path(processLog))
+		}
+	}
+	p := v.ports.forwarder
+	v.d.work.Go(func() { v.watchForwarder(p) })
 	return nil
 }
 
-// publish lets a forwarder publish the VM's ports, unless one does.
-func (v *vm) publish(ctx context.Context) error {
-	r := v.look()
-	if len(r.Ports) == 0 {
-		return nil
+func closed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
 	}
-	process, err := detached.Find(v.path(forwardsLock))
-	if err != nil {
-		return err
-	}
-	if process != nil {
-		return process.Close()
-	}
+}
+
+func (v *vm) startForwarder(ctx context.Context, r api.VM) (*detached.Process, error) {
 	forwards, err := portForwards(r.Namespace, r.Ports)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	text, err := json.Marshal(forwards)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	log, err := os.OpenFile(v.path(processLog), os.O_CREATE|os.O_WRONLY|os.O_APPEND, newfile.Mode)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer log.Close()
-	process, err = detached.Start(ctx, detached.Command{
+	return detached.Start(ctx, detached.Command{
 		Lock: v.path(forwardsLock), Program: v.d.config.Program, Stderr: log,
-		Args: []string{"forwarder", "--lock", v.path(forwardsLock), "--host-veth-cidr", v.d.config.HostVethCIDR, "--port-forwards", string(text)},
+		Args: []string{
+			"forwarder", "--lock", v.path(forwardsLock), "--host-veth-cidr", v.d.config.HostVethCIDR, "--port-forwards", string(text),
+		},
 	})
-	if err != nil {
-		return fmt.Errorf("publish the ports of VM %s: %w; see %s", r.Name, err, log.Name())
+}
+
+// watchForwarder starts the forwarder again if it ends while the VM runs.
+func (v *vm) watchForwarder(p *detached.Process) {
+	select {
+	case <-p.Done():
+	case <-v.d.ctx.Done():
+		return
 	}
-	return process.Close()
+	v.d.insist("publish the ports of VM "+v.look().Name, func() error {
+		v.ports.mu.Lock()
+		defer v.ports.mu.Unlock()
+		if v.ports.forwarder == p { // nobody has ended it
+			v.ports.forwarder = nil
+			if err := p.Close(); err != nil {
+				return err
+			}
+			v.d.log.Warn("The forwarder of a VM's ports has ended; starting it again", "vm", v.look().Name)
+		} else if v.ports.forwarder != nil {
+			return nil
+		}
+		if err := v.publishLocked(v.d.ctx); !errors.Is(err, errEnded) {
+			return err
+		}
+		return nil
+	})
 }
 
 // unpublish ends the VM's forwarder, if it has one.
-func (v *vm) unpublish(ctx context.Context) error {
-	if _, err := os.Stat(filepath.Dir(v.path(forwardsLock))); errors.Is(err, os.ErrNotExist) {
-		return nil
+func (v *vm) unpublish(ctx context.Context) (err error) {
+	v.ports.mu.Lock()
+	defer v.ports.mu.Unlock()
+	p := v.ports.forwarder
+	v.ports.forwarder = nil
+	if p == nil { // but one of the last daemon's
+		if p, err = detached.Find(v.path(forwardsLock)); p == nil || err != nil {
+			return err
+		}
 	}
-	process, err := detached.Find(v.path(forwardsLock))
-	if process == nil || err != nil {
-		return err
+	if err = p.Signal(syscall.SIGTERM); err == nil {
+		select {
+		case <-p.Done():
+		case <-ctx.Done():
+			err = context.Cause(ctx)
+		}
 	}
-	if err := process.Signal(syscall.SIGTERM); err != nil {
-		return errors.Join(err, process.Close())
-	}
-	select {
-	case <-process.Done():
-	case <-ctx.Done():
-		err = context.Cause(ctx)
-	}
-	return errors.Join(err, process.Close())
+	return errors.Join(err, p.Close())
 }
 
 // portForwards are the forwards for a VM's ports. A port without an address is published at all that

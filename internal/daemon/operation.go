@@ -22,8 +22,11 @@ type operation struct {
 	state api.Operation
 }
 
-// keptOperations bounds how many that have ended are remembered.
-const keptOperations = 100
+// Operations that have ended are remembered for operationAge, and the last keptOperations for longer.
+const (
+	keptOperations = 100
+	operationAge   = 10 * time.Minute
+)
 
 var errCancelled = errors.New("it was cancelled")
 
@@ -65,8 +68,10 @@ func (d *Daemon) forgetOperations() {
 		}
 	}
 	slices.SortFunc(ended, func(a, b api.Operation) int { return a.Ended.Compare(*b.Ended) })
-	for i := 0; i < len(ended)-keptOperations; i++ {
-		delete(d.operations, ended[i].ID)
+	for _, o := range ended[:max(0, len(ended)-keptOperations)] {
+		if time.Since(*o.Ended) > operationAge {
+			delete(d.operations, o.ID)
+		}
 	}
 }
 

@@ -3,12 +3,14 @@ package daemon
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
+	"net/netip"
 	"os"
 	"path"
 	"regexp"
+	"strconv"
 	"strings"
 	"time"
 
@@ -16,56 +18,113 @@ import (
 
 	"drafter/api"
 	"drafter/internal/control"
+	"drafter/network"
 )
 
 var namePattern = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
 
 // Run makes a VM of an image and starts it.
 func (d *Daemon) Run(r api.Run) (api.Operation, error) {
-	for i := range r.Ports {
-		p := &r.Ports[i]
-		p.Protocol = cmp.Or(p.Protocol, "tcp")
-		if p.Address != "" && net.ParseIP(p.Address) == nil {
-			return api.Operation{}, fmt.Errorf("port %d: %q is no address of this host: %w", p.Host, p.Address, ErrInvalid)
-		}
-	}
-	for _, e := range r.Env {
-		if name, _, ok := strings.Cut(e, "="); !ok || name == "" || strings.ContainsRune(e, 0) {
-			return api.Operation{}, fmt.Errorf("a variable of the environment is not of the form NAME=value: %w", ErrInvalid) // it may be a secret
-		}
-	}
-	if r.Memory != 0 && r.Memory < 64<<20 {
-		return api.Operation{}, fmt.Errorf("a VM needs 64 MiB of memory or more: %w", ErrInvalid)
+	if err := checkRun(&r); err != nil {
+		return api.Operation{}, err
 	}
 	v, err := d.create(r)
 	if err != nil {
 		return api.Operation{}, err
 	}
-	if err := v.busy.Acquire(d.ctx, 1); err != nil {
-		return api.Operation{}, err
-	}
 	return d.begin("run", v.look().ID, func(ctx context.Context, o *operation) error {
-		defer v.busy.Release(1)
-		key, digest, err := d.template(ctx, r, o)
-		if err == nil {
-			err = v.change(func(r *api.VM) { r.Package, r.Digest = key, digest })
+		defer v.release()
+		v.d.mu.Lock()
+		v.cancel = o.cancel
+		v.d.mu.Unlock()
+		err := d.run(ctx, v, r, o)
+		if err != nil && d.ctx.Err() == nil { // else the next daemon sees to it
+			err = errors.Join(err, v.destroy(context.WithoutCancel(ctx)))
 		}
-		if err == nil && len(r.Env) > 0 {
-			err = control.WriteEnv(v.path(controlDir), r.Env)
-		}
-		if err == nil {
-			o.progress("Starting", 0, 1)
-			err = v.start(ctx)
-		}
-		if err != nil {
-			return errors.Join(err, v.destroy(context.WithoutCancel(ctx)))
-		}
-		o.progress("Starting", 1, 1)
-		return nil
+		return err
 	}), nil
 }
 
-// create records a new VM.
+// checkRun refuses what can never be run, and fills in defaults.
+func checkRun(r *api.Run) error {
+	for i := range r.Ports {
+		if err := checkPort(&r.Ports[i]); err != nil {
+			return fmt.Errorf("port %d: %w: %w", r.Ports[i].Host, err, ErrInvalid)
+		}
+		if other := conflicting(r.Ports[:i], r.Ports[i]); other != nil {
+			return fmt.Errorf("port %d/%s is published twice: %w", other.Host, other.Protocol, ErrInvalid)
+		}
+	}
+	size := 0
+	for _, e := range r.Env {
+		size += len(e)
+		if name, _, ok := strings.Cut(e, "="); !ok || name == "" || strings.ContainsRune(e, 0) {
+			return fmt.Errorf("a variable of the environment is not of the form NAME=value: %w", ErrInvalid) // it may be a secret
+		}
+	}
+	if size > mostRecord {
+		return fmt.Errorf("the environment has %d bytes; it may have %d: %w", size, mostRecord, ErrInvalid)
+	}
+	if r.Memory != 0 && r.Memory < 64<<20 {
+		return fmt.Errorf("a VM needs 64 MiB of memory or more: %w", ErrInvalid)
+	}
+	return nil
+}
+
+// checkPort refuses a port that no host can publish. An unspecified address stands for all of them.
+func checkPort(p *api.Port) error {
+	p.Protocol = cmp.Or(p.Protocol, "tcp")
+	addr := netip.IPv4Unspecified()
+	if p.Address != "" {
+		var err error
+		if addr, err = netip.ParseAddr(p.Address); err != nil {
+			return fmt.Errorf("%q is no IP address", p.Address)
+		}
+		addr = addr.Unmap()
+		if p.Address = addr.String(); addr.IsUnspecified() {
+			p.Address = ""
+		}
+	}
+	if p.Address == "" {
+		addr = netip.AddrFrom4([4]byte{127, 0, 0, 1}) // one of them
+	}
+	return network.PortForward{
+		InternalPort: strconv.Itoa(p.Guest), Protocol: p.Protocol, ExternalAddr: netip.AddrPortFrom(addr, uint16(p.Host)).String(),
+	}.Check()
+}
+
+// conflicting returns the port among others that cannot be published beside p.
+func conflicting(others []api.Port, p api.Port) *api.Port {
+	for _, o := range others {
+		if o.Host == p.Host && o.Protocol == p.Protocol && (o.Address == p.Address || o.Address == "" || p.Address == "") {
+			return &o
+		}
+	}
+	return nil
+}
+
+func (d *Daemon) run(ctx context.Context, v *vm, r api.Run, o *operation) error {
+	key, digest, err := d.template(ctx, r, o)
+	if err != nil {
+		return err
+	}
+	if err := v.change(func(r *api.VM) { r.Package, r.Digest = key, digest }); err != nil {
+		return err
+	}
+	if len(r.Env) > 0 {
+		if err := control.WriteEnv(v.path(controlDir), r.Env); err != nil {
+			return err
+		}
+	}
+	o.progress("Starting", 0, 1)
+	if err := v.start(ctx); err != nil {
+		return err
+	}
+	o.progress("Starting", 1, 1)
+	return nil
+}
+
+// create records a new VM, which it acquires.
 func (d *Daemon) create(r api.Run) (*vm, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -95,17 +154,19 @@ func (d *Daemon) create(r api.Run) (*vm, error) {
 		return nil, err
 	}
 	id := strings.ReplaceAll(uuid.NewString(), "-", "")[:12]
+	record := api.VM{
+		ID: id, Name: name, Image: r.Image, Command: r.Command, State: api.Creating, Ports: r.Ports, Memory: cmp.Or(r.Memory, 1<<30),
+		CPUs: cmp.Or(r.CPUs, 1), Remove: r.Remove, Labels: r.Labels, Created: time.Now().UTC(),
+	}
+	if b, err := json.Marshal(record); err != nil || len(b) > mostRecord {
+		return nil, fmt.Errorf("command and labels are too long: %d bytes in all, %d are possible: %w", len(b), mostRecord, ErrInvalid)
+	}
 	v := d.newVM(id)
 	if err := os.Mkdir(v.dir, 0o700); err != nil {
 		return nil, fmt.Errorf("create VM: %w", err)
 	}
-	err := v.changeLocked(func(n *api.VM) {
-		*n = api.VM{
-			ID: id, Name: name, Image: r.Image, Command: r.Command, State: api.Creating, Ports: r.Ports, Memory: cmp.Or(r.Memory, 1<<30), CPUs: cmp.Or(r.CPUs, 1),
-			Remove: r.Remove, Labels: r.Labels, Created: time.Now().UTC(),
-		}
-	})
-	if err != nil {
+	v.busy.TryAcquire(1) // nobody else knows it yet
+	if err := v.changeLocked(func(n *api.VM) { *n = record }); err != nil {
 		return nil, errors.Join(err, os.RemoveAll(v.dir))
 	}
 	d.vms[id] = v
@@ -130,35 +191,47 @@ func baseName(ref string) string {
 // portsFree refuses ports that another VM has published, with d.mu held.
 func (d *Daemon) portsFree(ports []api.Port) error {
 	for _, v := range d.vms {
-		for _, a := range v.record.Ports {
-			for _, b := range ports {
-				if a.Host == b.Host && a.Protocol == b.Protocol && (a.Address == b.Address || a.Address == "" || b.Address == "") {
-					return fmt.Errorf("port %d/%s is VM %s's: %w; choose another, or remove that VM", b.Host, b.Protocol, v.record.Name, ErrConflict)
-				}
+		for _, p := range ports {
+			if conflicting(v.record.Ports, p) != nil {
+				return fmt.Errorf("port %d/%s is VM %s's: %w; choose another, or remove that VM", p.Host, p.Protocol, v.record.Name, ErrConflict)
 			}
 		}
 	}
 	return nil
 }
 
-// act begins an operation that changes a VM.
-func (d *Daemon) act(kind, name string, f func(context.Context, *vm) error) (api.Operation, error) {
+// act begins an operation that changes a VM, after the one that changes it now; at once ends that one,
+// and the VM.
+func (d *Daemon) act(kind, name string, atOnce bool, f func(context.Context, *vm) error) (api.Operation, error) {
 	d.mu.Lock()
 	v, err := d.find(name)
 	d.mu.Unlock()
 	if err != nil {
 		return api.Operation{}, err
 	}
+	if kind == "kill" {
+		if r := v.look(); r.PID == 0 && r.Namespace == "" {
+			return api.Operation{}, fmt.Errorf("VM %s does not run: %w", name, ErrConflict)
+		}
+	}
 	id := v.look().ID
-	return d.begin(kind, id, func(ctx context.Context, _ *operation) error {
-		if err := v.busy.Acquire(ctx, 1); err != nil { // after the one that changes it now
+	return d.begin(kind, id, func(ctx context.Context, o *operation) error {
+		if atOnce {
+			if err := v.interrupt(); err != nil {
+				return err
+			}
+		}
+		if err := v.acquire(ctx, o.cancel); err != nil {
 			return err
 		}
-		defer v.busy.Release(1)
+		defer v.release()
 		d.mu.Lock()
 		there := d.vms[id] == v
 		d.mu.Unlock()
-		if !there {
+		switch {
+		case !there && atOnce: // with the operation that was ended
+			return nil
+		case !there:
 			return fmt.Errorf("VM %s was removed: %w", name, ErrNotFound)
 		}
 		return f(ctx, v)
@@ -167,23 +240,23 @@ func (d *Daemon) act(kind, name string, f func(context.Context, *vm) error) (api
 
 // Start starts a VM: it is resumed if it can be, else it boots from its disks.
 func (d *Daemon) Start(name string) (api.Operation, error) {
-	return d.act("start", name, func(ctx context.Context, v *vm) error { return v.start(ctx) })
+	return d.act("start", name, false, func(ctx context.Context, v *vm) error { return v.start(ctx) })
 }
 
 // Stop suspends a VM.
 func (d *Daemon) Stop(name string) (api.Operation, error) {
-	return d.act("stop", name, func(ctx context.Context, v *vm) error { return v.stop(ctx) })
+	return d.act("stop", name, false, func(ctx context.Context, v *vm) error { return v.stop(ctx) })
 }
 
-// Kill ends a VM as a power cut does. Its disks hold what its guest has synced.
+// Kill ends a VM as a power cut does, whatever it is doing. Its disks hold what its guest has synced.
 func (d *Daemon) Kill(name string) (api.Operation, error) {
-	return d.act("kill", name, func(ctx context.Context, v *vm) error { return v.kill(ctx) })
+	return d.act("kill", name, true, func(ctx context.Context, v *vm) error { return v.kill(ctx) })
 }
 
 // Remove removes a VM and all that it has written. One that runs is refused without force.
 func (d *Daemon) Remove(name string, force bool) (api.Operation, error) {
-	return d.act("remove", name, func(ctx context.Context, v *vm) error {
-		if _, err := v.runs(); err == nil && !force {
+	return d.act("remove", name, force, func(ctx context.Context, v *vm) error {
+		if v.owner() != nil && !force {
 			return fmt.Errorf("VM %s runs: %w; stop it ('drafter stop %s'), or remove it with --force", name, ErrConflict, name)
 		}
 		return v.destroy(ctx)

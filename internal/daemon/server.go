@@ -85,7 +85,7 @@ func describe(a huma.API, d *Daemon) {
 		return nil, problem(d.Cancel(in.ID))
 	})
 	huma.Register(a, endpoint(http.MethodGet, "/v1/vms/{vm}/logs", "get-logs", "Read what a VM's service has printed, one JSON object a line"), func(_ context.Context, in *logInput) (*huma.StreamResponse, error) {
-		return d.logs(in) //nolint:contextcheck // the answer has the request's context
+		return d.logs(in)
 	})
 	sse.Register(a, endpoint(http.MethodGet, "/v1/events", "follow-events", "Follow what happens; Last-Event-ID goes on where a client has stopped"),
 		map[string]any{"message": api.Event{}}, d.follow)

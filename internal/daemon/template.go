@@ -18,6 +18,7 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"golang.org/x/sync/semaphore"
 
 	"drafter/api"
 	"drafter/blueprint"
@@ -67,9 +68,7 @@ func (d *Daemon) template(ctx context.Context, r api.Run, o *operation) (key, di
 	k := templateKey{Command: r.Command, Held: len(r.Env) > 0, Memory: cmp.Or(r.Memory, 1<<30), CPUs: cmp.Or(r.CPUs, 1), Blueprint: blueprintKey, VMM: driver.Name()}
 	known := d.dir("images", digestOf([]string{r.Image, r.Platform})+".json")
 	if r.Pull != "always" {
-		if k.Digest, err = readDigest(known); err != nil {
-			return "", "", err
-		}
+		k.Digest = d.readDigest(known)
 		if k.Digest != "" && exists(d.dir("packages", k.String())) {
 			return k.String(), k.Digest, nil
 		}
@@ -88,14 +87,17 @@ func (d *Daemon) template(ctx context.Context, r api.Run, o *operation) (key, di
 	}
 	o.progress("Finding image", 1, 1)
 	k.Digest = hash.String()
-	// Nobody else makes the same one meanwhile.
-	defer d.making.lock(k.String())()
+	unlock, err := d.making.lock(ctx, k.String()) // nobody else makes the same one meanwhile
+	if err != nil {
+		return "", "", err
+	}
+	defer unlock()
 	if !exists(d.dir("packages", k.String())) {
 		if err := d.makeTemplate(ctx, image, k, host, blueprintDir, o); err != nil {
 			return "", "", err
 		}
 	}
-	err = writeFile(known, []byte(`{"digest":"`+k.Digest+`"}`))
+	err = newfile.WriteBytes(known, []byte(`{"digest":"`+k.Digest+`"}`))
 	return k.String(), k.Digest, err
 }
 
@@ -104,26 +106,17 @@ func exists(path string) bool {
 	return err == nil
 }
 
-func readDigest(path string) (string, error) {
+// readDigest returns which image a reference was; "" if that is not known.
+func (d *Daemon) readDigest(path string) string {
 	b, err := private.ReadFile(path, 1<<16)
-	if errors.Is(err, os.ErrNotExist) {
-		return "", nil
-	}
 	var image struct{ Digest string }
 	if err == nil {
 		err = json.Unmarshal(b, &image)
 	}
-	if err != nil {
-		return "", fmt.Errorf("read record of an image: %w", err)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		d.log.Warn("The record of an image cannot be read; it is looked up anew", "path", path, "error", err)
 	}
-	return image.Digest, nil
-}
-
-func writeFile(path string, b []byte) error {
-	return newfile.Write(path, func(f *os.File) error {
-		_, err := f.Write(b)
-		return err
-	})
+	return image.Digest
 }
 
 // makeTemplate boots the image and keeps the package.
@@ -240,7 +233,11 @@ func (d *Daemon) blueprint(ctx context.Context, o *operation) (dir, key string, 
 	}
 	key = digestOf([]string{hex.EncodeToString(h.Sum(nil)), blueprint.DefaultKernel, runtime.GOARCH})
 	dir = d.dir("blueprints", key)
-	defer d.making.lock(dir)()
+	unlock, err := d.making.lock(ctx, dir)
+	if err != nil {
+		return "", "", err
+	}
+	defer unlock()
 	if exists(dir) {
 		return dir, key, nil
 	}
@@ -258,20 +255,22 @@ func (d *Daemon) blueprint(ctx context.Context, o *operation) (dir, key string, 
 // templateLocks lets one operation at a time make the same.
 type templateLocks struct {
 	mu    sync.Mutex
-	locks map[string]*sync.Mutex
+	locks map[string]*semaphore.Weighted
 }
 
 // lock returns once nobody else has a name's lock. Call what it returns.
-func (l *templateLocks) lock(name string) (unlock func()) {
+func (l *templateLocks) lock(ctx context.Context, name string) (unlock func(), err error) {
 	l.mu.Lock()
 	if l.locks == nil {
-		l.locks = map[string]*sync.Mutex{}
+		l.locks = map[string]*semaphore.Weighted{}
 	}
 	if l.locks[name] == nil {
-		l.locks[name] = &sync.Mutex{}
+		l.locks[name] = semaphore.NewWeighted(1)
 	}
 	lock := l.locks[name]
 	l.mu.Unlock()
-	lock.Lock()
-	return lock.Unlock
+	if err := lock.Acquire(ctx, 1); err != nil {
+		return nil, context.Cause(ctx)
+	}
+	return func() { lock.Release(1) }, nil
 }

@@ -21,13 +21,15 @@ import (
 
 // vm is a VM of this host.
 type vm struct {
-	d    *Daemon
-	dir  string
-	busy *semaphore.Weighted // of 1: the operation that changes it
+	d     *Daemon
+	dir   string
+	busy  *semaphore.Weighted // of 1: the operation that changes it
+	ports ports
 
 	// guarded by d.mu
 	record  api.VM
-	process *process // that owns it; nil if none does
+	process *process                // that owns it, until it is noted how that has ended
+	cancel  context.CancelCauseFunc // ends the operation that changes it; nil if there is none
 }
 
 // process is a VM's process.
@@ -43,8 +45,13 @@ const (
 	controlDir   = "control"
 	instanceDir  = "instance"
 	forwardsLock = "ports.lock"
-	consoleLog   = "console.log"
 	processLog   = "process.log"
+)
+
+const (
+	mostRecord  = 256 << 10 // bytes of a new record
+	mostError   = 4 << 10   // bytes of what is noted of a failure
+	endPatience = time.Minute
 )
 
 func (d *Daemon) newVM(dir string) *vm {
@@ -55,43 +62,30 @@ func (v *vm) path(name string) string { return filepath.Join(v.dir, name) }
 
 // read reads the record. A VM without one is no error.
 func (v *vm) read() (there bool, err error) {
-	b, err := private.ReadFile(v.path(recordFile), 1<<20)
+	b, err := private.ReadFile(v.path(recordFile), 4*mostRecord)
 	if errors.Is(err, os.ErrNotExist) {
 		return false, nil
 	}
 	if err == nil {
 		err = json.Unmarshal(b, &v.record)
 	}
+	if err == nil && v.record.ID != filepath.Base(v.dir) {
+		err = errors.New("it is that of another VM")
+	}
 	if err != nil {
-		return false, fmt.Errorf("read record of a VM: %s: %w", v.dir, err)
+		return false, fmt.Errorf("read record: %w", err)
 	}
 	return true, nil
 }
 
-// change changes the record, durably, and tells of the new state.
-func (v *vm) change(f func(*api.VM)) error {
-	v.d.mu.Lock()
-	defer v.d.mu.Unlock()
-	return v.changeLocked(f)
-}
-
-func (v *vm) changeLocked(f func(*api.VM)) error {
-	after := v.record
-	f(&after)
-	b, err := json.Marshal(after)
+// write makes a record durable.
+func (v *vm) write(r api.VM) error {
+	b, err := json.Marshal(r)
 	if err == nil {
-		err = newfile.Write(v.path(recordFile), func(file *os.File) error {
-			_, err := file.Write(b)
-			return err
-		})
+		err = newfile.WriteBytes(v.path(recordFile), b)
 	}
 	if err != nil {
-		return fmt.Errorf("record VM %s: %w", after.Name, err)
-	}
-	before := v.record.State
-	v.record = after
-	if before != after.State {
-		return v.d.events.add("vm."+after.State, &after)
+		return fmt.Errorf("record VM %s: %w", r.Name, err)
 	}
 	return nil
 }
@@ -103,94 +97,104 @@ func (v *vm) look() api.VM {
 	return v.record
 }
 
-// recover finds the VM's process, if it lives, and else how it has ended.
-func (v *vm) recover() error {
-	process, err := detached.Find(control.LockFile(v.path(controlDir)))
-	if err != nil {
+// change changes the record, if that can be made durable, and tells of the new state.
+func (v *vm) change(f func(*api.VM)) error {
+	v.d.mu.Lock()
+	defer v.d.mu.Unlock()
+	return v.changeLocked(f)
+}
+
+func (v *vm) changeLocked(f func(*api.VM)) error {
+	after := v.record
+	f(&after)
+	if err := v.write(after); err != nil {
 		return err
 	}
-	record := v.look()
-	if process == nil {
-		if record.State == api.Stopped || record.State == api.Exited || record.State == api.Failed {
-			return nil
-		}
-		return v.hasEnded(v.d.ctx)
-	}
-	v.own(process)
-	// The last daemon may have been killed as it started or stopped the VM. It goes on.
-	v.d.work.Go(func() {
-		err := v.busy.Acquire(v.d.ctx, 1)
-		if err == nil {
-			defer v.busy.Release(1)
-			if err = v.d.startNAT(v.d.ctx); err == nil {
-				err = v.awaitRunning(v.d.ctx)
-			}
-		}
-		if err != nil && v.d.ctx.Err() == nil {
-			v.d.log.Error("A VM that the last daemon has started does not answer", "vm", record.Name, "error", err)
-		}
-	})
+	v.becomeLocked(after)
 	return nil
 }
 
-// awaitRunning waits until the VM's process says that it runs, and publishes its ports.
-func (v *vm) awaitRunning(ctx context.Context) error {
-	c, err := control.Dial(ctx, v.path(controlDir))
-	if err != nil {
-		return err
+// becomeLocked sets the record and tells of the new state.
+func (v *vm) becomeLocked(after api.VM) {
+	before := v.record.State
+	v.record = after
+	if before != after.State {
+		v.d.events.add("vm."+after.State, after)
 	}
-	defer c.Close()
-	status := &control.StatusResponse{}
-	for status.GetState() != control.Running {
-		if status, err = c.Status(ctx, &control.StatusRequest{State: status.GetState()}); err != nil {
-			return err
-		}
-		if status.GetState() == control.Ending {
-			return nil // watch hears of the end
-		}
-	}
-	if err := v.publish(ctx); err != nil {
-		return err
-	}
-	v.d.mu.Lock()
-	if v.process == nil { // it has ended meanwhile, and that is noted
-		v.d.mu.Unlock()
-		return errors.Join(errors.New("the VM has ended at once"), v.unpublish(ctx))
-	}
-	defer v.d.mu.Unlock()
-	return v.changeLocked(func(r *api.VM) {
-		r.State, r.Booted, r.PID, r.Error = api.Running, status.GetBooted(), int(status.GetPid()), ""
-	})
 }
 
-// start starts the VM, whose busy is held.
-func (v *vm) start(ctx context.Context) (err error) {
-	if r := v.look(); r.State == api.Running {
-		return fmt.Errorf("VM %s runs already: %w", r.Name, ErrConflict)
-	}
-	if err := v.d.startNAT(ctx); err != nil {
-		return err
+// acquire waits until nobody else changes the VM. cancel ends what the caller does, for those who end
+// the VM at once. Call release.
+func (v *vm) acquire(ctx context.Context, cancel context.CancelCauseFunc) error {
+	if err := v.busy.Acquire(ctx, 1); err != nil {
+		return context.Cause(ctx)
 	}
 	v.d.mu.Lock()
-	ns, err := v.d.namespace()
-	if err == nil {
-		now := time.Now().UTC()
-		err = v.changeLocked(func(r *api.VM) { r.State, r.Namespace, r.Error, r.Started = api.Starting, ns, "", &now })
-	}
+	v.cancel = cancel
 	v.d.mu.Unlock()
+	return nil
+}
+
+func (v *vm) release() {
+	v.d.mu.Lock()
+	v.cancel = nil
+	v.d.mu.Unlock()
+	v.busy.Release(1)
+}
+
+var errEndedAtOnce = errors.New("the VM was ended meanwhile")
+
+// interrupt ends the VM's process at once, and whoever changes the VM.
+func (v *vm) interrupt() error {
+	v.d.mu.Lock()
+	cancel, p := v.cancel, v.process
+	v.d.mu.Unlock()
+	if cancel != nil {
+		cancel(errEndedAtOnce)
+	}
+	if p != nil {
+		return p.Signal(syscall.SIGKILL)
+	}
+	starting, err := detached.Find(control.LockFile(v.path(controlDir)))
+	if starting == nil || err != nil {
+		return err
+	}
+	return errors.Join(starting.Signal(syscall.SIGKILL), starting.Close())
+}
+
+// recover finds the VM's process, if it lives, and else how it has ended.
+func (v *vm) recover() error {
+	found, err := detached.Find(control.LockFile(v.path(controlDir)))
 	if err != nil {
 		return err
 	}
-	process, err := v.launch(ctx)
-	if err != nil {
-		return errors.Join(err, v.hasEnded(context.WithoutCancel(ctx)), v.change(func(r *api.VM) {
-			if r.State == api.Failed {
-				r.Error = err.Error()
-			}
-		}))
+	r := v.look()
+	if found == nil {
+		if r.State != api.Stopped && r.State != api.Exited && r.State != api.Failed {
+			err = v.hasEnded(v.d.ctx)
+		}
+		if r.Remove {
+			err = errors.Join(err, v.destroy(v.d.ctx))
+		}
+		return err
 	}
-	v.own(process)
-	return v.awaitRunning(ctx)
+	v.own(found)
+	// The last daemon may have been killed as it started or stopped the VM. It goes on.
+	v.d.work.Go(func() {
+		ctx, cancel := context.WithCancelCause(v.d.ctx)
+		defer cancel(nil)
+		err := v.acquire(ctx, cancel)
+		if err == nil {
+			defer v.release()
+			if err = v.d.startNAT(ctx); err == nil {
+				err = v.awaitRunning(ctx)
+			}
+		}
+		if err != nil && ctx.Err() == nil {
+			v.d.log.Error("A VM that the last daemon has started does not answer", "vm", r.Name, "error", err)
+		}
+	})
+	return nil
 }
 
 // own makes a process the VM's, and watches it.
@@ -202,34 +206,78 @@ func (v *vm) own(p *detached.Process) {
 	v.d.work.Go(func() { v.watch(owner) })
 }
 
+// start starts the VM, which is acquired.
+func (v *vm) start(ctx context.Context) error {
+	if err := v.d.startNAT(ctx); err != nil {
+		return err
+	}
+	if err := v.isStarting(); err != nil {
+		return err
+	}
+	p, err := v.launch(ctx)
+	if v.d.ctx.Err() != nil { // the VM goes on, and the next daemon finds it
+		if p != nil {
+			err = errors.Join(err, p.Close())
+		}
+		return errors.Join(err, detached.ErrLeave)
+	}
+	if err != nil {
+		return errors.Join(err, v.hasEnded(context.WithoutCancel(ctx)), v.change(func(r *api.VM) {
+			if r.State == api.Failed {
+				r.Error = bounded(err.Error())
+			}
+		}))
+	}
+	v.own(p)
+	if err := v.awaitRunning(ctx); err != nil {
+		if v.d.ctx.Err() != nil {
+			return err
+		}
+		return errors.Join(err, v.end(context.WithoutCancel(ctx)))
+	}
+	return nil
+}
+
+// isStarting notes that the VM starts, and in which namespace.
+func (v *vm) isStarting() error {
+	v.d.mu.Lock()
+	defer v.d.mu.Unlock()
+	if v.process != nil {
+		return fmt.Errorf("VM %s is %s already: %w", v.record.Name, v.record.State, ErrConflict)
+	}
+	ns, err := v.d.namespace()
+	if err != nil {
+		return err
+	}
+	now := time.Now().UTC()
+	return v.changeLocked(func(r *api.VM) {
+		r.State, r.Namespace, r.Error, r.Started, r.ExitStatus = api.Starting, ns, "", &now, nil
+	})
+}
+
 // launch starts the VM's process, and returns once the VM runs.
 func (v *vm) launch(ctx context.Context) (_ *detached.Process, err error) {
-	r := v.look()
-	logs := [2]*os.File{}
-	for i, name := range []string{consoleLog, processLog} {
-		if logs[i], err = os.OpenFile(v.path(name), os.O_CREATE|os.O_WRONLY|os.O_APPEND, newfile.Mode); err != nil {
-			return nil, err
-		}
-		defer logs[i].Close()
-	}
-	if err := private.MkdirAll(v.path(controlDir)); err != nil {
+	r, dir := v.look(), v.path(controlDir)
+	log, err := os.OpenFile(v.path(processLog), os.O_CREATE|os.O_WRONLY|os.O_APPEND, newfile.Mode)
+	if err != nil {
 		return nil, err
 	}
-	// It may be cut off before it has got so far itself.
-	if err := control.Forget(v.path(controlDir)); err != nil {
+	defer log.Close()
+	// How it ended last is not how it ends now. It may be cut off before it has got so far itself.
+	if err := errors.Join(private.MkdirAll(dir), control.Forget(dir)); err != nil {
 		return nil, err
 	}
-	process, err := detached.Start(ctx, detached.Command{
-		Lock: control.LockFile(v.path(controlDir)), Program: v.d.config.Program, Stdout: logs[0], Stderr: logs[1],
+	p, err := detached.Start(ctx, detached.Command{
+		Lock: control.LockFile(dir), Program: v.d.config.Program, Stderr: log,
 		Args: []string{
-			"peer", "--raddr", "", "--laddr", "", "--netns", r.Namespace, "--chroot-base-dir", v.d.dir("vmm"),
-			"--package", v.d.dir("packages", r.Package), "--instance", v.path(instanceDir), "--control", v.path(controlDir),
+			"peer", "--raddr", "", "--laddr", "", "--netns", r.Namespace, "--chroot-base-dir", v.d.dir("vmm"), "--enable-output=false",
+			"--package", v.d.dir("packages", r.Package), "--instance", v.path(instanceDir), "--control", dir,
 		},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("start VM %s: %w: %s", r.Name, err, v.lastWords())
 	}
-	return process, nil
+	return p, nil
 }
 
 // lastWords is why the VM's process says that it has ended.
@@ -244,33 +292,70 @@ func (v *vm) lastWords() string {
 	return end.Error
 }
 
-// watch waits until the VM's process has ended, or the daemon has.
+// awaitRunning waits until the VM's process says that it runs, and publishes its ports.
+func (v *vm) awaitRunning(ctx context.Context) error {
+	c, err := control.Dial(ctx, v.path(controlDir))
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	status := &control.StatusResponse{}
+	for status.GetState() != control.Running {
+		if status, err = c.Status(ctx, &control.StatusRequest{State: status.GetState()}); err != nil {
+			return errors.Join(context.Cause(ctx), err)
+		}
+		if status.GetState() == control.Ending {
+			return nil // watch hears of the end
+		}
+	}
+	if err := v.publish(ctx); err != nil {
+		return err
+	}
+	v.d.mu.Lock()
+	defer v.d.mu.Unlock()
+	if v.process == nil {
+		return errEnded // and that is noted
+	}
+	return v.changeLocked(func(r *api.VM) {
+		r.State, r.Booted, r.PID, r.Error = api.Running, status.GetBooted(), int(status.GetPid()), ""
+	})
+}
+
+// watch waits until the VM's process has ended, or the daemon does.
 func (v *vm) watch(p *process) {
 	select {
 	case <-v.d.ctx.Done():
 		return
 	case <-p.Done():
 	}
-	v.d.mu.Lock()
-	v.process = nil
-	v.d.mu.Unlock()
-	err := errors.Join(p.Close(), v.hasEnded(v.d.ctx))
+	err := errors.Join(v.hasEnded(v.d.ctx), p.Close())
 	close(p.noted)
-	v.d.mu.Lock()
-	remove, name := v.record.Remove && v.record.State != api.Removing, v.record.Name
-	v.d.mu.Unlock()
-	if remove && err == nil {
-		if err = v.busy.Acquire(v.d.ctx, 1); err == nil {
-			err = v.destroy(v.d.ctx)
-			v.busy.Release(1)
-		}
+	r := v.look()
+	if r.Remove && r.State != api.Removing {
+		err = errors.Join(err, v.removeEnded())
 	}
 	if err != nil && v.d.ctx.Err() == nil {
-		v.d.log.Error("What a VM has left is not put in order", "vm", name, "error", err)
+		v.d.log.Error("What a VM has left is not put in order", "vm", r.Name, "error", err)
 	}
 }
 
-// hasEnded notes how the VM has ended, and gives back what it had of the host.
+// removeEnded removes a VM that was to be removed at its end, unless it was started again, or removed.
+func (v *vm) removeEnded() error {
+	if err := v.acquire(v.d.ctx, nil); err != nil {
+		return err
+	}
+	defer v.release()
+	v.d.mu.Lock()
+	ended := v.process == nil && v.d.vms[v.record.ID] == v
+	v.d.mu.Unlock()
+	if !ended {
+		return nil
+	}
+	return v.destroy(v.d.ctx)
+}
+
+// hasEnded notes how the VM has ended, and gives back what it had of the host. It is noted here, too,
+// if that cannot be made durable: the next daemon finds out by itself.
 func (v *vm) hasEnded(ctx context.Context) error {
 	err := v.unpublish(ctx)
 	end, eerr := control.LastEnd(v.path(controlDir))
@@ -278,62 +363,87 @@ func (v *vm) hasEnded(ctx context.Context) error {
 		err = errors.Join(err, v.d.reclaim())
 		end = &control.End{Outcome: control.Failed, Error: "its process was killed", At: time.Now().UTC()}
 	}
-	return errors.Join(err, eerr, v.change(func(r *api.VM) {
-		switch {
-		case r.State == api.Removing:
-			return
-		case end.Outcome == control.Suspended:
-			r.State, r.Error = api.Stopped, ""
-		case end.Outcome == control.PoweredOff:
-			r.State, r.Error = api.Exited, ""
-		default:
-			r.State, r.Error = api.Failed, end.Error
-		}
-		r.Namespace, r.PID, r.Ended, r.ExitStatus = "", 0, &end.At, end.ExitStatus
-	}))
+	v.d.mu.Lock()
+	defer v.d.mu.Unlock()
+	v.process = nil
+	r := v.record
+	if r.State == api.Removing {
+		return errors.Join(err, eerr)
+	}
+	r.Error = ""
+	switch end.Outcome {
+	case control.Suspended:
+		r.State = api.Stopped
+	case control.PoweredOff:
+		r.State = api.Exited
+	default:
+		r.State, r.Error = api.Failed, bounded(end.Error)
+	}
+	r.Namespace, r.PID, r.Ended, r.ExitStatus = "", 0, &end.At, end.ExitStatus
+	v.becomeLocked(r)
+	return errors.Join(err, eerr, v.write(r))
 }
+
+func bounded(text string) string { return text[:min(len(text), mostError)] }
+
+// errEnded says that the VM's process has ended.
+var errEnded = errors.New("the VM has ended")
 
 // runs returns the VM's process.
 func (v *vm) runs() (*process, error) {
-	v.d.mu.Lock()
-	defer v.d.mu.Unlock()
-	if v.process == nil {
-		return nil, fmt.Errorf("VM %s does not run: %w", v.record.Name, ErrConflict)
+	if p := v.owner(); p != nil {
+		return p, nil
 	}
-	return v.process, nil
+	return nil, fmt.Errorf("VM %s does not run: %w", v.look().Name, ErrConflict)
 }
 
-// stop suspends the VM, whose busy is held.
+// owner returns the process that owns the VM, nil for one that does not run.
+func (v *vm) owner() *process {
+	v.d.mu.Lock()
+	defer v.d.mu.Unlock()
+	return v.process
+}
+
+// stop suspends the VM, which is acquired.
 func (v *vm) stop(ctx context.Context) error {
-	process, err := v.runs()
+	p, err := v.runs()
 	if err != nil {
 		return err
 	}
 	if err := v.change(func(r *api.VM) { r.State = api.Stopping }); err != nil {
 		return err
 	}
-	if err := process.Signal(syscall.SIGTERM); err != nil {
+	if err := errors.Join(p.Signal(syscall.SIGTERM), p.awaitEnd(ctx)); err != nil {
 		return err
 	}
-	if err := process.awaitEnd(ctx); err != nil {
+	name := v.look().Name
+	switch end, err := control.LastEnd(v.path(controlDir)); {
+	case err != nil:
 		return err
-	}
-	if end, err := control.LastEnd(v.path(controlDir)); err != nil || end != nil && end.Error != "" {
-		return errors.Join(err, fmt.Errorf("suspend VM %s: %s", v.look().Name, end.Error))
+	case end == nil:
+		return fmt.Errorf("suspend VM %s: its process was killed before it was; what its memory held is lost", name)
+	case end.Error != "":
+		return fmt.Errorf("suspend VM %s: %s", name, end.Error)
 	}
 	return nil
 }
 
-// kill ends the VM at once.
+// kill waits for the end of a VM that was interrupted, and is acquired.
 func (v *vm) kill(ctx context.Context) error {
-	process, err := v.runs()
-	if err != nil {
-		return err
+	p := v.owner()
+	if p == nil {
+		return nil // that is noted
 	}
-	if err := process.Signal(syscall.SIGKILL); err != nil {
-		return err
+	return errors.Join(p.Signal(syscall.SIGKILL), p.awaitEnd(ctx))
+}
+
+// end ends a VM that does not start as it should.
+func (v *vm) end(ctx context.Context) error {
+	p := v.owner()
+	if p == nil {
+		return nil // it has ended by itself
 	}
-	return process.awaitEnd(ctx)
+	return errors.Join(p.End(endPatience), p.awaitEnd(ctx))
 }
 
 // awaitEnd waits until a process of the VM has ended and that is noted.
@@ -350,31 +460,12 @@ func (p *process) awaitEnd(ctx context.Context) error {
 func (v *vm) destroy(ctx context.Context) error {
 	r := v.look() // zero for one without a record
 	if r.ID != "" {
-		if err := v.change(func(r *api.VM) { r.State = api.Removing }); err != nil {
+		if err := v.isRemoved(); err != nil {
 			return err
 		}
 	}
-	if p, err := v.runs(); err == nil {
-		if err := errors.Join(p.Signal(syscall.SIGKILL), p.awaitEnd(ctx)); err != nil {
-			return err
-		}
-	}
-	process, err := detached.Find(control.LockFile(v.path(controlDir)))
-	if err != nil {
+	if err := v.endAtOnce(ctx); err != nil {
 		return err
-	}
-	if process != nil { // the last daemon's
-		err := process.Signal(syscall.SIGKILL)
-		if err == nil {
-			select {
-			case <-process.Done():
-			case <-ctx.Done():
-				err = context.Cause(ctx)
-			}
-		}
-		if err := errors.Join(err, process.Close(), v.d.reclaim()); err != nil {
-			return err
-		}
 	}
 	if err := v.unpublish(ctx); err != nil {
 		return err
@@ -397,16 +488,52 @@ func (v *vm) destroy(ctx context.Context) error {
 	if err := errors.Join(newfile.Remove(v.path(recordFile)), os.Remove(v.dir)); err != nil {
 		return err
 	}
-	if r.ID == "" {
-		return nil
+	if r.ID != "" {
+		v.d.events.add(removedEvent, r)
 	}
-	return v.d.events.add("vm.removed", &r)
+	return nil
 }
 
-// forgetProcess lets the VM's process go on without the daemon.
-func (v *vm) forgetProcess() error {
-	if v.process == nil {
-		return nil
+// isRemoved notes that the VM is removed. On a full disk that is noted by the lack of a record.
+func (v *vm) isRemoved() error {
+	v.d.mu.Lock()
+	defer v.d.mu.Unlock()
+	r := v.record
+	r.State = api.Removing
+	v.becomeLocked(r)
+	if err := v.write(r); err != nil {
+		return newfile.Remove(v.path(recordFile))
 	}
-	return v.process.Close()
+	return nil
+}
+
+// endAtOnce kills the VM's process, if there is one, also one of the last daemon's.
+func (v *vm) endAtOnce(ctx context.Context) error {
+	if p := v.owner(); p != nil {
+		return errors.Join(p.Signal(syscall.SIGKILL), p.awaitEnd(ctx))
+	}
+	p, err := detached.Find(control.LockFile(v.path(controlDir)))
+	if p == nil || err != nil {
+		return err
+	}
+	if err = p.Signal(syscall.SIGKILL); err == nil {
+		select {
+		case <-p.Done():
+		case <-ctx.Done():
+			err = context.Cause(ctx)
+		}
+	}
+	return errors.Join(err, p.Close(), v.d.reclaim())
+}
+
+// forget lets the VM's processes go on without the daemon.
+func (v *vm) forget() error {
+	var errs []error
+	if v.process != nil {
+		errs = append(errs, v.process.Close())
+	}
+	if v.ports.forwarder != nil {
+		errs = append(errs, v.ports.forwarder.Close())
+	}
+	return errors.Join(errs...)
 }

@@ -36,15 +36,8 @@ type Process struct {
 // returns this process, which holds the lock as it starts one.
 func Find(path string) (*Process, error) {
 	for {
-		lock, err := lockfile.Try(path)
-		if errors.Is(err, os.ErrNotExist) { // its directory is not there
-			return nil, nil
-		}
-		if err == nil {
-			return nil, lock.Release()
-		}
-		var held *lockfile.HeldError
-		if !errors.As(err, &held) {
+		held, err := lockfile.Holder(path)
+		if held == nil || err != nil {
 			return nil, err
 		}
 		if held.PID != 0 && held.PID != os.Getpid() {
@@ -165,7 +158,7 @@ const patience = 30 * time.Second
 // cause is [ErrLeave]. Close the process.
 func Start(ctx context.Context, c Command) (_ *Process, err error) {
 	// Should this process be killed now, there is either no other, or one that has the lock.
-	lock, err := lockfile.Try(c.Lock)
+	lock, err := take(c.Lock)
 	if err != nil {
 		return nil, err
 	}
@@ -221,6 +214,24 @@ func Start(ctx context.Context, c Command) (_ *Process, err error) {
 			err = errors.Join(err, p.End(patience))
 		}
 		return nil, errors.Join(err, p.Close())
+	}
+}
+
+// take takes a lock. Who only looks for its holder is not one.
+func take(path string) (*lockfile.Lock, error) {
+	for {
+		lock, err := lockfile.Try(path)
+		var held *lockfile.HeldError
+		if !errors.As(err, &held) {
+			return lock, err
+		}
+		p, ferr := Find(path)
+		if p != nil {
+			ferr = p.Close()
+		}
+		if p != nil || ferr != nil {
+			return nil, errors.Join(err, ferr)
+		}
 	}
 }
 

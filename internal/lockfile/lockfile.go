@@ -63,6 +63,26 @@ func Try(path string) (*Lock, error) {
 	}
 }
 
+// Holder returns who has the lock at path; nil if nobody has. It writes nothing. A holder that has
+// just taken the lock may have no PID yet, or that of who has started it.
+func Holder(path string) (*HeldError, error) {
+	f, err := private.Open(path, unix.O_RDONLY)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	var who *HeldError
+	if err := Shared(f); errors.As(err, &who) {
+		return who, nil
+	} else if err != nil {
+		return nil, err
+	}
+	return nil, nil
+}
+
 // Adopt makes a file that is locked this process' lock: a process that was started with it has the
 // lock from its first instruction.
 func Adopt(f *os.File) (*Lock, error) {
