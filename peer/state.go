@@ -2,6 +2,7 @@ package peer
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -196,6 +197,17 @@ func (d *Device) standing() (status vmm.Status, refusal error, boots bool, err e
 	}
 	why, refused := vmm.CheckStart(s)
 	return status, vmm.CheckResumable(s), why != nil && refused == nil, nil
+}
+
+// Discardable returns nil if an instance, which nobody runs, holds nothing of a VM: it was never used,
+// its VM has moved away, or did not wholly arrive. Else the error says what it holds. The devices need
+// not be more than the state.
+func Discardable(devices []Device) error {
+	i := slices.IndexFunc(devices, func(d Device) bool { return d.Name == vmm.State })
+	if i < 0 || devices[i].Overlay == "" {
+		return errors.New("the instance's state device has no overlay")
+	}
+	return replaceable(&devices[i], devices)
 }
 
 // replaceable refuses to overwrite an instance, unless it has moved away or did not wholly arrive.

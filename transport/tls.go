@@ -18,6 +18,9 @@ import (
 // connection, so renewed ones count from then on. While they cannot be read, as between two writes,
 // the last ones count.
 type Certificates struct {
+	// Name is what the certificate of who answers must be for; "" for the host of its address.
+	Name string
+
 	cert, key, ca string
 
 	mu   sync.Mutex

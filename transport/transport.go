@@ -4,6 +4,7 @@
 package transport
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -162,7 +163,7 @@ func (t *Trust) Dialer(addr string) (func(context.Context) (io.ReadWriteCloser, 
 	case t.TLS != nil:
 		return func(ctx context.Context) (io.ReadWriteCloser, error) {
 			config := t.TLS.config(t.Logger).Clone()
-			config.ServerName = host
+			config.ServerName = cmp.Or(t.TLS.Name, host)
 			conn, err := (&tls.Dialer{Config: config}).DialContext(ctx, network, address)
 			return conn, unauthorized(err)
 		}, nil

@@ -25,7 +25,9 @@ type controlled struct {
 	suspend context.CancelFunc
 	work    sync.WaitGroup // keeps what the VM's service prints, and starts one that is held
 	endWork context.CancelFunc
-	exited  *int // status of the service
+	offers  chan offer    // asks the VM's owner to let a target have it, or no longer
+	ended   chan struct{} // closed when nobody answers offers any more
+	exited  *int          // status of the service
 	logErr  error
 	heldErr error
 }
@@ -36,7 +38,7 @@ func newControlled(ctx context.Context, dir string) (*controlled, context.Contex
 		return &controlled{}, ctx, nil
 	}
 	ctx, suspend := context.WithCancel(ctx)
-	c := &controlled{dir: dir, suspend: suspend}
+	c := &controlled{dir: dir, suspend: suspend, offers: make(chan offer), ended: make(chan struct{})}
 	var err error
 	if c.server, err = control.Serve(dir, suspend, c.guest); err != nil {
 		suspend()
@@ -60,6 +62,7 @@ func (c *controlled) running(vm *peer.Peer) {
 		return
 	}
 	c.vm.Store(vm)
+	c.server.SetMover(c)
 	why := ""
 	if booted := vm.Booted(); booted != nil {
 		why = booted.Error()
@@ -82,6 +85,13 @@ func (c *controlled) running(vm *peer.Peer) {
 	})
 }
 
+// answerNoMore says that nobody runs the VM any more who could offer it.
+func (c *controlled) answerNoMore() {
+	if c.server != nil {
+		close(c.ended)
+	}
+}
+
 // ending says that the VM ends, and how if nothing fails.
 func (c *controlled) ending(outcome string) {
 	c.outcome = outcome
@@ -101,6 +111,9 @@ func (c *controlled) close(err error) error {
 	}
 	err = errors.Join(err, c.heldErr)
 	end := control.End{Outcome: cmp.Or(c.outcome, control.Failed), At: time.Now().UTC(), ExitStatus: c.exited}
+	if stats, ok := c.Stats(); ok && c.outcome == control.Moved {
+		end.Paused, end.Sent = stats.Paused, stats.Wire
+	}
 	if err != nil {
 		end.Error = err.Error()
 		if c.outcome != control.Moved {

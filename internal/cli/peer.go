@@ -316,18 +316,13 @@ func parseBytes(flag, text string) (int64, error) {
 // runPeer runs a VM until it ends, moves away, or is suspended because ctx ends. Targets reach it
 // over listener, unless that is nil.
 func runPeer(ctx context.Context, vm *peer.Peer, listener *transport.Listener, show *migrationLog, c *controlled) error {
-	r := running{vm: vm, show: show, control: c, served: make(chan serveEnd, 1), synced: make(chan error, 1)}
+	r := running{vm: vm, show: show, control: c, synced: make(chan error, 1)}
 	sctx, stop := context.WithCancel(ctx)
 	defer stop()
 	if listener != nil {
-		go func() {
-			moved, err := vm.Serve(sctx, listener.Accept)
-			r.served <- serveEnd{moved, err}
-		}()
-		slog.Info("Migratable", "address", listener.Addr())
-	} else {
-		close(r.served)
+		r.serve(sctx, listener)
 	}
+	defer c.answerNoMore()
 	go func(synced chan error) { synced <- vm.Sync(sctx) }(r.synced)
 	defer func() { stop(); r.endSync() }()
 	arrived, pulled := vm.Arrived(), vm.Pulled()
@@ -347,6 +342,8 @@ func runPeer(ctx context.Context, vm *peer.Peer, listener *transport.Listener, s
 			}
 		case err := <-r.synced:
 			r.notSynced(err)
+		case o := <-c.offers:
+			r.offer(sctx, o)
 		case e := <-r.served:
 			if r.served = nil; e.moved || errors.Is(e.err, migrate.ErrInDoubt) {
 				return r.left(ctx, e)
@@ -354,6 +351,7 @@ func runPeer(ctx context.Context, vm *peer.Peer, listener *transport.Listener, s
 			if e.err != nil {
 				slog.Error("The VM is not migratable any more", "error", e.err)
 			}
+			r.withdrawn(e.err)
 		case <-vm.Done():
 			stop()
 			return r.ended(<-orClosed(r.served))
@@ -373,8 +371,47 @@ type running struct {
 	vm      *peer.Peer
 	show    *migrationLog
 	control *controlled
-	served  chan serveEnd // nil: it has been received from
-	synced  chan error    // likewise
+	served  chan serveEnd // nil: it is not migratable, or has been received from
+	synced  chan error    // nil: it has been received from
+
+	withdraw context.CancelFunc // ends what sends to served
+	waiting  []chan<- offered   // for that
+}
+
+// serve makes the VM migratable, and owns the listener.
+func (r *running) serve(ctx context.Context, listener *transport.Listener) {
+	ctx, r.withdraw = context.WithCancel(ctx)
+	served := make(chan serveEnd, 1)
+	r.served = served
+	go func() {
+		moved, err := r.vm.Serve(ctx, listener.Accept)
+		served <- serveEnd{moved, errors.Join(err, listener.Close())}
+	}()
+	slog.Info("Migratable", "address", listener.Addr())
+}
+
+// offer makes the VM migratable, or not any more.
+func (r *running) offer(ctx context.Context, o offer) {
+	switch {
+	case o.listener == nil && r.served == nil:
+		o.answer <- offered{}
+	case o.listener == nil:
+		r.waiting = append(r.waiting, o.answer)
+		r.withdraw()
+	case r.served != nil:
+		o.answer <- offered{err: fmt.Errorf("the VM is migratable already: %w", vmm.ErrInUse)}
+	default:
+		r.serve(ctx, o.listener)
+		o.answer <- offered{}
+	}
+}
+
+// withdrawn answers who waits for a VM that is not migratable any more.
+func (r *running) withdrawn(err error) {
+	for _, answer := range r.waiting {
+		answer <- offered{err: err}
+	}
+	r.waiting = nil
 }
 
 // serveEnd is how a VM's migration, or its readiness for one, has ended.

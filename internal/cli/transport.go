@@ -15,6 +15,7 @@ import (
 // transportFlags say how peers reach each other, and whom they trust.
 type transportFlags struct {
 	cert, key, ca string
+	name          string
 	insecure      bool
 }
 
@@ -23,6 +24,7 @@ func (t *transportFlags) add(cmd *cobra.Command) {
 	f.StringVar(&t.cert, "tls-cert", "", "Certificate of this host (PEM), for TLS 1.3 with both sides authenticated")
 	f.StringVar(&t.key, "tls-key", "", "Private key of the certificate (PEM)")
 	f.StringVar(&t.ca, "tls-ca", "", "Certificates of the authorities that the other side's certificate must come from (PEM)")
+	f.StringVar(&t.name, "tls-name", "", "Name that the certificate of who answers must have (default: the host of its address)")
 	f.BoolVar(&t.insecure, "insecure", false, "Trust whoever connects or answers, without TLS: other users of this host, and other hosts. By default only root and this user of this host are trusted")
 }
 
@@ -37,6 +39,7 @@ func (t *transportFlags) trust() (*transport.Trust, error) {
 	if err != nil {
 		return nil, fmt.Errorf("--tls-cert, --tls-key and --tls-ca: %w", err)
 	}
+	config.Name = t.name
 	return &transport.Trust{TLS: config}, nil
 }
 

@@ -75,7 +75,14 @@ type StatusResponse struct {
 	// The process.
 	Pid int64 `protobuf:"varint,2,opt,name=pid,proto3" json:"pid,omitempty"`
 	// Why the VM booted from its disks; "" if it was resumed.
-	Booted        string `protobuf:"bytes,3,opt,name=booted,proto3" json:"booted,omitempty"`
+	Booted string `protobuf:"bytes,3,opt,name=booted,proto3" json:"booted,omitempty"`
+	// How far a migration is, in migrate's words; "" if there has been none. It is no change to wait for.
+	Phase string `protobuf:"bytes,4,opt,name=phase,proto3" json:"phase,omitempty"`
+	// Bytes of the VM that have been sent, and how many that will be as far as is known.
+	Sent  int64 `protobuf:"varint,5,opt,name=sent,proto3" json:"sent,omitempty"`
+	Total int64 `protobuf:"varint,6,opt,name=total,proto3" json:"total,omitempty"`
+	// How long the VM was paused by a move.
+	PausedNs      int64 `protobuf:"varint,7,opt,name=paused_ns,json=pausedNs,proto3" json:"paused_ns,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -131,6 +138,230 @@ func (x *StatusResponse) GetBooted() string {
 	return ""
 }
 
+func (x *StatusResponse) GetPhase() string {
+	if x != nil {
+		return x.Phase
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetSent() int64 {
+	if x != nil {
+		return x.Sent
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetTotal() int64 {
+	if x != nil {
+		return x.Total
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetPausedNs() int64 {
+	if x != nil {
+		return x.PausedNs
+	}
+	return 0
+}
+
+type OfferRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// HOST:PORT, or unix:PATH.
+	Address string `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"`
+	// PEM files, for an address beyond this host: the certificate of this one, its key, and the certificate that the target
+	// must have.
+	Certificate   string `protobuf:"bytes,2,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	Key           string `protobuf:"bytes,3,opt,name=key,proto3" json:"key,omitempty"`
+	Authority     string `protobuf:"bytes,4,opt,name=authority,proto3" json:"authority,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OfferRequest) Reset() {
+	*x = OfferRequest{}
+	mi := &file_internal_control_control_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OfferRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OfferRequest) ProtoMessage() {}
+
+func (x *OfferRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_control_control_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OfferRequest.ProtoReflect.Descriptor instead.
+func (*OfferRequest) Descriptor() ([]byte, []int) {
+	return file_internal_control_control_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *OfferRequest) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *OfferRequest) GetCertificate() string {
+	if x != nil {
+		return x.Certificate
+	}
+	return ""
+}
+
+func (x *OfferRequest) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *OfferRequest) GetAuthority() string {
+	if x != nil {
+		return x.Authority
+	}
+	return ""
+}
+
+type OfferResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Where it listens.
+	Address       string `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OfferResponse) Reset() {
+	*x = OfferResponse{}
+	mi := &file_internal_control_control_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OfferResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OfferResponse) ProtoMessage() {}
+
+func (x *OfferResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_control_control_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OfferResponse.ProtoReflect.Descriptor instead.
+func (*OfferResponse) Descriptor() ([]byte, []int) {
+	return file_internal_control_control_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *OfferResponse) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+type WithdrawRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WithdrawRequest) Reset() {
+	*x = WithdrawRequest{}
+	mi := &file_internal_control_control_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WithdrawRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WithdrawRequest) ProtoMessage() {}
+
+func (x *WithdrawRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_control_control_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WithdrawRequest.ProtoReflect.Descriptor instead.
+func (*WithdrawRequest) Descriptor() ([]byte, []int) {
+	return file_internal_control_control_proto_rawDescGZIP(), []int{4}
+}
+
+type WithdrawResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Moved         bool                   `protobuf:"varint,1,opt,name=moved,proto3" json:"moved,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WithdrawResponse) Reset() {
+	*x = WithdrawResponse{}
+	mi := &file_internal_control_control_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WithdrawResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WithdrawResponse) ProtoMessage() {}
+
+func (x *WithdrawResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_control_control_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WithdrawResponse.ProtoReflect.Descriptor instead.
+func (*WithdrawResponse) Descriptor() ([]byte, []int) {
+	return file_internal_control_control_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *WithdrawResponse) GetMoved() bool {
+	if x != nil {
+		return x.Moved
+	}
+	return false
+}
+
 type SuspendRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -139,7 +370,7 @@ type SuspendRequest struct {
 
 func (x *SuspendRequest) Reset() {
 	*x = SuspendRequest{}
-	mi := &file_internal_control_control_proto_msgTypes[2]
+	mi := &file_internal_control_control_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -151,7 +382,7 @@ func (x *SuspendRequest) String() string {
 func (*SuspendRequest) ProtoMessage() {}
 
 func (x *SuspendRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_control_control_proto_msgTypes[2]
+	mi := &file_internal_control_control_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -164,7 +395,7 @@ func (x *SuspendRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SuspendRequest.ProtoReflect.Descriptor instead.
 func (*SuspendRequest) Descriptor() ([]byte, []int) {
-	return file_internal_control_control_proto_rawDescGZIP(), []int{2}
+	return file_internal_control_control_proto_rawDescGZIP(), []int{6}
 }
 
 type SuspendResponse struct {
@@ -175,7 +406,7 @@ type SuspendResponse struct {
 
 func (x *SuspendResponse) Reset() {
 	*x = SuspendResponse{}
-	mi := &file_internal_control_control_proto_msgTypes[3]
+	mi := &file_internal_control_control_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -187,7 +418,7 @@ func (x *SuspendResponse) String() string {
 func (*SuspendResponse) ProtoMessage() {}
 
 func (x *SuspendResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_control_control_proto_msgTypes[3]
+	mi := &file_internal_control_control_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -200,7 +431,7 @@ func (x *SuspendResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SuspendResponse.ProtoReflect.Descriptor instead.
 func (*SuspendResponse) Descriptor() ([]byte, []int) {
-	return file_internal_control_control_proto_rawDescGZIP(), []int{3}
+	return file_internal_control_control_proto_rawDescGZIP(), []int{7}
 }
 
 var File_internal_control_control_proto protoreflect.FileDescriptor
@@ -209,16 +440,32 @@ const file_internal_control_control_proto_rawDesc = "" +
 	"\n" +
 	"\x1einternal/control/control.proto\x12\x12drafter.control.v1\"%\n" +
 	"\rStatusRequest\x12\x14\n" +
-	"\x05state\x18\x01 \x01(\tR\x05state\"P\n" +
+	"\x05state\x18\x01 \x01(\tR\x05state\"\xad\x01\n" +
 	"\x0eStatusResponse\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\tR\x05state\x12\x10\n" +
 	"\x03pid\x18\x02 \x01(\x03R\x03pid\x12\x16\n" +
-	"\x06booted\x18\x03 \x01(\tR\x06booted\"\x10\n" +
+	"\x06booted\x18\x03 \x01(\tR\x06booted\x12\x14\n" +
+	"\x05phase\x18\x04 \x01(\tR\x05phase\x12\x12\n" +
+	"\x04sent\x18\x05 \x01(\x03R\x04sent\x12\x14\n" +
+	"\x05total\x18\x06 \x01(\x03R\x05total\x12\x1b\n" +
+	"\tpaused_ns\x18\a \x01(\x03R\bpausedNs\"z\n" +
+	"\fOfferRequest\x12\x18\n" +
+	"\aaddress\x18\x01 \x01(\tR\aaddress\x12 \n" +
+	"\vcertificate\x18\x02 \x01(\tR\vcertificate\x12\x10\n" +
+	"\x03key\x18\x03 \x01(\tR\x03key\x12\x1c\n" +
+	"\tauthority\x18\x04 \x01(\tR\tauthority\")\n" +
+	"\rOfferResponse\x12\x18\n" +
+	"\aaddress\x18\x01 \x01(\tR\aaddress\"\x11\n" +
+	"\x0fWithdrawRequest\"(\n" +
+	"\x10WithdrawResponse\x12\x14\n" +
+	"\x05moved\x18\x01 \x01(\bR\x05moved\"\x10\n" +
 	"\x0eSuspendRequest\"\x11\n" +
-	"\x0fSuspendResponse2\xae\x01\n" +
+	"\x0fSuspendResponse2\xd3\x02\n" +
 	"\aControl\x12O\n" +
 	"\x06Status\x12!.drafter.control.v1.StatusRequest\x1a\".drafter.control.v1.StatusResponse\x12R\n" +
-	"\aSuspend\x12\".drafter.control.v1.SuspendRequest\x1a#.drafter.control.v1.SuspendResponseB\"Z drafter/internal/control;controlb\x06proto3"
+	"\aSuspend\x12\".drafter.control.v1.SuspendRequest\x1a#.drafter.control.v1.SuspendResponse\x12L\n" +
+	"\x05Offer\x12 .drafter.control.v1.OfferRequest\x1a!.drafter.control.v1.OfferResponse\x12U\n" +
+	"\bWithdraw\x12#.drafter.control.v1.WithdrawRequest\x1a$.drafter.control.v1.WithdrawResponseB\"Z drafter/internal/control;controlb\x06proto3"
 
 var (
 	file_internal_control_control_proto_rawDescOnce sync.Once
@@ -232,20 +479,28 @@ func file_internal_control_control_proto_rawDescGZIP() []byte {
 	return file_internal_control_control_proto_rawDescData
 }
 
-var file_internal_control_control_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_internal_control_control_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_internal_control_control_proto_goTypes = []any{
-	(*StatusRequest)(nil),   // 0: drafter.control.v1.StatusRequest
-	(*StatusResponse)(nil),  // 1: drafter.control.v1.StatusResponse
-	(*SuspendRequest)(nil),  // 2: drafter.control.v1.SuspendRequest
-	(*SuspendResponse)(nil), // 3: drafter.control.v1.SuspendResponse
+	(*StatusRequest)(nil),    // 0: drafter.control.v1.StatusRequest
+	(*StatusResponse)(nil),   // 1: drafter.control.v1.StatusResponse
+	(*OfferRequest)(nil),     // 2: drafter.control.v1.OfferRequest
+	(*OfferResponse)(nil),    // 3: drafter.control.v1.OfferResponse
+	(*WithdrawRequest)(nil),  // 4: drafter.control.v1.WithdrawRequest
+	(*WithdrawResponse)(nil), // 5: drafter.control.v1.WithdrawResponse
+	(*SuspendRequest)(nil),   // 6: drafter.control.v1.SuspendRequest
+	(*SuspendResponse)(nil),  // 7: drafter.control.v1.SuspendResponse
 }
 var file_internal_control_control_proto_depIdxs = []int32{
 	0, // 0: drafter.control.v1.Control.Status:input_type -> drafter.control.v1.StatusRequest
-	2, // 1: drafter.control.v1.Control.Suspend:input_type -> drafter.control.v1.SuspendRequest
-	1, // 2: drafter.control.v1.Control.Status:output_type -> drafter.control.v1.StatusResponse
-	3, // 3: drafter.control.v1.Control.Suspend:output_type -> drafter.control.v1.SuspendResponse
-	2, // [2:4] is the sub-list for method output_type
-	0, // [0:2] is the sub-list for method input_type
+	6, // 1: drafter.control.v1.Control.Suspend:input_type -> drafter.control.v1.SuspendRequest
+	2, // 2: drafter.control.v1.Control.Offer:input_type -> drafter.control.v1.OfferRequest
+	4, // 3: drafter.control.v1.Control.Withdraw:input_type -> drafter.control.v1.WithdrawRequest
+	1, // 4: drafter.control.v1.Control.Status:output_type -> drafter.control.v1.StatusResponse
+	7, // 5: drafter.control.v1.Control.Suspend:output_type -> drafter.control.v1.SuspendResponse
+	3, // 6: drafter.control.v1.Control.Offer:output_type -> drafter.control.v1.OfferResponse
+	5, // 7: drafter.control.v1.Control.Withdraw:output_type -> drafter.control.v1.WithdrawResponse
+	4, // [4:8] is the sub-list for method output_type
+	0, // [0:4] is the sub-list for method input_type
 	0, // [0:0] is the sub-list for extension type_name
 	0, // [0:0] is the sub-list for extension extendee
 	0, // [0:0] is the sub-list for field type_name
@@ -262,7 +517,7 @@ func file_internal_control_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_control_control_proto_rawDesc), len(file_internal_control_control_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   4,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

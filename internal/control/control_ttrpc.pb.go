@@ -11,6 +11,8 @@ import (
 type ControlService interface {
 	Status(context.Context, *StatusRequest) (*StatusResponse, error)
 	Suspend(context.Context, *SuspendRequest) (*SuspendResponse, error)
+	Offer(context.Context, *OfferRequest) (*OfferResponse, error)
+	Withdraw(context.Context, *WithdrawRequest) (*WithdrawResponse, error)
 }
 
 func RegisterControlService(srv *ttrpc.Server, svc ControlService) {
@@ -29,6 +31,20 @@ func RegisterControlService(srv *ttrpc.Server, svc ControlService) {
 					return nil, err
 				}
 				return svc.Suspend(ctx, &req)
+			},
+			"Offer": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req OfferRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Offer(ctx, &req)
+			},
+			"Withdraw": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req WithdrawRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Withdraw(ctx, &req)
 			},
 		},
 	})
@@ -55,6 +71,22 @@ func (c *controlClient) Status(ctx context.Context, req *StatusRequest) (*Status
 func (c *controlClient) Suspend(ctx context.Context, req *SuspendRequest) (*SuspendResponse, error) {
 	var resp SuspendResponse
 	if err := c.client.Call(ctx, "drafter.control.v1.Control", "Suspend", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *controlClient) Offer(ctx context.Context, req *OfferRequest) (*OfferResponse, error) {
+	var resp OfferResponse
+	if err := c.client.Call(ctx, "drafter.control.v1.Control", "Offer", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *controlClient) Withdraw(ctx context.Context, req *WithdrawRequest) (*WithdrawResponse, error) {
+	var resp WithdrawResponse
+	if err := c.client.Call(ctx, "drafter.control.v1.Control", "Withdraw", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

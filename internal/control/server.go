@@ -23,6 +23,7 @@ import (
 	"drafter/internal/lockfile"
 	"drafter/internal/newfile"
 	"drafter/internal/private"
+	"drafter/migrate"
 )
 
 // The files in a control directory.
@@ -32,8 +33,8 @@ const (
 	endFile    = "end.json"
 )
 
-// envFile has the environment of a service that is held, as a JSON list of NAME=value.
-const envFile = "env.json"
+// EnvFile has the environment of a service that is held, as a JSON list of NAME=value.
+func EnvFile(dir string) string { return filepath.Join(dir, "env.json") }
 
 // WriteEnv notes what to add to the environment of a VM's service, which its package holds: the VM's
 // process starts it with that, whenever the guest boots or is resumed for the first time. Only root
@@ -44,7 +45,7 @@ func WriteEnv(dir string, env []string) error {
 	}
 	b, err := json.Marshal(env)
 	if err == nil {
-		err = newfile.WriteBytes(filepath.Join(dir, envFile), b)
+		err = newfile.WriteBytes(EnvFile(dir), b)
 	}
 	if err != nil {
 		return fmt.Errorf("note the environment of the VM's service: %w", err)
@@ -77,6 +78,18 @@ type End struct {
 	At      time.Time `json:"at"`
 	// ExitStatus is that of the VM's service, if it has ended and that is known.
 	ExitStatus *int `json:"exitStatus,omitempty"`
+	// Of a VM that has moved: for how long it was paused, and how many bytes were sent.
+	Paused time.Duration `json:"paused,omitempty"`
+	Sent   int64         `json:"sent,omitempty"`
+}
+
+// Progress is how many bytes of a VM are at its target, of how many.
+func Progress(s migrate.Stats) (done, total int64) {
+	for _, d := range s.Devices {
+		total += d.Size
+		done += d.Size - min(d.Pending, d.Size)
+	}
+	return done, total
 }
 
 // Server answers calls to the process that owns a VM.
@@ -91,6 +104,55 @@ type Server struct {
 	mu      sync.Mutex
 	status  StatusResponse
 	changed chan struct{} // closed at the next change
+	mover   Mover
+}
+
+// Mover moves a VM away. Its methods may be called by any goroutine.
+type Mover interface {
+	// Offer lets a target that connects have the VM, and returns where it listens.
+	Offer(context.Context, *OfferRequest) (address string, err error)
+	// Withdraw takes the offer back, and tells whether the VM has moved.
+	Withdraw(context.Context) (moved bool, err error)
+	// Stats are the figures of the migration, if there was one.
+	Stats() (migrate.Stats, bool)
+}
+
+// SetMover says who moves the VM away, once it can be.
+func (s *Server) SetMover(m Mover) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mover = m
+}
+
+var errNotMovable = errors.New("the VM does not run here, so it cannot be moved")
+
+func (s *Server) movable() (Mover, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.mover == nil {
+		return nil, errNotMovable
+	}
+	return s.mover, nil
+}
+
+// Offer implements [ControlService].
+func (s *Server) Offer(ctx context.Context, r *OfferRequest) (*OfferResponse, error) {
+	m, err := s.movable()
+	if err != nil {
+		return nil, err
+	}
+	addr, err := m.Offer(ctx, r)
+	return &OfferResponse{Address: addr}, err
+}
+
+// Withdraw implements [ControlService].
+func (s *Server) Withdraw(ctx context.Context, _ *WithdrawRequest) (*WithdrawResponse, error) {
+	m, err := s.movable()
+	if err != nil {
+		return nil, err
+	}
+	moved, err := m.Withdraw(ctx)
+	return &WithdrawResponse{Moved: moved}, err
 }
 
 var _ ControlService = (*Server)(nil)
@@ -159,7 +221,14 @@ func (s *Server) Status(ctx context.Context, r *StatusRequest) (*StatusResponse,
 	for {
 		s.mu.Lock()
 		status, changed := &StatusResponse{State: s.status.State, Pid: s.status.Pid, Booted: s.status.Booted}, s.changed
+		mover := s.mover
 		s.mu.Unlock()
+		if mover != nil {
+			if stats, ok := mover.Stats(); ok {
+				status.Phase, status.PausedNs = string(stats.Phase), int64(stats.Paused)
+				status.Sent, status.Total = Progress(stats)
+			}
+		}
 		if status.GetState() != r.GetState() {
 			return status, nil
 		}
