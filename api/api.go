@@ -14,6 +14,9 @@ const (
 	Exited   = "exited" // its service has ended, or its guest powered itself off: the next start boots it
 	Failed   = "failed" // the next start boots it from its disks if it cannot be resumed
 	Removing = "removing"
+	Moving   = "moving"   // it runs, and is on its way to another host or process
+	Arriving = "arriving" // it runs at another host, and is on its way to here
+	Moved    = "moved"    // it runs at another host; its clients still reach it by this one
 )
 
 // VM is a virtual machine of a host.
@@ -24,7 +27,12 @@ type VM struct {
 	Digest     string            `json:"digest,omitempty" doc:"Digest of the image"`
 	Command    []string          `json:"command,omitempty" doc:"In place of the image's"`
 	Package    string            `json:"package,omitempty" doc:"Key of the package that it runs from"`
-	State      string            `json:"state" enum:"creating,stopped,starting,running,stopping,exited,failed,removing"`
+	PackageID  string            `json:"packageID,omitempty" doc:"Tells its package from others with that key"`
+	Foreign    bool              `json:"foreign,omitempty" doc:"Its package is not on this host"`
+	State      string            `json:"state" enum:"creating,stopped,starting,running,stopping,exited,failed,removing,moving,arriving,moved"`
+	Host       string            `json:"host,omitempty" doc:"Other host: where it moves or has moved, or from which it arrives"`
+	From       string            `json:"from,omitempty" doc:"Host from which it has come"`
+	Moves      int               `json:"moves,omitempty" doc:"How often it has moved, to another host or another process"`
 	Error      string            `json:"error,omitempty" doc:"Why it failed"`
 	ExitStatus *int              `json:"exitStatus,omitempty" doc:"Of its service, if that has ended"`
 	Booted     string            `json:"booted,omitempty" doc:"Why it booted from its disks at its last start, if it was not resumed"`
@@ -34,6 +42,8 @@ type VM struct {
 	Remove     bool              `json:"remove,omitempty" doc:"It is removed when it has ended"`
 	Labels     map[string]string `json:"labels,omitempty"`
 	Namespace  string            `json:"namespace,omitempty" doc:"Network namespace, while it has one"`
+	Anchor     string            `json:"anchor,omitempty" doc:"Network namespace by which clients reach its ports, if it has left that"`
+	Next       string            `json:"next,omitempty" doc:"Network namespace that it moves to within this host"`
 	PID        int               `json:"pid,omitempty" doc:"Of the process that owns it, while it runs"`
 	Created    time.Time         `json:"created"`
 	Started    *time.Time        `json:"started,omitempty" doc:"When it was started last"`
@@ -74,8 +84,9 @@ const (
 // Operation is work that takes time.
 type Operation struct {
 	ID       string     `json:"id"`
-	Kind     string     `json:"kind" doc:"run, start, stop or remove"`
+	Kind     string     `json:"kind" doc:"Such as run, start, stop, remove, move or upgrade"`
 	VM       string     `json:"vm,omitempty" doc:"ID of the VM"`
+	Move     *Moves     `json:"move,omitempty" doc:"What a move has taken"`
 	State    string     `json:"state" enum:"working,done,failed,cancelled"`
 	Error    string     `json:"error,omitempty"`
 	Progress []Progress `json:"progress,omitempty" doc:"Steps, in the order in which they began"`
@@ -100,10 +111,12 @@ type Event struct {
 
 // Host is what a daemon says of itself.
 type Host struct {
-	Name    string `json:"name"`
-	Version string `json:"version"`
-	VMs     int    `json:"vms"`
-	Running int    `json:"running"`
+	Name       string `json:"name"`
+	Version    string `json:"version"`
+	VMs        int    `json:"vms"`
+	Running    int    `json:"running"`
+	MemoryFree int64  `json:"memoryFree" doc:"Bytes"`
+	Drained    bool   `json:"drained,omitempty" doc:"No VM starts here: see 'drafter drain'"`
 }
 
 // LogLine is a piece of what a VM's service has printed: mostly a line.

@@ -152,12 +152,6 @@ func (c *Client) call(ctx context.Context, method, path string, request, respons
 
 func vmPath(name string) string { return "/v1/vms/" + url.PathEscape(name) }
 
-// Host tells of the daemon.
-func (c *Client) Host(ctx context.Context) (h api.Host, err error) {
-	err = c.call(ctx, http.MethodGet, "/v1/host", nil, &h)
-	return h, err
-}
-
 // VMs lists VMs, the newest first.
 func (c *Client) VMs(ctx context.Context) (list []api.VM, err error) {
 	err = c.call(ctx, http.MethodGet, "/v1/vms", nil, &list)

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -30,13 +31,13 @@ import (
 type house struct {
 	tour.Drafter
 	host   *testhost.Host
+	number int
 	dir    string
 	daemon *tour.Service
 }
 
-func newHouse(t *testing.T, number int) *house {
+func newHouse(t *testing.T, s *site, number int) *house {
 	t.Helper()
-	s := emptySite(t)
 	host, err := testhost.NewHost(number, 1_000_000_000)
 	if err != nil {
 		t.Fatal(err)
@@ -46,8 +47,11 @@ func newHouse(t *testing.T, number int) *house {
 			t.Error(err)
 		}
 	})
-	h := &house{Drafter: s.Drafter, host: host, dir: s.dir}
-	h.Via, h.Env = host.Via(s.dir), []string{"DRAFTER_SOCKET=" + filepath.Join(s.dir, "socket")}
+	h := &house{Drafter: s.Drafter, host: host, number: number, dir: filepath.Join(s.dir, strconv.Itoa(number))}
+	h.Via, h.Env = host.Via(s.dir), []string{"DRAFTER_SOCKET=" + filepath.Join(h.dir, "socket")}
+	if err := os.Mkdir(h.dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
 	h.start(t)
 	t.Cleanup(func() {
 		if left := h.drafter(t, "ps", "-aq"); left != "" { // the test has failed
@@ -58,12 +62,16 @@ func newHouse(t *testing.T, number int) *house {
 	return h
 }
 
+// address is where other houses reach the daemon.
+func (h *house) address() string { return h.host.Addr + ":7443" }
+
 // start starts the daemon.
 func (h *house) start(t *testing.T) {
 	t.Helper()
 	var err error
 	h.daemon, err = h.Start("daemon", "--dir", filepath.Join(h.dir, "lib"), "--socket", filepath.Join(h.dir, "socket"),
-		"--blueprint", filepath.Join(work, "out/blueprint"), "--host-interface", "eth0", "--namespace-count", "3")
+		"--blueprint", filepath.Join(work, "out/blueprint"), "--host-interface", "eth0", "--namespace-count", "3",
+		"--name", fmt.Sprint("host", h.number), "--listen", h.address())
 	if err == nil {
 		_, err = h.daemon.Await(t.Context(), "The daemon is up")
 	}
@@ -110,7 +118,7 @@ func (h *house) awaitState(t *testing.T, name, state string) {
 // One command runs an image. The daemon may be killed: VM, port and connection go on, and the next
 // daemon knows them. A VM always starts again.
 func TestDaemon(t *testing.T) {
-	h := newHouse(t, 1)
+	h := newHouse(t, emptySite(t), 1)
 	image := "oci:" + filepath.Join(work, "redis-image")
 	began := time.Now()
 	id := h.drafter(t, "run", "-d", "--name", "cache", "-p", "6379:6379", image)

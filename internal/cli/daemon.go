@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -17,6 +18,7 @@ import (
 
 	"drafter/client"
 	"drafter/internal/daemon"
+	"drafter/transport"
 	"drafter/vmm"
 	"drafter/vmm/firecracker"
 	"drafter/vmm/qemu"
@@ -35,14 +37,23 @@ Each VM is owned by a process of its own. The daemon may end, be killed or be re
 ports go on, and the next daemon finds them. The NAT that gives VMs their networks ends with the
 daemon if no VM runs.
 
+With --listen, VMs can move between this host and others ('drafter move'). Hosts know each other by
+keys: make a token here ('drafter host token'), and give it to 'drafter host add' on the other host,
+or the other way round. A move also needs a TCP port that the kernel chooses, from the host to which
+the VM moves to this one.
+
 Who may open the socket may do all that root may: it belongs to root and the group drafter, if there
 is one. The API is REST with JSON. GET /openapi.json describes it.
 ` + exitCodeHelp,
 		Example: `  drafter daemon
-  drafter run -d -p 6379:6379 docker://valkey/valkey`,
+  drafter run -d -p 6379:6379 docker://valkey/valkey
+  drafter daemon --listen 192.0.2.7:7443`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := requireRoot(); err != nil {
+				return err
+			}
+			if err := checkListen(&c, cmd.Flags().Changed("tunnel-port")); err != nil {
 				return err
 			}
 			return runDaemon(cmd.Context(), c, socket)
@@ -51,6 +62,9 @@ is one. The API is REST with JSON. GET /openapi.json describes it.
 	f := cmd.Flags()
 	f.StringVar(&socket, "socket", client.Socket, "UNIX socket to answer at")
 	f.StringVar(&c.Dir, "dir", "/var/lib/drafter", "Directory for VMs, packages and records")
+	f.StringVar(&c.Name, "name", "", "Name of this host for other hosts (default: its host name)")
+	f.StringVar(&c.Listen, "listen", "", "HOST:PORT at which other hosts reach this one, by TLS, such as 192.0.2.7:7443 or :7443 (leave empty to disable)")
+	f.IntVar(&c.TunnelPort, "tunnel-port", 0, "UDP port by which connections of VMs that have moved between hosts go on (default: that of --listen; 0: none)")
 	f.StringVar(&c.Guest, "guest-bin", "", "drafter-guest binary (default: beside this program, or on PATH)")
 	f.StringVar(&c.Blueprint, "blueprint", "", "Directory of an OS blueprint, as 'drafter blueprint os' makes it (default: one is made for the first VM)")
 	f.StringVar(&c.HostInterface, "host-interface", "", "Host gateway interface for VMs, or several (eth0,eth1) (default: those of the current default route)")
@@ -59,6 +73,27 @@ is one. The API is REST with JSON. GET /openapi.json describes it.
 	f.StringVar(&c.NamespacePrefix, "namespace-prefix", "vm", "Prefix of the names of the VMs' network namespaces")
 	f.IntVar(&c.NamespaceCount, "namespace-count", 32, "Number of network namespaces, and so of VMs that can run at a time")
 	return cmd
+}
+
+// checkListen refuses an address of no use, and gives the tunnel the same port.
+func checkListen(c *daemon.Config, tunnel bool) error {
+	if c.Listen == "" {
+		return nil
+	}
+	_, text, err := net.SplitHostPort(c.Listen)
+	var port uint16
+	if err == nil {
+		var n uint64
+		n, err = strconv.ParseUint(text, 10, 16)
+		port = uint16(n)
+	}
+	if err != nil || port == 0 {
+		return &usageError{fmt.Errorf("--listen %q is not of the form HOST:PORT, such as :7443", c.Listen)}
+	}
+	if !tunnel {
+		c.TunnelPort = int(port)
+	}
+	return nil
 }
 
 //nolint:contextcheck // streams and operations go on until the daemon ends, not its callers
@@ -79,27 +114,64 @@ func runDaemon(ctx context.Context, c daemon.Config, socket string) (err error) 
 	if err != nil {
 		return err
 	}
-	serving, stop := context.WithCancel(context.Background())
-	defer stop()
-	server := &http.Server{Handler: d.Handler(), ReadHeaderTimeout: 10 * time.Second, BaseContext: func(net.Listener) context.Context { return serving }}
-	done := make(chan error, 1)
-	go func() { done <- server.Serve(listener) }()
+	ended := make(chan struct{}, 2) // has room for both servers
+	servers := []*server{newServer(listener, d.Handler(), ended)}
+	if c.Listen != "" {
+		l, err := net.Listen("tcp", c.Listen)
+		if err != nil {
+			return errors.Join(fmt.Errorf("--listen %s: %w", c.Listen, err), listener.Close())
+		}
+		servers = append(servers, newServer(tls.NewListener(transport.Bound(l, mostCallers), d.TLS()), d.HostHandler(), ended))
+	}
 	slog.Info("The daemon is up", "socket", socket, "directory", c.Dir)
 	notifyReady()
 	select {
-	case err = <-done:
-		return fmt.Errorf("serve the API: %w", err)
+	case <-ended: // shutdown says why
 	case <-ctx.Done():
 	}
 	slog.Info("Shutting down; VMs go on")
-	stop() // streams end
-	closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
-	defer cancel()
-	if err = server.Shutdown(closing); errors.Is(err, context.DeadlineExceeded) {
-		err = server.Close() // a client does not read its answer
+	for _, s := range servers {
+		err = errors.Join(err, s.shutdown(context.WithoutCancel(ctx)))
 	}
-	if served := <-done; !errors.Is(served, http.ErrServerClosed) {
-		err = errors.Join(err, served)
+	return err
+}
+
+// mostCallers bounds the connections of other hosts.
+const mostCallers = 256
+
+// server serves the API on one listener.
+type server struct {
+	http *http.Server
+	stop context.CancelFunc // ends streams
+	done chan error
+}
+
+func newServer(l net.Listener, h http.Handler, ended chan<- struct{}) *server {
+	ctx, stop := context.WithCancel(context.Background())
+	s := &server{stop: stop, done: make(chan error, 1)}
+	s.http = &http.Server{
+		Handler: h, ReadHeaderTimeout: 10 * time.Second,
+		BaseContext: func(net.Listener) context.Context { return ctx },
+		ErrorLog:    slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug),
+	}
+	go func() {
+		s.done <- s.http.Serve(l)
+		ended <- struct{}{}
+	}()
+	return s
+}
+
+// shutdown ends the server. A client that does not read its answer is not waited for.
+func (s *server) shutdown(ctx context.Context) error {
+	s.stop()
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	err := s.http.Shutdown(ctx)
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = s.http.Close()
+	}
+	if served := <-s.done; !errors.Is(served, http.ErrServerClosed) {
+		err = errors.Join(err, fmt.Errorf("serve the API: %w", served))
 	}
 	return err
 }

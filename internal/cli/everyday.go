@@ -343,7 +343,7 @@ func newPS() *cobra.Command {
 			}
 			shown := []api.VM{}
 			for _, vm := range vms {
-				if all || vm.PID != 0 || vm.State == api.Starting || vm.State == api.Creating {
+				if all || vm.PID != 0 || vm.State == api.Starting || vm.State == api.Arriving || vm.State == api.Creating {
 					shown = append(shown, vm)
 				}
 			}

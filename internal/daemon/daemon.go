@@ -10,6 +10,7 @@ package daemon
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -25,6 +26,7 @@ import (
 	"drafter/internal/lockfile"
 	"drafter/internal/logging"
 	"drafter/internal/private"
+	"drafter/network"
 	"drafter/vmm"
 )
 
@@ -37,6 +39,11 @@ type Config struct {
 	// Blueprint is the directory of an OS blueprint; "" for one that is made when it is needed first.
 	Blueprint string
 	Version   string
+
+	// Name is what other hosts know this one by; "" for its host name. Listen is where they reach it,
+	// HOST:PORT; "" if they do not.
+	Name, Listen string
+	TunnelPort   int // UDP, where the NATs of other hosts reach this one's; 0: they do not
 
 	// The NAT's namespaces; see 'drafter nat'.
 	NamespacePrefix, HostVethCIDR, NamespaceVethCIDR string
@@ -65,6 +72,9 @@ type Daemon struct {
 	operations map[string]*operation
 	nat        *detached.Process
 	natMu      sync.Mutex // held by whoever starts it
+	hostsMu    sync.Mutex // held by whoever adds or removes one
+	drainMu    sync.Mutex // held by whoever drains the host, or ends that
+	key        tls.Certificate
 }
 
 // ErrNotFound says that there is no such resource.
@@ -72,6 +82,9 @@ var ErrNotFound = errors.New("not found")
 
 // ErrConflict says that the state of a resource does not allow what was asked for.
 var ErrConflict = errors.New("conflict")
+
+// ErrForbidden says that the caller may not ask for that.
+var ErrForbidden = errors.New("forbidden")
 
 // ErrInvalid says that a request cannot be carried out, ever.
 var ErrInvalid = errors.New("invalid")
@@ -88,7 +101,7 @@ func Open(c Config) (_ *Daemon, err error) {
 			return nil, fmt.Errorf("open the daemon's directory: %w", err)
 		}
 	}
-	if d.lock, err = lockfile.Try(d.dir("daemon.lock")); err != nil {
+	if d.lock, err = detached.Take(d.dir("daemon.lock")); err != nil {
 		return nil, fmt.Errorf("open the daemon's directory %s: %w", c.Dir, err)
 	}
 	d.ctx, d.cancel = context.WithCancelCause(context.Background())
@@ -100,7 +113,10 @@ func Open(c Config) (_ *Daemon, err error) {
 	if d.events, err = openEvents(d.dir("events"), d.log); err != nil {
 		return nil, err
 	}
-	if err := errors.Join(d.sweepPackages(), d.reclaim()); err != nil {
+	if err := d.identify(); err != nil {
+		return nil, err
+	}
+	if err := errors.Join(d.sweepPackages(), d.sweepTokens(), d.reclaim()); err != nil {
 		return nil, err
 	}
 	if d.nat, err = detached.Find(d.natLock()); err != nil {
@@ -250,10 +266,11 @@ func (d *Daemon) find(name string) (*vm, error) {
 
 // Host tells of the daemon itself.
 func (d *Daemon) Host() api.Host {
-	h := api.Host{Version: d.config.Version}
-	h.Name, _ = os.Hostname() // "" if the kernel has none
+	h := api.Host{Version: d.config.Version, Name: d.name()}
+	h.MemoryFree, _ = memoryFree() // 0 if the kernel does not say
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	h.Drained = d.drained()
 	for _, v := range d.vms {
 		h.VMs++
 		if v.record.State == api.Running {
@@ -267,7 +284,14 @@ func (d *Daemon) Host() api.Host {
 func (d *Daemon) namespace() (string, error) {
 	used := maps.Clone(d.borrowed)
 	for _, v := range d.vms {
-		used[v.record.Namespace] = true
+		used[v.record.Namespace], used[v.record.Anchor], used[v.record.Next] = true, true, true
+	}
+	anchors, err := network.Anchors()
+	if err != nil {
+		return "", err
+	}
+	for _, a := range anchors {
+		used[a.Netns] = true
 	}
 	for i := range d.config.NamespaceCount {
 		if name := fmt.Sprint(d.config.NamespacePrefix, i); !used[name] {

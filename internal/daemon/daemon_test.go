@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -72,10 +73,25 @@ func standIn(command string, args []string) error {
 				time.Sleep(time.Hour)
 			}
 		}
+		if raddr := flag("raddr"); raddr != "" {
+			if err := receive(raddr); err != nil {
+				return errors.Join(s.Close(control.End{Outcome: control.Failed, Error: err.Error(), At: time.Now()}), err)
+			}
+		}
+		mover := &standInMover{moved: make(chan struct{})}
+		s.SetMover(mover)
 		s.Set(control.Running, "")
 		daemon.SdNotify(false, daemon.SdNotifyReady)
-		<-ctx.Done()
-		return s.Close(control.End{Outcome: control.Suspended, At: time.Now()})
+		select {
+		case <-mover.moved:
+			return s.Close(control.End{Outcome: control.Moved, At: time.Now()})
+		case <-ctx.Done():
+		}
+		outcome := control.Suspended
+		if moved, _ := mover.Withdraw(context.Background()); moved {
+			outcome = control.Moved
+		}
+		return s.Close(control.End{Outcome: outcome, At: time.Now()})
 	default:
 		lock, err := detached.Lock(flag("lock"))
 		if err != nil {
@@ -89,9 +105,20 @@ func standIn(command string, args []string) error {
 
 // standInDaemon is a daemon process, for tests to kill.
 func standInDaemon(ctx context.Context, dir string) error {
-	d, err := Open(testConfig(dir))
+	c := testConfig(dir)
+	if addr, err := os.ReadFile(filepath.Join(dir, "listen")); err == nil {
+		c.Name, c.Listen = baseName(filepath.Base(dir)), string(addr)
+	}
+	d, err := Open(c)
 	if err != nil {
 		return err
+	}
+	if c.Listen != "" {
+		l, err := net.Listen("tcp", c.Listen)
+		if err != nil {
+			return errors.Join(err, d.Close())
+		}
+		go http.Serve(tls.NewListener(l, d.TLS()), d.HostHandler()) // until the process ends
 	}
 	os.Remove(filepath.Join(dir, "socket"))
 	l, err := net.Listen("unix", filepath.Join(dir, "socket"))
@@ -152,6 +179,11 @@ func testDirOn(t testing.TB, mount func(lib string)) string {
 	k := templateKey{Digest: "sha256:1", Memory: 1 << 30, CPUs: 1, Blueprint: key, VMM: "none"}
 	if err := os.Mkdir(d.dir("packages", k.String()), 0o700); err != nil {
 		t.Fatal(err)
+	}
+	for _, name := range []string{vmm.Config, vmm.State} {
+		if err := newfile.WriteBytes(d.dir("packages", k.String(), vmm.PackageFile(name)), []byte(name)); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := newfile.WriteBytes(d.dir("images", digestOf([]string{"docker://image", ""})+".json"), []byte(`{"digest":"sha256:1"}`)); err != nil {
 		t.Fatal(err)

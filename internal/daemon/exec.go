@@ -35,7 +35,7 @@ func (d *Daemon) guest(ctx context.Context, name string) (*agent.Client, error) 
 	if state != api.Running {
 		return nil, fmt.Errorf("VM %s is %s: %w; it has to run ('drafter start %s')", name, state, ErrConflict, name)
 	}
-	return control.Guest(ctx, v.path(controlDir))
+	return control.Guest(ctx, v.seat().control())
 }
 
 // refuse answers with a problem.

@@ -40,7 +40,7 @@ var errDaemonEnds = errors.New("the daemon ends")
 
 func (v *vm) sendLog(ctx huma.Context, in *logInput) (err error) {
 	out := json.NewEncoder(ctx.BodyWriter())
-	log := logReader{dir: v.path(controlDir)}
+	log := logReader{dir: v.seat().control()}
 	defer func() { err = errors.Join(err, log.close()) }()
 	last := tail{most: in.Tail}
 	err = log.read(func(l api.LogLine) error {

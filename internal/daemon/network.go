@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -45,7 +46,8 @@ func (d *Daemon) startNAT(ctx context.Context) error {
 	args := []string{
 		"nat", "--lock", d.natLock(), "--namespace-prefix", d.config.NamespacePrefix, "--namespace-count", strconv.Itoa(d.config.NamespaceCount),
 		"--host-veth-cidr", d.config.HostVethCIDR, "--namespace-veth-cidr", d.config.NamespaceVethCIDR, "--blocked-subnet-cidr", d.config.NamespaceVethCIDR,
-		"--host-interface", d.config.HostInterface,
+		"--host-interface", d.config.HostInterface, "--tunnel-port", strconv.Itoa(d.config.TunnelPort),
+		"--anchor-timeout", "0", // they end with their VMs, or are removed
 	}
 	if d.nat, err = detached.Start(ctx, detached.Command{Lock: d.natLock(), Program: d.config.Program, Args: args, Stderr: log}); err != nil {
 		return fmt.Errorf("start the NAT: %w; see %s", err, log.Name())
@@ -107,7 +109,7 @@ func (v *vm) publishLocked(ctx context.Context) (err error) {
 	v.d.mu.Lock()
 	r, owner := v.record, v.process
 	v.d.mu.Unlock()
-	if owner == nil || closed(owner.Done()) {
+	if r.State != api.Moved && (owner == nil || closed(owner.Done())) {
 		return errEnded
 	}
 	if len(r.Ports) == 0 || v.ports.forwarder != nil {
@@ -118,7 +120,7 @@ func (v *vm) publishLocked(ctx context.Context) (err error) {
 	}
 	if v.ports.forwarder == nil {
 		if v.ports.forwarder, err = v.startForwarder(ctx, r); err != nil {
-			return fmt.Errorf("publish the ports of VM %s: %w; see %s", r.Name, err, v.path(processLog))
+			return fmt.Errorf("publish the ports of VM %s: %w; see %s", r.Name, err, v.seat().log())
 		}
 	}
 	p := v.ports.forwarder
@@ -136,7 +138,7 @@ func closed(c <-chan struct{}) bool {
 }
 
 func (v *vm) startForwarder(ctx context.Context, r api.VM) (*detached.Process, error) {
-	forwards, err := portForwards(r.Namespace, r.Ports)
+	forwards, err := portForwards(cmp.Or(r.Anchor, r.Namespace), r.Ports)
 	if err != nil {
 		return nil, err
 	}
@@ -144,7 +146,7 @@ func (v *vm) startForwarder(ctx context.Context, r api.VM) (*detached.Process, e
 	if err != nil {
 		return nil, err
 	}
-	log, err := os.OpenFile(v.path(processLog), os.O_CREATE|os.O_WRONLY|os.O_APPEND, newfile.Mode)
+	log, err := os.OpenFile(v.seat().log(), os.O_CREATE|os.O_WRONLY|os.O_APPEND, newfile.Mode)
 	if err != nil {
 		return nil, err
 	}

@@ -108,11 +108,15 @@ func (d *Daemon) run(ctx context.Context, v *vm, r api.Run, o *operation) error 
 	if err != nil {
 		return err
 	}
-	if err := v.change(func(r *api.VM) { r.Package, r.Digest = key, digest }); err != nil {
+	id, err := packageID(d.dir("packages", key))
+	if err != nil {
+		return err
+	}
+	if err := v.change(func(r *api.VM) { r.Package, r.PackageID, r.Digest = key, id, digest }); err != nil {
 		return err
 	}
 	if len(r.Env) > 0 {
-		if err := control.WriteEnv(v.path(controlDir), r.Env); err != nil {
+		if err := control.WriteEnv(v.seat().control(), r.Env); err != nil {
 			return err
 		}
 	}
@@ -128,6 +132,9 @@ func (d *Daemon) run(ctx context.Context, v *vm, r api.Run, o *operation) error 
 func (d *Daemon) create(r api.Run) (*vm, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if d.drained() {
+		return nil, errDrained
+	}
 	name := r.Name
 	taken := func(name string) bool {
 		for id, v := range d.vms {
@@ -150,7 +157,7 @@ func (d *Daemon) create(r api.Run) (*vm, error) {
 	case taken(name):
 		return nil, fmt.Errorf("the name %s is in use: %w; remove that VM ('drafter rm %s'), or choose another --name", name, ErrConflict, name)
 	}
-	if err := d.portsFree(r.Ports); err != nil {
+	if err := d.portsFree("", r.Ports); err != nil {
 		return nil, err
 	}
 	id := strings.ReplaceAll(uuid.NewString(), "-", "")[:12]
@@ -188,9 +195,12 @@ func baseName(ref string) string {
 	return cmp.Or(name, "vm")
 }
 
-// portsFree refuses ports that another VM has published, with d.mu held.
-func (d *Daemon) portsFree(ports []api.Port) error {
-	for _, v := range d.vms {
+// portsFree refuses ports that a VM other than the one with id has published, with d.mu held.
+func (d *Daemon) portsFree(id string, ports []api.Port) error {
+	for other, v := range d.vms {
+		if other == id {
+			continue
+		}
 		for _, p := range ports {
 			if conflicting(v.record.Ports, p) != nil {
 				return fmt.Errorf("port %d/%s is VM %s's: %w; choose another, or remove that VM", p.Host, p.Protocol, v.record.Name, ErrConflict)
@@ -203,6 +213,13 @@ func (d *Daemon) portsFree(ports []api.Port) error {
 // act begins an operation that changes a VM, after the one that changes it now; at once ends that one,
 // and the VM.
 func (d *Daemon) act(kind, name string, atOnce bool, f func(context.Context, *vm) error) (api.Operation, error) {
+	return d.actOn(kind, name, atOnce, func(ctx context.Context, v *vm, _ *operation) error { return f(ctx, v) })
+}
+
+// actOn is act for an operation that tells how far it is.
+func (d *Daemon) actOn(
+	kind, name string, atOnce bool, f func(context.Context, *vm, *operation) error,
+) (api.Operation, error) {
 	d.mu.Lock()
 	v, err := d.find(name)
 	d.mu.Unlock()
@@ -234,7 +251,7 @@ func (d *Daemon) act(kind, name string, atOnce bool, f func(context.Context, *vm
 		case !there:
 			return fmt.Errorf("VM %s was removed: %w", name, ErrNotFound)
 		}
-		return f(ctx, v)
+		return f(ctx, v, o)
 	}), nil
 }
 

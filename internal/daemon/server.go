@@ -87,6 +87,7 @@ func describe(a huma.API, d *Daemon) {
 	huma.Register(a, endpoint(http.MethodGet, "/v1/vms/{vm}/logs", "get-logs", "Read what a VM's service has printed, one JSON object a line"), func(_ context.Context, in *logInput) (*huma.StreamResponse, error) {
 		return d.logs(in)
 	})
+	describeHosts(a, d)
 	sse.Register(a, endpoint(http.MethodGet, "/v1/events", "follow-events", "Follow what happens; Last-Event-ID goes on where a client has stopped"),
 		map[string]any{"message": api.Event{}}, d.follow)
 }
@@ -103,9 +104,7 @@ func get[In, Out any](a huma.API, path, id, summary string, f func(context.Conte
 }
 
 func work[In any](a huma.API, method, path, id, summary string, f func(*In) (api.Operation, error)) {
-	o := endpoint(method, path, id, summary)
-	o.DefaultStatus = http.StatusAccepted
-	huma.Register(a, o, func(_ context.Context, in *In) (*body[api.Operation], error) {
+	huma.Register(a, accepted(method, path, id, summary), func(_ context.Context, in *In) (*body[api.Operation], error) {
 		out, err := f(in)
 		return &body[api.Operation]{out}, problem(err)
 	})
@@ -118,6 +117,8 @@ func problem(err error) error {
 		return nil
 	case errors.Is(err, ErrNotFound):
 		return huma.Error404NotFound(err.Error())
+	case errors.Is(err, ErrForbidden):
+		return huma.Error403Forbidden(err.Error())
 	case errors.Is(err, ErrConflict):
 		return huma.Error409Conflict(err.Error())
 	case errors.Is(err, ErrInvalid):

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -36,17 +38,32 @@ type vm struct {
 type process struct {
 	*detached.Process
 
+	seat  seat
 	noted chan struct{} // closed once it is noted how it has ended
+	end   *control.End  // then; nil if it was killed
+
+	successor bool // guarded by d.mu: another process has the VM now
 }
 
 // The files in a VM's directory.
 const (
 	recordFile   = "vm.json"
-	controlDir   = "control"
-	instanceDir  = "instance"
 	forwardsLock = "ports.lock"
-	processLog   = "process.log"
 )
+
+// seat is a directory of a VM for one process that owns it. A VM that moves has another one after.
+type seat string
+
+func (s seat) control() string  { return filepath.Join(string(s), "control") }
+func (s seat) instance() string { return filepath.Join(string(s), "instance") }
+func (s seat) log() string      { return filepath.Join(string(s), "process.log") }
+func (s seat) lock() string     { return control.LockFile(s.control()) }
+
+// seat is the one that the VM has.
+func (v *vm) seat() seat { return v.seatAfter(v.look().Moves) }
+
+// seatAfter is the one that the VM has after so many moves.
+func (v *vm) seatAfter(moves int) seat { return seat(v.path(strconv.Itoa(moves))) }
 
 const (
 	mostRecord  = 256 << 10 // bytes of a new record
@@ -155,7 +172,7 @@ func (v *vm) interrupt() error {
 	if p != nil {
 		return p.Signal(syscall.SIGKILL)
 	}
-	starting, err := detached.Find(control.LockFile(v.path(controlDir)))
+	starting, err := detached.Find(v.seat().lock())
 	if starting == nil || err != nil {
 		return err
 	}
@@ -164,16 +181,32 @@ func (v *vm) interrupt() error {
 
 // recover finds the VM's process, if it lives, and else how it has ended.
 func (v *vm) recover() error {
-	found, err := detached.Find(control.LockFile(v.path(controlDir)))
+	found, err := detached.Find(v.seat().lock())
 	if err != nil {
 		return err
 	}
 	r := v.look()
+	switch {
+	case r.State == api.Moving && r.Next != "":
+		return v.recoverUpgrade(found)
+	case r.State == api.Moving && found != nil:
+		v.own(found)
+		v.resumeMove()
+		return nil
+	case r.State == api.Arriving && found == nil:
+		return v.hasNotArrived(v.d.ctx)
+	}
 	if found == nil {
-		if r.State != api.Stopped && r.State != api.Exited && r.State != api.Failed {
+		ended := []string{api.Stopped, api.Exited, api.Failed, api.Moved}
+		if !slices.Contains(ended, r.State) {
 			err = v.hasEnded(v.d.ctx)
+			r = v.look()
 		}
-		if r.Remove {
+		switch {
+		case r.State == api.Moved:
+			v.keepMoved()
+			err = errors.Join(err, v.publish(v.d.ctx))
+		case r.Remove:
 			err = errors.Join(err, v.destroy(v.d.ctx))
 		}
 		return err
@@ -199,7 +232,7 @@ func (v *vm) recover() error {
 
 // own makes a process the VM's, and watches it.
 func (v *vm) own(p *detached.Process) {
-	owner := &process{p, make(chan struct{})}
+	owner := &process{Process: p, seat: v.seat(), noted: make(chan struct{})}
 	v.d.mu.Lock()
 	v.process = owner
 	v.d.mu.Unlock()
@@ -214,7 +247,7 @@ func (v *vm) start(ctx context.Context) error {
 	if err := v.isStarting(); err != nil {
 		return err
 	}
-	p, err := v.launch(ctx)
+	p, err := v.launch(ctx, v.seat(), v.look().Namespace, "--raddr", "")
 	if v.d.ctx.Err() != nil { // the VM goes on, and the next daemon finds it
 		if p != nil {
 			err = errors.Join(err, p.Close())
@@ -242,8 +275,11 @@ func (v *vm) start(ctx context.Context) error {
 func (v *vm) isStarting() error {
 	v.d.mu.Lock()
 	defer v.d.mu.Unlock()
-	if v.process != nil {
-		return fmt.Errorf("VM %s is %s already: %w", v.record.Name, v.record.State, ErrConflict)
+	switch r := v.record; {
+	case r.State == api.Moved:
+		return fmt.Errorf("VM %s runs on host %s: %w", r.Name, r.Host, ErrConflict)
+	case v.process != nil || r.State == api.Arriving:
+		return fmt.Errorf("VM %s is %s already: %w", r.Name, r.State, ErrConflict)
 	}
 	ns, err := v.d.namespace()
 	if err != nil {
@@ -252,61 +288,60 @@ func (v *vm) isStarting() error {
 	now := time.Now().UTC()
 	return v.changeLocked(func(r *api.VM) {
 		r.State, r.Namespace, r.Error, r.Started, r.ExitStatus = api.Starting, ns, "", &now, nil
+		r.Host = ""
 	})
 }
 
-// launch starts the VM's process, and returns once the VM runs.
-func (v *vm) launch(ctx context.Context) (_ *detached.Process, err error) {
-	r, dir := v.look(), v.path(controlDir)
-	log, err := os.OpenFile(v.path(processLog), os.O_CREATE|os.O_WRONLY|os.O_APPEND, newfile.Mode)
+// launch starts a process for the VM, and returns once the VM runs there. Further arguments say where
+// it comes from.
+func (v *vm) launch(ctx context.Context, s seat, ns string, from ...string) (*detached.Process, error) {
+	r, dir := v.look(), s.control()
+	if err := private.MkdirAll(dir); err != nil {
+		return nil, err
+	}
+	log, err := os.OpenFile(s.log(), os.O_CREATE|os.O_WRONLY|os.O_APPEND, newfile.Mode)
 	if err != nil {
 		return nil, err
 	}
 	defer log.Close()
 	// How it ended last is not how it ends now. It may be cut off before it has got so far itself.
-	if err := errors.Join(private.MkdirAll(dir), control.Forget(dir)); err != nil {
+	if err := control.Forget(dir); err != nil {
 		return nil, err
 	}
 	p, err := detached.Start(ctx, detached.Command{
-		Lock: control.LockFile(dir), Program: v.d.config.Program, Stderr: log,
-		Args: []string{
-			"peer", "--raddr", "", "--laddr", "", "--netns", r.Namespace, "--chroot-base-dir", v.d.dir("vmm"), "--enable-output=false",
-			"--package", v.d.dir("packages", r.Package), "--instance", v.path(instanceDir), "--control", dir,
-		},
+		Lock: s.lock(), Program: v.d.config.Program, Stderr: log,
+		Args: append([]string{
+			"peer", "--laddr", "", "--netns", ns, "--chroot-base-dir", v.d.dir("vmm"),
+			"--enable-output=false", "--package", v.packageDir(r),
+			"--instance", s.instance(), "--control", dir,
+		}, from...),
 	})
 	if err != nil {
-		return nil, fmt.Errorf("start VM %s: %w: %s", r.Name, err, v.lastWords())
+		return nil, fmt.Errorf("start VM %s: %w: %s", r.Name, err, s.lastWords())
 	}
 	return p, nil
 }
 
-// lastWords is why the VM's process says that it has ended.
-func (v *vm) lastWords() string {
-	end, err := control.LastEnd(v.path(controlDir))
+// lastWords is why the seat's process says that it has ended.
+func (s seat) lastWords() string {
+	end, err := control.LastEnd(s.control())
 	switch {
 	case err != nil:
 		return err.Error()
 	case end == nil:
-		return "see " + v.path(processLog)
+		return "see " + s.log()
 	}
 	return end.Error
 }
 
 // awaitRunning waits until the VM's process says that it runs, and publishes its ports.
 func (v *vm) awaitRunning(ctx context.Context) error {
-	c, err := control.Dial(ctx, v.path(controlDir))
+	status, err := awaitState(ctx, v.seat())
+	if errors.Is(err, errEnds) {
+		return nil // watch hears of the end
+	}
 	if err != nil {
 		return err
-	}
-	defer c.Close()
-	status := &control.StatusResponse{}
-	for status.GetState() != control.Running {
-		if status, err = c.Status(ctx, &control.StatusRequest{State: status.GetState()}); err != nil {
-			return errors.Join(context.Cause(ctx), err)
-		}
-		if status.GetState() == control.Ending {
-			return nil // watch hears of the end
-		}
 	}
 	if err := v.publish(ctx); err != nil {
 		return err
@@ -318,7 +353,30 @@ func (v *vm) awaitRunning(ctx context.Context) error {
 	}
 	return v.changeLocked(func(r *api.VM) {
 		r.State, r.Booted, r.PID, r.Error = api.Running, status.GetBooted(), int(status.GetPid()), ""
+		r.Host = ""
 	})
+}
+
+// errEnds says that a VM's process ends.
+var errEnds = errors.New("the VM ends")
+
+// awaitState waits until a seat's VM runs.
+func awaitState(ctx context.Context, s seat) (status *control.StatusResponse, err error) {
+	c, err := control.Dial(ctx, s.control())
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	for status.GetState() != control.Running {
+		status, err = c.Status(ctx, &control.StatusRequest{State: status.GetState()})
+		if err != nil {
+			return nil, errors.Join(context.Cause(ctx), err)
+		}
+		if status.GetState() == control.Ending {
+			return nil, errEnds
+		}
+	}
+	return status, nil
 }
 
 // watch waits until the VM's process has ended, or the daemon does.
@@ -328,10 +386,34 @@ func (v *vm) watch(p *process) {
 		return
 	case <-p.Done():
 	}
-	err := errors.Join(v.hasEnded(v.d.ctx), p.Close())
+	var err error
+	if p.end, err = control.LastEnd(p.seat.control()); err != nil {
+		v.d.log.Error("How a VM's process has ended is not known", "error", err)
+	}
+	if v.hasSuccessor(p) {
+		close(p.noted)
+		if err := p.Close(); err != nil {
+			v.d.log.Error("Forget a process", "error", err)
+		}
+		return
+	}
+	if r := v.look(); r.State == api.Arriving {
+		v.d.mu.Lock()
+		v.process = nil
+		v.d.mu.Unlock()
+		close(p.noted)
+		if err := errors.Join(p.Close(), v.removeArrival()); err != nil && v.d.ctx.Err() == nil {
+			v.d.log.Error("What has come of a VM stays", "vm", r.Name, "error", err)
+		}
+		return
+	}
+	err = errors.Join(v.hasEnded(v.d.ctx), p.Close())
 	close(p.noted)
 	r := v.look()
-	if r.Remove && r.State != api.Removing {
+	switch {
+	case r.State == api.Moved:
+		v.keepMoved()
+	case r.Remove && r.State != api.Removing:
 		err = errors.Join(err, v.removeEnded())
 	}
 	if err != nil && v.d.ctx.Err() == nil {
@@ -340,13 +422,16 @@ func (v *vm) watch(p *process) {
 }
 
 // removeEnded removes a VM that was to be removed at its end, unless it was started again, or removed.
-func (v *vm) removeEnded() error {
+func (v *vm) removeEnded() error { return v.removeIf(func(api.VM) bool { return true }) }
+
+// removeIf removes the VM once nobody changes it, if it does not run then and f says so.
+func (v *vm) removeIf(f func(api.VM) bool) error {
 	if err := v.acquire(v.d.ctx, nil); err != nil {
 		return err
 	}
 	defer v.release()
 	v.d.mu.Lock()
-	ended := v.process == nil && v.d.vms[v.record.ID] == v
+	ended := v.process == nil && v.d.vms[v.record.ID] == v && f(v.record)
 	v.d.mu.Unlock()
 	if !ended {
 		return nil
@@ -357,18 +442,20 @@ func (v *vm) removeEnded() error {
 // hasEnded notes how the VM has ended, and gives back what it had of the host. It is noted here, too,
 // if that cannot be made durable: the next daemon finds out by itself.
 func (v *vm) hasEnded(ctx context.Context) error {
-	err := v.unpublish(ctx)
-	end, eerr := control.LastEnd(v.path(controlDir))
+	end, err := control.LastEnd(v.seat().control())
 	if end == nil {
 		err = errors.Join(err, v.d.reclaim())
 		end = &control.End{Outcome: control.Failed, Error: "its process was killed", At: time.Now().UTC()}
+	}
+	if end.Outcome != control.Moved {
+		err = errors.Join(err, v.unpublish(ctx))
 	}
 	v.d.mu.Lock()
 	defer v.d.mu.Unlock()
 	v.process = nil
 	r := v.record
 	if r.State == api.Removing {
-		return errors.Join(err, eerr)
+		return err
 	}
 	r.Error = ""
 	switch end.Outcome {
@@ -376,12 +463,17 @@ func (v *vm) hasEnded(ctx context.Context) error {
 		r.State = api.Stopped
 	case control.PoweredOff:
 		r.State = api.Exited
+	case control.Moved:
+		r.State, r.PID = api.Moved, 0
+		v.becomeLocked(r)
+		return errors.Join(err, v.write(r))
 	default:
 		r.State, r.Error = api.Failed, bounded(end.Error)
 	}
-	r.Namespace, r.PID, r.Ended, r.ExitStatus = "", 0, &end.At, end.ExitStatus
+	r.Namespace, r.Anchor, r.Next, r.Host = "", "", "", ""
+	r.PID, r.Ended, r.ExitStatus = 0, &end.At, end.ExitStatus
 	v.becomeLocked(r)
-	return errors.Join(err, eerr, v.write(r))
+	return errors.Join(err, v.write(r))
 }
 
 func bounded(text string) string { return text[:min(len(text), mostError)] }
@@ -417,7 +509,7 @@ func (v *vm) stop(ctx context.Context) error {
 		return err
 	}
 	name := v.look().Name
-	switch end, err := control.LastEnd(v.path(controlDir)); {
+	switch end, err := control.LastEnd(v.seat().control()); {
 	case err != nil:
 		return err
 	case end == nil:
@@ -448,6 +540,9 @@ func (v *vm) end(ctx context.Context) error {
 
 // awaitEnd waits until a process of the VM has ended and that is noted.
 func (p *process) awaitEnd(ctx context.Context) error {
+	if p == nil {
+		return nil
+	}
 	select {
 	case <-p.noted:
 		return nil
@@ -467,7 +562,7 @@ func (v *vm) destroy(ctx context.Context) error {
 	if err := v.endAtOnce(ctx); err != nil {
 		return err
 	}
-	if err := v.unpublish(ctx); err != nil {
+	if err := errors.Join(v.unpublish(ctx), v.endAnchors(r)); err != nil {
 		return err
 	}
 	// The record goes last, so that the next daemon goes on.
@@ -482,12 +577,12 @@ func (v *vm) destroy(ctx context.Context) error {
 			}
 		}
 	}
-	v.d.mu.Lock()
-	delete(v.d.vms, r.ID)
-	v.d.mu.Unlock()
 	if err := errors.Join(newfile.Remove(v.path(recordFile)), os.Remove(v.dir)); err != nil {
 		return err
 	}
+	v.d.mu.Lock()
+	delete(v.d.vms, r.ID)
+	v.d.mu.Unlock()
 	if r.ID != "" {
 		v.d.events.add(removedEvent, r)
 	}
@@ -507,12 +602,30 @@ func (v *vm) isRemoved() error {
 	return nil
 }
 
-// endAtOnce kills the VM's process, if there is one, also one of the last daemon's.
-func (v *vm) endAtOnce(ctx context.Context) error {
-	if p := v.owner(); p != nil {
-		return errors.Join(p.Signal(syscall.SIGKILL), p.awaitEnd(ctx))
+// packageDir is the package that the VM runs from. That of a VM which has come from elsewhere need not
+// be here: then all of the VM is in its instance.
+func (v *vm) packageDir(r api.VM) string {
+	if r.Foreign {
+		return v.path("package")
 	}
-	p, err := detached.Find(control.LockFile(v.path(controlDir)))
+	return v.d.dir("packages", r.Package)
+}
+
+// endAtOnce kills the VM's processes, if there are any, also those of the last daemon.
+func (v *vm) endAtOnce(ctx context.Context) (err error) {
+	if p := v.owner(); p != nil {
+		err = errors.Join(p.Signal(syscall.SIGKILL), p.awaitEnd(ctx))
+	}
+	moves := v.look().Moves
+	for _, s := range []seat{v.seatAfter(moves), v.seatAfter(moves + 1)} {
+		err = errors.Join(err, v.d.endSeat(ctx, s))
+	}
+	return err
+}
+
+// endSeat kills the process that a seat has, if there is one.
+func (d *Daemon) endSeat(ctx context.Context, s seat) error {
+	p, err := detached.Find(s.lock())
 	if p == nil || err != nil {
 		return err
 	}
@@ -523,7 +636,7 @@ func (v *vm) endAtOnce(ctx context.Context) error {
 			err = context.Cause(ctx)
 		}
 	}
-	return errors.Join(err, p.Close(), v.d.reclaim())
+	return errors.Join(err, p.Close(), d.reclaim())
 }
 
 // forget lets the VM's processes go on without the daemon.

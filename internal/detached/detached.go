@@ -158,7 +158,7 @@ const patience = 30 * time.Second
 // cause is [ErrLeave]. Close the process.
 func Start(ctx context.Context, c Command) (_ *Process, err error) {
 	// Should this process be killed now, there is either no other, or one that has the lock.
-	lock, err := take(c.Lock)
+	lock, err := Take(c.Lock)
 	if err != nil {
 		return nil, err
 	}
@@ -217,8 +217,10 @@ func Start(ctx context.Context, c Command) (_ *Process, err error) {
 	}
 }
 
-// take takes a lock. Who only looks for its holder is not one.
-func take(path string) (*lockfile.Lock, error) {
+// Take takes a lock. Who only looks for its holder is not one, nor is what a process that was killed had
+// forked, and which has not become another program yet. A lock that somebody has is refused with a
+// [lockfile.HeldError].
+func Take(path string) (*lockfile.Lock, error) {
 	for {
 		lock, err := lockfile.Try(path)
 		var held *lockfile.HeldError

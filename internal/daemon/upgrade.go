@@ -1,0 +1,306 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"drafter/api"
+	"drafter/internal/control"
+	"drafter/internal/detached"
+	"drafter/internal/newfile"
+	"drafter/internal/private"
+	"drafter/peer"
+	"drafter/vmm"
+)
+
+// offerSocket is where a VM's process gives the VM away to one of this host.
+const offerSocket = "offer"
+
+// Upgrade replaces the process that owns a VM by one of the program that is installed now. The VM
+// hardly notices.
+func (d *Daemon) Upgrade(name string) (api.Operation, error) {
+	return d.actOn("upgrade", name, false, func(ctx context.Context, v *vm, o *operation) error {
+		return v.upgrade(ctx, o)
+	})
+}
+
+// upgrade gives the VM, which is acquired, to a process in the VM's next seat.
+func (v *vm) upgrade(ctx context.Context, o *operation) error {
+	old, err := v.runs()
+	if err != nil {
+		return err
+	}
+	from := v.seat()
+	if err := v.isUpgrading(); err != nil {
+		return err
+	}
+	r := v.look()
+	to := v.seatAfter(r.Moves + 1)
+	p, err := v.receiveHere(ctx, from, to, r.Next)
+	if v.d.ctx.Err() != nil { // it goes on, and the next daemon sees to it
+		if p != nil {
+			err = errors.Join(err, p.Close())
+		}
+		return errors.Join(err, detached.ErrLeave)
+	}
+	if p == nil {
+		return errors.Join(err, v.stays(context.WithoutCancel(ctx), old, to))
+	}
+	if err := errors.Join(v.succeed(p), v.publish(ctx)); err != nil {
+		return err
+	}
+	if err := old.awaitEnd(ctx); err != nil { // once its successor has all
+		return err
+	}
+	o.moved(old)
+	return from.discard()
+}
+
+// discard removes a seat that has nothing of a VM, since that is elsewhere. One that has is refused.
+func (s seat) discard() error {
+	// The package's files are not looked at.
+	state := peer.NewPackageDevices([]string{vmm.State}, filepath.Join(string(s), "none"), s.instance())
+	if err := peer.Discardable(state); err != nil {
+		return err
+	}
+	return os.RemoveAll(string(s))
+}
+
+// isUpgrading notes that the VM moves to its next seat, and to which namespace. It moves home if it
+// has left a namespace by which its clients reach it.
+func (v *vm) isUpgrading() (err error) {
+	v.d.mu.Lock()
+	defer v.d.mu.Unlock()
+	next := v.record.Anchor
+	if next == "" {
+		if next, err = v.d.namespace(); err != nil {
+			return err
+		}
+	}
+	return v.changeLocked(func(r *api.VM) { r.State, r.Host, r.Next = api.Moving, "", next })
+}
+
+// receiveHere lets the process in a seat give the VM to one in another seat.
+func (v *vm) receiveHere(ctx context.Context, from, to seat, ns string) (*detached.Process, error) {
+	if err := to.discard(); err != nil { // of an attempt that failed
+		return nil, err
+	}
+	if err := to.follow(from); err != nil {
+		return nil, err
+	}
+	address := "unix:" + filepath.Join(from.control(), offerSocket)
+	if _, err := offer(ctx, from, &control.OfferRequest{Address: address}); err != nil {
+		return nil, err
+	}
+	return v.launch(ctx, to, ns, "--raddr", address)
+}
+
+// follow copies what the next process of a VM must know of the last one: the environment of the
+// VM's service, and what that has printed.
+func (s seat) follow(last seat) error {
+	if err := private.MkdirAll(s.control()); err != nil {
+		return err
+	}
+	files := append(control.LogFiles(last.control()), control.EnvFile(last.control()))
+	for _, path := range files {
+		b, err := os.ReadFile(path)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err == nil {
+			err = newfile.WriteBytes(filepath.Join(s.control(), filepath.Base(path)), b)
+		}
+		if err != nil {
+			return fmt.Errorf("copy what a VM's process has noted: %w", err)
+		}
+	}
+	return nil
+}
+
+// offer makes a seat's VM migratable, and returns where.
+func offer(ctx context.Context, s seat, r *control.OfferRequest) (string, error) {
+	c, err := control.Dial(ctx, s.control())
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	answer, err := c.Offer(ctx, r)
+	if err != nil {
+		return "", fmt.Errorf("make the VM migratable: %w", err)
+	}
+	return answer.GetAddress(), nil
+}
+
+// withdraw ends that, and tells whether the VM has moved.
+func withdraw(ctx context.Context, s seat) (moved bool, err error) {
+	c, err := control.Dial(ctx, s.control())
+	if err == nil {
+		defer c.Close()
+		var answer *control.WithdrawResponse
+		if answer, err = c.Withdraw(ctx, &control.WithdrawRequest{}); err == nil {
+			return answer.GetMoved(), nil
+		}
+	}
+	p, ferr := detached.Find(s.lock())
+	if ferr != nil {
+		return false, errors.Join(err, ferr)
+	}
+	if p != nil { // it ends
+		ctx, cancel := context.WithTimeout(ctx, endPatience)
+		defer cancel()
+		if werr := errors.Join(waitFor(ctx, p.Done()), p.Close()); werr != nil {
+			return false, errors.Join(err, werr)
+		}
+	}
+	return s.hasMoved()
+}
+
+// hasMoved tells whether the VM of a seat whose process has ended is elsewhere.
+func (s seat) hasMoved() (bool, error) {
+	end, err := control.LastEnd(s.control())
+	return end != nil && end.Outcome == control.Moved, err
+}
+
+// succeed makes a process in the VM's next seat the VM's, in place of the one that has it. It is so
+// also if it cannot be noted durably: the next daemon finds out by itself.
+func (v *vm) succeed(p *detached.Process) error {
+	owner := &process{Process: p, seat: v.seatAfter(v.look().Moves + 1), noted: make(chan struct{})}
+	v.d.mu.Lock()
+	defer v.d.mu.Unlock()
+	if v.process != nil {
+		v.process.successor = true
+	}
+	v.process = owner
+	r := v.record
+	if len(r.Ports) > 0 && r.Anchor == "" {
+		r.Anchor = r.Namespace
+	}
+	if r.Anchor == r.Next {
+		r.Anchor = ""
+	}
+	r.State, r.PID, r.Namespace, r.Next, r.Moves = api.Running, p.PID, r.Next, "", r.Moves+1
+	v.becomeLocked(r)
+	v.d.work.Go(func() { v.watch(owner) })
+	return v.write(r)
+}
+
+// stays takes an upgrade back that has failed. The VM may have moved all the same, and ended since.
+func (v *vm) stays(ctx context.Context, old *process, to seat) error {
+	moved, err := withdraw(ctx, v.seat())
+	if err != nil {
+		return err
+	}
+	if !moved {
+		err := v.change(func(r *api.VM) {
+			if r.State == api.Moving { // and it has not ended meanwhile
+				r.State = api.Running
+			}
+			r.Next = ""
+		})
+		return errors.Join(err, to.discard())
+	}
+	from := v.seat()
+	v.takeNext()
+	return errors.Join(old.awaitEnd(ctx), v.hasEnded(ctx), from.discard())
+}
+
+// takeNext makes the VM's next seat the one that it has.
+func (v *vm) takeNext() {
+	v.d.mu.Lock()
+	defer v.d.mu.Unlock()
+	if v.process != nil {
+		v.process.successor = true
+	}
+	r := v.record
+	r.Namespace, r.Next, r.Moves = r.Next, "", r.Moves+1
+	v.becomeLocked(r)
+}
+
+// hasSuccessor tells whether a process that has ended gave the VM to another one of this host.
+func (v *vm) hasSuccessor(p *process) bool {
+	v.d.mu.Lock()
+	gone, upgrades := p.successor, v.record.State == api.Moving && v.record.Next != ""
+	v.d.mu.Unlock()
+	if !gone && upgrades {
+		gone = p.end != nil && p.end.Outcome == control.Moved
+	}
+	return gone
+}
+
+// recoverUpgrade finds out how an upgrade stands that the last daemon was killed in. found is the
+// process in the old seat, if it lives.
+func (v *vm) recoverUpgrade(found *detached.Process) error {
+	r := v.look()
+	from, to := v.seat(), v.seatAfter(r.Moves+1)
+	next, err := detached.Find(to.lock())
+	if err != nil {
+		return err
+	}
+	if found != nil {
+		v.own(found)
+	}
+	if next == nil && found == nil {
+		moved, err := from.hasMoved()
+		if moved {
+			v.takeNext()
+		}
+		return errors.Join(err, v.hasEnded(v.d.ctx))
+	}
+	v.d.begin("upgrade", r.ID, func(ctx context.Context, o *operation) error {
+		if err := v.acquire(ctx, o.cancel); err != nil {
+			return err
+		}
+		defer v.release()
+		if next == nil {
+			return v.stays(context.WithoutCancel(ctx), v.owner(), to)
+		}
+		return v.resumeUpgrade(ctx, found, next, from, to)
+	})
+	return nil
+}
+
+// resumeUpgrade waits for the process in the VM's next seat.
+func (v *vm) resumeUpgrade(ctx context.Context, found, next *detached.Process, from, to seat) error {
+	_, err := awaitState(ctx, to)
+	if v.d.ctx.Err() != nil {
+		return errors.Join(detached.ErrLeave, next.Close())
+	}
+	if err != nil {
+		err = errors.Join(err, next.End(endPatience), next.Close())
+		if found == nil {
+			return errors.Join(err, v.hasEnded(ctx))
+		}
+		return errors.Join(err, v.stays(context.WithoutCancel(ctx), v.owner(), to))
+	}
+	if err := errors.Join(v.succeed(next), v.publish(ctx)); err != nil {
+		return err
+	}
+	if found != nil {
+		if err := waitFor(ctx, found.Done()); err != nil {
+			return err
+		}
+	}
+	return from.discard()
+}
+
+func waitFor(ctx context.Context, done <-chan struct{}) error {
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// moved notes what a move has taken from a process, which has ended.
+func (o *operation) moved(from *process) {
+	if from == nil || from.end == nil {
+		return // it is not known
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.state.Move = &api.Moves{Paused: from.end.Paused, Sent: from.end.Sent}
+}
