@@ -204,8 +204,10 @@ func (v *vm) recover() error {
 		}
 		switch {
 		case r.State == api.Moved:
+			if perr := v.publish(v.d.ctx); !errors.Is(perr, errEnded) {
+				err = errors.Join(err, perr)
+			}
 			v.keepMoved()
-			err = errors.Join(err, v.publish(v.d.ctx))
 		case r.Remove:
 			err = errors.Join(err, v.destroy(v.d.ctx))
 		}
