@@ -104,6 +104,8 @@ type Host struct {
 	Version string `json:"version"`
 	VMs     int    `json:"vms"`
 	Running int    `json:"running"`
+
+	Checks []Check `json:"checks,omitempty" doc:"What the daemon has found of its host at its start"`
 }
 
 // LogLine is a piece of what a VM's service has printed: mostly a line.

@@ -149,6 +149,7 @@ runner'.
 		return &usageError{fmt.Errorf("%w; see '%s --help'", err, cmd.CommandPath())}
 	})
 	root.AddCommand(newDaemon(), newRunVM(), newPS(), newStart(), newStop(), newKill(), newRemove(), newExec(), newCopy(), newInspect(), newLogs(), newEvents())
+	root.AddCommand(newDoctor())
 	root.AddCommand(newNAT(), newForwarder(), newAnchor(), newBlueprint(), newSnapshotter(), newPackager(), newRunner(), newPeer(), newMounter(), newRegistry(), newPush(), newPull(), newSign(), newVerify(), newTerminator(), newCheckpoint(), newDevice(), newVersion())
 	return root
 }

@@ -50,15 +50,16 @@ is one. The API is REST with JSON. GET /openapi.json describes it.
 	}
 	f := cmd.Flags()
 	f.StringVar(&socket, "socket", client.Socket, "UNIX socket to answer at")
-	f.StringVar(&c.Dir, "dir", "/var/lib/drafter", "Directory for VMs, packages and records")
+	f.StringVar(&c.Dir, "dir", defaultDaemonDir, "Directory for VMs, packages and records")
 	f.StringVar(&c.Guest, "guest-bin", "", "drafter-guest binary (default: beside this program, or on PATH)")
 	f.StringVar(&c.Blueprint, "blueprint", "", "Directory of an OS blueprint, as 'drafter blueprint os' makes it (default: one is made for the first VM)")
-	f.StringVar(&c.HostInterface, "host-interface", "", "Host gateway interface for VMs, or several (eth0,eth1) (default: those of the current default route)")
-	f.StringVar(&c.HostVethCIDR, "host-veth-cidr", "10.0.16.0/22", "CIDR for the VMs' veths outside their namespaces")
-	f.StringVar(&c.NamespaceVethCIDR, "namespace-veth-cidr", "10.0.23.0/24", "CIDR for the VMs' veths inside their namespaces")
-	f.StringVar(&c.NamespacePrefix, "namespace-prefix", "vm", "Prefix of the names of the VMs' network namespaces")
-	f.IntVar(&c.NamespaceCount, "namespace-count", 32, "Number of network namespaces, and so of VMs that can run at a time")
+	addNetwork(cmd, &c)
 	return cmd
+}
+
+// daemonDrivers are the drivers of the VMMs that a daemon uses.
+func daemonDrivers() vmm.Drivers {
+	return vmm.Drivers{qemu.Driver{}, firecracker.Driver{Bin: "firecracker", Jailer: "jailer"}}
 }
 
 //nolint:contextcheck // streams and operations go on until the daemon ends, not its callers
@@ -69,7 +70,7 @@ func runDaemon(ctx context.Context, c daemon.Config, socket string) (err error) 
 	if c.Program, err = os.Executable(); err != nil {
 		return err
 	}
-	c.Drivers = vmm.Drivers{qemu.Driver{}, firecracker.Driver{Bin: "firecracker", Jailer: "jailer"}}
+	c.Drivers, c.Checks = daemonDrivers(), hostChecks(c)
 	d, err := daemon.Open(c)
 	if err != nil {
 		return err

@@ -22,6 +22,7 @@ import (
 
 	"drafter/api"
 	"drafter/internal/detached"
+	"drafter/internal/doctor"
 	"drafter/internal/lockfile"
 	"drafter/internal/logging"
 	"drafter/internal/private"
@@ -43,8 +44,9 @@ type Config struct {
 	NamespaceCount                                   int
 	HostInterface                                    string
 
-	Drivers vmm.Drivers  // that make packages
-	Logger  *slog.Logger // nil: slog.Default()
+	Drivers vmm.Drivers    // that make packages
+	Checks  []doctor.Check // of the host, at the start
+	Logger  *slog.Logger   // nil: slog.Default()
 }
 
 // Daemon is a running daemon. Its methods are safe for concurrent use.
@@ -64,7 +66,8 @@ type Daemon struct {
 	borrowed   map[string]bool // namespaces that packages are made in
 	operations map[string]*operation
 	nat        *detached.Process
-	natMu      sync.Mutex // held by whoever starts it
+	checks     []api.Check // what was found of the host
+	natMu      sync.Mutex  // held by whoever starts it
 }
 
 // ErrNotFound says that there is no such resource.
@@ -113,6 +116,7 @@ func Open(c Config) (_ *Daemon, err error) {
 		return nil, err
 	}
 	d.opened = true
+	d.work.Go(func() { d.checkUp(d.ctx) })
 	return d, nil
 }
 
@@ -254,6 +258,7 @@ func (d *Daemon) Host() api.Host {
 	h.Name, _ = os.Hostname() // "" if the kernel has none
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	h.Checks = d.checks // replaced as a whole
 	for _, v := range d.vms {
 		h.VMs++
 		if v.record.State == api.Running {
