@@ -47,6 +47,8 @@ type Config struct {
 	Drivers vmm.Drivers    // that make packages
 	Checks  []doctor.Check // of the host, at the start
 	Logger  *slog.Logger   // nil: slog.Default()
+
+	limits limiter // of a VM; nil: limits
 }
 
 // Daemon is a running daemon. Its methods are safe for concurrent use.
@@ -57,6 +59,7 @@ type Daemon struct {
 	ctx    context.Context // ends what it does
 	cancel context.CancelCauseFunc
 	opened bool           // and so it knows which VMs run
+	groups string         // the cgroup below which VMs get theirs; "" where they get none
 	work   sync.WaitGroup // operations, and who watches processes
 	making templateLocks
 	events *events
@@ -83,6 +86,9 @@ var ErrInvalid = errors.New("invalid")
 // left: VMs that run, and those that have ended meanwhile. Close the daemon.
 func Open(c Config) (_ *Daemon, err error) {
 	c.NamespacePrefix = cmp.Or(c.NamespacePrefix, "vm")
+	if c.limits == nil {
+		c.limits = limits
+	}
 	d := &Daemon{
 		config: c, log: logging.Or(c.Logger), vms: map[string]*vm{}, borrowed: map[string]bool{}, operations: map[string]*operation{},
 	}
@@ -103,6 +109,7 @@ func Open(c Config) (_ *Daemon, err error) {
 	if d.events, err = openEvents(d.dir("events"), d.log); err != nil {
 		return nil, err
 	}
+	d.findGroups()
 	if err := errors.Join(d.sweepPackages(), d.reclaim()); err != nil {
 		return nil, err
 	}

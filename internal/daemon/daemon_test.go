@@ -74,6 +74,11 @@ func standIn(command string, args []string) error {
 		}
 		s.Set(control.Running, "")
 		daemon.SdNotify(false, daemon.SdNotifyReady)
+		if n, err := strconv.Atoi(os.Getenv("STAND_IN_EATS")); err == nil {
+			for b := range slices.Chunk(make([]byte, n), 4096) {
+				b[0] = 1
+			}
+		}
 		<-ctx.Done()
 		return s.Close(control.End{Outcome: control.Suspended, At: time.Now()})
 	default:
@@ -109,7 +114,7 @@ type noDriver struct{ vmm.Driver }
 func (noDriver) Name() string { return "none" }
 
 func testConfig(dir string) Config {
-	return Config{Dir: filepath.Join(dir, "lib"), Program: os.Args[0], Blueprint: filepath.Join(dir, "blueprint"), NamespaceCount: 20, Drivers: vmm.Drivers{noDriver{}}}
+	return Config{Dir: filepath.Join(dir, "lib"), Program: os.Args[0], Blueprint: filepath.Join(dir, "blueprint"), NamespaceCount: 20, Drivers: vmm.Drivers{noDriver{}}, limits: noLimits}
 }
 
 // testDir makes a directory in which there is a package of the image "docker://image" already.
@@ -450,7 +455,13 @@ func check(t *testing.T, c *client.Client, dir string) {
 			case api.Running:
 				want["peer "+strconv.Itoa(vm.PID)]++
 				want["forwarder"]++
+				if problem := groupHas(vm); problem != "" {
+					return problem
+				}
 			case api.Stopped, api.Failed:
+				if vm.Cgroup != "" {
+					return vm.Name + " still has a group"
+				}
 			default:
 				return vm.Name + " is " + vm.State
 			}

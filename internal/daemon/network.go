@@ -149,8 +149,13 @@ func (v *vm) startForwarder(ctx context.Context, r api.VM) (*detached.Process, e
 		return nil, err
 	}
 	defer log.Close()
+	group, err := v.enterGroup(r)
+	if err != nil {
+		return nil, err
+	}
+	defer group.Close()
 	return detached.Start(ctx, detached.Command{
-		Lock: v.path(forwardsLock), Program: v.d.config.Program, Stderr: log,
+		Lock: v.path(forwardsLock), Program: v.d.config.Program, Stderr: log, Cgroup: group,
 		Args: []string{
 			"forwarder", "--lock", v.path(forwardsLock), "--host-veth-cidr", v.d.config.HostVethCIDR, "--port-forwards", string(text),
 		},

@@ -252,6 +252,7 @@ func (v *vm) isStarting() error {
 	now := time.Now().UTC()
 	return v.changeLocked(func(r *api.VM) {
 		r.State, r.Namespace, r.Error, r.Started, r.ExitStatus = api.Starting, ns, "", &now, nil
+		r.Cgroup = v.d.groupPath(r.ID)
 	})
 }
 
@@ -267,8 +268,13 @@ func (v *vm) launch(ctx context.Context) (_ *detached.Process, err error) {
 	if err := errors.Join(private.MkdirAll(dir), control.Forget(dir)); err != nil {
 		return nil, err
 	}
+	group, err := v.enterGroup(r)
+	if err != nil {
+		return nil, fmt.Errorf("limit VM %s: %w", r.Name, err)
+	}
+	defer group.Close()
 	p, err := detached.Start(ctx, detached.Command{
-		Lock: control.LockFile(dir), Program: v.d.config.Program, Stderr: log,
+		Lock: control.LockFile(dir), Program: v.d.config.Program, Stderr: log, Cgroup: group,
 		Args: []string{
 			"peer", "--raddr", "", "--laddr", "", "--netns", r.Namespace, "--chroot-base-dir", v.d.dir("vmm"), "--enable-output=false",
 			"--package", v.d.dir("packages", r.Package), "--instance", v.path(instanceDir), "--control", dir,
@@ -363,6 +369,8 @@ func (v *vm) hasEnded(ctx context.Context) error {
 		err = errors.Join(err, v.d.reclaim())
 		end = &control.End{Outcome: control.Failed, Error: "its process was killed", At: time.Now().UTC()}
 	}
+	short, gerr := v.leaveGroup(v.look())
+	err = errors.Join(err, gerr)
 	v.d.mu.Lock()
 	defer v.d.mu.Unlock()
 	v.process = nil
@@ -371,12 +379,18 @@ func (v *vm) hasEnded(ctx context.Context) error {
 		return errors.Join(err, eerr)
 	}
 	r.Error = ""
+	if gerr == nil {
+		r.Cgroup = ""
+	}
 	switch end.Outcome {
 	case control.Suspended:
 		r.State = api.Stopped
 	case control.PoweredOff:
 		r.State = api.Exited
 	default:
+		if short {
+			end.Error = outOfMemory(r) + ": " + end.Error
+		}
 		r.State, r.Error = api.Failed, bounded(end.Error)
 	}
 	r.Namespace, r.PID, r.Ended, r.ExitStatus = "", 0, &end.At, end.ExitStatus
@@ -468,6 +482,9 @@ func (v *vm) destroy(ctx context.Context) error {
 		return err
 	}
 	if err := v.unpublish(ctx); err != nil {
+		return err
+	}
+	if _, err := v.leaveGroup(v.look()); err != nil {
 		return err
 	}
 	// The record goes last, so that the next daemon goes on.

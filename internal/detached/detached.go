@@ -145,6 +145,7 @@ type Command struct {
 	Program        string
 	Args           []string
 	Stdout, Stderr *os.File // nil discards
+	Cgroup         *os.File // directory of a cgroup (version 2) to start in; nil for this process'
 }
 
 // ErrLeave is the cause of a context whose end leaves a process that starts alone.
@@ -192,6 +193,9 @@ func Start(ctx context.Context, c Command) (_ *Process, err error) {
 	}
 	cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+path, lockVariable+"="+c.Lock)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if c.Cgroup != nil {
+		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(c.Cgroup.Fd())
+	}
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
