@@ -60,6 +60,9 @@ func (c *controlled) running(vm *peer.Peer) {
 		return
 	}
 	c.vm.Store(vm)
+	if err := c.server.Measure(vm.Metrics()); err != nil {
+		slog.Error("There are no metrics of the VM", "error", err)
+	}
 	why := ""
 	if booted := vm.Booted(); booted != nil {
 		why = booted.Error()

@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 
 	"drafter/client"
@@ -24,7 +25,7 @@ import (
 
 func newDaemon() *cobra.Command {
 	c := daemon.Config{Version: Version}
-	var socket string
+	var socket, metrics string
 	cmd := &cobra.Command{
 		Use:   "daemon",
 		Short: "Look after the VMs of this host",
@@ -45,11 +46,12 @@ is one. The API is REST with JSON. GET /openapi.json describes it.
 			if err := requireRoot(); err != nil {
 				return err
 			}
-			return runDaemon(cmd.Context(), c, socket)
+			return runDaemon(cmd.Context(), c, socket, metrics)
 		},
 	}
 	f := cmd.Flags()
 	f.StringVar(&socket, "socket", client.Socket, "UNIX socket to answer at")
+	f.StringVar(&metrics, "metrics", "", "Address (HOST:PORT) to serve Prometheus metrics of all VMs from, without authentication: names, images, sizes, numbers, times and paths, nothing of a VM's content (leave empty to disable)")
 	f.StringVar(&c.Dir, "dir", defaultDaemonDir, "Directory for VMs, packages and records")
 	f.StringVar(&c.Guest, "guest-bin", "", "drafter-guest binary (default: beside this program, or on PATH)")
 	f.StringVar(&c.Blueprint, "blueprint", "", "Directory of an OS blueprint, as 'drafter blueprint os' makes it (default: one is made for the first VM)")
@@ -63,7 +65,7 @@ func daemonDrivers() vmm.Drivers {
 }
 
 //nolint:contextcheck // streams and operations go on until the daemon ends, not its callers
-func runDaemon(ctx context.Context, c daemon.Config, socket string) (err error) {
+func runDaemon(ctx context.Context, c daemon.Config, socket, metrics string) (err error) {
 	if c.Guest, err = findGuest(c.Guest); err != nil && c.Blueprint == "" {
 		return err
 	}
@@ -76,6 +78,13 @@ func runDaemon(ctx context.Context, c daemon.Config, socket string) (err error) 
 		return err
 	}
 	defer func() { err = errors.Join(err, d.Close()) }()
+	if metrics != "" {
+		stop, merr := serveGathered(ctx, metrics, prometheus.Gatherers{d.Metrics()})
+		if merr != nil {
+			return merr
+		}
+		defer func() { err = errors.Join(err, stop()) }()
+	}
 	listener, err := listenAt(socket)
 	if err != nil {
 		return err

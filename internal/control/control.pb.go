@@ -203,6 +203,86 @@ func (*SuspendResponse) Descriptor() ([]byte, []int) {
 	return file_internal_control_control_proto_rawDescGZIP(), []int{3}
 }
 
+type MetricsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MetricsRequest) Reset() {
+	*x = MetricsRequest{}
+	mi := &file_internal_control_control_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MetricsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MetricsRequest) ProtoMessage() {}
+
+func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_control_control_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MetricsRequest.ProtoReflect.Descriptor instead.
+func (*MetricsRequest) Descriptor() ([]byte, []int) {
+	return file_internal_control_control_proto_rawDescGZIP(), []int{4}
+}
+
+type MetricsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Text          string                 `protobuf:"bytes,1,opt,name=text,proto3" json:"text,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MetricsResponse) Reset() {
+	*x = MetricsResponse{}
+	mi := &file_internal_control_control_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MetricsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MetricsResponse) ProtoMessage() {}
+
+func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_control_control_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MetricsResponse.ProtoReflect.Descriptor instead.
+func (*MetricsResponse) Descriptor() ([]byte, []int) {
+	return file_internal_control_control_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *MetricsResponse) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
 var File_internal_control_control_proto protoreflect.FileDescriptor
 
 const file_internal_control_control_proto_rawDesc = "" +
@@ -215,10 +295,14 @@ const file_internal_control_control_proto_rawDesc = "" +
 	"\x03pid\x18\x02 \x01(\x03R\x03pid\x12\x16\n" +
 	"\x06booted\x18\x03 \x01(\tR\x06booted\"\x10\n" +
 	"\x0eSuspendRequest\"\x11\n" +
-	"\x0fSuspendResponse2\xae\x01\n" +
+	"\x0fSuspendResponse\"\x10\n" +
+	"\x0eMetricsRequest\"%\n" +
+	"\x0fMetricsResponse\x12\x12\n" +
+	"\x04text\x18\x01 \x01(\tR\x04text2\x82\x02\n" +
 	"\aControl\x12O\n" +
 	"\x06Status\x12!.drafter.control.v1.StatusRequest\x1a\".drafter.control.v1.StatusResponse\x12R\n" +
-	"\aSuspend\x12\".drafter.control.v1.SuspendRequest\x1a#.drafter.control.v1.SuspendResponseB\"Z drafter/internal/control;controlb\x06proto3"
+	"\aSuspend\x12\".drafter.control.v1.SuspendRequest\x1a#.drafter.control.v1.SuspendResponse\x12R\n" +
+	"\aMetrics\x12\".drafter.control.v1.MetricsRequest\x1a#.drafter.control.v1.MetricsResponseB\"Z drafter/internal/control;controlb\x06proto3"
 
 var (
 	file_internal_control_control_proto_rawDescOnce sync.Once
@@ -232,20 +316,24 @@ func file_internal_control_control_proto_rawDescGZIP() []byte {
 	return file_internal_control_control_proto_rawDescData
 }
 
-var file_internal_control_control_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_internal_control_control_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
 var file_internal_control_control_proto_goTypes = []any{
 	(*StatusRequest)(nil),   // 0: drafter.control.v1.StatusRequest
 	(*StatusResponse)(nil),  // 1: drafter.control.v1.StatusResponse
 	(*SuspendRequest)(nil),  // 2: drafter.control.v1.SuspendRequest
 	(*SuspendResponse)(nil), // 3: drafter.control.v1.SuspendResponse
+	(*MetricsRequest)(nil),  // 4: drafter.control.v1.MetricsRequest
+	(*MetricsResponse)(nil), // 5: drafter.control.v1.MetricsResponse
 }
 var file_internal_control_control_proto_depIdxs = []int32{
 	0, // 0: drafter.control.v1.Control.Status:input_type -> drafter.control.v1.StatusRequest
 	2, // 1: drafter.control.v1.Control.Suspend:input_type -> drafter.control.v1.SuspendRequest
-	1, // 2: drafter.control.v1.Control.Status:output_type -> drafter.control.v1.StatusResponse
-	3, // 3: drafter.control.v1.Control.Suspend:output_type -> drafter.control.v1.SuspendResponse
-	2, // [2:4] is the sub-list for method output_type
-	0, // [0:2] is the sub-list for method input_type
+	4, // 2: drafter.control.v1.Control.Metrics:input_type -> drafter.control.v1.MetricsRequest
+	1, // 3: drafter.control.v1.Control.Status:output_type -> drafter.control.v1.StatusResponse
+	3, // 4: drafter.control.v1.Control.Suspend:output_type -> drafter.control.v1.SuspendResponse
+	5, // 5: drafter.control.v1.Control.Metrics:output_type -> drafter.control.v1.MetricsResponse
+	3, // [3:6] is the sub-list for method output_type
+	0, // [0:3] is the sub-list for method input_type
 	0, // [0:0] is the sub-list for extension type_name
 	0, // [0:0] is the sub-list for extension extendee
 	0, // [0:0] is the sub-list for field type_name
@@ -262,7 +350,7 @@ func file_internal_control_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_control_control_proto_rawDesc), len(file_internal_control_control_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   4,
+			NumMessages:   6,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -11,6 +11,7 @@ import (
 type ControlService interface {
 	Status(context.Context, *StatusRequest) (*StatusResponse, error)
 	Suspend(context.Context, *SuspendRequest) (*SuspendResponse, error)
+	Metrics(context.Context, *MetricsRequest) (*MetricsResponse, error)
 }
 
 func RegisterControlService(srv *ttrpc.Server, svc ControlService) {
@@ -29,6 +30,13 @@ func RegisterControlService(srv *ttrpc.Server, svc ControlService) {
 					return nil, err
 				}
 				return svc.Suspend(ctx, &req)
+			},
+			"Metrics": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req MetricsRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Metrics(ctx, &req)
 			},
 		},
 	})
@@ -55,6 +63,14 @@ func (c *controlClient) Status(ctx context.Context, req *StatusRequest) (*Status
 func (c *controlClient) Suspend(ctx context.Context, req *SuspendRequest) (*SuspendResponse, error) {
 	var resp SuspendResponse
 	if err := c.client.Call(ctx, "drafter.control.v1.Control", "Suspend", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *controlClient) Metrics(ctx context.Context, req *MetricsRequest) (*MetricsResponse, error) {
+	var resp MetricsResponse
+	if err := c.client.Call(ctx, "drafter.control.v1.Control", "Metrics", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

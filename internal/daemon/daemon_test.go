@@ -72,6 +72,9 @@ func standIn(command string, args []string) error {
 				time.Sleep(time.Hour)
 			}
 		}
+		if err := s.Measure(standInFigures{}); err != nil {
+			return err
+		}
 		s.Set(control.Running, "")
 		daemon.SdNotify(false, daemon.SdNotifyReady)
 		if n, err := strconv.Atoi(os.Getenv("STAND_IN_EATS")); err == nil {
