@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"slices"
 	"strconv"
 	"sync"
@@ -15,14 +14,13 @@ import (
 
 	"drafter/api"
 	"drafter/internal/detached"
-	"drafter/internal/newfile"
 	"drafter/network"
 )
 
 func (d *Daemon) natLock() string { return d.dir("nat.lock") }
 
 // startNAT starts the NAT, unless it runs.
-func (d *Daemon) startNAT(ctx context.Context) error {
+func (d *Daemon) startNAT(ctx context.Context) (err error) {
 	d.natMu.Lock()
 	defer d.natMu.Unlock()
 	if d.nat != nil {
@@ -37,18 +35,14 @@ func (d *Daemon) startNAT(ctx context.Context) error {
 			return nil
 		}
 	}
-	log, err := os.OpenFile(d.dir("nat.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, newfile.Mode)
-	if err != nil {
-		return err
-	}
-	defer log.Close()
+	log := d.dir("nat.log")
 	args := []string{
 		"nat", "--lock", d.natLock(), "--namespace-prefix", d.config.NamespacePrefix, "--namespace-count", strconv.Itoa(d.config.NamespaceCount),
 		"--host-veth-cidr", d.config.HostVethCIDR, "--namespace-veth-cidr", d.config.NamespaceVethCIDR, "--blocked-subnet-cidr", d.config.NamespaceVethCIDR,
 		"--host-interface", d.config.HostInterface,
 	}
-	if d.nat, err = detached.Start(ctx, detached.Command{Lock: d.natLock(), Program: d.config.Program, Args: args, Stderr: log}); err != nil {
-		return fmt.Errorf("start the NAT: %w; see %s", err, log.Name())
+	if d.nat, err = detached.Start(ctx, detached.Command{Lock: d.natLock(), Program: d.config.Program, Args: args, Log: log}); err != nil {
+		return fmt.Errorf("start the NAT: %w; see %s", err, log)
 	}
 	d.watchNAT(d.nat)
 	return nil
@@ -118,7 +112,7 @@ func (v *vm) publishLocked(ctx context.Context) (err error) {
 	}
 	if v.ports.forwarder == nil {
 		if v.ports.forwarder, err = v.startForwarder(ctx, r); err != nil {
-			return fmt.Errorf("publish the ports of VM %s: %w; see %s", r.Name, err, v.path(processLog))
+			return fmt.Errorf("publish the ports of VM %s: %w; see %s", r.Name, err, v.path(portsLog))
 		}
 	}
 	p := v.ports.forwarder
@@ -144,18 +138,13 @@ func (v *vm) startForwarder(ctx context.Context, r api.VM) (*detached.Process, e
 	if err != nil {
 		return nil, err
 	}
-	log, err := os.OpenFile(v.path(processLog), os.O_CREATE|os.O_WRONLY|os.O_APPEND, newfile.Mode)
-	if err != nil {
-		return nil, err
-	}
-	defer log.Close()
 	group, err := v.enterGroup(r)
 	if err != nil {
 		return nil, err
 	}
 	defer group.Close()
 	return detached.Start(ctx, detached.Command{
-		Lock: v.path(forwardsLock), Program: v.d.config.Program, Stderr: log, Cgroup: group,
+		Lock: v.path(forwardsLock), Program: v.d.config.Program, Log: v.path(portsLog), Cgroup: group,
 		Args: []string{
 			"forwarder", "--lock", v.path(forwardsLock), "--host-veth-cidr", v.d.config.HostVethCIDR, "--port-forwards", string(text),
 		},

@@ -46,6 +46,7 @@ const (
 	instanceDir  = "instance"
 	forwardsLock = "ports.lock"
 	processLog   = "process.log"
+	portsLog     = "ports.log"
 )
 
 const (
@@ -259,11 +260,6 @@ func (v *vm) isStarting() error {
 // launch starts the VM's process, and returns once the VM runs.
 func (v *vm) launch(ctx context.Context) (_ *detached.Process, err error) {
 	r, dir := v.look(), v.path(controlDir)
-	log, err := os.OpenFile(v.path(processLog), os.O_CREATE|os.O_WRONLY|os.O_APPEND, newfile.Mode)
-	if err != nil {
-		return nil, err
-	}
-	defer log.Close()
 	// How it ended last is not how it ends now. It may be cut off before it has got so far itself.
 	if err := errors.Join(private.MkdirAll(dir), control.Forget(dir)); err != nil {
 		return nil, err
@@ -274,7 +270,7 @@ func (v *vm) launch(ctx context.Context) (_ *detached.Process, err error) {
 	}
 	defer group.Close()
 	p, err := detached.Start(ctx, detached.Command{
-		Lock: control.LockFile(dir), Program: v.d.config.Program, Stderr: log, Cgroup: group,
+		Lock: control.LockFile(dir), Program: v.d.config.Program, Log: v.path(processLog), Cgroup: group,
 		Args: []string{
 			"peer", "--raddr", "", "--laddr", "", "--netns", r.Namespace, "--chroot-base-dir", v.d.dir("vmm"), "--enable-output=false",
 			"--package", v.d.dir("packages", r.Package), "--instance", v.path(instanceDir), "--control", dir,
