@@ -117,7 +117,11 @@ type noDriver struct{ vmm.Driver }
 func (noDriver) Name() string { return "none" }
 
 func testConfig(dir string) Config {
-	return Config{Dir: filepath.Join(dir, "lib"), Program: os.Args[0], Blueprint: filepath.Join(dir, "blueprint"), NamespaceCount: 20, Drivers: vmm.Drivers{noDriver{}}, limits: noLimits}
+	namespaces, err := strconv.Atoi(os.Getenv("STAND_IN_NAMESPACES"))
+	if err != nil {
+		namespaces = 20
+	}
+	return Config{Dir: filepath.Join(dir, "lib"), Program: os.Args[0], Blueprint: filepath.Join(dir, "blueprint"), NamespaceCount: namespaces, Drivers: vmm.Drivers{noDriver{}}, limits: noLimits}
 }
 
 // testDir makes a directory in which there is a package of the image "docker://image" already.
