@@ -104,7 +104,7 @@ func within(t *testing.T, limits Limits, disk Bandwidth, what string, env ...str
 func TestGroup(t *testing.T) {
 	g, out, err := within(t, Limits{PIDs: -1}, Bandwidth{}, "owner")
 	_, path, _ := strings.Cut(out, "0::")
-	if path = strings.TrimSpace(path); err != nil || !strings.HasSuffix(g.Path+"/drafter/vmm", path) || path == "" {
+	if path = strings.TrimSpace(path); err != nil || !strings.HasSuffix(path, "/drafter/"+filepath.Base(g.Path)+"/drafter/vmm") {
 		t.Errorf("the VMM was in %s, %v; the group is %s", out, err, g.Path)
 	}
 	if found, err := FindGroup(g.Path, filepath.Base(g.Path)); err != nil || found == nil || *found != *g {
