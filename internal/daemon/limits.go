@@ -81,23 +81,33 @@ func (d *Daemon) tryGroup(base string) error {
 	return g.Remove()
 }
 
-// enterGroup returns the entrance of the VM's group, which it makes if need be; nil if the VM has none.
+// makeGroup makes the group that the VM's record names.
+func (v *vm) makeGroup() error {
+	r := v.look()
+	if r.Cgroup == "" {
+		return nil
+	}
+	l, b, err := v.d.config.limits(r, v.dir)
+	if err == nil {
+		_, err = cgroup.NewGroup(v.d.groups, r.ID, l, b, v.d.log)
+	}
+	if err != nil {
+		return fmt.Errorf("limit VM %s: %w", r.Name, err)
+	}
+	return nil
+}
+
+// enterGroup returns the entrance of the VM's group; nil if the VM has none.
 func (v *vm) enterGroup(r api.VM) (*os.File, error) {
 	if r.Cgroup == "" {
 		return nil, nil
 	}
 	g, err := cgroup.FindGroup(r.Cgroup, r.ID)
+	if err == nil && g == nil {
+		err = fmt.Errorf("cgroup %s of VM %s: %w", r.Cgroup, r.Name, os.ErrNotExist)
+	}
 	if err != nil {
 		return nil, err
-	}
-	if g == nil {
-		l, b, err := v.d.config.limits(r, v.dir)
-		if err != nil {
-			return nil, err
-		}
-		if g, err = cgroup.NewGroup(v.d.groups, r.ID, l, b, v.d.log); err != nil {
-			return nil, err
-		}
 	}
 	return g.Entrance()
 }

@@ -97,13 +97,25 @@ func (v *vm) publish(ctx context.Context) error {
 	return v.publishLocked(ctx)
 }
 
-func (v *vm) publishLocked(ctx context.Context) (err error) {
+// publishEarly is publish for a VM that starts. Until it runs, its ports refuse connections.
+func (v *vm) publishEarly(ctx context.Context) error {
+	v.ports.mu.Lock()
+	defer v.ports.mu.Unlock()
+	return v.forward(ctx, v.look())
+}
+
+func (v *vm) publishLocked(ctx context.Context) error {
 	v.d.mu.Lock()
 	r, owner := v.record, v.process
 	v.d.mu.Unlock()
 	if owner == nil || closed(owner.Done()) {
 		return errEnded
 	}
+	return v.forward(ctx, r)
+}
+
+// forward lets a forwarder publish the VM's ports, unless one does.
+func (v *vm) forward(ctx context.Context, r api.VM) (err error) {
 	if len(r.Ports) == 0 || v.ports.forwarder != nil {
 		return nil
 	}

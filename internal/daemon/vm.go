@@ -215,7 +215,7 @@ func (v *vm) start(ctx context.Context) error {
 	if err := v.isStarting(); err != nil {
 		return err
 	}
-	p, err := v.launch(ctx)
+	p, err := v.startProcesses(ctx)
 	if v.d.ctx.Err() != nil { // the VM goes on, and the next daemon finds it
 		if p != nil {
 			err = errors.Join(err, p.Close())
@@ -257,6 +257,21 @@ func (v *vm) isStarting() error {
 	})
 }
 
+// startProcesses starts the VM's process, and beside it the one that publishes its ports, because each
+// takes its time. It returns once the VM runs.
+func (v *vm) startProcesses(ctx context.Context) (*detached.Process, error) {
+	if err := v.makeGroup(); err != nil {
+		return nil, err
+	}
+	published := make(chan error, 1)
+	go func() { published <- v.publishEarly(ctx) }()
+	p, err := v.launch(ctx)
+	if perr := <-published; perr != nil { // awaitRunning tries again
+		v.d.log.Debug("The ports of a VM are not published before it runs", "vm", v.look().Name, "error", perr)
+	}
+	return p, err
+}
+
 // launch starts the VM's process, and returns once the VM runs.
 func (v *vm) launch(ctx context.Context) (_ *detached.Process, err error) {
 	r, dir := v.look(), v.path(controlDir)
@@ -266,7 +281,7 @@ func (v *vm) launch(ctx context.Context) (_ *detached.Process, err error) {
 	}
 	group, err := v.enterGroup(r)
 	if err != nil {
-		return nil, fmt.Errorf("limit VM %s: %w", r.Name, err)
+		return nil, err
 	}
 	defer group.Close()
 	p, err := detached.Start(ctx, detached.Command{
@@ -296,7 +311,7 @@ func (v *vm) lastWords() string {
 
 // awaitRunning waits until the VM's process says that it runs, and publishes its ports.
 func (v *vm) awaitRunning(ctx context.Context) error {
-	c, err := control.Dial(ctx, v.path(controlDir))
+	c, err := v.dial(ctx)
 	if err != nil {
 		return err
 	}
@@ -321,6 +336,27 @@ func (v *vm) awaitRunning(ctx context.Context) error {
 	return v.changeLocked(func(r *api.VM) {
 		r.State, r.Booted, r.PID, r.Error = api.Running, status.GetBooted(), int(status.GetPid()), ""
 	})
+}
+
+// listenPause is how often a process is called that has just been started, and does not listen yet.
+const listenPause = 10 * time.Millisecond
+
+// dial calls the VM's process. It may be one that the last daemon was killed over as it started it.
+func (v *vm) dial(ctx context.Context) (*control.Client, error) {
+	for {
+		c, err := control.Dial(ctx, v.path(controlDir))
+		p := v.owner()
+		if err == nil || !errors.Is(err, control.ErrNone) || p == nil {
+			return c, err
+		}
+		select {
+		case <-p.Done():
+			return nil, errEnded
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-time.After(listenPause):
+		}
+	}
 }
 
 // watch waits until the VM's process has ended, or the daemon does.
