@@ -16,8 +16,8 @@ import (
 // A VM's processes (its peer, the VMM, the forwarder) are in a cgroup of the VM's own. It bounds what
 // a guest can make them use. It is there while the VM runs, whether or not a daemon does.
 
-// What a VM may use beside what its guest has. It is far more than the processes have needed in any
-// measurement (docs/limits.md), so that only a defect is ended for it.
+// What a VM may use beside what its guest has. It is far more than its processes are known to need
+// (docs/limits.md), so that only a defect, or a guest that attacks them, is ended for it.
 const (
 	memoryOverhead = 512 << 20
 	tcgOverhead    = 1 << 30 // QEMU's translations, where it emulates
