@@ -41,7 +41,12 @@ func Firewalls(c NATConfig) (list []Obstacle, err error) {
 		return nil, err
 	}
 	for c, what := range n.culprits(legacy) {
-		text := fmt.Sprintf("chain %s of table %s drops %s", c.chain, c.table, strings.Join(what, ", "))
+		text := fmt.Sprintf(
+			"chain %s of table %s drops %s",
+			c.chain,
+			c.table,
+			strings.Join(what, ", "),
+		)
 		list = append(list, Obstacle{text, c.open})
 	}
 	slices.SortFunc(list, func(a, b Obstacle) int { return strings.Compare(a.Text, b.Text) })
@@ -59,7 +64,12 @@ func CheckSubnets(c NATConfig) error {
 	for i := range n.layout.count {
 		own = append(own, n.name(i))
 	}
-	return errors.Join(n.checkOwn(own), n.checkOthers(own), n.checkAddresses(own), n.checkRoutes(own))
+	return errors.Join(
+		n.checkOwn(own),
+		n.checkOthers(own),
+		n.checkAddresses(own),
+		n.checkRoutes(own),
+	)
 }
 
 // survey returns a NAT that only looks. It is not closed.

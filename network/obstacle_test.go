@@ -18,11 +18,14 @@ func TestObstacles(t *testing.T) {
 		if err != nil {
 			t.Fatal(when, err)
 		}
-		if firewall == "" && len(list) > 0 || firewall != "" && (len(list) != 1 || !strings.Contains(list[0].Text+list[0].Remedy, firewall)) {
+		if firewall == "" && len(list) > 0 ||
+			firewall != "" &&
+				(len(list) != 1 || !strings.Contains(list[0].Text+list[0].Remedy, firewall)) {
 			t.Errorf("%s: firewalls %v, want %q", when, list, firewall)
 		}
 		err = CheckSubnets(c)
-		if subnets == "" && err != nil || subnets != "" && (err == nil || !strings.Contains(err.Error(), subnets)) {
+		if subnets == "" && err != nil ||
+			subnets != "" && (err == nil || !strings.Contains(err.Error(), subnets)) {
 			t.Errorf("%s: subnets %v, want %q", when, err, subnets)
 		}
 	}
@@ -30,7 +33,10 @@ func TestObstacles(t *testing.T) {
 		t.Error(err)
 	}
 	check("on an empty host", "", "")
-	shell(t, "nft 'table ip filter { chain FORWARD { type filter hook forward priority 0; policy drop; }; }'")
+	shell(
+		t,
+		"nft 'table ip filter { chain FORWARD { type filter hook forward priority 0; policy drop; }; }'",
+	)
 	check("with a firewall", "iptables -I FORWARD", "")
 	shell(t, "nft delete table ip filter")
 	n, err := StartNAT(t.Context(), c)

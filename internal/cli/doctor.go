@@ -17,11 +17,36 @@ import (
 // addNetwork adds the flags of the VMs' network.
 func addNetwork(cmd *cobra.Command, c *daemon.Config) {
 	f := cmd.Flags()
-	f.StringVar(&c.HostInterface, "host-interface", "", "Host gateway interface for VMs, or several (eth0,eth1) (default: those of the current default route)")
-	f.StringVar(&c.HostVethCIDR, "host-veth-cidr", "10.0.16.0/22", "CIDR for the VMs' veths outside their namespaces")
-	f.StringVar(&c.NamespaceVethCIDR, "namespace-veth-cidr", "10.0.23.0/24", "CIDR for the VMs' veths inside their namespaces")
-	f.StringVar(&c.NamespacePrefix, "namespace-prefix", "vm", "Prefix of the names of the VMs' network namespaces")
-	f.IntVar(&c.NamespaceCount, "namespace-count", 32, "Number of network namespaces, and so of VMs that can run at a time")
+	f.StringVar(
+		&c.HostInterface,
+		"host-interface",
+		"",
+		"Host gateway interface for VMs, or several (eth0,eth1) (default: those of the current default route)",
+	)
+	f.StringVar(
+		&c.HostVethCIDR,
+		"host-veth-cidr",
+		"10.0.16.0/22",
+		"CIDR for the VMs' veths outside their namespaces",
+	)
+	f.StringVar(
+		&c.NamespaceVethCIDR,
+		"namespace-veth-cidr",
+		"10.0.23.0/24",
+		"CIDR for the VMs' veths inside their namespaces",
+	)
+	f.StringVar(
+		&c.NamespacePrefix,
+		"namespace-prefix",
+		"vm",
+		"Prefix of the names of the VMs' network namespaces",
+	)
+	f.IntVar(
+		&c.NamespaceCount,
+		"namespace-count",
+		32,
+		"Number of network namespaces, and so of VMs that can run at a time",
+	)
 }
 
 const defaultDaemonDir = "/var/lib/drafter"

@@ -51,7 +51,9 @@ func (c *Client) Figures(ctx context.Context) ([]*dto.MetricFamily, error) {
 		return nil, fmt.Errorf("ask for metrics: %w", err)
 	}
 	parser := expfmt.NewTextParser(model.UTF8Validation)
-	families, err := parser.TextToMetricFamilies(io.LimitReader(strings.NewReader(answer.GetText()), mostMetrics))
+	families, err := parser.TextToMetricFamilies(
+		io.LimitReader(strings.NewReader(answer.GetText()), mostMetrics),
+	)
 	if err != nil {
 		return nil, fmt.Errorf("parse metrics: %w", err)
 	}
@@ -59,7 +61,10 @@ func (c *Client) Figures(ctx context.Context) ([]*dto.MetricFamily, error) {
 	for _, f := range families {
 		list = append(list, f)
 	}
-	slices.SortFunc(list, func(a, b *dto.MetricFamily) int { return strings.Compare(a.GetName(), b.GetName()) })
+	slices.SortFunc(
+		list,
+		func(a, b *dto.MetricFamily) int { return strings.Compare(a.GetName(), b.GetName()) },
+	)
 	return list, nil
 }
 

@@ -39,9 +39,20 @@ func BenchmarkHundred(b *testing.B) {
 	socket := filepath.Join(dir, "socket")
 	c := client.New(socket)
 	defer c.Close()
-	await.True(b, "the daemon answers", func() bool { _, err := c.Host(b.Context()); return err == nil })
+	await.True(
+		b,
+		"the daemon answers",
+		func() bool { _, err := c.Host(b.Context()); return err == nil },
+	)
 	each(b, 100, func(ctx context.Context, i int) error {
-		o, err := c.Run(ctx, api.Run{Image: "docker://image", Name: fmt.Sprint("vm", i), Ports: []api.Port{{Host: 1000 + i, Guest: 80}}})
+		o, err := c.Run(
+			ctx,
+			api.Run{
+				Image: "docker://image",
+				Name:  fmt.Sprint("vm", i),
+				Ports: []api.Port{{Host: 1000 + i, Guest: 80}},
+			},
+		)
 		if err == nil {
 			_, err = c.Await(ctx, o, nil)
 		}

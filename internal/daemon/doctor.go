@@ -16,9 +16,25 @@ func (d *Daemon) checkUp(ctx context.Context) {
 	for _, r := range results {
 		switch r.Level {
 		case api.Warning:
-			d.log.Warn("This host lacks something", "what", r.Name, "found", r.Text, "remedy", r.Remedy)
+			d.log.Warn(
+				"This host lacks something",
+				"what",
+				r.Name,
+				"found",
+				r.Text,
+				"remedy",
+				r.Remedy,
+			)
 		case api.Bad:
-			d.log.Error("VMs cannot run on this host", "what", r.Name, "found", r.Text, "remedy", r.Remedy)
+			d.log.Error(
+				"VMs cannot run on this host",
+				"what",
+				r.Name,
+				"found",
+				r.Text,
+				"remedy",
+				r.Remedy,
+			)
 		}
 	}
 	d.mu.Lock()

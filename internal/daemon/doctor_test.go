@@ -37,7 +37,10 @@ func TestCheckUp(t *testing.T) {
 	}
 	answer := httptest.NewRecorder()
 	d.Handler().ServeHTTP(answer, httptest.NewRequest("GET", "/v1/host", nil))
-	if !strings.Contains(answer.Body.String(), `{"name":"fuse","level":"error","text":"none","remedy":"load it"}`) {
+	if !strings.Contains(
+		answer.Body.String(),
+		`{"name":"fuse","level":"error","text":"none","remedy":"load it"}`,
+	) {
 		t.Error(answer.Body)
 	}
 	if err := d.Close(); err != nil {

@@ -58,7 +58,11 @@ func (d *Daemon) findGroups() {
 		err = d.tryGroup(base)
 	}
 	if err != nil {
-		d.log.Warn("VMs have no limits of memory, CPU time, processes and disk bandwidth on this host; see 'drafter doctor'", "reason", err)
+		d.log.Warn(
+			"VMs have no limits of memory, CPU time, processes and disk bandwidth on this host; see 'drafter doctor'",
+			"reason",
+			err,
+		)
 		return
 	}
 	d.groups = base
@@ -126,7 +130,10 @@ func (v *vm) leaveGroup(r api.VM) (outOfMemory bool, err error) {
 }
 
 func outOfMemory(r api.VM) string {
-	return fmt.Sprintf("the kernel has ended it, because its processes needed much more memory than the guest's %s; run it with more --memory", humanize.IBytes(uint64(r.Memory)))
+	return fmt.Sprintf(
+		"the kernel has ended it, because its processes needed much more memory than the guest's %s; run it with more --memory",
+		humanize.IBytes(uint64(r.Memory)),
+	)
 }
 
 // checkSize refuses a VM that is too large for this host, or has limits that it cannot have.
@@ -137,13 +144,26 @@ func (d *Daemon) checkSize(r *api.Run) error {
 	}
 	switch {
 	case r.Memory > have:
-		return fmt.Errorf("the VM is to have %s of memory, and this host has %s: %w", humanize.IBytes(uint64(r.Memory)), humanize.IBytes(uint64(have)), ErrInvalid)
+		return fmt.Errorf(
+			"the VM is to have %s of memory, and this host has %s: %w",
+			humanize.IBytes(uint64(r.Memory)),
+			humanize.IBytes(uint64(have)),
+			ErrInvalid,
+		)
 	case r.CPUs > vmm.MaxCPUs:
-		return fmt.Errorf("the VM is to have %d CPUs; it can have %d: %w", r.CPUs, vmm.MaxCPUs, ErrInvalid)
+		return fmt.Errorf(
+			"the VM is to have %d CPUs; it can have %d: %w",
+			r.CPUs,
+			vmm.MaxCPUs,
+			ErrInvalid,
+		)
 	case r.DiskRead == 0 && r.DiskWrite == 0:
 		return nil
 	case d.groups == "":
-		return fmt.Errorf("this host cannot limit the disk bandwidth; see 'drafter doctor': %w", ErrInvalid)
+		return fmt.Errorf(
+			"this host cannot limit the disk bandwidth; see 'drafter doctor': %w",
+			ErrInvalid,
+		)
 	}
 	if _, _, err := d.config.limits(api.VM{DiskRead: r.DiskRead, DiskWrite: r.DiskWrite}, d.dir("vms")); err != nil {
 		return fmt.Errorf("%w: %w", err, ErrInvalid)

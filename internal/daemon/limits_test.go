@@ -47,7 +47,8 @@ func TestGroup(t *testing.T) {
 	if problem := groupHas(vm); problem != "" || vm.Cgroup == "" {
 		t.Error(problem)
 	}
-	if members, err := os.ReadFile(filepath.Join(vm.Cgroup, "members/cgroup.procs")); err != nil || len(strings.Fields(string(members))) != 2 {
+	if members, err := os.ReadFile(filepath.Join(vm.Cgroup, "members/cgroup.procs")); err != nil ||
+		len(strings.Fields(string(members))) != 2 {
 		t.Errorf("peer and forwarder are in it: %q, %v", members, err)
 	}
 	if err := d.Close(); err != nil {
@@ -59,7 +60,8 @@ func TestGroup(t *testing.T) {
 	}
 	gone := func(when string) {
 		t.Helper()
-		if _, err := os.Stat(vm.Cgroup); !errors.Is(err, os.ErrNotExist) || d.VMs()[0].Cgroup != "" {
+		if _, err := os.Stat(vm.Cgroup); !errors.Is(err, os.ErrNotExist) ||
+			d.VMs()[0].Cgroup != "" {
 			t.Errorf("%s the group is there: %v, %s", when, err, d.VMs()[0].Cgroup)
 		}
 	}
@@ -110,7 +112,8 @@ func TestOutOfMemory(t *testing.T) {
 	}
 	vm := d.VMs()[0]
 	await.True(t, "the VM has ended", func() bool { return d.VMs()[0].State == api.Failed })
-	if now, err := d.VM(vm.ID); err != nil || now.State != api.Failed || !strings.Contains(now.Error, "run it with more --memory") {
+	if now, err := d.VM(vm.ID); err != nil || now.State != api.Failed ||
+		!strings.Contains(now.Error, "run it with more --memory") {
 		t.Errorf("%+v, %v", now, err)
 	}
 	o, err = d.Remove(vm.ID, false)
@@ -122,7 +125,9 @@ func TestOutOfMemory(t *testing.T) {
 // The limits leave room for what runs beside the guest.
 func TestLimits(t *testing.T) {
 	l, b, err := limits(api.VM{Memory: 1 << 30, CPUs: 2}, t.TempDir())
-	if err != nil || l.Memory < 1<<30+memoryOverhead || l.CPUs != 3 || l.PIDs != 2*cgroup.DefaultPIDs || b != (cgroup.Bandwidth{}) {
+	if err != nil || l.Memory < 1<<30+memoryOverhead || l.CPUs != 3 ||
+		l.PIDs != 2*cgroup.DefaultPIDs ||
+		b != (cgroup.Bandwidth{}) {
 		t.Errorf("%+v, %+v, %v", l, b, err)
 	}
 }
@@ -142,12 +147,18 @@ func TestTooLarge(t *testing.T) {
 		{api.Run{Image: "docker://image", Memory: 1 << 50}, "this host has"},
 		{api.Run{Image: "docker://image", CPUs: 1 << 20}, "CPUs"},
 	} {
-		if _, err := d.Run(tt.run); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), tt.want) || strings.Contains(err.Error(), "\n") {
+		if _, err := d.Run(tt.run); !errors.Is(err, ErrInvalid) ||
+			!strings.Contains(err.Error(), tt.want) ||
+			strings.Contains(err.Error(), "\n") {
 			t.Errorf("%+v: %v", tt.run, err)
 		}
 	}
 	d.groups = ""
-	if _, err := d.Run(api.Run{Image: "docker://image", DiskWrite: 1 << 20}); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "disk bandwidth") {
+	if _, err := d.Run(api.Run{Image: "docker://image", DiskWrite: 1 << 20}); !errors.Is(
+		err,
+		ErrInvalid,
+	) ||
+		!strings.Contains(err.Error(), "disk bandwidth") {
 		t.Error(err)
 	}
 	if entries, err := os.ReadDir(filepath.Join(dir, "lib/vms")); err != nil || len(entries) > 0 {

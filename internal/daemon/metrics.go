@@ -18,17 +18,62 @@ import (
 var (
 	vmLabels = []string{"id", "name"}
 
-	describeVMs     = prometheus.NewDesc("drafter_vms", "VMs of the host.", []string{"state"}, nil)
-	describeCheck   = prometheus.NewDesc("drafter_host_check", "What drafter doctor has found at the daemon's start: 0 for ok, 1 for a warning, 2 for an error.", []string{"check"}, nil)
-	describeInfo    = prometheus.NewDesc("drafter_vm_info", "1 for each VM.", append(vmLabels, "image", "state"), nil)
-	describeStarted = prometheus.NewDesc("drafter_vm_start_time_seconds", "When the VM was started last, in seconds since 1970.", vmLabels, nil)
-	describeMemory  = prometheus.NewDesc("drafter_vm_memory_bytes", "Memory that the guest has.", vmLabels, nil)
-	describeCPUs    = prometheus.NewDesc("drafter_vm_cpus", "CPUs that the guest has.", vmLabels, nil)
+	describeVMs   = prometheus.NewDesc("drafter_vms", "VMs of the host.", []string{"state"}, nil)
+	describeCheck = prometheus.NewDesc(
+		"drafter_host_check",
+		"What drafter doctor has found at the daemon's start: 0 for ok, 1 for a warning, 2 for an error.",
+		[]string{"check"},
+		nil,
+	)
+	describeInfo = prometheus.NewDesc(
+		"drafter_vm_info",
+		"1 for each VM.",
+		append(vmLabels, "image", "state"),
+		nil,
+	)
+	describeStarted = prometheus.NewDesc(
+		"drafter_vm_start_time_seconds",
+		"When the VM was started last, in seconds since 1970.",
+		vmLabels,
+		nil,
+	)
+	describeMemory = prometheus.NewDesc(
+		"drafter_vm_memory_bytes",
+		"Memory that the guest has.",
+		vmLabels,
+		nil,
+	)
+	describeCPUs = prometheus.NewDesc(
+		"drafter_vm_cpus",
+		"CPUs that the guest has.",
+		vmLabels,
+		nil,
+	)
 
-	describeCPUTime  = prometheus.NewDesc("drafter_vm_cpu_seconds_total", "CPU time since the VM's start of the process that owns it, and of its VMM.", vmLabels, nil)
-	describeResident = prometheus.NewDesc("drafter_vm_memory_resident_bytes", "Memory of the host that the VMM has, the guest's included.", vmLabels, nil)
-	describeReceived = prometheus.NewDesc("drafter_vm_network_receive_bytes_total", "Bytes that the guest has received since the VM's start.", vmLabels, nil)
-	describeSent     = prometheus.NewDesc("drafter_vm_network_transmit_bytes_total", "Bytes that the guest has sent since the VM's start.", vmLabels, nil)
+	describeCPUTime = prometheus.NewDesc(
+		"drafter_vm_cpu_seconds_total",
+		"CPU time since the VM's start of the process that owns it, and of its VMM.",
+		vmLabels,
+		nil,
+	)
+	describeResident = prometheus.NewDesc(
+		"drafter_vm_memory_resident_bytes",
+		"Memory of the host that the VMM has, the guest's included.",
+		vmLabels,
+		nil,
+	)
+	describeReceived = prometheus.NewDesc(
+		"drafter_vm_network_receive_bytes_total",
+		"Bytes that the guest has received since the VM's start.",
+		vmLabels,
+		nil,
+	)
+	describeSent = prometheus.NewDesc(
+		"drafter_vm_network_transmit_bytes_total",
+		"Bytes that the guest has sent since the VM's start.",
+		vmLabels,
+		nil,
+	)
 )
 
 // A scrape asks so many VMs at a time, and waits so long for each.
@@ -69,7 +114,13 @@ func (m hostMetrics) Collect(out chan<- prometheus.Metric) {
 		send(describeMemory, prometheus.GaugeValue, float64(vm.Memory), vm.ID, vm.Name)
 		send(describeCPUs, prometheus.GaugeValue, float64(vm.CPUs), vm.ID, vm.Name)
 		if vm.Started != nil {
-			send(describeStarted, prometheus.GaugeValue, float64(vm.Started.UnixMilli())/1000, vm.ID, vm.Name)
+			send(
+				describeStarted,
+				prometheus.GaugeValue,
+				float64(vm.Started.UnixMilli())/1000,
+				vm.ID,
+				vm.Name,
+			)
 		}
 		if vm.PID == 0 {
 			continue
@@ -85,7 +136,12 @@ func (m hostMetrics) Collect(out chan<- prometheus.Metric) {
 		send(describeVMs, prometheus.GaugeValue, n, state)
 	}
 	for _, c := range m.d.Host().Checks {
-		send(describeCheck, prometheus.GaugeValue, map[string]float64{api.Warning: 1, api.Bad: 2}[c.Level], c.Name)
+		send(
+			describeCheck,
+			prometheus.GaugeValue,
+			map[string]float64{api.Warning: 1, api.Bad: 2}[c.Level],
+			c.Name,
+		)
 	}
 }
 
@@ -100,7 +156,13 @@ func (d *Daemon) gatherVMs() ([]*dto.MetricFamily, error) {
 		}
 	}
 	d.mu.Unlock()
-	up := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "drafter_vm_up", Help: "1 for a VM whose process runs and answers."}, vmLabels)
+	up := prometheus.NewGaugeVec(
+		prometheus.GaugeOpts{
+			Name: "drafter_vm_up",
+			Help: "1 for a VM whose process runs and answers.",
+		},
+		vmLabels,
+	)
 	gathered := make([]prometheus.Gatherers, len(asked))
 	var group errgroup.Group
 	group.SetLimit(scrapesAtOnce)
@@ -113,7 +175,11 @@ func (d *Daemon) gatherVMs() ([]*dto.MetricFamily, error) {
 				one = 0
 			}
 			up.WithLabelValues(r.ID, r.Name).Set(one)
-			gathered[i] = prometheus.Gatherers{prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) { return ofVM(families, r), nil })}
+			gathered[i] = prometheus.Gatherers{
+				prometheus.GathererFunc(
+					func() ([]*dto.MetricFamily, error) { return ofVM(families, r), nil },
+				),
+			}
 			return nil
 		})
 	}
@@ -153,7 +219,8 @@ func ofVM(families []*dto.MetricFamily, r api.VM) []*dto.MetricFamily {
 		f.Name = &name
 		for _, m := range f.GetMetric() {
 			for _, l := range m.GetLabel() {
-				if renamed := "exported_" + l.GetName(); l.GetName() == "name" || l.GetName() == "id" {
+				if renamed := "exported_" + l.GetName(); l.GetName() == "name" ||
+					l.GetName() == "id" {
 					l.Name = &renamed // as Prometheus does
 				}
 			}

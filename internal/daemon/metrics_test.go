@@ -17,7 +17,12 @@ import (
 )
 
 // value returns the value of a metric with labels, and whether there is one.
-func value(t *testing.T, families []*dto.MetricFamily, name string, labels ...string) (float64, bool) {
+func value(
+	t *testing.T,
+	families []*dto.MetricFamily,
+	name string,
+	labels ...string,
+) (float64, bool) {
 	t.Helper()
 	for _, f := range families {
 		if f.GetName() != name {

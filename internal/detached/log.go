@@ -45,7 +45,8 @@ func openLog(path string) (log, journal *os.File, err error) {
 // inode (systemd.exec(5), JOURNAL_STREAM).
 func isJournal(f *os.File, stream string) bool {
 	var st unix.Stat_t
-	return stream != "" && unix.Fstat(int(f.Fd()), &st) == nil && stream == fmt.Sprintf("%d:%d", st.Dev, st.Ino)
+	return stream != "" && unix.Fstat(int(f.Fd()), &st) == nil &&
+		stream == fmt.Sprintf("%d:%d", st.Dev, st.Ino)
 }
 
 // journalFile is the number of the journal's stream in a detached process. 3 is its lock.
@@ -78,7 +79,8 @@ type log struct {
 
 // Write implements [io.Writer].
 func (l *log) Write(p []byte) (int, error) {
-	if info, err := l.file.Stat(); err == nil && info.Size()+int64(len(p)) > l.most && info.Size() > 0 {
+	if info, err := l.file.Stat(); err == nil && info.Size()+int64(len(p)) > l.most &&
+		info.Size() > 0 {
 		if err := l.rotate(info); err != nil {
 			return 0, err
 		}

@@ -54,10 +54,24 @@ func (h Host) checks() []Check {
 	list := []Check{h.release, h.virtualization}
 	for _, d := range h.Drivers {
 		if v, ok := d.(vmm.Installed); ok {
-			list = append(list, func(ctx context.Context) Result { return h.installed(ctx, d.Name(), v) })
+			list = append(
+				list,
+				func(ctx context.Context) Result { return h.installed(ctx, d.Name(), v) },
+			)
 		}
 	}
-	return append(list, h.userfaultfd, h.fuse, h.nftables, h.firewalls, h.subnets, h.cgroups, h.memory, h.disk, h.clock)
+	return append(
+		list,
+		h.userfaultfd,
+		h.fuse,
+		h.nftables,
+		h.firewalls,
+		h.subnets,
+		h.cgroups,
+		h.memory,
+		h.disk,
+		h.clock,
+	)
 }
 
 // patience is how long a check may take.

@@ -26,7 +26,11 @@ type driver struct {
 
 func (d driver) Name() string { return d.name }
 
-func (d driver) Installed(context.Context) (vmm.Version, error) { return vmm.Version{Major: 7}, d.err }
+func (d driver) Installed(
+	context.Context,
+) (vmm.Version, error) {
+	return vmm.Version{Major: 7}, d.err
+}
 
 // healthy is a host on which all is well.
 func healthy(t *testing.T) Host {
@@ -120,7 +124,9 @@ func TestChecks(t *testing.T) {
 			switch {
 			case r.Name == tt.check:
 				seen = true
-				if !strings.Contains(text, tt.want) || r.Level != api.OK && r.Name != "disk" && r.Remedy == "" && what != "unreadable firewall" {
+				if !strings.Contains(text, tt.want) ||
+					r.Level != api.OK && r.Name != "disk" && r.Remedy == "" &&
+						what != "unreadable firewall" {
 					t.Errorf("%s: %s (%s), want %q", what, text, r.Remedy, tt.want)
 				}
 			case r.Level != api.OK && r.Name != "disk": // that is this machine's
@@ -134,7 +140,10 @@ func TestChecks(t *testing.T) {
 }
 
 func dropping(network.NATConfig) ([]network.Obstacle, error) {
-	return []network.Obstacle{{Text: "chain a drops x", Remedy: "open it"}, {Text: "chain b drops y", Remedy: "open it"}}, nil
+	return []network.Obstacle{
+		{Text: "chain a drops x", Remedy: "open it"},
+		{Text: "chain b drops y", Remedy: "open it"},
+	}, nil
 }
 
 // A disk is judged by what is free on it.

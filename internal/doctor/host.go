@@ -35,14 +35,22 @@ func (h Host) release(context.Context) Result {
 	text := h.read(path)
 	var major, minor int
 	if _, err := fmt.Sscanf(text, "%d.%d", &major, &minor); err != nil {
-		return bad(name, fmt.Sprintf("/%s does not tell the release: %q", path, text), "mount /proc")
+		return bad(
+			name,
+			fmt.Sprintf("/%s does not tell the release: %q", path, text),
+			"mount /proc",
+		)
 	}
 	text = "Linux " + text
 	switch release := 1000*major + minor; {
 	case release < 6001:
 		return bad(name, text+": QEMU cannot share a VM's memory", "install Linux 6.1 or later")
 	case release < 6007:
-		return warning(name, text+": a VM that starts copies its memory", "install Linux 6.7 or later; VMs then map the package's memory, and start faster")
+		return warning(
+			name,
+			text+": a VM that starts copies its memory",
+			"install Linux 6.7 or later; VMs then map the package's memory, and start faster",
+		)
 	}
 	return ok(name, text)
 }
@@ -53,15 +61,27 @@ func (h Host) virtualization(context.Context) Result {
 	f, err := os.OpenFile(h.path("dev/kvm"), os.O_RDWR, 0)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
-		return warning(name, "there is no /dev/kvm: VMs are emulated, which is slow", "turn virtualization on in the firmware (or nested virtualization, in a VM), and load kvm_intel or kvm_amd")
+		return warning(
+			name,
+			"there is no /dev/kvm: VMs are emulated, which is slow",
+			"turn virtualization on in the firmware (or nested virtualization, in a VM), and load kvm_intel or kvm_amd",
+		)
 	case err != nil:
-		return warning(name, fmt.Sprintf("KVM is not usable (%v): VMs are emulated, which is slow", err), "give root access to /dev/kvm")
+		return warning(
+			name,
+			fmt.Sprintf("KVM is not usable (%v): VMs are emulated, which is slow", err),
+			"give root access to /dev/kvm",
+		)
 	}
 	if err := f.Close(); err != nil {
 		return warning(name, err.Error(), "")
 	}
 	if _, err := os.Stat(h.path("sys/module/kvm_pvm")); err == nil {
-		return warning(name, "KVM is provided by PVM, which runs PVM-aware guest kernels only: VMs are emulated", "use a host with hardware virtualization; with a PVM-aware blueprint, the low-level commands take --accel kvm")
+		return warning(
+			name,
+			"KVM is provided by PVM, which runs PVM-aware guest kernels only: VMs are emulated",
+			"use a host with hardware virtualization; with a PVM-aware blueprint, the low-level commands take --accel kvm",
+		)
 	}
 	return ok(name, "KVM is usable")
 }
@@ -82,9 +102,17 @@ func (h Host) userfaultfd(context.Context) Result {
 	const name = "userfaultfd"
 	switch {
 	case !h.kernel.tracks():
-		return bad(name, "this process cannot use userfaultfd(2), or the kernel's does not write-protect memory", "run as root, outside of a container that forbids it, on a kernel with CONFIG_USERFAULTFD")
+		return bad(
+			name,
+			"this process cannot use userfaultfd(2), or the kernel's does not write-protect memory",
+			"run as root, outside of a container that forbids it, on a kernel with CONFIG_USERFAULTFD",
+		)
 	case !h.kernel.scans():
-		return warning(name, "the kernel does not note which pages a VM writes: each first write is a fault during a move", "install Linux 6.7 or later")
+		return warning(
+			name,
+			"the kernel does not note which pages a VM writes: each first write is a fault during a move",
+			"install Linux 6.7 or later",
+		)
 	}
 	return ok(name, "the kernel serves memory, and notes what is written")
 }
@@ -133,9 +161,16 @@ func (h Host) firewalls(context.Context) Result {
 func (h Host) subnets(context.Context) Result {
 	const name = "networks"
 	if err := h.kernel.subnets(h.NAT); err != nil {
-		return bad(name, err.Error(), "start the daemon with other --host-veth-cidr and --namespace-veth-cidr")
+		return bad(
+			name,
+			err.Error(),
+			"start the daemon with other --host-veth-cidr and --namespace-veth-cidr",
+		)
 	}
-	return ok(name, fmt.Sprintf("%s and %s are free for VMs", h.NAT.HostVethCIDR, h.NAT.NamespaceVethCIDR))
+	return ok(
+		name,
+		fmt.Sprintf("%s and %s are free for VMs", h.NAT.HostVethCIDR, h.NAT.NamespaceVethCIDR),
+	)
 }
 
 func (h Host) cgroups(context.Context) Result {
@@ -169,7 +204,14 @@ func (h Host) memory(context.Context) Result {
 	if err != nil {
 		return bad(name, "/proc/meminfo does not tell what is available", "mount /proc")
 	}
-	return room(name, kib<<10, leastMemory, wantedMemory, "available", "stop VMs or other programs, or add memory")
+	return room(
+		name,
+		kib<<10,
+		leastMemory,
+		wantedMemory,
+		"available",
+		"stop VMs or other programs, or add memory",
+	)
 }
 
 func (h Host) disk(context.Context) Result {
@@ -183,7 +225,14 @@ func (h Host) disk(context.Context) Result {
 	if err != nil {
 		return bad("disk", err.Error(), "")
 	}
-	return room("disk", r.Free, leastDisk, wantedDisk, "free at "+h.Dir, "remove VMs ('drafter rm') or other files there, or start the daemon with another --dir")
+	return room(
+		"disk",
+		r.Free,
+		leastDisk,
+		wantedDisk,
+		"free at "+h.Dir,
+		"remove VMs ('drafter rm') or other files there, or start the daemon with another --dir",
+	)
 }
 
 func room(name string, have, least, wanted int64, where, remedy string) Result {
@@ -204,7 +253,13 @@ const oldest = 2025
 func (h Host) clock(context.Context) Result {
 	const name, remedy = "clock", "run chrony or systemd-timesyncd ('timedatectl set-ntp true')"
 	if now := h.kernel.now(); now.Year() < oldest {
-		return bad(name, "it is "+now.Format("2006-01-02 15:04")+": certificates of registries are not valid yet", remedy)
+		return bad(
+			name,
+			"it is "+now.Format(
+				"2006-01-02 15:04",
+			)+": certificates of registries are not valid yet",
+			remedy,
+		)
 	}
 	var t unix.Timex
 	if _, err := h.kernel.adjtimex(&t); err != nil {

@@ -78,7 +78,15 @@ func (b Bandwidth) bounds() []bound {
 	if text == b.Disk {
 		return nil
 	}
-	return []bound{{"io", "disk bandwidth", "--disk-read-bps, --disk-write-bps", map[string]string{"io.max": text}, false}}
+	return []bound{
+		{
+			"io",
+			"disk bandwidth",
+			"--disk-read-bps, --disk-write-bps",
+			map[string]string{"io.max": text},
+			false,
+		},
+	}
 }
 
 // DiskOf returns the number of the disk that a path is on. A partition's is that of its disk, which the
@@ -96,7 +104,11 @@ func diskOf(path, sys string) (string, error) {
 func diskNumber(sys, number, path string) (string, error) {
 	dir, err := filepath.EvalSymlinks(filepath.Join(sys, "dev/block", number))
 	if errors.Is(err, os.ErrNotExist) {
-		return "", fmt.Errorf("%s is on no disk of which the kernel could limit the bandwidth (its device is %s)", path, number)
+		return "", fmt.Errorf(
+			"%s is on no disk of which the kernel could limit the bandwidth (its device is %s)",
+			path,
+			number,
+		)
 	}
 	if err == nil {
 		if _, perr := os.Stat(filepath.Join(dir, "partition")); perr == nil {
@@ -115,7 +127,12 @@ func GroupPath(base, name string) string { return filepath.Join(base, cgroupPath
 
 // NewGroup makes the group [GroupPath] with limits. If one cannot be had, the error is an
 // [*UnavailableError], and there is no group.
-func NewGroup(base, name string, limits Limits, disk Bandwidth, log *slog.Logger) (_ *Group, err error) {
+func NewGroup(
+	base, name string,
+	limits Limits,
+	disk Bandwidth,
+	log *slog.Logger,
+) (_ *Group, err error) {
 	g := &Group{GroupPath(base, name), name}
 	if old, err := FindGroup(g.Path, name); err != nil {
 		return nil, err
@@ -157,7 +174,8 @@ func FindGroup(path, name string) (*Group, error) {
 	}
 	if errors.Is(err, unix.ENODATA) && filepath.Base(path) == name {
 		// Whoever made it may have been killed before it was marked. Then nothing is in it.
-		if _, perr := unix.Getxattr(filepath.Dir(path), parentMark, value); perr == nil && unix.Rmdir(path) == nil {
+		if _, perr := unix.Getxattr(filepath.Dir(path), parentMark, value); perr == nil &&
+			unix.Rmdir(path) == nil {
 			return nil, nil
 		}
 	}

@@ -23,7 +23,15 @@ func member(what string) error {
 	size := 48 << 20
 	switch what {
 	case "owner": // of a VM: its VMM gets a group of its own
-		p, err := Start(Config{Path: "/bin/cat", Args: []string{"/proc/self/cgroup"}, CgroupVersion: 2, CgroupName: "vmm", Stdout: os.Stdout})
+		p, err := Start(
+			Config{
+				Path:          "/bin/cat",
+				Args:          []string{"/proc/self/cgroup"},
+				CgroupVersion: 2,
+				CgroupName:    "vmm",
+				Stdout:        os.Stdout,
+			},
+		)
 		if err != nil {
 			return err
 		}
@@ -64,7 +72,13 @@ type zeros struct{}
 func (zeros) Read(b []byte) (int, error) { return len(b), nil }
 
 // within runs this program in a new group, as detached processes run, and returns what it prints.
-func within(t *testing.T, limits Limits, disk Bandwidth, what string, env ...string) (g *Group, out string, err error) {
+func within(
+	t *testing.T,
+	limits Limits,
+	disk Bandwidth,
+	what string,
+	env ...string,
+) (g *Group, out string, err error) {
 	t.Helper()
 	need.Root(t)
 	base, have, err := Controllers()
@@ -73,7 +87,11 @@ func within(t *testing.T, limits Limits, disk Bandwidth, what string, env ...str
 	}
 	for _, b := range append(limits.bounds(2), disk.bounds()...) {
 		if !strings.Contains(" "+strings.Join(have, " ")+" ", " "+b.controller+" ") {
-			need.Lacks(t, "cgroup2", "there is no controller "+b.controller+" in cgroup version 2 here")
+			need.Lacks(
+				t,
+				"cgroup2",
+				"there is no controller "+b.controller+" in cgroup version 2 here",
+			)
 		}
 	}
 	g, err = NewGroup(base, fmt.Sprint("group-test-", os.Getpid()), limits, disk, slog.Default())
@@ -104,10 +122,12 @@ func within(t *testing.T, limits Limits, disk Bandwidth, what string, env ...str
 func TestGroup(t *testing.T) {
 	g, out, err := within(t, Limits{PIDs: -1}, Bandwidth{}, "owner")
 	_, path, _ := strings.Cut(out, "0::")
-	if path = strings.TrimSpace(path); err != nil || !strings.HasSuffix(path, "/drafter/"+filepath.Base(g.Path)+"/drafter/vmm") {
+	if path = strings.TrimSpace(path); err != nil ||
+		!strings.HasSuffix(path, "/drafter/"+filepath.Base(g.Path)+"/drafter/vmm") {
 		t.Errorf("the VMM was in %s, %v; the group is %s", out, err, g.Path)
 	}
-	if found, err := FindGroup(g.Path, filepath.Base(g.Path)); err != nil || found == nil || *found != *g {
+	if found, err := FindGroup(g.Path, filepath.Base(g.Path)); err != nil || found == nil ||
+		*found != *g {
 		t.Errorf("found %+v, %v", found, err)
 	}
 	if found, err := FindGroup(g.Path, "another"); err == nil {
@@ -129,7 +149,13 @@ func TestGroup(t *testing.T) {
 		t.Errorf("found %+v, %v", found, err)
 	}
 	// and one that is there already is made anew
-	again, err := NewGroup(filepath.Dir(filepath.Dir(g.Path)), filepath.Base(g.Path), Limits{PIDs: -1}, Bandwidth{}, slog.Default())
+	again, err := NewGroup(
+		filepath.Dir(filepath.Dir(g.Path)),
+		filepath.Base(g.Path),
+		Limits{PIDs: -1},
+		Bandwidth{},
+		slog.Default(),
+	)
 	if err != nil || again.Path != g.Path {
 		t.Error(again, err)
 	}
@@ -191,7 +217,13 @@ func TestGroupBandwidth(t *testing.T) {
 		need.Lacks(t, "disk", err)
 	}
 	began := time.Now()
-	_, out, err := within(t, Limits{PIDs: -1}, Bandwidth{Disk: disk, Write: 2 << 20}, "write", "PROCESS_TEST_FILE="+filepath.Join(dir, "file"))
+	_, out, err := within(
+		t,
+		Limits{PIDs: -1},
+		Bandwidth{Disk: disk, Write: 2 << 20},
+		"write",
+		"PROCESS_TEST_FILE="+filepath.Join(dir, "file"),
+	)
 	if took := time.Since(began); err != nil || took < time.Second {
 		t.Errorf("4 MiB at 2 MiB/s: %s, %v, %s", took, err, out)
 	}
@@ -232,7 +264,11 @@ func TestGroupFiles(t *testing.T) {
 	write("cgroup.subtree_control", "cpu memory pids\n")
 	write("cgroup.controllers", "cpu memory pids\n")
 	var unavailable *UnavailableError
-	if _, err := NewGroup(base, "other", limits, disk, slog.Default()); !errors.As(err, &unavailable) || !strings.Contains(err.Error(), "no controller io") {
+	if _, err := NewGroup(base, "other", limits, disk, slog.Default()); !errors.As(
+		err,
+		&unavailable,
+	) ||
+		!strings.Contains(err.Error(), "no controller io") {
 		t.Error(err)
 	}
 }

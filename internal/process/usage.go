@@ -64,7 +64,9 @@ func UsageOf(pid int) (u Usage, err error) {
 
 func sameNetwork(a, b int) bool {
 	var one, other unix.Stat_t
-	return unix.Stat(fmt.Sprintf("/proc/%d/ns/net", a), &one) == nil && unix.Stat(fmt.Sprintf("/proc/%d/ns/net", b), &other) == nil && one.Ino == other.Ino
+	return unix.Stat(fmt.Sprintf("/proc/%d/ns/net", a), &one) == nil &&
+		unix.Stat(fmt.Sprintf("/proc/%d/ns/net", b), &other) == nil &&
+		one.Ino == other.Ino
 }
 
 // children returns what the threads of a process have started.

@@ -12,7 +12,11 @@ import (
 
 // A process' usage is that of all its descendants; the largest of them is the VMM.
 func TestUsage(t *testing.T) {
-	cmd := exec.Command("sh", "-c", "sh -c 'while :; do :; done' & head -c 30000000 /dev/zero | tail -c 20000000 >/dev/null; sleep 1000 & wait")
+	cmd := exec.Command(
+		"sh",
+		"-c",
+		"sh -c 'while :; do :; done' & head -c 30000000 /dev/zero | tail -c 20000000 >/dev/null; sleep 1000 & wait",
+	)
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -33,7 +37,8 @@ func TestUsage(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return u.CPU > 200*time.Millisecond && u.Resident > 100<<10 && u.Resident < 1<<30 && u.Received == 0
+		return u.CPU > 200*time.Millisecond && u.Resident > 100<<10 && u.Resident < 1<<30 &&
+			u.Received == 0
 	})
 	if _, err := UsageOf(1 << 22); err == nil {
 		t.Error("there is no such process")
