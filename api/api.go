@@ -39,6 +39,9 @@ type VM struct {
 	Ports      []Port            `json:"ports,omitempty"`
 	Memory     int64             `json:"memory" doc:"Bytes"`
 	CPUs       int               `json:"cpus"`
+	DiskRead   int64             `json:"diskReadBps,omitempty" doc:"Most bytes a second that it reads from its host's disk; 0: no limit"`
+	DiskWrite  int64             `json:"diskWriteBps,omitempty" doc:"Most bytes a second that it writes there; 0: no limit"`
+	Cgroup     string            `json:"cgroup,omitempty" doc:"Control group with its limits, while it has one"`
 	Remove     bool              `json:"remove,omitempty" doc:"It is removed when it has ended"`
 	Labels     map[string]string `json:"labels,omitempty"`
 	Namespace  string            `json:"namespace,omitempty" doc:"Network namespace, while it has one"`
@@ -60,17 +63,19 @@ type Port struct {
 
 // Run asks for a VM of an image.
 type Run struct {
-	Image    string            `json:"image" minLength:"1" doc:"docker://NAME[:TAG|@DIGEST] or any reference that 'drafter blueprint oci' takes"`
-	Name     string            `json:"name,omitempty" pattern:"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$" doc:"Of the VM; made up if there is none"`
-	Command  []string          `json:"command,omitempty" doc:"In place of the image's command, behind its entrypoint"`
-	Env      []string          `json:"env,omitempty" doc:"Added to the environment of its service, as NAME=value; kept for this VM only, not in a package"`
-	Ports    []Port            `json:"ports,omitempty"`
-	Memory   int64             `json:"memory,omitempty" doc:"Bytes; 0: 1 GiB"`
-	CPUs     int               `json:"cpus,omitempty" minimum:"0" doc:"0: 1"`
-	Platform string            `json:"platform,omitempty" doc:"Of the image, such as linux/arm64"`
-	Pull     string            `json:"pull,omitempty" enum:"missing,always,never" default:"missing"`
-	Remove   bool              `json:"remove,omitempty" doc:"Remove the VM when it has ended"`
-	Labels   map[string]string `json:"labels,omitempty"`
+	Image     string            `json:"image" minLength:"1" doc:"docker://NAME[:TAG|@DIGEST] or any reference that 'drafter blueprint oci' takes"`
+	Name      string            `json:"name,omitempty" pattern:"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$" doc:"Of the VM; made up if there is none"`
+	Command   []string          `json:"command,omitempty" doc:"In place of the image's command, behind its entrypoint"`
+	Env       []string          `json:"env,omitempty" doc:"Added to the environment of its service, as NAME=value; kept for this VM only, not in a package"`
+	Ports     []Port            `json:"ports,omitempty"`
+	Memory    int64             `json:"memory,omitempty" doc:"Bytes; 0: 1 GiB"`
+	CPUs      int               `json:"cpus,omitempty" minimum:"0" doc:"0: 1"`
+	DiskRead  int64             `json:"diskReadBps,omitempty" minimum:"0" doc:"Most bytes a second that it reads from its host's disk; 0: no limit"`
+	DiskWrite int64             `json:"diskWriteBps,omitempty" minimum:"0" doc:"Most bytes a second that it writes there; 0: no limit"`
+	Platform  string            `json:"platform,omitempty" doc:"Of the image, such as linux/arm64"`
+	Pull      string            `json:"pull,omitempty" enum:"missing,always,never" default:"missing"`
+	Remove    bool              `json:"remove,omitempty" doc:"Remove the VM when it has ended"`
+	Labels    map[string]string `json:"labels,omitempty"`
 }
 
 // States of an operation.
@@ -111,12 +116,13 @@ type Event struct {
 
 // Host is what a daemon says of itself.
 type Host struct {
-	Name       string `json:"name"`
-	Version    string `json:"version"`
-	VMs        int    `json:"vms"`
-	Running    int    `json:"running"`
-	MemoryFree int64  `json:"memoryFree" doc:"Bytes"`
-	Drained    bool   `json:"drained,omitempty" doc:"No VM starts here: see 'drafter drain'"`
+	Name       string  `json:"name"`
+	Version    string  `json:"version"`
+	VMs        int     `json:"vms"`
+	Running    int     `json:"running"`
+	MemoryFree int64   `json:"memoryFree" doc:"Bytes"`
+	Drained    bool    `json:"drained,omitempty" doc:"No VM starts here: see 'drafter drain'"`
+	Checks     []Check `json:"checks,omitempty" doc:"What the daemon has found of its host at its start"`
 }
 
 // LogLine is a piece of what a VM's service has printed: mostly a line.

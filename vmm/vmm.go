@@ -216,6 +216,12 @@ type Checker interface {
 	Check(ctx context.Context, l Launch) error
 }
 
+// Installed is a [Driver] that can say which release of its VMM this host has. An error says what is
+// missing, and how to mend it.
+type Installed interface {
+	Installed(ctx context.Context) (Version, error)
+}
+
 // Machine is one running or paused VM. Wait and Close may be called at any time. Callers make the
 // other calls one at a time, but Flush, unless it pauses (see [FlushPauser]), also beside Save.
 type Machine interface {

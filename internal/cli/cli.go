@@ -17,6 +17,7 @@ import (
 	"github.com/lmittmann/tint"
 	"github.com/spf13/cobra"
 
+	"drafter/internal/detached"
 	"drafter/internal/output"
 )
 
@@ -52,7 +53,7 @@ func Main(args []string) int {
 	// In the background of a terminal, output then goes on and there is no input; otherwise the
 	// process would stop.
 	signal.Ignore(syscall.SIGTTIN, syscall.SIGTTOU)
-	stderr := output.New(os.Stderr, logRoom, plainNotice)
+	stderr := output.New(detached.Stderr(), logRoom, plainNotice)
 	defer stderr.Close()
 	return Run(ctx, args, results{os.Stdout}, stderr)
 }
@@ -148,7 +149,8 @@ runner'.
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return &usageError{fmt.Errorf("%w; see '%s --help'", err, cmd.CommandPath())}
 	})
-	root.AddCommand(newDaemon(), newRunVM(), newPS(), newStart(), newStop(), newKill(), newRemove(), newExec(), newCopy(), newInspect(), newLogs(), newEvents(), newMove(), newUpgrade(), newDrain(), newUndrain(), newHost())
+	root.AddCommand(newDaemon(), newRunVM(), newPS(), newStart(), newStop(), newKill(), newRemove(), newExec(), newCopy(), newInspect(), newLogs(), newEvents())
+	root.AddCommand(newMove(), newUpgrade(), newDrain(), newUndrain(), newHost(), newDoctor())
 	root.AddCommand(newNAT(), newForwarder(), newAnchor(), newBlueprint(), newSnapshotter(), newPackager(), newRunner(), newPeer(), newMounter(), newRegistry(), newPush(), newPull(), newSign(), newVerify(), newTerminator(), newCheckpoint(), newDevice(), newVersion())
 	return root
 }

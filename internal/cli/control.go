@@ -63,6 +63,9 @@ func (c *controlled) running(vm *peer.Peer) {
 	}
 	c.vm.Store(vm)
 	c.server.SetMover(c)
+	if err := c.server.Measure(vm.Metrics()); err != nil {
+		slog.Error("There are no metrics of the VM", "error", err)
+	}
 	why := ""
 	if booted := vm.Booted(); booted != nil {
 		why = booted.Error()

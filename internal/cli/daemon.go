@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 
 	"drafter/client"
@@ -26,7 +27,7 @@ import (
 
 func newDaemon() *cobra.Command {
 	c := daemon.Config{Version: Version}
-	var socket string
+	var socket, metrics string
 	cmd := &cobra.Command{
 		Use:   "daemon",
 		Short: "Look after the VMs of this host",
@@ -56,22 +57,19 @@ is one. The API is REST with JSON. GET /openapi.json describes it.
 			if err := checkListen(&c, cmd.Flags().Changed("tunnel-port")); err != nil {
 				return err
 			}
-			return runDaemon(cmd.Context(), c, socket)
+			return runDaemon(cmd.Context(), c, socket, metrics)
 		},
 	}
 	f := cmd.Flags()
 	f.StringVar(&socket, "socket", client.Socket, "UNIX socket to answer at")
-	f.StringVar(&c.Dir, "dir", "/var/lib/drafter", "Directory for VMs, packages and records")
+	f.StringVar(&metrics, "metrics", "", "Address (HOST:PORT) to serve Prometheus metrics of all VMs from, without authentication: names, images, sizes, numbers, times and paths, nothing of a VM's content (leave empty to disable)")
+	f.StringVar(&c.Dir, "dir", defaultDaemonDir, "Directory for VMs, packages and records")
 	f.StringVar(&c.Name, "name", "", "Name of this host for other hosts (default: its host name)")
 	f.StringVar(&c.Listen, "listen", "", "HOST:PORT at which other hosts reach this one, by TLS, such as 192.0.2.7:7443 or :7443 (leave empty to disable)")
 	f.IntVar(&c.TunnelPort, "tunnel-port", 0, "UDP port by which connections of VMs that have moved between hosts go on (default: that of --listen; 0: none)")
 	f.StringVar(&c.Guest, "guest-bin", "", "drafter-guest binary (default: beside this program, or on PATH)")
 	f.StringVar(&c.Blueprint, "blueprint", "", "Directory of an OS blueprint, as 'drafter blueprint os' makes it (default: one is made for the first VM)")
-	f.StringVar(&c.HostInterface, "host-interface", "", "Host gateway interface for VMs, or several (eth0,eth1) (default: those of the current default route)")
-	f.StringVar(&c.HostVethCIDR, "host-veth-cidr", "10.0.16.0/22", "CIDR for the VMs' veths outside their namespaces")
-	f.StringVar(&c.NamespaceVethCIDR, "namespace-veth-cidr", "10.0.23.0/24", "CIDR for the VMs' veths inside their namespaces")
-	f.StringVar(&c.NamespacePrefix, "namespace-prefix", "vm", "Prefix of the names of the VMs' network namespaces")
-	f.IntVar(&c.NamespaceCount, "namespace-count", 32, "Number of network namespaces, and so of VMs that can run at a time")
+	addNetwork(cmd, &c)
 	return cmd
 }
 
@@ -96,20 +94,32 @@ func checkListen(c *daemon.Config, tunnel bool) error {
 	return nil
 }
 
+// daemonDrivers are the drivers of the VMMs that a daemon uses.
+func daemonDrivers() vmm.Drivers {
+	return vmm.Drivers{qemu.Driver{}, firecracker.Driver{Bin: "firecracker", Jailer: "jailer"}}
+}
+
 //nolint:contextcheck // streams and operations go on until the daemon ends, not its callers
-func runDaemon(ctx context.Context, c daemon.Config, socket string) (err error) {
+func runDaemon(ctx context.Context, c daemon.Config, socket, metrics string) (err error) {
 	if c.Guest, err = findGuest(c.Guest); err != nil && c.Blueprint == "" {
 		return err
 	}
 	if c.Program, err = os.Executable(); err != nil {
 		return err
 	}
-	c.Drivers = vmm.Drivers{qemu.Driver{}, firecracker.Driver{Bin: "firecracker", Jailer: "jailer"}}
+	c.Drivers, c.Checks = daemonDrivers(), hostChecks(c)
 	d, err := daemon.Open(c)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, d.Close()) }()
+	if metrics != "" {
+		stop, merr := serveGathered(ctx, metrics, prometheus.Gatherers{d.Metrics()})
+		if merr != nil {
+			return merr
+		}
+		defer func() { err = errors.Join(err, stop()) }()
+	}
 	listener, err := listenAt(socket)
 	if err != nil {
 		return err

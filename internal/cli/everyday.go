@@ -70,7 +70,7 @@ func newRunVM() *cobra.Command {
 	var e everyday
 	var r api.Run
 	var ports, labels, envFiles []string
-	var memory string
+	var memory, diskRead, diskWrite string
 	var detach bool
 	cmd := &cobra.Command{
 		Use:   "run [flags] IMAGE [COMMAND [ARG…]]",
@@ -93,6 +93,12 @@ So the package has no secrets in it, and the service takes its time.
 			}
 			var err error
 			if r.Memory, err = parseBytes("memory", memory); err != nil {
+				return err
+			}
+			if r.DiskRead, err = parseBytes("disk-read-bps", diskRead); err != nil {
+				return err
+			}
+			if r.DiskWrite, err = parseBytes("disk-write-bps", diskWrite); err != nil {
 				return err
 			}
 			if r.Ports, err = parsePorts(ports); err != nil {
@@ -130,6 +136,8 @@ So the package has no secrets in it, and the service takes its time.
 	f.StringArrayVarP(&labels, "label", "l", nil, "A label, as KEY=VALUE (repeatable)")
 	f.StringVarP(&memory, "memory", "m", "", "Memory of the VM, such as 512MB (default 1GiB)")
 	f.IntVar(&r.CPUs, "cpus", 1, "Number of virtual CPUs")
+	f.StringVar(&diskRead, "disk-read-bps", "", "Most bytes a second that the VM reads from its host's disk, such as 50MB (default no limit)")
+	f.StringVar(&diskWrite, "disk-write-bps", "", "Most bytes a second that the VM writes to its host's disk, such as 50MB (default no limit)")
 	f.StringVar(&r.Platform, "platform", "", "Platform of the image, such as linux/arm64 (default: this host's)")
 	f.StringVar(&r.Pull, "pull", "missing", "When to look for the image anew: missing, always or never")
 	f.BoolVar(&r.Remove, "rm", false, "Remove the VM when it has ended")

@@ -27,8 +27,13 @@ func serveMetrics(ctx context.Context, addr string, own prometheus.Collector) (s
 	if addr == "" {
 		return func() error { return nil }, nil
 	}
+	return serveGathered(ctx, addr, nil, own)
+}
+
+// serveGathered serves metrics of this process, and others, until stop is called.
+func serveGathered(ctx context.Context, addr string, others prometheus.Gatherers, own ...prometheus.Collector) (stop func() error, err error) {
 	registry := prometheus.NewRegistry()
-	for _, c := range []prometheus.Collector{own, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{})} {
+	for _, c := range append(own, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{})) {
 		if err := registry.Register(c); err != nil {
 			return nil, fmt.Errorf("register metrics: %w", err)
 		}
@@ -38,7 +43,7 @@ func serveMetrics(ctx context.Context, addr string, own prometheus.Collector) (s
 		return nil, fmt.Errorf("--metrics %s: %w", addr, err)
 	}
 	mux := http.NewServeMux()
-	mux.Handle("/metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: 8}))
+	mux.Handle("/metrics", promhttp.HandlerFor(append(others, registry), promhttp.HandlerOpts{MaxRequestsInFlight: 8}))
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second, MaxHeaderBytes: 16 << 10, ErrorLog: log.New(io.Discard, "", 0)}
 	done := make(chan error, 1)
 	go func() { done <- server.Serve(transport.Bound(l, metricsConnections)) }()

@@ -434,6 +434,86 @@ func (*SuspendResponse) Descriptor() ([]byte, []int) {
 	return file_internal_control_control_proto_rawDescGZIP(), []int{7}
 }
 
+type MetricsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MetricsRequest) Reset() {
+	*x = MetricsRequest{}
+	mi := &file_internal_control_control_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MetricsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MetricsRequest) ProtoMessage() {}
+
+func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_control_control_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MetricsRequest.ProtoReflect.Descriptor instead.
+func (*MetricsRequest) Descriptor() ([]byte, []int) {
+	return file_internal_control_control_proto_rawDescGZIP(), []int{8}
+}
+
+type MetricsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Text          string                 `protobuf:"bytes,1,opt,name=text,proto3" json:"text,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MetricsResponse) Reset() {
+	*x = MetricsResponse{}
+	mi := &file_internal_control_control_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MetricsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MetricsResponse) ProtoMessage() {}
+
+func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_control_control_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MetricsResponse.ProtoReflect.Descriptor instead.
+func (*MetricsResponse) Descriptor() ([]byte, []int) {
+	return file_internal_control_control_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *MetricsResponse) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
 var File_internal_control_control_proto protoreflect.FileDescriptor
 
 const file_internal_control_control_proto_rawDesc = "" +
@@ -460,12 +540,16 @@ const file_internal_control_control_proto_rawDesc = "" +
 	"\x10WithdrawResponse\x12\x14\n" +
 	"\x05moved\x18\x01 \x01(\bR\x05moved\"\x10\n" +
 	"\x0eSuspendRequest\"\x11\n" +
-	"\x0fSuspendResponse2\xd3\x02\n" +
+	"\x0fSuspendResponse\"\x10\n" +
+	"\x0eMetricsRequest\"%\n" +
+	"\x0fMetricsResponse\x12\x12\n" +
+	"\x04text\x18\x01 \x01(\tR\x04text2\xa7\x03\n" +
 	"\aControl\x12O\n" +
 	"\x06Status\x12!.drafter.control.v1.StatusRequest\x1a\".drafter.control.v1.StatusResponse\x12R\n" +
 	"\aSuspend\x12\".drafter.control.v1.SuspendRequest\x1a#.drafter.control.v1.SuspendResponse\x12L\n" +
 	"\x05Offer\x12 .drafter.control.v1.OfferRequest\x1a!.drafter.control.v1.OfferResponse\x12U\n" +
-	"\bWithdraw\x12#.drafter.control.v1.WithdrawRequest\x1a$.drafter.control.v1.WithdrawResponseB\"Z drafter/internal/control;controlb\x06proto3"
+	"\bWithdraw\x12#.drafter.control.v1.WithdrawRequest\x1a$.drafter.control.v1.WithdrawResponse\x12R\n" +
+	"\aMetrics\x12\".drafter.control.v1.MetricsRequest\x1a#.drafter.control.v1.MetricsResponseB\"Z drafter/internal/control;controlb\x06proto3"
 
 var (
 	file_internal_control_control_proto_rawDescOnce sync.Once
@@ -479,7 +563,7 @@ func file_internal_control_control_proto_rawDescGZIP() []byte {
 	return file_internal_control_control_proto_rawDescData
 }
 
-var file_internal_control_control_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_internal_control_control_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_internal_control_control_proto_goTypes = []any{
 	(*StatusRequest)(nil),    // 0: drafter.control.v1.StatusRequest
 	(*StatusResponse)(nil),   // 1: drafter.control.v1.StatusResponse
@@ -489,18 +573,22 @@ var file_internal_control_control_proto_goTypes = []any{
 	(*WithdrawResponse)(nil), // 5: drafter.control.v1.WithdrawResponse
 	(*SuspendRequest)(nil),   // 6: drafter.control.v1.SuspendRequest
 	(*SuspendResponse)(nil),  // 7: drafter.control.v1.SuspendResponse
+	(*MetricsRequest)(nil),   // 8: drafter.control.v1.MetricsRequest
+	(*MetricsResponse)(nil),  // 9: drafter.control.v1.MetricsResponse
 }
 var file_internal_control_control_proto_depIdxs = []int32{
 	0, // 0: drafter.control.v1.Control.Status:input_type -> drafter.control.v1.StatusRequest
 	6, // 1: drafter.control.v1.Control.Suspend:input_type -> drafter.control.v1.SuspendRequest
 	2, // 2: drafter.control.v1.Control.Offer:input_type -> drafter.control.v1.OfferRequest
 	4, // 3: drafter.control.v1.Control.Withdraw:input_type -> drafter.control.v1.WithdrawRequest
-	1, // 4: drafter.control.v1.Control.Status:output_type -> drafter.control.v1.StatusResponse
-	7, // 5: drafter.control.v1.Control.Suspend:output_type -> drafter.control.v1.SuspendResponse
-	3, // 6: drafter.control.v1.Control.Offer:output_type -> drafter.control.v1.OfferResponse
-	5, // 7: drafter.control.v1.Control.Withdraw:output_type -> drafter.control.v1.WithdrawResponse
-	4, // [4:8] is the sub-list for method output_type
-	0, // [0:4] is the sub-list for method input_type
+	8, // 4: drafter.control.v1.Control.Metrics:input_type -> drafter.control.v1.MetricsRequest
+	1, // 5: drafter.control.v1.Control.Status:output_type -> drafter.control.v1.StatusResponse
+	7, // 6: drafter.control.v1.Control.Suspend:output_type -> drafter.control.v1.SuspendResponse
+	3, // 7: drafter.control.v1.Control.Offer:output_type -> drafter.control.v1.OfferResponse
+	5, // 8: drafter.control.v1.Control.Withdraw:output_type -> drafter.control.v1.WithdrawResponse
+	9, // 9: drafter.control.v1.Control.Metrics:output_type -> drafter.control.v1.MetricsResponse
+	5, // [5:10] is the sub-list for method output_type
+	0, // [0:5] is the sub-list for method input_type
 	0, // [0:0] is the sub-list for extension type_name
 	0, // [0:0] is the sub-list for extension extendee
 	0, // [0:0] is the sub-list for field type_name
@@ -517,7 +605,7 @@ func file_internal_control_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_control_control_proto_rawDesc), len(file_internal_control_control_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   8,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

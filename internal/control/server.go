@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/containerd/ttrpc"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"drafter/agent"
 	"drafter/internal/detached"
@@ -105,6 +106,7 @@ type Server struct {
 	status  StatusResponse
 	changed chan struct{} // closed at the next change
 	mover   Mover
+	figures prometheus.Gatherer
 }
 
 // Mover moves a VM away. Its methods may be called by any goroutine.
@@ -170,7 +172,7 @@ func Serve(dir string, suspend func(), guest func() *agent.Client) (_ *Server, e
 	if err := private.MkdirAll(dir); err != nil {
 		return nil, err
 	}
-	s := &Server{dir: dir, suspend: suspend, changed: make(chan struct{})}
+	s := &Server{dir: dir, suspend: suspend, changed: make(chan struct{}), figures: prometheus.NewRegistry()}
 	s.status.State, s.status.Pid = Starting, int64(os.Getpid())
 	if s.lock, err = detached.Lock(LockFile(dir)); err != nil {
 		return nil, err

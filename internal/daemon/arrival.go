@@ -173,6 +173,7 @@ func (d *Daemon) admitLocked(v *vm, from api.Neighbour, r api.VM) error {
 	r.State, r.Host, r.Namespace, r.Anchor, r.Next, r.PID, r.Error = api.Arriving, from.Name, ns, "", "", 0, ""
 	r.From = from.Name
 	r.Moves = max(r.Moves, v.record.Moves) + 1
+	r.Cgroup = d.groupPath(r.ID, r.Moves)
 	if !known {
 		if err := os.Mkdir(v.dir, 0o700); err != nil {
 			return fmt.Errorf("create VM: %w", err)
@@ -203,7 +204,7 @@ func (v *vm) arrive(ctx context.Context, from api.Neighbour, a api.Arrival) erro
 			return err
 		}
 	}
-	p, err := v.launch(ctx, s, v.look().Namespace, "--raddr", a.Address, "--tls-cert", v.d.certFile(),
+	p, err := v.launch(ctx, v.look().Moves, v.look().Namespace, "--raddr", a.Address, "--tls-cert", v.d.certFile(),
 		"--tls-key", v.d.keyFile(), "--tls-ca", authority, "--tls-name", hostName)
 	if v.d.ctx.Err() != nil { // it goes on, and the next daemon finds it
 		if p != nil {
@@ -228,6 +229,9 @@ func (v *vm) hasNotArrived(ctx context.Context) error {
 	if err := v.d.endSeat(ctx, s); err != nil {
 		return err
 	}
+	if err := v.leaveSeat(v.look().Moves); err != nil {
+		return err
+	}
 	if err := s.discard(); err != nil { // it has run here, or may have
 		return errors.Join(err, v.hasEnded(ctx))
 	}
@@ -238,7 +242,7 @@ func (v *vm) hasNotArrived(ctx context.Context) error {
 	if !anchored {
 		return v.destroy(ctx)
 	}
-	if err := v.change(func(r *api.VM) { r.State = api.Moved }); err != nil {
+	if err := v.change(func(r *api.VM) { r.State, r.Cgroup = api.Moved, "" }); err != nil {
 		return err
 	}
 	v.keepMoved()

@@ -23,6 +23,7 @@ import (
 
 	"drafter/api"
 	"drafter/internal/detached"
+	"drafter/internal/doctor"
 	"drafter/internal/lockfile"
 	"drafter/internal/logging"
 	"drafter/internal/private"
@@ -50,8 +51,11 @@ type Config struct {
 	NamespaceCount                                   int
 	HostInterface                                    string
 
-	Drivers vmm.Drivers  // that make packages
-	Logger  *slog.Logger // nil: slog.Default()
+	Drivers vmm.Drivers    // that make packages
+	Checks  []doctor.Check // of the host, at the start
+	Logger  *slog.Logger   // nil: slog.Default()
+
+	limits limiter // of a VM; nil: limits
 }
 
 // Daemon is a running daemon. Its methods are safe for concurrent use.
@@ -62,6 +66,7 @@ type Daemon struct {
 	ctx    context.Context // ends what it does
 	cancel context.CancelCauseFunc
 	opened bool           // and so it knows which VMs run
+	groups string         // the cgroup below which VMs get theirs; "" where they get none
 	work   sync.WaitGroup // operations, and who watches processes
 	making templateLocks
 	events *events
@@ -71,9 +76,10 @@ type Daemon struct {
 	borrowed   map[string]bool // namespaces that packages are made in
 	operations map[string]*operation
 	nat        *detached.Process
-	natMu      sync.Mutex // held by whoever starts it
-	hostsMu    sync.Mutex // held by whoever adds or removes one
-	drainMu    sync.Mutex // held by whoever drains the host, or ends that
+	checks     []api.Check // what was found of the host
+	natMu      sync.Mutex  // held by whoever starts it
+	hostsMu    sync.Mutex  // held by whoever adds or removes one
+	drainMu    sync.Mutex  // held by whoever drains the host, or ends that
 	key        tls.Certificate
 }
 
@@ -93,6 +99,9 @@ var ErrInvalid = errors.New("invalid")
 // left: VMs that run, and those that have ended meanwhile. Close the daemon.
 func Open(c Config) (_ *Daemon, err error) {
 	c.NamespacePrefix = cmp.Or(c.NamespacePrefix, "vm")
+	if c.limits == nil {
+		c.limits = limits
+	}
 	d := &Daemon{
 		config: c, log: logging.Or(c.Logger), vms: map[string]*vm{}, borrowed: map[string]bool{}, operations: map[string]*operation{},
 	}
@@ -116,6 +125,7 @@ func Open(c Config) (_ *Daemon, err error) {
 	if err := d.identify(); err != nil {
 		return nil, err
 	}
+	d.findGroups()
 	if err := errors.Join(d.sweepPackages(), d.sweepTokens(), d.reclaim()); err != nil {
 		return nil, err
 	}
@@ -129,6 +139,7 @@ func Open(c Config) (_ *Daemon, err error) {
 		return nil, err
 	}
 	d.opened = true
+	d.work.Go(func() { d.checkUp(d.ctx) })
 	return d, nil
 }
 
@@ -271,6 +282,7 @@ func (d *Daemon) Host() api.Host {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	h.Drained = d.drained()
+	h.Checks = d.checks // replaced as a whole
 	for _, v := range d.vms {
 		h.VMs++
 		if v.record.State == api.Running {

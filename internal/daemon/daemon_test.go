@@ -80,8 +80,16 @@ func standIn(command string, args []string) error {
 		}
 		mover := &standInMover{moved: make(chan struct{})}
 		s.SetMover(mover)
+		if err := s.Measure(standInFigures{}); err != nil {
+			return err
+		}
 		s.Set(control.Running, "")
 		daemon.SdNotify(false, daemon.SdNotifyReady)
+		if n, err := strconv.Atoi(os.Getenv("STAND_IN_EATS")); err == nil {
+			for b := range slices.Chunk(make([]byte, n), 4096) {
+				b[0] = 1
+			}
+		}
 		select {
 		case <-mover.moved:
 			return s.Close(control.End{Outcome: control.Moved, At: time.Now()})
@@ -136,7 +144,11 @@ type noDriver struct{ vmm.Driver }
 func (noDriver) Name() string { return "none" }
 
 func testConfig(dir string) Config {
-	return Config{Dir: filepath.Join(dir, "lib"), Program: os.Args[0], Blueprint: filepath.Join(dir, "blueprint"), NamespaceCount: 20, Drivers: vmm.Drivers{noDriver{}}}
+	namespaces, err := strconv.Atoi(os.Getenv("STAND_IN_NAMESPACES"))
+	if err != nil {
+		namespaces = 20
+	}
+	return Config{Dir: filepath.Join(dir, "lib"), Program: os.Args[0], Blueprint: filepath.Join(dir, "blueprint"), NamespaceCount: namespaces, Drivers: vmm.Drivers{noDriver{}}, limits: noLimits}
 }
 
 // testDir makes a directory in which there is a package of the image "docker://image" already.
@@ -482,7 +494,13 @@ func check(t *testing.T, c *client.Client, dir string) {
 			case api.Running:
 				want["peer "+strconv.Itoa(vm.PID)]++
 				want["forwarder"]++
+				if problem := groupHas(vm); problem != "" {
+					return problem
+				}
 			case api.Stopped, api.Failed:
+				if vm.Cgroup != "" {
+					return vm.Name + " still has a group"
+				}
 			default:
 				return vm.Name + " is " + vm.State
 			}

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"slices"
 	"strconv"
 	"sync"
@@ -16,14 +15,13 @@ import (
 
 	"drafter/api"
 	"drafter/internal/detached"
-	"drafter/internal/newfile"
 	"drafter/network"
 )
 
 func (d *Daemon) natLock() string { return d.dir("nat.lock") }
 
 // startNAT starts the NAT, unless it runs.
-func (d *Daemon) startNAT(ctx context.Context) error {
+func (d *Daemon) startNAT(ctx context.Context) (err error) {
 	d.natMu.Lock()
 	defer d.natMu.Unlock()
 	if d.nat != nil {
@@ -38,19 +36,15 @@ func (d *Daemon) startNAT(ctx context.Context) error {
 			return nil
 		}
 	}
-	log, err := os.OpenFile(d.dir("nat.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, newfile.Mode)
-	if err != nil {
-		return err
-	}
-	defer log.Close()
+	log := d.dir("nat.log")
 	args := []string{
 		"nat", "--lock", d.natLock(), "--namespace-prefix", d.config.NamespacePrefix, "--namespace-count", strconv.Itoa(d.config.NamespaceCount),
 		"--host-veth-cidr", d.config.HostVethCIDR, "--namespace-veth-cidr", d.config.NamespaceVethCIDR, "--blocked-subnet-cidr", d.config.NamespaceVethCIDR,
 		"--host-interface", d.config.HostInterface, "--tunnel-port", strconv.Itoa(d.config.TunnelPort),
 		"--anchor-timeout", "0", // they end with their VMs, or are removed
 	}
-	if d.nat, err = detached.Start(ctx, detached.Command{Lock: d.natLock(), Program: d.config.Program, Args: args, Stderr: log}); err != nil {
-		return fmt.Errorf("start the NAT: %w; see %s", err, log.Name())
+	if d.nat, err = detached.Start(ctx, detached.Command{Lock: d.natLock(), Program: d.config.Program, Args: args, Log: log}); err != nil {
+		return fmt.Errorf("start the NAT: %w; see %s", err, log)
 	}
 	d.watchNAT(d.nat)
 	return nil
@@ -105,13 +99,25 @@ func (v *vm) publish(ctx context.Context) error {
 	return v.publishLocked(ctx)
 }
 
-func (v *vm) publishLocked(ctx context.Context) (err error) {
+// publishEarly is publish for a VM that starts. Until it runs, its ports refuse connections.
+func (v *vm) publishEarly(ctx context.Context) error {
+	v.ports.mu.Lock()
+	defer v.ports.mu.Unlock()
+	return v.forward(ctx, v.look())
+}
+
+func (v *vm) publishLocked(ctx context.Context) error {
 	v.d.mu.Lock()
 	r, owner := v.record, v.process
 	v.d.mu.Unlock()
 	if r.State != api.Moved && (owner == nil || closed(owner.Done())) {
 		return errEnded
 	}
+	return v.forward(ctx, r)
+}
+
+// forward lets a forwarder publish the VM's ports, unless one does.
+func (v *vm) forward(ctx context.Context, r api.VM) (err error) {
 	if len(r.Ports) == 0 || v.ports.forwarder != nil {
 		return nil
 	}
@@ -120,7 +126,7 @@ func (v *vm) publishLocked(ctx context.Context) (err error) {
 	}
 	if v.ports.forwarder == nil {
 		if v.ports.forwarder, err = v.startForwarder(ctx, r); err != nil {
-			return fmt.Errorf("publish the ports of VM %s: %w; see %s", r.Name, err, v.seat().log())
+			return fmt.Errorf("publish the ports of VM %s: %w; see %s", r.Name, err, v.path(portsLog))
 		}
 	}
 	p := v.ports.forwarder
@@ -146,13 +152,8 @@ func (v *vm) startForwarder(ctx context.Context, r api.VM) (*detached.Process, e
 	if err != nil {
 		return nil, err
 	}
-	log, err := os.OpenFile(v.seat().log(), os.O_CREATE|os.O_WRONLY|os.O_APPEND, newfile.Mode)
-	if err != nil {
-		return nil, err
-	}
-	defer log.Close()
 	return detached.Start(ctx, detached.Command{
-		Lock: v.path(forwardsLock), Program: v.d.config.Program, Stderr: log,
+		Lock: v.path(forwardsLock), Program: v.d.config.Program, Log: v.path(portsLog),
 		Args: []string{
 			"forwarder", "--lock", v.path(forwardsLock), "--host-veth-cidr", v.d.config.HostVethCIDR, "--port-forwards", string(text),
 		},

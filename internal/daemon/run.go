@@ -28,6 +28,9 @@ func (d *Daemon) Run(r api.Run) (api.Operation, error) {
 	if err := checkRun(&r); err != nil {
 		return api.Operation{}, err
 	}
+	if err := d.checkSize(&r); err != nil {
+		return api.Operation{}, err
+	}
 	v, err := d.create(r)
 	if err != nil {
 		return api.Operation{}, err
@@ -163,7 +166,7 @@ func (d *Daemon) create(r api.Run) (*vm, error) {
 	id := strings.ReplaceAll(uuid.NewString(), "-", "")[:12]
 	record := api.VM{
 		ID: id, Name: name, Image: r.Image, Command: r.Command, State: api.Creating, Ports: r.Ports, Memory: cmp.Or(r.Memory, 1<<30),
-		CPUs: cmp.Or(r.CPUs, 1), Remove: r.Remove, Labels: r.Labels, Created: time.Now().UTC(),
+		CPUs: cmp.Or(r.CPUs, 1), DiskRead: r.DiskRead, DiskWrite: r.DiskWrite, Remove: r.Remove, Labels: r.Labels, Created: time.Now().UTC(),
 	}
 	if b, err := json.Marshal(record); err != nil || len(b) > mostRecord {
 		return nil, fmt.Errorf("command and labels are too long: %d bytes in all, %d are possible: %w", len(b), mostRecord, ErrInvalid)

@@ -39,7 +39,7 @@ func (v *vm) upgrade(ctx context.Context, o *operation) error {
 	}
 	r := v.look()
 	to := v.seatAfter(r.Moves + 1)
-	p, err := v.receiveHere(ctx, from, to, r.Next)
+	p, err := v.receiveHere(ctx, from, to, r)
 	if v.d.ctx.Err() != nil { // it goes on, and the next daemon sees to it
 		if p != nil {
 			err = errors.Join(err, p.Close())
@@ -56,7 +56,7 @@ func (v *vm) upgrade(ctx context.Context, o *operation) error {
 		return err
 	}
 	o.moved(old)
-	return from.discard()
+	return errors.Join(v.leaveSeat(r.Moves), from.discard())
 }
 
 // discard removes a seat that has nothing of a VM, since that is elsewhere. One that has is refused.
@@ -84,7 +84,7 @@ func (v *vm) isUpgrading() (err error) {
 }
 
 // receiveHere lets the process in a seat give the VM to one in another seat.
-func (v *vm) receiveHere(ctx context.Context, from, to seat, ns string) (*detached.Process, error) {
+func (v *vm) receiveHere(ctx context.Context, from, to seat, r api.VM) (*detached.Process, error) {
 	if err := to.discard(); err != nil { // of an attempt that failed
 		return nil, err
 	}
@@ -95,7 +95,7 @@ func (v *vm) receiveHere(ctx context.Context, from, to seat, ns string) (*detach
 	if _, err := offer(ctx, from, &control.OfferRequest{Address: address}); err != nil {
 		return nil, err
 	}
-	return v.launch(ctx, to, ns, "--raddr", address)
+	return v.launch(ctx, r.Moves+1, r.Next, "--raddr", address)
 }
 
 // follow copies what the next process of a VM must know of the last one: the environment of the
@@ -182,6 +182,7 @@ func (v *vm) succeed(p *detached.Process) error {
 		r.Anchor = ""
 	}
 	r.State, r.PID, r.Namespace, r.Next, r.Moves = api.Running, p.PID, r.Next, "", r.Moves+1
+	r.Cgroup = v.d.groupPath(r.ID, r.Moves)
 	v.becomeLocked(r)
 	v.d.work.Go(func() { v.watch(owner) })
 	return v.write(r)
@@ -200,11 +201,11 @@ func (v *vm) stays(ctx context.Context, old *process, to seat) error {
 			}
 			r.Next = ""
 		})
-		return errors.Join(err, to.discard())
+		return errors.Join(err, v.leaveSeat(v.look().Moves+1), to.discard())
 	}
 	from := v.seat()
 	v.takeNext()
-	return errors.Join(old.awaitEnd(ctx), v.hasEnded(ctx), from.discard())
+	return errors.Join(old.awaitEnd(ctx), v.hasEnded(ctx), v.leaveSeat(v.look().Moves-1), from.discard())
 }
 
 // takeNext makes the VM's next seat the one that it has.
@@ -216,6 +217,7 @@ func (v *vm) takeNext() {
 	}
 	r := v.record
 	r.Namespace, r.Next, r.Moves = r.Next, "", r.Moves+1
+	r.Cgroup = v.d.groupPath(r.ID, r.Moves)
 	v.becomeLocked(r)
 }
 
@@ -264,7 +266,7 @@ func (v *vm) recoverUpgrade(found *detached.Process) error {
 
 // resumeUpgrade waits for the process in the VM's next seat.
 func (v *vm) resumeUpgrade(ctx context.Context, found, next *detached.Process, from, to seat) error {
-	_, err := awaitState(ctx, to)
+	_, err := awaitState(ctx, &process{Process: next}, to)
 	if v.d.ctx.Err() != nil {
 		return errors.Join(detached.ErrLeave, next.Close())
 	}
@@ -283,7 +285,7 @@ func (v *vm) resumeUpgrade(ctx context.Context, found, next *detached.Process, f
 			return err
 		}
 	}
-	return from.discard()
+	return errors.Join(v.leaveSeat(v.look().Moves-1), from.discard())
 }
 
 func waitFor(ctx context.Context, done <-chan struct{}) error {

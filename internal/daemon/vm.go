@@ -49,6 +49,7 @@ type process struct {
 const (
 	recordFile   = "vm.json"
 	forwardsLock = "ports.lock"
+	portsLog     = "ports.log"
 )
 
 // seat is a directory of a VM for one process that owns it. A VM that moves has another one after.
@@ -186,6 +187,11 @@ func (v *vm) recover() error {
 		return err
 	}
 	r := v.look()
+	if r.Moves > 0 { // it may have left that seat when the last daemon was killed
+		if err := v.leaveSeat(r.Moves - 1); err != nil {
+			return err
+		}
+	}
 	switch {
 	case r.State == api.Moving && r.Next != "":
 		return v.recoverUpgrade(found)
@@ -249,7 +255,7 @@ func (v *vm) start(ctx context.Context) error {
 	if err := v.isStarting(); err != nil {
 		return err
 	}
-	p, err := v.launch(ctx, v.seat(), v.look().Namespace, "--raddr", "")
+	p, err := v.startProcesses(ctx)
 	if v.d.ctx.Err() != nil { // the VM goes on, and the next daemon finds it
 		if p != nil {
 			err = errors.Join(err, p.Close())
@@ -290,28 +296,42 @@ func (v *vm) isStarting() error {
 	now := time.Now().UTC()
 	return v.changeLocked(func(r *api.VM) {
 		r.State, r.Namespace, r.Error, r.Started, r.ExitStatus = api.Starting, ns, "", &now, nil
-		r.Host = ""
+		r.Host, r.Cgroup = "", v.d.groupPath(r.ID, r.Moves)
 	})
 }
 
-// launch starts a process for the VM, and returns once the VM runs there. Further arguments say where
-// it comes from.
-func (v *vm) launch(ctx context.Context, s seat, ns string, from ...string) (*detached.Process, error) {
-	r, dir := v.look(), s.control()
+// startProcesses starts the VM's process, and beside it the one that publishes its ports, because each
+// takes its time. It returns once the VM runs.
+func (v *vm) startProcesses(ctx context.Context) (*detached.Process, error) {
+	published := make(chan error, 1)
+	go func() { published <- v.publishEarly(ctx) }()
+	r := v.look()
+	p, err := v.launch(ctx, r.Moves, r.Namespace, "--raddr", "")
+	if perr := <-published; perr != nil { // awaitRunning tries again
+		v.d.log.Debug("The ports of a VM are not published before it runs", "vm", r.Name, "error", perr)
+	}
+	return p, err
+}
+
+// launch starts a process for the VM in its seat after so many moves, and returns once the VM runs
+// there. Further arguments say where it comes from.
+func (v *vm) launch(ctx context.Context, moves int, ns string, from ...string) (*detached.Process, error) {
+	r, s := v.look(), v.seatAfter(moves)
+	dir := s.control()
 	if err := private.MkdirAll(dir); err != nil {
 		return nil, err
 	}
-	log, err := os.OpenFile(s.log(), os.O_CREATE|os.O_WRONLY|os.O_APPEND, newfile.Mode)
-	if err != nil {
-		return nil, err
-	}
-	defer log.Close()
 	// How it ended last is not how it ends now. It may be cut off before it has got so far itself.
 	if err := control.Forget(dir); err != nil {
 		return nil, err
 	}
+	group, err := v.enterGroup(moves)
+	if err != nil {
+		return nil, err
+	}
+	defer group.Close()
 	p, err := detached.Start(ctx, detached.Command{
-		Lock: s.lock(), Program: v.d.config.Program, Stderr: log,
+		Lock: s.lock(), Program: v.d.config.Program, Log: s.log(), Cgroup: group,
 		Args: append([]string{
 			"peer", "--laddr", "", "--netns", ns, "--chroot-base-dir", v.d.dir("vmm"),
 			"--enable-output=false", "--package", v.packageDir(r),
@@ -338,7 +358,7 @@ func (s seat) lastWords() string {
 
 // awaitRunning waits until the VM's process says that it runs, and publishes its ports.
 func (v *vm) awaitRunning(ctx context.Context) error {
-	status, err := awaitState(ctx, v.seat())
+	status, err := awaitState(ctx, v.owner(), v.seat())
 	if errors.Is(err, errEnds) {
 		return nil // watch hears of the end
 	}
@@ -362,9 +382,9 @@ func (v *vm) awaitRunning(ctx context.Context) error {
 // errEnds says that a VM's process ends.
 var errEnds = errors.New("the VM ends")
 
-// awaitState waits until a seat's VM runs.
-func awaitState(ctx context.Context, s seat) (status *control.StatusResponse, err error) {
-	c, err := control.Dial(ctx, s.control())
+// awaitState waits until a seat's VM runs, which a process has or gets.
+func awaitState(ctx context.Context, p *process, s seat) (status *control.StatusResponse, err error) {
+	c, err := dial(ctx, p, s)
 	if err != nil {
 		return nil, err
 	}
@@ -379,6 +399,26 @@ func awaitState(ctx context.Context, s seat) (status *control.StatusResponse, er
 		}
 	}
 	return status, nil
+}
+
+// listenPause is how often a process is called that has just been started, and does not listen yet.
+const listenPause = 10 * time.Millisecond
+
+// dial calls a seat's process. It may be one that the last daemon was killed over as it started it.
+func dial(ctx context.Context, p *process, s seat) (*control.Client, error) {
+	for {
+		c, err := control.Dial(ctx, s.control())
+		if err == nil || !errors.Is(err, control.ErrNone) || p == nil {
+			return c, err
+		}
+		select {
+		case <-p.Done():
+			return nil, errEnds
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-time.After(listenPause):
+		}
+	}
 }
 
 // watch waits until the VM's process has ended, or the daemon does.
@@ -452,6 +492,8 @@ func (v *vm) hasEnded(ctx context.Context) error {
 	if end.Outcome != control.Moved {
 		err = errors.Join(err, v.unpublish(ctx))
 	}
+	short, gerr := leaveGroup(v.look().Cgroup)
+	err = errors.Join(err, gerr)
 	v.d.mu.Lock()
 	defer v.d.mu.Unlock()
 	v.process = nil
@@ -460,6 +502,9 @@ func (v *vm) hasEnded(ctx context.Context) error {
 		return err
 	}
 	r.Error = ""
+	if gerr == nil {
+		r.Cgroup = ""
+	}
 	switch end.Outcome {
 	case control.Suspended:
 		r.State = api.Stopped
@@ -470,6 +515,9 @@ func (v *vm) hasEnded(ctx context.Context) error {
 		v.becomeLocked(r)
 		return errors.Join(err, v.write(r))
 	default:
+		if short {
+			end.Error = outOfMemory(r) + ": " + end.Error
+		}
 		r.State, r.Error = api.Failed, bounded(end.Error)
 	}
 	r.Namespace, r.Anchor, r.Next, r.Host = "", "", "", ""
@@ -566,6 +614,11 @@ func (v *vm) destroy(ctx context.Context) error {
 	}
 	if err := errors.Join(v.unpublish(ctx), v.endAnchors(r)); err != nil {
 		return err
+	}
+	for moves := range r.Moves + 2 {
+		if err := v.leaveSeat(moves); err != nil {
+			return err
+		}
 	}
 	// The record goes last, so that the next daemon goes on.
 	entries, err := os.ReadDir(v.dir)

@@ -141,10 +141,12 @@ func (p *Process) Close() error {
 
 // Command is what to start.
 type Command struct {
-	Lock           string // that the process holds, from its first instruction; see [Lock]
-	Program        string
-	Args           []string
-	Stdout, Stderr *os.File // nil discards
+	Lock    string // that the process holds, from its first instruction; see [Lock]
+	Program string
+	Args    []string
+	Stdout  *os.File // nil discards
+	Log     string   // path of the file for its stderr, which it rotates; "" discards
+	Cgroup  *os.File // directory of a cgroup (version 2) to start in; nil for this process'
 }
 
 // ErrLeave is the cause of a context whose end leaves a process that starts alone.
@@ -187,11 +189,22 @@ func Start(ctx context.Context, c Command) (_ *Process, err error) {
 	if c.Stdout != nil {
 		cmd.Stdout = c.Stdout
 	}
-	if c.Stderr != nil {
-		cmd.Stderr = c.Stderr
+	cmd.Env = append(variables(), "NOTIFY_SOCKET="+path, lockVariable+"="+c.Lock)
+	if c.Log != "" {
+		log, journal, err := openLog(c.Log)
+		if err != nil {
+			return nil, err
+		}
+		defer log.Close()
+		cmd.Stderr, cmd.Env = log, append(cmd.Env, logVariable+"="+c.Log)
+		if journal != nil {
+			cmd.ExtraFiles, cmd.Env = append(cmd.ExtraFiles, journal), append(cmd.Env, journalVariable+"="+journalNumber)
+		}
 	}
-	cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+path, lockVariable+"="+c.Lock)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if c.Cgroup != nil {
+		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(c.Cgroup.Fd())
+	}
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}

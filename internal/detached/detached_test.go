@@ -18,6 +18,9 @@ import (
 
 func TestMain(m *testing.M) {
 	if path := os.Getenv("DETACHED_TEST_LOCK"); path != "" {
+		if lines := os.Getenv("DETACHED_TEST_LINES"); lines != "" {
+			logLines(lines)
+		}
 		if os.Getenv("DETACHED_TEST_FAILS") != "" {
 			os.Exit(3)
 		}

@@ -30,6 +30,13 @@ func TestMain(m *testing.M) {
 		fmt.Println(p.PID())
 		select {}
 	}
+	if what := os.Getenv("PROCESS_TEST_MEMBER"); what != "" {
+		if err := member(what); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		return
+	}
 	goleak.VerifyTestMain(m)
 }
 

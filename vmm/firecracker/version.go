@@ -29,6 +29,15 @@ func installedVersion(ctx context.Context, path string) (vmm.Version, error) {
 	return v, supported(v)
 }
 
+// Installed implements [vmm.Installed].
+func (d Driver) Installed(ctx context.Context) (vmm.Version, error) {
+	bin, _, err := d.programs()
+	if err != nil {
+		return vmm.Version{}, err
+	}
+	return installedVersion(ctx, bin)
+}
+
 func supported(v vmm.Version) error {
 	switch {
 	case v.Before(oldest):

@@ -85,6 +85,15 @@ func installedVersion(ctx context.Context, path string) (vmm.Version, error) {
 	return vmm.ParseVersion(after)
 }
 
+// Installed implements [vmm.Installed].
+func (d Driver) Installed(ctx context.Context) (vmm.Version, error) {
+	path, err := binary(d.Bin)
+	if err != nil {
+		return vmm.Version{}, err
+	}
+	return installedVersion(ctx, path)
+}
+
 // compatible refuses state that this QEMU could misread. Versioned machine types load on the same
 // and on newer releases, but not on older ones; a microvm has no versions, so it loads only where
 // it was saved. 8.0.0 reads a 7.2 machine's PCI state wrongly (fixed in 8.0.1).

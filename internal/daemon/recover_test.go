@@ -1,0 +1,67 @@
+package daemon
+
+import (
+	"os"
+	"testing"
+	"time"
+
+	"drafter/api"
+)
+
+// A VM's process that has just been started, and does not listen yet, is called until it does, or has
+// ended.
+func TestSlowProcess(t *testing.T) {
+	d := open(t, testDir(t))
+	o, err := d.Run(api.Run{Image: "docker://image"})
+	if err := d.done(t, o, err); err != nil {
+		t.Fatal(err)
+	}
+	d.mu.Lock()
+	v, err := d.find("image")
+	d.mu.Unlock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	socket := v.path(controlDir + "/socket")
+	dial := func() <-chan error {
+		if err := os.Rename(socket, socket+".away"); err != nil {
+			t.Fatal(err)
+		}
+		dialed := make(chan error, 1)
+		go func() {
+			c, err := v.dial(t.Context())
+			if err == nil {
+				err = c.Close()
+			}
+			dialed <- err
+		}()
+		return dialed
+	}
+	dialed := dial()
+	select {
+	case err := <-dialed:
+		t.Fatal("it was not called again:", err)
+	case <-time.After(10 * listenPause):
+	}
+	if err := os.Rename(socket+".away", socket); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-dialed; err != nil {
+		t.Error(err)
+	}
+	dialed = dial()
+	o, err = d.Kill("image")
+	if err := d.done(t, o, err); err != nil {
+		t.Error(err)
+	}
+	if err := <-dialed; err == nil {
+		t.Error("nobody was there")
+	}
+	o, err = d.Remove("image", true)
+	if err := d.done(t, o, err); err != nil {
+		t.Error(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+}
