@@ -67,6 +67,7 @@ is one. The API is REST with JSON. GET /openapi.json describes it.
 	f.IntVar(&c.TunnelPort, "tunnel-port", 0, "UDP port by which connections of VMs that have moved between hosts go on (default: that of --listen; 0: none)")
 	f.StringVar(&c.Guest, "guest-bin", "", "drafter-guest binary (default: beside this program, or on PATH)")
 	f.StringVar(&c.Blueprint, "blueprint", "", "Directory of an OS blueprint, as 'drafter blueprint os' makes it (default: one is made for the first VM)")
+	f.StringVar(&c.VMM, "vmm", vmm.VMMAuto, "VMM that new packages are for: auto, qemu or firecracker")
 	f.StringVar(&c.HostInterface, "host-interface", "", "Host gateway interface for VMs, or several (eth0,eth1) (default: those of the current default route)")
 	f.StringVar(&c.HostVethCIDR, "host-veth-cidr", "10.0.16.0/22", "CIDR for the VMs' veths outside their namespaces")
 	f.StringVar(&c.NamespaceVethCIDR, "namespace-veth-cidr", "10.0.23.0/24", "CIDR for the VMs' veths inside their namespaces")

@@ -51,6 +51,7 @@ type Config struct {
 	HostInterface                                    string
 
 	Drivers vmm.Drivers  // that make packages
+	VMM     string       // name of the one of them; "" or auto for the first that can
 	Logger  *slog.Logger // nil: slog.Default()
 }
 
