@@ -10,7 +10,9 @@ type Move struct {
 // Moves is what a move has taken.
 type Moves struct {
 	Paused time.Duration `json:"paused" doc:"For how long the VM stood still, in nanoseconds"`
+	Took   time.Duration `json:"took" doc:"From the other side's first call until nothing here was needed, in nanoseconds"`
 	Sent   int64         `json:"sent" doc:"Bytes, with all overhead"`
+	Saved  int64         `json:"saved" doc:"Bytes that were written and not sent: unchanged, zeros, or the package's"`
 }
 
 // Neighbour is another host, whose key this one knows, and which knows this one's.

@@ -115,7 +115,8 @@ func (c *controlled) close(err error) error {
 	err = errors.Join(err, c.heldErr)
 	end := control.End{Outcome: cmp.Or(c.outcome, control.Failed), At: time.Now().UTC(), ExitStatus: c.exited}
 	if stats, ok := c.Stats(); ok && c.outcome == control.Moved {
-		end.Paused, end.Sent = stats.Paused, stats.Wire
+		_, saved, _ := stats.Bytes()
+		end.Paused, end.Took, end.Sent, end.Saved = stats.Paused, stats.Total, stats.Wire, saved
 	}
 	if err != nil {
 		end.Error = err.Error()

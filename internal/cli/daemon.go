@@ -69,6 +69,7 @@ is one. The API is REST with JSON. GET /openapi.json describes it.
 	f.IntVar(&c.TunnelPort, "tunnel-port", 0, "UDP port by which connections of VMs that have moved between hosts go on (default: that of --listen; 0: none)")
 	f.StringVar(&c.Guest, "guest-bin", "", "drafter-guest binary (default: beside this program, or on PATH)")
 	f.StringVar(&c.Blueprint, "blueprint", "", "Directory of an OS blueprint, as 'drafter blueprint os' makes it (default: one is made for the first VM)")
+	f.StringVar(&c.VMM, "vmm", vmm.VMMAuto, "VMM that new packages are for: auto, qemu or firecracker")
 	addNetwork(cmd, &c)
 	return cmd
 }

@@ -17,6 +17,7 @@ import (
 func newMove() *cobra.Command {
 	var e everyday
 	var to string
+	var f format
 	cmd := &cobra.Command{
 		Use:   "move VM…",
 		Short: "Move VMs that run to another host",
@@ -44,7 +45,7 @@ Whatever fails, the VM runs once: here, or there. Ctrl-C lets it stay here, unle
 				if err != nil {
 					return err
 				}
-				if err := showMove(cmd.OutOrStdout(), name, o); err != nil {
+				if err := showMove(cmd.OutOrStdout(), f, name, o); err != nil {
 					return err
 				}
 			}
@@ -53,11 +54,15 @@ Whatever fails, the VM runs once: here, or there. Ctrl-C lets it stay here, unle
 	}
 	cmd.Flags().StringVar(&to, "to", "", "Name of the host")
 	_ = cmd.RegisterFlagCompletionFunc("to", e.hosts) // the flag is there
+	f.add(cmd)
 	return e.add(cmd)
 }
 
 // showMove prints the name of a VM that has moved, and what that has taken.
-func showMove(out io.Writer, name string, o api.Operation) error {
+func showMove(out io.Writer, f format, name string, o api.Operation) error {
+	if f != "table" {
+		return show(f, out, []api.Operation{o}, nil)
+	}
 	text := name
 	if m := o.Move; m != nil {
 		text += fmt.Sprintf("\tstood still for %s, %s sent", m.Paused.Round(100*time.Microsecond), humanize.IBytes(uint64(m.Sent)))
@@ -69,6 +74,7 @@ func showMove(out io.Writer, name string, o api.Operation) error {
 func newUpgrade() *cobra.Command {
 	var e everyday
 	var all bool
+	var f format
 	cmd := &cobra.Command{
 		Use:   "upgrade VM…",
 		Short: "Replace the processes of VMs by the installed version",
@@ -103,7 +109,7 @@ keeps its connections.
 				if err != nil {
 					return err
 				}
-				if err := showMove(cmd.OutOrStdout(), name, o); err != nil {
+				if err := showMove(cmd.OutOrStdout(), f, name, o); err != nil {
 					return err
 				}
 			}
@@ -111,6 +117,7 @@ keeps its connections.
 		},
 	}
 	cmd.Flags().BoolVar(&all, "all", false, "All VMs that run")
+	f.add(cmd)
 	return e.add(cmd)
 }
 

@@ -79,9 +79,12 @@ type End struct {
 	At      time.Time `json:"at"`
 	// ExitStatus is that of the VM's service, if it has ended and that is known.
 	ExitStatus *int `json:"exitStatus,omitempty"`
-	// Of a VM that has moved: for how long it was paused, and how many bytes were sent.
+	// Of a VM that has moved: for how long it was paused, how long all took, how many bytes were sent,
+	// and how many that were written before were not.
 	Paused time.Duration `json:"paused,omitempty"`
+	Took   time.Duration `json:"took,omitempty"`
 	Sent   int64         `json:"sent,omitempty"`
+	Saved  int64         `json:"saved,omitempty"`
 }
 
 // Progress is how many bytes of a VM are at its target, of how many.

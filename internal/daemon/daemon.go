@@ -52,6 +52,7 @@ type Config struct {
 	HostInterface                                    string
 
 	Drivers vmm.Drivers    // that make packages
+	VMM     string         // name of the one of them; "" or auto for the first that can
 	Checks  []doctor.Check // of the host, at the start
 	Logger  *slog.Logger   // nil: slog.Default()
 

@@ -63,7 +63,7 @@ func TestMetrics(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Remove(d.dir("vms", two.ID, controlDir, "socket")); err != nil { // it does not answer any more
+	if err := os.Remove(d.dir("vms", two.ID, "0", "control", "socket")); err != nil { // it does not answer any more
 		t.Fatal(err)
 	}
 	families, err := d.Metrics().Gather()

@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -22,14 +23,14 @@ func TestSlowProcess(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	socket := v.path(controlDir + "/socket")
-	dial := func() <-chan error {
+	socket := filepath.Join(v.seat().control(), "socket")
+	call := func() <-chan error {
 		if err := os.Rename(socket, socket+".away"); err != nil {
 			t.Fatal(err)
 		}
 		dialed := make(chan error, 1)
 		go func() {
-			c, err := v.dial(t.Context())
+			c, err := dial(t.Context(), v.owner(), v.seat())
 			if err == nil {
 				err = c.Close()
 			}
@@ -37,7 +38,7 @@ func TestSlowProcess(t *testing.T) {
 		}()
 		return dialed
 	}
-	dialed := dial()
+	dialed := call()
 	select {
 	case err := <-dialed:
 		t.Fatal("it was not called again:", err)
@@ -49,7 +50,7 @@ func TestSlowProcess(t *testing.T) {
 	if err := <-dialed; err != nil {
 		t.Error(err)
 	}
-	dialed = dial()
+	dialed = call()
 	o, err = d.Kill("image")
 	if err := d.done(t, o, err); err != nil {
 		t.Error(err)

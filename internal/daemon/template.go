@@ -61,7 +61,7 @@ func (d *Daemon) template(ctx context.Context, r api.Run, o *operation) (key, di
 		return "", "", err
 	}
 	host := vmm.Host{Drivers: d.config.Drivers, BaseDir: d.dir("vmm"), Logger: d.log}
-	driver, err := host.Drivers.Select(vmm.VMMAuto, "")
+	driver, err := host.Drivers.Select(cmp.Or(d.config.VMM, vmm.VMMAuto), "")
 	if err != nil {
 		return "", "", err
 	}

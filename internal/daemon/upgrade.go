@@ -304,5 +304,7 @@ func (o *operation) moved(from *process) {
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.state.Move = &api.Moves{Paused: from.end.Paused, Sent: from.end.Sent}
+	o.state.Move = &api.Moves{
+		Paused: from.end.Paused, Took: from.end.Took, Sent: from.end.Sent, Saved: from.end.Saved,
+	}
 }

@@ -413,7 +413,7 @@ func dial(ctx context.Context, p *process, s seat) (*control.Client, error) {
 		}
 		select {
 		case <-p.Done():
-			return nil, errEnds
+			return nil, errEnded
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
 		case <-time.After(listenPause):
