@@ -83,7 +83,7 @@ func Open(c Config) (_ *Daemon, err error) {
 	d := &Daemon{
 		config: c, log: logging.Or(c.Logger), vms: map[string]*vm{}, borrowed: map[string]bool{}, operations: map[string]*operation{},
 	}
-	for _, dir := range []string{d.dir("vms"), d.dir("packages"), d.dir("images"), d.dir("vmm")} {
+	for _, dir := range []string{d.dir("vms"), d.dir("packages"), d.dir("images"), d.dir("blueprints"), d.dir("vmm")} {
 		if err := private.MkdirAll(dir); err != nil {
 			return nil, fmt.Errorf("open the daemon's directory: %w", err)
 		}
@@ -100,7 +100,7 @@ func Open(c Config) (_ *Daemon, err error) {
 	if d.events, err = openEvents(d.dir("events"), d.log); err != nil {
 		return nil, err
 	}
-	if err := errors.Join(d.sweepPackages(), d.reclaim()); err != nil {
+	if err := errors.Join(d.sweepUnfinished(), d.reclaim()); err != nil {
 		return nil, err
 	}
 	if d.nat, err = detached.Find(d.natLock()); err != nil {

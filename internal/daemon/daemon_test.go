@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -104,9 +105,17 @@ func standInDaemon(ctx context.Context, dir string) error {
 	return d.Close()
 }
 
-type noDriver struct{ vmm.Driver }
+type noDriver struct {
+	vmm.Driver
+
+	version, cpu, accel string
+}
 
 func (noDriver) Name() string { return "none" }
+
+func (d noDriver) Describe(context.Context, vmm.Launch) (vmm.Hardware, error) {
+	return vmm.Hardware{VMM: "none", Version: d.version, CPU: d.cpu, Accel: d.accel}, nil
+}
 
 func testConfig(dir string) Config {
 	return Config{Dir: filepath.Join(dir, "lib"), Program: os.Args[0], Blueprint: filepath.Join(dir, "blueprint"), NamespaceCount: 20, Drivers: vmm.Drivers{noDriver{}}}
@@ -149,7 +158,7 @@ func testDirOn(t testing.TB, mount func(lib string)) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	k := templateKey{Digest: "sha256:1", Memory: 1 << 30, CPUs: 1, Blueprint: key, VMM: "none"}
+	k := templateKey{Digest: "sha256:1", Memory: 1 << 30, CPUs: 1, Blueprint: key, Platform: "linux/" + runtime.GOARCH, Hardware: vmm.Hardware{VMM: "none"}}
 	if err := os.Mkdir(d.dir("packages", k.String()), 0o700); err != nil {
 		t.Fatal(err)
 	}

@@ -40,10 +40,23 @@ type templateKey struct {
 	CPUs      int
 	Held      bool   // the service has not started: it gets an environment of its own
 	Blueprint string // of the OS
-	VMM       string
+	Platform  string // of the image
+	Hardware  vmm.Hardware
+	Processor *vmm.Processor // of the host; nil where it is emulated, and so the same everywhere
 }
 
 func (k templateKey) String() string { return digestOf(k) }
+
+// hardware is what a package made here would depend on. After an upgrade of the VMM, or on a host with
+// another CPU, it is another one.
+func hardware(ctx context.Context, driver vmm.Driver) (hw vmm.Hardware, p *vmm.Processor, err error) {
+	disks := []vmm.Block{{Name: vmm.Disk}, {Name: imageDisk}}
+	hw, err = vmm.Describe(ctx, driver, vmm.Launch{Devices: vmm.Devices{Disks: disks}})
+	if err == nil && hw.Accel == vmm.AccelKVM {
+		p, err = vmm.HostProcessor()
+	}
+	return hw, p, err
+}
 
 func digestOf(v any) string {
 	b, err := json.Marshal(v)
@@ -65,7 +78,13 @@ func (d *Daemon) template(ctx context.Context, r api.Run, o *operation) (key, di
 	if err != nil {
 		return "", "", err
 	}
-	k := templateKey{Command: r.Command, Held: len(r.Env) > 0, Memory: cmp.Or(r.Memory, 1<<30), CPUs: cmp.Or(r.CPUs, 1), Blueprint: blueprintKey, VMM: driver.Name()}
+	k := templateKey{
+		Command: r.Command, Held: len(r.Env) > 0, Memory: cmp.Or(r.Memory, 1<<30), CPUs: cmp.Or(r.CPUs, 1),
+		Blueprint: blueprintKey, Platform: cmp.Or(r.Platform, "linux/"+runtime.GOARCH),
+	}
+	if k.Hardware, k.Processor, err = hardware(ctx, driver); err != nil {
+		return "", "", err
+	}
 	known := d.dir("images", digestOf([]string{r.Image, r.Platform})+".json")
 	if r.Pull != "always" {
 		k.Digest = d.readDigest(known)
@@ -192,16 +211,21 @@ const imageDisk = "oci"
 // newPackage begins the name of a package that is made.
 const newPackage = ".new-"
 
-// sweepPackages removes what a killed daemon was making.
-func (d *Daemon) sweepPackages() error {
-	entries, err := os.ReadDir(d.dir("packages"))
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), newPackage) {
-			if err := os.RemoveAll(d.dir("packages", e.Name())); err != nil {
-				return err
+// newBlueprint ends the name of a blueprint that is made.
+const newBlueprint = ".new"
+
+// sweepUnfinished removes what a killed daemon was making.
+func (d *Daemon) sweepUnfinished() error {
+	for _, store := range []struct{ dir, prefix, suffix string }{{"packages", newPackage, ""}, {"blueprints", "", newBlueprint}} {
+		entries, err := os.ReadDir(d.dir(store.dir))
+		if err != nil {
+			return err
+		}
+		for _, e := range entries {
+			if strings.HasPrefix(e.Name(), store.prefix) && strings.HasSuffix(e.Name(), store.suffix) {
+				if err := os.RemoveAll(d.dir(store.dir, e.Name())); err != nil {
+					return err
+				}
 			}
 		}
 	}
@@ -241,10 +265,8 @@ func (d *Daemon) blueprint(ctx context.Context, o *operation) (dir, key string, 
 	if exists(dir) {
 		return dir, key, nil
 	}
-	making := dir + ".new"
-	if err := errors.Join(private.MkdirAll(d.dir("blueprints")), os.RemoveAll(making)); err != nil {
-		return "", "", err
-	}
+	making := dir + newBlueprint
+	defer func() { err = errors.Join(err, os.RemoveAll(making)) }()
 	err = blueprint.BuildOS(ctx, blueprint.OSConfig{Output: making, Guest: d.config.Guest, Kernel: blueprint.DefaultKernel, Progress: o.progress, Logger: d.log})
 	if err == nil {
 		err = newfile.Rename(making, dir)
