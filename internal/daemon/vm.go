@@ -294,9 +294,9 @@ func (v *vm) lastWords() string {
 
 // awaitRunning waits until the VM's process says that it runs, and publishes its ports.
 func (v *vm) awaitRunning(ctx context.Context) error {
-	c, err := control.Dial(ctx, v.path(controlDir))
-	if err != nil {
-		return err
+	c, err := v.dial(ctx)
+	if c == nil || err != nil {
+		return err // without either, watch hears of the end
 	}
 	defer c.Close()
 	status := &control.StatusResponse{}
@@ -319,6 +319,28 @@ func (v *vm) awaitRunning(ctx context.Context) error {
 	return v.changeLocked(func(r *api.VM) {
 		r.State, r.Booted, r.PID, r.Error = api.Running, status.GetBooted(), int(status.GetPid()), ""
 	})
+}
+
+// dial connects with the VM's process, which may be so young that it does not answer yet; nil if it has
+// ended.
+func (v *vm) dial(ctx context.Context) (*control.Client, error) {
+	for {
+		c, err := control.Dial(ctx, v.path(controlDir))
+		if !errors.Is(err, control.ErrNone) {
+			return c, err
+		}
+		p := v.owner()
+		if p == nil {
+			return nil, nil
+		}
+		select {
+		case <-p.Done():
+			return nil, nil
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
 }
 
 // watch waits until the VM's process has ended, or the daemon does.
