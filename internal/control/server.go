@@ -52,6 +52,21 @@ func WriteEnv(dir string, env []string) error {
 	return nil
 }
 
+// ReadEnv reads what [WriteEnv] has noted; nothing if it has not.
+func ReadEnv(dir string) (env []string, err error) {
+	b, err := private.ReadFile(filepath.Join(dir, envFile), 4<<20)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err == nil {
+		err = json.Unmarshal(b, &env)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read the environment of the VM's service: %w", err)
+	}
+	return env, nil
+}
+
 // LockFile is the lock of a control directory; see package detached.
 func LockFile(dir string) string { return filepath.Join(dir, lockFile) }
 
