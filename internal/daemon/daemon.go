@@ -58,10 +58,15 @@ type Daemon struct {
 	work   sync.WaitGroup // operations, and who watches processes
 	making templateLocks
 	events *events
+	// held for reading by who needs a blueprint
+	building sync.RWMutex
 
 	mu         sync.Mutex // guards the following
 	vms        map[string]*vm
-	borrowed   map[string]bool // namespaces that packages are made in
+	unread     []string           // directories of VMs whose records cannot be read
+	packages   map[string]*stored // by key
+	names      map[string]bool    // of packages that are made
+	borrowed   map[string]bool    // namespaces that packages are made in
 	operations map[string]*operation
 	nat        *detached.Process
 	natMu      sync.Mutex // held by whoever starts it
@@ -82,6 +87,7 @@ func Open(c Config) (_ *Daemon, err error) {
 	c.NamespacePrefix = cmp.Or(c.NamespacePrefix, "vm")
 	d := &Daemon{
 		config: c, log: logging.Or(c.Logger), vms: map[string]*vm{}, borrowed: map[string]bool{}, operations: map[string]*operation{},
+		packages: map[string]*stored{}, names: map[string]bool{},
 	}
 	for _, dir := range []string{d.dir("vms"), d.dir("packages"), d.dir("images"), d.dir("blueprints"), d.dir("vmm")} {
 		if err := private.MkdirAll(dir); err != nil {
@@ -100,7 +106,7 @@ func Open(c Config) (_ *Daemon, err error) {
 	if d.events, err = openEvents(d.dir("events"), d.log); err != nil {
 		return nil, err
 	}
-	if err := errors.Join(d.sweepUnfinished(), d.reclaim()); err != nil {
+	if err := errors.Join(d.sweepUnfinished(), d.openStore(), d.reclaim()); err != nil {
 		return nil, err
 	}
 	if d.nat, err = detached.Find(d.natLock()); err != nil {
@@ -148,6 +154,7 @@ func (d *Daemon) recover() error {
 		switch {
 		case err != nil:
 			complain(v, err)
+			d.unread = append(d.unread, v.dir)
 			continue
 		case there:
 			d.vms[v.record.ID] = v

@@ -29,7 +29,7 @@ import (
 	"drafter/internal/await"
 	"drafter/internal/control"
 	"drafter/internal/detached"
-	"drafter/internal/newfile"
+	"drafter/internal/vmmtest"
 	"drafter/vmm"
 )
 
@@ -159,10 +159,11 @@ func testDirOn(t testing.TB, mount func(lib string)) string {
 		t.Fatal(err)
 	}
 	k := templateKey{Digest: "sha256:1", Memory: 1 << 30, CPUs: 1, Blueprint: key, Platform: "linux/" + runtime.GOARCH, Hardware: vmm.Hardware{VMM: "none"}}
-	if err := os.Mkdir(d.dir("packages", k.String()), 0o700); err != nil {
+	if err := os.Mkdir(d.packageDir(k.String()), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := newfile.WriteBytes(d.dir("images", digestOf([]string{"docker://image", ""})+".json"), []byte(`{"digest":"sha256:1"}`)); err != nil {
+	vmmtest.WritePackage(t, d.packageDir(k.String()))
+	if err := d.writeImage(api.Image{Reference: "docker://image", Digest: "sha256:1"}); err != nil {
 		t.Fatal(err)
 	}
 	return dir

@@ -49,6 +49,16 @@ func TestTemplateFits(t *testing.T) {
 	}
 }
 
+// A CPU that is not emulated counts as it is, and one that is does not.
+func TestTemplateProcessor(t *testing.T) {
+	for accel, counts := range map[string]bool{vmm.AccelKVM: true, vmm.AccelTCG: false} {
+		_, p, err := hardware(t.Context(), noDriver{accel: accel})
+		if err != nil || (p != nil) != counts {
+			t.Errorf("%s: %v, %v", accel, p, err)
+		}
+	}
+}
+
 // What a daemon was making when it was killed is gone with the next one, and nothing else is.
 func TestUnfinished(t *testing.T) {
 	dir := testDir(t)

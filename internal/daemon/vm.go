@@ -270,7 +270,7 @@ func (v *vm) launch(ctx context.Context) (_ *detached.Process, err error) {
 	p, err := detached.Start(ctx, detached.Command{
 		Lock: control.LockFile(dir), Program: v.d.config.Program, Stderr: log,
 		Args: []string{
-			"peer", "--raddr", "", "--laddr", "", "--netns", r.Namespace, "--chroot-base-dir", v.d.dir("vmm"), "--enable-output=false",
+			"peer", "--raddr", "", "--laddr", "unix:" + filepath.Join(dir, copySocket), "--netns", r.Namespace, "--chroot-base-dir", v.d.dir("vmm"), "--enable-output=false",
 			"--package", v.d.dir("packages", r.Package), "--instance", v.path(instanceDir), "--control", dir,
 		},
 	})
