@@ -68,8 +68,12 @@ func (v *vm) copyTo(ctx context.Context, dir string, o *operation) error {
 
 // copyRunning lets the VM's process send a copy, for which the VM pauses for some milliseconds.
 func (v *vm) copyRunning(ctx context.Context, dir string, o *operation) error {
+	socket := filepath.Join(v.path(controlDir), copySocket)
+	if !exists(socket) {
+		return fmt.Errorf("VM %s was started by an older release, which gives no copies: %w; stop and start it", v.look().Name, ErrConflict)
+	}
 	var trust transport.Trust
-	dial, err := trust.Dialer("unix:" + filepath.Join(v.path(controlDir), copySocket))
+	dial, err := trust.Dialer("unix:" + socket)
 	if err != nil {
 		return err
 	}
