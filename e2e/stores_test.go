@@ -164,6 +164,14 @@ func TestStores(t *testing.T) {
 		t.Error(said)
 	}
 
+	for command, want := range map[string]string{"run": image, "push": "cache", "snapshot": "copy", "package": "inspect"} {
+		if out := h.drafter(t, "__complete", command, ""); !strings.Contains(out, want) {
+			t.Errorf("%s is completed with %q", command, out)
+		}
+	}
+	if out := h.drafter(t, "__complete", "package", "rm", ""); !strings.Contains(out, "warm\tVM cache") {
+		t.Errorf("packages are completed with %q", out)
+	}
 	testNeeded(t, h, image, key)
 	testArchive(t, h)
 	testStopped(t, h)
