@@ -63,7 +63,7 @@ type Port struct {
 
 // Run asks for a VM of an image.
 type Run struct {
-	Image     string            `json:"image" minLength:"1" doc:"docker://NAME[:TAG|@DIGEST] or any reference that 'drafter blueprint oci' takes"`
+	Image     string            `json:"image" minLength:"1" doc:"docker://NAME[:TAG|@DIGEST] or any reference that 'drafter blueprint oci' takes, or the name or key of a package"`
 	Name      string            `json:"name,omitempty" pattern:"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$" doc:"Of the VM; made up if there is none"`
 	Command   []string          `json:"command,omitempty" doc:"In place of the image's command, behind its entrypoint"`
 	Env       []string          `json:"env,omitempty" doc:"Added to the environment of its service, as NAME=value; kept for this VM only, not in a package"`
@@ -92,6 +92,7 @@ type Operation struct {
 	Kind     string     `json:"kind" doc:"Such as run, start, stop, remove, move or upgrade"`
 	VM       string     `json:"vm,omitempty" doc:"ID of the VM"`
 	Move     *Moves     `json:"move,omitempty" doc:"What a move has taken"`
+	Package  string     `json:"package,omitempty" doc:"Key of the package that it has made or found"`
 	State    string     `json:"state" enum:"working,done,failed,cancelled"`
 	Error    string     `json:"error,omitempty"`
 	Progress []Progress `json:"progress,omitempty" doc:"Steps, in the order in which they began"`

@@ -47,7 +47,7 @@ type Join struct {
 // Arrival asks a host to fetch a VM that runs at another one.
 type Arrival struct {
 	VM      VM       `json:"vm" doc:"As it is at its source"`
-	Env     []string `json:"env,omitempty" doc:"Of its service, where that starts with one of its own"`
+	Env     []string `json:"env" nullable:"true" doc:"Of its service, where that starts with one of its own; null for one that has started in its package"`
 	Address string   `json:"address" doc:"Where its process gives it away"`
 	Disk    int64    `json:"disk" doc:"Bytes that it has written"`
 }

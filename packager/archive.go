@@ -93,35 +93,36 @@ func Create(ctx context.Context, path string, devices []Device, progress Progres
 	if err != nil {
 		return fmt.Errorf("create package: %w", err)
 	}
-	err = func() error {
-		z, err := newFrameWriter(bufio.NewWriterSize(f, 4<<20))
-		if err != nil {
-			return err
-		}
-		t := tar.NewWriter(z)
-		if signed != nil {
-			err := t.WriteHeader(header(signature.File, int64(len(signed))))
-			if err == nil {
-				_, err = t.Write(signed)
-			}
-			if err != nil {
-				return errors.Join(fmt.Errorf("signature: %w", err), z.Close())
-			}
-		}
-		for _, d := range devices {
-			if err := add(ctx, t, d, progress); err != nil {
-				return errors.Join(fmt.Errorf("device %s: %w", d.Name, err), z.Close())
-			}
-		}
-		return errors.Join(t.Close(), z.Close())
-	}()
-	if err != nil {
+	if err := write(ctx, f, signed, devices, progress); err != nil {
 		return errors.Join(fmt.Errorf("create package %s: %w", path, err), f.Discard())
 	}
 	if err := f.Publish(); err != nil {
 		return fmt.Errorf("create package %s: %w", path, err)
 	}
 	return nil
+}
+
+func write(ctx context.Context, w io.Writer, signed []byte, devices []Device, progress Progress) error {
+	z, err := newFrameWriter(bufio.NewWriterSize(w, 4<<20))
+	if err != nil {
+		return err
+	}
+	t := tar.NewWriter(z)
+	if signed != nil {
+		err := t.WriteHeader(header(signature.File, int64(len(signed))))
+		if err == nil {
+			_, err = t.Write(signed)
+		}
+		if err != nil {
+			return errors.Join(fmt.Errorf("signature: %w", err), z.Close())
+		}
+	}
+	for _, d := range devices {
+		if err := add(ctx, t, d, progress); err != nil {
+			return errors.Join(fmt.Errorf("device %s: %w", d.Name, err), z.Close())
+		}
+	}
+	return errors.Join(t.Close(), z.Close())
 }
 
 func header(name string, size int64) *tar.Header {
@@ -251,6 +252,8 @@ type outputs struct {
 
 	path string
 	one  *newfile.File // nil until it is created
+
+	dir string // instead of both: a directory that nobody knows yet, for all devices
 }
 
 func newOutputs(paths map[string]string) (*outputs, error) {
@@ -271,8 +274,15 @@ func newOutputs(paths map[string]string) (*outputs, error) {
 
 // create makes the file of a device. Close it.
 func (o *outputs) create(device string) (f *os.File, closed func() error, err error) {
-	if o.set != nil {
-		if f, err = private.Create(o.set.Path(device)); err != nil {
+	path := ""
+	switch {
+	case o.dir != "":
+		path = filepath.Join(o.dir, vmm.PackageFile(device))
+	case o.set != nil:
+		path = o.set.Path(device)
+	}
+	if path != "" {
+		if f, err = private.Create(path); err != nil {
 			return nil, nil, err
 		}
 		return f, f.Close, nil
@@ -304,6 +314,7 @@ type extraction struct {
 	wanted   map[string]string // device name to path
 	seen     map[string]bool
 	outputs  *outputs
+	sizes    []int64 // of all devices, in bytes
 	progress Progress
 
 	verifier  *signature.Verifier
@@ -403,8 +414,14 @@ func (x *extraction) entry(ctx context.Context, h *tar.Header, r io.Reader) erro
 		x.signature = b
 		return err
 	}
-	if _, ok := x.wanted[name]; !ok {
+	if _, ok := x.wanted[name]; !ok && x.outputs.dir == "" {
 		return nil // the tar reader skips it
+	}
+	if x.outputs.dir != "" {
+		x.sizes = append(x.sizes, h.Size)
+		if err := block.CheckSizes(0, x.sizes...); err != nil {
+			return err
+		}
 	}
 	f, closed, err := x.outputs.create(name)
 	if err != nil {

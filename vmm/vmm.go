@@ -222,6 +222,21 @@ type Installed interface {
 	Installed(ctx context.Context) (Version, error)
 }
 
+// Describer is a [Driver] that tells in advance which hardware a machine that boots would have.
+type Describer interface {
+	// Describe reads only Accel, CPU, HugePages and the number of Disks.
+	Describe(ctx context.Context, l Launch) (Hardware, error)
+}
+
+// Describe tells which hardware a machine of a driver that boots would have, as far as that is known
+// in advance.
+func Describe(ctx context.Context, d Driver, l Launch) (Hardware, error) {
+	if d, ok := d.(Describer); ok {
+		return d.Describe(ctx, l)
+	}
+	return Hardware{VMM: d.Name()}, nil
+}
+
 // Machine is one running or paused VM. Wait and Close may be called at any time. Callers make the
 // other calls one at a time, but Flush, unless it pauses (see [FlushPauser]), also beside Save.
 type Machine interface {

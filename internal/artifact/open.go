@@ -27,6 +27,8 @@ import (
 type Package struct {
 	Digest v1.Hash
 
+	size int64 // bytes of its layers
+
 	signature []byte
 	repo      name.Repository
 	client    *http.Client
@@ -40,6 +42,9 @@ type device struct {
 	contents *block.Contents
 	frames   []frame
 }
+
+// ErrOther says that a reference leads to something that is no package, such as an image.
+var ErrOther = errors.New("it is no package that 'drafter push' made")
 
 // Resolve returns the digest reference that ref stands for at the moment.
 // For log, see [ociclient.Transport].
@@ -81,7 +86,7 @@ func open(ctx context.Context, r name.Reference, plainHTTP bool, maxSize int64, 
 	}
 	p := &Package{Digest: d.Digest, repo: r.Context()}
 	if !d.MediaType.IsImage() {
-		return nil, fmt.Errorf("it is no package, but of type %s", d.MediaType)
+		return nil, fmt.Errorf("%w, but of type %s", ErrOther, d.MediaType)
 	}
 	img, err := d.Image()
 	if err != nil {
@@ -92,7 +97,7 @@ func open(ctx context.Context, r name.Reference, plainHTTP bool, maxSize int64, 
 		return nil, err
 	}
 	if m.Config.MediaType != ConfigType {
-		return nil, fmt.Errorf("it is no package that 'drafter push' made: its config is of type %s", m.Config.MediaType)
+		return nil, fmt.Errorf("%w: its config is of type %s", ErrOther, m.Config.MediaType)
 	}
 	blobOf := func(h v1.Hash, limit int64) ([]byte, error) {
 		l, err := remote.Layer(p.repo.Digest(h.String()), options...)
@@ -135,6 +140,7 @@ func open(ctx context.Context, r name.Reference, plainHTTP bool, maxSize int64, 
 		p.devices = append(p.devices, d)
 	}
 	for _, l := range m.Layers {
+		p.size += l.Size
 		if l.MediaType == signature.MediaType {
 			if p.signature, err = blobOf(l.Digest, signature.MaxSize); err != nil {
 				p.decoder.Close()
@@ -174,6 +180,9 @@ func (p *Package) Names() []string {
 	}
 	return names
 }
+
+// Size is how many bytes the registry has of it.
+func (p *Package) Size() int64 { return p.size }
 
 // Signature is the package's; nil if it has none.
 func (p *Package) Signature() []byte { return p.signature }

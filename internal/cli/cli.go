@@ -143,7 +143,7 @@ runner'.
 		},
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	root.CompletionOptions.HiddenDefaultCmd = true
+	root.CompletionOptions.DisableDefaultCmd = true // there is ours
 	root.PersistentFlags().StringVar(&format, "log-format", "text", "Format of log lines on stderr: text or json")
 	root.PersistentFlags().StringVar(&level, "log-level", "info", "Least severe log lines to show: debug, info, warn or error")
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
@@ -151,6 +151,7 @@ runner'.
 	})
 	root.AddCommand(newDaemon(), newRunVM(), newPS(), newStart(), newStop(), newKill(), newRemove(), newExec(), newCopy(), newInspect(), newLogs(), newEvents())
 	root.AddCommand(newMove(), newUpgrade(), newDrain(), newUndrain(), newHost(), newDoctor())
+	root.AddCommand(newImages(), newImage(), newPackage(), newSnapshot(), newPrune(), newCompletion())
 	root.AddCommand(newNAT(), newForwarder(), newAnchor(), newBlueprint(), newSnapshotter(), newPackager(), newRunner(), newPeer(), newMounter(), newRegistry(), newPush(), newPull(), newSign(), newVerify(), newTerminator(), newCheckpoint(), newDevice(), newVersion())
 	return root
 }

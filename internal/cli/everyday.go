@@ -73,11 +73,15 @@ func newRunVM() *cobra.Command {
 	var memory, diskRead, diskWrite string
 	var detach bool
 	cmd := &cobra.Command{
-		Use:   "run [flags] IMAGE [COMMAND [ARG…]]",
-		Short: "Run an OCI image as a VM",
+		Use:   "run [flags] IMAGE|PACKAGE [COMMAND [ARG…]]",
+		Short: "Run an OCI image, or a package, as a VM",
 		Long: `Makes a VM of an OCI image and starts it. The first run of an image boots it, waits until
 its service is ready, and keeps the suspended VM as a package. Every further run of the same image,
-command, memory and CPUs resumes that package, in a fraction of a second.
+command, memory and CPUs resumes that package, in a fraction of a second. 'drafter pull' makes the
+package ahead.
+
+A package is named by its name or key ('drafter package ls'), or as docker://NAME if 'drafter push' has
+stored it there. Its command, environment, memory and CPUs are as they are.
 
 With --env the package is one whose service has not started: it starts in the VM, with these variables.
 So the package has no secrets in it, and the service takes its time.
@@ -85,12 +89,9 @@ So the package has no secrets in it, and the service takes its time.
 ` + exitCodeHelp,
 		Example: `  drafter run -d --name cache -p 6379:6379 docker://valkey/valkey
   drafter run -d --rm -m 512MB docker://nginx nginx -g 'daemon off;'`,
-		Args: cobra.MinimumNArgs(1),
+		Args: cobra.MinimumNArgs(1), ValidArgsFunction: first(e.complete(runnable)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			r.Image, r.Command = args[0], args[1:]
-			if !strings.Contains(r.Image, ":/") && !strings.HasPrefix(r.Image, "oci:") && !strings.HasPrefix(r.Image, "dir:") {
-				r.Image = "docker://" + r.Image
-			}
 			var err error
 			if r.Memory, err = parseBytes("memory", memory); err != nil {
 				return err
@@ -135,12 +136,13 @@ So the package has no secrets in it, and the service takes its time.
 	f.StringArrayVar(&envFiles, "env-file", nil, "File with a variable on each line; lines that begin with # are left out (repeatable)")
 	f.StringArrayVarP(&labels, "label", "l", nil, "A label, as KEY=VALUE (repeatable)")
 	f.StringVarP(&memory, "memory", "m", "", "Memory of the VM, such as 512MB (default 1GiB)")
-	f.IntVar(&r.CPUs, "cpus", 1, "Number of virtual CPUs")
+	f.IntVar(&r.CPUs, "cpus", 0, "Number of virtual CPUs (default 1)")
 	f.StringVar(&diskRead, "disk-read-bps", "", "Most bytes a second that the VM reads from its host's disk, such as 50MB (default no limit)")
 	f.StringVar(&diskWrite, "disk-write-bps", "", "Most bytes a second that the VM writes to its host's disk, such as 50MB (default no limit)")
 	f.StringVar(&r.Platform, "platform", "", "Platform of the image, such as linux/arm64 (default: this host's)")
 	f.StringVar(&r.Pull, "pull", "missing", "When to look for the image anew: missing, always or never")
 	f.BoolVar(&r.Remove, "rm", false, "Remove the VM when it has ended")
+	values(cmd, "pull", "missing", "always", "never")
 	return e.add(cmd)
 }
 
@@ -306,6 +308,7 @@ type format string
 
 func (f *format) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar((*string)(f), "format", "table", "How to show it: table, json, or a Go template such as '{{.Name}} {{.State}}'")
+	values(cmd, "format", "table", "json")
 }
 
 // show writes all as JSON or by a template, or calls table.

@@ -29,7 +29,7 @@ status: 126 or 127 if it could not be started, 128 and the signal's number if a 
 		Example: `  drafter exec -it cache sh
   drafter exec cache redis-cli ping
   echo 'set key value' | drafter exec -i cache redis-cli`,
-		Args: cobra.MinimumNArgs(2), ValidArgsFunction: e.names,
+		Args: cobra.MinimumNArgs(2), ValidArgsFunction: first(e.names),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			program.Args = args[1:]
 			if program.TTY && interactive && !term.IsTerminal(0) {

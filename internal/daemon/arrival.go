@@ -24,10 +24,7 @@ import (
 
 // An arrival is a VM that runs at another host, and that this one fetches.
 
-var (
-	keyPattern = regexp.MustCompile(`^[0-9a-f]{32}$`)
-	hexPattern = regexp.MustCompile(`^[0-9a-f]*$`)
-)
+var hexPattern = regexp.MustCompile(`^[0-9a-f]*$`)
 
 // Arrive fetches a VM that another host offers.
 func (d *Daemon) Arrive(ctx context.Context, from api.Neighbour, a api.Arrival) (api.Operation, error) {
@@ -50,12 +47,18 @@ func (d *Daemon) Arrive(ctx context.Context, from api.Neighbour, a api.Arrival) 
 	if err := d.hasRoom(r.Memory, a.Disk); err != nil {
 		return api.Operation{}, err
 	}
-	if r.Foreign = true; exists(d.dir("packages", r.Package)) {
-		id, err := packageID(d.dir("packages", r.Package))
+	r.Foreign = true
+	p, done, err := d.usePackage(r.Package, false)
+	switch {
+	case err == nil:
+		defer done() // its record says then that the VM needs it
+		id, err := packageID(d.packageDir(p.Key))
 		if err != nil {
 			return api.Operation{}, err
 		}
 		r.Foreign = id != r.PackageID
+	case !errors.Is(err, ErrNotFound):
+		return api.Operation{}, err
 	}
 	v, err := d.admit(ctx, from, r)
 	if err != nil {

@@ -71,10 +71,15 @@ type Daemon struct {
 	work   sync.WaitGroup // operations, and who watches processes
 	making templateLocks
 	events *events
+	// held for reading by who needs a blueprint
+	building sync.RWMutex
 
 	mu         sync.Mutex // guards the following
 	vms        map[string]*vm
-	borrowed   map[string]bool // namespaces that packages are made in
+	unread     []string           // directories of VMs whose records cannot be read
+	packages   map[string]*stored // by key
+	names      map[string]bool    // of packages that are made
+	borrowed   map[string]bool    // namespaces that packages are made in
 	operations map[string]*operation
 	nat        *detached.Process
 	checks     []api.Check // what was found of the host
@@ -105,8 +110,9 @@ func Open(c Config) (_ *Daemon, err error) {
 	}
 	d := &Daemon{
 		config: c, log: logging.Or(c.Logger), vms: map[string]*vm{}, borrowed: map[string]bool{}, operations: map[string]*operation{},
+		packages: map[string]*stored{}, names: map[string]bool{},
 	}
-	for _, dir := range []string{d.dir("vms"), d.dir("packages"), d.dir("images"), d.dir("vmm")} {
+	for _, dir := range []string{d.dir("vms"), d.dir("packages"), d.dir("images"), d.dir("blueprints"), d.dir("vmm")} {
 		if err := private.MkdirAll(dir); err != nil {
 			return nil, fmt.Errorf("open the daemon's directory: %w", err)
 		}
@@ -127,7 +133,7 @@ func Open(c Config) (_ *Daemon, err error) {
 		return nil, err
 	}
 	d.findGroups()
-	if err := errors.Join(d.sweepPackages(), d.sweepTokens(), d.reclaim()); err != nil {
+	if err := errors.Join(d.sweepUnfinished(), d.sweepTokens(), d.openStore(), d.reclaim()); err != nil {
 		return nil, err
 	}
 	if d.nat, err = detached.Find(d.natLock()); err != nil {
@@ -176,6 +182,7 @@ func (d *Daemon) recover() error {
 		switch {
 		case err != nil:
 			complain(v, err)
+			d.unread = append(d.unread, v.dir)
 			continue
 		case there:
 			d.vms[v.record.ID] = v

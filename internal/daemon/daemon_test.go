@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -29,7 +30,7 @@ import (
 	"drafter/internal/await"
 	"drafter/internal/control"
 	"drafter/internal/detached"
-	"drafter/internal/newfile"
+	"drafter/internal/vmmtest"
 	"drafter/vmm"
 )
 
@@ -139,9 +140,17 @@ func standInDaemon(ctx context.Context, dir string) error {
 	return d.Close()
 }
 
-type noDriver struct{ vmm.Driver }
+type noDriver struct {
+	vmm.Driver
+
+	version, cpu, accel string
+}
 
 func (noDriver) Name() string { return "none" }
+
+func (d noDriver) Describe(context.Context, vmm.Launch) (vmm.Hardware, error) {
+	return vmm.Hardware{VMM: "none", Version: d.version, CPU: d.cpu, Accel: d.accel}, nil
+}
 
 func testConfig(dir string) Config {
 	namespaces, err := strconv.Atoi(os.Getenv("STAND_IN_NAMESPACES"))
@@ -188,16 +197,12 @@ func testDirOn(t testing.TB, mount func(lib string)) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	k := templateKey{Digest: "sha256:1", Memory: 1 << 30, CPUs: 1, Blueprint: key, VMM: "none"}
-	if err := os.Mkdir(d.dir("packages", k.String()), 0o700); err != nil {
+	k := templateKey{Digest: "sha256:1", Memory: 1 << 30, CPUs: 1, Blueprint: key, Platform: "linux/" + runtime.GOARCH, Hardware: vmm.Hardware{VMM: "none"}}
+	if err := os.Mkdir(d.packageDir(k.String()), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{vmm.Config, vmm.State} {
-		if err := newfile.WriteBytes(d.dir("packages", k.String(), vmm.PackageFile(name)), []byte(name)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := newfile.WriteBytes(d.dir("images", digestOf([]string{"docker://image", ""})+".json"), []byte(`{"digest":"sha256:1"}`)); err != nil {
+	vmmtest.WritePackage(t, d.packageDir(k.String()))
+	if err := d.writeImage(api.Image{Reference: "docker://image", Digest: "sha256:1"}); err != nil {
 		t.Fatal(err)
 	}
 	return dir

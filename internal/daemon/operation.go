@@ -95,6 +95,13 @@ func (o *operation) progress(step string, done, total int64) {
 	o.state.Progress[i].Done, o.state.Progress[i].Total = done, total
 }
 
+// made notes which package the operation has made, or found.
+func (o *operation) made(key string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.state.Package = key
+}
+
 // Operation returns an operation once it has ended, or after wait.
 func (d *Daemon) Operation(ctx context.Context, id string, wait time.Duration) (api.Operation, error) {
 	d.mu.Lock()

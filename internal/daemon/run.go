@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/dustin/go-humanize"
 	"github.com/google/uuid"
 
 	"drafter/api"
@@ -30,6 +31,9 @@ func (d *Daemon) Run(r api.Run) (api.Operation, error) {
 	}
 	if err := d.checkSize(&r); err != nil {
 		return api.Operation{}, err
+	}
+	if _, err := d.Package(r.Image); errors.Is(err, ErrNotFound) {
+		r.Image = imageReference(r.Image)
 	}
 	v, err := d.create(r)
 	if err != nil {
@@ -107,19 +111,38 @@ func conflicting(others []api.Port, p api.Port) *api.Port {
 }
 
 func (d *Daemon) run(ctx context.Context, v *vm, r api.Run, o *operation) error {
-	key, digest, err := d.template(ctx, r, o)
+	p, done, err := d.usePackage(r.Image, true)
+	named := !errors.Is(err, ErrNotFound)
+	if !named {
+		p, done, err = d.template(ctx, r, o)
+	}
 	if err != nil {
 		return err
 	}
-	id, err := packageID(d.dir("packages", key))
+	defer done() // its record says then that the VM needs it
+	env := r.Env
+	if named || p.Source != api.FromImage {
+		if err := p.fits(r); err != nil {
+			return err
+		}
+	}
+	if p.Source == api.FromSnapshot {
+		if env, err = control.ReadEnv(d.packageDir(p.Key)); err != nil {
+			return err
+		}
+	}
+	id, err := packageID(d.packageDir(p.Key))
 	if err != nil {
 		return err
 	}
-	if err := v.change(func(r *api.VM) { r.Package, r.PackageID, r.Digest = key, id, digest }); err != nil {
+	if err := v.change(func(vm *api.VM) {
+		vm.Package, vm.PackageID, vm.Digest = p.Key, id, p.Digest
+		vm.Memory, vm.CPUs = cmp.Or(p.Memory, vm.Memory), cmp.Or(p.CPUs, vm.CPUs)
+	}); err != nil {
 		return err
 	}
-	if len(r.Env) > 0 {
-		if err := control.WriteEnv(v.seat().control(), r.Env); err != nil {
+	if p.Held || len(env) > 0 {
+		if err := control.WriteEnv(v.seat().control(), env); err != nil {
 			return err
 		}
 	}
@@ -129,6 +152,26 @@ func (d *Daemon) run(ctx context.Context, v *vm, r api.Run, o *operation) error 
 	}
 	o.progress("Starting", 1, 1)
 	return nil
+}
+
+// fits refuses a run that wants another VM than the one in the package.
+func (p *stored) fits(r api.Run) error {
+	what := ""
+	switch {
+	case r.Memory != 0 && r.Memory != p.Memory:
+		what = fmt.Sprintf("has a VM with %s of memory", humanize.IBytes(uint64(p.Memory)))
+	case r.CPUs != 0 && r.CPUs != p.CPUs:
+		what = fmt.Sprintf("has a VM with %d CPUs", p.CPUs)
+	case len(r.Command) > 0:
+		what = "has a service, which takes no other command"
+	case len(r.Env) > 0 && (!p.Held || p.Source != api.FromImage):
+		what = "has a service, which takes no other environment"
+	case r.Platform != "":
+		what = "has a VM, and no platform to choose"
+	default:
+		return nil
+	}
+	return fmt.Errorf("package %s %s: %w; leave that out, or run an image", cmp.Or(p.Name, p.Key[:shortKey]), what, ErrInvalid)
 }
 
 // create records a new VM, which it acquires.

@@ -17,6 +17,8 @@ import (
 func (d *Daemon) Handler() http.Handler {
 	mux := http.NewServeMux()
 	describe(humago.New(mux, config(d.config.Version)), d)
+	mux.HandleFunc("GET /v1/packages/{package}/archive", d.archive)
+	mux.HandleFunc("POST /v1/packages", d.archive)
 	mux.HandleFunc("GET /v1/vms/{vm}/exec", d.exec)
 	mux.HandleFunc("GET /v1/vms/{vm}/files", d.files)
 	mux.HandleFunc("PUT /v1/vms/{vm}/files", d.files)
@@ -88,6 +90,7 @@ func describe(a huma.API, d *Daemon) {
 		return d.logs(in)
 	})
 	describeHosts(a, d)
+	describeStore(a, d)
 	sse.Register(a, endpoint(http.MethodGet, "/v1/events", "follow-events", "Follow what happens; Last-Event-ID goes on where a client has stopped"),
 		map[string]any{"message": api.Event{}}, d.follow)
 }

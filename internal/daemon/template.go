@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
@@ -24,7 +25,6 @@ import (
 	"drafter/blueprint"
 	"drafter/internal/guest"
 	"drafter/internal/newfile"
-	"drafter/internal/private"
 	"drafter/snapshotter"
 	"drafter/vmm"
 )
@@ -40,10 +40,23 @@ type templateKey struct {
 	CPUs      int
 	Held      bool   // the service has not started: it gets an environment of its own
 	Blueprint string // of the OS
-	VMM       string
+	Platform  string // of the image
+	Hardware  vmm.Hardware
+	Processor *vmm.Processor // of the host; nil where it is emulated, and so the same everywhere
 }
 
 func (k templateKey) String() string { return digestOf(k) }
+
+// hardware is what a package made here would depend on. After an upgrade of the VMM, or on a host with
+// another CPU, it is another one.
+func hardware(ctx context.Context, driver vmm.Driver) (hw vmm.Hardware, p *vmm.Processor, err error) {
+	disks := []vmm.Block{{Name: vmm.Disk}, {Name: imageDisk}}
+	hw, err = vmm.Describe(ctx, driver, vmm.Launch{Devices: vmm.Devices{Disks: disks}})
+	if err == nil && hw.Accel == vmm.AccelKVM {
+		p, err = vmm.HostProcessor()
+	}
+	return hw, p, err
+}
 
 func digestOf(v any) string {
 	b, err := json.Marshal(v)
@@ -54,51 +67,96 @@ func digestOf(v any) string {
 	return hex.EncodeToString(h[:16])
 }
 
-// template returns the package for a run, and its image's digest. It makes the package if need be.
-func (d *Daemon) template(ctx context.Context, r api.Run, o *operation) (key, digest string, err error) {
-	blueprintDir, blueprintKey, err := d.blueprint(ctx, o)
-	if err != nil {
-		return "", "", err
+// template returns the package for a run, which stays until done is called. It makes the package if
+// need be.
+func (d *Daemon) template(ctx context.Context, r api.Run, o *operation) (p *stored, done func(), err error) {
+	d.building.RLock() // its blueprint stays
+	defer d.building.RUnlock()
+	t := template{d: d, o: o, host: vmm.Host{Drivers: d.config.Drivers, BaseDir: d.dir("vmm"), Logger: d.log}}
+	if err := t.resolve(ctx, r); err != nil {
+		return nil, nil, err
 	}
-	host := vmm.Host{Drivers: d.config.Drivers, BaseDir: d.dir("vmm"), Logger: d.log}
-	driver, err := host.Drivers.Select(cmp.Or(d.config.VMM, vmm.VMMAuto), "")
-	if err != nil {
-		return "", "", err
-	}
-	k := templateKey{Command: r.Command, Held: len(r.Env) > 0, Memory: cmp.Or(r.Memory, 1<<30), CPUs: cmp.Or(r.CPUs, 1), Blueprint: blueprintKey, VMM: driver.Name()}
-	known := d.dir("images", digestOf([]string{r.Image, r.Platform})+".json")
+	known := d.readImage(r.Image, r.Platform)
 	if r.Pull != "always" {
-		k.Digest = d.readDigest(known)
-		if k.Digest != "" && exists(d.dir("packages", k.String())) {
-			return k.String(), k.Digest, nil
+		if known.Digest != "" {
+			if p, done, err := d.usePackage(t.keyOf(known), true); !errors.Is(err, ErrNotFound) {
+				d.touchImage(known)
+				return p, done, err
+			}
 		}
 		if r.Pull == "never" {
-			return "", "", fmt.Errorf("there is no package of image %s for such a VM: %w; run it with --pull missing", r.Image, ErrNotFound)
+			return nil, nil, fmt.Errorf("there is no package of image %s for such a VM: %w; run it with --pull missing", r.Image, ErrNotFound)
 		}
 	}
 	o.progress("Finding image", 0, 1)
-	image, err := blueprint.OpenImage(ctx, blueprint.ImageConfig{Ref: r.Image, Platform: r.Platform, Logger: d.log})
+	image, found, err := d.findImage(ctx, r)
 	if err != nil {
-		return "", "", err
-	}
-	hash, err := image.Digest()
-	if err != nil {
-		return "", "", fmt.Errorf("image %s: %w", r.Image, err)
+		return nil, nil, err
 	}
 	o.progress("Finding image", 1, 1)
-	k.Digest = hash.String()
-	unlock, err := d.making.lock(ctx, k.String()) // nobody else makes the same one meanwhile
+	key := t.keyOf(found)
+	unlock, err := d.making.lock(ctx, key) // nobody else makes the same one meanwhile
 	if err != nil {
-		return "", "", err
+		return nil, nil, err
 	}
 	defer unlock()
-	if !exists(d.dir("packages", k.String())) {
-		if err := d.makeTemplate(ctx, image, k, host, blueprintDir, o); err != nil {
-			return "", "", err
+	p, done, err = d.usePackage(key, true)
+	if errors.Is(err, ErrNotFound) {
+		made := api.Package{Key: key, Source: api.FromImage, Reference: r.Image, Digest: found.Digest, Platform: t.key.Platform, Command: r.Command}
+		if found.Artifact {
+			made.Source, made.Platform, made.Command = api.FromRegistry, "", nil
 		}
+		p, done, err = d.makePackage(ctx, made, func(dir string) error {
+			if found.Artifact {
+				return d.pullArtifact(ctx, found, dir, o)
+			}
+			return t.make(ctx, image, dir)
+		})
 	}
-	err = newfile.WriteBytes(known, []byte(`{"digest":"`+k.Digest+`"}`))
-	return k.String(), k.Digest, err
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := d.writeImage(found); err != nil {
+		done()
+		return nil, nil, err
+	}
+	return p, done, nil
+}
+
+// template is a package to be made of an image.
+type template struct {
+	d         *Daemon
+	o         *operation
+	key       templateKey // but for the digest
+	host      vmm.Host
+	blueprint string // directory of the OS blueprint
+}
+
+// resolve finds out what the package for a run depends on beside the image.
+func (t *template) resolve(ctx context.Context, r api.Run) (err error) {
+	t.key = templateKey{
+		Command: r.Command, Held: len(r.Env) > 0, Memory: cmp.Or(r.Memory, 1<<30), CPUs: cmp.Or(r.CPUs, 1),
+		Platform: cmp.Or(r.Platform, "linux/"+runtime.GOARCH),
+	}
+	if t.blueprint, t.key.Blueprint, err = t.d.blueprint(ctx, t.o); err != nil {
+		return err
+	}
+	driver, err := t.host.Drivers.Select(cmp.Or(t.d.config.VMM, vmm.VMMAuto), "")
+	if err != nil {
+		return err
+	}
+	t.key.Hardware, t.key.Processor, err = hardware(ctx, driver)
+	return err
+}
+
+// keyOf is the key of the package of an image.
+func (t *template) keyOf(image api.Image) string {
+	if image.Artifact {
+		return digestOf([]string{"artifact", image.Digest})
+	}
+	k := t.key
+	k.Digest = image.Digest
+	return k.String()
 }
 
 func exists(path string) bool {
@@ -106,21 +164,9 @@ func exists(path string) bool {
 	return err == nil
 }
 
-// readDigest returns which image a reference was; "" if that is not known.
-func (d *Daemon) readDigest(path string) string {
-	b, err := private.ReadFile(path, 1<<16)
-	var image struct{ Digest string }
-	if err == nil {
-		err = json.Unmarshal(b, &image)
-	}
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		d.log.Warn("The record of an image cannot be read; it is looked up anew", "path", path, "error", err)
-	}
-	return image.Digest
-}
-
-// makeTemplate boots the image and keeps the package.
-func (d *Daemon) makeTemplate(ctx context.Context, image v1.Image, k templateKey, host vmm.Host, blueprintDir string, o *operation) (err error) {
+// make boots the image and leaves the package in a directory.
+func (t *template) make(ctx context.Context, image v1.Image, dir string) (err error) {
+	d, k := t.d, t.key
 	if len(k.Command) > 0 {
 		config, err := image.ConfigFile()
 		if err != nil {
@@ -132,22 +178,17 @@ func (d *Daemon) makeTemplate(ctx context.Context, image v1.Image, k templateKey
 			return fmt.Errorf("set the image's command: %w", err)
 		}
 	}
-	making, err := os.MkdirTemp(d.dir("packages"), newPackage)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(making)) }()
-	disk := filepath.Join(making, "oci.ext4")
-	if err := blueprint.BuildOCI(ctx, image, blueprint.Limits{}, blueprint.Ext4Config{Output: disk, Progress: o.progress, Logger: d.log}); err != nil {
+	disk := filepath.Join(filepath.Dir(dir), "oci.ext4")
+	if err := blueprint.BuildOCI(ctx, image, blueprint.Limits{}, blueprint.Ext4Config{Output: disk, Progress: t.o.progress, Logger: d.log}); err != nil {
 		return err
 	}
 	if err := d.startNAT(ctx); err != nil {
 		return err
 	}
 	d.mu.Lock()
-	host.Netns, err = d.namespace()
+	t.host.Netns, err = d.namespace()
 	if err == nil {
-		d.borrowed[host.Netns] = true
+		d.borrowed[t.host.Netns] = true
 	}
 	d.mu.Unlock()
 	if err != nil {
@@ -155,21 +196,21 @@ func (d *Daemon) makeTemplate(ctx context.Context, image v1.Image, k templateKey
 	}
 	defer func() {
 		d.mu.Lock()
-		delete(d.borrowed, host.Netns)
+		delete(d.borrowed, t.host.Netns)
 		d.mu.Unlock()
 	}()
 	bootArgs := vmm.DefaultBootArgs
 	if k.Held {
 		bootArgs += " " + guest.HoldArgument
 	}
-	devices, err := snapshotter.BlueprintDevices(blueprintDir, filepath.Join(making, "package"))
+	devices, err := snapshotter.BlueprintDevices(t.blueprint, dir)
 	if err != nil {
 		return err
 	}
 	devices = slices.DeleteFunc(devices, func(d snapshotter.Device) bool { return d.Name == imageDisk })
-	devices = append(devices, snapshotter.Device{Name: imageDisk, Input: disk, Output: filepath.Join(making, "package", "oci.ext4")})
+	devices = append(devices, snapshotter.Device{Name: imageDisk, Input: disk, Output: filepath.Join(dir, "oci.ext4")})
 	s, err := snapshotter.New(snapshotter.Config{
-		Host: host, Devices: devices, Progress: o.progress,
+		Host: t.host, Devices: devices, Progress: t.o.progress,
 		Spec: vmm.Spec{
 			CPUs: k.CPUs, MemorySize: k.Memory, BootArgs: bootArgs, Interface: "tap0", MAC: "02:0e:d9:fd:68:3d",
 			AgentPort: vmm.DefaultAgentPort, LivenessPort: vmm.DefaultLivenessPort,
@@ -178,30 +219,32 @@ func (d *Daemon) makeTemplate(ctx context.Context, image v1.Image, k templateKey
 	if err != nil {
 		return err
 	}
-	o.progress("Booting", 0, 1)
+	t.o.progress("Booting", 0, 1)
 	if _, err := s.Run(ctx); err != nil {
 		return err
 	}
-	o.progress("Booting", 1, 1)
-	return newfile.Rename(filepath.Join(making, "package"), d.dir("packages", k.String()))
+	t.o.progress("Booting", 1, 1)
+	return nil
 }
 
 // imageDisk is the device with the image.
 const imageDisk = "oci"
 
-// newPackage begins the name of a package that is made.
-const newPackage = ".new-"
+// newBlueprint ends the name of a blueprint that is made.
+const newBlueprint = ".new"
 
-// sweepPackages removes what a killed daemon was making.
-func (d *Daemon) sweepPackages() error {
-	entries, err := os.ReadDir(d.dir("packages"))
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), newPackage) {
-			if err := os.RemoveAll(d.dir("packages", e.Name())); err != nil {
-				return err
+// sweepUnfinished removes what a killed daemon was making.
+func (d *Daemon) sweepUnfinished() error {
+	for _, store := range []struct{ dir, prefix, suffix string }{{"packages", unfinished, ""}, {"blueprints", "", newBlueprint}} {
+		entries, err := os.ReadDir(d.dir(store.dir))
+		if err != nil {
+			return err
+		}
+		for _, e := range entries {
+			if strings.HasPrefix(e.Name(), store.prefix) && strings.HasSuffix(e.Name(), store.suffix) {
+				if err := os.RemoveAll(d.dir(store.dir, e.Name())); err != nil {
+					return err
+				}
 			}
 		}
 	}
@@ -239,12 +282,10 @@ func (d *Daemon) blueprint(ctx context.Context, o *operation) (dir, key string, 
 	}
 	defer unlock()
 	if exists(dir) {
-		return dir, key, nil
+		return dir, key, os.Chtimes(dir, time.Time{}, time.Now()) // when it was used last
 	}
-	making := dir + ".new"
-	if err := errors.Join(private.MkdirAll(d.dir("blueprints")), os.RemoveAll(making)); err != nil {
-		return "", "", err
-	}
+	making := dir + newBlueprint
+	defer func() { err = errors.Join(err, os.RemoveAll(making)) }()
 	err = blueprint.BuildOS(ctx, blueprint.OSConfig{Output: making, Guest: d.config.Guest, Kernel: blueprint.DefaultKernel, Progress: o.progress, Logger: d.log})
 	if err == nil {
 		err = newfile.Rename(making, dir)

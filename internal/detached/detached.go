@@ -124,7 +124,12 @@ func (p *Process) Signal(s syscall.Signal) error {
 	}
 	var serr error
 	if err := conn.Control(func(fd uintptr) { serr = unix.PidfdSendSignal(int(fd), s, nil, 0) }); err != nil {
-		return err
+		select {
+		case <-p.done: // it has ended, and who saw that has closed p
+			return nil
+		default:
+			return err
+		}
 	}
 	if serr != nil && !errors.Is(serr, unix.ESRCH) {
 		return fmt.Errorf("send %s to process %d: %w", s, p.PID, serr)

@@ -40,6 +40,7 @@ type Driver struct {
 var (
 	_ vmm.Driver     = Driver{}
 	_ vmm.Checker    = Driver{}
+	_ vmm.Describer  = Driver{}
 	_ vmm.FileBooter = Driver{}
 )
 
@@ -113,6 +114,31 @@ func (d Driver) checkHost(ctx context.Context, l *vmm.Launch) (bin, jailer strin
 	return
 }
 
+// Describe implements [vmm.Describer].
+func (d Driver) Describe(ctx context.Context, l vmm.Launch) (vmm.Hardware, error) {
+	l.Recorded = nil
+	_, _, v, err := d.checkHost(ctx, &l)
+	if err != nil {
+		return vmm.Hardware{}, err
+	}
+	hw, _, err := hardware(v, &l)
+	return hw, err
+}
+
+// hardware is that of a machine that boots.
+func hardware(v vmm.Version, l *vmm.Launch) (vmm.Hardware, *cpuConfig, error) {
+	hw := vmm.Hardware{VMM: vmm.VMMFirecracker, Version: v.String(), Machine: machine, Accel: vmm.AccelKVM}
+	if l.HugePages {
+		hw.Machine = machineHuge
+	}
+	config, err := readCPU(l.CPU)
+	if err != nil {
+		return hw, nil, err
+	}
+	hw.CPU = config.name
+	return hw, config, nil
+}
+
 // Launch implements [vmm.Driver].
 func (d Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
 	bin, jailer, v, err := d.checkHost(ctx, &l)
@@ -127,23 +153,17 @@ func (d Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
 		return nil, errors.New("a machine boots with its memory in a file, and is restored with a memory device of Drafter's")
 	}
 	l.Logger = logging.Or(l.Logger)
-	m := &Machine{launch: l, device: device, ended: make(chan struct{}), hardware: vmm.Hardware{
-		VMM: vmm.VMMFirecracker, Version: v.String(), Machine: machine, CPU: "None", Accel: vmm.AccelKVM,
-	}}
+	m := &Machine{launch: l, device: device, ended: make(chan struct{})}
 	var config *cpuConfig
 	if l.Recorded != nil {
-		m.hardware.Machine, m.hardware.CPU = l.Recorded.Machine, l.Recorded.CPU
+		m.hardware = vmm.Hardware{
+			VMM: vmm.VMMFirecracker, Version: v.String(), Machine: l.Recorded.Machine, CPU: l.Recorded.CPU, Accel: vmm.AccelKVM,
+		}
 		if config, err = recordedCPU(l.Recorded.CPU); err != nil && l.Boot != nil {
 			return nil, err
 		}
-	} else {
-		if l.HugePages {
-			m.hardware.Machine = machineHuge
-		}
-		if config, err = readCPU(l.CPU); err != nil {
-			return nil, err
-		}
-		m.hardware.CPU = config.name
+	} else if m.hardware, config, err = hardware(v, &l); err != nil {
+		return nil, err
 	}
 	m.huge = m.hardware.Machine == machineHuge
 	m.logsDirty = m.huge || d.untracked || !memory.CanTrack()

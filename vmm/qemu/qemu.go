@@ -16,6 +16,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -72,8 +73,36 @@ func binary(bin string) (string, error) {
 	return path, nil
 }
 
-// installedVersion asks a binary for its version.
+// versions are those of binaries that were asked, by versionKey. A daemon asks often, and QEMU takes
+// its time.
+var versions sync.Map
+
+// versionKey identifies a binary as it is: an upgrade replaces the file.
+type versionKey struct {
+	device, inode    uint64
+	size             int64
+	modified, change syscall.Timespec
+}
+
+// installedVersion asks a binary for its version, unless it has.
 func installedVersion(ctx context.Context, path string) (vmm.Version, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return vmm.Version{}, fmt.Errorf("ask %s for its version: %w", path, err)
+	}
+	st := info.Sys().(*syscall.Stat_t)
+	key := versionKey{st.Dev, st.Ino, st.Size, st.Mtim, st.Ctim}
+	if v, ok := versions.Load(key); ok {
+		return v.(vmm.Version), nil
+	}
+	v, err := askVersion(ctx, path)
+	if err == nil {
+		versions.Store(key, v)
+	}
+	return v, err
+}
+
+func askVersion(ctx context.Context, path string) (vmm.Version, error) {
 	out, err := exec.CommandContext(ctx, path, "--version").Output()
 	if err != nil {
 		return vmm.Version{}, fmt.Errorf("ask %s for its version: %w", path, err)
@@ -168,7 +197,20 @@ func (d Driver) Launch(ctx context.Context, l vmm.Launch) (vmm.Machine, error) {
 	return m, nil
 }
 
-var _ vmm.Checker = Driver{}
+var (
+	_ vmm.Checker   = Driver{}
+	_ vmm.Describer = Driver{}
+)
+
+// Describe implements [vmm.Describer].
+func (d Driver) Describe(ctx context.Context, l vmm.Launch) (vmm.Hardware, error) {
+	path, err := binary(d.Bin)
+	if err != nil {
+		return vmm.Hardware{}, err
+	}
+	l.Recorded = nil
+	return hardware(ctx, path, &l)
+}
 
 // Check implements [vmm.Checker].
 func (d Driver) Check(ctx context.Context, l vmm.Launch) error {
