@@ -46,12 +46,13 @@ func limits(r api.VM, dir string) (cgroup.Limits, cgroup.Bandwidth, error) {
 	return l, b, err
 }
 
-// groupPath is where a VM gets its group after so many moves; "" if it gets none.
+// groupPath is where a VM gets its group after so many moves; "" if it gets none. Another daemon of this
+// machine, with other namespaces, may have the same VM.
 func (d *Daemon) groupPath(id string, moves int) string {
 	if d.groups == "" {
 		return ""
 	}
-	return cgroup.GroupPath(d.groups, fmt.Sprint(id, "-", moves))
+	return cgroup.GroupPath(d.groups, fmt.Sprintf("%s-%d-%x", id, moves, fingerprint(d.key.Certificate[0])[:4]))
 }
 
 // findGroups finds out where VMs get groups: nowhere on a host that cannot limit them.

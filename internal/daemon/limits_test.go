@@ -25,7 +25,7 @@ func groupHas(vm api.VM) string {
 		return "" // this host has none
 	}
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", vm.PID))
-	if err != nil || !strings.Contains(string(b), fmt.Sprintf("/drafter/%s-%d/members\n", vm.ID, vm.Moves)) {
+	if err != nil || !strings.Contains(string(b), "/drafter/"+filepath.Base(vm.Cgroup)+"/members\n") {
 		return fmt.Sprintf("VM %s is in %s, %v, instead of %s", vm.Name, b, err, vm.Cgroup)
 	}
 	return ""
