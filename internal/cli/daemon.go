@@ -35,6 +35,9 @@ Each VM is owned by a process of its own. The daemon may end, be killed or be re
 ports go on, and the next daemon finds them. The NAT that gives VMs their networks ends with the
 daemon if no VM runs.
 
+At its start the daemon starts the VMs whose --restart says so. Before the host shuts down, 'drafter
+stop --all' suspends all VMs, as drafter-shutdown.service does.
+
 Who may open the socket may do all that root may: it belongs to root and the group drafter, if there
 is one. The API is REST with JSON. GET /openapi.json describes it.
 ` + exitCodeHelp,

@@ -17,8 +17,11 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"sync"
+
+	"golang.org/x/sync/semaphore"
 
 	"drafter/api"
 	"drafter/internal/detached"
@@ -49,20 +52,22 @@ type Config struct {
 
 // Daemon is a running daemon. Its methods are safe for concurrent use.
 type Daemon struct {
-	config Config
-	log    *slog.Logger
-	lock   *lockfile.Lock
-	ctx    context.Context // ends what it does
-	cancel context.CancelCauseFunc
-	opened bool           // and so it knows which VMs run
-	work   sync.WaitGroup // operations, and who watches processes
-	making templateLocks
-	events *events
+	config   Config
+	log      *slog.Logger
+	lock     *lockfile.Lock
+	ctx      context.Context // ends what it does
+	cancel   context.CancelCauseFunc
+	opened   bool           // and so it knows which VMs run
+	work     sync.WaitGroup // operations, and who watches processes
+	making   templateLocks
+	starting *semaphore.Weighted // VMs that start with the daemon
+	events   *events
 
 	mu         sync.Mutex // guards the following
 	vms        map[string]*vm
 	borrowed   map[string]bool // namespaces that packages are made in
 	operations map[string]*operation
+	hostEnds   bool // VMs were suspended for that: none is started again by itself
 	nat        *detached.Process
 	natMu      sync.Mutex // held by whoever starts it
 }
@@ -82,6 +87,7 @@ func Open(c Config) (_ *Daemon, err error) {
 	c.NamespacePrefix = cmp.Or(c.NamespacePrefix, "vm")
 	d := &Daemon{
 		config: c, log: logging.Or(c.Logger), vms: map[string]*vm{}, borrowed: map[string]bool{}, operations: map[string]*operation{},
+		starting: semaphore.NewWeighted(int64(2 * runtime.NumCPU())),
 	}
 	for _, dir := range []string{d.dir("vms"), d.dir("packages"), d.dir("images"), d.dir("vmm")} {
 		if err := private.MkdirAll(dir); err != nil {
@@ -165,6 +171,7 @@ func (d *Daemon) recover() error {
 	for _, v := range slices.Collect(maps.Values(d.vms)) {
 		if v.record.State != api.Removing {
 			complain(v, v.recover())
+			v.startWithDaemon()
 		}
 	}
 	return nil

@@ -17,7 +17,6 @@ import (
 	"sync"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"golang.org/x/sync/semaphore"
 
 	"drafter/api"
@@ -34,11 +33,12 @@ import (
 
 // templateKey is all that makes two runs boot the same.
 type templateKey struct {
-	Digest    string
-	Command   []string
-	Memory    int64
-	CPUs      int
-	Held      bool   // the service has not started: it gets an environment of its own
+	Digest  string
+	Command []string
+	Memory  int64
+	CPUs    int
+	Held    bool // the service has not started: it gets an environment of its own
+	program
 	Blueprint string // of the OS
 	VMM       string
 }
@@ -65,7 +65,7 @@ func (d *Daemon) template(ctx context.Context, r api.Run, o *operation) (key, di
 	if err != nil {
 		return "", "", err
 	}
-	k := templateKey{Command: r.Command, Held: len(r.Env) > 0, Memory: cmp.Or(r.Memory, 1<<30), CPUs: cmp.Or(r.CPUs, 1), Blueprint: blueprintKey, VMM: driver.Name()}
+	k := templateKey{program: programOf(r), Command: r.Command, Held: len(r.Env) > 0, Memory: cmp.Or(r.Memory, 1<<30), CPUs: cmp.Or(r.CPUs, 1), Blueprint: blueprintKey, VMM: driver.Name()}
 	known := d.dir("images", digestOf([]string{r.Image, r.Platform})+".json")
 	if r.Pull != "always" {
 		k.Digest = d.readDigest(known)
@@ -121,16 +121,8 @@ func (d *Daemon) readDigest(path string) string {
 
 // makeTemplate boots the image and keeps the package.
 func (d *Daemon) makeTemplate(ctx context.Context, image v1.Image, k templateKey, host vmm.Host, blueprintDir string, o *operation) (err error) {
-	if len(k.Command) > 0 {
-		config, err := image.ConfigFile()
-		if err != nil {
-			return fmt.Errorf("read image config: %w", err)
-		}
-		config = config.DeepCopy()
-		config.Config.Cmd = k.Command
-		if image, err = mutate.ConfigFile(image, config); err != nil {
-			return fmt.Errorf("set the image's command: %w", err)
-		}
+	if image, err = k.configure(image); err != nil {
+		return err
 	}
 	making, err := os.MkdirTemp(d.dir("packages"), newPackage)
 	if err != nil {
@@ -162,6 +154,10 @@ func (d *Daemon) makeTemplate(ctx context.Context, image v1.Image, k templateKey
 	if k.Held {
 		bootArgs += " " + guest.HoldArgument
 	}
+	if k.Interactive {
+		bootArgs += " " + guest.InteractiveArgument
+	}
+	host.Egress = k.Egress // the image's program runs here, too
 	devices, err := snapshotter.BlueprintDevices(blueprintDir, filepath.Join(making, "package"))
 	if err != nil {
 		return err

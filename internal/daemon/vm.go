@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -25,6 +26,7 @@ type vm struct {
 	dir   string
 	busy  *semaphore.Weighted // of 1: the operation that changes it
 	ports ports
+	again again
 
 	// guarded by d.mu
 	record  api.VM
@@ -36,7 +38,9 @@ type vm struct {
 type process struct {
 	*detached.Process
 
+	ran   time.Time     // when it was known to run; guarded by d.mu
 	noted chan struct{} // closed once it is noted how it has ended
+	end   api.VM        // how that is; valid then
 }
 
 // The files in a VM's directory.
@@ -199,22 +203,22 @@ func (v *vm) recover() error {
 
 // own makes a process the VM's, and watches it.
 func (v *vm) own(p *detached.Process) {
-	owner := &process{p, make(chan struct{})}
+	owner := &process{Process: p, noted: make(chan struct{})}
 	v.d.mu.Lock()
 	v.process = owner
 	v.d.mu.Unlock()
 	v.d.work.Go(func() { v.watch(owner) })
 }
 
-// start starts the VM, which is acquired.
-func (v *vm) start(ctx context.Context) error {
+// start starts the VM, which is acquired. Its process gets further arguments.
+func (v *vm) start(ctx context.Context, more ...string) error {
 	if err := v.d.startNAT(ctx); err != nil {
 		return err
 	}
 	if err := v.isStarting(); err != nil {
 		return err
 	}
-	p, err := v.launch(ctx)
+	p, err := v.launch(ctx, more)
 	if v.d.ctx.Err() != nil { // the VM goes on, and the next daemon finds it
 		if p != nil {
 			err = errors.Join(err, p.Close())
@@ -251,12 +255,12 @@ func (v *vm) isStarting() error {
 	}
 	now := time.Now().UTC()
 	return v.changeLocked(func(r *api.VM) {
-		r.State, r.Namespace, r.Error, r.Started, r.ExitStatus = api.Starting, ns, "", &now, nil
+		r.State, r.Namespace, r.Error, r.Started, r.ExitStatus, r.UserStopped = api.Starting, ns, "", &now, nil, false
 	})
 }
 
 // launch starts the VM's process, and returns once the VM runs.
-func (v *vm) launch(ctx context.Context) (_ *detached.Process, err error) {
+func (v *vm) launch(ctx context.Context, more []string) (_ *detached.Process, err error) {
 	r, dir := v.look(), v.path(controlDir)
 	log, err := os.OpenFile(v.path(processLog), os.O_CREATE|os.O_WRONLY|os.O_APPEND, newfile.Mode)
 	if err != nil {
@@ -267,12 +271,15 @@ func (v *vm) launch(ctx context.Context) (_ *detached.Process, err error) {
 	if err := errors.Join(private.MkdirAll(dir), control.Forget(dir)); err != nil {
 		return nil, err
 	}
+	args := []string{
+		"peer", "--raddr", "", "--laddr", "", "--netns", r.Namespace, "--chroot-base-dir", v.d.dir("vmm"), "--enable-output=false",
+		"--package", v.d.dir("packages", r.Package), "--instance", v.path(instanceDir), "--control", dir,
+	}
+	if len(r.Egress) > 0 {
+		args = append(args, "--egress", strings.Join(r.Egress, ","))
+	}
 	p, err := detached.Start(ctx, detached.Command{
-		Lock: control.LockFile(dir), Program: v.d.config.Program, Stderr: log,
-		Args: []string{
-			"peer", "--raddr", "", "--laddr", "", "--netns", r.Namespace, "--chroot-base-dir", v.d.dir("vmm"), "--enable-output=false",
-			"--package", v.d.dir("packages", r.Package), "--instance", v.path(instanceDir), "--control", dir,
-		},
+		Lock: control.LockFile(dir), Program: v.d.config.Program, Stderr: log, Args: append(args, more...),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("start VM %s: %w: %s", r.Name, err, v.lastWords())
@@ -316,6 +323,7 @@ func (v *vm) awaitRunning(ctx context.Context) error {
 	if v.process == nil {
 		return errEnded // and that is noted
 	}
+	v.process.ran = time.Now()
 	return v.changeLocked(func(r *api.VM) {
 		r.State, r.Booted, r.PID, r.Error = api.Running, status.GetBooted(), int(status.GetPid()), ""
 	})
@@ -334,6 +342,7 @@ func (v *vm) watch(p *process) {
 	if r.Remove && r.State != api.Removing {
 		err = errors.Join(err, v.removeEnded())
 	}
+	v.keepRunning(p)
 	if err != nil && v.d.ctx.Err() == nil {
 		v.d.log.Error("What a VM has left is not put in order", "vm", r.Name, "error", err)
 	}
@@ -365,8 +374,12 @@ func (v *vm) hasEnded(ctx context.Context) error {
 	}
 	v.d.mu.Lock()
 	defer v.d.mu.Unlock()
+	owner := v.process
 	v.process = nil
 	r := v.record
+	if owner != nil {
+		defer func() { owner.end = r }()
+	}
 	if r.State == api.Removing {
 		return errors.Join(err, eerr)
 	}
@@ -404,13 +417,13 @@ func (v *vm) owner() *process {
 	return v.process
 }
 
-// stop suspends the VM, which is acquired.
-func (v *vm) stop(ctx context.Context) error {
+// stop suspends the VM, which is acquired, for a user or for the host's shutdown.
+func (v *vm) stop(ctx context.Context, user bool) error {
 	p, err := v.runs()
 	if err != nil {
 		return err
 	}
-	if err := v.change(func(r *api.VM) { r.State = api.Stopping }); err != nil {
+	if err := v.change(func(r *api.VM) { r.State, r.UserStopped = api.Stopping, user }); err != nil {
 		return err
 	}
 	if err := errors.Join(p.Signal(syscall.SIGTERM), p.awaitEnd(ctx)); err != nil {
