@@ -148,7 +148,7 @@ runner'.
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return &usageError{fmt.Errorf("%w; see '%s --help'", err, cmd.CommandPath())}
 	})
-	root.AddCommand(newDaemon(), newRunVM(), newPS(), newStart(), newStop(), newKill(), newRemove(), newExec(), newCopy(), newInspect(), newLogs(), newEvents(), newAttach(), newRestart(), newRename(), newWait(), newPort())
+	root.AddCommand(newDaemon(), newRunVM(), newPS(), newStart(), newStop(), newKill(), newRemove(), newExec(), newCopy(), newInspect(), newLogs(), newEvents(), newAttach(), newRestart(), newRename(), newWait(), newPort(), newStats(), newTop())
 	root.AddCommand(newNAT(), newForwarder(), newAnchor(), newBlueprint(), newSnapshotter(), newPackager(), newRunner(), newPeer(), newMounter(), newRegistry(), newPush(), newPull(), newSign(), newVerify(), newTerminator(), newCheckpoint(), newDevice(), newVersion())
 	return root
 }
