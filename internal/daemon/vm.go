@@ -232,7 +232,7 @@ func (v *vm) start(ctx context.Context, more ...string) error {
 			}
 		}))
 	}
-	v.own(p)
+	v.own(p) //nolint:contextcheck // the process is watched when its caller has gone, too
 	if err := v.awaitRunning(ctx); err != nil {
 		if v.d.ctx.Err() != nil {
 			return err
