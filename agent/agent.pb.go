@@ -416,7 +416,9 @@ type Program struct {
 	Tty        bool        `protobuf:"varint,6,opt,name=tty,proto3" json:"tty,omitempty"`
 	WindowSize *WindowSize `protobuf:"bytes,7,opt,name=window_size,json=windowSize,proto3" json:"window_size,omitempty"`
 	// The host sends input. Otherwise there is none.
-	Stdin         bool `protobuf:"varint,8,opt,name=stdin,proto3" json:"stdin,omitempty"`
+	Stdin bool `protobuf:"varint,8,opt,name=stdin,proto3" json:"stdin,omitempty"`
+	// It is the program of a workload that waits for a host to run it. The guest knows its arguments, and powers itself off when it has ended.
+	Main          bool `protobuf:"varint,9,opt,name=main,proto3" json:"main,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -503,6 +505,13 @@ func (x *Program) GetWindowSize() *WindowSize {
 func (x *Program) GetStdin() bool {
 	if x != nil {
 		return x.Stdin
+	}
+	return false
+}
+
+func (x *Program) GetMain() bool {
+	if x != nil {
+		return x.Main
 	}
 	return false
 }
@@ -1760,7 +1769,7 @@ const file_agent_agent_proto_rawDesc = "" +
 	"\vstdin_taken\x18\x04 \x01(\v2\x17.drafter.agent.v1.TakenH\x00R\n" +
 	"stdinTaken\x12)\n" +
 	"\x03end\x18\x05 \x01(\v2\x15.drafter.agent.v1.EndH\x00R\x03endB\t\n" +
-	"\amessage\"\xeb\x01\n" +
+	"\amessage\"\xff\x01\n" +
 	"\aProgram\x12-\n" +
 	"\x05place\x18\x01 \x01(\x0e2\x17.drafter.agent.v1.PlaceR\x05place\x12\x12\n" +
 	"\x04args\x18\x02 \x03(\tR\x04args\x12\x10\n" +
@@ -1770,7 +1779,8 @@ const file_agent_agent_proto_rawDesc = "" +
 	"\x03tty\x18\x06 \x01(\bR\x03tty\x12=\n" +
 	"\vwindow_size\x18\a \x01(\v2\x1c.drafter.agent.v1.WindowSizeR\n" +
 	"windowSize\x12\x14\n" +
-	"\x05stdin\x18\b \x01(\bR\x05stdin\":\n" +
+	"\x05stdin\x18\b \x01(\bR\x05stdin\x12\x12\n" +
+	"\x04main\x18\t \x01(\bR\x04main\":\n" +
 	"\n" +
 	"WindowSize\x12\x12\n" +
 	"\x04rows\x18\x01 \x01(\rR\x04rows\x12\x18\n" +

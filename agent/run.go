@@ -51,6 +51,7 @@ type served struct {
 	stdout, stderr *allowance
 	cancel         context.CancelFunc
 	killer         *killer
+	over           func(status int32) // is called with the status that the host knows; may be nil
 
 	begin    sync.Once
 	received chan struct{} // closed when the host has hung up, or is gone
@@ -87,6 +88,11 @@ func (s *Server) Run(ctx context.Context, stream Workload_RunServer) error {
 		}
 	}
 	s.sessions.Add(-1)
+	defer func() {
+		if g.over != nil {
+			g.over(end.GetExitStatus())
+		}
+	}()
 	// The host hangs up when it has this, so that nothing arrives for a call that is over.
 	if err := stream.Send(&RunResponse{Message: &RunResponse_End{End: end}}); err != nil {
 		return err
@@ -99,6 +105,9 @@ func (s *Server) Run(ctx context.Context, stream Workload_RunServer) error {
 func (s *Server) serve(ctx context.Context, g *served, first *RunRequest) (status int32, err error) {
 	switch m := first.GetMessage().(type) {
 	case *RunRequest_Program:
+		if m.Program.GetMain() {
+			return s.runMain(ctx, g, m.Program)
+		}
 		return g.run(ctx, s.where(m.Program.GetPlace()), m.Program)
 	case *RunRequest_CopyOut:
 		return 0, g.copyOut(s.where(m.CopyOut.GetPlace()), m.CopyOut.GetPath())
@@ -106,6 +115,18 @@ func (s *Server) serve(ctx context.Context, g *served, first *RunRequest) (statu
 		return 0, g.copyIn(s.where(m.CopyIn.GetPlace()), m.CopyIn.GetPath())
 	}
 	return 0, errors.New("the agent is of an older release, and does not know this request; package the guest anew with a blueprint of this release")
+}
+
+// runMain runs the program that the workload waits for.
+func (s *Server) runMain(ctx context.Context, g *served, p *Program) (int32, error) {
+	if s.Main == nil {
+		return 0, &StartError{CannotExecute, "the workload does not wait for its program"}
+	}
+	var err error
+	if p.Args, g.over, err = s.Main(); err != nil {
+		return 0, &StartError{CannotExecute, err.Error()}
+	}
+	return g.run(ctx, s.where(Place_WORKLOAD), p)
 }
 
 // started tells the host that it may send.

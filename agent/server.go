@@ -50,6 +50,10 @@ type Server struct {
 	// Held tells whether the workload is still held; nil if it never was.
 	Held func() bool
 
+	// Main begins the program of a workload that waits for a host to run it, and returns its arguments.
+	// ended is called with its exit status once the host knows that. nil: the workload does not wait.
+	Main func() (args []string, ended func(status int32), err error)
+
 	Logger *slog.Logger // nil: slog.Default()
 
 	check    check

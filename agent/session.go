@@ -29,6 +29,9 @@ type Command struct {
 
 	Stdin  bool // there will be input; a program with a terminal always may have some
 	System bool // in the guest's system, even if the guest has a container for its workload
+
+	// Main stands for the program of a workload that waits for it; see [Server].Main. There are no Args.
+	Main bool
 }
 
 // Run starts a program in the guest. It returns once the program runs; if it cannot be started, the
@@ -38,6 +41,7 @@ func (c *Client) Run(ctx context.Context, command Command) (*Session, error) {
 	s, err := c.session(ctx, "run", &RunRequest{Message: &RunRequest_Program{Program: &Program{
 		Place: place(command.System), Args: command.Args, Env: command.Env, Dir: command.Dir, User: command.User,
 		Tty: command.TTY, WindowSize: &WindowSize{Rows: uint32(command.Rows), Columns: uint32(command.Columns)}, Stdin: command.Stdin,
+		Main: command.Main,
 	}}})
 	if err == nil && !command.Stdin && !command.TTY {
 		s.stdin.end(errNoStdin)

@@ -715,3 +715,43 @@ func TestResolve(t *testing.T) {
 		t.Errorf("a pipe for a file: %v", err)
 	}
 }
+
+// The program that a workload waits for runs once, and its status is told when the host knows it.
+func TestMainProgram(t *testing.T) {
+	var refuse error
+	statuses := make(chan int32, 1)
+	s := &Server{Main: func() ([]string, func(int32), error) {
+		return []string{"sh", "-c", "read n; exit $n"}, func(status int32) { statuses <- status }, refuse
+	}}
+	c := converse(t, s)
+	p, err := c.Run(within(t, 20*time.Second), Command{Main: true, Stdin: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.Stdin.Write([]byte("7\n")); err != nil {
+		t.Fatal(err)
+	}
+	if status, err := p.Wait(); status != 7 || err != nil {
+		t.Error(status, err)
+	}
+	if status := <-statuses; status != 7 {
+		t.Error("it was told", status)
+	}
+	// The host goes.
+	ctx, cancel := context.WithCancel(t.Context())
+	if _, err = c.Run(ctx, Command{Main: true, Stdin: true}); err != nil {
+		t.Fatal(err)
+	}
+	cancel()
+	if status := <-statuses; status != 137 {
+		t.Error("it was told", status)
+	}
+	refuse = errors.New("it runs already")
+	var start *StartError
+	if _, err := c.Run(t.Context(), Command{Main: true}); !errors.As(err, &start) || !strings.Contains(err.Error(), "it runs already") {
+		t.Error(err)
+	}
+	if _, err := converse(t, &Server{}).Run(t.Context(), Command{Main: true}); !errors.As(err, &start) {
+		t.Error("a guest without such a workload:", err)
+	}
+}

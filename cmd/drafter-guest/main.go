@@ -30,6 +30,9 @@ As process 1 it is the init of Drafter's initramfs and OS image.
 `
 
 func main() {
+	if filepath.Base(os.Args[0]) == guest.IdleProgram { // also process 1, of a container
+		os.Exit(guest.Idle())
+	}
 	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{ReplaceAttr: withoutTime})))
 	if os.Getpid() == 1 {
 		os.Setenv("PATH", guest.Path)
@@ -94,12 +97,13 @@ func runAgent(ctx context.Context, args []string) error {
 	f.DurationVar(&s.ReadyCmdTimeout, "ready-cmd-timeout", 30*time.Second, "Maximum amount of time for one run of --ready-cmd, such as 1m")
 	container := f.Bool("container", false, "Serve the container of Drafter's OS, whose init starts the agent with this flag")
 	held := f.Bool("held", false, "The container waits for the host to start it")
+	interactive := f.Bool("interactive", false, "The container waits for the host to run its program")
 	port, timeout := portFlags(f, vmm.DefaultAgentPort)
 	if err := parse(f, args); err != nil {
 		return err
 	}
 	if *container {
-		if err := guest.Supervised(ctx, s, *held); err != nil {
+		if err := guest.Supervised(ctx, s, *held, *interactive); err != nil {
 			return fmt.Errorf("--container: %w", err)
 		}
 	}

@@ -150,6 +150,7 @@ runner'.
 		return &usageError{fmt.Errorf("%w; see '%s --help'", err, cmd.CommandPath())}
 	})
 	root.AddCommand(newDaemon(), newRunVM(), newPS(), newStart(), newStop(), newKill(), newRemove(), newExec(), newCopy(), newInspect(), newLogs(), newEvents())
+	root.AddCommand(newAttach(), newRestart(), newRename(), newWait(), newPort(), newStats(), newTop())
 	root.AddCommand(newMove(), newUpgrade(), newDrain(), newUndrain(), newHost(), newDoctor())
 	root.AddCommand(newImages(), newImage(), newPackage(), newSnapshot(), newPrune(), newCompletion())
 	root.AddCommand(newNAT(), newForwarder(), newAnchor(), newBlueprint(), newSnapshotter(), newPackager(), newRunner(), newPeer(), newMounter(), newRegistry(), newPush(), newPull(), newSign(), newVerify(), newTerminator(), newCheckpoint(), newDevice(), newVersion())

@@ -43,6 +43,9 @@ keys: make a token here ('drafter host token'), and give it to 'drafter host add
 or the other way round. A move also needs a TCP port that the kernel chooses, from the host to which
 the VM moves to this one.
 
+At its start the daemon starts the VMs whose --restart says so. Before the host shuts down, 'drafter
+stop --all' suspends all VMs, as drafter-shutdown.service does.
+
 Who may open the socket may do all that root may: it belongs to root and the group drafter, if there
 is one. The API is REST with JSON. GET /openapi.json describes it.
 ` + exitCodeHelp,

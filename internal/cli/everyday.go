@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"strconv"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 
 	"drafter/api"
 	"drafter/client"
@@ -70,28 +72,44 @@ func newRunVM() *cobra.Command {
 	var e everyday
 	var r api.Run
 	var ports, labels, envFiles []string
-	var memory, diskRead, diskWrite string
+	var memory, diskRead, diskWrite, entrypoint string
 	var detach bool
 	cmd := &cobra.Command{
 		Use:   "run [flags] IMAGE|PACKAGE [COMMAND [ARG…]]",
 		Short: "Run an OCI image, or a package, as a VM",
 		Long: `Makes a VM of an OCI image and starts it. The first run of an image boots it, waits until
 its service is ready, and keeps the suspended VM as a package. Every further run of the same image,
-command, memory and CPUs resumes that package, in a fraction of a second. 'drafter pull' makes the
-package ahead.
+command, entrypoint, user, working directory, egress, memory and CPUs resumes that package, in a
+fraction of a second. 'drafter pull' makes the package ahead.
 
 A package is named by its name or key ('drafter package ls'), or as docker://NAME if 'drafter push' has
 stored it there. Its command, environment, memory and CPUs are as they are.
 
 With --env the package is one whose service has not started: it starts in the VM, with these variables.
 So the package has no secrets in it, and the service takes its time.
+
+With --interactive (-i) or --tty (-t) the image's program is no service. It waits until this command,
+or 'drafter attach', runs it with its input, or with a terminal. The VM ends with it, and this command
+with its exit status. If this command is killed, so are the program and its VM. 'drafter logs' does not
+have what it prints.
 ` + referenceHelp + `A name alone (valkey/valkey) means docker://NAME.
 ` + exitCodeHelp,
 		Example: `  drafter run -d --name cache -p 6379:6379 docker://valkey/valkey
-  drafter run -d --rm -m 512MB docker://nginx nginx -g 'daemon off;'`,
+  drafter run -d --rm -m 512MB docker://nginx nginx -g 'daemon off;'
+  drafter run -it --rm --entrypoint sh -u nobody -w /tmp docker://valkey/valkey
+  drafter run -d --egress '*.debian.org:443/tcp' docker://nginx`,
 		Args: cobra.MinimumNArgs(1), ValidArgsFunction: first(e.complete(runnable)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			r.Image, r.Command = args[0], args[1:]
+			if cmd.Flags().Changed("entrypoint") {
+				r.Entrypoint = []string{entrypoint}
+			}
+			if cmd.Flags().Changed("egress") && len(r.Egress) == 0 {
+				return &usageError{errors.New("--egress is empty; write allow, deny or a list, or leave it out")}
+			}
+			if r.TTY && r.Stdin && !detach && !term.IsTerminal(0) {
+				return errNoTerminal
+			}
 			var err error
 			if r.Memory, err = parseBytes("memory", memory); err != nil {
 				return err
@@ -124,12 +142,21 @@ So the package has no secrets in it, and the service takes its time.
 				_, err = fmt.Fprintln(cmd.OutOrStdout(), o.VM)
 				return err
 			}
+			if r.Stdin || r.TTY {
+				return runMain(cmd, c, e.socket, o.VM, r.Stdin, r.TTY)
+			}
 			return watchVM(cmd, c, o.VM)
 		},
 	}
 	f := cmd.Flags()
 	f.SetInterspersed(false)
 	f.BoolVarP(&detach, "detach", "d", false, "Return once the VM runs, and print its ID (default: show what its service prints until it has ended; Ctrl-C stops the VM)")
+	f.StringVar(&entrypoint, "entrypoint", "", "Program in place of the image's entrypoint, whose command is left out, too (an empty one: COMMAND is the program)")
+	f.StringVarP(&r.Dir, "workdir", "w", "", "Working directory (default: the image's)")
+	f.StringVarP(&r.User, "user", "u", "", "User, as NAME, UID, NAME:GROUP or UID:GID (default: the image's)")
+	f.BoolVarP(&r.Stdin, "interactive", "i", false, "Pass stdin to the image's program, with which the VM ends")
+	f.BoolVarP(&r.TTY, "tty", "t", false, "Give the image's program a terminal; the VM ends with it")
+	f.StringSliceVar(&r.Egress, "egress", nil, "What the VM may open connections to: allow, deny, or a list of subnets and names, each for all ports or with one (192.0.2.0/24,*.example.com,example.org:443/tcp); see drafter nat (default allow)")
 	f.StringVar(&r.Name, "name", "", "Name of the VM (default: the image's)")
 	f.StringArrayVarP(&ports, "publish", "p", nil, "Publish a port of the VM, as [ADDRESS:]PORT:VM-PORT[/tcp|udp] (repeatable)")
 	f.StringArrayVarP(&r.Env, "env", "e", nil, "Environment variable, as NAME=value, or NAME for its value here (repeatable); it is kept for this VM, not in the package")
@@ -141,6 +168,7 @@ So the package has no secrets in it, and the service takes its time.
 	f.StringVar(&diskWrite, "disk-write-bps", "", "Most bytes a second that the VM writes to its host's disk, such as 50MB (default no limit)")
 	f.StringVar(&r.Platform, "platform", "", "Platform of the image, such as linux/arm64 (default: this host's)")
 	f.StringVar(&r.Pull, "pull", "missing", "When to look for the image anew: missing, always or never")
+	f.StringVar(&r.Restart, "restart", api.No, "Whether the VM is started again when its service has ended or its process was killed, and with the daemon: no, always or unless-stopped (not if a user has stopped it)")
 	f.BoolVar(&r.Remove, "rm", false, "Remove the VM when it has ended")
 	values(cmd, "pull", "missing", "always", "never")
 	return e.add(cmd)
@@ -162,6 +190,11 @@ func watchVM(cmd *cobra.Command, c *client.Client, id string) error {
 		return err
 	}
 	vm, err := ended(cmd.Context(), c, id)
+	return endOf(vm, err)
+}
+
+// endOf is how a command ends that has shown a VM until its end.
+func endOf(vm api.VM, err error) error {
 	switch {
 	case err != nil:
 		return err
@@ -280,10 +313,36 @@ func newStart() *cobra.Command {
 }
 
 func newStop() *cobra.Command {
-	return onEach("stop", "Suspend VMs", "Suspends VMs: 'drafter start' resumes them, and their programs go on where they were.",
+	var all bool
+	cmd := onEach("stop", "Suspend VMs", `Suspends VMs: 'drafter start' resumes them, and their programs go on where they were.
+
+With --all it suspends all VMs that run, for the host's shutdown. That does not count as stopped by a
+user: VMs with --restart always or unless-stopped go on when the daemon has started again.`,
 		func(cmd *cobra.Command, c *client.Client, name string) (api.Operation, error) {
 			return c.Stop(cmd.Context(), name)
 		})
+	cmd.Use = "stop VM… | --all"
+	cmd.Flags().BoolVarP(&all, "all", "a", false, "All VMs that run, for the host's shutdown")
+	named, onNamed := cmd.Args, cmd.RunE
+	cmd.Args = func(cmd *cobra.Command, args []string) error {
+		if all {
+			return noArgs(cmd, args)
+		}
+		return named(cmd, args)
+	}
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if !all {
+			return onNamed(cmd, args)
+		}
+		c := client.New(cmd.Flag("socket").Value.String())
+		defer c.Close()
+		o, err := c.Shutdown(cmd.Context())
+		if err == nil {
+			_, err = awaitOperation(cmd, c, o)
+		}
+		return err
+	}
+	return cmd
 }
 
 func newKill() *cobra.Command {
@@ -342,10 +401,17 @@ func newPS() *cobra.Command {
 	var e everyday
 	var f format
 	var all, quiet bool
+	var filters []string
 	cmd := &cobra.Command{
-		Use: "ps", Short: "List VMs", Long: "Lists VMs that run, the newest first.\n" + exitCodeHelp, Args: noArgs,
-		Example: "  drafter ps -a --format '{{.Name}} {{.State}}'",
+		Use: "ps", Short: "List VMs", Args: noArgs,
+		Long: "Lists VMs that run, the newest first.\n" + filterHelp + exitCodeHelp,
+		Example: `  drafter ps -a --format '{{.Name}} {{.State}}'
+  drafter ps -q --filter label=tier=web --filter status=exited --filter status=failed`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			filter, err := parseFilters(filters)
+			if err != nil {
+				return err
+			}
 			c := client.New(e.socket)
 			defer c.Close()
 			vms, err := c.VMs(cmd.Context())
@@ -354,7 +420,9 @@ func newPS() *cobra.Command {
 			}
 			shown := []api.VM{}
 			for _, vm := range vms {
-				if all || vm.PID != 0 || vm.State == api.Starting || vm.State == api.Arriving || vm.State == api.Creating {
+				listed := all || filter.states() || vm.PID != 0 ||
+					vm.State == api.Starting || vm.State == api.Arriving || vm.State == api.Creating
+				if listed && filter.match(vm) {
 					shown = append(shown, vm)
 				}
 			}
@@ -371,6 +439,7 @@ func newPS() *cobra.Command {
 	}
 	cmd.Flags().BoolVarP(&all, "all", "a", false, "Also VMs that do not run")
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "Only IDs")
+	cmd.Flags().StringArrayVarP(&filters, "filter", "f", nil, "Only VMs to which it applies: name=, id=, status= or label= (repeatable)")
 	f.add(cmd)
 	return e.add(cmd)
 }
@@ -388,9 +457,16 @@ func since(vm api.VM) time.Time {
 func portText(ports []api.Port) string {
 	var texts []string
 	for _, p := range ports {
-		texts = append(texts, fmt.Sprintf("%s:%d->%d/%s", cmp.Or(p.Address, "*"), p.Host, p.Guest, p.Protocol))
+		texts = append(texts, fmt.Sprintf("%s->%d/%s", publishedAt(p), p.Guest, p.Protocol))
 	}
 	return strings.Join(texts, ", ")
+}
+
+func publishedAt(p api.Port) string {
+	if p.Address == "" {
+		return fmt.Sprintf("*:%d", p.Host)
+	}
+	return net.JoinHostPort(p.Address, strconv.Itoa(p.Host))
 }
 
 func newInspect() *cobra.Command {

@@ -16,6 +16,8 @@ import (
 	"drafter/client"
 )
 
+var errNoTerminal = &usageError{errors.New("--tty (-t) with --interactive (-i) needs a terminal as stdin; leave out -t")}
+
 func newExec() *cobra.Command {
 	var e everyday
 	var program api.Exec
@@ -33,7 +35,7 @@ status: 126 or 127 if it could not be started, 128 and the signal's number if a 
 		RunE: func(cmd *cobra.Command, args []string) error {
 			program.Args = args[1:]
 			if program.TTY && interactive && !term.IsTerminal(0) {
-				return &usageError{errors.New("--tty (-t) with --interactive (-i) needs a terminal as stdin; leave out -t")}
+				return errNoTerminal
 			}
 			return execIn(cmd, e.socket, args[0], program, interactive)
 		},

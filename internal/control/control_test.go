@@ -194,3 +194,22 @@ func TestLog(t *testing.T) {
 		t.Errorf("%q, want %q", got, want)
 	}
 }
+
+// The exit status of a service that has printed nothing is known, though its guest says it only once.
+func TestSilentEnd(t *testing.T) {
+	log := agent.NewLog()
+	log.End(3)
+	c := talk(t, log)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	asked := 0
+	ended, err := Log(ctx, testDir(t), func() *agent.Client {
+		if asked++; asked > 1 {
+			return nil // it has powered itself off
+		}
+		return c
+	}, slog.Default())
+	if err != nil || ended == nil || *ended != 3 {
+		t.Error(ended, err)
+	}
+}

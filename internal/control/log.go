@@ -60,8 +60,11 @@ func Log(ctx context.Context, dir string, guest func() *agent.Client, log *slog.
 	for failing := false; ; {
 		part := ask(ctx, guest, w.position)
 		if part != nil && part.Boot != w.boot {
+			asked := w.position
 			w.boot, w.position, w.held = part.Boot, 0, [2][]byte{}
-			part = ask(ctx, guest, 0)
+			if asked != 0 { // else this is its beginning, and maybe its end: a guest says that once
+				part = ask(ctx, guest, 0)
+			}
 		}
 		if part == nil {
 			return nil, nil

@@ -20,6 +20,7 @@ import (
 	"drafter/api"
 	"drafter/internal/control"
 	"drafter/internal/detached"
+	"drafter/network"
 )
 
 // An arrival is a VM that runs at another host, and that this one fetches.
@@ -35,6 +36,9 @@ func (d *Daemon) Arrive(ctx context.Context, from api.Neighbour, a api.Arrival) 
 	host, _, err := net.SplitHostPort(a.Address)
 	if err != nil || strings.HasPrefix(host, "unix") {
 		return api.Operation{}, fmt.Errorf("the address %q is not of the form HOST:PORT: %w", a.Address, ErrInvalid)
+	}
+	if err := network.CheckEgress(r.Egress); err != nil {
+		return api.Operation{}, fmt.Errorf("egress: %w: %w", err, ErrInvalid)
 	}
 	if b, err := json.Marshal(r); err != nil || len(b) > mostRecord {
 		return api.Operation{}, fmt.Errorf("the VM's record is too long: %w", ErrInvalid)

@@ -18,8 +18,11 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"sync"
+
+	"golang.org/x/sync/semaphore"
 
 	"drafter/api"
 	"drafter/internal/detached"
@@ -61,16 +64,17 @@ type Config struct {
 
 // Daemon is a running daemon. Its methods are safe for concurrent use.
 type Daemon struct {
-	config Config
-	log    *slog.Logger
-	lock   *lockfile.Lock
-	ctx    context.Context // ends what it does
-	cancel context.CancelCauseFunc
-	opened bool           // and so it knows which VMs run
-	groups string         // the cgroup below which VMs get theirs; "" where they get none
-	work   sync.WaitGroup // operations, and who watches processes
-	making templateLocks
-	events *events
+	config   Config
+	log      *slog.Logger
+	lock     *lockfile.Lock
+	ctx      context.Context // ends what it does
+	cancel   context.CancelCauseFunc
+	opened   bool           // and so it knows which VMs run
+	groups   string         // the cgroup below which VMs get theirs; "" where they get none
+	work     sync.WaitGroup // operations, and who watches processes
+	making   templateLocks
+	starting *semaphore.Weighted // VMs that start with the daemon
+	events   *events
 	// held for reading by who needs a blueprint
 	building sync.RWMutex
 
@@ -81,6 +85,7 @@ type Daemon struct {
 	names      map[string]bool    // of packages that are made
 	borrowed   map[string]bool    // namespaces that packages are made in
 	operations map[string]*operation
+	hostEnds   bool // VMs were suspended for that: none is started again by itself
 	nat        *detached.Process
 	checks     []api.Check // what was found of the host
 	natMu      sync.Mutex  // held by whoever starts it
@@ -111,6 +116,7 @@ func Open(c Config) (_ *Daemon, err error) {
 	d := &Daemon{
 		config: c, log: logging.Or(c.Logger), vms: map[string]*vm{}, borrowed: map[string]bool{}, operations: map[string]*operation{},
 		packages: map[string]*stored{}, names: map[string]bool{},
+		starting: semaphore.NewWeighted(int64(2 * runtime.NumCPU())),
 	}
 	for _, dir := range []string{d.dir("vms"), d.dir("packages"), d.dir("images"), d.dir("blueprints"), d.dir("vmm")} {
 		if err := private.MkdirAll(dir); err != nil {
@@ -200,6 +206,7 @@ func (d *Daemon) recover() error {
 	for _, v := range slices.Collect(maps.Values(d.vms)) {
 		if v.record.State != api.Removing {
 			complain(v, v.recover())
+			v.startWithDaemon()
 		}
 	}
 	return nil

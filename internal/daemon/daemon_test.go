@@ -91,7 +91,12 @@ func standIn(command string, args []string) error {
 				b[0] = 1
 			}
 		}
+		exits := make(chan os.Signal, 1)
+		signal.Notify(exits, syscall.SIGUSR1)
 		select {
+		case <-exits: // its service has
+			status := 3
+			return s.Close(control.End{Outcome: control.PoweredOff, At: time.Now(), ExitStatus: &status})
 		case <-mover.moved:
 			return s.Close(control.End{Outcome: control.Moved, At: time.Now()})
 		case <-ctx.Done():
@@ -431,7 +436,7 @@ func TestKilled(t *testing.T) {
 				var o api.Operation
 				switch n := random.IntN(10); {
 				case n < 4 && len(vms) < 8 || len(vms) == 0:
-					o, err = c.Run(ctx, api.Run{Image: "docker://image", Ports: []api.Port{{Host: 1000 + random.IntN(50000), Guest: 80}}, Remove: n == 0})
+					o, err = c.Run(ctx, api.Run{Image: "docker://image", Ports: []api.Port{{Host: 1000 + random.IntN(50000), Guest: 80}}, Remove: n == 0, Restart: []string{"", "", api.Always, api.UnlessStopped}[n%4]})
 				case n < 6:
 					o, err = c.Stop(ctx, vms[random.IntN(len(vms))].ID)
 				case n < 8:
@@ -505,6 +510,9 @@ func check(t *testing.T, c *client.Client, dir string) {
 			case api.Stopped, api.Failed:
 				if vm.Cgroup != "" {
 					return vm.Name + " still has a group"
+				}
+				if wanted(vm, true) {
+					return vm.Name + " is not started by its policy"
 				}
 			default:
 				return vm.Name + " is " + vm.State

@@ -60,7 +60,7 @@ func (d *Daemon) exec(w http.ResponseWriter, r *http.Request) {
 	defer cancel()
 	defer context.AfterFunc(d.ctx, cancel)() //nolint:contextcheck // it ends with the daemon, too
 	var e api.Exec
-	if err := json.Unmarshal([]byte(r.URL.Query().Get("exec")), &e); err != nil || len(e.Args) == 0 {
+	if err := json.Unmarshal([]byte(r.URL.Query().Get("exec")), &e); err != nil || (len(e.Args) == 0) != e.Main {
 		refuse(w, fmt.Errorf("exec: no program is named, or it is malformed: %w", ErrInvalid))
 		return
 	}
@@ -98,7 +98,7 @@ func (d *Daemon) exec(w http.ResponseWriter, r *http.Request) {
 // execOver runs a program until it ends. cancel ends it.
 func (d *Daemon) execOver(ctx context.Context, cancel func(), conn *websocket.Conn, guest *agent.Client, e api.Exec) (int, error) {
 	s, err := guest.Run(ctx, agent.Command{
-		Args: e.Args, Env: e.Env, Dir: e.Dir, User: e.User, TTY: e.TTY, Rows: e.Rows, Columns: e.Columns, Stdin: e.Stdin, System: e.System,
+		Args: e.Args, Env: e.Env, Dir: e.Dir, User: e.User, TTY: e.TTY, Rows: e.Rows, Columns: e.Columns, Stdin: e.Stdin, System: e.System, Main: e.Main,
 	})
 	var start *agent.StartError
 	if errors.As(err, &start) {

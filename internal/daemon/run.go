@@ -72,6 +72,12 @@ func checkRun(r *api.Run) error {
 	if size > mostRecord {
 		return fmt.Errorf("the environment has %d bytes; it may have %d: %w", size, mostRecord, ErrInvalid)
 	}
+	if err := checkProgram(r); err != nil {
+		return fmt.Errorf("%w: %w", err, ErrInvalid)
+	}
+	if err := checkPolicy(r); err != nil {
+		return fmt.Errorf("%w: %w", err, ErrInvalid)
+	}
 	if r.Memory != 0 && r.Memory < 64<<20 {
 		return fmt.Errorf("a VM needs 64 MiB of memory or more: %w", ErrInvalid)
 	}
@@ -166,6 +172,8 @@ func (p *stored) fits(r api.Run) error {
 		what = "has a service, which takes no other command"
 	case len(r.Env) > 0 && (!p.Held || p.Source != api.FromImage):
 		what = "has a service, which takes no other environment"
+	case len(r.Entrypoint) > 0 || r.Dir != "" || r.User != "" || r.Stdin || r.TTY:
+		what = "has a service, which has an entrypoint, a user, a directory and input of its own"
 	case r.Platform != "":
 		what = "has a VM, and no platform to choose"
 	default:
@@ -182,37 +190,28 @@ func (d *Daemon) create(r api.Run) (*vm, error) {
 		return nil, errDrained
 	}
 	name := r.Name
-	taken := func(name string) bool {
-		for id, v := range d.vms {
-			if v.record.Name == name || id == name {
-				return true
-			}
-		}
-		return false
-	}
 	if name == "" {
 		base := baseName(r.Image)
 		name = base
-		for i := 2; taken(name); i++ {
+		for i := 2; d.nameTaken(name); i++ {
 			name = fmt.Sprint(base, "-", i)
 		}
 	}
-	switch {
-	case !namePattern.MatchString(name):
-		return nil, fmt.Errorf("the name %q must have 1 to 63 lower-case letters, digits and hyphens: %w", name, ErrInvalid)
-	case taken(name):
-		return nil, fmt.Errorf("the name %s is in use: %w; remove that VM ('drafter rm %s'), or choose another --name", name, ErrConflict, name)
+	if err := d.nameFree(name); err != nil {
+		return nil, err
 	}
 	if err := d.portsFree("", r.Ports); err != nil {
 		return nil, err
 	}
 	id := strings.ReplaceAll(uuid.NewString(), "-", "")[:12]
 	record := api.VM{
-		ID: id, Name: name, Image: r.Image, Command: r.Command, State: api.Creating, Ports: r.Ports, Memory: cmp.Or(r.Memory, 1<<30),
-		CPUs: cmp.Or(r.CPUs, 1), DiskRead: r.DiskRead, DiskWrite: r.DiskWrite, Remove: r.Remove, Labels: r.Labels, Created: time.Now().UTC(),
+		ID: id, Name: name, Image: r.Image, Entrypoint: r.Entrypoint, Command: r.Command, Dir: r.Dir, User: r.User,
+		Stdin: r.Stdin, TTY: r.TTY, Egress: r.Egress, State: api.Creating, Ports: r.Ports, Memory: cmp.Or(r.Memory, 1<<30),
+		CPUs: cmp.Or(r.CPUs, 1), DiskRead: r.DiskRead, DiskWrite: r.DiskWrite, Remove: r.Remove, Restart: r.Restart,
+		Labels: r.Labels, Created: time.Now().UTC(),
 	}
 	if b, err := json.Marshal(record); err != nil || len(b) > mostRecord {
-		return nil, fmt.Errorf("command and labels are too long: %d bytes in all, %d are possible: %w", len(b), mostRecord, ErrInvalid)
+		return nil, fmt.Errorf("what was asked for is too long: %d bytes in all, %d are possible: %w", len(b), mostRecord, ErrInvalid)
 	}
 	v := d.newVM(id)
 	if err := os.Mkdir(v.dir, 0o700); err != nil {
@@ -280,6 +279,7 @@ func (d *Daemon) actOn(
 	id := v.look().ID
 	return d.begin(kind, id, func(ctx context.Context, o *operation) error {
 		if atOnce {
+			v.userStops()
 			if err := v.interrupt(); err != nil {
 				return err
 			}
@@ -308,12 +308,20 @@ func (d *Daemon) Start(name string) (api.Operation, error) {
 
 // Stop suspends a VM.
 func (d *Daemon) Stop(name string) (api.Operation, error) {
-	return d.act("stop", name, false, func(ctx context.Context, v *vm) error { return v.stop(ctx) })
+	return d.act("stop", name, false, func(ctx context.Context, v *vm) error {
+		if v.restarts() { // it has ended, and was to start again
+			return v.change(func(r *api.VM) { r.UserStopped = true })
+		}
+		return v.stop(ctx, true)
+	})
 }
 
 // Kill ends a VM as a power cut does, whatever it is doing. Its disks hold what its guest has synced.
 func (d *Daemon) Kill(name string) (api.Operation, error) {
-	return d.act("kill", name, true, func(ctx context.Context, v *vm) error { return v.kill(ctx) })
+	return d.act("kill", name, true, func(ctx context.Context, v *vm) error {
+		v.userStops() // also if it was just started again
+		return v.kill(ctx)
+	})
 }
 
 // Remove removes a VM and all that it has written. One that runs is refused without force.

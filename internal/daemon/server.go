@@ -77,6 +77,8 @@ func describe(a huma.API, d *Daemon) {
 	work(a, http.MethodDelete, "/v1/vms/{vm}", "remove", "Remove a VM and all that it has written", func(in *removeInput) (api.Operation, error) {
 		return d.Remove(in.VM, in.Force)
 	})
+	describeLife(a, d)
+	describeStats(a, d)
 	get(a, "/v1/operations/{operation}", "get-operation", "Tell of an operation", func(ctx context.Context, in *awaitInput) (api.Operation, error) {
 		return d.Operation(ctx, in.ID, time.Duration(in.Wait)*time.Millisecond)
 	})

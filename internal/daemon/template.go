@@ -18,7 +18,6 @@ import (
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"golang.org/x/sync/semaphore"
 
 	"drafter/api"
@@ -34,11 +33,12 @@ import (
 
 // templateKey is all that makes two runs boot the same.
 type templateKey struct {
-	Digest    string
-	Command   []string
-	Memory    int64
-	CPUs      int
-	Held      bool   // the service has not started: it gets an environment of its own
+	Digest  string
+	Command []string
+	Memory  int64
+	CPUs    int
+	Held    bool // the service has not started: it gets an environment of its own
+	program
 	Blueprint string // of the OS
 	Platform  string // of the image
 	Hardware  vmm.Hardware
@@ -136,7 +136,7 @@ type template struct {
 func (t *template) resolve(ctx context.Context, r api.Run) (err error) {
 	t.key = templateKey{
 		Command: r.Command, Held: len(r.Env) > 0, Memory: cmp.Or(r.Memory, 1<<30), CPUs: cmp.Or(r.CPUs, 1),
-		Platform: cmp.Or(r.Platform, "linux/"+runtime.GOARCH),
+		Platform: cmp.Or(r.Platform, "linux/"+runtime.GOARCH), program: programOf(r),
 	}
 	if t.blueprint, t.key.Blueprint, err = t.d.blueprint(ctx, t.o); err != nil {
 		return err
@@ -167,16 +167,8 @@ func exists(path string) bool {
 // make boots the image and leaves the package in a directory.
 func (t *template) make(ctx context.Context, image v1.Image, dir string) (err error) {
 	d, k := t.d, t.key
-	if len(k.Command) > 0 {
-		config, err := image.ConfigFile()
-		if err != nil {
-			return fmt.Errorf("read image config: %w", err)
-		}
-		config = config.DeepCopy()
-		config.Config.Cmd = k.Command
-		if image, err = mutate.ConfigFile(image, config); err != nil {
-			return fmt.Errorf("set the image's command: %w", err)
-		}
+	if image, err = k.configure(image); err != nil {
+		return err
 	}
 	disk := filepath.Join(filepath.Dir(dir), "oci.ext4")
 	if err := blueprint.BuildOCI(ctx, image, blueprint.Limits{}, blueprint.Ext4Config{Output: disk, Progress: t.o.progress, Logger: d.log}); err != nil {
@@ -203,6 +195,10 @@ func (t *template) make(ctx context.Context, image v1.Image, dir string) (err er
 	if k.Held {
 		bootArgs += " " + guest.HoldArgument
 	}
+	if k.Interactive {
+		bootArgs += " " + guest.InteractiveArgument
+	}
+	t.host.Egress = k.Egress // the image's program runs here, too
 	devices, err := snapshotter.BlueprintDevices(t.blueprint, dir)
 	if err != nil {
 		return err

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -27,6 +28,7 @@ type vm struct {
 	dir   string
 	busy  *semaphore.Weighted // of 1: the operation that changes it
 	ports ports
+	again again
 
 	// guarded by d.mu
 	record  api.VM
@@ -39,8 +41,10 @@ type process struct {
 	*detached.Process
 
 	seat  seat
+	ran   time.Time     // when it was known to run; guarded by d.mu
 	noted chan struct{} // closed once it is noted how it has ended
 	end   *control.End  // then; nil if it was killed
+	last  api.VM        // the record then
 
 	successor bool // guarded by d.mu: another process has the VM now
 }
@@ -247,15 +251,15 @@ func (v *vm) own(p *detached.Process) {
 	v.d.work.Go(func() { v.watch(owner) })
 }
 
-// start starts the VM, which is acquired.
-func (v *vm) start(ctx context.Context) error {
+// start starts the VM, which is acquired. Its process gets further arguments.
+func (v *vm) start(ctx context.Context, more ...string) error {
 	if err := v.d.startNAT(ctx); err != nil {
 		return err
 	}
 	if err := v.isStarting(); err != nil {
 		return err
 	}
-	p, err := v.startProcesses(ctx)
+	p, err := v.startProcesses(ctx, more)
 	if v.d.ctx.Err() != nil { // the VM goes on, and the next daemon finds it
 		if p != nil {
 			err = errors.Join(err, p.Close())
@@ -269,7 +273,7 @@ func (v *vm) start(ctx context.Context) error {
 			}
 		}))
 	}
-	v.own(p)
+	v.own(p) //nolint:contextcheck // the process is watched when its caller has gone, too
 	if err := v.awaitRunning(ctx); err != nil {
 		if v.d.ctx.Err() != nil {
 			return err
@@ -295,18 +299,18 @@ func (v *vm) isStarting() error {
 	}
 	now := time.Now().UTC()
 	return v.changeLocked(func(r *api.VM) {
-		r.State, r.Namespace, r.Error, r.Started, r.ExitStatus = api.Starting, ns, "", &now, nil
+		r.State, r.Namespace, r.Error, r.Started, r.ExitStatus, r.UserStopped = api.Starting, ns, "", &now, nil, false
 		r.Host, r.Cgroup = "", v.d.groupPath(r.ID, r.Moves)
 	})
 }
 
 // startProcesses starts the VM's process, and beside it the one that publishes its ports, because each
 // takes its time. It returns once the VM runs.
-func (v *vm) startProcesses(ctx context.Context) (*detached.Process, error) {
+func (v *vm) startProcesses(ctx context.Context, more []string) (*detached.Process, error) {
 	published := make(chan error, 1)
 	go func() { published <- v.publishEarly(ctx) }()
 	r := v.look()
-	p, err := v.launch(ctx, r.Moves, r.Namespace, "--raddr", "")
+	p, err := v.launch(ctx, r.Moves, r.Namespace, append([]string{"--raddr", ""}, more...)...)
 	if perr := <-published; perr != nil { // awaitRunning tries again
 		v.d.log.Debug("The ports of a VM are not published before it runs", "vm", r.Name, "error", perr)
 	}
@@ -330,13 +334,16 @@ func (v *vm) launch(ctx context.Context, moves int, ns string, from ...string) (
 		return nil, err
 	}
 	defer group.Close()
+	args := append([]string{
+		"peer", "--laddr", "", "--netns", ns, "--chroot-base-dir", v.d.dir("vmm"),
+		"--enable-output=false", "--package", v.packageDir(r),
+		"--instance", s.instance(), "--control", dir,
+	}, from...)
+	if len(r.Egress) > 0 {
+		args = append(args, "--egress", strings.Join(r.Egress, ","))
+	}
 	p, err := detached.Start(ctx, detached.Command{
-		Lock: s.lock(), Program: v.d.config.Program, Log: s.log(), Cgroup: group,
-		Args: append([]string{
-			"peer", "--laddr", "", "--netns", ns, "--chroot-base-dir", v.d.dir("vmm"),
-			"--enable-output=false", "--package", v.packageDir(r),
-			"--instance", s.instance(), "--control", dir,
-		}, from...),
+		Lock: s.lock(), Program: v.d.config.Program, Log: s.log(), Cgroup: group, Args: args,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("start VM %s: %w: %s", r.Name, err, s.lastWords())
@@ -373,6 +380,7 @@ func (v *vm) awaitRunning(ctx context.Context) error {
 	if v.process == nil {
 		return errEnded // and that is noted
 	}
+	v.process.ran = time.Now()
 	return v.changeLocked(func(r *api.VM) {
 		r.State, r.Booted, r.PID, r.Error = api.Running, status.GetBooted(), int(status.GetPid()), ""
 		r.Host = ""
@@ -458,6 +466,7 @@ func (v *vm) watch(p *process) {
 	case r.Remove && r.State != api.Removing:
 		err = errors.Join(err, v.removeEnded())
 	}
+	v.keepRunning(p)
 	if err != nil && v.d.ctx.Err() == nil {
 		v.d.log.Error("What a VM has left is not put in order", "vm", r.Name, "error", err)
 	}
@@ -496,8 +505,12 @@ func (v *vm) hasEnded(ctx context.Context) error {
 	err = errors.Join(err, gerr)
 	v.d.mu.Lock()
 	defer v.d.mu.Unlock()
+	owner := v.process
 	v.process = nil
 	r := v.record
+	if owner != nil {
+		defer func() { owner.last = r }()
+	}
 	if r.State == api.Removing {
 		return err
 	}
@@ -546,13 +559,13 @@ func (v *vm) owner() *process {
 	return v.process
 }
 
-// stop suspends the VM, which is acquired.
-func (v *vm) stop(ctx context.Context) error {
+// stop suspends the VM, which is acquired, for a user or for the host's shutdown.
+func (v *vm) stop(ctx context.Context, user bool) error {
 	p, err := v.runs()
 	if err != nil {
 		return err
 	}
-	if err := v.change(func(r *api.VM) { r.State = api.Stopping }); err != nil {
+	if err := v.change(func(r *api.VM) { r.State, r.UserStopped = api.Stopping, user }); err != nil {
 		return err
 	}
 	if err := errors.Join(p.Signal(syscall.SIGTERM), p.awaitEnd(ctx)); err != nil {

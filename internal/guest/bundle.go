@@ -36,7 +36,10 @@ const (
 )
 
 // bundle is the OCI runtime bundle on one of the VM's extra disks, mounted.
-type bundle struct{ spec specs.Spec }
+type bundle struct {
+	spec        specs.Spec
+	interactive bool // see InteractiveArgument
+}
 
 // findBundle mounts the first extra disk that holds a bundle. Other disks are left to the guest's
 // user. No bundle is no error.
@@ -92,12 +95,15 @@ func (b *bundle) start(children *reaper, env []string, stdout, stderr *os.File) 
 	// After a crash the runtime's record of the dead container is gone with /run, so the name is
 	// always free.
 	args := []string{"run", "--pid-file", containerPID, "--bundle", bundleDir}
-	if len(env) > 0 {
+	if len(env) > 0 || b.interactive {
 		b.spec.Process.Env = agent.WithEnv(b.spec.Process.Env, env)
 		if _, _, err := b.healthCheck(); err != nil { // it runs as the service does
 			slog.Warn("The service's health is checked without its secrets", "error", err)
 		}
 		config, err := configWith(filepath.Join(bundleDir, "config.json"), env)
+		if err == nil && b.interactive {
+			config, err = waitingConfig(config)
+		}
 		if err == nil {
 			err = os.WriteFile(startConfig, config, 0o600)
 		}
@@ -127,7 +133,8 @@ func (b *bundle) start(children *reaper, env []string, stdout, stderr *os.File) 
 	}
 }
 
-// startConfig is the config of a container that is started with secrets. It is in memory.
+// startConfig is the config of a container that is started with secrets, or waits for its program. It
+// is in memory.
 const startConfig = "/run/config.json"
 
 // configWith reads a bundle's config, and adds variables to its environment.

@@ -27,6 +27,8 @@ type message struct {
 	Failure string `json:"failure,omitempty"`
 	// to the agent: how the container has ended, as from wait(2)
 	Ended *int `json:"ended,omitempty"`
+	// to the init: how the program has ended that an interactive container waited for
+	Exited *int `json:"exited,omitempty"`
 	// to the init: a host knows it
 	Heard bool `json:"heard,omitempty"`
 }
@@ -48,11 +50,12 @@ type control struct {
 	socket         [2]*os.File // ours, and the agent's
 	out            *json.Encoder
 	starts         chan *start
+	exits          chan int // of one program
 	heard          chan struct{}
 }
 
 func newControl() (*control, error) {
-	c := &control{starts: make(chan *start), heard: make(chan struct{})}
+	c := &control{starts: make(chan *start), exits: make(chan int, 1), heard: make(chan struct{})}
 	for _, p := range []*[2]*os.File{&c.stdout, &c.stderr} {
 		var err error
 		if p[0], p[1], err = os.Pipe(); err != nil {
@@ -89,6 +92,9 @@ func (c *control) listen() {
 		}
 		if m.Start != nil {
 			c.starts <- m.Start
+		}
+		if m.Exited != nil {
+			c.exits <- *m.Exited
 		}
 		if m.Heard {
 			close(c.heard)
@@ -148,7 +154,7 @@ func (c *control) send(m message) {
 
 // Supervised makes s the agent of a container that the init has started, or holds. It keeps the
 // container's output, and shows it on the console.
-func Supervised(ctx context.Context, s *agent.Server, held bool) error {
+func Supervised(ctx context.Context, s *agent.Server, held, interactive bool) error {
 	container, err := OpenContainer()
 	if err != nil {
 		return err
@@ -158,10 +164,10 @@ func Supervised(ctx context.Context, s *agent.Server, held bool) error {
 	if err = errors.Join(err, socket.Close()); err != nil {
 		return fmt.Errorf("the init's socket: %w", err)
 	}
-	return supervised(ctx, s, container, conn, os.NewFile(stdoutFD, "stdout"), os.NewFile(stderrFD, "stderr"), held)
+	return supervised(ctx, s, container, conn, os.NewFile(stdoutFD, "stdout"), os.NewFile(stderrFD, "stderr"), held, interactive)
 }
 
-func supervised(ctx context.Context, s *agent.Server, container *Container, conn net.Conn, stdout, stderr io.Reader, held bool) error {
+func supervised(ctx context.Context, s *agent.Server, container *Container, conn net.Conn, stdout, stderr io.Reader, held, interactive bool) error {
 	s.Container, s.Log = container, agent.NewLog()
 	var copied sync.WaitGroup
 	for n, r := range []io.Reader{stdout, stderr} {
@@ -186,6 +192,9 @@ func supervised(ctx context.Context, s *agent.Server, container *Container, conn
 	if held {
 		s.Held = c.isHeld
 		s.StartWorkload = func(env []string) error { return c.start(container, env) }
+	}
+	if interactive {
+		s.Main = func() ([]string, func(int32), error) { return c.begin(container) }
 	}
 	go func() {
 		for in := json.NewDecoder(conn); ; {
@@ -218,6 +227,7 @@ type supervisor struct {
 	starting sync.Mutex
 	mu       sync.Mutex // of the rest
 	held     bool
+	begun    bool // the program that an interactive container waits for
 }
 
 func (c *supervisor) isHeld() bool {

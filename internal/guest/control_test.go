@@ -32,12 +32,15 @@ func TestSupervised(t *testing.T) {
 	defer conn.Close()
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	container := &Container{process: specs.Process{Env: []string{"A=1", "B=2"}}}
+	container := &Container{process: specs.Process{Args: []string{"sh"}, Env: []string{"A=1", "B=2"}}}
 	s := &agent.Server{}
-	if err := supervised(ctx, s, container, conn, files[0], files[1], true); err != nil {
+	if err := supervised(ctx, s, container, conn, files[0], files[1], true, true); err != nil {
 		t.Fatal(err)
 	}
 	go init.listen()
+	if _, _, err := s.Main(); err == nil {
+		t.Error("the program of a container that is held has begun")
+	}
 	// Its start, which fails at first.
 	answers := make(chan error, 1)
 	start := func(env ...string) []string {
@@ -62,6 +65,18 @@ func TestSupervised(t *testing.T) {
 	}
 	if err := s.StartWorkload([]string{"hunter2"}); err == nil || strings.Contains(err.Error(), "hunter2") {
 		t.Errorf("no variable: %v", err)
+	}
+	// Its program, for which it waits.
+	args, ended, err := s.Main()
+	if err != nil || !slices.Equal(args, []string{"sh"}) {
+		t.Errorf("%q, %v", args, err)
+	}
+	if _, _, err := s.Main(); err == nil {
+		t.Error("its program has begun twice")
+	}
+	ended(7)
+	if status := exited(<-init.exits); status.ExitStatus() != 7 {
+		t.Errorf("its program has ended with %d", status.ExitStatus())
 	}
 	// Its output, and its end, of which a host hears.
 	if _, err := init.stdout[1].WriteString("out\n"); err != nil {
@@ -147,6 +162,27 @@ func TestConfigWith(t *testing.T) {
 			t.Fatal(err)
 		}
 		if raw, err := configWith(path, []string{"A=1"}); err == nil {
+			t.Errorf("%s became %s", bad, raw)
+		}
+	}
+}
+
+// A container that waits for its program has another one meanwhile, and all else as it was.
+func TestWaitingConfig(t *testing.T) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := waitingConfig([]byte(`{"mounts":[{"destination":"/dev"}],"process":{"args":["x"],"user":{"uid":7}},"theirs":[1]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := `{"mounts":[{"destination":"/dev"},{"destination":"/dev/drafter-idle","type":"bind","source":"` + self +
+		`","options":["bind","ro","nosuid"]}],"process":{"args":["/dev/drafter-idle"],"user":{"uid":7}},"theirs":[1]}`; string(raw) != want {
+		t.Errorf("%s\nwant %s", raw, want)
+	}
+	for _, bad := range []string{"", "{}", `{"process":1}`, `{"process":null}`, `{"process":{},"mounts":{}}`} {
+		if raw, err := waitingConfig([]byte(bad)); err == nil {
 			t.Errorf("%s became %s", bad, raw)
 		}
 	}

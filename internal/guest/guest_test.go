@@ -233,7 +233,7 @@ func TestAgentArgs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := &bundle{specs.Spec{Process: &specs.Process{}, Annotations: map[string]string{
+	b := &bundle{spec: specs.Spec{Process: &specs.Process{}, Annotations: map[string]string{
 		ExposedPortsAnnotation: "80/tcp", HealthCheckAnnotation: string(text),
 	}}}
 	for _, c := range []struct {
@@ -249,5 +249,10 @@ func TestAgentArgs(t *testing.T) {
 		if !strings.Contains(args, " --ready-ports "+c.ports+" ") || strings.Contains(args, " --ready-cmd ") != c.checked || strings.Contains(args, " --ready-from-outside ") != c.checked {
 			t.Errorf("%v: %s", c.cmd, args)
 		}
+	}
+	// Nothing is to be waited for where nothing runs yet.
+	args := strings.Join(agentArgs(cmdline{InteractiveArgument}, b), " ")
+	if strings.Contains(args, "--ready") || !strings.Contains(args, "--interactive") {
+		t.Errorf("interactive: %s", args)
 	}
 }

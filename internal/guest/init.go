@@ -53,9 +53,11 @@ func RunInit() error {
 	}
 	service := &service{bundle: bundle, children: children}
 	if bundle != nil {
+		bundle.interactive = cmd.has(InteractiveArgument)
 		if service.control, err = newControl(); err != nil {
 			return err
 		}
+		service.exits = service.control.exits
 		if cmd.has(HoldArgument) {
 			service.starts = service.control.starts
 		} else if err := service.start(nil); err != nil {
@@ -78,6 +80,7 @@ type service struct {
 	children  *reaper
 	control   *control                  // nil without a bundle
 	starts    <-chan *start             // nil unless the container is held
+	exits     <-chan int                // of the program that an interactive container waits for; nil without a bundle
 	container <-chan syscall.WaitStatus // nil while there is no container: never ready
 }
 
@@ -101,6 +104,12 @@ func (s *service) run() int {
 		case status := <-s.container:
 			slog.Info("The container has ended", "status", describe(status))
 			s.control.tell(status)
+			return unix.LINUX_REBOOT_CMD_POWER_OFF
+		case status := <-s.exits:
+			slog.Info("The container's program has ended", "status", status)
+			if _, ended := s.bundle.stop(s.children, s.container); ended {
+				s.control.tell(exited(status))
+			}
 			return unix.LINUX_REBOOT_CMD_POWER_OFF
 		case signal := <-stop:
 			slog.Info("Ending the system", "signal", signal)
@@ -191,7 +200,11 @@ func agentArgs(cmd cmdline, b *bundle) []string {
 		if cmd.has(HoldArgument) {
 			args = append(args, "--held")
 		}
-		args = append(args, "--container", "--before-suspend-cmd", b.annotation(BeforeSuspendAnnotation), "--after-resume-cmd", b.annotation(AfterResumeAnnotation), "--ready-ports", ports)
+		args = append(args, "--container", "--before-suspend-cmd", b.annotation(BeforeSuspendAnnotation), "--after-resume-cmd", b.annotation(AfterResumeAnnotation))
+		if cmd.has(InteractiveArgument) {
+			return append(args, "--interactive") // no service is to be waited for
+		}
+		args = append(args, "--ready-ports", ports)
 		if named == "" {
 			args = append(args, "--ready-from-outside")
 		}
