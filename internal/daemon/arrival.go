@@ -222,7 +222,7 @@ func (v *vm) arrive(ctx context.Context, from api.Neighbour, a api.Arrival) erro
 	if err != nil {
 		return err
 	}
-	v.own(p)
+	v.own(p) //nolint:contextcheck // the process is watched when its caller has gone, too
 	return v.awaitRunning(ctx)
 }
 

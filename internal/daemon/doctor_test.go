@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"log/slog"
+	"net/http"
 	"net/http/httptest"
 	"reflect"
 	"strings"
@@ -36,7 +37,7 @@ func TestCheckUp(t *testing.T) {
 		t.Errorf("%+v, want %+v", got, want)
 	}
 	answer := httptest.NewRecorder()
-	d.Handler().ServeHTTP(answer, httptest.NewRequest("GET", "/v1/host", nil))
+	d.Handler().ServeHTTP(answer, httptest.NewRequest(http.MethodGet, "/v1/host", nil))
 	if !strings.Contains(
 		answer.Body.String(),
 		`{"name":"fuse","level":"error","text":"none","remedy":"load it"}`,

@@ -86,7 +86,7 @@ func TestMetrics(t *testing.T) {
 		{"drafter_vm_info", []string{"name=three", "state=stopped", "image=docker://image"}, 1},
 		{"drafter_vm_up", []string{"name=one", "id=" + one.ID}, 1},
 		{"drafter_vm_up", []string{"name=two"}, 0},
-		{"drafter_vm_memory_bytes", []string{"name=three"}, 1 << 30},
+		{"drafter_vm_memory_bytes", []string{"name=one"}, float64(one.Memory)},
 		{"drafter_vm_cpus", []string{"name=one"}, 1},
 		{"drafter_vm_device_size_bytes", []string{"name=one", "id=" + one.ID, "device=disk"}, 4096},
 		{"drafter_vm_vmm", []string{"name=one", "exported_name=faults"}, 5},

@@ -49,7 +49,7 @@ func (v *vm) upgrade(ctx context.Context, o *operation) error {
 	if p == nil {
 		return errors.Join(err, v.stays(context.WithoutCancel(ctx), old, to))
 	}
-	if err := errors.Join(v.succeed(p), v.publish(ctx)); err != nil {
+	if err := errors.Join(v.succeed(p), v.publish(ctx)); err != nil { //nolint:contextcheck // the process is watched when its caller has gone, too
 		return err
 	}
 	if err := old.awaitEnd(ctx); err != nil { // once its successor has all
@@ -277,7 +277,7 @@ func (v *vm) resumeUpgrade(ctx context.Context, found, next *detached.Process, f
 		}
 		return errors.Join(err, v.stays(context.WithoutCancel(ctx), v.owner(), to))
 	}
-	if err := errors.Join(v.succeed(next), v.publish(ctx)); err != nil {
+	if err := errors.Join(v.succeed(next), v.publish(ctx)); err != nil { //nolint:contextcheck // the process is watched when its caller has gone, too
 		return err
 	}
 	if found != nil {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -72,7 +73,7 @@ func TestLog(t *testing.T) {
 	if len(older) > mostLog || len(newer) > mostLog || len(older) < mostLog/2 {
 		t.Errorf("%d and %d bytes; %d are allowed", len(older), len(newer), mostLog)
 	}
-	all := append(older, newer...)
+	all := slices.Concat(older, newer)
 	whole, rest, found := bytes.Cut(all, []byte("panic: the end"))
 	if !found || !bytes.Contains(rest, []byte("goroutine 1")) {
 		t.Errorf("what it died of is not in the log: %.200q", rest)

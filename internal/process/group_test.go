@@ -137,7 +137,7 @@ func TestGroup(t *testing.T) {
 		t.Errorf("found %+v, %v", found, err)
 	}
 	other := filepath.Join(filepath.Dir(g.Path), "somebody")
-	if err := os.Mkdir(filepath.Join(other), 0o755); err != nil {
+	if err := os.Mkdir(other, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	defer unix.Rmdir(other)
