@@ -294,7 +294,7 @@ func testCrash(t *testing.T, h *house, c *redis.Client) {
 	h.drafter(t, "exec", "--system", "cache", "poweroff")
 	h.awaitState(t, "cache", api.Exited)
 	disk := filepath.Join(h.dir, "crashed.ext4")
-	instance := filepath.Join(h.dir, "lib/vms", vm.ID, "instance")
+	instance := filepath.Join(h.dir, "lib/vms", vm.ID, "0/instance")
 	h.drafter(t, "device", "export", "--base", filepath.Join(h.dir, "lib/packages", vm.Package, "oci.ext4"), "--overlay", filepath.Join(instance, "overlay/oci.ext4"),
 		"--state", filepath.Join(instance, "state/oci.ext4"), "--output", disk)
 	if out, err := exec.Command("e2fsck", "-fn", disk).CombinedOutput(); err != nil {
