@@ -32,7 +32,7 @@ func (d *Daemon) guest(ctx context.Context, name string) (*agent.Client, error) 
 	if err != nil {
 		return nil, err
 	}
-	if state != api.Running {
+	if state != api.Running && state != api.Moving {
 		return nil, fmt.Errorf("VM %s is %s: %w; it has to run ('drafter start %s')", name, state, ErrConflict, name)
 	}
 	return control.Guest(ctx, v.seat().control())

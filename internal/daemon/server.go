@@ -92,6 +92,7 @@ func describe(a huma.API, d *Daemon) {
 		return d.logs(in)
 	})
 	describeHosts(a, d)
+	describeStreams(a)
 	describeStore(a, d)
 	sse.Register(a, endpoint(http.MethodGet, "/v1/events", "follow-events", "Follow what happens; Last-Event-ID goes on where a client has stopped"),
 		map[string]any{"message": api.Event{}}, d.follow)
