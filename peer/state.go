@@ -210,6 +210,27 @@ func Discardable(devices []Device) error {
 	return replaceable(&devices[i], devices)
 }
 
+// Unsettled returns nil if no operator must settle whose a VM is before its instance, which nobody runs,
+// is started or removed. The devices are all of the instance.
+func Unsettled(devices []Device) error {
+	i := slices.IndexFunc(devices, func(d Device) bool { return d.Name == vmm.State })
+	if i < 0 || devices[i].Overlay == "" {
+		return errors.New("the instance's state device has no overlay")
+	}
+	status, refusal, _, err := devices[i].standing()
+	switch {
+	case err != nil:
+		return fmt.Errorf("device %s: %w", vmm.State, err)
+	case status == vmm.Arriving || status == vmm.Moved:
+		return nil
+	case status.OfMigration():
+		return refusal
+	case status == vmm.Running:
+		return missing(devices)
+	}
+	return nil
+}
+
 // replaceable refuses to overwrite an instance, unless it has moved away or did not wholly arrive.
 // One that an operator must settle is refused, too.
 func replaceable(state *Device, devices []Device) error {

@@ -345,7 +345,7 @@ func runPeer(ctx context.Context, vm *peer.Peer, listener *transport.Listener, s
 		case o := <-c.offers:
 			r.offer(sctx, o)
 		case e := <-r.served:
-			if r.served = nil; e.moved || errors.Is(e.err, migrate.ErrInDoubt) {
+			if r.served = nil; e.moved || elsewhere(e.err) {
 				return r.left(ctx, e)
 			}
 			if e.err != nil {

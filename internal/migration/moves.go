@@ -33,14 +33,17 @@ func (m *Moves) Arrival() *Target {
 	return m.arrival
 }
 
-// Offer returns its source, which is made once. Close closes it.
+// Offer returns its source, which is made once, and from which a migration can begin again if its last
+// offer was revoked. Close closes it.
 func (m *Moves) Offer(source func() (*Source, error)) (_ *Source, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.source == nil {
 		m.source, err = source()
+		return m.source, err
 	}
-	return m.source, err
+	m.source.renew()
+	return m.source, nil
 }
 
 // Source is what Offer has made; nil before.

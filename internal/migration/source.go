@@ -413,6 +413,13 @@ func (s *Source) Relinquish(patience time.Duration) error {
 	}
 }
 
+// renew takes a Revoke back.
+func (s *Source) renew() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.revoked = false
+}
+
 // revokeGrace is how long a write may delay telling the target that its migration is revoked.
 const revokeGrace = 2 * time.Second
 
