@@ -66,6 +66,11 @@ func (v *vm) sendLog(ctx huma.Context, in *logInput) (err error) {
 			f.Flush()
 		}
 		ended := v.owner() == nil // before the rest is read
+		if now := v.seat().control(); now != log.dir {
+			if err := log.moveOn(now); err != nil {
+				return err
+			}
+		}
 		if err := log.read(func(l api.LogLine) error { return out.Encode(l) }); err != nil {
 			return err
 		}
@@ -88,6 +93,32 @@ type logReader struct {
 	dir   string
 	files []*os.File // the rest of the older file, and the newer one
 	part  []byte     // of a line that is not whole yet
+
+	last    control.Line // that was read
+	skips   bool         // what was read already, in the log of another seat
+	skipped bool         // something of the last line's boot
+}
+
+// moveOn goes on in the log of the VM's next process, which begins with what the last one has written.
+func (r *logReader) moveOn(dir string) error {
+	err := r.close()
+	r.dir, r.files, r.part = dir, nil, nil
+	r.skips, r.skipped = r.last.Boot != "", false
+	return err
+}
+
+// isKnown tells whether a line was read already.
+func (r *logReader) isKnown(l control.Line) bool {
+	if !r.skips {
+		return false
+	}
+	same := l.Boot == r.last.Boot
+	if same && l.Next <= r.last.Next || !same && !r.skipped {
+		r.skipped = r.skipped || same
+		return true
+	}
+	r.skips = false
+	return false
 }
 
 // read calls f with each line that was not read yet.
@@ -162,9 +193,10 @@ func (r *logReader) drain(f func(api.LogLine) error) error {
 		}
 		var l control.Line
 		err = json.Unmarshal(r.part, &l)
-		if r.part = nil; err != nil {
+		if r.part = nil; err != nil || r.isKnown(l) {
 			continue // a killed process has written it in part
 		}
+		r.last = l
 		if err := f(api.LogLine{Time: l.Time, Stream: l.Stream, Text: l.Text}); err != nil {
 			return err
 		}

@@ -3,6 +3,7 @@ package daemon
 import (
 	"encoding/json"
 	"os"
+	"strings"
 	"testing"
 
 	"drafter/api"
@@ -84,5 +85,36 @@ func TestLogReader(t *testing.T) {
 	reads("abcd")
 	if err := r.close(); err != nil {
 		t.Error(err)
+	}
+}
+
+// A log is read on in the seat to which a VM has moved.
+func TestLogMovesOn(t *testing.T) {
+	write := func(dir string, lines ...string) {
+		t.Helper()
+		if err := os.WriteFile(control.LogFiles(dir)[1], []byte(strings.Join(lines, "\n")+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	one, two := t.TempDir(), t.TempDir()
+	old, a, b, c := `{"text":"old","boot":"1","next":9}`, `{"text":"a","boot":"2","next":1}`,
+		`{"text":"b","boot":"2","next":2}`, `{"text":"c","boot":"3","next":1}`
+	write(one, old, a)
+	write(two, old, a, b, c)
+	r := logReader{dir: one}
+	var got string
+	read := func() {
+		t.Helper()
+		if err := r.read(func(l api.LogLine) error { got += l.Text; return nil }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	read()
+	if err := r.moveOn(two); err != nil {
+		t.Fatal(err)
+	}
+	read()
+	if err := r.close(); err != nil || got != "oldabc" {
+		t.Errorf("%q, %v", got, err)
 	}
 }
