@@ -5,20 +5,24 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"slices"
 	"sync"
 
 	"drafter/api"
+	"drafter/client"
 	"drafter/internal/newfile"
 	"drafter/internal/private"
 )
 
-// A host that is drained has a record of which VMs it has given to which host. No VM starts there.
+// On a host that is drained no VM starts. It remembers which VMs it has given to which host, until they
+// are back.
 
 var errDrained = fmt.Errorf("this host is drained: %w; 'drafter undrain' ends that", ErrConflict)
 
-func (d *Daemon) drainFile() string { return d.dir("host", "drained.json") }
+func (d *Daemon) drainFile() string { return d.dir("host", "drained") }
+func (d *Daemon) awayFile() string  { return d.dir("host", "away.json") }
 
 func (d *Daemon) drained() bool { return exists(d.drainFile()) }
 
@@ -35,7 +39,7 @@ func (d *Daemon) Drain(parallel int) (api.Operation, error) {
 	d.drainMu.Lock()
 	defer d.drainMu.Unlock()
 	if !d.drained() {
-		if err := newfile.WriteBytes(d.drainFile(), []byte("{}")); err != nil {
+		if err := newfile.WriteBytes(d.drainFile(), nil); err != nil {
 			return api.Operation{}, fmt.Errorf("note that the host is drained: %w", err)
 		}
 	}
@@ -116,7 +120,7 @@ func (d *Daemon) moveAway(ctx context.Context, vm api.VM, all []api.Neighbour) e
 			err = d.await(ctx, o.ID)
 		}
 		if err == nil {
-			return d.noteDrained(vm.ID, c.Name)
+			return d.noteAway(vm.ID, c.Name)
 		}
 		if now, _ := d.VM(vm.ID); now.ID == "" || now.State == api.Moved {
 			return nil // somebody else was faster
@@ -149,18 +153,20 @@ func (d *Daemon) await(ctx context.Context, id string) error {
 	return nil
 }
 
-// noteDrained notes where a VM is that was moved away.
-func (d *Daemon) noteDrained(id, host string) error {
+// noteAway notes at which host a VM is that was moved away; "" for one that is not away any more.
+func (d *Daemon) noteAway(id, host string) error {
 	d.drainMu.Lock()
 	defer d.drainMu.Unlock()
-	gone, err := d.readDrained()
-	if err != nil || gone == nil { // not drained any more
+	away, err := d.away()
+	if err != nil {
 		return err
 	}
-	gone[id] = host
-	b, err := json.Marshal(gone)
+	if delete(away, id); host != "" {
+		away[id] = host
+	}
+	b, err := json.Marshal(away)
 	if err == nil {
-		err = newfile.WriteBytes(d.drainFile(), b)
+		err = newfile.WriteBytes(d.awayFile(), b)
 	}
 	if err != nil {
 		return fmt.Errorf("note where a VM is: %w", err)
@@ -168,26 +174,29 @@ func (d *Daemon) noteDrained(id, host string) error {
 	return nil
 }
 
-func (d *Daemon) readDrained() (gone map[string]string, err error) {
-	b, err := private.ReadFile(d.drainFile(), 1<<20)
+// away returns the hosts of VMs that were moved away, by the VMs' IDs.
+func (d *Daemon) away() (map[string]string, error) {
+	away := map[string]string{}
+	b, err := private.ReadFile(d.awayFile(), 1<<20)
 	if errors.Is(err, os.ErrNotExist) {
-		return nil, nil
+		return away, nil
 	}
 	if err == nil {
-		err = json.Unmarshal(b, &gone)
+		err = json.Unmarshal(b, &away)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read where VMs are: %w", err)
 	}
-	return gone, nil
+	return away, nil
 }
 
-// Undrain lets VMs start here again, and brings those back that the drain has moved away.
+// Undrain lets VMs start here again, and brings those back that the drain has moved away. One that
+// cannot come back now does at the next Undrain.
 func (d *Daemon) Undrain() (api.Operation, error) {
 	d.drainMu.Lock()
 	defer d.drainMu.Unlock()
-	gone, err := d.readDrained()
-	if err == nil && gone == nil {
+	away, err := d.away()
+	if err == nil && len(away) == 0 && !d.drained() {
 		err = fmt.Errorf("this host is not drained: %w", ErrConflict)
 	}
 	if err == nil {
@@ -197,7 +206,7 @@ func (d *Daemon) Undrain() (api.Operation, error) {
 		return api.Operation{}, err
 	}
 	var vms []api.VM
-	for id, host := range gone {
+	for id, host := range away {
 		vms = append(vms, api.VM{ID: id, Name: id, Host: host})
 	}
 	return d.begin("undrain", "", func(ctx context.Context, o *operation) error {
@@ -210,7 +219,13 @@ func (d *Daemon) giveBack(id string, to api.Neighbour) (api.Operation, error) {
 	if vm, err := d.VM(id); err != nil || vm.ID != id || vm.From != to.Name {
 		return api.Operation{}, fmt.Errorf("no VM %s is here that has come from host %s: %w", id, to.Name, ErrForbidden)
 	}
-	return d.Move(id, to.Name)
+	o, err := d.Move(id, to.Name)
+	if err == nil {
+		d.mu.Lock()
+		d.operations[o.ID].isFor(to.Name)
+		d.mu.Unlock()
+	}
+	return o, err
 }
 
 // bringBack lets another host move a VM to here.
@@ -225,12 +240,19 @@ func (d *Daemon) bringBack(ctx context.Context, vm api.VM) error {
 	}
 	defer c.Close()
 	o, err := c.Return(ctx, vm.ID)
+	var refused *client.Error
+	if errors.As(err, &refused) && refused.Status == http.StatusForbidden { // it is not there any more
+		return errors.Join(err, d.noteAway(vm.ID, ""))
+	}
 	if err != nil {
 		return err
 	}
 	_, err = c.Await(ctx, o, nil)
 	if ctx.Err() != nil {
-		err = errors.Join(context.Cause(ctx), c.Cancel(context.WithoutCancel(ctx), o.ID))
+		return errors.Join(context.Cause(ctx), c.Cancel(context.WithoutCancel(ctx), o.ID))
+	}
+	if err == nil {
+		err = d.noteAway(vm.ID, "")
 	}
 	return err
 }
