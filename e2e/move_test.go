@@ -73,6 +73,10 @@ func TestMove(t *testing.T) {
 		}
 	}
 
+	// A copy of it. It can move all the same afterwards.
+	h1.drafter(t, "snapshot", "cache", "copy")
+	goesOn("copied")
+
 	// Another process on the same host.
 	for range 2 {
 		before := h1.inspect(t, "cache")

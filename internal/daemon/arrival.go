@@ -47,6 +47,16 @@ func (d *Daemon) Arrive(ctx context.Context, from api.Neighbour, a api.Arrival) 
 		if err := checkPort(&r.Ports[i]); err != nil {
 			return api.Operation{}, fmt.Errorf("port %d: %w: %w", r.Ports[i].Host, err, ErrInvalid)
 		}
+		if err := hasAddress(r.Ports[i].Address); err != nil {
+			return api.Operation{}, fmt.Errorf("port %d: %w: %w", r.Ports[i].Host, err, ErrConflict)
+		}
+	}
+	size := 0
+	for _, e := range a.Env {
+		size += len(e)
+	}
+	if size > mostRecord || r.Memory < 0 || r.Memory > mostSize || a.Disk < 0 || a.Disk > mostSize {
+		return api.Operation{}, fmt.Errorf("the VM's environment, memory or disk has an impossible size: %w", ErrInvalid)
 	}
 	if err := d.hasRoom(r.Memory, a.Disk); err != nil {
 		return api.Operation{}, err
@@ -68,14 +78,33 @@ func (d *Daemon) Arrive(ctx context.Context, from api.Neighbour, a api.Arrival) 
 	if err != nil {
 		return api.Operation{}, err
 	}
-	return d.begin("arrive", r.ID, func(ctx context.Context, _ *operation) error { //nolint:contextcheck // it goes on without its caller
+	return d.begin("arrive", r.ID, func(ctx context.Context, o *operation) error { //nolint:contextcheck // it goes on without its caller
 		defer v.release()
+		o.isFor(from.Name)
+		v.d.mu.Lock()
+		v.cancel = o.cancel
+		v.d.mu.Unlock()
 		err := v.arrive(ctx, from, a)
 		if err != nil && d.ctx.Err() == nil { // else the next daemon sees to it
 			err = errors.Join(err, v.hasNotArrived(context.WithoutCancel(ctx)))
 		}
 		return err
 	}), nil
+}
+
+// mostSize bounds what a VM may need, in bytes.
+const mostSize = 1 << 50
+
+// hasAddress refuses an address that this host does not have; it has "".
+func hasAddress(address string) error {
+	if address == "" {
+		return nil
+	}
+	l, err := net.Listen("tcp", net.JoinHostPort(address, "0"))
+	if err != nil {
+		return fmt.Errorf("this host does not have its address %s", address)
+	}
+	return l.Close()
 }
 
 // hasRoom refuses a VM for which memory or disk do not suffice.
@@ -293,8 +322,8 @@ func (d *Daemon) Arrival(ctx context.Context, id string, wait time.Duration) (ap
 		case <-time.After(wait):
 		case <-ctx.Done():
 		}
-	} else if slices.Contains([]string{api.Moved, api.Removing}, r.State) {
-		o.State, o.Error = api.Broken, "it has not arrived"
+	} else if slices.Contains([]string{api.Moved, api.Removing, api.Failed}, r.State) {
+		o.State, o.Error = api.Broken, "it has not arrived "+r.Error
 	}
 	return o, nil
 }

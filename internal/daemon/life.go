@@ -159,6 +159,9 @@ func (v *vm) shutDown(ctx context.Context, p *process, patience time.Duration) e
 			err = fmt.Errorf("not done after %s", patience)
 		}
 	}
+	if ctx.Err() != nil { // the patience is not over
+		return context.Cause(ctx)
+	}
 	v.d.log.Warn("A guest does not shut down; its VM is killed", "vm", v.look().Name, "error", err)
 	if err := p.Signal(syscall.SIGKILL); err != nil {
 		return err

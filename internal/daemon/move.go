@@ -17,6 +17,7 @@ import (
 	"drafter/api"
 	"drafter/client"
 	"drafter/internal/control"
+	"drafter/migrate"
 	"drafter/network"
 	"drafter/vmm"
 )
@@ -46,6 +47,9 @@ func (d *Daemon) Move(name, to string) (api.Operation, error) {
 func (v *vm) move(ctx context.Context, o *operation, n api.Neighbour) error {
 	if _, err := v.runs(); err != nil {
 		return fmt.Errorf("%w; start it first", err)
+	}
+	if err := v.movable(); err != nil {
+		return err
 	}
 	c, err := v.d.dial(n)
 	if err != nil {
@@ -122,9 +126,9 @@ func diskUsage(dir string) (n int64, err error) {
 // awaitMoved waits until the VM has moved, or stays.
 func (v *vm) awaitMoved(ctx context.Context, o *operation, c *client.Client, n api.Neighbour) error {
 	r, s, old := v.look(), v.seat(), v.owner()
-	heard := time.Now()
+	heard, sent := time.Now(), int64(0)
 	for {
-		answer, err := c.Arrival(ctx, r.ID, movePause)
+		answer, err := arrivalAt(ctx, c, r.ID)
 		var refused *client.Error
 		switch {
 		case v.d.ctx.Err() != nil: // it goes on, and the next daemon sees to it
@@ -132,7 +136,8 @@ func (v *vm) awaitMoved(ctx context.Context, o *operation, c *client.Client, n a
 		case ctx.Err() != nil:
 			return v.notMoved(ctx, context.Cause(ctx))
 		case err == nil && answer.State == api.Done:
-			if err := old.awaitEnd(ctx); err != nil { // once the other host has all
+			// The VM is there; this ends once the other host has all of it.
+			if err := old.awaitEnd(context.WithoutCancel(ctx)); err != nil {
 				return err
 			}
 			o.moved(old)
@@ -142,6 +147,8 @@ func (v *vm) awaitMoved(ctx context.Context, o *operation, c *client.Client, n a
 		case errors.As(err, &refused):
 			return v.notMoved(ctx, fmt.Errorf("host %s: %w", n.Name, err))
 		case err == nil:
+			heard = time.Now()
+		case v.goesOn(ctx, s, &sent): // the daemon there is not needed for that
 			heard = time.Now()
 		case time.Since(heard) > hostSilence:
 			return v.notMoved(ctx, fmt.Errorf("host %s does not answer: %w", n.Name, err))
@@ -157,6 +164,34 @@ func (v *vm) awaitMoved(ctx context.Context, o *operation, c *client.Client, n a
 			}
 		}
 	}
+}
+
+// arrivalAt asks another host how far an arrival is.
+func arrivalAt(ctx context.Context, c *client.Client, id string) (api.Operation, error) {
+	ctx, cancel := context.WithTimeout(ctx, hostSilence/2)
+	defer cancel()
+	return c.Arrival(ctx, id, movePause)
+}
+
+// goesOn tells whether a move goes on without an answer of the other host's daemon: more has been sent,
+// or the VM was handed over.
+func (v *vm) goesOn(ctx context.Context, s seat, sent *int64) bool {
+	c, err := control.Dial(ctx, s.control())
+	if err != nil {
+		return false
+	}
+	defer c.Close()
+	status, err := c.Status(ctx, &control.StatusRequest{})
+	if err != nil {
+		return false
+	}
+	switch migrate.Phase(status.GetPhase()) {
+	case migrate.HandingOff, migrate.InDoubt, migrate.Serving:
+		return true
+	}
+	more := status.GetSent() != *sent
+	*sent = status.GetSent()
+	return more
 }
 
 // showMove tells how far a move is.
@@ -179,7 +214,7 @@ func (v *vm) notMoved(ctx context.Context, failed error) error {
 	if v.d.ctx.Err() != nil {
 		return failed
 	}
-	ctx = context.WithoutCancel(ctx)
+	ctx = v.d.ctx // also for a move that was cancelled
 	old := v.owner()
 	moved, err := withdraw(ctx, v.seat())
 	if err != nil {
@@ -223,8 +258,9 @@ func (v *vm) resumeMove() {
 // keepMoved keeps what is left here of a VM that has moved, for as long as its clients reach it by this
 // host, and then removes it.
 func (v *vm) keepMoved() {
+	s := v.seat()
 	v.d.work.Go(func() {
-		err := v.seat().discard()
+		err := s.discard()
 		for pause := time.Duration(0); err == nil; pause = 2 * time.Second {
 			select {
 			case <-time.After(pause):
@@ -248,7 +284,7 @@ func (v *vm) keepMoved() {
 
 // endAnchors ends the connections of a VM that has moved, and that go on by this host.
 func (v *vm) endAnchors(r api.VM) error {
-	if r.State != api.Moved {
+	if r.State != api.Moved && r.State != api.Removing {
 		return nil
 	}
 	anchors, err := network.Anchors()

@@ -90,10 +90,19 @@ func (d *Daemon) HostHandler() http.Handler {
 		})
 	get(a, "/v1/operations/{operation}", "get-operation", "Tell of an operation",
 		func(ctx context.Context, in *awaitInput) (api.Operation, error) {
+			if err := d.asked(in.ID, callerOf(ctx).Name); err != nil {
+				return api.Operation{}, err
+			}
 			return d.Operation(ctx, in.ID, time.Duration(in.Wait)*time.Millisecond)
 		})
 	huma.Register(a, endpoint(http.MethodDelete, "/v1/operations/{operation}", "cancel", "Let an operation end early"),
-		func(_ context.Context, in *operationInput) (*empty, error) { return nil, problem(d.Cancel(in.ID)) })
+		func(ctx context.Context, in *operationInput) (*empty, error) {
+			err := d.asked(in.ID, callerOf(ctx).Name)
+			if err == nil {
+				err = d.Cancel(in.ID)
+			}
+			return nil, problem(err)
+		})
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.TLS == nil || len(r.TLS.PeerCertificates) == 0 {
 			http.Error(w, "this takes a certificate", http.StatusForbidden)

@@ -160,6 +160,18 @@ func (v *vm) startForwarder(ctx context.Context, r api.VM) (*detached.Process, e
 	})
 }
 
+// insistPublish publishes the VM's ports as soon as that is possible.
+func (v *vm) insistPublish() {
+	v.d.work.Go(func() {
+		v.d.insist("publish the ports of VM "+v.look().Name, func() error {
+			if err := v.publish(v.d.ctx); !errors.Is(err, errEnded) {
+				return err
+			}
+			return nil
+		})
+	})
+}
+
 // watchForwarder starts the forwarder again if it ends while the VM runs.
 func (v *vm) watchForwarder(p *detached.Process) {
 	select {

@@ -18,8 +18,9 @@ type operation struct {
 	cancel context.CancelCauseFunc
 	done   chan struct{}
 
-	mu    sync.Mutex
-	state api.Operation
+	mu     sync.Mutex
+	state  api.Operation
+	caller string // host that has asked for it; "" for a client of this one
 }
 
 // Operations that have ended are remembered for operationAge, and the last keptOperations for longer.
@@ -116,6 +117,28 @@ func (d *Daemon) Operation(ctx context.Context, id string, wait time.Duration) (
 	case <-ctx.Done():
 	}
 	return o.look(), nil
+}
+
+// isFor notes which host has asked for the operation.
+func (o *operation) isFor(host string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.caller = host
+}
+
+// asked refuses an operation that another host has not asked for.
+func (d *Daemon) asked(id, host string) error {
+	d.mu.Lock()
+	o := d.operations[id]
+	d.mu.Unlock()
+	if o != nil {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		if o.caller == host {
+			return nil
+		}
+	}
+	return fmt.Errorf("operation %q: %w", id, ErrNotFound)
 }
 
 // Cancel lets an operation end early. What it has made is removed.

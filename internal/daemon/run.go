@@ -272,7 +272,11 @@ func (d *Daemon) actOn(
 		return api.Operation{}, err
 	}
 	if kind == "kill" {
-		if r := v.look(); r.PID == 0 && r.Namespace == "" {
+		r := v.look()
+		if r.State == api.Moved {
+			return api.Operation{}, fmt.Errorf("VM %s runs on host %s: %w", name, r.Host, ErrConflict)
+		}
+		if r.PID == 0 && r.Namespace == "" {
 			return api.Operation{}, fmt.Errorf("VM %s does not run: %w", name, ErrConflict)
 		}
 	}

@@ -69,6 +69,9 @@ func (v *vm) copyTo(ctx context.Context, dir string, o *operation) error {
 
 // copyRunning lets the VM's process send a copy, for which the VM pauses for some milliseconds.
 func (v *vm) copyRunning(ctx context.Context, dir string, o *operation) (err error) {
+	if err := v.movable(); err != nil {
+		return err
+	}
 	s := v.seat()
 	address, err := offer(ctx, s, &control.OfferRequest{Address: "unix:" + filepath.Join(s.control(), copySocket)})
 	if err != nil {

@@ -30,6 +30,9 @@ func (d *Daemon) Upgrade(name string) (api.Operation, error) {
 // upgrade gives the VM, which is acquired, to a process in the VM's next seat.
 func (v *vm) upgrade(ctx context.Context, o *operation) error {
 	old, err := v.runs()
+	if err == nil {
+		err = v.movable()
+	}
 	if err != nil {
 		return err
 	}
@@ -61,12 +64,26 @@ func (v *vm) upgrade(ctx context.Context, o *operation) error {
 
 // discard removes a seat that has nothing of a VM, since that is elsewhere. One that has is refused.
 func (s seat) discard() error {
-	// The package's files are not looked at.
-	state := peer.NewPackageDevices([]string{vmm.State}, filepath.Join(string(s), "none"), s.instance())
-	if err := peer.Discardable(state); err != nil {
+	if err := s.discardable(); err != nil {
 		return err
 	}
 	return os.RemoveAll(string(s))
+}
+
+// discardable returns nil for a seat that has nothing of a VM.
+func (s seat) discardable() error { return peer.Discardable(s.state()) }
+
+// state is the state device of the seat's instance. The package's files are not looked at.
+func (s seat) state() []peer.Device {
+	return peer.NewPackageDevices([]string{vmm.State}, filepath.Join(string(s), "none"), s.instance())
+}
+
+// movable refuses a VM whose program is somebody's session, which a move cuts off.
+func (v *vm) movable() error {
+	if r := v.look(); r.Stdin || r.TTY {
+		return fmt.Errorf("VM %s runs a program for who is attached to it, which this would end: %w", r.Name, ErrConflict)
+	}
+	return nil
 }
 
 // isUpgrading notes that the VM moves to its next seat, and to which namespace. It moves home if it
@@ -167,7 +184,7 @@ func (s seat) hasMoved() (bool, error) {
 // succeed makes a process in the VM's next seat the VM's, in place of the one that has it. It is so
 // also if it cannot be noted durably: the next daemon finds out by itself.
 func (v *vm) succeed(p *detached.Process) error {
-	owner := &process{Process: p, seat: v.seatAfter(v.look().Moves + 1), noted: make(chan struct{})}
+	owner := &process{Process: p, seat: v.seatAfter(v.look().Moves + 1), noted: make(chan struct{}), leave: v.d.ctx.Done()}
 	v.d.mu.Lock()
 	defer v.d.mu.Unlock()
 	if v.process != nil {
@@ -208,6 +225,16 @@ func (v *vm) stays(ctx context.Context, old *process, to seat) error {
 	return errors.Join(old.awaitEnd(ctx), v.hasEnded(ctx), v.leaveSeat(v.look().Moves-1), from.discard())
 }
 
+// takeNextIf makes the VM's next seat the one that it has, if the VM is there. No process of either
+// lives.
+func (v *vm) takeNextIf(from, to seat) error {
+	moved, err := from.hasMoved()
+	if moved || from.discardable() == nil && to.discardable() != nil {
+		v.takeNext()
+	}
+	return err
+}
+
 // takeNext makes the VM's next seat the one that it has.
 func (v *vm) takeNext() {
 	v.d.mu.Lock()
@@ -245,11 +272,7 @@ func (v *vm) recoverUpgrade(found *detached.Process) error {
 		v.own(found)
 	}
 	if next == nil && found == nil {
-		moved, err := from.hasMoved()
-		if moved {
-			v.takeNext()
-		}
-		return errors.Join(err, v.hasEnded(v.d.ctx))
+		return errors.Join(v.takeNextIf(from, to), v.hasEnded(v.d.ctx))
 	}
 	v.d.begin("upgrade", r.ID, func(ctx context.Context, o *operation) error {
 		if err := v.acquire(ctx, o.cancel); err != nil {
@@ -273,7 +296,7 @@ func (v *vm) resumeUpgrade(ctx context.Context, found, next *detached.Process, f
 	if err != nil {
 		err = errors.Join(err, next.End(endPatience), next.Close())
 		if found == nil {
-			return errors.Join(err, v.hasEnded(ctx))
+			return errors.Join(err, v.takeNextIf(from, to), v.hasEnded(ctx))
 		}
 		return errors.Join(err, v.stays(context.WithoutCancel(ctx), v.owner(), to))
 	}

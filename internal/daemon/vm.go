@@ -20,6 +20,7 @@ import (
 	"drafter/internal/detached"
 	"drafter/internal/newfile"
 	"drafter/internal/private"
+	"drafter/peer"
 )
 
 // vm is a VM of this host.
@@ -46,7 +47,8 @@ type process struct {
 	end   *control.End  // then; nil if it was killed
 	last  api.VM        // the record then
 
-	successor bool // guarded by d.mu: another process has the VM now
+	leave     <-chan struct{} // closed when the daemon ends
+	successor bool            // guarded by d.mu: another process has the VM now
 }
 
 // The files in a VM's directory.
@@ -193,7 +195,7 @@ func (v *vm) recover() error {
 	r := v.look()
 	if r.Moves > 0 { // it may have left that seat when the last daemon was killed
 		if err := v.leaveSeat(r.Moves - 1); err != nil {
-			return err
+			v.d.log.Error("What a VM has left behind as it moved stays", "vm", r.Name, "error", err)
 		}
 	}
 	switch {
@@ -219,6 +221,9 @@ func (v *vm) recover() error {
 			}
 			v.keepMoved()
 		case r.Remove:
+			if uerr := v.unsettled(); uerr != nil {
+				return errors.Join(err, fmt.Errorf("it is kept: %w", uerr))
+			}
 			err = errors.Join(err, v.destroy(v.d.ctx))
 		}
 		return err
@@ -234,6 +239,9 @@ func (v *vm) recover() error {
 			if err = v.d.startNAT(ctx); err == nil {
 				err = v.awaitRunning(ctx)
 			}
+			if err == nil && v.look().State == api.Running { // it may have been giving a copy
+				_, err = withdraw(ctx, v.seat())
+			}
 		}
 		if err != nil && ctx.Err() == nil {
 			v.d.log.Error("A VM that the last daemon has started does not answer", "vm", r.Name, "error", err)
@@ -244,7 +252,7 @@ func (v *vm) recover() error {
 
 // own makes a process the VM's, and watches it.
 func (v *vm) own(p *detached.Process) {
-	owner := &process{Process: p, seat: v.seat(), noted: make(chan struct{})}
+	owner := &process{Process: p, seat: v.seat(), noted: make(chan struct{}), leave: v.d.ctx.Done()}
 	v.d.mu.Lock()
 	v.process = owner
 	v.d.mu.Unlock()
@@ -288,6 +296,8 @@ func (v *vm) isStarting() error {
 	v.d.mu.Lock()
 	defer v.d.mu.Unlock()
 	switch r := v.record; {
+	case v.d.drained():
+		return errDrained
 	case r.State == api.Moved:
 		return fmt.Errorf("VM %s runs on host %s: %w", r.Name, r.Host, ErrConflict)
 	case v.process != nil || r.State == api.Arriving:
@@ -323,6 +333,12 @@ func (v *vm) launch(ctx context.Context, moves int, ns string, from ...string) (
 	r, s := v.look(), v.seatAfter(moves)
 	dir := s.control()
 	if err := private.MkdirAll(dir); err != nil {
+		return nil, err
+	}
+	if p, err := detached.Find(s.lock()); p != nil || err != nil { // nobody knows how it came to be
+		if p != nil {
+			err = errors.Join(fmt.Errorf("VM %s is run by process %d: %w", r.Name, p.PID, ErrConflict), p.Close())
+		}
 		return nil, err
 	}
 	// How it ended last is not how it ends now. It may be cut off before it has got so far itself.
@@ -373,7 +389,10 @@ func (v *vm) awaitRunning(ctx context.Context) error {
 		return err
 	}
 	if err := v.publish(ctx); err != nil {
-		return err
+		if v.look().State != api.Arriving || errors.Is(err, errEnded) || v.d.ctx.Err() != nil {
+			return err
+		}
+		v.insistPublish() // it runs here, and cannot go back
 	}
 	v.d.mu.Lock()
 	defer v.d.mu.Unlock()
@@ -473,7 +492,24 @@ func (v *vm) watch(p *process) {
 }
 
 // removeEnded removes a VM that was to be removed at its end, unless it was started again, or removed.
-func (v *vm) removeEnded() error { return v.removeIf(func(api.VM) bool { return true }) }
+func (v *vm) removeEnded() error {
+	if err := v.unsettled(); err != nil {
+		return fmt.Errorf("VM %s is kept: %w", v.look().Name, err)
+	}
+	return v.removeIf(func(api.VM) bool { return true })
+}
+
+// unsettled returns nil unless an operator must settle whose a VM is that has ended.
+func (v *vm) unsettled() error {
+	devices, err := peer.PackageDevices(v.packageDir(v.look()), v.seat().instance())
+	if errors.Is(err, os.ErrNotExist) { // nothing has come yet
+		devices, err = v.seat().state(), nil
+	}
+	if err != nil {
+		return err
+	}
+	return peer.Unsettled(devices)
+}
 
 // removeIf removes the VM once nobody changes it, if it does not run then and f says so.
 func (v *vm) removeIf(f func(api.VM) bool) error {
@@ -497,6 +533,10 @@ func (v *vm) hasEnded(ctx context.Context) error {
 	if end == nil {
 		err = errors.Join(err, v.d.reclaim())
 		end = &control.End{Outcome: control.Failed, Error: "its process was killed", At: time.Now().UTC()}
+	}
+	if end.Outcome == control.Moved && v.look().Host == "" { // within this host, where it has ended, too
+		v.takeNext()
+		return errors.Join(err, v.hasEnded(ctx))
 	}
 	if end.Outcome != control.Moved {
 		err = errors.Join(err, v.unpublish(ctx))
@@ -609,6 +649,8 @@ func (p *process) awaitEnd(ctx context.Context) error {
 	select {
 	case <-p.noted:
 		return nil
+	case <-p.leave:
+		return detached.ErrLeave
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
@@ -684,9 +726,8 @@ func (v *vm) endAtOnce(ctx context.Context) (err error) {
 	if p := v.owner(); p != nil {
 		err = errors.Join(p.Signal(syscall.SIGKILL), p.awaitEnd(ctx))
 	}
-	moves := v.look().Moves
-	for _, s := range []seat{v.seatAfter(moves), v.seatAfter(moves + 1)} {
-		err = errors.Join(err, v.d.endSeat(ctx, s))
+	for moves := range v.look().Moves + 2 {
+		err = errors.Join(err, v.d.endSeat(ctx, v.seatAfter(moves)))
 	}
 	return err
 }
