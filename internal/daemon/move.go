@@ -64,7 +64,7 @@ func (v *vm) move(ctx context.Context, o *operation, n api.Neighbour) error {
 		return err
 	}
 	if err := v.beFetched(ctx, c, n); err != nil {
-		return v.notMoved(ctx, err)
+		return v.notMoved(err)
 	}
 	return v.awaitMoved(ctx, o, c, n)
 }
@@ -134,7 +134,7 @@ func (v *vm) awaitMoved(ctx context.Context, o *operation, c *client.Client, n a
 		case v.d.ctx.Err() != nil: // it goes on, and the next daemon sees to it
 			return context.Cause(ctx)
 		case ctx.Err() != nil:
-			return v.notMoved(ctx, context.Cause(ctx))
+			return v.notMoved(context.Cause(ctx))
 		case err == nil && answer.State == api.Done:
 			// The VM is there; this ends once the other host has all of it.
 			if err := old.awaitEnd(context.WithoutCancel(ctx)); err != nil {
@@ -143,15 +143,15 @@ func (v *vm) awaitMoved(ctx context.Context, o *operation, c *client.Client, n a
 			o.moved(old)
 			return nil
 		case err == nil && answer.State != api.Working:
-			return v.notMoved(ctx, fmt.Errorf("host %s: %s", n.Name, answer.Error))
+			return v.notMoved(fmt.Errorf("host %s: %s", n.Name, answer.Error))
 		case errors.As(err, &refused):
-			return v.notMoved(ctx, fmt.Errorf("host %s: %w", n.Name, err))
+			return v.notMoved(fmt.Errorf("host %s: %w", n.Name, err))
 		case err == nil:
 			heard = time.Now()
 		case v.goesOn(ctx, s, &sent): // the daemon there is not needed for that
 			heard = time.Now()
 		case time.Since(heard) > hostSilence:
-			return v.notMoved(ctx, fmt.Errorf("host %s does not answer: %w", n.Name, err))
+			return v.notMoved(fmt.Errorf("host %s does not answer: %w", n.Name, err))
 		}
 		if old != nil && closed(old.Done()) && v.look().State == api.Moved {
 			o.moved(old)
@@ -210,11 +210,11 @@ func (v *vm) showMove(ctx context.Context, o *operation, s seat) error {
 
 // notMoved takes a move back that has failed, or was cancelled. If it is too late for that, the VM has
 // moved, and that is no failure.
-func (v *vm) notMoved(ctx context.Context, failed error) error {
+func (v *vm) notMoved(failed error) error {
 	if v.d.ctx.Err() != nil {
 		return failed
 	}
-	ctx = v.d.ctx // also for a move that was cancelled
+	ctx := v.d.ctx // also for a move that was cancelled
 	old := v.owner()
 	moved, err := withdraw(ctx, v.seat())
 	if err != nil {
@@ -244,11 +244,11 @@ func (v *vm) resumeMove() {
 		}
 		n, err := v.d.Neighbour(r.Host)
 		if err != nil {
-			return v.notMoved(ctx, err)
+			return v.notMoved(err)
 		}
 		c, err := v.d.dial(n)
 		if err != nil {
-			return v.notMoved(ctx, err)
+			return v.notMoved(err)
 		}
 		defer c.Close()
 		return v.awaitMoved(ctx, o, c, n)

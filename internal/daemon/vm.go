@@ -209,24 +209,7 @@ func (v *vm) recover() error {
 		return v.hasNotArrived(v.d.ctx)
 	}
 	if found == nil {
-		ended := []string{api.Stopped, api.Exited, api.Failed, api.Moved}
-		if !slices.Contains(ended, r.State) {
-			err = v.hasEnded(v.d.ctx)
-			r = v.look()
-		}
-		switch {
-		case r.State == api.Moved:
-			if perr := v.publish(v.d.ctx); !errors.Is(perr, errEnded) {
-				err = errors.Join(err, perr)
-			}
-			v.keepMoved()
-		case r.Remove:
-			if uerr := v.unsettled(); uerr != nil {
-				return errors.Join(err, fmt.Errorf("it is kept: %w", uerr))
-			}
-			err = errors.Join(err, v.destroy(v.d.ctx))
-		}
-		return err
+		return v.recoverEnded()
 	}
 	v.own(found)
 	// The last daemon may have been killed as it started or stopped the VM. It goes on.
@@ -248,6 +231,29 @@ func (v *vm) recover() error {
 		}
 	})
 	return nil
+}
+
+// recoverEnded finds out how the VM has ended, which no process has.
+func (v *vm) recoverEnded() (err error) {
+	r := v.look()
+	ended := []string{api.Stopped, api.Exited, api.Failed, api.Moved}
+	if !slices.Contains(ended, r.State) {
+		err = v.hasEnded(v.d.ctx)
+		r = v.look()
+	}
+	switch {
+	case r.State == api.Moved:
+		if perr := v.publish(v.d.ctx); !errors.Is(perr, errEnded) {
+			err = errors.Join(err, perr)
+		}
+		v.keepMoved()
+	case r.Remove:
+		if uerr := v.unsettled(); uerr != nil {
+			return errors.Join(err, fmt.Errorf("it is kept: %w", uerr))
+		}
+		err = errors.Join(err, v.destroy(v.d.ctx))
+	}
+	return err
 }
 
 // own makes a process the VM's, and watches it.
