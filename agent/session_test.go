@@ -721,7 +721,7 @@ func TestMainProgram(t *testing.T) {
 	var refuse error
 	statuses := make(chan int32, 1)
 	s := &Server{Main: func() ([]string, func(int32), error) {
-		return []string{"sh", "-c", "read n; exit $n"}, func(status int32) { statuses <- status }, refuse
+		return []string{"sh", "-c", "read n || exec sleep 1000; exit $n"}, func(status int32) { statuses <- status }, refuse
 	}}
 	c := converse(t, s)
 	p, err := c.Run(within(t, 20*time.Second), Command{Main: true, Stdin: true})

@@ -36,17 +36,7 @@ func (n *NAT) look() {
 		done, err := n.keepLink(i)
 		n.news.mended("link "+hostVethName(name), done, err)
 		if err == nil {
-			done, err = n.keepNamespaceRules(i)
-			n.news.mended("nftables table inet "+namespaceTable+" in "+name, done, err)
-			err = inNamespace(name, func() (err error) {
-				done, err = n.config.keepTapGuard(n.layout)
-				return err
-			})
-			n.news.mended("nftables table netdev "+guardTable+" in "+name, done, err)
-			done, err = n.egress.keep(name)
-			n.news.mended("nftables table inet "+egressTable+" in "+name, done, err)
-			n.news.mended("the anchor "+name, false, n.keepAnchor(name))
-			n.news.mended("what leads to "+name, false, n.keepLandings(name))
+			n.keepInside(i)
 		}
 	}
 	n.news.mended("the host's addresses", false, n.sayNetworks())
@@ -56,6 +46,32 @@ func (n *NAT) look() {
 	n.news.mended("notices to other hosts", false, n.tunnel.deliver())
 	n.news.mended("the ends of tunnels", false, n.tunnel.forgetPeers())
 	n.news.mended("the locks of anchors", false, errors.Join(rundir.Sweep(anchorRecords), rundir.Sweep(landingRecords), rundir.Sweep(noticeRecords), sweepExpected()))
+}
+
+// keepInside keeps what is in a namespace. If somebody removes that meanwhile, the next look makes all of
+// it again, and nothing is to be said.
+func (n *NAT) keepInside(i int) {
+	name := n.name(i)
+	mended := func(what string, done bool, err error) {
+		if err != nil {
+			nameOnly, gone := isNameOnly(name)
+			if nameOnly || errors.Is(gone, os.ErrNotExist) {
+				return
+			}
+		}
+		n.news.mended(what, done, err)
+	}
+	done, err := n.keepNamespaceRules(i)
+	mended("nftables table inet "+namespaceTable+" in "+name, done, err)
+	err = inNamespace(name, func() (err error) {
+		done, err = n.config.keepTapGuard(n.layout)
+		return err
+	})
+	mended("nftables table netdev "+guardTable+" in "+name, done, err)
+	done, err = n.egress.keep(name)
+	mended("nftables table inet "+egressTable+" in "+name, done, err)
+	mended("the anchor "+name, false, n.keepAnchor(name))
+	mended("what leads to "+name, false, n.keepLandings(name))
 }
 
 // sayNetworks names networks that the host has joined since the start and that overlap with the
