@@ -24,6 +24,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"drafter/api"
+	"drafter/internal/detached"
 	"drafter/internal/mark"
 	"drafter/internal/newfile"
 	"drafter/internal/redisimage"
@@ -105,12 +106,20 @@ func (d *demo) run(ctx context.Context) (err error) {
 	return err
 }
 
-// sweep removes VMs of a demo that was killed.
+// sweep ends VMs and daemons of a demo that was killed.
 func (d *demo) sweep(ctx context.Context) (err error) {
 	dirs, err := filepath.Glob(d.path("host*/lib"))
 	for _, dir := range dirs {
 		h := &host{Drafter: tour.Drafter{Bin: "bin/drafter", Logs: d.dir}, dir: filepath.Dir(dir)}
-		err = errors.Join(err, h.start(ctx), h.end(ctx))
+		h.env()
+		left, ferr := detached.Find(filepath.Join(dir, "daemon.lock"))
+		if left == nil && ferr == nil { // one that finds its VMs
+			ferr = errors.Join(h.start(ctx), h.end(ctx))
+		}
+		if left != nil {
+			ferr = errors.Join(h.clear(ctx), left.End(tour.StepTimeout), left.Close())
+		}
+		err = errors.Join(err, ferr)
 	}
 	return err
 }
@@ -144,7 +153,7 @@ type host struct {
 }
 
 func (h *host) start(ctx context.Context) (err error) {
-	h.Env = []string{"DRAFTER_SOCKET=" + filepath.Join(h.dir, "socket")}
+	h.env()
 	args := []string{"daemon", "--dir", filepath.Join(h.dir, "lib"), "--socket", filepath.Join(h.dir, "socket")}
 	if h.daemon, err = h.Start(append(args, h.args...)...); err == nil {
 		_, err = h.daemon.Await(ctx, "The daemon is up")
@@ -152,14 +161,22 @@ func (h *host) start(ctx context.Context) (err error) {
 	return err
 }
 
-// end ends the host's VMs and daemon.
-func (h *host) end(ctx context.Context) error {
+// env lets commands find the daemon.
+func (h *host) env() { h.Env = []string{"DRAFTER_SOCKET=" + filepath.Join(h.dir, "socket")} }
+
+// clear removes the host's VMs.
+func (h *host) clear(ctx context.Context) error {
 	ctx = context.WithoutCancel(ctx)
 	left, err := h.drafter(ctx, "ps", "-aq")
 	if err == nil && left != "" {
 		_, err = h.drafter(ctx, append([]string{"rm", "--force"}, strings.Fields(left)...)...)
 	}
-	err = errors.Join(err, h.daemon.End())
+	return err
+}
+
+// end ends the host's VMs and daemon.
+func (h *host) end(ctx context.Context) error {
+	err := errors.Join(h.clear(ctx), h.daemon.End())
 	if h.net != nil {
 		err = errors.Join(err, h.net.Close())
 	}
@@ -173,13 +190,16 @@ func (h *host) drafter(ctx context.Context, args ...string) (string, error) {
 	return strings.TrimSpace(out.String()), err
 }
 
-// newHost makes a host with a daemon. Other hosts are between it and this one's namespace.
+// newHost makes a host with a daemon.
 func (d *demo) newHost(ctx context.Context, number int) (_ *host, err error) {
 	dir, err := os.Getwd()
 	if err != nil {
 		return nil, err
 	}
-	h := &host{dir: d.path(fmt.Sprint("host", number)), Drafter: tour.Drafter{Bin: filepath.Join(dir, "bin/drafter"), Logs: d.dir}}
+	h := &host{
+		dir:     d.path(fmt.Sprint("host", number)),
+		Drafter: tour.Drafter{Bin: filepath.Join(dir, "bin/drafter"), Logs: d.dir},
+	}
 	if h.net, err = testhost.NewHost(number, 0); err != nil {
 		return nil, err
 	}
