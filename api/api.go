@@ -19,6 +19,11 @@ const (
 	Moved    = "moved"    // it runs at another host; its clients still reach it by this one
 )
 
+// States are all of them.
+var States = []string{
+	Creating, Stopped, Starting, Running, Stopping, Exited, Failed, Removing, Moving, Arriving, Moved,
+}
+
 // Restart policies of a VM.
 const (
 	No            = "no"

@@ -193,6 +193,11 @@ func watchVM(cmd *cobra.Command, c *client.Client, id string) error {
 	return endOf(vm, err)
 }
 
+// errMoved says that how a VM ends is to be seen elsewhere.
+func errMoved(vm api.VM) error {
+	return fmt.Errorf("VM %s has moved, and runs on host %s", vm.Name, vm.Host)
+}
+
 // endOf is how a command ends that has shown a VM until its end.
 func endOf(vm api.VM, err error) error {
 	switch {
@@ -200,6 +205,8 @@ func endOf(vm api.VM, err error) error {
 		return err
 	case vm.Error != "":
 		return errors.New(vm.Error)
+	case vm.State == api.Moved:
+		return errMoved(vm)
 	case vm.ExitStatus != nil && *vm.ExitStatus != 0:
 		return exitStatus(*vm.ExitStatus)
 	}

@@ -18,8 +18,6 @@ with a label. Of several names, IDs or states one has to apply, and of labels al
 // filters are those of a list of VMs, by what they look at.
 type filters map[string][]string
 
-var vmStates = []string{api.Creating, api.Stopped, api.Starting, api.Running, api.Stopping, api.Exited, api.Failed, api.Removing}
-
 func parseFilters(texts []string) (filters, error) {
 	f := filters{}
 	for _, text := range texts {
@@ -30,8 +28,8 @@ func parseFilters(texts []string) (filters, error) {
 			err = fmt.Errorf("--filter %q is not of the form KEY=VALUE", text)
 		case key == "name":
 			_, err = regexp.Compile(value)
-		case key == "status" && !slices.Contains(vmStates, value):
-			err = fmt.Errorf("--filter %q: the states are %s", text, strings.Join(vmStates, ", "))
+		case key == "status" && !slices.Contains(api.States, value):
+			err = fmt.Errorf("--filter %q: the states are %s", text, strings.Join(api.States, ", "))
 		case !slices.Contains([]string{"name", "id", "status", "label"}, key):
 			err = fmt.Errorf("--filter %q: filter by name, id, status or label", text)
 		}

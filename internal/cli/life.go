@@ -147,6 +147,8 @@ func waitFor(ctx context.Context, c *client.Client, name string) (int, error) {
 	switch {
 	case err != nil:
 		return 0, err
+	case vm.State == api.Moved:
+		return 0, errMoved(vm)
 	case vm.ExitStatus != nil:
 		return *vm.ExitStatus, nil
 	case vm.State == api.Failed || vm.Error != "":
