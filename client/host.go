@@ -3,10 +3,10 @@ package client
 import (
 	"context"
 	"crypto/tls"
+	"fmt"
 	"net"
 	"net/http"
 	"net/url"
-	"strconv"
 	"time"
 
 	"drafter/api"
@@ -90,10 +90,12 @@ func (c *Client) Arrive(ctx context.Context, a api.Arrival) (o api.Operation, er
 	return o, err
 }
 
-// Arrival tells how far the arrival of a VM at another host is, once it has ended or after wait. Hosts
-// call it.
-func (c *Client) Arrival(ctx context.Context, id string, wait time.Duration) (o api.Operation, err error) {
-	path := "/v1/arrivals/" + url.PathEscape(id) + "?wait=" + strconv.FormatInt(wait.Milliseconds(), 10)
+// Arrival tells how far the arrival at another host is of a VM that had moved so often before, once it
+// has ended or after wait. Hosts call it.
+func (c *Client) Arrival(
+	ctx context.Context, id string, moves int, wait time.Duration,
+) (o api.Operation, err error) {
+	path := fmt.Sprintf("/v1/arrivals/%s?moves=%d&wait=%d", url.PathEscape(id), moves, wait.Milliseconds())
 	err = c.call(ctx, http.MethodGet, path, nil, &o)
 	return o, err
 }

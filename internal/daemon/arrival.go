@@ -30,7 +30,8 @@ var hexPattern = regexp.MustCompile(`^[0-9a-f]*$`)
 // Arrive fetches a VM that another host offers.
 func (d *Daemon) Arrive(ctx context.Context, from api.Neighbour, a api.Arrival) (api.Operation, error) {
 	r := a.VM
-	if !idPattern.MatchString(r.ID) || !namePattern.MatchString(r.Name) || !keyPattern.MatchString(r.Package) || !hexPattern.MatchString(r.PackageID) {
+	if !idPattern.MatchString(r.ID) || !namePattern.MatchString(r.Name) ||
+		!keyPattern.MatchString(r.Package) || !hexPattern.MatchString(r.PackageID) {
 		return api.Operation{}, fmt.Errorf("the VM's ID, name or package is none: %w", ErrInvalid)
 	}
 	host, _, err := net.SplitHostPort(a.Address)
@@ -81,6 +82,7 @@ func (d *Daemon) Arrive(ctx context.Context, from api.Neighbour, a api.Arrival) 
 	return d.begin("arrive", r.ID, func(ctx context.Context, o *operation) error { //nolint:contextcheck // it goes on without its caller
 		defer v.release()
 		o.isFor(from.Name)
+		o.arrives(v.look().Moves)
 		v.d.mu.Lock()
 		v.cancel = o.cancel
 		v.d.mu.Unlock()
@@ -251,7 +253,7 @@ func (v *vm) arrive(ctx context.Context, from api.Neighbour, a api.Arrival) erro
 	if err != nil {
 		return err
 	}
-	v.own(p) //nolint:contextcheck // the process is watched when its caller has gone, too
+	v.own(p) //nolint:contextcheck // see own
 	return v.awaitRunning(ctx)
 }
 
@@ -297,13 +299,13 @@ func (v *vm) removeArrival() error {
 	return v.hasNotArrived(v.d.ctx)
 }
 
-// Arrival tells how far the arrival of a VM is, once it has ended or after wait.
-func (d *Daemon) Arrival(ctx context.Context, id string, wait time.Duration) (api.Operation, error) {
+// Arrival tells how far the arrival is of a VM that had moved so often before, once it has ended or after
+// wait.
+func (d *Daemon) Arrival(ctx context.Context, id string, moves int, wait time.Duration) (api.Operation, error) {
 	d.mu.Lock()
 	var last *operation
 	for _, o := range d.operations {
-		s := o.look()
-		if s.Kind == "arrive" && s.VM == id && (last == nil || last.look().Began.Before(s.Began)) {
+		if o.isArrival(id, moves) && (last == nil || last.look().Began.Before(o.look().Began)) {
 			last = o
 		}
 	}
@@ -312,7 +314,7 @@ func (d *Daemon) Arrival(ctx context.Context, id string, wait time.Duration) (ap
 	if last != nil {
 		return d.Operation(ctx, last.look().ID, wait)
 	}
-	if v == nil {
+	if v == nil || v.look().Moves <= moves {
 		return api.Operation{}, fmt.Errorf("VM %s has not arrived: %w", id, ErrNotFound)
 	}
 	o := api.Operation{Kind: "arrive", VM: id, State: api.Done} // begun by the last daemon

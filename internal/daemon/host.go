@@ -108,10 +108,13 @@ func fingerprint(der []byte) []byte {
 	return sum[:]
 }
 
+var errNotListening = fmt.Errorf("other hosts cannot reach this daemon: %w; start it with --listen HOST:PORT",
+	ErrConflict)
+
 // Token makes a token, with which one other host can be added.
 func (d *Daemon) Token() (api.Token, error) {
 	if d.config.Listen == "" {
-		return api.Token{}, fmt.Errorf("other hosts cannot reach this daemon: %w; start it with --listen HOST:PORT", ErrConflict)
+		return api.Token{}, errNotListening
 	}
 	secret := make([]byte, secretSize)
 	_, _ = rand.Read(secret) // never fails
@@ -144,7 +147,8 @@ func (d *Daemon) redeem(secret []byte) error {
 		err = os.Remove(path) // of two at the same time, one
 	}
 	if err != nil || time.Now().After(expires) {
-		return fmt.Errorf("the token is not valid, was used, or has expired: %w; make another with 'drafter host token'", ErrForbidden)
+		return fmt.Errorf("the token is not valid, was used, or has expired: %w; "+
+			"make another with 'drafter host token'", ErrForbidden)
 	}
 	return nil
 }
@@ -205,7 +209,8 @@ func (d *Daemon) pin(n api.Neighbour) error {
 	defer d.hostsMu.Unlock()
 	switch old, err := d.Neighbour(n.Name); {
 	case err == nil && old.Certificate != n.Certificate:
-		return fmt.Errorf("there is another host %s: %w; remove it ('drafter host rm %s'), or use another name", n.Name, ErrConflict, n.Name)
+		return fmt.Errorf("there is another host %s: %w; remove it ('drafter host rm %s'), or use another name",
+			n.Name, ErrConflict, n.Name)
 	case err != nil && !errors.Is(err, ErrNotFound):
 		return err
 	}
@@ -234,7 +239,7 @@ func (d *Daemon) RemoveHost(name string) error {
 func (d *Daemon) AddHost(ctx context.Context, a api.AddHost) (api.Neighbour, error) {
 	none := api.Neighbour{}
 	if d.config.Listen == "" {
-		return none, fmt.Errorf("other hosts cannot reach this daemon: %w; start it with --listen HOST:PORT", ErrConflict)
+		return none, errNotListening
 	}
 	if _, _, err := net.SplitHostPort(a.Address); err != nil {
 		return none, fmt.Errorf("the address %q is not of the form HOST:PORT: %w", a.Address, ErrInvalid)
@@ -261,7 +266,10 @@ func (d *Daemon) AddHost(ctx context.Context, a api.AddHost) (api.Neighbour, err
 	if _, err := c.Host(ctx); err != nil && theirs == nil {
 		return none, fmt.Errorf("reach host %s: %w", a.Name, err)
 	}
-	join := api.Join{Name: d.name(), Address: d.advertised(local), Secret: base64.RawURLEncoding.EncodeToString(token[:secretSize])}
+	join := api.Join{
+		Name: d.name(), Address: d.advertised(local),
+		Secret: base64.RawURLEncoding.EncodeToString(token[:secretSize]),
+	}
 	if err := c.Join(ctx, join); err != nil {
 		return none, fmt.Errorf("join host %s: %w", a.Name, err)
 	}
@@ -307,7 +315,8 @@ func (d *Daemon) caller(der []byte) (api.Neighbour, error) {
 	cert := string(encode("CERTIFICATE", der))
 	i := slices.IndexFunc(all, func(n api.Neighbour) bool { return n.Certificate == cert })
 	if i < 0 {
-		return api.Neighbour{}, fmt.Errorf("this host does not know the caller: %w; add it with 'drafter host add'", ErrForbidden)
+		return api.Neighbour{}, fmt.Errorf("this host does not know the caller: %w; "+
+			"add it with 'drafter host add'", ErrForbidden)
 	}
 	return all[i], nil
 }

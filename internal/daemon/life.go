@@ -32,19 +32,25 @@ type (
 
 // describeLife registers what VMs do beside starting and stopping.
 func describeLife(a huma.API, d *Daemon) {
-	work(a, http.MethodPost, "/v1/host/shutdown", "shutdown", "Suspend all VMs, for the host's shutdown. VMs with a restart policy go on when the daemon has started again", func(*struct{}) (api.Operation, error) {
-		return d.Shutdown(), nil
-	})
-	get(a, "/v1/vms/{vm}/wait", "wait", "Tell of a VM when it has ended, or after a time", func(ctx context.Context, in *waitInput) (api.VM, error) {
-		return d.awaitEnd(ctx, in.VM, time.Duration(in.Wait)*time.Millisecond)
-	})
-	huma.Register(a, endpoint(http.MethodPost, "/v1/vms/{vm}/rename", "rename", "Give a VM another name"), func(_ context.Context, in *renameInput) (*body[api.VM], error) {
-		vm, err := d.Rename(in.VM, in.Body.Name)
-		return &body[api.VM]{vm}, problem(err)
-	})
-	work(a, http.MethodPost, "/v1/vms/{vm}/restart", "restart", "Shut a VM's guest down, and boot it again from its disks", func(in *restartInput) (api.Operation, error) {
-		return d.Restart(in.VM, time.Duration(in.Time)*time.Second)
-	})
+	work(a, http.MethodPost, "/v1/host/shutdown", "shutdown",
+		"Suspend all VMs, for the host's shutdown. VMs with a restart policy go on when the daemon has started again",
+		func(*struct{}) (api.Operation, error) {
+			return d.Shutdown(), nil
+		})
+	get(a, "/v1/vms/{vm}/wait", "wait", "Tell of a VM when it has ended, or after a time",
+		func(ctx context.Context, in *waitInput) (api.VM, error) {
+			return d.awaitEnd(ctx, in.VM, time.Duration(in.Wait)*time.Millisecond)
+		})
+	huma.Register(a, endpoint(http.MethodPost, "/v1/vms/{vm}/rename", "rename", "Give a VM another name"),
+		func(_ context.Context, in *renameInput) (*body[api.VM], error) {
+			vm, err := d.Rename(in.VM, in.Body.Name)
+			return &body[api.VM]{vm}, problem(err)
+		})
+	work(a, http.MethodPost, "/v1/vms/{vm}/restart", "restart",
+		"Shut a VM's guest down, and boot it again from its disks",
+		func(in *restartInput) (api.Operation, error) {
+			return d.Restart(in.VM, time.Duration(in.Time)*time.Second)
+		})
 }
 
 // awaitEnd returns a VM as it was when it ended, or as it is when the time is over.

@@ -12,8 +12,6 @@ import (
 	"path/filepath"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"drafter/api"
 	"drafter/client"
 	"drafter/internal/control"
@@ -36,7 +34,7 @@ func (d *Daemon) Move(name, to string) (api.Operation, error) {
 		return api.Operation{}, err
 	}
 	if d.config.Listen == "" {
-		return api.Operation{}, fmt.Errorf("other hosts cannot reach this daemon: %w; start it with --listen HOST:PORT", ErrConflict)
+		return api.Operation{}, errNotListening
 	}
 	return d.actOn("move", name, false, func(ctx context.Context, v *vm, o *operation) error {
 		return v.move(ctx, o, n)
@@ -84,9 +82,7 @@ func (v *vm) beFetched(ctx context.Context, c *client.Client, n api.Neighbour) e
 	if a.Env, err = control.ReadEnv(s.control()); err != nil {
 		return err
 	}
-	if a.Disk, err = diskUsage(s.instance()); err != nil {
-		return err
-	}
+	a.Disk, _ = usage(s.instance())
 	if a.Address, err = offer(ctx, s, &control.OfferRequest{
 		Address: v.d.reachable(local), Certificate: v.d.certFile(), Key: v.d.keyFile(), Authority: authority,
 	}); err != nil {
@@ -107,28 +103,12 @@ func localAddress(ctx context.Context, address string) (string, error) {
 	return conn.LocalAddr().String(), conn.Close()
 }
 
-// diskUsage is how many bytes a directory's files have on the disk.
-func diskUsage(dir string) (n int64, err error) {
-	err = filepath.WalkDir(dir, func(path string, _ os.DirEntry, err error) error {
-		var st unix.Stat_t
-		if err == nil {
-			err = unix.Lstat(path, &st)
-		}
-		n += st.Blocks * 512
-		if errors.Is(err, os.ErrNotExist) {
-			return nil
-		}
-		return err
-	})
-	return n, err
-}
-
 // awaitMoved waits until the VM has moved, or stays.
 func (v *vm) awaitMoved(ctx context.Context, o *operation, c *client.Client, n api.Neighbour) error {
 	r, s, old := v.look(), v.seat(), v.owner()
 	heard, sent := time.Now(), int64(0)
 	for {
-		answer, err := arrivalAt(ctx, c, r.ID)
+		answer, err := arrivalAt(ctx, c, r)
 		var refused *client.Error
 		switch {
 		case v.d.ctx.Err() != nil: // it goes on, and the next daemon sees to it
@@ -167,10 +147,10 @@ func (v *vm) awaitMoved(ctx context.Context, o *operation, c *client.Client, n a
 }
 
 // arrivalAt asks another host how far an arrival is.
-func arrivalAt(ctx context.Context, c *client.Client, id string) (api.Operation, error) {
+func arrivalAt(ctx context.Context, c *client.Client, r api.VM) (api.Operation, error) {
 	ctx, cancel := context.WithTimeout(ctx, hostSilence/2)
 	defer cancel()
-	return c.Arrival(ctx, id, movePause)
+	return c.Arrival(ctx, r.ID, r.Moves, movePause)
 }
 
 // goesOn tells whether a move goes on without an answer of the other host's daemon: more has been sent,

@@ -360,3 +360,47 @@ func TestKilledMoving(t *testing.T) {
 		}
 	}
 }
+
+// A daemon that was killed before it had asked the other host for a move does not take an earlier arrival
+// there for this one.
+func TestEarlierArrival(t *testing.T) {
+	d1, d2 := neighbour(t, "one"), neighbour(t, "two")
+	token, err := d2.Token()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d1.AddHost(t.Context(), api.AddHost{Name: "two", Address: d2.config.Listen, Token: token.Token}); err != nil {
+		t.Fatal(err)
+	}
+	o, err := d1.Run(api.Run{Image: "docker://image", Name: "it"})
+	if err := d1.done(t, o, err); err != nil {
+		t.Fatal(err)
+	}
+	moves := func() int {
+		t.Helper()
+		vm, err := d1.VM("it")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return vm.Moves
+	}
+	before := moves()
+	o, err = d1.Move("it", "two")
+	if err := d1.done(t, o, err); err != nil {
+		t.Fatal(err)
+	}
+	if o, err := d2.Arrival(t.Context(), o.VM, before, time.Minute); err != nil || o.State != api.Done {
+		t.Error("it has arrived:", o, err)
+	}
+	o, err = d2.Move("it", "one")
+	if err := d2.done(t, o, err); err != nil {
+		t.Fatal(err)
+	}
+	if o, err := d2.Arrival(t.Context(), o.VM, moves(), 0); !errors.Is(err, ErrNotFound) {
+		t.Error("it has not arrived again:", o, err)
+	}
+	o, err = d1.Remove("it", true)
+	if err := d1.done(t, o, err); err != nil {
+		t.Error(err)
+	}
+}

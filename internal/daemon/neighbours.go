@@ -16,8 +16,9 @@ type (
 		Host string `path:"host"`
 	}
 	arrivalInput struct {
-		VM   string `path:"vm" doc:"ID"`
-		Wait int64  `query:"wait" minimum:"0" maximum:"60000" doc:"Milliseconds to wait for its end"`
+		VM    string `path:"vm" doc:"ID"`
+		Moves int    `query:"moves" minimum:"0" doc:"How often the VM had moved before"`
+		Wait  int64  `query:"wait" minimum:"0" maximum:"60000" doc:"Milliseconds to wait for its end"`
 	}
 	moveInput struct {
 		VM   string `path:"vm" doc:"Name, ID, or the beginning of an ID"`
@@ -81,7 +82,7 @@ func (d *Daemon) HostHandler() http.Handler {
 		})
 	get(a, "/v1/arrivals/{vm}", "get-arrival", "Tell how far an arrival is",
 		func(ctx context.Context, in *arrivalInput) (api.Operation, error) {
-			return d.Arrival(ctx, in.VM, time.Duration(in.Wait)*time.Millisecond)
+			return d.Arrival(ctx, in.VM, in.Moves, time.Duration(in.Wait)*time.Millisecond)
 		})
 	huma.Register(a, accepted(http.MethodPost, "/v1/arrivals/{vm}/return", "return", "Move a VM to the host that asks"),
 		func(ctx context.Context, in *arrivalInput) (*body[api.Operation], error) {

@@ -21,6 +21,7 @@ type operation struct {
 	mu     sync.Mutex
 	state  api.Operation
 	caller string // host that has asked for it; "" for a client of this one
+	moves  int    // of an arrival: how often the VM has moved with it
 }
 
 // Operations that have ended are remembered for operationAge, and the last keptOperations for longer.
@@ -124,6 +125,20 @@ func (o *operation) isFor(host string) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.caller = host
+}
+
+// arrives notes which arrival of a VM the operation is.
+func (o *operation) arrives(moves int) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.moves = moves
+}
+
+// isArrival tells whether the operation is an arrival of a VM that had moved so often before.
+func (o *operation) isArrival(id string, moves int) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.state.Kind == "arrive" && o.state.VM == id && o.moves > moves
 }
 
 // asked refuses an operation that another host has not asked for.

@@ -194,9 +194,16 @@ func (d *Daemon) Shutdown() api.Operation {
 	})
 }
 
+var errHostEnds = errors.New("all VMs are suspended")
+
 func (v *vm) stopForHost(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	v.d.mu.Lock()
+	if v.record.State == api.Moving && v.cancel != nil { // else the host waits for all of the move
+		v.cancel(errHostEnds)
+	}
+	v.d.mu.Unlock()
 	if err := v.acquire(ctx, cancel); err != nil {
 		return fmt.Errorf("suspend VM %s: %w", v.look().Name, err)
 	}

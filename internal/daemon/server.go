@@ -63,34 +63,49 @@ type (
 
 // describe registers all that the API can do. d is nil if it is only described.
 func describe(a huma.API, d *Daemon) {
-	get(a, "/v1/host", "get-host", "Tell of the host", func(context.Context, *struct{}) (api.Host, error) { return d.Host(), nil })
-	get(a, "/v1/vms", "list-vms", "List VMs, the newest first", func(context.Context, *struct{}) ([]api.VM, error) { return d.VMs(), nil })
-	get(a, "/v1/vms/{vm}", "get-vm", "Tell of a VM", func(_ context.Context, in *vmInput) (api.VM, error) { return d.VM(in.VM) })
-	work(a, http.MethodPost, "/v1/vms", "run", "Make a VM of an image and start it", func(in *struct{ Body api.Run }) (api.Operation, error) {
-		return d.Run(in.Body)
-	})
-	work(a, http.MethodPost, "/v1/vms/{vm}/start", "start", "Start a VM: it is resumed if it can be, else it boots from its disks", func(in *vmInput) (api.Operation, error) {
-		return d.Start(in.VM)
-	})
-	work(a, http.MethodPost, "/v1/vms/{vm}/stop", "stop", "Suspend a VM", func(in *vmInput) (api.Operation, error) { return d.Stop(in.VM) })
-	work(a, http.MethodPost, "/v1/vms/{vm}/kill", "kill", "End a VM as a power cut does", func(in *vmInput) (api.Operation, error) { return d.Kill(in.VM) })
-	work(a, http.MethodDelete, "/v1/vms/{vm}", "remove", "Remove a VM and all that it has written", func(in *removeInput) (api.Operation, error) {
-		return d.Remove(in.VM, in.Force)
-	})
+	get(a, "/v1/host", "get-host", "Tell of the host",
+		func(context.Context, *struct{}) (api.Host, error) { return d.Host(), nil })
+	get(a, "/v1/vms", "list-vms", "List VMs, the newest first",
+		func(context.Context, *struct{}) ([]api.VM, error) { return d.VMs(), nil })
+	get(a, "/v1/vms/{vm}", "get-vm", "Tell of a VM",
+		func(_ context.Context, in *vmInput) (api.VM, error) { return d.VM(in.VM) })
+	work(a, http.MethodPost, "/v1/vms", "run", "Make a VM of an image and start it",
+		func(in *struct{ Body api.Run }) (api.Operation, error) {
+			return d.Run(in.Body)
+		})
+	work(a, http.MethodPost, "/v1/vms/{vm}/start", "start",
+		"Start a VM: it is resumed if it can be, else it boots from its disks",
+		func(in *vmInput) (api.Operation, error) {
+			return d.Start(in.VM)
+		})
+	work(a, http.MethodPost, "/v1/vms/{vm}/stop", "stop", "Suspend a VM",
+		func(in *vmInput) (api.Operation, error) { return d.Stop(in.VM) })
+	work(a, http.MethodPost, "/v1/vms/{vm}/kill", "kill", "End a VM as a power cut does",
+		func(in *vmInput) (api.Operation, error) { return d.Kill(in.VM) })
+	work(a, http.MethodDelete, "/v1/vms/{vm}", "remove", "Remove a VM and all that it has written",
+		func(in *removeInput) (api.Operation, error) {
+			return d.Remove(in.VM, in.Force)
+		})
 	describeLife(a, d)
 	describeStats(a, d)
-	get(a, "/v1/operations/{operation}", "get-operation", "Tell of an operation", func(ctx context.Context, in *awaitInput) (api.Operation, error) {
-		return d.Operation(ctx, in.ID, time.Duration(in.Wait)*time.Millisecond)
-	})
-	get(a, "/v1/vms/{vm}/file", "stat-file", "Describe a file of a VM", func(ctx context.Context, in *fileInput) (api.File, error) {
-		return d.stat(ctx, in.VM, in.Path)
-	})
-	huma.Register(a, endpoint(http.MethodDelete, "/v1/operations/{operation}", "cancel", "Let an operation end early"), func(_ context.Context, in *operationInput) (*struct{}, error) {
-		return nil, problem(d.Cancel(in.ID))
-	})
-	huma.Register(a, endpoint(http.MethodGet, "/v1/vms/{vm}/logs", "get-logs", "Read what a VM's service has printed, one JSON object a line"), func(_ context.Context, in *logInput) (*huma.StreamResponse, error) {
-		return d.logs(in)
-	})
+	get(a, "/v1/operations/{operation}", "get-operation", "Tell of an operation",
+		func(ctx context.Context, in *awaitInput) (api.Operation, error) {
+			return d.Operation(ctx, in.ID, time.Duration(in.Wait)*time.Millisecond)
+		})
+	get(a, "/v1/vms/{vm}/file", "stat-file", "Describe a file of a VM",
+		func(ctx context.Context, in *fileInput) (api.File, error) {
+			return d.stat(ctx, in.VM, in.Path)
+		})
+	huma.Register(a, endpoint(http.MethodDelete, "/v1/operations/{operation}", "cancel",
+		"Let an operation end early"),
+		func(_ context.Context, in *operationInput) (*struct{}, error) {
+			return nil, problem(d.Cancel(in.ID))
+		})
+	huma.Register(a, endpoint(http.MethodGet, "/v1/vms/{vm}/logs", "get-logs",
+		"Read what a VM's service has printed, one JSON object a line"),
+		func(_ context.Context, in *logInput) (*huma.StreamResponse, error) {
+			return d.logs(in)
+		})
 	describeHosts(a, d)
 	describeStreams(a)
 	describeStore(a, d)
@@ -103,17 +118,19 @@ func endpoint(method, path, id, summary string) huma.Operation {
 }
 
 func get[In, Out any](a huma.API, path, id, summary string, f func(context.Context, *In) (Out, error)) {
-	huma.Register(a, endpoint(http.MethodGet, path, id, summary), func(ctx context.Context, in *In) (*body[Out], error) {
-		out, err := f(ctx, in)
-		return &body[Out]{out}, problem(err)
-	})
+	huma.Register(a, endpoint(http.MethodGet, path, id, summary),
+		func(ctx context.Context, in *In) (*body[Out], error) {
+			out, err := f(ctx, in)
+			return &body[Out]{out}, problem(err)
+		})
 }
 
 func work[In any](a huma.API, method, path, id, summary string, f func(*In) (api.Operation, error)) {
-	huma.Register(a, accepted(method, path, id, summary), func(_ context.Context, in *In) (*body[api.Operation], error) {
-		out, err := f(in)
-		return &body[api.Operation]{out}, problem(err)
-	})
+	huma.Register(a, accepted(method, path, id, summary),
+		func(_ context.Context, in *In) (*body[api.Operation], error) {
+			out, err := f(in)
+			return &body[api.Operation]{out}, problem(err)
+		})
 }
 
 // problem is an error as RFC 9457 has it.

@@ -21,9 +21,10 @@ import (
 
 // describeStats registers what VMs use.
 func describeStats(a huma.API, d *Daemon) {
-	get(a, "/v1/vms/{vm}/stats", "get-stats", "Tell what a VM uses of its host", func(_ context.Context, in *vmInput) (api.Stats, error) {
-		return d.Stats(in.VM)
-	})
+	get(a, "/v1/vms/{vm}/stats", "get-stats", "Tell what a VM uses of its host",
+		func(_ context.Context, in *vmInput) (api.Stats, error) {
+			return d.Stats(in.VM)
+		})
 }
 
 // Stats tells what a VM that runs uses of its host.

@@ -25,24 +25,33 @@ type (
 
 // describeStore registers what the API can do with images and packages.
 func describeStore(a huma.API, d *Daemon) {
-	get(a, "/v1/images", "list-images", "List images that were looked up, the latest first", func(context.Context, *struct{}) ([]api.Image, error) { return d.Images() })
-	get(a, "/v1/packages", "list-packages", "List packages, the newest first", func(context.Context, *struct{}) ([]api.Package, error) { return d.Packages(), nil })
-	get(a, "/v1/packages/{package}", "get-package", "Tell of a package", func(_ context.Context, in *packageInput) (api.Package, error) { return d.Package(in.Package) })
-	work(a, http.MethodPost, "/v1/pull", "pull", "Look an image up, and make or fetch its package", func(in *struct{ Body api.Pull }) (api.Operation, error) {
-		return d.Pull(in.Body)
-	})
-	work(a, http.MethodPost, "/v1/push", "push", "Store a package, or a copy of a VM, in a registry", func(in *struct{ Body api.Push }) (api.Operation, error) {
-		return d.Push(in.Body)
-	})
-	work(a, http.MethodPost, "/v1/vms/{vm}/snapshot", "snapshot", "Make a package of a VM, which goes on", func(in *snapshotInput) (api.Operation, error) {
-		return d.Snapshot(in.VM, in.Body.Name)
-	})
-	remove(a, "/v1/packages/{package}", "remove-package", "Remove a package that no VM needs", func(in *packageInput) error { return d.RemovePackage(in.Package) })
-	remove(a, "/v1/images", "remove-image", "Forget an image, and remove the packages that were made of it", func(in *imageInput) error { return d.RemoveImage(in.Image) })
-	huma.Register(a, endpoint(http.MethodPost, "/v1/prune", "prune", "Remove what no VM needs"), func(_ context.Context, in *struct{ Body api.Prune }) (*body[api.Pruned], error) {
-		out, err := d.Prune(in.Body)
-		return &body[api.Pruned]{out}, problem(err)
-	})
+	get(a, "/v1/images", "list-images", "List images that were looked up, the latest first",
+		func(context.Context, *struct{}) ([]api.Image, error) { return d.Images() })
+	get(a, "/v1/packages", "list-packages", "List packages, the newest first",
+		func(context.Context, *struct{}) ([]api.Package, error) { return d.Packages(), nil })
+	get(a, "/v1/packages/{package}", "get-package", "Tell of a package",
+		func(_ context.Context, in *packageInput) (api.Package, error) { return d.Package(in.Package) })
+	work(a, http.MethodPost, "/v1/pull", "pull", "Look an image up, and make or fetch its package",
+		func(in *struct{ Body api.Pull }) (api.Operation, error) {
+			return d.Pull(in.Body)
+		})
+	work(a, http.MethodPost, "/v1/push", "push", "Store a package, or a copy of a VM, in a registry",
+		func(in *struct{ Body api.Push }) (api.Operation, error) {
+			return d.Push(in.Body)
+		})
+	work(a, http.MethodPost, "/v1/vms/{vm}/snapshot", "snapshot", "Make a package of a VM, which goes on",
+		func(in *snapshotInput) (api.Operation, error) {
+			return d.Snapshot(in.VM, in.Body.Name)
+		})
+	remove(a, "/v1/packages/{package}", "remove-package", "Remove a package that no VM needs",
+		func(in *packageInput) error { return d.RemovePackage(in.Package) })
+	remove(a, "/v1/images", "remove-image", "Forget an image, and remove the packages that were made of it",
+		func(in *imageInput) error { return d.RemoveImage(in.Image) })
+	huma.Register(a, endpoint(http.MethodPost, "/v1/prune", "prune", "Remove what no VM needs"),
+		func(_ context.Context, in *struct{ Body api.Prune }) (*body[api.Pruned], error) {
+			out, err := d.Prune(in.Body)
+			return &body[api.Pruned]{out}, problem(err)
+		})
 	// These two stream, past huma.
 	binary := map[string]*huma.MediaType{"application/zstd": {Schema: &huma.Schema{Type: huma.TypeString, Format: "binary"}}}
 	o := endpoint(http.MethodGet, "/v1/packages/{package}/archive", "export-package", "Read a package as an archive, a tar compressed with zstd")
@@ -59,7 +68,8 @@ func describeStore(a huma.API, d *Daemon) {
 }
 
 func remove[In any](a huma.API, path, id, summary string, f func(*In) error) {
-	huma.Register(a, endpoint(http.MethodDelete, path, id, summary), func(_ context.Context, in *In) (*struct{}, error) {
-		return nil, problem(f(in))
-	})
+	huma.Register(a, endpoint(http.MethodDelete, path, id, summary),
+		func(_ context.Context, in *In) (*struct{}, error) {
+			return nil, problem(f(in))
+		})
 }

@@ -4,16 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 
 	"drafter/api"
 	"drafter/internal/control"
 	"drafter/internal/detached"
-	"drafter/internal/newfile"
-	"drafter/internal/private"
-	"drafter/peer"
-	"drafter/vmm"
 )
 
 // offerSocket is where a VM's process gives the VM away to one of this host.
@@ -50,32 +45,16 @@ func (v *vm) upgrade(ctx context.Context, o *operation) error {
 		return errors.Join(err, detached.ErrLeave)
 	}
 	if p == nil {
-		return errors.Join(err, v.stays(context.WithoutCancel(ctx), old, to))
+		return errors.Join(err, v.stays(old, r.Moves+1))
 	}
-	if err := errors.Join(v.succeed(p), v.publish(ctx)); err != nil { //nolint:contextcheck // the process is watched when its caller has gone, too
+	if err := errors.Join(v.succeed(p, r.Next), v.publish(ctx)); err != nil { //nolint:contextcheck // see own
 		return err
 	}
 	if err := old.awaitEnd(ctx); err != nil { // once its successor has all
 		return err
 	}
 	o.moved(old)
-	return errors.Join(v.leaveSeat(r.Moves), from.discard())
-}
-
-// discard removes a seat that has nothing of a VM, since that is elsewhere. One that has is refused.
-func (s seat) discard() error {
-	if err := s.discardable(); err != nil {
-		return err
-	}
-	return os.RemoveAll(string(s))
-}
-
-// discardable returns nil for a seat that has nothing of a VM.
-func (s seat) discardable() error { return peer.Discardable(s.state()) }
-
-// state is the state device of the seat's instance. The package's files are not looked at.
-func (s seat) state() []peer.Device {
-	return peer.NewPackageDevices([]string{vmm.State}, filepath.Join(string(s), "none"), s.instance())
+	return v.clear(r.Moves)
 }
 
 // movable refuses a VM whose program is somebody's session, which a move cuts off.
@@ -115,75 +94,9 @@ func (v *vm) receiveHere(ctx context.Context, from, to seat, r api.VM) (*detache
 	return v.launch(ctx, r.Moves+1, r.Next, "--raddr", address)
 }
 
-// follow copies what the next process of a VM must know of the last one: the environment of the
-// VM's service, and what that has printed.
-func (s seat) follow(last seat) error {
-	if err := private.MkdirAll(s.control()); err != nil {
-		return err
-	}
-	files := append(control.LogFiles(last.control()), control.EnvFile(last.control()))
-	for _, path := range files {
-		b, err := os.ReadFile(path)
-		if errors.Is(err, os.ErrNotExist) {
-			continue
-		}
-		if err == nil {
-			err = newfile.WriteBytes(filepath.Join(s.control(), filepath.Base(path)), b)
-		}
-		if err != nil {
-			return fmt.Errorf("copy what a VM's process has noted: %w", err)
-		}
-	}
-	return nil
-}
-
-// offer makes a seat's VM migratable, and returns where.
-func offer(ctx context.Context, s seat, r *control.OfferRequest) (string, error) {
-	c, err := control.Dial(ctx, s.control())
-	if err != nil {
-		return "", err
-	}
-	defer c.Close()
-	answer, err := c.Offer(ctx, r)
-	if err != nil {
-		return "", fmt.Errorf("make the VM migratable: %w", err)
-	}
-	return answer.GetAddress(), nil
-}
-
-// withdraw ends that, and tells whether the VM has moved.
-func withdraw(ctx context.Context, s seat) (moved bool, err error) {
-	c, err := control.Dial(ctx, s.control())
-	if err == nil {
-		defer c.Close()
-		var answer *control.WithdrawResponse
-		if answer, err = c.Withdraw(ctx, &control.WithdrawRequest{}); err == nil {
-			return answer.GetMoved(), nil
-		}
-	}
-	p, ferr := detached.Find(s.lock())
-	if ferr != nil {
-		return false, errors.Join(err, ferr)
-	}
-	if p != nil { // it ends
-		ctx, cancel := context.WithTimeout(ctx, endPatience)
-		defer cancel()
-		if werr := errors.Join(waitFor(ctx, p.Done()), p.Close()); werr != nil {
-			return false, errors.Join(err, werr)
-		}
-	}
-	return s.hasMoved()
-}
-
-// hasMoved tells whether the VM of a seat whose process has ended is elsewhere.
-func (s seat) hasMoved() (bool, error) {
-	end, err := control.LastEnd(s.control())
-	return end != nil && end.Outcome == control.Moved, err
-}
-
-// succeed makes a process in the VM's next seat the VM's, in place of the one that has it. It is so
-// also if it cannot be noted durably: the next daemon finds out by itself.
-func (v *vm) succeed(p *detached.Process) error {
+// succeed makes a process in the VM's next seat, and in a namespace, the VM's, in place of the one that
+// has it, which may have been killed. It is so also if it cannot be noted durably: the next daemon finds out by itself.
+func (v *vm) succeed(p *detached.Process, ns string) error {
 	owner := &process{Process: p, seat: v.seatAfter(v.look().Moves + 1), noted: make(chan struct{}), leave: v.d.ctx.Done()}
 	v.d.mu.Lock()
 	defer v.d.mu.Unlock()
@@ -195,18 +108,21 @@ func (v *vm) succeed(p *detached.Process) error {
 	if len(r.Ports) > 0 && r.Anchor == "" {
 		r.Anchor = r.Namespace
 	}
-	if r.Anchor == r.Next {
+	if r.Anchor == ns {
 		r.Anchor = ""
 	}
-	r.State, r.PID, r.Namespace, r.Next, r.Moves = api.Running, p.PID, r.Next, "", r.Moves+1
+	r.State, r.PID, r.Namespace, r.Next, r.Moves = api.Running, p.PID, ns, "", r.Moves+1
+	r.Error = ""
 	r.Cgroup = v.d.groupPath(r.ID, r.Moves)
 	v.becomeLocked(r)
 	v.d.work.Go(func() { v.watch(owner) })
 	return v.write(r)
 }
 
-// stays takes an upgrade back that has failed. The VM may have moved all the same, and ended since.
-func (v *vm) stays(ctx context.Context, old *process, to seat) error {
+// stays takes an upgrade back that has failed, to the seat after so many moves. The VM may have moved all
+// the same, and ended since.
+func (v *vm) stays(old *process, next int) error {
+	ctx := v.d.ctx // also for one that was cancelled
 	moved, err := withdraw(ctx, v.seat())
 	if err != nil {
 		return err
@@ -218,11 +134,10 @@ func (v *vm) stays(ctx context.Context, old *process, to seat) error {
 			}
 			r.Next = ""
 		})
-		return errors.Join(err, v.leaveSeat(v.look().Moves+1), to.discard())
+		return errors.Join(err, v.clear(next))
 	}
-	from := v.seat()
 	v.takeNext()
-	return errors.Join(old.awaitEnd(ctx), v.hasEnded(ctx), v.leaveSeat(v.look().Moves-1), from.discard())
+	return errors.Join(old.awaitEnd(ctx), v.hasEnded(ctx), v.clear(next-1))
 }
 
 // takeNextIf makes the VM's next seat the one that it has, if the VM is there. No process of either
@@ -280,15 +195,16 @@ func (v *vm) recoverUpgrade(found *detached.Process) error {
 		}
 		defer v.release()
 		if next == nil {
-			return v.stays(context.WithoutCancel(ctx), v.owner(), to)
+			return v.stays(v.owner(), v.look().Moves+1)
 		}
-		return v.resumeUpgrade(ctx, found, next, from, to)
+		return v.resumeUpgrade(ctx, found, next, r)
 	})
 	return nil
 }
 
 // resumeUpgrade waits for the process in the VM's next seat.
-func (v *vm) resumeUpgrade(ctx context.Context, found, next *detached.Process, from, to seat) error {
+func (v *vm) resumeUpgrade(ctx context.Context, found, next *detached.Process, r api.VM) error {
+	from, to, ns := v.seatAfter(r.Moves), v.seatAfter(r.Moves+1), r.Next
 	_, err := awaitState(ctx, &process{Process: next}, to)
 	if v.d.ctx.Err() != nil {
 		return errors.Join(detached.ErrLeave, next.Close())
@@ -298,9 +214,9 @@ func (v *vm) resumeUpgrade(ctx context.Context, found, next *detached.Process, f
 		if found == nil {
 			return errors.Join(err, v.takeNextIf(from, to), v.hasEnded(ctx))
 		}
-		return errors.Join(err, v.stays(context.WithoutCancel(ctx), v.owner(), to))
+		return errors.Join(err, v.stays(v.owner(), v.look().Moves+1))
 	}
-	if err := errors.Join(v.succeed(next), v.publish(ctx)); err != nil { //nolint:contextcheck // the process is watched when its caller has gone, too
+	if err := errors.Join(v.succeed(next, ns), v.publish(ctx)); err != nil { //nolint:contextcheck // see own
 		return err
 	}
 	if found != nil {
@@ -308,7 +224,7 @@ func (v *vm) resumeUpgrade(ctx context.Context, found, next *detached.Process, f
 			return err
 		}
 	}
-	return errors.Join(v.leaveSeat(v.look().Moves-1), from.discard())
+	return v.clear(r.Moves)
 }
 
 func waitFor(ctx context.Context, done <-chan struct{}) error {

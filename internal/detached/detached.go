@@ -3,6 +3,7 @@
 package detached
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -152,13 +153,14 @@ type Command struct {
 	Stdout  *os.File // nil discards
 	Log     string   // path of the file for its stderr, which it rotates; "" discards
 	Cgroup  *os.File // directory of a cgroup (version 2) to start in; nil for this process'
+	// Patience is how long the process may take to end that is not to start after all. 0: 30 s
+	Patience time.Duration
 }
 
 // ErrLeave is the cause of a context whose end leaves a process that starts alone.
 var ErrLeave = errors.New("this program ends; what it has started goes on")
 
-// patience is how long a process may take to end that is not to start after all.
-const patience = 30 * time.Second
+const defaultPatience = 30 * time.Second
 
 // Start starts a process with a session of its own and returns it once it is ready, which it says as
 // sd_notify(3) does. One that ends before is an error. When ctx ends, so does the process, unless the
@@ -229,7 +231,7 @@ func Start(ctx context.Context, c Command) (_ *Process, err error) {
 	case <-ctx.Done():
 		err := context.Cause(ctx)
 		if !errors.Is(err, ErrLeave) {
-			err = errors.Join(err, p.End(patience))
+			err = errors.Join(err, p.End(cmp.Or(c.Patience, defaultPatience)))
 		}
 		return nil, errors.Join(err, p.Close())
 	}
